@@ -1,5 +1,8 @@
 """Hooks of a run. Subclass `Callback` to log more, to request a checkpoint, or to end a run early."""
 
+import difflib
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,23 +49,40 @@ class Callback:
     """Base class of hooks. All of its hooks do nothing.
 
     Override the hooks that you need, and set `callbacks=[...]` in the recipe. Only the main process calls them.
-    An exception in a hook ends the run after its last complete step was saved.
+    An exception in a hook ends the run, and the step before the hook is saved. A resume calls the hooks of that step
+    again.
     """
 
     def on_start(self, run: RunControl) -> None:
         """Called before the first step of a new or resumed run."""
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
-        """Called after each step, before its metrics are written. The returned numbers are logged too."""
+        """Called after each step, before its metrics are written. The returned numbers are logged too, under names that
+        the run does not use itself: `mine/reward`, not `reward`.
+        """
 
     def on_evaluate(self, run: RunControl, metrics: Mapping[str, float]) -> None:
-        """Called after an evaluation on validation problems, or on the held-out rows of SFT."""
+        """Called with the evaluation before the first step of a new run, and after each evaluation during the run.
+
+        The names are those of summary.json's `eval_before` after `eval/`: `eval/reward` and the metrics of the task, in
+        SFT `eval/loss`.
+        """
 
     def on_save(self, run: RunControl, folder: Path) -> None:
         """Called after a checkpoint was written; with `async_save`, when the next one is due or the run ends."""
 
     def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
         """Called after the summary was written."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what a resumed run needs of this callback: JSON values by name. Called after the hooks of each step.
+
+        None (default): a resume starts the callback anew, and says so. Return {} if there is nothing to restore.
+        """
+        return None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Called after `on_start` of a resumed run, with what `state` returned at the checkpoint."""
 
 
 @dataclass
@@ -94,6 +114,9 @@ class StopBelow(Callback):
         self._low = 0
         for row in run.rows():
             self._count(row)
+
+    def state(self) -> dict[str, Any]:
+        return {}  # `on_start` reads the log
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> None:
         self._count(metrics)
@@ -129,6 +152,9 @@ class SaveBest(Callback):
         for row in run.rows():
             self._is_best(row)
 
+    def state(self) -> dict[str, Any]:
+        return {}  # `on_start` reads the log
+
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> None:
         if self._is_best(metrics):
             run.save()
@@ -148,8 +174,29 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def state_of(callback: Callback) -> dict[str, Any] | None:
+    """Return a copy of the callback's `state`.
+
+    Raises:
+        ValueError: JSON would change it.
+    """
+    state = callback.state()
+    if state is None:
+        return None
+    try:
+        copied = json.loads(json.dumps(state))
+    except (TypeError, ValueError, RecursionError):
+        copied = None
+    if not isinstance(copied, dict) or copied != state:
+        raise ValueError(
+            f"{type(callback).__name__}.state returned {str(state)[:200]}; return a dict of JSON values by name (text, "
+            "numbers without NaN, lists, dicts), or None"
+        )
+    return copied
+
+
 def check_callbacks(callbacks: Any) -> None:
-    """Raise ValueError unless `callbacks` is a list or tuple of `Callback` objects."""
+    """Raise ValueError unless `callbacks` is a list or tuple of `Callback` objects whose hooks a run can call."""
     if not isinstance(callbacks, list | tuple):
         raise ValueError(f"callbacks={callbacks!r} is not a list; give a list of dllm_rl.Callback objects")
     for index, callback in enumerate(callbacks):
@@ -161,3 +208,28 @@ def check_callbacks(callbacks: Any) -> None:
             raise ValueError(
                 f"callbacks[{index}] is of type {type(callback).__name__}; give an object of dllm_rl.Callback"
             )
+        check_hooks(index, callback)
+
+
+def check_hooks(index: int, callback: Callback) -> None:
+    """Raise ValueError if a method of a callback has the name of no hook, takes other arguments, or is async."""
+    hooks = [name for name in dir(Callback) if not name.startswith("_")]
+    kind = type(callback)
+    for name in dir(kind):
+        where = f"callbacks[{index}]: {kind.__name__}.{name}"
+        if name.startswith("on_") and name not in hooks and callable(getattr(kind, name)):
+            near = difflib.get_close_matches(name, hooks, n=1)
+            remedy = f"the nearest is {near[0]}" if near else f"the hooks are {', '.join(hooks)}"
+            raise ValueError(f"{where} is never called; {remedy}")
+        if name not in hooks:
+            continue
+        method = getattr(callback, name)
+        expected = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+        if inspect.iscoroutinefunction(method):
+            raise ValueError(f"{where} is async, and a run does not await it; write def, not async def")
+        try:
+            inspect.signature(method).bind(*expected)
+        except TypeError as error:
+            raise ValueError(
+                f"{where} cannot be called with ({', '.join(expected)}): {error}; give it these arguments"
+            ) from None

@@ -30,7 +30,7 @@ from dllm_rl.algorithms.prompt_sources import PromptSource, uniform_prompts
 from dllm_rl.algorithms.triage import triage
 from dllm_rl.algorithms.values import ValueModel, value_head
 from dllm_rl.bounds import Bound, check_bound
-from dllm_rl.callbacks import check_callbacks
+from dllm_rl.callbacks import SaveBest, StopBelow, check_callbacks
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.members import describe, described, flattened, function_of, plain
@@ -287,7 +287,7 @@ class Settings:
         "stop the run if a checkpoint cannot be written, or warn and continue", "stop"
     )
     stop_seconds: float = _(
-        "seconds after a stop signal in which the step may begin its updates; else the step before is saved",
+        "seconds after a stop signal in which the step may begin its updates; else the last update is saved",
         20.0,
         at_least=0,
     )
@@ -323,6 +323,19 @@ class Settings:
     def best_metric(self) -> str | None:
         """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
         return best_rule(self.metric_for_best_model, self.greater_is_better)[0]
+
+    @property
+    def evaluated_metrics(self) -> dict[str, str]:
+        """Metrics of the evaluations that the recipe needs, by the setting that names them in messages."""
+        names = {}
+        if self.best_metric is not None:
+            names[f"metric_for_best_model={self.metric_for_best_model!r}"] = self.best_metric
+        for callback in self.callbacks:
+            if isinstance(callback, StopBelow | SaveBest) and callback.metric.startswith("eval/"):
+                names[f"callbacks: {type(callback).__name__}({callback.metric!r})"] = callback.metric.removeprefix(
+                    "eval/"
+                )
+        return names
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
@@ -364,9 +377,9 @@ class Settings:
                 f"base_quantization={self.base_quantization!r} freezes the base model: set lora, or leave it out",
             ),
             (
-                self.metric_for_best_model is not None and self.eval_steps == 0,
-                f"metric_for_best_model={self.metric_for_best_model!r} is measured every eval_steps, and eval_steps=0 "
-                "never measures: set eval_steps",
+                self.eval_steps == 0 and bool(self.evaluated_metrics),
+                f"{', '.join(self.evaluated_metrics)} is measured every eval_steps, and eval_steps=0 never measures: "
+                "set eval_steps",
             ),
             (
                 self.load_best_model_at_end and self.metric_for_best_model is None,

@@ -29,9 +29,18 @@ class TrainingState:
     changes: list | None = None  # settings that resumes have changed: records of step, field, before and after
     best_step: int | None = None  # step of the best checkpoint by metric_for_best_model
     best_value: float | None = None
+    # Metrics of the last step, if the run ended between its update and its line in the log: a resume first evaluates
+    # that step, calls the callbacks and logs it. None: the last step is logged.
+    unlogged: dict | None = None
     reference: str | None = None  # digest of the manifest in the run's folder `reference`
     frozen: list | None = None  # names of frozen weights, in a run without adapters
+    callbacks: list | None = None  # pairs of a callback's class name and its state
     recipe: dict[str, Any]
+
+    @property
+    def logged_steps(self) -> int:
+        """Number of steps that are evaluated and logged: `step`, or one less if the last step is not."""
+        return self.step - (self.unlogged is not None)
 
     @classmethod
     def first(cls, recipe: Settings, policy: Policy, **other_fields: Any) -> "TrainingState":

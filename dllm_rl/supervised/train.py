@@ -32,12 +32,12 @@ from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.training.finish import Summary, write_summary
-from dllm_rl.training.hooks import after_step, before_first_step, load_best
+from dllm_rl.training.hooks import before_first_step, end_step, load_best
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import checkpoint_if_due, install_emergency_saves, make_writer, save, wait_for_checkpoint
+from dllm_rl.training.saving import install_emergency_saves, make_writer, save, wait_for_checkpoint
 from dllm_rl.training.start import launch, open_log, restore
-from dllm_rl.training.validation import check_best_model, evaluation_interval
+from dllm_rl.training.validation import check_evaluations, evaluation_interval
 from dllm_rl.training.warmup import draw_levels
 
 EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
@@ -64,7 +64,7 @@ def fine_tune(recipe: SFT) -> Summary:
     views_per_row = 1 if policy.spec.attention == "causal" else EVAL_VIEWS
     forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
     eval_interval = evaluation_interval(recipe, len(held_out) * views_per_row, forwards_per_step)
-    check_best_model(recipe, eval_interval)
+    check_evaluations(recipe, eval_interval)
     optimizer = make_optimizer(recipe, policy)
     log = open_log(recipe, accelerator, peers, saved_state, notes)
     state = (
@@ -81,7 +81,7 @@ def fine_tune(recipe: SFT) -> Summary:
         state=state,
         stop=stop,
         writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.step),
+        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.logged_steps),
         checkpoint=str(folder or ""),
     )
     if not folder:
@@ -92,14 +92,15 @@ def fine_tune(recipe: SFT) -> Summary:
     install_emergency_saves(run, peers)
     before_first_step(run)
 
-    for step in range(run.state.step, recipe.num_steps):
-        metrics = take_step(run, training, step)
-        if eval_interval and (step + 1) % eval_interval == 0:
-            metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
-        metrics = after_step(run, step, metrics)
-        log.write(step, metrics)
-        run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
-        checkpoint_if_due(run, step, metrics)
+    def evaluate(step: int) -> dict[str, float]:
+        is_due = eval_interval and (step + 1) % eval_interval == 0
+        return {"eval/loss": evaluate_loss(run, held_out)["loss"]} if is_due else {}
+
+    for step in range(run.state.logged_steps, recipe.num_steps):
+        metrics = run.state.unlogged  # set if a resumed run's last step was updated, but not evaluated and logged
+        if metrics is None:
+            metrics = take_step(run, training, step)
+        end_step(run, step, metrics, evaluate)
         if run.control.stop_reason is not None:
             break
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")

@@ -1,12 +1,14 @@
-"""Call a run's callbacks, and load the best checkpoint at the end of a run."""
+"""What follows an update: evaluation, callbacks, log and checkpoint. Also load the best checkpoint at the end."""
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.callbacks import Callback
+from dllm_rl.callbacks import Callback, SaveBest, StopBelow, state_of
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
@@ -14,56 +16,126 @@ from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.run import Run
+from dllm_rl.training.saving import checkpoint_if_due
 
 
 def before_first_step(run: Run[Settings]) -> None:
-    """Check that the evaluations measure `metric_for_best_model`, and call every callback's `on_start`. Collective:
-    every process must call it.
+    """Check that the evaluations measure the metrics that the recipe names, and call every callback's `on_start`. A new
+    run also calls `on_evaluate`, a resumed one `load_state`. Collective: every process must call it.
 
     Raises:
-        ValueError: The evaluations do not measure that metric.
+        ValueError: The evaluations do not measure one of these metrics.
     """
-    name = run.recipe.best_metric
-    metrics = run.state.eval_before
-    if name is not None and name not in metrics:
-        matches = difflib.get_close_matches(name, metrics, n=1)
-        hint = f"; {matches[0]!r} is near" if matches else ""
-        raise ValueError(f"metric_for_best_model={name!r} is not one of {', '.join(sorted(metrics))}{hint}")
-
-    def start() -> None:
-        for callback in run.recipe.callbacks:
-            callback.on_start(run.control)
-
-    if run.recipe.callbacks:
-        from_main(start, run.accelerator)
+    recipe, metrics = run.recipe, run.state.eval_before
+    for setting, name in recipe.evaluated_metrics.items():
+        if name not in metrics:
+            matches = difflib.get_close_matches(name, metrics, n=1)
+            hint = f"; {matches[0]!r} is near" if matches else ""
+            raise ValueError(f"{setting} is not one of {', '.join(sorted(metrics))}{hint}")
+    if recipe.callbacks:
+        run.state = replace(run.state, callbacks=from_main(partial(start_callbacks, run), run.accelerator))
 
 
-def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Call every callback's `on_evaluate` and `on_step` in the main process; return the metrics and the numbers that
-    the callbacks add. Collective: every process must call it.
+def start_callbacks(run: Run[Settings]) -> list[list[Any]]:
+    """Call the callbacks before the first step, in the main process; return their states."""
+    saved = list(run.state.callbacks or [])
+    start_anew = []
+    for callback in run.recipe.callbacks:
+        callback.on_start(run.control)
+        if not run.state.step:
+            evaluated = {f"eval/{name}": value for name, value in run.state.eval_before.items()}
+            callback.on_evaluate(run.control, evaluated)
+            continue
+        name = type(callback).__name__
+        index = next((index for index, entry in enumerate(saved) if entry[0] == name), None)
+        state = None if index is None else saved.pop(index)[1]
+        if state is not None:
+            callback.load_state(state)
+        elif state_of(callback) != {}:
+            start_anew.append(name)
+    if start_anew:
+        run.log.say(
+            f"callbacks that start anew, since the checkpoint has no state of theirs: {', '.join(start_anew)}; "
+            "Callback.state and load_state would save it"
+        )
+    return callback_states(run)
+
+
+def callback_states(run: Run[Settings]) -> list[list[Any]]:
+    """Return the class name and the state of every callback, as checkpoints store them."""
+    return [[type(callback).__name__, state_of(callback)] for callback in run.recipe.callbacks]
+
+
+def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
+    """Count a step whose update is done. From now on an error or a stop leaves a checkpoint of this step, with which a
+    resume calls `end_step` again.
+    """
+    run.state = replace(run.state, step=step + 1, version=run.policy.weights_version, unlogged=metrics)
+
+
+def end_step(
+    run: Run[Settings], step: int, metrics: dict[str, float], evaluate: Callable[[int], dict[str, float]]
+) -> None:
+    """Evaluate, call the callbacks, log and save after the update of a step. Collective: every process must call it."""
+    record_update(run, step, metrics)
+    metrics, states = call_callbacks(run, step, metrics | evaluate(step))
+    run.log.write(step, metrics)
+    run.state = replace(run.state, unlogged=None, callbacks=states)
+    steps_done = step + 1
+    run.progress(metrics, show=steps_done % run.recipe.logging_steps == 0 or steps_done == run.recipe.num_steps)
+    checkpoint_if_due(run, metrics)
+
+
+def call_callbacks(
+    run: Run[Settings], step: int, metrics: dict[str, float]
+) -> tuple[dict[str, float], list[list[Any]] | None]:
+    """Call every callback's `on_evaluate` and `on_step` in the main process; return the metrics with the numbers that
+    the callbacks add, and the callbacks' states. Collective: every process must call it.
     """
     if not run.recipe.callbacks:
-        return metrics
+        return metrics, None
     run.control.step = step + 1
 
-    def call_callbacks() -> tuple[dict[str, float], str | None, bool]:
+    def call() -> tuple[dict[str, float], list[list[Any]], str | None, bool]:
         evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         logged = dict(metrics)
         for callback in run.recipe.callbacks:
+            if step == run.first_step:
+                warn_of_missing_metric(run, callback, logged)
             if evaluated:
                 callback.on_evaluate(run.control, evaluated)
-            logged |= _check_numbers(callback, callback.on_step(run.control, logged))
-        return logged, run.control.stop_reason, run.control.save_requested
+            logged |= check_numbers(callback, callback.on_step(run.control, logged), logged)
+        return logged, callback_states(run), run.control.stop_reason, run.control.save_requested
 
-    logged, run.control.stop_reason, run.control.save_requested = from_main(call_callbacks, run.accelerator)
-    return logged
+    answers = from_main(call, run.accelerator)
+    logged, states, run.control.stop_reason, run.control.save_requested = answers
+    return logged, states
 
 
-def _check_numbers(callback: Callback, returned: object) -> dict[str, float]:
+def warn_of_missing_metric(run: Run[Settings], callback: Callback, metrics: Mapping[str, float]) -> None:
+    """Warn if the metric that a callback of this library acts on is neither in a first step's metrics nor in an
+    evaluation's.
+    """
+    names = {*metrics, *(f"eval/{name}" for name in run.state.eval_before)}
+    if isinstance(callback, StopBelow | SaveBest) and callback.metric not in names:
+        matches = difflib.get_close_matches(callback.metric, names, n=1)
+        hint = f"; {matches[0]!r} is near" if matches else ""
+        run.log.say(
+            f"warning: {type(callback).__name__} acts on the metric {callback.metric!r}, which step {run.control.step} "
+            f"does not have{hint}"
+        )
+
+
+# Names that the log adds to the metrics of a step, or gives to its other lines.
+LOGGED = ("step", "step_time", "memory/peak_gb", "warmup_step", "resume_from", "changed")
+
+
+def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers that `on_step` returned, as floats by name.
 
     Raises:
-        ValueError: `on_step` returned neither None nor numbers by name.
+        ValueError: `on_step` returned neither None nor numbers by name, or a name that is the run's or another
+            callback's.
     """
     if returned is None:
         return {}
@@ -73,6 +145,11 @@ def _check_numbers(callback: Callback, returned: object) -> dict[str, float]:
     for name, value in returned.items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{method} returned {name!r}: {value!r}; return numbers by name")
+        if name in metrics or name in LOGGED or name.startswith(("eval/", "time/")):
+            raise ValueError(
+                f"{method} returned {name!r}, a name of the run or of another callback; choose another one, such as "
+                f"'mine/{name}'"
+            )
     return {name: float(value) for name, value in returned.items()}
 
 

@@ -88,12 +88,14 @@ class Run(StepContext[AnySettings]):
     progress: Callable[..., None]  # shows a step's metrics on the screen
     teacher: Policy | None = None  # for distillation; None if there is no teacher, or the reference is the teacher
     async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
+    first_step: int = field(init=False)  # index of the first step that this process logs
     control: RunControl = field(init=False)  # what callbacks read, and their requests
     saved: int | None = None  # number of completed steps in the last checkpoint that this process wrote
     owns_folder: bool = True  # False once another run has locked the folder
     checkpoint: str = ""  # folder of the last checkpoint; before the first save, the one that the run resumed from
 
     def __post_init__(self) -> None:
+        self.first_step = self.state.logged_steps
         directory = Path(self.recipe.directory)
         # A resumed run continues metrics.jsonl; callbacks can read its earlier rows.
         rows = partial(current_rows, directory / "metrics.jsonl") if self.state.step else list

@@ -21,7 +21,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
-from dllm_rl.distributed.stop import LOCK, how_to_continue, run_exit_stack
+from dllm_rl.distributed.stop import LOCK, Stopped, how_to_continue, run_exit_stack
 from dllm_rl.files import keep_lock
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
@@ -99,7 +99,7 @@ def can_save_without_peers(run: Run[Settings]) -> bool:
     since, no aligned forward is active, the learner is not sharded, and the run still owns its folder.
     """
     # An update increments the policy's version before it changes a weight; `run.state` gets the new version when the
-    # step is complete.
+    # update is complete.
     is_unchanged = run.policy.weights_version == run.state.version
     # During an aligned forward the layers hold the rollout's weights, which a copy of the module would then contain.
     is_aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
@@ -116,7 +116,8 @@ def save_on_overdue_stop(run: Run[Settings]) -> None:
         run.writer.wait()
         if steps_done != run.saved:
             write_checkpoint(run)
-    run.stop.leave(f"stopped in the step after step {steps_done}, which is saved; {how_to_continue(run.recipe)}")
+    place = "in the step after" if run.state.unlogged is None else "after the update of"
+    run.stop.leave(f"stopped {place} step {steps_done}, which is saved; {how_to_continue(run.recipe)}")
 
 
 def save_on_peer_loss(run: Run[Settings]) -> None:
@@ -141,23 +142,29 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
     """Save the last complete step, from which a resume continues, and add a note to the error. Called when the run
     ends; does nothing if it ends without an error.
     """
+    if error is None or isinstance(error, Stopped):
+        return
     recipe = run.recipe
     steps_done = run.state.step
-    if not isinstance(error, Exception) or steps_done == recipe.num_steps:  # no step is left to repeat
-        return
-    note = f"process {run.accelerator.process_index}: failed after step {steps_done} was complete"
+    done = "was complete" if run.state.unlogged is None else "was updated"
+    note = f"process {run.accelerator.process_index}: failed after step {steps_done} {done}"
     if run.accelerator.num_processes > 1 and is_collective_error(error):
         note += (
             ": another process ended (its message says why), or kept this one waiting for "
             f"collective_timeout={recipe.collective_timeout:g} s"
         )
+    directory = Path(recipe.directory) / "checkpoints"
     try:
-        folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", steps_done)
         # The step may be saved already.
-        if run.accelerator.is_main_process and can_save_without_peers(run) and not folder.exists():
+        is_saved = checkpoint.folder_of(directory, steps_done).exists()
+        if run.accelerator.is_main_process and can_save_without_peers(run) and not is_saved:
             write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as save_error:
         note += f", and saving it failed too: {save_error}"
+    if run.accelerator.is_main_process:
+        saved = dict(checkpoint.list_checkpoints(directory))
+        if steps_done not in saved:
+            note += f" and is not saved; the newest checkpoint is {saved[max(saved)].name if saved else 'missing'}"
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
@@ -319,19 +326,19 @@ def check_lock(run: Run[Settings]) -> None:
         ) from None
 
 
-def checkpoint_if_due(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
-    """Save a checkpoint after a step if one is due: every save_steps, after the last step or a new best step, at a
-    callback's request, and on a stop signal. After a stop signal, end the process with the signal's exit status.
+def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
+    """Save a checkpoint after a step, whose metrics are given, if one is due: every save_steps, after the last step or
+    a new best step, at a callback's request, and on a stop signal. After a stop signal, end the process with the
+    signal's exit status.
     """
     recipe = run.recipe
-    steps_done = step + 1
+    steps_done = run.state.step
     signum = run.stop.agreed(run.accelerator)
     is_due = (
         steps_done % recipe.save_steps == 0 or steps_done == recipe.num_steps or run.control.stop_reason is not None
     )
     is_due |= run.control.save_requested
     run.control.save_requested = False
-    run.state = replace(run.state, step=steps_done, version=run.policy.weights_version)
     value = metrics.get(f"eval/{recipe.best_metric}")
     if value is not None and recipe.is_better(value, run.state.best_value):
         run.state = replace(run.state, best_step=steps_done, best_value=value)

@@ -50,7 +50,7 @@ from dllm_rl.training.sharded_learner import (
     loading_device,
     shard_policy,
 )
-from dllm_rl.training.validation import check_best_model, validation_interval
+from dllm_rl.training.validation import check_evaluations, validation_interval
 from dllm_rl.training.values import check_value_model, make_value_head
 
 
@@ -67,7 +67,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     check_compiled(recipe)
     check_hub(recipe)
     check_tasks(recipe)
-    check_best_model(recipe, validation_interval(recipe))
+    check_evaluations(recipe, validation_interval(recipe))
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
         pool = None  # only the main process talks to the workers
     elif pool is None:
@@ -128,7 +128,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
             "training",
             recipe.num_steps,
             curve="reward",
-            completed=state.step,
+            completed=state.logged_steps,
             exact=recipe.likelihood.exact_ratios,
         ),
         checkpoint=str(resume_folder or ""),
@@ -199,7 +199,7 @@ def open_log(
     continues at the step of `saved_state`.
     """
     from_main(partial(clear_folder, recipe), accelerator)
-    first_step = saved_state.step if saved_state else 0
+    first_step = saved_state.logged_steps if saved_state else 0
     log = RunLog(
         Path(recipe.directory),
         start=first_step,

@@ -5,6 +5,7 @@ learner, updates the weights, and copies them to the rollout policy.
 """
 
 import os
+from functools import partial
 
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
@@ -13,12 +14,12 @@ from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.distillation import add_teacher_reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
-from dllm_rl.training.hooks import after_step
+from dllm_rl.training.hooks import end_step, record_update
 from dllm_rl.training.late_rollouts.schedule import Pool
 from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.saving import checkpoint_if_due
+from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.validation import validate
 
@@ -47,29 +48,35 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
     run = start(recipe, pool)  # starts a new run, or resumes one from a checkpoint
-    rollout_engine = resolve_rollout_engine(recipe)
-
-    for step_index in range(run.state.step, recipe.num_steps):
-        if run.async_rollouts is None:  # this process samples the completions
-            samples, completions, rollout_metrics = collect(run, step_index)
-        else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
-            samples, completions, rollout_metrics = run.async_rollouts.collect(step_index)
-        samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
-        result = train_step(run, samples, step_index, run.optimizer)
-        with run.log.stage("sync"):
-            # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
-            mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
-            sync_metrics = mismatch_metrics | rollout_engine.sync(run.policy, run.rollout_policy)
-
-        metrics = rollout_metrics | teacher_metrics | result.metrics | sync_metrics | validate(run, step_index)
-        metrics = after_step(run, step_index, metrics)  # calls the callbacks, which may add metrics
-        run.log.write(step_index, metrics)
-        # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
-        # processes.
-        log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
-        steps_done = step_index + 1
-        run.progress(metrics, show=steps_done % recipe.logging_steps == 0 or steps_done == recipe.num_steps)
-        checkpoint_if_due(run, step_index, metrics)  # on a signal, saves and then ends the process
+    for step_index in range(run.state.logged_steps, recipe.num_steps):
+        # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
+        metrics = run.state.unlogged
+        if metrics is None:
+            metrics = take_step(run, step_index)
+        end_step(run, step_index, metrics, partial(validate, run))  # on a signal, saves and then ends the process
         if run.control.stop_reason is not None:
             break
     return finish(run)
+
+
+def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
+    """Sample, grade and learn from the samples once; return the metrics. From the update on, an error or a stop leaves
+    a checkpoint of this step.
+    """
+    if run.async_rollouts is None:  # this process samples the completions
+        samples, completions, rollout_metrics = collect(run, step_index)
+    else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
+        samples, completions, rollout_metrics = run.async_rollouts.collect(step_index)
+    samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
+    result = train_step(run, samples, step_index, run.optimizer)
+    metrics = rollout_metrics | teacher_metrics | result.metrics
+    record_update(run, step_index, metrics)
+    with run.log.stage("sync"):
+        # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
+        mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
+        rollout_engine = resolve_rollout_engine(run.recipe)
+        sync_metrics = mismatch_metrics | rollout_engine.sync(run.policy, run.rollout_policy)
+    # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
+    # processes.
+    log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
+    return metrics | sync_metrics

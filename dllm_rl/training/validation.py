@@ -43,12 +43,12 @@ def evaluation_interval(recipe: Settings, eval_forwards: int, step_forwards: int
     return MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
 
 
-def check_best_model(recipe: Settings, eval_interval: int) -> None:
-    """Raise ValueError if `metric_for_best_model` would never be measured."""
-    if recipe.metric_for_best_model is not None and 0 < recipe.num_steps < eval_interval:
+def check_evaluations(recipe: Settings, eval_interval: int) -> None:
+    """Raise ValueError if a metric of the evaluations that the recipe needs would never be measured."""
+    for setting in recipe.evaluated_metrics if 0 < recipe.num_steps < eval_interval else ():
         raise ValueError(
-            f"metric_for_best_model={recipe.metric_for_best_model!r} is measured every {eval_interval} steps, and "
-            f"num_steps={recipe.num_steps}: set a smaller eval_steps"
+            f"{setting} is measured every {eval_interval} steps, and num_steps={recipe.num_steps}: set a smaller "
+            "eval_steps"
         )
 
 

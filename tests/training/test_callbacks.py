@@ -1,13 +1,17 @@
 """Callbacks, early stops, the best checkpoint, and settings that a resume changes, each through a run."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from dllm_rl import Callback, Lora, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
+from dllm_rl import Callback, Lora, RunControl, SaveBest, StopBelow, grpo, grpo_recipe, load_policy, sft, tiny_masked_lm
+from dllm_rl.callbacks import check_callbacks, state_of
+from dllm_rl.training import hooks, trainer
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
@@ -43,15 +47,10 @@ class Recorder(Callback):
         self.calls.append(("end", summary["seed"]))
 
 
-class Chosen(Callback):
-    """Writes a held-out metric of its own over the run's, so that the best step is known."""
-
-    def __init__(self, values, name="eval/reward"):
-        self.values = values
-        self.name = name
-
-    def on_step(self, run, metrics):
-        return {self.name: self.values[run.step - 1]}
+def choose(monkeypatch, values, *names):
+    """Give every evaluation during a run chosen values, so that the best step is known."""
+    names = names or ("eval/reward",)
+    monkeypatch.setattr(trainer, "validate", lambda run, step: dict.fromkeys(names, values[step]))
 
 
 class Numbered(Callback):
@@ -70,12 +69,12 @@ def test_every_hook_is_called_in_order_and_its_numbers_are_logged(tmp_path):
     run(tmp_path, num_steps=2, eval_steps=2, callbacks=[recorder])
     kinds = [call[:2] for call in recorder.calls]
     assert kinds == [
-        *[("save", "step-000000"), ("start", 0), ("step", 1), ("evaluate", 2), ("step", 2)],
+        *[("save", "step-000000"), ("start", 0), ("evaluate", 0), ("step", 1), ("evaluate", 2), ("step", 2)],
         *[("save", "step-000002"), ("end", 0)],
     ]
     rows = metrics_of(tmp_path)
     assert [row["mine/twice"] for row in rows] == [2 * row["reward"] for row in rows]
-    assert recorder.calls[3][2] == rows[1]["eval/reward"]
+    assert recorder.calls[4][2] == rows[1]["eval/reward"]
 
 
 def test_a_stop_saves_the_step_ends_the_run_with_its_reason_and_can_be_resumed(tmp_path):
@@ -168,9 +167,9 @@ def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
     assert resumed["stopped"]["step"] == 4  # a resume counts the steps before it
 
 
-def test_the_best_checkpoint_survives_the_limit_and_is_what_the_run_returns(tmp_path):
-    values = [0.1, 0.7, 0.3, 0.5]
-    settings = {"callbacks": [Chosen(values)], "save_steps": 1, "save_total_limit": 1, "eval_steps": 4, "num_steps": 4}
+def test_the_best_checkpoint_survives_the_limit_and_is_what_the_run_returns(tmp_path, monkeypatch):
+    choose(monkeypatch, [0.1, 0.7, 0.3, 0.5])
+    settings = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 4, "num_steps": 4}
     best = {"metric_for_best_model": "eval_reward", "load_best_model_at_end": True}
     summary = run(tmp_path, rollout_quantization=None, **settings, **best)
     assert (summary["best_step"], summary["best_value"]) == (2, 0.7)
@@ -212,12 +211,11 @@ BEST = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_
     ],
     ids=["same", "another spelling", "another direction", "another metric"],
 )
-def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, changed, best):
-    values = [0.9, 0.2, 0.1, 0.3]
-    run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST, callbacks=[Chosen(values)])
+def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, monkeypatch, changed, best):
+    choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward", "eval/close")
+    run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
     capsys.readouterr()
-    both = [Chosen(values), Chosen(values, "eval/close")]
-    resume = {"num_steps": 4, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest", "callbacks": both}
+    resume = {"num_steps": 4, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest"}
     summary = run(tmp_path, **BEST | resume | changed)
     assert (summary["best_step"], summary["best_value"]) == best and Path(summary["best_checkpoint"]).exists()
     said = "the best checkpoint so far, of step 1, no longer counts: metric_for_best_model or greater_is_better"
@@ -226,17 +224,18 @@ def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, 
 
 @pytest.mark.parametrize("load", [True, False])
 @pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
-def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, case, load):
+def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, monkeypatch, case, load):
     settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
-    values = [0.9, 0.1, 0.1, 0.95 if case == "deleted" else 0.1, 0.2]
-    run(tmp_path / "run", num_steps=4, **settings, save_total_limit=2, callbacks=[Chosen(values)])
+    with monkeypatch.context() as patched:
+        choose(patched, [0.9, 0.1, 0.1, 0.95 if case == "deleted" else 0.1, 0.2])
+        run(tmp_path / "run", num_steps=4, **settings, save_total_limit=2)
     capsys.readouterr()
     start = tmp_path / "run" / "checkpoints" / "step-000003"
     folder = tmp_path / ("run" if case in ("deleted", "kept") else "other")
     if case == "no evaluation since":
         settings |= {"eval_steps": 3}
-    values = [0.0, 0.0, 0.0, 0.3, 0.2]
-    settings |= {"callbacks": [Chosen(values)] if settings["eval_steps"] == 1 else ()}
+    else:
+        choose(monkeypatch, [0.0, 0.0, 0.0, 0.3, 0.2])
     summary = run(folder, num_steps=5, **settings, resume_from_checkpoint=str(start))
     said = f"the best checkpoint so far, of step 1, no longer counts: {folder / 'checkpoints'} does not have it"
     assert (said in capsys.readouterr().out) == (case != "kept")
@@ -254,6 +253,10 @@ def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, 
         ({"metric_for_best_model": "reward"}, "eval_steps"),
         ({"metric_for_best_model": "rewards", "eval_steps": 1}, "metric_for_best_model"),
         ({"load_best_model_at_end": True}, "metric_for_best_model"),
+        ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
+        ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
+        ({"callbacks": [SaveBest("eval/reward")], "eval_steps": 9}, r"SaveBest\('eval/reward'\) .* every 9 steps"),
+        ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "'reward' is near"),
     ],
 )
 def test_what_cannot_be_called_or_measured_is_refused_before_the_first_step(tmp_path, settings, field):
@@ -268,6 +271,190 @@ def test_what_a_callback_returns_must_be_numbers(tmp_path):
 
     with pytest.raises(ValueError, match=r"Wrong\.on_step"):
         run(tmp_path, callbacks=[Wrong()])
+
+
+class Named(Callback):
+    def __init__(self, *names):
+        self.names = names
+
+    def on_step(self, run, metrics):
+        return dict.fromkeys(self.names, 7.0)
+
+
+@pytest.mark.parametrize("name", ["step", "reward", "eval/reward", "other/number"])
+def test_a_number_of_a_callback_replaces_none_of_the_runs_or_of_another_callback(tmp_path, name):
+    """`eval/reward` also at a step without an evaluation: the next one would pick the best checkpoint by it."""
+    with pytest.raises(ValueError, match=rf"Named\.on_step returned '{name}', a name of the run .*'mine/{name}'"):
+        run(tmp_path, num_steps=1, eval_steps=9, callbacks=[Named("other/number"), Named("mine/fine", name)])
+    assert metrics_of(tmp_path) == []
+
+
+def test_names_that_only_the_log_gives_are_the_runs_too():
+    for name in ("time/update", "step_time", "memory/peak_gb", "eval/mine", "resume_from", "warmup_step", "changed"):
+        with pytest.raises(ValueError, match=f"'{name}', a name of the run"):
+            hooks.check_numbers(Named(), {"mine": 1, name: 2.0}, {"reward": 0.5})
+    assert hooks.check_numbers(Named(), {"mine/reward": 1}, {"reward": 0.5}) == {"mine/reward": 1.0}
+
+
+def test_sft_keeps_its_numbers_too(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
+    options = {"max_length": 8, "num_steps": 1, "report_to": "none", "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"Named\.on_step returned 'loss'"):
+        sft(tiny_masked_lm(characters="123456="), rows, **options, callbacks=[Named("loss")])
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (StopBelow("eval_reward", 0.0), "StopBelow acts on the metric 'eval_reward', .*; 'eval/reward' is near"),
+        (SaveBest("rewards"), "SaveBest acts on the metric 'rewards', .*; 'reward' is near"),
+        (SaveBest("mine/number"), "SaveBest acts on the metric 'mine/number', which step 1 does not have"),
+        (StopBelow("step_time", 0.0), "StopBelow acts on the metric 'step_time', which step 1 does not have"),
+        (StopBelow("eval/reward", 0.0), None),
+        (StopBelow(), None),
+        (SaveBest("reward"), None),
+    ],
+)
+def test_a_metric_that_never_occurs_is_named_after_the_first_step(tmp_path, capsys, callback, said):
+    run(tmp_path, num_steps=2, eval_steps=2, callbacks=[callback, Named("mine/number")])
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert (re.search(said, out) is not None) if said else "acts on the metric" not in out
+    assert out.count("acts on the metric") == bool(said)
+
+
+class Renamed(Callback):
+    def on_evaluation(self, run, metrics):
+        """A hook of no run."""
+
+
+class OfTransformers(Callback):
+    def on_step_end(self, args, state, control, **kwargs):
+        """transformers' hook."""
+
+
+class Short(Callback):
+    def on_step(self, run):
+        """Lacks the metrics."""
+
+
+class Long(Callback):
+    def on_save(self, run, folder, step):
+        """One argument more."""
+
+
+class Waiting(Callback):
+    async def on_evaluate(self, run, metrics):
+        """Never awaited."""
+
+
+class Loading(Callback):
+    def load_state(self):
+        """Lacks the state."""
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (Renamed, r"callbacks\[0\]: Renamed.on_evaluation is never called; the nearest is on_evaluate"),
+        (OfTransformers, "OfTransformers.on_step_end is never called; the nearest is on_step"),
+        (Short, r"Short.on_step cannot be called with \(run, metrics\): too many positional arguments"),
+        (Long, r"Long.on_save cannot be called with \(run, folder\): missing a required argument: 'step'"),
+        (Waiting, "Waiting.on_evaluate is async, .*; write def"),
+        (Loading, r"Loading.load_state cannot be called with \(state\)"),
+    ],
+)
+def test_a_hook_that_no_run_can_call_is_refused_before_the_model_is_loaded(tmp_path, callback, said):
+    def model(seed):
+        raise AssertionError("loaded")
+
+    recipe = grpo_recipe(tiny_masked_lm(characters="123456="), ROWS, close, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=said):
+        replace(recipe, model=model, callbacks=[callback()])
+
+
+def test_hooks_may_take_more_if_it_has_defaults():
+    class Free(Callback):
+        on_gpu = False
+
+        def on_step(self, *arguments, **keywords):
+            """Takes anything."""
+
+        def on_save(self, run, folder, copies=2):
+            """One with a default."""
+
+    check_callbacks([Free(), Recorder(), StopBelow(), SaveBest()])
+
+
+class Misspelled(Callback):
+    def on_evaluate(self, run, metrics):
+        return metrics["eval/rewards"]
+
+
+def test_on_evaluate_is_first_called_before_the_training(tmp_path):
+    with pytest.raises(KeyError, match="eval/rewards"):
+        run(tmp_path, num_steps=2, eval_steps=2, callbacks=[Misspelled()])
+    assert metrics_of(tmp_path) == []
+
+
+class Counting(Callback):
+    """Its state is the number of steps that it has seen."""
+
+    def on_start(self, run):
+        self.steps = 0
+
+    def on_step(self, run, metrics):
+        self.steps += 1
+        return {f"{self.name}/steps": self.steps}
+
+    def state(self):
+        return {"steps": self.steps}
+
+    def load_state(self, state):
+        self.steps = state["steps"]
+
+    def __init__(self, name="mine"):
+        self.name = name
+
+
+class Forgetting(Counting):
+    state = Callback.state
+
+
+def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_anew(tmp_path, capsys):
+    run(tmp_path, num_steps=2, lr_schedule_steps=6, callbacks=[Counting("a"), Forgetting("b"), Counting("c")])
+    assert "start anew" not in capsys.readouterr().out
+    resume = {"lr_schedule_steps": 6, "resume_from_checkpoint": "latest"}
+    # Of one class by their order, whatever stands between; a new one has no state in the checkpoint.
+    more = [SaveBest(), Counting("a"), Counting("c"), Forgetting("b"), Counting("new"), StopBelow()]
+    run(tmp_path, num_steps=3, **resume, callbacks=more)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "callbacks that start anew, since the checkpoint has no state of theirs: Forgetting, Counting;" in said
+    last = metrics_of(tmp_path)[-1]
+    assert [last[f"{name}/steps"] for name in ("a", "b", "c", "new")] == [3, 1, 3, 1]
+    run(tmp_path, num_steps=4, **resume, callbacks=[Counting("a"), StopBelow(), SaveBest()])
+    assert "start anew" not in capsys.readouterr().out
+    assert metrics_of(tmp_path)[-1]["a/steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"seen": {1, 2}}, {"pair": (1, 2)}, {"by step": {1: 0.5}}, {"mean": float("nan")}, [1], "text"],
+    ids=["a set", "a tuple", "keys that are numbers", "NaN", "a list", "text"],
+)
+def test_a_state_that_json_would_change_is_refused_before_the_first_step(tmp_path, value):
+    callback = Counting()
+    callback.state = lambda: value
+    with pytest.raises(ValueError, match=r"Counting\.state returned .*; return a dict of JSON values"):
+        run(tmp_path, num_steps=1, callbacks=[callback])
+    assert metrics_of(tmp_path) == []
+
+
+def test_a_state_that_changes_after_it_was_read_is_stored_as_it_was():
+    callback = Counting()
+    callback.steps = [1]
+    stored = state_of(callback)
+    callback.steps.append(2)
+    assert stored == {"steps": [1]}
 
 
 def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):

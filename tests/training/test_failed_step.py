@@ -103,7 +103,8 @@ def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
     changes = {"corrector": replace(no_correction(), loss=in_second_iteration), "lora": partial(Lora, r=2)}
     late = {"num_iterations": 2, "lr_schedule": lambda step, num_steps: float(step > 0)}
     note = failed(tmp_path, RuntimeError, **changes, **late)
-    assert "failed after step 1 was complete" in note and steps(tmp_path) == [0]
+    assert "failed after step 1 was complete and is not saved; the newest checkpoint is step-000000; fix" in note
+    assert steps(tmp_path) == [0]
 
 
 def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monkeypatch):
@@ -124,6 +125,17 @@ def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monke
     assert "and saving it failed too: [Errno 28]" in note and steps(tmp_path) == [0]
 
 
+def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dllm_rl.training.finish.plots.plot", full)
+        note = failed(tmp_path, OSError)
+    assert note.startswith("process 0: failed after step 3 was complete; fix the cause and continue with resume_")
+    assert train(small(tmp_path, resume_from_checkpoint="latest"))["eval_after"]
+
+
 def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -131,10 +143,6 @@ def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exceed the model's 64 positions") as raised:
         train(tiny_recipe(tmp_path / "a", max_prompt_length=10**6))
     assert not hasattr(raised.value, "__notes__") and not (tmp_path / "a").exists()
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space") as raised:
-        patched.setattr("dllm_rl.training.finish.plots.plot", full)  # after the last step, which is whole
-        train(tiny_recipe(tmp_path / "end", num_steps=1))
-    assert not hasattr(raised.value, "__notes__")
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(OSError, match="was not saved") as raised:
         train(tiny_recipe(tmp_path / "b", num_steps=1))

@@ -24,6 +24,7 @@ from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import train
+from dllm_rl.training.hooks import record_update
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
 
@@ -178,7 +179,8 @@ def test_a_step_replaces_the_state_as_a_whole():
         writer=SimpleNamespace(check=nothing),
         control=RunControl(Path("runs/x"), 3, 10),
     )
-    checkpoint_if_due(run, 3, {})
+    record_update(run, 3, {})
+    checkpoint_if_due(run, {})
     assert (run.state.step, run.state.version, run.state.eval_before) == (4, 8, {"reward": 0.5})
     assert (before.step, before.version) == (3, 6)
     assert run.log.entered == "" and run.saved is None and run.checkpoint == ""

@@ -45,6 +45,7 @@ class FirstReadyRollouts(AsyncRollouts):
     spare: list[int] = field(default_factory=list)  # begun before, but this run has fewer steps left
     next_number: int = 0  # the first number that no batch has had
     taken: int = -1  # number of the batch that the learner trains on
+    taken_step: int = -1  # index of the step that trains on it
     lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
     is_open: bool = True
 
@@ -101,7 +102,7 @@ class FirstReadyRollouts(AsyncRollouts):
                 versions = {number: batch.age for number, batch in self.pending.items()}
                 number = choose_batch(versions, self._is_made, self.version, recipe.max_staleness)
                 if number is not None and (batch := self._made(number)) is not None:
-                    self.taken = number
+                    self.taken, self.taken_step = number, step
                     return number, batch
             if others_wait and time.monotonic() - start_time > recipe.collective_timeout / 4:
                 return None
@@ -128,7 +129,9 @@ class FirstReadyRollouts(AsyncRollouts):
         those to make again, with the checkpoint's weights.
         """
         with self.lock:
-            made = {number: self._made(number) for number in self.pending}
+            # A run that failed between the update and `publish` has trained on the taken batch already.
+            done = {self.taken} if step > self.taken_step else set()
+            made = {number: self._made(number) for number in self.pending.keys() - done}
             not_restarted = [number for number in self.numbers[::-1] if number < self.next_number] + self.spare
             next_number = self.next_number
         unfinished = [number for number, batch in made.items() if batch is None] + not_restarted
