@@ -57,11 +57,11 @@ def line_of(error: BaseException) -> str:
     return escape_controls(without_middle(text))
 
 
-def without_middle(text: str) -> str:
-    """Shorten a text to MAX_MESSAGE_LENGTH characters by replacing its middle with "..."."""
-    if len(text) <= MAX_MESSAGE_LENGTH:
+def without_middle(text: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
+    """Shorten a text to `max_length` characters by replacing its middle with "..."."""
+    if len(text) <= max_length:
         return text
-    return f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[5 - MAX_MESSAGE_LENGTH // 2 :]}"
+    return f"{text[: max_length // 2]} ... {text[5 - max_length // 2 :]}"
 
 
 def literal(text: object, *, style: str = "") -> Text:

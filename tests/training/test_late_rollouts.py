@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,7 @@ from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.algorithms.correctors import ais, aligned, tis
+from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods.estimators import coupled, sandwich, trajectory
 from dllm_rl.models.base import copied
@@ -30,9 +33,10 @@ from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.serving.engine import http_engine
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
-from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, ray_workers
+from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
 from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, serialize_batch
 from dllm_rl.training.learner import train_step
@@ -41,6 +45,11 @@ from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
 
 QUIET = {"report_to": None, "log_completions_steps": 0}
+
+
+@pytest.fixture
+def ray():
+    return pytest.importorskip("ray", reason="Ray is an optional extra")
 
 
 def late_recipe(directory, *, late=1, workers=1, **changes):
@@ -282,6 +291,91 @@ def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
 
 
+class Locked:
+    """Holds what pickle refuses, as the client of a judge does."""
+
+    def __init__(self):
+        self.lock = Lock()
+
+    def __call__(self, *arguments, **columns):
+        with self.lock:
+            return [1.0] * len(columns["completions"])
+
+
+def reward_of_a_closure():
+    lock = Lock()
+
+    def judged(completions, **columns):
+        with lock:
+            return [1.0] * len(completions)
+
+    return judged
+
+
+class Rows:
+    """Rows of a database."""
+
+    def __init__(self):
+        self.database = sqlite3.connect(":memory:")
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return ROWS[index]
+
+
+def any_text(completions, **columns):
+    return [1.0] * len(completions)
+
+
+ROWS = [{"prompt": "12="}, {"prompt": "34="}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "cause"),
+    [
+        (lambda: {"task": task_from_dataset(ROWS, reward_funcs=reward_of_a_closure())}, "judged", "'_thread.lock'"),
+        (lambda: {"task": task_from_dataset(ROWS, reward_funcs=Locked())}, "task=DatasetTask", "'_thread.lock'"),
+        (
+            lambda: {"task": task_from_dataset(Rows(), reward_funcs=any_text)},
+            "task=DatasetTask",
+            "'sqlite3.Connection'",
+        ),
+        (lambda: {"sampler": partial(unmask, rank=Locked())}, "sampler=functools.partial", "'_thread.lock'"),
+        (lambda: {"advantages": partial(len, (i for i in "ab"))}, "advantages=functools.partial", "'generator'"),
+        (lambda: {"model": partial(len, socket.socket())}, "model=functools.partial", "'socket'"),
+    ],
+)
+def test_what_has_no_copy_for_workers_is_refused_in_a_line_before_ray_starts(
+    ray, tmp_path, monkeypatch, changes, named, cause
+):
+    monkeypatch.setattr(ray_pool, "start_ray", lambda *_: pytest.fail("Ray was started"))
+    recipe = late_recipe(tmp_path)
+    for name, value in changes().items():
+        object.__setattr__(recipe, name, value)  # without the checks of a recipe, which are not of this test
+    with pytest.raises(ValueError, match="has no copy for rollout_workers: cannot pickle") as error:
+        ray_workers(recipe)
+    assert named in str(error.value) and cause in str(error.value) and len(str(error.value)) < 380
+    assert "\n" not in str(error.value)
+
+
+def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
+    callback = Callback()
+    callback.lock = Lock()
+    recipe = late_recipe(tmp_path, callbacks=(callback,))
+    check_copies(recipe)
+    pool, sent = object.__new__(RayWorkerPool), []
+    pool.ray, pool.recipe, pool.threads, pool.kind = SimpleNamespace(put=sent.append), recipe, 1, "cpu"
+    context = SimpleNamespace(log=SimpleNamespace(say=print), policy=build_policy(recipe, torch.device("cpu")))
+    pool.set_up(context)
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(sent[0]))[0].callbacks == ()
+    context.policy.tokenizer.lock, pool.ray.put = Lock(), ray.cloudpickle.dumps  # as of a maker of one's own
+    with pytest.raises(ValueError, match=r"model=DiffusionPolicy\(.*cannot pickle '_thread.lock'") as error:
+        pool.set_up(context)
+    assert "\n" not in str(error.value)
+
+
 def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_path):
     """`_batch` gives None after a quarter of collective_timeout, then the pool's batch, or its error."""
     arrived, failure = Event(), []
@@ -308,11 +402,6 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
 
 
 # --- With Ray: each test starts a cluster, and workers that import the library ----------------------------
-
-
-@pytest.fixture
-def ray():
-    return pytest.importorskip("ray", reason="Ray is an optional extra")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -23,6 +23,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, run_exit_stack
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
+from dllm_rl.screen import without_middle
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import RolloutProducer, copy_policy_to_host
 
@@ -104,7 +105,13 @@ class RayWorkerPool:
     def set_up(self, context: StepContext[Recipe]) -> None:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
         self.say = context.log.say
-        self.setup = self.ray.put((self.recipe, copy_policy_to_host(context.policy), self.threads, self.kind))
+        # The recipe is sent without its callbacks, which run in the learner only.
+        setup = (replace(self.recipe, callbacks=()), copy_policy_to_host(context.policy), self.threads, self.kind)
+        try:
+            self.setup = self.ray.put(setup)
+        except Exception as error:  # any exception, from the code of an object's class
+            # Ray's own error has many lines; its cause is the one of pickle.
+            raise ValueError(refusal("model", context.policy, error.__cause__ or error)) from None
 
     def submit(self, step: int, weights: bytes) -> None:
         """Give the job to the worker with the fewest open jobs."""
@@ -230,12 +237,38 @@ def error_of(kind: str, text: str) -> Exception:
     return error_types[kind](text) if kind in error_types else RuntimeError(f"{kind}: {text}")
 
 
+def check_copies(recipe: Recipe) -> None:
+    """Raise ValueError if the workers cannot get copies of the recipe's functions and data.
+
+    Call it before Ray starts, because Ray would say so after the model is loaded, in thousands of characters.
+    """
+    from ray import cloudpickle
+
+    with open(os.devnull, "wb") as sink:
+        for field in fields(recipe):
+            value = getattr(recipe, field.name)
+            try:
+                if field.name != "callbacks":
+                    cloudpickle.dump(value, sink)
+            except Exception as error:  # any exception, from the code of an object's class
+                raise ValueError(refusal(field.name, value, error)) from None
+
+
+def refusal(name: str, value: Any, error: BaseException | None) -> str:
+    """Return the error for a setting that has no copy."""
+    return (
+        f"{name}={without_middle(repr(value), 160)} has no copy for rollout_workers: {error}; make what cannot be "
+        "copied (a lock, a client) where it is first used, or set rollout_workers=0"
+    )
+
+
 def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     """Start the pool of a run: join the cluster at RAY_ADDRESS or start one on this machine, reserve processors and
     GPUs, and start the workers. Return None if the recipe has no workers.
 
     Raises:
-        ValueError: The cluster has too few free processors or GPUs, or Ray is missing. It is raised before any work.
+        ValueError: The cluster has too few free processors or GPUs, a setting cannot be copied to the workers, or Ray
+            is missing. It is raised before any work.
     """
     count = recipe.rollout_workers
     if not count:
@@ -244,6 +277,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
     import ray
 
+    check_copies(recipe)
     device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else find_device()
     if not ray.is_initialized():
         start_ray(ray, device)
