@@ -448,7 +448,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     first_row = rows[0]
     split = f", {first_row['split']} split" if first_row["split"] else ""
     captions = [first_row["model"], *reasons_for_null(rows)]
-    table = Table(title=heading(first_row, split), caption=literal("\n".join(captions), style="table.caption"))
+    table = Table(title=heading(first_row, split), caption=literal(". ".join(captions), style="table.caption"))
     table.add_column("")
     for row in rows:
         steps = f", {row['diffusion_steps']} steps" if row.get("diffusion_steps") else ""

@@ -16,23 +16,25 @@ MAX_PAIRS = 12  # largest number of pairs of rules that a table shows
 
 
 def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, against: str | None = None) -> None:
-    """Print the grades as JSON, with `against` also the differences from that file; or for protocol="all" tables of
-    every rule and of rows in which two rules differ.
+    """Print the grades, with `against` also the differences from that file; or for protocol="all" tables of every rule
+    and of rows in which two rules differ. as_json: print one JSON object in place of tables.
     """
     task = task or recorded_task(Path(file))
     if against is not None:
         if protocol == "all":
             raise ValueError("--against compares under one protocol: give it in place of --protocol all")
-        print(json.dumps(compare_files(file, against, task=task, protocol=protocol)))
-        return
-    if protocol != "all":
-        print(json.dumps(grade_file(file, task=task, protocol=protocol)))
-        return
-    graded = grade_by_every_rule(file, task=task)
+        graded = compare_files(file, against, task=task, protocol=protocol)
+    elif protocol != "all":
+        graded = grade_file(file, task=task, protocol=protocol)
+    else:
+        graded = grade_by_every_rule(file, task=task)
+    console = Console()
     if as_json:
         print(json.dumps(graded))
         return
-    console = Console()
+    if protocol != "all":
+        console.print(grades_table(graded, file))
+        return
     console.print(rules_table(graded, file))
     console.print(differences_table(graded) if graded["differences"] else "every rule gives every row the same verdict")
     for protocol, why in graded["not_graded"].items():
@@ -53,6 +55,33 @@ def recorded_task(file: Path) -> str:
     raise ValueError(f"task=None, and no results.json beside {str(file)!r} names it; give --task")
 
 
+def heading(graded: dict[str, Any], file: str) -> Any:
+    """Return the title of a table of the grades of a file."""
+    protocol = f", protocol {graded['protocol']}" if "protocol" in graded else ""
+    rows = f"{graded['n']} completions of {graded['problems']} problems in {file}"
+    return literal(f"{graded['task']} (version {graded['version']}){protocol}, {rows}", style="table.title")
+
+
+def grades_table(graded: dict[str, Any], file: str) -> Table:
+    """Return a table with a line per rate: its mean, and its difference from the other file, with 95 % intervals."""
+    captions = [graded["why_null"]] if "why_null" in graded else []
+    if "no_answer" in graded:
+        captions.append(f"graded wrong, because their reference answer is null: {graded['no_answer']}")
+    if "against" in graded:
+        captions.append(
+            f"difference: minus {graded['against']}, over the {graded['problems_compared']} problems of both"
+        )
+    table = Table(title=heading(graded, file), caption=literal(". ".join(captions), style="table.caption"), **NARROW)
+    for name in ("", "rate", *["difference"] * ("against" in graded)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name in (name for name in graded if f"{name}_interval" in graded):
+        cells = [with_bounds(graded[name], graded[f"{name}_interval"])]
+        if (difference := graded.get("difference", {}).get(name)) is not None:
+            cells.append(with_bounds(difference[0], difference[1:], sign="+"))
+        table.add_row(*map(literal, (name, *cells)))
+    return table
+
+
 def rules_table(graded: dict[str, Any], file: str) -> Table:
     """Return a table with a line per rule: the number of rows with the full reward, and rates with 95 % intervals.
 
@@ -60,11 +89,10 @@ def rules_table(graded: dict[str, Any], file: str) -> Table:
     """
     rules = graded["rules"]
     rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
-    title = f"{graded['task']} (version {graded['version']}), {graded['n']} rows of {file}"
     caption = (
         "right: rows with the full reward. The answer of an extractor, such as last <answer>, is graded by strict."
     )
-    table = Table(title=literal(title, style="table.title"), caption=caption, **NARROW)
+    table = Table(title=heading(graded, file), caption=caption, **NARROW)
     table.add_column("graded by", overflow="fold")
     for name in ("right", *rates, "parsed"):
         table.add_column(name, justify="right", no_wrap=True)

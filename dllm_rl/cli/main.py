@@ -314,7 +314,7 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
         default="strict",
         help=f"{names}: every protocol and every way to extract the answer, and the rows on which they differ",
     )
-    sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     sub.add_argument(
         "--against",
         metavar="FILE",

@@ -1,8 +1,10 @@
 """Regrade stored completions from any source, by one protocol or by all rules of a task. Does not import torch."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from dllm_rl.evaluation.results import (
     GradedAnswer,
     compared_with,
     headline,
-    sums_by_name,
     with_intervals,
 )
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
-from dllm_rl.tasks.rows import load_rows, text_of
+from dllm_rl.tasks.rows import load_rows, require_field
 
 MAX_IDS = 5  # maximum number of ids shown for each two sets of rules that disagree
+PROBLEM_TEXTS = ("prompt", "question", "problem")  # fields with the text of a problem
+PROBLEM_IDS = ("problem_id", "question_id", "task_id", "id")
 MAX_ID_LENGTH = 40  # in characters; a longer id is cut
 
 
@@ -30,13 +33,54 @@ class StoredCompletion:
 
     location: str  # file and line, for error messages
     id: str
-    problem: int | None  # None: the row has no number of its problem
     row: Mapping[str, Any]
     completion: str
 
 
+@dataclass(frozen=True)
+class GradedFile:
+    """The completions of a file, the fields that their graders read, and their grades."""
+
+    stored: Sequence[StoredCompletion]
+    fields: Sequence[Mapping[str, Any]]
+    rewards: Sequence[Reward]
+
+    @cached_property
+    def problems(self) -> list[int | str]:
+        """What identifies each row's problem (see `_problem`); the number of the row if nothing does."""
+        keys = [_problem(completion.row, fields) for completion, fields in zip(self.stored, self.fields, strict=True)]
+        return [place if key is None else key for place, key in enumerate(keys)]
+
+    def evaluation(self, problems: Sequence[int | str]) -> Evaluation:
+        """Return the grades as an evaluation in which a problem has the number of its place in `problems`."""
+        numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
+        pairs = zip(self.problems, self.rewards, strict=True)
+        answers = (GradedAnswer(numbers[problem], place, reward) for place, (problem, reward) in enumerate(pairs))
+        return Evaluation(tuple(answers), {})
+
+    def rates(self) -> dict[str, Any]:
+        """Return each of RATES and pass@k with its interval."""
+        evaluation = self.evaluation(self.problems)
+        sums = evaluation.sums
+        rates = {name: sums[name] for name in (*RATES, headline(sums)) if name in sums}
+        return with_intervals(rates | evaluation.pass_sums())
+
+    def summary(self, task: str, protocol: str) -> dict[str, Any]:
+        """Return what `grade_file` returns."""
+        num_without_answer = sum(None in row_fields.values() for row_fields in self.fields)
+        facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(self.rewards)}
+        facts |= {"problems": len(set(self.problems))}
+        facts |= {"no_answer": num_without_answer} if num_without_answer else {}
+        return facts | self.rates()
+
+
 def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
     """Grade the rows of a file of completions under one protocol.
+
+    Rows of the same problem are its samples. A row's problem is the `problem` that `dllm-rl evaluate` stores or the
+    `doc_id` of lm-evaluation-harness; else its `prompt`, `question` or `problem` together with the task's fields; else
+    these fields, if they have more than the answer; else its `problem_id`, `question_id`, `task_id` or `id`; else each
+    row is a problem.
 
     Args:
         path: File of completions, as for `read_completions`.
@@ -46,77 +90,66 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
         protocol: Name of the protocol. Default: "strict".
 
     Returns:
-        task, version, protocol, n, `no_answer` (rows whose reference answer is null), and each of RATES with its 95 %
-        interval [low, high].
+        task, version, protocol, `n` completions, `problems`, `no_answer` (completions whose reference answer is null),
+        and each of RATES with its 95 % interval [low, high]; with several samples per problem also pass@k.
 
     Raises:
         ValueError: The file has no rows, or a row is malformed: the message names file and line. Raised before grading.
     """
-    return _summary(*_read_and_grade(path, task, protocol), task, protocol)
+    return _read_and_grade(path, task, protocol).summary(task, protocol)
 
 
-def _read_and_grade(
-    path: str | Path, task: str, protocol: str
-) -> tuple[list[StoredCompletion], list[dict[str, Any]], list[Reward]]:
+def _read_and_grade(path: str | Path, task: str, protocol: str) -> GradedFile:
     find_grader(task, protocol)
     stored = read_completions(path, task)
     fields = _fields(stored, task, protocol)
-    return stored, fields, grade_all(task, protocol, fields, [completion.completion for completion in stored])
-
-
-def _summary(
-    stored: list[StoredCompletion], fields: list[dict[str, Any]], rewards: list[Reward], task: str, protocol: str
-) -> dict[str, Any]:
-    num_without_answer = sum(None in row_fields.values() for row_fields in fields)
-    facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
-    facts |= {"no_answer": num_without_answer} if num_without_answer else {}
-    return facts | _rates_with_intervals(stored, rewards)
+    rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
+    return GradedFile(stored, fields, rewards)
 
 
 def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
     """Grade two files of completions of the same problems, and compare them problem by problem.
 
-    A row's problem is the `problem` that `dllm-rl evaluate` stores or the `doc_id` of lm-evaluation-harness, else its
-    number in the file.
-
     Args:
-        path: File of completions, as for `read_completions`.
+        path: File of completions, as for `read_completions`. A row's problem is that of `grade_file`.
         before: Baseline file; its metrics are subtracted from those of `path`.
         task: Name of the task.
         protocol: Name of the protocol. Default: "strict".
 
     Returns:
-        The fields of `grade_file` for `path`; `against`, the name of `before`; and `difference`, each metric's
-        difference with its paired 95 % interval [difference, low, high], over the problems that both files have.
+        The fields of `grade_file` for `path`; `against`, the name of `before`; `problems_compared`, the number of
+        problems that both files have; and `difference`, each metric's difference over these problems with its paired
+        95 % interval [difference, low, high].
 
     Raises:
         ValueError: As for `grade_file`; or the files have no problem in common, or one problem number stands for
-            different problems in the two files.
+            different problems in the two files, or they differ in length and nothing says which problem a row has.
     """
-    graded = [_read_and_grade(file, task, protocol) for file in (path, before)]
-    evaluations = [Evaluation(_answers(stored, rewards), {}) for stored, _, rewards in graded]
+    graded, baseline = (_read_and_grade(file, task, protocol) for file in (path, before))
     now, then = (
-        dict(zip(_problems(stored), zip(fields, stored, strict=True), strict=True)) for stored, fields, _ in graded
+        dict(zip(each.problems, zip(each.fields, each.stored, strict=True), strict=True)) for each in (graded, baseline)
     )
-    if not now.keys() & then.keys():
+    common = now.keys() & then.keys()
+    if not common:
         raise ValueError(f"{path} and {before} have no problem in common")
-    for number in now.keys() & then.keys():
-        (fields_now, row), (fields_then, other_row) = now[number], then[number]
+    for problem in common:
+        (fields_now, row), (fields_then, other_row) = now[problem], then[problem]
         if fields_now != fields_then:
             raise ValueError(
                 f"{row.location} is a different problem from {other_row.location}; give files of the same problems"
             )
-    return _summary(*graded[0], task, protocol) | compared_with(str(before), *evaluations)
-
-
-def _problems(stored: Sequence[StoredCompletion]) -> list[int]:
-    """Return the number of each row's problem, or of the row if it has none."""
-    return [place if row.problem is None else row.problem for place, row in enumerate(stored)]
-
-
-def _answers(stored: Sequence[StoredCompletion], rewards: Sequence[Reward]) -> tuple[GradedAnswer, ...]:
-    numbered = zip(_problems(stored), rewards, strict=True)
-    return tuple(GradedAnswer(problem, place, reward) for place, (problem, reward) in enumerate(numbered))
+    if len(graded.stored) != len(baseline.stored):
+        for completion, fields in zip(graded.stored, graded.fields, strict=True):
+            if _problem(completion.row, fields) is None:
+                raise ValueError(
+                    f"{path} has {len(graded.stored)} completions and {before} has {len(baseline.stored)}, and nothing "
+                    f"in {completion.location} says which problem it is; add the problem's text or number as question "
+                    "or doc_id"
+                )
+    problems = graded.problems + baseline.problems
+    evaluations = (each.evaluation(problems) for each in (graded, baseline))
+    compared = compared_with(str(before), *evaluations) | {"problems_compared": len(common)}
+    return graded.summary(task, protocol) | compared
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
@@ -131,7 +164,7 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
         task: Name of the task.
 
     Returns:
-        task, version, n;
+        task, version, n, problems;
         `rules`: by name, the number of right rows (full reward) and each of RATES with its 95 % interval [low, high];
         `differences`: rules that agree on every row form a set, so that any two sets disagree on some rows; for each
         two sets, the number of these rows, the number of those that only the first set grades as right, and the ids
@@ -168,8 +201,9 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
         "task": task,
         "version": TABLE[task].task.version,
         "n": len(stored),
+        "problems": len(set(GradedFile(stored, fields, rewards["strict"]).problems)),
         "rules": {
-            name: {"right": sum(is_right[name])} | _rates_with_intervals(stored, graded)
+            name: {"right": sum(is_right[name])} | GradedFile(stored, fields, graded).rates()
             for name, graded in rewards.items()
         },
         "differences": _differences(is_right, [row.id for row in stored]),
@@ -201,8 +235,8 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
 
     A .jsonl file has one object per line: a row of this library, a sample of lm-evaluation-harness, or a row of any
     other source. A row of another source has `completion` and the task's fields. In place of these fields it may have
-    one field `reference`, which holds the reference answer, or an object with the task's fields. A .json file has a
-    list of such objects, or is a file of d1.
+    one field `reference`, which holds the reference answer, or an object with the task's fields. `completion` may be a
+    list of texts: the samples of a problem. A .json file has a list of such objects, or is a file of d1.
 
     Raises:
         ValueError: The file has no rows, or a row has no completion. The message names file and line.
@@ -219,10 +253,12 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         try:
             fields = _with_our_names(row, task)
             row_id = _id(row, location.removeprefix(f"{path}, "))
-            stored = StoredCompletion(location, row_id, _problem(row), fields, text_of(fields, "completion"))
+            texts = _texts(fields)
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
-        steps_and_rows.append((step, stored))
+        for sample, text in enumerate(texts):
+            stored_id = row_id if len(texts) == 1 else f"{row_id}.{sample}"
+            steps_and_rows.append((step, StoredCompletion(location, stored_id, fields, text)))
     if not steps_and_rows:
         raise ValueError(f"{path} has no rows")
     return [stored for _, stored in steps_and_rows]
@@ -237,9 +273,7 @@ def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
         resps = row["resps"]
         while isinstance(resps, list) and len(resps) == 1:
             resps = resps[0]
-        if not isinstance(resps, str):
-            raise ValueError("resps has several texts; write a row for each")
-        fields = doc | {"completion": resps}
+        fields = doc | {name: row[name] for name in ("doc_id",) if name in row} | {"completion": resps}
     elif "completion" not in row and "generations" in row:  # a row of d1
         fields["completion"] = row["generations"]
     reference_names = [name for name in ("reference", "ground_truth") if name in fields]
@@ -256,6 +290,18 @@ def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
     return {"answer": reference} | fields
 
 
+def _texts(fields: Mapping[str, Any]) -> list[str]:
+    """Return the completions of a row: its `completion`, a text or a list of texts."""
+    value = require_field(fields, "completion")
+    texts = value if isinstance(value, list) else [value]
+    wrong_types = {type(text).__name__ for text in texts if not isinstance(text, str)}
+    if wrong_types or not texts:
+        raise ValueError(
+            f"completion must be text or a list of texts, not {' or '.join(sorted(wrong_types)) or 'empty'}"
+        )
+    return texts
+
+
 def _id(row: Mapping[str, Any], default: str) -> str:
     """Return a readable id of a row: PROBLEM.SAMPLE, else its `id` or `doc_id`, else the default."""
     evaluation = row.get("evaluation")
@@ -264,11 +310,16 @@ def _id(row: Mapping[str, Any], default: str) -> str:
     return next((str(row[name])[:MAX_ID_LENGTH] for name in ("id", "doc_id") if name in row), default)
 
 
-def _problem(row: Mapping[str, Any]) -> int | None:
-    """Return the number of a row's problem, as `dllm-rl evaluate` or lm-evaluation-harness stores it."""
+def _problem(row: Mapping[str, Any], fields: Mapping[str, Any]) -> int | str | None:
+    """Return what identifies a row's problem, as `grade_file` describes; None if nothing does."""
     evaluation = row.get("evaluation")
     number = evaluation.get("problem") if isinstance(evaluation, dict) else row.get("doc_id")
-    return number if type(number) is int else None
+    if type(number) in (int, str):
+        return number
+    text = next((row[name] for name in PROBLEM_TEXTS if row.get(name)), None)
+    if text is not None or "answer" not in fields:
+        return json.dumps([text, fields], sort_keys=True)
+    return next((row[name] for name in PROBLEM_IDS if type(row.get(name)) in (int, str)), None)
 
 
 def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
@@ -280,8 +331,3 @@ def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> lis
         except ValueError as error:
             raise ValueError(f"{completion.location}: {error}") from None
     return fields
-
-
-def _rates_with_intervals(stored: Sequence[StoredCompletion], rewards: Sequence[Reward]) -> dict[str, Any]:
-    sums = sums_by_name(_answers(stored, rewards))
-    return with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

@@ -54,19 +54,13 @@ class Evaluation:
         num_problems = len(self.sums["reward"])
         num_samples = len(self.answers) // num_problems
         sums = dict(self.sums)
-        metric = headline(self.means)
         if num_samples > 1:
             rewards: defaultdict[int, set[float]] = defaultdict(set)
             for answer in self.answers:
                 rewards[answer.problem].add(answer.reward.value)
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
             sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
-        if num_samples > 1 and metric != "reward":  # "reward" means that no metric says which samples are right
-            num_right = self._num_right(metric)
-            for k in (*(2**i for i in range(num_samples.bit_length()) if 2**i < num_samples), num_samples):
-                sums[f"pass@{k}"] = {}
-                for problem in self.sums[metric]:
-                    sums[f"pass@{k}"][problem] = pass_at_k(num_samples, num_right[problem], k), 1.0
+        sums |= self.pass_sums()
         costs = [(answer.tokens, answer.forwards, answer.seconds, answer.steps) for answer in self.answers]
         tokens, forwards, seconds, steps = map(sum, zip(*costs, strict=True))
         total_costs = {
@@ -75,6 +69,24 @@ class Evaluation:
         }
         total_costs |= {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
         return {**self.facts, "n": num_problems, "samples": num_samples, **with_intervals(sums), **total_costs}
+
+    def pass_sums(self) -> dict[str, Sums]:
+        """Return pass@k of each problem for k = 1, 2, 4, ... up to the smallest number of samples of a problem.
+
+        {} if that number is 1, or if no metric says which samples are right.
+        """
+        metric = headline(self.means)
+        num_samples = Counter(answer.problem for answer in self.answers)
+        most = min(num_samples.values())
+        if most == 1 or metric == "reward":
+            return {}
+        num_right = self._num_right(metric)
+        return {
+            f"pass@{k}": {
+                problem: (pass_at_k(num_samples[problem], num_right[problem], k), 1.0) for problem in self.sums[metric]
+            }
+            for k in (*(2**i for i in range(most.bit_length()) if 2**i < most), most)
+        }
 
     def majority(self, ks: Sequence[int]) -> dict[str, Any]:
         """Return maj@k by `majority_at_k`, with its interval.

@@ -147,7 +147,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 def require_field(row: Mapping[str, Any], name: str) -> Any:
     """Return a field of the row. Raises ValueError if it is missing."""
     if name not in row:
-        raise ValueError(f"no field {name!r}")
+        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row))}; rename the one that has it, or add it")
     return row[name]
 
 

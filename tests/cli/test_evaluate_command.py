@@ -122,10 +122,10 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
     found = json.loads(output(capsys, *command))
     for protocol in ("strict", "d1"):
         again = json.loads(output(capsys, *command, "--protocol", protocol))
-        graded = json.loads(
-            output(capsys, "grade", "--protocol", protocol, tmp_path / found["completions"])  # of results.json's task
-        )
-        assert graded["protocol"] == protocol and {name: again[name] for name in graded} == graded
+        grading = ("grade", "--json", "--protocol", protocol, tmp_path / found["completions"])
+        graded = json.loads(output(capsys, *grading))  # the task is that of results.json
+        assert graded["protocol"] == protocol and graded.pop("problems") == again["n"]
+        assert {name: again[name] for name in graded} == graded
     assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
 
 
@@ -220,7 +220,7 @@ def test_grade_by_hand(capsys, tmp_path):
         {"numbers": [3, 5, 7], "target": 22, "completion": "no idea", "note": "ignored"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = json.loads(output(capsys, "grade", "--task", "countdown", path))
+    found = json.loads(output(capsys, "grade", "--json", "--task", "countdown", path))
     assert (found["n"], found["accuracy"], found["parsed"], found["protocol"]) == (3, 1 / 3, 2 / 3, "strict")
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"completion": "1", "numbers": [1]}) + "\n")
     assert "theirs.jsonl, line 2: no field 'target'" in refusal(capsys, "grade", "--task", "countdown", path)
@@ -238,7 +238,7 @@ def test_the_completions_of_a_run_are_graded(capsys, tmp_path):
     """Those of a resumed run count once."""
     recipe = tiny_recipe(tmp_path, save_steps=1, save_total_limit=9, log_completions_steps=1)
     train(recipe)
-    command = ("grade", "--task", "sudoku", tmp_path / "completions.jsonl")
+    command = ("grade", "--json", "--task", "sudoku", tmp_path / "completions.jsonl")
     found = json.loads(output(capsys, *command).splitlines()[-1])
     train(replace(recipe, resume_from_checkpoint=str(tmp_path / "checkpoints/step-000001")))
     assert json.loads(output(capsys, *command).splitlines()[-1]) == found
@@ -291,7 +291,7 @@ def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
     assert (found["task"], found["n"], found["max_new_tokens"]) == ("reasoning_gym", 3, 0)
     rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
     assert all(re.search(r'<answer>\n{"0": ., "1": ., "2": .}\n</answer>$', row["completion"]) for row in rows)
-    graded = json.loads(output(capsys, "grade", "--task", "reasoning_gym", tmp_path / found["completions"]))
+    graded = json.loads(output(capsys, "grade", "--json", "--task", "reasoning_gym", tmp_path / found["completions"]))
     assert (graded["accuracy"], graded["parsed"]) == (found["accuracy"], found["parsed"])
     steps = json.loads(output(capsys, *command, "--diffusion_steps", 2, "--block_size", 2))
     assert (found["diffusion_steps"], steps["diffusion_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
@@ -416,13 +416,15 @@ def test_code_runs_only_on_request_and_grade_agrees(capsys, tmp_path, monkeypatc
     command += ["--set", "prompt_format={question}", "--set", "chat=false", "--max_new_tokens", 4]
     kept = json.loads(output(capsys, *command, "--output_dir", tmp_path))
     assert (kept["protocol"], kept["n"], "parses" in kept, "accuracy" in kept) == ("strict", 1, True, False)
-    graded = json.loads(output(capsys, "grade", "--task", "code", tmp_path / kept["completions"]))
+    graded = json.loads(output(capsys, "grade", "--json", "--task", "code", tmp_path / kept["completions"]))
     assert {name: graded[name] for name in ("reward", "parsed")} == {name: kept[name] for name in ("reward", "parsed")}
     ran = []
     monkeypatch.setattr(sandbox, "run", lambda *each: (ran.append(each) is None, ""))
     found = json.loads(output(capsys, *command, "--set", "reward_rule=sandbox"))
     assert (found["protocol"], found["accuracy"]) == ("sandbox", 1.0)
-    graded = output(capsys, "grade", "--task", "code", "--protocol", "sandbox", tmp_path / kept["completions"])
+    graded = output(
+        capsys, "grade", "--json", "--task", "code", "--protocol", "sandbox", tmp_path / kept["completions"]
+    )
     assert json.loads(graded)["accuracy"] == 1.0
     programs = [each[1] for each in ran if each[0]]  # the trials of the sandbox itself have no prelude
     assert len(programs) == 1 and programs[0].startswith("def f(a):\n"), "a verdict is remembered"

@@ -128,6 +128,7 @@ def test_a_row_holds_what_grading_needs_and_what_made_it(policy, tmp_path):
     assert found.summary["forwards"] == 12 and found.summary["seconds"] > 0
     assert found.summary["tokens"] == sum(row["evaluation"]["tokens"] for row in rows) == 160
     regraded = grade_file(tmp_path / "c.jsonl", task="sudoku", protocol="d1")
+    assert regraded.pop("problems") == 10
     assert {name: found.summary[name] for name in regraded} == regraded
 
 

@@ -70,8 +70,10 @@ def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
     path = write(tmp_path / "samples.jsonl", [sample, {"completion": "#### 18", "reference": {"answer": 18}}])
     assert [each.id for each in read_completions(path, "gsm8k")] == ["7", "line 2"]
     assert grade_by_every_rule(path, task="gsm8k")["rules"]["espo"]["right"] == 2
-    with pytest.raises(ValueError, match=r"line 1: resps has several texts"):
-        grade_file(write(tmp_path / "b.jsonl", [sample | {"resps": [["a", "b"]]}]), task="gsm8k")
+    path = write(tmp_path / "b.jsonl", [sample | {"resps": [["18", "<answer>18</answer>"]]}])
+    assert [each.completion for each in read_completions(path, "gsm8k")] == ["18", "<answer>18</answer>"]
+    with pytest.raises(ValueError, match=r"line 1: completion must be text or a list of texts, not list"):
+        grade_file(write(tmp_path / "c.jsonl", [sample | {"resps": [["a"], ["b"]]}]), task="gsm8k")
 
 
 def test_a_protocol_that_cannot_grade_the_rows_is_named(tmp_path) -> None:
@@ -122,10 +124,17 @@ def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
     plain = [
         write(tmp_path / f"{text}.jsonl", [{"completion": text, "answer": "5"}]) for text in "56"
     ]  # by their place
-    assert main(["grade", "--task", "gsm8k", "--protocol", "espo", plain[0], "--against", plain[1]]) == 0
+    assert main(["grade", "--json", "--task", "gsm8k", "--protocol", "espo", plain[0], "--against", plain[1]]) == 0
     assert json.loads(capsys.readouterr().out)["difference"]["accuracy"] == [1.0, None, None]
     with pytest.raises(ValueError, match=r"now.jsonl, line 1 is a different problem from .*5.jsonl, line 1"):
         compare_files(now, plain[0], task="gsm8k")
+    more = write(tmp_path / "more.jsonl", [{"completion": "5", "answer": "5"}] * 2)
+    with pytest.raises(
+        ValueError, match=r"5.jsonl has 1 completions and .*more.jsonl has 2, and nothing in .*5.jsonl, line 1"
+    ):
+        compare_files(plain[0], more, task="gsm8k")
+    with pytest.raises(ValueError, match=r"more.jsonl, line 1 says which problem it is; add .* as question or doc_id"):
+        compare_files(more, plain[0], task="gsm8k")
     with pytest.raises(ValueError, match="have no problem in common"):
         compare_files(write(tmp_path / "late.jsonl", rows("9", first=9)), before, task="gsm8k")
     assert main(["grade", "--task", "gsm8k", "--protocol", "all", plain[0], "--against", plain[1]]) == 2
@@ -172,6 +181,106 @@ def test_samples_of_the_harness_are_paired_by_doc_id(tmp_path) -> None:
     same_answers = [sample(problem, 5) | {"doc": {"answer": "5"}} for problem in (8, 9)]
     paths = [write(tmp_path / f"{end}.jsonl", same_answers[end:]) for end in (0, 1)]
     assert compare_files(*paths, task="gsm8k")["n"] == 2
+
+
+GRID, PUZZLES = "1234341221434321", ("1234341221434320", "1234341221434301", "1234341221434021")
+SAMPLED = {
+    "gsm8k": [{"question": f"{n} + 1?", "answer": "5"} for n in range(3)],  # equal answers
+    "math500": [{"problem": f"{n} + 1?", "reference": "5"} for n in range(3)],
+    "countdown": [{"numbers": [5, n], "target": 5 + n} for n in range(3)],
+    "sudoku": [{"puzzle": puzzle, "solution": GRID, "prompt": "Solve it."} for puzzle in PUZZLES],
+    "code": [
+        {"prelude": "", "entry_point": "f", "arguments": 0, "tests": f"assert f() == {n}", "id": f"row {n}"}
+        for n in range(3)
+    ],
+}
+
+
+@pytest.mark.parametrize("task", SAMPLED)
+@pytest.mark.parametrize("form", ["a row each", "lists", "other ids", "shuffled"])
+def test_the_samples_of_a_problem_are_known_by_its_text_or_fields(tmp_path, task, form) -> None:
+    """As with `doc_id`: three problems, whatever the number of samples."""
+    texts = {"sudoku": [GRID, "no", GRID, "no"], "code": ["def f():\n    return 1", "no"] * 2}.get(
+        task, ["5", "no"] * 2
+    )
+    texts = texts if task in ("sudoku", "code") else [f"<answer>{text}</answer>" for text in texts]
+    rows = [row | {"completion": text} for row in SAMPLED[task] for text in texts]
+    numbered = [row | {"doc_id": place // 4} for place, row in enumerate(rows)]
+    if form == "lists":
+        rows = [row | {"completion": texts} for row in SAMPLED[task]]
+    elif form == "other ids":  # of samples
+        rows = [row | {"id": place} for place, row in enumerate(rows)]
+    elif form == "shuffled":
+        rows = rows[::3] + rows[1::3] + rows[2::3]
+    found = grade_file(write(tmp_path / "a.jsonl", rows), task=task)
+    expected = grade_file(write(tmp_path / "b.jsonl", numbered), task=task)
+    assert (found["n"], found["problems"]) == (12, 3) == (expected["n"], expected["problems"])
+    if form != "shuffled":  # the bootstrap depends on the order of the problems
+        assert found == expected
+    compared = compare_files(tmp_path / "a.jsonl", write(tmp_path / "c.jsonl", rows[::-1]), task=task)
+    assert compared["problems_compared"] == 3 and {numbers[0] for numbers in compared["difference"].values()} == {0.0}
+
+
+def test_rows_that_name_no_problem_are_problems_each_unless_an_id_repeats(tmp_path) -> None:
+    rows = [{"answer": "5", "completion": text} for text in ("<answer>5</answer>", "no", "no", "no")]
+    assert grade_file(write(tmp_path / "a.jsonl", rows), task="gsm8k")["problems"] == 4
+    for name in ("id", "task_id", "question_id", "problem_id", "doc_id"):
+        named = [row | {name: f"test/{place // 2}"} for place, row in enumerate(rows)]
+        found = grade_file(write(tmp_path / "b.jsonl", named), task="gsm8k")
+        assert (found["problems"], found["accuracy"], found["pass@2"]) == (2, 0.25, 0.5), name
+        assert found["accuracy_interval"] == [0.0, 0.5]
+
+
+def test_pass_at_k_by_hand(tmp_path) -> None:
+    """Of problem 0 two of three samples are right, of problem 1 none of four: pass@2 is (1 + 0) / 2."""
+    right, wrong = "<answer>5</answer>", "no"
+    rows = [
+        {"question": "a", "answer": "5", "completion": [right, wrong, right]},
+        {"question": "b", "answer": "5", "completion": [wrong] * 4},
+    ]
+    found = grade_file(write(tmp_path / "a.jsonl", rows), task="gsm8k")
+    passes = {name: value for name, value in found.items() if name.startswith("pass") and "interval" not in name}
+    assert passes == {"pass@1": pytest.approx(1 / 3), "pass@2": 0.5, "pass@3": 0.5}
+    assert found["accuracy"] == pytest.approx(2 / 7) and found["pass@3_interval"] == list(wilson(1, 2))
+    ids = [each.id for each in read_completions(tmp_path / "a.jsonl", "gsm8k")]
+    assert ids == [f"line {line}.{sample}" for line, number in ((1, 3), (2, 4)) for sample in range(number)]
+
+
+def test_a_table_is_printed_unless_json_is_asked_for(tmp_path, capsys) -> None:
+    rows = [{"question": str(n), "answer": str(n), "completion": f"<answer>{n % 2}</answer>"} for n in range(4)]
+    now, before = write(tmp_path / "now.jsonl", rows), write(tmp_path / "before.jsonl", rows[:1] + rows[2:])
+    assert main(["grade", "--task", "gsm8k", now, "--against", before]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "protocol strict, 4 completions of 4 problems in" in text and "over the 3 problems of both" in text
+    assert "accuracy 0.500 [0.150, 0.850] +0.000 [no interval]" in text and "no interval: one problem" in text
+    assert main(["grade", "--task", "gsm8k", now]) == 0
+    text = capsys.readouterr().out
+    assert "difference" not in text and "no interval" not in text and "accuracy  0.500 [0.150, 0.850]" in text
+    null = write(tmp_path / "null.jsonl", [rows[0], {"completion": "1", "answer": None}])
+    assert main(["grade", "--task", "gsm8k", null]) == 0
+    assert "graded wrong, because their reference answer is null: 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_numbers_of_countdown_may_be_d1_s_text(tmp_path) -> None:
+    rows = [
+        {"numbers": "3,5,7", "target": "22"},
+        {"numbers": "3, 5, 7", "target": 22},
+        {"input": "3,5,7", "output": "22"},
+        {"input": "3,5,7,22", "output": "3*5=15,15+7=22"},  # Dream's
+        {"numbers": [3, 5, 7], "target": 22},
+    ]
+    path = write(tmp_path / "a.jsonl", [row | {"completion": "<answer>3*5+7</answer>"} for row in rows])
+    found = grade_file(path, task="countdown")
+    assert (found["accuracy"], found["problems"], found["n"]) == (1.0, 1, 5)
+
+
+def test_a_missing_field_s_message_names_those_that_the_row_has(tmp_path, capsys) -> None:
+    path = write(tmp_path / "a.jsonl", [{"response": "5", "gold": "5"}])
+    assert main(["grade", "--task", "gsm8k", path]) == 2
+    assert "line 1: no field 'completion', only 'response', 'gold'; rename the one" in capsys.readouterr().err
+    path = write(tmp_path / "a.jsonl", [{"completion": "5", "gold": "5"}])
+    assert main(["grade", "--task", "gsm8k", path]) == 2
+    assert "line 1: no field 'answer', only 'completion', 'gold'; rename the one" in capsys.readouterr().err
 
 
 def as_evaluation(values) -> Evaluation:

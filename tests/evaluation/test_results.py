@@ -30,7 +30,9 @@ def write(path, rows) -> str:
 
 def test_countdown(tmp_path) -> None:
     texts = ["\\boxed{3*4+5}", "<answer>3*4+5 = 17</answer>", "\\boxed{3+4+5}", "no"]
-    rows = [{"completion": text, "numbers": [3, 4, 5], "target": 17, "seed": 1} for text in texts]
+    rows = [
+        {"completion": text, "numbers": [3, 4, 5], "target": 17, "doc_id": place} for place, text in enumerate(texts)
+    ]
     path = write(tmp_path / "a.jsonl", rows)
     graded = grade_file(path, task="countdown", protocol="d1")
     assert graded == {
@@ -38,6 +40,7 @@ def test_countdown(tmp_path) -> None:
         "version": "2",
         "protocol": "d1",
         "n": 4,
+        "problems": 4,
         "parsed": 0.75,
         "parsed_interval": list(wilson(3, 4)),
         "accuracy": 0.5,
@@ -117,13 +120,17 @@ GOOD = {
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("sudoku", {"completion": None}, "completion must be text, not NoneType"),
+        ("sudoku", {"completion": None}, "completion must be text or a list of texts, not NoneType"),
+        ("gsm8k", {"completion": []}, "completion must be text or a list of texts, not empty"),
+        ("gsm8k", {"completion": ["1", 2, None]}, "completion must be text or a list of texts, not NoneType or int"),
         ("sudoku", {"puzzle": PUZZLE[1:]}, "must be 16 characters 0-4 or 81"),
         ("sudoku", {"puzzle": "5" + PUZZLE[1:]}, "must be 16 characters 0-4"),
         ("sudoku", {"puzzle": "11" + "0" * 14}, "has no solution"),
         ("sudoku", {"puzzle": 1234}, "puzzle must be text, not int"),
         ("sudoku", {"solution": GRID[1:] + "1"}, "is not a solution of puzzle"),
-        ("countdown", {"numbers": "1,2"}, "numbers='1,2' must be a list of integers"),
+        ("countdown", {"numbers": "1 2"}, "numbers='1 2' must be a list of integers"),
+        ("countdown", {"numbers": "1,x"}, "'x' of numbers='1,x', target=3 is not an integer"),
+        ("countdown", {"numbers": "1,2", "target": True}, "'True' of numbers='1,2', target=True is not an integer"),
         ("countdown", {"numbers": [1, 2.0]}, "must be a list of integers"),
         ("countdown", {"numbers": []}, "must be a list of integers"),
         ("countdown", {"target": True}, "target=True must be an integer"),

@@ -13,6 +13,7 @@ from dllm_rl.tasks.rows import require_field
 _EXPRESSION_CHARACTERS = "0123456789+-*/() "
 _ZERO_METRICS = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
 _DIGITS = re.compile(r"[0-9]{1,300}")
+_INTEGER = re.compile(r" *-?[0-9]{1,100} *")
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 
@@ -84,13 +85,24 @@ GRADERS: dict[str, Grader] = {
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """Read `numbers` and `target` of a stored row. Raises ValueError if they are malformed."""
-    numbers = require_field(row, "numbers")
-    target = require_field(row, "target")
+    """Read `numbers` and `target` of a row, or the texts that published files have. Raises ValueError if malformed.
+
+    The texts are d1's "30,100,93" and "23", or Dream's, in which the target is the last number of the first text, and
+    the second shows steps. They may have the names `input` and `output`.
+    """
+    names = ("input", "output") if "input" in row and "numbers" not in row else ("numbers", "target")
+    numbers, target = (require_field(row, name) for name in names)
+    if isinstance(numbers, str) and "," in numbers:
+        texts = numbers.split(",")
+        texts.append(texts.pop() if "=" in str(target) else str(target))
+        for text in texts:
+            if not _INTEGER.fullmatch(text):
+                raise ValueError(f"{text!r} of {names[0]}={numbers!r}, {names[1]}={target!r} is not an integer")
+        *numbers, target = map(int, texts)
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
-        raise ValueError(f"numbers={numbers!r} must be a list of integers")
+        raise ValueError(f"{names[0]}={numbers!r} must be a list of integers, or a text with commas between them")
     if type(target) is not int:  # not isinstance: True is an int
-        raise ValueError(f"target={target!r} must be an integer")
+        raise ValueError(f"{names[1]}={target!r} must be an integer")
     return {"numbers": numbers, "target": target}
 
 

@@ -1,19 +1,17 @@
 """Countdown: reach a target with given numbers, using each number exactly once."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict, read_fields
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
 from dllm_rl.tasks.rows import (
-    Row,
     Split,
     as_range,
     check_settings,
@@ -21,8 +19,6 @@ from dllm_rl.tasks.rows import (
     draw_number,
     hashed_split,
     load_rows,
-    require_field,
-    text_of,
 )
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
@@ -33,7 +29,6 @@ Think it through first if you like, then write the expression alone, without an 
 
 # The text of an expression and its top-level operator, "" for a single number.
 Expression = tuple[str, str]
-_INTEGER = re.compile(r" *-?[0-9]{1,100} *")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 
 
@@ -212,7 +207,7 @@ def _read(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     problems = []
     for location, row in load_rows(path):
         try:
-            fields = read_fields(_from_texts(row) if "input" in row and "numbers" not in row else row, "strict")
+            fields = read_fields(row, "strict")
         except ValueError as error:
             required = "a Countdown problem needs numbers and target, or input and output"
             raise ValueError(f"{location}: {error}; {required}") from None
@@ -220,15 +215,3 @@ def _read(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     if not problems:
         raise ValueError(f"path={str(path)!r} has no problems")
     return tuple(problems)
-
-
-def _from_texts(row: Row) -> dict[str, Any]:
-    """Read `numbers` and `target` from the published texts `input` and `output`. Raises ValueError if malformed."""
-    numbers: list[str] = text_of(row, "input").split(",")
-    target = str(require_field(row, "output"))
-    if "=" in target:  # Dream's format: the target is the last number of `input`, and `output` shows steps
-        *numbers, target = numbers
-    for number in (*numbers, target):
-        if not _INTEGER.fullmatch(number):
-            raise ValueError(f"{number!r} is not an integer")
-    return {"numbers": list(map(int, numbers)), "target": int(target)}

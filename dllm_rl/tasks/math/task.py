@@ -175,7 +175,7 @@ class MATH500(Questions):
         answer: Any = row.get("answer")
         if type(answer) in (int, float) and answer % 1 == 0:
             answer = str(int(answer))  # some files write 73 as 73.0
-        given = answer or (last_box(working) if isinstance(working, str) else None)
+        given: Any = answer or (last_box(working) if isinstance(working, str) else None)
         if not all(isinstance(text, str) and text.strip() for text in (problem, given, working or "none")):
             raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
         try:

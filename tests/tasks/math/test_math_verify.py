@@ -277,7 +277,7 @@ def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch, tmp_
     for protocol in ("math-verify", "espo"):
         with pytest.raises(ImportError, match="math-verify"):
             under_protocol(MATH500(path="unused.jsonl"), protocol)
-    command = ["grade", "--task", "math500", "--protocol", "math-verify", str(tmp_path / "rows.jsonl")]
+    command = ["grade", "--json", "--task", "math500", "--protocol", "math-verify", str(tmp_path / "rows.jsonl")]
     assert cli.main(command) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: grading by math-verify needs") and err.count("\n") == 1
