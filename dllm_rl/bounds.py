@@ -9,11 +9,15 @@ from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+# The numbers that float32, in which losses and distributions are computed, holds with all its digits. A smaller one
+# would count as 0 or lose digits, a larger one as infinity.
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The range of a number. A non-finite number is never in range."""
+    """The range of a number. A number that is not finite, or that float32 or int64 cannot hold, is never in range."""
 
     at_least: int | float | None = None
     above: int | float | None = None
@@ -33,7 +37,15 @@ class Bound:
         inside &= self.at_most is None or value <= self.at_most
         if not inside:
             verb = "lie" if str(self).startswith("in") else "be"
-            raise ValueError(f"{name}={value} must {verb} {self}" + ("" if math.isfinite(value) else ", and be finite"))
+            is_finite = -math.inf < value < math.inf
+            raise ValueError(f"{name}={value} must {verb} {self}" + ("" if is_finite else ", and be finite"))
+        if isinstance(value, Integral):
+            if abs(int(value)) > INT64_MAX:
+                raise ValueError(f"{name}={value} must be an integer of 64 bits, at most {INT64_MAX}")
+        elif value and not FLOAT32_MIN <= abs(value) <= FLOAT32_MAX:
+            may_be_zero = low < 0 if self.at_least is None else self.at_least <= 0
+            limits = f"{FLOAT32_MIN:.2g} to {FLOAT32_MAX:.2g}" + (", or 0" if may_be_zero else "")
+            raise ValueError(f"{name}={value} must be a number that float32 can hold: {limits}")
 
     def __str__(self) -> str:
         """Format as `at least 1`, `above 0` or `in [0, 1)`."""

@@ -124,6 +124,10 @@ class BatchRecord(_Movable):
         return dataclasses.replace(records[0], **merged_fields)
 
 
+MIN_TEMPERATURE = 1e-30  # logits up to 1e8, divided by it, stay finite in float32
+FLOAT32 = torch.finfo(torch.float32)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Settings that turn raw logits into the sampling distribution.
@@ -131,7 +135,8 @@ class SamplingParams:
     The sampler records them in the rollout, and the learner scores tokens with the same settings.
 
     Args:
-        temperature: Divisor of the logits, at least 0. 0 is greedy; its log-probs are reported at temperature 1.
+        temperature: Divisor of the logits, 0 or at least 1e-30. 0 is greedy; its log-probs are reported at
+            temperature 1.
         top_k: Sample only from the k most likely tokens. None (default): from all.
         top_p: Sample only from the smallest set of tokens with this total probability. None (default): from all.
         suppress: Token ids that are never sampled. A mask token is never sampled either.
@@ -153,15 +158,26 @@ class SamplingParams:
             raise ValueError(f"support={self.support!r} is not one of {', '.join(SUPPORTS)}")
         if not (isinstance(self.temperature, int | float) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature!r} must be a number >= 0 (0 is greedy)")
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature <= FLOAT32.max:
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy), or lie in [{MIN_TEMPERATURE:g}, {FLOAT32.max:.2g}]"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None to keep every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or None to keep every token")
+        if self.top_p is not None and not FLOAT32.tiny <= self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} must lie in (0, 1] and be a number of float32, or None to keep every token"
+            )
 
     @property
     def filters(self) -> bool:
         """Whether top_k or top_p excludes any token."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+
+def check_sampling(keywords: dict[str, Any]) -> None:
+    """Raise ValueError if the settings temperature, top_k and top_p of a sampler are no `SamplingParams`."""
+    SamplingParams(keywords["temperature"], keywords["top_k"], keywords["top_p"])
 
 
 @dataclass(frozen=True)

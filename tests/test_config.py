@@ -360,7 +360,7 @@ def test_help_shows_each_bound(recipe):
         "--num_steps 2 RL steps (at least 0)",
         "--adam_beta1 0.9 the optimizer's beta1 (in [0, 1))",
         "--corrector.cap 2.0 --corrector.level",
-        "--loss.epsilon 0.2 (above 0) --loss.epsilon_high",
+        "--loss.epsilon 0.2 (at least 1e-06) --loss.epsilon_high",
     ):
         assert said in tis
 

@@ -13,6 +13,7 @@ batch. docs/methods.md explains the tags [paper], [digest] and [ours].
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from dllm_rl.bounds import Bound, bounded
 from dllm_rl.types import Batch
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
+# The width of a band around the ratio 1. A narrower one would be closed in float32, and the gradient lost at ratio 1.
+WIDTH = Bound(at_least=1e-6)
 SURROGATE_INPUTS = ("old_logprobs", "log_mismatch", "sum_over_processes")
 
 
@@ -58,7 +61,7 @@ def _check_delta(keywords: dict[str, Any]) -> None:
         )
 
 
-@bounded(_check_delta, epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
+@bounded(_check_delta, epsilon=WIDTH, epsilon_high=WIDTH, delta=Bound(at_least=1))
 def ppo_clip(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -86,7 +89,7 @@ def ppo_clip(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: epsilon or epsilon_high is not above 0, or delta is below 1 + epsilon_high.
+        ValueError: epsilon or epsilon_high is below 1e-6, or delta is below 1 + epsilon_high.
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
@@ -95,7 +98,7 @@ def ppo_clip(
     return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
-@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0))
+@bounded(epsilon=WIDTH, epsilon_high=WIDTH)
 def gspo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -119,12 +122,12 @@ def gspo(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: epsilon or epsilon_high is not above 0.
+        ValueError: epsilon or epsilon_high is below 1e-6.
     """
     return ppo_clip(row_mean(log_ratio, mask), advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
 
-@bounded(eps_high=Bound(above=0), neg_low=Bound(above=0), neg_high=Bound(above=0))
+@bounded(eps_high=WIDTH, neg_low=WIDTH, neg_high=WIDTH)
 def trust_band(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -154,7 +157,7 @@ def trust_band(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: An argument is not above 0.
+        ValueError: An argument is below 1e-6.
 
     Source: QaRL, arXiv 2604.07853 [digest].
     """
@@ -193,7 +196,20 @@ def cispo(
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
 
-@bounded(k_pos=Bound(above=0), lam_pos=Bound(above=0), k_neg=Bound(above=0), lam_neg=Bound(above=0))
+def _check_phi(keywords: dict[str, Any]) -> None:
+    """Raise ValueError if the largest weight phi of `vespo` exceeds e^MAX_LOG, for log w in +-MAX_LOG."""
+    for sign in ("pos", "neg"):
+        k, lam = keywords[f"k_{sign}"], keywords[f"lam_{sign}"]
+        log_w = min(max(math.log(k) - math.log(lam), -MAX_LOG), MAX_LOG)
+        log_phi = lam + k * log_w - lam * math.exp(log_w)
+        if log_phi > MAX_LOG:
+            raise ValueError(
+                f"k_{sign}={k} and lam_{sign}={lam} give weights up to e^{log_phi:.3g}, more than "
+                f"e^{MAX_LOG:g}: choose smaller ones, closer to each other"
+            )
+
+
+@bounded(_check_phi, k_pos=Bound(above=0), lam_pos=Bound(above=0), k_neg=Bound(above=0), lam_neg=Bound(above=0))
 def vespo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -223,7 +239,7 @@ def vespo(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: An argument is not above 0.
+        ValueError: An argument is not above 0, or the largest phi exceeds e^20.
 
     Source: VESPO, arXiv 2602.10693 [paper].
     """

@@ -57,7 +57,7 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
 
 
 @configurable
-@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
+@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0, at_most=1000))
 def elbo(
     *,
     num_samples: int = 4,
@@ -77,11 +77,11 @@ def elbo(
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
             (one token is in both), so that every token is scored. num_samples must then be even, and informed_masking
             None: the last tokens of an informed order are not drawn with q.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Let c_i be the sum
-            of the changes of the model's confidence, from the step that wrote token i to the next step of its block,
-            over the block's positions that are near i and still masked. Negative changes are included in the sum
-            [ours]. A token with a small c_i, near which the confidence rose little or fell, is masked, and so scored,
-            more often: the positions of m are drawn without replacement, with q_i proportional to
+        informed_masking: Strength d, in (0, 1000], of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Let
+            c_i be the sum of the changes of the model's confidence, from the step that wrote token i to the next step
+            of its block, over the block's positions that are near i and still masked. Negative changes are included in
+            the sum [ours]. A token with a small c_i, near which the confidence rose little or fell, is masked, and so
+            scored, more often: the positions of m are drawn without replacement, with q_i proportional to
             exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k (1/k)
             E_{m ~ q, |m|=k} sum_{i in m} l_i(m). The sampler records c: sample with `unmask(confidence_radius=10)`,
             where 10 is the largest distance of a nearby position. None: uniform masks.
@@ -109,7 +109,7 @@ def elbo(
 
 
 @configurable
-@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
+@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0, at_most=1000))
 def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
     """Estimate the any-order ELBO from a mask and its complement, so that every token is scored.
 
@@ -197,7 +197,7 @@ def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: 
 
 
 @configurable
-@bounded(beta=Bound(above=0))
+@bounded(beta=Bound(at_least=0.01, at_most=10**6))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """Estimate SPG's evidence upper bound (EUBO) from the masks that another estimator draws.
 
@@ -214,7 +214,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     mean.
 
     Args:
-        beta: Exponent of the probabilities, above 0.
+        beta: Exponent of the probabilities, in [0.01, 1e6].
         base: Estimator that draws the masks and their weights, with its settings: one of elbo, coupled, quadrature and
             block_elbo. None: `coupled()`.
 
@@ -226,7 +226,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 
 
 @configurable
-@bounded(beta=Bound(above=0), mix=Bound(at_least=0, at_most=1))
+@bounded(beta=Bound(at_least=0.01, at_most=10**6), mix=Bound(at_least=0, at_most=1))
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """Score rows by the ELBO if their advantage is >= 0, else by mix * EUBO + (1 - mix) * ELBO, as SPG does.
 
@@ -234,7 +234,7 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     bounds are computed from the same views, which `base` draws (see `eubo`; by default `coupled()`).
 
     Args:
-        beta: Exponent of the upper bound, above 0.
+        beta: Exponent of the upper bound, in [0.01, 1e6].
         mix: Weight of the upper bound, in [0, 1].
         base: Estimator that draws the masks of both bounds, with its settings. None: `coupled()`.
 

@@ -17,10 +17,11 @@ from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KVCache
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.unmask import check_fits, check_suppress
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types import Prompts, Rollout, SamplingParams, check_sampling
 
 
 @bounded(
+    check_sampling,
     max_new_tokens=Bound(at_least=1),
     temperature=Bound(at_least=0),
     top_k=Bound(at_least=1),

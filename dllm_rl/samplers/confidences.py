@@ -24,7 +24,7 @@ class ConfidenceChange:
                 f"confidence_radius={radius} needs rank=confidence or max_prob, and a commit rule that does not "
                 f"rewrite, but rank={rank.name} and commit={commit.name}; set confidence_radius=None"
             )
-        self.radius = radius
+        self.radius = min(radius, canvas.logprobs.shape[1])  # no position is further away
         self.total = torch.zeros_like(canvas.logprobs)
         # The state after each row's previous step: confidences, -1 where not masked, and the positions it wrote.
         self.confidence = torch.full_like(canvas.logprobs, -1.0)

@@ -5,7 +5,6 @@ a token at every position of the canvas, accepts the most certain draws, and rep
 docs/methods.md explains the tags [paper] and [ours].
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,12 +25,19 @@ from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.unmask import check_fits
-from dllm_rl.types import Prompts, Renoised, Rollout
+from dllm_rl.types import MIN_TEMPERATURE, Prompts, Renoised, Rollout
 
 NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, so their stream is free
 
 
-@bounded(max_new_tokens=Bound(at_least=1), diffusion_steps=Bound(at_least=1), stability_threshold=Bound(at_least=0))
+@bounded(
+    max_new_tokens=Bound(at_least=1),
+    diffusion_steps=Bound(at_least=1),
+    t_max=Bound(at_least=MIN_TEMPERATURE),
+    t_min=Bound(at_least=MIN_TEMPERATURE),
+    stability_threshold=Bound(at_least=0),
+    confidence_threshold=Bound(at_least=0),
+)
 @torch.no_grad()
 def renoise(  # noqa: PLR0913
     policy: Policy,
@@ -68,7 +74,7 @@ def renoise(  # noqa: PLR0913
         max_new_tokens: Number of new tokens, a multiple of the canvas's length.
         diffusion_steps: Largest number of steps of a canvas.
         t_max: Temperature of the first step, at least t_min.
-        t_min: Limit of the temperature after the last step, above 0.
+        t_min: Limit of the temperature after the last step, at least 1e-30.
         entropy_bound: Bound on the accepted entropies in nats, above 0. Infinity accepts every draw.
         stability_threshold: A row's canvas ends early if the likeliest tokens are the same as in each of this many
             previous steps, and the mean entropy is below confidence_threshold. If both thresholds are None, every
@@ -393,8 +399,8 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
 
 
 def _check_settings(t_max: float, t_min: float, entropy_bound: float, answer: str) -> None:
-    if not (0 < t_min <= t_max < math.inf):
-        raise ValueError(f"t_max={t_max} and t_min={t_min} must be temperatures with 0 < t_min <= t_max")
+    if t_min > t_max:
+        raise ValueError(f"t_min={t_min} must be at most t_max={t_max}")
     if not entropy_bound > 0:
         raise ValueError(f"entropy_bound={entropy_bound} must be above 0 nats")
     if answer not in ("argmax", "drawn"):

@@ -29,6 +29,7 @@ from torch import Tensor
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.order import highest
 from dllm_rl.models.soft_threshold import draw_set
+from dllm_rl.types import MIN_TEMPERATURE
 
 Logits = Float[Tensor, "K V"]
 PerPosition = Float[Tensor, " K"]
@@ -89,7 +90,7 @@ def random(uniforms: PerPosition) -> PerPosition:
     return uniforms
 
 
-@bounded(temperature=Bound(above=0))
+@bounded(temperature=Bound(at_least=MIN_TEMPERATURE))
 def plackett_luce(
     logits: Logits, normalizer: PerPosition, *, temperature: float, base_rank: Callable = max_prob
 ) -> PerPosition:
@@ -109,8 +110,8 @@ def plackett_luce(
     Args:
         logits: Untempered fp32 logits (K, V).
         normalizer: Log-sum-exp of the logits (K,).
-        temperature: Temperature of the order, above 0. Towards 0 the order is that of `base_rank`, towards infinity
-            that of `random`.
+        temperature: Temperature of the order, at least 1e-30. Towards 0 the order is that of `base_rank`, towards
+            infinity that of `random`.
         base_rank: Rank to which noise is added: max_prob, margin, entropy, or a custom function with the same
             arguments. The order of a custom one has a known probability only if it is declared:
             `Rank(own, "deterministic")`.

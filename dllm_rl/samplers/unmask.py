@@ -21,10 +21,11 @@ from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import check_steps, max_prob, schedule
 from dllm_rl.samplers.states import SamplerForward
 from dllm_rl.samplers.whole_step import CompiledStepSampler
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types import Prompts, Rollout, SamplingParams, check_sampling
 
 
 @bounded(
+    check_sampling,
     max_new_tokens=Bound(at_least=0),
     diffusion_steps=Bound(at_least=1),
     block_size=Bound(at_least=1),

@@ -323,7 +323,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
         (partial(lik.quadrature, nodes=0), r"nodes=0"),
         (partial(lik.block_elbo, block_size=0), r"block_size=0"),
         (partial(lik.one_step, prompt_mask=1.0), r"prompt_mask=1.0 must lie in \[0, 1\)"),
-        (partial(lik.eubo, beta=0.0), r"beta=0.0 must be above 0"),
+        (partial(lik.eubo, beta=0.0), r"beta=0.0 must lie in \[0.01, 1000000\]"),
         (partial(lik.sandwich, mix=2.0), r"mix=2.0 must lie in \[0, 1\]"),
         (partial(lik.trajectory, num_segments=0), r"num_segments=0 must be at least 1"),
     ],

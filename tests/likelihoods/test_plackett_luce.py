@@ -249,7 +249,7 @@ def test_what_needs_log_probabilities_is_refused():
     rank = partial(rules.plackett_luce, temperature=0.3)
     with pytest.raises(ValueError, match=r"commit=threshold cannot use rank=plackett_luce's noisy scores; use"):
         sample(policy, rank, 2, diffusion_steps=3, commit=partial(rules.threshold, tau=0.9))
-    with pytest.raises(ValueError, match="temperature=0 must be above 0"):
+    with pytest.raises(ValueError, match="temperature=0 must be at least 1e-30"):
         sample(policy, partial(rules.plackett_luce, temperature=0), 2, diffusion_steps=3)
     with pytest.raises(ValueError, match="base_rank=confidence must take logits and normalizer, as max_prob"):
         sample(policy, partial(rank, base_rank=rules.confidence), 2, diffusion_steps=3)
