@@ -21,7 +21,7 @@ OMITTED_SETTINGS = (
 )
 SHOWN_METRICS = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
 PROTOCOL_SETTINGS = ("eval_task", "eval_sampler", "seed", "dtype")
-NOT_UPLOADED = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # only a resume needs these files
+NOT_UPLOADED = ("optimizer.pt", PATTERN, "state.json", "manifest.json", "rollouts/*")  # only a resume needs these files
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:

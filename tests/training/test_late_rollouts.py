@@ -21,7 +21,7 @@ from ranks import run_ranks
 from ray_processes import named, of_ray, workers
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import Wrapped, tiny_recipe
+from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl.algorithms.correctors import ais, aligned, tis
 from dllm_rl.callbacks import Callback
@@ -29,6 +29,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods.estimators import coupled, sandwich, trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora, lora_r16
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
@@ -115,6 +116,36 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     again = train(replace(recipe, resume_from_checkpoint=str(folder)), Ahead())
     assert all(torch.equal(weights[name], weight) for name, weight in weights_of(again).items())
     assert metrics_of(tmp_path / "run") == rows
+
+
+@pytest.mark.parametrize(
+    ("late", "ends"),
+    [
+        (2, [("latest", 3), ("latest", 6)]),
+        (1, [("latest", 2), ("latest", 3), ("latest", 5)]),
+        (3, [("latest", 2), ("latest", 6)]),
+        (2, [("latest", 4), ("step-000003", 4), ("latest", 6)]),
+        (2, [("latest", 6), ("step-000003", 4), ("latest", 6)]),
+    ],
+    ids=["twice", "three times", "fewer steps than the lag", "the end repeated", "a shorter run, then longer again"],
+)
+def test_more_steps_on_a_resume_are_those_of_a_run_with_these_steps(tmp_path, late, ends):
+    changes = {
+        "late": late,
+        "lr_schedule_steps": 6,
+        "save_steps": 3,
+        "save_total_limit": 9,
+        "rollout_quantization": None,
+    }
+    changes["model"] = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1})
+    whole = train_here(late_recipe(tmp_path / "whole", num_steps=ends[-1][1], **changes))
+    for index, (start, num_steps) in enumerate(ends):
+        start = str(tmp_path / "parts" / "checkpoints" / start) if start != "latest" else start
+        recipe = late_recipe(tmp_path / "parts", num_steps=num_steps, **changes)
+        parts = train_here(replace(recipe, resume_from_checkpoint=start if index else None))
+    assert_same_weights(whole, parts)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+    assert [row["staleness"] for row in metrics_of(tmp_path / "parts")] == [min(i, late) for i in range(ends[-1][1])]
 
 
 SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_iterations": 2, "corrector": tis()}

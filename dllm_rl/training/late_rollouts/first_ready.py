@@ -114,9 +114,6 @@ class FirstReadyRollouts(AsyncRollouts):
     def _made(self, number: int) -> bytes | None:
         return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
 
-    def _needs_weights(self, step: int) -> bool:
-        return step + 1 < self.context.recipe.num_steps
-
     def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         with self.lock:
             pool.forget(self.taken)

@@ -229,11 +229,10 @@ class AsyncRollouts:
     pending: dict[int, PendingBatch] = field(default_factory=dict)
 
     def begin(self, steps_done: int, folder: Path | None) -> None:
-        """Submit the batches of the next K + 1 steps (K = max_staleness) at the start of a run, or after a resume.
+        """Plan the batches of the next K + 1 steps (K = max_staleness) at the start of a run, or after a resume.
 
         A batch that the checkpoint in `folder` contains is not made again; one whose weights it contains is made with
-        those weights, as in the uninterrupted run. The others are made with the current weights: the newest batch, and
-        steps that a finished run had not planned.
+        those weights, as in the uninterrupted run. The newest batch is made with the current weights.
         """
         run = self.context
         policy = gather_on_main(run.policy, run.accelerator)  # a collective for a sharded learner
@@ -253,15 +252,21 @@ class AsyncRollouts:
                 "batches in order: use rollout_schedule='first_ready'"
             )
         self.pool.set_up(context)
-        recipe = context.recipe
-        for step in range(steps_done, min(steps_done + recipe.max_staleness + 1, recipe.num_steps)):
+        for step in range(steps_done, steps_done + context.recipe.max_staleness + 1):
             batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
             if batch is not None:
                 self.pending[step] = PendingBatch(b"", age=-1, made=batch)
             elif older_weights is not None:
-                self.submit(step, older_weights, age=-1)
+                self.plan(step, older_weights, age=-1)
             else:
-                self.submit(step, weights, age=steps_done)
+                self.plan(step, weights, age=steps_done)
+
+    def plan(self, step: int, weights: bytes, *, age: int) -> None:
+        """Submit the batch of a step. Only keep its weights if the run ends before: a resume to more steps makes it."""
+        if step < self.context.recipe.num_steps:
+            self.submit(step, weights, age=age)
+        else:
+            self.pending[step] = PendingBatch(weights, age)
 
     def submit(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step, to be made with weights that were trained for `age` steps."""
@@ -318,31 +323,27 @@ class AsyncRollouts:
         """
         run = self.context
         weights = b""
-        if self._needs_weights(step) and (self.pool is not None or sharding_of(run.policy.module) is not None):
+        if self.pool is not None or sharding_of(run.policy.module) is not None:
             weights = trained_weights(run.policy, keep=self.pool is not None)
         if self.pool is not None:
             self._submit_next(step, weights, self.pool)
         return split_mismatch(run, result)
 
-    def _needs_weights(self, step: int) -> bool:
-        """Return whether batches are made with the weights after `step`; the same in every process."""
-        return step + 1 + self.context.recipe.max_staleness < self.context.recipe.num_steps
-
     def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         """Forget the batch that the learner has trained on, and submit the next one."""
         if self.pending.pop(step).made is None:
             pool.forget(step)
-        if self._needs_weights(step):
-            self.submit(step + 1 + self.context.recipe.max_staleness, weights, age=step + 1)
+        self.plan(step + 1 + self.context.recipe.max_staleness, weights, age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
         finished, else the weights that it is made with. It does not wait, so that a stopped run can be saved in time.
         """
         files = {}
-        for number, pending_batch in self.pending.items():
+        for number, pending_batch in list(self.pending.items()):  # a copy: another thread may save
             if pending_batch.age < step:  # a newer batch is made with the checkpoint's weights
-                batch = pending_batch.made or (self.pool.ready(number) if self.pool else None)
+                is_submitted = number < self.context.recipe.num_steps
+                batch = pending_batch.made or (self.pool.ready(number) if self.pool and is_submitted else None)
                 batch_name, weights_name = file_names(number)
                 if batch is not None:
                     files[batch_name] = batch
