@@ -3,7 +3,7 @@
 Written for one GPU of 80 GB or more. --dry_run counts 54 GB at most (with a copy in FP8, and 6 rows of 512 tokens kept
 for their backward; 32 with --gradient_checkpointing), and at rates that parts of it reached on an H200 57 s for a
 step's rollout, compiled and in FP8, 16 s for scoring and 30 s for 8 updates. Two steps with random weights and a
-quarter of the denoising steps ran there: benchmarks/README.md. An H200 has room for 12 rows at a time (81 GB). Not run
+quarter of the denoising steps ran there: benchmarks/README.md. An H200 has room for 12 rows at a time (79 GB). Not run
 yet with published weights: no results.
 """
 

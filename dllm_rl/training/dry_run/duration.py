@@ -5,11 +5,9 @@ import math
 import torch
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import STACKS, base_of, is_stacked
-from dllm_rl.quantization.rollout_policy import quantizable_layers
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import name_of
-from dllm_rl.training.dry_run.memory import batch_of, num_retained_graphs, renoising_steps
+from dllm_rl.training.dry_run.memory import num_retained_graphs, renoising_steps, token_layers
 from dllm_rl.types import Rollout
 
 PEAK_FLOPS = 989e12  # operations per second of an H100 and an H200 in dense bf16
@@ -75,35 +73,17 @@ def stage_seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[st
     return {"rollout": rollout, "scoring": scoring, "update": update}
 
 
-def count_weights(policy: Policy) -> tuple[float, int]:
+def count_weights(policy: Policy) -> tuple[int, int]:
     """Return the number of weights that a token is multiplied with, and the number of linear layers. Of the experts,
-    only those that a token uses count.
+    only those that a token uses count. Adapters are small and not counted.
     """
-    weights = 0.0
-    layers = 0
-    for name, layer in quantizable_layers(policy.module):
-        if "vision" in name:  # layers for images, which are not supported
-            continue
-        base = base_of(layer)
-        if is_stacked(base):
-            expert = sum(getattr(base, stack)[0].numel() for stack in STACKS)
-            weights += expert * experts_per_token(policy)
-            layers += 2
-        else:  # adapters are small and not counted
-            weights += base.weight.numel()
-            layers += 1
-    return weights, layers
-
-
-def experts_per_token(policy: Policy) -> int:
-    """Return the number of experts that a token uses in each layer."""
-    config = policy.module.config.get_text_config()
-    return getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+    layers = list(token_layers(policy))
+    return sum(map(math.prod, layers)), len(layers)
 
 
 def count_views(recipe: Recipe, length: int, steps: int) -> int:
     """Return the number of views that the likelihood draws for a completion that is written from left to right."""
-    tokens, mask = batch_of(1, length)
+    tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
     unmask_step = torch.arange(length)[None] * steps // length
     rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), group_size=1)
     return len(recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)

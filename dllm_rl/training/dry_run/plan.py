@@ -23,7 +23,7 @@ from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
-from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, num_retained_graphs, shard_memory
+from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, num_retained_graphs, step_memory
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
@@ -150,10 +150,14 @@ def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     rollout_copy = rollout_bytes(recipe, policy, dtype)
     if shard_size > 1 and recipe.rollout_quantization is None:
         rollout_copy = policy.num_parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
-    step_memory = measure_step(
-        recipe_per_process(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=rollout_copy
+    return step_memory(
+        recipe_per_process(recipe),
+        policy,
+        prompt_tokens=prompt_tokens,
+        dtype=dtype,
+        rollout_copy=rollout_copy,
+        shard_size=shard_size,
     )
-    return step_memory if shard_size == 1 else shard_memory(step_memory, policy.module, shard_size)
 
 
 def count_quantized(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
@@ -208,8 +212,8 @@ def plan(recipe: Recipe) -> str:
         prompt_tokens = len(prompt_ids(policy, problem.prompt, problem.blank))
     check_recipe(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
-    step_memory = memory(recipe, policy, prompt_tokens)
-    lines += [*memory_lines(recipe, step_memory), *save_lines(recipe, policy, step_memory)]
+    estimate = memory(recipe, policy, prompt_tokens)
+    lines += [*memory_lines(recipe, estimate), *save_lines(recipe, policy, estimate)]
     return "\n".join([*lines, *time_lines(recipe, stage_seconds(recipe_per_process(recipe), policy, prompt_tokens))])
 
 
@@ -259,10 +263,7 @@ def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
     """Return the lines about the memory of a GPU, and which GPUs are large enough."""
     num_gpus = gpus_per_learner(recipe)
     shared_text = f"; {num_gpus} GPUs share the learner" if num_gpus > 1 else ""
-    lines = [
-        "memory per GPU in GB (10^9 bytes), measured in a step on fake tensors, which have shapes but no data"
-        + shared_text
-    ]
+    lines = ["memory per GPU in GB (10^9 bytes), estimated from the shapes of the weights and the batch" + shared_text]
     for name, value in step_memory.persistent.items():
         lines.append(f"  {name:15}  {value / GB:8.3f} GB in every stage")
     for name, value in step_memory.peaks.items():
