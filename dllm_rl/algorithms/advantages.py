@@ -1,5 +1,7 @@
 """Advantage functions: rewards (P, G) of P prompts with G completions each -> advantages (P, G).
 
+NaN marks a completion without a reward: no mean counts it, and its advantage is 0.
+
 docs/methods.md explains the tags [paper] and [digest].
 """
 
@@ -51,8 +53,8 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
     A group of one completion, or of equal rewards, gives zeros.
     """
-    size = rewards.shape[-1]
-    return _center(rewards) * size / max(size - 1, 1)
+    size = (~rewards.isnan()).sum(-1, keepdim=True)
+    return _center(rewards) * size / (size - 1).clamp(min=1)
 
 
 @bounded(eps=Bound(at_least=0))
@@ -125,10 +127,14 @@ def _has_differing_rewards(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]
 
 
 def _center(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """Subtract the group's mean. NaN stays NaN."""
+    """Subtract the group's mean."""
     # Groups of equal rewards are set to 0: their mean may be rounded, which would make advantages nonzero.
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
-    return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
+    is_centered = _has_differing_rewards(rewards)[..., None] & ~rewards.isnan()
+    return torch.where(is_centered, rewards - _mean(rewards, dim=-1), 0)
+
+
+def _mean(rewards: Tensor, *, dim: int) -> Tensor:
+    return rewards.nanmean(dim, keepdim=True) if rewards.isnan().any() else rewards.mean(dim, keepdim=True)
 
 
 def _divide(centered: Tensor, scale: Tensor) -> Tensor:
@@ -138,9 +144,14 @@ def _divide(centered: Tensor, scale: Tensor) -> Tensor:
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:
     """Return the sample standard deviation over an axis; 0 for a single reward."""
-    exponent = _max_exponent(rewards, dim=dim)
+    exponent = _max_exponent(torch.where(rewards.isnan(), 0, rewards), dim=dim)
+    scaled = torch.ldexp(rewards, -exponent)
+    if rewards.isnan().any():
+        count = (~rewards.isnan()).sum(dim, keepdim=True)
+        squares = (scaled - _mean(scaled, dim=dim)).square().nansum(dim, keepdim=True)
+        return torch.ldexp((squares / (count - 1).clamp(min=1)).sqrt(), exponent)
     correction = 1 if rewards.shape[dim] > 1 else 0  # the deviation of a single reward is 0, not NaN
-    return torch.ldexp(torch.ldexp(rewards, -exponent).std(dim=dim, keepdim=True, correction=correction), exponent)
+    return torch.ldexp(scaled.std(dim=dim, keepdim=True, correction=correction), exponent)
 
 
 def _max_exponent(values: Tensor, *, dim: int) -> Tensor:

@@ -40,9 +40,12 @@ class RewardHistory:
         return {name: getattr(self, name) for name in ("step", "prompt", "mean", "mixed")}
 
     def add(self, step: int, prompt: Int[Tensor, " P"], rewards: Float[Tensor, "P G K"]) -> None:
-        """Append one group per drawn prompt. Its `mean` is the mean of the first of the K rewards."""
+        """Append one group per drawn prompt. Its `mean` is the mean of the first of the K rewards, without those that
+        are NaN.
+        """
         self.prompt = torch.cat([self.prompt, prompt])
-        self.mean = torch.cat([self.mean, rewards[..., 0].mean(-1)])
+        values = rewards[..., 0]
+        self.mean = torch.cat([self.mean, values.nanmean(-1) if values.isnan().any() else values.mean(-1)])
         self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards)])
         # Last, because `before`, in another thread, relies on `step` for the number of complete entries.
         self.step = torch.cat([self.step, torch.full_like(prompt, step)])

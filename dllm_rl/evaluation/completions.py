@@ -129,7 +129,7 @@ def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str 
     for answer in answers:
         grades = {
             "protocol": protocol,
-            "reward": float(answer.reward.value),
+            "reward": None if answer.reward.value is None else float(answer.reward.value),
             "parts": completion_metrics(answer.reward),
         }
         rows[answer.problem, answer.sample]["evaluation"] |= grades

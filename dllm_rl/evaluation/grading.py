@@ -196,7 +196,9 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
         if any(answer is not None for answer in answers):
             texts = ["" if answer is None else f"<answer>{answer}</answer>" for answer in answers]
             rewards[name] = grade_all(task, "strict", fields, texts)
-    is_right = {name: [reward.value >= 1 for reward in graded] for name, graded in rewards.items()}
+    is_right = {
+        name: [reward.value is not None and reward.value >= 1 for reward in graded] for name, graded in rewards.items()
+    }
     return {
         "task": task,
         "version": TABLE[task].task.version,

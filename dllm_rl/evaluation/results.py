@@ -51,13 +51,14 @@ class Evaluation:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Settings, numbers of problems and samples, every mean and pass@k with its interval, and costs, as JSON."""
-        num_problems = len(self.sums["reward"])
+        num_problems = len({answer.problem for answer in self.answers})
         num_samples = len(self.answers) // num_problems
         sums = dict(self.sums)
         if num_samples > 1:
             rewards: defaultdict[int, set[float]] = defaultdict(set)
             for answer in self.answers:
-                rewards[answer.problem].add(answer.reward.value)
+                if answer.reward.value is not None:
+                    rewards[answer.problem].add(answer.reward.value)
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
             sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
         sums |= self.pass_sums()
@@ -76,7 +77,7 @@ class Evaluation:
         {} if that number is 1, or if no metric says which samples are right.
         """
         metric = headline(self.means)
-        num_samples = Counter(answer.problem for answer in self.answers)
+        num_samples = Counter(answer.problem for answer in self.answers if answer.reward.value is not None)
         most = min(num_samples.values())
         if most == 1 or metric == "reward":
             return {}
@@ -101,7 +102,7 @@ class Evaluation:
                 raise ValueError("maj@k needs a grader that gives the answers that it compares, and an accuracy")
             if answer.reward.answer and answer.reward.breakdown.get(metric) != 1:
                 wrong_votes[answer.problem][answer.reward.answer] += 1
-        num_samples = len(self.answers) // len(self.sums["reward"])
+        num_samples = len(self.answers) // len({answer.problem for answer in self.answers})
         sums: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
         num_right = self._num_right(metric)
         for k, problem in product(ks, self.sums[metric]):

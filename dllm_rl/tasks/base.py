@@ -44,7 +44,8 @@ class Reward:
     """The grade of a completion, which a task's `reward` returns.
 
     Attributes:
-        value: Number that training maximizes.
+        value: Number that training maximizes. None: the completion has no reward; it is skipped, as if it had not been
+            sampled: its advantage is 0, and no mean counts it.
         parsed: Whether the grader could read an answer; reported separately from the value.
         breakdown: Further metrics by name, averaged over completions; RATIO_METRICS lists those that are ratios of
             counts.
@@ -52,7 +53,7 @@ class Reward:
             None (default): the task has no maj@k.
     """
 
-    value: float
+    value: float | None
     parsed: bool
     breakdown: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
@@ -130,8 +131,10 @@ RATIO_METRICS = {"cell_accuracy": ("correct_cells", "empty_cells")}
 def metric_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
     """Return what a completion adds to numerator and denominator of each metric's mean: the reward, `parsed` and
     `component_fractions`. A component named `reward` or `parsed` is `reward_part` or `parsed_part` here; an only
-    component named `reward` is left out, as it repeats the reward.
+    component named `reward` is left out, as it repeats the reward. A completion without a reward adds nothing.
     """
+    if reward.value is None:
+        return {"reward": (0.0, 0.0), "parsed": (0.0, 0.0)}
     fractions = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
     components = component_fractions(reward)
     if components.keys() == {"reward"}:
@@ -279,7 +282,10 @@ def invalid_reason(reward: Any) -> str | None:
     if not isinstance(reward.breakdown, Mapping):
         return f"breakdown={reward.breakdown!r}, which is not a mapping of names to numbers"
     # Not one dict: a metric of the breakdown may have the name `value` or `parsed`.
-    for name, value in [("value", reward.value), ("parsed", reward.parsed), *reward.breakdown.items()]:
+    numbers: list[tuple[str, Any]] = [("parsed", reward.parsed), *reward.breakdown.items()]
+    if reward.value is not None:
+        numbers.append(("value", reward.value))
+    for name, value in numbers:
         try:  # numbers of Python, NumPy and torch (one element), and booleans
             number = None if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, RuntimeError):

@@ -68,11 +68,11 @@ class DatasetTask:
         tokens_per_forward: Sequence[float | None] = (),
     ) -> list[Reward]:
         """Grade completions, with one call per reward function. The value of a completion is the weighted sum of the
-        numbers that the functions return for it.
+        numbers that the functions return for it; a completion for which all return None has no reward (value None).
 
         Raises:
-            ValueError: A function returns too few numbers or a number that is not finite, all functions return None for
-                a completion, or a function requests a cost that is not available.
+            ValueError: A function returns too few numbers or a number that is not finite, or requests a cost that is
+                not available.
         """
         # As in TRL, a completion is text if its prompt is text, else a chat of one message.
         shown_completions: list[Any] = []
@@ -98,10 +98,10 @@ class DatasetTask:
             for index, number in _numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
                 values[index] += weight * number
-        for index, breakdown in enumerate(breakdowns):
-            if not breakdown:
-                raise ValueError(f"every reward function returned None for completion {shown_completions[index]!r}")
-        return [Reward(value, True, breakdown) for value, breakdown in zip(values, breakdowns, strict=True)]
+        return [
+            Reward(value, True, breakdown) if breakdown else Reward(None, False)
+            for value, breakdown in zip(values, breakdowns, strict=True)
+        ]
 
     def _labels(self) -> list[str]:
         functions = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial

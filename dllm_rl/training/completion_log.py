@@ -1,5 +1,7 @@
 """Log completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
 
+import math
+
 import torch
 from einops import rearrange
 from rich.table import Table
@@ -14,7 +16,7 @@ from dllm_rl.screen import NARROW, literal
 from dllm_rl.tasks.base import completion_metrics
 from dllm_rl.training.balance import to_sampling_order
 from dllm_rl.training.context import StepContext
-from dllm_rl.training.rollouts import GradedCompletion
+from dllm_rl.training.rollouts import GradedCompletion, reward_number
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
@@ -52,13 +54,14 @@ def log_completions(
     mismatch_and_advantage = to_sampling_order(row_values, rollout, run.accelerator).tolist()
     if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
-    selected = best_and_worst_rows([float(answer.reward.value) for answer in answers], sampled.group_size)
+    rewards = [reward_number(answer.reward) for answer in answers]
+    selected = best_and_worst_rows(rewards, sampled.group_size)
     (row_index,) = copy_to_device(sampled.tokens.device, torch.tensor(selected))
     rows_to_log = []
     for i, tokens in zip(selected, written_tokens(run.policy, sampled.rows(row_index)), strict=True):
         answer = answers[i]
         mismatch, advantage = mismatch_and_advantage[i]
-        numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
+        numbers = finite({"reward": rewards[i], "advantage": advantage, "mismatch": mismatch})
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
         step_fields = {
             "step": step,
@@ -76,11 +79,12 @@ def log_completions(
 
 def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:
     """Return the indices of the rows with the highest and the lowest reward in each of the first groups; one row if all
-    rewards of the group are equal.
+    rewards of the group are equal. A row whose reward is NaN is returned only if all are.
     """
     selected: dict[int, None] = {}
     for first in range(0, len(rewards), group_size)[:NUM_PROMPTS]:
-        group = range(first, first + group_size)
+        rows = range(first, first + group_size)
+        group = [row for row in rows if not math.isnan(rewards[row])] or rows[:1]
         selected |= dict.fromkeys((max(group, key=rewards.__getitem__), min(group, key=rewards.__getitem__)))
     return list(selected)
 
@@ -103,7 +107,7 @@ def table(title: str, rows: list[dict]) -> Table:
         texts = (
             "" if row["prompt"] == previous_prompt else prompt,
             row["completion"],
-            f"{row['reward']:.3g}: {components}",
+            "no reward" if row["reward"] is None else f"{row['reward']:.3g}: {components}",
         )
         grid.add_row(
             *(literal(shorten(text)) for text in texts), format_signed(row["advantage"]), format_signed(row["mismatch"])

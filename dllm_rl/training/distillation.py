@@ -100,8 +100,11 @@ def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[S
         )
         reverse_kl = student_teacher_log_ratio(recipe, teacher, samples.rollout, local(group_seeds, accelerator))
     (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
+    if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
+        raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
     coeff = recipe.teacher_coeff
-    rewards = (1 - coeff) * samples.rewards - coeff * reverse_kl.to(samples.rewards)
+    task_part = 0 if coeff == 1 else (1 - coeff) * samples.rewards
+    rewards = task_part - coeff * reverse_kl.to(samples.rewards)
     samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
     return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
 

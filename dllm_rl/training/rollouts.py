@@ -66,6 +66,8 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
         wait_metrics = wait_metrics_of("rollout", accelerator)
         # (P, G, K): the reward of each completion, then its components.
         (component_rewards,) = gather_on_host([local_rewards], accelerator)
+    if component_rewards[..., 0].isnan().all():  # on every process: a single None skips its completion
+        raise ValueError(f"no completion of step {step} has a reward: every reward function returned None for each")
     if history is not None:
         history.add(step, indices, component_rewards)
     rewards = component_rewards[..., 0]
@@ -203,10 +205,15 @@ def sample_and_grade(
             forwards=costs[row].forwards,
         )
         graded.append(graded_completion)
-        # NaN marks a component that this completion lacks. `grade` has checked that all numbers fit fp32.
+        # NaN marks a reward or a component that this completion lacks. `grade` has checked that all numbers fit fp32.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
-        reward_rows.append([float(reward.value), *map(float, component_rewards)])
+        reward_rows.append([reward_number(reward), *map(float, component_rewards)])
     return rollout, graded, rearrange(torch.tensor(reward_rows, dtype=torch.float32), "(p g) k -> p g k", g=group_size)
+
+
+def reward_number(reward: Reward) -> float:
+    """Return the value of a reward; NaN if the completion has none."""
+    return math.nan if reward.value is None else float(reward.value)
 
 
 def compute_advantages(
@@ -223,7 +230,10 @@ def compute_advantages(
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
         name = describe(recipe.advantages)
-        raise ValueError(f"advantages={name} gave numbers {problem} for rewards of shape {tuple(rewards.shape)}")
+        lacking = f"; {int(rewards.isnan().sum())} of them are NaN: no reward" if rewards.isnan().any() else ""
+        raise ValueError(
+            f"advantages={name} gave numbers {problem} for rewards of shape {tuple(rewards.shape)}{lacking}"
+        )
     return advantages
 
 
@@ -278,6 +288,8 @@ def reward_metrics(
     # Every process must reduce the same names, in the same order.
     names = sorted(set(gather_objects(local_names, accelerator)))
     count = torch.tensor(len(graded))
+    graded_rewards = rewards[~rewards.isnan()]
+    parsed = [float(item.reward.parsed) for item in graded if item.reward.value is not None]
     lengths = torch.tensor([item.length for item in graded])
     num_clipped = sum(not item.ends for item in graded)
     num_forwards = sum(item.forwards for item in graded)
@@ -286,7 +298,7 @@ def reward_metrics(
     for start in range(0, len(graded), group_size):
         num_distinct += len({item.completion for item in graded[start : start + group_size]})
     sums_and_counts: Metrics = {
-        "parsed": (torch.tensor(sum(float(item.reward.parsed) for item in graded), dtype=torch.float64), count),
+        "parsed": (torch.tensor(sum(parsed), dtype=torch.float64), torch.tensor(len(parsed))),
         "completions/mean_length": (lengths.sum(), count),
         "completions/clipped_ratio": (torch.tensor(num_clipped), count),
         "completions/distinct_ratio": (torch.tensor(num_distinct), count),
@@ -296,8 +308,10 @@ def reward_metrics(
         sums_and_counts[f"rewards/{name}/mean"] = sum_fractions(fractions, name)
     means = reduce_metrics(sums_and_counts, accelerator)
     return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),  # correction=1 would give NaN for a batch of one completion
+        "reward": graded_rewards.mean().item(),
+        "reward_std": graded_rewards.std(
+            correction=0
+        ).item(),  # correction=1 would give NaN for a batch of one completion
         "frac_reward_zero_std": zero_std_fraction(rewards),
         **means,
     }

@@ -168,13 +168,13 @@ def test_a_group_is_informative_where_any_reward_tells_completions_apart():
 
 
 def test_nan_is_never_taken_for_a_number():
-    """A reward that does not apply tells nothing apart from those that do; an advantage of NaN is NaN."""
+    """A reward that does not apply tells nothing apart from those that do, and has no advantage."""
     nan = float("nan")
     parts = tensor([[[1.0, nan], [1.0, 0.5], [1.0, 0.5]], [[1.0, nan], [1.0, 0.5], [1.0, 0.2]]])
     assert has_unequal_rewards(parts).tolist() == [False, True]
     assert has_unequal_rewards(tensor([[nan, 1.0, 1.0], [nan, nan, nan]])).tolist() == [False, False]
     for function in (group_relative, leave_one_out):
-        assert function(tensor([[nan, 1.0, 1.0]])).isnan().all() and function(tensor([[nan, nan]])).isnan().all()
+        assert not function(tensor([[nan, 1.0, 1.0]])).any() and not function(tensor([[nan, nan]])).any()
 
 
 def test_objects_and_partials_may_take_each_reward_separately():
@@ -189,3 +189,39 @@ def test_objects_and_partials_may_take_each_reward_separately():
     assert takes_component_rewards(Separate()) and takes_component_rewards(partial(Separate(), weights=1))
     assert takes_component_rewards(partial(decoupled, eps=0.1)) and not takes_component_rewards(Total())
     assert not takes_component_rewards(group_relative) and not takes_component_rewards(torch.zeros_like)
+
+
+NAN = math.nan
+ADVANTAGES = [group_relative, partial(group_relative, scale_rewards="none"), partial(group_relative, eps=0.0)]
+
+
+@pytest.mark.parametrize("advantages", [*ADVANTAGES, leave_one_out])
+@pytest.mark.parametrize(
+    "row", [[1.0, NAN, 5.0, 9.0], [NAN, NAN, 0.1, 0.2], [-3e30, 1e30, NAN], [NAN, 2.0, 2.0], [NAN, 7]]
+)
+def test_a_completion_without_a_reward_is_as_if_it_had_not_been_sampled(advantages, row):
+    rewards = tensor([row])
+    has_reward = ~rewards.isnan()
+    found = advantages(rewards)
+    assert_close(found[has_reward][None], advantages(rewards[has_reward][None]), rtol=1e-6, atol=0)
+    assert not found[~has_reward].any()
+
+
+def test_a_group_without_rewards_has_no_advantage_and_changes_no_other():
+    rewards = torch.cat([REWARDS, tensor([[NAN, NAN, NAN]])])
+    for advantages in (*ADVANTAGES, leave_one_out, partial(group_relative, scale_rewards="batch")):
+        found = advantages(rewards)
+        assert_close(found[:2], advantages(REWARDS), rtol=1e-6, atol=0)
+        assert not found[2].any()
+
+
+def test_the_batchs_deviation_is_that_of_the_rewards_that_there_are():
+    """1, 3 and 1, 9, 5 with mean 3.8: squares 7.84, 0.64, 7.84, 27.04, 1.44 are 44.8, and 44.8 / 4 = 11.2."""
+    found = group_relative(tensor([[1.0, NAN, 3.0], [1.0, 9.0, 5.0]]), scale_rewards="batch")
+    assert_close(found, tensor([[-1.0, 0.0, 1.0], [-4.0, 4.0, 0.0]]) / (math.sqrt(11.2) + 1e-4), rtol=1e-6, atol=0)
+
+
+def test_each_reward_may_be_missing_for_a_completion():
+    parts = tensor([[[1.0, NAN, 3.0]], [[2.0, NAN, 6.0]]])
+    found = decoupled(tensor([[3.0, NAN, 9.0]]), parts=parts, weights=torch.ones(2))
+    assert found[0, 1] == 0 and found[0, 0] == -found[0, 2] != 0

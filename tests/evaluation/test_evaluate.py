@@ -461,3 +461,23 @@ def test_completions_end_before_the_first_end_token(policy):
 
 def test_problems_and_rewards_are_public():
     assert Reward(1.0, True).breakdown == {} and Problem("1").solution is None
+
+
+def test_a_completion_without_a_reward_is_stored_and_not_counted(policy, tmp_path):
+    """The judge grades every other completion, all as right: the mean is that of the graded ones."""
+
+    def accuracy(completions, place, **_):
+        return [None if number % 2 else 1.0 for number in place]
+
+    rows = [{"prompt": f"{place}=", "place": place} for place in range(4)]
+    task = task_from_dataset(rows, reward_funcs=accuracy)
+    found = evaluate(policy, task, SAMPLER, completions=tmp_path / "c.jsonl", batch_size=1)
+    assert (found.summary["accuracy"], found.summary["reward"], found.summary["n"]) == (1.0, 1.0, 4)
+    assert found.summary["accuracy_interval"] == list(wilson(2, 2)) and found.summary["parsed"] == 1.0
+    stored = [json.loads(line)["evaluation"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in stored] == [1.0, None, 1.0, None] and stored[1]["parts"] == {}
+    again = evaluate(policy, task, SAMPLER, completions=tmp_path / "c.jsonl", batch_size=1)
+    assert again.means == found.means
+    nothing = task_from_dataset(rows, reward_funcs=lambda completions, **_: [None] * len(completions))
+    with pytest.raises(ValueError, match="no completion of task 'dataset' has a reward"):
+        evaluate(policy, nothing, SAMPLER)

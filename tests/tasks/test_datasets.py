@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dllm_rl.tasks import Task, task_from_dataset
-from dllm_rl.tasks.base import Cost, grade
+from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
 from dllm_rl.tasks.datasets import hold_out, training_and_held_out
 
 ROWS = [
@@ -45,6 +45,20 @@ def test_weighted_sum_of_functions() -> None:
     assert graded.breakdown == {"right": 1.0, "short": -2.0} and graded.parsed
     unasked = task.reward(problem, "5?")  # None: left out of the sum and of the breakdown
     assert (unasked.value, unasked.breakdown) == (0.0, {"right": 0.0})
+
+
+def test_a_completion_to_which_no_function_applies_has_no_reward() -> None:
+    def judge(completions, **_) -> list[float | None]:
+        return [None if "?" in text else 1.0 for text in completions]
+
+    for functions in ([judge], [judge, short], [short]):
+        task = task_from_dataset(ROWS, reward_funcs=functions)
+        answered, unasked = grade(task, [task[0]], ["4", "?"])
+        assert (unasked.value, unasked.parsed, unasked.breakdown) == (None, False, {})
+        assert answered.value is not None and metric_fractions(unasked) == {"reward": (0, 0), "parsed": (0, 0)}
+        assert completion_metrics(unasked) == {}
+    task = task_from_dataset(ROWS, reward_funcs=[judge, right])  # the other applies
+    assert grade(task, [task[0]], ["4?"])[0] == Reward(0.0, True, {"right": 0.0})
 
 
 def test_many_at_once_equal_one_by_one() -> None:
@@ -163,9 +177,6 @@ def test_eval_split_is_a_share_or_a_number(split: float, held: int) -> None:
 
 
 def test_bad_functions_and_data_sets_are_refused() -> None:
-    def none(completions, **_):
-        return [None]
-
     def endless(completions, **_):
         return [float("nan")]
 
@@ -175,7 +186,7 @@ def test_bad_functions_and_data_sets_are_refused() -> None:
     def too_few(completions, **_):
         return []
 
-    wrong = {none: "returned None", endless: "returned nan", unbounded: "returned inf", too_few: "returned 0 numbers"}
+    wrong = {endless: "returned nan", unbounded: "returned inf", too_few: "returned 0 numbers"}
     for function, message in wrong.items():
         task = task_from_dataset(ROWS, reward_funcs=[function])
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 and bit for bit in arithmetic in which a row does not depend on how many others are multiplied with it."""
 
 import dataclasses
+import json
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
 from dllm_rl import load_policy
+from dllm_rl.algorithms.advantages import leave_one_out
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring.log import RunLog
@@ -23,6 +25,8 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training import rollouts as rollouts_module
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import (
@@ -205,3 +209,61 @@ def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
     completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1, 1)
     metrics = reward_metrics(torch.tensor([[0.5]]), [completion], Accelerator(cpu=True))
     assert metrics["reward_std"] == 0.0 and metrics["completions/clipped_ratio"] == 1.0
+
+
+def judge(completions, **_):
+    """Applies to completions that begin with one of the first letters of a tiny vocabulary."""
+    return [None if text[:1] in ("1", "2", "") else float(len(set(text))) for text in completions]
+
+
+def judged_recipe(directory, function=judge, **settings):
+    task = task_from_dataset([{"prompt": f"{a}{b}="} for a in "1234" for b in "1234"], reward_funcs=[function])
+    small = {"num_steps": 3, "log_completions_steps": 1, "num_generations": 4, "train_batch_size": 4}
+    return tiny_recipe(directory, task=task, **small, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"advantages": leave_one_out}, {"max_num_gen_batches": 3}])
+def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_path, settings, monkeypatch):
+    recipe = judged_recipe(tmp_path, **settings)
+    seen = []
+    compute = rollouts_module.compute_advantages
+
+    def record(recipe, rewards, arguments):
+        advantages = compute(recipe, rewards, arguments)
+        seen.append((rewards, advantages))
+        return advantages
+
+    monkeypatch.setattr(rollouts_module, "compute_advantages", record)
+    train(recipe)
+    rows = read_metrics(tmp_path)
+    assert len(rows) == len(seen) == 3
+    assert any(rewards.isnan().any() and not rewards.isnan().all() for rewards, _ in seen)
+    for row, (rewards, advantages) in zip(rows, seen, strict=True):
+        graded = rewards[~rewards.isnan()]
+        assert not advantages[rewards.isnan()].any() and advantages.isfinite().all()
+        if recipe.max_num_gen_batches == 1:
+            assert row["reward"] == pytest.approx(graded.mean().item())
+            assert row["rewards/judge/mean"] == pytest.approx(row["reward"]) and row["parsed"] == 1.0
+    logged = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert all((row["reward"] is None) == (row["parts"] == {}) for row in logged)
+
+
+def test_a_step_without_any_reward_ends_the_run_with_a_line(tmp_path):
+    calls = []
+
+    def outage(completions, **_):
+        calls.append(len(completions))
+        return [1.0 if len(calls) < 3 else None for _ in completions]
+
+    with pytest.raises(ValueError, match=r"no completion of step \d has a reward: every reward function returned None"):
+        train(judged_recipe(tmp_path, outage))
+
+
+def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
+    def mine(rewards):
+        return rewards - rewards.mean(-1, keepdim=True)
+
+    with pytest.raises(
+        ValueError, match=r"mine gave numbers that are not finite for rewards of shape \(4, 4\); \d+ of them"
+    ):
+        train(judged_recipe(tmp_path, advantages=mine))

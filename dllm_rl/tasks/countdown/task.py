@@ -125,7 +125,11 @@ class Countdown(Prompted):
             return countdown_d1_training(problem.fields, completion)
         graded = countdown_strict(problem.fields, completion)
         share = graded.breakdown["numbers_used"]
-        return Reward(self.solved_weight * graded.value + self.numbers_weight * share, graded.parsed, graded.breakdown)
+        return Reward(
+            self.solved_weight * graded.breakdown["accuracy"] + self.numbers_weight * share,
+            graded.parsed,
+            graded.breakdown,
+        )
 
     @property
     def width(self) -> int:

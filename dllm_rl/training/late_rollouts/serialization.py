@@ -50,7 +50,7 @@ def serialize_batch(collected: Collected, seconds: float) -> bytes:
             problems[id(problem)] = {"fields": as_json(problem.fields), **texts}
         breakdown = {name: float(value) for name, value in reward.breakdown.items()}
         json_reward = {
-            "value": float(reward.value),
+            "value": None if reward.value is None else float(reward.value),
             "parsed": bool(reward.parsed),
             "breakdown": breakdown,
             "answer": reward.answer,
