@@ -1,8 +1,7 @@
 """Count the bytes of the tensors that a block makes."""
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,12 +38,3 @@ class LiveBytes(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.now -= size
-
-    @contextmanager
-    def measured(self, sizes: dict[str, int], name: str, *, peak: bool = False) -> Iterator[None]:
-        """Set `sizes[name]` to the number of bytes by which the block increases the live bytes, or, with `peak`, to the
-        peak of all live bytes in the block.
-        """
-        before = self.peak = self.now
-        yield
-        sizes[name] = self.peak if peak else self.now - before
