@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -431,10 +431,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         return path
     check_hub_id(path_or_id)
     # Pickled weights are not downloaded: they run code when they are opened.
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
-    except LocalEntryNotFoundError:
-        raise _not_fetched(str(path_or_id)) from None
+    return _download(str(path_or_id), [f"*{suffix}" for suffix in SUFFIXES])
 
 
 def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -461,25 +458,30 @@ def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dic
     packaged = CONFIGS / f"{text.replace('/', '--')}.json"
     if packaged.is_file():
         return json.loads(packaged.read_text())
-    cache_folder = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
-    if cache_folder is None:
+    names = ("config.json", "adapter_config.json")
+    cache_folder = _download(text, names)
+    if not any((cache_folder / name).is_file() for name in names):
         raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that has one")
     return load_config(cache_folder, visited=(*visited, text))
 
 
-def _fetch(hub_id: str, file: str) -> Path | None:
-    """Download a file of a hub repository. Return its folder in the cache, or None if the repository lacks the file."""
+def _download(hub_id: str, names: Sequence[str]) -> Path:
+    """Download the files of a hub repository that match the names, and return their folder in the cache.
+
+    Raises:
+        ValueError: The hub cannot be reached, or refuses.
+    """
     try:
-        return Path(hf_hub_download(hub_id, file)).parent
+        # Not `hf_hub_download`, which tries for 23 s to reach a hub that is not there.
+        return Path(snapshot_download(hub_id, allow_patterns=[*names]))
     except LocalEntryNotFoundError:
-        raise _not_fetched(hub_id) from None
-    except EntryNotFoundError:
-        return None
+        raise ValueError(
+            f"model={hub_id!r} is not complete in this machine's cache, and the hub cannot be reached; download it "
+            "elsewhere and give its folder (for a recipe: --model FOLDER)"
+        ) from None
     except HfHubHTTPError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"model={hub_id!r}: the hub did not return {file} ({reason}); give a folder that has it"
-        ) from None
+        raise ValueError(f"model={hub_id!r}: the hub refuses ({reason}); give a folder that has it") from None
 
 
 def check_hub_id(path_or_id: str | Path) -> None:
@@ -487,13 +489,6 @@ def check_hub_id(path_or_id: str | Path) -> None:
     text = str(path_or_id)
     if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
         raise ValueError(f"path_or_id={text!r} is neither a folder nor a hub id (owner/name); give one of them")
-
-
-def _not_fetched(path_or_id: str) -> ValueError:
-    return ValueError(
-        f"model={path_or_id!r} is not complete in this machine's cache, and the hub cannot be reached; download it "
-        "elsewhere and give its folder (for a recipe: --model FOLDER)"
-    )
 
 
 def save_module(

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from layouts import published
 from transformers.utils import logging
@@ -85,22 +86,35 @@ def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkey
         load_policy("owner/name")
 
 
+@pytest.mark.parametrize("load", [loading.load_config, loading.checkpoint_folder, load_policy])
+def test_without_a_network_a_hub_id_is_refused_at_the_first_try(tmp_path, monkeypatch, capsys, caplog, load):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    tries = []
+
+    def fail(host, *_, **__):
+        tries.append(host)
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(ValueError, match="model='owner/name' is not complete in this machine's cache"):
+        load("owner/name")
+    assert len(tries) == 1 and not capsys.readouterr().err and not caplog.records
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders, and the files that were fetched from it. No repository is fetched whole."""
+    """A hub whose repositories are folders, and the files that were fetched from it."""
     fetched = []
     response: Any = SimpleNamespace(headers={}, request=None)
 
-    def download(name, file):
-        fetched.append(f"{name}/{file}")
+    def download(name, *, allow_patterns):
         if not (tmp_path / name).exists():
             raise RepositoryNotFoundError("404 Client Error\nRepository Not Found", response=response)
-        if not (tmp_path / name / file).exists():
-            raise EntryNotFoundError("404 Client Error")
-        return str(tmp_path / name / file)
+        names = [file.name for file in (tmp_path / name).iterdir()]
+        fetched.extend(f"{name}/{file}" for file in filter_repo_objects(names, allow_patterns=allow_patterns))
+        return str(tmp_path / name)
 
-    monkeypatch.setattr(loading, "hf_hub_download", download)
-    monkeypatch.setattr(loading, "snapshot_download", None)
+    monkeypatch.setattr(loading, "snapshot_download", download)
     return tmp_path, fetched
 
 
@@ -114,6 +128,8 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     ):
         (folder / name).mkdir(parents=True)
         (folder / name / file).write_text(json.dumps(content))
+    (folder / "owner/full/model.safetensors").write_text("")
+    (folder / "owner/bare").mkdir()
     local = folder / "mine"
     local.mkdir()
     (local / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/full"}))
@@ -122,17 +138,17 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     assert loading.load_config(local) == config
     assert set(fetched) == {
         "owner/full/config.json",
-        "owner/adapters/config.json",
         "owner/adapters/adapter_config.json",
     }
     fetched.clear()
     assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
     with pytest.raises(ValueError, match="owner/circle: base_model_name_or_path leads back to itself"):
         loading.load_config("owner/circle")
-    with pytest.raises(
-        ValueError, match=r"model='owner/none': the hub did not return config.json \(404 Client Error\)"
-    ):
-        loading.load_config("owner/none")
+    with pytest.raises(ValueError, match="model='owner/bare': its repository has no config"):
+        loading.load_config("owner/bare")
+    for load in (loading.load_config, loading.checkpoint_folder):
+        with pytest.raises(ValueError, match=r"model='owner/none': the hub refuses \(404 Client Error\)"):
+            load("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="path_or_id="):
             loading.load_config(text)
