@@ -199,7 +199,7 @@ def grade(
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, call.timeout_message) as restart:
         rewards, error = call.grade_together()
         if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails
-            rewards = call.grade_one_by_one(restart)
+            rewards = call.grade_one_by_one(restart, error)
         if error is not None:
             count = f"{len(completions)} completions in one call"
             raise RuntimeError(f"the grader of task {task.name!r} raised on {count}: {error!r}") from error
@@ -249,8 +249,10 @@ class _GradeCall:
         except (Exception, SystemExit) as error:
             return None, error
 
-    def grade_one_by_one(self, restart: Callable[[], None]) -> list[Reward]:
-        """Grade each completion by a separate call. `restart` begins a new time limit."""
+    def grade_one_by_one(self, restart: Callable[[], None], error_together: BaseException | None) -> list[Reward]:
+        """Grade each completion by a separate call. `restart` begins a new time limit; `error_together` is that of
+        `grade_together`.
+        """
         costs = self.cost_arguments(self.task.reward)
         rewards = []
         for index, (problem, completion) in enumerate(zip(self.problems, self.completions, strict=True)):
@@ -260,9 +262,10 @@ class _GradeCall:
                 arguments = {name: values[index] for name, values in costs.items()}
                 rewards.append(self.task.reward(problem, completion, **arguments))
             except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
-                raise RuntimeError(
-                    f"the grader of task {self.task.name!r} raised on {self.describe_current()}: {error!r}"
-                ) from error
+                message = f"the grader of task {self.task.name!r} raised on {self.describe_current()}: {error!r}"
+                if error_together is not None and repr(error_together) != repr(error):
+                    message += f"; on all {len(self.completions)} completions in one call: {error_together!r}"
+                raise RuntimeError(message) from error
         return rewards
 
     def check(self, rewards: Sequence[Reward]) -> None:

@@ -33,7 +33,8 @@ class DatasetTask:
     weights: tuple[float, ...]
     name: str
     version: str
-    columns: tuple[str, ...] = field(default=(), repr=False)  # names in any row, except prompt and completion
+    columns: tuple[str, ...] = field(default=(), repr=False)  # names in any row, except prompt, completion and blank
+    blank: str | None = None  # of rows without a blank of their own
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -49,7 +50,13 @@ class DatasetTask:
         row = dict(_row(self.dataset, index))
         prompt = row.pop("prompt")
         solution = row.pop("completion", None)
-        return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution)
+        blank = row.pop("blank", None)
+        blank = self.blank if blank is None else blank
+        if not isinstance(blank, str | None):
+            raise ValueError(
+                f"dataset: row {index} has blank={blank!r}, which is not text: give text, or rename the column"
+            )
+        return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution, blank)
 
     def reward(
         self,
@@ -116,11 +123,13 @@ def task_from_dataset(
     weights: Sequence[float] | None = None,
     name: str = "dataset",
     version: str = "1",
+    blank: str | None = None,
 ) -> DatasetTask:
     """Make a task from a `datasets.Dataset`, or any sequence of rows, and reward functions.
 
     Use it for your rows and graders; write a `Task` if problems are generated. Each row needs a `prompt` column of text
-    or chat messages. A `completion` column, text or chat, becomes the solution for supervised warm-up.
+    or chat messages. A `completion` column, text or chat, becomes the solution for supervised warm-up. A `blank` column
+    is for infilling: each occurrence of its text in the row's prompt is one token to fill in (`tasks.base.Problem`).
 
     Args:
         dataset: Rows with a length: a `datasets.Dataset` or a list of dicts.
@@ -130,6 +139,7 @@ def task_from_dataset(
         weights: One number per function. None (default): 1 each.
         name: Name of the task. Default: "dataset".
         version: Version of the grading; change it when a function changes, so that stored results are not mixed up.
+        blank: Blank of the rows that have none of their own. None (default): no infilling.
 
     Returns:
         A task.
@@ -145,8 +155,8 @@ def task_from_dataset(
     if len(all_weights) != len(functions):
         raise ValueError(f"{len(functions)} reward_funcs have {len(all_weights)} weights; give one per function")
     column_names = _column_names(dataset)
-    passed_columns = tuple(column for column in column_names if column not in ("prompt", "completion"))
-    task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns)
+    passed_columns = tuple(column for column in column_names if column not in ("prompt", "completion", "blank"))
+    task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns, blank)
     for label, function in zip(task._labels(), functions, strict=True):
         parameters = inspect.signature(function).parameters
         for column in [c for c in column_names if c in COST_ARGUMENTS and c in parameters]:
@@ -163,12 +173,19 @@ def task_from_dataset(
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             )
-            is_passed = parameter_name in {*ALWAYS_PASSED, *COST_ARGUMENTS, *column_names}
+            is_passed = parameter_name in {*ALWAYS_PASSED, *COST_ARGUMENTS, *task.columns}
             if is_required and (parameter.kind is parameter.POSITIONAL_ONLY or not is_passed):
                 raise ValueError(
                     f"reward function {label} needs {parameter_name!r}, which is not one of "
                     f"{', '.join((*ALWAYS_PASSED, *task.columns))}: name a column, or give the parameter a default"
                 )
+            if is_required and parameter_name in task.columns and not hasattr(dataset, "column_names"):
+                for index in range(len(dataset)):
+                    if parameter_name not in _row(dataset, index):
+                        raise ValueError(
+                            f"dataset: row {index} has no {parameter_name!r}, which reward function {label} needs: add "
+                            "it, as None where it does not apply, or give the parameter a default"
+                        )
     return task
 
 

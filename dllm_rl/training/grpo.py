@@ -25,6 +25,7 @@ from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import schedule
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.policies import call_model_function
@@ -92,7 +93,8 @@ def grpo_recipe(  # noqa: PLR0913
     eval_dataset: Any = None,
     eval_split: float | None = None,
     reward_weights: Sequence[float] | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
+    blank: str | None = None,
     temperature: float | None = None,
     sampler_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
@@ -119,7 +121,9 @@ def grpo_recipe(  # noqa: PLR0913
             most 256 rows.
         reward_weights: One weight per reward function, each 1 by default. With advantages=decoupled, each reward is
             normalized before it is weighted.
-        max_new_tokens: Length of a completion, in tokens. Default: 256.
+        max_new_tokens: Length of a completion, in tokens. None (default): 256, or 0 if the prompts have blanks.
+        blank: For infilling: a text of which each occurrence in a prompt is one token to fill in. A column `blank`
+            gives a row its own. The reward functions receive the filled text. None (default): no infilling.
         temperature: Temperature of the sampler. Default: 1, or the preset's. `renoise` has t_max and t_min instead.
         sampler_options: Keywords of `unmask`, `autoregress` or `renoise`, such as diffusion_steps (unmasking steps, by
             default one per token) or top_p. Its max_new_tokens and temperature override the arguments of these names.
@@ -141,7 +145,7 @@ def grpo_recipe(  # noqa: PLR0913
     with name_field_in_error("eval_dataset"):
         eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
     training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
-    make_task = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
+    make_task = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights, blank=blank)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = make_task(training_rows, name=name)
     with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
@@ -157,6 +161,8 @@ def grpo_recipe(  # noqa: PLR0913
         spec = path_or_policy.spec
         block_size = spec.block_size
     attention = spec.attention
+    if max_new_tokens is None:
+        max_new_tokens = 0 if num_blanks(task[0]) else 256
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
     if temperature is not None:
         options.setdefault("temperature", temperature)
@@ -181,14 +187,15 @@ def grpo_recipe(  # noqa: PLR0913
     for option, value in options.items():
         if option in parameters:
             check_kind(f"sampler_options: {option}", parameters[option].annotation, value)
-    for option in options.keys() - parameters:
+    if unknown := [option for option in options if option not in parameters]:
         sampler_name = sampler.func.__name__
         raise ValueError(
-            f"sampler_options: {option!r} is not a keyword of {sampler_name}; "
+            f"sampler_options: not keywords of {sampler_name}: {', '.join(map(repr, unknown))}; "
             f"help(dllm_rl.samplers.{sampler_name}) lists them"
         )
     # If `settings` has a sampler, it replaces this one.
     sampler_keywords = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
+    sampler_keywords["max_new_tokens"] += num_blanks(task[0])  # the length of what is sampled
     if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by max_new_tokens
         settings["loss_reduction"] = partial(fixed_length_mean, length=sampler_keywords["max_new_tokens"])
     fields: dict[str, Any] = {
@@ -220,7 +227,7 @@ def apply_preset(
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
     block_size = options.get("block_size", keywords.get("block_size"))
-    if keywords and "diffusion_steps" not in keywords and length % (block_size or TOKENS_PER_STEP) == 0:
+    if keywords and length and "diffusion_steps" not in keywords and length % (block_size or TOKENS_PER_STEP) == 0:
         keywords["diffusion_steps"] = length // TOKENS_PER_STEP
     if "sampler" in settings:  # the caller's sampler replaces the preset's sampler
         keywords = {}
@@ -249,6 +256,14 @@ def default_likelihood(spec: FamilySpec, block_size: int | None, options: dict[s
     return trajectory(block_size=block_size, num_segments=segments_for(block_options))
 
 
+def num_blanks(problem: Problem) -> int:
+    """Return the number of tokens to fill in in a problem's prompt."""
+    if problem.blank is None:
+        return 0
+    texts = [problem.prompt] if isinstance(problem.prompt, str) else [turn["content"] for turn in problem.prompt]
+    return sum(text.count(problem.blank) for text in texts if isinstance(text, str))
+
+
 def segments_for(options: dict[str, Any]) -> int | None:
     """Return the `num_segments` of `trajectory` for these options of `unmask`; None if every step is scored exactly."""
     commit = as_commit(options.get("commit", schedule))
@@ -270,6 +285,11 @@ def wrap_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[...,
         ValueError: A transformers model without a tokenizer, or a tokenizer for another kind of model.
     """
     kind = type(model).__name__
+    if not isinstance(model, str | Path | nn.Module | Policy) and not callable(model):
+        raise ValueError(
+            f"model={model!r} is none of these: a checkpoint's folder, a hub id, a transformers model, a policy, or a "
+            "function that makes one"
+        )
     if isinstance(model, nn.Module) and not isinstance(model, Policy):
         if tokenizer is None:
             raise ValueError(f"processing_class=None: a loaded {kind} needs its tokenizer; pass it as processing_class")

@@ -2,8 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Set
+from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from numbers import Integral
 from typing import Any
@@ -54,70 +54,68 @@ STRING_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
 }
 # TRL's completions per forward, and forwards per update, of one process. `batch_sizes` converts them.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# TRL's names without an equivalent: they are refused, and the error names this nearest setting.
-HINTS = {
-    "args": "a keyword for each of its fields, as learning_rate=1e-6",
-    "generation_batch_size": "train_batch_size, in prompts per step over all processes",
-    "steps_per_generation": "num_iterations, updates per rollout",
-    "num_train_epochs": "num_steps",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "eval_strategy": "eval_steps",
-    "save_strategy": "save_steps",
-    "warmup_steps": "warmup_steps with lr_scheduler_type",
-    "warmup_ratio": "warmup_steps with lr_scheduler_type",
-    "sync_ref_model": "beta, whose reference stays the policy that RL started from",
-    "multi_objective_aggregation": "advantages=decoupled",
-    "vllm_importance_sampling_mode": "corrector",
-    "vllm_importance_sampling_cap": "corrector=tis(cap=2.0)",
-    "use_vllm": "rollout_quantization, for rollouts in the training process",
-    "generation_kwargs": "sampler_options",
-    "min_p": "top_p",
-    "quantization_config": "base_quantization",
-    "model_init_kwargs": "dtype",
-    "fp16": "dtype='float16' with lora",
-    "mask_truncated_completions": "none: return the mean reward of the group for a cut answer (docs/trl.md)",
-    "log_completions": "log_completions_steps",
-    "cast_lm_head_to_fp32": "float32_head",
-    "vllm_importance_sampling_correction": "corrector",
-    "vllm_importance_sampling_clip_max": "corrector",
-    "vllm_importance_sampling_clip_min": "corrector",
-    "vllm_mode": "rollout_workers, for rollouts by other processes",
-    "cache_implementation": "sampler_options, with cache=block_cache()",
-    "chat_template_kwargs": "the chat_template of the tokenizer",
-    "num_generations_eval": "dllm-rl evaluate --samples, after training",
-    "lr_scheduler_kwargs": "lr_schedule, a function with its keywords bound",
-    "adam_epsilon": "optim, a function",
-    "optim_args": "optim, a function",
-    "fsdp": "shard_size",
-    "deepspeed": "shard_size",
-    "ddp_timeout": "collective_timeout",
-    "data_seed": "seed",
-    "auto_find_batch_size": "dry_run=True, which prints what fits",
-    "use_cpu": "accelerate launch --cpu",
-    "hub_token": "HF_TOKEN, an environment variable",
-    "trust_remote_code": "none: no checkpoint needs it",
-    "reward_processing_classes": "a reward function that calls the reward model",
-    # Names of diffu-GRPO (d1), and keywords of the sampler.
-    "p_mask_prompt": "likelihood=one_step(prompt_mask=0.15)",
-    "diffusion_steps": "sampler_options={'diffusion_steps': 128}",
-    "block_length": "sampler_options={'block_size': 32}",
-    "block_size": "sampler_options={'block_size': 32}",
-    "remasking": "sampler_options={'rank': confidence}",
-    "random_masking": "resample_masks",
-    "ref_model_sync_steps": "beta, whose reference stays the policy that RL started from",
+# From a setting, or another remedy, to the names without an equivalent for which it is the nearest: of TRL, of
+# diffu-GRPO (d1), and of the sampler's keywords.
+NEAREST = {
+    "advantages": "multi_objective_aggregation",
+    "base_quantization": "quantization_config",
+    "beta": "sync_ref_model ref_model_sync_steps",
+    "collective_timeout": "ddp_timeout",
+    "corrector": "vllm_importance_sampling_mode vllm_importance_sampling_correction vllm_importance_sampling_cap "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
+    "dry_run": "auto_find_batch_size",
+    "dtype": "fp16 model_init_kwargs",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "eval_steps": "eval_strategy",
+    "float32_head": "cast_lm_head_to_fp32",
+    "likelihood": "p_mask_prompt",
+    "log_completions_steps": "log_completions",
+    "lr_scheduler_type": "lr_scheduler_kwargs warmup_ratio warmup_steps",
+    "num_iterations": "steps_per_generation",
+    "num_steps": "num_train_epochs",
+    "optim": "adam_epsilon optim_args",
+    "processing_class": "chat_template_kwargs",
+    "resample_masks": "random_masking",
+    "reward_funcs": "mask_truncated_completions reward_processing_classes",
+    "rollout_quantization": "use_vllm",
+    "rollout_workers": "vllm_mode",
+    "sampler_options": "generation_kwargs",
+    "sampler_options.block_size": "block_length block_size",
+    "sampler_options.cache": "cache_implementation",
+    "sampler_options.diffusion_steps": "diffusion_steps",
+    "sampler_options.rank": "remasking",
+    "save_steps": "save_strategy",
+    "seed": "data_seed",
+    "shard_size": "deepspeed fsdp",
+    "top_p": "min_p",
+    "train_batch_size": "generation_batch_size",
+    "accelerate launch --cpu": "use_cpu",
+    "dllm-rl evaluate --samples": "num_generations_eval",
+    "the environment's HF_TOKEN": "hub_token",
 }
+REMEDIES = {name: remedy for remedy, names in NEAREST.items() for name in names.split()}
 
 
 def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any]) -> dict[str, Any]:
     """Translate keywords that may have TRL's names into the function's keywords.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: Names are unknown, or a value has no equivalent.
     """
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     # The function's types take precedence: its `model` accepts one more type than Recipe's.
     types = {field.name: field.type for field in fields(Recipe)} | types
     known_names = types.keys() - {"settings"}
+    targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
+    if "lr_scheduler_type" in keywords:
+        targets["warmup_steps"] = "lr_schedule.warmup_steps"
+    # Defaults of TRL that change nothing.
+    keywords = {
+        name: value
+        for name, value in keywords.items()
+        if (name, value) not in (("sync_ref_model", False), ("warmup_steps", 0))
+    }
+    check_names(keywords, known_names, targets)
     keywords = {
         name: value if name == "model" else convert_value(name, types.get(name), value)
         for name, value in keywords.items()
@@ -126,32 +124,47 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     for name in keywords.keys() & known_names - {"report_to"}:  # report_to is a list in TRL
         check_kind(name, types[name], keywords[name])
     translated = batch_sizes(keywords)
-    trl_names = dict(TRL_NAMES)
-    if "lr_scheduler_type" in keywords:
-        trl_names["warmup_steps"] = "lr_schedule.warmup_steps"
     for name, value in keywords.items():
-        is_default = (name, value) in (("sync_ref_model", False), ("warmup_steps", 0))
-        if name in BATCH_SIZES or is_default:
+        if name in BATCH_SIZES:
             continue
-        if name in STRING_VALUES:
-            target, value = translate_string(name, value)
-        else:
-            target = trl_names.get(name, name)
-        if target.partition(".")[0] not in known_names:
-            if name in HINTS:
-                nearest = [HINTS[name]]
-            else:
-                nearest = difflib.get_close_matches(name, known_names | TRL_NAMES.keys(), n=1)
-            remedy = f"the nearest is {nearest[0]}" if nearest else "help(dllm_rl.Recipe) lists all"
-            raise ValueError(f"{name} is not a setting of grpo; {remedy}")
+        target = targets.get(name, name)
         if target in translated:
             raise ValueError(f"{target} is set twice, once by TRL's name; set it once")
-        translated[target] = value
+        translated[target] = STRING_VALUES[name][1][value] if name in STRING_VALUES else value
     if isinstance(translated.get("report_to"), list):
         translated["report_to"] = ",".join(translated["report_to"]) or "none"
     for target in [target for target in translated if "." in target]:
         bind_keyword(translated, target, translated.pop(target))
     return translated
+
+
+def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Mapping[str, str]) -> None:
+    """Raise one ValueError for all keywords that are not settings, and all words of STRING_VALUES without an
+    equivalent.
+    """
+    if is_dataclass(config := keywords.get("args")):
+        known = known_names | targets.keys() | {*BATCH_SIZES}
+        changed = {
+            field.name: getattr(value := getattr(config, field.name), "value", value)  # of an enum
+            for field in fields(config)
+            if field.name in known and getattr(config, field.name) != field.default
+        }
+        settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        raise ValueError(
+            f"args is not a setting of grpo, which has other defaults (docs/trl.md): give the fields that you set as "
+            f"arguments, {settings or 'learning_rate=1e-6'}"
+        )
+    refused = []
+    for name, value in keywords.items():
+        if name in STRING_VALUES and value not in list(STRING_VALUES[name][1]):
+            words = ", ".join(map(repr, STRING_VALUES[name][1]))
+            refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {targets[name]})")
+        elif name not in BATCH_SIZES and targets.get(name, name).partition(".")[0] not in known_names:
+            close = difflib.get_close_matches(name, known_names | targets.keys(), n=1)
+            nearest = [REMEDIES[name]] if name in REMEDIES else close
+            refused.append(f"{name} (the nearest is {nearest[0]})" if nearest else name)
+    if refused:
+        raise ValueError(f"not settings of grpo: {', '.join(refused)}; help(dllm_rl.Recipe) lists all")
 
 
 def check_counts(keywords: dict[str, Any]) -> None:
@@ -170,20 +183,6 @@ def check_counts(keywords: dict[str, Any]) -> None:
             f"loss_type='bnpo' divides by the tokens of each forward, and an update has {forwards} of them; "
             "use 'dapo', which divides by the tokens of the batch"
         )
-
-
-def translate_string(name: str, value: object) -> tuple[str, Callable]:
-    """Return the keyword for a name in STRING_VALUES, and the keyword's value.
-
-    Raises:
-        ValueError: The table does not have the value.
-    """
-    keyword, equivalents = STRING_VALUES[name]
-    if value not in list(equivalents):
-        known = ", ".join(map(repr, equivalents))
-        alternatives = "for others give Recipe's loss, loss_reduction or lr_schedule"
-        raise ValueError(f"{name}={value!r} is not one of {known}; {alternatives}")
-    return keyword, equivalents[value]
 
 
 def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:

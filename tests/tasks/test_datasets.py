@@ -278,7 +278,7 @@ def test_rows_whose_columns_differ_have_none_where_they_lack_one():
     names = ("prompt", "answer", "tests")
     seen = []
 
-    def graded(completions, answer, tests):  # without **columns: what it names
+    def graded(completions, answer=(), tests=()):  # without **columns: what it names
         seen.append((answer, tests))
         return [1.0] * len(completions)
 
@@ -425,3 +425,66 @@ def test_an_async_function_that_would_wait_for_itself_is_refused() -> None:
     task = task_from_dataset(ROWS, reward_funcs=outer)
     with pytest.raises(ValueError, match="called a task with async functions: await those instead"):
         task.reward(task[0], "1")
+
+
+def needs_answer(completions, answer):
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def needs_both(completions, answer, *, hint, **columns):
+    return needs_answer(completions, answer)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reward", "index", "column"),
+    [
+        ([{"answer": "1"}, {}], needs_answer, 1, "answer"),
+        ([{}, {"answer": "1"}, {}], needs_answer, 0, "answer"),
+        ([{"answer": "1", "hint": 1}, {"hint": 2, "answer": "2"}, {"answer": "3"}], needs_both, 2, "hint"),
+        ([{"answer": "1"}, {"question": "2"}], [lambda completions: [0.0], needs_answer], 1, "answer"),
+    ],
+)
+def test_a_row_without_a_column_that_a_reward_needs_is_named(rows, reward, index, column):
+    rows = [{"prompt": "a"} | row for row in rows]
+    with pytest.raises(
+        ValueError, match=f"^dataset: row {index} has no '{column}', which reward function needs_.* needs: add"
+    ):
+        task_from_dataset(rows, reward_funcs=reward)
+
+
+def test_a_column_that_does_not_apply_to_a_row_is_none():
+    def optional(completions, answer="none", **columns):
+        return [None if each is None else 1.0 for each in answer]
+
+    def needed(completions, answer):
+        return [0.0 if each is None else 1.0 for each in answer]
+
+    for rows, reward in (
+        ([{"prompt": "a", "answer": "1"}, {"prompt": "a"}], [optional, lambda completions, **_: [0.0]]),
+        ([{"prompt": "a", "answer": "1"}, {"prompt": "a", "answer": None}], needed),
+    ):
+        task = task_from_dataset(rows, reward_funcs=reward)
+        assert [task.reward(task[i], "x").value for i in (0, 1)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "one", "all_together"),
+    [
+        (lambda n: n - 1, "returned 0 numbers for 1 texts", "returned 3 numbers for 4 texts"),
+        (lambda n: n + 1, "returned 2 numbers for 1 texts", "returned 5 numbers for 4 texts"),
+        (lambda n: n // 2, "returned 0 numbers for 1 texts", "returned 2 numbers for 4 texts"),
+    ],
+)
+def test_a_list_of_another_length_is_counted_in_the_call_of_the_run(lengths, one, all_together):
+    task = task_from_dataset([{"prompt": "a"}], reward_funcs=lambda completions: [0.0] * lengths(len(completions)))
+    with pytest.raises(RuntimeError, match=f"{one}.*; on all 4 completions in one call: .*{all_together}"):
+        grade(task, [task[0]], ["x"] * 4)
+
+
+def test_an_error_that_is_the_same_for_one_completion_is_said_once():
+    def fails(completions):
+        raise KeyError("answer")
+
+    task = task_from_dataset([{"prompt": "a"}], reward_funcs=fails)
+    with pytest.raises(RuntimeError, match=r"completion 'x': KeyError\('answer'\)$"):
+        grade(task, [task[0]], ["x"] * 4)

@@ -3,8 +3,10 @@
 import asyncio
 import inspect
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from dllm_rl.samplers.revise import remask, soft_edit
 from dllm_rl.samplers.rules import max_prob, random, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.trl_names import HINTS, STRING_VALUES, TRL_NAMES, translate_trl_names
+from dllm_rl.training.trl_names import REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -195,7 +197,7 @@ def test_a_model_whose_noise_is_random_tokens(tmp_path):
 
 
 def test_an_option_that_the_sampler_lacks_is_named():
-    with pytest.raises(ValueError, match=r"'nope' is not a keyword of unmask; help\(dllm_rl.samplers.unmask\)"):
+    with pytest.raises(ValueError, match=r"not keywords of unmask: 'nope'; help\(dllm_rl.samplers.unmask\)"):
         grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=8, sampler_options={"nope": 1})
 
 
@@ -294,7 +296,7 @@ def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
     """A resumed run compares it: no addresses, and not the rows themselves."""
     text = describe(task_from_dataset(ROWS, reward_funcs=[right, short], name="sums"))
     graders = f"({__name__}:right, {__name__}:short)"
-    assert text == f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1')"
+    assert text == f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1', blank=None)"
     assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
 
 
@@ -330,12 +332,12 @@ def test_trls_names_set_what_they_mean():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"args": object()}, "args is not a setting of grpo; the nearest is a keyword for each of its fields"),
-        ({"generation_batch_size": 8}, "the nearest is train_batch_size, in prompts per step"),
-        ({"learning_rat": 1e-6}, "learning_rat is not a setting of grpo; the nearest is learning_rate$"),
-        ({"settings": {}}, "settings is not a setting of grpo"),
-        ({"block_length": 32}, "the nearest is sampler_options={'block_size': 32}$"),
-        ({"zyx": 1}, r"zyx is not a setting of grpo; help\(dllm_rl.Recipe\) lists all"),
+        ({"args": object()}, "^not settings of grpo: args;"),
+        ({"generation_batch_size": 8}, r"generation_batch_size \(the nearest is train_batch_size\)"),
+        ({"learning_rat": 1e-6}, r"^not settings of grpo: learning_rat \(the nearest is learning_rate\); help"),
+        ({"settings": {}}, "not settings of grpo: settings"),
+        ({"block_length": 32}, r"block_length \(the nearest is sampler_options.block_size\)"),
+        ({"zyx": 1}, r"^not settings of grpo: zyx; help\(dllm_rl.Recipe\) lists all"),
         ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
         ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),
         (
@@ -353,7 +355,7 @@ def test_the_docs_have_the_tables_of_names():
     page = README.parent.joinpath("docs", "trl.md").read_text()
     assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == TRL_NAMES
     own = Recipe.__dataclass_fields__.keys()
-    assert not own & (TRL_NAMES | HINTS).keys(), "a name of Recipe's is taken as it is"
+    assert not own & (TRL_NAMES | REMEDIES).keys(), "a name of Recipe's is taken as it is"
 
 
 def llama():
@@ -383,7 +385,6 @@ def test_adapters_of_peft_are_refused():
     ("settings", "field"),
     [
         ({"max_new_tokens": "2"}, "max_new_tokens='2'"),
-        ({"max_new_tokens": None}, "max_new_tokens=None"),
         ({"max_completion_length": 2.5}, "max_new_tokens=2.5"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"temperature": -1}, "temperature=-1"),
@@ -545,9 +546,9 @@ def test_a_reference_that_stays_is_the_only_one():
     [
         (
             {"loss_type": "cispo"},
-            "loss_type='cispo' is not one of 'grpo', .*; for others give Recipe's loss, loss_reduction",
+            r"loss_type='cispo' \(not one of 'grpo', .*; for others give Recipe's loss_reduction\)",
         ),
-        ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] is not one of"),
+        ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] \(not one of"),
         (
             {"loss_type": "grpo", "loss_reduction": torch.zeros_like},
             "loss_reduction is set twice, once by TRL's name",
@@ -556,20 +557,20 @@ def test_a_reference_that_stays_is_the_only_one():
             {"loss_type": "bnpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
             "loss_type='bnpo' divides by the tokens of each forward, and an update has 2 of them; use 'dapo'",
         ),
-        ({"importance_sampling_level": "sequence_token"}, "='sequence_token' is not one of 'token', 'sequence'; for"),
+        ({"importance_sampling_level": "sequence_token"}, r"='sequence_token' \(not one of 'token', 'sequence'; for"),
         ({"importance_sampling_level": "sequence", "loss": gspo}, "loss is set twice"),
         ({"importance_sampling_level": "sequence", "delta": 4.0}, "delta=4.0 is not a keyword of the loss"),
         (
             {"lr_scheduler_type": "polynomial"},
-            "lr_scheduler_type='polynomial' is not one of 'constant', .*'cosine'; for",
+            r"lr_scheduler_type='polynomial' \(not one of 'constant', .*'cosine'; for",
         ),
         ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 must be a whole number"),
         (
             {"warmup_steps": 3},
-            "warmup_steps is not a setting of grpo; the nearest is warmup_steps with lr_scheduler_type",
+            r"warmup_steps \(the nearest is lr_scheduler_type\)",
         ),
         ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
-        ({"sync_ref_model": True}, "sync_ref_model is not a setting of grpo; the nearest is beta, whose reference"),
+        ({"sync_ref_model": True}, r"sync_ref_model \(the nearest is beta\)"),
         ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has complete"),
         ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' must be a whole number"),
         ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is set twice"),
@@ -621,10 +622,144 @@ GRPO_CONFIG = re.findall(
 def test_every_name_of_trls_config_is_taken_or_refused_by_its_name():
     known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *STRING_VALUES}
     refused = [name for name in GRPO_CONFIG if name not in known]
-    assert len(GRPO_CONFIG) == 79 and HINTS.keys() & {*GRPO_CONFIG} <= {*refused}
-    for name in refused:
-        with pytest.raises(ValueError, match=f"{name} is not a setting of grpo"):
-            translate_trl_names(grpo_recipe, {name: None})
+    assert len(GRPO_CONFIG) == 79 and REMEDIES.keys() & {*GRPO_CONFIG} <= {*refused}
+    with pytest.raises(ValueError, match=r"^not settings of grpo: ") as caught:
+        translate_trl_names(grpo_recipe, dict.fromkeys(GRPO_CONFIG))
+    named = {part.split()[0] for part in str(caught.value).removeprefix("not settings of grpo: ").split(", ")}
+    assert {*refused} <= {name.split(";")[0] for name in named} and "\n" not in str(caught.value)
+
+
+def test_each_remedy_is_a_setting_or_says_what_else():
+    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *STRING_VALUES}
+    others = {remedy for remedy in REMEDIES.values() if remedy.partition(".")[0] not in known}
+    assert others == {"accelerate launch --cpu", "dllm-rl evaluate --samples", "the environment's HF_TOKEN"}
+    options = {remedy.partition(".")[2] for remedy in REMEDIES.values() if remedy.startswith("sampler_options.")}
+    assert options <= inspect.signature(unmask).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"use_vllm": True, "zyx": 1, "max_steps": 3, "num_stepz": 2},
+            "use_vllm (the nearest is rollout_quantization), zyx, num_stepz (the nearest is num_steps)",
+        ),
+        (
+            {"loss_type": "cispo", "fp16": True},
+            "loss_type='cispo' (not one of 'grpo', 'dapo', 'bnpo', 'dr_grpo'; for others give Recipe's loss_reduction)"
+            ", fp16 (the nearest is dtype)",
+        ),
+        # Names come before values: a wrong value does not hide a further name.
+        ({"learning_rate": "fast", "zyx": 1, "xyz": 1}, "zyx, xyz"),
+        (
+            {"per_device_train_batch_size": 0.5, "hub_token": "a"},
+            "hub_token (the nearest is the environment's HF_TOKEN)",
+        ),
+    ],
+)
+def test_all_names_that_are_not_known_are_refused_together(settings, message):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(f'not settings of grpo: {message}; help(dllm_rl.Recipe) lists all')}$"
+    ):
+        recipe_of(**settings)
+
+
+class Schedule(Enum):
+    COSINE = "cosine"
+
+
+@dataclass
+class Config:
+    """Fields of TRL's GRPOConfig, and how it stores them."""
+
+    learning_rate: float = 1e-6
+    max_completion_length: int = 512
+    lr_scheduler_type: Any = "linear"
+    use_cpu: bool = False
+    report_to: Any = "none"
+    per_device_train_batch_size: int = 8
+    derived: dict = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(), "learning_rate=1e-6"),
+        (Config(learning_rate=1e-5, use_cpu=True), "learning_rate=1e-05"),
+        (Config(lr_scheduler_type=Schedule.COSINE, report_to=[]), "lr_scheduler_type='cosine', report_to=[]"),
+        (
+            Config(max_completion_length=4, per_device_train_batch_size=16, derived={"a": 1}),
+            "max_completion_length=4, per_device_train_batch_size=16",
+        ),
+    ],
+)
+def test_a_config_of_trls_is_refused_with_its_fields_as_arguments(config, message):
+    with pytest.raises(ValueError, match=f"^args is not a setting of grpo, .* as arguments, {re.escape(message)}$"):
+        recipe_of(args=config, zyx=1)
+
+
+@pytest.mark.parametrize("model", [None, 3, 0.5, ["a"], {"model": "a"}])
+def test_what_is_no_model_is_refused_by_its_value(model):
+    with pytest.raises(ValueError, match=f"^model={re.escape(repr(model))} is none of these: a checkpoint's folder"):
+        grpo_recipe(model, ROWS, right)
+
+
+def test_unknown_sampler_options_are_refused_together():
+    with pytest.raises(ValueError, match="sampler_options: not keywords of unmask: 'blok_size', 'tempo'; help"):
+        recipe_of(sampler_options={"blok_size": 1, "top_k": 2, "tempo": 1})
+
+
+FILL = [{"prompt": f"{a}_={a}_", "right": f"{a}{a}={a}{a}"} for a in "1234"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "length"),
+    [
+        (FILL, {"blank": "_"}, 0),
+        ([row | {"blank": "_"} for row in FILL], {}, 0),
+        ([row | {"blank": "_"} for row in FILL], {"blank": "="}, 0),  # a row's own goes first
+        (FILL, {"blank": "_", "max_new_tokens": 1}, 1),
+    ],
+)
+def test_blanks_are_filled_in_and_graded(tmp_path, rows, settings, length):
+    seen = []
+
+    def filled(completions, right, **columns):
+        seen.extend(completions)
+        return [float(text == full) for text, full in zip(completions, right, strict=True)]
+
+    policy = tiny_masked_lm(characters="1234=", hidden_size=16, num_layers=1)
+    changes = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": "none"}
+    recipe = grpo_recipe(policy, rows, filled, output_dir=str(tmp_path), **settings, **changes)
+    assert recipe.sampler.keywords["max_new_tokens"] == length
+    assert recipe.task[0].blank == "_" and describe(recipe.likelihood).startswith("trajectory(")
+    train(recipe)
+    assert seen and all("_" not in text and text[0] in "1234" and "=" in text for text in seen)
+
+
+def test_the_length_of_blanks_counts_as_sampled_tokens():
+    """Dr. GRPO divides by it, and a likelihood of many steps is scored in segments."""
+    policy = tiny_masked_lm(**SMALL)
+    recipe = grpo_recipe(policy, [{"prompt": "1" + "_" * 12}] * 4, right_length, blank="_", loss_type="dr_grpo")
+    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=12)"
+    assert describe(recipe.likelihood) == describe(grpo_recipe(policy, ROWS, right, max_new_tokens=12).likelihood)
+    chat = [{"prompt": [{"role": "user", "content": "1__"}, {"role": "user", "content": "_"}]}] * 4
+    recipe = grpo_recipe(policy, chat, right_length, blank="_", loss_type="dr_grpo")
+    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=3)"
+
+
+def right_length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def test_a_blank_that_no_prompt_has_leaves_the_default_length():
+    assert recipe_of(blank="_").sampler.keywords["max_new_tokens"] == 256
+
+
+@pytest.mark.parametrize("blank", [3, True, ["_"]])
+def test_a_column_of_blanks_that_is_not_text_is_refused(blank):
+    with pytest.raises(ValueError, match=f"row 0 has blank={re.escape(repr(blank))}, which is not text"):
+        grpo_recipe(tiny_masked_lm(**SMALL), [row | {"blank": blank} for row in ROWS], right)
 
 
 @pytest.mark.parametrize("rows", [["1="], [{"question": "1="}], "1=", {"prompt": ["1="]}])
