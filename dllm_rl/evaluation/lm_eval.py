@@ -24,6 +24,16 @@ from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 MAX_NEW_TOKENS = 256  # default of the harness's models, if neither the sampler nor the task sets it
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's, all the same
+# Generation settings that the samplers lack, with the value that turns each off.
+OFF = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "min_p": 0,
+}
 
 
 class HarnessModel(TemplateLM):
@@ -36,7 +46,7 @@ class HarnessModel(TemplateLM):
     Args:
         policy: Policy to evaluate.
         sampler: `unmask` or `autoregress` with its settings bound. It uses `until` of a task's generation settings, and
-            `max_gen_toks` if the sampler's max_new_tokens is not bound.
+            `max_gen_toks` (or another of `LENGTH_NAMES`) if the sampler's max_new_tokens is not bound.
         likelihood: Estimator of log-probs in nats that needs no recorded unmasking: causal(), elbo(), coupled(),
             quadrature() ...
         batch_size: Rows per forward. Default: 32.
@@ -45,8 +55,8 @@ class HarnessModel(TemplateLM):
         seed: Seed of completions and masks. Default: 0.
 
     Raises:
-        ValueError: The estimator does not fit this policy, a text is too long, or a task samples at another
-            temperature.
+        ValueError: The estimator does not fit this policy, a text is too long, or a task has another temperature, top_p
+            or top_k than the sampler, or a generation setting that the samplers lack.
     """
 
     def __init__(
@@ -113,17 +123,32 @@ class HarnessModel(TemplateLM):
         """Return max_new_tokens for a request with these generation settings of its task.
 
         Raises:
-            ValueError: The task and the sampler have different temperatures.
+            ValueError: The task's sampling settings are not those of the sampler, or are not supported.
         """
-        bound = getattr(self.sampler, "keywords", {})
-        sampler_temperature = inspect.signature(self.sampler).parameters["temperature"].default
-        temperature = generation_settings.get("temperature") if generation_settings.get("do_sample", True) else 0.0
-        if temperature is not None and temperature != sampler_temperature:
-            raise ValueError(
-                f"the task samples at temperature={temperature:g}, the model at {sampler_temperature:g}; give "
-                f"the model temperature={temperature:g}, or --gen_kwargs do_sample=False"
-            )
-        return int(bound.get("max_new_tokens") or generation_settings.get("max_gen_toks", MAX_NEW_TOKENS))
+        given = {name: value for name, value in generation_settings.items() if value is not None}
+        if not given.pop("do_sample", True):
+            given["temperature"] = 0.0
+        parameters = inspect.signature(self.sampler).parameters
+        own = {name: parameter.default for name, parameter in parameters.items()}
+        is_greedy = not own.get("temperature")  # top_k and top_p then change nothing
+        for name, off in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0)):
+            here = own.get(name) or off
+            value = given.pop(name, here)
+            if value != here and (name == "temperature" or not is_greedy):
+                raise ValueError(
+                    f"the task samples at {name}={value:g}, the model at {here:g}; give the model {name}={value:g}, or "
+                    "--gen_kwargs do_sample=False"
+                )
+        lengths = {name: given.pop(name) for name in LENGTH_NAMES if name in given}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the task sets several lengths, {lengths}; give all of them one value in --gen_kwargs")
+        for name, value in given.items():
+            if name != "until" and (name not in OFF or value != OFF[name]):
+                remedy = f"give --gen_kwargs {name}={OFF[name]}" if name in OFF else "leave it out of generation_kwargs"
+                raise ValueError(f"the task's {name}={value!r} is no setting of the samplers; {remedy}")
+        if own.get("max_new_tokens") not in (None, inspect.Parameter.empty):
+            return int(own["max_new_tokens"])
+        return int(next(iter(lengths.values()), MAX_NEW_TOKENS))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows: list[Pair] = []

@@ -150,8 +150,8 @@ def test_the_names_of_model_args(model, causal_model):
     ("settings", "message"),
     [
         ({"num_step": 2}, "model_args: unmask got an unexpected keyword argument 'num_step'"),
-        ({"likelihood": "exact"}, "likelihood='exact' is not one of causal"),
-        ({"likelihood": "block"}, "model_args: block missing a required argument: 'block_size'"),
+        ({"likelihood": "exact"}, "likelihood='exact' is not one of block_elbo, causal"),
+        ({"likelihood": "block_elbo"}, "model_args: block_elbo missing a required argument: 'block_size'"),
         ({"likelihood.nodes": 2}, "model_args: elbo got an unexpected keyword argument 'nodes'"),
         ({"likelihood": "trajectory"}, "replays a recorded unmasking"),
         ({"batch_size": "auto"}, "batch_size='auto' must be a whole number"),

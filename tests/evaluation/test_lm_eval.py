@@ -111,7 +111,7 @@ def test_generation_stops_where_the_task_says():
 
 def test_a_completion_depends_on_its_row_and_sample_and_not_on_the_batch():
     (end,) = tiny_masked_lm(**SMALL).spec.eos_ids
-    sampling = {"sampler": partial(unmask, temperature=1.0, suppress=(end,)), "seed": 3}
+    sampling = {"sampler": partial(unmask, temperature=1.0, suppress=(0, end)), "seed": 3}  # padding has no text
     requests = asked(*[("ab=", {"max_gen_toks": 12})] * 5)
     requests += [*requests, SimpleNamespace(args=("ab=", {"max_gen_toks": 12}), task_name="other", doc_id=0)]
     whole = diffusion(**sampling).generate_until(requests)
@@ -132,6 +132,80 @@ def test_a_task_may_name_length_and_temperature():
     drawn = autoregressive(temperature=1.0)
     with pytest.raises(ValueError, match=r"the task samples at temperature=0, the model at 1; give the model"):
         drawn.generate_until(asked(("ab=", {"do_sample": False})))
+
+
+def free_length(**settings):
+    """A model whose answers have the length that the task asks for, in tokens that are letters."""
+    return diffusion(sampler=partial(unmask, suppress=(0, 2), **settings), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({}, 61),  # the harness's 256, but for the model's 64 positions: see below
+        ({"max_gen_toks": 9}, 9),
+        ({"max_new_tokens": 8}, 8),
+        ({"max_tokens": 7}, 7),
+        ({"max_completion_tokens": 6}, 6),
+        ({"max_gen_toks": 5, "max_tokens": 5, "max_new_tokens": None}, 5),
+    ],
+)
+def test_the_harnesss_names_of_a_length_are_all_read(monkeypatch, settings, length):
+    monkeypatch.setattr(harness, "MAX_NEW_TOKENS", 61)
+    (text,) = free_length(temperature=0.0).generate_until(asked(("ab=", settings)))
+    assert len(text) == length
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "top_k": 3, "top_p": 0.5},  # those of the model
+        {"num_beams": 1, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "min_p": 0.0},
+        {"top_p": None, "do_sample": True, "num_return_sequences": 1},
+    ],
+)
+def test_a_tasks_settings_that_the_model_has_or_that_are_off_change_nothing(settings):
+    model = free_length(temperature=1.0, top_k=3, top_p=0.5)
+    plain = model.generate_until(asked(("ab=", {"max_gen_toks": 20})))
+    assert model.generate_until(asked(("ab=", {"max_gen_toks": 20, **settings}))) == plain
+
+
+def test_filters_of_a_task_change_nothing_at_temperature_0():
+    model = free_length(temperature=0.0)
+    settings = {"max_gen_toks": 20, "do_sample": False, "temperature": 0.7}
+    plain = model.generate_until(asked(("ab=", settings)))
+    assert model.generate_until(asked(("ab=", settings | {"top_k": 1, "top_p": 0.1}))) == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": 1}, "the task samples at top_k=1, the model at 3; give the model top_k=1, or --gen_kwargs"),
+        ({"top_k": 0}, "the task samples at top_k=0, the model at 3"),
+        ({"top_p": 0.95}, "the task samples at top_p=0.95, the model at 1; give the model top_p=0.95"),
+        (
+            {"max_length": 512},
+            "the task's max_length=512 is no setting of the samplers; leave it out of generation_kwargs",
+        ),
+        ({"num_beams": 10}, "the task's num_beams=10 is no setting of the samplers; give --gen_kwargs num_beams=1"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is no setting"),
+        ({"presence_penalty": -0.5}, "presence_penalty=-0.5 is no setting"),
+        ({"frequency_penalty": 1}, "frequency_penalty=1 is no setting"),
+        ({"min_p": 0.1}, "min_p=0.1 is no setting"),
+        ({"stop": ["b"]}, r"stop=\['b'\] is no setting"),
+        ({"max_gen_toks": 8, "max_tokens": 9}, "the task sets several lengths, {'max_gen_toks': 8, 'max_tokens': 9}"),
+    ],
+)
+def test_a_tasks_settings_that_the_model_lacks_are_refused_before_anything_is_sampled(settings, said):
+    model = free_length(temperature=1.0, top_k=3)
+    model.sampler = partial(never, **model.sampler.keywords)
+    with pytest.raises(ValueError, match=said) as error:
+        model.generate_until(asked(("ab=", {"max_gen_toks": 4}), ("a=", settings)))
+    assert "\n" not in str(error.value)
+
+
+def never(policy, prompts, generator, *, max_new_tokens, temperature, top_k, top_p=None, suppress=()):
+    pytest.fail("sampled")
 
 
 def test_refusals():
