@@ -1,25 +1,23 @@
 """What a GPU makes of all this: a queue of measurements, each in a process of its own, each written as it ends.
 
-    python -m benchmarks.gpu --queue runs/gpu --minutes 9     on a GPU: what is missing, for nine minutes
-    python -m benchmarks.gpu --queue runs/smoke --smoke       the same at toy size, on a CPU
+    python -m benchmarks.gpu --queue runs/gpu --minutes 8.5          on a GPU: what is missing, for so long
+    python -m benchmarks.gpu --queue runs/rehearsal --rehearse       the same at toy size, on a CPU
 
 A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed says why there, and runs again when its
-file is deleted. A part that the minutes cut off starts again, and a study goes on where it was. In order:
+file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order:
 
-    tests        pytest -m gpu
+    run          benchmarks/gpu_run.py
     plan         what the dry run says that a step takes at most, and what the allocator says that it took
-    sampler N    plain, exact, cached, FP8, compiled, all of it; a batch of N; LLaDA-8B's shapes
-    whole step N  steps as one graph (`compile_step`), a batch of N
-    step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
-    main job     recipes/sudoku_unique.py
-    mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
-    fp8_sums     recipes/studies/fp8_sums.py
-    long         the sampler's ways at 256 tokens
+    sampler N    plain, exact, cached, FP8, eager and then all of it compiled; a batch of N; LLaDA-8B's shapes
     learner      a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
     sync         a fresh copy's weights, quantized in place
+    step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
+    whole step N  steps as one graph (`compile_step`), a batch of N
+    mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
+    long         the sampler's ways at 256 tokens
     experts      a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
     roofline     products in bf16 and FP8, and copying: what the other parts are held against
-    fp8_sudoku   recipes/studies/fp8_sudoku.py
+    tests        pytest -m gpu
 """
 
 import argparse
@@ -31,17 +29,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks import gpu_run
 from benchmarks import sampler as samplers
-from benchmarks.measure import machine, seconds_and_peak, table
+from benchmarks.measure import Varied, machine, seconds_and_peak, table, trained
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
@@ -55,26 +53,24 @@ from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
 from dllm_rl.training.dry_run.plan import memory, meta_policy
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
-from recipes.studies import fp8_sudoku, fp8_sums
-from recipes.studies.paired import arm_rows, load, run_missing
 from recipes.sudoku_unique import recipe as main_job
 
 E4M3 = partial(schemes.fake_quantize, weight="e4m3", activation="e4m3")
 
 Row = dict[str, Any]
 WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}
-SECONDS = 400  # of one part; what takes longer is stopped and said so
+SECONDS = 400  # of one part but `run`; what takes longer is stopped and said so
+GRACE = 20  # seconds from SIGTERM to SIGKILL
 
 
-def roofline(smoke: bool, device: str) -> list[Row]:
-    size, place = 256 if smoke else 8192, torch.device(device)
+def roofline(rehearse: bool, device: str) -> list[Row]:
+    size, place = 256 if rehearse else 8192, torch.device(device)
     rows = [{"what": f"{size}^3 product, bf16", "TFLOP/s": samplers.matmul_flops(place, torch.bfloat16, size) / 1e12}]
     if place.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         a = torch.randn(size, size, device=place).to(torch.float8_e4m3fn)
@@ -82,7 +78,7 @@ def roofline(smoke: bool, device: str) -> list[Row]:
         ones = torch.ones(size, 1, device=place), torch.ones(1, size, device=place)
         product = partial(torch._scaled_mm, a, b, *ones, out_dtype=torch.bfloat16)
         rows.append({"what": f"{size}^3 product, FP8, a scale a row", "TFLOP/s": 2 * size**3 / _best(product) / 1e12})
-    big = torch.zeros(2 ** (20 if smoke else 31), dtype=torch.uint8, device=place)
+    big = torch.zeros(2 ** (20 if rehearse else 31), dtype=torch.uint8, device=place)
     rows.append({"what": "copy, read and write", "GB/s": 2 * big.numel() / _best(big.clone, device) / 1e9})
     return rows
 
@@ -91,8 +87,8 @@ def _best(run: Callable[[], Any], device: str = "cuda") -> float:
     return max(seconds_and_peak(run, device, repeats=5)["seconds"], 1e-9)
 
 
-def _shape(smoke: bool, batch: int) -> samplers.Shape:
-    return replace(samplers.PRESETS["tiny" if smoke else "llada-8b"], batch=min(batch, 4) if smoke else batch)
+def _shape(rehearse: bool, batch: int) -> samplers.Shape:
+    return replace(samplers.PRESETS["tiny" if rehearse else "llada-8b"], batch=min(batch, 4) if rehearse else batch)
 
 
 def _prompts(policy: Any, shape: samplers.Shape) -> Prompts:
@@ -116,15 +112,15 @@ def _timed(
     }
 
 
-def sampler(smoke: bool, device: str, batch: int = 8, length: int | None = None) -> list[Row]:
+def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = None) -> list[Row]:
     """Every way, eager and then compiled, which is in place; a batch of 64 is timed once, after a short run."""
-    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
-    dynamic = schemes.float8_dynamic if device.startswith("cuda") and not smoke else schemes.float8_weight_only
+    policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
+    dynamic = schemes.float8_dynamic if device.startswith("cuda") and not rehearse else schemes.float8_weight_only
     fp8 = quantized_copy(policy, dynamic())
     ways = {"exact": (policy, None), "prefix cache": (policy, prefix_cache()), "dual cache": (policy, dual_cache())}
     ways |= {"FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
-    shape = _shape(smoke, batch)
-    if length and not smoke:
+    shape = _shape(rehearse, batch)
+    if length and not rehearse:
         shape = replace(shape, new=length, steps=length // 2)
     plain = partial(samplers.plain, policy, _prompts(policy, shape), shape)
 
@@ -136,7 +132,7 @@ def sampler(smoke: bool, device: str, batch: int = 8, length: int | None = None)
         return [timed(name + suffix, _sampled(of, shape, cache=cache), of, cache) for name, (of, cache) in ways.items()]
 
     rows = [timed("plain: the published algorithm", plain), *all_ways()]
-    if not (smoke and device.startswith("cuda")):  # the simulated device has no compiler
+    if not (rehearse and device.startswith("cuda")):  # the simulated device has no compiler
         torch.compiler.reset()
         for each in (policy, fp8):
             compile_blocks(each)
@@ -144,12 +140,12 @@ def sampler(smoke: bool, device: str, batch: int = 8, length: int | None = None)
     return rows
 
 
-def whole_steps(smoke: bool, device: str, batch: int) -> list[Row]:
+def whole_steps(rehearse: bool, device: str, batch: int) -> list[Row]:
     """Steps of few rows as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
-    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
-    dynamic = schemes.float8_weight_only if smoke else schemes.float8_dynamic
+    policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
+    dynamic = schemes.float8_weight_only if rehearse else schemes.float8_dynamic
     fp8 = quantized_copy(policy, dynamic())
-    shape = _shape(smoke, batch)
+    shape = _shape(rehearse, batch)
     ways = {"exact": (policy, None), "FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
     rows = []
     for name, (of, cache) in ways.items():
@@ -160,16 +156,16 @@ def whole_steps(smoke: bool, device: str, batch: int) -> list[Row]:
     return rows
 
 
-def experts(smoke: bool, device: str) -> list[Row]:
+def experts(rehearse: bool, device: str) -> list[Row]:
     """A mixture of LLaDA2-mini's experts, two blocks, and its FP8 copy; 2,048 tokens."""
     letters = "".join(chr(0x4E00 + i) for i in range(50))
     sizes = {"hidden_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-    if not smoke:
+    if not rehearse:
         sizes = {"hidden_size": 2048, "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8}
     policy = tiny_moe(characters=letters, causal=False, num_layers=2, max_length=1024, **sizes)
     policy.module.to(device, torch.bfloat16)
-    tokens = torch.randint(3, 50, (2 if smoke else 8, 16 if smoke else 256), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(device)
+    size = (2, 16) if rehearse else (8, 256)
+    tokens = torch.randint(3, 50, size, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
     for name, of in {"bf16": policy, "FP8": quantized_copy(policy, schemes.float8_weight_only())}.items():
 
@@ -181,8 +177,8 @@ def experts(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
-def sync(smoke: bool, device: str) -> list[Row]:
-    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
+def sync(rehearse: bool, device: str) -> list[Row]:
+    policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
     rows = []
     for name in ("float8_weight_only", "int8_weight_only"):
         begin = time.perf_counter()
@@ -199,18 +195,18 @@ def sync(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
-def learner(smoke: bool, device: str) -> list[Row]:
+def learner(rehearse: bool, device: str) -> list[Row]:
     """A forward and backward of one view, and the optimizer's step, on 8 completions of 256 tokens after 128."""
     rows = []
     arms = {"adapters": (True, False), "adapters, checkpointing": (True, True), "all weights": (False, True)}
     for name, (adapters, recompute) in arms.items():
-        policy, rollout = make(PRESETS["smoke" if smoke else "8b"], device, torch.bfloat16)
+        policy, rollout = make(PRESETS["smoke" if rehearse else "8b"], device, torch.bfloat16)
         if adapters:
             add_lora(policy, Lora(r=16))
         policy.gradient_checkpointing = recompute
         trained = [p for p in policy.module.parameters() if p.requires_grad]
         optimizer = (
-            torch.optim.AdamW(trained, lr=1e-6) if adapters or smoke else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
+            torch.optim.AdamW(trained, lr=1e-6) if adapters or rehearse else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
         )
         noise = one_step().draw_views(rollout, torch.Generator().manual_seed(0))
 
@@ -226,37 +222,13 @@ def learner(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class Varied:
-    """A task whose rewards differ in turn, whatever a model writes: what is measured is the work.
-
-    ahead  characters to put before every prompt.
-    """
-
-    task: Any
-    ahead: int = 0
-    turns: Any = field(default_factory=count, compare=False)
-    name = "varied"
-    version = "1"
-
-    def __len__(self) -> int:
-        return len(self.task)
-
-    def __getitem__(self, index: int) -> Any:
-        problem = self.task[index]
-        return replace(problem, prompt="x" * self.ahead + problem.prompt)
-
-    def reward(self, problem: Any, completion: str) -> Any:
-        return replace(self.task.reward(problem, completion), value=next(self.turns) % 7 / 7)
-
-
-def step(smoke: bool, device: str) -> list[Row]:
-    """Of two steps the second: what is compiled, and what is made once, comes in the first."""
+def step(rehearse: bool, device: str) -> list[Row]:
+    """Of three steps the last: what is compiled, and what is made once, comes in the first."""
     given: dict[str, Any] = (
-        {"max_new_tokens": 8, "diffusion_steps": 2, "block_size": 8} if smoke else {"diffusion_steps": 32}
+        {"max_new_tokens": 8, "diffusion_steps": 2, "block_size": 8} if rehearse else {"diffusion_steps": 32}
     )
-    made = samplers.random_policy(_shape(smoke, 1), torch.device(device), characters="1234.=x\n")
-    small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if smoke else {}
+    made = samplers.random_policy(_shape(rehearse, 1), torch.device(device), characters="1234.=x\n")
+    small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
     few = replace(main_job.eval_task, size=2)
     rows = []
     for scheme in ("float8_dynamic",) if device.startswith("cuda") else ("bf16",):
@@ -264,23 +236,24 @@ def step(smoke: bool, device: str) -> list[Row]:
         fields = {"rollout_quantization": None, "torch_compile": False} if scheme == "bf16" else {}
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(
-                job_8b, model=made, output_dir=folder, num_steps=2, save_steps=2, save_total_limit=1, eval_steps=0,
-                task=Varied(main_job.task, ahead=8 if smoke else 239), validation_task=few,
+                job_8b, model=made, output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1, eval_steps=0,
+                task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
                 eval_task=few, sampler=partial(job_8b.sampler, **given), eval_sampler=partial(job_8b.sampler, **given),
                 **small, **fields,
             )  # fmt: skip
             found = seconds_and_peak(partial(train, recipe), device, repeats=1)
-            last = read_metrics(Path(folder))[-1]
+            steps = read_metrics(Path(folder))
+        last, gradients = steps[-1], trained(steps, recipe.train_batch_size * recipe.num_generations)
         times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
         rows.append({"what": f"rollouts in {scheme}", "step, s": last["step_time"], **times})
-        rows[-1] |= {"peak GiB, all": found["peak_mib"] / 1024, "ESS": last.get("rollout_corr/ess", 0.0)}
+        rows[-1] |= {"peak GiB, all": found["peak_mib"] / 1024, "ESS": last.get("rollout_corr/ess", 0.0), **gradients}
     return rows
 
 
-def planned(smoke: bool, device: str) -> list[Row]:
+def planned(rehearse: bool, device: str) -> list[Row]:
     """Two steps of sudoku_unique on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
-    letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 8_000))
-    sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if smoke else WIDE
+    letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if rehearse else 8_000))
+    sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if rehearse else WIDE
     adapters = partial(Lora, r=16, dropout=0.05)
     arms: dict[str, Row] = {
         "all weights": {},
@@ -301,32 +274,31 @@ def planned(smoke: bool, device: str) -> list[Row]:
             "num_steps": 2,
             "bf16": True,
         }
-        fields |= {"task": Varied(main_job.task), "train_batch_size": 4 if smoke else 32}
+        fields |= {"task": Varied(main_job.task), "train_batch_size": 4 if rehearse else 32}
         gc.collect()
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(main_job, output_dir=folder, **fields)
             policy = meta_policy(recipe)
             most = memory(recipe, policy, len(prompt_ids(policy, recipe.task[0].prompt))).peaks
             found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+            trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)
         row = {"what": name, "planned GiB": max(most.values()) / 2**30, "measured GiB": found["peak_mib"] / 1024}
         rows.append(row | {"stage": max(most, key=lambda stage: most[stage])})
     return rows
 
 
-def _small(smoke: bool, device: str, folder: str) -> Recipe:
-    sizes = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if smoke else {}
-    return replace(main_job, output_dir=folder, **sizes)
-
-
-def mismatch(smoke: bool, device: str) -> list[Row]:
+def mismatch(rehearse: bool, device: str) -> list[Row]:
     from dllm_rl import load_policy
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        summary = train(replace(_small(smoke, device, folder), num_steps=2 if smoke else 60))
+        few = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if rehearse else {"num_steps": 60}
+        recipe = replace(main_job, output_dir=folder, **few)
+        summary = train(recipe)
+        trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
     task = main_job.eval_task
-    prompts = encode(policy, [task[i] for i in range(4 if smoke else 64)], group_size=2)
+    prompts = encode(policy, [task[i] for i in range(4 if rehearse else 64)], group_size=2)
     schemes_by_name = {"float8_weight_only": schemes.float8_weight_only, "e4m3 emulated": E4M3}
     if device.startswith("cuda"):
         schemes_by_name["float8_dynamic"] = schemes.float8_dynamic
@@ -343,84 +315,56 @@ def mismatch(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
-def whole(smoke: bool, device: str) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        summary = train(_small(smoke, device, folder))
-    before, after = (summary[name]["solve_rate"] for name in ("eval_before", "eval_after"))
-    return [
-        {"what": "main job, seed 0", "before": before, "after": after, "seconds": summary["seconds"]}
-        | summary["stages"]
-    ]
-
-
 PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "plan": planned,
-    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 2, 64)},
-    **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
-    "step": step,
-    "main job": whole,
-    "mismatch": mismatch,
-    "long": partial(sampler, length=256),
+    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 64)},
     "learner": learner,
     "sync": sync,
+    "step": step,
+    **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
+    "mismatch": mismatch,
+    "long": partial(sampler, length=256),
     "experts": experts,
     "roofline": roofline,
 }
-STUDIES = {"fp8_sums": fp8_sums.study, "fp8_sudoku": fp8_sudoku.study}
-QUEUE = ("tests", *list(PARTS)[:10], "fp8_sums", *list(PARTS)[10:], "fp8_sudoku")
+QUEUE = ("run", *PARTS, "tests")
 
 
-def tests(smoke: bool) -> list[Row]:
+def tests(rehearse: bool) -> list[Row]:
     """`pytest -m gpu`; its summary line."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/cuda", "-n0", *["--collect-only"] * smoke]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/cuda", "-n0", *["--collect-only"] * rehearse]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout.strip()[-500:]}")
     return [{"what": "pytest -m gpu", "said": (done.stdout.strip() or "passed").splitlines()[-1]}]
 
 
-def studied(name: str, smoke: bool, folder: Path) -> list[Row]:
-    """The study's table, once all of its runs are there; finished ones are kept below `folder`."""
-    study = STUDIES[name]
-    if smoke:
-        few = {"task": replace(main_job.task, size=8), "validation_task": replace(main_job.validation_task, size=4)}
-        tiny = partial(
-            tiny_llama, characters="1234.=", causal=False, hidden_size=32, num_layers=1, num_attention_heads=2
-        )
-        base = replace(main_job, model=tiny, eval_task=replace(main_job.eval_task, size=4), **few, sft_warmup_steps=2)
-        base = replace(base, train_batch_size=2, num_generations=2)
-        study = replace(study, base=base, seeds=2, num_steps=1, metric="solve_rate")
-    runs = [(arm, seed) for seed in range(study.seeds) for arm in study.arms]
-    run_missing(study, folder, runs, num_steps=lambda _: study.num_steps, workers=1)
-    results = load(folder)
-    if missing := [run for run in runs if run not in results]:
-        raise RuntimeError(f"{len(missing)} of {len(runs)} runs failed, {missing[0]} first: see {folder}/logs")
-    return [{"what": row["arm"], **row} for row in arm_rows(study, results)]
+def run_part(part: str, rehearse: bool, device: str, folder: Path) -> list[Row]:
+    if part == "run":
+        return gpu_run.run(folder / part, rehearse)
+    return tests(rehearse) if part == "tests" else PARTS[part](rehearse, device)
 
 
-def run_part(part: str, smoke: bool, device: str, folder: Path) -> list[Row]:
-    if part == "tests":
-        return tests(smoke)
-    return studied(part, smoke, folder / part) if part in STUDIES else PARTS[part](smoke, device)
-
-
-def in_own_process(part: str, smoke: bool, device: str, folder: Path, seconds: float) -> bool:
+def in_own_process(part: str, rehearse: bool, device: str, folder: Path, seconds: float) -> bool:
     """True once FOLDER/PART.json is there: with the part's rows, or with what it ended with."""
     found = folder / f"{part}-rows.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--queue", str(folder)]
+    command += ["--rehearse"] * rehearse
     begin = time.perf_counter()
-    child = subprocess.Popen(
-        command + ["--smoke"] * smoke, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
-    )
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     try:
         _, said = child.communicate(timeout=min(seconds, SECONDS) if part in PARTS else seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # a study has workers
-        child.communicate()
+        os.killpg(child.pid, signal.SIGTERM)  # `run` saves its last step
+        try:
+            child.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
         if part not in PARTS or seconds < SECONDS:
             return False
         said = f"stopped after {SECONDS} s"
-    about = {"part": part, "smoke": smoke, "machine": machine(device), "seconds": time.perf_counter() - begin}
+    about = {"part": part, "rehearsal": rehearse, "machine": machine(device), "seconds": time.perf_counter() - begin}
     rows = read_json(found) if found.exists() else []
     why = {} if child.returncode == 0 else {"failed": (said.strip() or f"status {child.returncode}").splitlines()[-1]}
     write_json(folder / f"{part}.json", about | {"rows": rows} | why)
@@ -430,25 +374,26 @@ def in_own_process(part: str, smoke: bool, device: str, folder: Path, seconds: f
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queue", type=Path, required=True, metavar="FOLDER", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part goes on")
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which no part goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that every part runs")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes, to see that every part runs")
     parser.add_argument("--part", choices=QUEUE, help="this one alone, in this process")
     options = parser.parse_args()
-    if options.device == "cpu" and not options.smoke:
-        print("error: no GPU is here; --smoke runs the parts at toy size", file=sys.stderr)
+    if options.device == "cpu" and not options.rehearse:
+        print("error: no GPU is here; --rehearse runs the parts at toy size", file=sys.stderr)
         return 2
     folder = options.queue
     folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        write_json(folder / f"{options.part}-rows.json", run_part(options.part, options.smoke, options.device, folder))
+        rows = run_part(options.part, options.rehearse, options.device, folder)
+        write_json(folder / f"{options.part}-rows.json", rows)
         return 0
     end = time.monotonic() + 60 * options.minutes
     failed = 0
     for part in QUEUE:
         file = folder / f"{part}.json"
         left = end - time.monotonic()
-        if not file.exists() and not in_own_process(part, options.smoke, options.device, folder, left):
+        if not file.exists() and not in_own_process(part, options.rehearse, options.device, folder, left):
             print(f"{part}: out of time; run the same command again")
             return 3
         result = read_json(file)

@@ -7,6 +7,8 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,30 @@ def _status(field: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = next(line for line in path.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class Varied:
+    """A task whose rewards differ in turn, whatever a model writes: what is measured is the work.
+
+    ahead  characters to put before every prompt.
+    """
+
+    task: Any
+    ahead: int = 0
+    turns: Any = field(default_factory=count, compare=False, repr=False)
+    name = "varied"
+    version = "1"
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, index: int) -> Any:
+        problem = self.task[index]
+        return replace(problem, prompt="x" * self.ahead + problem.prompt)
+
+    def reward(self, problem: Any, completion: str) -> Any:
+        return replace(self.task.reward(problem, completion), value=next(self.turns) % 7 / 7)
 
 
 def trained(metrics: Sequence[Mapping[str, float]], rows: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     FP8, AIS    the same with AIS
 
 The AIS paper reports rollouts 1.5 to 2.76 times as fast at the same accuracy. A seed's arms start from one model,
-warmed up by supervision. `s` is the run's wall clock. Not run yet: `python -m benchmarks.gpu --queue` runs it.
+warmed up by supervision. `s` is the run's wall clock. Not run yet.
 
     python -m recipes.studies.fp8_sudoku              run what is missing, then print the tables
 """

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The minutes of a GPU, in order of value: the same command until it ends with 0 (3: not all is done yet).
+#
+#   bash benchmarks/gpu_minutes.sh [--minutes 8.5] [--rehearse]
+#
+# It installs what runs/parcels/1/wheels.zip holds, joins the weights' parts (benchmarks/parcels.py), and goes on with
+# benchmarks/gpu.py's queue in runs/gpu; --rehearse: at toy size on a CPU, in runs/rehearsal. Where OUT names a folder,
+# OUT/results.tar.gz has every result so far. PYTHON: the interpreter (default: python3).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} results=runs/gpu
+for word in "$@"; do [ "$word" != --rehearse ] || results=runs/rehearsal; done
+export PYTHONPATH=$PWD:$PWD/runs/site PYTHONUNBUFFERED=1
+
+keep() {
+  [ -z "${OUT:-}" ] || [ ! -d "$results" ] || tar -czf "$OUT/results.tar.gz" --exclude=checkpoints --exclude=reference "$results"
+}
+trap keep EXIT
+
+if [ -e runs/parcels/1/wheels.zip ] && [ ! -d runs/site ]; then
+  "$python" -m zipfile -e runs/parcels/1/wheels.zip runs/wheels
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target runs/site.new runs/wheels/*.whl
+  mv runs/site.new runs/site
+fi
+if [ -d runs/parcels ] && ! ls weights/*smollm2* >/dev/null 2>&1; then
+  "$python" -m benchmarks.parcels join runs/parcels || exit 3
+fi
+"$python" -m benchmarks.gpu --queue "$results" "$@"

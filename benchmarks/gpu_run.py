@@ -1,0 +1,171 @@
+"""SmolLM2-135M, made a masked-diffusion model, learns sums and then Countdown on one GPU: FP8 rollouts beside bf16.
+
+    python -m benchmarks.gpu_run runs/gpu/run               on a GPU
+    python -m benchmarks.gpu_run runs/rehearsal --rehearse  a few rows and two steps of each, on any machine
+
+Supervised training converts the model once for each task; both arms go on from there with the same seed. Started again,
+it goes on at the newest checkpoint. After each arm FOLDER/curves.json and curves.png have all that is there.
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Varied, machine, table, trained
+from dllm_rl import Countdown, Recipe, float8_dynamic, float8_weight_only, max_prob, unmask
+from dllm_rl.files import read_json, replacing, write_json
+from dllm_rl.monitoring.plots import draw_curve, read_metrics
+from dllm_rl.samplers.rules import random
+from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.train import fine_tune
+from dllm_rl.training import train
+from recipes import smollm2_diffusion, smollm2_diffusion_sft
+from recipes.solved import solved
+
+numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
+in_three = partial(unmask, max_new_tokens=10, diffusion_steps=3)
+KEPT = ("step", "reward", "eval/accuracy", "grad_norm", "rollout_corr/ess", "time/rollout", "step_time")
+Row = dict[str, Any]
+
+SUMS = smollm2_diffusion_sft.recipe, smollm2_diffusion.recipe
+COUNTDOWN = (
+    replace(
+        SUMS[0],
+        name="smollm2-countdown-sft",
+        dataset=solved(numbers(split="train", size=1200)),
+        eval_dataset=solved(numbers(split="validation", size=64)),
+        max_length=32,
+        completion_length=10,
+        num_steps=240,
+    ),
+    replace(
+        SUMS[1],
+        name="smollm2-countdown",
+        task=numbers(split="train"),
+        validation_task=numbers(split="validation", size=100),
+        eval_task=numbers(split="test", size=400),
+        sampler=partial(in_three, rank=random, temperature=1.0),
+        eval_sampler=partial(in_three, rank=max_prob, temperature=0.0),
+        max_retained_graphs=3,
+    ),
+)
+TASKS = {"sums": SUMS, "countdown": COUNTDOWN}
+ARMS = ("FP8", "bf16")
+ON_A_GPU: Row = {"train_batch_size": 64, "num_generations": 16, "num_steps": 100, "eval_steps": 20}
+REHEARSED: Row = {"train_batch_size": 2, "num_generations": 2, "num_steps": 2, "eval_steps": 1}
+FEW: Row = {"train_batch_size": 2, "num_steps": 2, "eval_steps": 1, "save_steps": 1}
+
+
+def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
+    recipe = replace(TASKS[task][0], bf16=torch.cuda.is_available(), save_steps=20, **where(folder / f"{task}-sft"))
+    if rehearse:
+        recipe = replace(recipe, dataset=recipe.dataset[:8], eval_dataset=recipe.eval_dataset[:4], **FEW)
+    return recipe
+
+
+def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> Recipe:
+    on_a_gpu = torch.cuda.is_available() and not rehearse
+    fp8 = float8_dynamic if on_a_gpu else float8_weight_only  # products in FP8 need one
+    recipe = replace(
+        TASKS[task][1],
+        model=model,
+        bf16=torch.cuda.is_available(),  # on a CPU slower than fp32
+        rollout_quantization=fp8 if arm == "FP8" else None,
+        torch_compile=on_a_gpu,
+        eval_batch_size=400,
+        save_steps=1 if rehearse else 10,
+        **(REHEARSED if rehearse else ON_A_GPU),
+        **where(folder / f"{task}-{arm}"),
+    )
+    if rehearse:
+        few = {name: replace(getattr(recipe, name), size=4) for name in ("validation_task", "eval_task")}
+        recipe = replace(recipe, task=Varied(recipe.task), **few)
+    return recipe
+
+
+def where(folder: Path) -> Row:
+    return {"output_dir": str(folder), "resume_from_checkpoint": "latest", "save_total_limit": 1, "report_to": None}
+
+
+def done(folder: Path) -> Row | None:
+    """The summary of a run that has ended."""
+    path = folder / "summary.json"
+    return read_json(path) if path.exists() else None
+
+
+def run(folder: Path, rehearse: bool) -> list[Row]:
+    """A row for each task and arm; what has ended is not run again."""
+    rows = []
+    for task in TASKS:
+        first = supervised(task, folder, rehearse)
+        start = done(Path(first.directory)) or fine_tune(first)
+        for arm in ARMS:
+            recipe = rewarded(task, arm, start["checkpoint"], folder, rehearse)
+            summary = done(Path(recipe.directory)) or train(recipe)
+            rows.append(told(task, arm, recipe, summary))
+            write_json(folder / "curves.json", curves(folder, rehearse))
+            draw(folder)
+    return rows
+
+
+def told(task: str, arm: str, recipe: Recipe, summary: Row) -> Row:
+    """Held-out accuracy, and what the steps cost. Raises ValueError where no step had a gradient."""
+    steps = read_metrics(Path(recipe.directory))
+    unequal = [step for step in steps if step["frac_reward_zero_std"] < 1]
+    gradients = trained(unequal, recipe.train_batch_size * recipe.num_generations)
+    row: Row = {"what": f"{task}, rollouts in {arm}", "seed": summary["seed"]}
+    for when, name in (("before", "eval_before"), ("after", "eval_after"), ("quantized", "eval_after_quantized")):
+        row[when] = summary[name]["accuracy"]
+    row |= {"problems": summary["eval_problems"], "steps": len(steps), "steps with a gradient": len(unequal)}
+    row |= {"least grad_norm": min(gradients["grad_norm"]), "completions": sum(gradients["trained_rows"])}
+    row |= {"ESS": mean(step["rollout_corr/ess"] for step in steps)}
+    row |= {"rollout, s a step": mean(step["time/rollout"] for step in steps[1:])}  # the first compiles
+    return row | {"step, s": mean(step["step_time"] for step in steps[1:]), "seconds": summary["seconds"]}
+
+
+def curves(folder: Path, rehearse: bool) -> Row:
+    """The metrics of every step of every arm so far."""
+    found = {}
+    for metrics in sorted(folder.glob("*/metrics.jsonl")):
+        rows = read_metrics(metrics.parent)
+        if rows and "reward" in rows[0]:
+            found[metrics.parent.name] = [{name: row[name] for name in KEPT if name in row} for row in rows]
+    return {"rehearsal": rehearse, "machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "runs": found}
+
+
+def draw(folder: Path) -> None:
+    """Reward and held-out accuracy (dashed) by step, a panel for each task and a color for each arm."""
+    from matplotlib.figure import Figure
+
+    stored = read_json(folder / "curves.json")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    mark = "REHEARSAL at toy size, no result. " if stored["rehearsal"] else ""
+    figure.suptitle(f"{mark}SmolLM2-135M as a diffusion model, {stored['machine']['device']}")
+    for axis, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        for arm, color in zip(ARMS, ("#1f77b4", "#d0485a"), strict=True):
+            rows = stored["runs"].get(f"{task}-{arm}", [])
+            held_out = [row for row in rows if "eval/accuracy" in row]
+            draw_curve(axis, rows, "reward", color=color, label=f"reward, rollouts in {arm}")
+            draw_curve(axis, held_out, "eval/accuracy", color=color, linestyle="--", label="accuracy, held out")
+        axis.set(title=task, xlabel="RL step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    with replacing(folder / "curves.png") as partial_file:
+        figure.savefig(partial_file, dpi=110, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="a few rows and steps, on a CPU too")
+    options = parser.parse_args()
+    print(table(run(options.folder, options.rehearse)))
+
+
+if __name__ == "__main__":
+    main()
