@@ -25,6 +25,7 @@ from servers import TOKEN, running
 import dllm_rl
 from dllm_rl.config import from_command_line
 from dllm_rl.training.cautions import cautions
+from recipes.latin_sudoku import taught_latin
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS.parent / "recipes" / "examples"
@@ -327,6 +328,15 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="on-policy"):
         halved = dataclasses.replace(made["mine"], loss=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
         made["check_corrector"](halved)
+
+
+def test_the_first_request_of_the_serving_page_fits_the_run_that_it_serves():
+    text = (DOCS / "serving.md").read_text()
+    assert text.index("dllm-rl serve runs/latin-sudoku-seed0") < text.index("curl ")
+    body = json.loads(re.search(r"curl .* -d '(.*)'", text)[1])
+    with running(taught_latin(dry_run=True)) as server:
+        answer = server.complete(**body)
+    assert len(body["prompt"]) + body["max_tokens"] == 16 and answer["usage"]["prompt_tokens"] == 12
 
 
 def test_a_run_samples_on_a_server(tmp_path, monkeypatch):
