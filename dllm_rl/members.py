@@ -93,7 +93,7 @@ def flattened(value: Any) -> Any:
 
 
 def import_function(path: str, text: str) -> Callable:
-    """Import the function that `text`, MODULE:FUNCTION, names; errors name the option `path`."""
+    """Import the function or class that `text`, MODULE:FUNCTION, names; errors name the option `path`."""
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
@@ -104,8 +104,8 @@ def import_function(path: str, text: str) -> Callable:
         raise ValueError(
             f"--{path} {text!r}: {error}; give MODULE:FUNCTION, with the module in the working folder or in PYTHONPATH"
         ) from None
-    if not inspect.isfunction(function):
-        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")
+    if not inspect.isfunction(function) and not inspect.isclass(function):
+        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}, and no class")
     return function
 
 

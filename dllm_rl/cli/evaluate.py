@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, headline, with_bounds
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
-from dllm_rl.members import plain
+from dllm_rl.members import import_function, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import as_causal
 from dllm_rl.models.tokens import default_max_new_tokens
@@ -40,7 +41,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
-from dllm_rl.tasks.protocols import SOURCES, TASKS, UnderProtocol, under_protocol
+from dllm_rl.tasks.protocols import SOURCES, TASKS, under_protocol
 from dllm_rl.versions import versions
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name as recorded, and the sampler with them bound
@@ -64,7 +65,8 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     }
     limit = num_problems(task, arguments)
     shared_arguments |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
-    facts = {"protocol_source": SOURCES[task.protocol], "versions": versions()}
+    source = SOURCES.get(getattr(task, "protocol", ""), arguments.task)  # a task of the user's has no protocol
+    facts: dict[str, Any] = {"protocol_source": source, "versions": versions()}
     rows: list[dict[str, Any]] = []
     first_measured: list[Measured] = []  # of the first model, in the order of its plans
     for model in arguments.models:
@@ -219,29 +221,43 @@ def completions_file(
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
 
 
-def make_task(arguments: argparse.Namespace) -> UnderProtocol:
+def make_task(arguments: argparse.Namespace) -> Task:
     """Return the task of --task, or of the run, with --split, --path and --set, graded by --protocol.
 
-    The default protocol is strict, or sandbox for a task with reward_rule="sandbox".
+    The default protocol is strict, or sandbox for a task with reward_rule="sandbox". A task of the user's, given as
+    MODULE:NAME of a function or class that makes it, grades by its own rules.
     """
     name = arguments.task
     settings: dict[str, Any] = {"split": "test"}
     if name is None:  # a run names its task
         name, settings = task_of(arguments.models[0] if arguments.models else "")
-    if name not in TASKS:
-        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
-    if arguments.path and not hasattr(TASKS[name], "path"):
-        raise ValueError(f"path={arguments.path!r}: task {name!r} makes its problems; leave it out")
-    options = {option: value for option in ("split", "path") if (value := getattr(arguments, option))}
-    task = TASKS[name](**settings | options)
-    fields = paths(task)
+    is_own = ":" in name
+    if name not in TASKS and not is_own:
+        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}, and no MODULE:NAME")
+    make: Callable[..., Task] = import_function("task", name) if is_own else TASKS[name]
+    parameters = inspect.signature(make).parameters
+    for option in ("path", "split"):
+        if (value := getattr(arguments, option)) and option not in parameters:
+            raise ValueError(f"{option}={value!r}: task {name!r} makes its problems; leave it out")
+        settings |= {option: value} if value else {}
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in settings:
+            raise ValueError(f"--task {name} needs {option!r}; give a function without arguments that makes the task")
+    task = make(**{option: value for option, value in settings.items() if option in parameters})
+    if not isinstance(task, Task):
+        raise ValueError(f"--task {name} makes a {type(task).__name__}, and no task: see dllm_rl.tasks.Task")
+    fields = paths(task) if is_dataclass(task) else ()
     values = {}
     for text in arguments.set:
         option, equals, values[option] = text.partition("=")
         if not equals or option not in fields:
-            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(fields)}")
-    task = override(task, values)
+            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(fields) or 'none'}")
+    task = override(task, values) if values else task
     check_not_empty("task", task)
+    if is_own:
+        if arguments.protocol is not None:
+            raise ValueError(f"--protocol {arguments.protocol}: task {name!r} grades by its own rules; leave it out")
+        return task
     default_protocol = "sandbox" if getattr(task, "reward_rule", "") == "sandbox" else "strict"
     return under_protocol(task, arguments.protocol or default_protocol)
 

@@ -187,7 +187,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_join_names(TASKS)} (default: the run's, with the settings of its sampler)")
+    sub.add_argument("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's)")
     names = _join_names(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")

@@ -50,7 +50,8 @@ def task_of(model: str) -> Call:
     for name, task in TASKS.items():
         if call is not None and task.__name__ == call[0] and call[1].keys() <= parameters_of(task):
             return name, call[1]
-    raise ValueError(f"{model}: a script defines its task, {text}; give --task, or call dllm_rl.evaluate in the script")
+    remedy = "give --task, also as MODULE:NAME, or call dllm_rl.evaluate in the script"
+    raise ValueError(f"{model}: a script defines its task, {text}; {remedy}")
 
 
 def problems_of(model: str, count: int) -> list[Problem]:

@@ -458,3 +458,56 @@ def test_one_command_decodes_a_converted_model_both_ways(causal_model, model, ca
     assert "of one MODEL, and 2 are given" in refusal(capsys, "evaluate", model, model, *given, "--autoregressive")
     blanks = words("--task sudoku --set infill=true --autoregressive")
     assert "cannot fill in the blanks" in refusal(capsys, "evaluate", tmp_path / "both", *blanks)
+
+
+def test_a_task_of_the_user_s_grades_by_its_own_rules(model, capsys, tmp_path, monkeypatch):
+    """As a class with a split, and as a function; the same task that a run names."""
+    (tmp_path / "copying.py").write_text("""
+from dataclasses import dataclass
+from dllm_rl.tasks import Problem, Reward
+
+@dataclass(frozen=True)
+class Copy:
+    size: int = 9
+    split: str = "train"
+    name = "copy"
+    version = "3"
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return Problem(f"{index % 4 + 1}=", {"answer": str(index % 4 + 1)})
+
+    def reward(self, problem, completion):
+        right = float(problem.fields["answer"] in completion)
+        return Reward(right, True, {"accuracy": right})
+
+def two():
+    return Copy(size=2)
+
+def text():
+    return "no task"
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ("evaluate", model, "--lengths", 4, "--diffusion_steps", 2, "--json")
+    options = ("--task", "copying:Copy", "--set", "size=5", "--output_dir", tmp_path / "o")
+    found = json.loads(output(capsys, *command, *options))
+    assert (found["n"], found["task"], found["version"], found["split"]) == (5, "copy", "3", "test")
+    assert (found["protocol"], found["protocol_source"]) == ("own", "copying:Copy") and found["settings"]["size"] == 5
+    assert 0 <= found["accuracy"] == found["reward"] <= 1 and (tmp_path / "o" / found["completions"]).is_file()
+    assert json.loads(output(capsys, *command, "--task", "copying:two"))["n"] == 2
+    for options, message in (
+        (("copying:Copy", "--protocol", "d1"), "task 'copying:Copy' grades by its own rules; leave it out"),
+        (("copying:two", "--split", "test"), "split='test': task 'copying:two' makes its problems; leave it out"),
+        (("copying:Copy", "--path", "x"), "path='x': task 'copying:Copy' makes its problems; leave it out"),
+        (
+            ("copying:Copy", "--set", "sise=5"),
+            "--set sise=5: write FIELD=VALUE, where task 'copying:Copy' has size, split",
+        ),
+        (("copying:text",), "--task copying:text makes a str, and no task"),
+        (("copying:Problem",), "--task copying:Problem needs 'prompt'; give a function without arguments"),
+        (("copying:Absent",), "module 'copying' has no function 'Absent', and no class"),
+        (("nowhere:Copy",), "No module named 'nowhere'"),
+    ):
+        assert message in refusal(capsys, *command, "--task", *options)
