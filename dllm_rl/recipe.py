@@ -1,14 +1,15 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin
 
 from torch import Generator
 
@@ -92,6 +93,12 @@ RECORDS = (Corrector, LikelihoodEstimator, PromptSource, RolloutEngine, ValueMod
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+def with_nearest(name: str, known: Iterable[str]) -> str:
+    """Return an unknown name for an error message, with the nearest of the known names if one is near."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"{name} (the nearest is {nearest[0]})" if nearest else name
 
 
 def documented(record: type) -> str:
@@ -224,6 +231,13 @@ def _remedy(name: str) -> str:
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        known = [setting.name for setting in fields(cls)]
+        if unknown := [with_nearest(name, known) for name in settings if name not in known]:
+            kind = cls.__name__
+            raise ValueError(f"not settings of {kind}: {', '.join(unknown)}; help(dllm_rl.{kind}) lists all")
+        return super().__new__(cls)
 
     name: str = _("name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = _(

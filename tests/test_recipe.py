@@ -1,5 +1,6 @@
 """The record of a run: what its fields are, their bounds, and what they mean together."""
 
+import copy
 import math
 import re
 from dataclasses import fields, replace
@@ -209,3 +210,28 @@ def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):
     assert outer.func is inner
     sampler = tiny_recipe(tmp_path, sampler=outer).sampler
     assert sampler.func is unmask and sampler.keywords == {"max_new_tokens": 8, "diffusion_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Recipe(aggregate=1, fresh_maskz=2, num_stepz=3),
+            "Recipe: aggregate, fresh_maskz (the nearest is resample_masks), num_stepz (the nearest is num_steps)",
+        ),
+        (lambda: SFT(aggregate=1, num_stepz=3), "SFT: aggregate, num_stepz (the nearest is num_steps)"),
+        (
+            lambda: replace(tiny_recipe("a"), learning_rat=1, sedd=2),
+            "Recipe: learning_rat (the nearest is learning_rate), sedd (the nearest is seed)",
+        ),
+    ],
+)
+def test_all_unknown_settings_are_refused_together(make, message):
+    with pytest.raises(ValueError, match=re.escape(f"not settings of {message}; help(dllm_rl.")):
+        make()
+
+
+def test_a_recipe_is_copied():
+    recipe = replace(tiny_recipe("a"), model="folder")
+    for twin in (copy.copy(recipe), copy.deepcopy(recipe)):
+        assert twin.num_steps == recipe.num_steps and type(twin) is Recipe

@@ -1,6 +1,5 @@
 """Translate TRL's names for settings into those of `grpo_recipe`. docs/trl.md has the tables."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Set
 from dataclasses import fields, is_dataclass
@@ -12,7 +11,7 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import num_launched
-from dllm_rl.recipe import Recipe, check_kind, convert_value
+from dllm_rl.recipe import Recipe, check_kind, convert_value, with_nearest
 
 # From TRL's names to keywords of grpo_recipe with the same meaning. NAME.ARGUMENT is an argument of the function in the
 # keyword NAME, or an entry of the dict `sampler_options`.
@@ -160,9 +159,8 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
             words = ", ".join(map(repr, STRING_VALUES[name][1]))
             refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {targets[name]})")
         elif name not in BATCH_SIZES and targets.get(name, name).partition(".")[0] not in known_names:
-            close = difflib.get_close_matches(name, known_names | targets.keys(), n=1)
-            nearest = [REMEDIES[name]] if name in REMEDIES else close
-            refused.append(f"{name} (the nearest is {nearest[0]})" if nearest else name)
+            remedy = f"{name} (the nearest is {REMEDIES[name]})" if name in REMEDIES else ""
+            refused.append(remedy or with_nearest(name, known_names | targets.keys()))
     if refused:
         raise ValueError(f"not settings of grpo: {', '.join(refused)}; help(dllm_rl.Recipe) lists all")
 
