@@ -126,9 +126,7 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
     """Make a training batch for each set of views; also return metrics of the mismatch between learner and rollout."""
     samples = scored.samples
     batch, metrics = correct(run, samples, scored.logps[0])
-    # The sets after the first score only the groups that the update trains on.
-    trained_samples = samples.with_metric_weights(active_groups(run.recipe, samples.advantages).double())
-    later_batches = [make_later_batch(run, trained_samples, logps) for logps in scored.logps[1:]]
+    later_batches = [make_later_batch(run, samples, logps) for logps in scored.logps[1:]]
     order_counts, routing_counts = scored.comparison
     # After scoring: a collective before it would make the processes wait for each other.
     agreement = order_and_routing_metrics(order_counts, routing_counts, run.accelerator)

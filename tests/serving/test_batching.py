@@ -126,6 +126,19 @@ def test_a_call_runs_alone_and_first_if_asked(make):
     assert order == [2, 0, 1]
 
 
+def test_several_calls_that_go_first_keep_their_order(make):
+    """Of one request, as they were given; a later request that goes first too stands before them."""
+    batcher, order = make(), []
+    calls = [PolicyCall(lambda policy, i=i: order.append(i)) for i in range(6)]
+    with held(batcher):
+        batcher.submit(calls[:2])
+        batcher.submit(calls[2:5], first=True)
+        batcher.submit(calls[5:], first=True)
+    for call in calls:
+        call.future.result(60)
+    assert order == [5, 2, 3, 4, 0, 1]
+
+
 def test_a_full_queue_takes_nothing_of_a_request(make):
     batcher = make(max_waiting=3)
     with held(batcher):

@@ -13,7 +13,7 @@ from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import no_correction, tis
+from dllm_rl.algorithms.correctors import Corrector, no_correction, tis, unit_weights
 from dllm_rl.algorithms.losses import fixed_length_mean, kl_k1, kl_k2, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
@@ -221,6 +221,38 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     assert lam[1] == pytest.approx(lam[2], rel=1e-5) and lam[1] != pytest.approx(lam[0], rel=1e-3)
     learned = ("loss", "grad_norm")
     assert [five[name] for name in learned] == pytest.approx([two[name] for name in learned], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"advantages": one_live_group}, [0]),
+        ({"advantages": torch.zeros_like}, []),
+        ({"advantages": one_live_group, "beta": 0.1}, [0, 1, 2, 3]),
+        ({"advantages": one_live_group, "num_iterations": 2, "likelihood": likelihoods.coupled()}, [0]),
+    ],
+    ids=["one group", "none", "a KL term trains on all", "masks of a second update"],
+)
+def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_path, changes, trained):
+    """All sixteen rows are measured. The others' ratios must reach neither its weights nor its metrics."""
+    seen = []
+
+    def watch(stats):
+        seen.append(stats)
+        numbers = {"mine/rows": stats.mask.any(-1).sum().item(), "mine/sum": stats.log_mismatch.abs().sum().item()}
+        return unit_weights(stats)._replace(metrics=numbers)
+
+    fixed = {"num_steps": 1, "num_mismatch_groups": 9, "rollout_quantization": int3_emulated}
+    train(tiny_recipe(tmp_path, corrector=Corrector(weight_fn=watch), **fixed | changes))
+    (row,) = metrics_of(tmp_path)
+    assert row["rollout_corr/rows"] == 16 and row["mine/rows"] == 4 * len(trained)
+    updates = seen[-changes.get("num_iterations", 1) :]
+    for stats in updates:
+        groups = [rows.any().item() for rows in stats.mask.split(4)]
+        mismatched = [rows.any().item() for rows in stats.log_mismatch.split(4)]
+        assert [index for index in range(4) if groups[index]] == trained
+        assert [index for index in range(4) if mismatched[index]] == trained
+    assert row["mine/sum"] == updates[0].log_mismatch.abs().sum().item()
 
 
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
