@@ -62,7 +62,7 @@ FEW: Row = {"train_batch_size": 2, "num_steps": 2, "eval_steps": 1, "save_steps"
 
 
 def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
-    recipe = replace(TASKS[task][0], bf16=torch.cuda.is_available(), save_steps=20, **where(folder / f"{task}-sft"))
+    recipe = replace(TASKS[task][0], bf16=torch.cuda.is_available(), save_steps=60, **where(folder / f"{task}-sft"))
     if rehearse:
         recipe = replace(recipe, dataset=recipe.dataset[:8], eval_dataset=recipe.eval_dataset[:4], **FEW)
     return recipe
@@ -78,7 +78,7 @@ def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> R
         rollout_quantization=fp8 if arm == "FP8" else None,
         torch_compile=on_a_gpu,
         eval_batch_size=400,
-        save_steps=1 if rehearse else 10,
+        save_steps=1 if rehearse else 50,  # a stopped run saves its last step
         **(REHEARSED if rehearse else ON_A_GPU),
         **where(folder / f"{task}-{arm}"),
     )
