@@ -38,14 +38,14 @@ The claims, on the ten models (two-sided sign-flip tests, Holm's correction over
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import exp
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -68,11 +68,11 @@ from recipes.sudoku_tiny import NO_DIGITS, any_grids, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, and by order, copy and weights: bias and noise
 SEEDS, PUZZLES, DIRECTIONS, PART = range(10), 3, 4, 40
-KEYS = ("bias", "cosine", "noise")
 BLANKS, DIGITS, CAP = 5, 4, 2.0
 ORDERS = ("max_prob", "confidence", "plackett_luce 0.05", "plackett_luce 0.1", "plackett_luce 0.3", "random")
 COPIES = ("INT4", "FP8", "kernel")
 WEIGHTS = ("none", "tis", "ais", "exact", "answer", "aligned")
+Model = Mapping[str, Any]  # what `run_model` leaves of one
 Events = Float[Tensor, "S J V"]  # a number for each state, blank and digit
 
 
@@ -480,41 +480,104 @@ def run_model(seed: int) -> dict[str, Any]:
     return {"seed": seed, "steps": steps, **measured(policy, copies_of(policy), puzzles)}
 
 
-def tables(models: list[dict[str, Any]]) -> str:
-    """Rewards and flips, each setting's bias and noise, and the claims, with intervals over models."""
+def bias(model: Model, *setting: str) -> float:
+    return model["settings"][str(Setting(*setting))]["bias"]
 
-    def over(of: Callable[[dict[str, Any]], float]) -> list[float]:
-        return [of(model) for model in models]
 
-    orders = [
-        {"order": order, "reward": interval(over(lambda model, order=order: model["reward"][order]))}
+def over(models: Sequence[Model], of: Callable[[Model], float]) -> str:
+    """The mean over models with its interval."""
+    return interval([of(model) for model in models])
+
+
+def order_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order under INT4: the learner's expected reward, the bias under each of the weights, and the median noise."""
+
+    def noise(order: str, weights: str) -> str:
+        found = [model["settings"][str(Setting(order, "INT4", weights))]["noise"] for model in models]
+        return f"{median(found):.2g}"
+
+    return [
+        {"order": order, "reward": over(models, lambda model, order=order: model["reward"][order])}
+        | {
+            weights: over(models, lambda model, order=order, weights=weights: bias(model, order, "INT4", weights))
+            for weights in WEIGHTS
+        }
+        | {f"noise, {weights}": noise(order, weights) for weights in NOISY}
         for order in ORDERS
     ]
-    flips = [
-        {"copy": name, "flipped": interval(over(lambda model, name=name: model["flips"][name]))} for name in COPIES
-    ]
+
+
+def copy_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By copy under max_prob: the share of positions that flip, and the bias of exact weights with flips and without.
+
+    More digits are given than intervals have, since kernel noise is small."""
     rows = []
-    for setting in map(str, settings()):
-        found = [model["settings"][setting] for model in models]
-        cells = {key: interval([each[key] for each in found]) if key in found[0] else "-" for key in KEYS}
-        rows.append({"order, copy, weights": setting} | cells)
+    for name in COPIES:
+        exact = ("max_prob", name, "exact")
+        rows.append(
+            {
+                "copy": name,
+                "flipped": over(models, lambda model, name=name: model["flips"][name]),
+                "exact": over(models, lambda model, exact=exact: bias(model, *exact)),
+                "exact, no flips": over(models, lambda model, exact=exact: bias(model, *exact, "no flips")),
+            }
+        )
+    return rows
 
-    def bias(model: dict[str, Any], *setting: str) -> float:
-        return model["settings"][str(Setting(*setting))]["bias"]
 
-    exact = ("max_prob", "INT4", "exact")
-    shares = over(lambda model: 1 - bias(model, *exact, "no flips") / bias(model, *exact))
-    left = over(lambda model: bias(model, "plackett_luce 0.1", "INT4", "exact") / bias(model, *exact))
-    lost = over(lambda model: model["reward"]["max_prob"] - model["reward"]["plackett_luce 0.1"])
-    p_values = holm([sign_flip([share - 0.5 for share in shares]), sign_flip([share - 0.5 for share in left])])
-    claims = [
-        {"stated before the runs": "share of the bias that order flips make, above 0.5", "found": interval(shares)},
-        {"stated before the runs": "bias under plackett_luce 0.1 / max_prob, below 0.5", "found": interval(left)},
-        {"stated before the runs": "reward that it costs, below 0.02", "found": interval(lost)},
+def alone_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By scored order under INT4: the bias of exact weights with the order's part, and of the tokens alone."""
+    return [
+        {
+            "order": order,
+            "tokens and order": over(models, lambda model, order=order: bias(model, order, "INT4", "exact")),
+            "tokens alone": over(models, lambda model, order=order: bias(model, order, "INT4", "exact", "alone")),
+        }
+        for order in filter(scored, ORDERS)
     ]
-    for claim, p in zip(claims, (*(f"{p:.3f}" for p in p_values), "-"), strict=True):
-        claim["Holm's p"] = p
-    return "\n".join(map(markdown, (orders, flips, rows, claims)))
+
+
+def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """The claims of this module, with exact tests where there is one."""
+    exact = ("max_prob", "INT4", "exact")
+    shares = [1 - bias(model, *exact, "no flips") / bias(model, *exact) for model in models]
+    left = [bias(model, "plackett_luce 0.1", "INT4", "exact") / bias(model, *exact) for model in models]
+    lost = [model["reward"]["max_prob"] - model["reward"]["plackett_luce 0.1"] for model in models]
+    tests = holm([sign_flip([each - 0.5 for each in values]) for values in (shares, left)])
+    named = {
+        "the share of the bias that flips make is above 0.5": shares,
+        "the bias under plackett_luce 0.1, in parts of max_prob's, is below 0.5": left,
+        "the reward that plackett_luce 0.1 costs is below 0.02": lost,
+    }
+    p_values = [*(f"{p:.3f}" for p in tests), "-"]
+    return [
+        {"stated before the runs": claim, "found, 95 %": interval(values), "Holm's p of a difference": p}
+        for (claim, values), p in zip(named.items(), p_values, strict=True)
+    ]
+
+
+def picture(models: Sequence[Model], path: Path) -> None:
+    """The bias of each kind of weights under INT4, by order, a dot a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = ("none", "tis", "exact", "answer", "aligned")
+    figure, axis = plt.subplots(figsize=(9.0, 4.0), layout="constrained")
+    for place, weights in enumerate(shown):
+        for column, order in enumerate(ORDERS):
+            found = [max(bias(model, order, "INT4", weights), 1e-3) for model in models]
+            x = column + 0.15 * (place - (len(shown) - 1) / 2)
+            style = {"color": f"C{place}", "label": weights if column == 0 else None}
+            axis.plot([x] * len(found), found, ".", alpha=0.6, **style)
+            axis.plot([x - 0.06, x + 0.06], [mean(found)] * 2, color=f"C{place}", linewidth=2)
+    axis.set(yscale="log", ylabel="bias / |gradient| (below 0.001: 0.001)", xticks=range(len(ORDERS)))
+    axis.set_xticklabels(ORDERS, fontsize="small")
+    axis.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -527,7 +590,9 @@ def main() -> None:
         if not options.report and seed not in {model["seed"] for model in models}:
             models.append(run_model(seed))
             write_json(STORED, models)
-    print(tables(models))
+    for rows in (order_rows, copy_rows, alone_rows, claim_rows):
+        print(markdown(rows(models)))
+    picture(models, STORED.with_suffix(".png"))
 
 
 if __name__ == "__main__":
