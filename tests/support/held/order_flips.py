@@ -1,0 +1,57 @@
+"""What a quantized copy's other order costs the gradient: the page's tables and sentences."""
+
+from statistics import mean
+
+from held import DOCS, STUDIES, stored
+from recipes.studies.order_flips import ORDERS, SEEDS, Model, alone_rows, bias, claim_rows, copy_rows, order_rows, over
+from recipes.studies.paired import interval, markdown
+
+PAGE = f"{STUDIES}/order_flips.md"
+
+
+def flipped_orders():
+    models = stored("order_flips")
+    assert [model["seed"] for model in models] == list(SEEDS)
+    for rows in (order_rows, claim_rows, copy_rows, alone_rows):
+        yield PAGE, markdown(rows(models))
+    share, left, lost = claim_rows(models)
+    assert min(float(claim["Holm's p of a difference"]) for claim in (share, left)) > 0.05, "neither is shown"
+    exact = ("max_prob", "INT4", "exact")
+    shares = [1 - bias(model, *exact, "no flips") / bias(model, *exact) for model in models]
+    above = sum(each > 0.5 for each in shares)
+    yield PAGE, f"the share is {share['found, 95 %']}, above a half in {above} of 10 models"
+    flips = [model["flips"]["INT4"] for model in models]
+    yield PAGE, f"from {min(flips):.3f} to {max(flips):.3f} of the steps flip"
+    few = [model for model in models if model["flips"]["INT4"] < 0.1]
+    assert all(each > 0.5 for each, flip in zip(shares, flips, strict=True) if flip >= 0.1)
+    yield PAGE, f"in the {10 - len(few)} models in which a tenth of the steps or more flip, it is above a half in all"
+    without = over(models, lambda model: bias(model, *exact, "no flips"))
+    yield PAGE, f"Over all models the bias falls from {over(models, lambda model: bias(model, *exact))} to {without}"
+    yield PAGE, f"it costs {lost['found, 95 %']} of reward"
+    noisy = over(models, lambda model: bias(model, "plackett_luce 0.1", "INT4", "exact"))
+    yield PAGE, f"its bias is {noisy}"
+    less = sum(bias(model, "plackett_luce 0.1", "INT4", "exact") < bias(model, *exact) / 2 for model in models)
+    yield PAGE, f"below half of max_prob's in {less} of 10 models"
+
+    def apart(model: Model, weights: str) -> float:
+        return bias(model, "max_prob", "INT4", weights) - bias(model, "random", "INT4", weights)
+
+    tis, none = ([apart(model, weights) for model in models] for weights in ("tis", "none"))
+    yield PAGE, f"with TIS it has {interval(tis)} less bias than `max_prob`, without weights {interval(none)}"
+    cost = over(models, lambda model: model["reward"]["max_prob"] - model["reward"]["random"])
+    yield PAGE, f"costs {cost} of reward"
+    assert mean(tis) > 0
+
+    def biases(weights: str) -> dict[str, float]:
+        return {order: mean(bias(model, order, "INT4", weights) for model in models) for order in ORDERS}
+
+    assert biases("none")["plackett_luce 0.1"] > biases("none")["max_prob"], "larger without weights"
+    assert max(value for order, value in biases("answer").items() if order != "max_prob") < 1e-6, "unbiased"
+    assert abs(biases("answer")["max_prob"] - biases("tis")["max_prob"]) < 0.01, "as biased"
+    assert max(model["flips"]["kernel"] for model in models) == 0
+    flipped = over(models, lambda model: model["flips"]["INT4"])
+    yield f"{DOCS}/order.md", f"INT4 [flips a share of {flipped} of all steps]"
+    both = [
+        over(models, lambda model, order=order: bias(model, order, "INT4", "tis")) for order in ("max_prob", "random")
+    ]
+    yield f"{DOCS}/mismatch.md", f"[a bias of {both[0]} under `max_prob` and {both[1]} in random order]"
