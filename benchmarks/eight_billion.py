@@ -25,7 +25,7 @@ from zlib import crc32
 import torch
 
 from benchmarks.measure import trained
-from dllm_rl import float8_weight_only, load_policy, lora_r16, unmask
+from dllm_rl import Float8WeightOnly, Lora, Unmask, load_policy
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main as command
@@ -86,7 +86,7 @@ def recipe(root: Path, **fields: Any) -> Recipe:
     """One prompt, two completions of sixteen tokens in two steps; adapters of rank 128 on a bf16 base."""
     settings: dict[str, Any] = {
         "dtype": "bfloat16",
-        "lora": partial(lora_r16, r=128, alpha=256.0),
+        "lora": Lora(r=128, alpha=256.0),
         "gradient_checkpointing": True,
         "train_batch_size": 1,
         "num_generations": 2,
@@ -163,7 +163,7 @@ def sample(root: Path, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     policy = opened(root, found)
     with timed(found, "sample"):
-        unmask(policy, prompts_of(policy), generator_for(0), max_new_tokens=8, diffusion_steps=2)
+        Unmask(max_new_tokens=8, diffusion_steps=2)(policy, prompts_of(policy), generator_for(0))
     return found
 
 
@@ -174,7 +174,7 @@ def score(root: Path, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     policy = opened(root, found)
     policy.gradient_checkpointing = True
-    add_lora(policy, lora_r16(r=128, alpha=256.0))
+    add_lora(policy, Lora(r=128, alpha=256.0))
     tokens = torch.tensor([text_ids(policy, ROWS[0]["prompt"])[:NEW_TOKENS]])
     mask_id = policy.spec.mask_id
     assert mask_id is not None, "LLaDA has one"
@@ -195,9 +195,9 @@ def sync(root: Path, layers: int) -> dict[str, Any]:
     """An FP8 copy, and its refresh."""
     found: dict[str, Any] = {}
     policy = opened(root, found)
-    add_lora(policy, lora_r16(r=128, alpha=256.0))
+    add_lora(policy, Lora(r=128, alpha=256.0))
     with timed(found, "copy"):
-        rollout_policy = quantized_copy(policy, float8_weight_only())
+        rollout_policy = quantized_copy(policy, Float8WeightOnly())
     with timed(found, "sync"):
         sync_weights(policy, rollout_policy)
     return found
@@ -207,7 +207,7 @@ def save(root: Path, layers: int) -> dict[str, Any]:
     """A checkpoint of adapters and moments, and one with merged weights."""
     found: dict[str, Any] = {}
     policy = opened(root, found)
-    add_lora(policy, lora_r16())
+    add_lora(policy, Lora())
     run = recipe(root)
     optimizer = make_optimizer(run, policy)
     for parameter in policy.module.parameters():

@@ -12,14 +12,14 @@ import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.diagnostics.routing import routing_counts
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Float8WeightOnly
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts, Rollout, Views
 
 
@@ -42,20 +42,20 @@ def main() -> None:
         num_layers=4,
         max_length=512,
     )
-    rollout_policy = quantized_copy(policy, float8_weight_only())
+    rollout_policy = quantized_copy(policy, Float8WeightOnly())
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
     settings = {
         "max_new_tokens": options.length,
         "diffusion_steps": options.diffusion_steps,
         "temperature": 1.0,
-        "rank": max_prob,
+        "rank": MaxProb(),
     }
 
     def sample(record: bool) -> Rollout:
         rollout_policy.records_experts = record
-        return unmask(rollout_policy, prompts, torch.Generator().manual_seed(0), **settings)
+        return Unmask(**settings)(rollout_policy, prompts, torch.Generator().manual_seed(0))
 
-    estimator, rollout = trajectory(), sample(True)
+    estimator, rollout = Trajectory(), sample(True)
     noise = estimator.draw_views(rollout, torch.Generator())
     replay = with_sampled_experts(noise, rollout)
 

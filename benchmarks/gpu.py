@@ -41,10 +41,10 @@ from benchmarks import gpu_run
 from benchmarks import sampler as samplers
 from benchmarks.measure import Varied, machine, seconds_and_peak, table, trained
 from benchmarks.presets import PRESETS, make
-from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.files import read_json, write_json
-from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
@@ -53,15 +53,15 @@ from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import DualCache, PrefixCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training import train
 from dllm_rl.training.dry_run.plan import memory, meta_policy
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_unique import recipe as main_job
 
-E4M3 = partial(schemes.fake_quantize, weight="e4m3", activation="e4m3")
+E4M3 = schemes.FakeQuantize(weight="e4m3", activation="e4m3")
 
 Row = dict[str, Any]
 WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}
@@ -98,7 +98,7 @@ def _prompts(policy: Any, shape: samplers.Shape) -> Prompts:
 
 def _sampled(policy: Any, shape: samplers.Shape, **options: Any) -> Callable[[], Any]:
     settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block, **options}
-    return partial(unmask, policy, _prompts(policy, shape), torch.Generator(), **settings)
+    return partial(Unmask(**settings), policy, _prompts(policy, shape), torch.Generator())
 
 
 def _timed(
@@ -115,10 +115,10 @@ def _timed(
 def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = None) -> list[Row]:
     """Every way, eager and then compiled, which is in place; a batch of 64 is timed once, after a short run."""
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
-    dynamic = schemes.float8_dynamic if device.startswith("cuda") and not rehearse else schemes.float8_weight_only
+    dynamic = schemes.Float8Dynamic if device.startswith("cuda") and not rehearse else schemes.Float8WeightOnly
     fp8 = quantized_copy(policy, dynamic())
-    ways = {"exact": (policy, None), "prefix cache": (policy, prefix_cache()), "dual cache": (policy, dual_cache())}
-    ways |= {"FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
+    ways = {"exact": (policy, None), "prefix cache": (policy, PrefixCache()), "dual cache": (policy, DualCache())}
+    ways |= {"FP8": (fp8, None), "FP8, dual cache": (fp8, DualCache())}
     shape = _shape(rehearse, batch)
     if length and not rehearse:
         shape = replace(shape, new=length, steps=length // 2)
@@ -143,10 +143,10 @@ def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = No
 def whole_steps(rehearse: bool, device: str, batch: int) -> list[Row]:
     """Steps of few rows as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
-    dynamic = schemes.float8_weight_only if rehearse else schemes.float8_dynamic
+    dynamic = schemes.Float8WeightOnly if rehearse else schemes.Float8Dynamic
     fp8 = quantized_copy(policy, dynamic())
     shape = _shape(rehearse, batch)
-    ways = {"exact": (policy, None), "FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
+    ways = {"exact": (policy, None), "FP8": (fp8, None), "FP8, dual cache": (fp8, DualCache())}
     rows = []
     for name, (of, cache) in ways.items():
         before = counters["stats"]["unique_graphs"]
@@ -167,7 +167,7 @@ def experts(rehearse: bool, device: str) -> list[Row]:
     size = (2, 16) if rehearse else (8, 256)
     tokens = torch.randint(3, 50, size, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
-    for name, of in {"bf16": policy, "FP8": quantized_copy(policy, schemes.float8_weight_only())}.items():
+    for name, of in {"bf16": policy, "FP8": quantized_copy(policy, schemes.Float8WeightOnly())}.items():
 
         def forward(of=of) -> None:
             with torch.no_grad():
@@ -180,7 +180,7 @@ def experts(rehearse: bool, device: str) -> list[Row]:
 def sync(rehearse: bool, device: str) -> list[Row]:
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
     rows = []
-    for name in ("float8_weight_only", "int8_weight_only"):
+    for name in ("Float8WeightOnly", "Int8WeightOnly"):
         begin = time.perf_counter()
         copied = quantized_copy(policy, getattr(schemes, name)())
         made = time.perf_counter() - begin
@@ -208,7 +208,7 @@ def learner(rehearse: bool, device: str) -> list[Row]:
         optimizer = (
             torch.optim.AdamW(trained, lr=1e-6) if adapters or rehearse else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
         )
-        noise = one_step().draw_views(rollout, torch.Generator().manual_seed(0))
+        noise = OneStep().draw_views(rollout, torch.Generator().manual_seed(0))
 
         def step(policy=policy, rollout=rollout, noise=noise, optimizer=optimizer) -> None:
             for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
@@ -231,14 +231,14 @@ def step(rehearse: bool, device: str) -> list[Row]:
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
     few = replace(main_job.eval_task, size=2)
     rows = []
-    for scheme in ("float8_dynamic",) if device.startswith("cuda") else ("bf16",):
+    for scheme in ("Float8Dynamic",) if device.startswith("cuda") else ("bf16",):
         torch.compiler.reset()
         fields = {"rollout_quantization": None, "torch_compile": False} if scheme == "bf16" else {}
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(
                 job_8b, model=made, output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1, eval_steps=0,
                 task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
-                eval_task=few, sampler=partial(job_8b.sampler, **given), eval_sampler=partial(job_8b.sampler, **given),
+                eval_task=few, sampler=job_8b.sampler.replace(**given), eval_sampler=job_8b.sampler.replace(**given),
                 **small, **fields,
             )  # fmt: skip
             found = seconds_and_peak(partial(train, recipe), device, repeats=1)
@@ -254,7 +254,7 @@ def planned(rehearse: bool, device: str) -> list[Row]:
     """Two steps of sudoku_unique on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
     letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if rehearse else 8_000))
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if rehearse else WIDE
-    adapters = partial(Lora, r=16, dropout=0.05)
+    adapters = Lora(r=16, dropout=0.05)
     arms: dict[str, Row] = {
         "all weights": {},
         "all weights, checkpointing": {"gradient_checkpointing": True},
@@ -263,11 +263,11 @@ def planned(rehearse: bool, device: str) -> list[Row]:
         "adapters, micro-batches of 32": {"lora": adapters, "micro_batch_size": 32},
     }
     if device.startswith("cuda"):
-        arms["all weights, 8-bit moments"] = {"optim": adamw_8bit}
+        arms["all weights, 8-bit moments"] = {"optim": AdamW8bit()}
     rows = []
     for name, fields in arms.items():
         fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_attention_heads=8, **sizes)}
-        fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": one_step()}
+        fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": OneStep()}
         fields |= {
             "eval_task": replace(main_job.eval_task, size=4),
             "sft_warmup_steps": 0,
@@ -299,11 +299,11 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
     task = main_job.eval_task
     prompts = encode(policy, [task[i] for i in range(4 if rehearse else 64)], group_size=2)
-    schemes_by_name = {"float8_weight_only": schemes.float8_weight_only, "e4m3 emulated": E4M3}
+    schemes_by_name = {"Float8WeightOnly": schemes.Float8WeightOnly(), "e4m3 emulated": E4M3}
     if device.startswith("cuda"):
-        schemes_by_name["float8_dynamic"] = schemes.float8_dynamic
+        schemes_by_name["Float8Dynamic"] = schemes.Float8Dynamic()
     for name, scheme in schemes_by_name.items():
-        report = diagnose(policy, scheme(), prompts=prompts, sampler=partial(main_job.sampler, temperature=1.0))
+        report = diagnose(policy, scheme, prompts=prompts, sampler=main_job.sampler.replace(temperature=1.0))
         first = report.causes[0]
         rows.append(
             {"what": name, "mean abs d, nats": report.total.mean_abs, "max abs d": report.total.max_abs}

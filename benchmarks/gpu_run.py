@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Varied, machine, table, trained
-from dllm_rl import Countdown, Recipe, float8_dynamic, float8_weight_only, max_prob, unmask
+from dllm_rl import Countdown, Float8Dynamic, Float8WeightOnly, MaxProb, Recipe, Unmask
 from dllm_rl.files import read_json, replacing, write_json
 from dllm_rl.monitoring.plots import draw_curve, read_metrics
-from dllm_rl.samplers.rules import random
+from dllm_rl.samplers.rules import RandomOrder
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training import train
@@ -28,7 +28,7 @@ from recipes import smollm2_diffusion, smollm2_diffusion_sft
 from recipes.solved import solved
 
 numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
-in_three = partial(unmask, max_new_tokens=10, diffusion_steps=3)
+in_three = Unmask(max_new_tokens=10, diffusion_steps=3)
 KEPT = ("step", "reward", "eval/accuracy", "grad_norm", "rollout_corr/ess", "time/rollout", "step_time")
 Row = dict[str, Any]
 
@@ -49,8 +49,8 @@ COUNTDOWN = (
         task=numbers(split="train"),
         validation_task=numbers(split="validation", size=100),
         eval_task=numbers(split="test", size=400),
-        sampler=partial(in_three, rank=random, temperature=1.0),
-        eval_sampler=partial(in_three, rank=max_prob, temperature=0.0),
+        sampler=in_three.replace(rank=RandomOrder(), temperature=1.0),
+        eval_sampler=in_three.replace(rank=MaxProb(), temperature=0.0),
         max_retained_graphs=3,
     ),
 )
@@ -70,7 +70,7 @@ def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
 
 def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> Recipe:
     on_a_gpu = torch.cuda.is_available() and not rehearse
-    fp8 = float8_dynamic if on_a_gpu else float8_weight_only  # products in FP8 need one
+    fp8 = Float8Dynamic if on_a_gpu else Float8WeightOnly  # products in FP8 need one
     recipe = replace(
         TASKS[task][1],
         model=model,

@@ -17,13 +17,13 @@ import torch
 from benchmarks.measure import machine, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.diagnostics.doctor import PADDING, pad_left
-from dllm_rl.likelihoods.estimators import causal, one_step, trajectory
+from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.policy import make_policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Int8WeightOnly
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 SHARPER = 8  # on the head's weights: logits of a standard deviation of about 4, as a trained model's
@@ -35,31 +35,31 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     policy, rollout = make(shape, "cpu", getattr(torch, dtype))
     policy.module.lm_head.weight.data *= SHARPER
     policy.float32_head = float32_head
-    noise = one_step(prompt_mask=0.0).draw_views(rollout, torch.Generator())
-    whole = one_step().logprobs(policy, rollout, noise)
-    apart = whole - one_step().logprobs(policy, rollout, noise, micro_batch_size=1)
+    noise = OneStep(prompt_mask=0.0).draw_views(rollout, torch.Generator())
+    whole = OneStep().logprobs(policy, rollout, noise)
+    apart = whole - OneStep().logprobs(policy, rollout, noise, micro_batch_size=1)
     rows = [{"between": "batch shape", **sizes(apart[rollout.completion_mask])}]
 
     wider, padded_noise = pad_left(rollout, noise, policy.pad_id)
-    apart = whole - one_step().logprobs(policy, wider, padded_noise)[:, PADDING:]
+    apart = whole - OneStep().logprobs(policy, wider, padded_noise)[:, PADDING:]
     rows.append({"between": "padding", **sizes(apart[rollout.completion_mask])})
 
     prompts = Prompts(rollout.tokens[:, : shape.prompt_length], rollout.attention_mask[:, : shape.prompt_length])
-    options = {"max_new_tokens": shape.completion_length, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}
-    sampled = unmask(policy, prompts, torch.Generator().manual_seed(0), **options)
-    exact = trajectory()
+    options = {"max_new_tokens": shape.completion_length, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()}
+    sampled = Unmask(**options)(policy, prompts, torch.Generator().manual_seed(0))
+    exact = Trajectory()
     learner = exact.logprobs(policy, sampled, exact.draw_views(sampled, torch.Generator()), micro_batch_size=2)
     rows.append({"between": "rollout", **sizes((learner - sampled.logprobs)[sampled.completion_mask])})
-    fewer = quantized_copy(policy, int8_weight_only())
-    apart = whole - one_step().logprobs(fewer, rollout, noise)
+    fewer = quantized_copy(policy, Int8WeightOnly())
+    apart = whole - OneStep().logprobs(fewer, rollout, noise)
     rows.append({"between": "int8", **sizes(apart[rollout.completion_mask])})
 
     policy.module.config.is_causal = True
     causal_policy = make_policy(policy.module, policy.tokenizer)
     causal_policy.float32_head = float32_head
     generator = torch.Generator().manual_seed(0)
-    sampled = autoregress(causal_policy, prompts, generator, max_new_tokens=shape.completion_length)
-    learner = causal().logprobs(causal_policy, sampled, causal().draw_views(sampled, torch.Generator()))
+    sampled = Autoregress(max_new_tokens=shape.completion_length)(causal_policy, prompts, generator)
+    learner = Causal().logprobs(causal_policy, sampled, Causal().draw_views(sampled, torch.Generator()))
     rows.append({"between": "cache", **sizes((learner - sampled.logprobs)[sampled.completion_mask])})
     head = "fp32" if float32_head else dtype
     return [{"dtype": dtype, "head": head, **row} for row in rows]

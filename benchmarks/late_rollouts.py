@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import machine, table, write_json
-from dllm_rl.algorithms.optimizers import constant_rate
+from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
@@ -32,7 +32,7 @@ from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples
 from recipes.async_sudoku import recipe
 
-job = replace(recipe, lr_schedule=constant_rate)  # also for more steps than it has
+job = replace(recipe, lr_schedule=ConstantRate())  # also for more steps than it has
 
 
 class Turns:

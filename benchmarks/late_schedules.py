@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.measure import machine, table, trained, write_json
 from dllm_rl import Callback
-from dllm_rl.algorithms.optimizers import constant_rate
+from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.tasks.base import Problem, Reward, Task
@@ -77,7 +77,7 @@ def train_all(root: Path, arms: list[tuple[str, int]], steps: int) -> None:
     for schedule, workers in arms:
         late = {"rollout_workers": workers, "max_staleness": STALENESS if workers else 0}
         late |= {"rollout_schedule": "in_order" if schedule == "in turn" else schedule}
-        settings: dict[str, Any] = {**late, **small, **quiet, "num_steps": steps, "lr_schedule": constant_rate}
+        settings: dict[str, Any] = {**late, **small, **quiet, "num_steps": steps, "lr_schedule": ConstantRate()}
         settings["output_dir"] = str(root / f"{schedule} {workers}")
         train(replace(recipe, task=SlowGrader(recipe.task), callbacks=(LongStep(),), **settings))
 

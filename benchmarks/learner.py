@@ -14,8 +14,8 @@ import torch
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.likelihoods.estimators import elbo
+from dllm_rl.algorithms.losses import PPOClip
+from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch
@@ -26,15 +26,15 @@ def arm(
 ) -> dict:
     """Seconds and MiB of one gradient, and its norm."""
     policy, rollout = make(PRESETS[preset], device, getattr(torch, dtype))
-    estimator = elbo(num_samples=masks)
+    estimator = ELBO(num_samples=masks)
     noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
     scores = estimator.view_logprobs(policy, rollout, noise, micro_batch_size=micro_batch_size)
     old, mask = estimator.combine(scores, noise), rollout.completion_mask
     advantages = torch.linspace(-1, 1, len(mask), device=device)
     ones, count = torch.ones_like(old), int(mask.sum())
     batch = Batch(rollout, noise, advantages, old, scores, ones, mask, None, count, len(mask))
-    surrogate = ppo_clip
-    loss = partial(losses.policy_loss, surrogate=surrogate, loss_reduction=losses.token_mean, beta=0.0, kl=losses.kl_k3)
+    surrogate = PPOClip()
+    loss = partial(losses.policy_loss, surrogate=surrogate, loss_reduction=losses.TokenMean(), beta=0.0, kl=losses.K3())
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter).zero_()  # written to, so that its pages are there

@@ -26,10 +26,10 @@ from dllm_rl.models.base import block_causal_mask, encode_block_causal, position
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import rules, states
-from dllm_rl.samplers.cache import CachedForward, block_cache, dual_cache, map_cache, prefix_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache, map_cache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import solver
 from dllm_rl.types import Prompts
 
@@ -120,7 +120,7 @@ def by_two_completions(givens: list[int], own: int) -> bool:
 
 def block_causal(policy: DiffusionPolicy, size: int) -> DiffusionPolicy:
     """The same weights, blocks of `size` seeing themselves and those before; no token ends a completion."""
-    encode = partial(encode_block_causal, block_size=size)
+    encode = encode_block_causal.replace(block_size=size)
     changed = replace(policy.spec, attention="block_causal", block_size=size, encode=encode, eos_ids=())
     return DiffusionPolicy(policy.module, changed, policy.tokenizer)
 
@@ -160,9 +160,9 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
             "max_new_tokens": shape.new,
             "diffusion_steps": shape.steps,
             "temperature": 1.0,
-            "cache": block_cache(),
+            "cache": BlockCache(),
         }
-        arms.append(partial(unmask, policy, prompts, torch.Generator(), **settings))
+        arms.append(partial(Unmask(**settings), policy, prompts, torch.Generator()))
     yield compared(f"prompt of {prompt} once for {group} completions, sampling", *arms, repeats)
     tokens = arms[0]().tokens
     for backward in (False, True):
@@ -179,22 +179,22 @@ def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
 def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
     policy = random_policy(shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    caches = {"no cache": None, "prefix cache": prefix_cache(), "dual cache": dual_cache()}
+    caches = {"no cache": None, "prefix cache": PrefixCache(), "dual cache": DualCache()}
 
     def sampled(lengths: list[int], policy: Any = policy, **options: Any) -> Callable[[], Any]:
         ids = [torch.randint(3, shape.vocabulary, (length,), generator=generator).tolist() for length in lengths]
         prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(len(ids)))
         more = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
-        return partial(unmask, policy, prompts, torch.Generator(), **(more | options))
+        return partial(Unmask(**more | options), policy, prompts, torch.Generator())
 
     for name, lengths in LENGTHS.items():
         for cache in caches:
             run = sampled([length // 4 for length in lengths] if smoke else lengths, cache=caches[cache])
             yield compared(f"length buckets, {name}, {cache}", partial(with_it, whole_batches, run), run, repeats)
     for cache in ("prefix cache", "dual cache"):
-        run = sampled([shape.prompt] * shape.batch, cache=caches[cache], rank=rules.random, commit=some)
+        run = sampled([shape.prompt] * shape.batch, cache=caches[cache], rank=rules.RandomOrder(), commit=some)
         yield compared(f"finished rows leave, {cache}", partial(with_it, waiting_rows, run), run, repeats)
-    in_products, once = (quantized_copy(policy, float8_weight_only(dequantized=d)) for d in (False, True))
+    in_products, once = (quantized_copy(policy, Float8WeightOnly(dequantized=d)) for d in (False, True))
     for batch in (1, shape.batch):
         lengths = [shape.prompt] * batch
         state = generator.get_state()

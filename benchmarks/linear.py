@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     if given.smoke:
-        given.preset, given.tokens, given.repeats, given.schemes = "smoke", 32, 2, ["int8_dynamic", "fake_quantize"]
+        given.preset, given.tokens, given.repeats, given.schemes = "smoke", 32, 2, ["Int8Dynamic", "FakeQuantize"]
     common = {"device": given.device, "dtype": given.dtype, "repeats": given.repeats}
     clock, rows = "seconds" if torch.device(given.device).type == "cuda" else "cpu_seconds", []
     for columns, out in shapes(given.preset):

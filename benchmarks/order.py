@@ -8,15 +8,14 @@ Processor time of one thread, the arms in turn in one process, the median of `--
 import argparse
 import statistics
 import time
-from functools import partial
 
 import torch
 
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.samplers.rules import confidence, max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import Confidence, MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 
@@ -32,11 +31,10 @@ def main() -> None:
     sizes = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "intermediate_size": 704, "max_length": 512}
     policy = tiny_llama(characters=characters, causal=False, **sizes)
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
-    sample = partial(
-        unmask, policy, prompts, max_new_tokens=options.length, diffusion_steps=options.diffusion_steps, temperature=1.0
-    )
+    sampler = Unmask(max_new_tokens=options.length, diffusion_steps=options.diffusion_steps, temperature=1.0)
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    lawful = sample(seeded(), rank=confidence)
+    sample = lambda rank: sampler.replace(rank=rank)(policy, prompts, seeded())  # noqa: E731
+    lawful = sample(Confidence())
     times: dict[str, list[float]] = {}
 
     def timed(name: str, job: object) -> None:
@@ -45,7 +43,7 @@ def main() -> None:
         times.setdefault(name, []).append(time.process_time() - start)
 
     def score(rollout: object, order: bool, *, backward: bool) -> None:
-        estimator = trajectory(include_order=order)
+        estimator = Trajectory(include_order=order)
         noise = estimator.draw_views(rollout, seeded())
         if not backward:
             estimator.view_logprobs(policy, rollout, noise)
@@ -54,8 +52,8 @@ def main() -> None:
             view.backward(policy, rollout, weight)
 
     for _ in range(options.repeats):
-        for rank in (max_prob, confidence):
-            timed(f"sampling, {rank.__name__}", lambda rank=rank: sample(seeded(), rank=rank))
+        for rank in (MaxProb(), Confidence()):
+            timed(f"sampling, {rank}", lambda rank=rank: sample(rank))
         for order in (False, True):
             timed(f"scoring, {order}", lambda order=order: score(lawful, order, backward=False))
             timed(f"backward, {order}", lambda order=order: score(lawful, order, backward=True))

@@ -28,9 +28,9 @@ from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.published import plain, plain_cached
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
-from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.rules import random, threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import DualCache, PrefixCache
+from dllm_rl.samplers.rules import RandomOrder, Threshold
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 
@@ -193,24 +193,21 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     policy = random_policy(shape, device)
     prompts = random_prompts(policy, shape)
     ours = partial(
-        unmask,
+        Unmask(max_new_tokens=shape.new, diffusion_steps=shape.steps, block_size=shape.block),
         policy,
         prompts,
         torch.Generator(),
-        max_new_tokens=shape.new,
-        diffusion_steps=shape.steps,
-        block_size=shape.block,
     )
     lines = {
         "plain: the published algorithm": partial(plain, policy, prompts, shape),
         "plain, softmax in fp64": partial(plain, policy, prompts, shape, double=True),
         "plain, head on open positions only": partial(plain, policy, prompts, shape, masked_only=True),
         "exact sampler": ours,
-        "exact sampler, temperature 1": partial(ours, temperature=1.0),
-        "exact sampler, random order, temperature 1": partial(ours, temperature=1.0, rank=random),
-        "threshold 0.9": partial(ours, commit=partial(threshold, tau=0.9)),
-        "prefix cache (approximate)": partial(ours, cache=prefix_cache()),
-        "dual cache (approximate)": partial(ours, cache=dual_cache()),
+        "exact sampler, temperature 1": ours.replace(temperature=1.0),
+        "exact sampler, random order, temperature 1": ours.replace(temperature=1.0, rank=RandomOrder()),
+        "threshold 0.9": ours.replace(commit=Threshold(tau=0.9)),
+        "prefix cache (approximate)": ours.replace(cache=PrefixCache()),
+        "dual cache (approximate)": ours.replace(cache=DualCache()),
         "plain prefix cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=False),
         "plain dual cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=True),
     }
@@ -219,7 +216,7 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     if preset in ("cpu", "ragged"):  # with random weights nothing passes a threshold: a step a position, and no news
         del lines["threshold 0.9"]
     roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)
-    unmask(policy, prompts, torch.Generator(), max_new_tokens=2, diffusion_steps=1)  # warm up
+    Unmask(max_new_tokens=2, diffusion_steps=1)(policy, prompts, torch.Generator())  # warm up
     clock, found = "seconds" if device.type == "cuda" else "cpu_seconds", {name: [] for name in lines}
     for _ in range(repeats):
         for name, run in lines.items():
@@ -314,10 +311,10 @@ def against(shapes: list[Shape], repeats: int) -> list[dict]:
         settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
         for way, theirs, cache in (
             ("exact", plain, None),
-            ("prefix cache", partial(plain_cached, dual=False), prefix_cache()),
-            ("dual cache", partial(plain_cached, dual=True), dual_cache()),
+            ("prefix cache", partial(plain_cached, dual=False), PrefixCache()),
+            ("dual cache", partial(plain_cached, dual=True), DualCache()),
         )[: 3 if shape.dtype == torch.float32 else 1]:
-            ours = partial(unmask, policy, prompts, torch.Generator(), cache=cache, **settings)
+            ours = partial(Unmask(cache=cache, **settings), policy, prompts, torch.Generator())
             with torch.no_grad(), Kept(*PRODUCTS) as products:
                 found = ours().tokens
             with forwards_kept(policy) as forwards:

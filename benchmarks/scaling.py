@@ -21,8 +21,8 @@ import torch
 from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.published import plain
 from benchmarks.sampler import Shape, random_policy, random_prompts
-from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.unmask import Unmask
 
 BASE = Shape(4, 256, 4, 768, 16384, batch=4, prompt=64, new=64, block=32, steps=16)
 SMOKE = Shape(1, 32, 2, 64, 512, batch=2, prompt=8, new=8, block=4, steps=4)
@@ -49,11 +49,11 @@ def measure(shape: Shape, repeats: int) -> dict[str, float]:
     policy = random_policy(shape, torch.device("cpu"))
     prompts = random_prompts(policy, shape)
     settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
-    ours = partial(unmask, policy, prompts, torch.Generator(), **settings)
+    ours = partial(Unmask(**settings), policy, prompts, torch.Generator())
     arms: dict[str, Callable[[], Any]] = {
         "plain": partial(plain, policy, prompts, shape),
         "exact": ours,
-        "dual cache": partial(ours, cache=dual_cache()),
+        "dual cache": ours.replace(cache=DualCache()),
     }
     return {name: round(seconds, 4) for name, seconds in fastest(arms, repeats).items()}
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.likelihoods.views import View
 
 
@@ -27,7 +27,7 @@ def plain(policy, rollout, masked, scored) -> torch.Tensor:
 def arm(name: str, task: str, preset: str, device: str, dtype: str, repeats: int) -> dict:
     """Seconds, MiB and a fingerprint of the result, for one way of doing one task."""
     policy, rollout = make(PRESETS[preset], device, getattr(torch, dtype))
-    noise = one_step(prompt_mask=0.0).draw_views(rollout, torch.Generator().manual_seed(0))
+    noise = OneStep(prompt_mask=0.0).draw_views(rollout, torch.Generator().manual_seed(0))
     masked, scored = noise.masked[0], noise.coefficients[0] != 0
     view = View(masked, scored)
     vector = torch.linspace(-1, 1, scored.numel(), device=device).view(scored.shape) * scored

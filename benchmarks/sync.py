@@ -13,17 +13,17 @@ import torch
 
 from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.config import CHOICES
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.records import subclasses
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
-ELSEWHERE = ("fake_quantize", "float8_dynamic", "int4_packed")
-ANYWHERE = [name for name in CHOICES["rollout_quantization"] if name not in ELSEWHERE]
+ELSEWHERE = ("FunctionScheme", "FakeQuantize", "Float8Dynamic", "Int4Packed")
+ANYWHERE = [name for name in subclasses(quantize.Scheme) if name not in ELSEWHERE]
 
 SYNCS = 5  # in a row, as one takes little more than the clock's resolution
 
@@ -34,16 +34,16 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
     policy, rollout = make(shape, device, getattr(torch, dtype))
     rollout_policy = quantized_copy(policy, None if scheme == "none" else getattr(quantize, scheme)())
     prompts = Prompts.from_ids(rollout.tokens[:, : shape.prompt_length].tolist(), pad_id=policy.pad_id)
-    noise = trajectory().draw_views(rollout, torch.Generator())
+    noise = Trajectory().draw_views(rollout, torch.Generator())
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-6)
 
     def step() -> None:
         generator = torch.Generator().manual_seed(0)
         length = shape.completion_length
-        unmask(
-            rollout_policy, prompts, generator, max_new_tokens=length, diffusion_steps=2, temperature=1.0, rank=max_prob
+        Unmask(max_new_tokens=length, diffusion_steps=2, temperature=1.0, rank=MaxProb())(
+            rollout_policy, prompts, generator
         )
-        trajectory().view_logprobs(policy, rollout, noise)
+        Trajectory().view_logprobs(policy, rollout, noise)
         for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
             view.backward(policy, rollout, weight / weight.sum())
         optimizer.step()
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     if given.smoke:
-        given.preset, given.repeats, given.schemes = "smoke", 2, ["none", "int8_weight_only", "fake_quantize"]
+        given.preset, given.repeats, given.schemes = "smoke", 2, ["none", "Int8WeightOnly", "FakeQuantize"]
     common = {"preset": given.preset, "device": given.device, "dtype": given.dtype, "repeats": given.repeats}
     rows = [arm(scheme, **common) for scheme in given.schemes]
     print(table(rows))

@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import coupled, elbo, one_step
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -69,7 +69,9 @@ def step(
     count, ones = int(mask.sum()), torch.ones_like(old)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
-    loss = partial(losses.policy_loss, surrogate=ppo_clip, loss_reduction=losses.token_mean, beta=beta, kl=losses.kl_k3)
+    loss = partial(
+        losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=beta, kl=losses.K3()
+    )
     settings = UpdateSettings(loss=loss, likelihood=likelihood, learning_rate=0.0)
     batches = [replace(batch, rollout=at(rollout, policy))] * iterations
     update(policy, optimizer, batches, Accelerator(cpu=True), settings)
@@ -109,7 +111,7 @@ def published_step(
         ratio = torch.where(mask, logps - (logps.detach() if old is None else old), 0).exp()
         objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         if anchor is not None:
-            objective = objective - BETA * losses.kl_k3(torch.where(mask, anchor - logps, 0))
+            objective = objective - BETA * losses.K3()(torch.where(mask, anchor - logps, 0))
         (-(objective * mask).sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
         optimizer.step()
@@ -120,9 +122,9 @@ def published(shape: Shape, repeats: int) -> list[dict]:
     reference, optimizer = copied(policy), torch.optim.AdamW(policy.module.parameters(), lr=0.0)
     rows = []
     for name, likelihood, anchor, iterations in (
-        ("d1's estimator, one inner iteration", one_step(), None, 1),
-        ("d1's estimator, two inner iterations and KL", one_step(), reference, 2),
-        ("ESPO's coupled masks, 4 views", coupled(num_samples=2), None, 1),
+        ("d1's estimator, one inner iteration", OneStep(), None, 1),
+        ("d1's estimator, two inner iterations and KL", OneStep(), reference, 2),
+        ("ESPO's coupled masks, 4 views", Coupled(num_samples=2), None, 1),
     ):
         noise = likelihood.draw_views(rollout, torch.Generator().manual_seed(0))
         given, norms = (policy, anchor, rollout, noise, optimizer), []
@@ -146,7 +148,7 @@ def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: Likeliho
     scores, mask = estimator.view_logprobs(policy, rollout, noise, retain_graphs=keep), rollout.completion_mask
     old = estimator.combine(scores.detach(), noise)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, torch.ones_like(old), mask, None, 1, 1)
-    loss = partial(losses.policy_loss, surrogate=ppo_clip, loss_reduction=losses.token_mean, beta=0.0, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=0.0, kl=losses.K3())
     forward_backward(policy, batch, scores, loss=loss, likelihood=estimator)
 
 
@@ -170,7 +172,7 @@ def ragged(shape: Shape, repeats: int, *, longest: int) -> list[dict]:
     for name, lengths in (("prompts of 40 to 260", spread), ("one of 900, 31 of 60", one_long)):
         wide = replace(shape, num_rows=count, prompt_length=max(lengths))
         policy, rollout = make(wide, "cpu", torch.float32)
-        rollout, estimator = left_padded(rollout, lengths), one_step()
+        rollout, estimator = left_padded(rollout, lengths), OneStep()
         noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
         arms = {
             "padded": partial(padded_gradient, policy, rollout, noise, estimator),
@@ -184,11 +186,11 @@ def main_job(rows: int, repeats: int) -> list[dict]:
     """Forward and backward of sudoku_unique's model and batch."""
     policy = tiny_masked_lm(characters="1234.=")
     _, rollout = make(Shape(8, 1, 2, 8, policy.vocab_size, rows, 17, 16), "cpu", torch.float32)
-    noise = one_step().draw_views(rollout, torch.Generator().manual_seed(0))
+    noise = OneStep().draw_views(rollout, torch.Generator().manual_seed(0))
 
     def run(narrow: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            gradient(policy, rollout, noise, one_step(), keep=True)
+            gradient(policy, rollout, noise, OneStep(), keep=True)
 
     return against(fastest({"fp32": partial(run, False), "bf16": partial(run, True)}, repeats), "fp32", rows=rows)
 
@@ -203,7 +205,7 @@ def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], le
             if axis == "tokens":
                 wide = replace(wide, prompt_length=value // 2, completion_length=value // 2)
             policy, rollout = make(wide, "cpu", torch.float32)
-            estimator = elbo(num_samples=number)
+            estimator = ELBO(num_samples=number)
             noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
             given = (policy, rollout, noise, estimator)
             found = fastest({k: partial(gradient, *given, keep=k == "kept") for k in ("constant", "kept")}, repeats)

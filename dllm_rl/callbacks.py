@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.bounds import Bound
+from dllm_rl.records import Bound
 
 
 @dataclass

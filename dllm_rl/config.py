@@ -1,38 +1,51 @@
-"""Override a recipe from the command line.
+"""The command line of a recipe: jsonargparse reads `--learning_rate 1e-4 --corrector TIS --corrector.cap 3`.
 
-A path is a field (`learning_rate`), a keyword of a function in a field (`corrector.cap`, `sampler.commit.tau`), or a
-field of a record in a field (`task.clues`).
+A path is a field (`learning_rate`), or a field of the record in a field (`corrector.cap`, `sampler.commit.tau`).
 """
 
 import dataclasses
-import difflib
-import inspect
-import math
+import json
+import os
+import pkgutil
+import re
 import sys
-import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dllm_rl.bounds import Bound
-from dllm_rl.members import describe, full_name, function_of, import_function, members
+import jsonargparse
+import yaml
+
 from dllm_rl.presets import PRESETS, find_preset, print_preset, with_preset
-from dllm_rl.recipe import CHOICES, RECORDS, Recipe, convert_value
+from dllm_rl.recipe import Recipe
+from dllm_rl.records import (
+    Bound,
+    Record,
+    annotations_of,
+    fit,
+    nearest_name,
+    record_type,
+    required_settings,
+    subclass_named,
+    subclasses,
+    union_members,
+)
 from dllm_rl.screen import escape_controls, interactive
 
-Record = TypeVar("Record", bound=Any)  # a frozen dataclass, such as Recipe or a task
-SCALARS = frozenset((bool, int, float, str, Path))
-WIDTH = 118
+Settings = TypeVar("Settings", bound=Any)  # a frozen dataclass, such as Recipe or a task
+SCALARS = frozenset((bool, int, float, str))
+
+jsonargparse.set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
 
 
-def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
-    """Apply `--path value` overrides to a recipe.
+def from_command_line(recipe: Settings, argv: list[str] | None = None) -> Settings:
+    """Apply the command line's `--path value` to a recipe.
 
-    Call it in a script, before `train`. `--help` lists every path. On an unknown path or a bad value the process exits
-    with status 2 and one line that names the nearest valid path.
+    Call it in a script, before `train`. `--help` lists the settings, `--corrector.help TIS` those of a class,
+    `--config FILE` reads them from a YAML file, and `--print_config` writes such a file. If options are wrong, the
+    process exits with status 2 and one line for each.
 
     Args:
         recipe: Recipe, or another frozen dataclass of settings.
@@ -42,22 +55,73 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
         The recipe with the overrides.
 
     Raises:
-        SystemExit: After `--help` (status 0), or on an error (status 2).
+        SystemExit: After `--help` or `--print_config` (status 0), or on an error (status 2).
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
-    overrides = [word for word in arguments if word not in ("--help", "-h")]
     try:
-        pairs = _pairs(list(overrides))
-        if (preset := pairs.pop("preset", None)) is not None:  # before the other options, which override it
-            recipe = apply_preset(recipe, preset)
-        recipe = override(recipe, pairs) if pairs else recipe
-        if overrides != arguments:  # help describes the recipe with the overrides
-            print(escape_controls(usage(recipe), keep="\n"))
-            raise SystemExit(0)
+        return override(recipe, arguments) if arguments else recipe
     except ValueError as error:
-        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"error: {escape_controls(line)}", file=sys.stderr)
         raise SystemExit(2) from None
-    return recipe
+
+
+def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
+    """Return a copy of a recipe with the values of command-line arguments.
+
+    Raises:
+        ValueError: Options are unknown, or have values of a wrong type or out of range; with a line for each.
+    """
+    options = _with_files(_options(arguments))
+    if (preset := dict(options).get("preset")) is not None:  # before the other options, which override it
+        recipe = apply_preset(recipe, str(preset))
+        options = [(path, text) for path, text in options if path != "preset"]
+    words, problems = [], []
+    for path, text in options:
+        try:
+            is_alone = path in ("help", "print_config")
+            words.append(f"--{path}" + ("" if is_alone else f"={_check_option(recipe, path, text or '', options)}"))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    parser = make_parser(recipe)
+    try:
+        parsed = vars(parser.parse_args(words))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from None
+    defaults, changes = parser.get_defaults(), {}
+    for name in _settable(recipe):
+        if name in parsed and parsed[name] != defaults.get(name):
+            try:
+                changes[name] = _made(parsed[name], name)
+            except ValueError as error:
+                problems.append(str(error))
+    try:
+        changed = dataclasses.replace(recipe, **changes)
+    except ValueError as error:
+        message = str(error)
+        is_named = any(name in message for name in changes) or not changes
+        problems.append(message if is_named else f"{', '.join(changes)}: {message}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return changed
+
+
+def _made(value: Any, path: str) -> Any:
+    """Return a setting that jsonargparse read, with records in place of their class_path and init_args."""
+    if isinstance(value, list | tuple):
+        return type(value)(_made(part, f"{path}[{i}]") for i, part in enumerate(value))
+    if not isinstance(value, jsonargparse.Namespace):
+        return value
+    arguments = vars(value.init_args) if "init_args" in value else {}  # jsonargparse leaves out those of no settings
+    settings = {name: _made(part, f"{path}.{name}") for name, part in arguments.items()}
+    try:
+        return pkgutil.resolve_name(value.class_path)(**settings)
+    except ValueError as error:
+        known = [f"{name}=" for name in settings]
+        lines = [f"{path}{'.' if line.startswith(tuple(known)) else ': '}{line}" for line in str(error).split("\n")]
+        raise ValueError("\n".join(lines)) from None
 
 
 def apply_preset(recipe: Any, name: str) -> Any:
@@ -70,248 +134,233 @@ def apply_preset(recipe: Any, name: str) -> Any:
     return changed_recipe
 
 
-def _pairs(arguments: list[str]) -> dict[str, str]:
-    """Parse `--a 1 --b=2 --flag` into {a: 1, b: 2, flag: true}."""
-    pairs: dict[str, str] = {}
-    while arguments:
-        head = arguments.pop(0)
-        if not head.startswith("--"):
+def make_parser(recipe: Any) -> jsonargparse.ArgumentParser:
+    """Return the parser of a recipe's settings. The defaults are the recipe's values."""
+    parser = jsonargparse.ArgumentParser(
+        usage="[accelerate launch] RECIPE.py [--NAME VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings, as --print_config writes it")
+    if isinstance(recipe, Recipe):  # `override` applies it
+        text = f"set of settings, which the other options override: {', '.join(PRESETS)}"
+        parser.add_argument("--preset", default=jsonargparse.SUPPRESS, help=text)
+    for name, (annotation, default) in _settable(recipe).items():
+        setting = next(field for field in dataclasses.fields(recipe) if field.name == name)
+        bound: Bound | None = setting.metadata.get("bound")
+        help = setting.metadata.get("help", "") + (f" ({bound})" if bound else "")
+        parser.add_argument(f"--{name}", type=annotation, default=default, help=help)
+    return parser
+
+
+def _settable(recipe: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the fields of a recipe that text can set: the type to read, and the default."""
+    settable = {}
+    annotations = annotations_of(type(recipe))
+    for field in dataclasses.fields(recipe):
+        name, annotation, value = field.name, annotations[field.name], getattr(recipe, field.name)
+        kinds = tuple(kind for kind in union_members(annotation) if _is_readable(kind))
+        if dataclasses.is_dataclass(value) and not isinstance(value, Record):  # a task, whose type is a protocol
+            kinds = (type(value),)
+        if not set(kinds) - {types.NoneType}:
+            continue
+        is_readable_value = value is None or dataclasses.is_dataclass(value) or isinstance(value, (*SCALARS, tuple))
+        default = _without_cached(value) if is_readable_value else jsonargparse.SUPPRESS
+        settable[name] = (typing.Union[kinds], default)  # noqa: UP007
+    return settable
+
+
+def _without_cached(value: Any) -> Any:
+    """Return a dataclass with its fields alone. jsonargparse would read attributes that it has cached as settings."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    copied = object.__new__(type(value))
+    for field in dataclasses.fields(value):
+        if field.init:
+            object.__setattr__(copied, field.name, _without_cached(getattr(value, field.name)))
+    return copied
+
+
+def _is_readable(kind: Any) -> bool:
+    """Return whether text can set a value of this type."""
+    is_record = isinstance(kind, type) and issubclass(kind, Record)
+    return kind in SCALARS or kind is types.NoneType or is_record or typing.get_origin(kind) in (typing.Literal, tuple)
+
+
+def _options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Split `--a 1 --b.c=2 --flag` into pairs (path, text), a class before its settings. A flag alone is true."""
+    pairs: list[tuple[str, str | None]] = []
+    words = list(arguments)
+    while words:
+        head = words.pop(0)
+        if not head.startswith("--") and head != "-h":
             raise ValueError(f"{head!r} is not an option; options are written --name value")
-        name, equals, value = head[2:].partition("=")
-        if not equals:
-            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-        pairs[name] = value
+        path, equals, text = head.lstrip("-").partition("=")
+        if path in ("h", "help", "print_config"):
+            pairs.append(("help" if path == "h" else path, None))
+            continue
+        is_alone = not words or words[0].startswith("--")
+        if not equals and path.endswith(".help") and is_alone:
+            pairs.append((path, None))
+            continue
+        pairs.append((path, text if equals else "true" if is_alone else words.pop(0)))
     return pairs
 
 
-def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
-    """Return a copy of a record or function with new values; `texts` maps their paths to the values as text.
+def _with_files(options: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Return options with those of each `--config FILE` before all others, which override them."""
+    own = [(path, text) for path, text in options if path != "config"]
+    classes = {path: text for path, text in own if text is not None}
+    read = [pair for path, text in options if path == "config" for pair in _file_options(str(text))]
+    chosen = dict(read)
 
-    Each record is rebuilt and checked once, with all of its changes. Raises ValueError on an unknown path or an invalid
-    value.
-    """
-    current = members(owner)
-    settable_paths = paths(owner, prefix)
-    nested_texts: dict[str, dict[str, str]] = {}
-    for path, text in texts.items():
-        name, dot, rest = path.partition(".")
-        nested_texts.setdefault(name, {}).update({rest: text} if dot else {})
-    changes = {}
-    for name, nested in nested_texts.items():
-        path = f"{prefix}{name}"
-        if name in texts and path in settable_paths:
-            # The new function comes first: nested paths are its keywords.
-            value = _parse_value(path, current[name].annotation, texts[name], nested)
-        elif name in current and name not in texts:
-            value = current[name].value
-        else:
-            unknown_path = path if name in texts else f"{path}.{next(iter(nested))}"
-            raise _no_field(owner, unknown_path, texts.get(name), settable_paths)
-        changes[name] = override(value, nested, f"{path}.") if nested else value
+    def is_dropped(path: str) -> bool:  # a setting of a class instead of which another one is chosen
+        parents = [path[: dot.start()] for dot in re.finditer(r"\.", path)]
+        return any(parent in classes and classes[parent] != chosen.get(parent) for parent in parents)
+
+    merged = [(path, text) for path, text in read if not is_dropped(path)] + own
+    return sorted(merged, key=lambda pair: pair[0].count("."))
+
+
+def _file_options(file: str) -> list[tuple[str, str | None]]:
+    """Read a YAML file as options."""
     try:
-        return _with_changes(owner, changes)
-    except ValueError as error:
-        message = str(error)
-        if not any(name in message for name in changes):
-            message = f"{', '.join(f'--{prefix}{name}' for name in changes)}: {message}"
-        raise ValueError(message) from None
+        settings = jsonargparse.get_loader("yaml")(Path(file).read_text())
+    except OSError as error:
+        raise ValueError(f"config={file!r}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={file!r} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"config={file!r} has no lines NAME: VALUE")
+    return list(_flattened(settings, ""))
 
 
-def _with_changes(owner: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a changed copy. A record with a factory is made again by it; a function becomes a new partial."""
-    if getattr(owner, "factory", None) is not None:
-        return _with_changes(owner.factory, changes)()
-    if not isinstance(owner, partial) and not inspect.isfunction(owner):
-        return dataclasses.replace(owner, **changes)
-    function = owner if isinstance(owner, partial) else partial(owner)
-    positional = [changes.get(str(position), argument) for position, argument in enumerate(function.args, 1)]
-    keywords = {name: value for name, value in changes.items() if not name.isdecimal()}
-    return partial(function.func, *positional, **(function.keywords | keywords))
-
-
-def _no_field(owner: Any, path: str, text: str | None, settable_paths: Iterable[str]) -> ValueError:
-    """Return the error for a path that text cannot set. It names the nearest path, or the recipe script to use."""
-    if text and path in members(owner):
-        # For example --task: the name of a task would determine neither its fields nor the sampler.
-        script = Path(sys.argv[0])
-        files = [file.name for file in script.parent.glob("*.py") if text in file.stem]
-        nearest_file = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
-        location = f": {nearest_file[0]}" if nearest_file else "'s file"
-        return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{location}")
-    nearest = difflib.get_close_matches(path, settable_paths, n=1, cutoff=0)  # cutoff 0: at any distance
-    parent = path.rpartition(".")[0]
-    remedy = f"the nearest is --{nearest[0]}" if nearest else f"--{parent} is {_short(owner)}, without fields"
-    return ValueError(f"--{path} is not a field of the recipe; {remedy} (--help lists all)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A value that text can set, with its help."""
-
-    value: Any
-    help: str
-    choices: tuple[str, ...]  # empty: any text that one of the types accepts
-    bound: Bound | None = None
-
-
-def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Return all settings below a record or a function that text can set, by path."""
-    settings: dict[str, Setting] = {}
-    for name, member in members(owner).items():
+def _flattened(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str | None]]:
+    for name, value in settings.items():
         path = f"{prefix}{name}"
-        value_types = _value_types(member.annotation)
-        words = _allowed_words(path, value_types)
-        # Not model.seed: the model is made with the recipe's seed.
-        if (words or not SCALARS.isdisjoint(value_types)) and path != "model.seed":
-            settings[path] = Setting(member.value, member.help, tuple(words), member.bound)
-        settings |= paths(member.value, f"{path}.")
-    return settings
+        if isinstance(value, dict) and "class_path" in value:
+            yield path, str(value["class_path"])
+            yield from _flattened(value.get("init_args") or {}, f"{path}.")
+        elif isinstance(value, dict):
+            yield from _flattened(value, f"{path}.")
+        else:
+            yield path, "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _value_types(annotation: Any) -> tuple:
-    """Return the types of a union; for any other annotation, the annotation in a tuple."""
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    return typing.get_args(annotation) if union else (annotation,)
+def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str, str | None]]) -> str:
+    """Return the text of an option as YAML: null for `none`, a list for `1,2`.
 
-
-def _allowed_words(path: str, value_types: tuple) -> dict[str, Any]:
-    """Return the allowed words and their values: the words of a Literal or names of functions, and "none" for None."""
-    literals = [literal for literal in value_types if typing.get_origin(literal) is typing.Literal]
-    words: dict[str, Any] = {word: word for literal in literals for word in typing.get_args(literal)}
-    if not words and SCALARS.isdisjoint(value_types):
-        words = CHOICES.get(path.rpartition(".")[2], {})
-    return words | {"none": None} if words and types.NoneType in value_types else words
-
-
-def _parse_value(path: str, annotation: Any, text: str, nested: Mapping[str, str] = types.MappingProxyType({})) -> Any:
-    """Convert text to a value.
-
-    The value is an allowed word, a function that an allowed word names (or the record that it makes), or a value of the
-    first type that accepts the text.
+    Raises:
+        ValueError: There is no such setting of the classes that the options choose, or the text is no value of it.
     """
-    value_types = _value_types(annotation)
-    words = _allowed_words(path, value_types)
-    if text == "none" and types.NoneType in value_types:
-        return None
-    if any(map(callable, words.values())):
-        return _parse_function(path, value_types, words, text, nested)
-    if text in words or annotation is str:
+    *parents, last = path.split(".")
+    owner, prefix, value = type(recipe), "", recipe
+    base: Any = None
+    settable = {name: annotation for name, (annotation, _) in _settable(recipe).items()}
+    for name in parents:
+        base = _dataclass_of(settable.get(name))
+        if base is None:
+            _refuse(path, prefix, settable, owner)
+        prefix += f"{name}."
+        value = getattr(value, name, None)
+        chosen = dict(options).get(prefix[:-1])
+        if chosen is None and not isinstance(value, base) and issubclass(base, Record) and last != "help":
+            classes = ", ".join(subclasses(base))
+            raise ValueError(f"--{path} is a setting of a class: choose it by --{prefix[:-1]}, one of {classes}")
+        owner = type(value) if isinstance(value, base) else base
+        if chosen is not None and chosen != "none" and "{" not in chosen and issubclass(base, Record):
+            owner = _class_named(base, chosen, prefix[:-1])
+        settable = annotations_of(owner)
+    if last == "help":  # of the class that is chosen, or of another one
+        return _class_path(_class_named(base, text, path) if text else owner)
+    if last not in settable:
+        _refuse(path, prefix, settable, owner)
+    annotation = settable[last]
+    kinds = union_members(annotation)
+    if text == "none" and types.NoneType in kinds:
+        return "null"
+    base = _dataclass_of(annotation)
+    if base is not None and "{" not in text:
+        if not issubclass(base, Record):
+            if text in (_class_path(base), f"dllm_rl.{base.__name__}", base.__name__):
+                return _class_path(base)
+            example = dataclasses.fields(base)[0].name
+            raise ValueError(f"{path}={text!r}: a {last} is chosen by its recipe; set its fields: --{path}.{example}")
+        record = _class_named(base, text, path)
+        required = required_settings(record).keys()
+        given = {option.rpartition(".")[2] for option, _ in options if option.rpartition(".")[0] == path}
+        if (missing := sorted(required - given)) and type(getattr(value, last, None)) is not record:
+            raise ValueError(f"{path}={text} needs {', '.join(f'--{path}.{name}' for name in missing)}")
+        return _class_path(record)
+    if base is not None or any(record_type(item) is not None for kind in kinds for item in typing.get_args(kind)):
+        return text  # YAML of records
+    origins = [typing.get_origin(kind) for kind in kinds]
+    if tuple in origins and not text.startswith("[") and ("," in text or int not in kinds):
+        text = f"[{text}]"
+    is_text = str in kinds or text in [word for kind in kinds for word in typing.get_args(kind)]
+    if Callable in origins and str not in kinds:
+        fit(path, annotation, _imported(text, path))
         return text
-    for value_type in value_types:
-        value = _parse_type(path, value_type, text)
-        if value is not None:
-            return value
-    if words:
-        raise _unknown(path, text, words)
-    type_name = getattr(annotation, "__name__", str(annotation))
-    raise ValueError(f"--{path} {text!r} is not a valid {type_name.replace('types.NoneType', 'none')}")
+    read = text if is_text else jsonargparse.get_loader("yaml")(text)
+    if text or types.NoneType in kinds or issubclass(owner, Record):  # a text of a task may be empty
+        setting = next(field for field in dataclasses.fields(owner) if field.name == last)
+        fit(path, annotation, read, setting.metadata.get("bound"))
+    return text
 
 
-def _parse_function(
-    path: str, value_types: tuple, words: Mapping[str, Any], text: str, nested: Mapping[str, str]
-) -> Any:
-    """Return the function that text names, bound with its required keywords (`nested`), or the record that it makes."""
-    # This may import any module. Only text from a command line reaches this line, never text from a checkpoint.
-    function = import_function(path, text) if ":" in text else words.get(text)
-    if function is None:
-        raise _unknown(path, text, words)
-    # Arguments that all of these functions require are not settings: the library passes them at each call.
-    required = [set(_required_keywords(choice)) for choice in words.values() if choice is not None]
-    passed_by_caller = set.intersection(*required)
-    keywords = {}
-    for name, annotation in _required_keywords(function).items():
-        if name in nested:
-            keywords[name] = _parse_value(f"{path}.{name}", annotation, nested[name])
-        elif name not in passed_by_caller:
-            raise ValueError(f"--{path} {text} needs --{path}.{name}")
-    bound_function = partial(function, **keywords) if keywords else function
-    records = [kind for kind in value_types if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
-    record = records[0] if records else None
-    if record is None:
-        return bound_function
-    result = convert_value(path, record, bound_function) if record in RECORDS else bound_function()
-    if not isinstance(result, record):
-        raise ValueError(f"--{path} {text!r} does not make a {record.__name__}; give a function that returns one")
-    return result
+def _dataclass_of(annotation: Any) -> Any:
+    kinds = [kind for kind in union_members(annotation) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds else None
 
 
-def _required_keywords(function: Callable) -> dict[str, Any]:
-    """Return the keywords without a default that text can set, with their annotations."""
-    parameters = inspect.signature(function).parameters.values()
-    required = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    return {p.name: p.annotation for p in required if not SCALARS.isdisjoint(_value_types(p.annotation))}
+def _class_path(record: type) -> str:
+    return f"{record.__module__}.{record.__qualname__}"
 
 
-def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
-    """Return the error for a word that is not allowed. It names the nearest word."""
-    nearest = difflib.get_close_matches(text, words, n=1, cutoff=0)
-    return ValueError(f"--{path} {text!r} is not known; the nearest is {nearest[0]!r} (one of {', '.join(words)})")
+def _class_named(base: type[Record], text: str, path: str) -> type[Record]:
+    """Return the class that text names: one of the library, or MODULE.NAME, which is imported."""
+    if "." not in text:
+        return subclass_named(base, text, path)
+    found = _imported(text, path)
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    raise ValueError(f"{path}={text!r} is no subclass of {base.__name__}")
 
 
-def _parse_type(path: str, value_type: Any, text: str) -> Any:
-    """Convert text to a value of one type; None if the type does not accept the text."""
-    if value_type is bool:
-        return {"true": True, "false": False}.get(text)
-    if typing.get_origin(value_type) is tuple and "," in text:
-        return tuple(_parse_value(path, typing.get_args(value_type)[0], part) for part in text.split(","))
-    if value_type in (int, float):
-        try:
-            value = value_type(text)
-        except ValueError:
-            return None
-        return value if value_type is int or math.isfinite(value) else None
-    # Empty text is invalid: it usually comes from an unset shell variable.
-    return value_type(text) if value_type in (str, Path) and text else None
+def _imported(text: str, path: str) -> Any:
+    """Import MODULE.NAME. This runs the module: the text is always of a command line or of its file of settings."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
+        sys.path.append(os.getcwd())
+    try:
+        return pkgutil.resolve_name(text)
+    except (ImportError, ValueError, AttributeError) as error:
+        remedy = "give MODULE.NAME, with the module in the working folder or in PYTHONPATH"
+        raise ValueError(f"{path}={text!r}: {error}; {remedy}") from None
 
 
-def usage(recipe: Any) -> str:
-    """Format the help.
+def _refuse(path: str, prefix: str, settable: Mapping[str, Any], owner: type) -> typing.NoReturn:
+    nearest = nearest_name(path, [prefix + name for name in settable])
+    if nearest is None:
+        raise ValueError(
+            f"--{path} is not a setting of {owner.__name__}, which has none; choose another class by --{prefix[:-1]}"
+        )
+    listed = f"--{prefix}help {owner.__name__}" if prefix and issubclass(owner, Record) else "--help"
+    raise ValueError(f"--{path} is not a setting of {owner.__name__}; the nearest is --{nearest} ({listed} lists all)")
 
-    It lists every path with its value, help text, bound and choices, grouped by field, and then the docstrings of the
-    functions and records in the recipe.
-    """
-    settings = paths(recipe)
-    lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
-    if isinstance(recipe, Recipe):
-        lines += [f"  --preset {' | '.join(PRESETS)}   a set of settings, which the other options override", ""]
-    indent = partial(textwrap.fill, width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+def _one_line(message: str) -> str:
+    """Return an error of jsonargparse in one line, with the path of the setting first."""
+    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    lines = [line.strip(" -") for line in message.split("\n") if 'Parser key "' not in line]
+    return f"{path}: {' '.join(line for line in lines if line)}"
+
+
+def setting_paths(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the value of each setting of a recipe, and of the records in it."""
     for field in dataclasses.fields(recipe):
-        field_settings = {path: setting for path, setting in settings.items() if path.partition(".")[0] == field.name}
-        if field.name not in field_settings and field_settings:
-            lines += [f"  {field.name} {_short(getattr(recipe, field.name))}", indent(field.metadata.get("help", ""))]
-        for path, setting in field_settings.items():
-            option = f"--{path} {_short(setting.value)}"
-            help = f"{setting.help} ({setting.bound})".strip() if setting.bound else setting.help
-            fits_one_line = len(option) <= 52 and len(help) <= WIDTH - 54
-            lines.append(f"  {option:52}{help}".rstrip() if fits_one_line else f"  {option}")
-            if help and not fits_one_line:
-                lines.append(indent(help))
-            if setting.choices:
-                lines.append(indent(f"one of: {', '.join(setting.choices)}"))
-    lines += ["", "Keywords, as the functions and records explain them:"]
-    for owner in dict.fromkeys(_documented_owners(recipe)):
-        lines += ["", f"  {full_name(owner)}", textwrap.indent(inspect.getdoc(owner) or "", " " * 6)]
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    """Format a value for the help: a function by its name only, because its keywords have separate lines."""
-    text = describe(next(iter(explained_by(value)), value))
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
-
-
-def explained_by(value: Any) -> list[Any]:
-    """Return the function, or the record's class and its bases, whose docstrings explain a value's keywords."""
-    value = function_of(getattr(value, "factory", None) or value)
-    if inspect.isfunction(value):
-        return [value]
-    if not inspect.isclass(value):
-        value = type(value) if members(value) else object
-    return [base for base in value.__mro__ if dataclasses.is_dataclass(base)]
-
-
-def _documented_owners(owner: Any) -> Iterator[Any]:
-    """Yield all functions and classes below an owner whose docstrings the help shows."""
-    for member in members(owner).values():
-        yield from explained_by(member.value)
-        yield from _documented_owners(member.value)
+        value = getattr(recipe, field.name)
+        yield f"{prefix}{field.name}", value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from setting_paths(value, f"{prefix}{field.name}.")

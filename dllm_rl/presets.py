@@ -5,21 +5,20 @@ Settings that a caller passes override a preset. No large model has been trained
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
-from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import no_correction
-from dllm_rl.algorithms.losses import kl_k3, ppo_clip
-from dllm_rl.algorithms.optimizers import constant_rate
-from dllm_rl.likelihoods.estimators import one_step
-from dllm_rl.members import describe
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.algorithms.losses import K3, PPOClip
+from dllm_rl.algorithms.optimizers import ConstantRate
+from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.base import Lora, Policy
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.cache import block_cache
-from dllm_rl.samplers.rules import confidence
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.records import describe
+from dllm_rl.samplers.cache import BlockCache
+from dllm_rl.samplers.rules import Confidence
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import escape_controls
 
 LARGE_MODEL = 1_000_000_000  # models with at least this many parameters get a preset by default
@@ -29,14 +28,14 @@ BATCH_SETTINGS = ("num_generations", "train_batch_size", "micro_batch_size", "ro
 
 @dataclass(frozen=True)
 class Preset:
-    """A set of values for fields of `Recipe` and for keywords of the sampler `unmask`."""
+    """A set of values for fields of `Recipe` and for fields of the sampler `Unmask`."""
 
     settings: Mapping[str, Any]  # fields of `Recipe`
-    sampler: Mapping[str, Any] = field(default_factory=dict)  # keywords of `unmask`
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # fields of `Unmask`
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> values that differ
 
     def for_task(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of `Recipe` and the keywords of `unmask` for a task."""
+        """Return the fields of `Recipe` and the fields of `Unmask` for a task."""
         changes = self.by_task.get(name, {})
         fields = {field_name: value for field_name, value in changes.items() if field_name not in self.sampler}
         keywords = {keyword: value for keyword, value in changes.items() if keyword in self.sampler}
@@ -45,7 +44,7 @@ class Preset:
 
 _LARGE_SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-6,  # d1's, for adapters whose alpha / rank is 0.5
-    "lora": partial(Lora, r=128, alpha=64.0),
+    "lora": Lora(r=128, alpha=64.0),
     "dtype": "bfloat16",
     "max_grad_norm": 0.2,
     "train_batch_size": 8,
@@ -55,18 +54,18 @@ _LARGE_SETTINGS: dict[str, Any] = {
 }
 PRESETS: dict[str, Preset] = {
     "large": Preset(_LARGE_SETTINGS, {"block_size": 32}),  # LLaDA, Dream and others with full attention
-    "large-blocks": Preset(_LARGE_SETTINGS, {"cache": block_cache()}),  # LLaDA2, SDAR: exact cache, model's block size
+    "large-blocks": Preset(_LARGE_SETTINGS, {"cache": BlockCache()}),  # LLaDA2, SDAR: exact cache, model's block size
     "large-causal": Preset(_LARGE_SETTINGS),
     "d1": Preset(  # arXiv 2504.12216 and the train.yaml of its repository
         {
             "learning_rate": 3e-6,
-            "lr_schedule": constant_rate,
+            "lr_schedule": ConstantRate(),
             "adam_beta1": 0.9,
             "adam_beta2": 0.99,
             "weight_decay": 0.1,
             "max_grad_norm": 0.2,
             "dtype": "bfloat16",
-            "lora": partial(Lora, r=128, alpha=64.0, dropout=0.05),
+            "lora": Lora(r=128, alpha=64.0, dropout=0.05),
             "base_quantization": "nf4",  # also used for rollouts
             "rollout_quantization": None,
             "torch_compile": False,
@@ -74,14 +73,14 @@ PRESETS: dict[str, Preset] = {
             "num_generations": 6,
             "micro_batch_size": 6,
             "num_iterations": 8,
-            "likelihood": one_step(prompt_mask=0.15),
-            "corrector": no_correction(),
-            "loss": partial(ppo_clip, epsilon=0.5),
-            "advantages": partial(group_relative, scale_rewards="none"),
+            "likelihood": OneStep(prompt_mask=0.15),
+            "corrector": NoCorrection(),
+            "loss": PPOClip(epsilon=0.5),
+            "advantages": GroupRelative(scale_rewards="none"),
             "beta": 0.04,
-            "kl": kl_k3,
+            "kl": K3(),
         },
-        {"max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "temperature": 0.9, "rank": confidence},
+        {"max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "temperature": 0.9, "rank": Confidence()},
         {"sudoku": {"temperature": 0.3}, "gsm8k": {"num_iterations": 12}, "math500": {"num_iterations": 12}},
     ),
 }
@@ -123,18 +122,15 @@ def without_batch_settings(settings: Mapping[str, Any], caller_settings: Mapping
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """Apply a preset to a recipe. Raises ValueError if it sets keywords of `unmask` and the sampler is another."""
+    """Apply a preset to a recipe. Raises ValueError if it sets fields of `Unmask` and the sampler is another."""
     settings, keywords = find_preset(name).for_task(recipe.task.name)
-    sampler, eval_sampler = recipe.sampler, recipe.eval_sampler
-    for function in (sampler, eval_sampler) if keywords else ():
-        if getattr(function, "func", None) is not unmask:
-            raise ValueError(f"preset={name!r} is for the sampler unmask, and this recipe has {describe(function)}")
+    if keywords:
+        for sampler in (recipe.sampler, recipe.eval_sampler):
+            if not isinstance(sampler, Unmask):
+                raise ValueError(f"preset={name!r} is for the sampler Unmask, and this recipe has {describe(sampler)}")
     eval_keywords = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
-    samplers: dict[str, Any] = {
-        "sampler": partial(sampler, **keywords),
-        "eval_sampler": partial(eval_sampler, **eval_keywords),
-    }
-    return replace(recipe, **settings, **samplers)
+    sampler, eval_sampler = recipe.sampler.replace(**keywords), recipe.eval_sampler.replace(**eval_keywords)
+    return recipe.replace(**settings, sampler=sampler, eval_sampler=eval_sampler)
 
 
 def print_preset(name: str, settings: Mapping[str, Any]) -> None:

@@ -175,11 +175,6 @@ class SamplingParams:
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
-def check_sampling(keywords: dict[str, Any]) -> None:
-    """Raise ValueError if the settings temperature, top_k and top_p of a sampler are no `SamplingParams`."""
-    SamplingParams(keywords["temperature"], keywords["top_k"], keywords["top_p"])
-
-
 @dataclass(frozen=True)
 class Prompts(_Movable):
     """Left-padded prompts; a sampler completes each prompt `group_size` times.
@@ -314,16 +309,16 @@ class Order(BatchRecord):
 
     Args:
         block_first_step: First step of the position's block; -1 outside the completion.
-        rank_name: Name of the sampler's rank, one of `samplers.records.RANKS`. None: another rank.
+        rank_name: Name of the sampler's rank, the class of a rank of `samplers.rules`. None: another rank.
         logprobs: Log-probability, in nats, that the position stayed masked in the earlier steps of its block; under
-            `plackett_luce`, that its step drew the position; 0 elsewhere. None if the order is not random or its
+            `PlackettLuce`, that its step drew the position; 0 elsewhere. None if the order is not random or its
             probability is unknown.
-        probability: Status of the order's probability, as `samplers.records.order_probability` returns it.
-        rank_function: Rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
-            `soft_threshold`. None if the positions were not drawn, or if their scores depend on the tokens.
+        probability: Status of the order's probability, as `samplers.rules.order_probability` returns it.
+        rank_function: Rank by whose scores the positions were drawn: the `PlackettLuce`, or `MaxProb` under
+            `SoftThreshold`. None if the positions were not drawn, or if their scores depend on the tokens.
         draw_index: Number of the draw, from 0, that selected the position within its step; 0 in a step that wrote all
             remaining positions.
-        soft_threshold_params: Tau and temperature of the commit rule `soft_threshold`; `logprobs` then holds each
+        soft_threshold_params: Tau and temperature of the commit rule `SoftThreshold`; `logprobs` then holds each
             written position's share of its step's log-prob. None under other rules.
     """
 
@@ -340,7 +335,7 @@ class Order(BatchRecord):
 
 @dataclass(frozen=True)
 class Events(BatchRecord):
-    """All writes and remaskings of each position, in order, under a rewriting rule (`remask`, `edit`, `soft_edit`).
+    """All writes and remaskings of each position, in order, under a rewriting rule (`Remask`, `Edit`, `SoftEdit`).
 
     Args:
         step: Step of event w of the position; -1 after its last event.
@@ -360,7 +355,7 @@ class Events(BatchRecord):
 
 @dataclass(frozen=True)
 class Renoised(BatchRecord):
-    """What happened at each position in each step under `renoise`: all data that its likelihood needs.
+    """What happened at each position in each step under `Renoise`: all data that its likelihood needs.
 
     W is the largest number of steps of a canvas.
 
@@ -408,7 +403,7 @@ class Rollout(BatchRecord):
         renoised: Steps of a sampler that replaces tokens by random ones; logprobs are then sums over a position's
             draws.
         confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
-            the step after its write; 0 elsewhere. Recorded by `unmask(confidence_radius=...)`.
+            the step after its write; 0 elsewhere. Recorded by `Unmask(confidence_radius=...)`.
         batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
     """
 
@@ -518,7 +513,7 @@ class Views(_Movable):
         masked: Positions hidden from the model in view n.
         coefficients: Coefficient of the position's log-prob in view n, of either sign; 0 where the position is not
             scored.
-        upper_bound_weight: Weight per row of the upper bound of `sandwich`, in [0, 1]. None (default): lower bound
+        upper_bound_weight: Weight per row of the upper bound of `Sandwich`, in [0, 1]. None (default): lower bound
             only.
         features: Tensors of optional features, in the order in which they change a view, and an estimator's additional
             tensors.

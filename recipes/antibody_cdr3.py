@@ -8,20 +8,19 @@ run's loops: recipes/antibody_loops.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from dllm_rl import (
+    Float8WeightOnly,
+    Lora,
+    MaxProb,
     Policy,
     Problem,
     Recipe,
     Reward,
-    float8_weight_only,
+    Trajectory,
+    Unmask,
     load_policy,
-    lora_r16,
     main,
-    max_prob,
-    trajectory,
-    unmask,
 )
 from recipes import weights
 
@@ -130,7 +129,7 @@ def antiberty() -> Policy:
 
 
 SPECIALS = (0, 1, 2, 3)  # [PAD], [UNK], [CLS] and [SEP] are no residues
-in_two = partial(unmask, max_new_tokens=0, diffusion_steps=2, rank=max_prob, temperature=1.0, suppress=SPECIALS)
+in_two = Unmask(max_new_tokens=0, diffusion_steps=2, rank=MaxProb(), temperature=1.0, suppress=SPECIALS)
 recipe = Recipe(
     name="antibody-cdr3",
     model=antiberty,
@@ -139,9 +138,9 @@ recipe = Recipe(
     eval_task=Loops(HELD_OUT, size=60),
     sampler=in_two,
     eval_sampler=in_two,
-    likelihood=trajectory(),
-    rollout_quantization=partial(float8_weight_only, dequantized=True),
-    lora=lora_r16,
+    likelihood=Trajectory(),
+    rollout_quantization=Float8WeightOnly(dequantized=True),
+    lora=Lora(),
     beta=0.05,
     learning_rate=1.5e-3,
     train_batch_size=4,

@@ -9,9 +9,8 @@ sampled, and PPO's clip bounds them from both sides: of what was tried against a
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl import main, ppo_clip
+from dllm_rl import PPOClip, main
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
@@ -20,7 +19,7 @@ recipe = replace(
     rollout_workers=1,
     max_staleness=1,
     old_logprobs="rollout",
-    loss=partial(ppo_clip, delta=1.2),
+    loss=PPOClip(delta=1.2),
 )
 
 if __name__ == "__main__":

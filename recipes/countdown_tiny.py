@@ -7,12 +7,12 @@ numbers that are rightly used.
 
 from functools import partial
 
-from dllm_rl import Recipe, float8_weight_only, main, max_prob, trajectory, unmask
+from dllm_rl import Float8WeightOnly, MaxProb, Recipe, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Countdown
 
 small_numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
-unmask_in_three = partial(unmask, max_new_tokens=10, diffusion_steps=3, rank=max_prob)
+unmask_in_three = Unmask(max_new_tokens=10, diffusion_steps=3, rank=MaxProb())
 
 recipe = Recipe(
     name="countdown-tiny",
@@ -20,10 +20,10 @@ recipe = Recipe(
     task=small_numbers(split="train"),
     validation_task=small_numbers(split="validation", size=200),
     eval_task=small_numbers(split="test", size=400),
-    sampler=partial(unmask_in_three, temperature=1.0),
-    eval_sampler=partial(unmask_in_three, temperature=0.0),
-    likelihood=trajectory(),
-    rollout_quantization=float8_weight_only,
+    sampler=unmask_in_three.replace(temperature=1.0),
+    eval_sampler=unmask_in_three.replace(temperature=0.0),
+    likelihood=Trajectory(),
+    rollout_quantization=Float8WeightOnly(),
     train_batch_size=32,
     num_steps=300,
     learning_rate=5e-4,

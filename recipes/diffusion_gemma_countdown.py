@@ -5,26 +5,25 @@ authors' 48, of which most completions need fewer too: a canvas ends when it is 
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl import float8_weight_only, main, trajectory
-from dllm_rl.models.lora import lora_r16
-from dllm_rl.samplers import renoise
+from dllm_rl import Float8WeightOnly, Trajectory, main
+from dllm_rl.models.lora import Lora
+from dllm_rl.samplers import Renoise
 from recipes.llada_8b_countdown import recipe as base
 
-renoise_in_16 = partial(renoise, max_new_tokens=256, diffusion_steps=16)
+renoise_in_16 = Renoise(max_new_tokens=256, diffusion_steps=16)
 
 recipe = replace(
     base,
     name="diffusion-gemma-countdown",
     model="google/diffusiongemma-26B-A4B-it",
-    sampler=partial(renoise_in_16, answer="drawn"),
+    sampler=renoise_in_16.replace(answer="drawn"),
     eval_sampler=renoise_in_16,
-    likelihood=trajectory(),
+    likelihood=Trajectory(),
     loss=None,
-    rollout_quantization=float8_weight_only,
+    rollout_quantization=Float8WeightOnly(),
     torch_compile=False,
-    lora=lora_r16,
+    lora=Lora(),
     num_generations=4,
     micro_batch_size=4,
     rollout_batch_size=8,

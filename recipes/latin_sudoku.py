@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from dllm_rl import Policy, main, max_prob, trajectory, unmask
+from dllm_rl import MaxProb, Policy, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.training.finish import Summary
@@ -21,7 +21,7 @@ from recipes.studies.latin_limit import LATIN, limit
 from recipes.sudoku_tiny import NO_DIGITS, learn
 from recipes.sudoku_tiny import recipe as few_clues
 
-write = partial(unmask, max_new_tokens=0, rank=max_prob, suppress=NO_DIGITS, temperature=1.0)
+write = Unmask(max_new_tokens=0, rank=MaxProb(), suppress=NO_DIGITS, temperature=1.0)
 
 
 def taught_latin(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:
@@ -47,9 +47,9 @@ recipe = replace(
     few_clues,
     name="latin-sudoku",
     model=partial(taught_latin, steps=400),
-    sampler=partial(write, diffusion_steps=4),
-    eval_sampler=partial(write, diffusion_steps=16),  # one cell a step
-    likelihood=trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps
+    sampler=write.replace(diffusion_steps=4),
+    eval_sampler=write.replace(diffusion_steps=16),  # one cell a step
+    likelihood=Trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps
     rollout_quantization=None,
     train_batch_size=16,
     max_retained_graphs=16,

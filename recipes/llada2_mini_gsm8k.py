@@ -4,22 +4,21 @@ Not run yet: no results.
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl import block_cache, main, max_prob, trajectory
+from dllm_rl import BlockCache, MaxProb, Trajectory, main
 from recipes.llada_8b_gsm8k import in_blocks
 from recipes.llada_8b_gsm8k import recipe as base
 
-# The order of segments has no known probability under `confidence`.
-by_max_prob = partial(in_blocks, rank=max_prob, cache=block_cache())
+# The order of segments has no known probability under `Confidence`.
+by_max_prob = in_blocks.replace(rank=MaxProb(), cache=BlockCache())
 
 recipe = replace(
     base,
     name="llada2-mini-gsm8k",
     model="inclusionAI/LLaDA2.0-mini",
-    sampler=partial(by_max_prob, temperature=0.9),
-    eval_sampler=partial(by_max_prob, temperature=0.0),
-    likelihood=trajectory(num_segments=8),
+    sampler=by_max_prob.replace(temperature=0.9),
+    eval_sampler=by_max_prob.replace(temperature=0.0),
+    likelihood=Trajectory(num_segments=8),
     gradient_checkpointing=True,
 )
 

@@ -15,7 +15,7 @@ recipe = replace(
     task=numbers(split="train"),
     validation_task=numbers(split="validation", size=256),
     eval_task=numbers(split="test", size=256),
-    sampler=partial(in_blocks, temperature=0.9),
+    sampler=in_blocks.replace(temperature=0.9),
 )
 
 if __name__ == "__main__":

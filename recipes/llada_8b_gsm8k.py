@@ -15,7 +15,7 @@ recipe = replace(
     task=questions(split="train"),
     validation_task=questions(split="validation", size=256),
     eval_task=questions(split="test"),
-    sampler=partial(in_blocks, temperature=0.9),
+    sampler=in_blocks.replace(temperature=0.9),
     num_iterations=12,
     sft_warmup_metric="accuracy",
 )

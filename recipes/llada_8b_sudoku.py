@@ -9,28 +9,28 @@ yet with published weights: no results.
 
 from functools import partial
 
-from dllm_rl import Lora, Recipe, Sudoku, confidence, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
+from dllm_rl import K3, Confidence, Float8Dynamic, Lora, OneStep, PPOClip, Recipe, Sudoku, Unmask, main
 from dllm_rl.presets import PRESETS
 
 large = PRESETS["large"]  # rate, bf16, gradient norm, groups: what `grpo` takes for this model
-in_blocks = partial(unmask, max_new_tokens=256, diffusion_steps=128, rank=confidence, **large.sampler)
+in_blocks = Unmask(max_new_tokens=256, diffusion_steps=128, rank=Confidence(), **large.sampler)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")
 
 recipe = Recipe(
     name="llada-8b-sudoku",
     model="GSAI-ML/LLaDA-8B-Instruct",
-    **{**large.settings, "lora": partial(Lora, r=128, alpha=64.0, dropout=0.05)},
+    **{**large.settings, "lora": Lora(r=128, alpha=64.0, dropout=0.05)},
     task=puzzles(split="train"),
     validation_task=puzzles(split="validation", size=256),
     eval_task=puzzles(split="test", size=256),
-    sampler=partial(in_blocks, temperature=0.3),
-    eval_sampler=partial(in_blocks, temperature=0.0),
-    likelihood=one_step(prompt_mask=0.15),  # gives no likelihood ratios, so that no corrector's weights are right
-    loss=partial(ppo_clip, epsilon=0.2, delta=1.2),  # several updates a rollout
-    rollout_quantization=float8_dynamic,
+    sampler=in_blocks.replace(temperature=0.3),
+    eval_sampler=in_blocks.replace(temperature=0.0),
+    likelihood=OneStep(prompt_mask=0.15),  # gives no likelihood ratios, so that no corrector's weights are right
+    loss=PPOClip(epsilon=0.2, delta=1.2),  # several updates a rollout
+    rollout_quantization=Float8Dynamic(),
     torch_compile=True,
     beta=0.04,
-    kl=kl_k3,
+    kl=K3(),
     num_iterations=8,
     num_steps=1000,
     adam_beta1=0.9,

@@ -8,7 +8,8 @@ torch's AdamW 48. A step takes an H200 118 s, the update 60 of them. Not run yet
 
 from dataclasses import replace
 
-from dllm_rl import adamw_8bit, from_command_line, train
+from dllm_rl import AdamW8bit, train
+from dllm_rl.config import from_command_line
 from recipes.llada_8b_sudoku import recipe as base
 
 recipe = replace(
@@ -17,7 +18,7 @@ recipe = replace(
     lora=None,
     dtype="float32",
     bf16=True,
-    optim=adamw_8bit,
+    optim=AdamW8bit(),
     beta=0.0,
     gradient_checkpointing=True,
     learning_rate=1e-6,

@@ -19,7 +19,7 @@ Sudoku from rewards, after a short supervised warm-up. A step of the loop (`trai
 `dllm_rl.train` has the same stages, and each part can be exchanged. tests/recipes/test_one_file.py runs 10 steps of
 both: they write the same tokens, get the same rewards, and agree on log-probs and weights. What this file leaves out:
 
-    dllm_rl/samplers       LLaDA's own rank `confidence` (the probability of the token that was drawn) and the
+    dllm_rl/samplers       LLaDA's own rank `Confidence` (the probability of the token that was drawn) and the
                            probability of the order, which that rank needs (docs/order.md); blocks, caches, prompts of
                            unequal lengths, infilling, temperature, top-p, samplers that revise what they wrote
     dllm_rl/likelihoods    estimates that take fewer forwards than the rollout: one_step, ELBOs, merged steps
@@ -152,7 +152,7 @@ def unmask(model: Any, prompts_PS: Tensor, seeds_B: Tensor, *, diffusion_steps: 
         # Before the first token is written, the completions of a prompt look the same to the model.
         logits_KV = logits_at(model, canvas_BT, masked_BL, copies=copies if step == 0 else 1)
 
-        # Which positions to write: those with the highest probability of their best token. This rank (`max_prob`) is a
+        # Which positions to write: those with the highest probability of their best token. This rank (`MaxProb`) is a
         # function of what the model sees. LLaDA ranks by the probability of the token that was drawn. Then a position
         # with an improbable draw tends to stay masked, the kept tokens are no fair sample, and the likelihood needs one
         # more factor (docs/order.md).

@@ -1,7 +1,7 @@
 """What a sampler reaches that knows each cell's exact probabilities, and writes several cells at once.
 
 Trained for ever on answers drawn uniformly, a model knows each cell's exact probabilities, given what it sees. Here
-they are counted over all 288 grids. The sampler then does as `unmask` with `max_prob` at temperature 0.
+they are counted over all 288 grids. The sampler then does as `Unmask` with `MaxProb` at temperature 0.
 """
 
 from collections import Counter

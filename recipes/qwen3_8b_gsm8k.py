@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import GSM8K, autoregress, causal, main
+from dllm_rl import GSM8K, Autoregress, Causal, main
 from recipes.llada_8b_gsm8k import recipe as base
 
 questions = partial(GSM8K, reward_rule="own")
@@ -15,9 +15,9 @@ recipe = replace(
     task=questions(split="train"),
     validation_task=questions(split="validation", size=256),
     eval_task=questions(split="test"),
-    sampler=partial(autoregress, max_new_tokens=512, temperature=1.0),
-    eval_sampler=partial(autoregress, max_new_tokens=512, temperature=0.0),
-    likelihood=causal(),
+    sampler=Autoregress(max_new_tokens=512, temperature=1.0),
+    eval_sampler=Autoregress(max_new_tokens=512, temperature=0.0),
+    likelihood=Causal(),
     num_generations=8,
     micro_batch_size=8,
     gradient_checkpointing=True,

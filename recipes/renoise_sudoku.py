@@ -12,20 +12,20 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import main, trajectory
+from dllm_rl import Trajectory, main
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 from recipes.sudoku_unique import recipe as base
 
-renoise_in_four = partial(renoise, max_new_tokens=16, diffusion_steps=4)
+renoise_in_four = Renoise(max_new_tokens=16, diffusion_steps=4)
 
 recipe = replace(
     base,
     name="renoise-sudoku",
     model=partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=16),
-    sampler=partial(renoise_in_four, answer="drawn", entropy_bound=math.inf),
+    sampler=renoise_in_four.replace(answer="drawn", entropy_bound=math.inf),
     eval_sampler=renoise_in_four,
-    likelihood=trajectory(self_conditioning="full"),
+    likelihood=Trajectory(self_conditioning="full"),
     sft_warmup_steps=300,
     max_retained_graphs=4,
     num_steps=240,

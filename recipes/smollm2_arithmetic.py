@@ -6,11 +6,11 @@ Chat template, LoRA, and a KL term to the model as it was published. Weights: re
 
 import re
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from zlib import crc32
 
-from dllm_rl import Policy, Problem, Recipe, Reward, autoregress, float8_weight_only, load_policy, lora_r16, main, tis
-from dllm_rl.likelihoods.estimators import causal
+from dllm_rl import TIS, Autoregress, Float8WeightOnly, Lora, Policy, Problem, Recipe, Reward, load_policy, main
+from dllm_rl.likelihoods.estimators import Causal
 from recipes import weights
 
 
@@ -56,19 +56,19 @@ def smollm2() -> Policy:
     return load_policy(weights.smollm2())
 
 
-answer = partial(autoregress, max_new_tokens=4)
+answer = Autoregress(max_new_tokens=4)
 recipe = Recipe(
     name="smollm2-arithmetic",
     model=smollm2,
     task=Sums(held_out=False, size=1200),
     validation_task=Sums(held_out=True, size=40),
     eval_task=Sums(held_out=True, size=100),
-    sampler=partial(answer, temperature=1.0),
-    eval_sampler=partial(answer, temperature=0.0),
-    likelihood=causal(),
-    corrector=tis(),  # the mean ESS is 0.92: docs/mismatch.md
-    rollout_quantization=partial(float8_weight_only, dequantized=True),
-    lora=lora_r16,
+    sampler=answer.replace(temperature=1.0),
+    eval_sampler=answer.replace(temperature=0.0),
+    likelihood=Causal(),
+    corrector=TIS(),  # the mean ESS is 0.92: docs/mismatch.md
+    rollout_quantization=Float8WeightOnly(dequantized=True),
+    lora=Lora(),
     beta=0.02,
     learning_rate=5e-4,
     train_batch_size=4,

@@ -8,14 +8,13 @@ Four tokens are written in two parallel steps, at random positions in training: 
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl import main, max_prob, trajectory, unmask
-from dllm_rl.samplers.rules import random
+from dllm_rl import MaxProb, Trajectory, Unmask, main
+from dllm_rl.samplers.rules import RandomOrder
 from recipes.smollm2_arithmetic import recipe as base
 from recipes.smollm2_diffusion_sft import PlainSums
 
-in_two = partial(unmask, max_new_tokens=4, diffusion_steps=2)
+in_two = Unmask(max_new_tokens=4, diffusion_steps=2)
 
 recipe = replace(
     base,
@@ -24,9 +23,9 @@ recipe = replace(
     task=PlainSums(held_out=False, size=1200),
     validation_task=PlainSums(held_out=True, size=40),
     eval_task=PlainSums(held_out=True, size=100),
-    sampler=partial(in_two, rank=random, temperature=1.0),
-    eval_sampler=partial(in_two, rank=max_prob, temperature=0.0),
-    likelihood=trajectory(),
+    sampler=in_two.replace(rank=RandomOrder(), temperature=1.0),
+    eval_sampler=in_two.replace(rank=MaxProb(), temperature=0.0),
+    likelihood=Trajectory(),
     max_retained_graphs=2,
     train_batch_size=8,
     num_steps=48,

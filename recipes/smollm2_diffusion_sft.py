@@ -9,7 +9,8 @@ the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/README.md.
 
 from dataclasses import replace
 
-from dllm_rl import SFT, Policy, diffusion_from_causal, lora_r16, main
+from dllm_rl import SFT, Lora, Policy, main
+from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.smollm2_arithmetic import Sums
@@ -36,7 +37,7 @@ recipe = SFT(
     eval_dataset=solved(PlainSums(held_out=True, size=64)),
     max_length=16,
     completion_length=4,
-    lora=lora_r16,
+    lora=Lora(),
     train_batch_size=32,
     learning_rate=1e-3,
     num_steps=120,

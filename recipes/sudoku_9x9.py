@@ -3,12 +3,12 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import main, max_prob, tiny_masked_lm, unmask
+from dllm_rl import MaxProb, Unmask, main, tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 from recipes.sudoku_unique import recipe as base
 
 puzzles = partial(Sudoku, side=9, clues=(50, 60))
-unmask_in_nine = partial(unmask, max_new_tokens=81, diffusion_steps=9, rank=max_prob)
+unmask_in_nine = Unmask(max_new_tokens=81, diffusion_steps=9, rank=MaxProb())
 
 recipe = replace(
     base,
@@ -17,8 +17,8 @@ recipe = replace(
     task=puzzles(split="train"),
     validation_task=puzzles(split="validation", size=200),
     eval_task=puzzles(split="test", size=400),
-    sampler=partial(unmask_in_nine, temperature=1.0),
-    eval_sampler=partial(unmask_in_nine, temperature=0.0),
+    sampler=unmask_in_nine.replace(temperature=1.0),
+    eval_sampler=unmask_in_nine.replace(temperature=0.0),
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ ones. Not run yet: no results.
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import float8_dynamic, main, tiny_llama
+from dllm_rl import Float8Dynamic, main, tiny_llama
 from recipes.sudoku_9x9 import recipe as base
 
 recipe = replace(
@@ -24,7 +24,7 @@ recipe = replace(
         max_length=163,
     ),
     bf16=True,
-    rollout_quantization=float8_dynamic,
+    rollout_quantization=Float8Dynamic(),
     torch_compile=True,
     sft_warmup_steps=2000,
     sft_warmup_learning_rate=5e-4,

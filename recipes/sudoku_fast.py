@@ -4,22 +4,22 @@ The puzzles are those of sudoku_tiny.py with more clues, mostly with several rig
 the same step do not see each other, so that a model which is unsure must write them apart to be right. The reward pays
 a right answer more the fewer forwards it took, and a wrong one nothing more.
 
-Rollouts write by `soft_threshold`: which cells a step writes is drawn by chances made of the model's confidence. These
+Rollouts write by `SoftThreshold`: which cells a step writes is drawn by chances made of the model's confidence. These
 chances are a part of the likelihood, so that the gradient sees how many forwards an answer takes (docs/order.md).
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dllm_rl import Problem, main, max_prob, threshold, trajectory, unmask
-from dllm_rl.samplers.rules import soft_threshold
+from dllm_rl import MaxProb, Problem, Threshold, Trajectory, Unmask, main
+from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.tasks import Reward, Task
 from recipes.sudoku_tiny import NO_DIGITS, few_clues, taught
 from recipes.sudoku_tiny import recipe as base
 
 CELLS = 16  # and so the most forwards that a grid can take
 some_clues = partial(few_clues, clues=(6, 8))
-fill = partial(unmask, max_new_tokens=0, rank=max_prob, suppress=NO_DIGITS)
+fill = Unmask(max_new_tokens=0, rank=MaxProb(), suppress=NO_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ recipe = replace(
     task=Fast(some_clues(split="train")),
     validation_task=Fast(some_clues(split="validation", size=200)),
     eval_task=Fast(some_clues(split="test", size=400)),
-    sampler=partial(fill, commit=partial(soft_threshold, tau=0.8), temperature=1.0),
-    eval_sampler=partial(fill, commit=partial(threshold, tau=0.8), temperature=0.0),
-    likelihood=trajectory(),
+    sampler=fill.replace(commit=SoftThreshold(tau=0.8), temperature=1.0),
+    eval_sampler=fill.replace(commit=Threshold(tau=0.8), temperature=0.0),
+    likelihood=Trajectory(),
     entropy_coeff=0.0,  # an entropy bonus makes cells unsure, and so answers slow
     train_batch_size=32,
     num_steps=120,

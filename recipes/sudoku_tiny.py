@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from dllm_rl import Policy, Recipe, float8_weight_only, main, max_prob, trajectory, unmask
+from dllm_rl import Float8WeightOnly, MaxProb, Policy, Recipe, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.rng import generator_for
@@ -28,7 +28,7 @@ from recipes.perfect import ceiling
 
 few_clues = partial(Sudoku, clues=(1, 3), unique=False, infill=True, reward_rule="rules")
 NO_DIGITS = (0, 2)  # <pad> and <eos>
-unmask_in_two = partial(unmask, max_new_tokens=0, diffusion_steps=2, rank=max_prob, suppress=NO_DIGITS)
+unmask_in_two = Unmask(max_new_tokens=0, diffusion_steps=2, rank=MaxProb(), suppress=NO_DIGITS)
 
 
 def taught(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:
@@ -79,10 +79,10 @@ recipe = Recipe(
     task=few_clues(split="train"),
     validation_task=few_clues(split="validation", size=200),
     eval_task=few_clues(split="test", size=400),
-    sampler=partial(unmask_in_two, temperature=1.0),
-    eval_sampler=partial(unmask_in_two, temperature=0.0),
-    likelihood=trajectory(),
-    rollout_quantization=float8_weight_only,
+    sampler=unmask_in_two.replace(temperature=1.0),
+    eval_sampler=unmask_in_two.replace(temperature=0.0),
+    likelihood=Trajectory(),
+    rollout_quantization=Float8WeightOnly(),
     entropy_coeff=0.05,  # answers of a group stay apart for longer: equal ones teach nothing
     train_batch_size=64,
     max_retained_graphs=2,

@@ -3,16 +3,16 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import autoregress, causal, main, tiny_llama
+from dllm_rl import Autoregress, Causal, main, tiny_llama
 from recipes.sudoku_unique import recipe as base
 
 recipe = replace(
     base,
     name="sudoku-tiny-ar",
     model=partial(tiny_llama, characters="1234.=", causal=True),
-    sampler=partial(autoregress, max_new_tokens=16, temperature=1.0),
-    eval_sampler=partial(autoregress, max_new_tokens=16, temperature=0.0),
-    likelihood=causal(),
+    sampler=Autoregress(max_new_tokens=16, temperature=1.0),
+    eval_sampler=Autoregress(max_new_tokens=16, temperature=0.0),
+    likelihood=Causal(),
     sft_warmup_steps=600,
 )
 

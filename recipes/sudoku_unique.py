@@ -6,11 +6,11 @@ task has solutions to learn from, and supervised training alone is faster. It is
 
 from functools import partial
 
-from dllm_rl import Recipe, float8_weight_only, main, max_prob, trajectory, unmask
+from dllm_rl import Float8WeightOnly, MaxProb, Recipe, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 
-unmask_in_two = partial(unmask, max_new_tokens=16, diffusion_steps=2, rank=max_prob)
+unmask_in_two = Unmask(max_new_tokens=16, diffusion_steps=2, rank=MaxProb())
 
 recipe = Recipe(
     name="sudoku-unique",
@@ -18,10 +18,10 @@ recipe = Recipe(
     task=Sudoku(split="train", clues=(10, 12)),
     validation_task=Sudoku(split="validation", clues=(10, 12), size=200),
     eval_task=Sudoku(split="test", clues=(10, 12), size=400),
-    sampler=partial(unmask_in_two, temperature=1.0),
-    eval_sampler=partial(unmask_in_two, temperature=0.0),
-    likelihood=trajectory(),
-    rollout_quantization=float8_weight_only,
+    sampler=unmask_in_two.replace(temperature=1.0),
+    eval_sampler=unmask_in_two.replace(temperature=0.0),
+    likelihood=Trajectory(),
+    rollout_quantization=Float8WeightOnly(),
     sft_warmup_steps=200,
     sft_warmup_target=0.2,
     num_steps=360,

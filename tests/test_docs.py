@@ -47,7 +47,9 @@ def test_every_page_has_its_place_and_every_place_its_page():
 def test_every_public_name_is_in_the_reference_once():
     """Further names, such as functions that a public one is explained by, exist."""
     listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
-    public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
+    stub = (DOCS.parent / "dllm_rl" / "__init__.pyi").read_text()
+    public = {f"dllm_rl{module}.{name}" for module, name in re.findall(r"^from (\S+) import (\w+)", stub, re.MULTILINE)}
+    assert len(public) == len(dllm_rl.__all__)
     assert len(listed) == len(set(listed)) and public <= set(listed)
     for name in set(listed) - public:
         module, _, attribute = name.rpartition(".")
@@ -57,7 +59,7 @@ def test_every_public_name_is_in_the_reference_once():
 def test_what_correctors_are_explained_by_is_in_the_reference():
     page = (DOCS / "reference" / "algorithms.md").read_text()
     named = set(re.findall(r"[Ss]ee `(\w+)`", page))
-    assert named >= {"truncated_weights", "rejection", "combine_weights"}
+    assert named >= {"generalized_advantages"}
     assert [name for name in named if not re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE)] == []
 
 
@@ -83,7 +85,7 @@ def test_the_reference_has_the_signatures_of_the_code(monkeypatch):
     signatures = importlib.import_module("signatures")
     for page in (DOCS / "reference").glob("*.md"):
         assert signatures.with_signatures(page.read_text()) == page.read_text(), f"{page.name}: run signatures.py"
-    for told in ("def no_correction() -> Corrector:", "def tis(*, cap: float = 2.0,", "class Corrector:"):
+    for told in ("class NoCorrection(Corrector):", "class TIS(Corrector):", "    cap: float = option(default=2.0"):
         assert told in (DOCS / "reference" / "algorithms.md").read_text()
     page = (DOCS / "reference" / "algorithms.md").read_text()
     assert "pyi" not in hooks.PYI.sub("", page)
@@ -260,8 +262,10 @@ def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
     assert capsys.readouterr().out.split() == ["deterministic", "unknown"]
     with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
-        dllm_rl.Rank(lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], "deterministic")
-    assert dllm_rl.check_order(dllm_rl.confidence, made["commit"]) == "unknown"
+        dllm_rl.FunctionRank(
+            function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic"
+        )
+    assert dllm_rl.check_order(dllm_rl.Confidence(), made["commit"]) == "unknown"
 
 
 @pytest.mark.nightly
@@ -279,7 +283,7 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
     rule = made["partial"](made["sampler"], rank=made["random"], commit=made["partial"](made["beside"], rate=0.5))
-    sampled = dllm_rl.trajectory(num_sampled_steps=2)
+    sampled = dllm_rl.Trajectory(num_sampled_steps=2)
     some = made["weighted_shares"](made["policy"], rule, [made["equals"]], likelihood=sampled)
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
 
@@ -311,7 +315,7 @@ def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_
         rollout = made["at_once"](*inputs, **keywords)
         return dataclasses.replace(rollout, logprobs=rollout.logprobs * 1.5)
 
-    sampler = partial(wrong, max_new_tokens=6, temperature=0.7)
+    sampler = wrong.replace(max_new_tokens=6, temperature=0.7)
     with pytest.raises(AssertionError, match="log-probs differ"):
         made["check_engine"](made["engine"], made["policy"], made["prompts"], sampler)
 
@@ -385,40 +389,40 @@ def test_the_study_of_a_corrector_has_arms_that_are_recipes():
 def test_what_the_librarys_losses_do_in_these_checks():
     """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/losses.md)."""
     from dllm_rl.algorithms import losses
-    from dllm_rl.algorithms.correctors import Corrector, unit_weights
+    from dllm_rl.algorithms.correctors import FunctionCorrector
     from recipes.studies import surrogates
     from recipes.studies.enumeration import gradient_table
 
     log_ratio = torch.linspace(-0.15, 0.15, 8, dtype=torch.float64).view(2, 4).requires_grad_()  # no clip's corner
     signs, everywhere = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
-    inside = {"epsilon": 0.2, "epsilon_high": 0.2}
-    ours = {name: getattr(losses, name) for name in ("ppo_clip", "cispo", "vespo", "reinforce")}
-    ours |= {"gspo": partial(losses.gspo, **inside), "bgpo": surrogates.bgpo, "gdsd": surrogates.gdsd}
-    ours |= {"stable_drl": partial(surrogates.stable_drl, sum_over_processes=lambda x: x), "ebpo": surrogates.ebpo}
+    ours = [losses.PPOClip(), losses.GSPO(epsilon=0.2, epsilon_high=0.2), losses.CISPO(), losses.VESPO()]
+    ours += [losses.Reinforce(), surrogates.BGPO(), surrogates.GDSD(), surrogates.StableDRL(), surrogates.EBPO()]
     found = {}
-    for name, loss in ours.items():
-        made = Corrector(weight_fn=unit_weights, loss=surrogates.stable_drl if name == "stable_drl" else loss)
+    for loss in ours:
+        made, one = FunctionCorrector(loss=loss), loss
+        if "sum_over_processes" in loss.inputs:
+            one = partial(loss, sum_over_processes=lambda x: x)
         keeps, whole = True, True
         try:
             dllm_rl.check_corrector(made)
         except AssertionError:
             keeps = False
         try:
-            torch.autograd.gradcheck(partial(loss, advantages=signs, mask=everywhere), log_ratio)
+            torch.autograd.gradcheck(partial(one, advantages=signs, mask=everywhere), log_ratio)
         except RuntimeError:
             whole = False
         (row,) = gradient_table(made, moved="old", policies=("early",), sigmas=(0.0,), networks=1)
-        found[name] = keeps, whole, round(row.bias, 6)
+        found[type(loss).__name__] = keeps, whole, round(row.bias, 6)
     assert found == {
-        "ppo_clip": (True, True, 0),
-        "gspo": (True, False, 0),
-        "bgpo": (True, False, 0),
-        "stable_drl": (True, False, 0),
-        "cispo": (False, False, 0),
-        "vespo": (False, False, 0),
-        "reinforce": (False, True, 0),
-        "gdsd": (False, True, 0),
-        "ebpo": (False, False, 3),
+        "PPOClip": (True, True, 0),
+        "GSPO": (True, False, 0),
+        "BGPO": (True, False, 0),
+        "StableDRL": (True, False, 0),
+        "CISPO": (False, False, 0),
+        "VESPO": (False, False, 0),
+        "Reinforce": (False, True, 0),
+        "GDSD": (False, True, 0),
+        "EBPO": (False, False, 3),
     }
 
 
@@ -551,11 +555,15 @@ def test_a_control_variate_keeps_the_contract():
     made = runpy.run_path(str(EXAMPLES / "control_variates.py"), run_name="__main__")
     rollout, torch_generator = made["rollout"], torch.Generator().manual_seed(0)
     many = dataclasses.replace(rollout, batch_row=None).rows(torch.zeros(4000, dtype=torch.long))
-    views = made["controlled"](coefficient=0.5).draw_views(many, torch_generator)
+    views = made["Controlled"](coefficient=0.5).draw_views(many, torch_generator)
     weight = views.coefficients[0, :, rollout.completion_mask[0]]
     assert (weight.mean(0).abs() < 4 * weight.std(0) / 4000**0.5).all() and weight.std() > 0.1
-    batch = dataclasses.replace(made["controlled"](), combine=lambda scores, views: of_the_batch(scores, views))
-    made["check_estimator"](batch, made["policy"], rollout)  # as the page says, it does not see this
+
+    class OfTheBatch(made["Controlled"]):
+        def combine(self, scores, views):
+            return of_the_batch(scores, views)
+
+    made["check_estimator"](OfTheBatch(), made["policy"], rollout)  # as the page says, it does not see this
 
 
 def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outside():
@@ -567,7 +575,7 @@ def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outs
         views = estimator.draw_views(seen, torch.Generator().manual_seed(0))
         return estimator.view_logprobs(policy, seen, views)
 
-    torch.testing.assert_close(scores(windowed(width=20), rollout), scores(dllm_rl.elbo(), rollout))
+    torch.testing.assert_close(scores(windowed(width=20), rollout), scores(dllm_rl.ELBO(), rollout))
     prompt = rollout.tokens.clone()
     prompt[:, 0] = prompt[:, 1]  # each layer carries the difference `width` tokens further
     changed = (scores(windowed(), dataclasses.replace(rollout, tokens=prompt)) - scores(windowed(), rollout)).abs()
@@ -577,16 +585,17 @@ def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outs
 
 def test_one_number_per_completion_has_the_gradient_of_its_row():
     """docs/estimators.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens that a view scores, under
-    `gspo` (exp of S over all tokens) and `ebpo` (exp of S), against the objective written once per row."""
+    `GSPO` (exp of S over all tokens) and `EBPO` (exp of S), against the objective written once per row."""
     from recipes.studies.enumeration import ToyPolicy, contributions
-    from recipes.studies.surrogates import ebpo
+    from recipes.studies.surrogates import EBPO
 
-    def log_mean_exp(scores, views):
-        total = (len(scores) * views.coefficients * scores).sum(-1).logsumexp(0) - math.log(len(scores))
-        scored = (views.coefficients != 0).any(0)
-        return scored * (total / scored.sum(-1))[:, None]
+    class LogMeanExp(dllm_rl.ELBO):
+        def combine(self, scores, views):
+            total = (len(scores) * views.coefficients * scores).sum(-1).logsumexp(0) - math.log(len(scores))
+            scored = (views.coefficients != 0).any(0)
+            return scored * (total / scored.sum(-1))[:, None]
 
-    estimator = dataclasses.replace(dllm_rl.elbo(num_samples=2), combine=log_mean_exp)
+    estimator = LogMeanExp(num_samples=2)
     toy = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     rollout = toy.rollout(2)
     (weight, *_) = toy.weights
@@ -597,9 +606,10 @@ def test_one_number_per_completion_has_the_gradient_of_its_row():
     advantages = torch.linspace(-1, 1, len(logps), dtype=torch.float64)
     before = logps.detach() * torch.linspace(0.9, 1.1, len(logps), dtype=torch.float64)[:, None]
     per_row = (logps - before).sum(-1)
-    for loss, log_ratio in ((dllm_rl.gspo, per_row / 4), (ebpo, per_row)):
-        objective = loss(logps - before, advantages, rollout.completion_mask, epsilon=100.0, epsilon_high=100.0)
-        coefficients = dllm_rl.sequence_mean(rollout.completion_mask, num_tokens=0, num_sequences=len(logps))
+    no_clip = {"epsilon": 100.0, "epsilon_high": 100.0}
+    for loss, log_ratio in ((dllm_rl.GSPO, per_row / 4), (EBPO, per_row)):
+        objective = loss(**no_clip)(logps - before, advantages, rollout.completion_mask)
+        coefficients = dllm_rl.SequenceMean()(rollout.completion_mask, num_tokens=0, num_sequences=len(logps))
         found = torch.autograd.grad((coefficients * objective).sum(), weight, retain_graph=True)
         expected = torch.autograd.grad((advantages * log_ratio.exp()).mean(), weight, retain_graph=True)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)

@@ -24,7 +24,7 @@ DATA = {name for name in FILES if not name.endswith(".py")}
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("token_meen", "token_mean"), ("Recepie", "Recipe"), ("load_polic", "load_policy"), ("ppoclip", "ppo_clip")],
+    [("TokenMeen", "TokenMean"), ("Recepie", "Recipe"), ("load_polic", "load_policy"), ("ppoclip", "PPOClip")],
 )
 def test_an_unknown_public_name_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(

@@ -1,16 +1,15 @@
 """Which preset a model takes, what a caller's arguments replace, and d1's numbers as published."""
 
 import shutil
-from functools import partial
 
 import pytest
 
-from dllm_rl import Lora, confidence, grpo_recipe, lora_r16, one_step, ppo_clip, tiny_masked_lm
+from dllm_rl import Confidence, Lora, OneStep, PPOClip, Unmask, grpo_recipe, tiny_masked_lm
 from dllm_rl.config import from_command_line
-from dllm_rl.members import describe
 from dllm_rl.models.checkpoint.loading import CONFIGS
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.cache import block_cache
+from dllm_rl.records import describe
+from dllm_rl.samplers.cache import BlockCache
 from recipes import llada_8b_gsm8k, llada_8b_sudoku, sft_tiny
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(20)]
@@ -26,7 +25,7 @@ def nothing(completions, **_):
     [
         (LLADA, "large", {"block_size": 32, "diffusion_steps": 128}),
         ("Dream-org/Dream-v0-Instruct-7B", "large", {"block_size": 32, "diffusion_steps": 128}),
-        ("inclusionAI/LLaDA2.0-mini", "large-blocks", {"cache": block_cache(), "diffusion_steps": 128}),
+        ("inclusionAI/LLaDA2.0-mini", "large-blocks", {"cache": BlockCache(), "diffusion_steps": 128}),
         ("Qwen/Qwen3-8B", "large-causal", {}),
     ],
 )
@@ -37,20 +36,20 @@ def test_a_large_model_takes_its_preset_by_its_config(tmp_path, capsys, model, n
         said = capsys.readouterr().out
         assert said.startswith(f"preset {name}: learning_rate=3e-06, ") and said.count("\n") == 1
         assert (recipe.learning_rate, recipe.dtype, recipe.max_grad_norm) == (3e-6, "bfloat16", 0.2)
-        assert recipe.lora is not None and recipe.lora() == Lora(r=128, alpha=64.0)
+        assert recipe.lora is not None and recipe.lora == Lora(r=128, alpha=64.0)
         assert (recipe.train_batch_size, recipe.num_generations, recipe.micro_batch_size) == (8, 6, 6)
-        assert {key: recipe.sampler.keywords.get(key) for key in sampler} == sampler
-        assert recipe.sampler.keywords["temperature"] == 1.0
+        assert {key: getattr(recipe.sampler, key) for key in sampler} == sampler
+        assert recipe.sampler.temperature == 1.0
 
 
 def test_what_is_given_replaces_a_presets(capsys):
-    given = {"learning_rate": 1e-5, "lora": lora_r16, "temperature": 0.7, "max_new_tokens": 96}
+    given = {"learning_rate": 1e-5, "lora": Lora(), "temperature": 0.7, "max_new_tokens": 96}
     recipe = grpo_recipe(LLADA, ROWS, nothing, num_generations=4, sampler_options={"block_size": 16}, **given)
-    assert (recipe.learning_rate, recipe.lora, recipe.dtype) == (1e-5, lora_r16, "bfloat16")
+    assert (recipe.learning_rate, recipe.lora, recipe.dtype) == (1e-5, Lora(), "bfloat16")
     assert (recipe.num_generations, recipe.micro_batch_size) == (4, 4)  # a forward has whole groups
     assert recipe.train_batch_size == Recipe.train_batch_size
-    keywords = recipe.sampler.keywords
-    assert (keywords["block_size"], keywords["diffusion_steps"], keywords["temperature"]) == (16, 48, 0.7)
+    sampler = recipe.sampler
+    assert (sampler.block_size, sampler.diffusion_steps, sampler.temperature) == (16, 48, 0.7)
     assert "learning_rate" not in capsys.readouterr().out
     recipe = grpo_recipe(LLADA, ROWS, nothing, per_device_train_batch_size=16)  # TRL's groups of eight
     assert (recipe.micro_batch_size, recipe.num_generations) == (16, 8)
@@ -74,13 +73,13 @@ def test_d1_as_published(capsys, recipe, updates, temperature):
     assert capsys.readouterr().out.startswith("preset d1: learning_rate=3e-06, ")
     assert (d1.learning_rate, d1.adam_beta1, d1.adam_beta2, d1.weight_decay) == (3e-6, 0.9, 0.99, 0.1)
     assert (d1.max_grad_norm, d1.num_generations, d1.num_iterations, d1.beta) == (0.2, 6, updates, 0.04)
-    assert d1.lora is not None and d1.lora() == Lora(r=128, alpha=64.0, dropout=0.05)
-    assert describe(d1.likelihood) == describe(one_step(prompt_mask=0.15))
-    assert describe(d1.loss) == describe(partial(ppo_clip, epsilon=0.5))  # one clip, no dual one
+    assert d1.lora is not None and d1.lora == Lora(r=128, alpha=64.0, dropout=0.05)
+    assert describe(d1.likelihood) == describe(OneStep(prompt_mask=0.15))
+    assert describe(d1.loss) == describe(PPOClip(epsilon=0.5))  # one clip, no dual one
     assert "scale_rewards='none'" in describe(d1.advantages)
-    sampler = {"max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "rank": confidence}
-    assert d1.sampler.keywords == sampler | {"temperature": temperature}
-    assert d1.eval_sampler.keywords == sampler | {"temperature": 0.0}
+    sampler = {"max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "rank": Confidence()}
+    assert d1.sampler == Unmask(**sampler, temperature=temperature)
+    assert d1.eval_sampler == Unmask(**sampler, temperature=0.0)
     assert d1.num_steps == 7 and d1.task == recipe.task
 
 
@@ -88,7 +87,7 @@ def test_options_stand_above_a_preset_and_sft_has_none(capsys):
     options = ["--learning_rate", "1e-5", "--preset=d1", "--sampler.temperature", "1.0", "--base_quantization", "none"]
     recipe = from_command_line(llada_8b_sudoku.recipe, options)
     assert (recipe.learning_rate, recipe.base_quantization, recipe.beta) == (1e-5, None, 0.04)
-    assert recipe.sampler.keywords["temperature"] == 1.0
+    assert recipe.sampler.temperature == 1.0
     with pytest.raises(SystemExit):
         from_command_line(sft_tiny.recipe, ["--preset", "d1"])
     assert capsys.readouterr().err.startswith("error: --preset d1: presets are for RL")

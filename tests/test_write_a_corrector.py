@@ -18,10 +18,8 @@ def test_the_example_runs_and_weighs_as_it_says(tmp_path):
         program.write_text(example("Write a corrector"))
         corrector = runpy.run_path(str(program))["corrector"]
     mismatch = tensor([[0.0, 0.5, -1.0, math.nan]])
-    weights, keep, metrics = corrector.weight_fn(
-        make_stats(mismatch, tensor([1.0]), tensor([[True, True, True, True]]))
-    )
+    weights, keep, metrics = corrector.weights(make_stats(mismatch, tensor([1.0]), tensor([[True, True, True, True]])))
     assert_close(weights, tensor([[1.0, math.exp(-1), math.exp(-2), 1.0]]))
     assert keep.tolist() == [[True, True, True, False]]
-    assert metrics["doubt/mean_weight"] == pytest.approx((2 + math.exp(-1) + math.exp(-2)) / 4)
+    assert metrics["doubt/mean_weight"] == pytest.approx((1 + math.exp(-1) + math.exp(-2)) / 3)
     assert metrics["rollout_corr/nonfinite_fraction"] == 0.25

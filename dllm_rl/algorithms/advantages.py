@@ -7,64 +7,94 @@ docs/methods.md explains the tags [paper] and [digest].
 
 import inspect
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.bounds import Bound, bounded
+from dllm_rl.records import Record, option
 
 
-@bounded(eps=Bound(at_least=0))
-def group_relative(
-    rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
-) -> Float[Tensor, "P G"]:
+class Advantages(Record):
+    """A rule that computes advantages (P, G) from rewards (P, G) of P prompts with G completions each.
+
+    Subclass it for a custom rule. Where advantages are expected, a plain function of the rewards is one too; a
+    parameter named `parts` gets each reward function's rewards, as `Decoupled` does.
+    """
+
+    @property
+    def takes_component_rewards(self) -> bool:
+        """Whether the call takes `parts` (K, P, G) and `weights` (K,), the task's K rewards and their weights."""
+        return False
+
+    def __call__(self, *rewards: Any, **parts: Any) -> Float[Tensor, "P G"]:
+        """Return the advantages (P, G) of rewards (P, G)."""
+        raise TypeError(f"{type(self).__name__} must define __call__(rewards)")
+
+    @classmethod
+    def convert(cls, value: Any) -> "Advantages | None":
+        return FunctionAdvantages(function=value) if callable(value) else None
+
+
+class FunctionAdvantages(Advantages):
+    """Advantages that a function computes.
+
+    Args:
+        function: Function of rewards (P, G), and of `parts` and `weights` by name if it has a parameter `parts`.
+    """
+
+    function: Callable[..., Any]
+
+    @property
+    def takes_component_rewards(self) -> bool:
+        try:
+            return "parts" in inspect.signature(self.function).parameters
+        except ValueError:  # a function of C without a signature
+            return False
+
+    def __call__(self, *rewards: Any, **parts: Any) -> Tensor:
+        return self.function(*rewards, **parts)
+
+
+class GroupRelative(Advantages):
     """Subtract the group's mean reward and divide by a standard deviation (GRPO).
 
     This is the default. A = (R - mean of the group) / (std + eps), with the sample standard deviation [paper]. d1 and
     Dr.GRPO do not divide (scale_rewards="none"). A group of one completion, or of equal rewards, gives zeros.
 
     Args:
-        rewards: Rewards (P, G).
         scale_rewards: Source of the standard deviation: "group" (default), "batch", or "none" for no division.
         eps: Constant added to the standard deviation, at least 0. Default: 1e-4.
-
-    Returns:
-        Advantages (P, G).
-
-    Raises:
-        ValueError: `scale_rewards` is unknown, or eps is negative.
     """
-    centered = _center(rewards)
-    match scale_rewards:
-        case "none":
-            return centered
-        case "group":
-            return _divide(centered, _std(rewards, dim=-1) + eps)
-        case "batch":
-            return _divide(centered, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
-        case _:
-            raise ValueError(f"scale_rewards={scale_rewards!r} must be 'group', 'batch' or 'none'")
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    eps: float = option(default=1e-4, at_least=0)
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        centered = _center(rewards)
+        match self.scale_rewards:
+            case "none":
+                return centered
+            case "group":
+                return _divide(centered, _std(rewards, dim=-1) + self.eps)
+            case "batch":
+                return _divide(centered, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + self.eps)
 
 
-def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+class LeaveOneOut(Advantages):
     """Subtract the mean of the group's OTHER rewards from each reward (RLOO, ESPO) [paper].
 
     A group of one completion, or of equal rewards, gives zeros.
     """
-    size = (~rewards.isnan()).sum(-1, keepdim=True)
-    return _center(rewards) * size / (size - 1).clamp(min=1)
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        size = (~rewards.isnan()).sum(-1, keepdim=True)
+        return _center(rewards) * size / (size - 1).clamp(min=1)
 
 
-@bounded(eps=Bound(at_least=0))
-def decoupled(
-    rewards: Float[Tensor, "P G"],
-    *,
-    parts: Float[Tensor, "K P G"],
-    weights: Float[Tensor, " K"],
-    eps: float = 1e-4,
-) -> Float[Tensor, "P G"]:
+class Decoupled(Advantages):
     """Normalize each of K rewards within its group, then normalize their weighted sum over the batch (GDPO).
 
     Use it for a task with several reward functions of different scales.
@@ -75,39 +105,30 @@ def decoupled(
     not apply to the completion, and its z is 0.
 
     Args:
-        rewards: Total rewards (P, G). They are not used.
-        parts: Each reward of the task separately (K, P, G).
-        weights: Weight of each reward in the sum (K,).
         eps: Constant added to both standard deviations, at least 0. Default: 1e-4.
-
-    Returns:
-        Advantages (P, G).
-
-    Raises:
-        ValueError: eps is negative.
 
     Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
     """
-    applies = ~parts.isnan()
-    count = applies.sum(-1, keepdim=True)
-    mean = parts.nanmean(-1, keepdim=True)
-    # Groups of equal rewards are set to 0, because their mean may be rounded.
-    centered = torch.where(applies & _has_differing_rewards(parts)[..., None], parts - mean, 0)
-    exponent = _max_exponent(centered, dim=-1)
-    std = (torch.ldexp(centered, -exponent).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    terms = _divide(weights[:, None, None] * centered, torch.ldexp(std, exponent) + eps)
-    total = terms.sum(0)
-    only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # of terms that cancel
-    total = total.masked_fill(only_rounding, 0)
-    return _divide(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
 
+    eps: float = option(default=1e-4, at_least=0)
+    takes_component_rewards = True
 
-def takes_component_rewards(advantages: Callable) -> bool:
-    """Return whether a function, a partial or an object takes each reward separately, as `decoupled` does."""
-    try:
-        return "parts" in inspect.signature(advantages).parameters
-    except ValueError:  # a function of C without a signature
-        return False
+    def __call__(
+        self, rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"]
+    ) -> Float[Tensor, "P G"]:
+        """Return the advantages of each reward separately, `parts`, and its weight in the sum, `weights`."""
+        applies = ~parts.isnan()
+        count = applies.sum(-1, keepdim=True)
+        mean = parts.nanmean(-1, keepdim=True)
+        # Groups of equal rewards are set to 0, because their mean may be rounded.
+        centered = torch.where(applies & _has_differing_rewards(parts)[..., None], parts - mean, 0)
+        exponent = _max_exponent(centered, dim=-1)
+        std = (torch.ldexp(centered, -exponent).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        terms = _divide(weights[:, None, None] * centered, torch.ldexp(std, exponent) + self.eps)
+        total = terms.sum(0)
+        only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # of terms that cancel
+        total = total.masked_fill(only_rounding, 0)
+        return _divide(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + self.eps)
 
 
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:

@@ -1,99 +1,171 @@
-"""Optimizers and learning-rate schedules that a recipe can name.
-
-A schedule is a function (step, num_steps) -> factor on the learning rate.
-"""
+"""Optimizers and learning-rate schedules that a recipe can name."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, optim
 
-from dllm_rl.bounds import Bound, bounded
+from dllm_rl.records import Record, option
 
 
-def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """Make torch's AdamW, whose moments take 8 bytes per parameter. This is the default."""
-    parameters = list(parameters)
-    fused = all(parameter.is_cuda for parameter in parameters) or None  # fused needs no large temporary tensors
-    return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+class Optimizer(Record):
+    """A rule that makes the optimizer of a run.
+
+    Where an optimizer is expected, a plain function (parameters, lr=, betas=, weight_decay=) is one too.
+    """
+
+    def __call__(
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> optim.Optimizer:
+        """Make the optimizer of these parameters."""
+        raise TypeError(f"{type(self).__name__} must define __call__(parameters, lr, betas, weight_decay)")
+
+    @classmethod
+    def convert(cls, value: Any) -> "Optimizer | None":
+        return FunctionOptimizer(function=value) if callable(value) else None
 
 
-def adamw_8bit(
-    parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
-) -> optim.Optimizer:
-    """Make bitsandbytes' AdamW, whose moments take 2 bytes per parameter.
+class FunctionOptimizer(Optimizer):
+    """An optimizer that a function makes.
+
+    Args:
+        function: Function (parameters, lr=, betas=, weight_decay=) -> torch.optim.Optimizer.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> optim.Optimizer:
+        return self.function(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+class AdamW(Optimizer):
+    """torch's AdamW, whose moments take 8 bytes per parameter. This is the default."""
+
+    def __call__(
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> optim.Optimizer:
+        parameters = list(parameters)
+        fused = all(parameter.is_cuda for parameter in parameters) or None  # fused needs no large temporary tensors
+        return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+class AdamW8bit(Optimizer):
+    """bitsandbytes' AdamW, whose moments take 2 bytes per parameter.
 
     Use it if the optimizer's moments do not fit in GPU memory. Tensors below 4096 elements keep fp32 moments. It needs
     the package bitsandbytes.
     """
-    from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    def __call__(
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
+
+        return BitsAndBytesAdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
-def linear_decay(
-    step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
-) -> float:
-    """Return the factor on the learning rate at `step`: a linear rise, a plateau, and a linear fall to `final`.
+class LRSchedule(Record):
+    """A learning-rate schedule.
+
+    Where a schedule is expected, a plain function (step, num_steps) -> factor is one too.
+    """
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        """Return the factor on the learning rate at a step, from 0, of a run of `num_steps`."""
+        raise TypeError(f"{type(self).__name__} must define __call__(step, num_steps)")
+
+    @classmethod
+    def convert(cls, value: Any) -> "LRSchedule | None":
+        return FunctionSchedule(function=value) if callable(value) else None
+
+
+class FunctionSchedule(LRSchedule):
+    """A schedule that a function computes.
 
     Args:
-        step: Training step, from 0.
-        num_steps: Training steps of the run.
+        function: Function (step, num_steps) -> factor on the learning rate.
+    """
+
+    function: Callable[[int, int], float]
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return self.function(step, num_steps)
+
+
+class LinearDecay(LRSchedule):
+    """A linear rise, a plateau, and a linear fall to `final`. This is the default.
+
+    Args:
         warmup_steps: Steps of the rise. Default: 5.
         constant_until: Share of the run after which the fall begins, in [0, 1]. Default: 0.6.
         final: Factor at the end. Default: 0.1.
     """
-    rise = min(1.0, (step + 1) / max(1, warmup_steps))  # the first step's rate is not 0
-    fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
-    return rise * (1 - (1 - final) * fall)
+
+    warmup_steps: int = option(default=5, at_least=0)
+    constant_until: float = option(default=0.6, at_least=0, at_most=1)
+    final: float = option(default=0.1, at_least=0)
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))  # the first step's rate is not 0
+        plateau = self.constant_until
+        fall = max(0.0, min(1.0, step / max(1, num_steps)) - plateau) / max(1e-9, 1 - plateau)
+        return rise * (1 - (1 - self.final) * fall)
 
 
 # The next four schedules are transformers', with the same names. With a warmup, their first step has the rate 0.
 
 
-def constant_rate(step: int, num_steps: int) -> float:
-    """Return the factor 1 at every step."""
-    return 1.0
+class ConstantRate(LRSchedule):
+    """The factor 1 at every step."""
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return 1.0
 
 
-@bounded(warmup_steps=Bound(at_least=0))
-def constant_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Return the factor on the learning rate: a linear rise from 0, then 1.
-
-    Args:
-        step: Training step, from 0.
-        num_steps: Training steps of the run. It is not used.
-        warmup_steps: Steps of the rise, at least 0. Default: 0.
-    """
-    return step / warmup_steps if step < warmup_steps else 1.0
-
-
-@bounded(warmup_steps=Bound(at_least=0))
-def linear_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Return the factor on the learning rate: a linear rise from 0, then a linear fall, to 0 after the last step.
+class ConstantWithWarmup(LRSchedule):
+    """A linear rise from 0, then 1.
 
     Args:
-        step: Training step, from 0.
-        num_steps: Training steps of the run.
         warmup_steps: Steps of the rise, at least 0. Default: 0.
     """
-    if step < warmup_steps:
-        return step / warmup_steps
-    return max(0.0, (num_steps - step) / max(1, num_steps - warmup_steps))
+
+    warmup_steps: int = option(default=0, at_least=0)
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return step / self.warmup_steps if step < self.warmup_steps else 1.0
 
 
-@bounded(warmup_steps=Bound(at_least=0))
-def cosine_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Return the factor on the learning rate: a linear rise from 0, then half a cosine from 1 to 0 after the last step.
+class LinearWithWarmup(LRSchedule):
+    """A linear rise from 0, then a linear fall, to 0 after the last step.
+
+    Args:
+        warmup_steps: Steps of the rise, at least 0. Default: 0.
+    """
+
+    warmup_steps: int = option(default=0, at_least=0)
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        return max(0.0, (num_steps - step) / max(1, num_steps - self.warmup_steps))
+
+
+class CosineWithWarmup(LRSchedule):
+    """A linear rise from 0, then half a cosine from 1 to 0 after the last step.
 
     The factor stays 0 after that.
 
     Args:
-        step: Training step, from 0.
-        num_steps: Training steps of the run.
         warmup_steps: Steps of the rise, at least 0. Default: 0.
     """
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-    return 0.5 * (1 + math.cos(math.pi * progress))
+
+    warmup_steps: int = option(default=0, at_least=0)
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * progress))

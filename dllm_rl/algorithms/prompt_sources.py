@@ -5,15 +5,14 @@ docs/methods.md explains the tag [ours].
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards
-from dllm_rl.bounds import Bound, bounded
-from dllm_rl.members import configurable
+from dllm_rl.records import Record, option
 
 
 @dataclass(eq=False)
@@ -62,41 +61,55 @@ class RewardHistory:
         return RewardHistory(self.num_prompts, **{name: value[last] for name, value in self.tensors().items()})
 
 
-@dataclass(frozen=True)
-class PromptSource:
+class PromptSource(Record):
     """A rule that chooses the prompts of a step.
 
-    To choose prompts by a custom rule, write a function that returns a PromptSource, and decorate it with
-    `members.configurable`.
-
-    Attributes:
-        draw: Function `(history, count, generator)` -> indices of `count` prompts. It must be a pure function of these
-            arguments.
-        uses_history: Whether `draw` reads the groups of `history`. If False, a run records none. Default: True.
-        factory: Function that made the source, with its arguments. Set by `members.configurable`.
+    Subclass it for a custom rule. Where a prompt source is expected, a plain function (history, count, generator) is
+    one too.
     """
 
-    draw: Callable[[RewardHistory, int, Generator], Int[Tensor, " P"]]
+    @property
+    def uses_history(self) -> bool:
+        """Whether `draw` reads the groups of `history`. If False, a run records none."""
+        return True
+
+    def draw(self, history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
+        """Return the indices of `count` prompts. It must be a pure function of its arguments."""
+        raise TypeError(f"{type(self).__name__} must define draw(history, count, generator)")
+
+    @classmethod
+    def convert(cls, value: Any) -> "PromptSource | None":
+        return FunctionPromptSource(function=value) if callable(value) else None
+
+
+class FunctionPromptSource(PromptSource):
+    """A prompt source that a function computes.
+
+    Args:
+        function: Function (history, count, generator) -> indices of `count` prompts. It must be pure.
+        uses_history: Whether the function reads `history`. If False, a run records none. Default: True.
+    """
+
+    function: Callable[[RewardHistory, int, Generator], Any]
     uses_history: bool = True
-    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
+
+    def draw(self, history: RewardHistory, count: int, generator: Generator) -> Tensor:
+        return self.function(history, count, generator)
 
 
-def _uniform(history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
-    return torch.randint(history.num_prompts, (count,), generator=generator)
-
-
-@configurable
-def uniform_prompts() -> PromptSource:
+class UniformPrompts(PromptSource):
     """Draw every prompt with the same probability, with replacement.
 
     This is the default.
     """
-    return PromptSource(_uniform, uses_history=False)
+
+    uses_history = False
+
+    def draw(self, history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
+        return torch.randint(history.num_prompts, (count,), generator=generator)
 
 
-@configurable
-@bounded(equal_weight=Bound(above=0, at_most=1))
-def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
+class MixedRewardPrompts(PromptSource):
     """Prefer prompts whose rewards differed in their last group, and prompts that have not been drawn yet [ours].
 
     Use it if many groups have equal rewards (`frac_reward_zero_std`), which have no advantage, and the run draws each
@@ -106,20 +119,18 @@ def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
     Args:
         equal_weight: Probability of a prompt whose last group had equal rewards, relative to any other prompt, above 0
             and at most 1. Default: 0.1.
-
-    Raises:
-        ValueError: equal_weight is out of its range.
     """
-    return PromptSource(partial(_mixed, equal_weight=equal_weight))
 
+    equal_weight: float = option(default=0.1, above=0, at_most=1)
 
-def _mixed(history: RewardHistory, count: int, generator: Generator, *, equal_weight: float) -> Int[Tensor, " P"]:
-    """Draw uniform prompts, and reject a prompt with equal rewards with probability 1 - equal_weight."""
-    latest = history.latest()
-    equal_reward_prompts = latest.prompt[~latest.mixed]
-    accepted = torch.zeros(0, dtype=torch.long)
-    while len(accepted) < count:
-        prompts = torch.randint(history.num_prompts, (count,), generator=generator)
-        uniform = torch.rand(count, generator=generator)
-        accepted = torch.cat([accepted, prompts[~torch.isin(prompts, equal_reward_prompts) | (uniform < equal_weight)]])
-    return accepted[:count]
+    def draw(self, history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
+        """Draw uniform prompts, and reject a prompt with equal rewards with probability 1 - equal_weight."""
+        latest = history.latest()
+        equal_reward_prompts = latest.prompt[~latest.mixed]
+        accepted = torch.zeros(0, dtype=torch.long)
+        while len(accepted) < count:
+            prompts = torch.randint(history.num_prompts, (count,), generator=generator)
+            uniform = torch.rand(count, generator=generator)
+            has_differing = ~torch.isin(prompts, equal_reward_prompts)
+            accepted = torch.cat([accepted, prompts[has_differing | (uniform < self.equal_weight)]])
+        return accepted[:count]

@@ -3,41 +3,15 @@
 docs/methods.md explains the tags [paper] and [ours].
 """
 
-from dataclasses import dataclass, field
-from functools import partial
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.bounds import Bound, bounded
-from dllm_rl.members import configurable
+from dllm_rl.records import Record, option
 
 
-@dataclass(frozen=True)
-class ValueModel:
-    """Settings of a value model. `value_head` makes them; `training.values` trains the model.
-
-    Args:
-        gae_lambda: Lambda of `generalized_advantages`.
-        hidden_size: Width of the head's hidden layer.
-        learning_rate: Learning rate of the head's AdamW.
-
-    Attributes:
-        factory: Function that made the record, so that the command line can change a keyword. Set by
-            `members.configurable`.
-    """
-
-    gae_lambda: float
-    hidden_size: int
-    learning_rate: float
-    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
-
-
-@configurable
-@bounded(gae_lambda=Bound(at_least=0, at_most=1), hidden_size=Bound(at_least=1), learning_rate=Bound(above=0))
-def value_head(*, gae_lambda: float = 0.95, hidden_size: int = 64, learning_rate: float = 1e-2) -> ValueModel:
-    """Make a value head: two layers on the learner's hidden states that predict a completion's advantage at each step.
+class ValueModel(Record):
+    """A value head: two layers on the learner's hidden states that predict a completion's advantage at each step.
 
     Use it as `value_model` if a completion takes several denoising steps and early steps already decide its reward. The
     tokens of a step then get the advantage minus the value before the step (see `generalized_advantages`), in place of
@@ -45,7 +19,8 @@ def value_head(*, gae_lambda: float = 0.95, hidden_size: int = 64, learning_rate
     it does not depend on the tokens that the step draws. The head initially predicts 0, with which gae_lambda=1 gives
     GRPO's update. Its gradient does not reach the learner.
 
-    Scoring costs one more forward per view, and groups of equal rewards are trained on too.
+    Scoring costs one more forward per view, and groups of equal rewards are trained on too. It logs value/loss and
+    value/explained_variance.
 
     Args:
         gae_lambda: Lambda of GAE, in [0, 1]. 1 subtracts the value, which adds no bias. Below 1, a step's advantage
@@ -54,16 +29,13 @@ def value_head(*, gae_lambda: float = 0.95, hidden_size: int = 64, learning_rate
         learning_rate: Learning rate of the head's AdamW for layers of 64 inputs, above 0. For layers of n inputs it is
             multiplied by 64 / n. Default: 1e-2.
 
-    Returns:
-        The value model. It logs value/loss and value/explained_variance.
-
-    Raises:
-        ValueError: An argument is out of its range.
-
     Source: TraceRL's value model, arXiv 2509.06949 [paper], is a second network that predicts the reward; the head on
     the learner's states, and the prediction of GRPO's advantage, are [ours].
     """
-    return ValueModel(gae_lambda, hidden_size, learning_rate)
+
+    gae_lambda: float = option(default=0.95, at_least=0, at_most=1)
+    hidden_size: int = option(default=64, at_least=1)
+    learning_rate: float = option(default=1e-2, above=0)
 
 
 def generalized_advantages(

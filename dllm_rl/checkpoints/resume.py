@@ -1,14 +1,15 @@
 """Compare a recipe with a checkpoint's: which settings may change when a run is resumed."""
 
 import difflib
+import json
 import re
 from dataclasses import MISSING, fields
 from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.members import ADDRESS, plain
 from dllm_rl.recipe import Settings, best_rule
+from dllm_rl.records import ADDRESS, describe_json, to_json
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {
@@ -28,13 +29,14 @@ CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization", "optim"}
 
 def default_settings(record: type[Settings]) -> dict[str, Any]:
     """Return the defaults of a recipe's fields, as they are stored in a checkpoint."""
-    return {f.name: plain(f.default) for f in fields(record) if f.default is not MISSING}
+    return {f.name: to_json(f.default) for f in fields(record) if f.default is not MISSING}
 
 
 def check_names(recipe: Settings) -> None:
     """Raise ValueError if the text of a setting contains an address, because no resume would find it equal."""
-    for name, text in recipe.settings().items():
-        if name not in MAY_CHANGE and isinstance(text, str) and ADDRESS.search(text):
+    for name, value in recipe.settings().items():
+        text = json.dumps(value)
+        if name not in MAY_CHANGE and ADDRESS.search(text):
             raise ValueError(
                 f"{name}={text[:200]!r} holds an address, which another process has elsewhere, so that the run could "
                 "not be resumed; make it a dataclass, or give its class a __repr__"
@@ -77,8 +79,7 @@ def changes_best_rule(recipe: Settings, state: TrainingState) -> bool:
 
 def renamed_names(before: Any, now: Any) -> list[tuple[str, str]]:
     """Return pairs (name before, name now) if two texts differ only in names of scripts or functions, else []."""
-    if not (isinstance(before, str) and isinstance(now, str)):
-        return []
+    before, now = json.dumps(before), json.dumps(now)
     # A name outside of this library is MODULE:NAME; all between such names must be equal.
     old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
     if len(old) != len(new) or old[::2] != new[::2]:
@@ -102,7 +103,8 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
                     f"the same; give the script or the function its name again{allow}"
                 )
             remedy = f"resume with the same recipe{allow}"
-            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
+            now, then = describe_json(value), describe_json(before[name])
+            raise ValueError(f"{name}={now} differs from the checkpoint's {then}; {remedy}")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     if "lr_schedule" not in allowed and "lr_schedule_steps" not in allowed:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dllm_rl.cli.options import open_policy
+from dllm_rl.cli.options import Method, import_function, open_policy, read_methods, read_value
 from dllm_rl.cli.run_settings import sampler_or_note, task_of
-from dllm_rl.config import CHOICES, override, paths
+from dllm_rl.config import override, setting_paths
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.completions import fingerprint
@@ -27,24 +26,22 @@ from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, headline, with_bounds
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
-from dllm_rl.members import import_function, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import as_causal
 from dllm_rl.models.tokens import default_max_new_tokens
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank, required_rank, text_of
-from dllm_rl.samplers.records import Commit, as_commit
-from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import check_steps, steps_per_block
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Scheme
+from dllm_rl.records import describe
+from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask
+from dllm_rl.samplers.cache import Cache
+from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, check_steps, steps_per_block
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.protocols import SOURCES, TASKS, under_protocol
 from dllm_rl.versions import versions
 
-Plan = tuple[dict[str, Any], Callable]  # settings by name as recorded, and the sampler with them bound
+Plan = tuple[dict[str, Any], Sampler]  # settings by name as recorded, and the sampler with them
 Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and the results at these settings
 NUM_GENERATED = 500  # problems to evaluate, without --limit, of a task that can generate any number
 
@@ -52,7 +49,7 @@ NUM_GENERATED = 500  # problems to evaluate, without --limit, of a task that can
 def evaluate_command(arguments: argparse.Namespace) -> None:
     task = make_task(arguments)
     check_arguments(task, arguments)  # before loading a model
-    schemes = read_schemes(arguments.quantization or ["none"])
+    schemes = read_schemes(arguments)
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if num_launched() > 1:
@@ -77,7 +74,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
             plans += autoregressive_plans(policy, task, arguments)
         measured: list[Measured] = []
         for quantization, scheme in schemes.items():
-            diffusion = policy if scheme is None else quantized_copy(policy, scheme())
+            diffusion = policy if scheme is None else quantized_copy(policy, scheme)
             causal = as_causal(diffusion) if arguments.autoregressive else None  # shares the weights
             for plan_settings, sampler in plans:
                 decoded_policy = (
@@ -186,17 +183,10 @@ def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
         plot_curve(Path(arguments.plot), rows)
 
 
-def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
-    """Return the function that makes each quantization scheme of the weights, by its name; None for "none".
-
-    Raises:
-        ValueError: A name is unknown.
-    """
-    makers = {"none": None, **CHOICES["rollout_quantization"]}
-    for name in names:
-        if name not in makers:
-            raise ValueError(f"quantization={name!r} is not one of {', '.join(sorted(makers))}")
-    return {name: makers[name] for name in names}
+def read_schemes(arguments: argparse.Namespace) -> dict[str, Scheme | None]:
+    """Return each quantization scheme of the weights by its text; None for "none"."""
+    schemes = swept_methods(Scheme, "quantization", arguments) or [None]
+    return {"none" if scheme is None else describe(scheme): scheme for scheme in schemes}
 
 
 def dtype_of(policy: Policy) -> str:
@@ -246,13 +236,12 @@ def make_task(arguments: argparse.Namespace) -> Task:
     task = make(**{option: value for option, value in settings.items() if option in parameters})
     if not isinstance(task, Task):
         raise ValueError(f"--task {name} makes a {type(task).__name__}, and no task: see dllm_rl.tasks.Task")
-    fields = paths(task) if is_dataclass(task) else ()
-    values = {}
+    fields: dict[str, Any] = dict(setting_paths(task)) if is_dataclass(task) else {}
     for text in arguments.set:
-        option, equals, values[option] = text.partition("=")
+        option, equals, _ = text.partition("=")
         if not equals or option not in fields:
             raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(fields) or 'none'}")
-    task = override(task, values) if values else task
+    task = override(task, [f"--{text}" for text in arguments.set]) if arguments.set else task
     check_not_empty("task", task)
     if is_own:
         if arguments.protocol is not None:
@@ -282,7 +271,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         raise ValueError(
             f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
         )
-    run_length = settings_of(run_sampler).get("max_new_tokens")
+    run_length = None if run_sampler is None else run_sampler.max_new_tokens
     lengths = arguments.max_new_tokens or [default_max_new_tokens(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
         plans = diffusion_plans(run_sampler, lengths, arguments)
@@ -297,8 +286,8 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} is causal: leave it out")
     shared = {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
-    bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
-    return [(settings, bind(autoregress, settings, run_sampler)) for settings in bound_settings]
+    settings_of_plans = [{"max_new_tokens": length} | shared for length in lengths]
+    return [(settings, with_settings(Autoregress, settings, run_sampler)) for settings in settings_of_plans]
 
 
 def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
@@ -306,35 +295,23 @@ def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespa
 
     Temperature, top_k, top_p and suppress are those of its diffusion decoding.
     """
-    run_settings = settings_of(find_run_sampler(arguments))
-    names = [name for name in ("top_k", "top_p", "suppress") if name in run_settings]
-    shared = {name: run_settings[name] for name in names} | filters_of(arguments)
-    shared["temperature"] = temperature_of(arguments, find_run_sampler(arguments))
-    lengths = arguments.max_new_tokens or [run_settings.get("max_new_tokens") or default_max_new_tokens(policy, task)]
-    bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
-    return [
-        ({"decoding": "autoregressive"} | settings, partial(autoregress, **settings)) for settings in bound_settings
-    ]
+    run_sampler = find_run_sampler(arguments)
+    names = [name for name in ("top_k", "top_p", "suppress") if hasattr(run_sampler, name)]
+    shared = {name: getattr(run_sampler, name) for name in names} | filters_of(arguments)
+    shared["temperature"] = temperature_of(arguments, run_sampler)
+    run_length = None if run_sampler is None else run_sampler.max_new_tokens
+    lengths = arguments.max_new_tokens or [run_length or default_max_new_tokens(policy, task)]
+    settings_of_plans = [{"max_new_tokens": length} | shared for length in lengths]
+    return [({"decoding": "autoregressive"} | settings, Autoregress(**settings)) for settings in settings_of_plans]
 
 
-def find_run_sampler(arguments: argparse.Namespace) -> partial | None:
+def find_run_sampler(arguments: argparse.Namespace) -> Sampler | None:
     """Return the sampler of the run's evaluations if the only model is a run's folder, else None."""
     return sampler_or_note(arguments.models[0]) if len(arguments.models) == 1 else None
 
 
-def settings_of(run_sampler: partial | None) -> dict[str, Any]:
-    """Return all settings of a run's sampler, including those at their defaults; {} without a run."""
-    if run_sampler is None:
-        return {}
-    parameters = inspect.signature(run_sampler.func).parameters.values()
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
-    return defaults | run_sampler.keywords
-
-
-def temperature_of(arguments: argparse.Namespace, run_sampler: partial | None) -> float:
-    return settings_of(run_sampler).get("temperature", 0.0) if arguments.temperature is None else arguments.temperature
+def temperature_of(arguments: argparse.Namespace, run_sampler: Sampler | None) -> float:
+    return getattr(run_sampler, "temperature", 0.0) if arguments.temperature is None else arguments.temperature
 
 
 def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -342,93 +319,99 @@ def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in ("top_k", "top_p", "suppress") if (value := getattr(arguments, name)) is not None}
 
 
-def bind(sampler: Callable, settings: dict[str, Any], run_sampler: partial | None) -> partial:
-    """Bind the settings to a sampler, and for all others the settings that the run's sampler binds."""
-    return partial(sampler, **(settings if run_sampler is None else run_sampler.keywords | settings))
+def with_settings(sampler: type[Sampler], settings: dict[str, Any], run_sampler: Sampler | None) -> Sampler:
+    """Return a sampler with these settings, and for all others those of the run's sampler."""
+    return run_sampler.replace(**settings) if isinstance(run_sampler, sampler) else sampler(**settings)
 
 
 def renoising_plans(
-    policy: Policy, task: Task, run_sampler: partial | None, arguments: argparse.Namespace
+    policy: Policy, task: Task, run_sampler: Sampler | None, arguments: argparse.Namespace
 ) -> list[Plan]:
     """Return the plans of a model whose noise is random tokens, one per length and number of steps.
 
-    The schedule of `renoise` sets the temperatures.
+    The schedule of `Renoise` sets the temperatures.
     """
     for name in ("block_size", "rank", "commit", "cache", "top_k", "top_p", "suppress"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
+            raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is Renoise; leave it out")
     if arguments.temperature:
-        raise ValueError(f"--temperature {arguments.temperature}: renoise has its own schedule; leave it out")
+        raise ValueError(f"--temperature {arguments.temperature}: Renoise has its own schedule; leave it out")
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` requires it"
-    defaults = settings_of(partial(renoise)) | settings_of(run_sampler)
-    length = defaults.get("max_new_tokens") or max(1, -(-default_max_new_tokens(policy, task) // canvas)) * canvas
-    steps = arguments.diffusion_steps or [defaults["diffusion_steps"]]
-    pairs = product(arguments.max_new_tokens or [length], steps)
-    bound_settings = [{"max_new_tokens": length, "diffusion_steps": num_steps} for length, num_steps in pairs]
-    return [(settings, bind(renoise, settings, run_sampler)) for settings in bound_settings]
+    if isinstance(run_sampler, Renoise):
+        default = run_sampler
+    else:
+        default = Renoise(max_new_tokens=max(1, -(-default_max_new_tokens(policy, task) // canvas)) * canvas)
+    pairs = product(
+        arguments.max_new_tokens or [default.max_new_tokens], arguments.diffusion_steps or [default.diffusion_steps]
+    )
+    settings_of_plans = [{"max_new_tokens": length, "diffusion_steps": num_steps} for length, num_steps in pairs]
+    return [(settings, default.replace(**settings)) for settings in settings_of_plans]
 
 
-def choices(arguments: argparse.Namespace, run_sampler: partial | None) -> tuple[Sequence[Any], ...]:
-    """Return the commit rules, ranks and caches to combine.
+def swept_methods(base: type[Method], option: str, arguments: argparse.Namespace) -> list[Method | None]:
+    """Return the methods that an option names, one for each combination of the values of their fields.
 
-    A passed value and a default are text; a value of the run's sampler is an object. A rank of None stands for the rank
-    that `rank_of` returns.
+    `--commit Threshold,Schedule --commit.tau 0.7,0.9` are Threshold(tau=0.7), Threshold(tau=0.9) and Schedule().
     """
-    defaults = settings_of(run_sampler)
-    commits = arguments.commit or [defaults.get("commit", "schedule")]
-    caches = arguments.cache or [defaults.get("cache") or "none"]
-    return commits, arguments.rank or [None], caches
+    fields = {
+        field: [read_value(each) for each in value.split(",")] if isinstance(value, str) else [value]
+        for field, value in arguments.fields.get(option, {}).items()
+    }
+    methods: list[Method | None] = []
+    for values in product(*fields.values()):
+        given = {option: dict(zip(fields, values, strict=True))}
+        methods += read_methods(base, option, getattr(arguments, option) or [], given)
+    return [*dict.fromkeys(methods)]  # a class without the field is made once
 
 
-def rank_of(commit: Any, run_sampler: partial | None) -> Any:
-    """Return the rank to use without --rank: the one that a passed commit rule needs, else the run's, else max_prob."""
-    needed = required_rank(commit) if isinstance(commit, str) else None
-    return needed or settings_of(run_sampler).get("rank", "max_prob")
+def diffusion_plans(run_sampler: Sampler | None, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+    """Return the plans of `Unmask`: one per length, commit rule, rank, cache and number of steps.
 
-
-def diffusion_plans(run_sampler: partial | None, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
-    """Return the plans of `unmask`: one per length, commit rule, rank, cache and number of steps."""
-    run_settings = settings_of(run_sampler)
-    block_size = run_settings.get("block_size") if arguments.block_size is None else arguments.block_size
+    Without --rank, a passed commit rule has the rank that it requires.
+    """
+    run = run_sampler if isinstance(run_sampler, Unmask) else None
+    block_size = run.block_size if run and arguments.block_size is None else arguments.block_size
+    commits = swept_methods(Commit, "commit", arguments) or [run.commit if run else Schedule()]
+    ranks = swept_methods(Rank, "rank", arguments) or [None]
+    caches = swept_methods(Cache, "cache", arguments) or [run.cache if run else None]
     plans: list[Plan] = []
-    for length, commit, rank, cache in product(lengths, *choices(arguments, run_sampler)):
-        rank = rank_of(commit, run_sampler) if rank is None else rank
-        rules: dict[str, Any] = {"rank": read_rank(rank) if isinstance(rank, str) else rank}
-        rules["cache"] = None if cache == "none" else read_cache(cache) if isinstance(cache, str) else cache
+    for length, commit, rank, cache in product(lengths, commits, ranks, caches):
+        assert commit is not None, "a commit rule is never none"
+        required_rank = commit.required_rank if arguments.commit else None
+        rank = rank or required_rank or (run.rank if run else MaxProb())
         settings: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
         settings |= {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
-        rules["commit"] = read_commit(commit) if isinstance(commit, str) else commit
-        rule = as_commit(rules["commit"])
-        if rule.adaptive and arguments.diffusion_steps and not isinstance(commit, str):
+        if commit.adaptive and arguments.diffusion_steps and not arguments.commit:
             steps = arguments.diffusion_steps[0]
-            reason = f"the run's commit={text_of(commit)} chooses its number of steps"
-            raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit schedule")
-        for steps in dict.fromkeys(numbers_of_steps(rule, length, run_sampler, arguments)):
-            if run_sampler is None or steps != run_settings["diffusion_steps"]:
+            reason = f"the run's commit={commit} chooses its number of steps"
+            raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit Schedule")
+        for steps in dict.fromkeys(numbers_of_steps(commit, length, run, arguments)):
+            if run is None or steps != run.diffusion_steps:
                 # Raise here, before the first forward, instead of in the middle of a sweep.
-                check_steps(steps, length, rule.count)
+                check_steps(steps, length, commit.count)
                 if block_size and steps and length:
                     steps_per_block(steps, [block_size] * -(-length // block_size))
             settings = settings | {"diffusion_steps": steps}
-            names = {"rank": plain(rank), "commit": plain(commit), "cache": plain(cache)}
-            plans.append((settings | names, bind(unmask, settings | rules, run_sampler)))
+            rules = {"rank": rank, "commit": commit, "cache": cache}
+            names = {name: "none" if rule is None else describe(rule) for name, rule in rules.items()}
+            plans.append((settings | names, with_settings(Unmask, settings | rules, run)))
     return plans
 
 
 def numbers_of_steps(
-    rule: Commit, length: int, run_sampler: partial | None, arguments: argparse.Namespace
+    rule: Commit, length: int, run: Unmask | None, arguments: argparse.Namespace
 ) -> Sequence[int | None]:
     """Return the numbers of steps for one rule and length: the passed ones, else the run's, or the length.
 
     An adaptive rule chooses its number of steps, and gets the run's setting.
     """
-    run_steps = settings_of(run_sampler).get("diffusion_steps")
+    run_steps = run.diffusion_steps if run else None
     if rule.adaptive:
         return [run_steps]
     if arguments.diffusion_steps:
         return arguments.diffusion_steps
-    if run_sampler is None:
+    if run is None:
         return [length or None]
     # If --max_new_tokens shortens the completion, it has at most one step per token.
     return [min(run_steps, length) if run_steps and length and arguments.max_new_tokens else run_steps]

@@ -1,20 +1,23 @@
 """`dllm-rl lm-eval`: the command of lm-evaluation-harness, with `--model dllm_rl` as an additional model."""
 
-import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-from dllm_rl.cli.options import open_policy
-from dllm_rl.config import CHOICES
+from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.cli.run_settings import sampler_with
 from dllm_rl.evaluation.lm_eval import HarnessModel
-from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.by_name import READERS, read_rank, required_rank
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.samplers.cache import Cache
+from dllm_rl.samplers.rules import Commit, Rank
 
 from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, whose import says what to install if lm_eval is missing
 from lm_eval.api.registry import register_model  # isort: skip
+
+
+RULES: dict[str, Any] = {"rank": Rank, "commit": Commit, "cache": Cache}
+MAX_NEW_TOKENS = 256  # default of the harness's models, if neither --model_args nor the task sets a length
 
 
 @register_model("dllm_rl")
@@ -25,12 +28,13 @@ class CommandLineModel(HarnessModel):
 
     Args:
         pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
-        likelihood: Name of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): causal for a
-            causal model, else elbo.
+        likelihood: Class of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): Causal for a
+            causal model, else ELBO.
         dtype: dtype of the weights; "auto" (default): as stored.
         device: Device of the weights. None (default): the accelerator, if there is one.
         batch_size, greedy, seed: As in `HarnessModel`.
-        options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`; and likelihood.NAME.
+        options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`, for example
+            commit=Threshold,commit.tau=0.9; and likelihood.NAME.
     """
 
     def __init__(
@@ -51,41 +55,34 @@ class CommandLineModel(HarnessModel):
             model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full"
         )
         policy = open_policy(model_options)
-        likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
-        estimators = CHOICES["likelihood"]
-        if likelihood not in estimators:
-            raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(estimators)}")
-        likelihood_settings: dict[str, Any] = {}
-        sampler_settings: dict[str, Any] = {
-            "temperature": 0.0
-        }  # as in `dllm-rl evaluate`; autoregress's default is 1.0
+        likelihood = likelihood or ("Causal" if policy.spec.attention == "causal" else "ELBO")
         options.pop("max_batch_size", None)  # the harness always passes it; it is for automatic batch sizes
+        fields: dict[str, dict[str, Any]] = {name: {} for name in ("likelihood", *RULES)}
+        passed: dict[str, Any] = {}
         for name, value in options.items():
-            if name.startswith("likelihood."):
-                likelihood_settings[name.removeprefix("likelihood.")] = value
+            method, _, field = name.partition(".")
+            if field and method in fields:
+                fields[method][field] = value
             else:
-                sampler_settings[name] = READERS[name](str(value)) if name in READERS else value
-        if "commit" in options and (rank := required_rank(str(options["commit"]))):
-            sampler_settings.setdefault("rank", read_rank(rank))
-        sampler = sampler_for(policy)
-        check_settings(sampler.__name__, inspect.signature(sampler).bind_partial, sampler_settings)
-        check_settings(likelihood, inspect.signature(estimators[likelihood]).bind, likelihood_settings)
+                passed[name] = value
+        for name, base in RULES.items():
+            if fields[name] and name not in passed:
+                raise ValueError(f"{name}.{min(fields[name])} needs {name}, the class with this setting")
+            if name in passed:
+                (passed[name],) = read_methods(base, name, [str(passed[name])], fields, prefix="")
+        (estimator,) = read_methods(LikelihoodEstimator, "likelihood", [likelihood], fields, prefix="")
+        assert estimator is not None, "likelihood is not none"
+        is_task_length = passed.get("max_new_tokens") is None
+        passed["max_new_tokens"] = MAX_NEW_TOKENS if is_task_length else passed["max_new_tokens"]
         super().__init__(
             policy,
-            sampler=partial(sampler, **sampler_settings),
-            likelihood=estimators[likelihood](**likelihood_settings),
+            sampler=sampler_with(policy, None, passed),
+            is_task_length=is_task_length,
+            likelihood=estimator,
             batch_size=int(batch_size),
             greedy=greedy,
             seed=seed,
         )
-
-
-def check_settings(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if the settings do not fit the parameters of `bind`, the signature of `name`."""
-    try:
-        bind(**settings)
-    except TypeError as error:
-        raise ValueError(f"model_args: {name} {error}") from None
 
 
 def harness_command(arguments: Sequence[str]) -> None:

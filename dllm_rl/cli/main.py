@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dllm_rl.cli.options import add_model_options, open_policy
+from dllm_rl.cli.options import add_model_options, open_policy, read_methods, split_fields
 from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 
 
@@ -24,7 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(commands)
     for add in (add_doctor, add_check_trace, add_verify, add_stop):
         add(commands)
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # The harness has options of its own, which are passed on.
+        words, fields = (words, {}) if words[:1] == ["lm-eval"] else split_fields(words)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments = parser.parse_args(words)
+    arguments.fields = fields
     try:
         check_paths(arguments)
         with imports_interruptible():
@@ -79,23 +86,22 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top_p", type=float)
     suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
     sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
-    rank_help = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: chosen by --commit)"
+    rank_help = "Confidence, MaxProb, Margin, Entropy, RandomOrder or PlackettLuce (default: chosen by --commit)"
     sub.add_argument("--rank", help=rank_help)
-    commit_help = (
-        "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
-    )
+    commit_help = "Schedule (default), Threshold, SoftThreshold ...; its fields are options, as --commit.tau 0.9"
     sub.add_argument("--commit", help=commit_help)
-    sub.add_argument("--cache", help="key-value cache, e.g. prefix, or dual=4 to refresh it every 4 steps")
+    sub.add_argument(
+        "--cache", help="PrefixCache, DualCache or BlockCache; --cache.refresh 4 refreshes it every 4 steps"
+    )
 
 
 def sample(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_passed
+    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, sampler_with
     from dllm_rl.cli.sample import complete, passed_options, print_record, to_problem
 
     run_sampler = sampler_or_note(arguments.model)
-    options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
     chat, blank = arguments.chat, arguments.blank
     texts: list[Any] = arguments.prompts
     if not texts:
@@ -110,7 +116,7 @@ def sample(arguments: argparse.Namespace) -> None:
     record = complete(
         policy,
         problems,
-        with_passed(options, passed_options(arguments), run_sampler),
+        sampler_with(policy, run_sampler, passed_options(arguments)),
         group_size=arguments.group_size,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,
@@ -151,7 +157,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     sub.add_argument(
         "--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)"
     )
-    updates_help = "let requests that send the token replace the weights, as http_engine does"
+    updates_help = "let requests that send the token replace the weights, as HTTPEngine does"
     sub.add_argument("--allow_updates", action="store_true", help=updates_help)
     sub.add_argument("--quantization", default="none", help="quantization scheme of the weights (default none)")
     add_sampler_options(sub)
@@ -201,15 +207,15 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)",
     )
     sub.add_argument(
-        "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
+        "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,Float8WeightOnly"
     )
     sub.add_argument(
         "--rank",
         type=_split_names,
-        help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)",
+        help="e.g. Confidence,MaxProb (default: the one that --commit needs, or the run's)",
     )
-    sub.add_argument("--commit", type=_split_names, help="e.g. schedule,threshold=0.9")
-    sub.add_argument("--cache", type=_split_names, help="e.g. none,dual=4")
+    sub.add_argument("--commit", type=_split_names, help="e.g. Schedule,Threshold, with --commit.tau 0.7,0.9")
+    sub.add_argument("--cache", type=_split_names, help="e.g. none,DualCache, with --cache.refresh 4")
     autoregressive_help = (
         "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
     )
@@ -352,7 +358,7 @@ def lm_eval(arguments: argparse.Namespace) -> None:
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="report where the mismatch of quantized rollouts comes from")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    sub.add_argument("--quantization", help="a scheme, or none (default: the run's, or float8_weight_only)")
+    sub.add_argument("--quantization", help="a scheme, or none (default: the run's, or Float8WeightOnly)")
     sub.add_argument("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
     sub.add_argument(
         "--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)"
@@ -362,7 +368,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
     sub.add_argument("--temperature", type=float, help="default: the run's, or 1")
-    sub.add_argument("--rank", help="default: the run's, or max_prob, which is the default of grpo")
+    sub.add_argument("--rank", help="default: the run's, or MaxProb, which is the default of grpo")
     add_model_options(sub)
     sub.add_argument("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
     sub.add_argument("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
@@ -374,15 +380,12 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    from functools import partial
-
-    from dllm_rl.cli.evaluate import read_schemes
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_passed
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, sampler_with, scheme_of
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import default_max_new_tokens, encode
-    from dllm_rl.samplers import sampler_for
-    from dllm_rl.samplers.by_name import read_rank
+    from dllm_rl.quantization.schemes import Scheme
+    from dllm_rl.samplers.rules import Rank
     from dllm_rl.tasks.protocols import TASKS
 
     if arguments.num_prompts < 1:
@@ -399,24 +402,26 @@ def doctor(arguments: argparse.Namespace) -> int:
     if not problems:
         raise ValueError(f"{arguments.model}: neither its task nor its completions.jsonl has prompts; give --task")
     if recipe is not None and arguments.quantization is None:
-        make_scheme = scheme_of(arguments.model)
+        scheme = scheme_of(arguments.model)
     else:
-        make_scheme = next(iter(read_schemes([arguments.quantization or "float8_weight_only"]).values()))
-    scheme = make_scheme and make_scheme()
+        (scheme,) = read_methods(
+            Scheme, "quantization", [arguments.quantization or "Float8WeightOnly"], arguments.fields
+        )
     passed = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
-    passed["rank"] = arguments.rank and read_rank(arguments.rank)
-    options = {"temperature": 1.0, "rank": read_rank("max_prob")}
-    if (run_sampler := sampler_or_note(arguments.model, "sampler")) is not None:
-        options = dict(run_sampler.keywords)
-    options = with_passed(options, passed)
+    if arguments.rank is not None:
+        (passed["rank"],) = read_methods(Rank, "rank", [arguments.rank], arguments.fields)
+    run_sampler = sampler_or_note(arguments.model, "sampler")
+    if run_sampler is None and passed["temperature"] is None:
+        passed["temperature"] = 1.0
     float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=float32_head)
-    options.setdefault("max_new_tokens", default_max_new_tokens(policy, problems))
+    if run_sampler is None and passed["max_new_tokens"] is None:
+        passed["max_new_tokens"] = default_max_new_tokens(policy, problems)
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"doctor needs a model that unmasks tokens; {policy.spec.name!r} has no mask token")
     if policy.spec.attention == "causal":
-        options = {name: value for name, value in options.items() if name not in ("diffusion_steps", "rank")}
-    sampler = partial(sampler_for(policy), **options)
+        passed = {name: value for name, value in passed.items() if name not in ("diffusion_steps", "rank")}
+    sampler = sampler_with(policy, run_sampler, passed)
     prompts = encode(policy, problems, group_size=2)
     report = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(report, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))

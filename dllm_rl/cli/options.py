@@ -1,17 +1,121 @@
 """The options of every command that opens a model, and the policy that they select."""
 
 import argparse
+import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from dllm_rl.members import import_function
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
     from dllm_rl.manifest import Check
     from dllm_rl.models.base import Policy
+    from dllm_rl.records import Record
+
+Method = TypeVar("Method", bound="Record")
+# Options whose value is a class's name. Its fields are options too: `--commit Threshold --commit.tau 0.9`.
+METHODS = ("rank", "commit", "cache", "quantization")
+
+
+def split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Split the arguments of a command into those for argparse, and the fields of METHODS: {"commit": {"tau": 0.9}}."""
+    rest: list[str] = []
+    fields: dict[str, dict[str, Any]] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        path, equals, text = word.removeprefix("--").partition("=")
+        method, _, field = path.partition(".")
+        if not word.startswith("--") or method not in METHODS or not field:
+            rest.append(word)
+            continue
+        if not equals:
+            if not words:
+                raise ValueError(f"{word} needs a value")
+            text = words.pop(0)
+        fields.setdefault(method, {})[field] = read_value(text)
+    return rest, fields
+
+
+def read_value(text: str) -> Any:
+    """Return the value that text stands for in YAML; None for "none"."""
+    import yaml  # local: not needed for --help
+
+    if text == "none":
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the class refuses it, if its field is no text
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+    return value
+
+
+def read_methods(
+    base: "type[Method]",
+    option: str,
+    names: Sequence[str],
+    fields: Mapping[str, Mapping[str, Any]],
+    *,
+    prefix: str = "--",
+) -> "list[Method | None]":
+    """Return the methods that an option names, with the fields that other options set; None for "none".
+
+    A field is set in each of the named classes that has it.
+
+    Args:
+        base: Base class of the methods.
+        option: Name of the option.
+        names: Names of the classes, the option's value.
+        fields: Values of the fields, as `split_fields` returns them.
+        prefix: Text before an option's name where the user writes it, for error messages.
+
+    Raises:
+        ValueError: A class or a field is unknown, or a value is missing or wrong.
+    """
+    from dllm_rl.records import annotations_of, make_record, required_settings, subclass_named
+
+    settings = fields.get(option, {})
+    classes = [None if name == "none" else subclass_named(base, name, option) for name in names]
+    for field in settings:
+        if not any(record is not None and field in annotations_of(record) for record in classes):
+            raise ValueError(f"{prefix}{option}.{field} is no setting of {', '.join(names)}; leave it out")
+    methods: list[Any] = []
+    for record in classes:
+        if record is None:
+            methods.append(None)
+            continue
+        own = {field: value for field, value in settings.items() if field in annotations_of(record)}
+        if missing := sorted(required_settings(record).keys() - own.keys()):
+            raise ValueError(f"{prefix}{option} {record.__name__} needs {prefix}{option}.{missing[0]}")
+        try:
+            methods.append(make_record(record, own))
+        except ValueError as error:
+            raise ValueError(f"{prefix}{option} {record.__name__}: {error}") from None
+    return methods
+
+
+def import_function(path: str, text: str) -> Callable:
+    """Import the function that `text`, MODULE:FUNCTION, names; errors name the option `path`."""
+    module_name, _, name = text.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(import_module(module_name), name, None)
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
+        raise ValueError(
+            f"--{path} {text!r}: {error}; give MODULE:FUNCTION, with the module in the working folder or in PYTHONPATH"
+        ) from None
+    if not callable(function):
+        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}, and no class")
+    return function
 
 
 def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:

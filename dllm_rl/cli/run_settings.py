@@ -1,20 +1,21 @@
 """Read the task, samplers and quantization scheme of a run, for commands called without options for them."""
 
-import ast
-import inspect
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.records import annotations_of, from_json, make_record
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
-Call = tuple[str, dict[str, Any]]  # a function's name and its keyword arguments
+if TYPE_CHECKING:
+    from dllm_rl.models.base import Policy
+    from dllm_rl.quantization.schemes import Scheme
+    from dllm_rl.samplers import Sampler
 
 
 def recipe_of(model: str) -> dict[str, Any] | None:
@@ -32,7 +33,7 @@ def recipe_of(model: str) -> dict[str, Any] | None:
     return recipe
 
 
-def task_of(model: str) -> Call:
+def task_of(model: str) -> tuple[str, dict[str, Any]]:
     """Return the name, as in --task, and the settings of the held-out task that a run was evaluated on.
 
     Raises:
@@ -45,13 +46,19 @@ def task_of(model: str) -> Call:
         raise ValueError(
             f"task is not given, and {model!r} is not the folder of a run with a task; use {', '.join(TASKS)}"
         )
-    text = recipe.get("eval_task")
-    call = read_call(text)
-    for name, task in TASKS.items():
-        if call is not None and task.__name__ == call[0] and call[1].keys() <= parameters_of(task):
-            return name, call[1]
+    stored = recipe.get("eval_task")
+    if isinstance(stored, dict):
+        for name, task in TASKS.items():
+            settings = {field: _tuples(value) for field, value in stored["init_args"].items()}
+            if task.__name__ == stored["class_path"] and settings.keys() <= annotations_of(task).keys():
+                return name, settings
     remedy = "give --task, also as MODULE:NAME, or call dllm_rl.evaluate in the script"
-    raise ValueError(f"{model}: a script defines its task, {text}; {remedy}")
+    raise ValueError(f"{model}: a script defines its task, {stored}; {remedy}")
+
+
+def _tuples(value: Any) -> Any:
+    """Return a stored value with tuples in place of JSON's lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def problems_of(model: str, count: int) -> list[Problem]:
@@ -73,7 +80,7 @@ def problems_of(model: str, count: int) -> list[Problem]:
 def logged_problems(model: str) -> list[Problem]:
     """Return the distinct prompts of a run's completions.jsonl."""
     path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
-    if sampler is None or sampler.keywords.get("max_new_tokens") == 0 or not path.is_file():
+    if sampler is None or sampler.max_new_tokens == 0 or not path.is_file():
         return []
     prompts = {str(row.get("prompt")): row.get("prompt") for row in current_rows(path)}
     return [Problem(prompt) for prompt in prompts.values() if is_prompt(prompt)]
@@ -95,38 +102,25 @@ def form_of_prompts(model: str) -> tuple[bool, str | None]:
     return chat, problem[0].blank if problem else None
 
 
-def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
+def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     """Return the sampler of a run's evaluations, or of its rollouts (field="sampler").
 
     None if the folder is not a run's, or if the sampler or one of its rules is defined in a script.
     """
-    from dllm_rl.samplers.autoregress import autoregress
-    from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
-    from dllm_rl.samplers.renoise import renoise
-    from dllm_rl.samplers.unmask import unmask
+    from dllm_rl.samplers import Sampler
+    from dllm_rl.serving.engine import HTTPSampler  # noqa: F401  so that its name is known
 
     recipe = recipe_of(model)
-    call = read_call(recipe.get(field)) if recipe else None
-    samplers = {function.__name__: function for function in (unmask, autoregress, renoise)}
-    sampler = samplers.get(call[0]) if call else None
-    if call is None or sampler is None or not call[1].keys() <= parameters_of(sampler):
+    if recipe is None:
         return None
-    keywords = dict(call[1])
-    cache_classes = {cache.__name__: cache for cache in CACHES.values()}
-    for option, choices in (("rank", RANKS), ("commit", COMMITS), ("cache", cache_classes)):
-        if isinstance(keywords.get(option), tuple):
-            name, bound_keywords = keywords[option]
-            if name not in choices or any(isinstance(value, tuple) for value in bound_keywords.values()):
-                return None  # a rule of a script, or a rule that binds another function
-            rule_or_cache = choices[name]
-            if option == "cache":
-                keywords[option] = rule_or_cache(**bound_keywords)
-            else:
-                keywords[option] = partial(rule_or_cache, **bound_keywords) if bound_keywords else rule_or_cache
-    return partial(sampler, **keywords)
+    try:
+        sampler: Sampler = from_json(Sampler, recipe.get(field), field)
+    except ValueError:
+        return None
+    return sampler
 
 
-def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
+def sampler_or_note(model: str, field: str = "eval_sampler") -> "Sampler | None":
     """Return `sampler_of`, and print a note if the run has a sampler that only its script can make."""
     sampler, recipe = sampler_of(model, field), recipe_of(model)
     if sampler is None and recipe is not None:
@@ -137,69 +131,63 @@ def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
     return sampler
 
 
-def with_passed(
-    run_options: dict[str, Any], passed: dict[str, Any], run_sampler: partial | None = None
-) -> dict[str, Any]:
-    """Return a run's sampler options, overridden by the passed ones that are not None.
+def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mapping[str, Any]) -> "Sampler":
+    """Return the sampler of a command: a run's, or the default of the policy's class, with the passed settings.
 
     If max_new_tokens is passed without diffusion_steps, the run's number of steps is capped at max_new_tokens, except
-    for `renoise`, whose steps are those of a canvas.
+    for `Renoise`, whose steps are those of a canvas.
+
+    Args:
+        policy: Policy that samples.
+        run_sampler: The run's sampler. None: 16 tokens at temperature 0.
+        passed: Settings by name; None for those that were not passed.
+
+    Raises:
+        ValueError: The policy's sampler has no such setting, or a value is wrong.
     """
-    from dllm_rl.samplers.renoise import renoise
+    from dllm_rl.samplers import Renoise, Unmask, sampler_for
+    from dllm_rl.serving.settings import with_required_rank
 
-    options = run_options | {name: value for name, value in passed.items() if value is not None}
-    steps, length = options.get("diffusion_steps"), passed.get("max_new_tokens")
-    is_per_canvas = run_sampler is not None and run_sampler.func is renoise
-    if passed.get("diffusion_steps") is None and steps is not None and length and not is_per_canvas:
-        options["diffusion_steps"] = min(steps, length)
-    return options
+    sampler = sampler_for(policy)
+    changes = {name: value for name, value in passed.items() if value is not None}
+    if sampler is Renoise and not changes.get("temperature"):  # it has a schedule of temperatures
+        changes.pop("temperature", None)
+    for name in changes:
+        if name not in annotations_of(sampler):
+            kind = "diffusion models" if policy.spec.attention == "causal" else "other models"
+            raise ValueError(
+                f"{name} is for {kind}; the sampler of {policy.spec.name!r} is {sampler.__name__}: leave it out"
+            )
+    if isinstance(run_sampler, sampler):
+        length, steps = changes.get("max_new_tokens"), getattr(run_sampler, "diffusion_steps", None)
+        if length and steps is not None and "diffusion_steps" not in changes and sampler is not Renoise:
+            changes["diffusion_steps"] = min(steps, length)
+        made: Sampler = run_sampler.replace(**changes)
+    else:
+        defaults: dict[str, Any] = {"max_new_tokens": policy.spec.block_size if sampler is Renoise else 16}
+        if sampler is not Renoise:
+            defaults["temperature"] = 0.0
+        made = make_record(sampler, defaults | changes)
+    if isinstance(made, Unmask) and "commit" in changes and "rank" not in changes:
+        return with_required_rank(made)
+    return made
 
 
-def scheme_of(model: str) -> Callable[[], Any] | None:
-    """Return the function that makes the quantization scheme of a run's rollouts.
+def scheme_of(model: str) -> "Scheme | None":
+    """Return the quantization scheme of a run's rollouts.
 
     None for rollouts in full precision, and for a folder that is not a run's.
 
     Raises:
         ValueError: A script defines the scheme.
     """
-    from dllm_rl.recipe import CHOICES
+    from dllm_rl.quantization.schemes import Scheme
 
-    text = (recipe_of(model) or {}).get("rollout_quantization")
-    if text is None:
+    stored = (recipe_of(model) or {}).get("rollout_quantization")
+    if stored is None:
         return None
-    name, keywords = read_call(text) or (text, {})
-    make = CHOICES["rollout_quantization"].get(name)
-    if make is None or not keywords.keys() <= parameters_of(make):
-        raise ValueError(f"{model}: a script defines its rollout_quantization, {text}; give --quantization")
-    return partial(make, **keywords)
-
-
-def read_call(text: Any) -> Call | None:
-    """Parse text such as `Sudoku(split='test', clues=(1, 3))` into the function's name and its keywords.
-
-    A value is a number, text, a tuple of these, or the name and keywords of another call. Nothing is executed. None if
-    the text is not such a call.
-    """
     try:
-        parsed = ast.parse(text, mode="eval").body if isinstance(text, str) else None
-        return _call(parsed) if isinstance(parsed, ast.Call) else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _call(node: ast.Call) -> Call:
-    if not isinstance(node.func, ast.Name) or node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("not a call of a name with keywords")
-    return node.func.id, {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):
-        return node.id, {}
-    return _call(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
-
-
-def parameters_of(function: Callable) -> set[str]:
-    """Return the names of a function's parameters."""
-    return set(inspect.signature(function).parameters)
+        scheme: Scheme = from_json(Scheme, stored, "rollout_quantization")
+    except ValueError:
+        raise ValueError(f"{model}: a script defines its rollout_quantization, {stored}; give --quantization") from None
+    return scheme

@@ -1,29 +1,27 @@
 """`dllm-rl sample`: complete prompts, and show the steps in the terminal, or as JSON."""
 
 import argparse
-import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dllm_rl.cli.options import read_methods
 from dllm_rl.device import device_name
-from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode, full_texts, written_tokens
+from dllm_rl.records import Record, describe
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import READERS, required_rank
-from dllm_rl.samplers.renoise import renoise
+from dllm_rl.samplers import Renoise, Sampler, Unmask
+from dllm_rl.samplers.cache import Cache
+from dllm_rl.samplers.rules import Commit, Rank
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem, shown_prompt
 from dllm_rl.types import Rollout
@@ -32,7 +30,7 @@ from dllm_rl.types import Rollout
 def complete(
     policy: Policy,
     problems: Sequence[Problem],
-    options: Mapping[str, Any],
+    sampler: Sampler,
     *,
     group_size: int = 1,
     seed: int = 0,
@@ -43,22 +41,20 @@ def complete(
     Args:
         policy: Policy that completes the problems.
         problems: Problems. If a problem has a `blank`, every occurrence of that text in its prompt is filled in.
-        options: Settings of the policy's sampler. None means the sampler's default.
+        sampler: Sampler for the policy.
         group_size: Completions of each problem. Default: 1.
         seed: Seed of the sampler. Default: 0.
         seconds_per_step: Show each step on the terminal, and wait for this time. None (default): show nothing.
 
     Raises:
-        ValueError: There are no problems, or an option does not apply to the policy's sampler.
+        ValueError: There are no problems, or the sampler is not for the policy.
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     prompts = encode(policy, problems, group_size=group_size)
-    options = check_options(policy, {name: value for name, value in options.items() if value is not None})
-    sampler = partial(sampler_for(policy), **options)
     texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
     start_time = time.perf_counter()  # the encoding of the prompts is not timed
-    if seconds_per_step is None or sampler.func is autoregress:  # autoregress has no on_step
+    if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others have no on_step
         rollout = sampler(policy, prompts, generator_for(seed))
     else:
         with live_view(policy, texts, seconds_per_step) as show_step:
@@ -72,17 +68,15 @@ def complete(
 
 
 def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the options of `add_sampler_options`; None for an option that was not passed.
-
-    If --commit is passed without --rank, `arguments.rank` is set to the rank that the commit rule requires.
-    """
-    if arguments.commit is not None and arguments.rank is None:
-        arguments.rank = required_rank(arguments.commit)
+    """Return the values of the options of `add_sampler_options`; None for an option that was not passed."""
     names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
     passed = {name: getattr(arguments, name) for name in names}
-    for name, read in READERS.items():
+    bases: dict[str, type[Record]] = {"rank": Rank, "commit": Commit, "cache": Cache}
+    for name, base in bases.items():
         text = getattr(arguments, name)
-        passed[name] = None if text is None else read(text)
+        if text is None and name in arguments.fields:
+            raise ValueError(f"--{name}.{min(arguments.fields[name])} needs --{name}, the class with this setting")
+        passed[name] = None if text is None else read_methods(base, name, [text], arguments.fields)[0]
     return passed
 
 
@@ -94,26 +88,6 @@ def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
-
-
-def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the options against the policy's sampler, and return the options to pass to it.
-
-    Raises:
-        ValueError: The sampler has no such option.
-    """
-    if sampler_for(policy) is renoise:
-        options = dict(options)
-        if not options.get("temperature"):  # 0 is the command's default: renoise keeps its temperature schedule
-            options.pop("temperature", None)
-        if unknown := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
-            raise ValueError(f"{unknown[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
-        return options
-    unknown = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
-    if unknown and sampler_for(policy) is autoregress:
-        model_name = type(policy.module).__name__
-        raise ValueError(f"{unknown[0]} is for diffusion models; {model_name} is causal: leave it out")
-    return dict(options)
 
 
 @contextmanager

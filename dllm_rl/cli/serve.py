@@ -6,23 +6,19 @@ import socket
 import sys
 from typing import Any
 
-from dllm_rl.cli.evaluate import read_schemes
-from dllm_rl.cli.options import open_policy
-from dllm_rl.cli.run_settings import sampler_or_note, with_passed
-from dllm_rl.cli.sample import check_options, passed_options
+from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.cli.run_settings import sampler_or_note, sampler_with
+from dllm_rl.cli.sample import passed_options
+from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Scheme
+from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
 from dllm_rl.serving.openai_api import Limits
 from dllm_rl.serving.server import Server, ServerSettings, check_access_settings
 from dllm_rl.serving.settings import check_number_of_steps
-
-# Settings of a run's sampler that a server leaves out: compile_step would compile a graph for each shape of a batch,
-# and confidence_radius only records, for likelihoods with informed_masking.
-NOT_SERVED = ("compile_step", "confidence_radius")
 
 
 def serve_command(arguments: argparse.Namespace) -> None:
@@ -45,17 +41,19 @@ def serve_command(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     check_access_settings(arguments.host, settings)
-    options = sampler_options(arguments)
-    (scheme,) = read_schemes([arguments.quantization]).values()
+    passed = passed_options(arguments)
+    if arguments.max_new_tokens == 0:
+        raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
+    (scheme,) = read_methods(Scheme, "quantization", [arguments.quantization], arguments.fields)
+    run_sampler = sampler_or_note(arguments.model)
     # Before the model is loaded, so that a port in use is known at once.
     with socket.create_server((arguments.host, arguments.port), family=_family(arguments.host)) as listener:
         policy = open_policy(arguments)
         learner = policy if arguments.allow_updates else None
         if scheme is not None:
-            policy = quantized_copy(policy, scheme())
-        defaults = check_options(policy, {name: value for name, value in options.items() if value is not None})
-        if sampler_for(policy) is unmask:
-            check_number_of_steps(defaults)
+            policy = quantized_copy(policy, scheme)
+        defaults = served_sampler(policy, run_sampler, passed)
+        check_number_of_steps(defaults)
         batcher = Batcher(
             policy,
             defaults,
@@ -73,17 +71,14 @@ def serve_command(arguments: argparse.Namespace) -> None:
             batcher.close()
 
 
-def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the passed options, and for the others the run's evaluation sampler or the defaults of `sample`."""
-    run_sampler = sampler_or_note(arguments.model)
-    options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
-    for name in NOT_SERVED:
-        options.pop(name, None)
-    if options.get("max_new_tokens") == 0:  # the run fills in blanks of prompts, which the server does not do
-        options = {name: value for name, value in options.items() if name != "diffusion_steps"} | {"max_new_tokens": 16}
-    if arguments.max_new_tokens == 0:
-        raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
-    return with_passed(options, passed_options(arguments), run_sampler)
+def served_sampler(policy: Policy, run_sampler: Sampler | None, passed: dict[str, Any]) -> Sampler:
+    """Return the sampler of requests that set nothing: the run's, or the default of `sample`, with passed settings."""
+    if isinstance(run_sampler, Unmask):
+        # compile_step would compile a graph for each shape of a batch, and confidence_radius only records.
+        run_sampler = run_sampler.replace(compile_step=False, confidence_radius=None)
+        if run_sampler.max_new_tokens == 0:  # the run fills in blanks of prompts, which the server does not do
+            run_sampler = run_sampler.replace(max_new_tokens=16, diffusion_steps=None)
+    return sampler_with(policy, run_sampler, passed)
 
 
 def _family(host: str) -> socket.AddressFamily:

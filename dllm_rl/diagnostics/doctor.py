@@ -20,7 +20,7 @@ from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.diagnostics.routing import routing_counts
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
@@ -36,17 +36,17 @@ ADVICE = {
     "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
-    "routing": "take the rollout's experts again (router_replay='R3'), correct for it (tis, ais), or keep more bits",
-    "quantized weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
-    "quantized activations": "correct for it (tis, ais), align the forward (qarl), or quantize weights only",
+    "routing": "take the rollout's experts again (router_replay='R3'), correct for it (TIS, AIS), or keep more bits",
+    "quantized weights": "correct for it (TIS, AIS), align the forward (QaRL), or keep more bits",
+    "quantized activations": "correct for it (TIS, AIS), align the forward (QaRL), or quantize weights only",
     "stale weights": "call sync_weights after every update",
     "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
     "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
 }
 ORDER_ADVICE = (
-    "no weight corrects it: roll out in an order that does not depend on the weights (rank=random), in one whose "
-    "probability trajectory() scores (rank=confidence), align the forward (qarl), or keep more bits"
+    "no weight corrects it: roll out in an order that does not depend on the weights (rank=RandomOrder()), in one "
+    "whose probability Trajectory scores (rank=Confidence()), align the forward (QaRL), or keep more bits"
 )
 PADDING = 3  # columns that are added on the left to measure the effect of padding
 
@@ -163,7 +163,7 @@ def diagnose(  # noqa: PLR0913
         config: Quantization of the rollout. None (default): the quantization of rollout_policy, or none.
         prompts: Prompts to sample, with `group_size` completions each.
         sampler: Sampler of the rollout, with its settings bound.
-        likelihood: Estimator of the log-probs. None (default): the exact one, `trajectory` or `causal`.
+        likelihood: Estimator of the log-probs. None (default): the exact one, `Trajectory` or `Causal`.
         rollout_policy: Policy that samples. Pass a run's rollout policy to detect stale weights or another precision.
             None (default): a new copy of the learner, quantized by `config`.
         learner_sampling_params: Sampling parameters for the learner's log-probs. None (default): the rollout's.
@@ -180,7 +180,7 @@ def diagnose(  # noqa: PLR0913
     """
     config = getattr(rollout_policy, "quantization", None) if config is None else config
     rollout_policy = quantized_copy(policy, config) if rollout_policy is None else rollout_policy
-    exact = causal() if policy.spec.attention == "causal" else trajectory()
+    exact = Causal() if policy.spec.attention == "causal" else Trajectory()
     likelihood = exact if likelihood is None else likelihood
     score = partial(likelihood.logprobs, micro_batch_size=micro_batch_size)
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))

@@ -15,12 +15,12 @@ from torch import Generator, Tensor
 
 from dllm_rl.diagnostics.traces import has_logprobs
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import process
 from dllm_rl.samplers.choose import rank_positions
-from dllm_rl.samplers.records import RANKS, Rank, as_rank
+from dllm_rl.samplers.rules import DETERMINISTIC, Rank
 from dllm_rl.screen import NARROW, literal
 from dllm_rl.types import Rollout, SamplingParams
 
@@ -187,7 +187,7 @@ def replayed(
 
 
 def _exact_estimator(policy: Policy, *, include_order: bool) -> LikelihoodEstimator:
-    return causal() if policy.spec.attention == "causal" else trajectory(include_order=include_order)
+    return Causal() if policy.spec.attention == "causal" else Trajectory(include_order=include_order)
 
 
 def _check_fits(policy: Policy, rollout: Rollout) -> None:
@@ -292,12 +292,12 @@ def _out_of_turn(rollout: Rollout) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B
 def _after_a_gap(rollout: Rollout) -> Bool[Tensor, "B T"]:
     """Return the tokens of steps whose preceding step wrote nothing in their row. The first step must be step 0.
 
-    Two rules may write nothing in a step, so their gaps are allowed: `origin`, whose rank is random, and
-    `late_schedule` in the first steps of a block with more steps than positions, which then writes one position a step.
+    Two rules may write nothing in a step, so their gaps are allowed: `Origin`, whose rank is random, and
+    `LateSchedule` in the first steps of a block with more steps than positions, which then writes one position a step.
     """
     after_gap = torch.zeros_like(rollout.completion_mask)
     order = rollout.order
-    if order is not None and order.rank_name == "random":
+    if order is not None and order.rank_name == "RandomOrder":
         return after_gap
     for row, mask in enumerate(rollout.completion_mask & (rollout.unmask_step >= 0)):
         used, counts = rollout.unmask_step[row][mask].unique(return_counts=True)
@@ -309,18 +309,12 @@ def _after_a_gap(rollout: Rollout) -> Bool[Tensor, "B T"]:
     return after_gap
 
 
-# Ranks by name whose scores depend only on the tokens so far, not on random numbers.
-DETERMINISTIC: dict[str, Rank] = {
-    rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")
-}
-
-
 def _worse_choices(
     policy: Policy, rollout: Rollout, rank: Rank, tolerance: float, micro_batch_size: int | None
 ) -> Bool[Tensor, "B T"]:
     """Return the tokens that a step wrote although it left a position with a higher score masked in the block."""
     assert rollout.order is not None, "the order is recorded"
-    views = trajectory(include_order=False).draw_views(rollout, Generator().manual_seed(0))
+    views = Trajectory(include_order=False).draw_views(rollout, Generator().manual_seed(0))
     worse = torch.zeros_like(rollout.completion_mask)
     for chunk in row_chunks(rollout, views, micro_batch_size):
         part, part_views = chunk.of(rollout, views)

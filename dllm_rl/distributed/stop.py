@@ -147,7 +147,7 @@ def option_as_written(setting: str, method: str | None, option: str, value: Any)
         value: Value of the option.
     """
     if not _BY_COMMAND.get():
-        return f"{setting}=partial({method}, {option}={value!r})" if method else f"{option}={value!r} in {setting}"
+        return f"{setting}={method}({option}={value!r})" if method else f"{option}={value!r} in {setting}"
     return (f"--{setting} {method} " if method else "") + f"--{setting}.{option} {value}"
 
 

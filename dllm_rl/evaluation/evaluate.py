@@ -10,10 +10,10 @@ from typing import Any
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
 from dllm_rl.evaluation.completions import COSTS, Completions, Rows, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
-from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
+from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
@@ -44,7 +44,7 @@ def evaluate(  # noqa: PLR0913
     Args:
         policy: Policy to evaluate.
         task: Problems and their grader.
-        sampler: `unmask`, `autoregress` or `renoise` with its settings bound.
+        sampler: `Unmask`, `Autoregress` or `Renoise` with its settings.
         seed: Seed of the random numbers. Default: 0.
         batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
             of a problem, even if `samples` exceeds `batch_size`. Default: 256.

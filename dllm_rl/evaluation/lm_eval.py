@@ -1,9 +1,7 @@
 """A policy as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=HarnessModel(...), tasks=[...])`."""
 
-import inspect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 try:
@@ -14,16 +12,15 @@ except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
 from dllm_rl.evaluation.evaluate import row_seeds
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import as_rollout, decode, prompt_ids, text_ids
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import sampler_for
+from dllm_rl.samplers import Autoregress, Sampler, Unmask
 from dllm_rl.tasks.answers import cut
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Prompts
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
-MAX_NEW_TOKENS = 256  # default of the harness's models, if neither the sampler nor the task sets it
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's, all the same
 # Generation settings that the samplers lack, with the value that turns each off.
 OFF = {
@@ -45,10 +42,11 @@ class HarnessModel(TemplateLM):
 
     Args:
         policy: Policy to evaluate.
-        sampler: `unmask` or `autoregress` with its settings bound. It uses `until` of a task's generation settings, and
-            `max_gen_toks` (or another of `LENGTH_NAMES`) if the sampler's max_new_tokens is not bound.
-        likelihood: Estimator of log-probs in nats that needs no recorded unmasking: causal(), elbo(), coupled(),
-            quadrature() ...
+        sampler: `Unmask` or `Autoregress`. Its completions end at `until` of a task's generation settings.
+        likelihood: Estimator of log-probs in nats that needs no recorded unmasking: Causal(), ELBO(), Coupled(),
+            Quadrature() ...
+        is_task_length: Whether `max_gen_toks` of a task's generation settings (or another of `LENGTH_NAMES`) replaces
+            the sampler's max_new_tokens. Default: False.
         batch_size: Rows per forward. Default: 32.
         greedy: Whether to test if greedy decoding gives the continuation of a `loglikelihood` request, which costs one
             forward per token. False: no continuation is reported as greedy. Default: True.
@@ -63,19 +61,21 @@ class HarnessModel(TemplateLM):
         self,
         policy: Policy,
         *,
-        sampler: Callable[..., Rollout],
+        sampler: Sampler,
         likelihood: LikelihoodEstimator,
+        is_task_length: bool = False,
         batch_size: int = 32,
         greedy: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        likelihood.check(policy)
-        if likelihood.name == "trajectory":
-            raise ValueError("likelihood='trajectory' replays a recorded unmasking: use elbo() or coupled()")
+        likelihood.check_policy(policy)
+        if isinstance(likelihood, Trajectory):
+            raise ValueError("likelihood=Trajectory() replays a recorded unmasking: use ELBO() or Coupled()")
         self.policy = policy
         self.sampler = sampler
         self.likelihood = likelihood
+        self.is_task_length = is_task_length
         self.batch_size = batch_size
         self.greedy = greedy
         self.seed = seed
@@ -111,7 +111,7 @@ class HarnessModel(TemplateLM):
             seeds = row_seeds(self.seed, [problems_and_samples[index] for index in indices])
             prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, seeds=seeds)
             generator = generator_for(self.seed, "evaluate")
-            rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)
+            rollout = self.sampler.replace(max_new_tokens=length)(self.policy, prompts, generator)
             for index, text in zip(indices, decode(self.policy, rollout), strict=True):
                 until = settings[index].get("until") or []
                 stops = [until] if isinstance(until, str) else until
@@ -128,11 +128,9 @@ class HarnessModel(TemplateLM):
         given = {name: value for name, value in generation_settings.items() if value is not None}
         if not given.pop("do_sample", True):
             given["temperature"] = 0.0
-        parameters = inspect.signature(self.sampler).parameters
-        own = {name: parameter.default for name, parameter in parameters.items()}
-        is_greedy = not own.get("temperature")  # top_k and top_p then change nothing
+        is_greedy = not getattr(self.sampler, "temperature", None)  # top_k and top_p then change nothing
         for name, off in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0)):
-            here = own.get(name) or off
+            here = getattr(self.sampler, name, None) or off
             value = given.pop(name, here)
             if value != here and (name == "temperature" or not is_greedy):
                 raise ValueError(
@@ -146,9 +144,8 @@ class HarnessModel(TemplateLM):
             if name != "until" and (name not in OFF or value != OFF[name]):
                 remedy = f"give --gen_kwargs {name}={OFF[name]}" if name in OFF else "leave it out of generation_kwargs"
                 raise ValueError(f"the task's {name}={value!r} is no setting of the samplers; {remedy}")
-        if own.get("max_new_tokens") not in (None, inspect.Parameter.empty):
-            return int(own["max_new_tokens"])
-        return int(next(iter(lengths.values()), MAX_NEW_TOKENS))
+        own_length = self.sampler.max_new_tokens
+        return int(next(iter(lengths.values()), own_length)) if self.is_task_length else own_length
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows: list[Pair] = []
@@ -185,11 +182,12 @@ class HarnessModel(TemplateLM):
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Return for each pair whether greedy decoding of the context, one token at a time, gives the continuation."""
-        decoder = partial(sampler_for(self.policy), temperature=0.0)
+        make_decoder = Unmask if self.policy.spec.attention != "causal" else Autoregress
         is_greedy = [False] * len(pairs)
         for length, indices in _batches([len(continuation) for _, continuation in pairs], self.batch_size):
             prompts = Prompts.from_ids([pairs[index][0] for index in indices], pad_id=self.policy.pad_id)
-            decoded = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
+            decoder = make_decoder(max_new_tokens=length, temperature=0.0)
+            decoded = decoder(self.policy, prompts, generator_for(self.seed)).tokens
             for index, tokens in zip(indices, decoded[:, prompts.tokens.shape[1] :].tolist(), strict=True):
                 is_greedy[index] = tokens == list(pairs[index][1])
         return is_greedy

@@ -7,8 +7,7 @@ grow with the number of views.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,11 +16,12 @@ from torch import Generator, Tensor
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.records import Record
 from dllm_rl.types import Rollout, Views
 
 
 def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
-    """Return sum_n coefficient_n * log p(y_t | view n) per position, in nats. This is the default `combine`."""
+    """Return sum_n coefficient_n * log p(y_t | view n) per position, in nats. This is the default of `combine`."""
     total = torch.zeros_like(scores[0])
     # One by one, so that the sum has the same bits as the sampler's record.
     for view_scores, coefficients in zip(scores, views.coefficients, strict=True):
@@ -29,57 +29,77 @@ def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, 
     return total
 
 
-def ignore_advantages(views: Views, advantages: Float[Tensor, " B"]) -> Views:
-    """Return the views unchanged. This is the default `with_advantages`."""
-    return views
-
-
-@dataclass(frozen=True)
-class LikelihoodEstimator:
+class LikelihoodEstimator(Record):
     """An estimate of log p(completion | prompt): pure functions that draw the views and combine their log-probs.
 
-    Use a function of `likelihoods.estimators` (`elbo`, `trajectory`, ...) for a published estimate, and this record for
-    a custom one, which `check_estimator` tests. Contributions are zero outside the completion. Both sides of a ratio
-    must use the same estimator and the same views.
-
-    Args:
-        name: Name of the estimate in error messages.
-        draw_views: Function of the rollout and a generator. It returns the masks and coefficients of every view.
-        combine: Function of the log-probs (N, B, T) and the views. It returns contributions (B, T) in nats and must be
-            differentiable.
-        with_advantages: Function that adapts the views to the advantages (B,). Only `sandwich` needs it.
-        supported_attention: Values of the policy's attention for which the estimate is defined.
-        exact_for_sampler: Whether scoring under the rollout policy equals the sampler's record (`recorded`). If True,
-            the record is reused.
-        scores_order: Whether the views also score an order that has a log-probability (`models.order`).
-        replays_steps: Whether view n shows what the sampler saw before it wrote the tokens that the view scores, and
-            the views are in the sampler's order, as `value_head` requires.
-        is_random: Whether two calls of `draw_views` differ. If True, each inner update may draw separate masks
-            (`Recipe.resample_masks`).
-        reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
-        block_size: Required block size of the policy, for views that mask complete blocks. None: any.
-
-    Attributes:
-        factory: Function that made the estimator, with its keywords, so that the command line can change a keyword. Set
-            by `members.configurable`.
+    Use a class of `likelihoods.estimators` (`ELBO`, `Trajectory`, ...) for a published estimate. For a custom one,
+    subclass this class, override `draw_views` and the properties that differ, and test it by `check_estimator`. Where
+    an estimator is expected, a plain function (rollout, generator) -> Views is one too. Contributions are zero outside
+    the completion. Both sides of a ratio must use the same estimator and the same views.
 
     Example:
-            views = coupled().draw_views(rollout, generator)
-            log_ratio = coupled().logprobs(policy, rollout, views) - coupled().logprobs(other, rollout, views)
+            views = Coupled().draw_views(rollout, generator)
+            log_ratio = Coupled().logprobs(policy, rollout, views) - Coupled().logprobs(other, rollout, views)
     """
 
-    name: str
-    draw_views: Callable[[Rollout, Generator], Views]
-    combine: Callable[[Tensor, Views], Tensor] = weighted_sum
-    with_advantages: Callable[[Views, Tensor], Views] = ignore_advantages
-    supported_attention: tuple[str, ...] = ("full", "block_causal")
-    exact_for_sampler: bool = False
-    scores_order: bool = False
-    replays_steps: bool = False
-    is_random: bool = True
-    reads_confidence_change: bool = False
-    block_size: int | None = None
-    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        """Return the masks and coefficients of every view of the rollout."""
+        raise TypeError(f"{type(self).__name__} must define draw_views(rollout, generator)")
+
+    def combine(self, scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
+        """Return the contributions in nats of the views' log-probs; differentiable. Default: `weighted_sum`."""
+        return weighted_sum(scores, views)
+
+    def with_advantages(self, views: Views, advantages: Float[Tensor, " B"]) -> Views:
+        """Return the views, adapted to the advantages, as `Sandwich` does. Default: unchanged."""
+        return views
+
+    @property
+    def name(self) -> str:
+        """Name of the estimate in messages."""
+        return type(self).__name__
+
+    @property
+    def supported_attention(self) -> tuple[str, ...]:
+        """Values of the policy's attention for which the estimate is defined."""
+        return ("full", "block_causal")
+
+    @property
+    def exact_for_sampler(self) -> bool:
+        """Whether scoring under the rollout policy equals the sampler's record (`recorded`). It is then reused."""
+        return False
+
+    @property
+    def scores_order(self) -> bool:
+        """Whether the views also score an order that has a log-probability (`models.order`)."""
+        return False
+
+    @property
+    def replays_steps(self) -> bool:
+        """Whether view n shows what the sampler saw before it wrote the tokens that the view scores.
+
+        The views must be in the sampler's order. A `ValueModel` requires it.
+        """
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two calls of `draw_views` differ. Inner updates may then draw separate masks (`resample_masks`)."""
+        return True
+
+    @property
+    def reads_confidence_change(self) -> bool:
+        """Whether `draw_views` needs `Rollout.confidence_change`."""
+        return False
+
+    @property
+    def required_block_size(self) -> int | None:
+        """Block size that the policy must have, for views that mask complete blocks. None: any."""
+        return None
+
+    @classmethod
+    def convert(cls, value: Any) -> "LikelihoodEstimator | None":
+        return FunctionLikelihood(function=value) if callable(value) else None
 
     def view_logprobs(
         self,
@@ -102,7 +122,7 @@ class LikelihoodEstimator:
             retain_graphs: Rows whose autograd graphs are retained until their backward: all (True), the marked rows
                 of a mask (B,), or none (False), so that the result has no gradient.
         """
-        self.check(policy)
+        self.check_policy(policy)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
         passes = [(views, retain_graphs is True)]
         if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows
@@ -164,16 +184,47 @@ class LikelihoodEstimator:
         order_status = rollout.order.probability
         return order_status in ("deterministic", "independent") or (order_status != "unknown" and self.scores_order)
 
-    def check(self, policy: Policy) -> None:
+    def check_policy(self, policy: Policy) -> None:
         """Raise ValueError when the estimate does not support this policy's attention or block size."""
         if policy.spec.attention not in self.supported_attention:
             raise ValueError(
                 f"likelihood={self.name!r} is for {' or '.join(self.supported_attention)} attention, but the policy's "
                 f"is {policy.spec.attention!r}; "
-                f"use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
+                f"use {'Causal()' if policy.spec.attention == 'causal' else 'Trajectory()'}"
             )
-        if self.block_size not in (None, policy.spec.block_size):
-            raise ValueError(f"block_size={self.block_size} is not the policy's block size, {policy.spec.block_size}")
+        if self.required_block_size not in (None, policy.spec.block_size):
+            raise ValueError(
+                f"block_size={self.required_block_size} is not the policy's block size, {policy.spec.block_size}"
+            )
+
+
+class FunctionLikelihood(LikelihoodEstimator):
+    """An estimator whose views a function draws.
+
+    Args:
+        function: Function of the rollout and a generator. It returns the masks and coefficients of every view.
+        combine_fn: Function of the log-probs (N, B, T) and the views. It returns contributions (B, T) in nats and must
+            be differentiable. None (default): `weighted_sum`.
+        advantages_fn: Function that adapts the views to the advantages (B,). None (default): unchanged.
+        supported_attention: Values of the policy's attention for which the estimate is defined. Default: full and
+            block_causal.
+        is_random: Whether two calls of `function` differ. Default: True.
+    """
+
+    function: Callable[[Rollout, Generator], Any]
+    combine_fn: Callable[[Tensor, Views], Any] | None = None
+    advantages_fn: Callable[[Views, Tensor], Any] | None = None
+    supported_attention: tuple[str, ...] = ("full", "block_causal")
+    is_random: bool = True
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return self.function(rollout, generator)
+
+    def combine(self, scores: Tensor, views: Views) -> Tensor:
+        return weighted_sum(scores, views) if self.combine_fn is None else self.combine_fn(scores, views)
+
+    def with_advantages(self, views: Views, advantages: Tensor) -> Views:
+        return views if self.advantages_fn is None else self.advantages_fn(views, advantages)
 
 
 def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:

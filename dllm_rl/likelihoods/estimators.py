@@ -11,36 +11,37 @@ of an estimate is its number of forwards of the full batch. docs/methods.md expl
 """
 
 from dataclasses import replace
-from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
 from dllm_rl.likelihoods.events import check_merges, event_views, last_and_first_step
 from dllm_rl.likelihoods.order import add_order_logprobs
 from dllm_rl.likelihoods.packed import packed_views
-from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, renoise_views
+from dllm_rl.likelihoods.renoise import renoise_views
 from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segment_views, segments
-from dllm_rl.members import configurable
+from dllm_rl.records import option
 from dllm_rl.types import Rollout, Views
 
 
-@configurable
-def causal() -> LikelihoodEstimator:
+class Causal(LikelihoodEstimator):
     """Score a completion of an autoregressive policy: log p(y) = sum_t log p(y_t | prompt, y_<t).
 
     Use it for policies with causal attention, and only for them. It is exact and costs one forward.
     """
-    return LikelihoodEstimator("causal", masks.draw_unmasked, supported_attention=("causal",), is_random=False)
+
+    supported_attention = ("causal",)
+    is_random = False
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_unmasked(rollout, generator)
 
 
-@configurable
-@bounded(prompt_mask=Bound(at_least=0, below=1))
-def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
+class OneStep(LikelihoodEstimator):
     """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
 
     Use it if cost matters most: it takes one forward, and with prompt_mask=0 all completions of a prompt share one
@@ -52,23 +53,22 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
 
     Source: d1, arXiv 2504.12216 [paper].
     """
-    draw = partial(masks.draw_fully_masked, prompt_mask=prompt_mask)
-    return LikelihoodEstimator("one_step", draw, is_random=prompt_mask > 0)
+
+    prompt_mask: float = option(default=0.15, at_least=0, below=1)
+
+    @property
+    def is_random(self) -> bool:
+        return self.prompt_mask > 0
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_fully_masked(rollout, generator, prompt_mask=self.prompt_mask)
 
 
-@configurable
-@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0, at_most=1000))
-def elbo(
-    *,
-    num_samples: int = 4,
-    stratified: bool = True,
-    antithetic: bool = False,
-    informed_masking: float | None = None,
-) -> LikelihoodEstimator:
+class ELBO(LikelihoodEstimator):
     """Estimate the any-order ELBO with random masks of exactly k tokens.
 
     Use it as the standard estimate of masked-diffusion models. Some tokens may stay unscored; `antithetic` and
-    `coupled` score every token. The estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is
+    `Coupled` score every token. The estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is
     unbiased for the ELBO and has a high variance.
 
     Args:
@@ -83,55 +83,73 @@ def elbo(
             the sum [ours]. A token with a small c_i, near which the confidence rose little or fell, is masked, and so
             scored, more often: the positions of m are drawn without replacement, with q_i proportional to
             exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k (1/k)
-            E_{m ~ q, |m|=k} sum_{i in m} l_i(m). The sampler records c: sample with `unmask(confidence_radius=10)`,
+            E_{m ~ q, |m|=k} sum_{i in m} l_i(m). The sampler records c: sample with `Unmask(confidence_radius=10)`,
             where 10 is the largest distance of a nearby position. None: uniform masks.
-
-    Raises:
-        ValueError: num_samples is odd with antithetic=True, or informed_masking is set with it.
 
     Source: LLaDA eq. 14; VRPO [paper].
     """
-    if antithetic and num_samples % 2:
-        raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
-    if antithetic and informed_masking is not None:
-        raise ValueError(
-            f"informed_masking={informed_masking} cannot be combined with antithetic=True: the second mask of a pair "
-            "would not be drawn with the chances of informed masking; set antithetic=False, or use coupled"
+
+    num_samples: int = option(default=4, at_least=1)
+    stratified: bool = True
+    antithetic: bool = False
+    informed_masking: float | None = option(default=None, above=0, at_most=1000)
+
+    def check(self) -> None:
+        if self.antithetic and self.num_samples % 2:
+            raise ValueError(
+                f"num_samples={self.num_samples} must be even with antithetic=True; use {self.num_samples + 1}"
+            )
+        if self.antithetic and self.informed_masking is not None:
+            raise ValueError(
+                f"informed_masking={self.informed_masking} cannot be combined with antithetic=True: the second mask of "
+                "a pair would not be drawn with the chances of informed masking; set antithetic=False, or use Coupled"
+            )
+
+    @property
+    def reads_confidence_change(self) -> bool:
+        return self.informed_masking is not None
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_k_masked(
+            rollout,
+            generator,
+            num_samples=self.num_samples,
+            stratified=self.stratified,
+            antithetic=self.antithetic,
+            informed_masking=self.informed_masking,
         )
-    draw = partial(
-        masks.draw_k_masked,
-        num_samples=num_samples,
-        stratified=stratified,
-        antithetic=antithetic,
-        informed_masking=informed_masking,
-    )
-    return LikelihoodEstimator("elbo", draw, reads_confidence_change=informed_masking is not None)
 
 
-@configurable
-@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0, at_most=1000))
-def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
+class Coupled(LikelihoodEstimator):
     """Estimate the any-order ELBO from a mask and its complement, so that every token is scored.
 
-    Use it in place of `elbo` to score every token, at two forwards per sample. The estimate is
+    Use it in place of `ELBO` to score every token, at two forwards per sample. The estimate is
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
     where m has k of the L positions, m^c is its complement, and k is stratified over 0..L. A sum over an empty set is
     0. The estimate is unbiased for the ELBO.
 
     Args:
         num_samples: Number of pairs of masks. Each pair costs two forwards.
-        informed_masking: Strength of Informed Masking, with which m is drawn as in `elbo`. The expectation is then not
+        informed_masking: Strength of Informed Masking, with which m is drawn as in `ELBO`. The expectation is then not
             the ELBO. None: uniform masks.
 
     Source: the form that ESPO uses [paper].
     """
-    draw = partial(masks.draw_coupled, num_samples=num_samples, informed_masking=informed_masking)
-    return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
+
+    num_samples: int = option(default=1, at_least=1)
+    informed_masking: float | None = option(default=None, above=0, at_most=1000)
+
+    @property
+    def reads_confidence_change(self) -> bool:
+        return self.informed_masking is not None
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_coupled(
+            rollout, generator, num_samples=self.num_samples, informed_masking=self.informed_masking
+        )
 
 
-@configurable
-@bounded(nodes=Bound(at_least=1))
-def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
+class Quadrature(LikelihoodEstimator):
     """Estimate the any-order ELBO by Gauss-Legendre quadrature over the share of masked tokens.
 
     Use it to estimate the ELBO in few forwards, if a small bias is acceptable. The ELBO is the integral over t in
@@ -142,23 +160,25 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     Args:
         nodes: Number of nodes of the quadrature; each takes one mask and one forward.
 
-    Source: SDMC, from "GDPO" (arXiv 2510.08554) [paper]; `decoupled` implements another method named GDPO. The paper
+    Source: SDMC, from "GDPO" (arXiv 2510.08554) [paper]; `Decoupled` implements another method named GDPO. The paper
     masks tokens independently; masking exactly k tokens is [ours].
     """
-    return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
+
+    nodes: int = option(default=3, at_least=1)
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_quadrature(rollout, generator, nodes=self.nodes)
 
 
-@configurable
-@bounded(block_size=Bound(at_least=1), num_samples=Bound(at_least=1))
-def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
+class BlockELBO(LikelihoodEstimator):
     """Estimate the ELBO of block-wise decoding: one block is partly masked, and later blocks are fully masked.
 
-    Use it for rollouts of `unmask` with a `block_size`. A sample draws one of N blocks, b ~ U{1..N}, stratified over
+    Use it for rollouts of `Unmask` with a `block_size`. A sample draws one of N blocks, b ~ U{1..N}, stratified over
     the samples. Of the L_b tokens of this block it masks a random set m of k tokens, k ~ U{1..L_b}. The estimate is the
     mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks).
     It is unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO
-    given the earlier blocks. The first block starts at the completion's first token, as in `unmask`.
+    given the earlier blocks. The first block starts at the completion's first token, as in `Unmask`.
 
     Args:
         block_size: Number of tokens of a block.
@@ -166,7 +186,12 @@ def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
 
     Source: SPG, arXiv 2510.09541 [paper]. SPG's code also scores later blocks; scoring only the drawn block is [ours].
     """
-    return LikelihoodEstimator("block_elbo", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
+
+    block_size: int = option(at_least=1)
+    num_samples: int = option(default=2, at_least=1)
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return masks.draw_block(rollout, generator, block_size=self.block_size, num_samples=self.num_samples)
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
@@ -196,15 +221,42 @@ def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: 
     return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.coefficients))
 
 
-@configurable
-@bounded(beta=Bound(at_least=0.01, at_most=10**6))
-def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+class _FromBase(LikelihoodEstimator):
+    """An estimator that combines the views of another one, `base`, in its own way."""
+
+    base: LikelihoodEstimator = Coupled()
+
+    @property
+    def supported_attention(self) -> tuple[str, ...]:
+        return self.base.supported_attention
+
+    @property
+    def replays_steps(self) -> bool:
+        return self.base.replays_steps
+
+    @property
+    def is_random(self) -> bool:
+        return self.base.is_random
+
+    @property
+    def reads_confidence_change(self) -> bool:
+        return self.base.reads_confidence_change
+
+    @property
+    def required_block_size(self) -> int | None:
+        return self.base.required_block_size
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return self.base.draw_views(rollout, generator)
+
+
+class EUBO(_FromBase):
     """Estimate SPG's evidence upper bound (EUBO) from the masks that another estimator draws.
 
-    Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The contribution of position
+    Use `Sandwich` instead to apply the upper bound only to rows with a negative advantage. The contribution of position
     i is (1/beta) log sum_n w_n p_i(m_n)^beta. The sum covers the views n of `base` that score position i; m_n is the
     view's mask and w_n its weight. SPG writes the sum as a mean of p_i^beta / t over masks. The cost is the cost of
-    `base`, by default `coupled()`.
+    `base`, by default Coupled().
 
     If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). For
     beta >= L it is an upper bound of log p(y) (by Hoelder's inequality). For beta < L it is certain to be an upper
@@ -215,62 +267,51 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 
     Args:
         beta: Exponent of the probabilities, in [0.01, 1e6].
-        base: Estimator that draws the masks and their weights, with its settings: one of elbo, coupled, quadrature and
-            block_elbo. None: `coupled()`.
+        base: Estimator that draws the masks and their weights, with its settings: one of ELBO, Coupled, Quadrature
+            and BlockELBO. Default: Coupled().
 
     Source: SPG, arXiv 2510.09541 [paper]. SPG's code divides by the number of scored tokens.
     """
-    base = coupled() if base is None else base
-    combine = partial(upper_bound, beta=beta)
-    return replace(base, name="eubo", exact_for_sampler=False, scores_order=False, combine=combine)
+
+    beta: float = option(default=1.5, at_least=0.01, at_most=10**6)
+
+    def combine(self, scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
+        return upper_bound(scores, views, beta=self.beta)
 
 
-@configurable
-@bounded(beta=Bound(at_least=0.01, at_most=10**6), mix=Bound(at_least=0, at_most=1))
-def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+class Sandwich(_FromBase):
     """Score rows by the ELBO if their advantage is >= 0, else by mix * EUBO + (1 - mix) * ELBO, as SPG does.
 
     Use it so that training on a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both
-    bounds are computed from the same views, which `base` draws (see `eubo`; by default `coupled()`).
+    bounds are computed from the same views, which `base` draws (see `EUBO`; by default Coupled()).
 
     Args:
         beta: Exponent of the upper bound, in [0.01, 1e6].
         mix: Weight of the upper bound, in [0, 1].
-        base: Estimator that draws the masks of both bounds, with its settings. None: `coupled()`.
+        base: Estimator that draws the masks of both bounds, with its settings. Default: Coupled().
 
     Source: SPG, arXiv 2510.09541, and its code [paper]. Here the estimate enters a clipped ratio, per token, and is not
     divided by the number of tokens [ours].
     """
-    base = coupled() if base is None else base
-    combine = partial(mixed_bounds, beta=beta)
-    with_advantages = partial(upper_where_negative, mix=mix)
-    return replace(
-        base,
-        name="sandwich",
-        exact_for_sampler=False,
-        scores_order=False,
-        combine=combine,
-        with_advantages=with_advantages,
-    )
+
+    beta: float = option(default=1.5, at_least=0.01, at_most=10**6)
+    mix: float = option(default=0.5, at_least=0, at_most=1)
+
+    def combine(self, scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
+        return mixed_bounds(scores, views, beta=self.beta)
+
+    def with_advantages(self, views: Views, advantages: Float[Tensor, " B"]) -> Views:
+        return upper_where_negative(views, advantages, mix=self.mix)
 
 
-@configurable
-@bounded(num_segments=Bound(at_least=1), block_size=Bound(at_least=1), num_sampled_steps=Bound(at_least=1))
-def trajectory(
-    *,
-    num_segments: int | None = None,
-    block_size: int | None = None,
-    include_order: bool = True,
-    num_sampled_steps: int | None = None,
-    self_conditioning: str = "detached",
-) -> LikelihoodEstimator:
+class Trajectory(LikelihoodEstimator):
     """Score a rollout by replaying its recorded unmasking steps.
 
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
     segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
     one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
     order. With `num_sampled_steps=n`, n random steps of a row's N steps are scored, with coefficient N / min(n, N).
-    `self_conditioning` applies to rollouts of `renoise` only.
+    `self_conditioning` applies to rollouts of `Renoise` only.
 
     If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
     log-probability of the order, it is added (`include_order`). With the sampler setting rank=confidence, every
@@ -280,9 +321,9 @@ def trajectory(
     The row's sum is then the exact log-probability of tokens AND order. With other settings whose order depends on the
     drawn tokens, the order is left out, and a run prints a warning.
 
-    A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed write by write [ours]: the tokens and masks that
+    A rollout that rewrites tokens (`Remask`, `SoftEdit`) is replayed write by write [ours]: the tokens and masks that
     each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of
-    `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
+    `Renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
 
     Args:
         num_segments: Number of segments into which a row's steps are merged. Fewer segments cost less, but the estimate
@@ -297,75 +338,72 @@ def trajectory(
         num_sampled_steps: Number of steps (or segments) of each row that are scored. They are drawn without
             replacement, and weighted so that the estimate of the row's sum and, on-policy, of its gradient is unbiased
             [ours]. None: all steps.
-        self_conditioning: Gradient of a rollout of `renoise`, in which each step reads the logits of the previous step.
+        self_conditioning: Gradient of a rollout of `Renoise`, in which each step reads the logits of the previous step.
             "detached" stops the gradient at these logits and needs the memory of one step; "full" differentiates
             through all steps and needs the memory of all steps. The log-probs are the same.
 
-    Raises:
-        ValueError: self_conditioning is neither "detached" nor "full", or num_sampled_steps is set together with
-            block_size.
-
-    Source: TraceRL, and StepMerge of d2 [paper]. With the defaults and rollouts of `unmask(block_size=1)` it is the
+    Source: TraceRL, and StepMerge of d2 [paper]. With the defaults and rollouts of `Unmask(block_size=1)` it is the
     likelihood of JustGRPO (arXiv 2601.15165, its authors' code [paper]).
     """
-    if self_conditioning not in SELF_CONDITIONING:
-        raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
-    if num_sampled_steps is not None and block_size is not None:
-        raise ValueError(
-            f"num_sampled_steps={num_sampled_steps} cannot be combined with block_size={block_size}: leave one at None"
-        )
-    exact = num_segments is None and num_sampled_steps is None  # one view for each step
-    scores_order = exact and include_order  # a merged segment is not a step of the sampler
-    attention: tuple[str, ...] = ("full", "block_causal") if block_size is None else ("block_causal",)
-    if exact and block_size is None:
-        attention = (*attention, "encoder_decoder")
-    draw = partial(
-        trajectory_views,
-        num_segments=num_segments,
-        num_sampled_steps=num_sampled_steps,
-        block_size=block_size,
-        scores_order=scores_order,
-        full=self_conditioning == "full",
-    )
-    return LikelihoodEstimator(
-        "trajectory",
-        draw,
-        supported_attention=attention,
-        exact_for_sampler=exact,
-        scores_order=scores_order,
-        replays_steps=block_size is None,  # else a view holds a step of every block
-        is_random=num_sampled_steps is not None,
-        block_size=block_size,
-    )
 
+    num_segments: int | None = option(default=None, at_least=1)
+    block_size: int | None = option(default=None, at_least=1)
+    include_order: bool = True
+    num_sampled_steps: int | None = option(default=None, at_least=1)
+    self_conditioning: Literal["detached", "full"] = "detached"
 
-def trajectory_views(
-    rollout: Rollout,
-    generator: Generator,
-    *,
-    num_segments: int | None,
-    num_sampled_steps: int | None,
-    block_size: int | None,
-    scores_order: bool,
-    full: bool,
-) -> Views:
-    """Draw the views of `trajectory()`, which binds the keyword arguments. `full`: self_conditioning is "full"."""
-    if rollout.renoised is not None:
-        return renoise_views(rollout, full=full)
-    check_merges(rollout, num_segments)
-    if block_size is not None:
-        views = packed_views(rollout, num_segments=num_segments, block_size=block_size)
-    else:
-        last_step, _ = last_and_first_step(rollout)
-        segment_of_position = segments(last_step, num_segments)
-        if num_sampled_steps is None:
-            view_segments, coefficient = all_segments(segment_of_position), None
+    def check(self) -> None:
+        if self.num_sampled_steps is not None and self.block_size is not None:
+            raise ValueError(
+                f"num_sampled_steps={self.num_sampled_steps} cannot be combined with block_size={self.block_size}: "
+                "leave one at None"
+            )
+
+    @property
+    def supported_attention(self) -> tuple[str, ...]:
+        if self.block_size is not None:
+            return ("block_causal",)
+        return ("full", "block_causal", "encoder_decoder") if self.exact_for_sampler else ("full", "block_causal")
+
+    @property
+    def exact_for_sampler(self) -> bool:
+        return self.num_segments is None and self.num_sampled_steps is None  # one view for each step
+
+    @property
+    def scores_order(self) -> bool:
+        return self.exact_for_sampler and self.include_order  # a merged segment is not a step of the sampler
+
+    @property
+    def replays_steps(self) -> bool:
+        return self.block_size is None  # else a view holds a step of every block
+
+    @property
+    def is_random(self) -> bool:
+        return self.num_sampled_steps is not None
+
+    @property
+    def required_block_size(self) -> int | None:
+        return self.block_size
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        if rollout.renoised is not None:
+            return renoise_views(rollout, full=self.self_conditioning == "full")
+        check_merges(rollout, self.num_segments)
+        if self.block_size is not None:
+            views = packed_views(rollout, num_segments=self.num_segments, block_size=self.block_size)
         else:
-            view_segments, coefficient = sampled_segments(segment_of_position, rollout, generator, num_sampled_steps)
-        if rollout.events is None:
-            views = segment_views(rollout, segment_of_position, view_segments)
-        else:
-            views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
-        if coefficient is not None:
-            views = replace(views, coefficients=views.coefficients * coefficient)
-    return add_order_logprobs(rollout, views) if scores_order else views
+            last_step, _ = last_and_first_step(rollout)
+            segment_of_position = segments(last_step, self.num_segments)
+            if self.num_sampled_steps is None:
+                view_segments, coefficient = all_segments(segment_of_position), None
+            else:
+                view_segments, coefficient = sampled_segments(
+                    segment_of_position, rollout, generator, self.num_sampled_steps
+                )
+            if rollout.events is None:
+                views = segment_views(rollout, segment_of_position, view_segments)
+            else:
+                views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
+            if coefficient is not None:
+                views = replace(views, coefficients=views.coefficients * coefficient)
+        return add_order_logprobs(rollout, views) if self.scores_order else views

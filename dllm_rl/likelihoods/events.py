@@ -1,4 +1,4 @@
-"""Views of a rollout whose commit rule rewrites tokens (`remask`, `soft_edit`): a replay of its recorded events.
+"""Views of a rollout whose commit rule rewrites tokens (`Remask`, `SoftEdit`): a replay of its recorded events.
 
 A view rebuilds the canvas before a step of each position, and scores the tokens that this step wrote.
 """
@@ -70,9 +70,9 @@ def event_views(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
     events = rollout.events
     if events is None or events.depends_on_tokens:
         raise ValueError(
-            "likelihood='trajectory' replays events, but which positions this rollout rewrote depends on the tokens "
-            "drawn (edit, rank=confidence), and its ratios would be biased: use soft_edit or remask with rank=random, "
-            "or one_step(), elbo() or coupled()"
+            "likelihood=Trajectory() replays events, but which positions this rollout rewrote depends on the tokens "
+            "drawn (Edit, Confidence), and its ratios would be biased: use SoftEdit or Remask with rank=RandomOrder(), "
+            "or OneStep(), ELBO() or Coupled()"
         )
     params = rollout.sampling_params
     if params.filters and params.support != "per_policy":

@@ -1,7 +1,7 @@
-"""The log-probability of the order in which a sampler writes the positions, as `trajectory()` scores it.
+"""The log-probability of the order in which a sampler writes the positions, as `Trajectory()` scores it.
 
-Under the rank `confidence`, each view also scores the positions that its step left masked. Under `plackett_luce`, each
-written position also gets the log-prob of being drawn next, and under `soft_threshold` its share of the log-prob of the
+Under the rank `Confidence`, each view also scores the positions that its step left masked. Under `PlackettLuce`, each
+written position also gets the log-prob of being drawn next, and under `SoftThreshold` its share of the log-prob of the
 set of positions that its step wrote. models/order.py and models/soft_threshold.py explain the formulas.
 """
 
@@ -35,7 +35,7 @@ def add_order_logprobs(rollout: Rollout, views: Views) -> Views:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
             "left masked, so their order has no probability; use sampling_support='per_policy', or "
-            "trajectory(include_order=False)"
+            "likelihood=Trajectory(include_order=False)"
         )
     stay_masked = views.masked & (views.coefficients == 0)
     if not any(isinstance(feature, Packed) for feature in views.features):
@@ -66,8 +66,8 @@ class StayMasked(ViewFeature):
 class OrderScoring:
     """Scoring of the tokens of one step and of its choice of positions.
 
-    A written position is scored by the log-prob of its token. Under `confidence`, a position that stays masked is
-    scored by the log-prob of staying masked. Under `plackett_luce` and `soft_threshold` it scores 0, and each written
+    A written position is scored by the log-prob of its token. Under `Confidence`, a position that stays masked is
+    scored by the log-prob of staying masked. Under `PlackettLuce` and `SoftThreshold` it scores 0, and each written
     position also gets the log-prob of its draw, or its share of the log-prob of the set.
     """
 
@@ -100,7 +100,7 @@ class OrderScoring:
         return out.index_copy(0, stay_masked, stay_logps)
 
     def _draw_logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " C"]:
-        """Return the order's log-prob at each written position, under `plackett_luce` or `soft_threshold`."""
+        """Return the order's log-prob at each written position, under `PlackettLuce` or `SoftThreshold`."""
         record, plan = recorded_order(rollout), view_states.plan
         block_ids, width = _block_ids(rollout, plan), rollout.tokens.shape[1]
         assert record.rank_function is not None, "the positions were drawn by scores"
@@ -108,7 +108,7 @@ class OrderScoring:
         if record.soft_threshold_params is not None:
             tau, temperature = record.soft_threshold_params
             return set_logprobs(scores, block_ids, plan.written, width, tau=tau, temperature=temperature)
-        assert record.draw_index is not None, "the order of `plackett_luce`"
+        assert record.draw_index is not None, "the order of `PlackettLuce`"
         draw_index = record.draw_index.flatten()[plan.flat_index]
         draw_index = draw_index.index_fill(0, plan.stay_masked, width)  # positions that stay masked are drawn later
         return order.plackett_luce_logprobs(scores, block_ids, draw_index, plan.written, width)

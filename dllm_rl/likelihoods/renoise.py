@@ -1,4 +1,4 @@
-"""The view of a rollout of `renoise`: it replays every step, and scores the accepted draws.
+"""The view of a rollout of `Renoise`: it replays every step, and scores the accepted draws.
 
 A step draws a token at every position, accepts some of the draws, and replaces the others by random tokens. The
 accepted positions and the end of a canvas are functions of the logits, and random tokens do not depend on the weights.
@@ -22,12 +22,10 @@ from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
 from dllm_rl.models.logprobs import TokenLogprob
 from dllm_rl.types import Renoised, Rollout, Views
 
-SELF_CONDITIONING = ("detached", "full")
-
 
 @dataclass(frozen=True)
 class RenoiseReplay(ViewFeature):
-    """Feature of the view that replays every step of `renoise`.
+    """Feature of the view that replays every step of `Renoise`.
 
     Args:
         full: Whether to differentiate through the self-conditioning. If False, the gradient stops at the previous
@@ -49,7 +47,7 @@ class RenoiseReplay(ViewFeature):
 
 
 def renoise_views(rollout: Rollout, *, full: bool) -> Views:
-    """Return the views of a rollout of `renoise`: a single one, which replays all steps."""
+    """Return the views of a rollout of `Renoise`: a single one, which replays all steps."""
     record = renoise_record(rollout)
     scored = (record.drawn >= 0).any(-1)
     num_steps = int(record.block.amax() + 1) * record.seen.shape[2]
@@ -57,8 +55,8 @@ def renoise_views(rollout: Rollout, *, full: bool) -> Views:
 
 
 def renoise_record(rollout: Rollout) -> Renoised:
-    """Return the steps that `renoise` recorded, which must exist."""
-    assert rollout.renoised is not None, "only `renoise` records its steps"
+    """Return the steps that `Renoise` recorded, which must exist."""
+    assert rollout.renoised is not None, "only `Renoise` records its steps"
     return rollout.renoised
 
 

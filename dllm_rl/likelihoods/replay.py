@@ -1,7 +1,7 @@
 """Router replay (R3): the learner's forwards use the experts that the rollout policy chose.
 
 R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
-from; for the other states the learner's router chooses. Estimates that do not replay the sampler's steps (`causal`,
+from; for the other states the learner's router chooses. Estimates that do not replay the sampler's steps (`Causal`,
 ELBOs) have no such record: the rollout policy scores the rollout first, and the learner uses the experts of this
 forward for all tokens. docs/methods.md explains the tag [paper].
 """

@@ -1,4 +1,4 @@
-"""The views of `trajectory()`: a replay of the rollout's steps.
+"""The views of `Trajectory()`: a replay of the rollout's steps.
 
 View s hides the tokens that were written in segment s or later, and scores those of segment s. A segment is one step,
 or several merged steps.

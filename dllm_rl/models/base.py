@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllm_rl.records import Record, option
+
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
 Attention = Literal["full", "block_causal", "causal", "encoder_decoder"]
@@ -32,8 +34,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Record):
     """Settings of LoRA adapters: W + (alpha / r) B A on linear layers of the blocks.
 
     Use it as `lora` of `load_policy` or a recipe, to train adapters instead of the weights. A is random and B zero, so
@@ -54,20 +55,25 @@ class Lora:
     Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as in peft.
     """
 
-    r: int = 16
+    r: int = option(default=16, at_least=1)
     alpha: float = 32.0
-    dropout: float = 0.0
+    dropout: float = option(default=0.0, at_least=0, below=1)
     targets: tuple[str, ...] | None = None
     experts: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r={self.r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+    def check(self) -> None:
         if self.experts and self.dropout:  # merged weights have no separate input that could be dropped
             raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
+
+    @classmethod
+    def convert(cls, value: Any) -> "Lora | None":
+        """Convert a peft LoraConfig."""
+        if type(value).__module__.partition(".")[0] != "peft":
+            return None
+        from dllm_rl.models.lora import from_peft  # here, because it imports this module
+
+        return from_peft(value)
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

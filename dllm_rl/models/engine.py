@@ -2,36 +2,59 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
+from dllm_rl.records import Record
 
 
-@dataclass(frozen=True)
-class RolloutEngine:
-    """Two functions: `load` makes the policy that samples a run's rollouts, and `sync` updates its weights.
+class RolloutEngine(Record):
+    """An inference engine that samples a run's rollouts in place of a copy of the learner.
 
-    Use it to sample with an inference engine in place of a copy of the learner; `check_engine` tests both functions. An
-    engine that decodes by itself also needs a sampler for `Recipe.sampler`, which receives the policy that `load` made.
-
-    Args:
-        load: Function of the learner. It returns the policy that samplers receive, with the learner's weights and
-            version; see `with_forward`. A new run calls it twice: first for its rehearsal, whose policy it deletes. So
-            the engine must free its resources when its policy is deleted.
-        sync: Function of the learner and that policy. It copies the learner's weights and version to the policy, and
-            returns metrics.
-        is_exclusive: Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too.
-        factory: Function that made the engine, with its keyword arguments, which the command line can change.
+    Subclass it, override `load` and `sync`, and test both by `check_engine`; or wrap two functions by `FunctionEngine`.
+    An engine that decodes by itself also needs a sampler for `Recipe.sampler`, which receives the policy of `load`.
     """
 
-    load: Callable[[Policy], Policy]
-    sync: Callable[[Policy, Policy], dict[str, float]]
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too."""
+        return False
+
+    def load(self, learner: Policy) -> Policy:
+        """Return the policy that samplers receive, with the learner's weights and version; see `with_forward`.
+
+        A new run calls it twice: first for its rehearsal, whose policy it deletes. So the engine must free its
+        resources when its policy is deleted.
+        """
+        raise TypeError(f"{type(self).__name__} must define load(learner)")
+
+    def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
+        """Copy the learner's weights and version to the policy of `load`, and return metrics."""
+        raise TypeError(f"{type(self).__name__} must define sync(learner, policy)")
+
+
+class FunctionEngine(RolloutEngine):
+    """An engine made of two functions.
+
+    Args:
+        load_fn: Function of the learner, see `RolloutEngine.load`.
+        sync_fn: Function of the learner and the policy of `load_fn`, see `RolloutEngine.sync`.
+        is_exclusive: Whether the engine serves one process of a run. Default: False.
+    """
+
+    load_fn: Callable[[Policy], Any]
+    sync_fn: Callable[[Policy, Policy], Any]
     is_exclusive: bool = False
-    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
+
+    def load(self, learner: Policy) -> Policy:
+        return self.load_fn(learner)
+
+    def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
+        return self.sync_fn(learner, policy)
 
 
 def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:

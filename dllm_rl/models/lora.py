@@ -44,20 +44,6 @@ def check_mergeable(lora: Lora) -> None:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
 
 
-def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
-    """Return settings of LoRA adapters: rank 16, alpha 32 and no dropout by default.
-
-    Use it as `lora` of `load_policy` or a recipe; use `Lora` to choose the layers.
-
-    Args:
-        r: Rank of the adapters.
-        alpha: Scale of the adapters, times r.
-        dropout: Dropout rate of the adapters' inputs, in forwards with gradients only.
-        experts: Also adapt each expert of a mixture of experts.
-    """
-    return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
-
-
 def from_peft(config: Any) -> Lora:
     """Convert a peft LoraConfig.
 
@@ -65,7 +51,7 @@ def from_peft(config: Any) -> Lora:
     """
     kind = type(config).__name__
     if kind != "LoraConfig":
-        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or lora_r16")
+        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or Lora(r=16)")
     default = type(config)()
     used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
     ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}

@@ -1,7 +1,7 @@
-"""The log-probability of an order, for the ranks `confidence` and `plackett_luce` of `samplers.rules`.
+"""The log-probability of an order, for the ranks `Confidence` and `PlackettLuce` of `samplers.rules`.
 
-A rank scores the masked positions of a step, and the positions with the highest scores are committed. For `confidence`,
-the order's log-prob is the log-prob that the other positions stay masked. For `plackett_luce`, it is the log-prob that
+A rank scores the masked positions of a step, and the positions with the highest scores are committed. For `Confidence`,
+the order's log-prob is the log-prob that the other positions stay masked. For `PlackettLuce`, it is the log-prob that
 these positions are drawn, in this order.
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose

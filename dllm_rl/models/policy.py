@@ -468,7 +468,7 @@ def as_causal(policy: Policy) -> AutoregressivePolicy:
         if hasattr(layer, "is_causal"):
             layer.is_causal = True
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
-    spec = replace(spec, is_also_causal=False)  # it keeps `mask_id`, which `autoregress` never draws
+    spec = replace(spec, is_also_causal=False)  # it keeps `mask_id`, which `Autoregress` never draws
     causal = make_policy(module, policy.tokenizer, spec)
     assert isinstance(causal, AutoregressivePolicy), "attention='causal'"
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):

@@ -41,6 +41,8 @@ def record_to_json(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
+    if callable(value):
+        return {"rank": True}  # the only function in a rollout
     if is_dataclass(value):
         json_fields = {
             f.name: record_to_json(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)
@@ -48,7 +50,7 @@ def record_to_json(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"record": type(value).__name__, "fields": json_fields}
     if isinstance(value, tuple):
         return {"tuple": [record_to_json(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
-    return {"rank": True} if callable(value) else value  # the rank is the only function in a rollout
+    return value
 
 
 def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) -> Any:

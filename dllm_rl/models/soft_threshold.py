@@ -1,4 +1,4 @@
-"""The probability of the set of positions that a step of the commit rule `soft_threshold` writes [ours].
+"""The probability of the set of positions that a step of the commit rule `SoftThreshold` writes [ours].
 
 Every masked position j of the current block is written independently, with probability
 q_j = sigmoid((logit p_j - logit tau) / temperature), where p_j is the probability of its likeliest token. An empty set

@@ -152,7 +152,7 @@ def tiny_diffusion_gemma(
 ) -> Policy:
     """Make a small DiffusionGemma policy with random weights: an encoder of the text, and a decoder of a noisy canvas.
 
-    Use it to test `renoise`.
+    Use it to test `Renoise`.
 
     Args:
         characters: All characters of prompts and completions, one token each.

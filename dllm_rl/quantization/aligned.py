@@ -109,7 +109,7 @@ class _AlignedExperts(_AlignedLinear):
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
     """In this context, run the learner's linear layers with the rollout's quantized operands, and adapters merged.
 
-    A run with the corrector `aligned` or `qarl` uses it. The first forward after an optimizer step quantizes the
+    A run with the corrector `Aligned` or `QaRL` uses it. The first forward after an optimizer step quantizes the
     changed weights into the rollout policy, in place.
 
     Args:

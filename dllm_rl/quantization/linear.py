@@ -23,7 +23,7 @@ from torchao.quantization.quantize_.common import _choose_quant_func_and_quantiz
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from dllm_rl.models.lora import STACKS, linear_of
-from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, Scheme
+from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def is_torchao_tensor(weight: Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 
-def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
+def unsupported_reason(weight: Tensor, config: Any) -> str | None:
     """Return why a torchao config cannot quantize a weight (..., O, I), or None if it can.
 
     For such a weight, torchao itself would do nothing, or raise an AssertionError.
@@ -56,7 +56,7 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
 
 
 @torch.no_grad()
-def quantize_weight(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
+def quantize_weight(weight: Tensor, config: Any) -> tuple[Tensor, Bool[Tensor, ""]]:
     """Quantize one weight with a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
 
     Returns:
@@ -90,7 +90,7 @@ def quantize_weight(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor
     return packed, finite
 
 
-def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tuple[nn.Linear, Bool[Tensor, ""]]:
+def quantized_linear(weight: Tensor, bias: Tensor | None, config: Any) -> tuple[nn.Linear, Bool[Tensor, ""]]:
     """Return a linear layer with the quantized weight, and whether the weight is finite."""
     if isinstance(config, FakeQuantize):
         layer = EmulatedLinear(weight, bias, config)

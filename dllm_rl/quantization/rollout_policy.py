@@ -35,7 +35,7 @@ from dllm_rl.quantization.linear import (
     stored_bytes,
     unsupported_reason,
 )
-from dllm_rl.quantization.schemes import EmulatedLinear, Scheme, check_scheme
+from dllm_rl.quantization.schemes import EmulatedLinear, check_scheme
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class QuantizationReport:
 @torch.no_grad()
 def quantized_copy(
     policy: Policy,
-    config: Scheme,
+    scheme: Any,
     *,
     skip: Callable[[nn.Module, str], bool] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Policy:
-    """Return a copy of the policy in which the linear layers of the blocks are quantized by the scheme `config`.
+    """Return a copy of the policy in which the linear layers of the blocks are quantized by a scheme.
 
     Call it once to sample with quantized weights, and `sync_weights` after each update; a run with
     `rollout_quantization` does both. Head, embeddings, norms, routers and layers tied to them are not quantized.
@@ -84,7 +84,7 @@ def quantized_copy(
 
     Args:
         policy: Policy to copy. It does not change.
-        config: Scheme, such as `int8_weight_only()`, or a torchao config. None: copy without quantizing.
+        scheme: Scheme, such as Int8WeightOnly(), or a torchao config. None: copy without quantizing.
         skip: Function (module, name) -> True for other layers that are not quantized. None: no other layers.
         dtype: Dtype of the copy's weights before quantizing, for example bf16 if the learner computes under autocast.
             None: the policy's dtype.
@@ -98,8 +98,9 @@ def quantized_copy(
     module = policy.module
     layers = layers_of(module)  # the module; if it is sharded, the same layers with empty tensors
     skipped: dict[str, str] = {}
-    if config is not None:
-        config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
+    config = None
+    if scheme is not None:
+        config = check_scheme(scheme, policy.device, dtype or next(module.parameters()).dtype)
         skipped = skip_reasons(module, config, skip)
     schemes = select_layers(module, config, skipped)
     matrices = {id(p) for name in schemes for p in layers.get_submodule(name).parameters() if p.dim() > 1}
@@ -107,9 +108,9 @@ def quantized_copy(
     # copied without quantization.
     memo = copy_memo(module, layers, dtype, without=matrices, shared=config is not None)
     finite_flags: FiniteFlags = {}
-    for name, scheme in schemes.items():
+    for name, layer_config in schemes.items():
         layer = layers.get_submodule(name)
-        memo_entry, layer_finite = quantize_layer(name, layer, module.get_submodule(name), scheme, dtype, memo)
+        memo_entry, layer_finite = quantize_layer(name, layer, module.get_submodule(name), layer_config, dtype, memo)
         memo |= memo_entry
         finite_flags |= layer_finite
     check_finite(finite_flags)
@@ -131,7 +132,7 @@ def quantized_copy(
     return rollout_policy
 
 
-def select_layers(module: Module, config: Scheme, skipped: dict[str, str]) -> dict[str, Scheme]:
+def select_layers(module: Module, config: Any, skipped: dict[str, str]) -> dict[str, Any]:
     """Return the layers that a copy must replace, by name, and the scheme of each.
 
     The scheme is None for a layer that is not quantized, but has adapters to merge or bitsandbytes weights.
@@ -174,7 +175,7 @@ def copy_memo(
 
 
 def quantize_layer(
-    name: str, layer: Any, source: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
+    name: str, layer: Any, source: Any, config: Any, dtype: torch.dtype | None, memo: dict[int, Any]
 ) -> tuple[dict[int, Any], FiniteFlags]:
     """Quantize one layer, with or without adapters.
 
@@ -182,7 +183,7 @@ def quantize_layer(
         name: Name of the layer.
         layer: The layer in the module that is deep-copied. The result replaces it.
         source: The layer with the weights. It differs from `layer` if the module is sharded.
-        config: Scheme. None: only merge adapters and dequantize bitsandbytes weights.
+        config: Any. None: only merge adapters and dequantize bitsandbytes weights.
         dtype: Dtype of the weights before quantizing.
         memo: Memo for deepcopy, from earlier layers.
 
@@ -233,7 +234,7 @@ def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[
         yield weight_name, stats, finite
 
 
-def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+def skip_reasons(module: nn.Module, config: Any, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Return the names of layers with a matrix that is not quantized, and the reason."""
     layers_of_weight: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):

@@ -1,46 +1,80 @@
-"""Quantization schemes by name: torchao's configs, and emulated formats (`fake_quantize`).
+"""Quantization schemes by name: torchao's configs, and emulated formats (`FakeQuantize`).
 
 docs/methods.md explains the tags [paper] and [ours].
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
+from dllm_rl.records import Record, option
+
 # Mantissa bits, smallest normal exponent, largest value.
 FLOAT_FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
-FORMATS = (*FLOAT_FORMATS, "int8", *LEVELS, "ternary")
+Format = Literal["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary"]
+FORMATS = get_args(Format)
 TINY = 1e-12  # lower limit of a row's max |x|, so that a row of zeros gives zeros and not 0/0
-E4M3_ADVICE = "fake_quantize with weight=e4m3 and activation=e4m3"  # in error messages
+E4M3_ADVICE = "FakeQuantize with weight=e4m3 and activation=e4m3"  # in error messages
 
 
-@dataclass(frozen=True)
-class FakeQuantize:
-    """A config for `quantized_copy`, like torchao's. `fake_quantize` creates it and explains the fields."""
+class Scheme(Record):
+    """A quantization scheme of the policy that samples.
 
-    weight: str | None
-    activation: str | None = None
-    granularity: str = "row"
+    Where a scheme is expected, a function that returns a torchao config is one too.
+    """
 
-    def __post_init__(self) -> None:
-        for field, value in (("weight", self.weight), ("activation", self.activation)):
-            if value not in (None, *FORMATS):
-                raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(FORMATS)}, or None")
-        if self.granularity not in ("row", "tensor"):
-            raise ValueError(f"granularity={self.granularity!r} must be 'row' or 'tensor'")
+    def config(self) -> Any:
+        """Return the config for `quantized_copy`: torchao's, or the scheme itself if this library computes it."""
+        return self
+
+    @classmethod
+    def convert(cls, value: Any) -> "Scheme | None":
+        return FunctionScheme(function=value) if callable(value) else None
 
 
-@dataclass(frozen=True)
-class Float8DynamicEmulated:
-    """A config for `quantized_copy`: dynamic float8 on a CPU, which `float8_dynamic_emulated` explains."""
+class FunctionScheme(Scheme):
+    """A scheme of torchao that a function makes.
+
+    Args:
+        function: Function that returns a torchao config.
+    """
+
+    function: Callable[[], Any]
+
+    def config(self) -> Any:
+        return self.function()
+
+
+class FakeQuantize(Scheme):
+    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+
+    Use it for formats that the device does not support. With an `activation` format it is slower than bf16. With e4m3
+    for both, it computes the same as dynamic FP8, on any device.
+
+    Args:
+        weight: Format of the weights. None: they are not quantized. Default: int8.
+        activation: Format of the linear layers' inputs. None (default): they are not quantized.
+        granularity: "row" (default) for a scale per output row of a weight and per token of an input; "tensor" for one
+            scale.
+    """
+
+    weight: Format | None = "int8"
+    activation: Format | None = None
+    granularity: Literal["row", "tensor"] = "row"
+
+
+class Float8DynamicEmulated(Scheme):
+    """Compute the same as `Float8Dynamic` on a CPU, with torchao's tensors and torch's scaled product.
+
+    Use it in tests; it is slower than bf16.
+    """
 
 
 def _torchao() -> Any:
@@ -49,99 +83,84 @@ def _torchao() -> Any:
     return quantization
 
 
-def float8_weight_only(*, dequantized: bool = False) -> Scheme:
+class Float8WeightOnly(Scheme):
     """Quantize weights to e4m3 per row, with products in the learner's dtype.
 
     Use it to save memory; it saves no time. It runs on any device, including CPUs.
 
     Args:
         dequantized: Quantize and dequantize weights once per sync instead of in every product. The results are the
-            same, and time and memory are those of an unquantized copy.
+            same, and time and memory are those of an unquantized copy. Default: False.
     """
-    return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
+
+    dequantized: bool = False
+
+    def config(self) -> Any:
+        return FakeQuantize(weight="e4m3") if self.dequantized else _torchao().Float8WeightOnlyConfig()
 
 
-def float8_dynamic() -> Scheme:
+class Float8Dynamic(Scheme):
     """Quantize weights to e4m3 per row and inputs to e4m3 per token.
 
     Use it on float8 hardware: it needs CUDA capability 8.9 or more, and weights in bf16, or in fp32 with a recipe's
-    `bf16`. `fake_quantize` emulates it on other devices.
+    `bf16`. `FakeQuantize` emulates it on other devices.
     """
-    torchao = _torchao()
-    return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow(), activation_value_lb=TINY)
+
+    def config(self) -> Any:
+        torchao = _torchao()
+        return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow(), activation_value_lb=TINY)
 
 
-def float8_dynamic_emulated() -> Float8DynamicEmulated:
-    """Compute the same as `float8_dynamic` on a CPU, with torchao's tensors and torch's scaled product.
-
-    Use it in tests; it is slower than bf16.
-    """
-    return Float8DynamicEmulated()
-
-
-def int8_weight_only() -> Scheme:
+class Int8WeightOnly(Scheme):
     """Quantize weights to int8 per row, with products in the learner's dtype.
 
     Use it to save memory on any device, including CPUs.
     """
-    return _torchao().Int8WeightOnlyConfig()
+
+    def config(self) -> Any:
+        return _torchao().Int8WeightOnlyConfig()
 
 
-def int8_dynamic() -> Scheme:
+class Int8Dynamic(Scheme):
     """Quantize weights to int8 per row and inputs to int8 per token, with integer products.
 
     Use it on devices without float8 products. It runs on any device. In all measurements it was slower than bf16.
     """
-    return _torchao().Int8DynamicActivationInt8WeightConfig()
+
+    def config(self) -> Any:
+        return _torchao().Int8DynamicActivationInt8WeightConfig()
 
 
-def int4_weight_only(*, group_size: int = 32) -> Scheme:
+class Int4WeightOnly(Scheme):
     """Quantize weights to 4 bits in groups, stored in bytes, with products in the learner's dtype.
 
-    Use it to study 4-bit rollouts on any device, including CPUs; `int4_packed` saves more memory on CUDA.
+    Use it to study 4-bit rollouts on any device, including CPUs; `Int4Packed` saves more memory on CUDA.
 
     Args:
         group_size: Number of inputs per scale, at least 1. A layer whose number of inputs is not a multiple of it is
-            not quantized.
-
-    Raises:
-        ValueError: group_size is below 1.
+            not quantized. Default: 32.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size={group_size} must be at least 1")
-    return _torchao().IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=_torchao().PerGroup(group_size))  # type: ignore[attr-defined]
+
+    group_size: int = option(default=32, at_least=1)
+
+    def config(self) -> Any:
+        torchao = _torchao()
+        return torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(self.group_size))  # type: ignore[attr-defined]
 
 
-def int4_packed(*, group_size: int = 128) -> Scheme:
+class Int4Packed(Scheme):
     """Quantize weights to 4 bits in groups, packed for a CUDA kernel of torch.
 
     Use it on CUDA with capability 8.0 or more and bf16 weights. Its speed is not measured.
 
     Args:
-        group_size: Number of inputs per scale: 32, 64, 128 or 256.
-
-    Raises:
-        ValueError: group_size is not one of these.
+        group_size: Number of inputs per scale: 32, 64, 128 (default) or 256.
     """
-    if group_size not in (32, 64, 128, 256):
-        raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
-    return _torchao().Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
 
+    group_size: Literal[32, 64, 128, 256] = 128
 
-def fake_quantize(
-    *, weight: str | None = "int8", activation: str | None = None, granularity: str = "row"
-) -> FakeQuantize:
-    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
-
-    Use it for formats that the device does not support. With an `activation` format it is slower than bf16. With e4m3
-    for both, it computes the same as dynamic FP8, on any device.
-
-    Args:
-        weight: Format of the weights. None: they are not quantized.
-        activation: Format of the linear layers' inputs. None: they are not quantized.
-        granularity: "row" for a scale per output row of a weight and per token of an input; "tensor" for one scale.
-    """
-    return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
+    def config(self) -> Any:
+        return _torchao().Int4WeightOnlyConfig(group_size=self.group_size, int4_packing_format="tile_packed_to_4d")
 
 
 @cache
@@ -156,11 +175,13 @@ def has_float8_rows() -> bool:
     return True
 
 
-def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """Return the config, changed so that it does not set torch's global settings and supports inputs of zeros.
+def check_scheme(scheme: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the config of a scheme, or a torchao config, changed so that it does not set torch's global settings and
+    supports inputs of zeros.
 
     Raise ValueError if `device` cannot run it.
     """
+    config = scheme.config() if isinstance(scheme, Scheme) else scheme
     is_emulated = isinstance(config, FakeQuantize | Float8DynamicEmulated)
     if not is_emulated and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
@@ -177,33 +198,33 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
     return config
 
 
-def _unsupported_reason(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
+def _unsupported_reason(config: Any, device: torch.device, dtype: torch.dtype) -> str:
     """Return why the device cannot run a config and what to use instead, or "" if it can."""
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
-            return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
+            return f"device={device}: Float8DynamicEmulated is for CPUs; use Float8Dynamic"
         if not has_float8_rows():
             return (
                 f"torch {torch.__version__} has no float8 products with a scale per row on this CPU, which "
-                f"float8_dynamic_emulated needs; use {E4M3_ADVICE}, or torch 2.13"
+                f"Float8DynamicEmulated needs; use {E4M3_ADVICE}, or torch 2.13"
             )
     if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
             return (
-                f"device={device} has no float8 products; use float8_weight_only, or, slower, float8_dynamic_emulated "
+                f"device={device} has no float8 products; use Float8WeightOnly, or, slower, Float8DynamicEmulated "
                 f"or {E4M3_ADVICE}"
             )
         # ROCm numbers capabilities differently.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
             return (
                 f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9, which dynamic FP8 needs; "
-                "use int8_dynamic or float8_weight_only"
+                "use Int8Dynamic or Float8WeightOnly"
             )
         if dtype != torch.bfloat16 and isinstance(config.granularity[0], _torchao().PerRow):
             return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
     if isinstance(config, _torchao().Int4WeightOnlyConfig):
         if device.type != "cuda":
-            return f"device={device} has no packed int4 kernel; use int4_weight_only"
+            return f"device={device} has no packed int4 kernel; use Int4WeightOnly"
         if dtype != torch.bfloat16:
             return f"dtype={dtype}: packed int4 needs weights in bfloat16; load the policy in it"
     return ""

@@ -1,16 +1,16 @@
-"""Samplers: functions (policy, prompts, generator) -> Rollout."""
-
-from collections.abc import Callable
+"""Samplers: records that complete prompts, (policy, prompts, generator) -> Rollout."""
 
 from dllm_rl.models.base import Policy
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Rollout
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.renoise import Renoise
+from dllm_rl.samplers.sampler import Sampler
+from dllm_rl.samplers.unmask import Unmask
+
+__all__ = ["Autoregress", "Renoise", "Sampler", "Unmask", "sampler_for"]
 
 
-def sampler_for(policy: Policy) -> Callable[..., Rollout]:
-    """Return a policy's sampler: `autoregress` if it is causal, `renoise` for random-token noise, else `unmask`."""
+def sampler_for(policy: Policy) -> type[Unmask] | type[Autoregress] | type[Renoise]:
+    """Return a policy's sampler: `Autoregress` if it is causal, `Renoise` for random-token noise, else `Unmask`."""
     if policy.spec.attention == "encoder_decoder":
-        return renoise
-    return autoregress if policy.spec.attention == "causal" else unmask
+        return Renoise
+    return Autoregress if policy.spec.attention == "causal" else Unmask

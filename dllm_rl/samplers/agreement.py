@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.order import highest
 from dllm_rl.samplers.choose import rank_positions
-from dllm_rl.samplers.records import RANKS, as_rank
-from dllm_rl.samplers.rules import highest
+from dllm_rl.samplers.rules import DETERMINISTIC
 from dllm_rl.types import Rollout
 
 
@@ -19,7 +19,7 @@ from dllm_rl.types import Rollout
 def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     """Compare the positions that `policy` would commit in the rollout's first step with those that were committed.
 
-    The ranks max_prob, margin and entropy depend only on the canvas and the weights. If the policy chooses other
+    The ranks `MaxProb`, `Margin` and `Entropy` depend only on the canvas and the weights. If the policy chooses other
     positions, the recorded order has probability 0 under it, and importance weights of the tokens do not correct this
     [ours].
 
@@ -28,11 +28,10 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
         order_agreement_rows, the share of prompts for which both choose the same positions. Empty if the rollout's rank
         is none of the three, or if its commit rule rewrites tokens.
     """
-    ranks = {rank.__name__: as_rank(rank) for rank, kind in RANKS.items() if kind in ("max_prob", "deterministic")}
     order, mask_id = rollout.order, policy.spec.mask_id
-    if order is None or order.rank_name not in ranks or mask_id is None or rollout.events is not None:
-        return {}  # the order of `random` and `confidence` is not a function of the canvas and the weights
-    rank = ranks[order.rank_name]
+    if order is None or order.rank_name not in DETERMINISTIC or mask_id is None or rollout.events is not None:
+        return {}  # the order of RandomOrder and Confidence is not a function of the canvas and the weights
+    rank = DETERMINISTIC[order.rank_name]
     first_rows = slice(None, None, rollout.group_size)  # all completions of a prompt begin with the same canvas
     masked = rollout.completion_mask[first_rows]
     in_first_block = order.block_first_step[first_rows] == 0

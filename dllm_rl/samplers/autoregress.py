@@ -8,103 +8,104 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.models.support import filter_support, make_filter_support
 from dllm_rl.models.tokens import NEEDS_TOKEN
+from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KVCache
 from dllm_rl.samplers.choose import Drawn
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits, check_suppress
-from dllm_rl.types import Prompts, Rollout, SamplingParams, check_sampling
+from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
-@bounded(
-    check_sampling,
-    max_new_tokens=Bound(at_least=1),
-    temperature=Bound(at_least=0),
-    top_k=Bound(at_least=1),
-    top_p=Bound(above=0, at_most=1),
-)
-@torch.no_grad()
-def autoregress(  # noqa: PLR0913
-    policy: Policy,
-    prompts: Prompts,
-    generator: Generator,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: tuple[int, ...] = (),
-) -> Rollout:
+class Autoregress(Sampler):
     """Complete every prompt `group_size` times, one token per step, until an end token or max_new_tokens.
 
-    Use it for policies with causal attention; use `unmask` for masked-diffusion policies. Each prompt runs through the
+    Use it for policies with causal attention; use `Unmask` for masked-diffusion policies. Each prompt runs through the
     model once, for all its completions. A row depends only on its prompt, its seed and the weights.
 
     Args:
-        policy: Policy with causal attention.
-        prompts: Left-padded prompts, without `infill_mask`.
-        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Largest number of tokens of a completion.
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
         suppress: Token ids that are never sampled. The mask token is always excluded.
-
-    Returns:
-        Rollout of P * group_size rows, with log-probs of the sampled tokens under the sampling distribution, in nats.
-
-    Raises:
-        ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
     """
-    if policy.spec.attention != "causal":
-        raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
-    if prompts.infill_mask is not None:
-        raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
-    has_token = prompts.attention_mask.any(-1)
-    if not has_token.all():
-        row = int(has_token.long().argmin())
-        raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
-    check_fits(policy, prompts, max_new_tokens)
-    mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
-    sampling_params = SamplingParams(temperature, top_k, top_p, suppress if mask_id is None else (*suppress, mask_id))
-    check_suppress(policy, sampling_params)
-    device = policy.device
-    num_rows = prompts.num_rows
-    seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
-    # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
-    row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    row_uniforms = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
-    uniforms = torch.stack(row_uniforms).to(device)
 
-    input_tokens = prompts.tokens.to(device)
-    attention_mask = prompts.attention_mask.to(device)
-    positions = position_ids(attention_mask)
-    cache = KVCache(config=policy.module.config)
-    eos = torch.tensor(policy.spec.eos_ids, device=device)
-    is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
-    steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished
-    for step in range(max_new_tokens):
-        states = policy.encode(input_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
-        if step == 0:  # so far one row per prompt; from here on one row per completion
-            prompt_index = torch.arange(num_rows, device=device) // prompts.group_size
-            states = states[prompt_index]
-            attention_mask = attention_mask[prompt_index]
-            positions = positions[prompt_index]
-            cache.batch_select_indices(prompt_index)
-        drawn = _draw(policy, states, uniforms[:, step], sampling_params)
-        steps.append((drawn, is_unfinished))
-        # A finished row continues with padding, so that all rows have the same length.
-        input_tokens = torch.where(is_unfinished, drawn.tokens, policy.pad_id)[:, None]
-        positions = positions[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, is_unfinished[:, None]], dim=1)
-        is_unfinished = is_unfinished & ~torch.isin(drawn.tokens, eos)
-        if not is_unfinished.any():
-            break
-    return _rollout(policy, prompts, sampling_params, attention_mask, steps)
+    max_new_tokens: int = option(at_least=1)
+    temperature: float = option(default=1.0, at_least=0)
+    top_k: int | None = option(default=None, at_least=1)
+    top_p: float | None = option(default=None, above=0, at_most=1)
+    suppress: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
+        """Complete the prompts.
+
+        Args:
+            policy: Policy with causal attention.
+            prompts: Left-padded prompts, without `infill_mask`.
+            generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+
+        Returns:
+            Rollout of P * group_size rows, with log-probs of the sampled tokens under the sampling distribution, in
+            nats.
+
+        Raises:
+            ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
+        """
+        if policy.spec.attention != "causal":
+            raise ValueError(f"policy {policy.spec.name!r} is not causal; Autoregress needs a causal one: use Unmask")
+        if prompts.infill_mask is not None:
+            raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
+        has_token = prompts.attention_mask.any(-1)
+        if not has_token.all():
+            row = int(has_token.long().argmin())
+            raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
+        check_fits(policy, prompts, self.max_new_tokens)
+        mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
+        suppress = self.suppress if mask_id is None else (*self.suppress, mask_id)
+        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
+        check_suppress(policy, sampling_params)
+        device = policy.device
+        num_rows = prompts.num_rows
+        seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
+        # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
+        row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        row_uniforms = [torch.rand(self.max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
+        uniforms = torch.stack(row_uniforms).to(device)
+
+        input_tokens = prompts.tokens.to(device)
+        attention_mask = prompts.attention_mask.to(device)
+        positions = position_ids(attention_mask)
+        cache = KVCache(config=policy.module.config)
+        eos = torch.tensor(policy.spec.eos_ids, device=device)
+        is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
+        steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished
+        for step in range(self.max_new_tokens):
+            states = policy.encode(input_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
+            if step == 0:  # so far one row per prompt; from here on one row per completion
+                prompt_index = torch.arange(num_rows, device=device) // prompts.group_size
+                states = states[prompt_index]
+                attention_mask = attention_mask[prompt_index]
+                positions = positions[prompt_index]
+                cache.batch_select_indices(prompt_index)
+            drawn = _draw(policy, states, uniforms[:, step], sampling_params)
+            steps.append((drawn, is_unfinished))
+            # A finished row continues with padding, so that all rows have the same length.
+            input_tokens = torch.where(is_unfinished, drawn.tokens, policy.pad_id)[:, None]
+            positions = positions[:, -1:] + 1
+            attention_mask = torch.cat([attention_mask, is_unfinished[:, None]], dim=1)
+            is_unfinished = is_unfinished & ~torch.isin(drawn.tokens, eos)
+            if not is_unfinished.any():
+                break
+        return _rollout(policy, prompts, sampling_params, attention_mask, steps)
 
 
 def _draw(

@@ -5,7 +5,6 @@ docs/methods.md explains the tag [paper].
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,44 +14,40 @@ from transformers import DynamicCache
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, block_ranks, position_ids
+from dllm_rl.records import Record, option
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Settings of a key-value cache: which columns are stored while a block is unmasked, and for how many steps.
+class Cache(Record):
+    """Settings of a key-value cache: which columns are stored while a block is unmasked, and for how many steps."""
 
-    `block_cache`, `prefix_cache` and `dual_cache` create it.
+    @property
+    def kind(self) -> Literal["block", "prefix", "dual"]:
+        """Which columns are stored: earlier blocks, the columns before the block, or before and after it."""
+        raise TypeError("Cache is the base of BlockCache, PrefixCache and DualCache")
 
-    Args:
-        kind: "block" stores the earlier blocks, which is exact under block-causal attention; "prefix" stores the
-            columns before the block; "dual" stores the columns before and after the block.
-        refresh: Number of steps after which an approximate cache is recomputed within a block. None: only at its start.
-    """
+    @property
+    def refresh(self) -> int | None:
+        """Number of steps after which the cache is recomputed within a block. None: only at its start."""
+        return None
 
-    kind: Literal["block", "prefix", "dual"]
-    refresh: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.refresh is not None and self.refresh < 1:
-            raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once per block")
-
-    def check(self, attention: str) -> None:
+    def check_attention(self, attention: str) -> None:
         """Raise ValueError if the cache is not for models with this attention."""
         if (self.kind == "block") != (attention == "block_causal"):
-            approximate = "prefix_cache() or dual_cache(), which are approximate"
-            alternative = "block_cache()" if attention == "block_causal" else approximate
+            approximate = "PrefixCache() or DualCache(), which are approximate"
+            alternative = "BlockCache()" if attention == "block_causal" else approximate
             raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {alternative}")
 
 
-def block_cache() -> Cache:
+class BlockCache(Cache):
     """Store the keys and values of finished blocks, which never change: the exact cache of block-causal models.
 
-    Use it for block-causal policies; `prefix_cache` and `dual_cache` are for full attention.
+    Use it for block-causal policies; `PrefixCache` and `DualCache` are for full attention.
     """
-    return Cache("block")
+
+    kind = "block"
 
 
-def prefix_cache(*, refresh: int | None = None) -> Cache:
+class PrefixCache(Cache):
     """Store the keys and values of the columns before the block, computed in its first step. APPROXIMATE.
 
     Use it with full attention to evaluate faster. In training its error would add to the mismatch between the sampler's
@@ -63,20 +58,24 @@ def prefix_cache(*, refresh: int | None = None) -> Cache:
 
     Source: the prefix cache of Fast-dLLM, arXiv 2505.22618 [paper].
     """
-    return Cache("prefix", refresh)
+
+    refresh: int | None = option(default=None, at_least=1)
+    kind = "prefix"
 
 
-def dual_cache(*, refresh: int | None = None) -> Cache:
+class DualCache(Cache):
     """Store the keys and values of the columns before and after the block, computed in its first step. APPROXIMATE.
 
-    Use it with full attention if many masks follow the block; `prefix_cache` recomputes these masks in every step.
+    Use it with full attention if many masks follow the block; `PrefixCache` recomputes these masks in every step.
 
     Args:
         refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
 
     Source: the dual cache of Fast-dLLM, arXiv 2505.22618 [paper].
     """
-    return Cache("dual", refresh)
+
+    refresh: int | None = option(default=None, at_least=1)
+    kind = "dual"
 
 
 class KVCache(DynamicCache):

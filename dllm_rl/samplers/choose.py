@@ -1,11 +1,10 @@
-"""One denoising step of `unmask`.
+"""One denoising step of `Unmask`.
 
 Rank the masked positions, commit some of them, draw their tokens, and record the log-probs of tokens and order.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -33,9 +32,17 @@ from dllm_rl.samplers.canvas import (
     StepWrites,
 )
 from dllm_rl.samplers.confidences import ConfidenceChange
-from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
-from dllm_rl.samplers.revise import KINDS, packed_events, revise
-from dllm_rl.samplers.rules import check_last_step, plackett_luce, soft_threshold_params
+from dllm_rl.samplers.revise import packed_events, revise
+from dllm_rl.samplers.rules import (
+    REWRITES,
+    Commit,
+    FunctionRank,
+    Rank,
+    SoftThreshold,
+    check_last_step,
+    has_order_logprob,
+    order_probability,
+)
 from dllm_rl.types import Order, SamplingParams
 
 SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
@@ -70,18 +77,18 @@ class StepSampler:
         self.depends_on_tokens = reads_tokens and not greedy
         if commit.revises:
             canvas.events = []
-        self.adds_gumbel = rank.library is plackett_luce
+        self.adds_gumbel = rank.adds_gumbel
         if self.adds_gumbel and not commit.takes_highest:
             raise ValueError(
-                f"commit={commit.name} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
+                f"commit={commit.name} cannot use the noisy scores of {rank.name}; use Schedule() or LateSchedule()"
             )
         self.soft_threshold_params = None  # tau and temperature
-        if commit.order == "soft_threshold":
-            self.soft_threshold_params = soft_threshold_params(commit.function)
+        if isinstance(commit, SoftThreshold):
+            self.soft_threshold_params = (float(commit.tau), float(commit.temperature))
         if self.soft_threshold_params is not None and not has_order_logprob(rank, commit):
             raise ValueError(
-                f"commit=soft_threshold needs the scores of max_prob, and rank={rank.name} has other scores; use "
-                "rank=max_prob"
+                f"commit=SoftThreshold(...) needs the scores of MaxProb(), and rank={rank.name} has other scores; use "
+                "rank=MaxProb()"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
@@ -131,8 +138,8 @@ class StepSampler:
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
         """Return the log-probs of the order (`models.order`) as records of the plan.
 
-        Under `confidence`, each position that stays masked has the log-prob that its draw ranks below the chosen ones.
-        Under `plackett_luce`, each chosen position has the log-prob and the index of its draw. Under `soft_threshold`,
+        Under `Confidence`, each position that stays masked has the log-prob that its draw ranks below the chosen ones.
+        Under `PlackettLuce`, each chosen position has the log-prob and the index of its draw. Under `SoftThreshold`,
         each chosen position has its share of the log-prob of the set. `chosen` are the indices of the positions of
         `chosen_mask`.
         """
@@ -173,12 +180,12 @@ class StepSampler:
         canvas = self.canvas
         records = canvas.records
         draws_positions = self.soft_threshold_params is not None or self.adds_gumbel
-        library_rank = None if draws_positions else self.rank.library
+        is_custom = type(self.rank).__module__ != Rank.__module__ or isinstance(self.rank, FunctionRank)
         order = Order(
             block_first_step=block_first_step(canvas.unmask_step, canvas.block),
-            rank_name=None if library_rank is None else library_rank.__name__,
+            rank_name=None if is_custom or draws_positions else self.rank.name,
             logprobs=records.get("order"),
-            rank_function=self.rank.function if draws_positions and self.has_order_logprob else None,
+            rank_function=self.rank if draws_positions and self.has_order_logprob else None,
             draw_index=records.get("draw"),
             soft_threshold_params=self.soft_threshold_params if self.has_order_logprob else None,
             probability=self.order_probability,
@@ -197,8 +204,8 @@ class StepSampler:
             inputs["uniforms"] = plan.scatter_to_rows(plan.uniforms(RANK_STREAM).float())
         if self.commit.revises:
             tokens = None if drawn is None else drawn.tokens
-            (kind,) = self.commit.reads & KINDS
-            return revise(plan, scores, tokens, self.canvas.tokens, partial(self.commit.function, **inputs), kind)
+            (kind,) = self.commit.reads.intersection(REWRITES)
+            return revise(plan, scores, tokens, self.canvas.tokens, self.commit, kind, **inputs)
         chosen = self.commit(scores, plan.masked, plan.steps_left_on_device, **inputs) & plan.masked
         # If the host knows the number of chosen positions, it does not wait for the device to count them.
         count = self.commit.count

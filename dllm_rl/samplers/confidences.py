@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.samplers.canvas import Canvas, StepPlan
-from dllm_rl.samplers.records import Commit, Rank
+from dllm_rl.samplers.rules import Commit, Rank
 
 
 class ConfidenceChange:
@@ -21,7 +21,7 @@ class ConfidenceChange:
         """Raise ValueError for a rank whose scores are not confidences, or a rule that rewrites."""
         if rank.order not in ("confidence", "max_prob") or commit.revises:
             raise ValueError(
-                f"confidence_radius={radius} needs rank=confidence or max_prob, and a commit rule that does not "
+                f"confidence_radius={radius} needs rank=Confidence() or MaxProb(), and a commit rule that does not "
                 f"rewrite, but rank={rank.name} and commit={commit.name}; set confidence_radius=None"
             )
         self.radius = min(radius, canvas.logprobs.shape[1])  # no position is further away

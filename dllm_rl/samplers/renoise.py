@@ -7,7 +7,7 @@ docs/methods.md explains the tags [paper] and [ours].
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,61 +16,36 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.distributions import Categorical
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
+from dllm_rl.records import option
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import MIN_TEMPERATURE, Prompts, Renoised, Rollout
 
 NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, so their stream is free
 
 
-@bounded(
-    max_new_tokens=Bound(at_least=1),
-    diffusion_steps=Bound(at_least=1),
-    t_max=Bound(at_least=MIN_TEMPERATURE),
-    t_min=Bound(at_least=MIN_TEMPERATURE),
-    stability_threshold=Bound(at_least=0),
-    confidence_threshold=Bound(at_least=0),
-)
-@torch.no_grad()
-def renoise(  # noqa: PLR0913
-    policy: Policy,
-    prompts: Prompts,
-    generator: Generator,
-    *,
-    max_new_tokens: int,
-    diffusion_steps: int = 48,
-    t_max: float = 0.8,
-    t_min: float = 0.4,
-    entropy_bound: float = 0.1,
-    stability_threshold: int | None = 1,
-    confidence_threshold: float | None = 0.005,
-    answer: str = "argmax",
-    on_step: Callable[[Rollout], None] | None = None,
-) -> Rollout:
+class Renoise(Sampler):
     """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler).
 
-    Use it for encoder-decoder models whose noise is random tokens; use `unmask` for models whose noise is mask tokens.
+    Use it for encoder-decoder models whose noise is random tokens; use `Unmask` for models whose noise is mask tokens.
     A canvas of C = `policy.spec.block_size` tokens begins with random tokens. In step s of n a token is drawn at every
     position from softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The draws at the positions of lowest
     entropy are accepted: as many as have (sum of their entropies) - (the largest) <= entropy_bound. The other positions
     get new random tokens. The next step reads the canvas and this step's logits. With equal random numbers the tokens
     are those of transformers' `generate`, except that tokens after a row's end token stay as they were sampled.
 
-    `Rollout.renoised` records every step, and `trajectory()` replays it. A row depends only on its prompt, its seed and
+    `Rollout.renoised` records every step, and `Trajectory` replays it. A row depends only on its prompt, its seed and
     the weights; batching changes at most the last bits of a sum. A step needs memory for the fp32 logits (R, C, V) of
     all R rows.
 
     Args:
-        policy: Policy with an encoder and a decoder.
-        prompts: Left-padded prompts, without `infill_mask` and images.
-        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Number of new tokens, a multiple of the canvas's length.
         diffusion_steps: Largest number of steps of a canvas.
         t_max: Temperature of the first step, at least t_min.
@@ -83,41 +58,74 @@ def renoise(  # noqa: PLR0913
         answer: Tokens of a finished canvas. "argmax": the likeliest tokens of its last step, as in the authors' code;
             they do not depend on the last draws. "drawn": the last step accepts all its draws [ours]; use it for
             training.
-        on_step: Function that is called with the current rollout after every step. None: no call.
-
-    Returns:
-        Rollout of P * group_size rows.
-
-    Raises:
-        ValueError: The model's noise is not random tokens, a prompt has images or open positions, or a number is out of
-            range.
 
     Source: transformers 5.23 [paper].
     """
-    _check(policy, prompts, max_new_tokens)
-    _check_settings(t_max, t_min, entropy_bound, answer)
-    if (stability_threshold is None) != (confidence_threshold is None):
-        raise ValueError(
-            f"stability_threshold={stability_threshold} and confidence_threshold={confidence_threshold} stop a canvas "
-            "together; give both, or None for both"
+
+    max_new_tokens: int = option(at_least=1)
+    diffusion_steps: int = option(default=48, at_least=1)
+    t_max: float = option(default=0.8, at_least=MIN_TEMPERATURE)
+    t_min: float = option(default=0.4, at_least=MIN_TEMPERATURE)
+    entropy_bound: float = 0.1  # may be infinite
+    stability_threshold: int | None = option(default=1, at_least=0)
+    confidence_threshold: float | None = option(default=0.005, at_least=0)
+    answer: Literal["argmax", "drawn"] = "argmax"
+
+    def check(self) -> None:
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min={self.t_min} must be at most t_max={self.t_max}")
+        if not self.entropy_bound > 0:
+            raise ValueError(f"entropy_bound={self.entropy_bound} must be above 0 nats")
+        if (self.stability_threshold is None) != (self.confidence_threshold is None):
+            raise ValueError(
+                f"stability_threshold={self.stability_threshold} and confidence_threshold={self.confidence_threshold} "
+                "stop a canvas together; give both, or None for both"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        generator: Generator,
+        *,
+        on_step: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
+        """Complete the prompts.
+
+        Args:
+            policy: Policy with an encoder and a decoder.
+            prompts: Left-padded prompts, without `infill_mask` and images.
+            generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+            on_step: Function that is called with the current rollout after every step. None: no call.
+
+        Returns:
+            Rollout of P * group_size rows.
+
+        Raises:
+            ValueError: The model's noise is not random tokens, or a prompt has images or open positions.
+        """
+        _check(policy, prompts, self.max_new_tokens)
+        temperatures = tuple(
+            self.t_min + (self.t_max - self.t_min) * ((self.diffusion_steps - step) / self.diffusion_steps)
+            for step in range(self.diffusion_steps)
         )
-    temperatures = tuple(
-        t_min + (t_max - t_min) * ((diffusion_steps - step) / diffusion_steps) for step in range(diffusion_steps)
-    )
-    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    record = _Record.empty(policy, prompts, seeds, max_new_tokens, temperatures)
-    starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
-    # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
-    for bucket in length_buckets(starts, prompts.tokens.shape[1] + max_new_tokens, policy.device):
-        (rows,) = copy_to_device(policy.device, bucket.rows)
-        stop_thresholds = (stability_threshold, confidence_threshold)
-        bucket_sampler = _BucketSampler(policy, record, rows, bucket.start, entropy_bound, answer, stop_thresholds)
-        after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
-        for block in range(max_new_tokens // record.canvas_length):
-            if not len(bucket_sampler.rows):
-                break
-            bucket_sampler.denoise_canvas(block, after_step)
-    return record.rollout(policy)
+        seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
+        record = _Record.empty(policy, prompts, seeds, self.max_new_tokens, temperatures)
+        starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
+        # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
+        for bucket in length_buckets(starts, prompts.tokens.shape[1] + self.max_new_tokens, policy.device):
+            (rows,) = copy_to_device(policy.device, bucket.rows)
+            stop_thresholds = (self.stability_threshold, self.confidence_threshold)
+            bucket_sampler = _BucketSampler(
+                policy, record, rows, bucket.start, self.entropy_bound, self.answer, stop_thresholds
+            )
+            after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
+            for block in range(self.max_new_tokens // record.canvas_length):
+                if not len(bucket_sampler.rows):
+                    break
+                bucket_sampler.denoise_canvas(block, after_step)
+        return record.rollout(policy)
 
 
 @dataclass
@@ -238,9 +246,9 @@ class _BucketSampler:
         record: Record of all rows.
         rows: Unfinished rows.
         start: First column of the bucket's prompts.
-        entropy_bound: See `renoise`.
-        answer: See `renoise`.
-        stop_thresholds: Stability and confidence threshold of `renoise`.
+        entropy_bound: See `Renoise`.
+        answer: See `Renoise`.
+        stop_thresholds: Stability and confidence threshold of `Renoise`.
         prefix: The encoder's cache of the tokens before the current canvas.
     """
 
@@ -326,7 +334,7 @@ class _BucketSampler:
     def draw(
         self, logits: Float[Tensor, "R C V"], step: int, offsets: Int[Tensor, " C"]
     ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-        """Draw a token at every position. Return it and its log-prob in nats, as `trajectory()` recomputes it."""
+        """Draw a token at every position. Return it and its log-prob in nats, as `Trajectory()` recomputes it."""
         flat_logits = logits.flatten(0, 1)
         tokens = invert_cdf(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
         logprobs = TokenLogprob.apply(flat_logits, tokens)
@@ -376,12 +384,12 @@ def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]
 
 
 def _check(policy: Policy, prompts: Prompts, length: int) -> None:
-    """Raise ValueError as documented in `renoise`."""
+    """Raise ValueError as documented in `Renoise`."""
     spec = policy.spec
     if spec.attention != "encoder_decoder":
         raise ValueError(
-            f"policy {spec.name!r} has {spec.attention!r} attention; renoise is for models whose noise is random "
-            f"tokens: use {'autoregress' if spec.attention == 'causal' else 'unmask'}"
+            f"policy {spec.name!r} has {spec.attention!r} attention; Renoise is for models whose noise is random "
+            f"tokens: use {'Autoregress' if spec.attention == 'causal' else 'Unmask'}"
         )
     size = spec.block_size
     assert size is not None, "`check_spec` requires it"
@@ -396,12 +404,3 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
     if has_images(policy.module, prompts.tokens):
         raise ValueError("a prompt has the image token, and images are not supported; give only text")
     check_fits(policy, prompts, length)
-
-
-def _check_settings(t_max: float, t_min: float, entropy_bound: float, answer: str) -> None:
-    if t_min > t_max:
-        raise ValueError(f"t_min={t_min} must be at most t_max={t_max}")
-    if not entropy_bound > 0:
-        raise ValueError(f"entropy_bound={entropy_bound} must be above 0 nats")
-    if answer not in ("argmax", "drawn"):
-        raise ValueError(f"answer={answer!r} must be 'argmax' or 'drawn'")

@@ -7,133 +7,122 @@ positions. The rollout records every write and remasking as an event (`Rollout.e
     redrawable   (B, L)  written positions; picked ones are redrawn, and the row uses all its steps
     replaceable  (B, L)  written positions whose newly drawn token differs from their token; picked ones take the new
                          token, and the row leaves its block when nothing is masked and a step changed nothing.
-                         `trajectory()` refuses such rollouts
+                         `Trajectory` refuses such rollouts
 
 A rule may also take one or both of these inputs:
     steps        (B,)    total number of steps of the block
-    uniforms     (B, L)  fresh random numbers in [0, 1); with rank=random they are the same numbers as the scores
+    uniforms     (B, L)  fresh random numbers in [0, 1); with rank=RandomOrder() they are the same numbers as the scores
 
 docs/methods.md explains the tags [paper] and [ours].
 """
-
-import inspect
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.bounds import Bound, bounded
+from dllm_rl.records import option
 from dllm_rl.samplers.canvas import CommitDecision, StepPlan
-from dllm_rl.samplers.rules import Counts, PositionMask, Scores, check_last_step, name_of, schedule, threshold
+from dllm_rl.samplers.rules import (
+    Commit,
+    Counts,
+    PositionMask,
+    RandomOrder,
+    Schedule,
+    Scores,
+    above_threshold,
+    check_last_step,
+)
 from dllm_rl.types import Events
 
-COMMIT_INPUTS = ("remaskable", "redrawable", "replaceable", "steps", "uniforms")
-KINDS = frozenset(COMMIT_INPUTS[:3])
 
-
-@bounded(eta=Bound(at_least=0, at_most=1))
-def remask(
-    scores: Scores, masked: PositionMask, steps_left: Counts, remaskable: PositionMask, steps: Counts, *, eta: float
-) -> PositionMask:
+class Remask(Commit):
     """Mask written positions again with probability sigma, and write masked ones (ReMDM's capped remasking).
 
-    Use it to let a sampler correct itself with more steps; `trajectory()` scores its rollouts. It needs rank=random,
-    whose scores are uniform random numbers.
+    Use it to let a sampler correct itself with more steps; `Trajectory` scores its rollouts. It needs
+    rank=RandomOrder(), whose scores are uniform random numbers.
 
     In step j of n, counted from 0, let alpha_t = j/n and alpha_s = (j+1)/n be the shares of written positions before
     and after the step. A written position is masked again with probability sigma, and a masked position is written with
     probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), each independently. The last step masks nothing again.
 
     Args:
-        scores: Uniform random numbers (B, L), the scores of rank=random.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps of the block (B,), including the current one.
-        remaskable: Written positions (B, L).
-        steps: Total steps of the block (B,).
         eta: Upper limit of sigma, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). With eta=0 nothing is masked
-            again, as under `origin`.
+            again, as under `Origin`.
 
     Source: ReMDM, arXiv 2503.00307 [paper]; alpha linear over the block's steps [ours].
     """
-    steps_done = (steps - steps_left).clamp(min=0)
-    sigma = ((steps_left - 1) / steps_done.clamp(min=1)).clamp(max=eta)
-    write_probability = (1 + sigma * steps_done) / steps_left
-    return masked & (scores >= 1 - write_probability[:, None]) | remaskable & (scores >= 1 - sigma[:, None])
+
+    eta: float = option(at_least=0, at_most=1)
+
+    order = "deterministic"
+    required_rank = RandomOrder()
+
+    def __call__(
+        self, scores: Scores, masked: PositionMask, steps_left: Counts, remaskable: PositionMask, steps: Counts
+    ) -> PositionMask:
+        steps_done = (steps - steps_left).clamp(min=0)
+        sigma = ((steps_left - 1) / steps_done.clamp(min=1)).clamp(max=self.eta)
+        write_probability = (1 + sigma * steps_done) / steps_left
+        return masked & (scores >= 1 - write_probability[:, None]) | remaskable & (scores >= 1 - sigma[:, None])
 
 
-@bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
-def edit(
-    scores: Scores,
-    masked: PositionMask,
-    steps_left: Counts,
-    replaceable: PositionMask,
-    *,
-    tau: float,
-    tau_edit: float = 0.5,
-) -> PositionMask:
-    """Commit masked positions as `threshold` does, and replace written tokens (LLaDA2.1's editing).
+class Edit(Commit):
+    """Commit masked positions as `Threshold` does, and replace written tokens (LLaDA2.1's editing).
 
     A step draws a token for written positions too. It replaces the written token if it differs and has a probability
     >= tau_edit.
 
     Use it only for models trained to see wrong tokens, such as LLaDA2.1: editing ruins other models' answers.
-    `trajectory()` refuses its rollouts; use `soft_edit` if the probability of an edit must be known. Edits continue
+    `Trajectory` refuses its rollouts; use `SoftEdit` if the probability of an edit must be known. Edits continue
     after the last mask is written, while steps remain and a step changes something. The rule needs the
-    log-probabilities of the drawn tokens as scores (rank=confidence; max_prob at temperature 0).
+    log-probabilities of the drawn tokens as scores (rank=Confidence(); MaxProb() at temperature 0).
 
     Args:
-        scores: Log-probabilities (B, L) of the drawn tokens.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps (B,); not used.
-        replaceable: Written positions (B, L) whose drawn token differs from their token.
         tau: Lowest probability at which a masked position is written, in (0, 1].
         tau_edit: Lowest probability of the drawn token at which it replaces the written token, in [0, 1].
 
     Source: LLaDA2.1, arXiv 2602.08676 [paper]. LLaDA2.1 limits the edits by max_post_steps, this rule by the block's
     steps [ours].
     """
-    log_tau_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
-    committed = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
-    return committed | replaceable & (scores >= log_tau_edit)
+
+    tau: float = option(above=0, at_most=1)
+    tau_edit: float = option(default=0.5, at_least=0, at_most=1)
+
+    order = "deterministic"
+    adaptive = True
+
+    def __call__(
+        self, scores: Scores, masked: PositionMask, steps_left: Counts, replaceable: PositionMask
+    ) -> PositionMask:
+        log_tau_edit = torch.tensor(self.tau_edit, dtype=torch.float64).log().item()
+        committed = above_threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, self.tau)
+        return committed | replaceable & (scores >= log_tau_edit)
 
 
-@bounded(rate=Bound(at_least=0, at_most=1))
-def soft_edit(
-    scores: Scores, masked: PositionMask, steps_left: Counts, redrawable: PositionMask, uniforms: Scores, *, rate: float
-) -> PositionMask:
-    """Commit masked positions as `schedule` does, and redraw each written token independently with probability `rate`.
+class SoftEdit(Commit):
+    """Commit masked positions as `Schedule` does, and redraw each written token independently with probability `rate`.
 
-    Use it in place of `edit` if the probability of an edit must be known. It has no threshold: a token changes if
-    another token is drawn. `trajectory()` scores its rollouts: exactly with rank=random; with max_prob it scores the
-    tokens given the order. A redraw of the same token is recorded as an event too.
+    Use it in place of `Edit` if the probability of an edit must be known. It has no threshold: a token changes if
+    another token is drawn. `Trajectory` scores its rollouts: exactly with rank=RandomOrder(); with MaxProb() it
+    scores the tokens given the order. A redraw of the same token is recorded as an event too.
 
     Args:
-        scores: Scores of the rank (B, L).
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps of the block (B,), including the current one.
-        redrawable: Written positions (B, L).
-        uniforms: Fresh random numbers in [0, 1), (B, L).
         rate: Probability of a redraw, in [0, 1]. A written position becomes token v with probability rate * p(v), where
-            p is the sampling distribution. With rate=0 the rule is `schedule` with the same number of steps.
+            p is the sampling distribution. With rate=0 the rule is `Schedule` with the same number of steps.
 
     Source: ours.
     """
-    return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | redrawable & (uniforms < rate)
 
+    rate: float = option(at_least=0, at_most=1)
 
-def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of KINDS."""
-    parameters = inspect.signature(commit).parameters.values()
-    inputs = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
-    kinds = sorted(inputs & KINDS, key=COMMIT_INPUTS.index)
-    if len(kinds) > 1:
-        raise ValueError(
-            f"commit={name_of(commit)} takes {' and '.join(kinds)}, which contradict each other about a position that "
-            "it picks: take one of them"
-        )
-    return inputs
+    order = "deterministic"
+
+    def __call__(
+        self, scores: Scores, masked: PositionMask, steps_left: Counts, redrawable: PositionMask, uniforms: Scores
+    ) -> PositionMask:
+        committed = Schedule()(scores.masked_fill(~masked, -torch.inf), masked, steps_left)
+        return committed | redrawable & (uniforms < self.rate)
 
 
 def revise(
@@ -141,8 +130,9 @@ def revise(
     scores: Float[Tensor, "R L"],
     drawn_tokens: Int[Tensor, " K"] | None,
     tokens: Int[Tensor, "B T"],
-    commit: Callable,
+    commit: Commit,
     kind: str,
+    **inputs: Tensor,
 ) -> CommitDecision:
     """Apply a commit rule that rewrites tokens, in one step.
 
@@ -151,8 +141,9 @@ def revise(
         scores: Scores (R, L) of the rank.
         drawn_tokens: Tokens drawn at the plan's K positions. May be None if the rule does not take `replaceable`.
         tokens: Canvas (B, T).
-        commit: The rule, with its optional inputs bound.
-        kind: Input from KINDS that the rule takes.
+        commit: The rule.
+        kind: Input from REWRITES that the rule takes.
+        **inputs: Its other inputs, `steps` and `uniforms`.
 
     Raises:
         ValueError: The last step of a block commits nothing, or masks a position again.
@@ -162,15 +153,15 @@ def revise(
     if drawn_tokens is not None:
         is_different[plan.row_index, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
     rewritable = plan.written & is_different if kind == "replaceable" else plan.written
-    picked = commit(scores, plan.masked, plan.steps_left_on_device, **{kind: rewritable})
+    picked = commit(scores, plan.masked, plan.steps_left_on_device, **{kind: rewritable}, **inputs)
     remasked = picked & plan.written & (kind == "remaskable")
     chosen = picked & (plan.masked | rewritable) & ~remasked
     # The host waits for the device once for all three counts.
     num_unmasked, num_chosen, num_remasked = torch.stack([chosen & plan.masked, chosen, remasked]).sum(-1).cpu()
-    check_last_step(name_of(commit), plan.steps_left, plan.num_masked, num_unmasked)
+    check_last_step(commit.name, plan.steps_left, plan.num_masked, num_unmasked)
     if ((plan.steps_left == 1) & (num_remasked > 0)).any():
         raise ValueError(
-            f"commit={name_of(commit)} masked positions again in the last step of a block, where it must not do so"
+            f"commit={commit.name} masked positions again in the last step of a block, where it must not do so"
         )
     return CommitDecision(
         chosen,

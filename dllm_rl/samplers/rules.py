@@ -1,34 +1,20 @@
 """Ranks, which score the masked positions, and commit rules, which choose the positions that a step writes.
 
-Custom functions can be passed in place of both. A rank scores each of K masked positions; positions with the highest
-scores are committed first. A rank receives by name the inputs that it needs:
-    logits (K, V): untempered fp32 logits. Suppressed ids are at -inf; the mask token keeps its logit, although it is
-        never drawn
-    normalizer (K,): log-sum-exp of the logits: logits - normalizer are log-probabilities in nats
-    tokens (K,): the tokens sampled at the positions
-    uniforms (K,): fresh random numbers in [0, 1)
-    hidden (K, D): the last hidden states, which the model's head turns into logits; in the model's dtype
-
-If a rank does not take `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed tokens
-are exact: the sampler draws the tokens with these probabilities.
-
-A commit rule is a function (scores (B, L), masked (B, L), steps_left (B,)) -> positions to write (B, L). Scores are
--inf at positions that are not masked. steps_left is the number of remaining steps of the block, including the current
-one. In the last step of a block, a rule must choose at least one masked position. Bind hyperparameters with
-functools.partial. Rules that rewrite a block's tokens are in `revise`. docs/methods.md explains the tags [paper] and
-[ours].
+docs/methods.md explains the tags [paper] and [ours]. Rules that rewrite a block's tokens are in `revise`.
 """
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.order import highest
 from dllm_rl.models.soft_threshold import draw_set
+from dllm_rl.records import Record, describe, option
 from dllm_rl.types import MIN_TEMPERATURE
 
 Logits = Float[Tensor, "K V"]
@@ -37,67 +23,207 @@ Scores = Float[Tensor, "B L"]
 PositionMask = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
 RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
+COMMIT_INPUTS = ("remaskable", "redrawable", "replaceable", "steps", "uniforms")
+REWRITES = COMMIT_INPUTS[:3]
 
 
-def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
+@lru_cache(256)  # a step reads them often
+def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
+    """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
+    parameters = [p for p in inspect.signature(rank).parameters.values() if p.name != "self"]
+    unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
+    if unknown:
+        raise ValueError(
+            f"rank={name} takes {unknown[0]!r}, which is not one of {', '.join(RANK_INPUTS)}; make it a field of a Rank"
+        )
+    return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
+
+
+@lru_cache(256)
+def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
+    """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of REWRITES."""
+    parameters = inspect.signature(commit).parameters.values()
+    inputs = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
+    rewrites = [kind for kind in REWRITES if kind in inputs]
+    if len(rewrites) > 1:
+        raise ValueError(
+            f"commit={name} takes {' and '.join(rewrites)}, which contradict each other about a position that it "
+            "picks: take one of them"
+        )
+    return inputs
+
+
+def _check_order(kind: str, name: str, order: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError if `order` is not one of `known`."""
+    if order not in known:
+        raise ValueError(f"order={order!r} of {kind}={name} must be one of {', '.join(known)}")
+
+
+class Rank(Record):
+    """A score of each of K masked positions; positions with the highest scores are committed first.
+
+    For a custom rank, subclass it, define `__call__`, and declare `order`; where a rank is expected, a plain function
+    is one too, whose order is unknown. `__call__` takes by name the inputs that it needs:
+        logits (K, V): untempered fp32 logits. Suppressed ids are at -inf; the mask token keeps its logit, although it
+            is never drawn
+        normalizer (K,): log-sum-exp of the logits: logits - normalizer are log-probabilities in nats
+        tokens (K,): the tokens sampled at the positions
+        uniforms (K,): fresh random numbers in [0, 1)
+        hidden (K, D): the last hidden states, which the model's head turns into logits; in the model's dtype
+
+    If a rank does not take `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed
+    tokens are exact: the sampler draws the tokens with these probabilities.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
+            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
+        super().__init_subclass__(**keywords)
+
+    @property
+    def order(self) -> str:
+        """The kind of order that the scores make.
+
+        "deterministic": the scores are a function of the canvas and the weights. "independent": they are random numbers
+        that do not depend on the weights. "unknown": neither is known. `Confidence`, `MaxProb` and `PlackettLuce` have
+        kinds of their own, see `order_probability`.
+        """
+        return "unknown"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The RANK_INPUTS that `__call__` takes."""
+        return rank_inputs(self.name, type(self).__call__)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def adds_gumbel(self) -> bool:
+        """Whether the sampler adds Gumbel noise to the scores, as for `PlackettLuce`."""
+        return False
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> PerPosition:
+        """Return the scores (K,)."""
+        raise TypeError(f"{type(self).__name__} must define __call__ with some of {', '.join(RANK_INPUTS)}")
+
+    def check(self) -> None:
+        allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
+        contradicting = self.reads - allowed.get(self.order, self.reads)
+        if contradicting:
+            names = ", ".join(sorted(contradicting))
+            raise ValueError(f"rank={self.name} is declared {self.order}, but reads {names}")
+
+    @classmethod
+    def convert(cls, value: Any) -> "Rank | None":
+        return FunctionRank(function=value) if callable(value) else None
+
+
+class FunctionRank(Rank):
+    """A rank that a function computes.
+
+    Args:
+        function: Function that scores positions, with the inputs of `Rank` that it needs.
+        order: "deterministic": the scores are a function of the canvas and the weights. "independent": the scores are
+            random numbers that do not depend on the weights. "unknown" (default): neither is known.
+    """
+
+    function: Callable[..., Any]
+    order: str = "unknown"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return rank_inputs(self.name, self.function)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", describe(self.function))
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
+        return self.function(*arguments, **inputs)
+
+    def check(self) -> None:
+        _check_order("rank", self.name, self.order, ("unknown", "deterministic", "independent"))
+        super().check()
+
+
+class Confidence(Rank):
     """Rank positions by the log-probability of the SAMPLED token, in nats (LLaDA's low_confidence remasking).
 
-    Use it to reproduce LLaDA's sampler [paper]; use `max_prob` for an order that does not depend on the drawn tokens.
+    Use it to reproduce LLaDA's sampler [paper]; use `MaxProb` for an order that does not depend on the drawn tokens.
     The order depends on the drawn tokens, so that the log-probs of committed tokens alone are not exact. The rollout
-    therefore records the log-prob of the order in `Order.logprobs`, and `trajectory()` computes the log-prob of the
+    therefore records the log-prob of the order in `Order.logprobs`, and `Trajectory` computes the log-prob of the
     order as well [ours].
     """
-    return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
+
+    order = "confidence"
+
+    def __call__(self, logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
+        return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
 
-def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
+class MaxProb(Rank):
     """Rank positions by the log-probability of the likeliest token, in nats.
 
     Use it as the default: the order does not depend on the drawn tokens. The likeliest token may be the mask
     token, although it is never drawn. Source: Dream's maskgit_plus at temperature 0 [paper].
     """
-    return logits.amax(-1) - normalizer
+
+    order = "max_prob"
+
+    def __call__(self, logits: Logits, normalizer: PerPosition) -> PerPosition:
+        return logits.amax(-1) - normalizer
 
 
-def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
+class Margin(Rank):
     """Rank positions by the probability of the likeliest token minus the probability of the second.
 
     Use it to prefer positions without a close competitor. The order does not depend on the drawn tokens. Source:
     Dream's topk_margin [paper].
     """
-    if logits.shape[-1] < 2:
-        raise ValueError("margin needs a vocabulary of at least 2 tokens")
-    first, second = (logits.topk(2, dim=-1).values - normalizer[:, None]).exp().unbind(-1)
-    return first - second
+
+    order = "deterministic"
+
+    def __call__(self, logits: Logits, normalizer: PerPosition) -> PerPosition:
+        if logits.shape[-1] < 2:
+            raise ValueError("Margin needs a vocabulary of at least 2 tokens")
+        first, second = (logits.topk(2, dim=-1).values - normalizer[:, None]).exp().unbind(-1)
+        return first - second
 
 
-def entropy(logits: Logits, normalizer: PerPosition) -> PerPosition:
+class Entropy(Rank):
     """Rank positions by minus their entropy, sum_v p_v log p_v, in nats.
 
-    Use it with `entropy_bound`, which reads these scores. The order does not depend on the drawn tokens. Source: Dream
+    Use it with `EntropyBound`, which reads these scores. The order does not depend on the drawn tokens. Source: Dream
     [paper], whose entropy is that of the tempered and filtered distribution.
     """
-    logp = logits - normalizer[:, None]
-    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # -inf would give NaN gradients
+
+    order = "deterministic"
+
+    def __call__(self, logits: Logits, normalizer: PerPosition) -> PerPosition:
+        logp = logits - normalizer[:, None]
+        return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # -inf would give NaN gradients
 
 
-def random(uniforms: PerPosition) -> PerPosition:
+class RandomOrder(Rank):
     """Rank positions in a uniformly random order.
 
-    Use it with `origin` and `remask`, which read these scores, or for an order that does not depend on the model.
+    Use it with `Origin` and `Remask`, which read these scores, or for an order that does not depend on the model.
     Source: LLaDA's remasking="random" and Dream's origin [paper].
     """
-    return uniforms
+
+    order = "independent"
+
+    def __call__(self, uniforms: PerPosition) -> PerPosition:
+        return uniforms
 
 
-@bounded(temperature=Bound(at_least=MIN_TEMPERATURE))
-def plackett_luce(
-    logits: Logits, normalizer: PerPosition, *, temperature: float, base_rank: Callable = max_prob
-) -> PerPosition:
+class PlackettLuce(Rank):
     """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
-    Use it to train the order together with the tokens: `trajectory()` computes the log-probs of both. It needs the
-    commit rule `schedule` or `late_schedule`.
+    Use it to train the order together with the tokens: `Trajectory` computes the log-probs of both. It needs the
+    commit rule `Schedule` or `LateSchedule`.
 
     With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy score, with probability
     (Plackett-Luce [paper])
@@ -108,174 +234,336 @@ def plackett_luce(
     all remaining positions has probability 1.
 
     Args:
-        logits: Untempered fp32 logits (K, V).
-        normalizer: Log-sum-exp of the logits (K,).
         temperature: Temperature of the order, at least 1e-30. Towards 0 the order is that of `base_rank`, towards
-            infinity that of `random`.
-        base_rank: Rank to which noise is added: max_prob, margin, entropy, or a custom function with the same
-            arguments. The order of a custom one has a known probability only if it is declared:
-            `Rank(own, "deterministic")`.
+            infinity that of `RandomOrder`.
+        base_rank: Rank to which noise is added: MaxProb(), Margin(), Entropy(), or a custom rank with the same inputs.
+            The order of a custom one has a known probability only if it is declared: FunctionRank(function=own,
+            order="deterministic").
 
     Source: ours.
     """
-    return base_rank(logits=logits, normalizer=normalizer) / temperature
+
+    temperature: float = option(at_least=MIN_TEMPERATURE)
+    base_rank: Rank = MaxProb()
+
+    @property
+    def order(self) -> str:
+        return "unknown" if self.base_rank.order == "unknown" else "plackett_luce"
+
+    adds_gumbel = True
+
+    def check(self) -> None:
+        if self.base_rank.reads != {"logits", "normalizer"}:
+            raise ValueError(
+                f"base_rank={self.base_rank.name} must take logits and normalizer, as MaxProb, Margin and Entropy do"
+            )
+
+    def __call__(self, logits: Logits, normalizer: PerPosition) -> PerPosition:
+        return self.base_rank(logits=logits, normalizer=normalizer) / self.temperature
 
 
-def rank_inputs(rank: Callable) -> frozenset[str]:
-    """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
-    parameters = inspect.signature(rank).parameters.values()
-    unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
-    if unknown:
-        raise ValueError(
-            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(RANK_INPUTS)}; "
-            "bind it with functools.partial"
-        )
-    return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
+# Ranks by name whose scores are a function of the canvas and the weights, without random numbers and drawn tokens.
+DETERMINISTIC: dict[str, Rank] = {rank.name: rank for rank in (MaxProb(), Margin(), Entropy())}
 
 
-def name_of(rule: object) -> str:
-    """Return the name of a rule's function, without the settings that are bound to it."""
-    return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
+class Commit(Record):
+    """A rule that chooses the positions that a step writes.
+
+    For a custom rule, subclass it, define `__call__`, and declare `order`; where a rule is expected, a plain function
+    is one too, whose order is unknown. `__call__` takes
+        scores (B, L): scores of the rank; -inf at positions that are not masked
+        masked (B, L): masked positions
+        steps_left (B,): remaining steps of the block, including the current one
+    and any of these by name:
+        steps (B,): total number of steps of the block
+        uniforms (B, L): fresh random numbers in [0, 1); with rank=RandomOrder() the same numbers as the scores
+        one of REWRITES (B, L), for a rule that rewrites tokens, see `revise`
+    and returns the positions to write (B, L). In the last step of a block it must choose at least one masked position.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
+            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
+        super().__init_subclass__(**keywords)
+
+    @property
+    def order(self) -> str:
+        """The kind of order that the choice of positions makes.
+
+        "deterministic": the positions are a function of the rule's inputs, and the rule does not compare random numbers
+        with numbers that depend on the weights, because the positions would then have a probability that depends on the
+        weights. "unknown": not known. `SoftThreshold` has a kind of its own.
+        """
+        return "unknown"
+
+    @property
+    def count(self) -> Callable[[Counts, Counts], Counts] | None:
+        """Function (number of masked positions, steps left) -> number of positions that the rule picks.
+
+        They are those with the highest scores. None: the number depends on the scores.
+        """
+        return None
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the rule, and not `diffusion_steps`, determines how many steps a block takes."""
+        return False
+
+    @property
+    def required_rank(self) -> Rank | None:
+        """The rank whose scores the rule reads; None: any rank's."""
+        return None
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The COMMIT_INPUTS that `__call__` takes."""
+        return commit_inputs(self.name, type(self).__call__)
+
+    @property
+    def revises(self) -> bool:
+        """Whether the rule rewrites tokens of a block."""
+        return not self.reads.isdisjoint(REWRITES)
+
+    @property
+    def takes_highest(self) -> bool:
+        """Whether the rule is known to pick the highest scores, and how many does not depend on the scores."""
+        return self.order == "deterministic" and self.count is not None and not self.revises
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> PositionMask:
+        """Return the positions to write (B, L)."""
+        raise TypeError(f"{type(self).__name__} must define __call__(scores, masked, steps_left)")
+
+    def check(self) -> None:
+        self.reads  # noqa: B018  raises if the inputs contradict each other
+
+    @classmethod
+    def convert(cls, value: Any) -> "Commit | None":
+        return FunctionCommit(function=value) if callable(value) else None
 
 
-def schedule(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+class FunctionCommit(Commit):
+    """A commit rule that a function computes.
+
+    Args:
+        function: Function (scores, masked, steps_left) -> positions (B, L), with the further inputs of `Commit`.
+        order: "deterministic" or "unknown" (default), see `Commit.order`.
+        count: Function (number of masked positions, steps left) -> number of positions that the rule picks, those with
+            the highest scores. None (default): the number depends on the scores.
+        adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes. Default: False.
+    """
+
+    function: Callable[..., Any]
+    order: str = "unknown"
+    count: Callable[[Tensor, Tensor], Any] | None = None
+    adaptive: bool = False
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return commit_inputs(self.name, self.function)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", describe(self.function))
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
+        return self.function(*arguments, **inputs)
+
+    def check(self) -> None:
+        _check_order("commit", self.name, self.order, ("unknown", "deterministic"))
+        super().check()
+
+
+class Schedule(Commit):
     """Commit an equal share of a block per step, with the remainder on the first steps: ceil(masked / steps_left).
 
     Use it as the default; the number of steps is then `diffusion_steps`. Source: LLaDA [paper].
     """
-    return highest(scores, masked, count=schedule_count(masked.sum(-1), steps_left))
+
+    order = "deterministic"
+
+    @property
+    def count(self) -> Callable[[Counts, Counts], Counts]:
+        return schedule_count
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        return highest(scores, masked, count=schedule_count(masked.sum(-1), steps_left))
 
 
 def schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
-    """Return the number of positions that `schedule` commits: ceil(num_masked / steps_left)."""
+    """Return the number of positions that `Schedule` commits: ceil(num_masked / steps_left)."""
     return -(-num_masked // steps_left)
 
 
-def late_schedule(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+class LateSchedule(Commit):
     """Commit an equal share of a block per step, with the remainder on the last steps: floor(masked / steps_left).
 
     Use it to reproduce Dream [paper]. Dream's time grid ends at 1e-3, and its steps may commit nothing; here it ends at
     0 [ours].
     """
-    return highest(scores, masked, count=late_schedule_count(masked.sum(-1), steps_left))
+
+    order = "deterministic"
+
+    @property
+    def count(self) -> Callable[[Counts, Counts], Counts]:
+        return late_schedule_count
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        return highest(scores, masked, count=late_schedule_count(masked.sum(-1), steps_left))
 
 
 def late_schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
-    """Return the number of positions that `late_schedule` commits: floor(num_masked / steps_left)."""
+    """Return the number of positions that `LateSchedule` commits: floor(num_masked / steps_left)."""
     return num_masked // steps_left
 
 
-def origin(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+class Origin(Commit):
     """Write each masked position with probability 1/steps_left, the ancestral step of masked diffusion.
 
-    Use it with rank=random, whose scores are uniform random numbers. A step may commit nothing. Source: Dream's origin
-    [paper].
+    Use it with rank=RandomOrder(), whose scores are uniform random numbers. A step may commit nothing. Source: Dream's
+    origin [paper].
     """
-    return masked & (scores >= 1 - 1 / steps_left[:, None])
+
+    order = "deterministic"
+    required_rank = RandomOrder()
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
-@bounded(tau=Bound(above=0, at_most=1))
-def threshold(scores: Scores, masked: PositionMask, steps_left: Counts, *, tau: float) -> PositionMask:
+class Threshold(Commit):
     """Commit all positions with probability >= tau, and at least the best one (Fast-dLLM's parallel decoding).
 
-    Use it to take fewer steps where the model is certain. It needs log-probabilities as scores (rank=confidence or
-    max_prob). With max_prob the log-probs of `trajectory()` are exact for the positions that were written. How many are
-    written also depends on the model, and only `soft_threshold` gives this number a gradient.
+    Use it to take fewer steps where the model is certain. It needs log-probabilities as scores (rank=Confidence() or
+    MaxProb()). With MaxProb() the log-probs of `Trajectory` are exact for the positions that were written. How many are
+    written also depends on the model, and only `SoftThreshold` gives this number a gradient.
 
     Args:
-        scores: Log-probabilities (B, L); -inf at positions that are not masked.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps (B,); not used.
         tau: Lowest probability at which a position is written, in (0, 1].
 
     Source: Fast-dLLM, arXiv 2505.22618 [paper].
     """
+
+    tau: float = option(above=0, at_most=1)
+
+    order = "deterministic"
+    adaptive = True
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        return above_threshold(scores, masked, steps_left, self.tau)
+
+
+def above_threshold(scores: Scores, masked: PositionMask, steps_left: Counts, tau: float) -> PositionMask:
+    """Return the masked positions with probability >= tau, and at least the best one of each row."""
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | highest(scores, masked, count=torch.ones_like(steps_left))
 
 
-@bounded(tau=Bound(above=0, below=1), temperature=Bound(at_least=0.01))
-def soft_threshold(
-    scores: Scores,
-    masked: PositionMask,
-    steps_left: Counts,
-    uniforms: Scores,  # fresh random numbers in [0, 1)
-    *,
-    tau: float,
-    temperature: float = 0.5,
-) -> PositionMask:
+class SoftThreshold(Commit):
     """Commit each masked position independently, with a probability that rises around tau (`models.soft_threshold`).
 
-    Use it in place of `threshold` for training: `trajectory()` also computes the log-prob of the set of positions that
-    each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `threshold` writes
+    Use it in place of `Threshold` for training: `Trajectory` also computes the log-prob of the set of positions that
+    each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `Threshold` writes
     depends on the weights too, but has no gradient.
 
-    The rule needs rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature),
+    The rule needs rank=MaxProb(). A position is written with probability sigmoid((logit p - logit tau) / temperature),
     independently, given that at least one position is written.
 
     Args:
-        scores: Log-probabilities (B, L); -inf at positions that are not masked.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps (B,); not used.
-        uniforms: Fresh random numbers in [0, 1), (B, L).
         tau: Value of p at which a position is written with probability 1/2, in (0, 1).
-        temperature: Width of the transition, at least 0.01; towards 0 the rule becomes `threshold`. With tau=0.9, a
+        temperature: Width of the transition, at least 0.01; towards 0 the rule becomes `Threshold`. With tau=0.9, a
             position with p=0.99 is written with probability 0.992 at temperature 0.5 and 0.92 at temperature 1; a
             position with p=0.5 with probability 0.012 and 0.1.
 
     Source: ours.
     """
-    return draw_set(scores, masked, uniforms, tau=tau, temperature=temperature)
+
+    tau: float = option(above=0, below=1)
+    temperature: float = option(default=0.5, at_least=0.01)
+
+    order = "soft_threshold"
+    adaptive = True
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts, uniforms: Scores) -> PositionMask:
+        return draw_set(scores, masked, uniforms, tau=self.tau, temperature=self.temperature)
 
 
-def soft_threshold_params(commit: Callable) -> tuple[float, float]:
-    """Return tau and temperature that a partial of `soft_threshold` binds."""
-    parameters = inspect.signature(commit).parameters
-    if parameters["tau"].default is inspect.Parameter.empty:
-        raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
-    return float(parameters["tau"].default), float(parameters["temperature"].default)
-
-
-@bounded(f=Bound(above=0))
-def factor(scores: Scores, masked: PositionMask, steps_left: Counts, *, f: float) -> PositionMask:
+class Factor(Commit):
     """Commit the n positions with the highest p, for the largest n whose n-th p is >= 1 - f/(n+1); at least one.
 
-    Use it in place of `threshold`, if more positions per step should require more certainty. It needs
-    log-probabilities as scores (rank=confidence or max_prob).
+    Use it in place of `Threshold`, if more positions per step should require more certainty. It needs
+    log-probabilities as scores (rank=Confidence() or MaxProb()).
 
     Args:
-        scores: Log-probabilities (B, L); -inf at positions that are not masked.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps (B,); not used.
         f: Tolerance, above 0. A larger value writes more positions per step.
 
     Source: Fast-dLLM's factor rule, arXiv 2505.22618 [paper].
     """
-    sorted_probs = scores.sort(dim=-1, descending=True).values.exp()
-    n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    count = torch.where(sorted_probs >= 1 - f / (n + 1), n, 1).amax(-1)
-    return highest(scores, masked, count=count)
+
+    f: float = option(above=0)
+
+    order = "deterministic"
+    adaptive = True
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        sorted_probs = scores.sort(dim=-1, descending=True).values.exp()
+        n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+        count = torch.where(sorted_probs >= 1 - self.f / (n + 1), n, 1).amax(-1)
+        return highest(scores, masked, count=count)
 
 
-@bounded(gamma=Bound(at_least=0))
-def entropy_bound(scores: Scores, masked: PositionMask, steps_left: Counts, *, gamma: float) -> PositionMask:
+class EntropyBound(Commit):
     """Commit the positions U of lowest entropy H, as many as satisfy sum_U H - max_U H <= gamma, in nats (EB-Sampler).
 
-    Use it to take fewer steps with a bound on the dependence between the tokens of a step. It needs rank=entropy, whose
-    scores are -H. A single position always satisfies the bound.
+    Use it to take fewer steps with a bound on the dependence between the tokens of a step. It needs rank=Entropy(),
+    whose scores are -H. A single position always satisfies the bound.
 
     Args:
-        scores: Minus the entropies (B, L) in nats; -inf at positions that are not masked.
-        masked: Masked positions (B, L).
-        steps_left: Remaining steps (B,); not used.
         gamma: Bound, at least 0, in nats. A larger value writes more positions per step.
 
     Source: EB-Sampler, arXiv 2505.24857 [paper].
     """
-    entropies = -scores.sort(dim=-1, descending=True).values
-    # In ascending order the last entropy of U is the largest, so that the bound applies to the sum of the earlier ones.
-    before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
-    return highest(scores, masked, count=(before <= gamma).sum(-1))
+
+    gamma: float = option(at_least=0)
+
+    order = "deterministic"
+    adaptive = True
+    required_rank = Entropy()
+
+    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+        entropies = -scores.sort(dim=-1, descending=True).values
+        # In ascending order the last entropy of U is the largest, so that the bound applies to the earlier ones' sum.
+        before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
+        return highest(scores, masked, count=(before <= self.gamma).sum(-1))
+
+
+def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:
+    """Return the kind of probability of the order in which the pair writes.
+
+    deterministic  the probability is 1: the order is a function of the canvas and the weights
+    independent    the probability does not depend on the weights
+    confidence, plackett_luce, soft_threshold  samplers record the log-probability, and `Trajectory` scores it
+    unknown        the probability is not known
+    """
+    if "unknown" in (rank.order, commit.order):
+        return "unknown"
+    is_random = rank.adds_gumbel or commit.order == "soft_threshold"
+    depends_on_draws = not greedy and (rank.order == "confidence" or "replaceable" in commit.reads)
+    if not is_random and not depends_on_draws:
+        return "independent" if rank.order == "independent" else "deterministic"
+    if greedy:
+        return "unknown"
+    if commit.order == "soft_threshold":
+        return "soft_threshold" if rank.order == "max_prob" else "unknown"
+    return rank.order if commit.takes_highest else "unknown"
+
+
+def has_order_logprob(rank: Rank, commit: Commit, *, greedy: bool = False) -> bool:
+    """Return whether the order has a log-probability that samplers record."""
+    return order_probability(rank, commit, greedy=greedy) in ("confidence", "plackett_luce", "soft_threshold")
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:

@@ -1,4 +1,4 @@
-"""The forward of `unmask`: the hidden states of the positions that a step may write.
+"""The forward of `Unmask`: the hidden states of the positions that a step may write.
 
 Rows of similar length run together (buckets), and a cache stores keys and values between the steps of a block.
 """

@@ -10,54 +10,24 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy
+from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
 from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.infilling import check_infilling, infilling_canvas
-from dllm_rl.samplers.records import as_commit, as_rank
-from dllm_rl.samplers.rules import check_steps, max_prob, schedule
+from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, check_steps
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.states import SamplerForward
 from dllm_rl.samplers.whole_step import CompiledStepSampler
-from dllm_rl.types import Prompts, Rollout, SamplingParams, check_sampling
+from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
-@bounded(
-    check_sampling,
-    max_new_tokens=Bound(at_least=0),
-    diffusion_steps=Bound(at_least=1),
-    block_size=Bound(at_least=1),
-    temperature=Bound(at_least=0),
-    top_k=Bound(at_least=1),
-    top_p=Bound(above=0, at_most=1),
-    confidence_radius=Bound(at_least=1),
-)
-@torch.no_grad()
-def unmask(  # noqa: PLR0913
-    policy: Policy,
-    prompts: Prompts,
-    generator: Generator,
-    *,
-    max_new_tokens: int,
-    diffusion_steps: int | None = None,
-    block_size: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: tuple[int, ...] = (),
-    rank: Callable = max_prob,
-    commit: Callable = schedule,
-    cache: Cache | None = None,
-    approximate_early_exit: bool = False,
-    compile_step: bool = False,
-    confidence_radius: int | None = None,
-    on_step: Callable[[Rollout], None] | None = None,
-) -> Rollout:
+class Unmask(Sampler):
     """Complete every prompt `prompts.group_size` times by iterative unmasking.
 
-    Use it for masked-diffusion policies; use `autoregress` for causal policies, and `renoise` for models whose noise is
+    Use it for masked-diffusion policies; use `Autoregress` for causal policies, and `Renoise` for models whose noise is
     random tokens. Apart from rounding, a row depends only on its prompt, its seed and the weights, not on the other
     rows of its batch.
 
@@ -66,13 +36,10 @@ def unmask(  # noqa: PLR0913
     fill in.
 
     Finished rows leave the batch, and rows of similar length run together (`models.forward.buckets.length_buckets`);
-    with compile_step all rows run in every step. With commit=schedule (the default) the host waits for the device at
+    with compile_step all rows run in every step. With commit=Schedule() (the default) the host waits for the device at
     most once per forward. With other rules it also waits for the number of chosen positions.
 
     Args:
-        policy: Masked-diffusion policy, with full or block-causal attention.
-        prompts: Left-padded prompts, P rows of tokens. The positions of `prompts.infill_mask` are filled in too.
-        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with positions
             to fill in.
         diffusion_steps: Number of steps per completion, divided equally between blocks. Adaptive commit rules ignore
@@ -87,67 +54,101 @@ def unmask(  # noqa: PLR0913
         rank: Function that scores positions; the highest scores come first. `samplers.rules` explains its inputs.
         commit: Rule that chooses the positions that a step writes, see `samplers.rules`. The rules of `samplers.revise`
             also rewrite tokens, and record each rewrite.
-        cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
+        cache: BlockCache(), PrefixCache() or DualCache(). None recomputes every position in every step.
         approximate_early_exit: End a row after the block with its end token (full attention only). The completion lacks
             the tokens after this block, so its probability is not that of a full completion. The log-prob of each
             written token is still that of its draw. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
-            on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
+            on a GPU as CUDA graphs. It cannot be combined with PrefixCache(), positions to fill in, or rules that
             rewrite. It rounds differently: if two tokens are nearly tied, the choice may differ from the one made
             without compile_step.
         confidence_radius: Record the change of confidence that each written token caused at masked positions within
-            this distance (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
-            max_prob, and cannot be combined with compile_step or rules that rewrite. None: not recorded.
-        on_step: Function that is called with the current rollout after every step. None: no call.
-
-    Returns:
-        Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
-
-    Raises:
-        ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule, blocks
-            and cache cannot be combined, or the rank returns NaN.
+            this distance (`Rollout.confidence_change`), for ELBO(informed_masking=...). It needs rank=Confidence() or
+            MaxProb(), and cannot be combined with compile_step or rules that rewrite. None: not recorded.
 
     Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
-    spec = policy.spec
-    rank, commit = as_rank(rank), as_commit(commit)
-    block_size = _checked_block_size(policy, prompts, max_new_tokens, block_size, cache)
-    if prompts.infill_mask is None:
-        check_steps(diffusion_steps, max_new_tokens, commit.count)
-        block_aligned = cache is not None and cache.kind == "block"
-        canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
-    else:
-        check_infilling(policy, prompts, max_new_tokens, cache, approximate_early_exit)
-        canvas = infilling_canvas(policy, prompts, max_new_tokens, block_size)
-    sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
-    check_suppress(policy, sampling_params)
-    step_sampler = StepSampler(policy, canvas, sampling_params, rank, commit, confidence_radius)
-    # With a cache, no row begins its next block before all rows have finished this one.
-    tracker = BlockTracker(canvas.block, diffusion_steps, wait_for_all_rows=cache is not None, masked=canvas.masked)
-    seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
-    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps_left)
-    # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
-    run_step: Callable[[], Int[Tensor, " C"] | None]
-    if forward is None:
-        run_step = CompiledStepSampler(step_sampler, cache, tracker, seeds, block_size).run_step
-    else:
-        run_step = partial(_run_step, step_sampler, forward, tracker, seeds)
-    rows_end_early = spec.attention == "block_causal" or approximate_early_exit
 
-    def current_rollout() -> Rollout:
-        fields = step_sampler.rollout_fields()
-        if forward is not None:
-            fields |= forward.rollout_fields()
-        return canvas.rollout(sampling_params, policy.weights_version, **fields)
+    diffusion_steps: int | None = option(default=None, at_least=1)
+    block_size: int | None = option(default=None, at_least=1)
+    temperature: float = option(default=0.0, at_least=0)
+    top_k: int | None = option(default=None, at_least=1)
+    top_p: float | None = option(default=None, above=0, at_most=1)
+    suppress: tuple[int, ...] = ()
+    rank: Rank = MaxProb()
+    commit: Commit = Schedule()
+    cache: Cache | None = None
+    approximate_early_exit: bool = False
+    compile_step: bool = False
+    confidence_radius: int | None = option(default=None, at_least=1)
 
-    while (complete_rows := run_step()) is not None:
-        if rows_end_early and len(complete_rows):
-            ended_rows = canvas.mark_finished(complete_rows, spec.eos_ids)
-            tracker.finish_rows(ended_rows)
-        if on_step is not None:
-            on_step(current_rollout())
-    step_sampler.check_scores()
-    return current_rollout()
+    def check(self) -> None:
+        SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        generator: Generator,
+        *,
+        on_step: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
+        """Complete the prompts.
+
+        Args:
+            policy: Masked-diffusion policy, with full or block-causal attention.
+            prompts: Left-padded prompts, P rows of tokens. The positions of `prompts.infill_mask` are filled in too.
+            generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+            on_step: Function that is called with the current rollout after every step. None: no call.
+
+        Returns:
+            Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
+
+        Raises:
+            ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule,
+                blocks and cache cannot be combined, or the rank returns NaN.
+        """
+        spec = policy.spec
+        block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
+        if prompts.infill_mask is None:
+            check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
+            block_aligned = self.cache is not None and self.cache.kind == "block"
+            canvas = make_canvas(policy, prompts, self.max_new_tokens, block_size, block_aligned=block_aligned)
+        else:
+            check_infilling(policy, prompts, self.max_new_tokens, self.cache, self.approximate_early_exit)
+            canvas = infilling_canvas(policy, prompts, self.max_new_tokens, block_size)
+        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, (*self.suppress, canvas.mask_id))
+        check_suppress(policy, sampling_params)
+        step_sampler = StepSampler(policy, canvas, sampling_params, self.rank, self.commit, self.confidence_radius)
+        # With a cache, no row begins its next block before all rows have finished this one.
+        tracker = BlockTracker(
+            canvas.block, self.diffusion_steps, wait_for_all_rows=self.cache is not None, masked=canvas.masked
+        )
+        seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
+        forward = None if self.compile_step else SamplerForward(policy, canvas, self.cache, tracker.steps_left)
+        # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
+        run_step: Callable[[], Int[Tensor, " C"] | None]
+        if forward is None:
+            run_step = CompiledStepSampler(step_sampler, self.cache, tracker, seeds, block_size).run_step
+        else:
+            run_step = partial(_run_step, step_sampler, forward, tracker, seeds)
+        rows_end_early = spec.attention == "block_causal" or self.approximate_early_exit
+
+        def current_rollout() -> Rollout:
+            fields = step_sampler.rollout_fields()
+            if forward is not None:
+                fields |= forward.rollout_fields()
+            return canvas.rollout(sampling_params, policy.weights_version, **fields)
+
+        while (complete_rows := run_step()) is not None:
+            if rows_end_early and len(complete_rows):
+                ended_rows = canvas.mark_finished(complete_rows, spec.eos_ids)
+                tracker.finish_rows(ended_rows)
+            if on_step is not None:
+                on_step(current_rollout())
+        step_sampler.check_scores()
+        return current_rollout()
 
 
 def _run_step(
@@ -167,12 +168,12 @@ def _run_step(
 def _checked_block_size(
     policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None
 ) -> int:
-    """Return the block size in effect. Raise ValueError as documented in `unmask`."""
+    """Return the block size in effect. Raise ValueError as documented in `Unmask`."""
     attention = policy.spec.attention
     if attention == "causal":
-        raise ValueError(f"policy {policy.spec.name!r} is causal; unmask needs a diffusion model: use autoregress")
+        raise ValueError(f"policy {policy.spec.name!r} is causal; Unmask needs a diffusion model: use Autoregress")
     if attention == "encoder_decoder":
-        raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
+        raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use Renoise")
     infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
     if not infilling and not length:
@@ -183,7 +184,7 @@ def _checked_block_size(
             f"block_size={size} is not the policy's block size, {policy.spec.block_size}; leave block_size at None"
         )
     if cache is not None:
-        cache.check(attention)
+        cache.check_attention(attention)
     check_fits(policy, prompts, length)
     return size
 

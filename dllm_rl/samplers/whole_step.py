@@ -1,8 +1,8 @@
-"""A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
+"""A step of `Unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
 Every step runs all rows and a full block; positions that it does not sample do not change. The host reads nothing
 inside a step. A separate graph is compiled for each number of rows, completion length and padded width
-(WIDTH_MULTIPLE). Without compilation `unmask` uses the step in `choose`. The step in this module, uncompiled on a CPU,
+(WIDTH_MULTIPLE). Without compilation `Unmask` uses the step in `choose`. The step in this module, uncompiled on a CPU,
 took 1.14 to 1.41 times as much processor time, because it also runs the head at written positions.
 """
 
@@ -24,8 +24,7 @@ from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KVCache, attention_bias
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM, BlockTracker, Canvas
 from dllm_rl.samplers.choose import Drawn, StepSampler, add_gumbel, draw_and_rank
-from dllm_rl.samplers.records import Commit
-from dllm_rl.samplers.rules import check_last_step
+from dllm_rl.samplers.rules import Commit, check_last_step
 
 WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of it, so that batches of similar width share graphs
 MAX_GRAPHS = 128  # largest number of graphs in a process
@@ -168,9 +167,9 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: 
     if commit.revises:
         conflict = f"commit={commit.name}, which rewrites: use a rule that does not rewrite"
     elif commit.reads:
-        conflict = f"commit={commit.name}, which reads {' and '.join(sorted(commit.reads))}: use threshold"
+        conflict = f"commit={commit.name}, which reads {' and '.join(sorted(commit.reads))}: use Threshold"
     elif cache is not None and cache.kind == "prefix":
-        conflict = "prefix_cache(), which runs all columns after a block: use dual_cache()"
+        conflict = "PrefixCache(), which runs all columns after a block: use DualCache()"
     elif records_confidence:
         conflict = "confidence_radius, which it does not record: leave it at None"
     if conflict:

@@ -5,7 +5,7 @@ The oldest job always runs next. A job that arrives while a batch runs can only 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ import torch
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import sampler_for
-from dllm_rl.serving.settings import check_number_of_steps, read_settings
+from dllm_rl.samplers import Sampler
+from dllm_rl.serving.settings import check_number_of_steps
 from dllm_rl.types import Prompts, Rollout
 
 SCORE_CHUNK = 256  # prompt positions whose logits are in memory at the same time
@@ -39,8 +39,7 @@ class CompletionJob:
     Args:
         ids: Token ids of the prompt.
         seed: Seed of the completion, a 63-bit integer.
-        settings: (name, value) pairs of sampler settings (`read_settings`), sorted by name. They override the server's
-            defaults. Only jobs with equal settings share a batch.
+        sampler: Sampler of the completion. Only jobs with equal samplers share a batch.
         suffix: Token ids of the text after the completion. If there are any, the model fills in the `max_new_tokens`
             positions between prompt and suffix. Default: none.
         future: Receives a rollout of one row, on the CPU.
@@ -48,7 +47,7 @@ class CompletionJob:
 
     ids: Sequence[int]
     seed: int
-    settings: tuple[tuple[str, Any], ...]
+    sampler: Sampler
     suffix: Sequence[int] = ()
     future: "Future[Rollout]" = field(default_factory=Future)
 
@@ -94,7 +93,7 @@ class Batcher:
 
     Args:
         policy: Policy that samples. No other thread may use its module.
-        defaults: Sampler keywords for settings that a completion does not set.
+        defaults: Sampler whose settings apply where a request sets none.
         max_batch_size: Largest number of completions in a batch.
         max_waiting: Largest number of waiting jobs.
         exact_batches: Whether a completion is bitwise identical in every batch. This is slower: it uses
@@ -104,14 +103,14 @@ class Batcher:
     def __init__(
         self,
         policy: Policy,
-        defaults: Mapping[str, Any],
+        defaults: Sampler,
         *,
         max_batch_size: int = 32,
         max_waiting: int = 256,
         exact_batches: bool = False,
     ) -> None:
         self.policy = policy
-        self.defaults = dict(defaults)
+        self.defaults = defaults
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
         self.exact_batches = exact_batches
@@ -199,11 +198,7 @@ class Batcher:
         batch: list[Job] = []
         shortest = longest = oldest.length
         for job in self._waiting:
-            if (
-                isinstance(job, PolicyCall)
-                or job.settings != oldest.settings
-                or bool(job.suffix) != bool(oldest.suffix)
-            ):
+            if isinstance(job, PolicyCall) or job.sampler != oldest.sampler or bool(job.suffix) != bool(oldest.suffix):
                 continue
             new_shortest, new_longest = min(shortest, job.length), max(longest, job.length)
             is_similar = new_longest - new_shortest <= MAX_LENGTH_DIFFERENCE or new_longest <= 2 * new_shortest
@@ -218,33 +213,32 @@ class Batcher:
         if isinstance(jobs[0], PolicyCall):
             return [jobs[0].function(self.policy)]
         completions = [job for job in jobs if isinstance(job, CompletionJob)]
-        keywords = self.defaults | read_settings(self.policy, dict(completions[0].settings))
-        return sample_rows(self.policy, keywords, completions)
+        return sample_rows(self.policy, completions[0].sampler, completions)
 
 
-def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequence[CompletionJob]) -> list[Rollout]:
+def sample_rows(policy: Policy, sampler: Sampler, completions: Sequence[CompletionJob]) -> list[Rollout]:
     """Sample completions as one batch. Return one single-row rollout per completion, on the CPU.
 
     Args:
         policy: Policy that samples.
-        keywords: Keywords of the policy's sampler.
+        sampler: Sampler of the completions.
         completions: Prompts and seeds. Either all of them have a suffix, or none has.
     """
     seeds = [job.seed for job in completions]
     if completions[0].suffix:
-        length, mask_id = keywords["max_new_tokens"], policy.spec.mask_id
-        # `unmask` does not check the steps of prompts with positions to fill in, whose number differs by row.
-        check_number_of_steps(keywords)
+        length, mask_id = sampler.max_new_tokens, policy.spec.mask_id
+        # `Unmask` does not check the steps of prompts with positions to fill in, whose number differs by row.
+        check_number_of_steps(sampler)
         assert mask_id is not None, "suffixes are for models with a mask token"
         ids = [[*job.ids, *[mask_id] * length, *job.suffix] for job in completions]
         blanks = [[False] * len(job.ids) + [True] * length + [False] * len(job.suffix) for job in completions]
         prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=seeds, open_positions=blanks)
         # A cache or an early exit would need one contiguous completion at the end of the row (`check_infilling`).
-        keywords = dict(keywords) | {"max_new_tokens": 0, "cache": None, "approximate_early_exit": False}
+        sampler = sampler.replace(max_new_tokens=0, cache=None, approximate_early_exit=False)
     else:
         prompts = Prompts.from_ids([job.ids for job in completions], pad_id=policy.pad_id, seeds=seeds)
     # Every row has its own seed, so the sampler does not use the generator.
-    rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords).to("cpu")
+    rollout = sampler(policy, prompts, generator_for("unused")).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]
 
 

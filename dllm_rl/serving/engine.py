@@ -1,12 +1,11 @@
 """A rollout engine that sends weights to a server (`dllm-rl serve MODEL --allow_updates`) and samples there."""
 
 import http.client
-import inspect
 import json
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.members import configurable
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import adapted_layers
 from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_from_json, serialize
+from dllm_rl.records import Record, option, to_json
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.records import as_rank
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.settings import known_settings, write_settings
+from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.settings import known_settings
 from dllm_rl.types import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"
-# The signature of `http_sampler`, which takes **settings: the command line and the checks of recipes read it.
-SAMPLER_SIGNATURE = inspect.Signature(
-    [
-        parameter
-        for name, parameter in inspect.signature(unmask).parameters.items()
-        if name not in ("compile_step", "on_step")
-    ]
-)
 
 
-@configurable
-def http_engine(
-    *, url: str = "http://127.0.0.1:8000", token_file: str | None = None, timeout: float = 600.0
-) -> RolloutEngine:
-    """Make an engine that samples rollouts on a server of this library.
+class HTTPEngine(RolloutEngine):
+    """Sample rollouts on a server of this library.
 
-    Use it with the sampler `http_sampler`. On a CPU, with the same version of torch and the same number of threads, a
+    Use it with the sampler `HTTPSampler`. On a CPU, with the same version of torch and the same number of threads, a
     run is bitwise identical to one that samples in the learner's process. A server serves one run at a time, and the
     run must have a single process. For quantized rollouts, start the server with `--quantization SCHEME`, and leave the
     run's `rollout_quantization` at None.
@@ -54,10 +41,20 @@ def http_engine(
     Args:
         url: Address of `dllm-rl serve MODEL --allow_updates`. MODEL must have the same architecture as the run's model.
         token_file: File with the server's token. None: the environment variable DLLM_RL_TOKEN. The token itself is not
-            an argument, because arguments are stored with the run.
+            a setting, because settings are stored with the run.
         timeout: Seconds to wait for a response.
     """
-    return RolloutEngine(partial(_load, Client(url, token_file, timeout)), _sync, is_exclusive=True)
+
+    url: str = "http://127.0.0.1:8000"
+    token_file: str | None = None
+    timeout: float = option(default=600.0, above=0)
+    is_exclusive = True
+
+    def load(self, learner: Policy) -> Policy:
+        return _load(Client(self.url, self.token_file, self.timeout), learner)
+
+    def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
+        return _sync(learner, policy)
 
 
 @dataclass(frozen=True)
@@ -135,11 +132,11 @@ def _error_message(data: bytes) -> str:
 
 
 def _load(client: Client, policy: Policy) -> Policy:
-    """Send all weights of the learner to the server. Return the rollout policy that `http_sampler` needs."""
+    """Send all weights of the learner to the server. Return the rollout policy that `HTTPSampler` needs."""
     if hasattr(policy.module, "sharding") or (
         torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     ):
-        raise ValueError("rollout_engine=http_engine needs a run of one process; start it without a launcher")
+        raise ValueError("rollout_engine=HTTPEngine needs a run of one process; start it without a launcher")
     client = replace(client, run=secrets.token_hex(16))
     header = {"weights_version": policy.weights_version, "is_load": True}
     client.post("/weights", merged_state_dict(policy.module), header)
@@ -180,11 +177,11 @@ def _logits(
     """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
     if attention_mask.dim() != 2:
         raise ValueError(
-            "rollout_engine=http_engine computes whole rows: set the sampler's cache=None, or use http_sampler"
+            "rollout_engine=HTTPEngine computes whole rows: set the sampler's cache=None, or use HTTPSampler"
         )
     width = tokens.shape[1]
     if cache_kwargs:
-        # `autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the cache
+        # `Autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the cache
         # stores token ids in place of keys and values, and the whole row is sent.
         new = tokens[:, None, :, None]
         tokens = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
@@ -194,58 +191,73 @@ def _logits(
     return tensors["logits"][:, -width:].to(tokens.device)
 
 
-@torch.no_grad()
-def http_sampler(policy: Policy, prompts: Prompts, generator: Generator, **settings: Any) -> Rollout:
-    """Sample `prompts.group_size` completions per prompt on a server, with `unmask`, or `autoregress` if causal.
+class HTTPSampler(Unmask):
+    """Sample on a server, with the settings of `Unmask`, or of `Autoregress` if the model is causal.
 
-    Use it as `Recipe.sampler` with `rollout_engine=http_engine(...)`.
-
-    Args:
-        policy: Policy of `http_engine`.
-        prompts: Left-padded prompts.
-        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
-        settings: Keywords of `unmask` except compile_step and on_step. For a causal model, only max_new_tokens,
-            temperature, top_k, top_p and suppress may be set.
-
-    Returns:
-        The rollout that the sampler would make in this process.
-
-    Raises:
-        TypeError: A setting is unknown, or max_new_tokens is missing.
-        ValueError: The policy is not from `http_engine`, the model's sampler lacks a setting, a rule has no name on the
-            command line, or the server refuses.
+    Use it as `Recipe.sampler` with rollout_engine=HTTPEngine(...). For a causal model, only max_new_tokens,
+    temperature, top_k, top_p and suppress may be set. It makes the rollout that the sampler would make in this process.
+    `Unmask` explains the settings.
     """
-    SAMPLER_SIGNATURE.bind(policy, prompts, generator, **settings)
-    client = getattr(policy.module, "client", None)
-    if not isinstance(client, Client):
-        raise ValueError(
-            "sampler=http_sampler needs the policy of rollout_engine=http_engine(...); use unmask or autoregress"
-        )
-    if policy.spec.attention == "encoder_decoder":
-        raise ValueError(f"sampler=http_sampler does not serve {policy.spec.name!r}, whose sampler is renoise")
-    keywords = _sampler_keywords(policy, settings)
-    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
-    if prompts.infill_mask is not None:
-        tensors["infill_mask"] = prompts.infill_mask
-    header = {
-        "weights_version": policy.weights_version,
-        "group_size": prompts.group_size,
-        "settings": write_settings(keywords),
-    }
-    rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)
-    rank = as_rank(settings.get("rank", SAMPLER_SIGNATURE.parameters["rank"].default))
-    return record_from_json(rollout_json, rollout_tensors, rank.function).to(policy.device)
+
+    def check(self) -> None:
+        if self.compile_step:
+            raise ValueError("compile_step=True is not for HTTPSampler: a server compiles no steps; leave it out")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        generator: Generator,
+        *,
+        on_step: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
+        """Complete the prompts with a policy of `HTTPEngine`.
+
+        Raises:
+            ValueError: The policy is not from `HTTPEngine`, the model's sampler lacks a setting, a rule is defined in a
+                script, or the server refuses.
+        """
+        if on_step is not None:
+            raise ValueError("on_step is not for HTTPSampler: a server returns finished rollouts; leave it out")
+        client = getattr(policy.module, "client", None)
+        if not isinstance(client, Client):
+            raise ValueError(
+                "sampler=HTTPSampler needs the policy of rollout_engine=HTTPEngine(...); use Unmask or Autoregress"
+            )
+        if policy.spec.attention == "encoder_decoder":
+            raise ValueError(f"sampler=HTTPSampler does not serve {policy.spec.name!r}, whose sampler is Renoise")
+        seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
+        tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
+        if prompts.infill_mask is not None:
+            tensors["infill_mask"] = prompts.infill_mask
+        header = {
+            "weights_version": policy.weights_version,
+            "group_size": prompts.group_size,
+            "settings": self._settings_of(policy),
+        }
+        rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)
+        return record_from_json(rollout_json, rollout_tensors, self.rank).to(policy.device)
+
+    def _settings_of(self, policy: Policy) -> dict[str, Any]:
+        """Return the settings of the policy's sampler as JSON. Raise ValueError if another one is set."""
+        known = known_settings(policy)
+        settings = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in known:
+                settings[field.name] = to_json(value)
+            elif value != field.default:
+                sampler = sampler_for(policy).__name__
+                raise ValueError(f"{field.name}={value!r} is not for {sampler}; leave it out")
+            if isinstance(value, Record) and not _is_of_library(value):
+                raise ValueError(f"{field.name}={value} is no rule that a server knows; sample in the run's process")
+        return settings
 
 
-def _sampler_keywords(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the policy's sampler has. Raise ValueError if another one is not at its default."""
-    known = known_settings(policy)
-    defaults = {name: parameter.default for name, parameter in SAMPLER_SIGNATURE.parameters.items()}
-    for name, value in settings.items():
-        if name not in known and value != defaults[name]:
-            raise ValueError(f"{name}={value!r} is not for {sampler_for(policy).__name__}; leave it out")
-    return {name: value for name, value in settings.items() if name in known}
-
-
-http_sampler.__signature__ = SAMPLER_SIGNATURE  # type: ignore[attr-defined]
+def _is_of_library(record: Record) -> bool:
+    """Return whether a server has the classes of a record and of its fields, and none of them wraps a function."""
+    if type(record).__module__.partition(".")[0] != "dllm_rl":
+        return False
+    values = [getattr(record, field.name) for field in fields(record)]  # type: ignore[arg-type]
+    return all(_is_of_library(value) if isinstance(value, Record) else not callable(value) for value in values)

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import before_end, completion_token_ids, decode_ids, prompt_ids
-from dllm_rl.samplers.by_name import required_rank
+from dllm_rl.samplers import Sampler
 from dllm_rl.screen import line_of
 from dllm_rl.serving.batching import PromptScores
-from dllm_rl.serving.settings import known_settings, read_settings
+from dllm_rl.serving.settings import known_settings, with_settings
 from dllm_rl.types import Rollout
 
 try:
@@ -87,6 +87,7 @@ class TextPart(BaseModel):
     text: str
 
 
+Method = str | dict[str, Any]  # a class's name, or the form of `records.to_json`
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
@@ -129,9 +130,9 @@ class Fields(BaseModel):
     top_k: Count | None = None
     block_size: Count | None = None
     diffusion_steps: Count | None = None
-    rank: str | None = None
-    commit: str | None = None
-    cache: str | None = None
+    rank: Method | None = None
+    commit: Method | None = None
+    cache: Method | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_TEXTS)] = Field(
         default=[], description=f"a text or up to {MAX_STOP_TEXTS} texts"
     )
@@ -172,7 +173,7 @@ class TextRequest:
         suffix: Token ids of the text after the completion; empty if there is none.
         texts: Text of each prompt, for `echo`.
         max_tokens: Largest number of tokens of a completion. 0: the prompt is scored, and nothing is sampled.
-        settings: Sampler settings of the request (`read_settings`).
+        settings: Sampler settings of the request (`with_settings`).
     """
 
     fields: CompletionFields | ChatFields
@@ -209,14 +210,14 @@ class TextRequest:
 
 
 def read_request(
-    data: bytes, policy: Policy, defaults: Mapping[str, Any], limits: Limits, *, name: str, is_chat: bool
+    data: bytes, policy: Policy, defaults: Sampler, limits: Limits, *, name: str, is_chat: bool
 ) -> TextRequest:
     """Read and check a request's body.
 
     Args:
         data: Body of the request.
         policy: Policy with the tokenizer. Its module is not used.
-        defaults: The server's sampler keywords.
+        defaults: The server's sampler.
         limits: Limits on the request.
         name: Name of the model.
         is_chat: Whether the request is for chat completions.
@@ -233,9 +234,7 @@ def read_request(
         raise Refused(400, "stream_options needs stream=true; leave it out", "stream_options")
     settings = fields.model_dump(include=SETTINGS, exclude_none=True)
     if policy.spec.attention == "encoder_decoder" and not fields.temperature:
-        settings.pop("temperature", None)  # `renoise` has its own schedule of temperatures
-    if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
-        settings["rank"] = rank
+        settings.pop("temperature", None)  # `Renoise` has its own schedule of temperatures
     suffix: list[int] = []
     if isinstance(fields, ChatFields):
         messages = [message.for_template() for message in fields.messages]
@@ -249,9 +248,9 @@ def read_request(
         prompts, texts = _prompts(fields.prompt, policy)
         suffix = _suffix_ids(fields, policy)
         max_tokens = fields.max_tokens
-        _check_logprobs(policy, fields, settings.get("temperature", defaults.get("temperature")))
+        _check_logprobs(policy, fields, settings.get("temperature", getattr(defaults, "temperature", None)))
     longest = max(map(len, prompts)) + len(suffix)
-    max_tokens = _checked_length(policy, longest, max_tokens, defaults["max_new_tokens"], limits)
+    max_tokens = _checked_length(policy, longest, max_tokens, defaults.max_new_tokens, limits)
     request = TextRequest(fields, prompts, suffix, texts, max_tokens, settings)
     rows = len(prompts) * ((fields.n if max_tokens else 0) + request.score_prompt)
     if rows > limits.max_waiting:
@@ -261,7 +260,7 @@ def read_request(
         steps = f"diffusion_steps={fields.diffusion_steps} is above the server's max_tokens={limits.max_tokens}"
         raise Refused(400, f"{steps}; use less", "diffusion_steps")
     try:
-        read_settings(policy, settings)
+        with_settings(policy, settings, defaults)
     except ValueError as error:
         raise Refused(400, str(error)) from None
     return request
@@ -388,8 +387,8 @@ def _checked_length(policy: Policy, longest: int, requested: int | None, default
     return requested
 
 
-def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the sampler settings of a request's completions, sorted by name.
+def sampler_of_request(policy: Policy, request: TextRequest, defaults: Sampler) -> Sampler:
+    """Return the sampler of a request's completions.
 
     If the request sets a length but no `diffusion_steps`, the server's `diffusion_steps` are scaled with the length and
     rounded up, so that the tokens per step stay the same. An encoder-decoder model samples whole canvases:
@@ -400,13 +399,15 @@ def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
     settings["max_new_tokens"] = length
-    default_steps, default_length = defaults.get("diffusion_steps"), defaults["max_new_tokens"]
+    default_steps, default_length = getattr(defaults, "diffusion_steps", None), defaults.max_new_tokens
     is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"
     if is_scaled and "diffusion_steps" not in settings and default_steps is not None and length != default_length:
-        block_size = settings.get("block_size") or defaults.get("block_size") or policy.spec.block_size or length
+        block_size = (
+            settings.get("block_size") or getattr(defaults, "block_size", None) or policy.spec.block_size or length
+        )
         num_blocks = math.ceil(length / block_size)  # a block needs at least one step
         settings["diffusion_steps"] = max(math.ceil(length * default_steps / default_length), num_blocks)
-    return tuple(sorted(settings.items()))
+    return with_settings(policy, settings, defaults)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from dllm_rl.serving.openai_api import (
     events,
     read_request,
     response,
-    sampler_settings,
+    sampler_of_request,
 )
 from dllm_rl.serving.page import HEADERS, PAGE
 from dllm_rl.serving.updates import Conflict, Lease, compute_logits, sample_rollout, update_weights
@@ -340,7 +340,7 @@ async def _complete(
     seeds = row_seeds(
         generator_for(*key), len(parsed.prompts) * parsed.fields.n
     ).tolist()  # as `dllm-rl sample` draws them
-    sampling = sampler_settings(batcher.policy, parsed, batcher.defaults)
+    sampling = sampler_of_request(batcher.policy, parsed, batcher.defaults)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.fields.n)]
     jobs: list[Job] = []
     if parsed.max_tokens:

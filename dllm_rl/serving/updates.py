@@ -1,4 +1,4 @@
-"""The server side of `http_engine`: receive the learner's weights, and return rollouts and logits.
+"""The server side of `HTTPEngine`: receive the learner's weights, and return rollouts and logits.
 
 The batcher runs `update_weights`, `sample_rollout` and `compute_logits` as jobs, in the thread that owns the policy.
 """
@@ -15,8 +15,7 @@ from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_to_json, serialize
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import sampler_for
-from dllm_rl.serving.settings import read_settings
+from dllm_rl.serving.settings import with_settings
 from dllm_rl.types import Prompts
 
 
@@ -99,7 +98,7 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
     Args:
         lease: The server's lease.
         data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version`, `group_size` and `settings`
-            (`read_settings`). The server's sampler defaults do not apply.
+            (`with_settings`). The server's sampler defaults do not apply.
         policy: The server's policy.
 
     Raises:
@@ -117,8 +116,8 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
         raise ValueError("tokens, attention_mask and seeds must be (P, S), (P, S) and (P * group_size,)")
     if tokens.min() < 0 or tokens.max() >= policy.vocab_size:
         raise ValueError(f"tokens must lie in [0, {policy.vocab_size})")
-    keywords = read_settings(policy, header["settings"])
-    rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords)  # rows have their own seeds
+    sampler = with_settings(policy, header["settings"])
+    rollout = sampler(policy, prompts, generator_for("unused"))  # rows have their own seeds
     rollout_tensors: dict[str, Tensor] = {}
     rollout_json = record_to_json(rollout, "rollout", rollout_tensors)  # also fills rollout_tensors
     return serialize(rollout_tensors, rollout_json)

@@ -145,7 +145,7 @@ def _load_policy(
         if folder:
             load_adapter(policy, folder / "adapter")
         elif recipe.lora is not None:
-            add_lora(policy, recipe.lora())
+            add_lora(policy, recipe.lora)
     if recipe.packing:
         check_packing(policy)
     return policy

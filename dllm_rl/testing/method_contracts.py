@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, no_correction
-from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence_mean
+from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats, TokenWeights
+from dllm_rl.algorithms.losses import K2, PPOClip, SequenceMean, policy_loss
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Rollout, Views
@@ -20,8 +20,8 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 
     Call it in a test of a custom corrector.
 
-    `weight_fn` must return a `TokenWeights`, and read the entropy only if the corrector sets `needs_entropy`. If every
-    log-ratio is exactly 0, the corrector must equal `no_correction` bit for bit. Weights are finite, >= 0 and
+    `weights` must return a `TokenWeights`, and read the entropy only if the corrector sets `needs_entropy`. If every
+    log-ratio is exactly 0, the corrector must equal NoCorrection() bit for bit. Weights are finite, >= 0 and
     without gradient. The loss mask is a subset of the mask, without tokens whose ratio is not finite. Metrics are
     finite floats. Inputs do not change. Row order, padding and micro-batches do not matter. A batch of one row, a row
     without tokens, and a batch without tokens must work.
@@ -102,21 +102,21 @@ def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: A
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
-    """Return the loss, the metrics and the gradient with a corrector's surrogate loss (`ppo_clip` if it has none)."""
+    """Return the loss, the metrics and the gradient with a corrector's surrogate loss (`PPOClip` if it has none)."""
     return policy_loss(
-        logps, batch, surrogate=corrector.loss or ppo_clip, loss_reduction=sequence_mean, beta=0.0, kl=kl_k2
+        logps, batch, surrogate=corrector.loss or PPOClip(), loss_reduction=SequenceMean(), beta=0.0, kl=K2()
     )
 
 
 def _weights(corrector: Corrector, stats: TokenStats) -> TokenWeights:
-    """Call `weight_fn` as a run does: without the entropy, unless the corrector sets `needs_entropy`."""
+    """Call `weights` as a run does: without the entropy, unless the corrector sets `needs_entropy`."""
     try:
-        result = corrector.weight_fn(stats if corrector.needs_entropy else replace(stats, entropy=None))
+        result = corrector.weights(stats if corrector.needs_entropy else replace(stats, entropy=None))
     except (TypeError, AttributeError) as error:  # what Python raises where None is used as a tensor
-        corrector.weight_fn(stats)  # raises the same error, unless only the entropy was missing
-        raise AssertionError("weight_fn reads the entropy, which is None: set needs_entropy=True") from error
+        corrector.weights(stats)  # raises the same error, unless only the entropy was missing
+        raise AssertionError("weights() reads the entropy, which is None: set needs_entropy=True") from error
     is_record = isinstance(result, TokenWeights)
-    assert is_record, f"weight_fn must return TokenWeights(weights, loss mask, metrics), not a {type(result).__name__}"
+    assert is_record, f"weights() must return TokenWeights(weights, loss mask, metrics), not a {type(result).__name__}"
     return result
 
 
@@ -129,7 +129,7 @@ def _check_on_policy(corrector: Corrector, mask: Tensor, advantages: Tensor) -> 
     corrected = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep)
     plain = make_batch(mask, advantages)
     loss, _, gradient = loss_of(corrector, corrected, corrected.old_logprobs)
-    plain_loss, _, plain_gradient = loss_of(no_correction(), plain, plain.old_logprobs)
+    plain_loss, _, plain_gradient = loss_of(NoCorrection(), plain, plain.old_logprobs)
     # Bit for bit, so that under `zero_mismatch` a run with a corrector equals the run without one.
     assert torch.equal(loss, plain_loss), (
         f"on-policy, the loss must be that of none() bit for bit: {loss} against {plain_loss}"
@@ -264,7 +264,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
         estimator: Estimator to check.
         policy: Policy that sampled the rollout.
         rollout: Rollout of at least two prompts, with completions of at least two tokens. To check an estimator with
-            `scores_order`, sample it with a rank whose order has a log-probability, such as `confidence`.
+            `scores_order`, sample it with a rank whose order has a log-probability, such as Confidence().
         seed: Seed of the views.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Check a rank and a commit rule: outcomes must be as frequent as `trajectory()` says."""
+"""Check a rank and a commit rule: outcomes must be as frequent as `Trajectory()` says."""
 
 import math
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 from torch import Generator
 
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts, Rollout
 
 LENGTH = 4  # tokens of a completion; with a vocabulary of two, 16 completions are possible
@@ -18,26 +18,26 @@ QUANTILE = 4.265  # of the standard normal distribution: a correct rule fails in
 
 
 def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
-    """Check that `trajectory()` gives the probability with which a rank and a commit rule write.
+    """Check that `Trajectory()` gives the probability with which a rank and a commit rule write.
 
     Call it in a test of a custom rank or commit rule.
 
     It samples completions of four positions and a vocabulary of two tokens. An outcome is a completion and the step
     that wrote each token. The check compares how often each outcome occurs with its probability, the exponential of
-    `trajectory()`. The log-probs that the sampler records must be equal to those of `trajectory()`.
+    `Trajectory()`. The log-probs that the sampler records must be equal to those of `Trajectory()`.
 
     Args:
         rank: Rank to check.
         commit: Commit rule to check.
         policy: Policy to sample from. None: a tiny one, which samples only two characters.
         rows: Number of rollouts. More rollouts reveal smaller deviations.
-        options: Keywords of `unmask`. Default: two steps at temperature 1.
+        options: Keywords of `Unmask`. Default: two steps at temperature 1.
 
     Returns:
         The rollout's `Rollout.order.probability`. If it is "unknown", nothing is compared.
 
     Raises:
-        AssertionError: The counts or the record contradict `trajectory()`.
+        AssertionError: The counts or the record contradict `Trajectory()`.
     """
     prompt = 3
     if policy is None:
@@ -46,10 +46,10 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
         options = {"suppress": tuple({*range(policy.vocab_size)} - {a, b}), **options}
     prompts = Prompts.from_ids([[prompt]], pad_id=policy.pad_id, group_size=rows, seeds=range(rows))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, **options}
-    rollout = unmask(policy, prompts, Generator(), rank=rank, commit=commit, **options)
+    rollout = Unmask(rank=rank, commit=commit, **options)(policy, prompts, Generator())
     assert rollout.order is not None, "a sampler that unmasks records the order"
     probability = rollout.order.probability
-    assert trajectory().is_exact_for(rollout) == (probability != "unknown"), "exact is where the probability is known"
+    assert Trajectory().is_exact_for(rollout) == (probability != "unknown"), "exact is where the probability is known"
     if probability == "unknown":
         assert rollout.order.logprobs is None, "an order of unknown probability has no log-probs"
     else:
@@ -59,8 +59,8 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
 
 def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
     """Compare the counts of the outcomes with their probabilities, by a chi-squared test."""
-    views = trajectory().draw_views(rollout, Generator())
-    logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
+    views = Trajectory().draw_views(rollout, Generator())
+    logps = Trajectory().logprobs(policy, rollout, views).sum(-1).double()
     difference = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
     assert difference <= 1e-5, (
         f"the sampler's record must be the learner's log-prob, but they differ by {difference:.2g} nats"
@@ -73,7 +73,7 @@ def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
     rows = len(logps)
     orders, order_number = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
     total = torch.full((len(orders),), float(rows), dtype=torch.float64)
-    # In these cases `trajectory()` gives the probability of the tokens, given the order.
+    # In these cases `Trajectory()` gives the probability of the tokens, given the order.
     if probability == "independent" or events is not None:
         total = torch.bincount(order_number).double()
     _, outcome = torch.cat([*steps, *tokens, *draws], 1).unique(dim=0, return_inverse=True)
@@ -88,6 +88,6 @@ def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
     degrees = max(len(observed) - 1, 1)
     limit = degrees * (1 - 2 / (9 * degrees) + QUANTILE * math.sqrt(2 / (9 * degrees))) ** 3  # Wilson-Hilferty
     assert statistic < limit, (
-        f"outcomes must occur as often as trajectory() says: chi-squared is {statistic:.0f}, at most {limit:.0f} for "
+        f"outcomes must occur as often as Trajectory() says: chi-squared is {statistic:.0f}, at most {limit:.0f} for "
         f"{degrees} degrees of freedom; the order is declared {probability}"
     )

@@ -14,7 +14,7 @@ from dllm_rl.models.merge import has_adapted_or_low_bit, merge_lora
 from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.quantization.schemes import FakeQuantize
 
 MEMBERS = (
     "module spec tokenizer weights_version float32_head lora quantization quantization_report device vocab_size pad_id"
@@ -166,7 +166,7 @@ def _check_quantized(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
     # Quantize only weights. A module may choose another kernel for trained weights, and where the kernels round
     # differently, a quantized activation would change by a full quantization level.
     try:
-        rollout = quantized_copy(learner, fake_quantize(weight="int8"))
+        rollout = quantized_copy(learner, FakeQuantize(weight="int8"))
     except ValueError as error:
         raise AssertionError(f"nothing to quantize, linear layers inside a ModuleList are: {error}") from None
     with torch.no_grad():
@@ -181,7 +181,7 @@ def _check_quantized(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
             parameter.mul_(0.5)
         learner.weights_version += 1
         sync_weights(learner, rollout)
-        fresh = quantized_copy(learner, fake_quantize(weight="int8")).logits(tokens, mask)
+        fresh = quantized_copy(learner, FakeQuantize(weight="int8")).logits(tokens, mask)
         assert torch.equal(rollout.logits(tokens, mask), fresh), "after sync_weights the copy must be a fresh copy's"
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator
 
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.types import Prompts, Rollout
 
@@ -56,14 +56,14 @@ def weighted_shares(
         policy: Tiny policy, so that few completions are possible: at most a hundred for 2000 rows.
         sampler: Sampler as in a recipe, at temperature 1, with all but a few tokens suppressed.
         prompt: Token ids.
-        likelihood: Estimator to check. None: `trajectory()`.
+        likelihood: Estimator to check. None: `Trajectory()`.
         rows: Number of rollouts of each policy.
         factor: The other policy's weights are the policy's times this factor. Further from 1, ratios differ more.
 
     Returns:
         What to assert on: see `Shares`.
     """
-    likelihood = likelihood or trajectory()
+    likelihood = likelihood or Trajectory()
     other = copied(policy)
     for weight in other.module.parameters():
         weight.mul_(factor)

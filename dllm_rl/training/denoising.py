@@ -84,7 +84,7 @@ def denoising_examples(
         start = int(noise.canvas[row] * num_canvases) * length
         answer_part = [*answer[start : start + length]]
         target = torch.tensor(answer_part + [end_token] * (length - len(answer_part)))
-        random_tokens = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `renoise` draws
+        random_tokens = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `Renoise` draws
         noisy_tokens = torch.where(noise.replace[row] < noise.level[row], random_tokens, target)
         context = torch.tensor([*prompt, *answer[:start]])
         self_conditioned = bool(noise.self_condition[row] < SELF_CONDITIONED_SHARE)

@@ -14,7 +14,7 @@ The mean of log q - log p_T over the student's completions is KL(q || p_T), the 
     grad KL(q || p_T) = E_q[(log q(y) - log p_T(y)) grad log q(y)],
 
 since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (With a rank that reads the
-logits, such as max_prob, the order in which positions are written also depends on the weights. It changes in jumps,
+logits, such as MaxProb, the order in which positions are written also depends on the weights. It changes in jumps,
 which have no gradient, so the gradient leaves it out. This holds everywhere in the library.)
 
 Each draw of the order inside the steps has its own p_T, and so its own KL. Averaged over the draws as well, log q -
@@ -34,7 +34,7 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host, local
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.recipe import REFERENCE, Recipe
@@ -118,7 +118,7 @@ def student_teacher_log_ratio(
         ValueError: The teacher cannot score this rollout (`check_rollout`).
     """
     check_rollout(recipe, teacher, rollout)
-    likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
+    likelihood = Causal() if teacher.spec.attention == "causal" else Trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
     (seeds,) = copy_to_device(rollout.tokens.device, seeds)
@@ -163,6 +163,6 @@ def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
         reason = "the sampler writes positions more than once, so that its steps cannot be split"
     elif order_depends_on_tokens(recipe):
         reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
-        advice += ", or rank=max_prob"
+        advice += ", or rank=MaxProb()"
     if recipe.teacher_substeps > 1 and reason:
         raise ValueError(f"teacher_substeps={recipe.teacher_substeps}: {reason}; {advice}")

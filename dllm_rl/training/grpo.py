@@ -1,6 +1,5 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,27 +9,27 @@ from typing import Any
 
 from torch import nn
 
-from dllm_rl.algorithms.losses import fixed_length_mean
+from dllm_rl.algorithms.losses import FixedLengthMean
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.members import function_of
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, num_parameters, preset_by_size, print_preset, without_batch_settings
-from dllm_rl.recipe import Recipe, check_kind
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.records import as_commit
-from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import schedule
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.recipe import Recipe
+from dllm_rl.records import annotations_of
+from dllm_rl.samplers import Sampler
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.renoise import Renoise
+from dllm_rl.samplers.rules import SoftThreshold
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.trainer import train
-from dllm_rl.training.trl_names import with_trl_names
+from dllm_rl.training.trl_names import DR_GRPO, with_trl_names
 
 MAX_EXACT_STEPS = 3  # samplers of at most this many denoising steps are scored exactly
 MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps
@@ -104,7 +103,7 @@ def grpo_recipe(  # noqa: PLR0913
     """Make the recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
 
     Call it to print or to change the recipe before you pass it to `train`. TRL's names are accepted if they mean the
-    same (docs/trl.md). A sampler of at most 3 steps is scored exactly, and so is the commit rule `soft_threshold`; a
+    same (docs/trl.md). A sampler of at most 3 steps is scored exactly, and so is the commit rule `SoftThreshold`; a
     sampler of more steps is scored in 2 to 8 segments, one for every four steps. For a block-causal model the steps of
     one block count, and one forward scores all blocks.
 
@@ -119,13 +118,13 @@ def grpo_recipe(  # noqa: PLR0913
         eval_dataset: Held-out rows. None (default): the last rows of `train_dataset`.
         eval_split: Held-out part of `train_dataset`: a share below 1, or a number of rows. None (default): a tenth, at
             most 256 rows.
-        reward_weights: One weight per reward function, each 1 by default. With advantages=decoupled, each reward is
+        reward_weights: One weight per reward function, each 1 by default. With advantages=Decoupled(), each reward is
             normalized before it is weighted.
         max_new_tokens: Length of a completion, in tokens. None (default): 256, or 0 if the prompts have blanks.
         blank: For infilling: a text of which each occurrence in a prompt is one token to fill in. A column `blank`
             gives a row its own. The reward functions receive the filled text. None (default): no infilling.
-        temperature: Temperature of the sampler. Default: 1, or the preset's. `renoise` has t_max and t_min instead.
-        sampler_options: Keywords of `unmask`, `autoregress` or `renoise`, such as diffusion_steps (unmasking steps, by
+        temperature: Temperature of the sampler. Default: 1, or the preset's. `Renoise` has t_max and t_min instead.
+        sampler_options: Fields of `Unmask`, `Autoregress` or `Renoise`, such as diffusion_steps (unmasking steps, by
             default one per token) or top_p. Its max_new_tokens and temperature override the arguments of these names.
         max_rows: Number of rows to read of a data set without a length, such as a streamed one.
         preset: Name of the preset (`dllm_rl.presets`) whose settings replace the defaults: "d1", "large" ... None
@@ -170,34 +169,30 @@ def grpo_recipe(  # noqa: PLR0913
     if preset not in (None, "none"):
         options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
-    sampler: partial
     greedy_options: dict[str, Any] = {"temperature": 0.0}
+    sampler_class: type[Sampler]
     if attention == "causal":  # an autoregressive model
-        sampler = partial(autoregress, **options)
+        sampler_class = Autoregress
     elif attention == "encoder_decoder":  # a model whose noise is random tokens
         if options.pop("temperature") != 1.0:
             raise ValueError(
-                f"temperature={temperature}: renoise has t_max and t_min instead; set them in sampler_options"
+                f"temperature={temperature}: Renoise has t_max and t_min instead; set them in sampler_options"
             )
-        sampler = partial(renoise, **{"answer": "drawn", **options})
+        sampler_class = Renoise
+        options = {"answer": "drawn", **options}
         greedy_options = {"answer": "argmax"}
     else:
-        sampler = partial(unmask, **options)
-    parameters = inspect.signature(sampler.func).parameters
-    for option, value in options.items():
-        if option in parameters:
-            check_kind(f"sampler_options: {option}", parameters[option].annotation, value)
-    if unknown := [option for option in options if option not in parameters]:
-        sampler_name = sampler.func.__name__
+        sampler_class = Unmask
+    if unknown := [option for option in options if option not in annotations_of(sampler_class)]:
+        name = sampler_class.__name__
         raise ValueError(
-            f"sampler_options: not keywords of {sampler_name}: {', '.join(map(repr, unknown))}; "
-            f"help(dllm_rl.samplers.{sampler_name}) lists them"
+            f"sampler_options: not settings of {name}: {', '.join(map(repr, unknown))}; help(dllm_rl.{name}) lists them"
         )
-    # If `settings` has a sampler, it replaces this one.
-    sampler_keywords = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
-    sampler_keywords["max_new_tokens"] += num_blanks(task[0])  # the length of what is sampled
-    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by max_new_tokens
-        settings["loss_reduction"] = partial(fixed_length_mean, length=sampler_keywords["max_new_tokens"])
+    with name_field_in_error("sampler_options"):
+        sampler = sampler_class(**options)
+    used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
+    if settings.get("loss_reduction") == DR_GRPO:
+        settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
     fields: dict[str, Any] = {
         "name": name,
         "model": model,
@@ -205,10 +200,8 @@ def grpo_recipe(  # noqa: PLR0913
         "validation_task": eval_task,
         "eval_task": eval_task,
         "sampler": sampler,
-        "eval_sampler": partial(sampler, **greedy_options),
-        "likelihood": default_likelihood(
-            spec, block_size if function_of(settings.get("sampler", sampler)) is unmask else None, sampler_keywords
-        ),
+        "eval_sampler": sampler.replace(**greedy_options),
+        "likelihood": default_likelihood(spec, block_size, used_sampler, num_blanks(task[0])),
     }
     return Recipe(**fields | settings)
 
@@ -237,23 +230,35 @@ def apply_preset(
     return keywords | options, fields | settings
 
 
-def default_likelihood(spec: FamilySpec, block_size: int | None, options: dict[str, Any]) -> LikelihoodEstimator:
-    """Return the likelihood for a model of this attention, and these options of its sampler. `block_size` is that of
-    the model, or None if the sampler may have other blocks.
-    """
+def default_likelihood(
+    spec: FamilySpec, block_size: int | None, sampler: Sampler, num_blanks: int = 0
+) -> LikelihoodEstimator:
+    """Return the likelihood for a model of this attention and block size, a sampler, and a number of blanks to fill."""
+    length = sampler.max_new_tokens + num_blanks
     if spec.attention == "causal":
-        return causal()
+        return Causal()
     if spec.attention == "encoder_decoder":
-        return trajectory()
-    has_model_blocks = block_size is not None and options.get("block_size") in (None, block_size)
+        return Trajectory()
+    if not isinstance(sampler, Unmask):
+        return Trajectory(num_segments=segments_for(length))
+    has_model_blocks = block_size is not None and sampler.block_size in (None, block_size)
     if spec.attention != "block_causal" or spec.shift or block_size is None or not has_model_blocks:
-        return trajectory(num_segments=segments_for(options))
+        return Trajectory(num_segments=segments_of(sampler, length))
     # One forward scores the same step of every block, so the steps of one block count.
-    length, steps = options["max_new_tokens"], options.get("diffusion_steps")
-    block_options = options | {"max_new_tokens": block_size}
+    steps = sampler.diffusion_steps
     if steps:
-        block_options["diffusion_steps"] = max(1, steps * block_size // max(length, 1))
-    return trajectory(block_size=block_size, num_segments=segments_for(block_options))
+        steps = max(1, steps * block_size // max(length, 1))
+    block_sampler = sampler.replace(diffusion_steps=steps)
+    return Trajectory(block_size=block_size, num_segments=segments_of(block_sampler, block_size))
+
+
+def segments_of(sampler: Unmask, length: int) -> int | None:
+    """Return the `num_segments` of `Trajectory` for a sampler that writes `length` tokens; None scores every step."""
+    if isinstance(sampler.commit, SoftThreshold) or sampler.commit.revises:
+        return None  # steps cannot be merged: a set of positions, or a rewritten token, belongs to one step
+    if sampler.commit.adaptive or not sampler.diffusion_steps:
+        return segments_for(length)  # at most one step per token
+    return segments_for(sampler.diffusion_steps)
 
 
 def num_blanks(problem: Problem) -> int:
@@ -264,14 +269,8 @@ def num_blanks(problem: Problem) -> int:
     return sum(text.count(problem.blank) for text in texts if isinstance(text, str))
 
 
-def segments_for(options: dict[str, Any]) -> int | None:
-    """Return the `num_segments` of `trajectory` for these options of `unmask`; None if every step is scored exactly."""
-    commit = as_commit(options.get("commit", schedule))
-    if commit.order == "soft_threshold" or commit.revises:
-        return None  # steps cannot be merged: a set of positions, or a rewritten token, belongs to one step
-    steps = options["max_new_tokens"]  # at most one step per token, if the commit rule ignores diffusion_steps
-    if options.get("diffusion_steps") and not commit.adaptive:
-        steps = options["diffusion_steps"]
+def segments_for(steps: int) -> int | None:
+    """Return the number of segments that score a sampler of so many steps; None if every step is scored."""
     # A segment's forward and backward cost as much as three steps of the rollout. With samplers of four and of eight
     # steps, on two tasks and in equal time, a run that scored two segments learned more than a run that scored every
     # step (recipes/studies/league.md).

@@ -333,7 +333,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`.
     """
     stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
-    weights = corrector.weight_fn(stats)
+    weights = corrector.weights(stats)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(

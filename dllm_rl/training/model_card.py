@@ -9,6 +9,7 @@ from typing import Any
 from dllm_rl.checkpoints.optimizer_shards import PATTERN
 from dllm_rl.monitoring.health import health
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import describe_json
 from dllm_rl.screen import escape_controls
 
 OMITTED_SETTINGS = (
@@ -33,7 +34,8 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
         evaluations: Held-out metrics of each evaluation, by its column title ("before RL" ...).
         metrics: Metrics of the last step.
     """
-    settings = {name: value for name, value in recipe.settings().items() if name not in OMITTED_SETTINGS}
+    stored = {name: value for name, value in recipe.settings().items() if name not in OMITTED_SETTINGS}
+    settings = {name: value if isinstance(value, str) else describe_json(value) for name, value in stored.items()}
     front_matter: dict[str, Any] = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
     if isinstance(recipe.model, str):
         if Path(recipe.model).exists():  # a folder on this machine: show only its name

@@ -16,15 +16,14 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
-from dllm_rl.models.engine import RolloutEngine
+from dllm_rl.models.engine import FunctionEngine, RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.samplers.records import as_commit
-from dllm_rl.samplers.rules import schedule
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
 from dllm_rl.training.validation import evaluate_with, format_metrics
@@ -44,7 +43,7 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
     )
     reference_digest = save_reference(recipe, policy, accelerator) if needs_reference_folder else None
     if recipe.lora is not None and policy.lora is None:
-        add_lora(policy, recipe.lora())
+        add_lora(policy, recipe.lora)
     with log.stage("evaluation"):
         eval_before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
     log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
@@ -199,7 +198,7 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 def resolve_rollout_engine(recipe: Recipe) -> RolloutEngine:
     """Return the recipe's rollout engine; by default the engine that samples in this process."""
-    return recipe.rollout_engine or RolloutEngine(partial(make_rollout_policy, recipe), sync_weights)
+    return recipe.rollout_engine or FunctionEngine(load_fn=partial(make_rollout_policy, recipe), sync_fn=sync_weights)
 
 
 def make_rollout_policy(recipe: Recipe, policy: Policy) -> Policy:
@@ -209,16 +208,16 @@ def make_rollout_policy(recipe: Recipe, policy: Policy) -> Policy:
     scheme = recipe.rollout_quantization
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
-    rollout_policy = quantized_copy(policy, scheme(), dtype=torch.bfloat16 if recipe.bf16 else None)
+    rollout_policy = quantized_copy(policy, scheme, dtype=torch.bfloat16 if recipe.bf16 else None)
     rollout_policy.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
     return rollout_policy
 
 
 def check_compiled(recipe: Recipe) -> None:
     """Raise ValueError if torch_compile, or the sampler's compile_step, cannot be combined with another setting."""
-    sampler_options = [getattr(sampler, "keywords", {}) for sampler in (recipe.sampler, recipe.eval_sampler)]
-    compiled_options = [options for options in sampler_options if options.get("compile_step")]
-    compiles_steps = bool(compiled_options)
+    samplers = (recipe.sampler, recipe.eval_sampler)
+    compiled_samplers = [sampler for sampler in samplers if isinstance(sampler, Unmask) and sampler.compile_step]
+    compiles_steps = bool(compiled_samplers)
     conflict = None
     if recipe.rollout_engine is not None:
         conflict = "compiles forwards of this process, which a rollout_engine replaces: leave rollout_engine out"
@@ -233,6 +232,5 @@ def check_compiled(recipe: Recipe) -> None:
     setting = "torch_compile" if recipe.torch_compile else "compile_step"
     if (recipe.torch_compile or compiles_steps) and conflict:
         raise ValueError(f"{setting}=True {conflict}, or set {setting}=False")
-    for options in compiled_options:
-        radius = options.get("confidence_radius")
-        check_fixed_shapes(options.get("cache"), as_commit(options.get("commit", schedule)), radius is not None)
+    for sampler in compiled_samplers:
+        check_fixed_shapes(sampler.cache, sampler.commit, sampler.confidence_radius is not None)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, check_not_empty
 
@@ -123,9 +123,7 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         ValueError: The tokenizer cannot write a prompt, or a prompt and its completion exceed the model's positions.
     """
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
-    # Of a sampler without this keyword the length is unknown: the prompts alone are checked.
-    training_length = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens", 0)
-    eval_length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 0)
+    training_length, eval_length = recipe.sampler.max_new_tokens, recipe.eval_sampler.max_new_tokens
     longest_completion = max(training_length, eval_length)
     if longest_completion >= max_positions:
         raise ValueError(

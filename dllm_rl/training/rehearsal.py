@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
+from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
@@ -41,7 +41,7 @@ from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.values import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
 
-MOMENT_BYTES: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes of state per trained weight, if known
+MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
@@ -146,7 +146,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
         learner.module = copy.deepcopy(
             module, shared
         )  # new layers with the same tensors, so that the adapters change only the copy
-        add_lora(learner, recipe.lora())
+        add_lora(learner, recipe.lora)
     try:
         yield learner
     finally:

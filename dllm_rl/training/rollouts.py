@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import has_unequal_rewards, takes_component_rewards
+from dllm_rl.algorithms.advantages import has_unequal_rewards
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -21,9 +21,9 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     wait_metrics_of,
 )
-from dllm_rl.members import describe
 from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
 from dllm_rl.training.context import StepContext
@@ -120,7 +120,7 @@ def compiled_graphs(recipe: Recipe) -> dict[str, float]:
     """Return how many graphs this process has compiled, as a metric; {} if rollouts are not compiled. A growing number
     means that new shapes are compiled.
     """
-    if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
+    if not (recipe.torch_compile or getattr(recipe.sampler, "compile_step", False)):
         return {}
     from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
@@ -253,14 +253,14 @@ def component_reward_weights(recipe: Recipe) -> dict[str, float]:
         ValueError: The advantages function takes component rewards, and the task has no reward weights.
     """
     function = recipe.advantages
-    if not takes_component_rewards(function):
+    if not function.takes_component_rewards:
         return {}
     weights = getattr(recipe.task, "reward_weights", None)
     if not weights:
         raise ValueError(
-            f"advantages={getattr(function, 'func', function).__name__} takes each component reward, and task "
+            f"advantages={describe(function)} takes each component reward, and task "
             f"{recipe.task.name!r} has no `reward_weights` (name in the breakdown -> weight); set them, or use "
-            "group_relative"
+            "GroupRelative()"
         )
     return dict(weights)
 

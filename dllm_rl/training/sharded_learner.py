@@ -7,10 +7,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.members import function_of
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.lora import add_lora
@@ -72,7 +71,7 @@ def check_sharding(recipe: Settings, processes: int) -> None:
         and "if rollout and learner differ, only one process would search for the layer",
         f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
         and "bitsandbytes' weights cannot be sharded",
-        "optim=adamw_8bit": function_of(recipe.optim) is adamw_8bit and "its moments cannot be sharded: use adamw",
+        "optim=AdamW8bit()": recipe.optim == AdamW8bit() and "its moments cannot be sharded: use AdamW()",
     }
     for name, reason in conflicts.items():
         if reason:
@@ -87,7 +86,7 @@ def shard_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Po
         return policy
     check_module(module, size)
     if recipe.lora is not None and policy.lora is None:  # adapters cannot be added to a sharded layer later
-        add_lora(policy, recipe.lora())
+        add_lora(policy, recipe.lora)
     shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
     return policy
 

@@ -22,6 +22,7 @@ from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.presets import num_parameters
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.records import describe_json
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
@@ -161,7 +162,8 @@ def restore(
     checkpoint.load_optimizer(folder, policy, optimizer)
     changes = changes_since(recipe, state)
     for change in changes:
-        log.say(f"{change['field']} changes after step {state.step}: {change['before']} -> {change['after']}")
+        before, after = describe_json(change["before"]), describe_json(change["after"])
+        log.say(f"{change['field']} changes after step {state.step}: {before} -> {after}")
         log.write_change(change)
     return replace(state, recipe=recipe.settings(), changes=[*(state.changes or []), *changes] or None)
 
@@ -226,7 +228,7 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
     file.
     """
     policy = build_policy(recipe, loading_device(recipe, accelerator))
-    recipe.likelihood.check(policy)
+    recipe.likelihood.check_policy(policy)
     check_value_model(recipe, policy)
     component_reward_weights(recipe)  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)

@@ -3,15 +3,16 @@
 import inspect
 from collections.abc import Callable, Mapping, Set
 from dataclasses import fields, is_dataclass
-from functools import partial, wraps
+from functools import wraps
 from numbers import Integral
 from typing import Any
 
 from dllm_rl.algorithms import optimizers
-from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
-from dllm_rl.recipe import Recipe, check_kind, convert_value, with_nearest
+from dllm_rl.recipe import Recipe, with_nearest
+from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members
 
 # From TRL's names to keywords of grpo_recipe with the same meaning. NAME.ARGUMENT is an argument of the function in the
 # keyword NAME, or an entry of the dict `sampler_options`.
@@ -29,25 +30,26 @@ TRL_NAMES = {
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
 }
+DR_GRPO = FixedLengthMean(length=1)  # stands for the mean over max_new_tokens, which `grpo_recipe` knows
 # From TRL's names whose values are strings to keywords of grpo_recipe, and their values for the strings that have an
 # equivalent.
-STRING_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
+STRING_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "loss_type": (
         "loss_reduction",
-        {"grpo": sequence_mean, "dapo": token_mean, "bnpo": token_mean, "dr_grpo": fixed_length_mean},
+        {"grpo": SequenceMean(), "dapo": TokenMean(), "bnpo": TokenMean(), "dr_grpo": DR_GRPO},
     ),
-    # This sets only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=gspo.
+    # This sets only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=GSPO().
     "importance_sampling_level": (
         "loss",
-        {"token": ppo_clip, "sequence": partial(gspo, epsilon=0.2, epsilon_high=None)},
+        {"token": PPOClip(), "sequence": GSPO(epsilon=0.2, epsilon_high=None)},
     ),
     "lr_scheduler_type": (
         "lr_schedule",
         {
-            "constant": optimizers.constant_rate,
-            "constant_with_warmup": optimizers.constant_with_warmup,
-            "linear": optimizers.linear_with_warmup,
-            "cosine": optimizers.cosine_with_warmup,
+            "constant": optimizers.ConstantRate(),
+            "constant_with_warmup": optimizers.ConstantWithWarmup(),
+            "linear": optimizers.LinearWithWarmup(),
+            "cosine": optimizers.CosineWithWarmup(),
         },
     ),
 }
@@ -103,7 +105,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     """
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     # The function's types take precedence: its `model` accepts one more type than Recipe's.
-    types = {field.name: field.type for field in fields(Recipe)} | types
+    types = annotations_of(Recipe) | types
     known_names = types.keys() - {"settings"}
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     if "lr_scheduler_type" in keywords:
@@ -115,13 +117,9 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         if (name, value) not in (("sync_ref_model", False), ("warmup_steps", 0))
     }
     check_names(keywords, known_names, targets)
-    keywords = {
-        name: value if name == "model" else convert_value(name, types.get(name), value)
-        for name, value in keywords.items()
-    }
     check_counts(keywords)
     for name in keywords.keys() & known_names - {"report_to"}:  # report_to is a list in TRL
-        check_kind(name, types[name], keywords[name])
+        check_scalar(name, union_members(types[name]), keywords[name])
     translated = batch_sizes(keywords)
     for name, value in keywords.items():
         if name in BATCH_SIZES:
@@ -211,12 +209,14 @@ def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:
     if name == "sampler_options":
         settings[name] = {**(settings.get(name) or {}), keyword: value}
         return
-    function: Callable = settings.get(name) or (ppo_clip if name == "loss" else group_relative)
-    if keyword not in inspect.signature(function).parameters:
-        raise ValueError(f"{keyword}={value!r} is not a keyword of the {name}; leave one of them out")
+    default = {"loss": PPOClip(), "advantages": GroupRelative(), "lr_schedule": optimizers.LinearDecay()}[name]
+    given = settings.get(name) or default
+    record = fit(name, annotations_of(Recipe)[name], given)  # which may be given by its name
+    if not hasattr(record, keyword):
+        raise ValueError(f"{keyword}={value!r} is not a setting of {name}={describe(record)}; leave one of them out")
     if isinstance(value, bool):  # scale_rewards of earlier TRL versions
         value = "group" if value else "none"
-    settings[name] = partial(function, **{keyword: value})
+    settings[name] = record.replace(**{keyword: value})
 
 
 def with_trl_names(function: Callable[..., Recipe]) -> Callable[..., Recipe]:

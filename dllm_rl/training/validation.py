@@ -1,13 +1,13 @@
 """Evaluations during a run, and how often they happen."""
 
 import math
-from collections.abc import Callable
 
 from accelerate import Accelerator
 
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.samplers import Sampler
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.context import StepContext
 
@@ -63,10 +63,9 @@ def validation_interval(recipe: Recipe) -> int:
     return evaluation_interval(recipe, len(recipe.validation_task) * eval_forwards, rows * rollout_forwards)
 
 
-def forwards_of(sampler: Callable) -> int:
-    """Return the largest number of forwards that a sampler takes for a completion; 0 if its keywords do not set it."""
-    keywords = getattr(sampler, "keywords", {})
-    return keywords.get("diffusion_steps") or keywords.get("max_new_tokens") or 0
+def forwards_of(sampler: Sampler) -> int:
+    """Return the largest number of forwards that a sampler takes for a completion; 0 if only the prompts tell it."""
+    return getattr(sampler, "diffusion_steps", None) or sampler.max_new_tokens
 
 
 def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ FILE = "value_head.safetensors"  # file in a checkpoint: weights and AdamW's mom
 
 
 class ValueHead:
-    """The head of `value_head()` and its optimizer. Its layers are made at the first batch, which shows the width of
+    """The head of `ValueModel()` and its optimizer. Its layers are made at the first batch, which shows the width of
     the hidden states.
     """
 
@@ -93,7 +93,7 @@ class ValueHead:
         if ((views.coefficients != 0).sum(0) > 1).any():
             raise ValueError(
                 "value_model gives each token the advantage of its step, and here a position is scored at several "
-                "steps (by an order's probability, or after rewriting): use trajectory(include_order=False) or another "
+                "steps (by an order's probability, or after rewriting): use Trajectory(include_order=False) or another "
                 "rank or commit rule, or value_model=None"
             )
         is_step = (views.coefficients != 0).any(-1)

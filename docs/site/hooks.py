@@ -60,9 +60,9 @@ def recipe_fields() -> str:
         for node in record.body if isinstance(record, ast.ClassDef) else ():  # Settings, then Recipe
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 assert isinstance(node.target, ast.Name)
-                meaning, *default = node.value.args
-                shown = f"`{ast.unparse(default[0])}`" if default else "required"
-                cells = (f"`{node.target.id}`", shown, ast.literal_eval(meaning))
+                given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+                shown = f"`{ast.unparse(given['default'])}`" if "default" in given else "required"
+                cells = (f"`{node.target.id}`", shown, ast.literal_eval(given["help"]))
                 rows[node.target.id] = f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
     return "\n".join(["| field | default | what it is |", "| --- | --- | --- |", *rows.values()])
 

@@ -1,13 +1,13 @@
 """llama.cpp computes the rollouts' logits, through the wheel `xllamacpp`: `pip install -e ".[llamacpp]"`.
 
-    recipe = replace(recipe, rollout_quantization=None, rollout_engine=llama_cpp(format="Q8_0"))
+    recipe = replace(recipe, rollout_quantization=None, rollout_engine=LlamaCpp(format="Q8_0"))
 
 The learner goes out as a GGUF file, opened again at every sync; the samplers of this library unmask and draw.
 """
 
 import ctypes as c
 import tempfile
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl import Policy
-from dllm_rl.members import configurable
 from dllm_rl.models.base import position_ids
 from dllm_rl.models.engine import RolloutEngine, with_forward
+from dllm_rl.records import option
 from recipes.engines.gguf_file import Format, write_gguf
 
 PINNED = "2026.10.11549"  # whose structures are declared below
@@ -71,7 +71,7 @@ def library() -> c.CDLL:
         found = "none"
     spec = find_spec("xllamacpp")
     if found != PINNED or spec is None or spec.origin is None:
-        wanted = f"rollout_engine=llama_cpp needs xllamacpp {PINNED}, whose C structures it declares"
+        wanted = f"rollout_engine=LlamaCpp() needs xllamacpp {PINNED}, whose C structures it declares"
         raise ValueError(f"{wanted}, and {found} is installed: pip install xllamacpp=={PINNED} gguf")
     (file,) = Path(spec.origin).parent.glob("xllamacpp*.so")
     opened = c.CDLL(str(file))
@@ -84,27 +84,27 @@ def library() -> c.CDLL:
     return opened
 
 
-@configurable
-def llama_cpp(*, format: Format = "Q8_0", threads: int | None = None) -> RolloutEngine:
-    """Rollouts by llama.cpp: LLaDA's and Dream's layouts by `unmask` without a cache, causal ones by `autoregress`.
+class LlamaCpp(RolloutEngine):
+    """Rollouts by llama.cpp: LLaDA's and Dream's layouts by `Unmask` without a cache, causal ones by `Autoregress`.
 
-    format   of the blocks' matrices; all else is fp32, as in a quantized copy
-    threads  of llama.cpp; None: torch's
+    Args:
+        format: Format of the blocks' matrices; all else is fp32, as in a quantized copy.
+        threads: Threads of llama.cpp. None (default): torch's.
     """
-    return RolloutEngine(partial(load, format=format, threads=threads), sync)
 
+    format: Format = "Q8_0"
+    threads: int | None = option(default=None, at_least=1)
 
-def load(policy: Policy, *, format: Format, threads: int | None) -> Policy:
-    opened = Llama(policy, format, threads or torch.get_num_threads())
-    rollout_policy = with_forward(policy, opened.forward)
-    rollout_policy.module.llama = opened
-    return rollout_policy
+    def load(self, learner: Policy) -> Policy:
+        opened = Llama(learner, self.format, self.threads or torch.get_num_threads())
+        rollout_policy = with_forward(learner, opened.forward)
+        rollout_policy.module.llama = opened
+        return rollout_policy
 
-
-def sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    rollout_policy.module.llama.open(policy)
-    rollout_policy.weights_version = policy.weights_version
-    return {}
+    def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
+        policy.module.llama.open(learner)
+        policy.weights_version = learner.weights_version
+        return {}
 
 
 class Llama:
@@ -164,7 +164,7 @@ class Llama:
     ) -> Float[Tensor, "B T V"]:
         """Logits at each token; 0 at padding. Raises ValueError under a sampler's cache of keys and values."""
         if attention_mask.dim() != 2:
-            raise ValueError("rollout_engine=llama_cpp computes whole rows: set the sampler's cache=None")
+            raise ValueError("rollout_engine=LlamaCpp() computes whole rows: set the sampler's cache=None")
         width = tokens.shape[1]
         if kept:  # autoregress: a row's tokens are kept where its keys and values would be
             new = tokens[:, None, :, None]

@@ -7,14 +7,14 @@ none, and its width of 96 holds whole blocks of 32 weights. `--rollout_engine.fo
 from dataclasses import replace
 
 from dllm_rl import main
-from recipes.engines.llama_cpp import llama_cpp
+from recipes.engines.llama_cpp import LlamaCpp
 from recipes.sudoku_tiny_llada import recipe as base
 
 recipe = replace(
     base,
     name="llama-cpp-sudoku",
     rollout_quantization=None,
-    rollout_engine=llama_cpp(format="Q8_0"),
+    rollout_engine=LlamaCpp(format="Q8_0"),
     max_retained_graphs=2,
     num_steps=1800,
 )

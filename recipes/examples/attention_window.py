@@ -1,17 +1,15 @@
-"""An attention mask of one's own: `elbo` whose forwards let a token see only the `width` tokens on either side.
+"""An attention mask of one's own: `ELBO` whose forwards let a token see only the `width` tokens on either side.
 
 python -m recipes.examples.attention_window     checks it with `check_estimator`
-RECIPE.py --likelihood recipes.examples.attention_window:windowed --likelihood.width 8
+RECIPE.py --likelihood recipes.examples.attention_window.Windowed --likelihood.width 8
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
-from dllm_rl import LikelihoodEstimator, Prompts, check_estimator, elbo, tiny_masked_lm, unmask
+from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, option, tiny_masked_lm
 from dllm_rl.likelihoods.views import ViewFeature
-from dllm_rl.members import configurable
 from dllm_rl.models.base import position_ids
 from dllm_rl.models.policy import shift_states
 
@@ -31,19 +29,17 @@ class Window(ViewFeature):
         return shift_states(states, attention_mask) if policy.spec.shift else states
 
 
-def draw_windowed(rollout, generator, *, width):
-    return replace(elbo().draw_views(rollout, generator), features=(Window(width),))
+class Windowed(LikelihoodEstimator):
+    width: int = option(default=2, at_least=0)
+    supported_attention = ("full",)  # `seen` replaces the family's mask
 
-
-@configurable
-def windowed(*, width: int = 2) -> LikelihoodEstimator:
-    draw = partial(draw_windowed, width=width)
-    return LikelihoodEstimator("windowed", draw, supported_attention=("full",))  # `seen` replaces the family's mask
+    def draw_views(self, rollout, generator):
+        return replace(ELBO().draw_views(rollout, generator), features=(Window(self.width),))
 
 
 policy = tiny_masked_lm(characters="1234.=")
 prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
-rollout = unmask(policy, prompts, torch.Generator(), max_new_tokens=6, temperature=1.0)
+rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())
 
 if __name__ == "__main__":
-    check_estimator(windowed(), policy, rollout)
+    check_estimator(Windowed(), policy, rollout)

@@ -5,12 +5,11 @@ starts, because the first model would otherwise still be in the GPU's memory.
 """
 
 import re
-from functools import partial
 from pathlib import Path
 
 from datasets import load_dataset
 
-from dllm_rl import Lora, float8_dynamic, grpo, sft
+from dllm_rl import Float8Dynamic, Lora, grpo, sft
 
 START = "GSAI-ML/LLaDA-8B-Instruct"  # has a chat template; a Base model needs prompt and completion as text
 TUNED = "runs/mine-sft-seed0/checkpoints/step-000500"
@@ -23,7 +22,7 @@ if not Path(TUNED).is_dir():  # 1. SFT. A row of chats.jsonl: {"messages": [{"ro
         name="mine-sft",
         max_length=768,  # tokens of a row; longer ones are left out and counted
         completion_length=LENGTH,
-        lora=partial(Lora, r=128, alpha=256.0),
+        lora=Lora(r=128, alpha=256.0),
         dtype="bfloat16",
         learning_rate=1e-5,
         weight_decay=0.1,
@@ -49,7 +48,7 @@ else:  # 2. RL. A row of problems.jsonl: {"prompt": [{"role": "user", "content":
         right,
         name="mine-rl",
         max_new_tokens=LENGTH,
-        rollout_quantization=float8_dynamic,
+        rollout_quantization=Float8Dynamic(),
         torch_compile=True,
         num_steps=1000,
         save_steps=10,

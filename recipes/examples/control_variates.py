@@ -1,32 +1,31 @@
 """Two control variates of the ELBO: a fixed coefficient, and one fitted on other masks of the same row.
 
 python -m recipes.examples.control_variates     checks both with `check_estimator`
-RECIPE.py --likelihood recipes.examples.control_variates:controlled --likelihood.coefficient 0.5
+RECIPE.py --likelihood recipes.examples.control_variates.Controlled --likelihood.coefficient 0.5
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from dllm_rl import LikelihoodEstimator, Prompts, check_estimator, elbo, tiny_masked_lm, unmask
-from dllm_rl.members import configurable
+from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl.likelihoods.estimator import FunctionLikelihood
 from dllm_rl.types import Views, ViewTensors
 
-base = elbo(num_samples=4, stratified=False)  # four independent masks m_n with coefficients w_n
+base = ELBO(num_samples=4, stratified=False)  # four independent masks m_n with coefficients w_n
 
 
-def draw_controlled(rollout, generator, *, coefficient):
-    """Return views of sum_n w_n (l(m_n) - c l(all)) + c l(all); "all" is a first view that masks all tokens."""
-    views, whole = base.draw_views(rollout, generator), rollout.completion_mask[None]  # (4, B, T), (1, B, T)
-    control = coefficient * (whole.float() - views.coefficients.sum(0, keepdim=True))  # its mean over masks is 0
-    return Views(torch.cat([whole, views.masked]), torch.cat([control, views.coefficients]))
+class Controlled(LikelihoodEstimator):
+    """sum_n w_n (l(m_n) - c l(all)) + c l(all), where c is `coefficient`."""
 
+    coefficient: float = 0.5
 
-@configurable
-def controlled(*, coefficient: float = 0.5) -> LikelihoodEstimator:
-    return LikelihoodEstimator("controlled", partial(draw_controlled, coefficient=coefficient))
+    def draw_views(self, rollout, generator):
+        """Return the views; "all" is a first view that masks all tokens."""
+        views, whole = base.draw_views(rollout, generator), rollout.completion_mask[None]  # (4, B, T), (1, B, T)
+        control = self.coefficient * (whole.float() - views.coefficients.sum(0, keepdim=True))  # mean over masks: 0
+        return Views(torch.cat([whole, views.masked]), torch.cat([control, views.coefficients]))
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ def combine_fitted(scores, views):  # scores (5, B, T) -> (B, T)
     return total
 
 
-cross_fitted = LikelihoodEstimator("cross_fitted", draw_fitted, combine=combine_fitted, with_advantages=add_advantages)
+cross_fitted = FunctionLikelihood(function=draw_fitted, combine_fn=combine_fitted, advantages_fn=add_advantages)
 policy = tiny_masked_lm(characters="1234.=")
 prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
-rollout = unmask(policy, prompts, torch.Generator(), max_new_tokens=6, temperature=1.0)
+rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())
 
 if __name__ == "__main__":
-    for estimator in (controlled(), cross_fitted):
+    for estimator in (Controlled(), cross_fitted):
         check_estimator(estimator, policy, rollout)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dllm_rl import Corrector, TokenWeights, ais, drop_nonfinite, no_correction, tis
-from recipes.studies.controls import shuffled
+from dllm_rl import AIS, TIS, FunctionCorrector, NoCorrection, TokenWeights
+from dllm_rl.algorithms.correctors import drop_nonfinite
+from recipes.studies.controls import Shuffled
 from recipes.studies.mismatch import arm, base
 from recipes.studies.paired import Contrast, Study, main, tune, which
 
@@ -23,14 +24,16 @@ def damped(stats, *, power):
     return TokenWeights(log_mismatch.exp().clamp(max=2.0) ** power, keep, metrics)
 
 
-mine = Corrector(weight_fn=partial(damped, power=0.5))  # of functions that can be imported: each run is a process
+mine = FunctionCorrector(
+    function=partial(damped, power=0.5)
+)  # of functions that can be imported: each run is a process
 ARMS = {
-    "unquantized": arm(no_correction(), None),
-    "none": arm(no_correction()),
-    "TIS": arm(tis()),
-    "AIS": arm(ais()),
+    "unquantized": arm(NoCorrection(), None),
+    "none": arm(NoCorrection()),
+    "TIS": arm(TIS()),
+    "AIS": arm(AIS()),
     "mine": arm(mine),
-    "mine, shuffled": arm(shuffled(mine)),  # the same weights on other tokens: must be worse
+    "mine, shuffled": arm(Shuffled(corrector=mine)),  # the same weights on other tokens: must be worse
 }
 RATES = dict.fromkeys(ARMS, 5e-4)  # what the trials chose
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from dllm_rl import Corrector, check_corrector
+from dllm_rl import FunctionCorrector, check_corrector
 from dllm_rl.algorithms.losses import exp_ratio
 from recipes.studies.enumeration import gradient_table
 
 
 def capped(log_ratio, advantages, mask, *, max_ratio=5.0):
-    """(B, T): sg(min(r, max_ratio)) A log r, as `cispo`."""
+    """(B, T): sg(min(r, max_ratio)) A log r, as `CISPO`."""
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
 
@@ -18,11 +18,11 @@ def with_value(log_ratio, advantages, mask):
     return objective - objective.detach() + advantages[:, None] * exp_ratio(log_ratio).detach()
 
 
-check_corrector(Corrector(loss=with_value))
+check_corrector(FunctionCorrector(loss=with_value))
 log_ratio = torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 4).requires_grad_()
 signs, everywhere = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
 (gradient,) = torch.autograd.grad(capped(log_ratio, signs, everywhere).sum(), log_ratio)
 torch.testing.assert_close(gradient, log_ratio.detach().exp().clamp(max=5.0) * signs[:, None])
-mine = Corrector(loss=capped)
+mine = FunctionCorrector(loss=capped)
 table = gradient_table(mine, moved="old", policies=("early",), sigmas=(0.0, 0.3), networks=2)
 print([(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in table])

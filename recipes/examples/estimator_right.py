@@ -6,23 +6,22 @@ python -m recipes.examples.estimator_right      prints what speaks against each,
 from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl import coupled, trajectory
+from dllm_rl import Coupled, Trajectory
 from recipes.studies.enumeration import CLAIMS, estimator_table, speaks_against
 
-right = coupled(num_samples=2)
+
+class Wrong(Coupled):
+    def draw_views(self, rollout, generator):
+        views = super().draw_views(rollout, generator)
+        length = rollout.completion_mask.sum(-1)[:, None]  # (B, 1)
+        return replace(views, coefficients=views.coefficients * length / (length + 1))
 
 
-def draw_wrong(rollout, generator):
-    views = right.draw_views(rollout, generator)
-    length = rollout.completion_mask.sum(-1)[:, None]  # (B, 1)
-    return replace(views, coefficients=views.coefficients * length / (length + 1))
-
-
-wrong = replace(right, name="wrong", draw_views=draw_wrong)
+right, wrong = Coupled(num_samples=2), Wrong(num_samples=2)
 estimators = {
-    "coupled(num_samples=2)": right,
+    "Coupled(num_samples=2)": right,
     "the same with L / k": wrong,
-    "trajectory(num_sampled_steps=1)": trajectory(num_sampled_steps=1),
+    "Trajectory(num_sampled_steps=1)": Trajectory(num_sampled_steps=1),
 }
 
 

@@ -6,7 +6,7 @@ python recipes/examples/infill_digits.py
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dllm_rl import Problem, Reward, main, tiny_masked_lm, unmask
+from dllm_rl import Problem, Reward, Unmask, main, tiny_masked_lm
 from recipes.sudoku_unique import recipe as base
 
 
@@ -28,7 +28,7 @@ class Missing:
         return Reward(right / 4, parsed=len(completion) == 4, breakdown={"accuracy": float(right == 4)})
 
 
-fill = partial(unmask, max_new_tokens=0, suppress=(0, 2))  # neither padding nor the end token
+fill = Unmask(max_new_tokens=0, suppress=(0, 2))  # neither padding nor the end token
 recipe = replace(
     base,
     name="missing",
@@ -39,7 +39,7 @@ recipe = replace(
     task=Missing(range(10)),
     validation_task=Missing(range(10)),
     eval_task=Missing(range(10)),
-    sampler=partial(fill, temperature=1.0),
+    sampler=fill.replace(temperature=1.0),
     eval_sampler=fill,
 )
 

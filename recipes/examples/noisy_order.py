@@ -3,10 +3,8 @@
 python -m recipes.examples.noisy_order
 """
 
-from functools import partial
-
-from dllm_rl import Rank, tiny_masked_lm, unmask
-from dllm_rl.samplers.rules import plackett_luce
+from dllm_rl import Unmask, tiny_masked_lm
+from dllm_rl.samplers.rules import FunctionRank, PlackettLuce
 from dllm_rl.testing import weighted_shares
 
 
@@ -18,9 +16,9 @@ def log_odds(logits, normalizer):
 policy = tiny_masked_lm(characters="ab=", head_std=0.3)
 (equals,) = policy.tokenizer.encode("=", add_special_tokens=False)
 others = (policy.pad_id, equals, *policy.spec.eos_ids)  # only a and b are left: 16 completions
-sampler = partial(unmask, max_new_tokens=4, diffusion_steps=4, temperature=1.0, suppress=others)
-noisy = partial(plackett_luce, temperature=0.3, base_rank=Rank(log_odds, "deterministic"))
-drawn = weighted_shares(policy, partial(sampler, rank=noisy), [equals])
-plain = weighted_shares(policy, partial(sampler, rank=log_odds), [equals])
+sampler = Unmask(max_new_tokens=4, diffusion_steps=4, temperature=1.0, suppress=others)
+noisy = PlackettLuce(temperature=0.3, base_rank=FunctionRank(function=log_odds, order="deterministic"))
+drawn = weighted_shares(policy, sampler.replace(rank=noisy), [equals])
+plain = weighted_shares(policy, sampler.replace(rank=log_odds), [equals])
 print(drawn)
 print(plain)

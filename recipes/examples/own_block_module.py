@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import FamilySpec, Prompts, check_policy, make_policy, max_prob, trajectory, unmask
+from dllm_rl import FamilySpec, MaxProb, Prompts, Trajectory, Unmask, check_policy, make_policy
 from dllm_rl.models.base import block_causal_mask, block_ranks
 from dllm_rl.models.tiny import char_tokenizer
 
@@ -60,9 +60,9 @@ policy = make_policy(Blocks(len(tokenizer)), tokenizer, spec)
 check_policy(policy)  # a token sees its own block and earlier ones, and no later one
 
 prompts = Prompts.from_ids([[3, 4, 5, 6]], pad_id=policy.pad_id, group_size=4, seeds=range(4))
-options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}  # blocks are the policy's
-rollout = unmask(policy, prompts, torch.Generator(), **options)
-for likelihood in (trajectory(), trajectory(block_size=4)):  # four forwards; two packed ones
+options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()}  # blocks are the policy's
+rollout = Unmask(**options)(policy, prompts, torch.Generator())
+for likelihood in (Trajectory(), Trajectory(block_size=4)):  # four forwards; two packed ones
     views = likelihood.draw_views(rollout, torch.Generator())
     log_p = likelihood.logprobs(policy, rollout, views)
     print(len(views.coefficients), "views:", float((log_p - rollout.logprobs).abs().max()), "nats from the record")

@@ -1,11 +1,10 @@
 """Where the mismatch of your rows comes from: the report of `dllm-rl doctor`, with a sampler and a reward of yours."""
 
-from functools import partial
-
-from dllm_rl import diagnose, max_prob, task_from_dataset, tiny_masked_lm, unmask
+from dllm_rl import MaxProb, Unmask, task_from_dataset, tiny_masked_lm
+from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.diagnostics.findings import write_doctor
 from dllm_rl.models.tokens import encode
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import Float8WeightOnly
 
 rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]  # prompts may be chats
 
@@ -19,6 +18,6 @@ policy = tiny_masked_lm(
 )  # of a run: load_policy("RUN/checkpoints/step-000100", dtype="bfloat16", device="cuda")
 task = task_from_dataset(rows, reward_funcs=accuracy)
 prompts = encode(policy, [task[i] for i in range(16)], group_size=2)  # two completions of each
-sampler = partial(unmask, max_new_tokens=2, diffusion_steps=2, rank=max_prob, temperature=1.0)
-report = diagnose(policy, float8_weight_only(), prompts=prompts, sampler=sampler, micro_batch_size=8)
+sampler = Unmask(max_new_tokens=2, diffusion_steps=2, rank=MaxProb(), temperature=1.0)
+report = diagnose(policy, Float8WeightOnly(), prompts=prompts, sampler=sampler, micro_batch_size=8)
 write_doctor(report)  # the tables; report.total.ess is the ESS

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import FamilySpec, check_policy, load_weights, make_policy, train
+from dllm_rl import FamilySpec, check_policy, make_policy, train
+from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import char_tokenizer
 from recipes.sudoku_unique import recipe as base
 

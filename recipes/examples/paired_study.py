@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from dllm_rl import grpo_recipe, ppo_clip, tiny_masked_lm
+from dllm_rl import PPOClip, grpo_recipe, tiny_masked_lm
 from dllm_rl.algorithms.losses import exp_ratio
 from recipes.studies.paired import Contrast, Study, main, tune, which
 
@@ -31,7 +31,7 @@ model = partial(
 )  # takes the seed
 settings = {"max_new_tokens": 2, "num_iterations": 4, "train_batch_size": 16, "learning_rate": 1e-3}
 base = grpo_recipe(model, rows[:32], right, eval_dataset=rows[32:48], **settings)
-PPO = {f"PPO {width}": {"loss": partial(ppo_clip, epsilon=width)} for width in (0.1, 0.4)}
+PPO = {f"PPO {width}": {"loss": PPOClip(epsilon=width)} for width in (0.1, 0.4)}
 SOFT = {f"soft {width}": {"loss": partial(soft_clip, width=width)} for width in (0.1, 0.4)}
 
 study = Study(

@@ -3,28 +3,26 @@
 python -m recipes.examples.quantized_engines    checks both with `check_engine`
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import Prompts, quantized_copy, tiny_llama, unmask
+from dllm_rl import Prompts, Unmask, quantized_copy, tiny_llama
 from dllm_rl.models.base import copied
-from dllm_rl.models.engine import RolloutEngine
+from dllm_rl.models.engine import FunctionEngine
 from dllm_rl.quantization.rollout_policy import sync_weights
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.testing import check_engine
 
 
 def load_mixed(policy):
     """Return a copy in int8, except the down projections."""
-    rollout_policy = quantized_copy(policy, int8_weight_only(), skip=lambda module, name: name.endswith("down_proj"))
+    rollout_policy = quantized_copy(policy, Int8WeightOnly(), skip=lambda module, name: name.endswith("down_proj"))
     rollout_policy.weights_version = policy.weights_version
     return rollout_policy
 
 
-mixed = RolloutEngine(load_mixed, sync_weights)
+mixed = FunctionEngine(load_fn=load_mixed, sync_fn=sync_weights)
 
 
 class Coarse(nn.Module):
@@ -65,11 +63,11 @@ def sync_coarse(policy, rollout_policy):
     return {}
 
 
-coarse = RolloutEngine(load_coarse, sync_coarse)
+coarse = FunctionEngine(load_fn=load_coarse, sync_fn=sync_coarse)
 policy = tiny_llama(characters="1234.=", causal=False)
 
 if __name__ == "__main__":
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
-    sampler = partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7)
+    sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7)
     for engine in (mixed, coarse):
         check_engine(engine, policy, prompts, sampler, bound=0.07)  # nats a token: of 4 bits it is 0.058 here

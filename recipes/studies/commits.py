@@ -3,8 +3,8 @@
 Three words at three positions: all 27 outcomes in each of the 13 ways to write them in one, two or three steps. The
 reward is a random number for each outcome plus half a point for each step saved. All weights move along a random line
 by 0.6 of their spread, as in gradients.py: the change of the expected reward is exact, and the integral of the policy
-gradient along the line should be the same number. "threshold" is `soft_threshold` at temperature 0.01, where hardly a
-set is left to chance, and its gradient is that of the tokens alone, as `trajectory()` has it for `threshold`.
+gradient along the line should be the same number. "threshold" is `SoftThreshold` at temperature 0.01, where hardly a
+set is left to chance, and its gradient is that of the tokens alone, as `Trajectory()` has it for `Threshold`.
 
     python -m recipes.studies.commits                 write commits.json; about a minute of one core
 """
@@ -18,7 +18,7 @@ import torch
 
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.types import Order, Rollout
 from recipes.studies.enumeration import ToyPolicy, contributions
 from recipes.studies.paired import markdown
@@ -41,7 +41,7 @@ def in_every_set(toy: ToyPolicy, temperature: float) -> Rollout:
     ways = [way for way in product(range(LENGTH), repeat=LENGTH) if set(way) == set(range(max(way) + 1))]
     step = torch.tensor(ways).repeat_interleave(len(base.tokens), 0)
     blank = torch.zeros(step.shape)
-    order = Order(blank.long(), logprobs=blank, soft_threshold_params=(TAU, temperature), rank_function=max_prob)
+    order = Order(blank.long(), logprobs=blank, soft_threshold_params=(TAU, temperature), rank_function=MaxProb())
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(ways))), unmask_step=step, order=order)
 
 
@@ -53,7 +53,7 @@ def along_a_line(toy: ToyPolicy, rule: str, generator: torch.Generator, *, point
     right = torch.randn(WORDS**LENGTH, generator=generator, dtype=torch.float64)
     rewards = right.repeat(len(steps) // len(right)) + 0.5 * (LENGTH - steps)
     starts, ends = toy.weights, toy.moved(0.6, generator).weights
-    laws = {each: lik.trajectory(include_order=each) for each in (True, False)}
+    laws = {each: lik.Trajectory(include_order=each) for each in (True, False)}
     views = {each: law.draw_views(rollout, generator) for each, law in laws.items()}
     moving = toy.moved(0.0, generator)
     change = integral = 0.0

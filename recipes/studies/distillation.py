@@ -33,13 +33,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from torch import Generator
-
 from dllm_rl import Recipe
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
-from dllm_rl.types import Rollout
 from recipes.studies.few_clues import diversity, in_steps
+from recipes.studies.latin import Clock
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -132,25 +130,13 @@ def cost(arm: str, root: Path) -> None:
     """Write the processor seconds of a step of the arm, from a model that knows nothing."""
     from dllm_rl.training.trainer import train
 
-    stamps: list[float] = []
-
-    def stamped(policy: Any, prompts: Any, generator: Generator) -> Rollout:
-        stamps.append(time.process_time())
-        return made.sampler(policy, prompts, generator)
-
+    clock = Clock()
     made = replace(study.base, **ARMS[arm])
-    # A partial of the sampler's own keywords, which say whether a teacher can score it.
-    sampler = partial(stamped_sampler, stamped, **made.sampler.keywords)
     timed = {"model": partial(taught, steps=0), "num_steps": TIMED, "seed": 100, "overwrite_output_dir": True}
     timed |= {"eval_task": replace(base.eval_task, size=8), "output_dir": str(root / "timed" / arm.replace(" ", "-"))}
-    train(replace(made, sampler=sampler, **timed))
-    steps = stamps[-TIMED + 2 :]  # the rehearsal samples too
+    train(replace(made, callbacks=[clock], **timed))
     root.joinpath("costs").mkdir(parents=True, exist_ok=True)
-    write_json(root / "costs" / f"{arm}.json", {"arm": arm, "s": (steps[-1] - steps[0]) / (len(steps) - 1)})
-
-
-def stamped_sampler(stamp: Any, policy: Any, prompts: Any, generator: Generator, **options: Any) -> Rollout:
-    return stamp(policy, prompts, generator)
+    write_json(root / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.plain[2:])})
 
 
 def tables(results: Results) -> str:

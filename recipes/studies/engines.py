@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms import correctors as c
-from recipes.engines.llama_cpp import llama_cpp
+from recipes.engines.llama_cpp import LlamaCpp
 from recipes.studies import mismatch
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_llada import recipe
@@ -21,12 +21,12 @@ from recipes.sudoku_tiny_llada import recipe
 STORED = Path(__file__).with_suffix(".json")  # every run
 
 base = replace(
-    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.no_correction()
+    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.NoCorrection()
 )
 
 
 def arm(format: Any, corrector: c.Corrector | None = None) -> dict[str, Any]:
-    return {"rollout_engine": llama_cpp(format=format, threads=1), "corrector": corrector or c.no_correction()}
+    return {"rollout_engine": LlamaCpp(format=format, threads=1), "corrector": corrector or c.NoCorrection()}
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -34,11 +34,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "F32": arm("F32"),
     "F16": arm("F16"),
     "Q8_0": arm("Q8_0"),
-    "Q8_0 TIS": arm("Q8_0", c.tis()),
-    "Q8_0 AIS": arm("Q8_0", c.ais()),
+    "Q8_0 TIS": arm("Q8_0", c.TIS()),
+    "Q8_0 AIS": arm("Q8_0", c.AIS()),
     "Q4_0": arm("Q4_0"),
-    "Q4_0 TIS": arm("Q4_0", c.tis()),
-    "Q4_0 AIS": arm("Q4_0", c.ais()),
+    "Q4_0 TIS": arm("Q4_0", c.TIS()),
+    "Q4_0 AIS": arm("Q4_0", c.AIS()),
 }
 CONTRASTS = (
     Contrast("another engine's kernels harm", "F32", "unquantized"),

@@ -10,7 +10,7 @@ A seed draws the prompts, the adapters and the completions. The contrasts were w
 from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl.algorithms.correctors import no_correction, tis
+from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import mismatch_ar
@@ -21,12 +21,12 @@ STORED = Path(__file__).with_suffix(".json")  # every run
 
 study = Study(
     name="engines_ar",
-    base=replace(recipe, rollout_quantization=None, corrector=no_correction(), beta=0.0),
+    base=replace(recipe, rollout_quantization=None, corrector=NoCorrection(), beta=0.0),
     arms={
         "unquantized": {},
         "Q8_0": arm("Q8_0"),
         "Q4_0": arm("Q4_0"),
-        "Q4_0 TIS": arm("Q4_0", tis()),
+        "Q4_0 TIS": arm("Q4_0", TIS()),
     },
     against={"Q8_0": "unquantized", "Q4_0": "unquantized", "Q4_0 TIS": "unquantized"},
     metrics=mismatch_ar.study.metrics,

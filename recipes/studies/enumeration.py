@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.algorithms.values import generalized_advantages
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
@@ -102,7 +102,7 @@ class EstimatorRow:
 
     reference       order taken: log p of the completion in the order in which the sampler wrote it; its gradient is the
                     policy gradient
-                    ELBO: the mean over all orders of log p in that order, which `elbo` and `coupled` estimate
+                    ELBO: the mean over all orders of log p in that order, which `ELBO` and `Coupled` estimate
                     random order: log p where every order is as likely, the log of the mean of p; bounds bound it
     bias            estimate less reference, mean over draws, and over completions by their probability
     error           the standard error of that mean
@@ -144,10 +144,10 @@ def references(toy: ToyPolicy, rollout: Rollout) -> dict[str, Float[Tensor, " B"
     """What an estimate is compared with: log p of every completion by the name of each reference, differentiable."""
 
     def in_order(steps: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        views = trajectory().draw_views(
+        views = Trajectory().draw_views(
             replace(rollout, unmask_step=steps), _stream(0)
         )  # every step: nothing is random
-        return contributions(toy, rollout, views, trajectory()).sum(-1)
+        return contributions(toy, rollout, views, Trajectory()).sum(-1)
 
     orders = [torch.tensor(order).expand_as(rollout.tokens) for order in permutations(range(toy.length))]
     each = torch.stack([in_order(steps) for steps in orders])
@@ -328,11 +328,11 @@ def _case(length: int, words: int, diffusion_steps: int, sharpness: float, seed:
     generator = torch.Generator().manual_seed(seed)
     toy = ToyPolicy(length=length, words=words, sharpness=sharpness, generator=generator)
     rollout = toy.rollout(diffusion_steps)
-    noise = trajectory().draw_views(rollout, generator)
+    noise = Trajectory().draw_views(rollout, generator)
     rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
     for weight in toy.weights:
         weight.requires_grad_()
-    logps = contributions(toy, rollout, noise, trajectory())
+    logps = contributions(toy, rollout, noise, Trajectory())
     return _Case(toy, rollout, noise, rewards, logps.detach(), per_outcome(toy, logps), seed)
 
 
@@ -406,7 +406,7 @@ def _with_values(case: _Case, values: str, gae_lambda: float, batch: int) -> tup
 
 def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str, draws: int) -> tuple[float, ...]:
     behavior = case.toy.moved(sigma, _stream(case.seed + 1))
-    sampled = contributions(behavior, case.rollout, case.noise, trajectory())
+    sampled = contributions(behavior, case.rollout, case.noise, Trajectory())
     p, q = (each.sum(-1).exp() for each in (case.logps, sampled))
     advantages = case.rewards - (q * case.rewards).sum()
     truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)
@@ -461,7 +461,7 @@ def _gradients(
         unmask_step=case.rollout.unmask_step[rows],
         entropy=None if entropy is None else entropy[rows],
     )
-    weights, keep, _ = corrector.weight_fn(stats)
+    weights, keep, _ = corrector.weights(stats)
     made = Batch(
         rollout=case.rollout.rows(rows),
         views=case.noise.rows(rows),
@@ -475,8 +475,8 @@ def _gradients(
         num_sequences=1,
         rollout_logprobs=sampled,
     )
-    aggregate: Callable[..., Tensor] = partial(fixed_length_mean, length=1)  # every sequence counts 1
-    loss = partial(policy_loss, surrogate=corrector.loss or ppo_clip, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
+    aggregate: Callable[..., Tensor] = FixedLengthMean(length=1)  # every sequence counts 1
+    loss = partial(policy_loss, surrogate=corrector.loss or PPOClip(), loss_reduction=aggregate, beta=0.0, kl=K2())
     gradient = -loss(case.logps[rows], made)[2]
     return gradient, torch.where(keep, weights, 0)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import no_correction
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
@@ -32,26 +32,26 @@ from recipes.studies.paired import markdown, warm_up
 from recipes.sudoku_unique import recipe as base
 
 MEASURED = {
-    "one_step(prompt_mask=0.15)": lik.one_step(),
-    "one_step(prompt_mask=0)": lik.one_step(prompt_mask=0.0),
-    "elbo(1)": lik.elbo(num_samples=1),
-    "elbo(4), plain": lik.elbo(num_samples=4, stratified=False),
-    "elbo(4), stratified": lik.elbo(num_samples=4),
-    "elbo(4), antithetic": lik.elbo(num_samples=4, antithetic=True),
-    "elbo(16), antithetic": lik.elbo(num_samples=16, antithetic=True),
-    "coupled(1)": lik.coupled(num_samples=1),
-    "coupled(2)": lik.coupled(num_samples=2),
-    "coupled(8)": lik.coupled(num_samples=8),
-    "quadrature(2)": lik.quadrature(nodes=2),
-    "quadrature(3)": lik.quadrature(nodes=3),
-    "block(8, 2)": lik.block_elbo(block_size=8, num_samples=2),
-    "eubo on coupled(2)": lik.eubo(base=lik.coupled(num_samples=2)),
-    "trajectory(1 segment)": lik.trajectory(num_segments=1),
-    "trajectory": lik.trajectory(),
+    "OneStep(prompt_mask=0.15)": lik.OneStep(),
+    "OneStep(prompt_mask=0)": lik.OneStep(prompt_mask=0.0),
+    "ELBO(1)": lik.ELBO(num_samples=1),
+    "ELBO(4), plain": lik.ELBO(num_samples=4, stratified=False),
+    "ELBO(4), stratified": lik.ELBO(num_samples=4),
+    "ELBO(4), antithetic": lik.ELBO(num_samples=4, antithetic=True),
+    "ELBO(16), antithetic": lik.ELBO(num_samples=16, antithetic=True),
+    "Coupled(1)": lik.Coupled(num_samples=1),
+    "Coupled(2)": lik.Coupled(num_samples=2),
+    "Coupled(8)": lik.Coupled(num_samples=8),
+    "Quadrature(2)": lik.Quadrature(nodes=2),
+    "Quadrature(3)": lik.Quadrature(nodes=3),
+    "BlockELBO(8, 2)": lik.BlockELBO(block_size=8, num_samples=2),
+    "EUBO on Coupled(2)": lik.EUBO(base=lik.Coupled(num_samples=2)),
+    "Trajectory(1 segment)": lik.Trajectory(num_segments=1),
+    "Trajectory": lik.Trajectory(),
 }
 LEFT_OUT = {  # of the page
-    "one_step(prompt_mask=0)", "elbo(4), plain", "elbo(4), stratified", "elbo(1)", "coupled(1)", "quadrature(2)",
-    "block(8, 2)",
+    "OneStep(prompt_mask=0)", "ELBO(4), plain", "ELBO(4), stratified", "ELBO(1)", "Coupled(1)", "Quadrature(2)",
+    "BlockELBO(8, 2)",
 }  # fmt: skip
 COLUMNS = {
     "forwards": ("forwards", 2), "bias, ELBO": ("bias_elbo", 2), "bias, log p": ("bias_exact", 2), "std": ("std", 2),
@@ -59,7 +59,7 @@ COLUMNS = {
     "seconds": ("seconds", 3),
 }  # fmt: skip
 STORED = Path(__file__).with_suffix(".json")  # every estimator
-plain = replace(base, rollout_quantization=None, corrector=no_correction())
+plain = replace(base, rollout_quantization=None, corrector=NoCorrection())
 
 
 def sequences(estimator, policy: Policy, rollout: Rollout, noise) -> torch.Tensor:
@@ -104,9 +104,9 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     problems = [base.task[i] for i in range(prompts)]
     rollout = base.sampler(old, encode(old, problems, group_size=group), stream)
     rewards = torch.tensor([r.value for r in grade(base.task, problems, decode(old, rollout))]).view(prompts, group)
-    advantages = group_relative(rewards.float()).flatten()
+    advantages = GroupRelative()(rewards.float()).flatten()
 
-    exact, reference = lik.trajectory(), lik.coupled(num_samples=256)
+    exact, reference = lik.Trajectory(), lik.Coupled(num_samples=256)
     own = exact.draw_views(rollout, stream)
     log_p = sequences(exact, old, rollout, own)
     log_ratio = sequences(exact, current, rollout, own) - log_p

@@ -8,21 +8,20 @@ say: experts.md.
     python -m recipes.studies.experts --num_steps 60 --seeds 2
 """
 
-from functools import partial
 from pathlib import Path
 
-from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
+from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
 from recipes.studies.paired import Study, main
 from recipes.sudoku_tiny_moe import recipe
 
-INT3 = partial(fake_quantize, weight="int3", activation="e4m3")
+INT3 = FakeQuantize(weight="int3", activation="e4m3")
 
 study = Study(
     name="experts",
     base=recipe,
     arms={
-        "FP8": {"rollout_quantization": float8_weight_only},
-        "FP8, R3": {"rollout_quantization": float8_weight_only, "router_replay": "R3"},
+        "FP8": {"rollout_quantization": Float8WeightOnly},
+        "FP8, R3": {"rollout_quantization": Float8WeightOnly, "router_replay": "R3"},
         "int3": {"rollout_quantization": INT3},
         "int3, R3": {"rollout_quantization": INT3, "router_replay": "R3"},
     },

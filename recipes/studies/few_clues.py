@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from dllm_rl import Policy, Recipe, autoregress, causal, max_prob, tiny_llama, tiny_masked_lm, unmask
+from dllm_rl import Autoregress, Causal, MaxProb, Policy, Recipe, Unmask, tiny_llama, tiny_masked_lm
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tokens import encode, full_texts
@@ -43,8 +43,8 @@ Runs = Mapping[tuple[str, int], Mapping[str, Any]]  # (arm, seed) -> what its ru
 
 
 def in_steps(steps: int, *, temperature: float = 0.0) -> Callable:
-    write = partial(unmask, max_new_tokens=0, rank=max_prob, suppress=NO_DIGITS)
-    return partial(write, diffusion_steps=steps, temperature=temperature)
+    write = Unmask(max_new_tokens=0, rank=MaxProb(), suppress=NO_DIGITS)
+    return write.replace(diffusion_steps=steps, temperature=temperature)
 
 
 def by_a_solver(task: Sudoku, generator: Generator) -> tuple[list[str], list[str]]:
@@ -91,7 +91,7 @@ def taught_by_itself(*, seed: int, steps: int) -> Policy:
 def causal_base() -> Recipe:
     """The same puzzles and reward for an autoregressive model, which writes behind the puzzle: 16 forwards, one a cell.
     Its warm-up is the library's, on answers drawn uniformly."""
-    write = partial(autoregress, max_new_tokens=16, suppress=(0, 2))
+    write = Autoregress(max_new_tokens=16, suppress=(0, 2))
     return replace(
         base,
         name="few-clues-ar",
@@ -99,9 +99,9 @@ def causal_base() -> Recipe:
         task=replace(base.task, infill=False),
         validation_task=replace(base.validation_task, infill=False),
         eval_task=replace(base.eval_task, infill=False),
-        sampler=partial(write, temperature=1.0),
-        eval_sampler=partial(write, temperature=0.0),
-        likelihood=causal(),
+        sampler=write.replace(temperature=1.0),
+        eval_sampler=write.replace(temperature=0.0),
+        likelihood=Causal(),
         sft_warmup_steps=400,
         sft_warmup_target=1.0,
         sft_warmup_eval_steps=400,

@@ -1,7 +1,7 @@
 """What FP8 rollouts save and cost on one GPU: 9x9 Sudoku, 85 million weights, three seeds. Claims before the runs.
 
     bf16        rollouts of the learner's own weights, compiled
-    FP8         `float8_dynamic`, compiled, no corrector
+    FP8         `Float8Dynamic`, compiled, no corrector
     FP8, AIS    the same with AIS
 
 The AIS paper reports rollouts 1.5 to 2.76 times as fast at the same accuracy. A seed's arms start from one model,
@@ -12,7 +12,7 @@ warmed up by supervision. `s` is the run's wall clock. Not run yet.
 
 from pathlib import Path
 
-from dllm_rl import ais
+from dllm_rl import AIS
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_9x9_gpu import recipe
 
@@ -24,7 +24,7 @@ study = Study(
     arms={
         "bf16": {"rollout_quantization": None},
         "FP8": {},
-        "FP8, AIS": {"corrector": ais()},
+        "FP8, AIS": {"corrector": AIS()},
     },
     against={"FP8": "bf16", "FP8, AIS": "bf16"},
     metrics={"ESS": "rollout_corr/ess", "rollout, s": "time/rollout", "step, s": "step_time"},

@@ -1,6 +1,6 @@
 """Real FP8 where it moves a pretrained model: SmolLM2-135M's sums, ten seeds. Claims stated before the runs.
 
-Weights in FP8 (`float8_weight_only`), 12 steps of 4 prompts x 8 completions, adapters of rank 16, no KL term: as
+Weights in FP8 (`Float8WeightOnly`), 12 steps of 4 prompts x 8 completions, adapters of rank 16, no KL term: as
 engines_ar.py, whose arms are llama.cpp's formats. The seeds were five, and TBPO was no arm, until seed 0 of
 unquantized, none, TIS and AIS had run. `half`: the same at half the learning rate.
 
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl import ais, aligned, tbpo, tis
+from dllm_rl import AIS, TBPO, TIS, Aligned
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import engines_ar
 from recipes.studies.paired import Contrast, Results, arm_rows, contrast_rows, main, markdown, which
 
 STORED = {rate: Path(__file__).with_name(f"fp8_sums_{rate}.json") for rate in ("full", "half")}  # every run
-CORRECTORS = {"TIS": tis(), "AIS": ais(), "TBPO": tbpo(), "aligned": aligned()}
+CORRECTORS = {"TIS": TIS(), "AIS": AIS(), "TBPO": TBPO(), "aligned": Aligned()}
 
 study = replace(
     engines_ar.study,

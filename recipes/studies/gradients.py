@@ -23,77 +23,77 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.samplers.rules import plackett_luce
+from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.types import Order, Rollout
 from recipes.studies import surrogates as published
-from recipes.studies.controls import fixed_lambda, shuffled
+from recipes.studies.controls import Shuffled, fixed_lambda
 from recipes.studies.enumeration import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 from recipes.studies.paired import markdown
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
 CORRECTORS = {
-    "none": c.no_correction(),
-    "TIS, tokens, cap 2": c.tis(),
-    "token IS, no cap": c.tis(cap=1e8),
-    "TIS, sequence, cap 2": c.tis(level="sequence"),
-    "sequence IS, no cap": c.tis(cap=1e8, level="sequence"),
-    "geometric mean, cap 2": c.tis(level="sequence", pool="geometric"),
-    "TBPO's weight": c.Corrector(weight_fn=c.tbpo().weight_fn),
-    "MIS, tokens, .5 to 2": c.mis(),
-    "IcePop": c.icepop(),
-    "reject, k3 > .1": c.reject(threshold=0.1),
-    "TIS and reject": c.compose(c.tis(), c.reject(threshold=0.1)),
-    "AIS, alarm": c.ais(),
+    "none": c.NoCorrection(),
+    "TIS, tokens, cap 2": c.TIS(),
+    "token IS, no cap": c.TIS(cap=1e8),
+    "TIS, sequence, cap 2": c.TIS(level="sequence"),
+    "sequence IS, no cap": c.TIS(cap=1e8, level="sequence"),
+    "geometric mean, cap 2": c.TIS(level="sequence", pool="geometric"),
+    "TBPO's weight": c.FunctionCorrector(function=c.TBPO().weights),
+    "MIS, tokens, .5 to 2": c.MIS(),
+    "IcePop": c.IcePop(),
+    "reject, k3 > .1": c.Reject(threshold=0.1),
+    "TIS and reject": c.Compose(parts=(c.TIS(), c.Reject(threshold=0.1))),
+    "AIS, alarm": c.AIS(),
 }
 WHOLE = {"level": "sequence", "cap": 1e8}
 CAPPED = {"level": "sequence", "cap": 2.0}
 BATCHES = {  # correctors whose weights depend on the batch, with what they must beat
-    "none": c.no_correction(),
-    "TIS, tokens, cap 2": c.tis(),
-    "TIS, sequence, cap 2": c.tis(**CAPPED),
-    "sequence IS, no cap": c.tis(**WHOLE),
-    "AIS, alarm": c.ais(),
+    "none": c.NoCorrection(),
+    "TIS, tokens, cap 2": c.TIS(),
+    "TIS, sequence, cap 2": c.TIS(**CAPPED),
+    "sequence IS, no cap": c.TIS(**WHOLE),
+    "AIS, alarm": c.AIS(),
     **{f"lambda {lam}, sequence": fixed_lambda(lam, **WHOLE) for lam in (0.25, 0.5, 0.75)},
     **{f"lambda {lam}, sequence, cap 2": fixed_lambda(lam, **CAPPED) for lam in (0.25, 0.5, 0.75)},
-    "TIS, sequence, cap 2, shuffled": shuffled(c.tis(**CAPPED)),
+    "TIS, sequence, cap 2, shuffled": Shuffled(corrector=c.TIS(**CAPPED)),
 }
 
 
-def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **ranges: float) -> torch.Tensor:
-    """`ebpo`, whose objective is the row's, counted once a row where tables count each token."""
-    return published.ebpo(log_ratio, advantages, mask, **ranges) / mask.sum(-1, keepdim=True)
+def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`EBPO`, whose objective is the row's, counted once a row where tables count each token."""
+    return published.EBPO()(log_ratio, advantages, mask) / mask.sum(-1, keepdim=True)
 
 
 SURROGATES = {
-    "reinforce": losses.reinforce,
-    "r A, no clip": partial(losses.ppo_clip, epsilon=1e8),
-    "ppo_clip, .2": partial(losses.ppo_clip, epsilon=0.2),
-    "dual clip, delta 1.2": partial(losses.ppo_clip, epsilon=0.2, delta=1.2),
-    "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
-    "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
-    "cispo, 5": losses.cispo,
-    "vespo": losses.vespo,
-    "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
-    "dppo_tv, .2": published.dppo_tv,
-    "bgpo, .2 and 3": published.bgpo,
+    "reinforce": losses.Reinforce(),
+    "r A, no clip": losses.PPOClip(epsilon=1e8),
+    "ppo_clip, .2": losses.PPOClip(epsilon=0.2),
+    "dual clip, delta 1.2": losses.PPOClip(epsilon=0.2, delta=1.2),
+    "dual clip, delta 3": losses.PPOClip(epsilon=0.2, delta=3.0),
+    "DAPO, .2 and .28": losses.PPOClip(epsilon=0.2, epsilon_high=0.28),
+    "cispo, 5": losses.CISPO(),
+    "vespo": losses.VESPO(),
+    "gspo, .2": losses.GSPO(epsilon=0.2, epsilon_high=0.2),
+    "dppo_tv, .2": published.DPPOTV(),
+    "bgpo, .2 and 3": published.BGPO(),
     "ebpo, .2": ebpo_a_row,
-    "gdsd, .04": published.gdsd,
-    "stable_drl, 5": published.stable_drl,
-    "sequence_masked, .1": partial(published.sequence_masked, bound=0.1),
-    "TBPO's band, .05": partial(losses.trust_band, **BAND),
+    "gdsd, .04": published.GDSD(),
+    "stable_drl, 5": published.StableDRL(),
+    "sequence_masked, .1": published.SequenceMasked(bound=0.1),
+    "TBPO's band, .05": losses.TrustBand(**BAND),
 }
 ESTIMATORS = {
-    "trajectory": lik.trajectory(),
-    "trajectory, 1 segment": lik.trajectory(num_segments=1),
-    "trajectory, 1 step drawn": lik.trajectory(num_sampled_steps=1),
-    "one_step": lik.one_step(prompt_mask=0.0),
-    "elbo, 2 masks": lik.elbo(num_samples=2),
-    "elbo, 8 masks": lik.elbo(num_samples=8),
-    "coupled, 2 masks": lik.coupled(),
-    "quadrature, 3 masks": lik.quadrature(),
-    "block of 2, 2 masks": lik.block_elbo(block_size=2),
-    "eubo, 2 masks": lik.eubo(),
-    "sandwich, 2 masks": lik.sandwich(),
+    "trajectory": lik.Trajectory(),
+    "trajectory, 1 segment": lik.Trajectory(num_segments=1),
+    "trajectory, 1 step drawn": lik.Trajectory(num_sampled_steps=1),
+    "one_step": lik.OneStep(prompt_mask=0.0),
+    "elbo, 2 masks": lik.ELBO(num_samples=2),
+    "elbo, 8 masks": lik.ELBO(num_samples=8),
+    "coupled, 2 masks": lik.Coupled(),
+    "quadrature, 3 masks": lik.Quadrature(),
+    "block of 2, 2 masks": lik.BlockELBO(block_size=2),
+    "eubo, 2 masks": lik.EUBO(),
+    "sandwich, 2 masks": lik.Sandwich(),
 }
 # The temperature of plackett_luce that gives a rank's law (None: the law is confidence's), and `order` of its gradient.
 RANKED: dict[str, tuple[float | None, str]] = {
@@ -149,7 +149,7 @@ def of_estimators(
             rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
             for weight in toy.weights:
                 weight.requires_grad_()
-            exact = lik.trajectory()
+            exact = lik.Trajectory()
             logps = contributions(toy, rollout, exact.draw_views(rollout, generator), exact)
             p = logps.detach().sum(-1).exp()
             advantages = rewards - p @ rewards
@@ -192,7 +192,7 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
             rewards = torch.randn(81, generator=generator, dtype=torch.float64).repeat(6)
             for weight in toy.weights:
                 weight.requires_grad_()
-            laws = {order: lik.trajectory(include_order=order) for order in (True, False)}
+            laws = {order: lik.Trajectory(include_order=order) for order in (True, False)}
             noises = {order: law.draw_views(rollout, generator) for order, law in laws.items()}
             ours = {order: contributions(toy, rollout, noises[order], laws[order]).sum(-1) for order in laws}
             theirs = {order: contributions(behavior, rollout, noises[order], laws[order]).sum(-1) for order in laws}
@@ -218,14 +218,14 @@ def without_floor(chances: torch.Tensor) -> torch.Tensor:
 
 
 def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
-    """All outcomes, each in every order of one position a step, ranked by `plackett_luce`; None: by confidence."""
+    """All outcomes, each in every order of one position a step, ranked by `PlackettLuce`; None: by confidence."""
     base = toy.rollout(toy.length)
     steps = torch.tensor(list(permutations(range(toy.length))))
     step = steps.repeat_interleave(len(base.tokens), 0)
     blank = torch.zeros_like(step)
     order = Order(block_first_step=blank, logprobs=torch.zeros(step.shape))
     if temperature is not None:
-        order = replace(order, draw_index=blank, rank_function=partial(plackett_luce, temperature=temperature))
+        order = replace(order, draw_index=blank, rank_function=PlackettLuce(temperature=temperature))
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, order=order)
 
 
@@ -236,7 +236,7 @@ def along_a_line(toy: ToyPolicy, rank: str, generator: torch.Generator, *, point
     rollout = in_every_order(toy, temperature)
     rewards = torch.randn(toy.words**toy.length, generator=generator, dtype=torch.float64).repeat(6)
     starts, ends = toy.weights, toy.moved(0.6, generator).weights
-    laws = {each: lik.trajectory(include_order=each) for each in (True, False)}
+    laws = {each: lik.Trajectory(include_order=each) for each in (True, False)}
     noises = {each: law.draw_views(rollout, generator) for each, law in laws.items()}
     moving = toy.moved(0.0, generator)
     change = integral = 0.0
@@ -305,7 +305,7 @@ def main() -> None:
     weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
     sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, diffusion_steps=2)
     short, long = sized(length=2), sized(length=6)
-    clipped = {name: replace(c.no_correction(), loss=surrogate) for name, surrogate in SURROGATES.items()}
+    clipped = {name: replace(c.NoCorrection(), loss=surrogate) for name, surrogate in SURROGATES.items()}
     updated = of_correctors(clipped, networks=networks, moved="old")
     with_none = [f"{kind} {sigma}" for kind, sigma in product(KINDS, (0.0, *SIGMAS))]
     tables = {

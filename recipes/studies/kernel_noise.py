@@ -9,13 +9,12 @@ mismatch.md.
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.quantization.schemes import FakeQuantize
 from recipes.studies.mismatch import base
 from recipes.studies.paired import Contrast, Study, main
 
-INT8 = partial(fake_quantize, weight="int8", activation="int8")
+INT8 = FakeQuantize(weight="int8", activation="int8")
 
 study = Study(
     name="kernel_noise",

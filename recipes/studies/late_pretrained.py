@@ -28,31 +28,30 @@ start: int4 got a second seed and TIS beside it, the slow arm was added, and the
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dllm_rl import int4_weight_only, no_correction, ppo_clip, tis
+from dllm_rl import TIS, Int4WeightOnly, NoCorrection, PPOClip
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
 from recipes.studies.paired import Results, Study, interval, main, markdown
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
-INT4 = {"rollout_quantization": int4_weight_only}
+INT4 = {"rollout_quantization": Int4WeightOnly}
 RATE = {"learning_rate": recipe.learning_rate}
 STUDY = Study(
     name="late-pretrained",
-    base=replace(recipe, **QUIET, dtype="bfloat16", beta=0.0, corrector=no_correction()),
+    base=replace(recipe, **QUIET, dtype="bfloat16", beta=0.0, corrector=NoCorrection()),
     arms={
         "FP8": RATE,
         "lag 4": RATE | LATE,
-        "lag 4, tis": RATE | LATE | {"corrector": tis()},
-        "lag 4, dual clip": RATE | LATE | {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+        "lag 4, tis": RATE | LATE | {"corrector": TIS()},
+        "lag 4, dual clip": RATE | LATE | {"old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
         "lag 4, slow": LATE | {"learning_rate": recipe.learning_rate / 4},
         "int4": RATE | INT4,
-        "int4, tis": RATE | INT4 | {"corrector": tis()},
+        "int4, tis": RATE | INT4 | {"corrector": TIS()},
         "unquantized": RATE | {"rollout_quantization": None},
     },
     against={

@@ -30,16 +30,15 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import ais, icepop, no_correction, ppo_clip, tbpo, tis
+from dllm_rl import AIS, TBPO, TIS, IcePop, NoCorrection, PPOClip
 from dllm_rl.files import read_json, write_json
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.paired import (
     Contrast,
     Study,
@@ -60,14 +59,14 @@ UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, a
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"corrector": no_correction()},
-    "dual clip": {"corrector": no_correction(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
-    "decoupled": {"corrector": tis(cap=UNBOUNDED)},
-    "tis": {"corrector": tis()},
-    "ais": {"corrector": ais()},
-    "tbpo": {"corrector": tbpo()},
-    "icepop": {"corrector": icepop()},
-    "placebo": {"corrector": permuted(tis())},
+    "none": {"corrector": NoCorrection()},
+    "dual clip": {"corrector": NoCorrection(), "old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
+    "decoupled": {"corrector": TIS(cap=UNBOUNDED)},
+    "tis": {"corrector": TIS()},
+    "ais": {"corrector": AIS()},
+    "tbpo": {"corrector": TBPO()},
+    "icepop": {"corrector": IcePop()},
+    "placebo": {"corrector": Permuted(corrector=TIS())},
 }
 
 

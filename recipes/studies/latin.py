@@ -43,8 +43,8 @@ from typing import Any
 
 import torch
 
-from dllm_rl import Callback, Policy, float8_weight_only, load_policy, trajectory
-from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl import Callback, Float8WeightOnly, Policy, Trajectory, load_policy
+from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.rng import generator_for
@@ -122,7 +122,7 @@ def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[
         supervised_loss(policy, batch, *draw_levels(generator, 64, 16)).backward()
         torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = arm["learning_rate"] * linear_decay(step, steps)
+            group["lr"] = arm["learning_rate"] * LinearDecay()(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         look(step + 1)
@@ -239,9 +239,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     OWN: OF_ITS_OWN | {"filtered": False, "sampler": in_steps(16)},
     TAUGHT: {"steps": 500},
     ROUNDS: OF_ITS_OWN | {"rounds": 4},
-    GRPO_FP8: {"num_steps": 100, "rollout_quantization": float8_weight_only},
-    GRPO_2: {"num_steps": 130, "sampler": drawn(2), "likelihood": trajectory()},
-    GRPO_16: {"num_steps": 33, "sampler": drawn(16), "likelihood": trajectory(num_segments=4)},
+    GRPO_FP8: {"num_steps": 100, "rollout_quantization": Float8WeightOnly},
+    GRPO_2: {"num_steps": 130, "sampler": drawn(2), "likelihood": Trajectory()},
+    GRPO_16: {"num_steps": 33, "sampler": drawn(16), "likelihood": Trajectory(num_segments=4)},
 }
 RATES = {GRPO: (2.5e-4, 5e-4, 1e-3, 2e-3), ONE: (1e-3, 2e-3, 4e-3)}
 TUNED = {arm: 5e-4 if "num_steps" in settings else 2e-3 for arm, settings in SETTINGS.items()}

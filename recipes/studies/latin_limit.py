@@ -7,10 +7,14 @@ probabilities, and writes one cell a step at temperature 1, draws each square th
 whichever order it writes, the chance of a square is the product of its conditional probabilities. So it solves a puzzle
 with probability (Sudokus that fit) / (Latin squares that fit), where a Sudoku is a square whose boxes hold each digit
 once, too. There are no ties, and nothing is drawn.
+
+At temperature 0 (the likeliest digit of all blank cells first, ties at random) the same probabilities solve 0.619.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import cache
 from itertools import permutations, product
 
 ROWS = ["".join(row) for row in permutations("1234")]
@@ -30,6 +34,26 @@ def limit(puzzles: list[str]) -> Fraction:
     return sum((rates[puzzle] for puzzle in puzzles), Fraction(0)) / len(puzzles)
 
 
+@cache
+def greedy(squares: tuple[str, ...]) -> Fraction:
+    """How likely the likeliest digit, cell by cell, leads to a Sudoku, where the clues leave these squares."""
+    if len(squares) == 1:
+        return Fraction(squares[0] in SUDOKU)
+    counts = Counter((cell, digit) for square in squares for cell, digit in enumerate(square))
+    counts = Counter({each: count for each, count in counts.items() if count < len(squares)})  # certain cells are free
+    likeliest = [each for each, count in counts.items() if count == max(counts.values())]
+    ties = Counter(cell for cell, _ in likeliest)  # first among cells, then among a cell's digits
+    chances = [Fraction(1, len(ties) * ties[cell]) for cell, _ in likeliest]
+    left = [tuple(square for square in squares if square[cell] == digit) for cell, digit in likeliest]
+    return sum((chance * greedy(each) for chance, each in zip(chances, left, strict=True)), Fraction(0))
+
+
+def greedy_limit(puzzles: list[str]) -> Fraction:
+    """The mean over puzzles of what exact probabilities solve at temperature 0, one cell a step, ties at random."""
+    fits = [[square for square in LATIN if fitting(puzzle, [square])] for puzzle in puzzles]
+    return sum((greedy(tuple(each)) for each in fits), Fraction(0)) / len(puzzles)
+
+
 if __name__ == "__main__":
     from recipes.sudoku_tiny import few_clues
 
@@ -37,3 +61,4 @@ if __name__ == "__main__":
     puzzles = [task[i].fields["puzzle"] for i in range(len(task))]
     print(f"{len(LATIN)} Latin squares, {len(SUDOKU)} of them Sudokus")
     print(f"exact probabilities solve {float(limit(puzzles)):.4f} of {len(puzzles)} puzzles, one cell a step")
+    print(f"at temperature 0: {float(greedy_limit(puzzles)):.4f}")

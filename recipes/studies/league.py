@@ -26,7 +26,7 @@ A second task for 12 to 31 steps, stated before its runs: few clues in sixteen s
 takes two segments up to 31 steps; else it goes on with a segment for every four steps, and that is the advice.
 
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
-and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
+and DAPO's differs by the groups that it draws again. `Trajectory(num_segments=1)` is `OneStep(prompt_mask=0)`.
 
     python -m recipes.studies.league sudoku            costs, tuning, runs, league_sudoku.json, the table and the figure
     python -m recipes.studies.league countdown         or another of LEAGUES
@@ -35,7 +35,7 @@ and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -47,12 +47,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl import Recipe
-from dllm_rl.algorithms.advantages import group_relative, leave_one_out
-from dllm_rl.algorithms.correctors import no_correction
-from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence_mean, token_mean
+from dllm_rl.algorithms.advantages import GroupRelative, LeaveOneOut
+from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.algorithms.losses import GSPO, PPOClip, Reinforce, SequenceMean, TokenMean
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.samplers.rules import random
+from dllm_rl.records import Record
+from dllm_rl.samplers.rules import RandomOrder
 from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
 from recipes.studies.paired import (
     Contrast,
@@ -67,15 +68,15 @@ from recipes.studies.paired import (
     run_missing,
     warm_up,
 )
-from recipes.studies.surrogates import gdsd, stable_drl
+from recipes.studies.surrogates import GDSD, StableDRL
 
 TUNED_ON = (100, 101, 102)
 SEEDS = 10
 DEFAULT = "TraceRL (the default)"
-SPG_BOUNDS = lik.sandwich(beta=1.0, mix=0.5, base=lik.coupled())  # beta: of SPG's Sudoku runs
+SPG_BOUNDS = lik.Sandwich(beta=1.0, mix=0.5, base=lik.Coupled())  # beta: of SPG's Sudoku runs
 
-centered = partial(group_relative, scale_rewards="none")
-dual_clip = partial(ppo_clip, delta=1.2)
+centered = GroupRelative(scale_rewards="none")
+dual_clip = PPOClip(delta=1.2)
 
 
 def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
@@ -86,32 +87,32 @@ def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
-# Batch, optimizer and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
+# Batch, optimizer and no KL term are the league's. ELBOs come from `Coupled`, each token under one of two masks. A
 # sequence's ratio has a clip of 0.2, as in ESPO's scripts. The others
 # get two updates as well, with a dual clip (DAPO: its own). Formulas and sources: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
     # All masked at once, 15 % of the prompt too, anew in each update; PPO's clip per token.
     "d1": {
-        "likelihood": lik.one_step(prompt_mask=0.15),
-        "loss": partial(ppo_clip, epsilon=0.5),
+        "likelihood": lik.OneStep(prompt_mask=0.15),
+        "loss": PPOClip(epsilon=0.5),
         "advantages": centered,
-        "loss_reduction": token_mean,
+        "loss_reduction": TokenMean(),
         "num_iterations": 8,
     },
     # One estimate of log p, no ratio, softmax weights of both signs.
     "wd1": {
-        "likelihood": lik.one_step(prompt_mask=0.15),
-        "loss": reinforce,
+        "likelihood": lik.OneStep(prompt_mask=0.15),
+        "loss": Reinforce(),
         "advantages": wd1,
-        "loss_reduction": sequence_mean,
+        "loss_reduction": SequenceMean(),
         "num_iterations": 8,
     },
     # The ELBO's ratio per sequence, over its length, clipped; two Monte Carlo samples.
     "ESPO": {
-        "likelihood": lik.coupled(num_samples=2),
-        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
-        "advantages": leave_one_out,
-        "loss_reduction": sequence_mean,
+        "likelihood": lik.Coupled(num_samples=2),
+        "loss": GSPO(epsilon=0.2, epsilon_high=0.2),
+        "advantages": LeaveOneOut(),
+        "loss_reduction": SequenceMean(),
         "num_iterations": 8,
     },
     # A lower bound where A >= 0, an upper one mixed in where A < 0. Ours: PPO's clip per token; masks not by block.
@@ -119,48 +120,48 @@ METHODS: dict[str, dict[str, Any]] = {
     # SPG's bounds; the ratio per sequence, clipped whatever the sign, normalized over the batch.
     "StableDRL": {
         "likelihood": SPG_BOUNDS,
-        "loss": stable_drl,
+        "loss": StableDRL(),
         "advantages": centered,
-        "loss_reduction": sequence_mean,
+        "loss_reduction": SequenceMean(),
         "num_iterations": 2,
     },
     # A regression of the sequence's log-ratio on the advantage.
     "GDSD": {
-        "likelihood": lik.coupled(),
-        "loss": partial(gdsd, psi=1.0),
+        "likelihood": lik.Coupled(),
+        "loss": GDSD(psi=1.0),
         "advantages": centered,
-        "loss_reduction": sequence_mean,
+        "loss_reduction": SequenceMean(),
         "num_iterations": 8,
     },
     # Rollouts a token a step from left to right, each token's own conditional. Two positions a row are scored, ours:
     # with all 16 there is time for three steps.
     "JustGRPO": {
-        "likelihood": lik.trajectory(num_sampled_steps=2),
+        "likelihood": lik.Trajectory(num_sampled_steps=2),
         "sampler": {"diffusion_steps": None, "block_size": 1},
         "loss": dual_clip,
         "num_iterations": 2,
     },
     # The recorded trajectory, PPO's clip per token, without TraceRL's value model: the library's default too.
-    DEFAULT: {"likelihood": lik.trajectory(), "loss": dual_clip, "num_iterations": 2},
+    DEFAULT: {"likelihood": lik.Trajectory(), "loss": dual_clip, "num_iterations": 2},
     # The trajectory; groups of one reward drawn again, a clip that is higher above than below.
     "DAPO": {
-        "likelihood": lik.trajectory(),
-        "loss": partial(ppo_clip, epsilon=0.2, epsilon_high=0.28),
+        "likelihood": lik.Trajectory(),
+        "loss": PPOClip(epsilon=0.2, epsilon_high=0.28),
         "max_num_gen_batches": 4,
         "num_iterations": 2,
     },
     "random order": {
-        "likelihood": lik.trajectory(),
-        "sampler": {"rank": random},
+        "likelihood": lik.Trajectory(),
+        "sampler": {"rank": RandomOrder()},
         "loss": dual_clip,
         "num_iterations": 2,
     },
-    "one step": {"likelihood": lik.one_step(prompt_mask=0.0), "loss": dual_clip, "num_iterations": 2},
+    "one step": {"likelihood": lik.OneStep(prompt_mask=0.0), "loss": dual_clip, "num_iterations": 2},
     # The trajectory's steps in two segments: between the default and `one step`.
-    "two segments": {"likelihood": lik.trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
-    "four segments": {"likelihood": lik.trajectory(num_segments=4), "loss": dual_clip, "num_iterations": 2},
+    "two segments": {"likelihood": lik.Trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
+    "four segments": {"likelihood": lik.Trajectory(num_segments=4), "loss": dual_clip, "num_iterations": 2},
     # As many forwards as two segments have, without their bias: random steps of each row, weighted.
-    "two sampled": {"likelihood": lik.trajectory(num_sampled_steps=2), "loss": dual_clip, "num_iterations": 2},
+    "two sampled": {"likelihood": lik.Trajectory(num_sampled_steps=2), "loss": dual_clip, "num_iterations": 2},
 }
 
 BETWEEN = ("two segments", "four segments", "two sampled")  # one step and all steps: for four and more
@@ -232,21 +233,21 @@ def study_of(name: str) -> Study:
     """The league's methods in all settings, and the claims, which are of methods."""
     league = LEAGUES[name]
     steps = {
-        each: partial(getattr(league.recipe, each), diffusion_steps=league.diffusion_steps)
+        each: getattr(league.recipe, each).replace(diffusion_steps=league.diffusion_steps)
         for each in ("sampler", "eval_sampler")
     }
     base = replace(
         league.recipe,
         train_batch_size=16,
         max_retained_graphs=16,
-        corrector=no_correction(),
+        corrector=NoCorrection(),
         rollout_quantization=None,
         **steps,
     )
     arms = {}
     for method, (setting, more) in product(league.methods, GRID.items()):
         changes = METHODS[method]
-        sampler = partial(base.sampler, **changes.get("sampler", {}))
+        sampler = base.sampler.replace(**changes.get("sampler", {}))
         arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
     others = (each for each in league.methods if each != league.default)
     claims = tuple(Contrast(f"above {each}", league.default, each) for each in others)
@@ -336,19 +337,17 @@ def settings() -> str:
     """The table of what each method changes, from METHODS: what is left out is the league's."""
 
     def named(part: Any) -> str:
-        """A function or an estimator with its keywords, as one writes it."""
-        if isinstance(part, lik.LikelihoodEstimator):
-            part = part.factory
-        if not isinstance(part, partial):
+        """A record with the settings that differ from its defaults, as one writes it; a function's name."""
+        if not isinstance(part, Record):
             return part.__name__ if callable(part) else repr(part)
-        given = ((key, value) for key, value in part.keywords.items() if value is not None)
-        return f"{part.func.__name__}({', '.join(f'{key}={named(value)}' for key, value in given)})"
+        changed = [each for each in fields(part) if getattr(part, each.name) != each.default]
+        return f"{type(part).__name__}({', '.join(f'{f.name}={named(getattr(part, f.name))}' for f in changed)})"
 
     base = study_of("sudoku").base
     usual = {
-        "loss": base.policy_loss.keywords["surrogate"],
+        "loss": base.resolved_loss,
         "advantages": base.advantages,
-        "loss_reduction": token_mean,
+        "loss_reduction": TokenMean(),
     }
     rows = []
     for method, changes in METHODS.items():

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from dllm_rl import no_correction, tis
+from dllm_rl import TIS, NoCorrection
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.base import Policy
-from dllm_rl.models.engine import RolloutEngine
+from dllm_rl.models.engine import FunctionEngine, RolloutEngine
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -76,19 +76,19 @@ def sync(policy: Policy, rounded: Policy, *, share: float) -> dict[str, float]:
 
 
 def blended(share: float) -> RolloutEngine:
-    return RolloutEngine(partial(load, share=share), partial(sync, share=share))
+    return FunctionEngine(load_fn=partial(load, share=share), sync_fn=partial(sync, share=share))
 
 
 def arms_of(name: str) -> dict[str, dict[str, Any]]:
     changes: dict[str, Any] = {}
     if name != "causal":
         steps = {"diffusion_steps": int(name.split()[0])}
-        changes = {key: partial(getattr(mismatch.base, key), **steps) for key in ("sampler", "eval_sampler")}
+        changes = {key: getattr(mismatch.base, key).replace(**steps) for key in ("sampler", "eval_sampler")}
     engine = changes | {"rollout_engine": blended(SHARES[name])}
     return {
         f"{name}: unquantized": changes,
         f"{name}: none": engine,
-        f"{name}: TIS": engine | {"corrector": tis()},
+        f"{name}: TIS": engine | {"corrector": TIS()},
     }
 
 
@@ -103,7 +103,7 @@ def study_of(before: Study, names: Sequence[str]) -> Study:
     return replace(
         before,
         name="lengths",
-        base=replace(before.base, rollout_quantization=None, corrector=no_correction(), max_retained_graphs=16),
+        base=replace(before.base, rollout_quantization=None, corrector=NoCorrection(), max_retained_graphs=16),
         arms=arms,
         against={arm: against(arm) for arm in arms if "unquantized" not in arm},
         metrics=mismatch.study.metrics,

@@ -27,16 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import int4_weight_only, no_correction, tis
+from dllm_rl import TIS, Int4WeightOnly, NoCorrection
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import Contrast, Study, keep, main, result_path, train_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
 COLUMNS = ("quantized", "ess", "reward")
-INT4 = {"rollout_quantization": int4_weight_only}
+INT4 = {"rollout_quantization": Int4WeightOnly}
 STORED_METRICS = (
     "reward",
     "rewards/accuracy/mean",
@@ -51,8 +51,8 @@ STORED_METRICS = (
 
 ARMS: dict[str, dict[str, Any]] = {
     "int4": INT4,
-    "int4, tis": INT4 | {"corrector": tis()},
-    "int4, permuted tis": INT4 | {"corrector": permuted(tis())},
+    "int4, tis": INT4 | {"corrector": TIS()},
+    "int4, permuted tis": INT4 | {"corrector": Permuted(corrector=TIS())},
 }
 STUDY = Study(
     name="low-bits",
@@ -63,7 +63,7 @@ STUDY = Study(
         eval_task=PlainSums(held_out=True, size=289),
         eval_batch_size=145,
         beta=0.0,
-        corrector=no_correction(),
+        corrector=NoCorrection(),
     ),
     arms=ARMS,
     against={name: "int4" for name in ARMS if name != "int4"},

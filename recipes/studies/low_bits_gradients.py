@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl import ais, aligned, int4_weight_only, no_correction, tis
+from dllm_rl import AIS, TIS, Aligned, Int4WeightOnly, NoCorrection
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.files import read_json, write_json
@@ -45,7 +45,7 @@ from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import forward_backward, make_batches, score_samples
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import collect
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
 from recipes.studies.paired import T, interval, markdown
 
@@ -54,11 +54,11 @@ BATCHES = range(32, 64)
 BASELINE = "int4"
 OWN = "learner's own completions"
 CORRECTORS: dict[str, Corrector] = {
-    "int4": no_correction(),
-    "int4, tis": tis(),
-    "int4, ais": ais(),
-    "int4, permuted ais": permuted(ais()),
-    "int4, aligned": aligned(),
+    "int4": NoCorrection(),
+    "int4, tis": TIS(),
+    "int4, ais": AIS(),
+    "int4, permuted ais": Permuted(corrector=AIS()),
+    "int4, aligned": Aligned(),
 }
 
 
@@ -82,7 +82,7 @@ def measure(numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
     add_lora(policy, recipe.lora())
-    int4 = quantized_copy(policy, int4_weight_only())
+    int4 = quantized_copy(policy, Int4WeightOnly())
     gradients: dict[str, list[Tensor]] = {arm: [] for arm in (OWN, *CORRECTORS)}
     rewards: dict[str, list[float]] = {OWN: [], "int4": []}
 
@@ -96,10 +96,10 @@ def measure(numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         samples, _, _ = collect(own, number)
         rewards[OWN].append(samples.rewards.mean().item())
         gradients[OWN].append(gradient(own, samples, number))
-        samples, _, _ = collect(context(int4, rollout_quantization=int4_weight_only), number)
+        samples, _, _ = collect(context(int4, rollout_quantization=Int4WeightOnly()), number)
         rewards["int4"].append(samples.rewards.mean().item())
         for arm, corrector in CORRECTORS.items():
-            run = context(int4, rollout_quantization=int4_weight_only, corrector=corrector)
+            run = context(int4, rollout_quantization=Int4WeightOnly(), corrector=corrector)
             gradients[arm].append(gradient(run, samples, number))
         print(f"batch {number}", flush=True)
     return {arm: torch.stack(each) for arm, each in gradients.items()}, rewards

@@ -40,13 +40,12 @@ What order the runs have depends on no result: all trials, then seed by seed all
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import Policy, Problem, ais, aligned, float8_weight_only, int4_weight_only, tis
+from dllm_rl import AIS, TIS, Aligned, Float8WeightOnly, Int4WeightOnly, Policy, Problem
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.manifest import digest
@@ -55,7 +54,7 @@ from recipes.smollm2_arithmetic import pairs
 from recipes.smollm2_diffusion import recipe
 from recipes.smollm2_diffusion_sft import PlainSums
 from recipes.studies import low_bits
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import at_rates, tune
 from recipes.studies.low_bits import INT4, steps_of
 from recipes.studies.paired import (
@@ -78,12 +77,12 @@ SEEDS, FIRST_SEED = 10, 10
 HALF = "int4 at half the rate"
 TUNED: dict[str, dict[str, Any]] = {
     "unquantized": {"rollout_quantization": None},
-    "FP8": {"rollout_quantization": partial(float8_weight_only, dequantized=True)},
+    "FP8": {"rollout_quantization": Float8WeightOnly(dequantized=True)},
     "int4": INT4,
-    "int4, tis": INT4 | {"corrector": tis()},
-    "int4, ais": INT4 | {"corrector": ais()},
-    "int4, aligned": INT4 | {"corrector": aligned()},
-    "int4, permuted tis": INT4 | {"corrector": permuted(tis())},
+    "int4, tis": INT4 | {"corrector": TIS()},
+    "int4, ais": INT4 | {"corrector": AIS()},
+    "int4, aligned": INT4 | {"corrector": Aligned()},
+    "int4, permuted tis": INT4 | {"corrector": Permuted(corrector=TIS())},
 }
 COLUMNS = ("after", "sampled", "quantized", "quantized, sampled", "int4 weights")
 STUDY = replace(
@@ -151,7 +150,7 @@ def evaluated(policy: Policy, study: Study, name: str, seed: int) -> dict[str, f
         found["quantized, sampled"] = rate(quantized_copy(policy, scheme()), drawn)
     else:
         found["quantized, sampled"] = found["sampled"]
-    return found | {"int4 weights": rate(quantized_copy(policy, int4_weight_only()), greedy)}
+    return found | {"int4 weights": rate(quantized_copy(policy, Int4WeightOnly()), greedy)}
 
 
 def run_evaluated(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:

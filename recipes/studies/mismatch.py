@@ -16,26 +16,25 @@ did not help and were removed from the library (formulas: gradients.md). Results
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.quantization.schemes import fake_quantize
-from dllm_rl.samplers.rules import confidence, random
+from dllm_rl.algorithms.losses import PPOClip
+from dllm_rl.quantization.schemes import FakeQuantize
+from dllm_rl.samplers.rules import Confidence, RandomOrder
 from recipes.studies import mismatch_report
-from recipes.studies.controls import fixed_lambda, shuffled
+from recipes.studies.controls import Shuffled, fixed_lambda
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_unique import recipe
 
-FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
-INT3 = partial(fake_quantize, weight="int3", activation="e4m3")
+FIVE_LEVELS = FakeQuantize(weight="five_level", activation="e4m3")
+INT3 = FakeQuantize(weight="int3", activation="e4m3")
 
 base = replace(
-    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.no_correction()
+    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.NoCorrection()
 )
-DUAL = partial(ppo_clip, epsilon=0.2, delta=1.2)  # bounds what PPO leaves open: A < 0 and r > 1 + epsilon
+DUAL = PPOClip(epsilon=0.2, delta=1.2)  # bounds what PPO leaves open: A < 0 and r > 1 + epsilon
 
 
 def arm(corrector: c.Corrector, scheme: Any = FIVE_LEVELS, **changes: Any) -> dict[str, Any]:
@@ -46,41 +45,41 @@ def clipped(corrector: c.Corrector, scheme: Any = FIVE_LEVELS) -> dict[str, Any]
     return arm(corrector, scheme, loss=DUAL, num_iterations=2)
 
 
-in_random_order = partial(base.sampler, rank=random)
-in_halves = partial(base.sampler, block_size=8)
-in_llada_order = partial(base.sampler, rank=confidence)
+in_random_order = base.sampler.replace(rank=RandomOrder())
+in_halves = base.sampler.replace(block_size=8)
+in_llada_order = base.sampler.replace(rank=Confidence())
 ARMS = {
-    "start": arm(c.no_correction(), num_steps=0),
-    "one: unquantized": arm(c.no_correction(), None),
-    "one: none": arm(c.no_correction()),
-    "one: TIS": arm(c.tis()),
-    "one: AIS alarm": arm(c.ais()),
+    "start": arm(c.NoCorrection(), num_steps=0),
+    "one: unquantized": arm(c.NoCorrection(), None),
+    "one: none": arm(c.NoCorrection()),
+    "one: TIS": arm(c.TIS()),
+    "one: AIS alarm": arm(c.AIS()),
     "one: lambda 0.25": arm(fixed_lambda(0.25)),
     "one: lambda 0.5": arm(fixed_lambda(0.5)),
     "one: lambda 0.75": arm(fixed_lambda(0.75)),
-    "one: TIS shuffled": arm(shuffled(c.tis())),
-    "one: aligned": arm(c.aligned()),
-    "two: unquantized": clipped(c.no_correction(), None),
-    "two: none": clipped(c.no_correction()),
-    "two: TIS": clipped(c.tis()),
-    "two: AIS alarm": clipped(c.ais()),
-    "two: aligned": clipped(c.aligned()),
-    "two: none, no clip": arm(c.no_correction(), num_iterations=2),
-    "two: TIS, no clip": arm(c.tis(), num_iterations=2),
-    "two: none, delta 3": arm(c.no_correction(), num_iterations=2, loss=partial(ppo_clip, epsilon=0.2, delta=3.0)),
-    "random: unquantized": arm(c.no_correction(), None, sampler=in_random_order),
-    "random: none": arm(c.no_correction(), sampler=in_random_order),
-    "random: TIS": arm(c.tis(), sampler=in_random_order),
-    "left: unquantized": arm(c.no_correction(), None, sampler=in_halves),
-    "left: none": arm(c.no_correction(), sampler=in_halves),
-    "left: TIS": arm(c.tis(), sampler=in_halves),
-    "confidence: unquantized": arm(c.no_correction(), None, sampler=in_llada_order),
-    "confidence: none": arm(c.no_correction(), sampler=in_llada_order),
-    "confidence: TIS": arm(c.tis(), sampler=in_llada_order),
-    "int3, one: none": arm(c.no_correction(), INT3),
-    "int3, one: TIS": arm(c.tis(), INT3),
-    "int3, two: none": clipped(c.no_correction(), INT3),
-    "int3, two: TIS": clipped(c.tis(), INT3),
+    "one: TIS shuffled": arm(Shuffled(corrector=c.TIS())),
+    "one: aligned": arm(c.Aligned()),
+    "two: unquantized": clipped(c.NoCorrection(), None),
+    "two: none": clipped(c.NoCorrection()),
+    "two: TIS": clipped(c.TIS()),
+    "two: AIS alarm": clipped(c.AIS()),
+    "two: aligned": clipped(c.Aligned()),
+    "two: none, no clip": arm(c.NoCorrection(), num_iterations=2),
+    "two: TIS, no clip": arm(c.TIS(), num_iterations=2),
+    "two: none, delta 3": arm(c.NoCorrection(), num_iterations=2, loss=PPOClip(epsilon=0.2, delta=3.0)),
+    "random: unquantized": arm(c.NoCorrection(), None, sampler=in_random_order),
+    "random: none": arm(c.NoCorrection(), sampler=in_random_order),
+    "random: TIS": arm(c.TIS(), sampler=in_random_order),
+    "left: unquantized": arm(c.NoCorrection(), None, sampler=in_halves),
+    "left: none": arm(c.NoCorrection(), sampler=in_halves),
+    "left: TIS": arm(c.TIS(), sampler=in_halves),
+    "confidence: unquantized": arm(c.NoCorrection(), None, sampler=in_llada_order),
+    "confidence: none": arm(c.NoCorrection(), sampler=in_llada_order),
+    "confidence: TIS": arm(c.TIS(), sampler=in_llada_order),
+    "int3, one: none": arm(c.NoCorrection(), INT3),
+    "int3, one: TIS": arm(c.TIS(), INT3),
+    "int3, two: none": clipped(c.NoCorrection(), INT3),
+    "int3, two: TIS": clipped(c.TIS(), INT3),
 }
 # No claim is stated of these; the first is there for the clip's width.
 FEWER = {"two: none, delta 3": 5, "left: unquantized": 5, "left: none": 5, "left: TIS": 5} | {

@@ -8,24 +8,23 @@ before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch.
 """
 
 from dataclasses import replace
-from functools import partial
 
-from dllm_rl.algorithms.correctors import no_correction, tis
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.algorithms.correctors import TIS, NoCorrection
+from dllm_rl.quantization.schemes import FakeQuantize
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_ar import recipe
 
-FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
+FIVE_LEVELS = FakeQuantize(weight="five_level", activation="e4m3")
 
 study = Study(
     name="mismatch_ar",
     base=replace(
-        recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=no_correction()
+        recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=NoCorrection()
     ),
     arms={
         "unquantized": {},
         "none": {"rollout_quantization": FIVE_LEVELS},
-        "TIS": {"rollout_quantization": FIVE_LEVELS, "corrector": tis()},
+        "TIS": {"rollout_quantization": FIVE_LEVELS, "corrector": TIS()},
     },
     against={"none": "unquantized", "TIS": "none"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},

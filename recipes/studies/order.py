@@ -1,10 +1,10 @@
 """Which order learns best, and does the order's part of the likelihood help? Claims stated before the runs.
 
 Every arm trains its seed's one warmed-up model, unquantized and on-policy, one update per rollout, 120 steps. Arms
-differ in how training rollouts are ranked; all evaluations are greedy, ranked by `max_prob`.
+differ in how training rollouts are ranked; all evaluations are greedy, ranked by `MaxProb`.
 
     max_prob, random         no gradient of the order: its probability is 0 or 1, or depends on no weight
-    confidence, noisy        `trajectory()` scores tokens and order; noisy is `plackett_luce` at the task's TAU
+    confidence, noisy        `Trajectory()` scores tokens and order; noisy is `PlackettLuce` at the task's TAU
     ..., tokens alone        the same rollouts, scored by trajectory(include_order=False)
 
 TAU has the best mean on seeds 100 to 102 among TAUS (`tune`), on the study's own held-out problems; the other arms have
@@ -17,12 +17,11 @@ nothing to choose. The contrasts below were written before the runs; Holm's corr
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import Recipe, max_prob, no_correction, trajectory
-from dllm_rl.samplers.rules import confidence, plackett_luce, random
+from dllm_rl import MaxProb, NoCorrection, Recipe, Trajectory
+from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from recipes import countdown_tiny, sudoku_unique
 from recipes.studies.paired import Contrast, Study, main, tables, tune, which
 
@@ -42,19 +41,19 @@ CONTRASTS = (
 
 
 def arm(recipe: Recipe, rank: Any, include_order: bool = True) -> dict[str, Any]:
-    return {"sampler": partial(recipe.sampler, rank=rank), "likelihood": trajectory(include_order=include_order)}
+    return {"sampler": recipe.sampler.replace(rank=rank), "likelihood": Trajectory(include_order=include_order)}
 
 
 def study_of(task: str) -> Study:
-    base = replace(RECIPES[task], corrector=no_correction(), rollout_quantization=None)
-    noisy = partial(plackett_luce, temperature=TAU[task])
+    base = replace(RECIPES[task], corrector=NoCorrection(), rollout_quantization=None)
+    noisy = PlackettLuce(temperature=TAU[task])
     arms = {
-        "max_prob": arm(base, max_prob),
-        "random": arm(base, random),
+        "max_prob": arm(base, MaxProb()),
+        "random": arm(base, RandomOrder()),
         "noisy": arm(base, noisy),
         "noisy, tokens alone": arm(base, noisy, False),
-        "confidence": arm(base, confidence),
-        "confidence, tokens alone": arm(base, confidence, False),
+        "confidence": arm(base, Confidence()),
+        "confidence, tokens alone": arm(base, Confidence(), False),
     }
     return Study(
         name=f"order-{task}",
@@ -74,7 +73,7 @@ STUDIES = {task: study_of(task) for task in RECIPES}
 
 def temperatures_of(study: Study) -> Study:
     """The noisy arm at each of TAUS."""
-    arms = {f"noisy {tau}": arm(study.base, partial(plackett_luce, temperature=tau)) for tau in TAUS}
+    arms = {f"noisy {tau}": arm(study.base, PlackettLuce(temperature=tau)) for tau in TAUS}
     return replace(study, name=f"{study.name}-tune", arms=arms, against={}, contrasts=())
 
 

@@ -52,7 +52,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl import Policy, float8_weight_only, int4_weight_only, unmask
+from dllm_rl import Float8WeightOnly, Int4WeightOnly, Policy, Unmask
 from dllm_rl.algorithms.correctors import ais_lambda
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
@@ -61,7 +61,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.tasks.sudoku.solver import is_completion
 from recipes.studies.paired import holm, interval, markdown, sign_flip
 from recipes.sudoku_tiny import NO_DIGITS, any_grids, few_clues, learn
@@ -142,7 +142,7 @@ def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
     masked = at.masked[at.masked.any(-1)]
     ids = torch.tensor([policy.tokenizer.convert_tokens_to_ids(digit) for digit in "1234"])
     drawn = logits.index_fill(-1, torch.tensor([policy.spec.mask_id]), -torch.inf).log_softmax(-1)[..., ids]
-    scores = max_prob(logits.flatten(0, 1), logits.logsumexp(-1).flatten()).view(masked.shape)
+    scores = MaxProb()(logits.flatten(0, 1), logits.logsumexp(-1).flatten()).view(masked.shape)
     scores = scores.masked_fill(~masked, -torch.inf)
     name, _, temperature = rank.partition(" ")
     if name == "max_prob":
@@ -160,7 +160,7 @@ def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
 
 
 def log_stay(drawn: Events, level: Events, masked: Bool[Tensor, "N J"]) -> Events:
-    """Of `confidence`, whose scores are `level`: the log-prob that every other masked blank draws a token of a lower
+    """Of `Confidence`, whose scores are `level`: the log-prob that every other masked blank draws a token of a lower
     level than this event's, with the floor of `models.order`."""
     found = torch.zeros_like(drawn)
     for j, k in product(range(drawn.shape[1]), repeat=2):
@@ -451,9 +451,7 @@ def trained(seed: int) -> tuple[Policy, int]:
     """A model that solves half of 200 validation puzzles, and the supervised steps that this took."""
     policy = tiny_masked_lm(characters="1234", seed=seed, hidden_size=64, num_layers=2, intermediate_size=192)
     task = few_clues(split="validation", clues=(11, 11), unique=True, size=200)
-    sampler = partial(
-        unmask, max_new_tokens=0, diffusion_steps=BLANKS, rank=max_prob, suppress=NO_DIGITS, temperature=1.0
-    )
+    sampler = Unmask(max_new_tokens=0, diffusion_steps=BLANKS, rank=MaxProb(), suppress=NO_DIGITS, temperature=1.0)
     for part in range(1, 26):
         policy.module.train()
         learn(policy, PART, 1000 * seed + part, any_grids)
@@ -468,7 +466,7 @@ def copies_of(policy: Policy) -> dict[str, Policy]:
     other_kernel = copy(policy)
     other_kernel.module = deepcopy(policy.module)
     other_kernel.module.set_attn_implementation("eager")
-    schemes = {"INT4": int4_weight_only(), "FP8": float8_weight_only(dequantized=True)}
+    schemes = {"INT4": Int4WeightOnly(), "FP8": Float8WeightOnly(dequantized=True)}
     return {name: quantized_copy(policy, scheme) for name, scheme in schemes.items()} | {"kernel": other_kernel}
 
 

@@ -81,7 +81,7 @@ def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
     from dllm_rl.training.trainer import train
 
     if not (folder / "summary.json").exists():
-        model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
+        model = partial(base.model, seed=seed)
         base = replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None)
         train(replace(base, output_dir=str(folder), overwrite_output_dir=True))
     return list_checkpoints(folder / "checkpoints")[-1][1]

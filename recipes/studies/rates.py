@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dllm_rl import ais, aligned, no_correction, tis
+from dllm_rl import AIS, TIS, Aligned, NoCorrection
 from dllm_rl.files import write_json
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.quantization.schemes import FakeQuantize
 from recipes.studies import mismatch
 from recipes.studies.paired import (
     Contrast,
@@ -43,13 +43,13 @@ RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 EQUAL = (2.5e-4, 5e-4)
 TUNED_ON, TESTED_ON = range(100, 103), range(10, 20)
 FORMATS = {"FP8": "e4m3", "int4": "int4", "int3": "int3", "five levels": "five_level"}
-CORRECTORS = {"none": no_correction(), "TIS": tis(), "AIS": ais(), "aligned": aligned()}
+CORRECTORS = {"none": NoCorrection(), "TIS": TIS(), "AIS": AIS(), "aligned": Aligned()}
 OTHER = "unquantized, other rounding"
 
 
 ARMS: dict[str, dict[str, Any]] = {"unquantized": {}, OTHER: {"micro_batch_size": 32}} | {
     f"{name}: {corrector}": {
-        "rollout_quantization": partial(fake_quantize, weight=weight, activation="e4m3"),
+        "rollout_quantization": FakeQuantize(weight=weight, activation="e4m3"),
         "corrector": made,
     }
     for (name, weight), (corrector, made) in product(FORMATS.items(), CORRECTORS.items())

@@ -5,11 +5,11 @@ on one thread. An arm's number of steps is that time over the time of one of its
 unquantized and take four steps. All arms have one learning rate, 5e-4, which was chosen for "exact" on seed 0. All are
 evaluated by the authors' sampler in four steps, on 400 held-out puzzles.
 
-    exact            `trajectory()`: every draw of every step, as it was drawn; every draw is accepted
+    exact            `Trajectory()`: every draw of every step, as it was drawn; every draw is accepted
     full             the same, and the gradient goes back through the self-conditioning
     one step         the answer's tokens in one forward, from the noise that the canvas began with: what d1's estimate
                      is for masks
-    bound of 0.1     `trajectory()`, but rollouts accept as the authors' sampler does. Which draws are accepted is a
+    bound of 0.1     `Trajectory()`, but rollouts accept as the authors' sampler does. Which draws are accepted is a
                      function of the weights that no gradient sees
 
 Of seed 0 it was known before that "exact" is above "bound of 0.1" (0.405 and 0.340 after 240 steps, FP8). The claims,
@@ -22,24 +22,25 @@ on seeds 10 to 19, are those of `CLAIMS`.
 import argparse
 import math
 import os
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator
 
-from dllm_rl import trajectory
+from dllm_rl import Trajectory
 from dllm_rl.files import read_json, write_json
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimator import FunctionLikelihood
 from dllm_rl.likelihoods.renoise import RenoiseView, renoise_record
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views
 from recipes.renoise_sudoku import recipe, renoise_in_four
+from recipes.studies.latin import Clock
 from recipes.studies.paired import Contrast, Study, arm_rows, contrast_rows, load, markdown, run_all, run_missing
 
 STORED = Path(__file__).with_suffix(".json")  # costs and every run
@@ -78,14 +79,14 @@ def draw_one_step(rollout: Rollout, generator: Generator) -> Views:
     return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(OneStep(),))
 
 
-one_step = LikelihoodEstimator("one_step", draw_one_step, is_random=False, supported_attention=("encoder_decoder",))
-every_draw = partial(renoise_in_four, answer="drawn", entropy_bound=math.inf)
-base = replace(recipe, rollout_quantization=None, sampler=every_draw, likelihood=trajectory())
+one_step = FunctionLikelihood(function=draw_one_step, is_random=False, supported_attention=("encoder_decoder",))
+every_draw = renoise_in_four.replace(answer="drawn", entropy_bound=math.inf)
+base = replace(recipe, rollout_quantization=None, sampler=every_draw, likelihood=Trajectory())
 ARMS: dict[str, dict[str, Any]] = {
     EXACT: {},
-    FULL: {"likelihood": trajectory(self_conditioning="full")},
+    FULL: {"likelihood": Trajectory(self_conditioning="full")},
     ONE_STEP: {"likelihood": one_step},
-    BOUND: {"sampler": partial(renoise_in_four, answer="drawn")},
+    BOUND: {"sampler": renoise_in_four.replace(answer="drawn")},
 }
 CLAIMS = (
     Contrast("the exact likelihood is above one step", EXACT, ONE_STEP),
@@ -108,24 +109,13 @@ def cost(arm: str, folder: Path) -> None:
     """Write the processor seconds of a step of the arm, from a model that knows nothing."""
     from dllm_rl.training.trainer import train
 
-    stamps: list[float] = []
-
-    def stamped(policy: Any, prompts: Any, generator: Generator) -> Rollout:
-        stamps.append(time.process_time())
-        return made.sampler(policy, prompts, generator)
-
+    clock = Clock()
     made = replace(base, **ARMS[arm])
-    sampler = partial(stamped_sampler, stamped, **made.sampler.keywords)
     timed = {"sft_warmup_steps": 0, "num_steps": TIMED, "eval_steps": 0, "report_to": None, "seed": 100}
     timed |= {"eval_task": replace(base.eval_task, size=8), "output_dir": str(folder / "timed" / arm.replace(" ", "-"))}
-    train(replace(made, sampler=sampler, overwrite_output_dir=True, **timed))
-    steps = stamps[-TIMED + 2 :]  # the rehearsal samples too
+    train(replace(made, callbacks=[clock], overwrite_output_dir=True, **timed))
     folder.joinpath("costs").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "costs" / f"{arm}.json", {"arm": arm, "s": (steps[-1] - steps[0]) / (len(steps) - 1)})
-
-
-def stamped_sampler(stamp: Any, policy: Any, prompts: Any, generator: Generator, **options: Any) -> Rollout:
-    return stamp(policy, prompts, generator)
+    write_json(folder / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.plain[2:])})
 
 
 def main() -> None:

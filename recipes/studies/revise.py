@@ -5,15 +5,15 @@ An arm's name ends with the forwards n of a completion. Nothing is quantized; al
 of 8 completions, 100 steps, and one update per rollout.
 
     plain           16 / n cells a step; none is drawn again
-    edits           the same; each written cell is drawn again with probability RATE in each step (`soft_edit`).
-                    `trajectory()` scores every writing
-    edits, elbo     the same rollouts, scored by the elbo() of the final grid with n samples, which ignores edits, as
+    edits           the same; each written cell is drawn again with probability RATE in each step (`SoftEdit`).
+                    `Trajectory()` scores every writing
+    edits, elbo     the same rollouts, scored by the ELBO() of the final grid with n samples, which ignores edits, as
                     published work does: the control of exact events
     plain to edits  trained as `plain`, evaluated as `edits`: the control of training with edits
 
 RATE has the best mean of "edits, 4" on seeds 100 to 102 among RATES (`tune`), on the study's own held-out puzzles;
 `plain` has nothing to choose. The contrasts below were written before the runs of `main`. After them "plain, elbo" was
-added, of which nothing is claimed: elbo() also draws other masks than trajectory(), with edits or without.
+added, of which nothing is claimed: ELBO() also draws other masks than Trajectory(), with edits or without.
 
     python -m recipes.studies.revise                  run what is missing, then write revise.json, print the tables
     python -m recipes.studies.revise tune             run the rates, then print their table
@@ -21,11 +21,10 @@ added, of which nothing is claimed: elbo() also draws other masks than trajector
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import elbo, no_correction, soft_edit
+from dllm_rl import ELBO, NoCorrection, SoftEdit
 from recipes.studies.paired import Contrast, Study, main, tables, tune
 from recipes.sudoku_revise import recipe, unmask_in_four
 
@@ -36,11 +35,11 @@ STORED = Path(__file__).with_suffix(".json")  # every run
 
 base = replace(
     recipe,
-    corrector=no_correction(),
+    corrector=NoCorrection(),
     rollout_quantization=None,
     train_batch_size=8,
-    sampler=partial(unmask_in_four, temperature=1.0),
-    eval_sampler=partial(unmask_in_four, temperature=0.0),  # which the warm-up's target is of
+    sampler=unmask_in_four.replace(temperature=1.0),
+    eval_sampler=unmask_in_four.replace(temperature=0.0),  # which the warm-up's target is of
 )
 
 
@@ -48,8 +47,8 @@ def arm(forwards: int, *, rate: float = 0.0, at_end: float | None = None, **chan
     """Changes for n forwards, edits at `rate`, and at another rate in evaluations."""
     made: dict[str, Any] = {"max_retained_graphs": forwards, **changes}
     for name, share in (("sampler", rate), ("eval_sampler", rate if at_end is None else at_end)):
-        commit = {"commit": partial(soft_edit, rate=share)} if share else {}
-        made[name] = partial(getattr(base, name), diffusion_steps=forwards, **commit)
+        commit = {"commit": SoftEdit(rate=share)} if share else {}
+        made[name] = getattr(base, name).replace(diffusion_steps=forwards, **commit)
     return made
 
 
@@ -57,8 +56,8 @@ ARMS: dict[str, dict[str, Any]] = {}
 for n in FORWARDS:
     ARMS[f"plain, {n}"] = arm(n)
     ARMS[f"edits, {n}"] = arm(n, rate=RATE)
-    ARMS[f"edits, elbo, {n}"] = arm(n, rate=RATE, likelihood=elbo(num_samples=n))
-    ARMS[f"plain, elbo, {n}"] = arm(n, likelihood=elbo(num_samples=n))
+    ARMS[f"edits, elbo, {n}"] = arm(n, rate=RATE, likelihood=ELBO(num_samples=n))
+    ARMS[f"plain, elbo, {n}"] = arm(n, likelihood=ELBO(num_samples=n))
 ARMS["plain to edits, 8"] = arm(8, at_end=RATE)
 PLAIN = [f"plain, {n}" for n in FORWARDS]
 

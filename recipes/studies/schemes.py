@@ -1,6 +1,6 @@
 """How far a scheme's copy is from the learner, and how much of it is the weights' and how much the inputs'.
 
-`dllm_rl.diagnose` on 64 puzzles of the recipe, two completions each, with the recipe's sampler. First the run, then its
+`diagnose` on 64 puzzles of the recipe, two completions each, with the recipe's sampler. First the run, then its
 numbers, which docs/mismatch.md has:
 
     python recipes/sudoku_unique.py --seed 0 --num_steps 60 --output_dir runs/schemes
@@ -10,8 +10,9 @@ numbers, which docs/mismatch.md has:
 import sys
 from pathlib import Path
 
-from dllm_rl import diagnose, load_policy
+from dllm_rl import load_policy
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
+from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization import schemes
@@ -19,9 +20,9 @@ from recipes.sudoku_unique import recipe
 
 STORED = Path(__file__).with_suffix(".json")
 SCHEMES = {
-    "float8_weight_only": schemes.float8_weight_only,
-    "float8_dynamic_emulated": schemes.float8_dynamic_emulated,
-    "int4_weight_only": schemes.int4_weight_only,
+    "float8_weight_only": schemes.Float8WeightOnly,
+    "float8_dynamic_emulated": schemes.Float8DynamicEmulated,
+    "int4_weight_only": schemes.Int4WeightOnly,
 }
 PARTS = {"weights": "quantized weights", "activations": "quantized activations"}  # columns and the doctor's causes
 

@@ -20,11 +20,10 @@ without a lag, TIS, and QaRL with the published band were planned, tried on seed
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import no_correction, ppo_clip, qarl, tbpo
+from dllm_rl import TBPO, NoCorrection, PPOClip, QaRL
 from recipes.studies import late_rollouts
 from recipes.studies.paired import Contrast, Study
 
@@ -32,11 +31,11 @@ STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
 LATE = {"rollout_workers": 1, "max_staleness": 1}
 ARMS: dict[str, dict[str, Any]] = {
-    "none": LATE | {"corrector": no_correction()},
-    "dual clip": LATE | {"corrector": no_correction(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
-    "tbpo": LATE | {"corrector": tbpo()},
-    "wide tbpo": LATE | {"corrector": tbpo(**WIDE)},
-    "wide qarl": LATE | {"corrector": qarl(**WIDE)},
+    "none": LATE | {"corrector": NoCorrection()},
+    "dual clip": LATE | {"corrector": NoCorrection(), "old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
+    "tbpo": LATE | {"corrector": TBPO()},
+    "wide tbpo": LATE | {"corrector": TBPO(**WIDE)},
+    "wide qarl": LATE | {"corrector": QaRL(**WIDE)},
 }
 STUDY = Study(
     name="several-updates",

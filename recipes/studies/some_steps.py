@@ -5,14 +5,14 @@ sum over rows and steps, sum_rs A_r grad log p(step s of row r). Each summand is
 of two of them; what a way of drawing steps gives is then known from 2,000 draws without another forward. A way scores k
 of the N steps of each row:
 
-    uniform        k steps without replacement, weight N / k: `trajectory(num_sampled_steps=k)`
+    uniform        k steps without replacement, weight N / k: `Trajectory(num_sampled_steps=k)`
     by surprise    k draws with replacement, a step's chance in proportion to -log p of the tokens that it wrote (plus a
                    hundredth of the row's mean), weight 1 / (k chance): the least certain steps, without a bias
     by size        the same with the chance in proportion to the norm of the step's own gradient, which nobody knows
                    before computing it: of draws with replacement the least noise
     rows by advantage  all steps of a share k / N of the rows, drawn in proportion to |A|, with the weight that makes
                    the mean right
-    k segments     `trajectory(num_segments=k)`: neighboring steps merged into k views. No noise, but a bias
+    k segments     `Trajectory(num_segments=k)`: neighboring steps merged into k views. No noise, but a bias
 
 `cosine` is that of one draw's gradient with the exact one, mean over the draws. `mean` is the mean gradient's share of
 the exact one along it: 1, to the noise of the draws, where there is no bias.
@@ -21,14 +21,13 @@ the exact one along it: 1, to the noise of the draws, where there is no bias.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.policy import load_policy
@@ -45,7 +44,7 @@ WAYS = ("uniform", "by surprise", "by size", "rows by advantage", "segments")
 
 def summands(policy: Any, rollout: Any, advantages: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """A_r grad log p of each step of each row (R, N, P), and -log p of its tokens (R, N), nats."""
-    exact = lik.trajectory()
+    exact = lik.Trajectory()
     views = exact.draw_views(rollout, torch.Generator())
     parameters = list(policy.module.parameters())
     found, surprise = [], torch.zeros(len(advantages), steps)
@@ -86,11 +85,11 @@ def measure(root: Path, prompts: int, group: int = 8) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for steps, few in STEPS.items():
         stream = torch.Generator().manual_seed(7)
-        sampler = partial(plain.sampler, diffusion_steps=steps)
+        sampler = plain.sampler.replace(diffusion_steps=steps)
         problems = [plain.task[i] for i in range(prompts)]
         rollout = sampler(policy, encode(policy, problems, group_size=group), stream)
         rewards = torch.tensor([r.value for r in grade(plain.task, problems, decode(policy, rollout))])
-        advantages = group_relative(rewards.view(prompts, group).float()).flatten()
+        advantages = GroupRelative()(rewards.view(prompts, group).float()).flatten()
         parts, surprise = summands(policy, rollout, advantages, steps)
         flat = parts.flatten(0, 1)
         products = (flat @ flat.T).double()  # (RN, RN)
@@ -107,7 +106,7 @@ def measure(root: Path, prompts: int, group: int = 8) -> list[dict[str, Any]]:
                 mean = sum(lengths) / DRAWS
                 rows.append({"steps": steps, "scored": k, "way": way, "cosine": sum(cosines) / DRAWS, "mean": mean})
                 print(rows[-1], flush=True)
-            merged = lik.trajectory(num_segments=k)
+            merged = lik.Trajectory(num_segments=k)
             g = gradient(merged, policy, rollout, merged.draw_views(rollout, stream), advantages)
             total = -flat.double().sum(0)  # `gradient` is that of a loss, and divided by the number of tokens
             cosine = float(g @ total / (g.norm() * total.norm()))

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.algorithms.values import value_head
+from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.files import read_json, write_json
 from recipes.studies import paired
 from recipes.studies.latin import base, run_one
@@ -56,7 +56,7 @@ COLUMNS = ("arm", "seeds", "after", "four", "greedy", "seconds", "difference, 95
 def arm(name: str, *, gae_lambda: float, rate: float) -> dict[str, Any]:
     """Settings of an arm with values; those of `discount` stay 0."""
     settings = {"learning_rate": NEVER} if name == DISCOUNT else {}
-    model = value_head(gae_lambda=gae_lambda, **settings)
+    model = ValueModel(gae_lambda=gae_lambda, **settings)
     return {"num_steps": STEPS[name], "learning_rate": rate, "value_model": model}
 
 

@@ -1,6 +1,5 @@
 """Advantages against values worked by hand."""
 
-import inspect
 import math
 from functools import partial
 
@@ -9,45 +8,45 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from dllm_rl.algorithms import advantages as module
 from dllm_rl.algorithms.advantages import (
-    decoupled,
-    group_relative,
+    Advantages,
+    Decoupled,
+    GroupRelative,
+    LeaveOneOut,
     has_unequal_rewards,
-    leave_one_out,
-    takes_component_rewards,
 )
+from dllm_rl.records import fit, subclasses
 
 # Two groups of three. Means 2 and 5; centered (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
 
 
 def test_mean_only():
-    assert_close(group_relative(REWARDS, scale_rewards="none"), tensor([[-1.0, 0.0, 1.0], [-4.0, 0.0, 4.0]]))
+    assert_close(GroupRelative(scale_rewards="none")(REWARDS), tensor([[-1.0, 0.0, 1.0], [-4.0, 0.0, 4.0]]))
 
 
 def test_divided_by_each_groups_sample_deviation():
     expected = tensor([[-1 / 1.0001, 0, 1 / 1.0001], [-4 / 4.0001, 0, 4 / 4.0001]])
-    assert_close(group_relative(REWARDS), expected, rtol=1e-6, atol=0)
+    assert_close(GroupRelative()(REWARDS), expected, rtol=1e-6, atol=0)
 
 
 def test_divided_by_the_batchs_sample_deviation():
     # All six: mean 3.5, squares 6.25 + 2.25 + 0.25 + 6.25 + 2.25 + 30.25 = 47.5, sample variance 47.5 / 5 = 9.5.
     scale = math.sqrt(9.5) + 1e-4
     expected = tensor([[-1.0, 0.0, 1.0], [-4.0, 0.0, 4.0]]) / scale
-    assert_close(group_relative(REWARDS, scale_rewards="batch"), expected, rtol=1e-6, atol=0)
+    assert_close(GroupRelative(scale_rewards="batch")(REWARDS), expected, rtol=1e-6, atol=0)
 
 
 def test_leave_one_out():
     # Others' means: 2.5, 2, 1.5 and 7, 5, 3.
-    assert_close(leave_one_out(REWARDS), tensor([[-1.5, 0.0, 1.5], [-6.0, 0.0, 6.0]]))
+    assert_close(LeaveOneOut()(REWARDS), tensor([[-1.5, 0.0, 1.5], [-6.0, 0.0, 6.0]]))
 
 
 def alone(rewards):
-    return decoupled(rewards, parts=rewards[None], weights=torch.ones(1))
+    return Decoupled()(rewards, parts=rewards[None], weights=torch.ones(1))
 
 
-EVERY = [partial(group_relative, scale_rewards=by) for by in ("group", "batch", "none")] + [leave_one_out, alone]
+EVERY = [GroupRelative(scale_rewards=by) for by in ("group", "batch", "none")] + [LeaveOneOut(), alone]
 
 
 @pytest.mark.parametrize("advantages", EVERY)
@@ -68,23 +67,18 @@ def test_equal_rewards_whose_mean_is_rounded_teach_nothing(advantages):
 
 
 def test_every_public_function_of_the_module_is_among_these():
-    public = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
-    tested = {f.func.__name__ if isinstance(f, partial) else f.__name__ for f in EVERY}
-    assert {n for n in public if not n.startswith("_")} - {
-        "has_unequal_rewards",
-        "takes_component_rewards",
-        "decoupled",
-    } == tested - {"alone"}
+    tested = {type(advantages).__name__ for advantages in EVERY if isinstance(advantages, Advantages)}
+    assert subclasses(Advantages).keys() - {"FunctionAdvantages", "Decoupled"} == tested
 
 
 def test_a_single_reward_in_the_whole_batch():
-    assert torch.equal(group_relative(tensor([[3.0]]), scale_rewards="batch"), torch.zeros(1, 1))
+    assert torch.equal(GroupRelative(scale_rewards="batch")(tensor([[3.0]])), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("by", ["group", "batch"])
 def test_a_normalizer_of_zero_and_eps_of_zero(by):
     """Equal rewards, one completion, rewards so small that their squares are 0 in fp32: never 0 / 0 or x / 0."""
-    scaled = partial(group_relative, scale_rewards=by, eps=0.0)
+    scaled = GroupRelative(scale_rewards=by, eps=0.0)
     assert torch.equal(scaled(torch.ones(2, 3)), torch.zeros(2, 3))
     assert torch.equal(scaled(tensor([[3.0]])), torch.zeros(1, 1))
     half = 1 / math.sqrt(2)
@@ -96,7 +90,7 @@ def test_a_normalizer_of_zero_and_eps_of_zero(by):
 
 def test_decoupled_with_eps_of_zero():
     weights, nan, half = torch.ones(2), math.nan, 1 / math.sqrt(2)
-    bare = partial(decoupled, eps=0.0)
+    bare = Decoupled(eps=0.0)
     opposed = tensor([[0.1, 0.7, 0.3]])  # two rewards whose sum is rounding alone
     for parts in (
         torch.ones(2, 2, 3),
@@ -111,7 +105,7 @@ def test_decoupled_with_eps_of_zero():
 
 def test_unknown_scaling_is_an_error():
     with pytest.raises(ValueError, match="scale_rewards='rows' must be"):
-        group_relative(REWARDS, scale_rewards="rows")
+        GroupRelative(scale_rewards="rows")(REWARDS)
 
 
 def test_informative_groups():
@@ -128,8 +122,8 @@ def test_decoupled_by_hand():
     parts = tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
     unit = math.sqrt(0.3)
     expected = tensor([[-unit, unit], [-2 * unit, 2 * unit]])
-    assert_close(decoupled(parts.sum(0), parts=parts, weights=torch.ones(2), eps=1e-12), expected)
-    alone = group_relative(parts.sum(0), eps=0.0)
+    assert_close(Decoupled(eps=1e-12)(parts.sum(0), parts=parts, weights=torch.ones(2)), expected)
+    alone = GroupRelative(eps=0.0)(parts.sum(0))
     assert_close(alone[0], alone[1])
 
 
@@ -137,7 +131,7 @@ def test_decoupled_weighs_what_is_normalized():
     """A reward of another scale counts by its weight alone: reward 2 is a thousand times as large, and weighs a third.
     s = z_1 + z_2 / 3 with z_1 = (-a, a), z_2 = (a, -a) in one group: 2/3 (-a, a), of sample standard deviation 2/3."""
     parts = tensor([[[0.0, 1.0]], [[1000.0, 0.0]]])
-    found = decoupled(parts.sum(0), parts=parts, weights=tensor([1.0, 1 / 3]), eps=1e-12)
+    found = Decoupled(eps=1e-12)(parts.sum(0), parts=parts, weights=tensor([1.0, 1 / 3]))
     assert_close(found, tensor([[-1.0, 1.0]]) / math.sqrt(2))
 
 
@@ -146,13 +140,13 @@ def test_decoupled_takes_sample_deviations_of_as_many_as_there_are():
     parts, a = tensor([[[0.0, 1.0, float("nan")]], [[-1.0, 0.0, 1.0]]]), 1 / math.sqrt(2)
     total = tensor([[-1 - a, a, 1.0]])
     expected = total / math.sqrt(((1 + a) ** 2 + a**2 + 1) / 2)
-    assert_close(decoupled(total, parts=parts, weights=torch.ones(2), eps=1e-12), expected)
+    assert_close(Decoupled(eps=1e-12)(total, parts=parts, weights=torch.ones(2)), expected)
 
 
 def test_decoupled_leaves_out_what_does_not_apply_and_what_is_equal():
     nan = float("nan")
     parts = tensor([[[0.0, 1.0, nan], [0.1, 0.1, 0.1]], [[nan, nan, nan], [0.7, nan, nan]]])
-    found = decoupled(parts.nan_to_num().sum(0), parts=parts, weights=torch.ones(2), eps=1e-12)
+    found = Decoupled(eps=1e-12)(parts.nan_to_num().sum(0), parts=parts, weights=torch.ones(2))
     # One pair in six places: +-1/sqrt 2 over the sample standard deviation sqrt((1/2 + 1/2) / 5).
     assert_close(found, tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) * math.sqrt(5 / 2))
     assert (found[1] == 0).all()
@@ -173,7 +167,7 @@ def test_nan_is_never_taken_for_a_number():
     parts = tensor([[[1.0, nan], [1.0, 0.5], [1.0, 0.5]], [[1.0, nan], [1.0, 0.5], [1.0, 0.2]]])
     assert has_unequal_rewards(parts).tolist() == [False, True]
     assert has_unequal_rewards(tensor([[nan, 1.0, 1.0], [nan, nan, nan]])).tolist() == [False, False]
-    for function in (group_relative, leave_one_out):
+    for function in (GroupRelative(), LeaveOneOut()):
         assert not function(tensor([[nan, 1.0, 1.0]])).any() and not function(tensor([[nan, nan]])).any()
 
 
@@ -186,16 +180,19 @@ def test_objects_and_partials_may_take_each_reward_separately():
         def __call__(self, rewards):
             return rewards
 
-    assert takes_component_rewards(Separate()) and takes_component_rewards(partial(Separate(), weights=1))
-    assert takes_component_rewards(partial(decoupled, eps=0.1)) and not takes_component_rewards(Total())
-    assert not takes_component_rewards(group_relative) and not takes_component_rewards(torch.zeros_like)
+    def takes_components(advantages):
+        return fit("advantages", Advantages, advantages).takes_component_rewards
+
+    assert takes_components(Separate()) and takes_components(partial(Separate(), weights=1))
+    assert takes_components(Decoupled(eps=0.1)) and not takes_components(Total())
+    assert not takes_components(GroupRelative()) and not takes_components(torch.zeros_like)
 
 
 NAN = math.nan
-ADVANTAGES = [group_relative, partial(group_relative, scale_rewards="none"), partial(group_relative, eps=0.0)]
+ADVANTAGES = [GroupRelative(), GroupRelative(scale_rewards="none"), GroupRelative(eps=0.0)]
 
 
-@pytest.mark.parametrize("advantages", [*ADVANTAGES, leave_one_out])
+@pytest.mark.parametrize("advantages", [*ADVANTAGES, LeaveOneOut()])
 @pytest.mark.parametrize(
     "row", [[1.0, NAN, 5.0, 9.0], [NAN, NAN, 0.1, 0.2], [-3e30, 1e30, NAN], [NAN, 2.0, 2.0], [NAN, 7]]
 )
@@ -209,7 +206,7 @@ def test_a_completion_without_a_reward_is_as_if_it_had_not_been_sampled(advantag
 
 def test_a_group_without_rewards_has_no_advantage_and_changes_no_other():
     rewards = torch.cat([REWARDS, tensor([[NAN, NAN, NAN]])])
-    for advantages in (*ADVANTAGES, leave_one_out, partial(group_relative, scale_rewards="batch")):
+    for advantages in (*ADVANTAGES, LeaveOneOut(), GroupRelative(scale_rewards="batch")):
         found = advantages(rewards)
         assert_close(found[:2], advantages(REWARDS), rtol=1e-6, atol=0)
         assert not found[2].any()
@@ -217,11 +214,11 @@ def test_a_group_without_rewards_has_no_advantage_and_changes_no_other():
 
 def test_the_batchs_deviation_is_that_of_the_rewards_that_there_are():
     """1, 3 and 1, 9, 5 with mean 3.8: squares 7.84, 0.64, 7.84, 27.04, 1.44 are 44.8, and 44.8 / 4 = 11.2."""
-    found = group_relative(tensor([[1.0, NAN, 3.0], [1.0, 9.0, 5.0]]), scale_rewards="batch")
+    found = GroupRelative(scale_rewards="batch")(tensor([[1.0, NAN, 3.0], [1.0, 9.0, 5.0]]))
     assert_close(found, tensor([[-1.0, 0.0, 1.0], [-4.0, 4.0, 0.0]]) / (math.sqrt(11.2) + 1e-4), rtol=1e-6, atol=0)
 
 
 def test_each_reward_may_be_missing_for_a_completion():
     parts = tensor([[[1.0, NAN, 3.0]], [[2.0, NAN, 6.0]]])
-    found = decoupled(tensor([[3.0, NAN, 9.0]]), parts=parts, weights=torch.ones(2))
+    found = Decoupled()(tensor([[3.0, NAN, 9.0]]), parts=parts, weights=torch.ones(2))
     assert found[0, 1] == 0 and found[0, 0] == -found[0, 2] != 0

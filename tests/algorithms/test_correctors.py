@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -12,13 +11,13 @@ from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import correctors as weighing
-from dllm_rl.algorithms.losses import gspo, sequence_mean, token_mean
+from dllm_rl.algorithms.losses import GSPO, SequenceMean, TokenMean, TrustBand
 from dllm_rl.testing import loss_of, make_batch, make_stats
 from recipes.sudoku_unique import recipe as main_job
 
 
 def test_none():
-    weights, keep, metrics = weigh(c.no_correction())
+    weights, keep, metrics = weigh(c.NoCorrection())
     assert torch.equal(weights, MASK.double()) and torch.equal(keep, MASK)
     assert metrics == {"rollout_corr/nonfinite_fraction": 0.0}
 
@@ -26,49 +25,43 @@ def test_none():
 def test_defaults():
     # rho up to 8 under a cap of 2; the band [1/2, 2] of mis, [1/2, 5] of the bare weights and of icepop.
     capped, banded = [[1, 2, 2, 0.5], [0.25, 1, 2, 0], [1, 1, 0, 0]], [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]]
-    close(weigh(c.tis())[0], capped)
-    close(weigh(c.Corrector(weight_fn=c.truncated_weights))[0], capped)
-    close(weigh(c.Corrector(weight_fn=c.masked_weights))[0], banded)
-    assert c.mis().weight_fn.keywords == {
-        "min_ratio": 0.5,
-        "max_ratio": 2.0,
-        "level": "token",
-        "pool": "product",
-        "outside": "zero",
-    }
+    close(weigh(c.TIS())[0], capped)
+    close(weigh(c.FunctionCorrector(function=c.TIS().weights))[0], capped)
+    close(weigh(c.FunctionCorrector(function=c.IcePop().weights))[0], banded)
+    assert c.MIS() == c.MIS(min_ratio=0.5, max_ratio=2.0, level="token", pool="product", outside="zero")
     surrogate = main_job.resolved_loss(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
 
 
 def test_tokens_outside_the_range_count_in_the_denominator_or_leave_it():
-    zeroed, all_kept, metrics = weigh(c.icepop())
-    for corrector in (c.icepop(outside="drop"), c.mis(max_ratio=5.0, outside="drop")):
+    zeroed, all_kept, metrics = weigh(c.IcePop())
+    for corrector in (c.IcePop(outside="drop"), c.MIS(max_ratio=5.0, outside="drop")):
         weights, keep, same = weigh(corrector)
         assert torch.equal(weights, zeroed) and torch.equal(all_kept, MASK) and same == metrics
         assert torch.equal(keep, MASK & (zeroed > 0))
     with pytest.raises(ValueError, match="outside='mask'"):
-        weigh(c.Corrector(weight_fn=partial(c.masked_weights, outside="mask")))
+        c.MIS(outside="mask")
 
 
 def test_qarl_is_tbpo_with_an_aligned_forward():
-    ours, plain = c.qarl(eps_high=0.01), c.tbpo(eps_high=0.01)
-    assert ours.align_forward and not plain.align_forward and c.aligned().align_forward
-    assert ours.loss.keywords == plain.loss.keywords == {"eps_high": 0.01, "neg_low": 3e-4, "neg_high": 7e-4}
-    assert ours.weight_fn.func is plain.weight_fn.func and ours.weight_fn.keywords == plain.weight_fn.keywords == {
-        "max_weight": 2.0
-    }
-    assert c.compose(c.tbpo(), c.aligned()).align_forward
+    ours, plain = c.QaRL(eps_high=0.01), c.TBPO(eps_high=0.01)
+    assert ours.align_forward and not plain.align_forward and c.Aligned().align_forward
+    assert ours.loss == plain.loss == TrustBand(eps_high=0.01, neg_low=3e-4, neg_high=7e-4)
+    assert ours.max_weight == plain.max_weight == 2.0
+    for ours_weights, plain_weights in zip(weigh(ours)[:2], weigh(plain)[:2], strict=True):
+        assert torch.equal(ours_weights, plain_weights)
+    assert c.Compose(parts=(c.TBPO(), c.Aligned())).align_forward
 
 
 def test_compose_multiplies_weights_and_intersects_masks_in_any_order():
-    weights, keep, metrics = weigh(c.compose(c.tis(cap=3.0), c.reject(threshold=1.0)))
+    weights, keep, metrics = weigh(c.Compose(parts=(c.TIS(cap=3.0), c.Reject(threshold=1.0))))
     close(weights, [[1, 2, 3, 0.5], [0, 0, 0, 0], [1, 1, 0, 0]])
     assert keep.any(-1).tolist() == [True, False, True]
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 9)
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9), "of the whole mask, whatever else is rejected"
-    other = weigh(c.compose(c.reject(threshold=1.0), c.tis(cap=3.0)))
+    other = weigh(c.Compose(parts=(c.Reject(threshold=1.0), c.TIS(cap=3.0))))
     assert torch.equal(other[0], weights) and torch.equal(other[1], keep) and other[2] == metrics
-    squared, _, metrics = weigh(c.compose(c.tis(cap=3.0), c.tis(cap=5.0)))
+    squared, _, metrics = weigh(c.Compose(parts=(c.TIS(cap=3.0), c.TIS(cap=5.0))))
     close(squared[0], [1, 4, 12, 0.25])
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
     assert metrics["tis/capped_fraction_2"] == pytest.approx(1 / 9)
@@ -78,55 +71,54 @@ def test_tbpo_alone_is_the_papers_mean_over_sequences():
     """Rows of 1 and 3 tokens with A = 1 and -2, on-policy but for the rollout, weights w = 2^(1/1) and 1.3 (capped)."""
     mask = tensor([[True, False, False], [True, True, True]])
     mismatch = tensor([[math.log(1.2), 9.0, 9.0], [math.log(4.0)] * 3])
-    advantages, corrector = tensor([1.0, -2.0]), c.tbpo(max_weight=1.3)
-    weights, keep, _ = corrector.weight_fn(make_stats(mismatch, advantages, mask))
+    advantages, corrector = tensor([1.0, -2.0]), c.TBPO(max_weight=1.3)
+    weights, keep, _ = corrector.weights(make_stats(mismatch, advantages, mask))
     batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep)
     recipe = replace(main_job, corrector=corrector)
     loss, _, gradient = recipe.policy_loss(batch.old_logprobs, batch)
     assert loss.item() == pytest.approx(-(1.2 * 1 - 1.3 * 2) / 2)
     assert_close(gradient, tensor([[-1.2 / 2, 0, 0], [1.3 * 2 / 2 / 3] * 3]))
-    by_token, _, _ = replace(recipe, loss_reduction=token_mean).policy_loss(batch.old_logprobs, batch)
+    by_token, _, _ = replace(recipe, loss_reduction=TokenMean()).policy_loss(batch.old_logprobs, batch)
     assert by_token.item() == pytest.approx(-(1.2 * 1 - 3 * 1.3 * 2) / 4)
 
 
 def test_compose_takes_the_aggregation_of_the_part_whose_surrogate_it_takes():
-    assert c.compose(c.tbpo(), c.reject()).loss_reduction is sequence_mean
-    assert c.compose(c.tis(), c.reject()).loss_reduction is None
+    assert c.Compose(parts=(c.TBPO(), c.Reject())).loss_reduction == SequenceMean()
+    assert c.Compose(parts=(c.TIS(), c.Reject())).loss_reduction is None
 
 
 def test_compose_takes_the_one_surrogate_that_is_brought():
-    mine = partial(gspo, epsilon=0.1)
-    assert c.compose(c.tis(), c.Corrector(loss=mine)).loss is mine
-    assert c.compose(c.tis().weight_fn, c.reject().weight_fn).loss is None
-    assert c.compose() == c.no_correction()
+    mine = GSPO(epsilon=0.1)
+    assert c.Compose(parts=(c.TIS(), c.FunctionCorrector(loss=mine))).loss is mine
+    assert c.Compose(parts=(c.TIS().weights, c.Reject().weights)).loss is None
+    assert not c.Compose(parts=()).has_weights
     with pytest.raises(ValueError, match="2 parts have a loss"):
-        c.compose(c.tbpo(), c.Corrector(loss=mine))
+        c.Compose(parts=(c.TBPO(), c.FunctionCorrector(loss=mine)))
 
 
 def test_token_tis():
-    weights, keep, metrics = weigh(c.tis(cap=3.0))
+    weights, keep, metrics = weigh(c.TIS(cap=3.0))
     close(weights, [[1, 2, 3, 0.5], [0.25, 1, 3, 0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
 
 
 def test_sequence_tis_by_product_and_by_geometric_mean():
-    close(weigh(c.tis(level="sequence", cap=3.0))[0], [[3, 3, 3, 3], [2, 2, 2, 0], [1, 1, 0, 0]])
+    close(weigh(c.TIS(level="sequence", cap=3.0))[0], [[3, 3, 3, 3], [2, 2, 2, 0], [1, 1, 0, 0]])
     root2, cube2 = math.sqrt(2), 2 ** (1 / 3)
-    weights = weigh(c.tis(level="sequence", pool="geometric", cap=1.3))[0]
+    weights = weigh(c.TIS(level="sequence", pool="geometric", cap=1.3))[0]
     close(weights, [[1.3] * 4, [cube2, cube2, cube2, 0], [1, 1, 0, 0]])
-    close(weigh(c.tis(level="sequence", pool="geometric"))[0][0], [root2] * 4)
+    close(weigh(c.TIS(level="sequence", pool="geometric"))[0][0], [root2] * 4)
 
 
 def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
-    weights, keep, metrics = weigh(c.mis(min_ratio=0.4, max_ratio=5.0))
+    weights, keep, metrics = weigh(c.MIS(min_ratio=0.4, max_ratio=5.0))
     close(weights, [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
-    close(weigh(c.icepop(min_ratio=0.4))[0], weights)
-    close(weigh(c.mis(min_ratio=0.5, max_ratio=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
-    keywords = {"min_ratio": 0.5, "max_ratio": 5.0, "level": "token", "pool": "product", "outside": "zero"}
-    assert c.icepop().weight_fn.keywords == keywords
+    close(weigh(c.IcePop(min_ratio=0.4))[0], weights)
+    close(weigh(c.MIS(min_ratio=0.5, max_ratio=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
+    assert c.IcePop() == c.IcePop(min_ratio=0.5, max_ratio=5.0, level="token", pool="product", outside="zero")
 
 
 # k3 = rho - 1 - ln rho: 0, 1 - ln 2, 3 - 2 ln 2, -1/2 + ln 2 in row 0; -3/4 + 2 ln 2, 0, 7 - 3 ln 2 in row 1.
@@ -148,7 +140,7 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
     ],
 )
 def test_rejection_leaves_the_mask(options, dropped):
-    weights, keep, metrics = weigh(c.reject(**options))
+    weights, keep, metrics = weigh(c.Reject(**options))
     expected = MASK.clone()
     for row, position in dropped:
         expected[row, position] = False
@@ -164,35 +156,35 @@ def test_rejection_counts_a_log_ratio_of_at_most_twenty(pool, statistic):
     """Log-ratios of 900, -12, -2 and -2: the first counts 20. The sum is 4, the mean 1, and the largest 20."""
     log_ratios, mask = torch.tensor([[900.0, -12.0, -2.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
     for bound, is_kept in ((statistic, True), (statistic - 0.01, False)):
-        corrector = c.reject(statistic="k1", pool=pool, threshold=bound)
-        assert corrector.weight_fn(make_stats(log_ratios, torch.ones(1), mask))[1].all().item() == is_kept
+        corrector = c.Reject(statistic="k1", pool=pool, threshold=bound)
+        assert corrector.weights(make_stats(log_ratios, torch.ones(1), mask))[1].all().item() == is_kept
 
 
 def test_edges_belong_to_what_is_kept():
     zeros = torch.zeros_like(X)
     for corrector in (
-        c.mis(min_ratio=1.0, max_ratio=1.0),
-        c.reject(threshold=0.0),
-        c.reject(level="token", threshold=0.0),
+        c.MIS(min_ratio=1.0, max_ratio=1.0),
+        c.Reject(threshold=0.0),
+        c.Reject(level="token", threshold=0.0),
     ):
-        weights, keep, metrics = corrector.weight_fn(make_stats(zeros, A, MASK))
+        weights, keep, metrics = corrector.weights(make_stats(zeros, A, MASK))
         assert torch.equal(keep, MASK) and (weights[MASK] == 1).all()
         assert set(metrics.values()) == {0.0}
-    assert c.tis(cap=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tis/capped_fraction"] == 0
-    assert c.tbpo(max_weight=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tbpo/capped_fraction"] == 0
+    assert c.TIS(cap=1.0).weights(make_stats(zeros, A, MASK))[2]["tis/capped_fraction"] == 0
+    assert c.TBPO(max_weight=1.0).weights(make_stats(zeros, A, MASK))[2]["tbpo/capped_fraction"] == 0
 
 
 def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
     """Row 2 has no token, and one of row 1's four has no finite ratio: the numbers are those of the two rows' seven."""
     x, mask = X.clone(), MASK.clone()
     x[1, 3], mask[1, 3], mask[2] = math.nan, True, False
-    metrics = c.reject(threshold=1.0).weight_fn(make_stats(x, A, mask))[2]
+    metrics = c.Reject(threshold=1.0).weights(make_stats(x, A, mask))[2]
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(1 / 2)
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
     # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
-    assert c.ais().weight_fn(make_stats(x, A, mask))[2]["ais/rho"] == pytest.approx(36 / 40)
-    close(c.tbpo(max_weight=9.0).weight_fn(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
+    assert c.AIS().weights(make_stats(x, A, mask))[2]["ais/rho"] == pytest.approx(36 / 40)
+    close(c.TBPO(max_weight=9.0).weights(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
 
 
 # AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
@@ -202,7 +194,7 @@ ALARM = 1 - (7 / 9) * (0.05 / (LN2 + 0.05)) / (1 + CV)
 
 
 def test_ais():
-    weights, _, metrics = weigh(c.ais(cap=3.0))
+    weights, _, metrics = weigh(c.AIS(cap=3.0))
     assert metrics["ais/rho"] == pytest.approx(7 / 9, rel=1e-12)
     assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
     assert metrics["ais/CV"] == pytest.approx(CV, rel=1e-12)
@@ -216,13 +208,13 @@ def test_ais_geometric_reliability():
     # Sequence weights sqrt 2, 2^(1/3), 1.
     rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
     expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
-    assert weigh(c.ais(pool="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+    assert weigh(c.AIS(pool="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_ais_reliability_of_extreme_sequences_is_a_number():
     # Row sums 1600 and 0, of which the first counts as 20: (e^20 + 1)^2 / (2 (e^40 + 1)) is 1/2 and e^-20.
     mismatch = tensor([[800.0, 800.0], [0.0, 0.0]], dtype=torch.float64)
-    metrics = c.ais().weight_fn(make_stats(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool)))[2]
+    metrics = c.AIS().weights(make_stats(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool)))[2]
     assert metrics["ais/rho"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
 
 
@@ -239,10 +231,10 @@ def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
     mismatch = torch.randn(16, 33, generator=generator)
     mask, advantages = torch.rand(16, 33, generator=generator) < 0.7, torch.randn(16, generator=generator)
     logps = -1 + 0.1 * torch.randn(16, 33, generator=generator)
-    for lam, other in ((0.0, c.no_correction()), (1.0, c.tis(cap=1.7))):
-        ours = c.ais(cap=1.7, lambda_fn=lambda rho, divergence, variation, *, tau, lam=lam: lam)
-        w, _, _ = ours.weight_fn(make_stats(mismatch, advantages, mask))
-        w0, _, _ = other.weight_fn(make_stats(mismatch, advantages, mask))
+    for lam, other in ((0.0, c.NoCorrection()), (1.0, c.TIS(cap=1.7))):
+        ours = c.AIS(cap=1.7, lambda_fn=lambda rho, divergence, variation, *, tau, lam=lam: lam)
+        w, _, _ = ours.weights(make_stats(mismatch, advantages, mask))
+        w0, _, _ = other.weights(make_stats(mismatch, advantages, mask))
         assert torch.equal(w, w0)
         (loss, _, gradient), (loss0, _, gradient0) = (
             loss_of(corrector, make_batch(mask, advantages, importance_weights=weights), logps)
@@ -253,34 +245,31 @@ def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
 
 def test_a_lambda_outside_the_unit_interval_is_brought_back():
     for value, lam in ((3.0, 1.0), (-2.0, 0.0)):
-        ours = c.ais(lambda_fn=lambda rho, divergence, variation, *, tau, value=value: value)
+        ours = c.AIS(lambda_fn=lambda rho, divergence, variation, *, tau, value=value: value)
         assert weigh(ours)[2]["ais/lambda"] == lam
 
 
 def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
     # Row logs: (1/2) ln 2, (1/3) ln 2, 0; c = 1.3 has log 0.2624, between the two. Mirrored, the bound is 1/1.3.
-    weights, keep, metrics = weigh(c.tbpo(max_weight=1.3))
+    weights, keep, metrics = weigh(c.TBPO(max_weight=1.3))
     close(weights, [[1.3] * 4, [2 ** (1 / 3)] * 3 + [0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["tbpo/capped_fraction"] == pytest.approx(4 / 9)
-    mirrored = c.tbpo(max_weight=1.3).weight_fn(make_stats(-X, A, MASK))[0]
+    mirrored = c.TBPO(max_weight=1.3).weights(make_stats(-X, A, MASK))[0]
     close(mirrored[0], [1 / 1.3] * 4)
     close(mirrored[1, :3], [2 ** (-1 / 3)] * 3)
 
 
 def test_values_that_cannot_be_are_errors():
-    def made(function, **keywords):  # by the functions alone: the types of `tis` and `reject` have no such words
-        return c.Corrector(weight_fn=partial(function, **keywords))
-
     for wrong, message in (
-        (lambda: weigh(made(c.truncated_weights, level="row")), "level='row' must be"),
-        (lambda: weigh(made(c.truncated_weights, level="sequence", pool="mean")), "pool='mean' must be"),
-        (lambda: weigh(made(c.rejection, statistic="k4")), "statistic='k4' must be"),
-        (lambda: weigh(made(c.rejection, pool="median")), "pool='median' must be"),
-        (lambda: weigh(made(c.rejection, level="row")), "level='row' must be"),
-        (lambda: weigh(c.ais(tau=0.0)), "tau=0.0 must be above 0"),
-        (lambda: weigh(c.tbpo(max_weight=0.5)), "max_weight=0.5 must be at least 1"),
-        (lambda: c.mis(min_ratio=1.5), r"min_ratio=1.5 must lie in \[0, 1\]"),
+        (lambda: c.TIS(level="row"), "level='row' must be"),
+        (lambda: c.TIS(level="sequence", pool="mean"), "pool='mean' must be"),
+        (lambda: c.Reject(statistic="k4"), "statistic='k4' must be"),
+        (lambda: c.Reject(pool="median"), "pool='median' must be"),
+        (lambda: c.Reject(level="row"), "level='row' must be"),
+        (lambda: weigh(c.AIS(tau=0.0)), "tau=0.0 must be above 0"),
+        (lambda: weigh(c.TBPO(max_weight=0.5)), "max_weight=0.5 must be at least 1"),
+        (lambda: c.MIS(min_ratio=1.5), r"min_ratio=1.5 must lie in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -300,16 +289,16 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
     x[0, 4], x[1, 3] = math.inf, math.nan
     left = mask.clone()
     left[0, 4] = left[1, 3] = False
-    weights, keep, metrics = c.tis(level="sequence", pool="geometric").weight_fn(make_stats(x, A, mask))
+    weights, keep, metrics = c.TIS(level="sequence", pool="geometric").weights(make_stats(x, A, mask))
     assert torch.equal(keep, left)
     close(weights, [[1] * 6, [1, 1, math.sqrt(2), 1, math.sqrt(2), 1], [1] * 6])
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 9)
-    close(c.tis(level="sequence").weight_fn(make_stats(x, A, mask))[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
+    close(c.TIS(level="sequence").weights(make_stats(x, A, mask))[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
 
     # k3: row 0 has 0, 1 - ln 2, -1/2 + ln 2: mean .5/3 = .1667 over three tokens (.125 over four);
     # row 1 has -3/4 + 2 ln 2 and 7 - 3 ln 2: mean (6.25 - ln 2)/2 = 2.778 over two (1.852 over three).
     for bound, rows in ((0.15, [2]), (0.18, [0, 2]), (2.5, [0, 2]), (2.8, [0, 1, 2])):
-        weights, keep, metrics = c.reject(statistic="k3", threshold=bound).weight_fn(make_stats(x, A, mask))
+        weights, keep, metrics = c.Reject(statistic="k3", threshold=bound).weights(make_stats(x, A, mask))
         assert keep.any(-1).nonzero()[:, 0].tolist() == rows
         assert torch.equal(keep, left & keep.any(-1, keepdim=True)) and torch.equal(weights, torch.ones_like(x))
         lost = sum((3, 2, 2)[row] for row in range(3) if row not in rows)
@@ -317,7 +306,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
         assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx((3 - len(rows)) / 3)
 
     # AIS: products 1, 2, 1: rho = 4^2 / (3 * 6); D = ln 2 (0 + 1 + 1 + 2 + 3 + 0 + 0) / 7; weights sum to 13.75.
-    _, keep, metrics = c.ais().weight_fn(make_stats(x, A, mask))
+    _, keep, metrics = c.AIS().weights(make_stats(x, A, mask))
     assert torch.equal(keep, left)
     assert metrics["ais/rho"] == pytest.approx(16 / 18, rel=1e-12)
     assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
@@ -326,7 +315,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
 
 
 def test_ais_mixes_weights_of_sequences_where_told():
-    mixed = c.ais(level="sequence", cap=3.0, lambda_fn=lambda *signals, tau: 0.5)
+    mixed = c.AIS(level="sequence", cap=3.0, lambda_fn=lambda *signals, tau: 0.5)
     close(weigh(mixed)[0], [[2, 2, 2, 2], [1.5, 1.5, 1.5, 0], [1, 1, 0, 0]])
 
 
@@ -338,5 +327,5 @@ def test_alarm_depends_on_the_length_and_not_with_geometric_means():
         exact = 1 - math.exp(-length * spread**2) * (0.05 / 0.07) / (1 + math.sqrt(math.expm1(spread**2)))
         assert exact == pytest.approx(product, abs=0.005)
         for pool, expected in (("product", product), ("geometric", 0.30)):
-            found = c.ais(pool=pool).weight_fn(make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool)))[2]
+            found = c.AIS(pool=pool).weights(make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool)))[2]
             assert found["ais/lambda"] == pytest.approx(expected, abs=0.05)

@@ -12,24 +12,24 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.algorithms.losses import (
+    CISPO,
+    GSPO,
+    K1,
+    K2,
+    K3,
+    VESPO,
+    FixedLengthMean,
+    FunctionLoss,
+    PPOClip,
+    Reinforce,
+    SequenceMean,
+    TokenMean,
+    TrustBand,
     bias_corrected_kl,
-    cispo,
     entropy_bonus,
-    fixed_length_mean,
-    gspo,
-    kl_k1,
-    kl_k2,
-    kl_k3,
     policy_loss,
-    ppo_clip,
-    reinforce,
-    sequence_mean,
-    surrogate_inputs,
-    token_mean,
-    trust_band,
-    vespo,
 )
 from dllm_rl.testing import make_batch
 
@@ -51,7 +51,7 @@ def test_ppo_clip_in_and_out_of_the_range_for_both_signs():
     # eps 0.2. A = 2: min(2r, 2 clip(r)): below the range and in it r counts, above it is flat at 2.4.
     # A = -2: min picks the more negative: below the range flat at -1.6, in it and above it r counts.
     ratios = [[0.5, 0.9, 1.1, 1.5], [0.5, 0.9, 1.1, 1.5]]
-    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2), ratios, [2.0, -2.0])
+    value, gradient = value_and_gradient(PPOClip(epsilon=0.2), ratios, [2.0, -2.0])
     close(value, [[1.0, 1.8, 2.2, 2.4], [-1.6, -1.8, -2.2, -3.0]])
     # d(r A)/d log r = r A where r counts, 0 where it is clipped.
     close(gradient, [[1.0, 1.8, 2.2, 0.0], [0.0, -1.8, -2.2, -3.0]])
@@ -59,11 +59,11 @@ def test_ppo_clip_in_and_out_of_the_range_for_both_signs():
 
 def test_ppo_clip_with_its_own_upper_bound_and_with_delta():
     # DAPO: the range is [0.8, 1.28].
-    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2, epsilon_high=0.28), [[1.25, 1.3]], [1.0])
+    value, gradient = value_and_gradient(PPOClip(epsilon=0.2, epsilon_high=0.28), [[1.25, 1.3]], [1.0])
     close(value, [[1.25, 1.28]])
     close(gradient, [[1.25, 0.0]])
     # delta 4 bounds the negative side's loss: -1 * min(r, 4).
-    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2, delta=4.0), [[3.0, 5.0]], [-1.0])
+    value, gradient = value_and_gradient(PPOClip(epsilon=0.2, delta=4.0), [[3.0, 5.0]], [-1.0])
     close(value, [[-3.0, -4.0]])
     close(gradient, [[-3.0, 0.0]])
 
@@ -79,22 +79,22 @@ def test_ppo_clip_with_its_own_upper_bound_and_with_delta():
 )
 def test_a_delta_that_would_clip_positive_advantages_is_refused(keywords):
     with pytest.raises(ValueError, match="delta="):
-        ppo_clip(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), **keywords)
+        PPOClip(**keywords)(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="delta="):  # before a run, where a recipe binds it
-        Corrector(loss=partial(ppo_clip, **keywords))
+        FunctionCorrector(loss=PPOClip(**keywords))
     for fine in ({"epsilon": 0.2, "delta": 1.2}, {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1 + 0.1 + 0.2}):
-        Corrector(loss=partial(ppo_clip, **fine))
+        FunctionCorrector(loss=PPOClip(**fine))
 
 
 def test_gspo_clips_the_rows_geometric_ratio():
     # Row ratio sqrt(1.21 * 1) = 1.1 over the two marked tokens; the third token is not the row's.
     value, gradient = value_and_gradient(
-        partial(gspo, epsilon=0.2, epsilon_high=0.2), [[1.21, 1.0, 9.0]], [2.0], [[True, True, False]]
+        GSPO(epsilon=0.2, epsilon_high=0.2), [[1.21, 1.0, 9.0]], [2.0], [[True, True, False]]
     )
     close(value[:, :2], [[2.2, 2.2]])
     # Sum of two equal objectives, each 1.1 * 2, of a mean of two logs: 2 * 2.2 / 2 = 2.2 each.
     close(gradient, [[2.2, 2.2, 0.0]])
-    value, gradient = value_and_gradient(partial(gspo, epsilon=0.05, epsilon_high=0.05), [[1.21, 1.0]], [2.0])
+    value, gradient = value_and_gradient(GSPO(epsilon=0.05, epsilon_high=0.05), [[1.21, 1.0]], [2.0])
     close(value, [[2.1, 2.1]])
     close(gradient, [[0.0, 0.0]])
 
@@ -113,7 +113,7 @@ def test_gspo_clips_the_rows_geometric_ratio():
     ],
 )
 def test_trust_band_in_and_out_of_each_band(ratio, advantage, clamped, inside):
-    band = partial(trust_band, eps_high=0.1, neg_low=0.05, neg_high=0.02)
+    band = TrustBand(eps_high=0.1, neg_low=0.05, neg_high=0.02)
     # Two tokens with ratios ratio * 1.3 and ratio / 1.3: the row's geometric ratio is `ratio`.
     value, gradient = value_and_gradient(band, [[ratio * 1.3, ratio / 1.3]], [advantage])
     close(value, [[clamped * advantage] * 2])
@@ -124,17 +124,17 @@ def test_trust_band_in_and_out_of_each_band(ratio, advantage, clamped, inside):
 
 
 def test_trust_band_defaults_are_the_digested_constants():
-    value, _ = value_and_gradient(trust_band, [[2.0], [0.5], [2.0]], [1.0, -1.0, -1.0])
+    value, _ = value_and_gradient(TrustBand(), [[2.0], [0.5], [2.0]], [1.0, -1.0, -1.0])
     close(value, [[1.0004], [-0.9997], [-1.0007]])
 
 
 def test_gspo_defaults_are_the_papers():
-    value, _ = value_and_gradient(gspo, [[2.0], [0.5]], [1.0, -1.0])
+    value, _ = value_and_gradient(GSPO(), [[2.0], [0.5]], [1.0, -1.0])
     close(value, [[1.0004], [-0.9997]])
 
 
 def test_cispo_weights_grad_log_p_by_the_capped_ratio():
-    value, gradient = value_and_gradient(partial(cispo, max_ratio=2.0), [[0.5, 1.0, 3.0]], [-2.0])
+    value, gradient = value_and_gradient(CISPO(max_ratio=2.0), [[0.5, 1.0, 3.0]], [-2.0])
     close(gradient, [[-1.0, -2.0, -4.0]])
     close(value, [[-1.0 * math.log(0.5), 0.0, -4.0 * math.log(3.0)]])
 
@@ -142,22 +142,22 @@ def test_cispo_weights_grad_log_p_by_the_capped_ratio():
 def test_vespo_weighs_a_row_by_phi_of_its_product():
     # w = 2 * 0.25 = 0.5, the last token off the mask. A >= 0: phi = e^3 w^2 e^(-3 w); A < 0: phi = e^2 w^3 e^(-2 w).
     for advantage, phi in ((2.0, 0.25 * math.exp(1.5)), (-2.0, 0.125 * math.exp(1.0))):
-        value, gradient = value_and_gradient(vespo, [[2.0, 0.25, 9.0]], [advantage], [[True, True, False]])
+        value, gradient = value_and_gradient(VESPO(), [[2.0, 0.25, 9.0]], [advantage], [[True, True, False]])
         close(gradient[:, :2], [[advantage * phi] * 2])
         close(value[:, :2], [[advantage * phi * math.log(2.0), advantage * phi * math.log(0.25)]])
-    _, gradient = value_and_gradient(vespo, [[1.0, 1.0], [1.0, 1.0]], [3.0, -0.5])
+    _, gradient = value_and_gradient(VESPO(), [[1.0, 1.0], [1.0, 1.0]], [3.0, -0.5])
     assert gradient.tolist() == [[3.0, 3.0], [-0.5, -0.5]], "phi(1) is exactly 1"
-    _, gradient = value_and_gradient(partial(vespo, k_pos=1.0, lam_pos=0.5), [[4.0]], [1.0])
+    _, gradient = value_and_gradient(VESPO(k_pos=1.0, lam_pos=0.5), [[4.0]], [1.0])
     close(gradient, [[4.0 * math.exp(0.5 - 2.0)]])
 
 
 def test_reinforce_is_the_plain_policy_gradient():
-    value, gradient = value_and_gradient(reinforce, [[0.5, 7.0]], [3.0])
+    value, gradient = value_and_gradient(Reinforce(), [[0.5, 7.0]], [3.0])
     close(gradient, [[3.0, 3.0]])
     close(value, [[3.0 * math.log(0.5), 3.0 * math.log(7.0)]])
 
 
-@pytest.mark.parametrize("surrogate", [ppo_clip, gspo, trust_band, cispo, vespo])
+@pytest.mark.parametrize("surrogate", [PPOClip(), GSPO(), TrustBand(), CISPO(), VESPO()])
 def test_extreme_ratios_stay_finite(surrogate):
     log_ratio = tensor([[90.0, -90.0], [200.0, 1.0]], requires_grad=True)
     objective = surrogate(log_ratio, tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool))
@@ -170,16 +170,16 @@ def test_kl_terms():
     d = tensor([[math.log(2.0), -math.log(2.0)]], dtype=torch.float64, requires_grad=True)
     ln2 = math.log(2.0)
     for k, expected, slope in (
-        (kl_k1, [[-ln2, ln2]], [[-1.0, -1.0]]),
-        (kl_k2, [[ln2**2 / 2, ln2**2 / 2]], [[ln2, -ln2]]),
-        (kl_k3, [[1 - ln2, -0.5 + ln2]], [[1.0, -0.5]]),
+        (K1(), [[-ln2, ln2]], [[-1.0, -1.0]]),
+        (K2(), [[ln2**2 / 2, ln2**2 / 2]], [[ln2, -ln2]]),
+        (K3(), [[1 - ln2, -0.5 + ln2]], [[1.0, -0.5]]),
     ):
         close(k(d).detach(), expected)
         close(torch.autograd.grad(k(d).sum(), d)[0], slope)
 
 
 def test_a_log_ratio_of_fifteen_is_not_clamped():
-    assert kl_k3(tensor([[15.0]], dtype=torch.float64)).item() == pytest.approx(math.exp(15) - 16)
+    assert K3()(tensor([[15.0]], dtype=torch.float64)).item() == pytest.approx(math.exp(15) - 16)
 
 
 MASK = tensor([[True, True, True, False], [True, False, False, False], [False, False, False, False]])
@@ -188,20 +188,20 @@ MASK = tensor([[True, True, True, False], [True, False, False, False], [False, F
 def test_aggregations():
     # 4 tokens in 3 sequences of 3, 1 and 0 tokens.
     counts = {"num_tokens": 4, "num_sequences": 3}
-    assert_close(token_mean(MASK, **counts), MASK / 4)
+    assert_close(TokenMean()(MASK, **counts), MASK / 4)
     expected = tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [0, 0, 0, 0]])
-    assert_close(sequence_mean(MASK, **counts), expected)
-    assert_close(fixed_length_mean(MASK, length=8, **counts), MASK / 24)
+    assert_close(SequenceMean()(MASK, **counts), expected)
+    assert_close(FixedLengthMean(length=8)(MASK, **counts), MASK / 24)
     # Of a global batch of 10 tokens in 5 sequences this is a share: the denominators are those that are given.
     counts = {"num_tokens": 10, "num_sequences": 5}
-    assert_close(token_mean(MASK, **counts), MASK / 10)
-    assert_close(sequence_mean(MASK, **counts), expected * 3 / 5)
-    assert_close(fixed_length_mean(MASK, length=8, **counts), MASK / 40)
+    assert_close(TokenMean()(MASK, **counts), MASK / 10)
+    assert_close(SequenceMean()(MASK, **counts), expected * 3 / 5)
+    assert_close(FixedLengthMean(length=8)(MASK, **counts), MASK / 40)
 
 
 def test_an_empty_batch_has_coefficients_of_zero():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    for aggregate in (token_mean, sequence_mean, partial(fixed_length_mean, length=3)):
+    for aggregate in (TokenMean(), SequenceMean(), FixedLengthMean(length=3)):
         assert torch.equal(aggregate(nothing, num_tokens=0, num_sequences=0), torch.zeros(2, 3))
 
 
@@ -222,7 +222,7 @@ def example(**changes):
     return old + tensor(RATIO, dtype=torch.float64).log(), batch
 
 
-def loss_of(logps, batch, *, loss_reduction=token_mean, beta=0.0, kl=kl_k2, surrogate=ppo_clip):
+def loss_of(logps, batch, *, loss_reduction=TokenMean(), beta=0.0, kl=K2(), surrogate=PPOClip()):
     return policy_loss(logps, batch, surrogate=surrogate, loss_reduction=loss_reduction, beta=beta, kl=kl)
 
 
@@ -241,7 +241,7 @@ def test_policy_loss_of_the_worked_example():
     assert share["ratio/mean"] == (pytest.approx(3.6), 4)
     assert share["loss"] == (pytest.approx(-0.8), 1)
     # Per sequence: (1.1 + 2.4 + 0.5)/3 and -0.8/1 over three sequences: -(4/3 - 0.8)/3.
-    loss = loss_of(*example(), loss_reduction=sequence_mean)[0]
+    loss = loss_of(*example(), loss_reduction=SequenceMean())[0]
     assert float(loss) == pytest.approx(-(4 / 3 - 0.8) / 3, rel=1e-7)  # coefficients such as 1/9 are fp32
 
 
@@ -271,7 +271,7 @@ def test_kl_is_added_after_the_weights():
     total, count = metrics["kl"]
     assert (float(total), int(count)) == (pytest.approx(sum(x * x / 2 for x in logs)), 4)
     # k3 knows the direction: with e^d = 1/r it is 1/r - 1 + log r.
-    total = loss_of(logps, batch, beta=0.1, kl=losses.kl_k3)[1]["kl"][0]
+    total = loss_of(logps, batch, beta=0.1, kl=losses.K3())[1]["kl"][0]
     assert float(total) == pytest.approx(sum(math.exp(-x) - 1 + x for x in logs))
 
 
@@ -279,7 +279,7 @@ def test_kl_and_policy_term_share_the_aggregations_coefficients():
     # Rows of 3 and 1 tokens among three: coefficients 1/9 and 1/3; d = -log r, k2 = d^2/2.
     logps, batch = example(reference_logprobs=torch.full((3, 4), -1.0, dtype=torch.float64))
     k = [math.log(r) ** 2 / 2 for r in (1.1, 1.5, 0.5, 0.5)]
-    loss, _, _ = loss_of(logps, batch, beta=0.1, loss_reduction=sequence_mean)
+    loss, _, _ = loss_of(logps, batch, beta=0.1, loss_reduction=SequenceMean())
     expected = -(4 / 3 - 0.8) / 3 + 0.1 * (sum(k[:3]) / 9 + k[3] / 3)
     assert float(loss) == pytest.approx(expected, rel=1e-7)
 
@@ -288,7 +288,7 @@ def test_a_rejected_token_leaves_its_rows_mean():
     # Without the clipped token row 0 is the mean of 1.1 and 0.5: -(0.8 - 0.8) / 3.
     keep = MASK.clone()
     keep[0, 1] = False
-    assert float(loss_of(*example(loss_mask=keep), loss_reduction=sequence_mean)[0]) == pytest.approx(0, abs=1e-8)
+    assert float(loss_of(*example(loss_mask=keep), loss_reduction=SequenceMean())[0]) == pytest.approx(0, abs=1e-8)
 
 
 def test_a_token_of_weight_zero_is_not_a_clipped_one():
@@ -328,7 +328,7 @@ def test_entropy_enters_the_gradient_with_its_coefficient():
     logps, batch = example()
     _, _, plain = loss_of(logps, batch)
     loss, metrics, gradient = policy_loss(
-        logps, batch, surrogate=ppo_clip, loss_reduction=token_mean, beta=0.0, kl=kl_k2, entropy=0.1
+        logps, batch, surrogate=PPOClip(), loss_reduction=TokenMean(), beta=0.0, kl=K2(), entropy=0.1
     )
     # -c * 0.1 * (-log p) per kept token, c = 1/4.
     close(gradient - plain, torch.where(MASK, 0.1 / 4 * logps, 0))
@@ -345,7 +345,7 @@ def test_what_stands_off_the_mask_may_be_infinite():
     # A surrogate without any clamp of its own meets log-ratio 0 there.
     bare = lambda log_ratio, advantages, mask: log_ratio.exp() * advantages[:, None]  # noqa: E731
     assert loss_of(logps, batch, surrogate=bare)[2].isfinite().all()
-    options = {"surrogate": ppo_clip, "loss_reduction": token_mean, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
+    options = {"surrogate": PPOClip(), "loss_reduction": TokenMean(), "beta": 0.0, "kl": K2(), "entropy": 0.1}
     assert policy_loss(logps, batch, **options)[2].isfinite().all()
     assert gradient.isfinite().all() and (gradient[~MASK] == 0).all()
     assert float(metrics["ratio/mean"][0]) == pytest.approx(3.6)
@@ -386,10 +386,10 @@ def test_a_surrogate_is_given_what_its_parameters_name():
     with pytest.raises(
         ValueError, match="takes 'rewards', which is not one of old_logprobs, log_mismatch, sum_over_processes"
     ):
-        surrogate_inputs(lambda log_ratio, advantages, mask, rewards: log_ratio)
-    assert surrogate_inputs(partial(curious, old_logprobs=1)) == {"sum_over_processes", "log_mismatch"}
+        FunctionLoss(function=lambda log_ratio, advantages, mask, rewards: log_ratio)
+    assert FunctionLoss(function=partial(curious, old_logprobs=1)).inputs == {"sum_over_processes", "log_mismatch"}
     with pytest.raises(
-        ValueError, match=r"a surrogate needs the rollout's log-probs, but batch\.rollout_logprobs is None"
+        ValueError, match=r"the loss needs the rollout's log-probs, but batch\.rollout_logprobs is None"
     ):
         loss_of(logps, replace(batch, rollout_logprobs=None), surrogate=curious)
 
@@ -404,17 +404,19 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
     batch = make_batch(
         mask, torch.zeros(4, dtype=torch.float64), old_logprobs=q[:, None], reference_logprobs=ref[:, None]
     )
-    options = {"surrogate": ppo_clip, "beta": 1.0}
+    options = {"surrogate": PPOClip(), "beta": 1.0}
     weighed = lambda mask, *, num_tokens, num_sequences: q.exp()[:, None]  # noqa: E731
-    corrected = partial(bias_corrected_kl, kl=kl_k3)
-    for kl in (corrected, kl_k3):
-        _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
+    for corrected in (True, False):
+        _, _, gradient = policy_loss(
+            logp, batch, loss_reduction=weighed, kl=K3(), use_bias_correction_kl=corrected, **options
+        )
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
-        assert torch.allclose(found, exact, atol=1e-12) == (kl is corrected)
+        assert torch.allclose(found, exact, atol=1e-12) == corrected
     for kl in (torch.square, lambda log_ratio: log_ratio**2):  # torch's functions have no signature
         policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
-    with pytest.raises(ValueError, match="bias_corrected_kl needs the rollout's log-probs"):
-        policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, kl=corrected, **options)
+    with pytest.raises(ValueError, match="use_bias_correction_kl=True needs the rollout's log-probs"):
+        batch = replace(batch, rollout_logprobs=None)
+        policy_loss(logp, batch, loss_reduction=weighed, kl=K3(), use_bias_correction_kl=True, **options)
 
 
 def pairs_of_tokens(z):
@@ -446,11 +448,11 @@ def test_the_gradient_of_a_term_is_that_of_each_token_given_those_before_it():
     row_kl = gradient((p * -d.sum(-1)).sum())
     off = []
     for chance, drawn in ((p.detach(), on_policy), (q, rollout)):
-        term = bias_corrected_kl(d, kl=kl_k3, rollout_log_ratio=current - drawn)
+        term = bias_corrected_kl(d, kl=K3(), rollout_log_ratio=current - drawn)
         found = gradient((chance[:, None] * term).sum())
         torch.testing.assert_close(found, of_a_token(chance, -d))
         off.append(float((found - row_kl).norm() / row_kl.norm()))
-        whole = kl_k3(d) * (current - drawn).sum(-1, keepdim=True).exp()
+        whole = K3()(d) * (current - drawn).sum(-1, keepdim=True).exp()
         torch.testing.assert_close(gradient((chance[:, None] * whole).sum()), row_kl)
     docstring = " ".join(bias_corrected_kl.__doc__.split())
     assert f"by {off[0]:.2f} of its norm on-policy and by {off[1]:.2f} off-policy" in docstring
@@ -458,15 +460,15 @@ def test_the_gradient_of_a_term_is_that_of_each_token_given_those_before_it():
     assert f"it is {off[0]:.2f} off on-policy and {off[1]:.2f} off-policy" in page
 
     chance = p.detach()
-    k2 = gradient((chance[:, None] * kl_k2(d)).sum())
+    k2 = gradient((chance[:, None] * K2()(d)).sum())
     torch.testing.assert_close(k2, of_a_token(chance, -d))
     bonus = gradient((chance[:, None] * entropy_bonus(current, torch.ones(9, 2, dtype=torch.bool))).sum())
     torch.testing.assert_close(bonus, of_a_token(chance, -current))
     assert not torch.allclose(bonus, gradient((p * -current.sum(-1)).sum()), atol=0.01)
-    k3 = gradient((chance[:, None] * kl_k3(d)).sum())
+    k3 = gradient((chance[:, None] * K3()(d)).sum())
     first, second = chance.view(3, 3).sum(-1), (reference[:, 1].exp() * d[:, 1]).view(3, 3).sum(-1)
     torch.testing.assert_close(k3, gradient((reference[:, 0].exp() * d[:, 0] / 3).sum() + (first * second).sum()))
-    k1 = gradient((chance[:, None] * kl_k1(d)).sum())
+    k1 = gradient((chance[:, None] * K1()(d)).sum())
     torch.testing.assert_close(k1, torch.zeros_like(k1))
-    for kl in (kl_k1, kl_k3):  # of the row
+    for kl in (K1(), K3()):  # of the row
         torch.testing.assert_close((chance[:, None] * kl(d)).sum(), (p * -d.sum(-1)).sum())

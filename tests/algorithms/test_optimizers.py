@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from dllm_rl.algorithms.optimizers import adamw, adamw_8bit, cosine_with_warmup, linear_decay, linear_with_warmup
+from dllm_rl.algorithms.optimizers import (
+    AdamW,
+    AdamW8bit,
+    CosineWithWarmup,
+    FunctionOptimizer,
+    LinearDecay,
+    LinearWithWarmup,
+)
 
 LR, BETAS, DECAY = 0.1, (0.8, 0.5), 0.25
 
@@ -22,7 +29,7 @@ def test_adamw_takes_its_betas_and_decay():
     # First step: m/(1-b1) = g, v/(1-b2) = g^2: 2 * 0.975 - 0.1 = 1.85. The second depends on both betas.
     assert by_hand(2.0, [3.0]) == pytest.approx(1.85)
     weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = adamw([weight], lr=LR, betas=BETAS, weight_decay=DECAY)
+    optimizer = AdamW()([weight], lr=LR, betas=BETAS, weight_decay=DECAY)
     for gradient in (3.0, -1.0, 0.5):
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
@@ -31,19 +38,28 @@ def test_adamw_takes_its_betas_and_decay():
 
 def test_adamw_8bit_is_told_the_same():
     pytest.importorskip("bitsandbytes")
-    (group,) = adamw_8bit([torch.nn.Parameter(torch.zeros(2))], lr=LR, betas=BETAS, weight_decay=DECAY).param_groups
+    optimizer = AdamW8bit()([torch.nn.Parameter(torch.zeros(2))], lr=LR, betas=BETAS, weight_decay=DECAY)
+    (group,) = optimizer.param_groups
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (LR, BETAS, DECAY)
+
+
+@pytest.mark.parametrize("function", [torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
+def test_a_function_is_told_the_same(function):
+    """By keyword: torch's optimizers have `eps` between the betas and the decay."""
+    optimizer = FunctionOptimizer(function=function)([torch.nn.Parameter(torch.zeros(2))], LR, BETAS, DECAY)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (LR, BETAS, DECAY, 1e-8)
 
 
 def test_schedule_by_hand():
     # A rise over 5 steps, 1 until step 60 of 100, then down to 0.1 at step 100: at 80 half of the way, 0.55.
-    factors = [linear_decay(step, 100) for step in (0, 1, 4, 5, 60, 80, 100, 150)]
+    factors = [LinearDecay()(step, 100) for step in (0, 1, 4, 5, 60, 80, 100, 150)]
     assert factors == pytest.approx([0.2, 0.4, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1])
     # No plateau: step 2 of 4 is half of the way to 0.5, and the rise of 10 steps multiplies it by 3/10.
-    assert linear_decay(2, 4, warmup_steps=10, constant_until=0.0, final=0.5) == pytest.approx(0.3 * 0.75)
-    assert linear_decay(0, 0, warmup_steps=0) == 1.0
+    assert LinearDecay(warmup_steps=10, constant_until=0.0, final=0.5)(2, 4) == pytest.approx(0.3 * 0.75)
+    assert LinearDecay(warmup_steps=0)(0, 0) == 1.0
 
 
 def test_a_rate_that_has_fallen_to_0_stays_there():
-    for schedule in (linear_with_warmup, cosine_with_warmup):
-        assert [schedule(step, 4, warmup_steps=2) for step in (1, 2, 4, 7)] == pytest.approx([0.5, 1.0, 0.0, 0.0])
+    for schedule in (LinearWithWarmup(warmup_steps=2), CosineWithWarmup(warmup_steps=2)):
+        assert [schedule(step, 4) for step in (1, 2, 4, 7)] == pytest.approx([0.5, 1.0, 0.0, 0.0])

@@ -9,9 +9,15 @@ from run_outputs import assert_same_weights, metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import OddPuzzles, tiny_recipe
 
-from dllm_rl.algorithms.prompt_sources import PromptSource, RewardHistory, mixed_reward_prompts, uniform_prompts
+from dllm_rl.algorithms.prompt_sources import (
+    FunctionPromptSource,
+    MixedRewardPrompts,
+    RewardHistory,
+    UniformPrompts,
+)
 from dllm_rl.config import from_command_line
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
 from dllm_rl.training.prompts import prompt_indices
 from dllm_rl.training.trainer import train
@@ -40,14 +46,14 @@ def test_the_last_group_of_each_prompt_counts():
 
 
 def test_the_default_is_uniform_and_reads_nothing():
-    drawn = uniform_prompts().draw(history_by_hand(), 5, generator_for(0, "train", 3))
+    drawn = UniformPrompts().draw(history_by_hand(), 5, generator_for(0, "train", 3))
     assert torch.equal(drawn, torch.randint(10, (5,), generator=generator_for(0, "train", 3)))
-    assert not uniform_prompts().uses_history
+    assert not UniformPrompts().uses_history
 
 
 @pytest.mark.parametrize("weight", [0.05, 0.5, 1.0])
 def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight):
-    source = mixed_reward_prompts(equal_weight=weight)
+    source = MixedRewardPrompts(equal_weight=weight)
     count = 40_000
     drawn = source.draw(history_by_hand(), count, generator_for(0))
     assert len(drawn) == count
@@ -63,7 +69,7 @@ def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight
 
 def test_a_resume_draws_the_same_prompts(tmp_path):
     options = {"task": OddPuzzles(), "num_steps": 3, "save_steps": 2, "save_total_limit": 9, "max_num_gen_batches": 2}
-    options |= {"prompt_source": mixed_reward_prompts(equal_weight=0.01), "log_completions_steps": 1, "seed": 3}
+    options |= {"prompt_source": MixedRewardPrompts(equal_weight=0.01), "log_completions_steps": 1, "seed": 3}
     recipe = tiny_recipe(tmp_path / "run", report_to=None, **options)
     whole = train(recipe)
     rows, texts = metrics_of(tmp_path / "run"), current_rows(tmp_path / "run" / "completions.jsonl")
@@ -79,8 +85,8 @@ def test_a_resume_draws_the_same_prompts(tmp_path):
     assert current_rows(tmp_path / "run" / "completions.jsonl") == texts
 
     settings = json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"]
-    assert settings["prompt_source"] == "mixed_reward_prompts(equal_weight=0.01)"
-    other = replace(copied, prompt_source=uniform_prompts())
+    assert settings["prompt_source"] == to_json(MixedRewardPrompts(equal_weight=0.01))
+    other = replace(copied, prompt_source=UniformPrompts())
     with pytest.raises(ValueError, match="prompt_source"):
         train(other)
 
@@ -92,29 +98,32 @@ def in_order(history, count, generator):
 
 def test_a_source_of_ones_own_and_what_it_may_not_return():
     recipe = tiny_recipe("x", prompt_source=in_order)
-    assert recipe.prompt_source == PromptSource(in_order)
+    assert recipe.prompt_source == FunctionPromptSource(function=in_order)
     history = history_by_hand()
     history.num_prompts = len(recipe.task)
     assert prompt_indices(recipe, history, 0).tolist() == [5, 6, 7, 8]
     for wrong in ([0, 1, 2, 3], torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.tensor([0, 0, 0, -1])):
-        source = PromptSource(lambda *given, wrong=wrong: wrong)
+        source = FunctionPromptSource(function=lambda *given, wrong=wrong: wrong)
         with pytest.raises(ValueError, match="prompt_source"):
             prompt_indices(replace(recipe, prompt_source=source), history, 0)
     with pytest.raises(ValueError, match="prompt_source"):
         tiny_recipe("x", prompt_source="in_order")
     with pytest.raises(ValueError, match="equal_weight"):
-        mixed_reward_prompts(equal_weight=0.0)
+        MixedRewardPrompts(equal_weight=0.0)
     with pytest.raises(ValueError, match=r"rollout_workers=1.*prompt_source"):
-        tiny_recipe("x", prompt_source=mixed_reward_prompts(), rollout_workers=1)
+        tiny_recipe("x", prompt_source=MixedRewardPrompts(), rollout_workers=1)
 
 
 def test_the_command_line_names_a_source():
-    words = ["--prompt_source", "mixed_reward_prompts", "--prompt_source.equal_weight", "0.5"]
+    words = ["--prompt_source", "MixedRewardPrompts", "--prompt_source.equal_weight", "0.5"]
     shown = repr(from_command_line(tiny_recipe("x"), words))
-    assert "prompt_source=mixed_reward_prompts(equal_weight=0.5)" in shown
+    assert "prompt_source=MixedRewardPrompts(equal_weight=0.5)" in shown
     assert "prompt_source" not in repr(tiny_recipe("x"))
-    named = from_command_line(tiny_recipe("x"), ["--prompt_source", f"{__name__}:in_order"])
-    assert named.prompt_source == PromptSource(in_order)
+    named = from_command_line(
+        tiny_recipe("x"),
+        ["--prompt_source", "FunctionPromptSource", "--prompt_source.function", f"{__name__}.in_order"],
+    )
+    assert named.prompt_source == FunctionPromptSource(function=in_order)
     with pytest.raises(SystemExit):
-        from_command_line(tiny_recipe("x"), ["--corrector", f"{__name__}:in_order"])
-    assert tiny_recipe("x", prompt_source="mixed_reward_prompts").prompt_source.uses_history
+        from_command_line(tiny_recipe("x"), ["--corrector", f"{__name__}.in_order"])
+    assert tiny_recipe("x", prompt_source="MixedRewardPrompts").prompt_source.uses_history

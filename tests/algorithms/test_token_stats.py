@@ -1,7 +1,6 @@
 """Correctors that read more than log-ratios: TRIAGE, and any corrector per denoising step."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.by_step import by_step
-from dllm_rl.algorithms.triage import triage
-from dllm_rl.samplers.rules import random
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.algorithms.by_step import ByStep
+from dllm_rl.algorithms.triage import Triage
+from dllm_rl.samplers.rules import RandomOrder
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import make_stats
 from dllm_rl.training.trainer import train
 
@@ -24,14 +23,14 @@ EVERY = torch.ones(2, 4, dtype=torch.bool)
 def test_triage_damps_unlikely_tokens_of_bad_answers_where_the_gate_is_open():
     """Windows of two tokens: |d| has means 0.3 and 0.05. Only the negative row's first window, and there only d < 0."""
     d = tensor([[-0.5, 0.1, -0.1, 0.0], [-0.5, 0.1, -0.1, 0.0]])
-    weights, keep, metrics = triage(gate=0.2, window=2).weight_fn(make_stats(d, tensor([1.0, -1.0]), EVERY))
+    weights, keep, metrics = Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
     assert_close(weights, tensor([[1.0] * 4, [math.exp(-0.5), 1.0, 1.0, 1.0]]))
     assert keep.all() and metrics["triage/open_fraction"] == 0.5 and metrics["triage/damped_fraction"] == 1 / 8
-    open_everywhere = triage(gate=0.0, window=64).weight_fn(make_stats(d, tensor([1.0, -1.0]), EVERY))
+    open_everywhere = Triage(gate=0.0, window=64).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
     assert_close(open_everywhere[0][1], tensor([math.exp(-0.5), 1.0, math.exp(-0.1), 1.0]))
     # A window counts corrected tokens: without the second, the first two are d = -0.5 and -0.1, of mean 0.3.
     fewer = tensor([[True, False, True, True]]).expand(2, 4)
-    weights = triage(gate=0.2, window=2).weight_fn(make_stats(d, tensor([1.0, -1.0]), fewer))[0]
+    weights = Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), fewer))[0]
     assert_close(weights[1], tensor([math.exp(-0.5), 1.0, math.exp(-0.1), 1.0]))
 
 
@@ -40,15 +39,15 @@ def test_by_step_takes_the_statistics_of_each_step():
     d = tensor([[2.0, 3.0, 0.5, 1.5], [1.0, 4.0, 1.0, 1.0]]).log()
     steps = tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
     stats = make_stats(d, torch.ones(2), EVERY, unmask_step=steps)
-    weights, keep, metrics = by_step(corrector=c.tis(cap=4.2, level="sequence")).weight_fn(stats)
+    weights, keep, metrics = ByStep(corrector=c.TIS(cap=4.2, level="sequence")).weights(stats)
     assert_close(weights, tensor([[1.0, 4.2, 1.0, 4.2], [4.0, 4.0, 1.0, 1.0]]))
     assert keep.all() and metrics["tis/capped_fraction"] == pytest.approx(2 / 8)  # of 4.5, in two of eight tokens
-    for corrector in (c.tis(), c.icepop(outside="drop"), c.no_correction()):
-        for ours, plain in zip(by_step(corrector=corrector).weight_fn(stats), corrector.weight_fn(stats), strict=True):
+    for corrector in (c.TIS(), c.IcePop(outside="drop"), c.NoCorrection()):
+        for ours, plain in zip(ByStep(corrector=corrector).weights(stats), corrector.weights(stats), strict=True):
             same = ours == pytest.approx(plain) if isinstance(ours, dict) else torch.equal(ours, plain)
             assert same, "what has no statistics of more than a token is the same"
-    lambdas = [c.ais().weight_fn(stats.among(steps == step))[2]["ais/lambda"] for step in (0, 1)]
-    assert by_step().weight_fn(stats)[2]["ais/lambda"] == pytest.approx(sum(lambdas) / 2) and lambdas[0] != lambdas[1]
+    lambdas = [c.AIS().weights(stats.among(steps == step))[2]["ais/lambda"] for step in (0, 1)]
+    assert ByStep().weights(stats)[2]["ais/lambda"] == pytest.approx(sum(lambdas) / 2) and lambdas[0] != lambdas[1]
 
 
 def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for(tmp_path):
@@ -56,13 +55,13 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
 
     def look(stats):
         seen.append(stats)
-        return c.unit_weights(stats)
+        return c.NoCorrection().weights(stats)
 
-    asking = c.compose(c.Corrector(weight_fn=look, needs_entropy=True), c.no_correction())
-    drawn = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=random)  # no order by the draw
+    asking = c.Compose(parts=(c.FunctionCorrector(function=look, needs_entropy=True), c.NoCorrection()))
+    drawn = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=RandomOrder())  # no order by the draw
     train(tiny_recipe(tmp_path, num_steps=1, sampler=drawn, corrector=asking))
     asked = seen[-1]
-    train(tiny_recipe(tmp_path / "plain", num_steps=1, sampler=drawn, corrector=c.Corrector(weight_fn=look)))
+    train(tiny_recipe(tmp_path / "plain", num_steps=1, sampler=drawn, corrector=c.FunctionCorrector(function=look)))
     plain = seen[-1]
     mask = asked.mask
     assert plain.entropy is None and torch.equal(plain.log_mismatch, asked.log_mismatch)

@@ -5,7 +5,7 @@ import torch
 
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import is_per_token
-from dllm_rl.algorithms.values import generalized_advantages, value_head
+from dllm_rl.algorithms.values import ValueModel, generalized_advantages
 
 ALL = torch.ones(3, 1, dtype=torch.bool)
 
@@ -54,12 +54,12 @@ def test_limits():
 @pytest.mark.parametrize(
     ("surrogate", "expected"),
     [
-        (losses.ppo_clip, True),
-        (losses.cispo, True),
-        (losses.reinforce, True),
-        (losses.gspo, False),
-        (losses.trust_band, False),
-        (losses.vespo, False),
+        (losses.PPOClip(), True),
+        (losses.CISPO(), True),
+        (losses.Reinforce(), True),
+        (losses.GSPO(), False),
+        (losses.TrustBand(), False),
+        (losses.VESPO(), False),
         (lambda log_ratio, advantages, mask, *, old_logprobs: old_logprobs * advantages[:, None] * log_ratio, True),
         (lambda log_ratio, advantages, mask, *, log_mismatch: log_mismatch.sum(-1, keepdim=True) * log_ratio, False),
         # A mean over the batch has the same tokens, whatever the rows are.
@@ -75,4 +75,4 @@ def test_which_surrogates_treat_each_token_by_itself(surrogate, expected):
 )
 def test_arguments_out_of_range(keyword):
     with pytest.raises(ValueError, match=next(iter(keyword))):
-        value_head(**keyword)
+        ValueModel(**keyword)

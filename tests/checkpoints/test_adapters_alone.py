@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from recipes.sudoku_tiny_llada import recipe as base_recipe
 def recipe(directory: Path, base: Path, **fields):
     few = {"train_batch_size": 2, "num_generations": 4, "sft_warmup_steps": 0, "eval_steps": 0, "num_steps": 2}
     few |= {"save_steps": 1, "save_total_limit": 9, "output_dir": str(directory), "report_to": None}
-    few |= {"eval_task": replace(base_recipe.validation_task, size=8), "lora": partial(Lora, r=2)}
+    few |= {"eval_task": replace(base_recipe.validation_task, size=8), "lora": Lora(r=2)}
     return replace(base_recipe, model=str(base), **few | fields)
 
 

@@ -15,10 +15,11 @@ from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import load_policy, load_weights, manifest, tiny_masked_lm
+from dllm_rl import load_policy, manifest, tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main
+from dllm_rl.models.policy import load_weights
 from dllm_rl.training import train
 from dllm_rl.training.policies import make_optimizer
 
@@ -440,10 +441,10 @@ class TestWithAManifestOfTheDamage:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    from dllm_rl.algorithms.optimizers import adamw
+    from dllm_rl.algorithms.optimizers import AdamW
 
     policy = SMALL()
-    optimizer = adamw(policy.module.parameters(), 1e-3, (0.9, 0.99), 0.0)
+    optimizer = AdamW()(policy.module.parameters(), 1e-3, (0.9, 0.99), 0.0)
     with torch.no_grad():
         next(policy.module.parameters())[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):

@@ -7,12 +7,17 @@ import pytest
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import manifest, tis
+from dllm_rl import TIS, Sudoku, Unmask, manifest
+from dllm_rl.algorithms.correctors import Compose, Reject
+from dllm_rl.algorithms.losses import GSPO
 from dllm_rl.checkpoints.resume import check_recipe, default_settings, renamed_names
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import describe, describe_json, to_json
+from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.trainer import train
 
 
@@ -64,7 +69,7 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
         ("script:first", "script:second", ("script:first", "script:second")),
         ("a.b:<lambda>", "a.c:<lambda>", ("a.b:<lambda>", "a.c:<lambda>")),
         ("old:loss(a=1)", "new:loss(a=2)", None),
-        ("tis(cap=2.0)", "none()", None),
+        ("TIS(cap=2.0)", "NoCorrection()", None),
         (1, "new:loss", None),
     ],
 )
@@ -77,12 +82,43 @@ def test_a_renamed_script_is_named(before, now, changed):
     assert all(name in str(caught.value) for name in changed or ())
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        TIS(cap=3.0),
+        Compose(parts=(Reject(threshold=0.5), TIS())),
+        Unmask(max_new_tokens=4, rank=PlackettLuce(temperature=0.5), suppress=(2,)),
+        GSPO(epsilon_high=None),
+        Sudoku(split="train", clues=(10, 12)),
+    ],
+)
+def test_a_stored_setting_is_shown_as_it_is_pasted(record):
+    stored = json.loads(json.dumps(to_json(record)))
+    assert describe_json(stored) == describe(record)
+
+
+def test_a_setting_of_a_class_that_nobody_imported_is_shown_too():
+    inner = {"class_path": "mine.Inner", "init_args": {"f": "mine:f", "sizes": [1]}}
+    assert describe_json({"class_path": "mine.Outer", "init_args": {"inner": inner, "rate": None}}) == (
+        "mine.Outer(inner=mine.Inner(f='mine:f', sizes=(1,)), rate=None)"
+    )
+
+
+def test_the_rows_of_a_data_set_are_not_stored():
+    def right(completions, answer):
+        return [0.0] * len(answer)
+
+    stored = to_json(task_from_dataset([{"prompt": "1=", "answer": "2"}] * 3, reward_funcs=right, name="sums"))
+    assert stored["init_args"].keys() == {"reward_funcs", "weights", "name", "version", "blank"}
+
+
 def test_a_resume_with_another_recipe(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
-    with pytest.raises(ValueError, match=r"corrector=.*tis\(cap=2\.0.* differs from the checkpoint's"):
-        train(tiny_recipe(tmp_path, corrector=tis(), resume_from_checkpoint="latest"))
+    said = r"^corrector=TIS\(cap=2\.0, level='token'.*\) differs from the checkpoint's AIS\(cap=2\.0"
+    with pytest.raises(ValueError, match=said):
+        train(tiny_recipe(tmp_path, corrector=TIS(), resume_from_checkpoint="latest"))
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):

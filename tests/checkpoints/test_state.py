@@ -18,6 +18,8 @@ FULL = {
     "best_step": 2,
     "best_value": 0.5,
     "reference": "0" * 64,
+    "unlogged": {"loss": 0.5},
+    "callbacks": [["SaveBest", {"best": 0.5}]],
     "frozen": ["head.weight"],
     "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},
 }

@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from tiny_recipe import SIZES
 from torch import Generator
 
-from dllm_rl import tiny_llama, unmask
+from dllm_rl import Unmask, tiny_llama
 from dllm_rl.cli.main import main
 from dllm_rl.diagnostics.traces import write_trace
 from dllm_rl.types import Prompts
@@ -21,7 +20,7 @@ def folder(tmp_path_factory):
     policy = tiny_llama(**SIZES, causal=False, head_std=0.15)
     policy.save_pretrained(folder / "model")
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
-    sampler = partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7)
+    sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7)
     rollout = sampler(policy, prompts, Generator().manual_seed(0))
     write_trace(folder / "clean.jsonl", rollout)
     other = replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=1.5))

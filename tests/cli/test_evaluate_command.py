@@ -131,14 +131,15 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
 
 @pytest.mark.slow
 def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, capsys, tmp_path, monkeypatch):
-    lists = ("--diffusion_steps", "1,4", "--rank", "max_prob,entropy", "--quantization", "none,int8_weight_only")
-    rules = ("--commit", "schedule,threshold=0.9,threshold=0.5", "--cache", "none,prefix=2")
+    lists = ("--diffusion_steps", "1,4", "--rank", "MaxProb,Entropy", "--quantization", "none,Int8WeightOnly")
+    rules = ("--commit", "Schedule,Threshold", "--commit.tau", "0.7,0.9")
+    rules += ("--cache", "none,PrefixCache", "--cache.refresh", 2)
     command = ("evaluate", model, "--task", "sudoku", "--limit", 3, "--output_dir", tmp_path, *lists, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
-    # (2 steps + 2 thresholds, which decide for themselves) x 2 ranks x 2 caches x 2 schemes
+    # (2 steps + 2 adaptive rules, which decide for themselves) x 2 ranks x 2 caches x 2 schemes
     assert len(found) == 4 * 2 * 2 * 2 == len({row["completions"] for row in found})
-    assert {row["diffusion_steps"] for row in found if "threshold" in row["commit"]} == {None}
-    assert {row["forwards_per_answer"] for row in found if row["commit"] == "schedule"} == {1.0, 4.0}
+    assert {row["diffusion_steps"] for row in found if row["commit"] != "Schedule()"} == {None}
+    assert {row["forwards_per_answer"] for row in found if row["commit"] == "Schedule()"} == {1.0, 4.0}
     assert len({row["sampler"] for row in found}) == 16 and len({row["weights"] for row in found}) == 2
     monkeypatch.setattr("dllm_rl.evaluation.evaluate.complete", None)  # nothing is left to be made
     again = [json.loads(line) for line in output(capsys, *command).splitlines()]
@@ -308,9 +309,9 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
     [
         ("--task chess", "task='chess'"),
         ("--task sudoku --protocol d2", "protocol='d2'"),
-        ("--task countdown --set difficulty=hard", "--difficulty 'hard'"),
+        ("--task countdown --set difficulty=hard", "difficulty='hard' must be one of 'any', 'sums', 'products'"),
         ("--task sudoku --set clue=3", "--set clue=3"),
-        ("--task sudoku --set clues=ten", "--clues 'ten'"),
+        ("--task sudoku --set clues=ten", "clues='ten' must be a tuple"),
         ("--task sudoku --path nowhere.csv", "nowhere.csv"),
         ("--task reasoning_gym --path x.csv", "path='x.csv'"),
         ("--task sudoku --output_dir /dev/null/x", "--output_dir '/dev/null/x'"),
@@ -324,8 +325,8 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         ("--task sudoku --samples 4", "--samples 4"),
         ("--task sudoku --diffusion_steps 4,2 --block_size 4", "diffusion_steps=2"),
         ("--task sudoku --quantization none,fp8", "quantization='fp8'"),
-        ("--task sudoku --rank max_prob,best", "rank='best'"),
-        ("--task sudoku --commit threshold", "threshold takes a number"),
+        ("--task sudoku --rank MaxProb,best", "rank='best'"),
+        ("--task sudoku --commit Schedule,Threshold", "--commit Threshold needs --commit.tau"),
         ("--task sudoku --cache none,all", "cache='all'"),
         ("--task sudoku --lengths 100", "max_new_tokens=100"),
         ("--task sudoku --set prompt_format=text", "chat template"),
@@ -370,11 +371,12 @@ def test_the_usual_length_is_that_of_the_answer(model, capsys):
 
 
 def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_for(model, capsys, tmp_path):
-    rules = ("--commit", "remask=0.5,edit=0.5", "--rank", "random", "--diffusion_steps", "2,4")
+    rules = ("--commit", "Remask,Edit", "--commit.eta", "0.5", "--commit.tau", "0.5")
+    rules += ("--rank", "RandomOrder", "--diffusion_steps", "2,4")
     command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
-    assert [(row["commit"].partition("=")[0], row["diffusion_steps"]) for row in found] == [
-        ("remask", 2), ("remask", 4), ("edit", None)]  # fmt: skip
+    assert [(row["commit"].partition("(")[0], row["diffusion_steps"]) for row in found] == [
+        ("Remask", 2), ("Remask", 4), ("Edit", None)]  # fmt: skip
     assert [row["forwards_per_answer"] for row in found[:2]] == [2.0, 4.0]
 
 

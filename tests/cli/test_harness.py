@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from dllm_rl.cli.main import main
+from dllm_rl.likelihoods.estimators import ELBO, Causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers.rules import entropy
+from dllm_rl.samplers import Autoregress, Unmask
+from dllm_rl.samplers.rules import Entropy, Threshold
 from dllm_rl.tasks import Sudoku
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
@@ -94,12 +96,12 @@ def asked(monkeypatch, folder, arguments, *more):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_numbers_are_those_of_evaluate(model, folder, monkeypatch, capsys, temperature):
     """Completion by completion, in other batches; drawn ones too."""
-    same = ["--diffusion_steps", "4", "--block_size", "8", "--rank", "max_prob", "--temperature", str(temperature)]
+    same = ["--diffusion_steps", "4", "--block_size", "8", "--rank", "MaxProb", "--temperature", str(temperature)]
     mine = ["evaluate", model, "--task", "sudoku", "--set", "clues=9", "--limit", str(COUNT), "--seed", "5", "--json"]
     assert main([*mine, *same, "--output_dir", str(folder / "mine")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     stored = [json.loads(line) for line in (folder / "mine" / found["completions"]).open()]
-    arguments = f"pretrained={model},diffusion_steps=4,block_size=8,rank=max_prob,temperature={temperature},seed=5"
+    arguments = f"pretrained={model},diffusion_steps=4,block_size=8,rank=MaxProb,temperature={temperature},seed=5"
     results, samples = asked(monkeypatch, folder, arguments, "--tasks", "my_sudoku", "--batch_size", "5")
     written = {sample["doc"]["text"]: sample["resps"][0][0] for sample in samples}
     assert written == {row["prompt"]: row["completion"] for row in stored}
@@ -121,9 +123,9 @@ def test_a_cache_answers_what_it_holds(model, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_choices_are_scored_by_the_estimator_that_is_named(model, causal_model, folder, monkeypatch):
-    """One token is masked whatever the estimator: all choose alike. A causal model's own is `causal`."""
+    """One token is masked whatever the estimator: all choose alike. A causal model's own is `Causal`."""
     command = ("--tasks", "my_choice", "--batch_size", "4")
-    named = f"pretrained={model},likelihood=coupled,likelihood.num_samples=2,greedy=False"
+    named = f"pretrained={model},likelihood=Coupled,likelihood.num_samples=2,greedy=False"
     elbo, _ = asked(monkeypatch, folder, f"pretrained={model}", *command)
     coupled, _ = asked(monkeypatch, folder, named, *command)
     assert elbo["my_choice"]["acc,none"] == coupled["my_choice"]["acc,none"]
@@ -132,16 +134,20 @@ def test_choices_are_scored_by_the_estimator_that_is_named(model, causal_model, 
 
 def test_the_names_of_model_args(model, causal_model):
     made = harness.CommandLineModel(
-        model, batch_size="3", diffusion_steps=2, commit="threshold=0.5", **{"likelihood.num_samples": 6}
+        model,
+        batch_size="3",
+        diffusion_steps=2,
+        commit="Threshold",
+        **{"commit.tau": 0.5, "likelihood.num_samples": 6},
     )
-    assert made.batch_size == 3 and made.likelihood.name == "elbo"
-    assert made.likelihood.factory.keywords == {"num_samples": 6}
-    assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["diffusion_steps"] == 2
+    assert made.batch_size == 3 and made.likelihood == ELBO(num_samples=6) and made.is_task_length
+    assert made.sampler == Unmask(max_new_tokens=256, diffusion_steps=2, commit=Threshold(tau=0.5))
+    fixed = harness.CommandLineModel(model, max_new_tokens=8)
+    assert fixed.sampler == Unmask(max_new_tokens=8) and not fixed.is_task_length
     causal = harness.CommandLineModel(causal_model)
-    assert causal.likelihood.name == "causal" and causal.sampler.keywords == {"temperature": 0.0}
-    assert harness.CommandLineModel(model, commit="entropy_bound=0.5").sampler.keywords["rank"] is entropy, (
-        "its own rank"
-    )
+    assert causal.likelihood == Causal() and causal.sampler == Autoregress(max_new_tokens=256, temperature=0.0)
+    bounded = harness.CommandLineModel(model, commit="EntropyBound", **{"commit.gamma": 0.5})
+    assert bounded.sampler.rank == Entropy(), "its own rank"
     assert get_model("dllm_rl") is harness.CommandLineModel
     assert get_model("dummy").__name__ == "DummyLM", "the harness's own are still there"
 
@@ -149,13 +155,16 @@ def test_the_names_of_model_args(model, causal_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_step": 2}, "model_args: unmask got an unexpected keyword argument 'num_step'"),
-        ({"likelihood": "exact"}, "likelihood='exact' is not one of block_elbo, causal"),
-        ({"likelihood": "block_elbo"}, "model_args: block_elbo missing a required argument: 'block_size'"),
-        ({"likelihood.nodes": 2}, "model_args: elbo got an unexpected keyword argument 'nodes'"),
-        ({"likelihood": "trajectory"}, "replays a recorded unmasking"),
+        ({"num_step": 2}, "num_step is for other models; the sampler of"),
+        ({"likelihood": "exact"}, "likelihood='exact' is not known; the nearest is"),
+        ({"likelihood": "BlockELBO"}, "likelihood BlockELBO needs likelihood.block_size"),
+        ({"likelihood.nodes": 2}, "likelihood.nodes is no setting of ELBO; leave it out"),
+        ({"likelihood": "Trajectory"}, "replays a recorded unmasking"),
+        ({"commit": "Threshold"}, "commit Threshold needs commit.tau"),
+        ({"commit": "Threshold", "commit.tau": "x"}, "commit Threshold: tau='x' is of type str; give float"),
+        ({"commit.tau": 0.5}, "commit.tau needs commit, the class with this setting"),
         ({"batch_size": "auto"}, "batch_size='auto' must be a whole number"),
-        ({"commit": "some"}, "commit='some' is not one of"),
+        ({"commit": "some"}, "commit='some' is not known; the nearest is"),
     ],
 )
 def test_refusals(model, settings, message):

@@ -11,7 +11,8 @@ import dllm_rl.cli.main as commands
 from dllm_rl import manifest
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.protocols import TASKS, protocol_names
 from dllm_rl.training import train
 
@@ -87,7 +88,7 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
     words = "--quantization none --num_prompts 3 --max_new_tokens 8 --diffusion_steps 4 --temperature 0.5 --seed 7"
     assert main(["doctor", str(tmp_path), *words.split()]) == 2
     assert (seen["scheme"], seen["seed"], seen["prompts"].num_rows, seen["prompts"].group_size) == (None, 7, 6, 2)
-    assert seen["sampler"].keywords == {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 0.5, "rank": max_prob}
+    assert seen["sampler"] == Unmask(max_new_tokens=8, diffusion_steps=4, temperature=0.5, rank=MaxProb())
 
 
 @pytest.fixture

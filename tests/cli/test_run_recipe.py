@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import Recipe, load_policy, lora_r16, main, tiny_masked_lm, train
+from dllm_rl import Lora, Recipe, load_policy, main, tiny_masked_lm, train
 from dllm_rl.config import from_command_line
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_a_mistyped_option_is_refused_before_torchao_and_the_models_are_imported
     words = ["recipes/sudoku_unique.py", "--mistyped", "1"]
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "set()\n"
-    assert done.stderr == "error: --mistyped is not a field of the recipe; the nearest is --dtype (--help lists all)\n"
+    assert done.stderr == "error: --mistyped is not a setting of Recipe; the nearest is --dtype (--help lists all)\n"
 
 
 IMPORTS = ["from dllm_rl import Recipe", "from dllm_rl.cli.main import main; raise SystemExit(main(['doctor', 'x']))"]
@@ -191,7 +191,7 @@ def test_a_ctrl_c_at_a_prompt_interrupts_the_cell_and_the_next_one_is_heard(tmp_
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": lora_r16, "rollout_quantization": None}], ids=["all", "adapters"])
+@pytest.mark.parametrize("changes", [{}, {"lora": Lora(), "rollout_quantization": None}], ids=["all", "adapters"])
 def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, changes):
     summary = train(small(tmp_path, num_steps=1, **changes))
     assert summary == json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -208,6 +208,6 @@ def test_a_recipe_says_what_was_chosen():
     recipe = small("runs/x", seed=3)
     lines = repr(recipe).splitlines()
     assert lines[0] == "Recipe(" and lines[-1] == ")" and "    seed=3," in lines
-    assert any(line.startswith("    sampler=unmask(max_new_tokens=16, diffusion_steps=3") for line in lines)
+    assert any(line.startswith("    sampler=Unmask(max_new_tokens=16, diffusion_steps=3") for line in lines)
     assert not any(line.startswith("    learning_rate=") for line in lines), "at its default"
     assert " at 0x" not in repr(recipe)

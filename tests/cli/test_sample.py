@@ -10,7 +10,10 @@ from rich.console import Console
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample
+from dllm_rl.cli.run_settings import sampler_with
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers import Unmask
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
@@ -92,21 +95,33 @@ def test_completions_of_a_prompt_stand_together_and_follow_the_seed(checkpoint, 
 
 
 def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys):
-    options = ["--temperature", "1", "--rank", "random", "--commit", "threshold=0.5", "--cache", "dual=2"]
-    options += ["--block_size", "4", "--group_size", "2", "--max_new_tokens", "8"]
+    options = [
+        "--temperature",
+        "1",
+        "--rank",
+        "RandomOrder",
+        "--commit",
+        "Threshold",
+        "--commit.tau",
+        "0.5",
+        "--cache",
+        "DualCache",
+    ]
+    options += ["--cache.refresh", "2", "--block_size", "4", "--group_size", "2", "--max_new_tokens", "8"]
     assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "tokens/s" in err
     assert cli.main(["sample", checkpoint, "12.=", *options, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["checkpoint"], record["seed"], record["dtype"]) == (checkpoint, 0, "float32")
-    assert "temperature=1.0" in record["sampler"] and "rank=random" in record["sampler"]
+    assert "temperature=1.0" in record["sampler"] and "rank=RandomOrder()" in record["sampler"]
+    assert "commit=Threshold(tau=0.5), cache=DualCache(refresh=2)" in record["sampler"]
 
 
 def test_command_draws_every_step(checkpoint, capsys):
     from dllm_rl.models.policy import load_policy
 
-    sample.complete(load_policy(checkpoint), [Problem("12.=")], {"max_new_tokens": 4}, seconds_per_step=0.0)
+    sample.complete(load_policy(checkpoint), [Problem("12.=")], Unmask(max_new_tokens=4), seconds_per_step=0.0)
     out = capsys.readouterr().out
     assert "step 4, 0 masked" in out and "░" not in out.splitlines()[0]
 
@@ -114,12 +129,18 @@ def test_command_draws_every_step(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "best"], "rank='best' is not one of confidence, max_prob, margin, entropy, random"),
-        (["--commit", "threshold"], "threshold takes a number, as threshold=0.9"),
-        (["--commit", "schedule=3"], "schedule takes no number"),
-        (["--commit", "threshold=x"], "'x' is not a number"),
-        (["--cache", "half"], "cache='half' is not one of block, prefix, dual"),
-        (["--cache", "block=2"], "cache='block=2': block takes no number"),
+        (["--rank", "best"], "(Confidence, MaxProb, Margin, Entropy, RandomOrder, PlackettLuce)"),
+        (["--rank", "best"], "rank='best' is not known; the nearest is Entropy"),
+        (["--commit", "Threshold"], "--commit Threshold needs --commit.tau"),
+        (["--commit", "Schedule", "--commit.tau", "3"], "--commit.tau is no setting of Schedule; leave it out"),
+        (["--commit", "Threshold", "--commit.tau", "x"], "--commit Threshold: tau='x' is of type str; give float"),
+        (["--commit", "Threshold", "--commit.tau=[1"], "--commit Threshold: tau='[1' is of type str; give float"),
+        (["--commit", "Threshold", "--commit.tau", "none"], "--commit Threshold: tau=None is of type NoneType"),
+        (["--commit", "Threshold", "--commit.tau", "2e0"], "--commit Threshold: tau=2.0 must lie in (0, 1]"),
+        (["--commit.tau", "0.5"], "--commit.tau needs --commit, the class with this setting"),
+        (["--rank", "PlackettLuce", "--rank.temperature", "1", "--rank.base_rank", "Best"], "base_rank='Best' is not"),
+        (["--cache", "half"], "cache='half' is not known; the nearest is"),
+        (["--cache", "BlockCache", "--cache.refresh", "2"], "--cache.refresh is no setting of BlockCache"),
         (["--max_new_tokens", "900"], "max_new_tokens=900"),
     ],
 )
@@ -163,7 +184,7 @@ def test_what_is_no_text_on_standard_input_is_refused(checkpoint, capsys, monkey
 def test_a_causal_model_has_no_unmasking_options():
     with pytest.raises(ValueError, match="diffusion_steps is for diffusion models"):
         policy = tiny_llama(characters="ab", causal=True)
-        sample.complete(policy, [Problem("a")], {"max_new_tokens": 4, "diffusion_steps": 2})
+        sampler_with(policy, None, {"max_new_tokens": 4, "diffusion_steps": 2})
 
 
 def test_chat_asks_with_the_models_template(capsys):
@@ -177,25 +198,29 @@ def test_chat_asks_with_the_models_template(capsys):
         asked["ids"] = prompts.tokens.tolist()
         return rollout_by_hand()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "sampler_for", lambda policy: sampler)
-        sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], {})
+    own = FunctionSampler(function=sampler, max_new_tokens=3)
+    sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], own)
     assert asked["ids"] == [policy.tokenizer.encode("<user>12=<.>", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
-        sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], {})
+        sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], own)
 
 
 @pytest.mark.parametrize(
-    ("commit", "rank"), [("remask=0.2", "random"), ("origin", "random"), ("entropy_bound=0.5", "entropy")]
+    ("commit", "rank"),
+    [
+        ("Remask --commit.eta 0.2", "RandomOrder"),
+        ("Origin", "RandomOrder"),
+        ("EntropyBound --commit.gamma 0.5", "Entropy"),
+    ],
 )
 def test_a_rule_gets_the_scores_that_it_is_made_for_unless_another_rank_is_asked_for(checkpoint, capsys, commit, rank):
-    """The rules' docstrings say which: uniforms for remask and origin, entropies for entropy_bound."""
+    """The rules' docstrings say which: uniforms for Remask and Origin, entropies for EntropyBound."""
 
     def rows(*ranks):
-        options = ["--commit", commit, *ranks, "--json", "--max_new_tokens", "8", "--temperature", "1"]
+        options = ["--commit", *commit.split(), *ranks, "--json", "--max_new_tokens", "8", "--temperature", "1"]
         assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
         return json.loads(capsys.readouterr().out)["rows"]
 
     assert rows() == rows("--rank", rank)
-    if commit.startswith("entropy_bound"):
-        assert rows() != rows("--rank", "max_prob")
+    if commit.startswith("EntropyBound"):
+        assert rows() != rows("--rank", "MaxProb")

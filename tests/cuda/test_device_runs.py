@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.config import CHOICES
+from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
@@ -31,8 +30,9 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import autoregress, by_name, rules, unmask
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.records import subclasses
+from dllm_rl.samplers import Autoregress, Unmask, rules
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.testing import make_stats
 from dllm_rl.training import train
 from dllm_rl.types import BatchRecord, Prompts
@@ -41,7 +41,7 @@ from recipes.studies import surrogates as published
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # slow on a simulated device; `-m gpu` runs all on a real one
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 FEW = {"train_batch_size": 2, "num_generations": 2, "num_steps": 1, "eval_batch_size": 4, "eval_task.size": 2}
-PLAIN = partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=1.0)
+PLAIN = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0)
 
 
 def masked_lm(**more):
@@ -86,39 +86,42 @@ def on_both(work, make=masked_lm, near=1e-3):
         assert_same(there, here, near)
 
 
+RANKS = ("Confidence", "MaxProb", "Margin", "Entropy", "RandomOrder")
 RULES = {
-    **{f"rank {rank.__name__}": {"rank": rank} for rank in list(by_name.RANKS.values())[:-1]},
-    **{f"greedy {rank.__name__}": {"rank": rank, "temperature": 0.0} for rank in (rules.confidence, rules.margin)},
-    "rank plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3)},
-    "late_schedule": {"commit": rules.late_schedule},
-    "origin": {"commit": rules.origin, "rank": rules.random, "temperature": 0.7},
-    "threshold": {"commit": partial(rules.threshold, tau=0.3)},
-    "factor": {"commit": partial(rules.factor, f=1.0), "rank": rules.max_prob},
-    "entropy_bound": {"commit": partial(rules.entropy_bound, gamma=0.5), "rank": rules.entropy},
+    **{f"rank {name}": {"rank": getattr(rules, name)()} for name in RANKS},
+    **{f"greedy {name}": {"rank": getattr(rules, name)(), "temperature": 0.0} for name in ("Confidence", "Margin")},
+    "rank plackett_luce": {"rank": rules.PlackettLuce(temperature=0.3)},
+    "late_schedule": {"commit": rules.LateSchedule()},
+    "origin": {"commit": rules.Origin(), "rank": rules.RandomOrder(), "temperature": 0.7},
+    "threshold": {"commit": rules.Threshold(tau=0.3)},
+    "factor": {"commit": rules.Factor(f=1.0), "rank": rules.MaxProb()},
+    "entropy_bound": {"commit": rules.EntropyBound(gamma=0.5), "rank": rules.Entropy()},
     "filters": {"top_k": 3, "top_p": 0.9, "suppress": (2,)},
     "blocks, early exit": {"block_size": 3, "approximate_early_exit": True},
     "watched": {"on_step": lambda rollout: rollout.tokens.tolist()},
 }
 
 
-@pytest.mark.parametrize("rule", few(RULES, ["rank confidence", "rank plackett_luce", "filters", "blocks, early exit"]))
+@pytest.mark.parametrize("rule", few(RULES, ["rank Confidence", "rank plackett_luce", "filters", "blocks, early exit"]))
 def test_sampler_rules(rule):
-    on_both(lambda policy: run(partial(PLAIN, **RULES[rule]), policy))
+    settings = dict(RULES[rule])
+    watched = {"on_step": settings.pop("on_step", None)}
+    on_both(lambda policy: run(partial(PLAIN.replace(**settings), **watched), policy))
 
 
 @pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], ["bfloat16"]))
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("dream", dual_cache(refresh=2)), ("sdar", block_cache()), slow("llada", prefix_cache()), slow("llama", None)],
+    [("dream", DualCache(refresh=2)), ("sdar", BlockCache()), slow("llada", PrefixCache()), slow("llama", None)],
 )
 def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
     folder = checkpoint(tmp_path, family)
     settings = {"max_new_tokens": 6, "temperature": 1.0}
     if family == "llama":
-        sampler = partial(autoregress, **settings)
+        sampler = Autoregress(**settings)
     else:
         size = 4 if family == "sdar" else 3
-        sampler = partial(unmask, **settings, diffusion_steps=4, block_size=size, cache=cache, top_k=5)
+        sampler = Unmask(**settings, diffusion_steps=4, block_size=size, cache=cache, top_k=5)
     here = run(sampler, load_policy(folder, dtype=dtype))
     with Cuda():
         policy = load_policy(folder, dtype=dtype, device="cuda")
@@ -129,19 +132,19 @@ def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
 
 
 ESTIMATORS = {
-    "causal": estimators.causal(),
-    "one_step": estimators.one_step(),
-    "one_step, clean prompt": estimators.one_step(prompt_mask=0.0),
-    "elbo": estimators.elbo(num_samples=2, antithetic=True),
-    "coupled": estimators.coupled(),
-    "quadrature": estimators.quadrature(nodes=2),
-    "block": estimators.block_elbo(block_size=2),
-    "eubo": estimators.eubo(),
-    "sandwich": estimators.sandwich(),
-    "trajectory": estimators.trajectory(include_order=False),
-    "trajectory, its order too": estimators.trajectory(),
-    "segments": estimators.trajectory(num_segments=2),
-    "packed": estimators.trajectory(block_size=4),
+    "causal": estimators.Causal(),
+    "one_step": estimators.OneStep(),
+    "one_step, clean prompt": estimators.OneStep(prompt_mask=0.0),
+    "elbo": estimators.ELBO(num_samples=2, antithetic=True),
+    "coupled": estimators.Coupled(),
+    "quadrature": estimators.Quadrature(nodes=2),
+    "block": estimators.BlockELBO(block_size=2),
+    "eubo": estimators.EUBO(),
+    "sandwich": estimators.Sandwich(),
+    "trajectory": estimators.Trajectory(include_order=False),
+    "trajectory, its order too": estimators.Trajectory(),
+    "segments": estimators.Trajectory(num_segments=2),
+    "packed": estimators.Trajectory(block_size=4),
 }
 
 
@@ -150,7 +153,7 @@ def test_estimators(name, tmp_path):
     likelihood = ESTIMATORS[name]
     family = {"causal": "llama", "packed": "sdar"}.get(name)
     folder = family and checkpoint(tmp_path, family)
-    sampler = partial(autoregress, max_new_tokens=6) if name == "causal" else partial(PLAIN, top_p=0.9)
+    sampler = Autoregress(max_new_tokens=6) if name == "causal" else PLAIN.replace(top_p=0.9)
 
     def work(policy):
         rollout = with_support(run(sampler, policy), "rollout" if name == "trajectory" else "per_policy")
@@ -167,26 +170,36 @@ def test_estimators(name, tmp_path):
     on_both(work, make=masked_lm if folder is None else partial(load_policy, folder))
 
 
-ELSEWHERE = ("float8_dynamic", "int4_packed", "float8_dynamic_emulated")  # kernels of CUDA's, and of the CPU's
+ELSEWHERE = (
+    "Float8Dynamic",
+    "Int4Packed",
+    "Float8DynamicEmulated",
+    "FunctionScheme",
+)  # kernels of CUDA's, and the CPU's
+
+
+def with_loss(loss):
+    return correctors.FunctionCorrector(function=correctors.TIS().weights, loss=loss)
+
 
 CORRECTORS = {
-    "none": correctors.no_correction(),
-    "tis": correctors.tis(),
-    "tis of sequences": correctors.tis(level="sequence", pool="geometric"),
-    "mis": correctors.mis(),
-    "icepop": correctors.icepop(),
-    "reject": correctors.reject(),
-    "reject tokens": correctors.reject(level="token", statistic="k2"),
-    "ais": correctors.ais(),
-    "ais of sequences": correctors.ais(level="sequence"),
-    "bgpo": replace(correctors.tis(), loss=published.bgpo),
-    "ebpo": replace(correctors.tis(), loss=published.ebpo),
-    "gdsd": replace(correctors.tis(), loss=published.gdsd),
-    "stable_drl": replace(correctors.tis(), loss=partial(published.stable_drl, sum_over_processes=lambda x: x)),
-    "tbpo": correctors.tbpo(),
-    "aligned": correctors.aligned(),
-    "qarl": correctors.qarl(),
-    "compose": correctors.compose(correctors.tis(), correctors.reject()),
+    "none": correctors.NoCorrection(),
+    "tis": correctors.TIS(),
+    "tis of sequences": correctors.TIS(level="sequence", pool="geometric"),
+    "mis": correctors.MIS(),
+    "icepop": correctors.IcePop(),
+    "reject": correctors.Reject(),
+    "reject tokens": correctors.Reject(level="token", statistic="k2"),
+    "ais": correctors.AIS(),
+    "ais of sequences": correctors.AIS(level="sequence"),
+    "bgpo": with_loss(published.BGPO()),
+    "ebpo": with_loss(published.EBPO()),
+    "gdsd": with_loss(published.GDSD()),
+    "stable_drl": with_loss(partial(published.StableDRL(), sum_over_processes=lambda x: x)),
+    "tbpo": correctors.TBPO(),
+    "aligned": correctors.Aligned(),
+    "qarl": correctors.QaRL(),
+    "compose": correctors.Compose(parts=(correctors.TIS(), correctors.Reject())),
 }
 
 
@@ -198,8 +211,8 @@ def test_correctors(name):
 
     def work(device):
         seen = [x.to(device) for x in (log_mismatch, advantages, mask)]
-        weights, keep, metrics = corrector.weight_fn(make_stats(*seen))
-        objective = (corrector.loss or ppo_clip)(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
+        weights, keep, metrics = corrector.weights(make_stats(*seen))
+        objective = (corrector.loss or PPOClip())(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
         return weights, keep, objective, metrics
 
     *here, numbers = work("cpu")
@@ -210,7 +223,7 @@ def test_correctors(name):
         assert same == numbers
 
 
-SCHEMES = [name for name in CHOICES["rollout_quantization"] if name not in ELSEWHERE]
+SCHEMES = [name for name in subclasses(schemes.Scheme) if name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -240,7 +253,7 @@ def test_adapters_with_dropout(dtype):
     def work(policy):
         policy.module.to(dtype)
         add_lora(policy, Lora(r=2, dropout=0.5))
-        rollout, likelihood = run(PLAIN, policy), estimators.elbo(num_samples=1)
+        rollout, likelihood = run(PLAIN, policy), estimators.ELBO(num_samples=1)
         noise = likelihood.draw_views(rollout, generator())
         (view,) = each_view(noise)
         view.backward(policy, rollout, noise.coefficients[0])
@@ -295,7 +308,7 @@ def resumes(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
-    fields = {"lora": partial(Lora, r=2, dropout=0.1), "bf16": True, "beta": 0.1, "eval_steps": 2, "num_iterations": 2}
+    fields = {"lora": Lora(r=2, dropout=0.1), "bf16": True, "beta": 0.1, "eval_steps": 2, "num_iterations": 2}
     recipe = partial(small, **fields)
     trains_alike(recipe, tmp_path)
     resumes(recipe, tmp_path)
@@ -303,7 +316,7 @@ def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_all_weights_with_a_warm_up_resumes(tmp_path):
-    fields = {"corrector": correctors.qarl(), "rollout_quantization": schemes.int8_weight_only, "beta": 0.1}
+    fields = {"corrector": correctors.QaRL(), "rollout_quantization": schemes.Int8WeightOnly(), "beta": 0.1}
     recipe = partial(
         small, sft_warmup_steps=2, sft_warmup_batch_size=2, max_num_gen_batches=2, entropy_coeff=0.01, **fields
     )
@@ -334,7 +347,7 @@ def test_an_evaluation_and_a_diagnosis(tmp_path):
 
     def work(policy, kept):
         found = evaluate(policy, task, PLAIN, samples=2, completions=tmp_path / kept)
-        report = diagnose(policy, schemes.int8_weight_only(), prompts=prompts(), sampler=PLAIN)
+        report = diagnose(policy, schemes.Int8WeightOnly(), prompts=prompts(), sampler=PLAIN)
         return found.means, report
 
     here = work(llada(), "cpu.jsonl")
@@ -374,4 +387,4 @@ def test_a_tensor_left_on_the_host_is_found(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module, function, on_host(getattr(module, function)))
     said = "to be on the same device|expected the value on cuda:0|indices should be|expected device cuda:0 but got cpu"
     with Cuda(), pytest.raises(RuntimeError, match=said):
-        train(small(tmp_path, num_steps=1, corrector=correctors.no_correction()))
+        train(small(tmp_path, num_steps=1, corrector=correctors.NoCorrection()))

@@ -13,9 +13,9 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
-from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.diagnostics.doctor import diagnose
-from dllm_rl.likelihoods.estimators import one_step, trajectory
+from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import Lora
@@ -23,7 +23,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import unmask
+from dllm_rl.samplers import Unmask
 from dllm_rl.types import Prompts
 
 pytestmark = [
@@ -55,11 +55,11 @@ def batch():
 
 
 KERNELS = {
-    "float8_dynamic": 0.02,
-    "float8_weight_only": 0.02,
-    "int8_weight_only": 0.02,
-    "int8_dynamic": 0.03,
-    "int4_packed": 0.2,
+    "Float8Dynamic": 0.02,
+    "Float8WeightOnly": 0.02,
+    "Int8WeightOnly": 0.02,
+    "Int8Dynamic": 0.03,
+    "Int4Packed": 0.2,
 }
 
 
@@ -89,28 +89,28 @@ def test_quantized_products_their_sync_and_the_aligned_forward(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_doctor_finds_the_kernel(name):
-    sampler = partial(unmask, max_new_tokens=8, diffusion_steps=4, temperature=1.0)
+    sampler = Unmask(max_new_tokens=8, diffusion_steps=4, temperature=1.0)
     report = diagnose(llada(), getattr(schemes, name)(), prompts=prompts(), sampler=sampler)
     assert 0 < report.total.mean_abs < 1
 
 
-@pytest.mark.parametrize("scheme", ["float8_dynamic", "int8_weight_only"])
-@pytest.mark.parametrize("lora", [None, partial(Lora, r=4, dropout=0.1)])
+@pytest.mark.parametrize("scheme", ["Float8Dynamic", "Int8WeightOnly"])
+@pytest.mark.parametrize("lora", [None, Lora(r=4, dropout=0.1)])
 def test_a_run_with_real_kernels(tmp_path, scheme, lora):
     model = partial(tiny_llama, causal=False, **SIZES)
-    fields = {"bf16": True, "beta": 0.1, "num_iterations": 2, "rollout_quantization": getattr(schemes, scheme)}
+    fields = {"bf16": True, "beta": 0.1, "num_iterations": 2, "rollout_quantization": getattr(schemes, scheme)()}
     train(tiny_recipe(tmp_path, model=model, lora=lora, **fields))
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
 def test_moments_in_8_bit(tmp_path):
-    train(tiny_recipe(tmp_path, optim=adamw_8bit))
+    train(tiny_recipe(tmp_path, optim=AdamW8bit()))
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
 def test_a_base_in_few_bits(tmp_path):
     model = partial(tiny_llama, causal=False, **SIZES)
-    train(tiny_recipe(tmp_path, model=model, base_quantization="nf4", lora=partial(Lora, r=4), bf16=True))
+    train(tiny_recipe(tmp_path, model=model, base_quantization="nf4", lora=Lora(r=4), bf16=True))
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
@@ -135,11 +135,11 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
     with Cuda() as cuda:
         for steps in (6, 12):
             with cuda.phase(f"{steps} steps"):
-                sampler = partial(unmask, max_new_tokens=12, diffusion_steps=steps, temperature=1.0)
+                sampler = Unmask(max_new_tokens=12, diffusion_steps=steps, temperature=1.0)
                 rollout = sampler(policy, prompts(), torch.Generator().manual_seed(0))
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 6, cuda.report()
-        for likelihood in (one_step(), trajectory()):
+        for likelihood in (OneStep(), Trajectory()):
             noise = likelihood.draw_views(rollout, torch.Generator().manual_seed(0))
             forward, backward = (f"{likelihood.name}, {what}" for what in ("forward", "backward"))
             with cuda.phase(forward):
@@ -149,14 +149,14 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
                 for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                     view.backward(policy, rollout, weight)
             assert max(cuda.waits(forward), cuda.waits(backward)) <= 2 * len(noise.masked), cuda.report()
-        rollout_policy = quantized_copy(policy, schemes.float8_weight_only())
+        rollout_policy = quantized_copy(policy, schemes.Float8WeightOnly())
         with cuda.phase("sync"):
             sync_weights(policy, rollout_policy)
         assert cuda.waits("sync") <= 4, cuda.report()
 
 
 def test_whole_steps_are_replayed():
-    whole_steps.check("own", ["confidence"], "llada", "float8_weight_only")
+    whole_steps.check("own", ["confidence"], "llada", "Float8WeightOnly")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,38 +12,38 @@ from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms.correctors import ais, compose, reject
-from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
+from dllm_rl.algorithms.correctors import AIS, Compose, Reject
+from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import rules, unmask
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers import Unmask, rules
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.training import train
 from dllm_rl.types import Prompts
 
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 ESTIMATORS = {
-    "trajectory": trajectory(),
-    "trajectory over the rollout's support": trajectory(include_order=False),
-    "elbo": elbo(num_samples=3),
-    "one_step, a forward for the group": one_step(prompt_mask=0.0),
-    "packed": trajectory(block_size=4),
-    "noisy order": trajectory(),
+    "trajectory": Trajectory(),
+    "trajectory over the rollout's support": Trajectory(include_order=False),
+    "elbo": ELBO(num_samples=3),
+    "one_step, a forward for the group": OneStep(prompt_mask=0.0),
+    "packed": Trajectory(block_size=4),
+    "noisy order": Trajectory(),
 }
-NOISY = partial(rules.plackett_luce, temperature=0.3)
+NOISY = rules.PlackettLuce(temperature=0.3)
 STEPS = {
     "plain": {},
     "filters and suppressed tokens": {"top_k": 3, "suppress": (2, 0)},
     "greedy": {"temperature": 0.0},
-    "drawn where it is known": {"rank": rules.random},
+    "drawn where it is known": {"rank": rules.RandomOrder()},
     "noisy order": {"rank": NOISY},
     "blocks": {"block_size": 4},
-    "prefix cache": {"block_size": 4, "cache": prefix_cache()},
-    "dual cache": {"block_size": 4, "cache": dual_cache(refresh=2)},
-    "block cache": {"cache": block_cache()},
+    "prefix cache": {"block_size": 4, "cache": PrefixCache()},
+    "dual cache": {"block_size": 4, "cache": DualCache(refresh=2)},
+    "block cache": {"cache": BlockCache()},
 }
 
 
@@ -58,10 +58,10 @@ def test_a_sampler_step_waits_once_at_most(name, tmp_path):
         else:
             policy = tiny_llama(**SIZES, causal=False).to("cuda")
             prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
-        sampler = partial(unmask, max_new_tokens=8, **({"temperature": 1.0} | STEPS[name]))
         for steps in (2, 4):
+            sampler = Unmask(max_new_tokens=8, diffusion_steps=steps, **{"temperature": 1.0} | STEPS[name])
             with cuda.phase(f"{steps} steps"):
-                rollout = sampler(policy, prompts, torch.Generator().manual_seed(0), diffusion_steps=steps)
+                rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
             assert rollout.forwards == steps
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 2, cuda.report()
@@ -78,9 +78,9 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
             policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
         prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
         generator = torch.Generator().manual_seed(0)
-        rank = NOISY if name == "noisy order" else rules.confidence
+        rank = NOISY if name == "noisy order" else rules.Confidence()
         options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "top_k": 3}
-        rollout = unmask(policy, prompts, generator, rank=rank, **options)
+        rollout = Unmask(rank=rank, **options)(policy, prompts, generator)
         rollout = with_support(rollout, "rollout" if "support" in name else "per_policy")
         noise = likelihood.draw_views(rollout, generator)
         views = len(noise.masked)
@@ -98,7 +98,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", few([schemes.float8_weight_only, schemes.int4_weight_only, int3_emulated], [schemes.float8_weight_only])
+    "scheme", few([schemes.Float8WeightOnly, schemes.Int4WeightOnly, int3_emulated], [schemes.Float8WeightOnly])
 )
 def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
     """Once for whether all weights are finite, once for what has changed."""
@@ -119,7 +119,7 @@ def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     the first step sees what the corrector does once more."""
     few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2, "eval_batch_size": 8}
     few["model"] = partial(tiny_llama, **SIZES | {"num_layers": 1}, causal=False)
-    recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
+    recipe = tiny_recipe(tmp_path, corrector=Compose(parts=(AIS(), Reject())), **few)
     with SimulatedCuda() as cuda:
         train(recipe)
         assert cuda.waits(place="gather_on_host") == 2 and cuda.waits(place="sum_over") == 1, cuda.report()

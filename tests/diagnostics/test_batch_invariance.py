@@ -13,18 +13,19 @@ from repetitions import few
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.algorithms.correctors import aligned
+from dllm_rl.algorithms.correctors import Aligned
 from dllm_rl.diagnostics.batch_invariance import (
     BatchInvariantOps,
     batch_invariant,
     check_bitwise_equal,
     prepare_workspace,
 )
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs, Prompts
@@ -123,13 +124,13 @@ def sampled(policy, lengths=(5, 9, 16, 3)):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, policy.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
-    return unmask(policy, prompts, generator, max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=max_prob)
+    return Unmask(max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("masked_lm", torch.bfloat16), ("llada", torch.float32)])
 @pytest.mark.parametrize("attention", few(["sdpa", "eager"], ["sdpa"]))
 def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, attention, dtype):
-    policy, estimator = MODELS[model](), trajectory()
+    policy, estimator = MODELS[model](), Trajectory()
     policy.module.to(dtype).set_attn_implementation(attention)
     with batch_invariant():
         rollout = sampled(policy)
@@ -160,7 +161,7 @@ LAYERS = {
 @pytest.mark.parametrize("model", MODELS)
 def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
     policy = MODELS[model]()
-    other, estimator = quantized_copy(policy, None), trajectory()
+    other, estimator = quantized_copy(policy, None), Trajectory()
     name = next(n for n, _ in other.module.named_modules() if n.endswith(LAYERS[model][index]))
     weight = other.module.get_submodule(name).weight.data
     # One unit in the last place of every element: of a single one it may round away.
@@ -179,7 +180,7 @@ def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
 
 
 def test_a_difference_that_no_layer_makes_is_said_to_be_so():
-    policy, estimator = MODELS["llada"](), trajectory()
+    policy, estimator = MODELS["llada"](), Trajectory()
     rollout = sampled(policy)
     noise = estimator.draw_views(rollout, torch.Generator())
     old = estimator.logprobs(policy, rollout, noise)
@@ -211,7 +212,7 @@ def logged(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 3], ids=["plain", "aligned"])
 def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
-    quantized = {"rollout_quantization": int3_emulated, "corrector": aligned()}
+    quantized = {"rollout_quantization": int3_emulated, "corrector": Aligned()}
     train(zero_recipe(tmp_path, num_steps=steps, **({} if steps == 20 else quantized)))
     worst = logged(tmp_path, "rollout_corr/abs_log_ratio_max")
     assert len(worst) == steps and max(worst) == 0
@@ -219,35 +220,35 @@ def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
 
 
 @pytest.mark.parametrize("zero_mismatch", [True, False])
-def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, zero_mismatch):
+def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, monkeypatch, zero_mismatch):
     seen = []
     recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch, train_batch_size=2, num_generations=2)
-    draw, sample = recipe.likelihood.draw_views, recipe.sampler
+    draw, sample = type(recipe.likelihood).draw_views, recipe.sampler
 
     def watched_draw(*arguments):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return draw(*arguments)
 
-    def watched_sample(policy, prompts, generator, *, max_new_tokens):
+    def watched_sample(policy, prompts, generator):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return sample(policy, prompts, generator)
 
-    sampler = partial(watched_sample, max_new_tokens=16)
-    train(replace(recipe, sampler=sampler, likelihood=replace(recipe.likelihood, draw_views=watched_draw)))
+    monkeypatch.setattr(type(recipe.likelihood), "draw_views", watched_draw)
+    train(replace(recipe, sampler=FunctionSampler(function=watched_sample, max_new_tokens=16)))
     assert seen == [zero_mismatch] * 4  # sampled and scored in the rehearsal, and in the step
 
 
 def test_the_loop_stops_at_the_first_log_prob_that_differs(tmp_path):
     """One recorded log-prob is off by a millionth of a nat."""
     recipe = zero_recipe(tmp_path, num_steps=2)
-    recipe = replace(recipe, sampler=partial(tampered, recipe.sampler, max_new_tokens=16))
+    recipe = replace(recipe, sampler=FunctionSampler(function=partial(tampered, recipe.sampler), max_new_tokens=16))
     expected = r"zero_mismatch: 1 of \d+ log-probs differ, the first at row \d, position \d+"
     with pytest.raises(RuntimeError, match=expected):
         train(recipe)
 
 
-def tampered(sampler, policy, prompts, generator, **options):
-    rollout = sampler(policy, prompts, generator, **options)
+def tampered(sampler, policy, prompts, generator):
+    rollout = sampler(policy, prompts, generator)
     rollout.logprobs[3:4, -1] += 1e-6  # the rehearsal before training has one row only
     return rollout
 

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,21 +12,21 @@ from mixtures import moe, on_a_boundary
 
 from dllm_rl.diagnostics.doctor import ADVICE, diagnose
 from dllm_rl.diagnostics.findings import page, rows
-from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import fake_quantize
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.rules import confidence, random
+from dllm_rl.quantization.schemes import FakeQuantize
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.rules import Confidence, RandomOrder
 from dllm_rl.types import SamplingParams
 
 
 def weights(policy):
-    return {"config": fake_quantize(weight="int3")}
+    return {"config": FakeQuantize(weight="int3")}
 
 
 def activations(policy):
-    return {"config": fake_quantize(weight=None, activation="five_level")}
+    return {"config": FakeQuantize(weight=None, activation="five_level")}
 
 
 def stale(policy):
@@ -66,15 +65,15 @@ def head_in_half(policy):
 
 
 def noise(policy):
-    return {"share_noise": False, "likelihood": coupled()}
+    return {"share_noise": False, "likelihood": Coupled()}
 
 
 def sampling_params(policy):
-    return {"sampler": partial(sampler, temperature=0.5), "learner_sampling_params": SamplingParams(suppress=(1,))}
+    return {"sampler": sampler.replace(temperature=0.5), "learner_sampling_params": SamplingParams(suppress=(1,))}
 
 
 def cache(policy):
-    return {"sampler": partial(sampler, diffusion_steps=4, block_size=4, cache=dual_cache())}
+    return {"sampler": sampler.replace(diffusion_steps=4, block_size=4, cache=DualCache())}
 
 
 def padding(policy):
@@ -124,7 +123,7 @@ def opposite_k3(policy, plant):
     given = {"sampler": sampler} | plant(policy)
     other = given.get("rollout_policy") or quantized_copy(policy, given.get("config"))
     rollout = given["sampler"](other, prompts(), torch.Generator().manual_seed(0))
-    learner = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, torch.Generator()))
+    learner = Trajectory().logprobs(policy, rollout, Trajectory().draw_views(rollout, torch.Generator()))
     log_rho = (rollout.logprobs - learner)[rollout.completion_mask].double()
     return (log_rho.exp() - 1 - log_rho).mean().item()
 
@@ -143,8 +142,8 @@ def test_without_a_cause_everything_is_exactly_zero_or_rounding():
 def test_the_steps_add_up_to_the_whole():
     """Token by token the chain telescopes; with one sign per cause the means would too, here an inequality remains."""
     policy = make()
-    cached = partial(sampler, diffusion_steps=4, block_size=4, cache=dual_cache())
-    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=cached)
+    cached = sampler.replace(diffusion_steps=4, block_size=4, cache=DualCache())
+    report = diagnose(policy, int3_emulated, prompts=prompts(), sampler=cached)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
     chain = sum(by_name[n] for n in ("quantized weights", "quantized activations", "stale weights", "cache or sampler"))
     assert 0 < report.total.mean_abs <= chain
@@ -155,7 +154,7 @@ def test_the_steps_add_up_to_the_whole():
 def test_a_quantized_rollout_in_bf16_is_precision_and_quantization_and_nothing_else():
     policy, half = make(), make()
     half.module.bfloat16()
-    rollout_policy = quantized_copy(half, fake_quantize(weight="int3"))
+    rollout_policy = quantized_copy(half, FakeQuantize(weight="int3"))
     report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=rollout_policy)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
     assert by_name["quantized weights"] > by_name["precision"] > 0 == by_name["stale weights"]
@@ -182,15 +181,15 @@ def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
 
 
 def test_autoregressive_policies_are_examined_too():
-    six = partial(autoregress, max_new_tokens=6)
-    report = diagnose(make(causal=True), int3_emulated(), prompts=prompts(), sampler=six)
+    six = Autoregress(max_new_tokens=6)
+    report = diagnose(make(causal=True), int3_emulated, prompts=prompts(), sampler=six)
     assert report.causes[0].name == "quantized weights"
     assert {c.name: c.mean_abs for c in report.causes}["cache or sampler"] < 1e-5
 
 
 def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
     """The same quantized model with both heads either way: the cause is there or spared, and the parts add up."""
-    policy, config = make(), int3_emulated()
+    policy, config = make(), int3_emulated
     policy.module.bfloat16()
     other = quantized_copy(policy, config)
     spared = diagnose(policy, config, prompts=prompts(), sampler=sampler, rollout_policy=other)
@@ -207,11 +206,11 @@ def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
     sides = []
     other.float32_head = True
     rollout = sampler(other, prompts(), torch.Generator().manual_seed(0))
-    order = trajectory().draw_views(rollout, torch.Generator())
+    order = Trajectory().draw_views(rollout, torch.Generator())
     for p in (policy, other):
         half = copy.copy(p)
         half.float32_head = False
-        sides.append(trajectory().logprobs(half, rollout, order))
+        sides.append(Trajectory().logprobs(half, rollout, order))
     gap = (sides[0] - sides[1])[rollout.completion_mask].abs().mean().item()
     assert spared.half_heads.mean_abs == pytest.approx(gap, rel=1e-6)
     assert rows(spared)[1][:2] == ("all, 16-bit heads", f"{gap:.2e}")
@@ -220,16 +219,16 @@ def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
 def test_an_order_that_the_learner_would_not_choose_is_named():
     """int3's weights change which position is the most certain; a random order has none to compare."""
     policy = make()
-    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=sampler)
+    report = diagnose(policy, int3_emulated, prompts=prompts(), sampler=sampler)
     assert report.order is not None and report.order[1] < 1 and report.order[0] <= 1
     assert "of the prompts begin in another order than the learner's own" in report.verdict
-    assert "rank=random" in report.verdict and "order of the first step" in page(report, b"")
-    assert diagnose(policy, None, prompts=prompts(), sampler=partial(sampler, rank=random)).order is None
+    assert "rank=RandomOrder()" in report.verdict and "order of the first step" in page(report, b"")
+    assert diagnose(policy, None, prompts=prompts(), sampler=sampler.replace(rank=RandomOrder())).order is None
 
 
 def test_ranked_by_confidence_tokens_and_order_are_one_record():
     """Unquantized, nothing is left of the whole, though every row holds the order's log-probs."""
-    report = diagnose(make(), None, prompts=prompts(), sampler=partial(sampler, rank=confidence))
+    report = diagnose(make(), None, prompts=prompts(), sampler=sampler.replace(rank=Confidence()))
     assert report.worst < 1e-5 and report.order is None
 
 
@@ -249,7 +248,7 @@ def test_a_planted_router_is_ranked_first():
 
 def test_quantized_experts_are_quantization_and_routing_and_the_chain_adds_up():
     policy = moe()
-    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=sampler)
+    report = diagnose(policy, int3_emulated, prompts=prompts(), sampler=sampler)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
     assert by_name["quantized weights"] > 0 < by_name["routing"] and by_name["stale weights"] < 1e-5
     assert report.total.mean_abs <= sum(by_name.values())

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -12,16 +12,16 @@ from sft_toys import block_causal
 from tiny_recipe import SIZES
 from torch import Generator
 
-from dllm_rl import autoregress, tiny_llama, unmask
+from dllm_rl import Autoregress, Unmask, tiny_llama
 from dllm_rl.diagnostics import traces
 from dllm_rl.diagnostics.trace_check import as_json, check_trace, report_table
 from dllm_rl.diagnostics.traces import read_trace, write_trace
 from dllm_rl.models.base import copied
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.revise import remask
+from dllm_rl.samplers.revise import Remask
 from dllm_rl.types import Prompts, SamplingParams
 
-OPTIONS = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "temperature": 0.7, "rank": rules.max_prob}
+OPTIONS = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "temperature": 0.7, "rank": rules.MaxProb()}
 
 
 @cache
@@ -30,11 +30,11 @@ def model():
 
 
 @cache
-def sampled(policy=None, sampler=unmask, **options):
+def sampled(policy=None, sampler=Unmask, **options):
     policy = policy or model()
     prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=2)
-    options = OPTIONS | options if sampler is unmask else options
-    return partial(sampler, **options)(policy, prompts, Generator().manual_seed(0))
+    options = OPTIONS | options if sampler is Unmask else options
+    return sampler(**options)(policy, prompts, Generator().manual_seed(0))
 
 
 def params(rollout, **changes):
@@ -131,11 +131,11 @@ def test_a_planted_fault_is_named(name):
 
 CLEAN = {
     "max_prob": {},
-    "confidence": {"rank": rules.confidence},
-    "late schedule, more steps than positions": {"commit": rules.late_schedule, "diffusion_steps": 12},
-    "origin": {"rank": rules.random, "commit": rules.origin, "diffusion_steps": 8},
-    "soft threshold": {"commit": partial(rules.soft_threshold, tau=0.3)},
-    "threshold, top_p": {"commit": partial(rules.threshold, tau=0.3), "top_p": 0.8},
+    "confidence": {"rank": rules.Confidence()},
+    "late schedule, more steps than positions": {"commit": rules.LateSchedule(), "diffusion_steps": 12},
+    "origin": {"rank": rules.RandomOrder(), "commit": rules.Origin(), "diffusion_steps": 8},
+    "soft threshold": {"commit": rules.SoftThreshold(tau=0.3)},
+    "threshold, top_p": {"commit": rules.Threshold(tau=0.3), "top_p": 0.8},
 }
 
 
@@ -148,13 +148,13 @@ def test_a_clean_trace_has_no_fault(name):
 
 def test_other_models_and_rewriting_samplers_have_no_fault():
     causal = tiny_llama(**SIZES, causal=True, head_std=0.15)
-    rollout = sampled(causal, autoregress, max_new_tokens=5, temperature=0.7)
+    rollout = sampled(causal, Autoregress, max_new_tokens=5, temperature=0.7)
     assert check_trace(causal, rollout).ok
     backwards = torch.where(
         rollout.completion_mask, rollout.unmask_step.amax(-1, keepdim=True) - rollout.unmask_step, -1
     )
     assert named(check_trace(causal, replace(rollout, unmask_step=backwards))) == {"order"}
-    rewritten = sampled(rank=rules.random, commit=partial(remask, eta=0.2), block_size=8)
+    rewritten = sampled(rank=rules.RandomOrder(), commit=Remask(eta=0.2), block_size=8)
     assert rewritten.events is not None and check_trace(model(), rewritten).ok
     with pytest.raises(ValueError, match="this sampler rewrites tokens"):
         write_trace("a.jsonl", rewritten)
@@ -203,7 +203,7 @@ def test_what_is_written_is_read(tmp_path):
         assert torch.equal(getattr(found, name), getattr(rollout, name)), name
     assert torch.equal(found.tokens[real], rollout.tokens[real])
     assert torch.equal(found.order.block_first_step, rollout.order.block_first_step)
-    assert found.order.rank_name == "max_prob" and found.order.probability == "deterministic"
+    assert found.order.rank_name == "MaxProb" and found.order.probability == "deterministic"
     for name in ("group_size", "weights_version", "sampling_params", "forwards"):
         assert getattr(found, name) == getattr(rollout, name)
     assert check_trace(model(), found).ok
@@ -341,7 +341,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 def test_rows_of_batches_with_other_numbers_of_forwards_are_one_trace(tmp_path):
     """As of a server, whose batches of a causal model end with their longest completion."""
     policy = tiny_llama(**SIZES, causal=True)
-    batches = [sampled(policy, autoregress, max_new_tokens=length, temperature=1.0) for length in (2, 7)]
+    batches = [sampled(policy, Autoregress, max_new_tokens=length, temperature=1.0) for length in (2, 7)]
     rows = [row for batch in batches for row in traces.trace_rows(batch)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read_trace(tmp_path / "a.jsonl")
@@ -369,10 +369,10 @@ def test_the_global_generator_is_not_used():
     find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="the wheel xllamacpp, or gguf, is not installed"
 )
 def test_traces_of_llama_cpp(tmp_path):
-    from recipes.engines.llama_cpp import llama_cpp
+    from recipes.engines.llama_cpp import LlamaCpp
 
     policy = tiny_llama(**SIZES, causal=False, head_std=0.1)
-    rollout = sampled(llama_cpp(format="F32", threads=1).load(policy))
+    rollout = sampled(LlamaCpp(format="F32", threads=1).load(policy))
     write_trace(tmp_path / "a.jsonl", rollout)
     report = check_trace(policy, read_trace(tmp_path / "a.jsonl"))
     assert report.ok and 0 < report.total.mean_abs < 0.005

@@ -15,7 +15,7 @@ from dllm_rl.evaluation.completions import Completions, fingerprint, make_row
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
 
@@ -30,7 +30,7 @@ def test_a_field_that_is_named_blank_is_refused_only_beside_a_blank():
 def test_a_fingerprint_tells_layers_of_equal_weights_apart():
     policy = tiny_masked_lm(**SIZES)
     # The inputs alone are rounded: every weight is the learner's.
-    rounded = quantized_copy(policy, fake_quantize(weight=None, activation="int8"))
+    rounded = quantized_copy(policy, FakeQuantize(weight=None, activation="int8"))
     assert all(map(torch.equal, rounded.module.parameters(), policy.module.parameters()))
     assert fingerprint(rounded) != fingerprint(policy)
 

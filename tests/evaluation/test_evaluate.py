@@ -23,9 +23,9 @@ from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, completion_token_ids, decode, prompt_ids
-from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.samplers.rules import max_prob, soft_threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Float8WeightOnly
+from dllm_rl.samplers.rules import MaxProb, SoftThreshold
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
@@ -40,7 +40,7 @@ MODEL = {
     "intermediate_size": 16,
 }
 EOS = 2
-SAMPLER = partial(unmask, max_new_tokens=16, diffusion_steps=4, temperature=1.0, suppress=(EOS,))
+SAMPLER = Unmask(max_new_tokens=16, diffusion_steps=4, temperature=1.0, suppress=(EOS,))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_reward_may_ask_for_speed(policy, tmp_path):
 
     rows = [{"prompt": "1" * n} for n in range(1, 7)]
     task = task_from_dataset(rows, reward_funcs=asks)
-    sampler = partial(SAMPLER, rank=max_prob, commit=partial(soft_threshold, tau=0.2))
+    sampler = SAMPLER.replace(rank=MaxProb(), commit=SoftThreshold(tau=0.2))
     found = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")
     values = [answer.reward.value for answer in found.answers]
     assert values == [100 * answer.steps + answer.tokens / answer.steps for answer in found.answers]
@@ -121,7 +121,7 @@ def test_a_row_holds_what_grading_needs_and_what_made_it(policy, tmp_path):
         "weights": fingerprint(policy),
     }
     assert record["settings"]["clues"] == [10, 12] and record["sampler"].startswith(
-        "unmask(max_new_tokens=16, diffusion_steps=4,"
+        "Unmask(max_new_tokens=16, diffusion_steps=4,"
     )
     # three batches of four steps each: 4, 4 and 2 problems share 4 model calls
     assert [row["evaluation"]["forwards"] for row in rows] == [1.0] * 8 + [2.0] * 2
@@ -209,9 +209,9 @@ def test_completions_of_anything_else_are_refused(policy, tmp_path):
     with pytest.raises(ValueError, match=r"made with seed=0, not 1; give another output_dir"):
         run(seed=1)
     with pytest.raises(
-        ValueError, match=r"made with sampler=unmask\(.*temperature=1.0.*, not unmask\(.*temperature=0.5"
+        ValueError, match=r"made with sampler=Unmask\(.*temperature=1.0.*, not Unmask\(.*temperature=0.5"
     ):
-        evaluate(policy, sudoku(), partial(SAMPLER, temperature=0.5), completions=path)
+        evaluate(policy, sudoku(), SAMPLER.replace(temperature=0.5), completions=path)
     other = tiny_masked_lm(**MODEL, seed=1)
     with pytest.raises(ValueError, match="made with weights="):
         evaluate(other, sudoku(), SAMPLER, completions=path)
@@ -228,7 +228,7 @@ def test_completions_of_anything_else_are_refused(policy, tmp_path):
 def test_fingerprints_tell_weights_apart(policy):
     other = tiny_masked_lm(**MODEL)
     assert fingerprint(other) == fingerprint(policy)
-    assert fingerprint(quantized_copy(policy, float8_weight_only())) != fingerprint(policy)
+    assert fingerprint(quantized_copy(policy, Float8WeightOnly())) != fingerprint(policy)
     with torch.no_grad():
         largest = max(other.module.parameters(), key=torch.Tensor.numel)
         largest.view(-1)[500] += 1e-3

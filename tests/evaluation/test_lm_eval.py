@@ -1,16 +1,16 @@
 """lm-evaluation-harness asks, a policy of ours answers: hand-checked likelihoods, and a local task from end to end."""
 
 import json
-from functools import partial
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dllm_rl.likelihoods.estimators import causal, coupled, elbo, trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
@@ -28,15 +28,15 @@ BIG_HEAD = {"head_std": 1.0}  # so that an untrained model prefers some tokens t
 
 
 def diffusion(**options):
-    sampler = partial(unmask, max_new_tokens=4, temperature=0.0)
+    sampler = Unmask(max_new_tokens=4, temperature=0.0)
     return harness.HarnessModel(
-        tiny_masked_lm(**SMALL, **BIG_HEAD), **{"sampler": sampler, "likelihood": elbo(), **options}
+        tiny_masked_lm(**SMALL, **BIG_HEAD), **{"sampler": sampler, "likelihood": ELBO(), **options}
     )
 
 
 def autoregressive(**options):
-    sampler = partial(autoregress, max_new_tokens=4, **{"temperature": 0.0} | options)
-    return harness.HarnessModel(tiny_llama(causal=True, **SMALL, **BIG_HEAD), sampler=sampler, likelihood=causal())
+    sampler = Autoregress(max_new_tokens=4, **{"temperature": 0.0} | options)
+    return harness.HarnessModel(tiny_llama(causal=True, **SMALL, **BIG_HEAD), sampler=sampler, likelihood=Causal())
 
 
 def asked(*arguments):
@@ -62,7 +62,7 @@ def test_causal_likelihoods_are_sums_of_token_log_probs():
 
 def test_a_greedy_continuation_is_known_as_one():
     for model in (autoregressive(), diffusion()):
-        decoder = partial(model.sampler, max_new_tokens=3)
+        decoder = model.sampler.replace(max_new_tokens=3)
         prompts = Prompts.from_ids([model.tok_encode("ab=")], pad_id=model.policy.pad_id)
         ids = decoder(model.policy, prompts, torch.Generator()).tokens[0, 3:].tolist()
         other = [*ids[:2], (ids[2] - 3 + 1) % 10 + 3]
@@ -73,7 +73,7 @@ def test_a_greedy_continuation_is_known_as_one():
 
 def test_a_diffusion_models_likelihood_of_one_token_is_exact_whatever_the_estimator():
     """With one token every mask is the same one: all estimates are log p(token | context, mask)."""
-    for likelihood in (elbo(num_samples=3), coupled()):
+    for likelihood in (ELBO(num_samples=3), Coupled()):
         model = diffusion(likelihood=likelihood, greedy=False)
         (value, flag), *_ = model.loglikelihood(asked(("ab=", "c"), ("abcd=", "d")), disable_tqdm=True)
         assert not flag
@@ -111,9 +111,12 @@ def test_generation_stops_where_the_task_says():
 
 def test_a_completion_depends_on_its_row_and_sample_and_not_on_the_batch():
     (end,) = tiny_masked_lm(**SMALL).spec.eos_ids
-    sampling = {"sampler": partial(unmask, temperature=1.0, suppress=(0, end)), "seed": 3}  # padding has no text
-    requests = asked(*[("ab=", {"max_gen_toks": 12})] * 5)
-    requests += [*requests, SimpleNamespace(args=("ab=", {"max_gen_toks": 12}), task_name="other", doc_id=0)]
+    sampling = {
+        "sampler": Unmask(max_new_tokens=12, temperature=1.0, suppress=(0, end)),
+        "seed": 3,
+    }  # padding has no text
+    requests = asked(*[("ab=", {})] * 5)
+    requests += [*requests, SimpleNamespace(args=("ab=", {}), task_name="other", doc_id=0)]
     whole = diffusion(**sampling).generate_until(requests)
     assert whole == diffusion(**sampling, batch_size=2).generate_until(requests)
     assert len(set(whole[:10])) > 7, "five rows, two samples of each"
@@ -123,7 +126,7 @@ def test_a_completion_depends_on_its_row_and_sample_and_not_on_the_batch():
 
 def test_a_task_may_name_length_and_temperature():
     (end,) = tiny_masked_lm(**SMALL).spec.eos_ids
-    greedy = diffusion(sampler=partial(unmask, max_new_tokens=4, suppress=(end,)))
+    greedy = diffusion(sampler=Unmask(max_new_tokens=4, suppress=(end,)))
     asks = [{"max_gen_toks": 9}, {"temperature": 0.0}, {"do_sample": False, "temperature": 0.7}]
     assert {len(text) for text in greedy.generate_until(asked(*(("ab=", each) for each in asks)))} == {4}
     for wrong in ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}):
@@ -136,13 +139,13 @@ def test_a_task_may_name_length_and_temperature():
 
 def free_length(**settings):
     """A model whose answers have the length that the task asks for, in tokens that are letters."""
-    return diffusion(sampler=partial(unmask, suppress=(0, 2), **settings), seed=3)
+    return diffusion(sampler=Unmask(max_new_tokens=61, suppress=(0, 2), **settings), is_task_length=True, seed=3)
 
 
 @pytest.mark.parametrize(
     ("settings", "length"),
     [
-        ({}, 61),  # the harness's 256, but for the model's 64 positions: see below
+        ({}, 61),  # the sampler's
         ({"max_gen_toks": 9}, 9),
         ({"max_new_tokens": 8}, 8),
         ({"max_tokens": 7}, 7),
@@ -150,8 +153,7 @@ def free_length(**settings):
         ({"max_gen_toks": 5, "max_tokens": 5, "max_new_tokens": None}, 5),
     ],
 )
-def test_the_harnesss_names_of_a_length_are_all_read(monkeypatch, settings, length):
-    monkeypatch.setattr(harness, "MAX_NEW_TOKENS", 61)
+def test_the_harnesss_names_of_a_length_are_all_read(settings, length):
     (text,) = free_length(temperature=0.0).generate_until(asked(("ab=", settings)))
     assert len(text) == length
 
@@ -198,21 +200,22 @@ def test_filters_of_a_task_change_nothing_at_temperature_0():
 )
 def test_a_tasks_settings_that_the_model_lacks_are_refused_before_anything_is_sampled(settings, said):
     model = free_length(temperature=1.0, top_k=3)
-    model.sampler = partial(never, **model.sampler.keywords)
+    model.sampler = Never(**{field.name: getattr(model.sampler, field.name) for field in fields(model.sampler)})
     with pytest.raises(ValueError, match=said) as error:
         model.generate_until(asked(("ab=", {"max_gen_toks": 4}), ("a=", settings)))
     assert "\n" not in str(error.value)
 
 
-def never(policy, prompts, generator, *, max_new_tokens, temperature, top_k, top_p=None, suppress=()):
-    pytest.fail("sampled")
+class Never(Unmask):
+    def __call__(self, policy, prompts, generator, **keywords):
+        pytest.fail("sampled")
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="likelihood='trajectory' replays a recorded unmasking"):
-        diffusion(likelihood=trajectory())
-    with pytest.raises(ValueError, match="likelihood='causal' is for causal attention"):
-        diffusion(likelihood=causal())
+    with pytest.raises(ValueError, match=r"likelihood=Trajectory\(\) replays a recorded unmasking"):
+        diffusion(likelihood=Trajectory())
+    with pytest.raises(ValueError, match="likelihood='Causal' is for causal attention"):
+        diffusion(likelihood=Causal())
     with pytest.raises(ValueError, match="of 71 tokens exceed the model's 64 positions"):
         diffusion(greedy=False).loglikelihood(asked(("a" * 70, "b")), disable_tqdm=True)
 

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from child import run  # noqa: E402
 from scenarios import outcome, small_recipe  # noqa: E402
 
 from dllm_rl.checkpoints import checkpoint  # noqa: E402
-from dllm_rl.samplers.rules import confidence  # noqa: E402
-from dllm_rl.samplers.unmask import unmask  # noqa: E402
+from dllm_rl.models.base import Policy  # noqa: E402
+from dllm_rl.samplers.rules import Confidence  # noqa: E402
+from dllm_rl.samplers.unmask import Unmask  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
+from dllm_rl.types import Prompts, Rollout  # noqa: E402
 
 # Each process grades one completion beforehand, two of the first evaluation (the first process), then four a step.
 GRADED_IN_STEP_2 = 1 + 4 + 2
@@ -38,11 +39,13 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # how many processes, whi
 }
 
 
-def stalling(*args: Any, **settings: Any) -> Any:
-    """The sampler, which never ends in one process's step 2."""
-    if os.environ["RANK"] == "1" and Faulty.asleep == GRADED_IN_STEP_2 - 1:
-        threading.Event().wait()
-    return unmask(*args, **settings)
+class Stalling(Unmask):
+    """A sampler that never ends in one process's step 2."""
+
+    def __call__(self, policy: Policy, prompts: Prompts, generator: torch.Generator, **options: Any) -> Rollout:
+        if os.environ["RANK"] == "1" and Faulty.asleep == GRADED_IN_STEP_2 - 1:
+            threading.Event().wait()
+        return super().__call__(policy, prompts, generator, **options)
 
 
 class Faulty:
@@ -87,9 +90,7 @@ def main(root: Path) -> dict[str, list[Any]]:
         directory, settings = root / case, every | changes
         task = Faulty(case.partition(",")[0], rank)
         if case == "stands still":
-            settings["sampler"] = partial(
-                stalling, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence
-            )
+            settings["sampler"] = Stalling(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence())
         code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
         saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
         same, more = None, ""

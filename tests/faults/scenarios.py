@@ -20,7 +20,7 @@ SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "beta > 0": {"beta": 0.1},
-    "LoRA": {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "beta": 0.1},
+    "LoRA": {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1},
     "two processes": {"beta": 0.1},
 }
 PROCESSES = {"two processes": 2}

@@ -1,7 +1,6 @@
 """One contract for every estimator; a new one joins by one line. And the contract itself notices broken ones."""
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from itertools import count
 
 import pytest
@@ -9,9 +8,9 @@ import torch
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, soft_threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, SoftThreshold
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_estimator
 from dllm_rl.types import Prompts, Views
 
@@ -24,24 +23,24 @@ SMALL = {
 }
 SMALL |= {"head_std": 0.3}
 ESTIMATORS = {
-    "one_step": lik.one_step(),
-    "one_step-bare": lik.one_step(prompt_mask=0.0),
-    "elbo": lik.elbo(),
-    "elbo-plain": lik.elbo(num_samples=3, stratified=False),
-    "elbo-antithetic": lik.elbo(num_samples=6, antithetic=True),
-    "coupled": lik.coupled(),
-    "elbo-informed": lik.elbo(num_samples=4, informed_masking=1.5),
-    "coupled-informed": lik.coupled(informed_masking=1.5),
-    "coupled-3": lik.coupled(num_samples=3),
-    "quadrature": lik.quadrature(),
-    "block": lik.block_elbo(block_size=4),
-    "eubo": lik.eubo(),
-    "eubo-block": lik.eubo(beta=1.0, base=lik.block_elbo(block_size=3, num_samples=4)),
-    "sandwich": lik.sandwich(),
-    "trajectory": lik.trajectory(),
-    "trajectory-drawn": lik.trajectory(num_sampled_steps=2),
-    "trajectory-2": lik.trajectory(num_segments=2),
-    "causal": lik.causal(),
+    "one_step": lik.OneStep(),
+    "one_step-bare": lik.OneStep(prompt_mask=0.0),
+    "elbo": lik.ELBO(),
+    "elbo-plain": lik.ELBO(num_samples=3, stratified=False),
+    "elbo-antithetic": lik.ELBO(num_samples=6, antithetic=True),
+    "coupled": lik.Coupled(),
+    "elbo-informed": lik.ELBO(num_samples=4, informed_masking=1.5),
+    "coupled-informed": lik.Coupled(informed_masking=1.5),
+    "coupled-3": lik.Coupled(num_samples=3),
+    "quadrature": lik.Quadrature(),
+    "block": lik.BlockELBO(block_size=4),
+    "eubo": lik.EUBO(),
+    "eubo-block": lik.EUBO(beta=1.0, base=lik.BlockELBO(block_size=3, num_samples=4)),
+    "sandwich": lik.Sandwich(),
+    "trajectory": lik.Trajectory(),
+    "trajectory-drawn": lik.Trajectory(num_sampled_steps=2),
+    "trajectory-2": lik.Trajectory(num_segments=2),
+    "causal": lik.Causal(),
 }
 
 
@@ -51,9 +50,9 @@ def made(causal: bool = False, **changes):
     prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, group_size=2)
     generator = torch.Generator().manual_seed(1)
     if causal:
-        return policy, autoregress(policy, prompts, generator, max_new_tokens=7)
-    options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob} | changes
-    return policy, unmask(policy, prompts, generator, **{"confidence_radius": 10} | options)
+        return policy, Autoregress(max_new_tokens=7)(policy, prompts, generator)
+    options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()} | changes
+    return policy, Unmask(**{"confidence_radius": 10} | options)(policy, prompts, generator)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -61,9 +60,15 @@ def test_contract(name):
     check_estimator(ESTIMATORS[name], *made(causal=name == "causal"))
 
 
+def overriding(base, **members):
+    """Return an estimator with the settings of `base`, of a subclass that overrides these members."""
+    settings = {setting.name: getattr(base, setting.name) for setting in fields(base)}
+    return type("Overriding", (type(base),), members)(**settings)
+
+
 def drawing(change):
-    base = lik.elbo(num_samples=3)
-    return replace(base, draw_views=lambda rollout, generator: change(base.draw_views(rollout, generator), rollout))
+    base = lik.ELBO(num_samples=3)
+    return overriding(base, draw_views=lambda self, r, generator: change(base.draw_views(r, generator), r))
 
 
 def global_noise(noise, rollout):
@@ -81,17 +86,21 @@ BROKEN = {
     "global generator": drawing(global_noise),
     "written to": drawing(lambda n, r: (r.tokens.fill_(4), n)[1]),
     "same seed": drawing(lambda n, r: replace(n, coefficients=n.coefficients * next(TIMES))),
-    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Views(n.masked.clone(), n.coefficients)),
+    "keep the masks": overriding(
+        lik.ELBO(), with_advantages=lambda self, n, a: Views(n.masked.clone(), n.coefficients)
+    ),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),
     "zero off the completion": drawing(lambda n, r: replace(n, coefficients=n.coefficients + 1.0)),
     "read it off": drawing(lambda n, r: replace(n, coefficients=n.coefficients + r.completion_mask)),
-    "finite": replace(lik.elbo(), combine=lambda s, n: (s * n.coefficients).sum(0) / 0),
+    "finite": overriding(lik.ELBO(), combine=lambda self, s, n: (s * n.coefficients).sum(0) / 0),
     "rows that follow": drawing(shuffled),
     "depend on padding": drawing(
         lambda n, r: n if r.tokens.shape[1] < 14 else replace(n, masked=r.completion_mask.expand_as(n.masked))
     ),
-    "no gradient there": replace(lik.elbo(), combine=lambda s, n: s.sum(0)),
-    "pass a gradient": replace(lik.elbo(), combine=lambda s, n: (s.detach() * n.coefficients).sum(0) + 0 * s.sum(0)),
+    "no gradient there": overriding(lik.ELBO(), combine=lambda self, s, n: s.sum(0)),
+    "pass a gradient": overriding(
+        lik.ELBO(), combine=lambda self, s, n: (s.detach() * n.coefficients).sum(0) + 0 * s.sum(0)
+    ),
 }
 
 
@@ -101,10 +110,10 @@ def test_contract_notices(promise):
         check_estimator(BROKEN[promise], *made())
 
 
-def of_steps(change, **fields):
-    """`trajectory()`, with its views changed."""
-    base = lik.trajectory()
-    return replace(base, draw_views=lambda rollout, generator: change(base.draw_views(rollout, generator)), **fields)
+def of_steps(change):
+    """`Trajectory()`, with its views changed."""
+    base = lik.Trajectory()
+    return overriding(base, draw_views=lambda self, rollout, generator: change(base.draw_views(rollout, generator)))
 
 
 def first_two(views):
@@ -118,15 +127,18 @@ def backwards(views):
 UNTRUE = {
     "steps left out": ("exact_for_sampler=True", of_steps(first_two)),
     "weights of no sum": ("exact_for_sampler=True", of_steps(lambda v: replace(v, coefficients=v.coefficients * 1.1))),
-    "every token alone": ("exact_for_sampler=True", replace(lik.one_step(prompt_mask=0.0), exact_for_sampler=True)),
-    "merged steps": ("exact_for_sampler=True", replace(lik.trajectory(num_segments=2), exact_for_sampler=True)),
-    "an upper bound": ("exact_for_sampler=True", replace(lik.eubo(), exact_for_sampler=True)),
-    "random masks": ("is_random=False", replace(lik.elbo(), is_random=False)),
-    "random prompts": ("is_random=False", replace(lik.one_step(), is_random=False)),
-    "random steps": ("is_random=False", replace(lik.trajectory(num_sampled_steps=1), is_random=False)),
-    "confidences": ("reads_confidence_change", replace(lik.elbo(informed_masking=1.5), reads_confidence_change=False)),
-    "no replay": ("no state of the sampler", replace(lik.one_step(prompt_mask=0.5), replays_steps=True)),
-    "pairs of masks": ("no state of the sampler", replace(lik.coupled(), replays_steps=True)),
+    "every token alone": ("exact_for_sampler=True", overriding(lik.OneStep(prompt_mask=0.0), exact_for_sampler=True)),
+    "merged steps": ("exact_for_sampler=True", overriding(lik.Trajectory(num_segments=2), exact_for_sampler=True)),
+    "an upper bound": ("exact_for_sampler=True", overriding(lik.EUBO(), exact_for_sampler=True)),
+    "random masks": ("is_random=False", overriding(lik.ELBO(), is_random=False)),
+    "random prompts": ("is_random=False", overriding(lik.OneStep(), is_random=False)),
+    "random steps": ("is_random=False", overriding(lik.Trajectory(num_sampled_steps=1), is_random=False)),
+    "confidences": (
+        "reads_confidence_change",
+        overriding(lik.ELBO(informed_masking=1.5), reads_confidence_change=False),
+    ),
+    "no replay": ("no state of the sampler", overriding(lik.OneStep(prompt_mask=0.5), replays_steps=True)),
+    "pairs of masks": ("no state of the sampler", overriding(lik.Coupled(), replays_steps=True)),
     "backwards": ("not in the sampler's order", of_steps(backwards)),
 }
 
@@ -139,9 +151,9 @@ def test_contract_notices_what_is_declared_and_untrue(name):
 
 
 ORDERS = {
-    "confidence": {"rank": confidence},
-    "plackett_luce": {"rank": partial(plackett_luce, temperature=0.3)},
-    "soft_threshold": {"rank": max_prob, "commit": partial(soft_threshold, tau=0.3), "diffusion_steps": None},
+    "confidence": {"rank": Confidence()},
+    "plackett_luce": {"rank": PlackettLuce(temperature=0.3)},
+    "soft_threshold": {"rank": MaxProb(), "commit": SoftThreshold(tau=0.3), "diffusion_steps": None},
 }
 
 
@@ -149,7 +161,9 @@ ORDERS = {
 def test_contract_of_orders(name):
     """With the order's log-prob and without it, and an estimator that says that it scores the order, and does not."""
     inputs = made(confidence_radius=None, **ORDERS[name])
-    check_estimator(lik.trajectory(), *inputs)
-    check_estimator(lik.trajectory(include_order=False), *inputs)
+    check_estimator(lik.Trajectory(), *inputs)
+    without = lik.Trajectory(include_order=False)
+    check_estimator(without, *inputs)
+    left_out = overriding(lik.Trajectory(), draw_views=lambda self, *given: without.draw_views(*given))
     with pytest.raises(AssertionError, match="leave out the order"):
-        check_estimator(replace(lik.trajectory(include_order=False), scores_order=True), *inputs)
+        check_estimator(left_out, *inputs)

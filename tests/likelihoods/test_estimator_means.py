@@ -1,8 +1,7 @@
 """Every estimator under every combination of its options, against the enumeration of its documented expectation."""
 
-import inspect
 import math
-from functools import partial
+from dataclasses import fields
 from itertools import combinations, permutations, product
 
 import pytest
@@ -11,31 +10,33 @@ from likelihood_toys import TablePolicy, elbo_by_hand
 from order_toys import as_rollout, outcomes
 
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimator import FunctionLikelihood
+from dllm_rl.records import subclasses
 
 COMPLETION, D, ROWS = [2, 0, 1], 1.5, 5000
 CHANGE = [0.5, -0.25, 0.125]  # of the confidence, at each position
 TOY = TablePolicy(length=3, words=3, seed=2)
 ALL = {0, 1, 2}
 OPTIONS = {
-    lik.one_step: {"prompt_mask": (0.0, 0.5)},
-    lik.elbo: {
+    lik.OneStep: {"prompt_mask": (0.0, 0.5)},
+    lik.ELBO: {
         "num_samples": (1, 2, 4),
         "stratified": (True, False),
         "antithetic": (True, False),
         "informed_masking": (None, D),
     },
-    lik.coupled: {"num_samples": (1, 3), "informed_masking": (None, D)},
-    lik.quadrature: {"nodes": (1, 2, 3)},
-    lik.block_elbo: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
-    lik.trajectory: {
+    lik.Coupled: {"num_samples": (1, 3), "informed_masking": (None, D)},
+    lik.Quadrature: {"nodes": (1, 2, 3)},
+    lik.BlockELBO: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
+    lik.Trajectory: {
         "num_segments": (None, 1, 2),
         "num_sampled_steps": (None, 1, 2),
         "include_order": (True, False),
         "self_conditioning": ("detached", "full"),
         "block_size": (None,),  # packed views give the bits of the other ones: test_scoring.py
     },
-    lik.eubo: {"beta": (0.5, 1.5)},
-    lik.sandwich: {"beta": (0.5, 1.5), "mix": (0.0, 0.25, 1.0)},
+    lik.EUBO: {"beta": (0.5, 1.5)},
+    lik.Sandwich: {"beta": (0.5, 1.5), "mix": (0.0, 0.25, 1.0)},
 }
 
 
@@ -52,12 +53,9 @@ def named(value):
 
 
 def test_every_option_is_listed():
-    makers = {getattr(lik, name) for name in dir(lik) if inspect.isfunction(getattr(lik, name))}
-    makers = {make for make in makers if make.__module__ == lik.__name__}
-    makers = {make for make in makers if inspect.signature(make).return_annotation is lik.LikelihoodEstimator}
-    assert makers == {*OPTIONS, lik.causal}
+    assert {*subclasses(lik.LikelihoodEstimator).values()} == {*OPTIONS, lik.Causal, FunctionLikelihood}
     for make, options in OPTIONS.items():
-        assert {*options} == {*inspect.signature(make).parameters} - {"base"}
+        assert {*options} == {field.name for field in fields(make)} - {"base"}
 
 
 def chances(k, informed):
@@ -84,11 +82,11 @@ def of_size(k):
 
 def expected(make, informed_masking=None, nodes=None, block_size=None, num_segments=None, **options):
     """The expectation that the docstring of `make` states."""
-    if make is lik.one_step:
+    if make is lik.OneStep:
         return scored(ALL, ALL)
-    if make is lik.elbo:
+    if make is lik.ELBO:
         return sum(chance * scored(m, m) / k for k in (1, 2, 3) for m, chance in chances(k, informed_masking).items())
-    if make is lik.coupled:  # k is 0, 1, 2 or 3, each with chance 1/4
+    if make is lik.Coupled:  # k is 0, 1, 2 or 3, each with chance 1/4
         total = 0.0
         for k in range(4):
             for m, chance in chances(k, informed_masking).items():
@@ -96,12 +94,12 @@ def expected(make, informed_masking=None, nodes=None, block_size=None, num_segme
                 second = scored(ALL - m, ALL - m) * 4 / (3 - k) if k < 3 else 0.0
                 total += chance * (first + second) / 2 / 4
         return total
-    if make is lik.quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
+    if make is lik.Quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
         away = math.sqrt(0.15)
         rule = {1: {0.5: 1.0}, 2: {0.5 - math.sqrt(1 / 12): 0.5, 0.5 + math.sqrt(1 / 12): 0.5}}
         rule[3] = {0.5 - away: 5 / 18, 0.5: 8 / 18, 0.5 + away: 5 / 18}
         return sum(weight * of_size(math.floor(3 * t) + 1) for t, weight in rule[nodes].items())
-    assert make is lik.block_elbo
+    assert make is lik.BlockELBO
     blocks = [range(start, min(start + block_size, 3)) for start in range(0, 3, block_size)]
     return sum(elbo_by_hand(TOY, COMPLETION, block, later=range(block.stop, 3)) for block in blocks)
 
@@ -116,7 +114,7 @@ def made(make, settings):
     try:
         return make(**settings)
     except ValueError as error:
-        assert make is lik.elbo and settings["antithetic"]
+        assert make is lik.ELBO and settings["antithetic"]
         if settings["num_samples"] == 1:
             assert "num_samples=1 must be even" in str(error)
         else:
@@ -133,7 +131,7 @@ def assert_mean(estimator, rollout, by_hand):
 
 
 @pytest.mark.parametrize(
-    ("make", "settings"), cases(lik.one_step, lik.elbo, lik.coupled, lik.quadrature, lik.block_elbo), ids=named
+    ("make", "settings"), cases(lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO), ids=named
 )
 def test_the_mean_is_the_documented_expectation(make, settings):
     if estimator := made(make, settings):
@@ -142,11 +140,11 @@ def test_the_mean_is_the_documented_expectation(make, settings):
 
 def test_informed_masks_have_another_expectation():
     """So that a mean under uniform masks would not pass the test above."""
-    for make in (lik.elbo, lik.coupled):
+    for make in (lik.ELBO, lik.Coupled):
         assert abs(expected(make, informed_masking=D) - expected(make)) > 0.05
 
 
-@pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.trajectory)], ids=named)
+@pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.Trajectory)], ids=named)
 def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     """A row of confidence-ranked unmasking in three steps: its steps or segments, and the order if nothing is merged or
     drawn."""
@@ -159,15 +157,15 @@ def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     if is_whole and settings["include_order"]:
         assert abs(math.log(chance) - by_hand) > 0.1
         by_hand = math.log(chance)
-    estimator = lik.trajectory(**settings)
+    estimator = lik.Trajectory(**settings)
     assert estimator.exact_for_sampler == is_whole
     assert_mean(estimator, as_rollout(TOY, [key] * ROWS), by_hand)
 
 
-BASES = [made(*case) for case in cases(lik.elbo, lik.coupled, lik.quadrature, lik.block_elbo)]
+BASES = [made(*case) for case in cases(lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO)]
 
 
-@pytest.mark.parametrize(("make", "settings"), cases(lik.eubo, lik.sandwich), ids=named)
+@pytest.mark.parametrize(("make", "settings"), cases(lik.EUBO, lik.Sandwich), ids=named)
 def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
     """Position by position, in Python floats: (1/beta) log sum_n w_n p_i(m_n)^beta, and its mix with sum_n w_n l_i."""
     rollout, beta, mix = rollout_of(6), settings["beta"], settings.get("mix", 1.0)
@@ -189,18 +187,18 @@ def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
                 lower = sum(w * logp for w, logp in terms)
                 mass = sum(w * math.exp(beta * logp) for w, logp in terms)
                 upper = math.log(mass) / beta if mass else 0.0
-                weight = mix if make is lik.eubo or advantage < 0 else 0.0
+                weight = mix if make is lik.EUBO or advantage < 0 else 0.0
                 assert logps[row][i] == pytest.approx(weight * upper + (1 - weight) * lower, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "make",
+    "settings",
     [
-        partial(lik.elbo, antithetic=True, informed_masking=0.1),
-        partial(lik.elbo, num_samples=2, antithetic=True, informed_masking=20.0),
-        partial(lik.elbo, num_samples=6, stratified=False, antithetic=True, informed_masking=D),
+        {"informed_masking": 0.1},
+        {"num_samples": 2, "informed_masking": 20.0},
+        {"num_samples": 6, "stratified": False, "informed_masking": D},
     ],
 )
-def test_informed_masks_come_in_no_antithetic_pairs(make):
+def test_informed_masks_come_in_no_antithetic_pairs(settings):
     with pytest.raises(ValueError, match=r"informed_masking=.* cannot be combined with antithetic=True"):
-        make()
+        lik.ELBO(antithetic=True, **settings)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_order
 
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimator import FunctionLikelihood
 from dllm_rl.likelihoods.masks import block_view, coupled_views, k_masked_view
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.types import Events, Views
@@ -36,7 +37,7 @@ def orders(length: int, prompt: int = 1):
 def summed(policy, rollout, views, combine=lik.weighted_sum) -> float:
     """The estimate that these views give together, a mean over as many samples as there are views' weights for."""
     noise = Views(*(torch.stack(column) for column in zip(*views, strict=True)))
-    estimator = lik.LikelihoodEstimator("test", lambda r, g: noise, combine=combine)
+    estimator = FunctionLikelihood(function=lambda r, g: noise, combine_fn=combine)
     return estimator.logprobs(policy, rollout, noise).double().sum().item()
 
 
@@ -119,7 +120,7 @@ def test_stratification_and_antithetic_pairs_lower_the_variance():
     rollout = TOY.rollout([COMPLETION] * 3000)
 
     def variance(**options):
-        estimator = lik.elbo(num_samples=4, **options)
+        estimator = lik.ELBO(num_samples=4, **options)
         return estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, seeded(2))).sum(-1).var().item()
 
     plain, stratified, both = variance(stratified=False), variance(), variance(antithetic=True)
@@ -128,7 +129,7 @@ def test_stratification_and_antithetic_pairs_lower_the_variance():
 
 def test_antithetic_pairs_cover_the_completion_and_mirror_k():
     rollout = TOY.rollout([COMPLETION] * 64)
-    masked = lik.elbo(num_samples=4, antithetic=True).draw_views(rollout, seeded(3)).masked
+    masked = lik.ELBO(num_samples=4, antithetic=True).draw_views(rollout, seeded(3)).masked
     first, second = masked[:2], masked[2:]
     assert torch.equal(first | second, rollout.completion_mask.expand(2, -1, -1))
     assert (first.sum(-1) + second.sum(-1) == LENGTH + 1).all()
@@ -143,7 +144,7 @@ def test_quadrature_bias_is_what_its_nodes_say():
         terms = [TOY.logp(COMPLETION, m, i) for m in map(set, subsets(k)) for i in m]
         return LENGTH / k * sum(terms) / math.comb(LENGTH, k)
 
-    estimator = lik.quadrature(nodes=2)
+    estimator = lik.Quadrature(nodes=2)
     noise = estimator.draw_views(rollout, seeded(5))
     assert noise.masked.sum(-1).unique(dim=1).tolist() == [[1], [3]]
     totals = estimator.logprobs(TOY, rollout, noise).double().sum(-1)
@@ -152,7 +153,7 @@ def test_quadrature_bias_is_what_its_nodes_say():
     bias = expected - elbo_by_hand(TOY, COMPLETION)
     assert abs(bias) > 0.05  # a bias that more masks do not remove; three nodes hit k = 1, 2, 3 with weights 5/18, 8/18
     three = 5 / 18 * (g(1) + g(3)) + 8 / 18 * g(2)
-    totals = lik.quadrature(nodes=3)
+    totals = lik.Quadrature(nodes=3)
     totals = totals.logprobs(TOY, rollout, totals.draw_views(rollout, seeded(6))).double().sum(-1)
     assert abs(totals.mean() - three) < 4 * totals.std() / math.sqrt(6000)
 
@@ -166,7 +167,7 @@ def test_quadrature_is_unbiased_where_the_integrand_is_linear_in_k():
     length = 40
     rollout = TablePolicy(length=1, words=2, seed=0).rollout([[0] * length], prompt=3)
     for nodes in (1, 2, 3):
-        noise = lik.quadrature(nodes=nodes).draw_views(rollout, seeded(0))
+        noise = lik.Quadrature(nodes=nodes).draw_views(rollout, seeded(0))
         count = noise.masked.sum(-1, keepdim=True)
         estimate = -(noise.coefficients * count).sum().item()
         # Rounding t_n L moves k by up to half a token; the rule itself is exact.
@@ -183,7 +184,7 @@ def test_bounds_hold_on_random_toys(seed, length, words, scale):
     tokens = torch.randint(words, (length,), generator=seeded(seed)).tolist()
     noise = Views(*(torch.stack(column) for column in zip(*all_exact(length), strict=True)))
     exact = log_any_order(toy, tokens)
-    scores = lik.elbo().view_logprobs(toy, toy.rollout([tokens]), noise)
+    scores = lik.ELBO().view_logprobs(toy, toy.rollout([tokens]), noise)
     lower = lik.weighted_sum(scores, noise).double().sum().item()
     assert lower == pytest.approx(elbo_by_hand(toy, tokens), abs=1e-4)
     assert lower <= exact + 1e-4
@@ -222,11 +223,11 @@ def test_eubo_by_hand_and_unscored_positions():
 def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
     rollout = TOY.rollout([COMPLETION] * 3)
     advantages = torch.tensor([1.0, -2.0, 0.0])
-    base = lik.elbo(num_samples=4)
-    both = lik.sandwich(beta=1.5, mix=0.25, base=base)
+    base = lik.ELBO(num_samples=4)
+    both = lik.Sandwich(beta=1.5, mix=0.25, base=base)
     noise = both.draw_views(rollout, seeded(0))
     lower = base.logprobs(TOY, rollout, noise)
-    upper = lik.eubo(beta=1.5, base=base).logprobs(TOY, rollout, noise)
+    upper = lik.EUBO(beta=1.5, base=base).logprobs(TOY, rollout, noise)
     assert torch.equal(both.logprobs(TOY, rollout, noise), lower)  # no advantages given yet
     told = both.with_advantages(noise, advantages)
     assert told.masked is noise.masked and told.coefficients is noise.coefficients
@@ -240,7 +241,7 @@ def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
 
 def test_one_step_is_the_product_of_marginals_and_masks_only_prompts():
     rollout = TOY.rollout([COMPLETION] * 500, prompt=20)
-    estimator = lik.one_step(prompt_mask=0.15)
+    estimator = lik.OneStep(prompt_mask=0.15)
     noise = estimator.draw_views(rollout, seeded(0))
     by_hand = [TOY.logp(COMPLETION, {0, 1, 2}, i) for i in range(3)]
     logps = estimator.logprobs(TOY, rollout, noise)
@@ -248,19 +249,19 @@ def test_one_step_is_the_product_of_marginals_and_masks_only_prompts():
     assert logps[:, :20].abs().max() == 0 and noise.masked[0, :, 20:].all()
     share = noise.masked[0, :, :20].float().mean().item()
     assert abs(share - 0.15) < 4 * math.sqrt(0.15 * 0.85 / 10_000)
-    assert not lik.one_step(prompt_mask=0.0).draw_views(rollout, seeded(0)).masked[0, :, :20].any()
+    assert not lik.OneStep(prompt_mask=0.0).draw_views(rollout, seeded(0)).masked[0, :, :20].any()
 
 
 def test_trajectory_by_hand():
     """Tokens 2, 0, 1 committed at steps 1, 0, 0 and, merged into one segment, all at once."""
     steps = torch.tensor([[-1, 1, 0, 0]])
     rollout = TOY.rollout([COMPLETION], unmask_step=steps)
-    estimator = lik.trajectory()
+    estimator = lik.Trajectory()
     logps = estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, seeded(0)))[0]
     everything = {0, 1, 2}
     by_hand = [TOY.logp(COMPLETION, {0}, 0), TOY.logp(COMPLETION, everything, 1), TOY.logp(COMPLETION, everything, 2)]
     assert logps.tolist() == pytest.approx([0, *by_hand], abs=1e-6)
-    merged = lik.trajectory(num_segments=1)
+    merged = lik.Trajectory(num_segments=1)
     logps = merged.logprobs(TOY, rollout, merged.draw_views(rollout, seeded(0)))[0]
     assert logps.tolist() == pytest.approx([0, *(TOY.logp(COMPLETION, everything, i) for i in range(3))], abs=1e-6)
 
@@ -270,7 +271,7 @@ def test_segments_split_each_rows_own_steps_evenly():
     toy = TablePolicy(length=4, words=2, seed=0)
     steps = torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 0, 1, 0]])
     rollout = toy.rollout([[0] * 4, [1] * 4], unmask_step=steps)
-    weight = lik.trajectory(num_segments=2).draw_views(rollout, seeded(0)).coefficients
+    weight = lik.Trajectory(num_segments=2).draw_views(rollout, seeded(0)).coefficients
     assert weight[0].tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]]
     assert weight[1].tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 1, 0]]
 
@@ -280,7 +281,7 @@ def test_steps_that_are_drawn_stand_for_all():
     each token with twice its log-prob given those before it, so that the mean over draws is the whole row's."""
     toy, tokens, rows = TablePolicy(length=4, words=2, seed=0), [0, 1, 1, 0], 1200
     rollout = toy.rollout([tokens] * rows, unmask_step=torch.tensor([[-1, 0, 1, 2, 3]] * rows))
-    estimator = lik.trajectory(num_sampled_steps=2)
+    estimator = lik.Trajectory(num_sampled_steps=2)
     noise = estimator.draw_views(rollout, seeded(0))
     assert noise.coefficients.shape == (2, rows, 5) and not estimator.exact_for_sampler
     drawn = noise.coefficients.sum(0)[:, 1:]
@@ -298,7 +299,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
     toy = TablePolicy(length=4, words=2, seed=0)
     rollout = toy.rollout([[0] * 4, [1] * 4], unmask_step=torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 0, 1, 0]]))
     for merged in ({}, {"num_segments": 2}):
-        whole, drawn = lik.trajectory(**merged), lik.trajectory(num_sampled_steps=6, **merged)
+        whole, drawn = lik.Trajectory(**merged), lik.Trajectory(num_sampled_steps=6, **merged)
         noise = drawn.draw_views(rollout, seeded(0))
         assert len(noise.coefficients) == 6 and set(noise.coefficients.flatten().tolist()) == {0.0, 1.0}
         expected = whole.logprobs(toy, rollout, whole.draw_views(rollout, seeded(0)))
@@ -306,28 +307,29 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
     never = torch.full((*rollout.tokens.shape, 1), -1)
     events = Events(never, never, never.float(), depends_on_tokens=True)
     with pytest.raises(ValueError, match="replays events"):
-        lik.trajectory(num_sampled_steps=2).draw_views(replace(rollout, events=events), seeded(0))
+        lik.Trajectory(num_sampled_steps=2).draw_views(replace(rollout, events=events), seeded(0))
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("estimator", "settings", "message"),
     [
-        (partial(lik.trajectory, num_sampled_steps=0), r"num_sampled_steps=0 must be at least 1"),
+        (lik.Trajectory, {"num_sampled_steps": 0}, r"num_sampled_steps=0 must be at least 1"),
         (
-            partial(lik.trajectory, num_sampled_steps=2, block_size=4),
+            lik.Trajectory,
+            {"num_sampled_steps": 2, "block_size": 4},
             r"num_sampled_steps=2 cannot be combined with block_size=4",
         ),
-        (partial(lik.elbo, num_samples=0), r"num_samples=0 must be at least 1"),
-        (partial(lik.elbo, num_samples=3, antithetic=True), r"num_samples=3 must be even .* use 4"),
-        (partial(lik.coupled, num_samples=0), r"num_samples=0"),
-        (partial(lik.quadrature, nodes=0), r"nodes=0"),
-        (partial(lik.block_elbo, block_size=0), r"block_size=0"),
-        (partial(lik.one_step, prompt_mask=1.0), r"prompt_mask=1.0 must lie in \[0, 1\)"),
-        (partial(lik.eubo, beta=0.0), r"beta=0.0 must lie in \[0.01, 1000000\]"),
-        (partial(lik.sandwich, mix=2.0), r"mix=2.0 must lie in \[0, 1\]"),
-        (partial(lik.trajectory, num_segments=0), r"num_segments=0 must be at least 1"),
+        (lik.ELBO, {"num_samples": 0}, r"num_samples=0 must be at least 1"),
+        (lik.ELBO, {"num_samples": 3, "antithetic": True}, r"num_samples=3 must be even .* use 4"),
+        (lik.Coupled, {"num_samples": 0}, r"num_samples=0"),
+        (lik.Quadrature, {"nodes": 0}, r"nodes=0"),
+        (lik.BlockELBO, {"block_size": 0}, r"block_size=0"),
+        (lik.OneStep, {"prompt_mask": 1.0}, r"prompt_mask=1.0 must lie in \[0, 1\)"),
+        (lik.EUBO, {"beta": 0.0}, r"beta=0.0 must lie in \[0.01, 1000000\]"),
+        (lik.Sandwich, {"mix": 2.0}, r"mix=2.0 must lie in \[0, 1\]"),
+        (lik.Trajectory, {"num_segments": 0}, r"num_segments=0 must be at least 1"),
     ],
 )
-def test_bad_settings_are_named(make, message):
+def test_bad_settings_are_named(estimator, settings, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        estimator(**settings)

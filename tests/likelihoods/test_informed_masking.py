@@ -7,7 +7,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl import Prompts, coupled, elbo, eubo, grpo_recipe, tiny_masked_lm, unmask
+from dllm_rl import ELBO, EUBO, Coupled, Prompts, Unmask, grpo_recipe, tiny_masked_lm
 from dllm_rl.samplers import rules
 
 CHANGE, D, DRAWS = [0.5, -0.25, 0.0, 0.125], 1.5, 4000
@@ -18,9 +18,9 @@ def seeded(seed):
 
 
 def sampled(policy, **options):
-    options = {"temperature": 1.0, "rank": rules.max_prob, "suppress": (2, 3, 4), "confidence_radius": 1, **options}
+    options = {"temperature": 1.0, "rank": rules.MaxProb(), "suppress": (2, 3, 4), "confidence_radius": 1, **options}
     prompts = Prompts.from_ids([[3]], pad_id=policy.pad_id, group_size=8, seeds=range(8))
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=5, **options)
+    return Unmask(max_new_tokens=5, **options)(policy, prompts, torch.Generator())
 
 
 def recorded(rollout):
@@ -33,7 +33,7 @@ def confidences(policy, step, tokens, at):
     return policy.table[state, :, :3].softmax(-1).amax(-1).tolist()
 
 
-@pytest.mark.parametrize("rank", [rules.max_prob, rules.confidence])
+@pytest.mark.parametrize("rank", [rules.MaxProb(), rules.Confidence()])
 @pytest.mark.parametrize("options", [{}, {"diffusion_steps": 3}, {"block_size": 3}, {"temperature": 0.0}])
 @pytest.mark.parametrize("radius", [1, 10])
 def test_the_recorded_change_is_that_of_the_neighbors(rank, options, radius):
@@ -45,7 +45,7 @@ def test_the_recorded_change_is_that_of_the_neighbors(rank, options, radius):
     for step, tokens, changes in zip(*(x[:, 1:].tolist() for x in recorded(rollout)), strict=True):
         for i in range(5):
             near = [j for j in range(5) if abs(i - j) <= radius and step[j] > step[i] and j // size == i // size]
-            if rank is rules.max_prob:
+            if rank == rules.MaxProb():
                 before, after = (confidences(policy, step, tokens, step[i] + more) for more in (0, 1))
                 assert changes[i] == pytest.approx(sum(after[j] - before[j] for j in near), abs=1e-5)
             assert bool(changes[i]) == bool(near)
@@ -68,8 +68,8 @@ def test_masks_are_drawn_without_replacement():
             key = (k, frozenset(order[:k]))
             chance[key] = chance.get(key, 0) + p
     for views, weighted in (
-        (elbo(num_samples=1, informed_masking=D).draw_views(rollout, seeded(0)), lambda k: 4 / k),
-        (coupled(informed_masking=D).draw_views(rollout, seeded(1)), lambda k: 5 / (2 * k)),
+        (ELBO(num_samples=1, informed_masking=D).draw_views(rollout, seeded(0)), lambda k: 4 / k),
+        (Coupled(informed_masking=D).draw_views(rollout, seeded(1)), lambda k: 5 / (2 * k)),
     ):
         seen, rows = {}, {}
         drawn = views.masked[0, :, 1:]
@@ -83,11 +83,11 @@ def test_masks_are_drawn_without_replacement():
             (seen.get(key, 0) - rows[key[0]] * p) ** 2 / (rows[key[0]] * p) for key, p in chance.items() if key[0] < 4
         )
         assert statistic < 39.0  # 3 + 5 + 3 degrees of freedom
-    pair = coupled(informed_masking=D).draw_views(rollout, seeded(1))
+    pair = Coupled(informed_masking=D).draw_views(rollout, seeded(1))
     assert (pair.masked.sum(0) == rollout.completion_mask).all()
 
 
-@pytest.mark.parametrize("estimator", [elbo, coupled])
+@pytest.mark.parametrize("estimator", [ELBO, Coupled])
 def test_without_differences_the_masks_are_the_plain_ones(estimator):
     """Equal changes, and a d near 0, give every mask the same chance, and the very masks of the plain estimate."""
     rollout = TablePolicy(length=4, words=2, seed=0).rollout(torch.zeros(64, 4, dtype=torch.long))
@@ -107,23 +107,27 @@ def rollout_with(rollout, change):
 def test_what_is_refused_in_one_line():
     policy = TablePolicy(length=5, words=2, seed=1)
     rollout = sampled(policy, confidence_radius=None)
-    assert eubo(base=coupled(informed_masking=D)).reads_confidence_change
-    for options in ({"rank": rules.margin}, {"commit": rules.origin, "rank": rules.random}, {"compile_step": True}):
+    assert EUBO(base=Coupled(informed_masking=D)).reads_confidence_change
+    for options in (
+        {"rank": rules.Margin()},
+        {"commit": rules.Origin(), "rank": rules.RandomOrder()},
+        {"compile_step": True},
+    ):
         with pytest.raises(ValueError, match="confidence_radius"):
             sampled(policy, **options)
     with pytest.raises(ValueError, match=r"^confidence_radius=0 "):
         sampled(policy, confidence_radius=0)
     with pytest.raises(ValueError, match="confidence_change: sample with"):
-        elbo(informed_masking=D).draw_views(rollout, seeded(0))
+        ELBO(informed_masking=D).draw_views(rollout, seeded(0))
     with pytest.raises(ValueError, match=r"^informed_masking=-1 "):
-        elbo(informed_masking=-1)
+        ELBO(informed_masking=-1)
     rows = [{"prompt": "1+1="}] * 8
-    settings = {"max_new_tokens": 4, "likelihood": elbo(informed_masking=D)}
+    settings = {"max_new_tokens": 4, "likelihood": ELBO(informed_masking=D)}
     with pytest.raises(ValueError, match="informed_masking"):
         grpo_recipe(tiny_masked_lm(characters="1+="), rows, reward, **settings)
     options = {"sampler_options": {"confidence_radius": 10}}
     recipe = grpo_recipe(tiny_masked_lm(characters="1+="), rows, reward, **settings, **options)
-    assert recipe.sampler.keywords["confidence_radius"] == 10
+    assert recipe.sampler.confidence_radius == 10
 
 
 def reward(completions, **rest):

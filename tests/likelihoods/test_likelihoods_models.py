@@ -11,9 +11,9 @@ from repetitions import few
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.views import View, row_chunks
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts, Rollout, Views
 
 SMALL = {
@@ -28,15 +28,15 @@ DIFFUSION = {"roberta": tiny_masked_lm(**SMALL), "llada": tiny_llama(causal=Fals
 CAUSAL = tiny_llama(causal=True, **SMALL)
 RAGGED = [[3, 4, 5, 6, 7, 3], [8, 9], [4]]
 ESTIMATORS = {
-    "one_step": lik.one_step(),
-    "elbo": lik.elbo(num_samples=4, antithetic=True),
-    "coupled": lik.coupled(num_samples=2),
-    "quadrature": lik.quadrature(nodes=3),
-    "block": lik.block_elbo(block_size=3),
-    "eubo": lik.eubo(base=lik.block_elbo(block_size=3, num_samples=3)),
-    "sandwich": lik.sandwich(base=lik.coupled(num_samples=2)),
-    "trajectory": lik.trajectory(),
-    "trajectory, merged": lik.trajectory(num_segments=2),
+    "one_step": lik.OneStep(),
+    "elbo": lik.ELBO(num_samples=4, antithetic=True),
+    "coupled": lik.Coupled(num_samples=2),
+    "quadrature": lik.Quadrature(nodes=3),
+    "block": lik.BlockELBO(block_size=3),
+    "eubo": lik.EUBO(base=lik.BlockELBO(block_size=3, num_samples=3)),
+    "sandwich": lik.Sandwich(base=lik.Coupled(num_samples=2)),
+    "trajectory": lik.Trajectory(),
+    "trajectory, merged": lik.Trajectory(num_segments=2),
 }
 
 
@@ -46,8 +46,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size)
-    options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob} | options
-    return unmask(policy, prompts, seeded(7), **options)
+    options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()} | options
+    return Unmask(**options)(policy, prompts, seeded(7))
 
 
 @pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
@@ -68,7 +68,7 @@ def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
 def test_trajectory_over_every_step_is_the_samplers_own_record(family, options):
     policy = DIFFUSION[family]
     rollout = sampled(policy, group_size=4, **options)
-    estimator = lik.trajectory()
+    estimator = lik.Trajectory()
     logps = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, rtol=0, atol=1e-5)
     assert rollout.logprobs[rollout.completion_mask].max() < 0 or "top_k" in options or "top_p" in options
@@ -80,8 +80,8 @@ FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "suppress": (0,)}
 @pytest.mark.parametrize("sampling_params", [{}, FILTERED], ids=str)
 def test_causal_is_transformers_cross_entropy(sampling_params):
     prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, group_size=2)
-    rollout = autoregress(CAUSAL, prompts, seeded(), max_new_tokens=7, **sampling_params)
-    estimator = lik.causal()
+    rollout = Autoregress(max_new_tokens=7, **sampling_params)(CAUSAL, prompts, seeded())
+    estimator = lik.Causal()
     logps = estimator.logprobs(CAUSAL, rollout, estimator.draw_views(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, atol=2e-6, rtol=0)
     if sampling_params:
@@ -99,11 +99,11 @@ def test_causal_is_transformers_cross_entropy(sampling_params):
 
 def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
     rollout = sampled(DIFFUSION["llada"])
-    message = r"likelihood='causal' is for causal attention, but the policy's is 'full'; use trajectory\(\)"
+    message = r"likelihood='Causal' is for causal attention, but the policy's is 'full'; use Trajectory\(\)"
     with pytest.raises(ValueError, match=message):
-        lik.causal().logprobs(DIFFUSION["llada"], rollout, lik.causal().draw_views(rollout, seeded()))
-    with pytest.raises(ValueError, match=r"likelihood='elbo' .* 'causal'; use causal\(\)"):
-        lik.elbo().logprobs(CAUSAL, rollout, lik.elbo().draw_views(rollout, seeded()))
+        lik.Causal().logprobs(DIFFUSION["llada"], rollout, lik.Causal().draw_views(rollout, seeded()))
+    with pytest.raises(ValueError, match=r"likelihood='ELBO' .* 'causal'; use Causal\(\)"):
+        lik.ELBO().logprobs(CAUSAL, rollout, lik.ELBO().draw_views(rollout, seeded()))
 
 
 @pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
@@ -194,10 +194,10 @@ def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
     rollout = sampled(policy, group_size=4)
     rows = counting(policy, monkeypatch)
     for estimator, expected in (
-        (lik.one_step(prompt_mask=0.0), [3]),
-        (lik.one_step(prompt_mask=0.5), [12]),
-        (lik.trajectory(), [3, 12, 12, 12]),
-        (lik.trajectory(num_segments=2), [3, 12]),
+        (lik.OneStep(prompt_mask=0.0), [3]),
+        (lik.OneStep(prompt_mask=0.5), [12]),
+        (lik.Trajectory(), [3, 12, 12, 12]),
+        (lik.Trajectory(num_segments=2), [3, 12]),
     ):
         rows.clear()
         estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
@@ -210,8 +210,8 @@ def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     steps = torch.where(rollout.unmask_step < torch.tensor([[8], [3], [5]]), rollout.unmask_step, -1)
     ragged = replace(rollout, unmask_step=steps, completion_mask=steps >= 0)
     rows = counting(policy, monkeypatch)
-    noise = lik.trajectory().draw_views(ragged, seeded())
-    lik.trajectory().logprobs(policy, ragged, noise)
+    noise = lik.Trajectory().draw_views(ragged, seeded())
+    lik.Trajectory().logprobs(policy, ragged, noise)
     assert rows == [3, 3, 3, 2, 2, 1, 1, 1]
     nothing = torch.zeros_like(rollout.completion_mask)
     assert torch.equal(View(nothing, nothing).logprobs(policy, rollout), torch.zeros(rollout.tokens.shape))
@@ -230,8 +230,8 @@ def test_the_global_generators_are_untouched_and_draws_repeat(name):
 
 
 OTHERS = {
-    "one_step, prompts whole": lik.one_step(prompt_mask=0.0),
-    "trajectory, sampled": lik.trajectory(num_sampled_steps=2),
+    "one_step, prompts whole": lik.OneStep(prompt_mask=0.0),
+    "trajectory, sampled": lik.Trajectory(num_sampled_steps=2),
 }
 
 

@@ -28,7 +28,7 @@ def test_the_strata_of_blocks_say_nothing_of_how_much_of_each_is_hidden():
     """Block and number hidden are independent: with both in strata of the same sample, an early block would always have
     few hidden, and a late one many."""
     rollout = TablePolicy(length=4, words=2, seed=0).rollout(torch.tensor([[0, 1, 0, 1]]))
-    estimator, seen = lik.block_elbo(block_size=2, num_samples=2), [set(), set()]
+    estimator, seen = lik.BlockELBO(block_size=2, num_samples=2), [set(), set()]
     for seed in range(40):
         noise = estimator.draw_views(rollout, seeded(seed))
         for sample, weight in enumerate(noise.coefficients[:, 0]):

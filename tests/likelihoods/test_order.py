@@ -9,13 +9,13 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
 
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, SamplingParams
 
@@ -80,13 +80,13 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, d
         old, mask = estimator.combine(scores, noise), rollout.completion_mask
         weights = chances.detach()[:, None].expand(mask.shape)
         batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
-        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
+        surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
+        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
         policy.table.grad = None
         forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
-    exact, given = through_the_learner(lik.trajectory()), through_the_learner(lik.trajectory(include_order=False))
+    exact, given = through_the_learner(lik.Trajectory()), through_the_learner(lik.Trajectory(include_order=False))
     assert (exact - expected).norm() <= 1e-10 * expected.norm()
     assert (given - expected).norm() >= 0.05 * expected.norm()
 
@@ -96,7 +96,7 @@ def test_only_what_moves_is_scored_again(fp64):
     policy = TablePolicy(length=4, words=3, seed=2)
     policy.table.requires_grad_()
     found = outcomes(policy, [[0, 1, 2, 3]], 2)
-    rollout, estimator = as_rollout(policy, list(found)[:40]), lik.trajectory()
+    rollout, estimator = as_rollout(policy, list(found)[:40]), lik.Trajectory()
     noise = estimator.draw_views(rollout, GENERATOR)
     vectors = torch.randn(noise.coefficients.shape, generator=GENERATOR.manual_seed(3)) * (noise.coefficients != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
@@ -116,12 +116,12 @@ def test_a_sampler_records_what_scoring_finds(options):
     rows = 1000
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
-    run = partial(unmask, policy, prompts, max_new_tokens=4, suppress=suppress)
-    rollout = run(torch.Generator().manual_seed(0), rank=rules.confidence, **settings)
-    estimator = lik.trajectory()
+    sampler = Unmask(max_new_tokens=4, suppress=suppress, **settings)
+    rollout = sampler.replace(rank=rules.Confidence())(policy, prompts, torch.Generator().manual_seed(0))
+    estimator = lik.Trajectory()
     noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
-    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank_name == "confidence"
+    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank_name == "Confidence"
     blocks = [[0, 1], [2, 3]] if "block_size" in options else [[0, 1, 2, 3]]
     law = {k: v for k, v in settings.items() if k in ("temperature", "top_k")}
     found = outcomes(policy, blocks, 2, **law)
@@ -130,10 +130,11 @@ def test_a_sampler_records_what_scoring_finds(options):
     )
     chances = torch.tensor([found[tuple(tuple(part) for part in key)] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=3e-5)
-    for rank in (rules.max_prob, rules.random):
-        other = run(torch.Generator().manual_seed(0), rank=rank, **settings)
-        assert other.order.logprobs is None and other.order.rank_name == rank.__name__
-    greedy = run(torch.Generator(), rank=rules.confidence, diffusion_steps=2)
+    for rank in (rules.MaxProb(), rules.RandomOrder()):
+        other = sampler.replace(rank=rank)(policy, prompts, torch.Generator().manual_seed(0))
+        assert other.order.logprobs is None and other.order.rank_name == rank.name
+    greedy = Unmask(max_new_tokens=4, suppress=suppress, rank=rules.Confidence(), diffusion_steps=2)
+    greedy = greedy(policy, prompts, torch.Generator())
     assert greedy.order.logprobs is None, "without a temperature nothing is left to chance"
 
 
@@ -170,8 +171,8 @@ def test_what_has_no_law_is_left_out_and_said(fp64):
     policy = TablePolicy(length=4, words=3, seed=2)
     rollout = as_rollout(policy, outcomes(policy, [[0, 1, 2, 3]], 2, top_k=2), top_k=2)
     for other in (replace(rollout, order=replace(rollout.order, logprobs=None)), rollout):
-        merged = lik.trajectory(num_segments=1).draw_views(other, GENERATOR)
+        merged = lik.Trajectory(num_segments=1).draw_views(other, GENERATOR)
         assert stayed_of(merged) is None and recorded(other, merged) is other.logprobs
     unlawful = replace(rollout, sampling_params=replace(rollout.sampling_params, support="rollout"))
-    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*trajectory\(include_order=False\)"):
-        lik.trajectory().draw_views(unlawful, GENERATOR)
+    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*Trajectory\(include_order=False\)"):
+        lik.Trajectory().draw_views(unlawful, GENERATOR)

@@ -11,20 +11,20 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, total
 
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.support import with_support
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()
 SCORES = {
-    "max_prob": lambda p: math.log(max(p)),
-    "margin": lambda p: sorted(p)[-1] - sorted(p)[-2],
-    "entropy": lambda p: sum(x * math.log(x) for x in p),
+    "MaxProb": lambda p: math.log(max(p)),
+    "Margin": lambda p: sorted(p)[-1] - sorted(p)[-2],
+    "Entropy": lambda p: sum(x * math.log(x) for x in p),
 }
 
 
@@ -44,7 +44,7 @@ def orders(scores):
         yield order, chance
 
 
-def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="max_prob", **options):
+def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="MaxProb", **options):
     """{(tokens, steps, draws, opened): probability}: a step of M masked positions has M! orders of noisy scores and W^k
     words at the k positions that come first."""
     hole, size = policy.mask_id, policy.length
@@ -85,11 +85,11 @@ def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="max_prob", **op
     return {(*key, tuple(opened)): p for key, p in found.items() if p > 0}
 
 
-def as_rollout(policy, keys, *, tau, base_rank="max_prob", **options):
+def as_rollout(policy, keys, *, tau, base_rank="MaxProb", **options):
     tokens, steps, draws, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
     steps, draws, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, draws, opened))
     made = policy.rollout(tokens, unmask_step=steps)
-    rank = partial(rules.plackett_luce, temperature=tau, base_rank=getattr(rules, base_rank))
+    rank = rules.PlackettLuce(temperature=tau, base_rank=getattr(rules, base_rank)())
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
     order = Order(opened, logprobs=torch.zeros(made.tokens.shape), rank_function=rank, draw_index=draws)
     return replace(made, sampling_params=params, order=order)
@@ -118,14 +118,14 @@ def test_the_law_is_the_enumeration_of_all_orders(fp64, part):
 
 def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **options):
     """sum of P A grad log P over the rows, as an update makes it."""
-    estimator = lik.trajectory(**options)
+    estimator = lik.Trajectory(**options)
     noise = estimator.draw_views(rollout, GENERATOR)
     scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
     old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
     weights = chances[:, None].expand(mask.shape)
     batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
-    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
+    surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
+    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
     policy.table.grad = None
     forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
     return -policy.table.grad
@@ -135,8 +135,8 @@ def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **o
     ("diffusion_steps", "options"),
     [
         (3, {"tau": 0.03}),
-        (3, {"tau": 1.0, "base_rank": "entropy"}),
-        (2, {"tau": 0.3, "base_rank": "margin"}),
+        (3, {"tau": 1.0, "base_rank": "Entropy"}),
+        (2, {"tau": 0.3, "base_rank": "Margin"}),
         (1, {"tau": 0.3, "temperature": 0.7, "top_k": 2}),
     ],
     ids=str,
@@ -193,7 +193,7 @@ def sample(policy, rank, rows, *, diffusion_steps, seed=0, **options):
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
     settings = {"max_new_tokens": policy.length, "diffusion_steps": diffusion_steps, "suppress": suppress} | options
-    return unmask(policy, prompts, torch.Generator().manual_seed(seed), rank=rank, **{"temperature": 1.0} | settings)
+    return Unmask(rank=rank, **{"temperature": 1.0} | settings)(policy, prompts, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,8 @@ def test_a_sampler_draws_by_the_law_and_records_it(diffusion_steps, tau, options
     """Tokens, steps and draws pass a chi-square test; the record is what scoring finds, bit for bit."""
     policy = TablePolicy(length=3, words=3, seed=5)
     rows = 8_000
-    rollout = sample(
-        policy, partial(rules.plackett_luce, temperature=tau), rows, diffusion_steps=diffusion_steps, **options
-    )
-    estimator = lik.trajectory()
+    rollout = sample(policy, rules.PlackettLuce(temperature=tau), rows, diffusion_steps=diffusion_steps, **options)
+    estimator = lik.Trajectory()
     noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
     assert torch.equal(contributions, recorded(rollout, noise))
@@ -237,8 +235,8 @@ def test_a_sampler_draws_by_the_law_and_records_it(diffusion_steps, tau, options
 def test_the_limits_are_the_score_and_a_random_order(diffusion_steps):
     """The same seeds: a small temperature has max_prob's rollouts, and a large one those of `random`."""
     policy = TablePolicy(length=3, words=3, seed=6)
-    for tau, limit in ((1e-6, rules.max_prob), (1e9, rules.random)):
-        ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, diffusion_steps=diffusion_steps)
+    for tau, limit in ((1e-6, rules.MaxProb()), (1e9, rules.RandomOrder())):
+        ours = sample(policy, rules.PlackettLuce(temperature=tau), 500, diffusion_steps=diffusion_steps)
         theirs = sample(policy, limit, 500, diffusion_steps=diffusion_steps)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.unmask_step, theirs.unmask_step)
         assert ours.order.rank_name is None and theirs.order.logprobs is None
@@ -246,11 +244,11 @@ def test_the_limits_are_the_score_and_a_random_order(diffusion_steps):
 
 def test_what_needs_log_probabilities_is_refused():
     policy = TablePolicy(length=3, words=3, seed=6)
-    rank = partial(rules.plackett_luce, temperature=0.3)
-    with pytest.raises(ValueError, match=r"commit=threshold cannot use rank=plackett_luce's noisy scores; use"):
-        sample(policy, rank, 2, diffusion_steps=3, commit=partial(rules.threshold, tau=0.9))
+    rank = rules.PlackettLuce(temperature=0.3)
+    with pytest.raises(ValueError, match=r"commit=Threshold cannot use the noisy scores of PlackettLuce; use"):
+        sample(policy, rank, 2, diffusion_steps=3, commit=rules.Threshold(tau=0.9))
     with pytest.raises(ValueError, match="temperature=0 must be at least 1e-30"):
-        sample(policy, partial(rules.plackett_luce, temperature=0), 2, diffusion_steps=3)
-    with pytest.raises(ValueError, match="base_rank=confidence must take logits and normalizer, as max_prob"):
-        sample(policy, partial(rank, base_rank=rules.confidence), 2, diffusion_steps=3)
+        rules.PlackettLuce(temperature=0)
+    with pytest.raises(ValueError, match="base_rank=Confidence must take logits and normalizer, as MaxProb"):
+        rank.replace(base_rank=rules.Confidence())
     assert sample(policy, rank, 2, diffusion_steps=3, temperature=0.0).order.logprobs is None

@@ -7,9 +7,9 @@ import pytest
 import torch
 from renoise_toys import C, as_rollout, enumerate_all, toy
 
-from dllm_rl import Prompts, elbo, trajectory
+from dllm_rl import ELBO, Prompts, Trajectory
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 
 PROMPT = torch.tensor([1, 2])
 TEMPERATURES = (0.9, 0.7)
@@ -27,10 +27,7 @@ def in_doubles():
 def sampled(policy, rows, *, answer, stops=None, bound=BOUND, seed=0, steps=2):
     stability, confidence = stops or (None, None)
     t_max, t_min = TEMPERATURES[0], TEMPERATURES[0] - 0.2 * steps  # the last of two steps is at 0.7
-    return renoise(
-        policy,
-        Prompts.from_ids([PROMPT.tolist()], pad_id=0, group_size=rows),
-        torch.Generator().manual_seed(seed),
+    return Renoise(
         max_new_tokens=C,
         diffusion_steps=steps,
         t_max=t_max,
@@ -39,7 +36,7 @@ def sampled(policy, rows, *, answer, stops=None, bound=BOUND, seed=0, steps=2):
         stability_threshold=stability,
         confidence_threshold=confidence,
         answer=answer,
-    )
+    )(policy, Prompts.from_ids([PROMPT.tolist()], pad_id=0, group_size=rows), torch.Generator().manual_seed(seed))
 
 
 def reward(answer):
@@ -85,7 +82,7 @@ def test_a_rollouts_log_prob_is_that_of_its_history(answer, stops):
     with torch.no_grad():
         found = enumerate_all(policy, PROMPT, temperatures, BOUND, answer, stops=stops)
     rollout = as_rollout(found, PROMPT, temperatures)
-    scored = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, torch.Generator())).sum(-1)
+    scored = Trajectory().logprobs(policy, rollout, Trajectory().draw_views(rollout, torch.Generator())).sum(-1)
     assert (scored - found.p.log()).abs().max() < 1e-10
     assert abs(float((scored.exp() * found.noise).sum()) - 1) < 1e-10
     lengths = (found.seen >= 0).any(1).sum(-1)
@@ -125,7 +122,7 @@ def test_sampled_frequencies_are_the_laws(answer):
 def test_scoring_is_the_samplers_record(answer):
     policy = toy()
     rollout = sampled(policy, 64, answer=answer)
-    estimator = trajectory()
+    estimator = Trajectory()
     views = estimator.draw_views(rollout, torch.Generator())
     # One policy, one arithmetic: `zero_mismatch` compares bits in tests/models/test_denoiser.py.
     assert (estimator.logprobs(policy, rollout, views) - rollout.logprobs).abs().max() < 1e-12
@@ -143,7 +140,7 @@ def test_the_full_gradient_is_the_expected_rewards(answer):
     with torch.no_grad():
         found = expected()
     weights = found.p * found.noise * reward(found.answer)
-    full = gradient(policy, trajectory(self_conditioning="full"), found, weights)
+    full = gradient(policy, Trajectory(self_conditioning="full"), found, weights)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         direction = torch.randn(len(full), generator=generator)
@@ -164,9 +161,9 @@ def test_the_detached_gradient_stops_at_the_step_before(answer):
     found.expected(reward).backward()
     wanted = flat(policy).clone()
     weights = (found.p * found.noise * reward(found.answer)).detach()
-    ours = gradient(policy, trajectory(), found, weights)
+    ours = gradient(policy, Trajectory(), found, weights)
     assert (ours - wanted).abs().max() < 1e-10
-    full = gradient(policy, trajectory(self_conditioning="full"), found, weights)
+    full = gradient(policy, Trajectory(self_conditioning="full"), found, weights)
     left_out = float((full - ours).norm() / full.norm())
     if answer == "argmax":  # of two steps the second draws nothing that counts, and the first has no step before
         assert left_out < 1e-12
@@ -180,7 +177,7 @@ def test_kept_graphs_carry_the_same_gradient():
     with torch.no_grad():
         found = enumerate_all(policy, PROMPT, TEMPERATURES, BOUND, "drawn")
     weights = found.p * found.noise * reward(found.answer)
-    for estimator in (trajectory(), trajectory(self_conditioning="full")):
+    for estimator in (Trajectory(), Trajectory(self_conditioning="full")):
         rollout = as_rollout(found, PROMPT, TEMPERATURES)
         views = estimator.draw_views(rollout, torch.Generator())
         once = gradient(policy, estimator, found, weights).clone()
@@ -227,9 +224,9 @@ def test_what_the_argmax_leaves_out_of_the_gradient():
 
 def test_the_view_counts_its_forwards():
     rollout = sampled(toy(), 4, answer="drawn")
-    (part,) = trajectory().draw_views(rollout, torch.Generator()).features
+    (part,) = Trajectory().draw_views(rollout, torch.Generator()).features
     assert part.num_forwards == 2 and not part.is_per_token
-    (view,) = each_view(trajectory().draw_views(rollout, torch.Generator()))
+    (view,) = each_view(Trajectory().draw_views(rollout, torch.Generator()))
     assert (view.input_tokens(toy(), rollout) == rollout.tokens).all()
     with pytest.raises(ValueError, match="needs_entropy"):  # as triage, which reads the states of one forward
         view.run(toy(), rollout, view.scored)
@@ -237,7 +234,7 @@ def test_the_view_counts_its_forwards():
 
 def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="self_conditioning='some' must be"):
-        trajectory(self_conditioning="some")
-    for estimator in (trajectory(num_segments=2), trajectory(num_sampled_steps=1), elbo()):
-        with pytest.raises(ValueError, match=r"the policy's is 'encoder_decoder'; use trajectory\(\)"):
-            estimator.check(toy())
+        Trajectory(self_conditioning="some")
+    for estimator in (Trajectory(num_segments=2), Trajectory(num_sampled_steps=1), ELBO()):
+        with pytest.raises(ValueError, match=r"the policy's is 'encoder_decoder'; use Trajectory\(\)"):
+            estimator.check_policy(toy())

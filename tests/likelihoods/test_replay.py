@@ -1,7 +1,6 @@
 """Rollouts that note their experts, and estimates that take them again."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -20,13 +19,13 @@ from dllm_rl.likelihoods.views import each_view, forward
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers.cache import block_cache, dual_cache
-from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, random
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import BlockCache, DualCache
+from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, RandomOrder
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts, Rollout
 
 GENERATOR = torch.Generator()
-draw = partial(unmask, max_new_tokens=8, diffusion_steps=4, temperature=1.0, rank=max_prob)
+draw = Unmask(max_new_tokens=8, diffusion_steps=4, temperature=1.0, rank=MaxProb())
 
 
 def prompts(lengths=(5, 9, 3, 40)):
@@ -35,14 +34,14 @@ def prompts(lengths=(5, 9, 3, 40)):
     return Prompts.from_ids(ids, pad_id=0, group_size=2, seeds=range(2 * len(ids)))
 
 
-def sampled(policy, sampler=draw, **settings):
+def sampled(policy, **settings):
     policy.records_experts = True
-    return sampler(policy, prompts(), GENERATOR, **settings)
+    return draw.replace(**settings)(policy, prompts(), GENERATOR)
 
 
 def gap(policy, rollout, noise):
     """Mean |log-ratio| of the scored tokens, nats."""
-    d = lik.trajectory().logprobs(policy, rollout, noise) - recorded(rollout, noise)
+    d = lik.Trajectory().logprobs(policy, rollout, noise) - recorded(rollout, noise)
     return mismatch_metrics(d, rollout.completion_mask)["rollout_corr/abs_log_ratio_mean"]
 
 
@@ -59,7 +58,7 @@ def assert_noted(policy, rollout):
     assert len(rollout.experts[rollout.completion_mask].unique(dim=0)) > 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank": random}, {"block_size": 4}, {"temperature": 0.0}])
+@pytest.mark.parametrize("settings", [{}, {"rank": RandomOrder()}, {"block_size": 4}, {"temperature": 0.0}])
 def test_the_sampler_notes_the_experts_of_the_states_that_it_committed(settings):
     """Prompts of 3 to 40 tokens: rows go through the model in buckets."""
     policy = moe()
@@ -70,10 +69,10 @@ def test_infilling_and_a_cache_note_theirs(tmp_path):
     policy = moe()
     policy.records_experts = True
     opened = Prompts.from_ids([[3, 4, 1, 5, 1, 1], [1, 6, 7]], pad_id=0, group_size=2, mask_id=1)
-    assert_noted(policy, draw(policy, opened, GENERATOR, max_new_tokens=3, diffusion_steps=2))
-    assert_noted(policy, sampled(policy, block_size=4, cache=dual_cache(refresh=1)))
+    assert_noted(policy, draw.replace(max_new_tokens=3, diffusion_steps=2)(policy, opened, GENERATOR))
+    assert_noted(policy, sampled(policy, block_size=4, cache=DualCache(refresh=1)))
     causal_blocks = load_policy(published(tmp_path, "sdar_moe"))
-    kept = sampled(causal_blocks, cache=block_cache())
+    kept = sampled(causal_blocks, cache=BlockCache())
     plain = sampled(causal_blocks)
     size = max(kept.tokens.shape[1], plain.tokens.shape[1])
     wide = [x.padded(size - x.tokens.shape[1], pad_id=0) for x in (kept, plain)]
@@ -87,14 +86,14 @@ def test_nothing_is_noted_unless_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(routing.Routing, "__enter__", lambda self: pytest.fail("a forward notes its experts"))
     rollout = draw(policy, prompts(), GENERATOR)
     assert rollout.experts is None
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
-    lik.trajectory().logprobs(policy, rollout, noise)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
+    lik.Trajectory().logprobs(policy, rollout, noise)
     with pytest.raises(ValueError, match=r"its sampler did not record.*router_replay=None"):
         with_sampled_experts(noise, rollout)
 
 
 @pytest.mark.parametrize(
-    ("layers", "whole", "rank"), [(None, False, max_prob), (None, False, random), ((0, 1), True, random)]
+    ("layers", "whole", "rank"), [(None, False, MaxProb()), (None, False, RandomOrder()), ((0, 1), True, RandomOrder())]
 )
 def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     """Weights that differ by 1e-5, and a tenth of a nat: gone with the sampler's experts where the last mixture jumps,
@@ -102,12 +101,12 @@ def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     policy = moe(num_experts_per_tok=1)
     other = on_a_boundary(policy, layers)
     rollout = sampled(other, rank=rank)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     jump = gap(policy, rollout, noise)
     replay = with_sampled_experts(noise, rollout)
     if whole:
         seen = record_experts(policy, rollout, noise)
-        lik.trajectory().logprobs(other, rollout, seen)
+        lik.Trajectory().logprobs(other, rollout, seen)
         replay = with_recorded_experts(seen, rollout)
     assert jump > 0.1 and gap(policy, rollout, replay) < 1e-3 * jump
     counts = routing_metrics(routing_counts(policy, other, rollout, noise))
@@ -116,7 +115,7 @@ def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
 
 def views(estimator):
     policy = moe()
-    other = quantized_copy(policy, int3_emulated())
+    other = quantized_copy(policy, int3_emulated)
     rollout = sampled(other)
     noise = estimator.draw_views(rollout, GENERATOR)
     seen = record_experts(policy, rollout, noise)
@@ -124,7 +123,7 @@ def views(estimator):
     return policy, other, rollout, noise, with_recorded_experts(seen, rollout)
 
 
-@pytest.mark.parametrize("estimator", [lik.trajectory(), lik.coupled()])
+@pytest.mark.parametrize("estimator", [lik.Trajectory(), lik.Coupled()])
 def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimator):
     policy, _, rollout, noise, replay = views(estimator)
     note = replay.features[-1].ids
@@ -150,13 +149,13 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [confidence, partial(plackett_luce, temperature=0.3)], ids=["confidence", "drawn"])
+@pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)], ids=["confidence", "drawn"])
 def test_an_update_replays_where_the_order_has_a_law(rank):
     """The backward of a view makes a forward of its own. Its gradient is that of the scores, with the experts of the
     rollout; with the learner's own experts it would be another one."""
     policy = moe()
-    rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
-    estimator = lik.trajectory()
+    rollout = sampled(quantized_copy(policy, int3_emulated), rank=rank)
+    estimator = lik.Trajectory()
     noise = with_sampled_experts(estimator.draw_views(rollout, GENERATOR), rollout)
     assert stayed_of(noise) is not None
     vectors = torch.randn(noise.coefficients.shape, generator=torch.Generator().manual_seed(1)) * (
@@ -177,7 +176,7 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
 
 
 def test_what_is_noted_in_scoring_is_what_routers_take_by_hand():
-    estimator = lik.coupled()
+    estimator = lik.Coupled()
     _, other, rollout, noise, replay = views(estimator)
     note = replay.features[-1].ids
     for n, masked in enumerate(noise.masked):
@@ -191,10 +190,10 @@ def test_packed_scoring_takes_the_same_experts_as_step_by_step(tmp_path):
     for name, parameter in policy.module.named_parameters():
         if ".mlp.gate." in name:
             parameter.data.mul_(8)
-    other = quantized_copy(policy, int3_emulated())
+    other = quantized_copy(policy, int3_emulated)
     rollout = sampled(other)
     size, found = policy.spec.block_size, []
-    for estimator in (lik.trajectory(), lik.trajectory(block_size=size)):
+    for estimator in (lik.Trajectory(), lik.Trajectory(block_size=size)):
         noise = estimator.draw_views(rollout, GENERATOR)
         found.append(estimator.logprobs(policy, rollout, with_sampled_experts(noise, rollout)))
         found.append(estimator.logprobs(policy, rollout, noise))
@@ -231,9 +230,9 @@ def test_counts_and_metrics_by_hand():
 def test_one_row_a_prompt_is_counted_in_the_first_view():
     """Against routers by hand, whose loads differ on the two sides."""
     policy = moe()
-    other = quantized_copy(policy, int3_emulated())
+    other = quantized_copy(policy, int3_emulated)
     rollout = draw(other, prompts(), GENERATOR)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     tokens, seen = rollout.tokens.masked_fill(noise.masked[0], 1)[::2], rollout.attention_mask[::2]
     theirs, ours = (chosen_by_hand(each, tokens, seen)[seen] for each in (other, policy))
     counts = routing_counts(policy, other, rollout, noise)
@@ -247,8 +246,8 @@ def test_one_row_a_prompt_is_counted_in_the_first_view():
 
 def test_positions_that_are_scored_as_left_choose_for_themselves():
     policy = moe()
-    rollout = sampled(policy, rank=confidence)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    rollout = sampled(policy, rank=Confidence())
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     assert stayed_of(noise).any()
     routed = with_sampled_experts(noise, rollout).features[-1].where
     assert torch.equal(routed, torch.stack([rollout.unmask_step == n for n in range(4)]))
@@ -257,7 +256,7 @@ def test_positions_that_are_scored_as_left_choose_for_themselves():
 def test_both_sides_of_one_policy_agree():
     policy = moe()
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     counts = routing_counts(policy, quantized_copy(policy, None), rollout, noise)
     seen = int(rollout.attention_mask[::2].sum())
     assert counts.shape == (2, 2 + 2 * 6) and (counts[:, :2] == 2 * seen).all()
@@ -267,7 +266,7 @@ def test_both_sides_of_one_policy_agree():
 def test_a_router_that_names_no_choice_is_not_measured_and_the_run_goes_on():
     policy = moe()
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     other = quantized_copy(policy, None)
 
     def first_two(hidden):
@@ -285,5 +284,5 @@ def test_a_dense_model_has_nothing_to_replay():
     with pytest.raises(ValueError, match=r"router_replay='R3' .*LlamaForCausalLM has none"):
         check_replay(policy, "R3")
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     assert routing_counts(policy, policy, rollout, noise) is None

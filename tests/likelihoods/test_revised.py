@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from dllm_rl import train
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
@@ -27,14 +27,14 @@ from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
-from dllm_rl.samplers.cache import block_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import BlockCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, Rollout
 
 REMASK = {"name": "remask", "eta": 0.6}
-EDIT = {"name": "soft_edit", "rank": "random", "rate": 0.3}
-SURE = {"name": "soft_edit", "rank": "max_prob", "rate": 0.4}
+EDIT = {"name": "soft_edit", "rank": "RandomOrder", "rate": 0.3}
+SURE = {"name": "soft_edit", "rank": "MaxProb", "rate": 0.4}
 TOYS = [
     (REMASK, [[0, 1]], 3, {}),
     (REMASK | {"eta": 1.0}, [[0, 1]], 4, {"temperature": 0.7}),
@@ -61,24 +61,29 @@ def toy(blocks, *, seed=0):
 def bound(rule):
     """The sampler's keywords for a rule of the toys."""
     if rule["name"] == "remask":
-        return {"rank": rules.random, "commit": partial(revise.remask, eta=rule["eta"])}
-    return {"rank": getattr(rules, rule["rank"]), "commit": partial(revise.soft_edit, rate=rule["rate"])}
+        return {"rank": rules.RandomOrder(), "commit": revise.Remask(eta=rule["eta"])}
+    return {"rank": getattr(rules, rule["rank"])(), "commit": revise.SoftEdit(rate=rule["rate"])}
 
 
 def sampled(policy, rows, blocks, diffusion_steps, rule, **options):
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
     suppress = (policy.words + 1, policy.words + 2)
     steps = diffusion_steps * len(blocks)
-    return unmask(
-        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=policy.length, suppress=suppress,
-        diffusion_steps=steps, block_size=len(blocks[0]), **bound(rule), **{"temperature": 1.0} | options,
-    )  # fmt: skip
+    sampler = Unmask(
+        max_new_tokens=policy.length,
+        suppress=suppress,
+        diffusion_steps=steps,
+        block_size=len(blocks[0]),
+        **bound(rule),
+        **{"temperature": 1.0} | options,
+    )
+    return sampler(policy, prompts, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("toy_of", TOYS, ids=str)
 def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
     rule, blocks, diffusion_steps, options = toy_of
-    policy, estimator = toy(blocks), lik.trajectory()
+    policy, estimator = toy(blocks), lik.Trajectory()
     found = sequences(policy, blocks, diffusion_steps, rule, **options)
     rollout = as_rollout(policy, found, **options)
     known, drawn = torch.tensor(list(found.values())).T
@@ -102,7 +107,7 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     cells.append((rows - sum(o for o, _ in cells), rows - sum(e for _, e in cells)))
     statistic, degrees = sum((o - e) ** 2 / e for o, e in cells if e > 1e-9), len(cells) - 1
     assert degrees > 20 and abs(math.sqrt(2 * statistic) - math.sqrt(2 * degrees - 1)) < 3  # Fisher's normal
-    estimator = lik.trajectory()  # the record is the law's, bit for bit
+    estimator = lik.Trajectory()  # the record is the law's, bit for bit
     noise = estimator.draw_views(rollout, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
 
@@ -125,7 +130,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
         return sum(known * drawn * r for (known, drawn), r in zip(again.values(), rewards.tolist(), strict=True))
 
     def through_the_learner(rollout):
-        estimator = lik.trajectory()
+        estimator = lik.Trajectory()
         policy.table.grad = None
         policy.table.requires_grad_()
         noise = estimator.draw_views(rollout, torch.Generator())
@@ -133,8 +138,8 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
         old, mask = estimator.combine(scores, noise), rollout.completion_mask
         weights = chances[:, None].expand(mask.shape)
         batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
-        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
+        surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
+        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
         forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
@@ -156,12 +161,12 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
 @pytest.mark.parametrize("rule", [REMASK, EDIT], ids=str)
 def test_a_few_steps_are_an_unbiased_estimate_of_all(fp64, rule):
     """Each draw of two of three steps is as likely: their mean is the sum."""
-    policy, estimator = toy([[0, 1]]), lik.trajectory(num_sampled_steps=2)
+    policy, estimator = toy([[0, 1]]), lik.Trajectory(num_sampled_steps=2)
     found = sequences(policy, [[0, 1]], 3, rule)
     key = next(k for k in found if {step for place in k for step, token in place if token >= 0} == {0, 1, 2})
     rollout = as_rollout(policy, [key] * 3000)
     some = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator().manual_seed(0))).sum(-1)
-    whole = lik.trajectory()
+    whole = lik.Trajectory()
     total = whole.logprobs(policy, rollout, whole.draw_views(rollout, torch.Generator())).sum(-1)[0]
     values, counts = some.round(decimals=9).unique(return_counts=True)
     assert len(values) == 3 and (counts / 3000 - 1 / 3).abs().max() < 0.04
@@ -171,9 +176,9 @@ def test_a_few_steps_are_an_unbiased_estimate_of_all(fp64, rule):
 CHARACTERS = "0123456789 abcdefghijklmnop"
 IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
 RULES = [
-    {"rank": rules.random, "commit": partial(revise.remask, eta=0.5)},
-    {"rank": rules.random, "commit": partial(revise.soft_edit, rate=0.3)},
-    {"rank": rules.max_prob, "commit": partial(revise.soft_edit, rate=0.3)},
+    {"rank": rules.RandomOrder(), "commit": revise.Remask(eta=0.5)},
+    {"rank": rules.RandomOrder(), "commit": revise.SoftEdit(rate=0.3)},
+    {"rank": rules.MaxProb(), "commit": revise.SoftEdit(rate=0.3)},
 ]
 
 
@@ -188,7 +193,7 @@ def rolled(policy, *, group=2, length=8, **options):
     seeds = list(range(len(IDS) * group))
     prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=group, seeds=seeds)
     options = {"diffusion_steps": 6, "temperature": 1.0} | options
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+    return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator())
 
 
 OTHERS = [({"block_size": 4}, RULES[0]), ({"top_k": 5, "temperature": 0.7}, RULES[2])]
@@ -213,7 +218,7 @@ def assert_replayed(rule, options, *, atol):
         tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3),
         tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3),
     ):
-        rollout, estimator = rolled(policy, **rule, **options), lik.trajectory()
+        rollout, estimator = rolled(policy, **rule, **options), lik.Trajectory()
         noise = estimator.draw_views(rollout, torch.Generator())
         contributions = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(contributions, recorded(rollout, noise), rtol=0, atol=atol)
@@ -229,7 +234,7 @@ def assert_replayed(rule, options, *, atol):
 
 
 @pytest.mark.parametrize(
-    ("rule", "cache"), [*((rule, None) for rule in RULES), (RULES[0], block_cache())],
+    ("rule", "cache"), [*((rule, None) for rule in RULES), (RULES[0], BlockCache())],
     ids=["remask", "soft_edit", "soft_edit, max_prob", "remask, cache"],
 )  # fmt: skip
 def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
@@ -238,7 +243,7 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     rollout = rolled(policy, diffusion_steps=9, length=9, cache=cache, **rule)
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     found = []
-    for estimator in (lik.trajectory(), lik.trajectory(block_size=4)):
+    for estimator in (lik.Trajectory(), lik.Trajectory(block_size=4)):
         noise = estimator.draw_views(rollout, torch.Generator())
         logps = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(logps, recorded(rollout, noise), atol=5e-6, rtol=1e-5)
@@ -261,7 +266,7 @@ def test_open_positions_inside_a_prompt_are_revised_too():
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, group_size=2, seeds=range(4), mask_id=1)
     options = {"diffusion_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
     for rule in RULES:
-        rollout, estimator = unmask(policy, prompts, torch.Generator(), **options, **rule), lik.trajectory()
+        rollout, estimator = Unmask(**options, **rule)(policy, prompts, torch.Generator()), lik.Trajectory()
         noise = estimator.draw_views(rollout, torch.Generator())
         assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
         assert torch.equal((rollout.events.step >= 0).any(-1), rollout.completion_mask)
@@ -269,7 +274,7 @@ def test_open_positions_inside_a_prompt_are_revised_too():
 
 def test_events_are_carried_with_the_record():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
-    estimator = lik.trajectory()
+    estimator = lik.Trajectory()
     few, many = (rolled(policy, diffusion_steps=steps, **RULES[0]) for steps in (3, 6))
     assert few.events.step.shape[-1] < many.events.step.shape[-1] and few.events.step.dtype == torch.int32
 
@@ -299,24 +304,24 @@ def test_events_are_carried_with_the_record():
 
 def test_what_has_no_law_is_refused_before_any_forward():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
-    hard = {"rank": rules.max_prob, "commit": partial(revise.edit, tau=0.5, tau_edit=0.0)}
-    ranked = {"rank": rules.confidence, "commit": partial(revise.soft_edit, rate=0.3)}
+    hard = {"rank": rules.MaxProb(), "commit": revise.Edit(tau=0.5, tau_edit=0.0)}
+    ranked = {"rank": rules.Confidence(), "commit": revise.SoftEdit(rate=0.3)}
     for options in (hard, ranked):
         rollout = rolled(policy, **options)
         assert rollout.events.depends_on_tokens
-        for estimator in (lik.trajectory(), lik.trajectory(num_sampled_steps=2)):
-            with pytest.raises(ValueError, match=r"trajectory.*\(edit, rank=confidence\).*soft_edit.*one_step"):
+        for estimator in (lik.Trajectory(), lik.Trajectory(num_sampled_steps=2)):
+            with pytest.raises(ValueError, match=r"Trajectory.*\(Edit, Confidence\).*SoftEdit.*OneStep"):
                 estimator.draw_views(rollout, torch.Generator())
-        assert lik.coupled().draw_views(rollout, torch.Generator()).masked.any()
+        assert lik.Coupled().draw_views(rollout, torch.Generator()).masked.any()
     with pytest.raises(ValueError, match="num_segments=2 merges steps"):
-        lik.trajectory(num_segments=2).draw_views(rolled(policy, **RULES[0]), torch.Generator())
+        lik.Trajectory(num_segments=2).draw_views(rolled(policy, **RULES[0]), torch.Generator())
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*position's last write"):
         filtered = with_support(rolled(policy, top_k=3, **RULES[0]), "rollout")
-        lik.trajectory().draw_views(filtered, torch.Generator())
+        lik.Trajectory().draw_views(filtered, torch.Generator())
     rollout = rolled(policy, **RULES[0])
     with pytest.raises(ValueError, match=r"router_replay='R3'.*position's last write"):
         noted = replace(rollout, experts=rollout.tokens[..., None, None])
-        with_sampled_experts(lik.trajectory().draw_views(noted, torch.Generator()), noted)
+        with_sampled_experts(lik.Trajectory().draw_views(noted, torch.Generator()), noted)
     with pytest.raises(ValueError, match="has no events"):
         canvas_at(rolled(policy), step=rollout.unmask_step)
 
@@ -329,28 +334,28 @@ def run(directory, words, **changes):
 
 
 WORDS = {
-    "remask": ["--sampler.commit", "remask", "--sampler.commit.eta", "0.5", "--sampler.rank", "random"],
-    "soft_edit": ["--sampler.commit", "soft_edit", "--sampler.commit.rate", "0.3", "--sampler.rank", "max_prob"],
+    "remask": ["--sampler.commit", "Remask", "--sampler.commit.eta", "0.5", "--sampler.rank", "RandomOrder"],
+    "soft_edit": ["--sampler.commit", "SoftEdit", "--sampler.commit.rate", "0.3", "--sampler.rank", "MaxProb"],
 }
 
 
 @pytest.mark.parametrize("name", few(WORDS, ["remask"]))
 def test_an_unquantized_run_has_exactly_no_mismatch(tmp_path, name):
-    exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.no_correction()}
-    rows = run(tmp_path / "run", WORDS[name], **exact, likelihood=lik.trajectory())
+    exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.NoCorrection()}
+    rows = run(tmp_path / "run", WORDS[name], **exact, likelihood=lik.Trajectory())
     assert [row["rollout_corr/abs_log_ratio_max"] for row in rows] == [0.0, 0.0]
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
-CORRECTORS = ["tis", "mis", "icepop", "reject", "ais"]
+CORRECTORS = ["TIS", "MIS", "IcePop", "Reject", "AIS"]
 
 
 @pytest.mark.parametrize(
     ("corrector", "name"),
-    [("ais", "remask"), slow("tbpo", "soft_edit"), *(nightly(c, "soft_edit") for c in CORRECTORS)],
+    [("AIS", "remask"), slow("TBPO", "soft_edit"), *(nightly(c, "soft_edit") for c in CORRECTORS)],
 )
 def test_correctors_run_on_a_rollout_that_revises(tmp_path, name, corrector):
-    changes = {"corrector": getattr(correctors, corrector)(), "likelihood": lik.trajectory()}
+    changes = {"corrector": getattr(correctors, corrector)(), "likelihood": lik.Trajectory()}
     rows = run(tmp_path / "run", WORDS[name], **changes, num_iterations=2, micro_batch_size=4, num_steps=1)
     assert 0 < rows[0]["rollout_corr/abs_log_ratio_mean"] < 0.5 and 0 < rows[0]["grad_norm/iteration_0"] < math.inf
     assert 0.5 < rows[0]["rollout_corr/rollout_is_eff_sample_size"] <= 1

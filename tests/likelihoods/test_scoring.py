@@ -11,16 +11,16 @@ from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import causal, coupled, elbo, one_step
+from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep
 from dllm_rl.likelihoods.packed import packed_mask
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob, plackett_luce, soft_threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import MaxProb, PlackettLuce, SoftThreshold
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
 from dllm_rl.training.context import StepContext
@@ -44,14 +44,14 @@ def ragged(kind: str = "llada"):
     ids = [[3 + i % 7 for i in range(n)] for n in LENGTHS]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
     if kind == "causal":
-        return policy, autoregress(policy, prompts, generator_for(0), max_new_tokens=6)
-    return policy, unmask(policy, prompts, generator_for(0), max_new_tokens=6, diffusion_steps=3, temperature=1.0)
+        return policy, Autoregress(max_new_tokens=6)(policy, prompts, generator_for(0))
+    return policy, Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0)(policy, prompts, generator_for(0))
 
 
 def test_chunks_by_hand():
     """Of two rows each; the rule of `length_buckets`, which a test of its own works out."""
     _, rollout = ragged()
-    noise = one_step().draw_views(rollout, generator_for(1))
+    noise = OneStep().draw_views(rollout, generator_for(1))
 
     def chunks(noise, size):
         return [(chunk.rows.tolist(), chunk.columns.start) for chunk in row_chunks(rollout, noise, size)]
@@ -67,7 +67,7 @@ def test_chunks_by_hand():
 def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkeypatch):
     """A causal row that ends early has padding behind it, too."""
     policy, rollout = ragged(kind)
-    estimator = causal() if kind == "causal" else elbo()
+    estimator = Causal() if kind == "causal" else ELBO()
     noise = estimator.draw_views(rollout, generator_for(1))
     padded = torch.stack([view.logprobs(policy, rollout) for view in each_view(noise)])
     tokens, hidden = [], policy.hidden
@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
 
 def test_the_gradient_is_that_of_the_padded_batch():
     policy, rollout = ragged()
-    estimator = coupled()
+    estimator = Coupled()
     noise = estimator.draw_views(rollout, generator_for(1))
     scores, mask = estimator.view_logprobs(policy, rollout, noise), rollout.completion_mask
     vector = torch.randn(mask.shape, generator=generator_for(2)) * mask
@@ -148,7 +148,7 @@ def block_causal_policy(*, causal_context: bool = False):
     return policy
 
 
-def block_sampled(policy, *, diffusion_steps: int = 9, rank=max_prob, **others):
+def block_sampled(policy, *, diffusion_steps: int = 9, rank=MaxProb(), **others):
     """Prompts of 5, 2 and 8 tokens: the completion starts inside a block, inside another, and at a boundary."""
     ids = [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4, 5, 5, 5, 6, 6]]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
@@ -159,7 +159,7 @@ def block_sampled(policy, *, diffusion_steps: int = 9, rank=max_prob, **others):
         "temperature": 1.0,
         "rank": rank,
     }
-    return unmask(policy, prompts, torch.Generator().manual_seed(1), **options | others)
+    return Unmask(**options | others)(policy, prompts, torch.Generator().manual_seed(1))
 
 
 def test_packed_mask_by_hand():
@@ -182,7 +182,7 @@ def test_packed_mask_by_hand():
 def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
     policy = block_causal_policy(causal_context=causal_context)
     rollout = block_sampled(policy, diffusion_steps=diffusion_steps)
-    one_by_one, packed = lik.trajectory(), lik.trajectory(block_size=SIZE)
+    one_by_one, packed = lik.Trajectory(), lik.Trajectory(block_size=SIZE)
     plain, together = (e.draw_views(rollout, torch.Generator()) for e in (one_by_one, packed))
     logps = packed.logprobs(policy, rollout, together)
     torch.testing.assert_close(logps, one_by_one.logprobs(policy, rollout, plain), atol=3e-6, rtol=1e-5)
@@ -196,7 +196,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     rollout = block_sampled(policy)
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     parameters, gradients = list(policy.module.parameters()), []
-    for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
+    for estimator in (lik.Trajectory(), lik.Trajectory(block_size=SIZE)):
         noise = estimator.draw_views(rollout, torch.Generator())
         logps = sum(view.logprobs(policy, rollout) for view in each_view(noise))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
@@ -207,8 +207,8 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": partial(plackett_luce, temperature=0.3)},
-        {"rank": max_prob, "commit": partial(soft_threshold, tau=0.3, temperature=1.0)},
+        {"rank": PlackettLuce(temperature=0.3)},
+        {"rank": MaxProb(), "commit": SoftThreshold(tau=0.3, temperature=1.0)},
     ],
     ids=["plackett_luce", "soft_threshold"],
 )
@@ -219,13 +219,13 @@ def test_packed_scoring_of_noisy_orders(options):
     rollout = block_sampled(policy, **options)
     parameters, found = list(policy.module.parameters()), []
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
-    for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
+    for estimator in (lik.Trajectory(), lik.Trajectory(block_size=SIZE)):
         noise = estimator.draw_views(rollout, torch.Generator())
         logps = estimator.combine(estimator.view_logprobs(policy, rollout, noise, retain_graphs=True), noise)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)])
         found.append((logps.detach(), gradient))
     (one_by_one, expected), (packed, gradient) = found
-    assert torch.equal(one_by_one, recorded(rollout, lik.trajectory().draw_views(rollout, torch.Generator())))
+    assert torch.equal(one_by_one, recorded(rollout, lik.Trajectory().draw_views(rollout, torch.Generator())))
     torch.testing.assert_close(packed, one_by_one, atol=5e-6, rtol=1e-5)
     assert (rollout.order.logprobs < -0.5).any() and expected.norm() > 0.1
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
@@ -235,7 +235,7 @@ def test_what_a_block_cannot_see_does_not_move_it():
     """Another token in a later block changes no earlier contribution; one in an earlier block changes later ones."""
     policy = block_causal_policy()
     rollout = block_sampled(policy)
-    estimator = lik.trajectory(block_size=SIZE)
+    estimator = lik.Trajectory(block_size=SIZE)
     noise = estimator.draw_views(rollout, torch.Generator())
     base = estimator.logprobs(policy, rollout, noise)
     block = (rollout.attention_mask.long().cumsum(-1) - 1) // SIZE
@@ -250,9 +250,9 @@ def test_what_a_block_cannot_see_does_not_move_it():
 def test_segments_of_each_block_merge_its_own_steps():
     policy = block_causal_policy()
     rollout = block_sampled(policy, diffusion_steps=12)
-    noise = lik.trajectory(num_segments=1, block_size=SIZE).draw_views(rollout, torch.Generator())
+    noise = lik.Trajectory(num_segments=1, block_size=SIZE).draw_views(rollout, torch.Generator())
     assert torch.equal(noise.masked[0], rollout.completion_mask) and len(noise.masked) == 1
-    halves = lik.trajectory(num_segments=2, block_size=SIZE).draw_views(rollout, torch.Generator())
+    halves = lik.Trajectory(num_segments=2, block_size=SIZE).draw_views(rollout, torch.Generator())
     assert len(halves.masked) == 2
     columns = zip(rollout.unmask_step, rollout.completion_mask, rollout.attention_mask, strict=True)
     for row, (steps, completion, real) in enumerate(columns):
@@ -267,20 +267,20 @@ def test_segments_of_each_block_merge_its_own_steps():
 @pytest.mark.parametrize("num_segments", [None, 2])
 def test_contract_of_packed_scoring(num_segments):
     policy = block_causal_policy()
-    check_estimator(lik.trajectory(block_size=SIZE, num_segments=num_segments), policy, block_sampled(policy))
+    check_estimator(lik.Trajectory(block_size=SIZE, num_segments=num_segments), policy, block_sampled(policy))
 
 
 def test_packed_scoring_is_refused_where_it_would_be_wrong():
     policy = block_causal_policy()
     rollout = block_sampled(policy)
-    wrong = lik.trajectory(block_size=8)
+    wrong = lik.Trajectory(block_size=8)
     with pytest.raises(ValueError, match="block_size=8 is not the policy's block size, 4"):
         wrong.logprobs(policy, rollout, wrong.draw_views(rollout, torch.Generator()))
     with pytest.raises(ValueError, match=r"block_size=0 must be at least 1"):
-        lik.trajectory(block_size=0)
+        lik.Trajectory(block_size=0)
     policy.spec = replace(policy.spec, attention="full")
-    right = lik.trajectory(block_size=SIZE)
-    with pytest.raises(ValueError, match=r"likelihood='trajectory' is for block_causal attention"):
+    right = lik.Trajectory(block_size=SIZE)
+    with pytest.raises(ValueError, match=r"likelihood='Trajectory' is for block_causal attention"):
         right.logprobs(policy, rollout, right.draw_views(rollout, torch.Generator()))
 
 
@@ -288,7 +288,7 @@ def test_packed_padding_rows_stay_finite():
     policy = block_causal_policy()
     rollout = block_sampled(policy)
     wide = rollout.padded(5, pad_id=policy.pad_id)
-    estimator = lik.trajectory(block_size=SIZE)
+    estimator = lik.Trajectory(block_size=SIZE)
     found = estimator.logprobs(policy, wide, estimator.draw_views(wide, torch.Generator()))
     assert found.isfinite().all()
     torch.testing.assert_close(found[:, 5:], rollout.logprobs, atol=3e-6, rtol=1e-5)

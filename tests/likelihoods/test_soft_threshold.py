@@ -11,13 +11,13 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, stayed_of, total
 
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.soft_threshold import MAX_LOGPROB, draw_set
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
@@ -96,7 +96,7 @@ def as_rollout(policy, keys, *, tau, softness, **options):
         opened,
         logprobs=torch.zeros(made.tokens.shape),
         soft_threshold_params=(tau, softness),
-        rank_function=rules.max_prob,
+        rank_function=rules.MaxProb(),
     )
     return replace(made, sampling_params=params, order=order)
 
@@ -124,14 +124,14 @@ def test_the_law_is_the_enumeration_of_all_coins(fp64, part):
 
 def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **options):
     """sum of P A grad log P over the rows, as an update makes it."""
-    estimator = lik.trajectory(**options)
+    estimator = lik.Trajectory(**options)
     noise = estimator.draw_views(rollout, GENERATOR)
     scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
     old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
     weights = chances[:, None].expand(mask.shape)
     batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
-    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
+    surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
+    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
     policy.table.grad = None
     forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
     return -policy.table.grad
@@ -179,7 +179,7 @@ def test_only_what_moves_is_scored_again(fp64):
     policy.table.requires_grad_()
     options = {"tau": 0.6, "softness": 0.5}
     rollout = as_rollout(policy, list(outcomes(policy, [[0, 1, 2]], **options))[:40], **options)
-    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    noise = lik.Trajectory().draw_views(rollout, GENERATOR)
     vectors = torch.randn(noise.coefficients.shape, generator=GENERATOR.manual_seed(3)) * (noise.coefficients != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
     scores = [view.logprobs(policy, rollout) for view in each_view(noise)]
@@ -202,11 +202,11 @@ def test_ratios_take_the_sets_in(fp64):
     torch.testing.assert_close(-(p * log_ratio).sum(), (p * (p / q).log()).sum(), rtol=0, atol=1e-9)
 
 
-def sample(policy, rows, *, seed=0, rank=rules.max_prob, **options):
+def sample(policy, rows, *, seed=0, rank=rules.MaxProb(), **options):
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
     settings = {"max_new_tokens": policy.length, "suppress": suppress, "temperature": 1.0} | options
-    return unmask(policy, prompts, torch.Generator().manual_seed(seed), rank=rank, **settings)
+    return Unmask(rank=rank, **settings)(policy, prompts, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_a_sampler_draws_by_the_law_and_records_it(tau, softness, options):
     """Tokens and steps pass a chi-square test; the record is what scoring finds, bit for bit."""
     policy = TablePolicy(length=3, words=3, seed=5)
     rows = 8_000
-    rollout = sample(policy, rows, commit=partial(rules.soft_threshold, tau=tau, temperature=softness), **options)
-    estimator = lik.trajectory()
+    rollout = sample(policy, rows, commit=rules.SoftThreshold(tau=tau, temperature=softness), **options)
+    estimator = lik.Trajectory()
     noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
     assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank_name is None
@@ -268,8 +268,8 @@ def test_the_limit_is_the_threshold():
     lasts = set()
     for seed in (6, 7, 8):
         policy = TablePolicy(length=3, words=3, seed=seed)
-        ours = sample(policy, 500, commit=partial(rules.soft_threshold, tau=0.6, temperature=0.01))
-        theirs = sample(policy, 500, commit=partial(rules.threshold, tau=0.6))
+        ours = sample(policy, 500, commit=rules.SoftThreshold(tau=0.6, temperature=0.01))
+        theirs = sample(policy, 500, commit=rules.Threshold(tau=0.6))
         same = (ours.tokens == theirs.tokens).all(-1) & (ours.unmask_step == theirs.unmask_step).all(-1)
         assert same.double().mean() > 0.95
         lasts |= set(theirs.unmask_step.amax(-1).tolist())
@@ -282,7 +282,7 @@ def test_far_below_the_threshold_the_law_is_finite(fp64):
     policy.table.requires_grad_()
     keys = [((0, 1, 2), steps, (0, 0, 0)) for steps in ((0, 1, 2), (0, 0, 0))]
     rollout = as_rollout(policy, keys, tau=0.999, softness=0.01)
-    views = list(each_view(lik.trajectory().draw_views(rollout, GENERATOR)))
+    views = list(each_view(lik.Trajectory().draw_views(rollout, GENERATOR)))
     found = sum(view.logprobs(policy, rollout) for view in views).sum(-1)
     found.sum().backward()
     assert found.isfinite().all() and found[1] < -500 and policy.table.grad.isfinite().all()
@@ -290,18 +290,18 @@ def test_far_below_the_threshold_the_law_is_finite(fp64):
 
 def test_what_has_no_law_is_refused_or_left_out():
     policy = TablePolicy(length=3, words=3, seed=6)
-    rule = partial(rules.soft_threshold, tau=0.6)
-    for rank in (rules.confidence, rules.random, rules.margin, partial(rules.plackett_luce, temperature=1.0)):
-        with pytest.raises(ValueError, match=r"(commit=soft_threshold|rank=plackett_luce)"):
+    rule = rules.SoftThreshold(tau=0.6)
+    for rank in (rules.Confidence(), rules.RandomOrder(), rules.Margin(), rules.PlackettLuce(temperature=1.0)):
+        with pytest.raises(ValueError, match=r"(commit=SoftThreshold|scores of PlackettLuce)"):
             sample(policy, 2, rank=rank, commit=rule)
-    with pytest.raises(ValueError, match=r"lacks its tau; give functools.partial\(soft_threshold, tau=0.9\)"):
-        sample(policy, 2, commit=rules.soft_threshold)
-    with pytest.raises(ValueError, match="commit=soft_threshold, which reads uniforms: use threshold"):
+    with pytest.raises(TypeError, match="'tau'"):
+        rules.SoftThreshold()
+    with pytest.raises(ValueError, match="commit=SoftThreshold, which reads uniforms: use Threshold"):
         sample(policy, 2, commit=rule, compile_step=True)
     with pytest.raises(ValueError, match=r"tau=1.0 must lie in \(0, 1\)"):
-        sample(policy, 2, commit=partial(rules.soft_threshold, tau=1.0))
+        rules.SoftThreshold(tau=1.0)
     rollout = sample(policy, 4, commit=rule)
-    assert stayed_of(lik.trajectory(num_segments=1).draw_views(rollout, GENERATOR)) is None
-    assert stayed_of(lik.trajectory().draw_views(rollout, GENERATOR)) is not None
+    assert stayed_of(lik.Trajectory(num_segments=1).draw_views(rollout, GENERATOR)) is None
+    assert stayed_of(lik.Trajectory().draw_views(rollout, GENERATOR)) is not None
     greedy = sample(policy, 2, commit=rule, temperature=0.0)
     assert greedy.order.logprobs is None and greedy.order.soft_threshold_params is None

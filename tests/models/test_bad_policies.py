@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -10,14 +9,14 @@ import transformers
 from torch import nn
 
 from dllm_rl import (
+    Autoregress,
+    FakeQuantize,
+    Float8WeightOnly,
+    Int8WeightOnly,
     Lora,
     Prompts,
-    autoregress,
     check_policy,
-    fake_quantize,
-    float8_weight_only,
     grpo,
-    int8_weight_only,
     load_policy,
     make_policy,
     quantized_copy,
@@ -53,7 +52,7 @@ def small(**fields):
 def test_a_causal_model_needs_a_token_before_the_first_that_it_samples(causal_policy, ids):
     prompts = Prompts.from_ids(ids, pad_id=0, group_size=2)
     with pytest.raises(ValueError, match=f"row {ids.index([])} has no token"):
-        autoregress(causal_policy, prompts, torch.Generator(), max_new_tokens=2)
+        Autoregress(max_new_tokens=2)(causal_policy, prompts, torch.Generator())
     with pytest.raises(ValueError, match="prompt=''"):
         encode(causal_policy, [Problem(prompt="1="), Problem(prompt="")])
 
@@ -103,10 +102,10 @@ def test_end_ids_are_those_of_the_opened_checkpoint(tmp_path, config, generation
     assert policy.spec.eos_ids == load_policy(tmp_path).spec.eos_ids == ends
 
 
-@pytest.mark.parametrize("scheme", [float8_weight_only, int8_weight_only, partial(fake_quantize, weight="int4")])
+@pytest.mark.parametrize("scheme", [Float8WeightOnly(), Int8WeightOnly(), FakeQuantize(weight="int4")])
 def test_a_quantized_copy_is_not_saved(tmp_path, scheme):
     policy = small()
-    copy = quantized_copy(policy, scheme())
+    copy = quantized_copy(policy, scheme)
     with pytest.raises(ValueError, match="quantization="):
         copy.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -117,7 +116,7 @@ def test_a_quantized_copy_is_not_saved(tmp_path, scheme):
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": Lora}, {"lora": partial(Lora, r=8), "beta": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"lora": Lora()}, {"lora": Lora(r=8), "beta": 0.1}])
 def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
     policy = small()
     add_lora(policy, Lora(r=8))
@@ -216,7 +215,7 @@ def test_torchs_own_encoder_layers(stack):
         last = adapted.module.get_submodule("blocks.layers.1.linear2" if stack else "blocks.1.linear2")
         last.lora_B.weight.copy_(torch.linspace(-1, 1, 64).view(32, 2))  # a norm behind it removes equal numbers
         assert not torch.allclose(adapted.logits(tokens, mask)[mask], plain[mask], atol=1e-3)
-        for scheme in (float8_weight_only(), int8_weight_only()):
+        for scheme in (Float8WeightOnly(), Int8WeightOnly()):
             rounded = quantized_copy(policy, scheme).logits(tokens, mask)[mask]
             assert not torch.equal(rounded, plain[mask])
             torch.testing.assert_close(rounded, plain[mask], rtol=0.1, atol=0.1)

@@ -7,14 +7,14 @@ import torch
 import transformers
 from repetitions import slow
 
-from dllm_rl import Lora, Prompts, check_policy, load_policy, sync_weights, trajectory, unmask
+from dllm_rl import Lora, Prompts, Trajectory, Unmask, check_policy, load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import merge_lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
-from dllm_rl.samplers import renoise
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
+from dllm_rl.samplers import Renoise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
@@ -40,11 +40,11 @@ def tiny(seed):
 
 def sampled(policy, *, group_size=2, seed=0, **changes):
     prompts = Prompts.from_ids([[3, 4, 5, 6, 7, 3], [8]], pad_id=policy.pad_id, group_size=group_size)
-    return renoise(policy, prompts, torch.Generator().manual_seed(seed), **SHORT | {"answer": "drawn"} | changes)
+    return Renoise(**SHORT | {"answer": "drawn"} | changes)(policy, prompts, torch.Generator().manual_seed(seed))
 
 
 def scored(policy, rollout, estimator=None):
-    estimator = estimator or trajectory()
+    estimator = estimator or Trajectory()
     views = estimator.draw_views(rollout, torch.Generator())
     with torch.no_grad():
         return estimator.logprobs(policy, rollout, views)
@@ -82,7 +82,7 @@ def test_zero_mismatch_unquantized(policy, answer):
     """Bit for bit in batch-invariant arithmetic, whichever rows are scored together."""
     with batch_invariant():
         rollout = sampled(policy, answer=answer)
-        estimator = trajectory()
+        estimator = Trajectory()
         views = estimator.draw_views(rollout, torch.Generator())
         with torch.no_grad():
             for size in (None, 2):
@@ -96,7 +96,7 @@ def test_rows_of_two_batches_are_scored_together(policy):
     """`Rollout.concatenate` pads narrower parts on the right, so that completions begin at different columns."""
     parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
     short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, group_size=2)
-    parts.append(renoise(policy, short, torch.Generator().manual_seed(3), **SHORT | {"answer": "drawn"}))
+    parts.append(Renoise(**SHORT | {"answer": "drawn"})(policy, short, torch.Generator().manual_seed(3)))
     whole = type(parts[0]).concatenate(parts, pad_id=policy.pad_id)
     assert (scored(policy, whole) - whole.logprobs).abs().max() < 1e-4
     wider = whole.padded(3, pad_id=policy.pad_id)
@@ -105,14 +105,14 @@ def test_rows_of_two_batches_are_scored_together(policy):
 
 def test_a_row_depends_on_its_prompt_and_seed_alone(policy):
     ids, seeds = [[3, 4, 5, 6], [8], [7, 7]], [11, 12, 13]
-    together = renoise(policy, Prompts.from_ids(ids, pad_id=0, seeds=seeds), torch.Generator(), **SHORT)
+    together = Renoise(**SHORT)(policy, Prompts.from_ids(ids, pad_id=0, seeds=seeds), torch.Generator())
     for row, (one, seed) in enumerate(zip(ids, seeds, strict=True)):
-        alone = renoise(policy, Prompts.from_ids([one], pad_id=0, seeds=[seed]), torch.Generator(), **SHORT)
+        alone = Renoise(**SHORT)(policy, Prompts.from_ids([one], pad_id=0, seeds=[seed]), torch.Generator())
         mine = together.completion_mask[row]
         assert together.tokens[row][mine].tolist() == alone.tokens[0][alone.completion_mask[0]].tolist()
 
 
-@pytest.mark.parametrize("scheme", [float8_weight_only, slow(fake_quantize)])
+@pytest.mark.parametrize("scheme", [Float8WeightOnly, slow(FakeQuantize)])
 def test_a_quantized_copy_has_both_sides_and_the_experts(scheme):
     policy = tiny(1)
     copied = quantized_copy(policy, scheme())
@@ -178,9 +178,9 @@ def test_memory_of_a_detached_view_is_of_one_step():
             estimator.backward(policy, rollout, views, vectors)
         return held["most"]
 
-    few, many = (most_saved(trajectory(), steps) for steps in (3, 9))
+    few, many = (most_saved(Trajectory(), steps) for steps in (3, 9))
     assert many <= 1.05 * few
-    few, many = (most_saved(trajectory(self_conditioning="full"), steps) for steps in (3, 9))
+    few, many = (most_saved(Trajectory(self_conditioning="full"), steps) for steps in (3, 9))
     assert many > 2 * few
 
 
@@ -188,7 +188,7 @@ def test_the_gradient_reaches_the_encoder_as_in_one_graph():
     """The cut cache gives the gradient of one graph through encoder and decoder, over two canvases."""
     policy = tiny(4)
     rollout = sampled(policy)
-    estimator = trajectory()
+    estimator = Trajectory()
     views = estimator.draw_views(rollout, torch.Generator())
     vectors = torch.randn(views.coefficients.shape, generator=torch.Generator().manual_seed(0))
     found = []
@@ -213,10 +213,10 @@ def test_the_contract_of_policies(policy):
     [
         ({"max_new_tokens": 6}, "max_new_tokens=6 must be a multiple of the canvas's 4 tokens; nearest: 4, 8"),
         ({"diffusion_steps": 0}, "diffusion_steps=0 must be at least 1"),
-        ({"t_min": 0.0}, "t_max=0.8 and t_min=0.0 must be temperatures"),
-        ({"t_max": 0.3}, "t_max=0.3 and t_min=0.4 must be temperatures"),
+        ({"t_min": 0.0}, "t_min=0.0 must be at least 1e-30"),
+        ({"t_max": 0.3}, "t_min=0.4 must be at most t_max=0.3"),
         ({"entropy_bound": 0.0}, "entropy_bound=0.0 must be above 0 nats"),
-        ({"answer": "last"}, "answer='last' must be 'argmax' or 'drawn'"),
+        ({"answer": "last"}, "answer='last' must be one of 'argmax', 'drawn'"),
         ({"stability_threshold": 1}, "stability_threshold=1 and confidence_threshold=None stop a canvas together"),
         ({"max_new_tokens": 400}, "exceeds the model's 128 positions"),
     ],
@@ -230,14 +230,14 @@ def test_other_samplers_and_models_are_refused(policy, tmp_path):
     from dllm_rl.models.tiny import tiny_masked_lm
 
     prompts = Prompts.from_ids([[3, 4]], pad_id=0)
-    with pytest.raises(ValueError, match="no mask token, its noise is random tokens: use renoise"):
-        unmask(policy, prompts, torch.Generator(), max_new_tokens=4)
-    with pytest.raises(ValueError, match="'full' attention; renoise is for models whose noise is random"):
-        renoise(tiny_masked_lm(characters="abc"), prompts, torch.Generator(), max_new_tokens=4)
+    with pytest.raises(ValueError, match="no mask token, its noise is random tokens: use Renoise"):
+        Unmask(max_new_tokens=4)(policy, prompts, torch.Generator())
+    with pytest.raises(ValueError, match="'full' attention; Renoise is for models whose noise is random"):
+        Renoise(max_new_tokens=4)(tiny_masked_lm(characters="abc"), prompts, torch.Generator())
     policy.module.config.image_token_id = 4
     try:
         with pytest.raises(ValueError, match="has the image token, and images are not supported"):
-            renoise(policy, prompts, torch.Generator(), max_new_tokens=4)
+            Renoise(max_new_tokens=4)(policy, prompts, torch.Generator())
     finally:
         policy.module.config.image_token_id = 258_880
     policy.save_pretrained(tmp_path)

@@ -5,13 +5,13 @@ import torch
 from layouts import checkpoint, nemotron, write
 from repetitions import slow
 
-from dllm_rl import DiffusionPolicy, Prompts, float8_weight_only, load_policy, unmask
-from dllm_rl.likelihoods.estimators import causal
-from dllm_rl.models.policy import as_causal, diffusion_from_causal
+from dllm_rl import Float8WeightOnly, Prompts, Unmask, load_policy
+from dllm_rl.likelihoods.estimators import Causal
+from dllm_rl.models.policy import DiffusionPolicy, as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.autoregress import Autoregress
 
 
 @pytest.mark.parametrize("family", [slow("llama"), "qwen3", slow("smollm2")])
@@ -45,8 +45,8 @@ def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
     again = load_policy(tmp_path / "diffusion")
     assert again.spec == policy.spec
     assert torch.equal(again.logits(tokens, mask), logits)
-    rollout = unmask(
-        again, Prompts.from_ids([[5, 9]], pad_id=1), torch.Generator(), max_new_tokens=6, diffusion_steps=3
+    rollout = Unmask(max_new_tokens=6, diffusion_steps=3)(
+        again, Prompts.from_ids([[5, 9]], pad_id=1), torch.Generator()
     )
     assert not (rollout.tokens == 39).any()
 
@@ -122,10 +122,10 @@ def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path
     tiny_llama(characters="123", causal=True).save_pretrained(tmp_path)
     policy = as_causal(diffusion_from_causal(tmp_path))
     prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, group_size=64)
-    rollout = autoregress(policy, prompts, generator_for(0), **{"max_new_tokens": 8, "temperature": 2.0} | options)
+    rollout = Autoregress(**{"max_new_tokens": 8, "temperature": 2.0} | options)(policy, prompts, generator_for(0))
     assert not (rollout.tokens == policy.spec.mask_id).any()
     assert set(rollout.sampling_params.suppress) == {*options.get("suppress", ()), policy.spec.mask_id}
-    likelihood = causal()
+    likelihood = Causal()
     views = likelihood.draw_views(rollout, generator_for(0))
     torch.testing.assert_close(likelihood.logprobs(policy, rollout, views), rollout.logprobs)
 
@@ -137,7 +137,7 @@ def test_a_model_that_was_never_causal_is_refused():
 
 def test_a_quantized_copy_stays_one(tmp_path):
     tiny_llama(characters="ab", causal=True).save_pretrained(tmp_path)
-    quantized = as_causal(quantized_copy(diffusion_from_causal(tmp_path), float8_weight_only()))
+    quantized = as_causal(quantized_copy(diffusion_from_causal(tmp_path), Float8WeightOnly()))
     assert quantized.quantization is not None and quantized.quantization_report is not None
     with pytest.raises(ValueError, match="a quantized copy's weights are rounded"):
         quantized.save_pretrained(tmp_path / "copy")

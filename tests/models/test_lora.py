@@ -27,7 +27,6 @@ from dllm_rl.models.lora import (
     is_stacked,
     linear_of,
     load_adapter,
-    lora_r16,
     save_adapter,
 )
 from dllm_rl.models.merge import merge_lora, merged_copy
@@ -35,7 +34,7 @@ from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import UnstackedExperts
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
-from dllm_rl.quantization.schemes import float8_weight_only, int8_dynamic
+from dllm_rl.quantization.schemes import Float8WeightOnly, Int8Dynamic
 from dllm_rl.training.trainer import train
 
 LORA = Lora(r=3, alpha=6.0, experts=True)
@@ -105,7 +104,7 @@ def test_gradients_are_those_of_the_merged_stacks(checkpointing):
                 assert a.grad.norm() > 0 and layer.base_layer.gate_up_proj.grad is None
 
 
-@pytest.mark.parametrize("scheme", [float8_weight_only, int8_dynamic, None])
+@pytest.mark.parametrize("scheme", [Float8WeightOnly, Int8Dynamic, None])
 def test_the_rollouts_copy_holds_the_merged_experts_and_syncs_in_place(scheme):
     tokens, mask = batch()
     policy, config = adapted(), None if scheme is None else scheme()
@@ -150,7 +149,7 @@ def test_merging_and_saving_leave_ordinary_experts(tmp_path):
 def test_the_aligned_forward_goes_through_the_adapted_experts():
     tokens, mask = batch()
     policy = adapted()
-    rollout_policy = quantized_copy(policy, float8_weight_only())
+    rollout_policy = quantized_copy(policy, Float8WeightOnly())
     with aligned_forward(policy, rollout_policy):
         logits = policy.logits(tokens, mask)
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
@@ -182,7 +181,7 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_experts_adapters_alone_and_resumes_bit_for_bit(tmp_path):
-    settings = {"model": partial(tiny_moe, num_experts=4, **MOE_SIZES), "lora": partial(lora_r16, experts=True)}
+    settings = {"model": partial(tiny_moe, num_experts=4, **MOE_SIZES), "lora": Lora(experts=True)}
     train(tiny_recipe(tmp_path / "whole", **settings))
     train(tiny_recipe(tmp_path / "parts", num_steps=1, lr_schedule_steps=2, **settings))
     parts = tiny_recipe(tmp_path / "parts", lr_schedule_steps=2, resume_from_checkpoint="latest", **settings)
@@ -216,8 +215,8 @@ def test_merged_experts_are_rounded_once():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"r": 0}, "lora.r=0 must be at least 1"),
-        ({"dropout": 1.0}, r"lora.dropout=1.0 must lie in \[0, 1\)"),
+        ({"r": 0}, "^r=0 must be at least 1"),
+        ({"dropout": 1.0}, r"^dropout=1.0 must lie in \[0, 1\)"),
     ],
 )
 def test_settings_that_cannot_be(kwargs, words):
@@ -226,7 +225,7 @@ def test_settings_that_cannot_be(kwargs, words):
 
 
 def test_the_small_adapters_are_what_their_name_says():
-    assert lora_r16() == Lora(r=16, alpha=32.0)
+    assert Lora() == Lora(r=16, alpha=32.0)
 
 
 class Products(TorchFunctionMode):

@@ -10,11 +10,11 @@ from repetitions import few
 
 import dllm_rl
 from dllm_rl import load_policy
-from dllm_rl.likelihoods.estimators import causal, coupled, trajectory
+from dllm_rl.likelihoods.estimators import Causal, Coupled, Trajectory
 from dllm_rl.models.base import position_ids
 from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.types import Prompts, Rollout
 
 TOKENS = torch.randint(3, 38, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ PACKAGE = Path(dllm_rl.__file__).parent
 
 def sampled(policy, **options) -> Rollout:
     options = {"max_new_tokens": 8, "temperature": 1.0} | options
-    return sampler_for(policy)(policy, PROMPTS, torch.Generator(), **options)
+    return sampler_for(policy)(**options)(policy, PROMPTS, torch.Generator())
 
 
 def recorded(**options):
@@ -58,13 +58,13 @@ PATHS = {
     "encode with a mask of four axes": ("sdar", four_axes),
     "logits": ("dream", lambda policy: policy.logits(TOKENS, MASK)),
     "head": ("bert", lambda policy: policy.head(torch.linspace(-2, 2, 64).view(2, 32))),
-    "scoring": ("llada2", scored(coupled())),
-    "packed scoring": ("sdar", scored(trajectory(block_size=4))),
-    "causal scoring": ("llama", scored(causal())),
+    "scoring": ("llada2", scored(Coupled())),
+    "packed scoring": ("sdar", scored(Trajectory(block_size=4))),
+    "causal scoring": ("llama", scored(Causal())),
     "sampler": ("roberta", recorded()),
-    "block cache": ("sdar", recorded(cache=block_cache())),
-    "prefix cache": ("llada", recorded(cache=prefix_cache(), block_size=4)),
-    "dual cache": ("dream", recorded(cache=dual_cache(), block_size=4)),
+    "block cache": ("sdar", recorded(cache=BlockCache())),
+    "prefix cache": ("llada", recorded(cache=PrefixCache(), block_size=4)),
+    "dual cache": ("dream", recorded(cache=DualCache(), block_size=4)),
     "autoregress": ("qwen3", recorded()),
 }
 

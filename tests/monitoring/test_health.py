@@ -9,8 +9,8 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import grpo, recipe, tiny_masked_lm
-from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.algorithms.losses import PPOClip
+from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
 from dllm_rl.training.trainer import train
@@ -77,7 +77,7 @@ def test_without_mismatch_metrics_nothing_is_said():
 def test_a_run_says_how_it_is(tmp_path, capsys):
     train(tiny_recipe(tmp_path, num_steps=1, rollout_quantization=None))
     assert "  healthy" in capsys.readouterr().out
-    recipe = tiny_recipe(tmp_path, num_steps=1, logging_steps=1, likelihood=one_step(), overwrite_output_dir=True)
+    recipe = tiny_recipe(tmp_path, num_steps=1, logging_steps=1, likelihood=OneStep(), overwrite_output_dir=True)
     train(recipe)
     resumed = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
     train(replace(recipe, overwrite_output_dir=False, **resumed))
@@ -86,10 +86,10 @@ def test_a_run_says_how_it_is(tmp_path, capsys):
 
 
 def of_the_wrong_sign(log_ratio, advantages, mask):
-    return -ppo_clip(log_ratio, advantages, mask)
+    return -PPOClip()(log_ratio, advantages, mask)
 
 
-@pytest.mark.parametrize("loss", [of_the_wrong_sign, ppo_clip])
+@pytest.mark.parametrize("loss", [of_the_wrong_sign, PPOClip()])
 def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_path, capsys, monkeypatch):
     assert [tiny_recipe("x").update_settings(step).measure for step in range(6)] == [False] * 4 + [True, False]
     monkeypatch.setattr(recipe, "DIRECTION_STEPS", 1)

@@ -165,7 +165,8 @@ def test_others_get_every_step_and_the_recipe(tmp_path, wandb, monkeypatch):
     train(tiny_recipe(tmp_path / "run", report_to="tensorboard,wandb", sft_warmup_steps=2, sft_warmup_eval_steps=2))
     (made,) = wandb.made
     assert made.project == "tiny" and made.options == {"name": "run", "dir": str(tmp_path / "run")}
-    assert made.config["rollout_quantization"] == "float8_weight_only" and made.finished
+    scheme = {"class_path": "Float8WeightOnly", "init_args": {"dequantized": False}}
+    assert made.config["rollout_quantization"] == scheme and made.finished
     assert [step for step, _ in made.sent] == [0, 1], "its steps may not begin at 0 twice: no warm-up"
     assert made.sent[1][1]["reward"] == events(tmp_path / "run/tensorboard").Scalars("reward")[1].value
     assert list((tmp_path / "run/tensorboard").glob("*/events*"))

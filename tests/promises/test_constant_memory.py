@@ -11,18 +11,18 @@ from repetitions import crossed
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.recipe import UpdateSettings
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import make_stats
 from dllm_rl.training.learner import forward_backward, update
 from dllm_rl.types import Batch, Prompts
@@ -36,35 +36,35 @@ SMALL = {
 }
 SMALL |= {"head_std": 0.3}
 ESTIMATORS = {
-    "one_step": lik.one_step(),
-    "elbo": lik.elbo(num_samples=4, antithetic=True),
-    "coupled": lik.coupled(num_samples=2),
-    "quadrature": lik.quadrature(nodes=2),
-    "block": lik.block_elbo(block_size=3, num_samples=2),
-    "eubo": lik.eubo(base=lik.coupled(num_samples=2)),
-    "sandwich": lik.sandwich(base=lik.elbo(num_samples=3)),
-    "trajectory": lik.trajectory(),
-    "trajectory, merged": lik.trajectory(num_segments=2),
-    "causal": lik.causal(),
+    "one_step": lik.OneStep(),
+    "elbo": lik.ELBO(num_samples=4, antithetic=True),
+    "coupled": lik.Coupled(num_samples=2),
+    "quadrature": lik.Quadrature(nodes=2),
+    "block": lik.BlockELBO(block_size=3, num_samples=2),
+    "eubo": lik.EUBO(base=lik.Coupled(num_samples=2)),
+    "sandwich": lik.Sandwich(base=lik.ELBO(num_samples=3)),
+    "trajectory": lik.Trajectory(),
+    "trajectory, merged": lik.Trajectory(num_segments=2),
+    "causal": lik.Causal(),
 }
 CORRECTORS = {
-    "none": c.no_correction(),
-    "tis": c.tis(),
-    "icepop": c.icepop(),
-    "reject": c.reject(level="token", statistic="k1", threshold=0.4),
-    "ais": c.ais(),
-    "tbpo": c.tbpo(eps_high=0.1, neg_low=0.1, neg_high=0.1),
+    "none": c.NoCorrection(),
+    "tis": c.TIS(),
+    "icepop": c.IcePop(),
+    "reject": c.Reject(level="token", statistic="k1", threshold=0.4),
+    "ais": c.AIS(),
+    "tbpo": c.TBPO(eps_high=0.1, neg_low=0.1, neg_high=0.1),
 }
 LOSSES = {
-    "ppo": partial(losses.ppo_clip, epsilon=0.2),
-    "gspo": partial(losses.gspo, epsilon=0.05, epsilon_high=0.05),
-    "cispo": losses.cispo,
-    "reinforce": losses.reinforce,
+    "ppo": losses.PPOClip(epsilon=0.2),
+    "gspo": losses.GSPO(epsilon=0.05, epsilon_high=0.05),
+    "cispo": losses.CISPO(),
+    "reinforce": losses.Reinforce(),
 }
 AGGREGATIONS = {
-    "token": losses.token_mean,
-    "sequence": losses.sequence_mean,
-    "constant": partial(losses.fixed_length_mean, length=9),
+    "token": losses.TokenMean(),
+    "sequence": losses.SequenceMean(),
+    "constant": losses.FixedLengthMean(length=9),
 }
 
 
@@ -79,11 +79,11 @@ def setting(name: str, *, policy=None):
         policy = tiny_llama(causal=True, **SMALL) if name == "causal" else tiny_masked_lm(**SMALL)
     prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [9]], pad_id=policy.pad_id, group_size=4)
     if name == "causal":
-        rollout = autoregress(policy, prompts, seeded(1), max_new_tokens=6)
+        rollout = Autoregress(max_new_tokens=6)(policy, prompts, seeded(1))
     else:
-        options = {"max_new_tokens": 6, "diffusion_steps": 3, "temperature": 1.0, "rank": max_prob}
-        rollout = unmask(policy, prompts, seeded(1), **options)
-    advantages = group_relative(torch.randn(3, 4, generator=seeded(2))).flatten()
+        options = {"max_new_tokens": 6, "diffusion_steps": 3, "temperature": 1.0, "rank": MaxProb()}
+        rollout = Unmask(**options)(policy, prompts, seeded(1))
+    advantages = GroupRelative()(torch.randn(3, 4, generator=seeded(2))).flatten()
     noise = estimator.with_advantages(estimator.draw_views(rollout, seeded(3)), advantages)
     return policy, estimator, rollout, noise, advantages
 
@@ -94,7 +94,7 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     current, mask = estimator.combine(scores, noise), rollout.completion_mask
     off = lambda seed, scale: scale * torch.randn(current.shape, generator=seeded(seed)) * mask  # noqa: E731
     old = current + off(4, 0.3)
-    weights, keep, _ = corrector.weight_fn(make_stats(off(5, 0.5), advantages, mask))
+    weights, keep, _ = corrector.weights(make_stats(off(5, 0.5), advantages, mask))
     return Batch(
         rollout=rollout,
         views=noise,
@@ -109,10 +109,9 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     ), scores
 
 
-def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
-    surrogate = corrector.loss or losses.ppo_clip
+def loss_of(surrogate, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
     return partial(
-        losses.policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
+        losses.policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=beta, kl=losses.K3(), entropy=entropy
     )
 
 
@@ -165,7 +164,7 @@ def test_gradient_is_plain_autograds(name, correction):
     for i, (surrogate, aggregate) in enumerate(zip(surrogates, cycle(AGGREGATIONS.values()))):
         beta, size = (0.0, 0.1)[i % 2], (4, None, 8)[i % 3]
         batch, scores = batches[beta]
-        loss = loss_of(replace(own, loss=surrogate), aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
+        loss = loss_of(surrogate, aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
         plain = plain_gradient(policy, estimator, batch, loss, logps=logps)
         assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), plain)
 
@@ -178,7 +177,7 @@ VARIANTS = ("chunked head", "gradient checkpointing", "lora", "aligned", "temper
 )
 def test_gradient_survives(variant, name, monkeypatch):
     policy = tiny_llama(causal=False, **SMALL) if variant == "llada" else tiny_masked_lm(**SMALL)
-    rollout_policy = quantized_copy(policy, int8_weight_only()) if variant == "aligned" else policy
+    rollout_policy = quantized_copy(policy, Int8WeightOnly()) if variant == "aligned" else policy
     if variant == "chunked head":
         monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 4 * policy.vocab_size)
     if variant == "gradient checkpointing":
@@ -194,8 +193,8 @@ def test_gradient_survives(variant, name, monkeypatch):
     if variant == "tempered":
         rollout = replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=0.5, top_k=4))
     with aligned_forward(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
-        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
-        loss = loss_of(c.tis(), losses.token_mean)
+        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.TIS(), beta=0.0)
+        loss = loss_of(losses.PPOClip(), losses.TokenMean())
         plain = plain_gradient(policy, estimator, batch, loss)
         assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=4), plain)
 
@@ -203,8 +202,8 @@ def test_gradient_survives(variant, name, monkeypatch):
 def test_accumulated_batches_give_the_whole_batchs_gradient():
     """Two processes' shares, or two accumulated batches, with the global counts: the sum is one batch's gradient."""
     policy, estimator, rollout, noise, advantages = setting("sandwich")
-    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.1)
-    loss = loss_of(c.tis(), losses.sequence_mean, beta=0.1)
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.TIS(), beta=0.1)
+    loss = loss_of(losses.PPOClip(), losses.SequenceMean(), beta=0.1)
     whole, total = learned(policy, batch, scores, estimator, loss), 0
     for rows in (torch.arange(4), torch.arange(4, 12)):
         share = replace(
@@ -231,9 +230,9 @@ def spying(policy, monkeypatch) -> list[int]:
 @pytest.mark.parametrize("num_iterations", [1, 3])
 def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeypatch):
     policy, estimator, rollout, noise, advantages = setting("coupled")
-    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.NoCorrection(), beta=0.0)
     batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
-    settings = {"loss": loss_of(c.no_correction(), losses.token_mean), "likelihood": estimator, "learning_rate": 1e-3}
+    settings = {"loss": loss_of(losses.PPOClip(), losses.TokenMean()), "likelihood": estimator, "learning_rate": 1e-3}
     optimizer = torch.optim.AdamW(policy.module.parameters())
     rows = spying(policy, monkeypatch)
     metrics = update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), UpdateSettings(**settings))
@@ -250,9 +249,9 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
     policy, estimator, rollout, noise, advantages = setting("trajectory")
     advantages = advantages.clone()
     advantages[:4] = 0
-    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.NoCorrection(), beta=0.0)
     batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
-    loss = loss_of(c.no_correction(), losses.token_mean)
+    loss = loss_of(losses.PPOClip(), losses.TokenMean())
     rows = spying(policy, monkeypatch)
     learned(policy, batch, scores, estimator, loss)
     assert rows[0] == 3 and rows[1:] == [8, 8]  # the shared first view is forwarded once a prompt
@@ -267,8 +266,8 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     policy, estimator, rollout, noise, advantages = setting("elbo")
-    batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
-    settings = {"loss": loss_of(c.no_correction(), losses.token_mean), "likelihood": estimator, "learning_rate": 1e-3}
+    batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.NoCorrection(), beta=0.0)
+    settings = {"loss": loss_of(losses.PPOClip(), losses.TokenMean()), "likelihood": estimator, "learning_rate": 1e-3}
     before = [p.detach().clone() for p in parameters(policy)]
     broken = replace(batch, importance_weights=batch.importance_weights.masked_fill(batch.loss_mask, torch.nan))
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
@@ -288,9 +287,9 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     stale: the second iteration's gradient is that of the moved weights."""
     policy, estimator, rollout, noise, advantages = setting("coupled")
     with torch.autocast("cpu", torch.bfloat16):
-        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.NoCorrection(), beta=0.0)
     batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
-    loss = loss_of(replace(c.no_correction(), loss=losses.reinforce), losses.token_mean)
+    loss = loss_of(losses.Reinforce(), losses.TokenMean())
     settings = {"loss": loss, "likelihood": estimator, "learning_rate": 0.05, "max_grad_norm": 1e9}
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]

@@ -10,14 +10,14 @@ from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.correctors import no_correction
+from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.likelihoods.estimators import one_step, trajectory
+from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.prompts import check_prompts
@@ -48,7 +48,7 @@ class Missing:
 
 
 def recipe_of(directory, **changes):
-    sampler = partial(unmask, max_new_tokens=0, temperature=1.0, suppress=(0, 2))
+    sampler = Unmask(max_new_tokens=0, temperature=1.0, suppress=(0, 2))
     return tiny_recipe(
         directory,
         model=partial(tiny_masked_lm, **SIZES | {"characters": DIGITS}),
@@ -56,8 +56,8 @@ def recipe_of(directory, **changes):
         validation_task=Missing(),
         eval_task=Missing(),
         sampler=sampler,
-        eval_sampler=partial(sampler, temperature=0.0),
-        **{"likelihood": trajectory(), "rollout_quantization": None, "corrector": no_correction()} | changes,
+        eval_sampler=sampler.replace(temperature=0.0),
+        **{"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()} | changes,
     )
 
 
@@ -89,7 +89,7 @@ def test_rewards_rise(tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
 
-OTHERS = [{"likelihood": one_step()}, {"rollout_batch_size": 4}, {"max_num_gen_batches": 2}]
+OTHERS = [{"likelihood": OneStep()}, {"rollout_batch_size": 4}, {"max_num_gen_batches": 2}]
 
 
 @pytest.mark.parametrize("changes", few(OTHERS, OTHERS[2:]))
@@ -100,7 +100,7 @@ def test_other_ways_of_a_step_take_it(tmp_path, changes):
 
 def test_an_evaluation_grades_and_keeps_the_whole_text(tmp_path):
     policy, stored = tiny_masked_lm(**SIZES | {"characters": DIGITS}), tmp_path / "made.jsonl"
-    sampler = partial(unmask, max_new_tokens=0, suppress=(0, 2))
+    sampler = Unmask(max_new_tokens=0, suppress=(0, 2))
     first = evaluate(policy, Missing(), sampler, limit=4, completions=stored)
     rows = [json.loads(line) for line in stored.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["__2_", "1__45", "2__5", "__5_7"]
@@ -128,4 +128,4 @@ def test_what_cannot_be_infilled_is_refused():
         encode(causal, [Missing()[0]])
     prompts = encode(policy, [Missing()[0]])
     with pytest.raises(ValueError, match="cannot fill in"):
-        autoregress(causal, prompts, torch.Generator(), max_new_tokens=1)
+        Autoregress(max_new_tokens=1)(causal, prompts, torch.Generator())

@@ -1,17 +1,15 @@
 """Scoring that keeps its graphs: the first update goes back through them, and takes the gradient of the constant-memory
 update without a forward."""
 
-from functools import partial
-
 import pytest
 import torch
 from accelerate import Accelerator
 from repetitions import few
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import no_correction, qarl, tis
-from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -22,7 +20,7 @@ from dllm_rl.training.learner import can_retain_graphs, correct, forward_backwar
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.views import draw_views, metric_weights
-from recipes.studies.surrogates import stable_drl
+from recipes.studies.surrogates import StableDRL
 
 MANY = 99
 
@@ -38,12 +36,12 @@ class Step:
         self.policy = recipe.model(seed=0)
         self.policy.gradient_checkpointing = recipe.gradient_checkpointing
         if recipe.lora is not None:
-            add_lora(self.policy, recipe.lora())
+            add_lora(self.policy, recipe.lora)
             for name, parameter in self.policy.module.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.3, generator=generator_for(5))
         scheme = recipe.rollout_quantization
-        self.rollout_policy = self.policy if scheme is None else quantized_copy(self.policy, scheme())
+        self.rollout_policy = self.policy if scheme is None else quantized_copy(self.policy, scheme)
         problems = [recipe.task[i] for i in range(recipe.train_batch_size)]
         self.run = StepContext(
             recipe=recipe,
@@ -57,7 +55,7 @@ class Step:
             self.rollout = recipe.sampler(self.rollout_policy, prompts, generator_for(1))
         rewards = torch.rand(recipe.train_batch_size, recipe.num_generations, generator=generator_for(2))
         rewards[0] = 0
-        self.advantages = group_relative(rewards)
+        self.advantages = GroupRelative()(rewards)
         self.forwards = []
         encode_ = self.policy.encode
         self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
@@ -92,17 +90,17 @@ class Step:
 
 CASES = {
     "trajectory": {},
-    "one_step": {"likelihood": one_step()},
-    "shared prompts": {"likelihood": one_step(prompt_mask=0.0)},
-    "elbo, micro-batches": {"likelihood": elbo(num_samples=2), "micro_batch_size": 8},
-    "sandwich, KL": {"likelihood": sandwich(), "beta": 0.1},
-    "recomputed": {"likelihood": coupled(), "gradient_checkpointing": True},
-    "aligned": {"corrector": qarl()},
-    "aligned, recomputed": {"corrector": qarl(), "gradient_checkpointing": True},
-    "adapters, KL": {"lora": partial(Lora, r=4), "beta": 0.1},
-    "weights of the mismatch": {"corrector": tis(), "likelihood": coupled(), "entropy_coeff": 0.1},
+    "one_step": {"likelihood": OneStep()},
+    "shared prompts": {"likelihood": OneStep(prompt_mask=0.0)},
+    "elbo, micro-batches": {"likelihood": ELBO(num_samples=2), "micro_batch_size": 8},
+    "sandwich, KL": {"likelihood": Sandwich(), "beta": 0.1},
+    "recomputed": {"likelihood": Coupled(), "gradient_checkpointing": True},
+    "aligned": {"corrector": QaRL()},
+    "aligned, recomputed": {"corrector": QaRL(), "gradient_checkpointing": True},
+    "adapters, KL": {"lora": Lora(r=4), "beta": 0.1},
+    "weights of the mismatch": {"corrector": TIS(), "likelihood": Coupled(), "entropy_coeff": 0.1},
     "bf16": {"bf16": True},
-    "zero_mismatch": {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()},
+    "zero_mismatch": {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCorrection()},
     "causal": {"causal": True},
 }
 
@@ -139,7 +137,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path):
     """And the weights end where two forwards an iteration take them: the second's graph is of the moved weights."""
     ends = []
     for number in (MANY, 0):
-        step = Step(tiny_recipe(tmp_path, max_retained_graphs=number, num_iterations=3, likelihood=one_step()))
+        step = Step(tiny_recipe(tmp_path, max_retained_graphs=number, num_iterations=3, likelihood=OneStep()))
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
@@ -152,7 +150,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path):
 
 def test_rows_that_teach_nothing_keep_no_graph(tmp_path):
     """They are scored, in a forward of their own."""
-    step = Step(tiny_recipe(tmp_path, likelihood=one_step()))
+    step = Step(tiny_recipe(tmp_path, likelihood=OneStep()))
     step.batch()
     assert step.forwards == [False, True]
 
@@ -166,21 +164,21 @@ def test_rows_that_teach_nothing_keep_no_graph(tmp_path):
         ({"max_retained_graphs": 2}, 2, True),
         ({"max_retained_graphs": 2, "micro_batch_size": 8}, 1, True),
         ({"max_retained_graphs": 2, "micro_batch_size": 8}, 2, False),
-        ({"lora": partial(Lora, r=4)}, 1, True),
-        ({"lora": partial(Lora, r=4, dropout=0.1)}, 1, False),  # scores have no dropout, the update's forwards have
+        ({"lora": Lora(r=4)}, 1, True),
+        ({"lora": Lora(r=4, dropout=0.1)}, 1, False),  # scores have no dropout, the update's forwards have
     ],
 )
 def test_what_is_kept(tmp_path, changes, views, kept):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     if recipe.lora is not None:
-        add_lora(policy, recipe.lora())
+        add_lora(policy, recipe.lora)
     assert can_retain_graphs(recipe, policy, num_forwards=views, rows=16) == kept
 
 
 def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):
     """Where the others double the sum of ratios and add no row, each row weighs half."""
-    alone, among = (Step(tiny_recipe(tmp_path, loss=stable_drl)) for _ in range(2))
+    alone, among = (Step(tiny_recipe(tmp_path, loss=StableDRL())) for _ in range(2))
     twice = torch.tensor([2.0, 1.0], dtype=torch.float64)
     monkeypatch.setattr(among.accelerator, "reduce", lambda x, reduction: x * twice if reduction == "sum" else None)
     (whole, _), (half, _) = alone.gradient(), among.gradient()

@@ -17,13 +17,14 @@ from run_outputs import metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms.correctors import compose, no_correction, reject, tis
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, ppo_clip, sequence_mean, token_mean
-from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.correctors import TIS, Compose, NoCorrection, Reject
+from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, SequenceMean, TokenMean
+from dllm_rl.algorithms.optimizers import AdamW, LinearDecay
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
-from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks.base import Reward
 from dllm_rl.training.trainer import train
 
@@ -44,8 +45,8 @@ class Planted:
         settings = {
             "model": partial(tiny_masked_lm, **SIZES, head_std=0.3),
             "seed": 3,
-            "likelihood": one_step(prompt_mask=0.0),
-            "corrector": no_correction(),
+            "likelihood": OneStep(prompt_mask=0.0),
+            "corrector": NoCorrection(),
             "rollout_quantization": five_level_emulated,
             "advantages": lambda rewards: A,
             "train_batch_size": PROMPTS,
@@ -57,11 +58,11 @@ class Planted:
             "max_grad_norm": 1e9,
             "save_steps": 1,
             "save_total_limit": 99,
-            "sampler": partial(self.sample, base.sampler, max_new_tokens=16),
+            "sampler": FunctionSampler(function=partial(self.sample, base.sampler), max_new_tokens=16),
         }
         self.recipe = replace(base, **settings | changes)
 
-    def sample(self, sampler, policy, prompts, generator, *, max_new_tokens):
+    def sample(self, sampler, policy, prompts, generator):
         """A rollout whose row i has i % 3 * 5 completion tokens fewer than 16: the first ones count as the prompt."""
         rollout = sampler(policy, prompts, generator)
         mask = rollout.completion_mask.clone()
@@ -109,7 +110,7 @@ def by_hand(planted, *, weight=None, kept=None, coefficient=None, base="old", up
     start = {name: value.clone() for name, value in policy.module.state_dict().items()}
     mask, advantages = rollout.completion_mask, A.flatten()[:, None]
     with torch.no_grad():
-        old, behind = (log_probs(p, rollout) for p in (policy, quantized_copy(policy, five_level_emulated())))
+        old, behind = (log_probs(p, rollout) for p in (policy, quantized_copy(policy, five_level_emulated)))
     rho = (old - behind).exp()
     assert rho[mask].max() > 1.5 and rho[mask].min() < 0.7, "without mismatch these tests would prove nothing"
     weight = torch.ones_like(rho) if weight is None else weight(rho)
@@ -150,25 +151,25 @@ LIMIT = 0.3
 CASES = {
     "no correction": ({}, {}),
     "weights and rejection": (
-        {"corrector": compose(tis(cap=1.5), reject(level="token", statistic="k1", threshold=LIMIT))},
+        {"corrector": Compose(parts=(TIS(cap=1.5), Reject(level="token", statistic="k1", threshold=LIMIT)))},
         {"weight": CAPPED, "kept": lambda rho: rho.log().abs() <= LIMIT},
     ),
     "mean over sequences, those without advantage counted": (
-        {"loss_reduction": sequence_mean},
+        {"loss_reduction": SequenceMean()},
         {"coefficient": by_sequence},
     ),
     "rejection under sequence": (
-        {"loss_reduction": sequence_mean, "corrector": reject(level="token", statistic="k1", threshold=LIMIT)},
+        {"loss_reduction": SequenceMean(), "corrector": Reject(level="token", statistic="k1", threshold=LIMIT)},
         {"coefficient": by_sequence, "kept": lambda rho: rho.log().abs() <= LIMIT},
     ),
-    "constant length": ({"loss_reduction": partial(fixed_length_mean, length=20)}, {"coefficient": by_constant}),
+    "constant length": ({"loss_reduction": FixedLengthMean(length=20)}, {"coefficient": by_constant}),
     "two updates, ratios against the start of the update": (
-        {"num_iterations": 2, "corrector": tis(cap=1.5)},
+        {"num_iterations": 2, "corrector": TIS(cap=1.5)},
         {"updates": 2, "weight": CAPPED},
     ),
     "bypass, two updates": ({"old_logprobs": "rollout", "num_iterations": 2}, {"base": "rollout", "updates": 2}),
     "micro-batches": (
-        {"micro_batch_size": GROUP, "num_iterations": 2, "corrector": tis(cap=1.5)},
+        {"micro_batch_size": GROUP, "num_iterations": 2, "corrector": TIS(cap=1.5)},
         {"updates": 2, "weight": CAPPED},
     ),
 }
@@ -200,12 +201,12 @@ def test_the_cases_differ(tmp_path):
 
 
 def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_corrected(tmp_path):
-    planted = Planted(tmp_path, corrector=reject(level="token", statistic="k1", threshold=LIMIT), num_mismatch_groups=9)
+    planted = Planted(tmp_path, corrector=Reject(level="token", statistic="k1", threshold=LIMIT), num_mismatch_groups=9)
     (row,) = planted.train()
     policy, rollout = planted.recipe.model(seed=3), planted.rollouts[0]
     mask, live = rollout.completion_mask, (A != 0).any(-1).repeat_interleave(GROUP)
     with torch.no_grad():
-        d = (log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)).double()
+        d = (log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated), rollout)).double()
     for prefix, tokens in (("rollout_corr/", mask), ("trained/", mask & live[:, None])):
         x = d[tokens]
         assert row[f"{prefix}k3_kl"] == pytest.approx((x.exp() - 1 - x).mean().item(), rel=1e-3)
@@ -223,14 +224,14 @@ def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_correc
 def test_a_sample_of_the_groups_without_advantage_stands_for_all_of_them_and_moves_nothing(tmp_path):
     """Two such groups, of which one is scored: it counts twice, and rows that are not scored stay in denominators."""
     live = A * torch.tensor([[1.0], [0.0], [0.0]])
-    changes = {"advantages": lambda rewards: live, "loss_reduction": sequence_mean}
+    changes = {"advantages": lambda rewards: live, "loss_reduction": SequenceMean()}
     both, one = (Planted(tmp_path / str(n), num_mismatch_groups=n, **changes) for n in (2, 1))
     both.train()
     (row,) = one.train()
     assert_same_direction_and_length(moved(one), moved(both))
     policy, rollout = one.recipe.model(seed=3), one.rollouts[0]
     with torch.no_grad():
-        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)
+        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated), rollout)
     k3 = (d.double().exp() - 1 - d).sum(-1).view(PROMPTS, GROUP).sum(-1)  # 0 off the completion
     drawn = [(k3[0] + 2 * k3[group]).item() / rollout.completion_mask.sum().item() for group in (1, 2)]
     assert min(abs(row["rollout_corr/k3_kl"] / value - 1) for value in drawn) < 1e-3
@@ -247,7 +248,7 @@ def test_contributions_are_logged_at_every_update(tmp_path):
     policy, rollout = planted.recipe.model(seed=3), planted.rollouts[0]
     live = rollout.completion_mask & (A != 0).any(-1).repeat_interleave(GROUP)[:, None]
     with torch.no_grad():
-        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)
+        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated), rollout)
     assert row["off_policy/rollout/m2/iteration_0"] == pytest.approx(d[live].square().mean().item(), rel=1e-3)
 
 
@@ -268,7 +269,7 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
         made_up = torch.equal(rewards.flatten(), torch.arange(float(rewards.numel())))
         return torch.ones_like(rewards) if made_up else next(steps)
 
-    planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=advantages)
+    planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=K2(), advantages=advantages)
     rows = planted.train()
     assert [rollout.weights_version for rollout in planted.rollouts] == [0, 1]
     policy, rollout, mask = planted.recipe.model(seed=3), planted.rollouts[1], planted.rollouts[1].completion_mask
@@ -285,23 +286,25 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
 
 
 @pytest.mark.parametrize(
-    "estimator", [elbo(num_samples=2), pytest.param(coupled(), marks=pytest.mark.slow)], ids=["elbo", "coupled"]
+    "estimator", [ELBO(num_samples=2), pytest.param(Coupled(), marks=pytest.mark.slow)], ids=["elbo", "coupled"]
 )
 @pytest.mark.slow
-def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path):
+def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path, monkeypatch):
+    draw_views = type(estimator).draw_views
+
     def masks(folder, **changes):
         drawn = []
-        draw = lambda *arguments: drawn.append(estimator.draw_views(*arguments)) or drawn[-1]  # noqa: E731
-        planted = Planted(tmp_path / folder, likelihood=replace(estimator, draw_views=draw), num_steps=3, **changes)
+        monkeypatch.setattr(type(estimator), "draw_views", lambda *given: drawn.append(draw_views(*given)) or drawn[-1])
+        planted = Planted(tmp_path / folder, likelihood=estimator, num_steps=3, **changes)
         once, sample = [], planted.recipe.sampler  # the same completions at every step: only masks can differ
 
-        def same(policy, prompts, generator, *, max_new_tokens):
+        def same(policy, prompts, generator):
             if policy.tokenizer and len(prompts.tokens) == 1:
                 return sample(policy, prompts, generator)
             once.append(sample(policy, prompts, generator))
             return replace(once[0], weights_version=policy.weights_version)
 
-        planted.recipe = replace(planted.recipe, sampler=partial(same, max_new_tokens=16))
+        planted.recipe = replace(planted.recipe, sampler=FunctionSampler(function=same, max_new_tokens=16))
         planted.train()
         return [noise.masked for noise in drawn[1:]]  # the first is the rehearsal's
 
@@ -311,10 +314,10 @@ def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_p
     assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
 
 
-def test_the_upper_bound_is_for_negative_advantages(tmp_path):
-    told, estimator = [], sandwich(mix=0.25)
-    with_advantages = lambda *arguments: told.append(estimator.with_advantages(*arguments)) or told[-1]  # noqa: E731
-    Planted(tmp_path, likelihood=replace(estimator, with_advantages=with_advantages)).train()
+def test_the_upper_bound_is_for_negative_advantages(tmp_path, monkeypatch):
+    told, adapt = [], Sandwich.with_advantages
+    monkeypatch.setattr(Sandwich, "with_advantages", lambda *given: told.append(adapt(*given)) or told[-1])
+    Planted(tmp_path, likelihood=Sandwich(mix=0.25)).train()
     assert told[1].upper_bound_weight.tolist() == [0, 0.25, 0, 0.25] + [0] * 4 + [0.25, 0, 0, 0]
 
 
@@ -338,7 +341,7 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     """The learner answers 1s and 2s by turns, the quantized policy 1s alone; the training sampler answers neither."""
     calls = []
 
-    def digits(policy, prompts, generator, *, sampler, max_new_tokens):
+    def digits(policy, prompts, generator, *, sampler):
         rollout, mine = sampler(policy, prompts, generator), getattr(policy, "quantization", None) is not None
         calls.append("quantized" if mine else "learner")
         one, two = policy.tokenizer.encode("12", add_special_tokens=False)
@@ -349,7 +352,7 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     plain = tiny_recipe(tmp_path)
     planted = Planted(
         tmp_path,
-        eval_sampler=partial(digits, sampler=plain.eval_sampler, max_new_tokens=16),
+        eval_sampler=FunctionSampler(function=partial(digits, sampler=plain.eval_sampler), max_new_tokens=16),
         eval_task=Ones(plain.eval_task),
         validation_task=Ones(plain.validation_task),
         eval_steps=1,
@@ -387,7 +390,7 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
     seen = []
 
     def watched(*arguments, **settings):
-        optimizer = adamw(*arguments, **settings)
+        optimizer = AdamW()(*arguments, **settings)
         (group,) = optimizer.param_groups
         optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone().double() for p in group["params"]]))
         return optimizer
@@ -398,7 +401,7 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
         optim=watched,
         num_steps=4,
         learning_rate=rate,
-        lr_schedule=partial(linear_decay, warmup_steps=2, constant_until=0.5, final=0.1),
+        lr_schedule=LinearDecay(warmup_steps=2, constant_until=0.5, final=0.1),
         adam_beta1=first,
         adam_beta2=second,
         weight_decay=decay,
@@ -426,8 +429,8 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
 
 def test_the_objective_is_the_recipes(tmp_path):
     """In bypass r is far from 1 at the first update: another clip is another step."""
-    wide = partial(ppo_clip, epsilon=10.0)
-    planted = Planted(tmp_path, old_logprobs="rollout", corrector=no_correction(), loss=wide, loss_reduction=token_mean)
+    wide = PPOClip(epsilon=10.0)
+    planted = Planted(tmp_path, old_logprobs="rollout", corrector=NoCorrection(), loss=wide, loss_reduction=TokenMean())
     planted.train()
     narrow = by_hand(planted, coefficient=by_token, base="rollout")
     assert (moved(planted) - narrow).norm() > 0.05 * narrow.norm()

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import quantized_copy, sync_weights, train
-from dllm_rl.config import describe
+from dllm_rl import quantized_copy, train
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.linear import is_quantized
-from dllm_rl.quantization.schemes import fake_quantize, float8_dynamic_emulated, float8_weight_only
+from dllm_rl.quantization.rollout_policy import sync_weights
+from dllm_rl.quantization.schemes import FakeQuantize, Float8DynamicEmulated, Float8WeightOnly
+from dllm_rl.records import describe
 from dllm_rl.training.policies import make_optimizer
 
 STEPS, RATE = 10, 1e-6
@@ -54,10 +55,10 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
 @pytest.mark.parametrize(
     "scheme",
     [
-        float8_weight_only,
-        partial(float8_weight_only, dequantized=True),
-        partial(fake_quantize, weight="int3"),
-        pytest.param(float8_dynamic_emulated, marks=pytest.mark.float8_rows),
+        Float8WeightOnly(),
+        Float8WeightOnly(dequantized=True),
+        FakeQuantize(weight="int3"),
+        pytest.param(Float8DynamicEmulated(), marks=pytest.mark.float8_rows),
     ],
     ids=describe,
 )
@@ -66,14 +67,14 @@ def test_the_rollouts_copy_is_in_bf16(scheme, lora):
     policy = tiny_masked_lm(**SIZES)  # with biases
     if lora is not None:
         add_lora(policy, lora)
-    copied = quantized_copy(policy, scheme(), dtype=torch.bfloat16)
+    copied = quantized_copy(policy, scheme, dtype=torch.bfloat16)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.01).add_(0.001)
     sync_weights(policy, copied)
     assert all(p.dtype == torch.float32 for p in policy.module.parameters())
     rounded = tiny_masked_lm(**SIZES)
     rounded.module = merged_copy(policy.module).to(torch.bfloat16)
-    expected = quantized_copy(rounded, scheme())
+    expected = quantized_copy(rounded, scheme)
     layers = zip(copied.module.modules(), expected.module.modules(), strict=True)
     assert sum(is_quantized(a) for a, _ in layers) == 12
     for (name, a), b in zip(copied.module.named_parameters(), expected.module.parameters(), strict=True):
@@ -85,7 +86,7 @@ def test_the_rollouts_copy_is_in_bf16(scheme, lora):
 def test_a_run_with_it(tmp_path):
     """Weights are fp32 in the checkpoint, the rollout's copy follows them."""
     model = partial(tiny_llama, causal=False, **SIZES)
-    train(tiny_recipe(tmp_path, model=model, bf16=True, rollout_quantization=float8_dynamic_emulated))
+    train(tiny_recipe(tmp_path, model=model, bf16=True, rollout_quantization=Float8DynamicEmulated()))
     state = load_file(tmp_path / "checkpoints/step-000002/model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

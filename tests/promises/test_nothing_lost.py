@@ -15,7 +15,7 @@ from run_outputs import TIMES, assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import files, manifest, tiny_masked_lm
-from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.stop import SIGNALS, Stop
@@ -40,7 +40,7 @@ class TestLoraAfterAWarmUp:
         assert all(parameter.grad is None for parameter in policy.module.parameters())
 
     def test_grad_norm_is_of_what_is_trained_and_a_resumed_run_is_the_same(self, tmp_path):
-        changes = {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "num_steps": 2, "save_total_limit": 9}
+        changes = {"lora": Lora(r=2), "sft_warmup_steps": 2, "num_steps": 2, "save_total_limit": 9}
         whole = train(small(tmp_path / "a", **changes))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         start = str(tmp_path / "b" / "checkpoints" / "step-000000")
@@ -90,7 +90,7 @@ class TestSchedule:
         train(small(tmp_path, num_steps=2, lr_schedule=constant, resume_from_checkpoint="latest"))
 
     def test_after_its_horizon_the_rate_stays(self):
-        assert linear_decay(9, 10) > linear_decay(10, 10) == linear_decay(25, 10) == pytest.approx(0.1)
+        assert LinearDecay()(9, 10) > LinearDecay()(10, 10) == LinearDecay()(25, 10) == pytest.approx(0.1)
 
 
 def constant(step, num_steps):

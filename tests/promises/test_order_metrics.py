@@ -1,36 +1,34 @@
 """What a run says of its rollouts' order, and that an order with a law is scored as it was recorded."""
 
-from functools import partial
-
 import pytest
 from emulated import five_level_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, random
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, RandomOrder
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
 
 NAMES = {"rollout_corr/order_agreement", "rollout_corr/order_agreement_rows"}
 
 
 def one_step(directory, rank, **changes):
-    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=2, temperature=1.0, rank=rank)
+    sampler = Unmask(max_new_tokens=16, diffusion_steps=2, temperature=1.0, rank=rank)
     train(tiny_recipe(directory, sampler=sampler, num_steps=1, **changes))
     (row,) = metrics_of(directory)
     return row
 
 
 def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path):
-    row = one_step(tmp_path / "a", max_prob, rollout_quantization=five_level_emulated)
+    row = one_step(tmp_path / "a", MaxProb(), rollout_quantization=five_level_emulated)
     assert 0 < row["rollout_corr/order_agreement"] < 1 and row["rollout_corr/order_agreement_rows"] < 1
     for i, (rank, scheme) in enumerate(
-        ((random, five_level_emulated), (confidence, five_level_emulated), (max_prob, None))
+        ((RandomOrder(), five_level_emulated), (Confidence(), five_level_emulated), (MaxProb(), None))
     ):
         assert not NAMES & set(one_step(tmp_path / str(i), rank, rollout_quantization=scheme))
 
 
-@pytest.mark.parametrize("rank", [confidence, partial(plackett_luce, temperature=0.3)], ids=["confidence", "noisy"])
+@pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)], ids=["confidence", "noisy"])
 def test_unquantized_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path, rank):
     """The sampler's record of tokens and order is what the learner finds, in micro-batches too, or the run stops."""
     settings = {"rollout_quantization": None, "zero_mismatch": True, "micro_batch_size": 4}

@@ -1,7 +1,6 @@
 """A run whose model is nobody's but its author's: trained, stopped, resumed, with adapters and a KL term."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from own_module import own_policy
 from run_outputs import metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import load_weights, no_correction, tiny_masked_lm
+from dllm_rl import NoCorrection, tiny_masked_lm
 from dllm_rl.models.lora import Lora
+from dllm_rl.models.policy import load_weights
 from dllm_rl.training import train
 
 
@@ -28,7 +28,7 @@ def recipe_of(directory, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "beta": 0.1}],
+    [{"beta": 0.1}, {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1}],
     ids=["all weights", "adapters after a warm-up"],
 )
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
 @pytest.mark.slow
 def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     policy = tiny_masked_lm(characters="1234.=", hidden_size=16, num_layers=1, intermediate_size=16)
-    recipe = recipe_of(tmp_path / "parts", model=policy, corrector=no_correction())
+    recipe = recipe_of(tmp_path / "parts", model=policy, corrector=NoCorrection())
     train(replace(recipe, num_steps=2, lr_schedule_steps=4))
     parts = train(replace(recipe, lr_schedule_steps=4, resume_from_checkpoint="latest"))
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))

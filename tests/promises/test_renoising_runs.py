@@ -8,7 +8,7 @@ import transformers
 
 from dllm_rl import load_policy, train
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 from recipes.sudoku_unique import recipe as base
 
 
@@ -17,8 +17,8 @@ def test_the_loop_trains_it(tmp_path):
     recipe = replace(
         base,
         model=partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=16, hidden_size=32),
-        sampler=partial(renoise, max_new_tokens=16, diffusion_steps=2, answer="drawn"),
-        eval_sampler=partial(renoise, max_new_tokens=16, diffusion_steps=2),
+        sampler=Renoise(max_new_tokens=16, diffusion_steps=2, answer="drawn"),
+        eval_sampler=Renoise(max_new_tokens=16, diffusion_steps=2),
         eval_task=replace(base.eval_task, size=4),
         validation_task=replace(base.validation_task, size=4),
         sft_warmup_steps=0,

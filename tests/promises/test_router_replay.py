@@ -11,7 +11,7 @@ from repetitions import slow
 from run_outputs import metrics_of
 from tiny_recipe import MOE_SIZES, tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.likelihoods.estimators import elbo
+from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import step_memory
 from dllm_rl.training.policies import check_compiled
@@ -33,7 +33,7 @@ ONE = {"model": partial(MOE, num_layers=1)}  # whose states depend on no other p
 
 
 @pytest.mark.parametrize(
-    "changes", [ONE, slow({"likelihood": elbo(num_samples=2)}), slow(ONE | {"gradient_checkpointing": True})]
+    "changes", [ONE, slow({"likelihood": ELBO(num_samples=2)}), slow(ONE | {"gradient_checkpointing": True})]
 )
 def test_replay_lowers_the_mismatch_of_the_first_step(tmp_path, changes):
     """Three bits send some tokens elsewhere. The rollout is the same, and so are the learner's weights."""

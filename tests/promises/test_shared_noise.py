@@ -12,15 +12,15 @@ import torch
 from repetitions import few
 from run_outputs import metrics_of
 
-from dllm_rl.algorithms.correctors import tis
+from dllm_rl.algorithms.correctors import TIS
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import learner
 from dllm_rl.training.trainer import train
@@ -30,7 +30,7 @@ SMALL = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermed
 
 
 def recipe(tmp_path, likelihood, **changes) -> Recipe:
-    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=4, rank=max_prob)
+    sampler = Unmask(max_new_tokens=16, diffusion_steps=4, rank=MaxProb())
     problems = partial(Sudoku, clues=(10, 12), size=8)
     base = Recipe(
         name="shared-noise",
@@ -38,11 +38,11 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
         task=problems(split="train"),
         validation_task=problems(split="validation"),
         eval_task=problems(split="test"),
-        sampler=partial(sampler, temperature=1.0),
-        eval_sampler=partial(sampler, temperature=0.0),
+        sampler=sampler.replace(temperature=1.0),
+        eval_sampler=sampler.replace(temperature=0.0),
         likelihood=likelihood,
-        corrector=tis(),
-        rollout_quantization=int8_weight_only,
+        corrector=TIS(),
+        rollout_quantization=Int8WeightOnly(),
         train_batch_size=4,
         num_generations=4,
         num_iterations=2,
@@ -54,13 +54,13 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
     return replace(base, **changes)
 
 
-MAKERS = [partial(lik.coupled, num_samples=2), partial(lik.sandwich)]
+MASKED = [lik.Coupled(num_samples=2), lik.Sandwich()]
 
 
-@pytest.mark.parametrize("make", few(MAKERS, MAKERS[1:]), ids=["coupled", "sandwich"])
+@pytest.mark.parametrize("estimator", few(MASKED, MASKED[1:]), ids=["coupled", "sandwich"])
 @pytest.mark.parametrize("fresh", [True, False])
-def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, tmp_path, monkeypatch):
-    estimator, seen = make(), []
+def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fresh, tmp_path, monkeypatch):
+    seen = []
     scores, accumulate = LikelihoodEstimator.view_logprobs, learner.forward_backward
 
     def spied_scores(self, policy, rollout, noise, **options):
@@ -84,37 +84,37 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, t
     assert all(noise is second[0][1] for _, noise in second)
     assert not (fresh and torch.equal(order[4].masked, order[0].masked))
     assert len({id(policy) for policy, _ in seen}) == 3
-    if make.func is lik.sandwich:
+    if isinstance(estimator, lik.Sandwich):
         assert set(order[4].upper_bound_weight.tolist()) == {0.0, 0.5}
 
 
 @pytest.mark.parametrize(
-    "make",
-    few([*MAKERS, lik.one_step, lik.trajectory], [MAKERS[1]]),
+    "estimator",
+    few([*MASKED, lik.OneStep(), lik.Trajectory()], [MASKED[1]]),
     ids=["coupled", "sandwich", "one_step", "all"],
 )
-def test_ratios_of_every_inner_update_divide_by_the_same_masks(make, tmp_path):
+def test_ratios_of_every_inner_update_divide_by_the_same_masks(estimator, tmp_path):
     """Weights that do not move have ratio 1 under any masks, if both sides have them."""
     given = {"num_iterations": 3, "learning_rate": 1e-30, "beta": 0.0, "weight_decay": 0.0}
-    train(recipe(tmp_path, make(), **given))
+    train(recipe(tmp_path, estimator, **given))
     (row,) = metrics_of(tmp_path / "run")
     assert row["ratio/mean"] == pytest.approx(1, abs=1e-6)  # of the last update
     norms = {row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)}
-    assert len(norms) == (1 if make is lik.trajectory else 3)
+    assert len(norms) == (1 if isinstance(estimator, lik.Trajectory) else 3)
 
 
 def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):
     still = {"advantages": lambda rewards: 0 * rewards, "beta": 0.0, "num_iterations": 3}
-    train(recipe(tmp_path, lik.coupled(), **still))
+    train(recipe(tmp_path, lik.Coupled(), **still))
     (row,) = metrics_of(tmp_path / "run")
     assert [row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)] == [0, 0, 0]
     assert row["rollout_corr/abs_log_ratio_mean"] > 0  # of the groups that are measured alone
 
 
 ESTIMATORS = [
-    *(getattr(lik, name)() for name in ("one_step", "elbo", "coupled", "quadrature", "eubo", "sandwich", "trajectory")),
-    *(lik.one_step(prompt_mask=0.0), lik.causal(), lik.block_elbo(block_size=4)),
-    *(lik.trajectory(num_segments=2), lik.trajectory(num_sampled_steps=2)),
+    *(lik.OneStep(), lik.ELBO(), lik.Coupled(), lik.Quadrature(), lik.EUBO(), lik.Sandwich(), lik.Trajectory()),
+    *(lik.OneStep(prompt_mask=0.0), lik.Causal(), lik.BlockELBO(block_size=4)),
+    *(lik.Trajectory(num_segments=2), lik.Trajectory(num_sampled_steps=2)),
 ]
 
 
@@ -122,21 +122,22 @@ ESTIMATORS = [
 def test_random_says_whether_two_draws_differ(estimator):
     policy = tiny_masked_lm(characters="1234.=", **SMALL)
     prompts = Prompts.from_ids([[3, 4, 5, 6]] * 4, pad_id=policy.pad_id)
-    rollout = unmask(policy, prompts, generator_for(0), max_new_tokens=16, diffusion_steps=4, rank=max_prob)
+    rollout = Unmask(max_new_tokens=16, diffusion_steps=4, rank=MaxProb())(policy, prompts, generator_for(0))
     one, other = (estimator.draw_views(rollout, generator_for(0, "noise", i)) for i in range(2))
     differ = not (torch.equal(one.masked, other.masked) and torch.equal(one.coefficients, other.coefficients))
     assert differ == estimator.is_random
 
 
 @pytest.mark.parametrize(
-    "name", few(["one_step", "elbo", "coupled", "quadrature", "sandwich", "trajectory"], ["sandwich"])
+    "kind",
+    few([lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.Sandwich, lik.Trajectory], [lik.Sandwich]),
 )
-def test_training_leaves_the_global_generators_alone(name, tmp_path):
+def test_training_leaves_the_global_generators_alone(kind, tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    train(recipe(tmp_path, getattr(lik, name)()))
+    train(recipe(tmp_path, kind()))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
     if "beartype" not in sys.modules:  # whose checks draw from it themselves

@@ -19,9 +19,9 @@ from dllm_rl.monitoring.json_lines import current_rows
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "sft_warmup_steps": 8, "sft_warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
-STABLE = ["--loss", "recipes.studies.surrogates:stable_drl"]
+STABLE = ["--loss", "recipes.studies.surrogates.StableDRL"]
 STABLE += ["--beta", "0.1", "--use_bias_correction_kl", "true"]
-REDRAWN = ["--max_num_gen_batches", "3", "--prompt_source", "mixed_reward_prompts"]
+REDRAWN = ["--max_num_gen_batches", "3", "--prompt_source", "MixedRewardPrompts"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
@@ -41,7 +41,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
 
 
 FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mismatch_groups", "1"]
-COUPLED = ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]
+COUPLED = ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE]
 LATE = ["--rollout_workers", "2", "--max_staleness", "1"]
 TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff", "0.5"]
 
@@ -54,13 +54,13 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
         pytest.param("sudoku_tiny_ar", [], marks=pytest.mark.nightly),
         pytest.param("sudoku_unique", FEW_ROWS, marks=pytest.mark.nightly),
         pytest.param(
-            "sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE], marks=pytest.mark.nightly
+            "sudoku_unique", ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE], marks=pytest.mark.nightly
         ),
         pytest.param("sudoku_unique", TEACHER, marks=pytest.mark.nightly),
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
         ("sudoku_unique", LATE),
-        ("sudoku_unique", ["--value_model", "value_head", "--value_model.gae_lambda", "0.5"]),
-        pytest.param("sudoku_unique", [*LATE, "--likelihood", "coupled"], marks=pytest.mark.nightly),
+        ("sudoku_unique", ["--value_model", "ValueModel", "--value_model.gae_lambda", "0.5"]),
+        pytest.param("sudoku_unique", [*LATE, "--likelihood", "Coupled"], marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):

@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import EMULATED, int3_emulated
+from emulated import CPU_SCHEMES, int3_emulated
 from repetitions import few
 
-from dllm_rl.config import CHOICES
-from dllm_rl.members import describe
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -15,12 +13,12 @@ from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, quantized_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
+from dllm_rl.records import describe
 
-NAMES = CHOICES["rollout_quantization"]
-SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in ("float8_dynamic", "int4_packed")]
+SCHEMES = [*CPU_SCHEMES.values()]
 # One of each kind of layer, and of each kind of rounding.
-KINDS = ["float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "int4_weight_only", "int3_emulated"]
-KINDS = [(NAMES | EMULATED)[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated")]
+KINDS = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "Int4WeightOnly", "int3_emulated"]
+KINDS = [CPU_SCHEMES[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {
     "characters": "abcdefgh",
@@ -75,7 +73,7 @@ def reference_forward(policy, rollout_policy):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
     policy = make(dtype=dtype)
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     plain, expected = policy.logits(*batch()), rollout.logits(*batch())
     with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
@@ -89,7 +87,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
 @pytest.mark.parametrize("scheme", KINDS, ids=describe)
 def test_gradient_is_the_straight_through_definition(scheme, family):
     policy = make(family)
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     with aligned_forward(policy, rollout):
         got = torch.autograd.grad(loss_of(policy), list(policy.module.parameters()), allow_unused=True)
     swapped = reference_forward(policy, rollout)
@@ -105,7 +103,7 @@ def test_gradient_is_the_straight_through_definition(scheme, family):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_a_layers_product_is_that_of_its_dequantized_operands(scheme):
-    layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme())))
+    layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme)))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     y, seen = quantized_forward(layer, x, None)
     expected = F.linear(dequantized_input(layer, *seen), dequantized_weight(layer))
@@ -115,7 +113,7 @@ def test_a_layers_product_is_that_of_its_dequantized_operands(scheme):
 def test_gradient_of_one_layer_by_hand():
     """w = [[1, -0.4]] in 3 levels of scale 0.7 is [[0.7, -0.7]]: dx = dy * that, dw = dy * x, and not dy * w."""
     policy = make()
-    rollout = quantized_copy(policy, quantize.fake_quantize(weight="ternary"))
+    rollout = quantized_copy(policy, quantize.FakeQuantize(weight="ternary"))
     name, _ = next(iter(quantized_layers(rollout)))
     source = policy.module.get_submodule(name)
     with torch.no_grad():
@@ -133,23 +131,23 @@ def test_gradient_of_one_layer_by_hand():
 @pytest.mark.parametrize("scheme", KINDS, ids=describe)
 def test_a_step_inside_the_block_is_quantized_again(scheme):
     policy = make()
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
     with aligned_forward(policy, rollout):
         loss_of(policy).backward()
         optimizer.step()
         first = policy.logits(*batch())
         with pytest.raises(ValueError, match="outside of aligned"):
-            quantized_copy(policy, scheme())
+            quantized_copy(policy, scheme)
     assert not torch.equal(first, rollout.logits(*batch()))  # norms and embeddings have moved, and are not synced
     sync_weights(policy, rollout)
     assert torch.equal(rollout.logits(*batch()), first)
-    assert torch.equal(quantized_copy(policy, scheme()).logits(*batch()), first)
+    assert torch.equal(quantized_copy(policy, scheme).logits(*batch()), first)
 
 
 def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
     policy = make()
-    rollout = quantized_copy(policy, int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated)
     plain = policy.logits(*batch())
     with pytest.raises(KeyError), aligned_forward(policy, rollout):
         raise KeyError("planted")
@@ -180,7 +178,7 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
     for name, parameter in policy.module.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
-    rollout = quantized_copy(policy, int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated)
     expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), without_adapters(policy).logits(*batch())
     with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
@@ -209,7 +207,7 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
 def test_adapters_with_dropout_are_refused():
     policy = make(tiny_llama)
     add_lora(policy, Lora(r=4, dropout=0.1))
-    rollout = quantized_copy(policy, int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated)
     with (
         pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges"),
         aligned_forward(policy, rollout),
@@ -225,19 +223,19 @@ def test_unquantized_rollout_aligns_nothing():
 
 def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
     policy = make()
-    rollout = quantized_copy(policy, int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated)
     with aligned_forward(policy, rollout) as refresh:
         for name, _ in quantized_layers(rollout):
             policy.module.get_submodule(name).weight.data.mul_(-1)
         refresh()
         first = policy.logits(*batch())
-    assert torch.equal(quantized_copy(policy, int3_emulated()).logits(*batch()), first)
+    assert torch.equal(quantized_copy(policy, int3_emulated).logits(*batch()), first)
 
 
-@pytest.mark.parametrize("scheme", [int3_emulated, quantize.float8_weight_only, quantize.int8_dynamic])
+@pytest.mark.parametrize("scheme", [int3_emulated, quantize.Float8WeightOnly(), quantize.Int8Dynamic()])
 def test_under_bf16_autocast_both_sides_still_agree_bitwise(scheme):
     policy = make()
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     with torch.autocast("cpu", torch.bfloat16), aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), rollout.logits(*batch()))
         loss_of(policy).backward()

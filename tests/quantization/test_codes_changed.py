@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from emulated import EMULATED, five_level_emulated
+from emulated import CPU_SCHEMES, five_level_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch import nn, tensor
@@ -25,7 +25,7 @@ def changes(layer, weight):
 def test_codes_and_scales_by_hand(activation):
     # int3: scale = max |w| / 3 = 1 in both rows, codes the nearest integers.
     weight = tensor([[3.0, 1.0, -2.0, 0.0], [-3.0, 0.4, 0.0, 2.0]])
-    layer = EmulatedLinear(weight, None, FakeQuantize("int3", activation))
+    layer = EmulatedLinear(weight, None, FakeQuantize(weight="int3", activation=activation))
     assert changes(layer, weight) == {"codes_changed": (0, 8), "scale_change": (0, 2)}
     weight[0, 1], weight[1, 1] = 1.4, 0.6  # 1 stays 1, 0 becomes 1
     assert changes(layer, weight) == {"codes_changed": (1, 8), "scale_change": (0, 2)}
@@ -39,8 +39,9 @@ def test_a_zero_that_changes_its_sign_is_no_change():
         layer = nn.Linear(16, 16, bias=False)
     weight = torch.ones(16, 16)
     weight[:, 1] = 1e-30
-    layer.weight = nn.Parameter(quantize_weight(weight, schemes.float8_weight_only())[0], requires_grad=False)
-    layer.quantization = schemes.float8_weight_only()
+    config = schemes.Float8WeightOnly().config()
+    layer.weight = nn.Parameter(quantize_weight(weight, config)[0], requires_grad=False)
+    layer.quantization = config
     moved = weight.clone()
     moved[:, 1] = -1e-30
     assert changes(layer, moved) == {"codes_changed": (0, 256), "scale_change": (0, 16)}
@@ -55,7 +56,7 @@ def test_two_codes_in_a_byte():
     assert int(differing_codes(before, after, 3)[0]) == 3
 
 
-SCHEMES = ["float8_weight_only", "float8_dynamic_emulated", "int8_weight_only", "int8_dynamic", "int4_weight_only"]
+SCHEMES = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8WeightOnly", "Int8Dynamic", "Int4WeightOnly"]
 SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", "five_level_emulated"]
 SCHEMES += ["ternary_emulated"]
 
@@ -65,12 +66,11 @@ SCHEMES += ["ternary_emulated"]
     [*((name, torch.float32) for name in SCHEMES), *((name, torch.bfloat16) for name in SCHEMES[::5])],
 )
 def test_a_sync_counts_what_a_full_comparison_counts(name, dtype):
-    make = EMULATED.get(name) or getattr(schemes, name)
     policy = tiny_masked_lm(
         characters="1234.=", hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=32
     )
     policy.module.to(dtype)
-    rollout_policy = quantized_copy(policy, make())
+    rollout_policy = quantized_copy(policy, CPU_SCHEMES[name])
     assert sync_weights(policy, rollout_policy) == {"quantization/codes_changed": 0, "quantization/scale_change": 0}
     before = held(policy, rollout_policy)
     generator = torch.Generator().manual_seed(0)
@@ -119,4 +119,4 @@ def test_an_unquantized_copy_has_no_codes_to_count():
 
 def test_a_layer_whose_weight_is_not_quantized_has_no_codes():
     weight = torch.ones(2, 2)
-    assert changes(EmulatedLinear(weight, None, FakeQuantize(None, "int8")), weight) == {}
+    assert changes(EmulatedLinear(weight, None, FakeQuantize(weight=None, activation="int8")), weight) == {}

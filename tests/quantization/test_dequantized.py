@@ -6,7 +6,7 @@ import torch
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import Float8WeightOnly
 
 SIZES = {
     "characters": "abcdefgh",
@@ -28,7 +28,7 @@ def test_weights_dequantized_once_a_sync_give_the_same_states(make):
     """As made, and after an update that is synced into both copies; no product of the second dequantizes anything."""
     policy, tokens = make(), torch.randint(3, 11, (3, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    in_products, once = (quantized_copy(policy, float8_weight_only(dequantized=d)) for d in (False, True))
+    in_products, once = (quantized_copy(policy, Float8WeightOnly(dequantized=d)) for d in (False, True))
     for _ in range(2):
         expected, found = (copy.hidden(tokens, mask) for copy in (in_products, once))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

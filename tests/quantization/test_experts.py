@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import EMULATED
+from emulated import CPU_SCHEMES, EMULATED
 from layouts import published
 from mixtures import moe
 from repetitions import few
@@ -13,7 +13,6 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dllm_rl import load_policy
-from dllm_rl.config import CHOICES
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
 from dllm_rl.models.lora import Lora, add_lora, is_stacked
@@ -30,11 +29,8 @@ from dllm_rl.quantization.linear import (
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 
-NAMES = CHOICES["rollout_quantization"]
-SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}
-SCHEMES |= EMULATED
-SCHEMES["int4_weight_only"] = partial(quantize.int4_weight_only, group_size=8)  # divides the toys' 24 and 32 inputs
-FEW = ("float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "int3_emulated")
+SCHEMES = CPU_SCHEMES | {"Int4WeightOnly": quantize.Int4WeightOnly(group_size=8)}  # divides the toys' 24 and 32 inputs
+FEW = ("Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "int3_emulated")
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
 
@@ -103,7 +99,7 @@ def test_a_mixture_in_bf16_stays_in_bf16():
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
-    rollout_policy = quantized_copy(policy, SCHEMES[scheme]())
+    rollout_policy = quantized_copy(policy, SCHEMES[scheme])
     reasons = set(rollout_policy.quantization_report.skipped.values())
     assert reasons <= {"embedding", "router", "outside the blocks"}, rollout_policy.quantization_report
     held = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
@@ -113,13 +109,13 @@ def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
     experts = [layer for layer in rollout_policy.module.modules() if isinstance(layer, UnstackedExperts)]
     assert experts and not any(is_stacked(layer) for layer in rollout_policy.module.modules())
     assert rollout_policy.quantization_report.bytes_after < rollout_policy.quantization_report.bytes_before * (
-        1.1 if "emulated" in scheme and scheme != "float8_dynamic_emulated" else 0.6
+        1.1 if scheme in EMULATED else 0.6
     )
 
 
-@pytest.mark.parametrize("scheme", few([*SCHEMES, None], [*FEW, "int4_weight_only", None]))
+@pytest.mark.parametrize("scheme", few([*SCHEMES, None], [*FEW, "Int4WeightOnly", None]))
 def test_a_sync_equals_a_fresh_quantization_bitwise_and_moves_no_storage(policy, scheme):
-    config, (tokens, mask) = SCHEMES[scheme]() if scheme else None, batch(policy)
+    config, (tokens, mask) = SCHEMES[scheme] if scheme else None, batch(policy)
     rollout_policy = quantized_copy(policy, config)
     layers = [layer for _, layer in quantized_layers(rollout_policy)]
     before = [getattr(layer.weight, "qdata", layer.weight).data_ptr() for layer in layers]
@@ -168,7 +164,7 @@ def definition(policy, rollout_policy):
 @pytest.mark.parametrize("scheme", FEW)
 def test_the_aligned_gradient_is_the_straight_through_definition(policy, scheme):
     tokens, mask = batch(policy)
-    rollout_policy = quantized_copy(policy, SCHEMES[scheme]())
+    rollout_policy = quantized_copy(policy, SCHEMES[scheme])
 
     def gradients():
         policy.module.zero_grad()
@@ -187,7 +183,7 @@ def test_the_aligned_gradient_is_the_straight_through_definition(policy, scheme)
 
 
 def test_a_step_inside_an_aligned_forward_is_quantized_again(policy):
-    rollout_policy = quantized_copy(policy, FakeQuantize("int3", "e4m3"))
+    rollout_policy = quantized_copy(policy, FakeQuantize(weight="int3", activation="e4m3"))
     tokens, mask = batch(policy)
     with aligned_forward(policy, rollout_policy):
         policy.logits(tokens, mask)
@@ -196,12 +192,14 @@ def test_a_step_inside_an_aligned_forward_is_quantized_again(policy):
                 if "experts" in name:
                     parameter.mul_(-1.5)
         again = policy.logits(tokens, mask)
-    assert torch.equal(again, quantized_copy(policy, FakeQuantize("int3", "e4m3")).logits(tokens, mask))
+    assert torch.equal(
+        again, quantized_copy(policy, FakeQuantize(weight="int3", activation="e4m3")).logits(tokens, mask)
+    )
     sync_weights(policy, rollout_policy)
 
 
 def test_a_weight_that_is_not_finite_is_named_with_its_expert(policy):
-    rollout_policy = quantized_copy(policy, SCHEMES["float8_weight_only"]())
+    rollout_policy = quantized_copy(policy, SCHEMES["Float8WeightOnly"])
     name, stack = next((n, p) for n, p in policy.module.named_parameters() if n.endswith("experts.down_proj"))
     with torch.no_grad():
         stack[2, 1, 1] = torch.nan
@@ -214,7 +212,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_expert(policy):
 
 
 def test_experts_can_be_left_as_they_are(policy):
-    config = SCHEMES["float8_weight_only"]()
+    config = SCHEMES["Float8WeightOnly"].config()
     kept = skip_reasons(policy.module, config, lambda layer, name: name.endswith(".experts"))
     assert "skip" in kept.values()
     rollout_policy = quantized_copy(policy, config, skip=lambda layer, name: name.endswith(".experts"))
@@ -227,13 +225,13 @@ def test_experts_can_be_left_as_they_are(policy):
 
 
 def test_groups_that_do_not_divide_a_projection_keep_the_experts(policy):
-    kept = skip_reasons(policy.module, quantize.int4_weight_only(group_size=7), None)
+    kept = skip_reasons(policy.module, quantize.Int4WeightOnly(group_size=7).config(), None)
     assert all("multiple of the group size 7" in why for name, why in kept.items() if name.endswith(".experts"))
     assert any(name.endswith(".experts") for name in kept)
 
 
 def test_the_doctor_rounds_experts_like_every_other_weight(policy):
-    rounded, fresh = operands(quantized_copy(policy, None), FakeQuantize("int4", None))
+    rounded, fresh = operands(quantized_copy(policy, None), FakeQuantize(weight="int4", activation=None))
     tokens, mask = batch(policy)
     torch.testing.assert_close(rounded.logits(tokens, mask), fresh.logits(tokens, mask), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(rounded.logits(tokens, mask), policy.logits(tokens, mask), atol=1e-3)
@@ -271,6 +269,6 @@ def test_a_copy_of_a_mixture_is_whole_in_its_dtype(adapted, skip):
     policy = moe()
     if adapted:
         add_lora(policy, Lora(r=2, experts=True))
-    copied = quantized_copy(policy, quantize.int8_weight_only(), skip=skip, dtype=torch.bfloat16)
+    copied = quantized_copy(policy, quantize.Int8WeightOnly(), skip=skip, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in copied.module.parameters()} == {torch.bfloat16}
     assert len(copied.quantization_report.quantized) > (0 if skip else 2 * 2 * 6)  # layers, stacks, experts

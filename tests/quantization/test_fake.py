@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
-from dllm_rl.quantization import schemes
 from dllm_rl.quantization.schemes import FLOAT_FORMATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -72,21 +71,19 @@ def test_codes_at_the_edges(scheme, row, codes):
 def test_products_by_hand():
     """w = [[4, 1.1]] in int3 (scale 4/3) is [3, 1], x = [[2, 0.7]] is [3, 1] of scale 2/3; bias 0.5."""
     weight, bias, x = torch.tensor([[4.0, 1.1], [8.0, 2.2]]), torch.tensor([0.5, -0.5]), torch.tensor([[2.0, 0.7]])
-    both = EmulatedLinear(weight, bias, FakeQuantize("int3", "int3"))
+    both = EmulatedLinear(weight, bias, FakeQuantize(weight="int3", activation="int3"))
     expected = torch.tensor([[10 * 8 / 9 + 0.5, 10 * 16 / 9 - 0.5]])
     torch.testing.assert_close(both(x), expected)
     torch.testing.assert_close(both.dequantized(), torch.tensor([[4.0, 4 / 3], [8.0, 8 / 3]]))
     # Weights only: 2 * 4 + 0.7 * 4/3. Inputs only: 2 * 4 + (2/3) * 1.1.
-    weights = EmulatedLinear(weight, bias, FakeQuantize("int3"))
+    weights = EmulatedLinear(weight, bias, FakeQuantize(weight="int3"))
     torch.testing.assert_close(weights(x)[0, 0], torch.tensor(8 + 0.7 * 4 / 3 + 0.5))
-    inputs = EmulatedLinear(weight, bias, FakeQuantize(None, "int3"))
+    inputs = EmulatedLinear(weight, bias, FakeQuantize(weight=None, activation="int3"))
     torch.testing.assert_close(inputs(x)[0, 0], torch.tensor(8 + 2 / 3 * 1.1 + 0.5))
 
 
-def test_fake_quantize_is_any_pair_of_schemes():
-    assert schemes.fake_quantize() == FakeQuantize("int8", None, "row")
-    made = schemes.fake_quantize(weight="five_level", activation="e4m3", granularity="tensor")
-    assert made == FakeQuantize("five_level", "e4m3", "tensor")
+def test_fake_quantize_rounds_weights_to_int8_rows_by_default():
+    assert FakeQuantize() == FakeQuantize(weight="int8", activation=None, granularity="row")
 
 
 def test_one_scale_per_row_or_per_tensor():
@@ -109,7 +106,9 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
     plain, x = nn.Linear(32, 48, dtype=dtype), weight(7, dtype=dtype)
     with torch.no_grad():
         plain.weight.copy_(weight(dtype=dtype))
-    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize(scheme, None, granularity))
+    emulated = EmulatedLinear(
+        plain.weight.detach(), plain.bias, FakeQuantize(weight=scheme, activation=None, granularity=granularity)
+    )
     config = Float8WeightOnlyConfig(weight_dtype=FLOAT8[scheme])
     config.granularity = PerTensor() if granularity == "tensor" else config.granularity
     quantize_(plain, config)
@@ -120,17 +119,17 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
 
 def test_dynamic_int8_equals_torchao():
     plain, x = nn.Linear(32, 48), weight(7)
-    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize("int8", "int8"))
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize(weight="int8", activation="int8"))
     quantize_(plain, Int8DynamicActivationInt8WeightConfig())
     assert torch.equal(emulated.weight.to(torch.int8), plain.weight.qdata)
     torch.testing.assert_close(emulated(x), plain(x))
 
 
 def test_unknown_names_are_refused_by_field_and_value():
-    with pytest.raises(ValueError, match="activation='fp8' is not known; choose one of e4m3"):
-        FakeQuantize("int8", "fp8")
+    with pytest.raises(ValueError, match="activation='fp8' must be one of 'e4m3'"):
+        FakeQuantize(weight="int8", activation="fp8")
     with pytest.raises(ValueError, match="granularity='column'"):
-        FakeQuantize("int8", granularity="column")
+        FakeQuantize(weight="int8", granularity="column")
 
 
 @pytest.mark.parametrize("scheme", FLOAT8)

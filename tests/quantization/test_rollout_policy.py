@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import EMULATED, e4m3_emulated, int3_emulated
+from emulated import CPU_SCHEMES, e4m3_emulated, int3_emulated
 from repetitions import few
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +16,6 @@ from torchao.quantization import (
     Float8WeightOnlyConfig,
 )
 
-from dllm_rl.config import CHOICES
-from dllm_rl.members import describe
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -25,12 +23,11 @@ from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import dequantized_weight, quantize_weight, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
+from dllm_rl.records import describe
 from dllm_rl.training.learner import check_staleness
 from dllm_rl.types import Rollout, SamplingParams
 
-CUDA_ONLY = ("float8_dynamic", "int4_packed")
-NAMES = CHOICES["rollout_quantization"]
-SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in CUDA_ONLY]
+SCHEMES = [*CPU_SCHEMES.values()]
 small = {
     "characters": "abcdefgh",
     "hidden_size": 32,
@@ -90,7 +87,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(view(a[k]), view(b[k])) for k in a)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES[:6], int3_emulated, lambda: None], ids=describe)
+@pytest.mark.parametrize("scheme", [*SCHEMES[:6], int3_emulated, None], ids=describe)
 @pytest.mark.parametrize(
     "make",
     [
@@ -102,7 +99,7 @@ def equal(a, b):
 )
 def test_steps_and_syncs_equal_a_fresh_quantization_and_move_no_storage(make, scheme):
     policy = make()
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     addresses = storages(rollout.module)
     optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
     tokens, mask = batch()
@@ -115,21 +112,21 @@ def test_steps_and_syncs_equal_a_fresh_quantization_and_move_no_storage(make, sc
         sync_weights(policy, rollout)
         assert rollout.weights_version == policy.weights_version == step + 1
         assert not equal(contents(rollout.module), before)
-    assert equal(contents(rollout.module), contents(quantized_copy(policy, scheme()).module))
+    assert equal(contents(rollout.module), contents(quantized_copy(policy, scheme).module))
     assert storages(rollout.module) == addresses
-    assert torch.equal(rollout.logits(tokens, mask), quantized_copy(policy, scheme()).logits(tokens, mask))
+    assert torch.equal(rollout.logits(tokens, mask), quantized_copy(policy, scheme).logits(tokens, mask))
     if make not in (masked_lm, adapted):
         head, embedding = rollout.module.lm_head.weight, rollout.module.model.embed_tokens.weight
         assert (head is embedding) == policy.module.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
+@pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=describe)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.float32]))
 def test_a_copy_in_bf16_is_its_own_and_a_sync_rounds_as_the_first_copy_did(dtype, scheme):
     """The weights are rounded to bf16, and quantized then. A learner in bf16 shares no weight with its copy."""
     policy = llada()
     policy.module.to(dtype)
-    rollout = quantized_copy(policy, scheme(), dtype=torch.bfloat16)
+    rollout = quantized_copy(policy, scheme, dtype=torch.bfloat16)
     before = contents(rollout.module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -137,7 +134,7 @@ def test_a_copy_in_bf16_is_its_own_and_a_sync_rounds_as_the_first_copy_did(dtype
             parameter += (0.01 * torch.randn(parameter.shape, generator=generator)).to(dtype)
     assert equal(contents(rollout.module), before)
     sync_weights(policy, rollout)
-    fresh = contents(quantized_copy(policy, scheme(), dtype=torch.bfloat16).module)
+    fresh = contents(quantized_copy(policy, scheme, dtype=torch.bfloat16).module)
     assert equal(contents(rollout.module), fresh) and not equal(fresh, before)
 
 
@@ -149,8 +146,8 @@ def test_adapters_are_merged_and_gone():
     assert torch.equal(rollout.logits(*batch()), merged.logits(*batch()))
     assert not torch.equal(rollout.logits(*batch()), llada().logits(*batch()))
     assert rollout.lora is None and policy.lora is not None
-    quantized = quantized_copy(policy, quantize.int8_weight_only())
-    assert torch.equal(quantized.logits(*batch()), quantized_copy(merged, quantize.int8_weight_only()).logits(*batch()))
+    quantized = quantized_copy(policy, quantize.Int8WeightOnly())
+    assert torch.equal(quantized.logits(*batch()), quantized_copy(merged, quantize.Int8WeightOnly()).logits(*batch()))
     assert len(quantized.quantization_report.quantized) == 14
 
 
@@ -171,7 +168,7 @@ def test_a_layout_without_a_way_back_is_dequantized_by_its_own_product(monkeypat
     monkeypatch.setattr(ops, "_weight_int4pack_mm", product, raising=False)
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer = nn.Linear(256, 48, bias=False)
-    layer.weight = nn.Parameter(quantize_weight(weight, quantize.int4_packed())[0], requires_grad=False)
+    layer.weight = nn.Parameter(quantize_weight(weight, quantize.Int4Packed().config())[0], requires_grad=False)
     found = dequantized_weight(layer)
     # Codes are 0..15 about 8, in groups of 128: w = (code - 8) * scale + zero.
     scale, zero = (seen["scales"][:2, :48, i].T.repeat_interleave(128, 1) for i in (0, 1))
@@ -183,7 +180,7 @@ def test_a_layout_without_a_way_back_is_dequantized_by_its_own_product(monkeypat
 def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
     policy = masked_lm()
     policy.module.register_buffer("table", torch.zeros(3), persistent=False)
-    rollout = quantized_copy(policy, quantize.int8_weight_only())
+    rollout = quantized_copy(policy, quantize.Int8WeightOnly())
     with torch.no_grad():
         for parameter in policy.module.parameters():
             parameter.add_(1.0)
@@ -198,7 +195,7 @@ def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
 
 def test_report_says_what_was_quantized_what_not_and_why():
     skip = lambda module, name: name.endswith("layers.1.mlp.up_proj")  # noqa: E731
-    rollout = quantized_copy(llada(), quantize.int8_weight_only(), skip=skip)
+    rollout = quantized_copy(llada(), quantize.Int8WeightOnly(), skip=skip)
     report = rollout.quantization_report
     assert len(report.quantized) == 2 * 7 - 1
     assert report.skipped == {
@@ -225,7 +222,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
     module = nn.Module()
     module.layers, module.embedding = nn.ModuleList([block]), nn.Embedding(10, 32)
     block.tied.weight = module.embedding.weight
-    assert skip_reasons(module, quantize.int4_weight_only(), None) == {
+    assert skip_reasons(module, quantize.Int4WeightOnly().config(), None) == {
         "embedding": "embedding",
         "layers.0.gate": "router",
         "layers.0.router": "router",
@@ -237,7 +234,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
     dynamic = skip_reasons(module, Float8DynamicActivationFloat8WeightConfig(), None)
     assert dynamic["layers.0.odd"] == "32x24: not multiples of 16"
     with pytest.raises(ValueError, match="quantizes no layer of RobertaPreLayerNormForMaskedLM"):
-        quantized_copy(masked_lm(), quantize.int8_weight_only(), skip=lambda m, name: True)
+        quantized_copy(masked_lm(), quantize.Int8WeightOnly(), skip=lambda m, name: True)
 
 
 def test_no_plain_copy_of_a_quantized_weight_is_made():
@@ -251,7 +248,7 @@ def test_no_plain_copy_of_a_quantized_weight_is_made():
 
     policy = llada()
     with Clones():
-        rollout = quantized_copy(policy, quantize.int8_weight_only())
+        rollout = quantized_copy(policy, quantize.Int8WeightOnly())
     shapes = {tuple(layer.weight.shape) for _, layer in quantized_layers(rollout)}
     assert len(shapes) == 3 and seen and not shapes & set(seen)
 
@@ -263,12 +260,12 @@ def test_no_plain_copy_of_a_quantized_weight_is_made():
 )
 def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     policy = llada()
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
-        quantized_copy(policy, scheme())
+        quantized_copy(policy, scheme)
 
 
 def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
@@ -279,17 +276,17 @@ def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
         sync_weights(policy, rollout)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
+@pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=describe)
 def test_no_weight_of_a_rollout_policy_is_trained(scheme):
     policy = llada()
-    assert not any(p.requires_grad for p in quantized_copy(policy, scheme()).module.parameters())
+    assert not any(p.requires_grad for p in quantized_copy(policy, scheme).module.parameters())
     assert all(p.requires_grad for p in policy.module.parameters())
 
 
 def test_a_row_of_zeros_has_the_smallest_scale():
     weight = torch.eye(3, 32)
     weight[1] = 0
-    packed, _ = quantize_weight(weight, quantize.float8_weight_only())
+    packed, _ = quantize_weight(weight, quantize.Float8WeightOnly().config())
     assert packed.scale.flatten().tolist() == pytest.approx([1 / 448, 1e-12, 1 / 448], rel=1e-6, abs=0)
 
 
@@ -298,7 +295,7 @@ def test_zero_rows_and_zero_inputs_give_zeros(scheme):
     policy = llada()
     policy.module.model.layers[0].self_attn.o_proj.weight.data.zero_()
     policy.module.model.layers[0].mlp.up_proj.weight.data[::2].zero_()
-    rollout = quantized_copy(policy, scheme())
+    rollout = quantized_copy(policy, scheme)
     layers = rollout.module.model.layers
     assert torch.equal(layers[0].self_attn.o_proj(torch.randn(2, 32)), torch.zeros(2, 32))
     assert (layers[0].mlp.up_proj(torch.randn(2, 32))[:, ::2] == 0).all()
@@ -312,8 +309,8 @@ def test_zero_rows_and_zero_inputs_give_zeros(scheme):
 def test_fast_emulation_equals_torchaos_dynamic_float8(dtype):
     policy = masked_lm()
     policy.module.to(dtype)
-    fast = quantized_copy(policy, e4m3_emulated()).logits(*batch())
-    exact = quantized_copy(policy, quantize.float8_dynamic_emulated()).logits(*batch())
+    fast = quantized_copy(policy, e4m3_emulated).logits(*batch())
+    exact = quantized_copy(policy, quantize.Float8DynamicEmulated()).logits(*batch())
     moved = (fast - policy.logits(*batch())).norm()  # as far as quantization moves them
     assert moved > 0 and (fast - exact).norm() < (1e-4 if dtype == torch.float32 else 0.2) * moved
 
@@ -323,14 +320,14 @@ def test_quantization_error_is_bounded_by_the_format():
     weight = llada().module.model.layers[0].mlp.up_proj.weight
     top = weight.abs().amax(-1, keepdim=True)
     bounds = {
-        "float8_weight_only": weight.abs() * 2**-4 + top * 2**-17,
-        "int8_weight_only": top / 127.5 / 2 + top / 127.5 / 2 * (weight.abs() >= top * 127 / 127.5),
+        "Float8WeightOnly": weight.abs() * 2**-4 + top * 2**-17,
+        "Int8WeightOnly": top / 127.5 / 2 + top / 127.5 / 2 * (weight.abs() >= top * 127 / 127.5),
         "int4_emulated": top / 14,
         "int3_emulated": top / 6,
         "five_level_emulated": top / 4,
     }
     for name, bound in bounds.items():
-        rollout = quantized_copy(llada(), (NAMES | EMULATED)[name]())
+        rollout = quantized_copy(llada(), CPU_SCHEMES[name])
         layer = rollout.module.model.layers[0].mlp.up_proj
         rounded = layer.dequantized() if hasattr(layer, "dequantized") else layer.weight.dequantize()
         assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
@@ -353,7 +350,7 @@ def test_stale_rollouts_are_refused():
 
 
 def test_stored_bytes_counts_codes_and_scales():
-    packed = quantized_copy(llada(), quantize.float8_weight_only()).module.model.layers[0].mlp.up_proj.weight
+    packed = quantized_copy(llada(), quantize.Float8WeightOnly()).module.model.layers[0].mlp.up_proj.weight
     assert stored_bytes(packed) == 64 * 32 + 64 * 4
     assert stored_bytes(torch.zeros(3, 5, dtype=torch.bfloat16)) == 30
 
@@ -363,7 +360,7 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     whole, policy = llada(), llada()
-    rollout, expected = (quantized_copy(p, int3_emulated()) for p in (policy, whole))
+    rollout, expected = (quantized_copy(p, int3_emulated) for p in (policy, whole))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
@@ -387,11 +384,11 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.quantization.schemes import FakeQuantize
 
 make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_attention_heads=2)
 whole, policy = make(), make()
-rollout, expected = (quantized_copy(p, fake_quantize(weight="int3", activation="e4m3")) for p in (policy, whole))
+rollout, expected = (quantized_copy(p, FakeQuantize(weight="int3", activation="e4m3")) for p in (policy, whole))
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 fully_shard(policy.module, mesh=dist.init_device_mesh("cpu", (2,)))
 with torch.no_grad():
@@ -429,10 +426,10 @@ def test_float8_weights_are_torchaos_own(dtype):
 
 def test_a_copy_shares_what_is_frozen_and_keeps_its_precision():
     policy = tiny_llama(characters="abc", causal=False)
-    apart = quantized_copy(policy, quantize.float8_weight_only())
+    apart = quantized_copy(policy, quantize.Float8WeightOnly())
     add_lora(policy, Lora(r=2))
-    shared = quantized_copy(policy, quantize.float8_weight_only())
-    rounded = quantized_copy(policy, quantize.float8_weight_only(), dtype=torch.bfloat16)
+    shared = quantized_copy(policy, quantize.Float8WeightOnly())
+    rounded = quantized_copy(policy, quantize.Float8WeightOnly(), dtype=torch.bfloat16)
     plain = quantized_copy(policy, None)
 
     def places(module):

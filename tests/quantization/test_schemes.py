@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import NAMED
 from torch._inductor import config as inductor
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -12,13 +13,11 @@ from torchao.quantization import (
     PerRow,
 )
 
-from dllm_rl.config import CHOICES
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
-
-NAMES = CHOICES["rollout_quantization"]
+from dllm_rl.records import from_json
 
 
 def llada():
@@ -40,11 +39,11 @@ def test_global_settings_and_the_users_config_are_left_alone(config):
 
 def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
     with pytest.raises(
-        ValueError, match=r"device=cpu has no float8 products; use float8_weight_only.*float8_dynamic_emulated"
+        ValueError, match=r"device=cpu has no float8 products; use Float8WeightOnly.*Float8DynamicEmulated"
     ):
-        quantized_copy(llada(), quantize.float8_dynamic())
-    with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use int4_weight_only"):
-        quantized_copy(llada(), quantize.int4_packed())
+        quantized_copy(llada(), quantize.Float8Dynamic())
+    with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use Int4WeightOnly"):
+        quantized_copy(llada(), quantize.Int4Packed())
     with pytest.raises(ValueError, match="'int8' is neither a torchao config nor a FakeQuantize"):
         quantized_copy(llada(), "int8")
 
@@ -53,28 +52,28 @@ def test_refusals_name_what_does_run(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(ValueError, match=r"device=NVIDIA A100 is below .* 8.9.*use int8_dynamic or float8_weight_only"):
-        quantize.check_scheme(quantize.float8_dynamic(), cuda, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"device=NVIDIA A100 is below .* 8.9.*use Int8Dynamic or Float8WeightOnly"):
+        quantize.check_scheme(quantize.Float8Dynamic(), cuda, torch.bfloat16)
     monkeypatch.setattr(quantize, "has_float8_rows", lambda: False)
-    with pytest.raises(ValueError, match="with a scale per row on this CPU, which float8_dynamic_emulated needs; use"):
-        quantized_copy(llada(), quantize.float8_dynamic_emulated())
+    with pytest.raises(ValueError, match="with a scale per row on this CPU, which Float8DynamicEmulated needs; use"):
+        quantized_copy(llada(), quantize.Float8DynamicEmulated())
 
 
 def test_a_learner_in_fp32_may_have_a_copy_in_the_dtype_that_a_kernel_needs(monkeypatch):
     """What counts is the dtype of the copy's weights, which the learner's are rounded to."""
     asked = []
 
-    def check(config, device, dtype):
+    def check(scheme, device, dtype):
         asked.append(dtype)
-        return config
+        return scheme.config()
 
     monkeypatch.setattr(rollout_policy, "check_scheme", check)
     for dtype in (None, torch.bfloat16):
-        quantized_copy(llada(), quantize.int8_weight_only(), dtype=dtype)
+        quantized_copy(llada(), quantize.Int8WeightOnly(), dtype=dtype)
     assert asked == [torch.float32, torch.bfloat16]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for name in ("float8_dynamic", "int4_packed"):
-        run = partial(quantize.check_scheme, getattr(quantize, name)(), torch.device("cuda"))
+    for scheme in (quantize.Float8Dynamic(), quantize.Int4Packed()):
+        run = partial(quantize.check_scheme, scheme, torch.device("cuda"))
         assert run(torch.bfloat16) is not None
         with pytest.raises(ValueError, match=r"dtype=torch.float32: .* needs weights in bfloat16"):
             run(torch.float32)
@@ -89,6 +88,7 @@ def test_zero_inputs_get_a_smallest_scale_unless_the_user_has_set_one(monkeypatc
 
 
 def test_every_scheme_is_found_under_its_own_name():
-    assert len(NAMES) == 8
-    for name, make in NAMES.items():
-        assert make.__name__ == name and make() is not None
+    assert len(NAMED) == 8
+    for name, scheme in NAMED.items():
+        assert from_json(quantize.Scheme, name, "rollout_quantization") == scheme
+        assert type(scheme).__name__ == name and scheme.config() is not None

@@ -5,7 +5,7 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.testing import check_corrector, make_stats
-from recipes.studies.controls import fixed_lambda, shuffled
+from recipes.studies.controls import Shuffled, fixed_lambda
 
 MISMATCH, ADVANTAGES = torch.tensor([[0.5, -0.2, 0.0], [1.0, 0.3, 9.0]]), torch.tensor([1.0, -1.0])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -15,7 +15,7 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
 def test_a_fixed_lambda_is_the_same_in_every_batch(lam):
     corrector = fixed_lambda(lam, cap=2.0)
     check_corrector(corrector)
-    weights, _, metrics = corrector.weight_fn(make_stats(MISMATCH, ADVANTAGES, MASK))
+    weights, _, metrics = corrector.weights(make_stats(MISMATCH, ADVANTAGES, MASK))
     expected = torch.where(MASK, 1 + lam * (MISMATCH.exp().clamp(max=2.0) - 1), 1)
     torch.testing.assert_close(weights, expected)
     assert metrics["ais/lambda"] == lam
@@ -24,8 +24,10 @@ def test_a_fixed_lambda_is_the_same_in_every_batch(lam):
 
 
 def test_shuffled_weights_are_the_same_numbers_elsewhere():
-    plain, keep, metrics = c.tis().weight_fn(make_stats(MISMATCH, ADVANTAGES, MASK))
-    dealt = [shuffled(c.tis(), seed=seed).weight_fn(make_stats(MISMATCH, ADVANTAGES, MASK)) for seed in (0, 0, 1, 2)]
+    plain, keep, metrics = c.TIS().weights(make_stats(MISMATCH, ADVANTAGES, MASK))
+    dealt = [
+        Shuffled(corrector=c.TIS(), seed=seed).weights(make_stats(MISMATCH, ADVANTAGES, MASK)) for seed in (0, 0, 1, 2)
+    ]
     for weights, kept, said in dealt:
         assert sorted(weights[MASK].tolist()) == sorted(plain[MASK].tolist()) and weights[1, 2] == 1
         assert torch.equal(kept, keep) and said == metrics

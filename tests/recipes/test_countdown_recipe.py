@@ -1,24 +1,24 @@
 """The Countdown recipe, cut short: it runs, its splits share no set of numbers, and its reward is what it says."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from dllm_rl.config import from_command_line
-from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.rng import generator_for
 from dllm_rl.training.trainer import train
 from recipes.countdown_tiny import recipe, small_numbers
 
-SHORT = "--sft_warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"
+SHORT = "--sft_warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4"
 FEW = "--eval_task.size 8 --validation_task.size 8"
 
 
 def test_it_runs(tmp_path):
     short = from_command_line(recipe, [*SHORT.split(), *FEW.split(), "--output_dir", str(tmp_path)])
-    summary = train(short)
+    summary = train(replace(short, model=partial(recipe.model, num_layers=1)))
     assert summary["warmup_steps"] == 2 and summary["eval_problems"] == 8
     assert set(summary["eval_after"]) == {"reward", "parsed", "accuracy", "valid", "numbers_used"}
     rows = current_rows(tmp_path / "metrics.jsonl")
@@ -26,7 +26,7 @@ def test_it_runs(tmp_path):
 
 
 def test_every_problem_can_be_read_and_answered_by_its_model():
-    policy = tiny_masked_lm(**recipe.model.keywords | {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2})
+    policy = recipe.model(hidden_size=16, num_layers=1, num_attention_heads=2)
     problems = [recipe.task[i] for i in range(40)]
     rollout = recipe.sampler(policy, encode(policy, problems), generator_for(0))
     assert rollout.forwards == 3 and len(decode(policy, rollout)) == 40

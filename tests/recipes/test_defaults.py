@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl import Recipe, autoregress, causal, max_prob, tiny_llama, tiny_masked_lm, trajectory, unmask
-from dllm_rl.members import describe, members
-from dllm_rl.samplers.rules import confidence
+from dllm_rl import Autoregress, Causal, MaxProb, Recipe, Trajectory, Unmask, tiny_llama, tiny_masked_lm
+from dllm_rl.samplers.rules import Confidence
 from dllm_rl.training.grpo import grpo_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,10 +37,10 @@ APART |= dict.fromkeys(("llada_moe_gsm8k", "tiny_a2d_gsm8k"), LIKE_D1)
 def parts_apart(recipe):
     """Names of the parts in which a recipe is not the default."""
     apart = {name for name in PARTS if getattr(recipe, name) != DEFAULTS[name]}
-    diffusion = recipe.sampler.func is not autoregress
-    if recipe.sampler.func is unmask and recipe.sampler.keywords.get("rank", max_prob) is not max_prob:
+    diffusion = not isinstance(recipe.sampler, Autoregress)
+    if isinstance(recipe.sampler, Unmask) and recipe.sampler.rank != MaxProb():
         apart.add("rank")
-    if describe(recipe.likelihood) != describe(trajectory() if diffusion else causal()):
+    if recipe.likelihood != (Trajectory() if diffusion else Causal()):
         apart.add("likelihood")
     return apart
 
@@ -64,9 +63,9 @@ def test_grpo_is_the_default(steps, segments):
     model = tiny_masked_lm(characters="abcdefghij")
     recipe = grpo_recipe(model, rows, nothing, **given)
     assert parts_apart(recipe) == ({"likelihood"} if segments else set())
-    assert describe(recipe.likelihood) == describe(trajectory(num_segments=segments))
-    assert members(recipe.eval_sampler)["rank"].value is max_prob
-    given["sampler_options"]["rank"] = confidence
-    assert grpo_recipe(model, rows, nothing, **given).sampler.keywords["rank"] is confidence
+    assert recipe.likelihood == Trajectory(num_segments=segments)
+    assert recipe.eval_sampler.rank == MaxProb()
+    given["sampler_options"]["rank"] = Confidence()
+    assert grpo_recipe(model, rows, nothing, **given).sampler.rank == Confidence()
     recipe = grpo_recipe(tiny_llama(characters="abcdefghij", causal=True), rows, nothing, max_new_tokens=4)
-    assert recipe.sampler.func is autoregress and parts_apart(recipe) == set()
+    assert isinstance(recipe.sampler, Autoregress) and parts_apart(recipe) == set()

@@ -2,16 +2,15 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import ppo_clip, reinforce
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import coupled, elbo, eubo, sandwich, trajectory
+from dllm_rl.algorithms.losses import PPOClip, Reinforce
+from dllm_rl.likelihoods.estimator import FunctionLikelihood
+from dllm_rl.likelihoods.estimators import ELBO, EUBO, Coupled, Sandwich, Trajectory
 from recipes.studies.enumeration import (
     CLAIMS,
     ToyPolicy,
@@ -29,7 +28,7 @@ from recipes.studies.enumeration import (
 pytestmark = pytest.mark.slow
 
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
-SEQUENCE = c.tis(cap=1e9, level="sequence")
+SEQUENCE = c.TIS(cap=1e9, level="sequence")
 
 
 def table(corrector, **options):
@@ -42,8 +41,8 @@ def test_its_truth_is_autograds_gradient_of_the_expected_reward():
     for weight in toy.weights:
         weight.requires_grad_()
     rollout, rewards = toy.rollout(2), torch.randn(27, dtype=torch.float64, generator=generator)
-    noise = trajectory().draw_views(rollout, generator)
-    logps = contributions(toy, rollout, noise, trajectory())
+    noise = Trajectory().draw_views(rollout, generator)
+    logps = contributions(toy, rollout, noise, Trajectory())
     chances = logps.sum(-1).exp()
     torch.testing.assert_close(chances.sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
     jacobian = per_outcome(toy, logps)
@@ -61,7 +60,7 @@ def test_bias_noise_and_efficiency_by_hand():
 
 
 def test_on_policy_every_corrector_is_unbiased():
-    for corrector in (c.no_correction(), c.tis(), SEQUENCE, c.ais(), c.icepop(), c.tbpo(), c.reject()):
+    for corrector in (c.NoCorrection(), c.TIS(), SEQUENCE, c.AIS(), c.IcePop(), c.TBPO(), c.Reject()):
         for row in table(corrector, sigmas=(0.0,)):
             assert row.bias < 1e-12 and row.mean_weight == pytest.approx(1, abs=1e-12) == row.ess
 
@@ -72,22 +71,22 @@ def test_sequence_weights_are_unbiased_and_have_mean_one():
 
 
 def test_token_weights_are_biased_with_a_cap_and_without():
-    for corrector in (c.tis(), c.tis(cap=1e9), c.icepop()):
-        for row, none in zip(table(corrector), table(c.no_correction()), strict=True):
+    for corrector in (c.TIS(), c.TIS(cap=1e9), c.IcePop()):
+        for row, none in zip(table(corrector), table(c.NoCorrection()), strict=True):
             assert 0.05 < row.bias < none.bias
-    for row in table(c.tis(cap=1e9)):
+    for row in table(c.TIS(cap=1e9)):
         assert row.mean_weight == pytest.approx(1, abs=1e-12), "each token's weights have mean one all the same"
 
 
 def test_a_cap_buys_less_noise_with_bias():
-    capped, raw = table(c.tis(level="sequence"), sigmas=(0.5,)), table(SEQUENCE, sigmas=(0.5,))
+    capped, raw = table(c.TIS(level="sequence"), sigmas=(0.5,)), table(SEQUENCE, sigmas=(0.5,))
     for one, other in zip(capped, raw, strict=True):
         assert one.bias > 0.01 and one.ess > other.ess
     assert capped[1].rmse < raw[1].rmse  # concentrated policies
 
 
 def test_more_rows_less_noise_and_the_same_bias():
-    few, many = (table(c.no_correction(), batch=batch) for batch in (16, 1024))
+    few, many = (table(c.NoCorrection(), batch=batch) for batch in (16, 1024))
     for one, other in zip(few, many, strict=True):
         assert one.bias == other.bias and one.rmse > other.rmse and one.efficiency < other.efficiency
 
@@ -106,46 +105,46 @@ def test_real_batches_agree_with_one_without_end_and_see_their_own_size():
     """Of a corrector that weighs each row by itself the two are one number, but for 100 draws' noise; a self-normalized
     weight has mean 1 in every batch, however small, and less noise."""
     few = {"batch": 8, "networks": 1, "policies": ("early",)}
-    (one,), (other,) = table(c.tis(), draws=100, **few), table(c.tis(), **few)
+    (one,), (other,) = table(c.TIS(), draws=100, **few), table(c.TIS(), **few)
     assert one.rmse == pytest.approx(other.rmse, rel=0.15) and one.bias == pytest.approx(other.bias, abs=0.2)
     (normed,) = table(planted(self_normalized), draws=100, **few)
-    (raw,) = table(planted(SEQUENCE.weight_fn), draws=100, **few)
+    (raw,) = table(planted(SEQUENCE.weights), draws=100, **few)
     assert normed.mean_weight == pytest.approx(1, abs=1e-12) and normed.rmse < raw.rmse
     assert raw.mean_weight != pytest.approx(1, abs=1e-3)
 
 
 def planted(weigh):
-    return c.Corrector(weight_fn=weigh, loss=reinforce)
+    return c.FunctionCorrector(function=weigh, loss=Reinforce())
 
 
 def self_normalized(stats):
     """Sequence weights divided by their mean over the batch."""
-    weights, keep, metrics = SEQUENCE.weight_fn(stats)
+    weights, keep, metrics = SEQUENCE.weights(stats)
     return weights / weights[:, :1].mean(), keep, metrics
 
 
 def upside_down(stats):
-    return c.truncated_weights(replace(stats, log_mismatch=-stats.log_mismatch), cap=1e9, level="sequence")
+    return c.TIS(cap=1e9, level="sequence").weights(replace(stats, log_mismatch=-stats.log_mismatch))
 
 
 def doubled(stats):
-    weights, keep, metrics = c.truncated_weights(stats, cap=1e9, level="sequence")
+    weights, keep, metrics = c.TIS(cap=1e9, level="sequence").weights(stats)
     return 2 * weights, keep, metrics
 
 
 def of_the_first_token(stats):
     first = stats.log_mismatch[:, :1].expand_as(stats.mask)
-    return c.truncated_weights(replace(stats, log_mismatch=first), cap=1e9)
+    return c.TIS(cap=1e9).weights(replace(stats, log_mismatch=first))
 
 
 def only_where_positive(stats):
-    weights, keep, metrics = c.truncated_weights(stats, cap=1e9, level="sequence")
+    weights, keep, metrics = c.TIS(cap=1e9, level="sequence").weights(stats)
     return torch.where(stats.advantages[:, None] > 0, weights, 1), keep, metrics
 
 
 @pytest.mark.parametrize("fault", [upside_down, doubled, of_the_first_token, only_where_positive])
 def test_planted_faults_move_a_row(fault):
-    good = table(planted(SEQUENCE.weight_fn))
+    good = table(planted(SEQUENCE.weights))
     for right, wrong in zip(good, table(planted(fault)), strict=True):
         assert right.bias < 1e-12 and wrong.bias > 0.05
 
@@ -155,19 +154,19 @@ def test_an_update_off_policy_needs_the_ratio():
     has none of it, and PPO's clip gives some of it away for a bound."""
     single = {"length": 1, "diffusion_steps": 1, "moved": "old"}
     for name, surrogate, unbiased in (
-        ("ratio", partial(ppo_clip, epsilon=1e9), True),
-        ("reinforce", reinforce, False),
-        ("clipped", partial(ppo_clip, epsilon=0.05), False),
+        ("ratio", PPOClip(epsilon=1e9), True),
+        ("reinforce", Reinforce(), False),
+        ("clipped", PPOClip(epsilon=0.05), False),
     ):
-        for row in table(replace(c.no_correction(), loss=surrogate), **single):
+        for row in table(replace(c.NoCorrection(), loss=surrogate), **single):
             assert (row.bias < 1e-12) == unbiased, name
 
 
 def test_errors_name_what_moved():
     with pytest.raises(ValueError, match="moved='reference' must be 'rollout' or 'old'"):
-        gradient_table(c.no_correction(), moved="reference")
+        gradient_table(c.NoCorrection(), moved="reference")
     with pytest.raises(ValueError, match="draws=1 must be 0"):
-        gradient_table(c.no_correction(), draws=1)
+        gradient_table(c.NoCorrection(), draws=1)
 
 
 @pytest.mark.nightly
@@ -178,10 +177,10 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
     told = (Path(__file__).parents[2] / "docs" / "which-likelihood.md").read_text()
     old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     new = old.moved(0.3, torch.Generator().manual_seed(1))
-    rollout, exact = old.rollout(2), trajectory()
-    made = {"trajectory()": exact, "trajectory(num_sampled_steps=1)": trajectory(num_sampled_steps=1)}
-    made |= {f"elbo(num_samples={count})": elbo(num_samples=count) for count in (4, 1)}
-    made |= {"coupled(num_samples=1)": coupled(num_samples=1)}
+    rollout, exact = old.rollout(2), Trajectory()
+    made = {"trajectory()": exact, "trajectory(num_sampled_steps=1)": Trajectory(num_sampled_steps=1)}
+    made |= {f"elbo(num_samples={count})": ELBO(num_samples=count) for count in (4, 1)}
+    made |= {"coupled(num_samples=1)": Coupled(num_samples=1)}
 
     def log_ratio(estimator, seed):
         views = estimator.draw_views(rollout, torch.Generator().manual_seed(seed))
@@ -202,18 +201,18 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
 
 
 def too_short(rollout, generator):
-    """The masks of `elbo`, and nine tenths of its weights."""
-    views = elbo(num_samples=4).draw_views(rollout, generator)
+    """The masks of `ELBO`, and nine tenths of its weights."""
+    views = ELBO(num_samples=4).draw_views(rollout, generator)
     return replace(views, coefficients=0.9 * views.coefficients)
 
 
 HOLD = {
-    "every step": (trajectory(), {"exact", "unbiased for the order taken"}),
-    "a segment": (trajectory(num_segments=1), set()),
-    "some steps": (trajectory(num_sampled_steps=1), {"unbiased for the order taken"}),
-    "elbo": (elbo(num_samples=4), {"unbiased for the ELBO", "lower bound"}),
-    "eubo": (eubo(base=elbo(num_samples=16), beta=3.0), {"upper bound"}),
-    "too short": (LikelihoodEstimator("too short", too_short), {"upper bound"}),
+    "every step": (Trajectory(), {"exact", "unbiased for the order taken"}),
+    "a segment": (Trajectory(num_segments=1), set()),
+    "some steps": (Trajectory(num_sampled_steps=1), {"unbiased for the order taken"}),
+    "elbo": (ELBO(num_samples=4), {"unbiased for the ELBO", "lower bound"}),
+    "eubo": (EUBO(base=ELBO(num_samples=16), beta=3.0), {"upper bound"}),
+    "too short": (FunctionLikelihood(function=too_short), {"upper bound"}),
 }
 
 
@@ -225,11 +224,11 @@ def test_an_estimator_is_told_which_claims_hold(name):
 
 
 def test_the_references_of_an_estimator_are_in_their_order():
-    """By Jensen the ELBO lies below log p in random order, in every completion: `elbo` shows both distances."""
-    taken, bound, any_order = estimator_table(elbo(num_samples=4), draws=20)
+    """By Jensen the ELBO lies below log p in random order, in every completion: `ELBO` shows both distances."""
+    taken, bound, any_order = estimator_table(ELBO(num_samples=4), draws=20)
     assert (taken.reference, bound.reference, any_order.reference) == ("order taken", "ELBO", "random order")
     assert any_order.bias < bound.bias and any_order.below > 4 > max(bound.below, bound.above)
-    exact = estimator_table(trajectory(), draws=2)[0]
+    exact = estimator_table(Trajectory(), draws=2)[0]
     assert exact.cosine == pytest.approx(1, abs=1e-12) and exact.gradient_noise == 0 and exact.error < 1e-12
 
 
@@ -242,20 +241,20 @@ def test_the_references_are_probabilities_and_a_bound_of_one():
     assert len(taken) == 81
     for logps in (taken, any_order):
         assert abs(logps.exp().sum() - 1) < 1e-12
-    many = eubo(beta=4.0, base=elbo(num_samples=400))  # many masks, and beta is the number of tokens
+    many = EUBO(beta=4.0, base=ELBO(num_samples=400))  # many masks, and beta is the number of tokens
     upper = contributions(toy, rollout, many.draw_views(rollout, torch.Generator().manual_seed(0)), many).sum(-1)
     assert (lower < any_order).all() and (any_order < upper).all()
     assert not (lower < taken).all() and not (taken < upper).all()
 
 
 def test_the_sandwich_gets_the_toys_advantages():
-    rows = estimator_table(sandwich(), draws=4, length=3)
-    assert rows[0].bias != estimator_table(elbo(num_samples=4), draws=4, length=3)[0].bias
+    rows = estimator_table(Sandwich(), draws=4, length=3)
+    assert rows[0].bias != estimator_table(ELBO(num_samples=4), draws=4, length=3)[0].bias
 
 
 def test_a_claim_and_a_number_of_draws_are_checked():
     with pytest.raises(ValueError, match="draws=1 must be at least 2"):
-        estimator_table(elbo(), draws=1)
+        estimator_table(ELBO(), draws=1)
     with pytest.raises(ValueError, match="claim='unbiased' must be one of 'exact'"):
         speaks_against([], "unbiased")
 
@@ -267,9 +266,9 @@ def test_a_corrector_reads_the_learners_entropy():
 
     def keep(stats):
         seen.append(stats.entropy[0])
-        return c.unit_weights(stats)
+        return c.NoCorrection().weights(stats)
 
-    corrector = c.Corrector(weight_fn=keep, needs_entropy=True)
+    corrector = c.FunctionCorrector(function=keep, needs_entropy=True)
     gradient_table(corrector, policies=("early",), diffusion_steps=1, **SMALL | {"networks": 1})
     toy = ToyPolicy(length=3, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     logps = toy.hidden(torch.full((1, 3), 3), torch.ones(1, 3, dtype=torch.bool))[0, :, :3].log_softmax(-1)

@@ -1,22 +1,20 @@
 """The estimator study's own arithmetic: its gradient is plain autograd's."""
 
-from functools import partial
-
 import torch
 from tiny_recipe import SIZES
 
-from dllm_rl import Prompts, trajectory, unmask
+from dllm_rl import Prompts, Trajectory, Unmask
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import MaxProb
 from recipes.studies.estimators import gradient
 
 
 def test_the_studys_gradient_is_plain_autograds():
     """On-policy every ratio is 1, so that the loss has the gradient of -sum A log p over the number of tokens."""
-    policy, estimator = tiny_masked_lm(**SIZES), trajectory()
+    policy, estimator = tiny_masked_lm(**SIZES), Trajectory()
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
-    sampler = partial(unmask, max_new_tokens=4, diffusion_steps=2, temperature=1.0, rank=max_prob)
+    sampler = Unmask(max_new_tokens=4, diffusion_steps=2, temperature=1.0, rank=MaxProb())
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
     noise = estimator.draw_views(rollout, torch.Generator())
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])

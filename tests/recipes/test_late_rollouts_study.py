@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.algorithms.correctors import TokenStats, no_correction, tis
+from dllm_rl.algorithms.correctors import TIS, NoCorrection, TokenStats
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.studies import late_pretrained, late_rollouts
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import AGAIN, TUNED, best_two, widened
 
 
@@ -29,7 +29,7 @@ def test_the_placebo_has_the_weights_of_tis_at_other_tokens():
     ratios = torch.tensor([[0.5, 3.0, 9.0], [1.5, 9.0, 0.25]])
     none_read = torch.zeros(2, 3)
     stats = TokenStats(ratios.log(), torch.ones(2), mask, none_read, none_read, none_read.int())
-    weights, keep, _ = permuted(tis(cap=2.0)).weight_fn(stats)
+    weights, keep, _ = Permuted(corrector=TIS(cap=2.0)).weights(stats)
     # TIS: 0.5, 2 (capped) and 1.5, 0.25. By column and then by row: 0.5, 1.5, 2, 0.25; each goes one place on.
     torch.testing.assert_close(weights, torch.tensor([[0.25, 1.5, 1.0], [0.5, 1.0, 2.0]]))
     assert torch.equal(keep, mask)
@@ -50,7 +50,7 @@ def test_the_ess_is_averaged_over_twelve_steps_at_a_time():
 @pytest.mark.parametrize(("name", "seed"), [("lag 1, dual clip", 0), (AGAIN, 1001)])
 def test_an_arm_runs_with_its_lag_and_seed(name, seed, tmp_path):
     study = late_rollouts.at_rates(late_rollouts.STUDY, dict.fromkeys(TUNED, 1e-3))
-    base = tiny_recipe(tmp_path, corrector=no_correction(), **late_rollouts.QUIET)
+    base = tiny_recipe(tmp_path, corrector=NoCorrection(), **late_rollouts.QUIET)
     late_rollouts.run_late(replace(study, base=base), tmp_path, 3, name, seed % 1000)
     ((_, found),) = late_rollouts.load(tmp_path).items()
     assert found["learning_rate"] == 1e-3 and 0 < found["least ess"] <= found["ess"]

@@ -10,7 +10,7 @@ from small_sudoku import GRID
 from dllm_rl.tasks.sudoku.solver import SOLVED, completions
 from recipes.latin_sudoku import recipe, taught_latin
 from recipes.studies import latin
-from recipes.studies.latin_limit import LATIN, SUDOKU, fitting, limit
+from recipes.studies.latin_limit import LATIN, SUDOKU, fitting, greedy_limit, limit
 
 CYCLIC = "1234234134124123"  # rows and columns hold every digit; the first box holds 2 twice
 
@@ -53,6 +53,28 @@ def test_the_order_of_the_cells_does_not_matter():
     orders = (tuple(range(16)), tuple(range(15, -1, -1)), (5, 0, 9, 2, 14, 7, 11, 1, 3, 4, 6, 8, 10, 12, 13, 15))
     assert {cell_by_cell(squares, order) for order in orders} == {limit([puzzle])}
     assert limit([GRID, CYCLIC, GRID]) == Fraction(2, 3)
+
+
+def greedily(squares, generator):
+    """Whether a draw, by the likeliest digit of all cells at each step and ties at random, ends in a Sudoku."""
+    while len(squares) > 1:
+        shares = torch.tensor([[sum(s[cell] == digit for s in squares) for digit in "1234"] for cell in range(16)])
+        shares[(shares == len(squares)).any(-1)] = 0  # certain cells first: they leave all squares
+        cells = torch.nonzero(shares.amax(-1) == shares.max())[:, 0]
+        cell = int(cells[torch.randint(len(cells), (1,), generator=generator)])
+        digits = torch.nonzero(shares[cell] == shares.max())[:, 0]
+        digit = "1234"[int(digits[torch.randint(len(digits), (1,), generator=generator)])]
+        squares = [square for square in squares if square[cell] == digit]
+    return squares[0] in SUDOKU
+
+
+@pytest.mark.parametrize("puzzle", ["1000020000000040", "1000020000000000", "1000000002000000"])
+def test_greedy_probabilities_against_draws(puzzle):
+    squares = [square for square in LATIN if fitting(puzzle, [square])]
+    generator = torch.Generator().manual_seed(0)
+    found = sum(greedily(squares, generator) for _ in range(400)) / 400
+    exact = float(greedy_limit([puzzle]))
+    assert abs(found - exact) < 0.1 and (found == exact or 0 < exact < 1)  # four standard errors
 
 
 def test_filtered_labels_are_right_and_a_round_adds_to_them(monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dllm_rl import one_step, trajectory
+from dllm_rl import OneStep, Trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from recipes.studies import league, paired
@@ -25,7 +25,7 @@ def test_one_segment_is_one_step():
     prompts = encode(policy, [recipe.task[0]], group_size=4, seeds=list(range(4)))
     rollout = recipe.sampler(policy, prompts, generator_for(0, "rollout"))
     scores = []
-    for likelihood in (one_step(prompt_mask=0.0), trajectory(num_segments=1)):
+    for likelihood in (OneStep(prompt_mask=0.0), Trajectory(num_segments=1)):
         noise = likelihood.draw_views(rollout, generator_for(0, "noise"))
         scores.append(likelihood.logprobs(policy, rollout, noise))
     assert torch.equal(*scores) and scores[0].abs().sum() > 1

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import autoregress, make_policy, tiny_llama, tiny_masked_lm, train, unmask
+from dllm_rl import Autoregress, Unmask, make_policy, tiny_llama, tiny_masked_lm, train
 from dllm_rl.config import override
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import char_tokenizer
@@ -22,7 +22,7 @@ from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
 from recipes.engines import llama_cpp as engine
 from recipes.engines.gguf_file import as_rotated, write_gguf
-from recipes.engines.llama_cpp import llama_cpp
+from recipes.engines.llama_cpp import LlamaCpp
 from recipes.studies import engines, engines_ar, paired
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the package gguf is not installed")
@@ -88,7 +88,7 @@ def test_logits_are_the_learners(make):
     tokens, mask = rows(policy)
     with torch.no_grad():
         wanted = policy.logits(tokens, mask)[mask]
-        found = llama_cpp(format="F32").load(policy).logits(tokens, mask)[mask]
+        found = LlamaCpp(format="F32").load(policy).logits(tokens, mask)[mask]
     assert wanted.std() > 0.3 and (found - wanted).abs().max() < 0.02  # measured 0.0045
 
 
@@ -97,7 +97,7 @@ def test_logits_are_the_learners(make):
 def test_a_sync_takes_the_new_weights_adapters_merged(format):
     policy = llama()
     tokens, mask = rows(policy)
-    rollout_policy = llama_cpp(format=format, threads=1).load(policy)
+    rollout_policy = LlamaCpp(format=format, threads=1).load(policy)
     add_lora(policy, Lora(r=2))
     for name, parameter in policy.module.named_parameters():
         if ".lora_B." in name:
@@ -106,7 +106,7 @@ def test_a_sync_takes_the_new_weights_adapters_merged(format):
     with torch.no_grad():
         wanted = policy.logits(tokens, mask)[mask]
         assert (rollout_policy.logits(tokens, mask)[mask] - wanted).abs().mean() > 0.2
-        assert llama_cpp().sync(policy, rollout_policy) == {} and rollout_policy.weights_version == 3
+        assert LlamaCpp().sync(policy, rollout_policy) == {} and rollout_policy.weights_version == 3
         assert (rollout_policy.logits(tokens, mask)[mask] - wanted).abs().mean() < BOUNDS[format]
 
 
@@ -116,9 +116,9 @@ def test_the_contract_is_kept(causal):
     policy = llama(causal=causal)
     prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=4)
     options = {"max_new_tokens": 6, "temperature": 0.7}
-    sampler = partial(autoregress, **options) if causal else partial(unmask, diffusion_steps=3, **options)
-    check_engine(llama_cpp(format="F32"), policy, prompts, sampler, bound=0.005)
-    check_engine(llama_cpp(format="Q8_0"), policy, prompts, sampler, bound=0.08)
+    sampler = Autoregress(**options) if causal else Unmask(diffusion_steps=3, **options)
+    check_engine(LlamaCpp(format="F32"), policy, prompts, sampler, bound=0.005)
+    check_engine(LlamaCpp(format="Q8_0"), policy, prompts, sampler, bound=0.08)
 
 
 @needs_gguf
@@ -167,7 +167,7 @@ def test_a_missing_or_other_wheel_is_one_line(monkeypatch, found, said):
     monkeypatch.setattr(engine, "library", engine.library.__wrapped__)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="needs xllamacpp"):
         warnings.simplefilter("error", pytest.PytestUnraisableExceptionWarning)
-        llama_cpp().load(llama())  # `close` after an __init__ that raised says nothing
+        LlamaCpp().load(llama())  # `close` after an __init__ that raised says nothing
 
 
 @needs_gguf
@@ -189,7 +189,7 @@ LASTING = """
 import torch
 from dllm_rl import tiny_llama
 from recipes.engines import llama_cpp as engine
-held = engine.llama_cpp(format="Q8_0").load(tiny_llama(characters="1234.=", causal=False))
+held = engine.LlamaCpp(format="Q8_0").load(tiny_llama(characters="1234.=", causal=False))
 held.logits(torch.ones(1, 4).long(), torch.ones(1, 4).bool())
 engine.Llama.batch = lambda *given: held  # keeps this module's names until the engine's own are gone
 """
@@ -203,7 +203,7 @@ def test_a_model_that_closes_last_ends_the_process_well():
 
 @needs_wheel
 def test_a_samplers_cache_is_refused():
-    rollout_policy = llama_cpp().load(llama())
+    rollout_policy = LlamaCpp().load(llama())
     with pytest.raises(ValueError, match="set the sampler's cache=None"):
         rollout_policy.encode(torch.ones(1, 2).long(), torch.ones(1, 1, 2, 2).bool(), torch.ones(1, 2).long())
 
@@ -214,7 +214,7 @@ def test_the_recipe_runs_in_another_format(
 ):
     from recipes.engines.llama_cpp_sudoku import recipe
 
-    recipe = override(recipe, {"rollout_engine.format": "F16"})
+    recipe = override(recipe, ["--rollout_engine.format", "F16"])
     few = tiny_recipe(tmp_path, model=partial(tiny_llama, causal=False, **SIZES), num_steps=1)
     train(replace(few, rollout_quantization=None, rollout_engine=recipe.rollout_engine))
     line = (tmp_path / "metrics.jsonl").read_text()

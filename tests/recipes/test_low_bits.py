@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dllm_rl import ais
+from dllm_rl import AIS
 from dllm_rl.files import read_json, write_json
 from dllm_rl.testing import make_stats
 from recipes.smollm2_diffusion import recipe
 from recipes.studies import low_bits_tuned
-from recipes.studies.controls import permuted
+from recipes.studies.controls import Permuted
 from recipes.studies.low_bits_gradients import BASELINE, OWN, jackknife, mean_product, rows_of
 from recipes.studies.low_bits_tuned import FIRST_SEED, HALF, STUDY, TUNED, TUNING, go_on, rated, whole
 from recipes.studies.paired import interval, keep, load
@@ -48,7 +48,7 @@ def test_noise_is_the_variance_of_a_batch():
 def test_permuted_weights_are_those_of_ais_elsewhere():
     mask = torch.tensor([[True, True, False], [True, False, True]])
     stats = make_stats(torch.tensor([[-0.5, 0.9, 0.0], [0.3, 0.0, -1.2]]), torch.ones(2), mask)
-    ours, moved = ais().weight_fn(stats).importance_weights, permuted(ais()).weight_fn(stats).importance_weights
+    ours, moved = AIS().weights(stats).importance_weights, Permuted(corrector=AIS()).weights(stats).importance_weights
     torch.testing.assert_close(moved[mask].sort().values, ours[mask].sort().values)
     assert (moved != ours)[mask].all() and (moved[~mask] == 1).all()
 

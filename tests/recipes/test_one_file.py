@@ -12,10 +12,11 @@ import pytest
 import torch
 from run_outputs import metrics_of
 
-from dllm_rl import Recipe, ais, float8_weight_only, max_prob, ppo_clip, trajectory, unmask
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl import AIS, Float8WeightOnly, MaxProb, PPOClip, Recipe, Trajectory, Unmask
+from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.models.base import copied
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks import Sudoku
 from dllm_rl.training.trainer import train
 from recipes import one_file
@@ -33,19 +34,20 @@ class Recorded:
         self.rollouts = []
         self.rewards = []
         self.old = []
-        sample = partial(unmask, diffusion_steps=settings.diffusion_steps, rank=max_prob, temperature=1.0)
+        length, steps = one_file.LENGTH, settings.diffusion_steps
+        sample = Unmask(max_new_tokens=length, diffusion_steps=steps, rank=MaxProb(), temperature=1.0)
 
-        def sampler(policy, prompts, generator, *, max_new_tokens):
-            self.rollouts.append(sample(policy, prompts, generator, max_new_tokens=max_new_tokens))
+        def sampler(policy, prompts, generator):
+            self.rollouts.append(sample(policy, prompts, generator))
             return self.rollouts[-1]
 
         def advantages(rewards):
             self.rewards.append(rewards)
-            return group_relative(rewards)
+            return GroupRelative()(rewards)
 
         def loss(log_ratio, advantages, mask, *, old_logprobs):
             self.old.append(old_logprobs)
-            return ppo_clip(log_ratio, advantages, mask, epsilon=settings.epsilon)
+            return PPOClip(epsilon=settings.epsilon)(log_ratio, advantages, mask)
 
         few = Sudoku(split="test", size=2)
         recipe = Recipe(
@@ -54,13 +56,13 @@ class Recorded:
             task=TASK,
             validation_task=few,
             eval_task=few,
-            sampler=partial(sampler, max_new_tokens=one_file.LENGTH),
-            eval_sampler=partial(sample, max_new_tokens=one_file.LENGTH),
-            likelihood=trajectory(),
-            corrector=ais(cap=settings.cap, tau=settings.tau),
+            sampler=FunctionSampler(function=sampler, max_new_tokens=length),
+            eval_sampler=sample,
+            likelihood=Trajectory(),
+            corrector=AIS(cap=settings.cap, tau=settings.tau),
             advantages=advantages,
             loss=loss,
-            rollout_quantization=float8_weight_only,
+            rollout_quantization=Float8WeightOnly(),
             seed=settings.seed,
             train_batch_size=settings.train_batch_size,
             num_generations=settings.num_generations,

@@ -2,17 +2,16 @@
 
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import partial
 from itertools import permutations, product
 
 import pytest
 import torch
 
-from dllm_rl import Problem, confidence, int4_weight_only, max_prob, unmask
+from dllm_rl import Confidence, Int4WeightOnly, MaxProb, Problem, Unmask
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers.rules import plackett_luce
+from dllm_rl.samplers.rules import PlackettLuce
 from recipes.studies.order_flips import (
     ORDERS,
     Law,
@@ -35,9 +34,9 @@ pytestmark = pytest.mark.slow
 
 PUZZLE = "1234341020434300"  # blanks: cells 7, 9, 14 and 15
 RANKS = {
-    "max_prob": max_prob,
-    "confidence": confidence,
-    "plackett_luce 0.3": partial(plackett_luce, temperature=0.3),
+    "max_prob": MaxProb(),
+    "confidence": Confidence(),
+    "plackett_luce 0.3": PlackettLuce(temperature=0.3),
 }
 
 
@@ -51,7 +50,7 @@ def policy():
 @pytest.fixture(scope="module")
 def rollouts(policy):
     """A learner and its INT4 copy on one puzzle."""
-    copies = {"INT4": quantized_copy(policy, int4_weight_only())}
+    copies = {"INT4": quantized_copy(policy, Int4WeightOnly())}
     at = canvases(PUZZLE, policy)
     with torch.no_grad():
         theirs = {"INT4": token_logits(copies["INT4"], at)}
@@ -74,7 +73,7 @@ def test_canvases_and_the_events_between_them(policy):
 def test_a_law_is_that_of_the_library_sampler(policy, rank):
     """Tokens and order of recorded rollouts have the sampler's own log-probs, event by event and in sum."""
     settings = {"max_new_tokens": 0, "diffusion_steps": 4, "temperature": 1.0, "suppress": NO_DIGITS}
-    sampler = partial(unmask, rank=RANKS[rank], **settings)
+    sampler = Unmask(rank=RANKS[rank], **settings)
     problem = Problem(PUZZLE.replace("0", "."), blank=".")
     prompts = encode(policy, [problem], group_size=32)
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
@@ -139,7 +138,7 @@ def test_sums_over_states_are_sums_over_rollouts(rollouts):
 
 @pytest.mark.parametrize("order", ["plackett_luce 0.3", "random", "confidence"])
 def test_the_truth_is_the_slope_of_the_expected_reward(policy, rollouts, order):
-    """In fp64, along the gradient itself; `confidence` and max_prob jump where ranks change, and rarely in so small a
+    """In fp64, along the gradient itself; `Confidence` and max_prob jump where ranks change, and rarely in so small a
     step."""
     truth = rollouts.truth(order)
     way, ends = truth / truth.norm(), []

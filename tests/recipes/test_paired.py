@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dllm_rl import no_correction, tis
+from dllm_rl import TIS, NoCorrection
 from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Contrast, Study
@@ -14,7 +14,7 @@ from recipes.sudoku_unique import recipe
 study = Study(
     name="my-study",
     base=recipe,
-    arms={"none": {"corrector": no_correction()}, "tis": {"corrector": tis()}},
+    arms={"none": {"corrector": NoCorrection()}, "tis": {"corrector": TIS()}},
     against={"tis": "none"},
     metrics={"ess": "rollout_corr/ess"},
     seeds=5,

@@ -7,7 +7,7 @@ from renoise_toys import toy
 
 from dllm_rl import Prompts
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 from recipes.studies import renoising
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +21,7 @@ def test_one_step_scores_the_answer_from_the_first_noise():
     prompts = Prompts.from_ids([[0, 2], [1]], pad_id=0, group_size=2, seeds=[5, 6, 7, 8])
     options = {"max_new_tokens": 3, "diffusion_steps": 3, "entropy_bound": float("inf"), "answer": "drawn"}
     options |= {"stability_threshold": None, "confidence_threshold": None}
-    rollout = renoise(policy, prompts, torch.Generator(), **options)
+    rollout = Renoise(**options)(policy, prompts, torch.Generator())
     (view,) = each_view(renoising.one_step.draw_views(rollout, torch.Generator()))
     found = view.logprobs(policy, rollout)
     expected = []

@@ -1,12 +1,10 @@
 """recipes/studies/some_steps.py: the summands add up to the gradient, and every way of drawing them is unbiased."""
 
-from functools import partial
-
 import pytest
 import torch
 
-from dllm_rl import Prompts, tiny_masked_lm, trajectory, unmask
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl import Prompts, Trajectory, Unmask, tiny_masked_lm
+from dllm_rl.samplers.rules import MaxProb
 from recipes.studies import some_steps
 from recipes.studies.estimators import gradient
 
@@ -14,11 +12,11 @@ from recipes.studies.estimators import gradient
 def test_the_summands_of_rows_and_steps_are_the_gradient():
     policy = tiny_masked_lm(characters="abcd", head_std=0.3)
     prompts = Prompts.from_ids([[5], [6]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
-    sample = partial(unmask, max_new_tokens=6, diffusion_steps=3, rank=max_prob, temperature=1.0)
+    sample = Unmask(max_new_tokens=6, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
     rollout = sample(policy, prompts, torch.Generator())
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     parts, surprise = some_steps.summands(policy, rollout, advantages, 3)
-    exact = trajectory()
+    exact = Trajectory()
     whole = gradient(exact, policy, rollout, exact.draw_views(rollout, torch.Generator()), advantages)
     ours = -parts.flatten(0, 1).double().sum(0) / rollout.completion_mask.sum()
     torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-4)

@@ -8,7 +8,7 @@ from likelihood_toys import TablePolicy
 
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.agreement import order_agreement
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Events, Prompts
 
 LENGTH = 4
@@ -24,11 +24,11 @@ def policy_of(*tops):
 
 def sampled(policy, **options):
     prompts = Prompts.from_ids([[4], [4]], pad_id=5, group_size=3)
-    settings = {"temperature": 1.0, "rank": rules.max_prob, "suppress": (4, 5), "diffusion_steps": 2} | options
-    return unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=LENGTH, **settings)
+    settings = {"temperature": 1.0, "rank": rules.MaxProb(), "suppress": (4, 5), "diffusion_steps": 2} | options
+    return Unmask(max_new_tokens=LENGTH, **settings)(policy, prompts, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("rank", [rules.max_prob, rules.margin, rules.entropy])
+@pytest.mark.parametrize("rank", [rules.MaxProb(), rules.Margin(), rules.Entropy()])
 def test_positions_and_prompts_that_agree(rank):
     rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), rank=rank)
     assert ((rollout.unmask_step[:, 1:] == 0) == torch.tensor([True, True, False, False])).all()
@@ -44,7 +44,7 @@ def test_positions_and_prompts_that_agree(rank):
 
 def test_a_first_step_that_writes_nothing_is_not_compared():
     """Eight steps for four positions, with the remainder on the last ones: the first four write nothing."""
-    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), diffusion_steps=8, commit=rules.late_schedule)
+    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), diffusion_steps=8, commit=rules.LateSchedule())
     assert rollout.unmask_step[:, 1:].min() == 4
     found = order_agreement(policy_of(4.0, 3.0, 2.0, 1.0), rollout)
     assert {name: tuple(map(int, pair)) for name, pair in found.items()} == {
@@ -61,7 +61,7 @@ def test_only_the_open_block_can_be_chosen():
 
 def test_orders_that_depend_on_no_policy_or_on_the_draws_are_not_compared():
     policy = policy_of(4.0, 3.0, 2.0, 1.0)
-    for rank in (rules.random, rules.confidence, lambda logits: logits[:, 0]):
+    for rank in (rules.RandomOrder(), rules.Confidence(), lambda logits: logits[:, 0]):
         assert order_agreement(policy, sampled(policy, rank=rank)) == {}
     assert order_agreement(policy, replace(sampled(policy), order=None)) == {}
 

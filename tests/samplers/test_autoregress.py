@@ -8,9 +8,10 @@ import pytest
 import torch
 from layouts import checkpoint
 
-from dllm_rl import Prompts, SamplingParams, autoregress, load_policy
+from dllm_rl import Autoregress, Prompts, load_policy
 from dllm_rl.models.logprobs import process
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.types import SamplingParams
 
 PROMPTS = [[5, 9, 4], [7, 12, 30, 8, 21, 6], [11]]
 
@@ -33,8 +34,8 @@ def prompts(ids=PROMPTS, **more) -> Prompts:
 def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
     policy = tiny_llama(characters="1234.=", causal=True, hidden_size=32, num_attention_heads=2, intermediate_size=32)
     ids, seeds = [[3 + (7 * row + i) % 6 for i in range(9)] for row in range(6)], list(range(6))
-    many = autoregress(policy, prompts(ids, seeds=seeds), gen(), max_new_tokens=8)
-    few = autoregress(policy, prompts(ids[:count], seeds=seeds[:count]), gen(), max_new_tokens=8)
+    many = Autoregress(max_new_tokens=8)(policy, prompts(ids, seeds=seeds), gen())
+    few = Autoregress(max_new_tokens=8)(policy, prompts(ids[:count], seeds=seeds[:count]), gen())
     width = few.tokens.shape[1]
     assert len(few.tokens) == len(few.attention_mask) == count
     assert torch.equal(few.tokens, many.tokens[:count, :width])
@@ -44,7 +45,7 @@ def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
 def test_greedy_is_generate(tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
-    rollout = autoregress(policy, prompts(), gen(), max_new_tokens=12, temperature=0.0)
+    rollout = Autoregress(max_new_tokens=12, temperature=0.0)(policy, prompts(), gen())
     for row, ids in zip(rollout.tokens[:, 6:], PROMPTS, strict=True):
         alone = torch.tensor([ids])
         # One by one: generate's own left padding is not what is tested here.
@@ -72,7 +73,7 @@ def test_greedy_is_generate(tmp_path, family):
     ],
 )
 def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling_params):
-    rollout = autoregress(qwen, prompts(group_size=4), gen(1), max_new_tokens=10, **options)
+    rollout = Autoregress(max_new_tokens=10, **options)(qwen, prompts(group_size=4), gen(1))
     assert rollout.sampling_params == sampling_params
     marked = rollout.completion_mask
     logits = process(qwen.logits(rollout.tokens, rollout.attention_mask)[marked], sampling_params)
@@ -84,10 +85,10 @@ def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling
 
 def test_a_row_does_not_depend_on_padding_or_neighbors(qwen):
     seeds = list(range(12))
-    together = autoregress(qwen, prompts(group_size=4, seeds=seeds), gen(), max_new_tokens=9)
+    together = Autoregress(max_new_tokens=9)(qwen, prompts(group_size=4, seeds=seeds), gen())
     for p, ids in enumerate(PROMPTS):
-        alone = autoregress(
-            qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5), max_new_tokens=9
+        alone = Autoregress(max_new_tokens=9)(
+            qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5)
         )
         width = alone.tokens.shape[1] - len(ids)  # all four may have ended early
         rows = slice(4 * p, 4 * p + 4)
@@ -98,7 +99,7 @@ def test_a_row_does_not_depend_on_padding_or_neighbors(qwen):
 
 
 def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
-    short, long = (autoregress(qwen, prompts(), gen(3), max_new_tokens=n).tokens for n in (4, 20))
+    short, long = (Autoregress(max_new_tokens=n)(qwen, prompts(), gen(3)).tokens for n in (4, 20))
     assert torch.equal(short, long[:, : short.shape[1]])
 
 
@@ -114,8 +115,8 @@ def test_frequencies_are_the_exact_distribution():
         head_std=0.2,
     )
     ids, count = [3, 3], 10_000
-    rollout = autoregress(
-        policy, prompts([ids], group_size=count), gen(2), max_new_tokens=2, temperature=0.8, suppress=(1,)
+    rollout = Autoregress(max_new_tokens=2, temperature=0.8, suppress=(1,))(
+        policy, prompts([ids], group_size=count), gen(2)
     )
     found = {}
     for row, mask in zip(rollout.tokens[:, 2:].tolist(), rollout.completion_mask[:, 2:].tolist(), strict=True):
@@ -148,7 +149,7 @@ def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
     order = probs.argsort(descending=True)
     nucleus = order[: int((probs[order].cumsum(0) < 0.5).sum()) + 1]
     for options, kept in (({"top_k": 4}, order[:4]), ({"top_p": 0.5}, nucleus)):
-        rollout = autoregress(qwen, prompts([ids], group_size=2000), gen(4), max_new_tokens=1, **options)
+        rollout = Autoregress(max_new_tokens=1, **options)(qwen, prompts([ids], group_size=2000), gen(4))
         drawn, counts = rollout.tokens[:, 3].unique(return_counts=True)
         assert set(drawn.tolist()) == set(kept.tolist())
         share = torch.zeros(40, dtype=torch.float64).index_put((drawn,), counts.double() / 2000)
@@ -157,7 +158,7 @@ def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
 
 def test_the_end_token_ends_a_row():
     policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
-    rollout = autoregress(policy, prompts([[3], [4, 3]], group_size=50), gen(), max_new_tokens=30)
+    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3], [4, 3]], group_size=50), gen())
     new, mask = rollout.tokens[:, 2:], rollout.completion_mask[:, 2:]
     ends = (new == 2) & mask
     assert (ends.sum(-1) <= 1).all()
@@ -173,7 +174,7 @@ def test_the_end_token_ends_a_row():
 def test_any_of_several_end_tokens_ends_a_row():
     policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
     policy.spec = replace(policy.spec, eos_ids=(2, 4))
-    rollout = autoregress(policy, prompts([[3]], group_size=50), gen(), max_new_tokens=30)
+    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3]], group_size=50), gen())
     ends = set()
     for row, kept in zip(rollout.tokens[:, 1:].tolist(), rollout.completion_mask[:, 1:].tolist(), strict=True):
         length = next((i + 1 for i, token in enumerate(row) if token in (2, 4)), len(row))
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused(qwen):
     with pytest.raises(
         ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"
     ):
-        autoregress(qwen, prompts(), gen(), max_new_tokens=60)
+        Autoregress(max_new_tokens=60)(qwen, prompts(), gen())
 
 
 def test_a_row_ends_with_whichever_end_token_comes_first():
@@ -195,7 +196,7 @@ def test_a_row_ends_with_whichever_end_token_comes_first():
         characters="123456789", causal=True, hidden_size=32, num_layers=1, num_attention_heads=2, head_std=0.5
     )
     prompts = Prompts.from_ids([[5, 6, 7]], pad_id=policy.pad_id, group_size=40, seeds=range(40))
-    run = partial(autoregress, policy, prompts, torch.Generator(), max_new_tokens=12)
+    run = partial(Autoregress(max_new_tokens=12), policy, prompts, torch.Generator())
     policy.spec = replace(policy.spec, eos_ids=())
     endless = run()
     ends = (4, 9)

@@ -9,17 +9,17 @@ import torch
 from layouts import checkpoint
 
 from dllm_rl import load_policy
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import CachedForward, KVCache, block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, KVCache, PrefixCache
 from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 IDS = [[5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15, 16, 17, 18], [3, 4, 5, 6]]
-COMMITS = {"schedule": rules.schedule, "threshold": partial(rules.threshold, tau=0.1)}
+COMMITS = {"schedule": rules.Schedule(), "threshold": rules.Threshold(tau=0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def policies(tmp_path_factory):
 
 
 def run(policy, *, ids=IDS, group=2, length=11, **options):
-    options = {"temperature": 1.0, "rank": rules.max_prob} | options
+    options = {"temperature": 1.0, "rank": rules.MaxProb()} | options
     prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=range(len(ids) * group))
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+    return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator())
 
 
 def assert_same(a, b):
@@ -69,7 +69,7 @@ def counted(policy, monkeypatch, **options):
 def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     policy, length = policies(family), {"sdar": 11, "llada2": 70, "nemotron": 19}[family]
     options = {"commit": COMMITS[commit], "length": length, "diffusion_steps": min(10, length // 2)}
-    (plain, work), (cached, less) = (counted(policy, monkeypatch, cache=c, **options) for c in (None, block_cache()))
+    (plain, work), (cached, less) = (counted(policy, monkeypatch, cache=c, **options) for c in (None, BlockCache()))
     assert_same(plain, cached)
     assert cached.completion_mask[:, -length:].all() and less < work
 
@@ -81,7 +81,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
     policy, group = policies(family), 3
     size = policy.spec.block_size
     ids = [[(5 * n + k) % 25 + 3 for k in range(length)] for n, length in enumerate((2 * size, 2 * size + 3, size + 1))]
-    options = {"temperature": 1.0, "rank": rules.max_prob, "max_new_tokens": 2 * size - 3, "diffusion_steps": 5}
+    options = {"temperature": 1.0, "rank": rules.MaxProb(), "max_new_tokens": 2 * size - 3, "diffusion_steps": 5}
     shapes, forward = [], policy.module.base_model.forward
 
     def counted(*args, **kwargs):
@@ -93,7 +93,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
     def sampled(prompts, group):
         shapes.clear()
         prompts = Prompts.from_ids(prompts, pad_id=0, group_size=group, seeds=range(9))
-        rollout = unmask(policy, prompts, torch.Generator(), cache=block_cache(), **options)
+        rollout = Unmask(cache=BlockCache(), **options)(policy, prompts, torch.Generator())
         return rollout, list(shapes)
 
     shared, together = sampled(ids, group)
@@ -105,7 +105,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
     assert together[1:] == apart[1:] and all(columns <= 2 * size for _, columns in together[1:])
 
 
-@pytest.mark.parametrize("cache", [None, block_cache()])
+@pytest.mark.parametrize("cache", [None, BlockCache()])
 def test_blocks_count_from_the_prompt(policies, cache):
     """Blocks of 4: after a prompt of 5 the completion's blocks hold 3, 4, 4 positions; after one of 8: 4, 4, 3."""
     rollout = run(policies("sdar"), group=1, diffusion_steps=11, cache=cache)
@@ -120,12 +120,12 @@ def test_blocks_count_from_the_prompt(policies, cache):
 @pytest.mark.parametrize("family", ["sdar", "nemotron"])
 def test_block_causal_replay_is_bitwise(policies, family):
     policy = policies(family)
-    rollout, estimator = run(policy), trajectory()
+    rollout, estimator = run(policy), Trajectory()
     noise = estimator.draw_views(rollout, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, rollout, noise), rollout.logprobs)
 
 
-@pytest.mark.parametrize("cache", [None, block_cache()])
+@pytest.mark.parametrize("cache", [None, BlockCache()])
 def test_early_exit_of_block_causal_models_is_exact(policies, cache):
     """Up to the block that holds an end token nothing differs from a run that goes on; behind it there is padding."""
     policy = policies("sdar")
@@ -156,13 +156,13 @@ def test_early_exit_of_block_causal_models_is_exact(policies, cache):
     assert 0 < ended < 8
     assert (short.logprobs[~short.completion_mask] == 0).all()
     if cache is None:
-        estimator = trajectory()
+        estimator = Trajectory()
         noise = estimator.draw_views(short, torch.Generator())
         assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
 
 
 @pytest.mark.parametrize("commit", COMMITS)
-@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_refreshing_every_step_is_exact(policies, family, kind, commit):
     policy, options = policies(family), {"block_size": 4, "diffusion_steps": 8, "commit": COMMITS[commit]}
@@ -172,14 +172,14 @@ def test_refreshing_every_step_is_exact(policies, family, kind, commit):
 
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("llada", prefix_cache()), ("llada", dual_cache(refresh=3)), ("dream", dual_cache()), ("sdar", block_cache())],
+    [("llada", PrefixCache()), ("llada", DualCache(refresh=3)), ("dream", DualCache()), ("sdar", BlockCache())],
 )
 def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, family, cache, monkeypatch):
     """Each step runs the rows that write in it, after a first one that serves both completions of a prompt; what they
     write is what each writes alone, where no row ever waits for another."""
     policy, seen, encode = policies(family), [], policies(family).encode
     some = lambda scores, masked, left: masked & ((scores > 0.6) | (scores == scores.amax(-1, keepdim=True)))  # noqa: E731
-    options = {"block_size": 4, "cache": cache, "rank": rules.random, "commit": some, "diffusion_steps": 11}
+    options = {"block_size": 4, "cache": cache, "rank": rules.RandomOrder(), "commit": some, "diffusion_steps": 11}
     spy = lambda tokens, *args, **kwargs: (seen.append(len(tokens)), encode(tokens, *args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(policy, "encode", spy)
     together = run(policy, **options)
@@ -188,14 +188,14 @@ def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, fa
     assert 8 + sum(seen[1:]) == sum(len(set(steps[steps >= 0].tolist())) for steps in together.unmask_step)
     for row in (0, 3, 5, 7):
         prompts = Prompts.from_ids([IDS[row // 2]], pad_id=0, seeds=[row])
-        alone = unmask(policy, prompts, torch.Generator(), max_new_tokens=11, temperature=1.0, **options)
+        alone = Unmask(max_new_tokens=11, temperature=1.0, **options)(policy, prompts, torch.Generator())
         width = alone.tokens.shape[1]
         assert torch.equal(together.tokens[row, -width:], alone.tokens[0])
         torch.testing.assert_close(together.logprobs[row, -width:], alone.logprobs[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
     """LLaDA rotates in fp32, so that in bf16 its keys come in fp32. Rounded as attention rounds them, every step
     refreshed, not a bit differs from a run without a cache."""
@@ -217,14 +217,14 @@ def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
     monkeypatch.setattr(KVCache, "update", spy)
     with torch.autocast("cpu", torch.bfloat16):
         if family == "llada":
-            run(policy, block_size=4, diffusion_steps=8, cache=prefix_cache())
+            run(policy, block_size=4, diffusion_steps=8, cache=PrefixCache())
         else:
-            autoregress(policy, Prompts.from_ids(IDS, pad_id=0), torch.Generator(), max_new_tokens=3)
+            Autoregress(max_new_tokens=3)(policy, Prompts.from_ids(IDS, pad_id=0), torch.Generator())
     assert held == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, monkeypatch):
     """Up to the second step of the first block nothing has been cached that matters; from there log-probs drift."""
     policy, options = policies(family), {"block_size": 4, "diffusion_steps": 11}
@@ -233,14 +233,14 @@ def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, m
     first = exact.unmask_step == 0
     assert torch.equal(exact.tokens[first], cached.tokens[first])
     torch.testing.assert_close(exact.logprobs[first], cached.logprobs[first], rtol=0, atol=1e-5)
-    estimator = trajectory()
+    estimator = Trajectory()
     noise = estimator.draw_views(cached, torch.Generator())
     drift = (estimator.logprobs(policy, cached, noise) - cached.logprobs).abs()
     assert drift.max() > 1e-4
     assert seldom < counted(policy, monkeypatch, cache=kind(refresh=2), **options)[1] < work
 
 
-@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 @pytest.mark.parametrize("make", [tiny_masked_lm, partial(tiny_llama, causal=False)])
 def test_one_layer_is_exact_without_refresh(make, kind):
     """The keys of a first layer depend on nothing but their own token, so that keeping them is no approximation."""
@@ -253,32 +253,32 @@ def test_dual_runs_fewer_columns_than_prefix(policies, monkeypatch):
     """One row, prompt of 4, 12 new in blocks of 4, a step a position. Exact: 12 x 16. Prefix: per block 16 + 3 x what
     is not before it (12, 8, 4) = 120. Dual: per block 16 + 3 x 4 = 84."""
     policy, options = policies("llada"), {"ids": IDS[3:], "group": 1, "length": 12, "block_size": 4}
-    for cache, columns in ((None, 192), (prefix_cache(), 120), (dual_cache(), 84)):
+    for cache, columns in ((None, 192), (PrefixCache(), 120), (DualCache(), 84)):
         assert counted(policy, monkeypatch, cache=cache, **options)[1] == columns
 
 
 def test_errors(policies, tmp_path):
-    with pytest.raises(ValueError, match="use None or block_cache"):
-        run(policies("sdar"), cache=prefix_cache())
-    with pytest.raises(ValueError, match="use None or prefix_cache"):
-        run(policies("llada"), cache=block_cache())
+    with pytest.raises(ValueError, match=r"use None or BlockCache\(\)"):
+        run(policies("sdar"), cache=PrefixCache())
+    with pytest.raises(ValueError, match=r"use None or PrefixCache\(\)"):
+        run(policies("llada"), cache=BlockCache())
     with pytest.raises(ValueError, match="refresh=0"):
-        dual_cache(refresh=0)
+        DualCache(refresh=0)
     with pytest.raises(ValueError, match="block_size=8 is not the policy's"):
         run(policies("sdar"), block_size=8)
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
     with pytest.raises(ValueError, match="keeps no keys and values"):
-        run(bert, cache=prefix_cache())
+        run(bert, cache=PrefixCache())
 
 
 @pytest.mark.parametrize(
     ("cache", "columns"),
     [
-        (prefix_cache(), [12, 8, 8, 8, 12, 4, 4, 4]),
-        (prefix_cache(refresh=2), [12, 8, 12, 8, 12, 4, 12, 4]),
-        (prefix_cache(refresh=3), [12, 8, 8, 12, 12, 4, 4, 12]),
-        (dual_cache(), [12, 4, 4, 4, 12, 4, 4, 4]),
-        (dual_cache(refresh=2), [12, 4, 12, 4, 12, 4, 12, 4]),
+        (PrefixCache(), [12, 8, 8, 8, 12, 4, 4, 4]),
+        (PrefixCache(refresh=2), [12, 8, 12, 8, 12, 4, 12, 4]),
+        (PrefixCache(refresh=3), [12, 8, 8, 12, 12, 4, 4, 12]),
+        (DualCache(), [12, 4, 4, 4, 12, 4, 4, 4]),
+        (DualCache(refresh=2), [12, 4, 12, 4, 12, 4, 12, 4]),
     ],
 )
 def test_a_cache_is_recomputed_every_so_many_steps(policies, cache, columns, monkeypatch):
@@ -292,7 +292,7 @@ def test_a_cache_is_recomputed_every_so_many_steps(policies, cache, columns, mon
     assert seen == columns
 
 
-@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token_changes(policies, family, kind):
     """A shifted head reads the state of the column before the block, so that one is run again with it."""
@@ -302,7 +302,7 @@ def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token
     states, first = cached.advance(tokens, rows, (4, 8))
     assert (len(states[0]), first) == (12, shift)
     again, begin = cached.advance(tokens, rows, (4, 8))
-    assert begin == 4 and len(again[0]) == (4 + shift if kind is dual_cache else 8 + shift)
+    assert begin == 4 and len(again[0]) == (4 + shift if kind is DualCache else 8 + shift)
     torch.testing.assert_close(again, states[:, 4 - shift : 4 - shift + again.shape[1]], rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from likelihood_toys import TablePolicy
 from dllm_rl.models.order import block_first_step
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
 from dllm_rl.samplers.revise import packed_events
-from dllm_rl.samplers.rules import check_last_step, threshold
+from dllm_rl.samplers.rules import check_last_step
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -135,7 +135,7 @@ def test_a_row_that_has_used_its_steps_is_in_its_last_one_until_all_is_written()
         plan = plan_step(canvas, tracker, SEEDS)
         assert plan.rows.tolist() == [1] and plan.steps_left.tolist() == plan.steps_left_on_device.tolist() == [1]
         with pytest.raises(ValueError, match="chose nothing in the last step of a block"):
-            check_last_step(threshold, plan.steps_left, plan.num_masked, nothing)
+            check_last_step("Threshold", plan.steps_left, plan.num_masked, nothing)
         tracker.record((plan.rows, plan.blocks), nothing)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
-from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.logprobs import process, token_logprobs
 from dllm_rl.models.support import MAX_SUPPORT_IDS, with_support
@@ -20,30 +19,29 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
 from dllm_rl.samplers.choose import StepSampler, draw_tokens
-from dllm_rl.samplers.records import as_commit, as_rank
-from dllm_rl.samplers.rules import confidence, max_prob
+from dllm_rl.samplers.rules import Confidence, MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
 
 
-def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
+def choice_of(rank, commit=rules.Schedule(), *, temperature=1.0):
     """The first step of three rows, six positions in one block of three steps: two positions a row are written."""
     policy = TablePolicy(length=6, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3]] * 3, pad_id=4), 6, 6, block_aligned=False)
     plan = plan_step(canvas, BlockTracker(canvas.block, 3, wait_for_all_rows=False), torch.tensor([5, 6, 7]))
     states = policy.hidden(canvas.tokens, canvas.attention_mask)[plan.canvas_row, plan.column]
-    choose = StepSampler(
-        policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), as_rank(rank), as_commit(commit)
-    )
+    sampler = Unmask(max_new_tokens=6, rank=rank, commit=commit)
+    choose = StepSampler(policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), sampler.rank, sampler.commit)
     return choose, plan, choose(plan, states)
 
 
 def draws_first(logits, normalizer, tokens):
     """`max_prob`, which asks for the tokens without a use for them."""
-    return rules.max_prob(logits, normalizer)
+    return rules.MaxProb()(logits, normalizer)
 
 
 def test_drawing_before_ranking_changes_nothing():
-    late, plan, choice = choice_of(rules.max_prob)
+    late, plan, choice = choice_of(rules.MaxProb())
     early, _, same = choice_of(draws_first)
     assert early.draws_first and not late.draws_first
     assert choice.chosen.tolist() == same.chosen.tolist()
@@ -53,24 +51,24 @@ def test_drawing_before_ranking_changes_nothing():
 
 
 def test_the_order_has_a_law_only_where_chance_ranks():
-    _, plan, choice = choice_of(rules.confidence)
+    _, plan, choice = choice_of(rules.Confidence())
     stayed, order, _ = plan.records["order"]
     assert sorted(choice.chosen.tolist() + stayed.tolist()) == list(range(len(plan.row_index)))
     assert (order <= 0).all() and (order < 0).any()
-    for rank, temperature in ((rules.max_prob, 1.0), (rules.confidence, 0.0)):
+    for rank, temperature in ((rules.MaxProb(), 1.0), (rules.Confidence(), 0.0)):
         assert "order" not in choice_of(rank, temperature=temperature)[1].records
 
 
 def test_the_most_confident_draws_are_written():
     """The same draws, once all written and once ranked by hand: log-prob of the drawn token, mask token included."""
-    _, plan, whole = choice_of(rules.confidence, lambda scores, masked, steps_left: masked)
+    _, plan, whole = choice_of(rules.Confidence(), lambda scores, masked, steps_left: masked)
     logp = TablePolicy(length=6, words=2, seed=0).table[-1][:, :3].log_softmax(-1)
     expected = []
     for row in range(3):
         mine = (plan.row_index == row).nonzero()[:, 0].tolist()
         confidences = {position: logp[plan.offset[position], whole.drawn.tokens[position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
-    assert choice_of(rules.confidence)[2].chosen.tolist() == expected
+    assert choice_of(rules.Confidence())[2].chosen.tolist() == expected
 
 
 FILTERS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "both": {"top_k": 4, "top_p": 0.9}}
@@ -107,12 +105,12 @@ def sampled(policy, **options) -> Rollout:
     prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, group_size=3)
     options = {"max_new_tokens": 6, "temperature": 0.7} | options
     if policy.spec.attention != "causal":
-        options = {"rank": max_prob, "diffusion_steps": 4} | options
-    return sampler_for(policy)(policy, prompts, torch.Generator().manual_seed(1), **options)
+        options = {"rank": MaxProb(), "diffusion_steps": 4} | options
+    return sampler_for(policy)(**options)(policy, prompts, torch.Generator().manual_seed(1))
 
 
 def exact_for(policy):
-    return causal() if policy.spec.attention == "causal" else trajectory()
+    return Causal() if policy.spec.attention == "causal" else Trajectory()
 
 
 def score(policy, rollout: Rollout) -> torch.Tensor:
@@ -219,7 +217,7 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
 def test_a_rank_that_draws_first_records_the_same():
     rollouts = [
         sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1, diffusion_steps=1)
-        for rank in (confidence, max_prob)
+        for rank in (Confidence(), MaxProb())
     ]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
     assert torch.equal(rollouts[0].filter_support.ids, rollouts[1].filter_support.ids)
@@ -334,8 +332,8 @@ def test_ties_with_the_kth_are_kept_and_recorded():
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantized and on-policy, the first step has no mismatch under any of them."""
     recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)
-    rank = {"rank": max_prob} if make is tiny_recipe else {}
-    recipe = replace(recipe, sampler=partial(recipe.sampler, top_k=3, **rank))
+    rank = {"rank": MaxProb()} if make is tiny_recipe else {}
+    recipe = replace(recipe, sampler=recipe.sampler.replace(top_k=3, **rank))
     train(recipe)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/abs_log_ratio_max"] < 1e-5 and row["grad_norm"] > 0

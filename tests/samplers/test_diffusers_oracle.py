@@ -40,7 +40,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.canvas import TOKEN_STREAM
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 pytestmark = pytest.mark.slow  # what editing writes is worked by hand in test_revise.py
@@ -148,19 +148,13 @@ def theirs(diffusers, monkeypatch):
 
 def ours(policy, ids, length, *, tau, tau_edit=None, diffusion_steps=None, **options):
     """`theirs` of each row in one batch, whose seeds are the rows' numbers; and the forwards of the batch."""
-    rule = partial(rules.threshold, tau=tau)
+    rule = rules.Threshold(tau=tau)
     if tau_edit is not None:
-        rule = partial(revise.edit, tau=tau, tau_edit=tau_edit)
+        rule = revise.Edit(tau=tau, tau_edit=tau_edit)
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(len(ids)))
-    rollout = unmask(
-        policy,
-        prompts,
-        torch.Generator(),
-        max_new_tokens=length,
-        diffusion_steps=diffusion_steps,
-        commit=rule,
-        **{"rank": rules.confidence, **options},
-    )
+    rollout = Unmask(
+        max_new_tokens=length, diffusion_steps=diffusion_steps, commit=rule, **{"rank": rules.Confidence(), **options}
+    )(policy, prompts, torch.Generator())
     record = [rollout.unmask_step[..., None], rollout.tokens[..., None], rollout.logprobs[..., None]]
     if rollout.events is not None:
         record = [rollout.events.step, rollout.events.token, rollout.events.logprobs]
@@ -216,7 +210,7 @@ def test_sampled(diffusers, theirs, temperature, top_k, top_p, editing):
     policy, offset, thresholds = block_causal(mask=-torch.inf), 2, {"tau": 0.7, "tau_edit": 0.7 if editing else None}
     ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 2), 3 * BLOCK - offset
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    rank = rules.confidence
+    rank = rules.Confidence()
     if temperature != 1:
         rank = partial(tempered, scheduler=diffusers.BlockRefinementScheduler, **options)
     options |= thresholds

@@ -1,7 +1,6 @@
 """Prompts with open positions: what is filled in, that it is the sampler that it was, and where it does not apply."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import prefix_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import PrefixCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 from tests.support.likelihood_toys import TablePolicy, elbo_by_hand
 
@@ -26,15 +25,15 @@ CHARACTERS = "0123456789 abcdefghijklmnop"
 M = 1  # the mask token of the tiny models
 IDS = [[3, M, 4, M, M, 5], [M, 7], [8, 9, M, M, 10, 11, M, M, 12, M, 13, M], [15, M, 16, M], [4, M, M, M, 5, 6, M]]
 WAYS = {
-    "confidence": {"rank": rules.confidence},
-    "entropy": {"rank": rules.entropy, "block_size": 2},
-    "random": {"rank": rules.random, "diffusion_steps": 3, "top_k": 5},
+    "confidence": {"rank": rules.Confidence()},
+    "entropy": {"rank": rules.Entropy(), "block_size": 2},
+    "random": {"rank": rules.RandomOrder(), "diffusion_steps": 3, "top_k": 5},
     "plackett_luce": {
-        "rank": partial(rules.plackett_luce, temperature=0.3, base_rank=rules.entropy),
+        "rank": rules.PlackettLuce(temperature=0.3, base_rank=rules.Entropy()),
         "diffusion_steps": 3,
     },
-    "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.2)},
-    "threshold": {"rank": rules.max_prob, "commit": partial(rules.threshold, tau=0.2)},
+    "soft_threshold": {"rank": rules.MaxProb(), "commit": rules.SoftThreshold(tau=0.2)},
+    "threshold": {"rank": rules.MaxProb(), "commit": rules.Threshold(tau=0.2)},
     "greedy": {"temperature": 0.0},
 }
 
@@ -48,14 +47,14 @@ def policy(request):
     return tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
 
 
-def fill(policy, ids, seeds, *, new=0, width=0, group=1, **options):
+def fill(policy, ids, seeds, *, new=0, width=0, group=1, on_step=None, **options):
     prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=list(seeds), mask_id=M)
     if width:
         columns = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "infill_mask")}
         pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
         prompts = replace(prompts, **{name: pad(x) for name, x in columns.items()})
     options = {"temperature": 1.0} | options
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=new, **options)
+    return Unmask(max_new_tokens=new, **options)(policy, prompts, torch.Generator(), on_step=on_step)
 
 
 def equal(a, b):
@@ -83,12 +82,8 @@ def test_open_positions_at_the_end_are_what_is_appended(policy, name):
     """Bit for bit, all of the record, with rows of a group and padding on the left."""
     ids, seeds = [[3, 4, 5], [7], [8, 9, 10, 11, 12]], range(6)
     filled = fill(policy, [[*row, *[M] * 4] for row in ids], seeds, group=2, **WAYS[name])
-    plain = unmask(
-        policy,
-        Prompts.from_ids(ids, pad_id=0, group_size=2, seeds=seeds),
-        torch.Generator(),
-        max_new_tokens=4,
-        **{"temperature": 1.0} | WAYS[name],
+    plain = Unmask(max_new_tokens=4, **{"temperature": 1.0} | WAYS[name])(
+        policy, Prompts.from_ids(ids, pad_id=0, group_size=2, seeds=seeds), torch.Generator()
     )
     equal(filled, plain)
     equal(fill(policy, [[*row, M, M] for row in ids], seeds, group=2, new=2, **WAYS[name]), plain)
@@ -122,7 +117,7 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 def assert_replayed(policy, name, *, atol):
     for rows, group in ((slice(1), 1), (slice(3), 2)):
         rollout = fill(policy, IDS[rows], range(len(IDS[rows]) * group), new=1, group=group, **WAYS[name])
-        estimator = estimators.trajectory()
+        estimator = estimators.Trajectory()
         noise = estimator.draw_views(rollout, torch.Generator())
         found = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
@@ -130,17 +125,17 @@ def assert_replayed(policy, name, *, atol):
 
 
 def test_filters_record_what_they_kept(policy):
-    rollout = fill(policy, IDS, range(5), top_k=3, rank=rules.random)
+    rollout = fill(policy, IDS, range(5), top_k=3, rank=rules.RandomOrder())
     assert ((rollout.filter_support.ids >= 0).sum(-1) == 3 * rollout.completion_mask).all()
     assert ((rollout.filter_support.log_mass < 0) == rollout.completion_mask).all()
     scored = with_support(rollout, "rollout")
-    estimator = estimators.trajectory()
+    estimator = estimators.Trajectory()
     again = estimator.logprobs(policy, scored, estimator.draw_views(scored, torch.Generator()))
     torch.testing.assert_close(again, rollout.logprobs, rtol=0, atol=1e-5)
 
 
 def test_blocks_count_open_positions(policy):
-    rollout = fill(policy, IDS, range(5), new=1, block_size=2, diffusion_steps=None, rank=rules.random)
+    rollout = fill(policy, IDS, range(5), new=1, block_size=2, diffusion_steps=None, rank=rules.RandomOrder())
     for steps, own in zip(rollout.unmask_step, rollout.completion_mask, strict=True):
         for place, step in enumerate(steps[own].tolist()):
             assert step // 2 == place // 2
@@ -166,12 +161,12 @@ def test_one_step_and_elbo_score_the_open_positions():
     """By hand, from the table: the second and the last of four tokens are open, the others always seen."""
     policy, rollout, inside = table_rollout()
     tokens = rollout.tokens[0, 1:]
-    step = estimators.one_step(prompt_mask=0.0)
+    step = estimators.OneStep(prompt_mask=0.0)
     found = step.logprobs(policy, rollout, step.draw_views(rollout, torch.Generator()))
     expected = [0.0, 0.0, policy.logp(tokens, set(inside), 1), 0.0, policy.logp(tokens, set(inside), 3)]
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=0, atol=1e-6)
 
-    elbo = estimators.elbo(num_samples=1000)
+    elbo = estimators.ELBO(num_samples=1000)
     noise = elbo.draw_views(rollout, torch.Generator().manual_seed(0))
     assert not (noise.masked & ~rollout.completion_mask).any()
     views = (elbo.view_logprobs(policy, rollout, noise) * noise.coefficients).sum((1, 2)) * 1000
@@ -181,7 +176,7 @@ def test_one_step_and_elbo_score_the_open_positions():
 
 def test_gradients_are_those_of_the_open_positions(policy):
     rollout = fill(policy, IDS[:2], range(2))
-    estimator = estimators.trajectory(include_order=False)
+    estimator = estimators.Trajectory(include_order=False)
     noise = estimator.draw_views(rollout, torch.Generator())
     policy.module.zero_grad()
     for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
@@ -207,7 +202,10 @@ def test_gradients_are_those_of_the_open_positions(policy):
 
 def test_errors_name_the_value_and_a_remedy(policy):
     prompts = Prompts.from_ids([[3, M, 4], [5, 6]], pad_id=0, mask_id=M)
-    run = partial(unmask, policy, generator=torch.Generator())
+
+    def run(prompts, **settings):
+        return Unmask(**settings)(policy, prompts, torch.Generator())
+
     with pytest.raises(ValueError, match="max_new_tokens=0, and prompt 1 has no open position"):
         run(prompts=prompts, max_new_tokens=0)
     assert run(prompts=prompts, max_new_tokens=1).completion_mask.sum(-1).tolist() == [2, 1]
@@ -216,14 +214,14 @@ def test_errors_name_the_value_and_a_remedy(policy):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         run(prompts=Prompts.from_ids([[3, 4]], pad_id=0, mask_id=M), max_new_tokens=0)
     with pytest.raises(ValueError, match="use cache=None"):
-        run(prompts=prompts, max_new_tokens=1, cache=prefix_cache())
+        run(prompts=prompts, max_new_tokens=1, cache=PrefixCache())
     with pytest.raises(ValueError, match="approximate_early_exit would leave gaps"):
         run(prompts=prompts, max_new_tokens=1, approximate_early_exit=True)
     small = replace(policy.spec, attention="block_causal", block_size=2)
     with pytest.raises(ValueError, match="attention is 'block_causal' and a gap would not see"):
         blocks = TablePolicy(length=2, words=2, seed=0)
         blocks.spec = small
-        unmask(blocks, prompts, torch.Generator(), max_new_tokens=2)
+        Unmask(max_new_tokens=2)(blocks, prompts, torch.Generator())
     causal = tiny_llama(characters=CHARACTERS, causal=True, num_layers=1)
     with pytest.raises(ValueError, match="a causal model cannot fill in"):
-        autoregress(causal, prompts, torch.Generator(), max_new_tokens=2)
+        Autoregress(max_new_tokens=2)(causal, prompts, torch.Generator())

@@ -12,8 +12,8 @@ from dllm_rl import load_policy
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -22,11 +22,11 @@ IDS = [[3 + (7 * row + 5 * i) % 25 for i in range(size)] for row, size in enumer
 NEVER = 10**9
 OPTIONS = {
     "exact": {},
-    "threshold": {"commit": partial(rules.threshold, tau=0.3)},
+    "threshold": {"commit": rules.Threshold(tau=0.3)},
     "infilling": {"fill": True},
-    "prefix cache": {"cache": prefix_cache(refresh=1)},
-    "dual cache": {"cache": dual_cache(refresh=1)},
-    "block cache": {"cache": block_cache()},
+    "prefix cache": {"cache": PrefixCache(refresh=1)},
+    "dual cache": {"cache": DualCache(refresh=1)},
+    "block cache": {"cache": BlockCache()},
 }
 
 
@@ -43,12 +43,12 @@ def policy_for(name, tmp_path):
 
 
 def sample(policy, ids=IDS, seeds=range(12), *, fill=False, group=2, **options):
-    options = {"temperature": 1.0, "rank": rules.max_prob, "diffusion_steps": 4} | options
+    options = {"temperature": 1.0, "rank": rules.MaxProb(), "diffusion_steps": 4} | options
     if not fill and policy.spec.attention == "full":
         options["block_size"] = 4
     opened = [[i % 3 == 1 for i in range(len(row))] for row in ids] if fill else None
     prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=seeds, open_positions=opened)
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=8, **options)
+    return Unmask(max_new_tokens=8, **options)(policy, prompts, torch.Generator())
 
 
 def positions_run(policy, monkeypatch, run):

@@ -1,35 +1,39 @@
 """For every rank and commit rule: the shares of outcomes that the real rule draws, against exp(trajectory), or an order
 that is said to be unknown. Logits are tied: the same ones at all positions of a state, or at every second one."""
 
-import functools
-import types
 from functools import partial
 
 import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl import trajectory
+from dllm_rl import Trajectory
 from dllm_rl.samplers import revise, rules, whole_step
-from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, order_probability
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import FunctionCommit, FunctionRank, order_probability
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_order
 from dllm_rl.types import Prompts
 
 LENGTH = 4
-RANKS = {rank.__name__: rank for rank in (rules.confidence, rules.max_prob, rules.margin, rules.entropy, rules.random)}
-RANKS["plackett_luce"] = partial(rules.plackett_luce, temperature=0.5)
+RANKS = {
+    "confidence": rules.Confidence(),
+    "max_prob": rules.MaxProb(),
+    "margin": rules.Margin(),
+    "entropy": rules.Entropy(),
+    "random": rules.RandomOrder(),
+    "plackett_luce": rules.PlackettLuce(temperature=0.5),
+}
 COMMITS = {
-    "schedule": rules.schedule,
-    "late_schedule": rules.late_schedule,
-    "origin": rules.origin,
-    "threshold": partial(rules.threshold, tau=0.6),
-    "soft_threshold": partial(rules.soft_threshold, tau=0.6),
-    "factor": partial(rules.factor, f=0.5),
-    "entropy_bound": partial(rules.entropy_bound, gamma=0.6),
-    "remask": partial(revise.remask, eta=0.3),
-    "soft_edit": partial(revise.soft_edit, rate=0.3),
-    "edit": partial(revise.edit, tau=0.6),
+    "schedule": rules.Schedule(),
+    "late_schedule": rules.LateSchedule(),
+    "origin": rules.Origin(),
+    "threshold": rules.Threshold(tau=0.6),
+    "soft_threshold": rules.SoftThreshold(tau=0.6),
+    "factor": rules.Factor(f=0.5),
+    "entropy_bound": rules.EntropyBound(gamma=0.6),
+    "remask": revise.Remask(eta=0.3),
+    "soft_edit": revise.SoftEdit(rate=0.3),
+    "edit": revise.Edit(tau=0.6),
 }
 # margin and entropy are ranks of the state, as max_prob is.
 ONE = ("margin", "entropy")
@@ -56,7 +60,7 @@ def test_shares_are_the_trajectorys_or_the_order_is_unknown(monkeypatch, rank, c
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
     # Draws tie at all positions, and the ranks of states at every second one; edits of max_prob need one order.
     policy = tied_policy(period=1 if rank == "confidence" or commit == "soft_edit" else 2)
-    known = order_probability(as_rank(RANKS[rank]), as_commit(COMMITS[commit]))
+    known = order_probability(RANKS[rank], COMMITS[commit])
     assert ((rank, commit) in LAWS) == (known in ("confidence", "plackett_luce", "soft_threshold"))
     rows = 2 if known == "unknown" else 1500  # nothing is compared
     try:
@@ -66,35 +70,36 @@ def test_shares_are_the_trajectorys_or_the_order_is_unknown(monkeypatch, rank, c
         assert compiled or known == "unknown" or commit in ("origin", "remask")  # whose scores are uniforms
 
 
-def copy_of(rule):
-    """The same code under another function object."""
-    made = types.FunctionType(rule.__code__, rule.__globals__, rule.__name__, rule.__defaults__, rule.__closure__)
-    made.__kwdefaults__, made.__dict__ = rule.__kwdefaults__, dict(rule.__dict__)
-    return made
+class LikeConfidence(rules.Confidence):
+    """Its own scores do not have the order of the class above it, unless it says so."""
+
+    def __call__(self, logits, normalizer, tokens):
+        return super().__call__(logits, normalizer, tokens)
 
 
-class OfRule:
-    def __init__(self, rule):
-        functools.update_wrapper(self, rule)
-
-    def __call__(self, *inputs, **named):
-        return self.__wrapped__(*inputs, **named)
+class LikeSchedule(rules.Schedule):
+    def __call__(self, scores, masked, steps_left):
+        return super().__call__(scores, masked, steps_left)
 
 
-def wrapper_of(rule):
-    @functools.wraps(rule)
-    def wrapped(*inputs, **named):
-        return rule(*inputs, **named)
-
-    return wrapped
+class SameConfidence(rules.Confidence):
+    pass
 
 
-SAME = {"partial": partial, "partial of partial": lambda rule: partial(partial(rule))}
-SAME["record"] = lambda rule: (Rank if rule is rules.confidence else Commit)(partial(rule))
+class LikeMargin(rules.Margin):
+    def __call__(self, logits, normalizer):
+        return super().__call__(logits, normalizer)
+
+
+class SameMargin(rules.Margin):
+    pass
+
+
+SAME = {"same": lambda rule: SameConfidence() if rule == rules.Confidence() else rules.Schedule()}
 OTHER = {
-    "copy": copy_of,
-    "wraps": wrapper_of,
-    "object": OfRule,
+    "partial": partial,
+    "subclass": lambda rule: LikeConfidence() if rule == rules.Confidence() else LikeSchedule(),
+    "function": lambda rule: rule.__call__,
 }
 
 
@@ -102,7 +107,7 @@ OTHER = {
 @pytest.mark.parametrize("wrap", [*SAME, *OTHER])
 def test_a_wrapped_rule_is_the_rule_or_unknown(monkeypatch, wrap, compiled):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
-    pair = {"rank": rules.confidence, "commit": rules.schedule}
+    pair = {"rank": rules.Confidence(), "commit": rules.Schedule()}
     for name, rule in pair.items():
         wrapped = pair | {name: (SAME | OTHER)[wrap](rule)}
         known = check(tied_policy(period=1), **wrapped, compile_step=compiled, rows=100)
@@ -133,44 +138,43 @@ def halves(scores, masked, steps_left):
 
 
 CHANCE = torch.Generator().manual_seed(0)
-FIXED = partial(Rank, order="deterministic")
+FIXED = lambda function: FunctionRank(function=function, order="deterministic")  # noqa: E731
 
 
 def test_declared_rules_keep_the_contract_or_are_caught():
-    commit = Commit(halves, "deterministic")
+    commit = FunctionCommit(function=halves, order="deterministic")
     assert check(tied_policy(period=2), FIXED(mine), commit) == "deterministic"
     assert check_order(FIXED(of_states_of_tiny), commit, rows=500) == "deterministic"
-    assert check_order(rules.random, commit, rows=500) == "independent"
+    assert check_order(rules.RandomOrder(), commit, rows=500) == "independent"
     assert check_order(mine, commit, rows=2) == check_order(FIXED(mine), halves, rows=2) == "unknown"
     with pytest.raises(AssertionError, match="as often as trajectory"):
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
 
-NOISY = partial(rules.plackett_luce, temperature=0.5)
+NOISY = rules.PlackettLuce(temperature=0.5)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fixed"])
 @pytest.mark.parametrize(
     ("base", "known"),
     [
-        (rules.margin, "plackett_luce"),
-        (partial(rules.entropy), "plackett_luce"),
+        (rules.Margin(), "plackett_luce"),
+        (rules.Entropy(), "plackett_luce"),
         (FIXED(mine), "plackett_luce"),
-        (Rank(partial(rules.max_prob)), "plackett_luce"),
+        (SameMargin(), "plackett_luce"),
         (mine, "unknown"),
-        (Rank(mine), "unknown"),
+        (FunctionRank(function=mine), "unknown"),
         (by_chance, "unknown"),
-        (copy_of(rules.max_prob), "unknown"),
-        (wrapper_of(rules.margin), "unknown"),
-        (lambda logits, normalizer: rules.entropy(logits, normalizer), "unknown"),
+        (FunctionRank(function=rules.MaxProb()), "unknown"),
+        (LikeMargin(), "unknown"),
+        (lambda logits, normalizer: rules.Entropy()(logits, normalizer), "unknown"),
     ],
 )
 def test_a_noisy_order_of_a_rank_is_known_where_the_rank_is(monkeypatch, base, known, compiled):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
     rows = 2 if known == "unknown" else 1500
-    rank = partial(NOISY, base_rank=base)
-    for given in (rank, Rank(rank)):
-        assert check(tied_policy(period=2), given, rules.schedule, compile_step=compiled, rows=rows) == known
+    rank = NOISY.replace(base_rank=base)
+    assert check(tied_policy(period=2), rank, rules.Schedule(), compile_step=compiled, rows=rows) == known
 
 
 def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_declaration_is_caught():
@@ -178,18 +182,21 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
     prompts = Prompts.from_ids([[3]], pad_id=4, group_size=32, seeds=range(32))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, "suppress": (2, 3, 4)}
     for base in (mine, FIXED(mine)):
-        rollout = unmask(policy, prompts, torch.Generator(), rank=partial(NOISY, base_rank=base), **options)
+        rollout = Unmask(rank=NOISY.replace(base_rank=base), **options)(policy, prompts, torch.Generator())
         steps.append(rollout.unmask_step)
-        assert trajectory().is_exact_for(rollout) == (base is not mine)
+        assert Trajectory().is_exact_for(rollout) == (base is not mine)
     assert torch.equal(*steps) and len(steps[0].unique(dim=0)) > 2
     with pytest.raises(AssertionError, match=r"as often as trajectory|learner's log-prob"):
-        check(policy, partial(NOISY, base_rank=FIXED(by_chance)), rules.schedule)
+        check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule())
     for wrong, message in (
-        (lambda: as_rank(partial(NOISY, base_rank=rules.confidence)), "base_rank=confidence must take logits and"),
-        (lambda: as_rank(partial(NOISY, base_rank=FIXED(of_states))), "base_rank=of_states must take logits and"),
-        (lambda: as_rank(partial(NOISY, base_rank=rules.random)), "base_rank=random must take logits and"),
-        (lambda: Rank(partial(NOISY, base_rank=mine), "plackett_luce"), "order='plackett_luce' of rank=plackett_luce"),
-        (lambda: check(policy, partial(NOISY, base_rank=mine), COMMITS["threshold"]), "cannot use rank=plackett_luce"),
+        (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take logits and"),
+        (lambda: NOISY.replace(base_rank=FIXED(of_states)), "base_rank=of_states must take logits and"),
+        (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take logits and"),
+        (lambda: FunctionRank(function=mine, order="plackett_luce"), "order='plackett_luce' of rank=mine"),
+        (
+            lambda: check(policy, NOISY.replace(base_rank=mine), COMMITS["threshold"]),
+            "cannot use the noisy scores of PlackettLuce",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -209,7 +216,7 @@ def test_a_rank_may_read_the_hidden_states(monkeypatch, options, with_draws):
     for rank in (of_logits, of_states):
         if with_draws:
             rank = READING_TOKENS[rank]
-        rollout = unmask(tied_policy(period=3), prompts, torch.Generator(), rank=rank, **options)
+        rollout = Unmask(rank=rank, **options)(tied_policy(period=3), prompts, torch.Generator())
         steps.append((rollout.unmask_step, rollout.tokens))
     assert all(map(torch.equal, *steps))
 
@@ -223,21 +230,21 @@ READING_TOKENS = {
 def test_what_a_pair_may_declare():
     policy, prompts = tied_policy(period=2), Prompts.from_ids([[3]], pad_id=4, group_size=2)
     for likelihood, rank in (
-        (trajectory(), mine),
-        (trajectory(include_order=False), rules.confidence),
-        (trajectory(num_segments=2), FIXED(mine)),
+        (Trajectory(), mine),
+        (Trajectory(include_order=False), rules.Confidence()),
+        (Trajectory(num_segments=2), FIXED(mine)),
     ):
-        rollout = unmask(policy, prompts, torch.Generator(), max_new_tokens=LENGTH, temperature=1.0, rank=rank)
+        rollout = Unmask(max_new_tokens=LENGTH, temperature=1.0, rank=rank)(policy, prompts, torch.Generator())
         assert not likelihood.is_exact_for(rollout)
     for wrong in (
-        lambda: Rank(rules.confidence, "deterministic"),
-        lambda: Rank(rules.random, "deterministic"),
-        lambda: Rank(mine, "independent"),
-        lambda: Rank(mine, "certain"),
-        lambda: Rank(mine, "max_prob"),
-        lambda: Commit(rules.schedule, "count"),
-        lambda: as_rank("confidence"),
-        lambda: as_commit(3),
+        lambda: FunctionRank(function=rules.Confidence(), order="deterministic"),
+        lambda: FunctionRank(function=rules.RandomOrder(), order="deterministic"),
+        lambda: FunctionRank(function=mine, order="independent"),
+        lambda: FunctionRank(function=mine, order="certain"),
+        lambda: FunctionRank(function=mine, order="max_prob"),
+        lambda: FunctionCommit(function=rules.Schedule(), order="count"),
+        lambda: Unmask(max_new_tokens=4, rank="best"),
+        lambda: Unmask(max_new_tokens=4, commit=3),
     ):
         with pytest.raises(ValueError, match=r"^(rank|commit|order)="):
             wrong()

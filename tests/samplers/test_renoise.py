@@ -13,7 +13,7 @@ from dllm_rl.cli.main import main as run
 from dllm_rl.models.logprobs import invert_cdf
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import uniforms
-from dllm_rl.samplers import renoise, sampler_for
+from dllm_rl.samplers import Renoise, sampler_for
 from dllm_rl.samplers.canvas import TOKEN_STREAM
 from dllm_rl.samplers.renoise import NOISE_STREAM, accept
 
@@ -145,7 +145,7 @@ def check(seeds):
         policy, prompts, canvases, settings = random_case(seed)
         wanted, steps = authors_tokens(policy, prompts, canvases=canvases, **settings)
         length = canvases * policy.spec.block_size
-        rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=length, **settings)
+        rollout = Renoise(max_new_tokens=length, **settings)(policy, prompts, torch.Generator())
         ours = as_the_authors(policy, rollout, prompts.tokens.shape[1])
         same = (ours[:, : wanted.shape[1]] == wanted).all() and (ours[:, wanted.shape[1] :] == policy.pad_id).all()
         if not same:
@@ -178,11 +178,11 @@ def test_accept_by_hand():
 
 def test_watched_it_shows_the_canvas_in_motion():
     policy = tiny_diffusion_gemma(characters="abc", canvas_length=4, hidden_size=16)
-    assert sampler_for(policy) is renoise
+    assert sampler_for(policy) is Renoise
     seen = []
     prompts = Prompts.from_ids([[3, 4]], pad_id=0, group_size=2)
     options = {"diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
-    rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=4, on_step=seen.append, **options)
+    rollout = Renoise(max_new_tokens=4, **options)(policy, prompts, torch.Generator(), on_step=seen.append)
     assert len(seen) == 3 and rollout.forwards == 4  # the encoder's, and three steps
     for shown in seen[:2]:
         noise = shown.unmask_step[:, 2:] < 0
@@ -200,7 +200,7 @@ def test_the_commands_sample_and_evaluate(tmp_path, capsys):
     run(["evaluate", str(tmp_path / "model"), *sudoku, "--output_dir", str(tmp_path / "found")])
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert found["diffusion_steps"] == 2 and found["max_new_tokens"] == 16
-    assert run(["evaluate", str(tmp_path / "model"), *sudoku, "--rank", "random"]) == 2
-    assert "--rank is not for 'diffusion_gemma', whose sampler is renoise" in capsys.readouterr().err
+    assert run(["evaluate", str(tmp_path / "model"), *sudoku, "--rank", "RandomOrder"]) == 2
+    assert "--rank is not for 'diffusion_gemma', whose sampler is Renoise" in capsys.readouterr().err
     assert run(["sample", str(tmp_path / "model"), "1.=", "--temperature", "0.5"]) == 2
-    assert "temperature is not for 'diffusion_gemma'" in capsys.readouterr().err
+    assert "temperature is for other models; the sampler of 'diffusion_gemma' is Renoise" in capsys.readouterr().err

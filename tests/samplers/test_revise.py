@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -14,21 +13,21 @@ from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
-from dllm_rl.samplers.by_name import read_commit
-from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 from tests.support.likelihood_toys import TablePolicy
 from tests.support.tiny_recipe import SIZES, tiny_recipe
 
-REMASK = {"rank": rules.random, "commit": partial(revise.remask, eta=0.5)}
-EDIT = {"rank": rules.confidence, "commit": partial(revise.edit, tau=0.5)}
-SOFT = {"rank": rules.max_prob, "commit": partial(revise.soft_edit, rate=0.5)}
+REMASK = {"rank": rules.RandomOrder(), "commit": revise.Remask(eta=0.5)}
+EDIT = {"rank": rules.Confidence(), "commit": revise.Edit(tau=0.5)}
+SOFT = {"rank": rules.MaxProb(), "commit": revise.SoftEdit(rate=0.5)}
 
 
-def sample(policy, ids, seeds, *, length=6, group=1, **options):
+def sample(policy, ids, seeds, *, length=6, group=1, on_step=None, **options):
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group, seeds=list(seeds))
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **{"temperature": 1.0} | options)
+    sampler = Unmask(max_new_tokens=length, **{"temperature": 1.0} | options)
+    return sampler(policy, prompts, torch.Generator(), on_step=on_step)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.1, 1.0])
@@ -38,12 +37,11 @@ def test_remasking_keeps_the_share_that_is_written(eta):
     n, size = 5, 40_000
     grid, state = (torch.arange(size) + 0.5) / size, 1.0
     for j in range(n):
+        left = torch.tensor([n - j])
         chosen = [
-            revise.remask(
-                grid[None], masked, torch.tensor([n - j]), ~masked, steps=torch.tensor([n]), eta=eta
-            ).float().mean()
+            revise.Remask(eta=eta)(grid[None], masked, left, ~masked, steps=torch.tensor([n])).float().mean()
             for masked in (torch.ones(1, size, dtype=torch.bool), torch.zeros(1, size, dtype=torch.bool))
-        ]  # fmt: skip
+        ]
         state = state * (1 - chosen[0]) + (1 - state) * chosen[1]
         torch.testing.assert_close(float(state), 1 - (j + 1) / n, rtol=0, atol=2e-4)
         assert eta or chosen[1] == 0
@@ -52,8 +50,8 @@ def test_remasking_keeps_the_share_that_is_written(eta):
 def test_without_remasking_it_is_the_ancestral_sampler():
     scores, masked = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)), torch.ones(3, 50, dtype=torch.bool)
     left, steps = torch.tensor([4, 2, 1]), torch.tensor([4, 4, 4])
-    chosen = revise.remask(scores, masked, left, ~masked, steps, eta=0.0)
-    assert torch.equal(chosen, rules.origin(scores, masked, left))
+    chosen = revise.Remask(eta=0.0)(scores, masked, left, ~masked, steps)
+    assert torch.equal(chosen, rules.Origin()(scores, masked, left))
 
 
 def law(policy: TablePolicy, diffusion_steps: int, eta: float) -> dict[tuple[int, ...], float]:
@@ -84,8 +82,8 @@ def law(policy: TablePolicy, diffusion_steps: int, eta: float) -> dict[tuple[int
 def test_what_remasking_writes_follows_the_enumerated_law(eta):
     policy, rows = TablePolicy(length=2, words=2, seed=3, scale=3.0), 10_000
     expected = law(policy, 3, eta)
-    rule = partial(revise.remask, eta=eta)
-    options = {"rank": rules.random, "commit": rule, "suppress": (3, 4)}
+    rule = revise.Remask(eta=eta)
+    options = {"rank": rules.RandomOrder(), "commit": rule, "suppress": (3, 4)}
     rollout = sample(policy, [[3]], range(rows), group=rows, length=2, diffusion_steps=3, **options)
     counts = Counter(map(tuple, rollout.tokens[:, 1:].tolist()))
     assert math.isclose(sum(expected.values()), 1) and set(counts) <= set(expected)
@@ -112,10 +110,10 @@ class Scripted(TablePolicy):
 def test_editing_by_hand():
     """tau .5: the first step writes 0 0 0; the second sees them and proposes 1 in the middle with .9, above tau_edit;
     the third changes nothing, and the block ends. With tau_edit .95 the second changes nothing."""
-    greedy = {"rank": rules.max_prob, "temperature": 0.0}
+    greedy = {"rank": rules.MaxProb(), "temperature": 0.0}
     for tau_edit, tokens, steps, forwards in ((0.5, [0, 1, 0], [0, 1, 0], 3), (0.95, [0, 0, 0], [0, 0, 0], 2)):
         policy = Scripted()
-        rule = partial(revise.edit, tau=0.5, tau_edit=tau_edit)
+        rule = revise.Edit(tau=0.5, tau_edit=tau_edit)
         rollout = sample(policy, [[3]], [0], length=3, commit=rule, **greedy)
         assert rollout.tokens[0, 1:].tolist() == tokens and rollout.unmask_step[0, 1:].tolist() == steps
         assert rollout.forwards == forwards and rollout.events is not None
@@ -123,27 +121,27 @@ def test_editing_by_hand():
         torch.testing.assert_close(rollout.logprobs[0, 1:], wanted)
 
 
-@pytest.mark.parametrize("rank", [rules.max_prob, rules.confidence])
+@pytest.mark.parametrize("rank", [rules.MaxProb(), rules.Confidence()])
 def test_edits_depend_on_draws_only_where_tokens_are_drawn(rank):
     """At temperature 0 a state has one proposal: the events are all of the law, and replay gives the record."""
-    options = {"rank": rank, "commit": partial(revise.edit, tau=0.5)}
+    options = {"rank": rank, "commit": revise.Edit(tau=0.5)}
     assert sample(Scripted(), [[3]], [0], length=3, **options).events.depends_on_tokens
     greedy = sample(Scripted(), [[3]], [0], length=3, temperature=0.0, **options)
     assert not greedy.events.depends_on_tokens and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
-    trajectory = estimators.trajectory()
+    trajectory = estimators.Trajectory()
     noise = trajectory.draw_views(greedy, torch.Generator())
     assert torch.equal(trajectory.logprobs(Scripted(), greedy, noise), recorded(greedy, noise))
 
 
 def test_a_rank_of_the_state_edits_too():
     """max_prob asks for no tokens, but a change is only seen once they are drawn: this cold, the likeliest."""
-    options = {"rank": rules.max_prob, "commit": partial(revise.edit, tau=0.5), "temperature": 0.01}
+    options = {"rank": rules.MaxProb(), "commit": revise.Edit(tau=0.5), "temperature": 0.01}
     assert sample(Scripted(), [[3]], [0], length=3, **options).tokens[0, 1:].tolist() == [0, 1, 0]
 
 
 def test_a_block_without_steps_left_is_not_edited():
-    rollout = sample(Scripted(), [[3]], [0], length=3, diffusion_steps=1, rank=rules.max_prob, temperature=0.0,
-                     commit=partial(revise.edit, tau=0.5))  # fmt: skip
+    rollout = sample(Scripted(), [[3]], [0], length=3, diffusion_steps=1, rank=rules.MaxProb(), temperature=0.0,
+                     commit=revise.Edit(tau=0.5))  # fmt: skip
     assert rollout.forwards == 1 and rollout.tokens[0, 1:].tolist() == [0, 0, 0]
 
 
@@ -181,7 +179,7 @@ def test_positions_are_masked_again_and_none_is_left(policy):
 @pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_filters_caches_and_infilling(policy, options):
     if "llama" in type(policy.module).__name__.lower():
-        cached = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, cache=dual_cache(refresh=1), **options)
+        cached = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, cache=DualCache(refresh=1), **options)
         exact = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, **options)
         assert torch.equal(cached.tokens[:, -6:], exact.tokens[:, -6:])
     filtered = sample(policy, IDS, range(3), diffusion_steps=4, top_k=3, **options)
@@ -189,7 +187,7 @@ def test_filters_caches_and_infilling(policy, options):
         filtered.filter_support.log_mass[:, -6:] < 0
     ).all()
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, seeds=[1, 2], mask_id=1)
-    filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, diffusion_steps=2, temperature=1.0, **options)
+    filled = Unmask(max_new_tokens=0, diffusion_steps=2, temperature=1.0, **options)(policy, prompts, torch.Generator())
     assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
 
 
@@ -209,31 +207,27 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
         sample(policy, IDS, range(3), commit=three)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
         sample(policy, IDS, range(3), diffusion_steps=2, commit=stubborn)
-    for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
-        assert revise.commit_inputs(rule) == frozenset()
-    assert revise.commit_inputs(revise.remask) == {"remaskable", "steps"}
-    assert revise.commit_inputs(revise.edit) == {"replaceable"}
-    assert revise.commit_inputs(revise.soft_edit) == {"redrawable", "uniforms"}
+    for rule in (rules.Schedule(), rules.Threshold(tau=0.5)):
+        assert rule.reads == frozenset()
+    assert revise.Remask(eta=0.1).reads == {"remaskable", "steps"}
+    assert revise.Edit(tau=0.5).reads == {"replaceable"}
+    assert revise.SoftEdit(rate=0.1).reads == {"redrawable", "uniforms"}
 
 
-def test_errors_and_names():
-    one, yes = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    left = torch.tensor([1])
+def test_settings_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"eta=1.5 must lie in \[0, 1\]"):
-        revise.remask(one, yes, left, yes, left, eta=1.5)
+        revise.Remask(eta=1.5)
     with pytest.raises(ValueError, match=r"tau_edit=-1.0 must lie in \[0, 1\]"):
-        revise.edit(one, yes, left, yes, tau=0.5, tau_edit=-1.0)
+        revise.Edit(tau=0.5, tau_edit=-1.0)
     with pytest.raises(ValueError, match=r"rate=1.5 must lie in \[0, 1\]"):
-        revise.soft_edit(one, yes, left, yes, one, rate=1.5)
-    assert read_commit("soft_edit=0.2").keywords == {"rate": 0.2}
-    assert read_commit("remask=0.1").keywords == {"eta": 0.1} and read_commit("edit=0.7").keywords == {"tau": 0.7}
-    with pytest.raises(ValueError, match="remask takes a number"):
-        read_commit("remask")
+        revise.SoftEdit(rate=1.5)
+    with pytest.raises(TypeError, match="eta"):
+        revise.Remask()
 
 
 def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
-    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, **REMASK)
-    recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.coupled(), num_steps=1)
+    sampler = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, **REMASK)
+    recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.Coupled(), num_steps=1)
     before = tiny_masked_lm(**SIZES, seed=recipe.seed).module
     summary = train(recipe)
     moved = zip(before.parameters(), summary.policy.module.parameters(), strict=True)
@@ -257,8 +251,8 @@ def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_soft_edit_draws_every_written_position_again_at_rate_1(rate):
     """Three positions, five steps: at rate 0 the plan of `schedule`; at rate 1 all that can be."""
-    policy, rule = TablePolicy(length=3, words=2, seed=3), partial(revise.soft_edit, rate=rate)
-    options = {"length": 3, "diffusion_steps": 5, "rank": rules.random, "suppress": (3, 4)}
+    policy, rule = TablePolicy(length=3, words=2, seed=3), revise.SoftEdit(rate=rate)
+    options = {"length": 3, "diffusion_steps": 5, "rank": rules.RandomOrder(), "suppress": (3, 4)}
     rollout = sample(policy, [[3]] * 9, range(9), commit=rule, **options)
     assert rollout.forwards == 5 and ((rollout.events.token >= 0) == (rollout.events.step >= 0)).all()
     for row in rollout.events.step[:, 1:]:
@@ -269,7 +263,7 @@ def test_a_soft_edit_draws_every_written_position_again_at_rate_1(rate):
 def test_remasking_reconsiders_a_block_in_every_step_of_its_share():
     """Two positions, eight steps: both are often written early, and each may be masked again until the last step."""
     policy = TablePolicy(length=2, words=2, seed=3)
-    rule = partial(revise.remask, eta=0.3)
+    rule = revise.Remask(eta=0.3)
     for seed in range(20):
-        rollout = sample(policy, [[3]], [seed], length=2, diffusion_steps=8, rank=rules.random, commit=rule)
+        rollout = sample(policy, [[3]], [seed], length=2, diffusion_steps=8, rank=rules.RandomOrder(), commit=rule)
         assert rollout.forwards == 8

@@ -21,19 +21,17 @@ NORMALIZER = LOGITS.logsumexp(-1)
 def test_ranks_by_hand():
     tokens = torch.tensor([1, 3])
     close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
-    close(rules.confidence(LOGITS, NORMALIZER, tokens), torch.tensor([-2 * LN2, -2 * LN2]))
-    close(rules.max_prob(LOGITS, NORMALIZER), torch.tensor([-LN2, -2 * LN2]))
-    close(rules.margin(LOGITS, NORMALIZER), torch.tensor([0.25, 0.0]))
-    close(rules.entropy(LOGITS, NORMALIZER), torch.tensor([-1.5 * LN2, -2 * LN2]))
-    assert torch.equal(rules.random(torch.tensor([0.3, 0.7])), torch.tensor([0.3, 0.7]))
+    close(rules.Confidence()(LOGITS, NORMALIZER, tokens), torch.tensor([-2 * LN2, -2 * LN2]))
+    close(rules.MaxProb()(LOGITS, NORMALIZER), torch.tensor([-LN2, -2 * LN2]))
+    close(rules.Margin()(LOGITS, NORMALIZER), torch.tensor([0.25, 0.0]))
+    close(rules.Entropy()(LOGITS, NORMALIZER), torch.tensor([-1.5 * LN2, -2 * LN2]))
+    assert torch.equal(rules.RandomOrder()(torch.tensor([0.3, 0.7])), torch.tensor([0.3, 0.7]))
 
 
 def test_needs_are_read_from_the_names():
-    assert rules.rank_inputs(rules.confidence) == {"logits", "normalizer", "tokens"}
-    assert rules.rank_inputs(rules.random) == {"uniforms"}
-    assert all(
-        "tokens" not in rules.rank_inputs(r) for r in (rules.max_prob, rules.margin, rules.entropy, rules.random)
-    )
+    assert rules.Confidence().reads == {"logits", "normalizer", "tokens"}
+    assert rules.RandomOrder().reads == {"uniforms"}
+    assert all("tokens" not in r.reads for r in (rules.MaxProb(), rules.Margin(), rules.Entropy(), rules.RandomOrder()))
 
 
 def commit(rule, probs, steps_left=1, **options):
@@ -49,10 +47,10 @@ def logs(*probs):
 
 
 def test_schedule_takes_the_best_and_breaks_ties_by_index():
-    assert commit(rules.schedule, [None, 0.2, 0.9, 0.2, 0.5], 2) == [2, 4]
-    assert commit(rules.schedule, [0.5, 0.5, 0.5, 0.5], 2) == [0, 1]
-    assert commit(rules.schedule, [None, 0.5, None], 4) == [1]
-    assert commit(rules.schedule, [None, None], 4) == []
+    assert commit(rules.Schedule(), [None, 0.2, 0.9, 0.2, 0.5], 2) == [2, 4]
+    assert commit(rules.Schedule(), [0.5, 0.5, 0.5, 0.5], 2) == [0, 1]
+    assert commit(rules.Schedule(), [None, 0.5, None], 4) == [1]
+    assert commit(rules.Schedule(), [None, None], 4) == []
 
 
 @pytest.mark.parametrize(
@@ -71,52 +69,52 @@ def test_late_schedule_keeps_the_remainder_for_the_end():
     """10 in 4 steps: 2, 2, 3, 3."""
     left, out = 10, []
     for n in range(4):
-        out.append(len(commit(rules.late_schedule, [0.1] * left, 4 - n)))
+        out.append(len(commit(rules.LateSchedule(), [0.1] * left, 4 - n)))
         left -= out[-1]
     assert out == [2, 2, 3, 3]
 
 
 def test_threshold():
-    assert commit(rules.threshold, logs(0.95, 0.2, None, 0.91, 0.9), tau=0.9) == [0, 3, 4]
-    assert commit(rules.threshold, logs(0.3, 0.5, None, 0.5), tau=0.9) == [1]  # at least one, the first of equals
-    assert commit(rules.threshold, [None, None], tau=0.9) == []
-    assert commit(rules.threshold, logs(0.99, 1.0, 1.0), tau=1.0) == [1, 2]
+    assert commit(rules.Threshold(tau=0.9), logs(0.95, 0.2, None, 0.91, 0.9)) == [0, 3, 4]
+    assert commit(rules.Threshold(tau=0.9), logs(0.3, 0.5, None, 0.5)) == [1]  # at least one, the first of equals
+    assert commit(rules.Threshold(tau=0.9), [None, None]) == []
+    assert commit(rules.Threshold(tau=1.0), logs(0.99, 1.0, 1.0)) == [1, 2]
     with pytest.raises(ValueError, match=r"tau=1\.5"):
-        commit(rules.threshold, logs(0.5), tau=1.5)
+        commit(rules.Threshold(tau=1.5), logs(0.5))
 
 
 def test_factor():
     """f = 1: p_(n) >= 1 - 1/(n+1) asks 1/2, 2/3, 3/4, 4/5 of the best, second, third, fourth."""
-    assert commit(rules.factor, logs(0.76, 0.8, 0.9, 0.7), f=1.0) == [0, 1, 2]
-    assert commit(rules.factor, logs(0.81, 0.82, 0.9, 0.85), f=1.0) == [0, 1, 2, 3]
-    assert commit(rules.factor, logs(0.3, 0.4, None, 0.2), f=1.0) == [1]
-    assert commit(rules.factor, logs(0.3, 0.4, None, 0.2), f=5.0) == [0, 1, 3]
+    assert commit(rules.Factor(f=1.0), logs(0.76, 0.8, 0.9, 0.7)) == [0, 1, 2]
+    assert commit(rules.Factor(f=1.0), logs(0.81, 0.82, 0.9, 0.85)) == [0, 1, 2, 3]
+    assert commit(rules.Factor(f=1.0), logs(0.3, 0.4, None, 0.2)) == [1]
+    assert commit(rules.Factor(f=5.0), logs(0.3, 0.4, None, 0.2)) == [0, 1, 3]
     # The LARGEST n counts: the second fails (0.65 < 2/3) and so does the third; with f = 1.2 the third passes again.
-    assert commit(rules.factor, logs(0.65, 0.64, 0.66), f=1.0) == [2]
-    assert commit(rules.factor, logs(0.65, 0.7, 0.72), f=1.2) == [1, 2]
+    assert commit(rules.Factor(f=1.0), logs(0.65, 0.64, 0.66)) == [2]
+    assert commit(rules.Factor(f=1.2), logs(0.65, 0.7, 0.72)) == [1, 2]
     with pytest.raises(ValueError, match="f=0"):
-        commit(rules.factor, logs(0.5), f=0.0)
+        commit(rules.Factor(f=0.0), logs(0.5))
 
 
 def test_entropy_bound():
     """Entropies 0.1, 0.2, 0.4, 1.0: sums without the largest are 0, 0.1, 0.3, 0.7."""
     scores = [-0.4, -0.1, -1.0, None, -0.2]
-    assert commit(rules.entropy_bound, scores, gamma=0.0) == [1]
-    assert commit(rules.entropy_bound, scores, gamma=0.15) == [1, 4]
-    assert commit(rules.entropy_bound, scores, gamma=0.31) == [0, 1, 4]
-    assert commit(rules.entropy_bound, scores, gamma=0.71) == [0, 1, 2, 4]
+    assert commit(rules.EntropyBound(gamma=0.0), scores) == [1]
+    assert commit(rules.EntropyBound(gamma=0.15), scores) == [1, 4]
+    assert commit(rules.EntropyBound(gamma=0.31), scores) == [0, 1, 4]
+    assert commit(rules.EntropyBound(gamma=0.71), scores) == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="gamma=-1"):
-        commit(rules.entropy_bound, scores, gamma=-1.0)
+        commit(rules.EntropyBound(gamma=-1.0), scores)
 
 
 def test_origin():
-    assert commit(rules.origin, [0.74, 0.75, 0.9, None], 4) == [1, 2]
-    assert commit(rules.origin, [0.0, 0.5, None], 1) == [0, 1]
+    assert commit(rules.Origin(), [0.74, 0.75, 0.9, None], 4) == [1, 2]
+    assert commit(rules.Origin(), [0.0, 0.5, None], 1) == [0, 1]
 
 
 def test_rows_have_their_own_steps():
     scores = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).expand(2, -1)
-    chosen = rules.schedule(scores, torch.ones(2, 4, dtype=torch.bool), torch.tensor([4, 2]))
+    chosen = rules.Schedule()(scores, torch.ones(2, 4, dtype=torch.bool), torch.tensor([4, 2]))
     assert chosen.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 

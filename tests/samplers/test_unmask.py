@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -12,15 +11,15 @@ from order_toys import stayed_of
 from repetitions import few
 
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules, whole_step
-from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.states import SamplerForward
-from dllm_rl.samplers.unmask import check_fits, unmask
+from dllm_rl.samplers.unmask import Unmask, check_fits
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -70,13 +69,8 @@ def published(policy, prompt, *, length, steps, block_length):
 def test_equals_published_algorithm(policy, block_length, steps):
     """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
     ids = IDS if block_length in (8, 32) else IDS[:1]
-    rollout = unmask(
-        policy,
-        Prompts.from_ids(ids, pad_id=0),
-        torch.Generator(),
-        max_new_tokens=LENGTH,
-        diffusion_steps=steps,
-        block_size=block_length,
+    rollout = Unmask(max_new_tokens=LENGTH, diffusion_steps=steps, block_size=block_length)(
+        policy, Prompts.from_ids(ids, pad_id=0), torch.Generator()
     )
     start = rollout.tokens.shape[1] - LENGTH
     picked = (0, 2, 6) if len(ids) > 1 else (0,)
@@ -90,13 +84,8 @@ def test_equals_published_algorithm(policy, block_length, steps):
 
 def test_blocks_and_steps_that_do_not_divide(policy):
     """20 positions in blocks of 8, 8, 4; 7 steps are 3, 2, 2; the shares are 3,3,2 | 4,4 | 2,2."""
-    rollout = unmask(
-        policy,
-        Prompts.from_ids([[3, 4]], pad_id=0),
-        torch.Generator(),
-        max_new_tokens=20,
-        diffusion_steps=7,
-        block_size=8,
+    rollout = Unmask(max_new_tokens=20, diffusion_steps=7, block_size=8)(
+        policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator()
     )
     steps = rollout.unmask_step[0, 2:]
     assert [int((steps == s).sum()) for s in range(7)] == [3, 3, 2, 4, 4, 2, 2]
@@ -104,27 +93,27 @@ def test_blocks_and_steps_that_do_not_divide(policy):
 
 
 RULES = {
-    "confidence": {"rank": rules.confidence},
-    "max_prob": {"rank": rules.max_prob, "temperature": 0.7},
-    "margin": {"rank": rules.margin, "commit": rules.late_schedule},
-    "entropy": {"rank": rules.entropy, "commit": partial(rules.entropy_bound, gamma=4.0)},
-    "random": {"rank": rules.random},
-    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3), "temperature": 0.7, "top_k": 9},
-    "origin": {"rank": rules.random, "commit": rules.origin},
-    "threshold": {"rank": rules.confidence, "commit": partial(rules.threshold, tau=0.3)},
-    "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.3, temperature=1.0)},
-    "factor": {"rank": rules.max_prob, "commit": partial(rules.factor, f=1.5), "top_p": 0.8},
-    "greedy": {"temperature": 0.0, "commit": partial(rules.threshold, tau=0.3), "suppress": (2, 5)},
+    "confidence": {"rank": rules.Confidence()},
+    "max_prob": {"rank": rules.MaxProb(), "temperature": 0.7},
+    "margin": {"rank": rules.Margin(), "commit": rules.LateSchedule()},
+    "entropy": {"rank": rules.Entropy(), "commit": rules.EntropyBound(gamma=4.0)},
+    "random": {"rank": rules.RandomOrder()},
+    "plackett_luce": {"rank": rules.PlackettLuce(temperature=0.3), "temperature": 0.7, "top_k": 9},
+    "origin": {"rank": rules.RandomOrder(), "commit": rules.Origin()},
+    "threshold": {"rank": rules.Confidence(), "commit": rules.Threshold(tau=0.3)},
+    "soft_threshold": {"rank": rules.MaxProb(), "commit": rules.SoftThreshold(tau=0.3, temperature=1.0)},
+    "factor": {"rank": rules.MaxProb(), "commit": rules.Factor(f=1.5), "top_p": 0.8},
+    "greedy": {"temperature": 0.0, "commit": rules.Threshold(tau=0.3), "suppress": (2, 5)},
 }
 
 
-def sample(policy, ids, seeds, *, width=0, length=20, **options):
+def sample(policy, ids, seeds, *, width=0, length=20, on_step=None, **options):
     options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | options
     prompts = Prompts.from_ids(ids, pad_id=0, seeds=seeds)
     if width:
         pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
         prompts = replace(prompts, tokens=pad(prompts.tokens), attention_mask=pad(prompts.attention_mask))
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+    return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator(), on_step=on_step)
 
 
 @pytest.mark.parametrize("name", few(RULES, ["confidence", "plackett_luce", "threshold", "soft_threshold"]))
@@ -161,14 +150,14 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 def assert_replayed(policy, name, *, atol):
     prompts = Prompts.from_ids(IDS[:3], pad_id=0, group_size=2)
     options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
-    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
-    estimator = trajectory()
+    rollout = Unmask(max_new_tokens=20, **options)(policy, prompts, torch.Generator().manual_seed(0))
+    estimator = Trajectory()
     noise = estimator.draw_views(rollout, torch.Generator())
     for size in (None, 2):
         found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
         torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
     assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
-    given = trajectory(include_order=False)
+    given = Trajectory(include_order=False)
     tokens = given.logprobs(policy, rollout, given.draw_views(rollout, torch.Generator()))
     torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)
 
@@ -178,8 +167,8 @@ def test_group_shares_first_forward(policy, monkeypatch):
     rows, hidden = [], policy.hidden
     monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
     prompts = Prompts.from_ids(IDS[:2], pad_id=0, group_size=3)
-    rollout = unmask(
-        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, diffusion_steps=4, temperature=3.0
+    rollout = Unmask(max_new_tokens=4, diffusion_steps=4, temperature=3.0)(
+        policy, prompts, torch.Generator().manual_seed(0)
     )
     assert rows == [2, 6, 6, 6]
     assert not torch.equal(rollout.tokens[0], rollout.tokens[1])
@@ -188,7 +177,7 @@ def test_group_shares_first_forward(policy, monkeypatch):
 def test_finished_rows_leave_the_batch(policy, monkeypatch):
     rows, hidden = [], policy.hidden
     monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
-    rollout = sample(policy, IDS, list(range(8)), commit=partial(rules.threshold, tau=0.3))
+    rollout = sample(policy, IDS, list(range(8)), commit=rules.Threshold(tau=0.3))
     steps = rollout.unmask_step.amax(-1) + 1
     assert rows == [int((steps > n).sum()) for n in range(int(steps.max()))] and rows[-1] < 8
 
@@ -199,16 +188,10 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
 
     drawn, invert_cdf = [], choose.invert_cdf
     monkeypatch.setattr(choose, "invert_cdf", lambda mass, u: drawn.append(len(u)) or invert_cdf(mass, u))
-    for rank, count in ((rules.entropy, 32), (rules.confidence, 64)):
+    for rank, count in ((rules.Entropy(), 32), (rules.Confidence(), 64)):
         drawn.clear()
-        unmask(
-            policy,
-            Prompts.from_ids(IDS[:2], pad_id=0),
-            torch.Generator(),
-            max_new_tokens=32,
-            diffusion_steps=2,
-            temperature=1.0,
-            rank=rank,
+        Unmask(max_new_tokens=32, diffusion_steps=2, temperature=1.0, rank=rank)(
+            policy, Prompts.from_ids(IDS[:2], pad_id=0), torch.Generator()
         )
         assert drawn[0] == count
 
@@ -251,7 +234,7 @@ def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
     prompts = Prompts.from_ids(IDS[:1], pad_id=0)
-    unmask(policy, prompts, torch.Generator(), max_new_tokens=32, diffusion_steps=2, rank=rules.max_prob)
+    Unmask(max_new_tokens=32, diffusion_steps=2, rank=rules.MaxProb())(policy, prompts, torch.Generator())
     assert rows == [32, 16]
 
 
@@ -269,13 +252,8 @@ def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
-    unmask(
-        policy,
-        Prompts.from_ids(IDS[:1], pad_id=0),
-        torch.Generator(),
-        max_new_tokens=32,
-        diffusion_steps=2,
-        rank=rules.random,
+    Unmask(max_new_tokens=32, diffusion_steps=2, rank=rules.RandomOrder())(
+        policy, Prompts.from_ids(IDS[:1], pad_id=0), torch.Generator()
     )
     assert rows == [head.MIN_HEAD_ROWS, head.MIN_HEAD_ROWS]
 
@@ -307,7 +285,7 @@ def test_approximate_early_exit_keeps_the_tail_masked(policy):
         assert short.completion_mask[row, -length:].tolist() == [True] * kept + [False] * (length - kept)
         assert short.attention_mask[row, -length:].all()
     assert stopped > 0
-    estimator = trajectory()
+    estimator = Trajectory()
     noise = estimator.draw_views(short, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, short, noise), recorded(short, noise))
 
@@ -340,7 +318,7 @@ def test_watch_sees_every_step(policy):
 def test_errors_name_the_value_and_a_remedy(policy, options, message):
     options = {"max_new_tokens": 20, "diffusion_steps": 20} | options
     with pytest.raises(ValueError, match=message):
-        unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
+        Unmask(**options)(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator())
 
 
 def naive_entropy(logits, normalizer):
@@ -370,7 +348,7 @@ def test_a_rank_that_returns_nan_is_named(policy, monkeypatch, rank, options):
         sample(policy, IDS[:2], [5, 6], rank=rank, suppress=(3,), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"compile_step": True}, {"commit": rules.late_schedule}])
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"compile_step": True}, {"commit": rules.LateSchedule()}])
 @pytest.mark.parametrize("rank", [lambda logits: logits[:, 3], lambda uniforms: (uniforms > 0.5).log()])
 def test_a_position_whose_score_is_minus_infinity_is_still_written(policy, monkeypatch, rank, options):
     """-inf is also the score of positions that are not masked."""
@@ -390,12 +368,9 @@ def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():
 
 
 def test_causal_policy_is_refused():
-    with pytest.raises(ValueError, match="use autoregress"):
-        unmask(
-            tiny_llama(characters="ab", causal=True),
-            Prompts.from_ids([[3]], pad_id=0),
-            torch.Generator(),
-            max_new_tokens=2,
+    with pytest.raises(ValueError, match="use Autoregress"):
+        Unmask(max_new_tokens=2)(
+            tiny_llama(characters="ab", causal=True), Prompts.from_ids([[3]], pad_id=0), torch.Generator()
         )
 
 
@@ -404,9 +379,9 @@ def test_a_cache_notes_the_experts_of_the_same_states():
     policy, rollouts = moe(), []
     policy.spec, policy.records_experts = replace(policy.spec, shift=True), True
     prompts = Prompts.from_ids([[4, 5, 6], [7, 8]], pad_id=0, seeds=[1, 2])
-    settings = {"max_new_tokens": 6, "block_size": 3, "diffusion_steps": 4, "temperature": 1.0, "rank": rules.max_prob}
-    for cache in (None, dual_cache(refresh=1)):
-        rollouts.append(unmask(policy, prompts, torch.Generator(), cache=cache, **settings))
+    settings = {"max_new_tokens": 6, "block_size": 3, "diffusion_steps": 4, "temperature": 1.0, "rank": rules.MaxProb()}
+    for cache in (None, DualCache(refresh=1)):
+        rollouts.append(Unmask(cache=cache, **settings)(policy, prompts, torch.Generator()))
     plain, cached = rollouts
     assert torch.equal(plain.tokens, cached.tokens)
     assert torch.equal(plain.experts.sort(-1).values, cached.experts.sort(-1).values)
@@ -421,4 +396,4 @@ def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
     canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
     steps = torch.tensor([[2], [2]])
     assert len(SamplerForward(policy, canvas, None, steps).buckets) == 2
-    assert len(SamplerForward(policy, canvas, dual_cache(), steps).buckets) == 1
+    assert len(SamplerForward(policy, canvas, DualCache(), steps).buckets) == 1

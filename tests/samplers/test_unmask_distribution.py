@@ -12,7 +12,7 @@ from repetitions import few, nightly, slow
 from dllm_rl.models.checkpoint.families import FamilySpec
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
 MASK, LENGTH, DRAWS = 3, 3, 50_000
@@ -61,7 +61,7 @@ def ranks(name, tokens, position):
     """A score per word, from the untempered distribution at a position, the mask word in it."""
     p = POLICY.table[tokens[0] * 16 + tokens[1] * 4 + tokens[2]].double()[position].softmax(-1)
     top = p.sort(descending=True).values
-    states = {"max_prob": p.max(), "margin": top[0] - top[1], "entropy": (p * p.log()).sum()}
+    states = {"MaxProb": p.max(), "Margin": top[0] - top[1], "Entropy": (p * p.log()).sum()}
     return [float(states[name])] * MASK if name in states else p.tolist()
 
 
@@ -78,7 +78,7 @@ def enumerate_outcomes(name, quotas, temperature, start=(MASK,) * LENGTH):
         logp = draw_distribution(tuple(tokens), temperature)
         for words in itertools.product(range(MASK), repeat=len(masked)):
             drawn = math.prod(math.exp(logp[i][w]) for i, w in zip(masked, words, strict=True))
-            if name == "random":
+            if name == "RandomOrder":
                 orders = [
                     (list(o), 1 / math.factorial(len(masked))) for o in itertools.permutations(range(len(masked)))
                 ]
@@ -102,22 +102,16 @@ def upper_bound(degrees):
     return degrees * (1 - 2 / (9 * degrees) + 4.265 * math.sqrt(2 / (9 * degrees))) ** 3
 
 
-RANKED = ["confidence", "max_prob", "margin", "entropy", "random"]
+RANKED = ["Confidence", "MaxProb", "Margin", "Entropy", "RandomOrder"]
 
 
 @pytest.mark.parametrize("name,temperature,diffusion_steps", [
-    ("confidence", 1.0, 3), *[slow(name, 0.6, 2) for name in RANKED], *[nightly(name, 1.0, 3) for name in RANKED[1:]]
+    ("Confidence", 1.0, 3), *[slow(name, 0.6, 2) for name in RANKED], *[nightly(name, 1.0, 3) for name in RANKED[1:]]
 ])  # fmt: skip
 def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, diffusion_steps):
-    rollout = unmask(
-        POLICY,
-        Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS),
-        torch.Generator().manual_seed(5),
-        max_new_tokens=LENGTH,
-        diffusion_steps=diffusion_steps,
-        temperature=temperature,
-        rank=getattr(rules, name),
-    )
+    rollout = Unmask(
+        max_new_tokens=LENGTH, diffusion_steps=diffusion_steps, temperature=temperature, rank=getattr(rules, name)()
+    )(POLICY, Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS), torch.Generator().manual_seed(5))
     agrees(rollout, enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[diffusion_steps], temperature), least_cells=20)
 
 
@@ -125,17 +119,11 @@ def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, 
     ("prompt", "new", "steps"),
     [slow([0, MASK, 2, MASK], 0, [1, 1]), ([0, MASK, 1], 1, [1, 1]), slow([0, MASK, 0], 1, [2])],
 )
-@pytest.mark.parametrize("name", few(["confidence", "max_prob", "random"], ["confidence"]))
+@pytest.mark.parametrize("name", few(["Confidence", "MaxProb", "RandomOrder"], ["Confidence"]))
 def test_open_positions_follow_the_enumerated_distribution(name, prompt, new, steps):
     """Gaps before and after what the prompt says: tokens, order and log-probs are those of the enumeration."""
-    rollout = unmask(
-        POLICY,
-        Prompts.from_ids([prompt], pad_id=0, group_size=DRAWS, mask_id=MASK),
-        torch.Generator().manual_seed(7),
-        max_new_tokens=new,
-        diffusion_steps=len(steps),
-        temperature=0.8,
-        rank=getattr(rules, name),
+    rollout = Unmask(max_new_tokens=new, diffusion_steps=len(steps), temperature=0.8, rank=getattr(rules, name)())(
+        POLICY, Prompts.from_ids([prompt], pad_id=0, group_size=DRAWS, mask_id=MASK), torch.Generator().manual_seed(7)
     )
     start = [*prompt[1:], *[MASK] * new]
     assert (rollout.completion_mask[:, 1:] == (torch.tensor(start) == MASK)).all() and rollout.attention_mask.all()
@@ -171,16 +159,9 @@ def agrees(rollout, expected, *, least_cells):
 @pytest.mark.slow
 def test_origin_commits_each_position_independently():
     """Three steps with probabilities 1/3, 1/2, 1: every position's step is uniform on {0, 1, 2}, independently."""
-    rollout = unmask(
-        POLICY,
-        Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS),
-        torch.Generator().manual_seed(6),
-        max_new_tokens=LENGTH,
-        diffusion_steps=3,
-        temperature=1.0,
-        rank=rules.random,
-        commit=rules.origin,
-    )
+    rollout = Unmask(
+        max_new_tokens=LENGTH, diffusion_steps=3, temperature=1.0, rank=rules.RandomOrder(), commit=rules.Origin()
+    )(POLICY, Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS), torch.Generator().manual_seed(6))
     steps = rollout.unmask_step[:, 1:]
     counts = torch.bincount((steps * torch.tensor([9, 3, 1])).sum(-1), minlength=27).double()
     assert float(((counts - DRAWS / 27) ** 2 / (DRAWS / 27)).sum()) < upper_bound(26)
@@ -189,7 +170,7 @@ def test_origin_commits_each_position_independently():
 def test_state_only_and_token_ranks_differ():
     """The toy can tell the rules apart: their distributions over orders are far from each other."""
     by_order = {}
-    for name in ("confidence", "max_prob", "margin", "entropy", "random"):
+    for name in ("Confidence", "MaxProb", "Margin", "Entropy", "RandomOrder"):
         totals = {}
         for (_, steps, _), p in enumerate_outcomes(name, [1, 1, 1], 1.0).items():
             totals[steps] = totals.get(steps, 0.0) + p
@@ -245,6 +226,6 @@ def test_order_of_partial_rules_is_by_name():
 
     plain = {"max_new_tokens": LENGTH, "diffusion_steps": 3, "temperature": 1.0}
     prompts = Prompts.from_ids([[0]], pad_id=0, group_size=50)
-    a = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=partial(own, sharpness=2.0), **plain)
-    b = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=rules.max_prob, **plain)
+    a = Unmask(rank=partial(own, sharpness=2.0), **plain)(POLICY, prompts, torch.Generator().manual_seed(1))
+    b = Unmask(rank=rules.MaxProb(), **plain)(POLICY, prompts, torch.Generator().manual_seed(1))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.unmask_step, b.unmask_step)

@@ -1,7 +1,6 @@
 """Steps of fixed shapes: the rollouts of ragged steps, no host read, and one graph, or two with a cache."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -15,14 +14,14 @@ from dllm_rl.models.support import MAX_SUPPORT_IDS
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.samplers import unmask, whole_step
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import max_prob, threshold
+from dllm_rl.samplers import Unmask, whole_step
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
+from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.rules import MaxProb, Threshold
 
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
-SCHEMES = ("bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only")
+SCHEMES = ("bf16", "Float8WeightOnly", "Int8WeightOnly", "Int8Dynamic", "Int4WeightOnly")
 
 
 @pytest.fixture
@@ -41,14 +40,18 @@ def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
             assert fixed.forwards == ragged.forwards
 
 
+def ragged_and_fixed(sampler, policy, prompts):
+    return (sampler.replace(compile_step=on)(policy, prompts, torch.Generator().manual_seed(0)) for on in (False, True))
+
+
 def test_uneven_blocks_step_by_step(uncompiled):
     """A last block of 2 after two of 5; `watch` sees every step."""
     policy = tiny_llama(characters="1234.=", causal=False, head_std=0.3)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, max_new_tokens=12, block_size=5, temperature=1.0)
+    sampler = Unmask(max_new_tokens=12, block_size=5, temperature=1.0)
     ragged, fixed = [], []
-    run(torch.Generator().manual_seed(0), on_step=ragged.append)
-    run(torch.Generator().manual_seed(0), on_step=fixed.append, compile_step=True)
+    sampler(policy, prompts, torch.Generator().manual_seed(0), on_step=ragged.append)
+    sampler.replace(compile_step=True)(policy, prompts, torch.Generator().manual_seed(0), on_step=fixed.append)
     assert len(ragged) == 12
     assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
 
@@ -59,8 +62,8 @@ def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + 80)))
     policy = tiny_llama(characters=characters, causal=False, num_layers=1, head_std=0.3)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, max_new_tokens=4, diffusion_steps=2, temperature=1.0, top_k=kept)
-    ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
+    sampler = Unmask(max_new_tokens=4, diffusion_steps=2, temperature=1.0, top_k=kept)
+    ragged, fixed = ragged_and_fixed(sampler, policy, prompts)
     assert whole_steps.differing(ragged, fixed) == []
     if kept > MAX_SUPPORT_IDS:
         assert fixed.filter_support.ids is None
@@ -72,13 +75,13 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"), block_size=64)
     policy.spec = replace(policy.spec, shift=True)
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, max_new_tokens=61, diffusion_steps=6, cache=block_cache())
-    ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
+    sampler = Unmask(max_new_tokens=61, diffusion_steps=6, cache=BlockCache())
+    ragged, fixed = ragged_and_fixed(sampler, policy, prompts)
     assert whole_steps.differing(ragged, fixed) == []
 
 
 @pytest.mark.parametrize("shift", few([False, True], [True]))
-@pytest.mark.parametrize("cache", [None, dual_cache()], ids=["whole", "dual"])
+@pytest.mark.parametrize("cache", [None, DualCache()], ids=["whole", "dual"])
 def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
     widths = []
@@ -92,19 +95,19 @@ def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     policy.spec = replace(policy.spec, shift=shift)
     for length in (1, 50, 51, 60, 90):
         prompts = Prompts.from_ids([[3] * length], pad_id=policy.pad_id)
-        run = partial(unmask, policy, prompts, max_new_tokens=10, diffusion_steps=2, block_size=5, cache=cache)
-        run(torch.Generator().manual_seed(0), compile_step=True)
+        sampler = Unmask(max_new_tokens=10, diffusion_steps=2, block_size=5, cache=cache, compile_step=True)
+        sampler(policy, prompts, torch.Generator().manual_seed(0))
     assert set(widths) == {64, 128}
 
 
-@pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": max_prob, "commit": partial(threshold, tau=1.0)}, 1)])
+@pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": MaxProb(), "commit": Threshold(tau=1.0)}, 1)])
 def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
     """The shares of `schedule` are known to the host; it reads how many positions another rule chose."""
     with SimulatedCuda() as cuda:
         policy = tiny_llama(characters="1234.=", causal=False, num_layers=1).to("cuda")
         prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
         with cuda.phase("sampling"):
-            unmask(policy, prompts, torch.Generator(), max_new_tokens=8, compile_step=True, **given)
+            Unmask(max_new_tokens=8, compile_step=True, **given)(policy, prompts, torch.Generator())
         # transformers reads the mask once a forward, but not where torch traces it: a graph reads nothing.
         assert cuda.waits("sampling", place="samplers/whole_step.py") == 8 * each, cuda.report()
         assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 8, cuda.report()
@@ -113,24 +116,27 @@ def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
 def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     policy = tiny_llama(characters="1234.=", causal=False)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, torch.Generator(), max_new_tokens=4, compile_step=True)
-    with pytest.raises(ValueError, match=r"^compile_step=True .*use dual_cache\(\), or set compile_step=False$"):
-        run(cache=prefix_cache())
-    with pytest.raises(ValueError, match="commit=remask, which rewrites"):
-        run(commit=partial(remask, eta=0.1))
+
+    def run(**settings):
+        Unmask(max_new_tokens=4, compile_step=True, **settings)(policy, prompts, torch.Generator())
+
+    with pytest.raises(ValueError, match=r"^compile_step=True .*use DualCache\(\), or set compile_step=False$"):
+        run(cache=PrefixCache())
+    with pytest.raises(ValueError, match="commit=Remask, which rewrites"):
+        run(commit=Remask(eta=0.1))
     gaps = Prompts.from_ids([[3, policy.spec.mask_id]], pad_id=policy.pad_id, mask_id=policy.spec.mask_id)
     with pytest.raises(ValueError, match="open positions"):
-        unmask(policy, gaps, torch.Generator(), max_new_tokens=4, compile_step=True)
+        Unmask(max_new_tokens=4, compile_step=True)(policy, gaps, torch.Generator())
     policy.records_experts = True
     with pytest.raises(ValueError, match="records no experts"):
         run()
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
     with pytest.raises(ValueError, match="needs keys and values, which ModernBertForMaskedLM does not keep"):
-        whole_steps.sampled(bert, dual_cache(), compile_step=True)
+        whole_steps.sampled(bert, DualCache(), compile_step=True)
 
 
 def test_quantized_experts_are_refused(tmp_path):
-    policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.float8_weight_only())
+    policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.Float8WeightOnly())
     with pytest.raises(ValueError, match="quantized experts"):
         whole_steps.sampled(policy, None, compile_step=True)
 
@@ -163,4 +169,4 @@ def test_every_whole_step_is_one_graph(rules, names):
 
 @pytest.mark.nightly
 def test_generated_code_writes_the_same_tokens():
-    whole_steps.check("own", ["confidence", "random", "plackett_luce"], "float8_weight_only")
+    whole_steps.check("own", ["confidence", "random", "plackett_luce"], "Float8WeightOnly")

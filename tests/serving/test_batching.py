@@ -10,6 +10,7 @@ from servers import causal, diffusion, held
 
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.models.tokens import completion_token_ids
+from dllm_rl.samplers import Autoregress, Unmask, sampler_for
 from dllm_rl.serving.batching import (
     SCORE_CHUNK,
     Batcher,
@@ -21,7 +22,8 @@ from dllm_rl.serving.batching import (
     score_prompt,
 )
 
-SETTINGS = (("max_new_tokens", 6), ("temperature", 1.0))
+SAMPLERS = {kind: kind(max_new_tokens=6, temperature=1.0) for kind in (Unmask, Autoregress)}
+SAMPLER = SAMPLERS[Unmask]
 
 
 @pytest.fixture
@@ -29,9 +31,9 @@ def batches(monkeypatch):
     """The prompts of each batch, in the order in which they ran."""
     seen = []
 
-    def spy(policy, keywords, completions):
+    def spy(policy, sampler, completions):
         seen.append([list(job.ids) for job in completions])
-        return sample_rows(policy, keywords, completions)
+        return sample_rows(policy, sampler, completions)
 
     monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", spy)
     return seen
@@ -42,7 +44,7 @@ def make():
     made = []
 
     def make(policy=None, **options):
-        made.append(Batcher(policy or diffusion(), {"max_new_tokens": 6}, **options))
+        made.append(Batcher(policy or diffusion(), SAMPLER, **options))
         return made[-1]
 
     yield make
@@ -50,8 +52,8 @@ def make():
         batcher.close()
 
 
-def job(length, settings=SETTINGS, seed=0, suffix=()):
-    return CompletionJob([3] * length, seed, settings, suffix)
+def job(length, sampler=SAMPLER, seed=0, suffix=()):
+    return CompletionJob([3] * length, seed, sampler, suffix)
 
 
 def run(batcher, jobs):
@@ -62,7 +64,7 @@ def run(batcher, jobs):
 
 
 def test_similar_prompts_of_equal_settings_run_together(make, batches):
-    other = (("max_new_tokens", 6), ("temperature", 0.5))
+    other = SAMPLER.replace(temperature=0.5)
     jobs = [job(2), job(40), job(3), job(3, other), job(30)]
     run(make(), jobs)
     lengths = [[len(ids) for ids in batch] for batch in batches]
@@ -73,12 +75,12 @@ def test_similar_prompts_of_equal_settings_run_together(make, batches):
 def test_long_prompts_may_differ_by_a_factor_of_two(make, batches):
     policy = causal()
     policy.spec = policy.spec.__class__(**{**vars(policy.spec), "max_length": None})
-    run(make(policy), [job(50), job(100), job(101), job(49)])
+    run(make(policy), [job(length, SAMPLERS[Autoregress]) for length in (50, 100, 101, 49)])
     assert [[len(ids) for ids in batch] for batch in batches] == [[50, 100], [101], [49]]
 
 
 def test_a_batch_has_at_most_its_size_and_the_oldest_run_first(make, batches):
-    jobs = [CompletionJob([3 + i], i, SETTINGS) for i in range(7)]
+    jobs = [CompletionJob([3 + i], i, SAMPLER) for i in range(7)]
     run(make(max_batch_size=3), jobs)
     assert batches == [[[3], [4], [5]], [[6], [7], [8]], [[9]]]
 
@@ -86,9 +88,10 @@ def test_a_batch_has_at_most_its_size_and_the_oldest_run_first(make, batches):
 @pytest.mark.parametrize("policy", [diffusion(), causal()], ids=["full", "causal"])
 def test_everyone_gets_the_completion_that_is_theirs(make, policy):
     """Under exact batches bit for bit the one of a batch of one; else to rounding, for each seed and prompt its own."""
+    sampler = SAMPLERS[sampler_for(policy)]
     for exact in (True, False):
         alone, together = (make(policy, exact_batches=exact, max_batch_size=size) for size in (1, 16))
-        jobs = [[CompletionJob([3 + i % 9] * (1 + i % 5), i, SETTINGS) for i in range(12)] for _ in range(2)]
+        jobs = [[CompletionJob([3 + i % 9] * (1 + i % 5), i, sampler) for i in range(12)] for _ in range(2)]
         for one, other in zip(run(alone, jobs[0]), run(together, jobs[1]), strict=True):
             assert completion_token_ids(one) == completion_token_ids(other)
             logprobs = [each.logprobs[each.completion_mask] for each in (one, other)]
@@ -169,12 +172,12 @@ def test_cancelled_jobs_leave_their_places(make, batches):
 
 def test_an_error_ends_its_batch_and_not_the_thread(make):
     batcher = make()
-    bad = CompletionJob([3], 0, (("max_new_tokens", 6), ("rank", "best")))
+    bad = job(1, SAMPLER.replace(diffusion_steps=9))
     worse = PolicyCall(lambda policy: 1 / 0)
     good = job(1)
     with held(batcher):
         batcher.submit([bad, worse, good])
-    with pytest.raises(ValueError, match="rank='best'"):
+    with pytest.raises(ValueError, match="diffusion_steps=9"):
         bad.future.result(60)
     with pytest.raises(ZeroDivisionError):
         worse.future.result(60)
@@ -182,7 +185,7 @@ def test_an_error_ends_its_batch_and_not_the_thread(make):
 
 
 def test_closing_refuses_those_that_wait_and_finishes_the_batch_that_runs():
-    batcher = Batcher(diffusion(), {"max_new_tokens": 6})
+    batcher = Batcher(diffusion(), SAMPLER)
     begun, release, waits = threading.Event(), threading.Event(), job(1)
     running = PolicyCall(lambda policy: (begun.set(), release.wait(60)))
     batcher.submit([running])

@@ -1,7 +1,7 @@
 """A server as a rollout engine: a run with it is the run without it, and no wrong weights are ever sampled from."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -16,15 +16,15 @@ from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_layers
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import confidence, margin, plackett_luce, random, soft_threshold, threshold
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.engine import Client, http_engine, http_sampler
-from dllm_rl.serving.settings import read_settings, write_settings
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.rules import Confidence, Margin, PlackettLuce, RandomOrder, Rank, SoftThreshold, Threshold
+from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.engine import Client, HTTPEngine, HTTPSampler
+from dllm_rl.serving.settings import with_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
 
@@ -39,13 +39,18 @@ def learning(policy):
     return running(policy, token=TOKEN, allow_updates=True)
 
 
+def on_server(sampler):
+    """The sampler with these settings that samples on a server."""
+    return HTTPSampler(**{field.name: getattr(sampler, field.name) for field in fields(sampler)})
+
+
 def weights(run):
     return [weight.detach().clone() for weight in run.policy.module.parameters()]
 
 
 @pytest.mark.parametrize(
     ("make", "model", "sampler"),
-    [(tiny_recipe, tiny_masked_lm, unmask), (tiny_recipe_ar, partial(tiny_llama, causal=True), autoregress)],
+    [(tiny_recipe, tiny_masked_lm, Unmask), (tiny_recipe_ar, partial(tiny_llama, causal=True), Autoregress)],
     ids=["full", "causal"],
 )
 def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampler):
@@ -56,9 +61,9 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
             tmp_path / "b",
             rollout_quantization=None,
             report_to=None,
-            rollout_engine=http_engine(url=server.url),
+            rollout_engine=HTTPEngine(url=server.url),
         )
-        apart = replace(apart, sampler=partial(http_sampler, **plain.sampler.keywords))
+        apart = replace(apart, sampler=on_server(plain.sampler))
         ours, theirs = train(apart), train(plain)
         assert server.batcher.policy.weights_version == 2
         of_server = merged_state_dict(server.batcher.policy.module)
@@ -80,13 +85,13 @@ def rows_of(folder):
 )
 def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_path, make, model):
     """All bits on a CPU: weights, evaluations, mismatch metrics, and those of the quantization."""
-    plain = make(tmp_path / "a", rollout_quantization=float8_weight_only, report_to=None)
-    with running(model(seed=7, **SIZES), token=TOKEN, allow_updates=True, scheme=float8_weight_only()) as server:
+    plain = make(tmp_path / "a", rollout_quantization=Float8WeightOnly(), report_to=None)
+    with running(model(seed=7, **SIZES), token=TOKEN, allow_updates=True, scheme=Float8WeightOnly()) as server:
         assert list(quantized_layers(server.batcher.policy))
         apart = make(
-            tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=http_engine(url=server.url)
+            tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=HTTPEngine(url=server.url)
         )
-        ours, theirs = train(replace(apart, sampler=partial(http_sampler, **plain.sampler.keywords))), train(plain)
+        ours, theirs = train(replace(apart, sampler=on_server(plain.sampler))), train(plain)
     assert all(map(torch.equal, weights(ours), weights(theirs)))
     assert ours["eval_after_quantized"] == theirs["eval_after_quantized"]
     seen = set()
@@ -102,20 +107,19 @@ def test_the_engine_keeps_the_contract_of_engines(make):
     learner = make(seed=1)
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=learner.pad_id, group_size=4)
     with learning(make()) as server:
-        check_engine(
-            http_engine(url=server.url), learner, prompts, partial(http_sampler, max_new_tokens=6, temperature=0.7)
-        )
+        check_engine(HTTPEngine(url=server.url), learner, prompts, HTTPSampler(max_new_tokens=6, temperature=0.7))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"diffusion_steps": 3, "block_size": 4, "rank": confidence},
-        {"commit": partial(threshold, tau=0.3), "top_k": 3, "suppress": (0, 4)},
-        {"rank": partial(plackett_luce, temperature=0.3), "diffusion_steps": 3},
-        {"commit": partial(soft_threshold, tau=0.5)},
-        {"rank": random, "commit": partial(remask, eta=0.3)},
-        {"cache": dual_cache(refresh=2), "top_p": 0.9},
+        {"diffusion_steps": 3, "block_size": 4, "rank": Confidence()},
+        {"commit": Threshold(tau=0.3), "top_k": 3, "suppress": (0, 4)},
+        {"rank": PlackettLuce(temperature=0.3), "diffusion_steps": 3},
+        {"rank": PlackettLuce(temperature=0.3, base_rank=Margin()), "diffusion_steps": 3},
+        {"commit": SoftThreshold(tau=0.5)},
+        {"rank": RandomOrder(), "commit": Remask(eta=0.3)},
+        {"cache": DualCache(refresh=2), "top_p": 0.9},
         {"confidence_radius": 2, "approximate_early_exit": True},
     ],
     ids=lambda settings: "-".join(settings),
@@ -124,10 +128,10 @@ def test_a_rollout_is_the_samplers_with_all_its_records(settings):
     learner = diffusion(seed=1)
     learner.weights_version = 3
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=learner.pad_id, group_size=2)
-    expected = unmask(learner, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
+    expected = Unmask(max_new_tokens=8, temperature=0.7, **settings)(learner, prompts, generator_for(4))
     with learning(diffusion()) as server:
-        rollout_policy = http_engine(url=server.url).load(learner)
-        found = http_sampler(rollout_policy, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
+        rollout_policy = HTTPEngine(url=server.url).load(learner)
+        found = HTTPSampler(max_new_tokens=8, temperature=0.7, **settings)(rollout_policy, prompts, generator_for(4))
     ours, theirs = found.tensors(), expected.tensors()
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
     assert found.sampling_params == expected.sampling_params and found.weights_version == 3
@@ -140,11 +144,10 @@ def test_a_rollout_is_the_samplers_with_all_its_records(settings):
 def test_positions_inside_prompts_are_filled_in():
     learner = diffusion(seed=1)
     prompts = Prompts.from_ids([[3, 1, 5], [1, 5]], pad_id=learner.pad_id, mask_id=1)
-    expected = unmask(learner, prompts, generator_for(4), max_new_tokens=0, temperature=0.7)
+    expected = Unmask(max_new_tokens=0, temperature=0.7)(learner, prompts, generator_for(4))
     with learning(diffusion()) as server:
-        found = http_sampler(
-            http_engine(url=server.url).load(learner), prompts, generator_for(4), max_new_tokens=0, temperature=0.7
-        )
+        sampler = HTTPSampler(max_new_tokens=0, temperature=0.7)
+        found = sampler(HTTPEngine(url=server.url).load(learner), prompts, generator_for(4))
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
 
 
@@ -152,7 +155,7 @@ def test_adapters_are_merged_into_the_servers_weights():
     learner = diffusion(seed=1)
     add_lora(learner, Lora(r=2, seed=3))
     with learning(diffusion()) as server:
-        engine = http_engine(url=server.url)
+        engine = HTTPEngine(url=server.url)
         rollout_policy = engine.load(learner)
         with torch.no_grad():
             for weight in learner.module.parameters():
@@ -174,7 +177,7 @@ def test_an_update_changes_the_answers():
     learner = diffusion(seed=1)
     with learning(diffusion()) as server:
         before = server.complete("1+2=", temperature=1, seed=1)
-        http_engine(url=server.url).load(learner)
+        HTTPEngine(url=server.url).load(learner)
         after = server.complete("1+2=", temperature=1, seed=1)
         assert before["choices"] != after["choices"]
     with running(learner) as server:
@@ -187,7 +190,7 @@ class Loaded:
     def __init__(self, server):
         self.server, self.learner = server, diffusion(seed=1)
         self.learner.weights_version = 4
-        self.rollout_policy = http_engine(url=server.url).load(self.learner)
+        self.rollout_policy = HTTPEngine(url=server.url).load(self.learner)
         self.client = self.rollout_policy.module.client
 
     def update(self, tensors, **header):
@@ -241,12 +244,12 @@ def test_a_wrong_update_changes_nothing(loaded, changes, header, said):
 
 def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
     prompts = Prompts.from_ids([[3]], pad_id=0)
-    http_sampler(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
-    second = http_engine(url=loaded.server.url).load(loaded.learner)  # of the same version
-    http_sampler(second, prompts, generator_for(1), max_new_tokens=2)
+    HTTPSampler(max_new_tokens=2)(loaded.rollout_policy, prompts, generator_for(1))
+    second = HTTPEngine(url=loaded.server.url).load(loaded.learner)  # of the same version
+    HTTPSampler(max_new_tokens=2)(second, prompts, generator_for(1))
     said = "answers 409: another run has loaded its weights into this server since; give each run its own server"
     with pytest.raises(ValueError, match=said):
-        http_sampler(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
+        HTTPSampler(max_new_tokens=2)(loaded.rollout_policy, prompts, generator_for(1))
     with pytest.raises(ValueError, match=said):
         loaded.update(merged_state_dict(loaded.learner.module))
     with pytest.raises(ValueError, match=said):
@@ -258,7 +261,7 @@ def test_rollouts_of_another_version_are_refused(loaded):
     with pytest.raises(
         ValueError, match="the request is for weights_version=5, and the server has 4; call the engine's sync"
     ):
-        http_sampler(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+        HTTPSampler(max_new_tokens=2)(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1))
 
 
 def test_rollouts_without_a_load_are_refused():
@@ -272,11 +275,19 @@ def other_rank(logits, normalizer):
     return logits.amax(-1) - normalizer
 
 
+class OtherRank(Rank):
+    def __call__(self, logits, normalizer):
+        return logits.amax(-1) - normalizer
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rank": other_rank}, "rank=other_rank is no rule that a server knows by name"),
-        ({"rank": partial(plackett_luce, temperature=0.3, base_rank=margin)}, "is no rule that a server knows by name"),
+        ({"rank": other_rank}, r"rank=FunctionRank\(.*other_rank.* is no rule that a server knows"),
+        ({"rank": PlackettLuce(temperature=0.3, base_rank=other_rank)}, "rank=PlackettLuce.* is no rule that a server"),
+        ({"rank": OtherRank()}, r"rank=.*OtherRank\(\) is no rule that a server knows"),
+        ({"commit": lambda scores, masked, steps_left: masked}, "commit=FunctionCommit.* is no rule that a server"),
+        ({"compile_step": True}, "compile_step=True is not for HTTPSampler: a server compiles no steps"),
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ({"max_new_tokens": 100}, "exceeds the model's 64 positions"),
     ],
@@ -284,45 +295,45 @@ def other_rank(logits, normalizer):
 def test_settings_that_a_server_cannot_have_are_refused(loaded, settings, said):
     settings = {"max_new_tokens": 2} | settings
     with pytest.raises(ValueError, match=said):
-        http_sampler(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), **settings)
+        HTTPSampler(**settings)(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1))
 
 
 def test_a_causal_model_has_no_settings_of_unmasking():
     with learning(causal()) as server:
-        rollout_policy = http_engine(url=server.url).load(causal())
-        with pytest.raises(ValueError, match="block_size=2 is not for autoregress; leave it out"):
-            http_sampler(
-                rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2, block_size=2
+        rollout_policy = HTTPEngine(url=server.url).load(causal())
+        with pytest.raises(ValueError, match="block_size=2 is not for Autoregress; leave it out"):
+            HTTPSampler(max_new_tokens=2, block_size=2)(
+                rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1)
             )
 
 
 def test_the_sampler_needs_the_engine():
-    with pytest.raises(ValueError, match=r"sampler=http_sampler needs the policy of rollout_engine=http_engine\(...\)"):
-        http_sampler(diffusion(), Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"sampler=HTTPSampler needs the policy of rollout_engine=HTTPEngine\(...\)"):
+        HTTPSampler(max_new_tokens=2)(diffusion(), Prompts.from_ids([[3]], pad_id=0), generator_for(1))
 
 
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
-        http_engine(url="http://127.0.0.1:9").load(diffusion())
+        HTTPEngine(url="http://127.0.0.1:9").load(diffusion())
     with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is not the address of a server; give http://HOST:PORT"):
-        http_engine(url="127.0.0.1:8000").load(diffusion())
+        HTTPEngine(url="127.0.0.1:8000").load(diffusion())
     with running(diffusion(), token=TOKEN) as server:
         with pytest.raises(ValueError, match="answers 403: /weights is for the learner of a run; start the server"):
-            http_engine(url=server.url).load(diffusion())
+            HTTPEngine(url=server.url).load(diffusion())
         (tmp_path / "token").write_text("other\n")
         with pytest.raises(ValueError, match="answers 401: the token is missing or wrong"):
-            http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
+            HTTPEngine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
         (tmp_path / "token").write_text("a b\n")
         with pytest.raises(ValueError, match=r"token_file=.* must hold one line of printable ASCII"):
-            http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
+            HTTPEngine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
     monkeypatch.delenv("DLLM_RL_TOKEN")
     with pytest.raises(ValueError, match="no token; set token_file, or the environment variable DLLM_RL_TOKEN"):
-        http_engine().load(diffusion())
+        HTTPEngine().load(diffusion())
 
 
 def test_a_model_of_another_shape_is_refused():
     with learning(diffusion()) as server, pytest.raises(ValueError, match="serve the run's model"):
-        http_engine(url=server.url).load(tiny_masked_lm(**SIZES))
+        HTTPEngine(url=server.url).load(tiny_masked_lm(**SIZES))
 
 
 @pytest.mark.parametrize("data", [b"", b"pickle", serialize({}, []), serialize({}, None)])
@@ -334,18 +345,18 @@ def test_other_bytes_are_refused(data, path):
 
 
 def test_the_token_is_not_stored_with_the_engine():
-    from dllm_rl.members import describe
+    from dllm_rl.records import describe
 
-    engine = http_engine(url="http://127.0.0.1:1")
+    engine = HTTPEngine(url="http://127.0.0.1:1")
     assert TOKEN not in describe(engine) + repr(engine) and "url='http://127.0.0.1:1'" in describe(engine)
 
 
 def test_settings_come_back_as_they_were():
     policy = diffusion()
-    settings = {"rank": partial(plackett_luce, temperature=0.3), "cache": dual_cache(refresh=4), "suppress": (1, 2)}
-    back = read_settings(policy, json.loads(json.dumps(write_settings(settings))))
-    assert back["cache"] == settings["cache"] and back["suppress"] == (1, 2)
-    assert (back["rank"].func, back["rank"].keywords) == (plackett_luce, {"temperature": 0.3})
+    settings = {"rank": PlackettLuce(temperature=0.3), "cache": DualCache(refresh=4), "suppress": (1, 2)}
+    sampler = HTTPSampler(max_new_tokens=2, **settings)
+    back = with_settings(policy, json.loads(json.dumps(sampler._settings_of(policy))))
+    assert back == Unmask(max_new_tokens=2, **settings)
 
 
 @pytest.mark.parametrize("with_adapters", [False, True], ids=["weights", "adapters"])
@@ -369,7 +380,7 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
         return post(self, path, tensors, header)
 
     with learning(diffusion()) as server:
-        engine = http_engine(url=server.url)
+        engine = HTTPEngine(url=server.url)
         rollout_policy = engine.load(learner)
         monkeypatch.setattr(Client, "post", spy)
         learner.weights_version += 1

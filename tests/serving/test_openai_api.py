@@ -13,12 +13,12 @@ from dllm_rl.diagnostics.trace_check import check_trace
 from dllm_rl.diagnostics.traces import read_trace
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import threshold
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.openai_api import Limits, Refused, read_request, sampler_settings
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.renoise import Renoise
+from dllm_rl.samplers.rules import Threshold
+from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.openai_api import Limits, Refused, read_request, sampler_of_request
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts
 
@@ -53,7 +53,7 @@ def client(server):
 @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"temperature": 0.7, "diffusion_steps": 3}, {}])
 def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
     """The texts, and the log-probs as the numbers that JSON writes exactly."""
-    record = complete(policy, [Problem("1+2=")], USUAL | settings, seed=5)
+    record = complete(policy, [Problem("1+2=")], Unmask(**USUAL | settings), seed=5)
     answer = server.complete("1+2=", seed=5, logprobs=0, **settings)
     (choice,) = answer["choices"]
     (row,) = record["rows"]
@@ -65,8 +65,8 @@ def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
 
 
 def test_n_and_prompts_take_the_seeds_of_sample(policy, server):
-    options = USUAL | {"temperature": 1.0}
-    record = complete(policy, [Problem("1+2="), Problem("3+4=")], options, group_size=3, seed=7)
+    sampler = Unmask(**USUAL | {"temperature": 1.0})
+    record = complete(policy, [Problem("1+2="), Problem("3+4=")], sampler, group_size=3, seed=7)
     answer = server.complete(["1+2=", "3+4="], n=3, seed=7, temperature=1.0)
     assert [c["text"] for c in answer["choices"]] == [row["completion"] for row in record["rows"]]
     assert [c["index"] for c in answer["choices"]] == [*range(6)]
@@ -164,7 +164,7 @@ def test_a_trace_is_one_that_check_trace_accepts(policy, server, tmp_path, strea
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rollout = read_trace(path)
     prompts = Prompts.from_ids([[4, 13, 5, 14], [4, 6, 14]], pad_id=0)
-    expected = unmask(policy, prompts, generator_for(1), **USUAL | {"temperature": 0.7})
+    expected = Unmask(**USUAL | {"temperature": 0.7})(policy, prompts, generator_for(1))
     assert rollout.tokens[rollout.completion_mask].tolist() == expected.tokens[expected.completion_mask].tolist()
     assert torch.equal(rollout.unmask_step[:, -8:], expected.unmask_step[:, -8:])
     report = check_trace(policy, rollout)
@@ -257,10 +257,15 @@ def test_special_tokens_have_no_place_in_the_text(policy):
 def test_a_causal_model_completes_as_its_sampler(causal_server):
     policy = causal_server.batcher.policy
     prompts = Prompts.from_ids([policy.tokenizer.encode("1+2=", add_special_tokens=False)], pad_id=policy.pad_id)
-    rollout = autoregress(policy, prompts, generator_for(4), max_new_tokens=6, temperature=0.7)
+    rollout = Autoregress(max_new_tokens=6, temperature=0.7)(policy, prompts, generator_for(4))
     answer = causal_server.complete("1+2=", seed=4, temperature=0.7, logprobs=0)
     found = answer["choices"][0]["logprobs"]["token_logprobs"]
     assert found == rollout.logprobs[rollout.completion_mask].tolist()[: len(found)]
+
+
+def made(name, **settings):
+    """A rule of a request with settings."""
+    return {"class_path": name, "init_args": settings}
 
 
 @pytest.mark.parametrize(
@@ -315,10 +320,26 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
         ({"suffix": "1" * 60}, 400, "prompt", "a prompt of 64 tokens and max_tokens=1 exceed the model's 64 positions"),
         ({"suffix": "3", "max_tokens": 60}, 400, "max_tokens", "exceed the model's 64 positions"),
         ({"suffix": "3", "diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
-        ({"suffix": "3", "cache": "dual"}, 400, "cache", 'cache="dual" does not work with a suffix; leave it out'),
+        (
+            {"suffix": "3", "cache": "DualCache"},
+            400,
+            "cache",
+            'cache="DualCache" does not work with a suffix; leave',
+        ),
         ({"min_p": 0.1}, 400, "min_p", "min_p=0.1 is not supported by this server; leave it out"),
-        ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),
-        ({"commit": "threshold=x"}, 400, None, "'x' is not a number"),
+        ({"rank": "best"}, 400, None, "rank='best' is not known; the nearest is Entropy (Confidence"),
+        ({"rank": 3}, 400, "rank", "rank=3 should be a valid string"),
+        ({"rank": "FunctionRank"}, 400, None, "FunctionRank needs function"),
+        ({"rank": {"class_path": "os.system", "init_args": {}}}, 400, None, "rank='os.system' is not known"),
+        ({"commit": "Threshold"}, 400, None, "Threshold needs tau"),
+        ({"commit": made("Threshold", tau="x")}, 400, None, "tau='x' is of type str; give float"),
+        ({"commit": made("Threshold", tua=0.5)}, 400, None, "tua=0.5 is no setting of Threshold; the nearest is 'tau'"),
+        (
+            {"commit": {"class_path": "Threshold"}},
+            400,
+            None,
+            "commit={'class_path': 'Threshold'} is no Commit; give",
+        ),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
         (
             {"diffusion_steps": 41},
@@ -326,8 +347,8 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
             "diffusion_steps",
             "diffusion_steps=41 is above the server's max_tokens=40; use less",
         ),
-        ({"cache": "block"}, 400, None, "is not for 'full' attention"),
-        ({"commit": "remask=0.5", "trace": True}, 400, "trace", "this sampler rewrites tokens"),
+        ({"cache": "BlockCache"}, 400, None, "is not for 'full' attention"),
+        ({"commit": made("Remask", eta=0.5), "trace": True}, 400, "trace", "this sampler rewrites tokens"),
     ],
 )
 def test_what_cannot_be_fulfilled_is_refused_in_a_line(policy, fields, status, param, said, request):
@@ -343,7 +364,7 @@ def test_the_room_of_a_model_of_canvases_is_counted_in_canvases():
     """128 positions, canvases of 16: after 100 tokens there is one canvas, after 120 none."""
     policy = tiny_diffusion_gemma(characters="123=")
     read = partial(
-        read_request, policy=policy, defaults={"max_new_tokens": 40}, limits=Limits(), name="m", is_chat=False
+        read_request, policy=policy, defaults=Renoise(max_new_tokens=48), limits=Limits(), name="m", is_chat=False
     )
     body = lambda size, **fields: json.dumps({"prompt": "1" * size} | fields).encode()  # noqa: E731
     assert read(body(100)).max_tokens == read(body(100, max_tokens=16)).max_tokens == 16
@@ -388,7 +409,7 @@ def test_a_tokenizer_without_a_template_cannot_chat(causal_server):
 def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cut():
     policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
     prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=policy.pad_id)
-    rollout = renoise(policy, prompts, generator_for(3), max_new_tokens=16)
+    rollout = Renoise(max_new_tokens=16)(policy, prompts, generator_for(3))
     with running(policy, {"max_new_tokens": 8, "temperature": None}) as server:
         answer = server.complete("1+2=", seed=3, max_tokens=10, temperature=0, logprobs=0)
         status, refused = server.ask("/v1/completions", {"prompt": "1", "temperature": 1})
@@ -398,14 +419,14 @@ def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cu
     ids = ids[: ends[0] + 1] if ends else ids
     assert answer["choices"][0]["logprobs"]["tokens"] == [policy.tokenizer.decode([token]) for token in ids]
     assert answer["usage"]["completion_tokens"] == len(ids)
-    assert status == 400 and "temperature=1.0 is no setting of renoise" in refused["error"]["message"]
+    assert status == 400 and "temperature=1.0 is no setting of Renoise" in refused["error"]["message"]
     assert traced == 400 and "rewrites tokens" in why["error"]["message"]
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"temperature": 1.0, "diffusion_steps": 2}, {}])
 def test_the_text_before_a_suffix_is_filled_in_as_sample_fills_blanks(policy, fields):
-    defaults = USUAL | {"cache": dual_cache(), "approximate_early_exit": True}  # neither is for infilling
-    record = complete(policy, [Problem("1+???=3", blank="?")], USUAL | fields | {"max_new_tokens": 0}, seed=5)
+    defaults = USUAL | {"cache": DualCache(), "approximate_early_exit": True}  # neither is for infilling
+    record = complete(policy, [Problem("1+???=3", blank="?")], Unmask(**USUAL | fields | {"max_new_tokens": 0}), seed=5)
     tokens = record["rows"][0]["tokens"]
     with running(policy, defaults) as server:
         answer = server.complete("1+", suffix="=3", max_tokens=3, seed=5, logprobs=0, trace=True, **fields)
@@ -437,7 +458,7 @@ def test_a_model_that_reads_from_left_to_right_does_not_insert(causal_server):
 
 def test_a_setting_of_another_sampler_is_refused(causal_server):
     status, answer = causal_server.ask("/v1/completions", {"prompt": "1", "diffusion_steps": 2})
-    assert status == 400 and "diffusion_steps=2 is no setting of autoregress" in answer["error"]["message"]
+    assert status == 400 and "diffusion_steps=2 is no setting of Autoregress" in answer["error"]["message"]
 
 
 def test_harmless_fields_and_nulls_change_nothing(server):
@@ -476,7 +497,7 @@ def test_control_characters_of_a_request_do_not_come_back(server):
 @pytest.mark.parametrize(
     ("defaults", "fields", "steps"),
     [
-        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 16}, None),  # the server's own
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 16}, 4),  # the server's own
         ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 8}, 2),
         ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 10}, 3),
         ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 32}, 8),
@@ -487,13 +508,15 @@ def test_control_characters_of_a_request_do_not_come_back(server):
 )
 def test_steps_keep_the_tokens_of_a_step(policy, defaults, fields, steps):
     data = json.dumps({"prompt": "1+2="} | fields).encode()
-    request = read_request(data, policy, defaults, Limits(), name="tiny", is_chat=False)
-    assert dict(sampler_settings(policy, request, defaults)).get("diffusion_steps") == steps
+    sampler = Unmask(**defaults)
+    request = read_request(data, policy, sampler, Limits(), name="tiny", is_chat=False)
+    expected = sampler.replace(max_new_tokens=fields["max_tokens"], diffusion_steps=steps)
+    assert sampler_of_request(policy, request, sampler) == expected
 
 
 def test_rules_of_a_request_replace_the_servers(policy, server):
     prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=0)
-    rule = partial(threshold, tau=0.2)
-    rollout = unmask(policy, prompts, generator_for(1), **USUAL | {"temperature": 1.0, "commit": rule})
-    (choice,) = server.complete("1+2=", seed=1, temperature=1, commit="threshold=0.2", trace=True)["choices"]
+    rule = Threshold(tau=0.2)
+    rollout = Unmask(**USUAL | {"temperature": 1.0, "commit": rule})(policy, prompts, generator_for(1))
+    (choice,) = server.complete("1+2=", seed=1, temperature=1, commit=made("Threshold", tau=0.2), trace=True)["choices"]
     assert choice["trace"]["forwards"] == rollout.forwards < 8

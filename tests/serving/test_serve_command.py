@@ -20,9 +20,10 @@ import pytest
 from openai import OpenAI
 from servers import TOKEN, diffusion
 
-from dllm_rl import unmask
+from dllm_rl import Unmask
 from dllm_rl.cli.main import add_serve, main
-from dllm_rl.cli.serve import sampler_options
+from dllm_rl.cli.sample import passed_options
+from dllm_rl.cli.serve import served_sampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,10 +61,10 @@ def process(checkpoint, *options, **variables):
         (["--allow_updates"], "error: allow_updates lets requests replace the weights, and needs a token"),
         (["--token_file", "missing"], "error: missing: No such file or directory"),
         (["--token_file", ""], "error: token_file='' is empty"),
-        (["--commit", "threshold"], "error: commit='threshold': threshold takes a number, as threshold=0.9"),
+        (["--commit", "Threshold"], "error: --commit Threshold needs --commit.tau"),
         (["--max_new_tokens", "0"], "error: max_new_tokens=0 fills in a prompt, which the server does not do"),
-        (["--quantization", "fp9"], "error: quantization='fp9' is not one of "),
-        (["--cache", "best"], "error: cache='best' is not one of block, prefix, dual"),
+        (["--quantization", "fp9"], "error: quantization='fp9' is not known; the nearest is "),
+        (["--cache", "best"], "error: cache='best' is not known; the nearest is "),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_a_line(options, said, capsys, monkeypatch, tmp_path):
@@ -80,16 +81,22 @@ def test_steps_that_do_not_fit_the_length_are_refused_at_the_start(checkpoint, c
     assert capsys.readouterr().err.startswith("error: diffusion_steps=8 is more than the 4 tokens of a completion")
 
 
-def test_a_runs_sampler_becomes_the_servers(monkeypatch):
+def test_a_runs_sampler_becomes_the_servers():
     """Without what no request could change, and with at most one step for each token of a shorter length."""
-    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=8, compile_step=True, confidence_radius=3)
-    monkeypatch.setattr("dllm_rl.cli.serve.sampler_or_note", lambda model: sampler)
+    sampler = Unmask(max_new_tokens=16, diffusion_steps=8, compile_step=True, confidence_radius=3)
+
+    def served(sampler, *options):
+        arguments = commands.choices["serve"].parse_args(["run", *options])
+        arguments.fields = {}
+        return served_sampler(diffusion(), sampler, passed_options(arguments))
+
     commands = argparse.ArgumentParser().add_subparsers()
     add_serve(commands)
-    arguments = commands.choices["serve"].parse_args(["run"])
-    assert sampler_options(arguments) == {"max_new_tokens": 16, "diffusion_steps": 8}
-    arguments = commands.choices["serve"].parse_args(["run", "--max_new_tokens", "4"])
-    assert sampler_options(arguments) == {"max_new_tokens": 4, "diffusion_steps": 4}
+    assert served(sampler) == Unmask(max_new_tokens=16, diffusion_steps=8)
+    assert served(sampler, "--max_new_tokens", "4") == Unmask(max_new_tokens=4, diffusion_steps=4)
+    filled_in = Unmask(max_new_tokens=0, diffusion_steps=8, temperature=0.5)  # of blanks, which no request has
+    assert served(filled_in) == Unmask(max_new_tokens=16, temperature=0.5)
+    assert served(None) == Unmask(max_new_tokens=16)
 
 
 @pytest.mark.parametrize("option", [["--max_batch_size", "0"], ["--timeout", "none"], ["--client_timeout", "-1"]])

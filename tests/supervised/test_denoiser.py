@@ -13,7 +13,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.models.tokens import encode
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 from dllm_rl.supervised.examples import example, prompt_and_answer, read_examples
 from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss
 from dllm_rl.tasks.base import Problem, Reward
@@ -96,16 +96,16 @@ def test_it_learns_rows_and_writes_them(tmp_path):
     policy = load_policy(summary["checkpoint"])
 
     prompts = encode(policy, [Problem(row["prompt"]) for row in rows])
-    rollout = renoise(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, diffusion_steps=4)
+    rollout = Renoise(max_new_tokens=4, diffusion_steps=4)(policy, prompts, torch.Generator().manual_seed(0))
     texts = [policy.tokenizer.decode(row[3:5]).replace(" ", "") for row in rollout.tokens.tolist()]
     assert sum(text == row["completion"] for text, row in zip(texts, rows, strict=True)) >= 12
 
 
 def renoising_recipe(directory, **changes):
     base = tiny_recipe(directory)
-    sampler = partial(renoise, max_new_tokens=16, diffusion_steps=2)
+    sampler = Renoise(max_new_tokens=16, diffusion_steps=2)
     model = partial(gemma, canvas_length=16)
-    given = {"model": model, "sampler": partial(sampler, answer="drawn"), "eval_sampler": sampler}
+    given = {"model": model, "sampler": sampler.replace(answer="drawn"), "eval_sampler": sampler}
     return replace(base, **given | {"task": Sudoku(split="train", size=1), "sft_warmup_batch_size": 8} | changes)
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from run_outputs import assert_same_weights, metrics_of
 from sft_toys import MODELS, ROWS, tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.lora import lora_r16
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import (
@@ -69,17 +68,17 @@ def test_a_module_that_cannot_keep_sequences_apart_is_refused(tmp_path):
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
-    lora = partial(lora_r16, r=4, alpha=64.0, dropout=0.05)
+    lora = Lora(r=4, alpha=64.0, dropout=0.05)
     options = {"lora": lora, "eval_steps": 2, "packing": True, "gradient_checkpointing": True}
     straight = fine_tune(tiny_sft(tmp_path / "straight", **options))
 
     def stopping(step, num_steps):
         if step == 1 and not (tmp_path / "parts/checkpoints/step-000002").exists():
             os.kill(os.getpid(), signal.SIGUSR1)
-        return linear_decay(step, num_steps)
+        return LinearDecay()(step, num_steps)
 
     def schedule(step, num_steps):
-        return linear_decay(step, num_steps)
+        return LinearDecay()(step, num_steps)
 
     stopping.__name__ = schedule.__name__
     recipe = tiny_sft(tmp_path / "parts", **options)
@@ -114,7 +113,7 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
 
 def test_lora_trains_adapters_alone(tmp_path):
     model = tiny_masked_lm(**SIZES)
-    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=partial(lora_r16, r=4, alpha=64.0, dropout=0.05))).policy
+    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=Lora(r=4, alpha=64.0, dropout=0.05))).policy
     state = {name.replace(".base_layer", ""): value for name, value in policy.module.state_dict().items()}
     for name, value in model.module.state_dict().items():
         assert torch.equal(state[name], value)

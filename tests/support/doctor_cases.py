@@ -1,15 +1,13 @@
 """What a doctor's tests diagnose: a small model, three prompts, a sampler."""
 
-from functools import partial
-
 import torch
 
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
-sampler = partial(unmask, max_new_tokens=8, diffusion_steps=2, temperature=1.0, rank=max_prob)
+sampler = Unmask(max_new_tokens=8, diffusion_steps=2, temperature=1.0, rank=MaxProb())
 
 
 def make(causal=False):

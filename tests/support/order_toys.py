@@ -86,8 +86,8 @@ def stayed_of(noise: Views) -> torch.Tensor | None:
 
 
 def total(policy, rollout, **options):
-    """The estimate of each row by `trajectory`."""
-    estimator = lik.trajectory(**options)
+    """The estimate of each row by `Trajectory`."""
+    estimator = lik.Trajectory(**options)
     return estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator())).sum(-1)
 
 

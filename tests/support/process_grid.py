@@ -22,13 +22,13 @@ from sharded import trained
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dllm_rl import lora_r16
+from dllm_rl import Lora
 from dllm_rl.models.base import gather_if_sharded
 from dllm_rl.training import balance
 
 LAUNCHES = {1: (1,), 2: (1, 0), 3: (1, 0), 4: (1, 0, 2)}
 MODELS = {"diffusion": tiny_recipe, "ar": tiny_recipe_ar}
-TRAINED = {"full": {}, "lora": {"lora": lora_r16}}
+TRAINED = {"full": {}, "lora": {"lora": Lora()}}
 METHODS = {
     "iterations": {"num_iterations": 2},
     "dynamic": {"task": OddPuzzles(), "max_num_gen_batches": 3},

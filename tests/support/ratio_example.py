@@ -20,7 +20,7 @@ LN2 = math.log(2)
 
 
 def weigh(corrector):
-    weights, keep, metrics = corrector.weight_fn(make_stats(X, A, MASK))
+    weights, keep, metrics = corrector.weights(make_stats(X, A, MASK))
     return torch.where(keep, weights, 0), keep, metrics
 
 

@@ -1,5 +1,5 @@
-"""A model in float64 of three tokens and canvases of three, whose rollouts under `renoise` can be enumerated; and what
-`renoise` does with it, written out again, step by step."""
+"""A model in float64 of three tokens and canvases of three, whose rollouts under `Renoise` can be enumerated; and what
+`Renoise` does with it, written out again, step by step."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -75,7 +75,7 @@ class Histories:
 
 
 def enumerate_all(policy, prompt, temperatures, bound, answer, *, stops=None, detached=False) -> Histories:
-    """What `renoise` may do with one canvas, written without the package: every canvas may follow every one, by a draw
+    """What `Renoise` may do with one canvas, written without the package: every canvas may follow every one, by a draw
     where the step accepts and by chance elsewhere.
 
     stops     (stability 0 or 1, confidence), or None

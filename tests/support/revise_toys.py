@@ -26,7 +26,7 @@ def decisions(rule, policy, state, block, done, left, certainty):
         return
     count = math.ceil(len(masked) / left)
     sets = list(itertools.combinations(masked, count))
-    if rule["rank"] == "max_prob":
+    if rule["rank"] == "MaxProb":
         sets = [tuple(sorted(masked, key=lambda i: (-certainty(i), i))[:count])]
     written = [i for i in block if state[i] != hole]
     for chosen in sets:

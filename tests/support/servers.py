@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.samplers import sampler_for
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.openai_api import Limits
 from dllm_rl.serving.server import Server, ServerSettings
@@ -69,7 +70,7 @@ def running(policy, defaults=None, *, token=None, batcher=None, limits=None, sch
     learner, policy = policy, policy if scheme is None else quantized_copy(policy, scheme)
     defaults = {"max_new_tokens": 8, "temperature": 0.0} | (defaults or {})
     defaults = {name: value for name, value in defaults.items() if value is not None}
-    batcher = Batcher(policy, defaults, **(batcher or {}))
+    batcher = Batcher(policy, sampler_for(policy)(**defaults), **(batcher or {}))
     limits = limits or Limits(max_waiting=batcher.max_waiting)
     server = Server(batcher, ServerSettings("tiny", token=token, limits=limits, **settings), learner)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -14,10 +14,10 @@ from live_bytes import LiveBytes
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
+from dllm_rl import Aligned, Float8WeightOnly, Lora, load_policy
 from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
 from dllm_rl.distributed.sharding import shard, sharding_of
-from dllm_rl.likelihoods.estimators import coupled
+from dllm_rl.likelihoods.estimators import Coupled
 from dllm_rl.models.base import gather_if_sharded
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.forward.uneven import join_uneven_forwards
@@ -32,15 +32,15 @@ from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, SamplingParams
 
 EVERY = {"report_to": None, "collective_timeout": 600.0}
-FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
+FULL = {**EVERY, "likelihood": Coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
 FULL |= {
     "sft_warmup_steps": 2,
     "sft_warmup_batch_size": 8,
     "sft_warmup_eval_steps": 2,
     "sft_warmup_target": 1.0,
-    "corrector": aligned(),
+    "corrector": Aligned(),
 }
-LORA = {**EVERY, "lora": lora_r16, "num_iterations": 2, "max_num_gen_batches": 2, "num_generations": 2, "save_steps": 2}
+LORA = {**EVERY, "lora": Lora(), "num_iterations": 2, "max_num_gen_batches": 2, "num_generations": 2, "save_steps": 2}
 PLAIN = {**EVERY, "rollout_quantization": None, "gradient_checkpointing": True}
 
 
@@ -121,8 +121,8 @@ def families(folder):
         source.mkdir()
         policy, alone = (load_policy(published(source, family)) for _ in range(2))
         shard(policy.module, blocks_of(policy.module), accelerator, size=count)
-        for scheme in (float8_weight_only, int3_emulated, None):
-            copies = [quantized_copy(p, scheme and scheme()) for p in (policy, alone)]
+        for scheme in (Float8WeightOnly(), int3_emulated, None):
+            copies = [quantized_copy(p, scheme) for p in (policy, alone)]
             assert equal(*copies)
         for rows in tokens:
             run(alone, rows)

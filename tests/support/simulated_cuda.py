@@ -1,7 +1,7 @@
 """A CUDA device without one: the numbers are computed on the CPU, the rules about devices are CUDA's.
 
     with SimulatedCuda() as cuda, cuda.phase("sampling"):
-        rollout = unmask(policy.to("cuda"), ...)
+        rollout = Unmask(...)(policy.to("cuda"), ...)
     assert cuda.waits("sampling") == 1
     print(cuda.report())
 

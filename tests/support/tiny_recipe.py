@@ -3,12 +3,12 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.algorithms.correctors import ais
-from dllm_rl.likelihoods.estimators import causal
+from dllm_rl.algorithms.correctors import AIS
+from dllm_rl.likelihoods.estimators import Causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import confidence
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import Confidence
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from recipes.sudoku_unique import recipe as main_job
 
@@ -24,9 +24,9 @@ def tiny_recipe(directory, **changes):
         model=partial(tiny_masked_lm, **SIZES),
         validation_task=Sudoku(split="validation", size=8),
         eval_task=Sudoku(split="test", size=8),
-        sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence),
-        eval_sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3, rank=confidence),
-        corrector=ais(),  # the main job takes none
+        sampler=Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence()),
+        eval_sampler=Unmask(max_new_tokens=16, diffusion_steps=3, rank=Confidence()),
+        corrector=AIS(),  # the main job takes none
         train_batch_size=4,
         num_generations=4,
         num_steps=2,
@@ -40,9 +40,9 @@ def tiny_recipe_ar(directory, **changes):
     return tiny_recipe(
         directory,
         model=partial(tiny_llama, causal=True, **SIZES),
-        sampler=partial(autoregress, max_new_tokens=16, temperature=1.0),
-        eval_sampler=partial(autoregress, max_new_tokens=16, temperature=0.0),
-        likelihood=causal(),
+        sampler=Autoregress(max_new_tokens=16, temperature=1.0),
+        eval_sampler=Autoregress(max_new_tokens=16, temperature=0.0),
+        likelihood=Causal(),
         **changes,
     )
 

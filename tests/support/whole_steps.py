@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from dllm_rl import Prompts, load_policy
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import unmask, whole_step
-from dllm_rl.samplers.cache import block_cache, dual_cache
-from dllm_rl.samplers.rules import confidence, late_schedule, max_prob, plackett_luce, random, threshold
+from dllm_rl.samplers import Unmask, whole_step
+from dllm_rl.samplers.cache import BlockCache, DualCache
+from dllm_rl.samplers.rules import Confidence, LateSchedule, MaxProb, PlackettLuce, RandomOrder, Threshold
 
 IDS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
 SIZES = {
@@ -32,11 +31,11 @@ SIZES = {
     "intermediate_size": 32,
 }
 RULES = {
-    "confidence": {"rank": confidence},
+    "confidence": {"rank": Confidence()},
     "greedy": {"temperature": 0.0},
-    "max_prob": {"rank": max_prob, "commit": partial(threshold, tau=0.9)},
-    "random": {"rank": random, "top_k": 5},
-    "plackett_luce": {"rank": partial(plackett_luce, temperature=0.5), "commit": late_schedule},
+    "max_prob": {"rank": MaxProb(), "commit": Threshold(tau=0.9)},
+    "random": {"rank": RandomOrder(), "top_k": 5},
+    "plackett_luce": {"rank": PlackettLuce(temperature=0.5), "commit": LateSchedule()},
 }
 
 
@@ -55,11 +54,11 @@ def sampled(policy, cache, seed=0, **given):
     options = {"temperature": 1.0, "block_size": policy.spec.block_size or 8, "diffusion_steps": 12, **given}
     prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=2)
     generator = torch.Generator().manual_seed(seed)
-    return unmask(policy, prompts, generator, max_new_tokens=24, cache=cache, **options)
+    return Unmask(max_new_tokens=24, cache=cache, **options)(policy, prompts, generator)
 
 
 def caches_of(policy):
-    return [None, block_cache() if policy.spec.attention == "block_causal" else dual_cache(refresh=3)]
+    return [None, BlockCache() if policy.spec.attention == "block_causal" else DualCache(refresh=3)]
 
 
 def main(backend, rules, names):

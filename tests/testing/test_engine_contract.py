@@ -10,20 +10,20 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import tiny_llama, tiny_masked_lm
 from dllm_rl.models.base import copied
-from dllm_rl.models.engine import RolloutEngine, with_forward
+from dllm_rl.models.engine import FunctionEngine, with_forward
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import block_cache
-from dllm_rl.samplers.rules import confidence, max_prob
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Int8WeightOnly
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import BlockCache
+from dllm_rl.samplers.rules import Confidence, MaxProb
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_engine
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.types import Prompts
 
 SAMPLERS = {
-    "full": partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7, rank=confidence),  # some rows end
-    "causal": partial(autoregress, max_new_tokens=6, temperature=0.7),
+    "full": Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7, rank=Confidence()),  # some rows end
+    "causal": Autoregress(max_new_tokens=6, temperature=0.7),
 }
 
 
@@ -40,7 +40,7 @@ def checked(engine, attention="full", sampler=None, **options):
     check_engine(engine, policy, prompts(policy), sampler or SAMPLERS[attention], **options)
 
 
-@pytest.mark.parametrize("scheme", [None, int8_weight_only], ids=["learner", "int8"])
+@pytest.mark.parametrize("scheme", [None, Int8WeightOnly()], ids=["learner", "int8"])
 @pytest.mark.parametrize("attention", SAMPLERS)
 def test_this_librarys_copies_pass(tmp_path, attention, scheme):
     checked(
@@ -53,7 +53,7 @@ def test_this_librarys_copies_pass(tmp_path, attention, scheme):
 def test_adapters_and_learned_positions_pass(tmp_path):
     policy = tiny_masked_lm(**SIZES, head_std=0.1)
     add_lora(policy, Lora(r=2))
-    engine = resolve_rollout_engine(tiny_recipe(tmp_path, rollout_quantization=int8_weight_only))
+    engine = resolve_rollout_engine(tiny_recipe(tmp_path, rollout_quantization=Int8WeightOnly()))
     check_engine(engine, policy, prompts(policy), SAMPLERS["full"], bound=0.05)
 
 
@@ -71,7 +71,7 @@ class Elsewhere:
 
     @property
     def record(self):
-        return RolloutEngine(self.load, self.sync)
+        return FunctionEngine(load_fn=self.load, sync_fn=self.sync)
 
     def load(self, policy):
         self.held = policy if self.fault == "the learner's weights" else copied(policy)
@@ -157,18 +157,20 @@ def test_a_check_that_could_not_tell_is_refused():
     with pytest.raises(AssertionError, match="hides weights that differ"):
         checked(Elsewhere().record, bound=9.0)
     with pytest.raises(AssertionError, match="sample at a temperature other"):
-        checked(Elsewhere().record, sampler=partial(SAMPLERS["full"], temperature=1.0))
+        checked(Elsewhere().record, sampler=SAMPLERS["full"].replace(temperature=1.0))
 
 
 def test_the_cache_of_a_block_causal_module_is_an_engines_matter():
     """A row may go on to the end of the block of its end token; a cache that forgets is far off the learner."""
     policy = block_causal()
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
-    in_blocks = partial(unmask, max_new_tokens=6, diffusion_steps=6, block_size=2, rank=max_prob, temperature=0.7)
+    in_blocks = Unmask(max_new_tokens=6, diffusion_steps=6, block_size=2, rank=MaxProb(), temperature=0.7)
 
     def sync(learner, rollout_policy):
         rollout_policy.module.load_state_dict(learner.module.state_dict())
         rollout_policy.weights_version = learner.weights_version
         return {}
 
-    check_engine(RolloutEngine(copied, sync), policy, prompts, partial(in_blocks, cache=block_cache()), bound=1e-4)
+    check_engine(
+        FunctionEngine(load_fn=copied, sync_fn=sync), policy, prompts, in_blocks.replace(cache=BlockCache()), bound=1e-4
+    )

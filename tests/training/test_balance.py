@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
 from torch import Tensor
 
-from dllm_rl.likelihoods.estimators import block_elbo, coupled, elbo, one_step, quadrature, trajectory
+from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Coupled, OneStep, Quadrature, Trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.training import balance
 from dllm_rl.training.samples import Samples
@@ -195,7 +195,7 @@ def test_one_process_keeps_its_records(tmp_path):
 
 @pytest.mark.parametrize(
     "estimator",
-    [one_step(), elbo(), coupled(), quadrature(), block_elbo(block_size=2), trajectory(num_sampled_steps=2)],
+    [OneStep(), ELBO(), Coupled(), Quadrature(), BlockELBO(block_size=2), Trajectory(num_sampled_steps=2)],
     ids=lambda estimator: estimator.name,
 )
 def test_a_row_has_the_same_noise_wherever_it_is(estimator):

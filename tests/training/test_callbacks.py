@@ -9,8 +9,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from dllm_rl import Callback, Lora, RunControl, SaveBest, StopBelow, grpo, grpo_recipe, load_policy, sft, tiny_masked_lm
-from dllm_rl.callbacks import check_callbacks, state_of
+from dllm_rl import Callback, Lora, SaveBest, StopBelow, grpo, grpo_recipe, load_policy, sft, tiny_masked_lm
+from dllm_rl.callbacks import RunControl, check_callbacks, state_of
 from dllm_rl.training import hooks, trainer
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]

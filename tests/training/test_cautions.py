@@ -7,18 +7,25 @@ import pytest
 import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.algorithms.advantages import leave_one_out
-from dllm_rl.algorithms.correctors import ais, compose, mis, no_correction, reject, tbpo, tis
-from dllm_rl.algorithms.losses import kl_k1, kl_k2, ppo_clip
-from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
-from dllm_rl.models.lora import lora_r16
+from dllm_rl.algorithms.advantages import LeaveOneOut
+from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
+from dllm_rl.algorithms.losses import K1, K2, PPOClip
+from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
+from dllm_rl.models.lora import Lora
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.records import Rank
-from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, schedule, soft_threshold, threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import DualCache, PrefixCache
+from dllm_rl.samplers.rules import (
+    Confidence,
+    FunctionRank,
+    MaxProb,
+    PlackettLuce,
+    Schedule,
+    SoftThreshold,
+    Threshold,
+)
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.cautions import cautions, learning_rate_warnings
 from dllm_rl.training.trainer import train
 
@@ -29,23 +36,23 @@ def test_what_can_learn_is_left_alone():
 
 
 def test_greedy_rollouts():
-    greedy = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=0.0))
-    by_default = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16))
+    greedy = tiny_recipe("x", sampler=Unmask(max_new_tokens=16, diffusion_steps=3, temperature=0.0))
+    by_default = tiny_recipe("x", sampler=Unmask(max_new_tokens=16))
     for recipe in (greedy, by_default):
         (said,) = cautions(recipe)
         assert "sampler.temperature=0 is greedy" in said and "\n" not in said
-    by_default = partial(autoregress, max_new_tokens=16)  # temperature 1
+    by_default = Autoregress(max_new_tokens=16)  # temperature 1
     assert cautions(replace(tiny_recipe_ar("x"), sampler=by_default)) == []
 
 
 def test_a_kl_term_without_a_gradient():
-    (said,) = cautions(tiny_recipe("x", beta=0.1, kl=kl_k1))
-    assert "beta=0.1 with kl=kl_k1" in said and said.endswith("use kl_k2 or kl_k3")
-    assert cautions(tiny_recipe("x", beta=0.1, kl=partial(kl_k1))) == [said]
-    assert cautions(tiny_recipe("x", beta=0.1)) == cautions(tiny_recipe("x", kl=kl_k1)) == []
+    (said,) = cautions(tiny_recipe("x", beta=0.1, kl=K1()))
+    assert "beta=0.1 with kl=K1()" in said and said.endswith("use K2() or K3()")
+    assert cautions(tiny_recipe("x", beta=0.1, kl=K1())) == [said]
+    assert cautions(tiny_recipe("x", beta=0.1)) == cautions(tiny_recipe("x", kl=K1())) == []
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     logps = logits.log_softmax(-1)
-    for kl, mean_is_zero in ((kl_k1, True), (kl_k2, False)):
+    for kl, mean_is_zero in ((K1(), True), (K2(), False)):
         mean = (logps.detach().exp() * kl(0.0 - logps[None])[0]).sum()
         assert (torch.autograd.grad(mean, logits, retain_graph=True)[0].abs().max() < 1e-12) == mean_is_zero
 
@@ -61,12 +68,15 @@ def test_one_completion_a_group():
     for objects in (Zeros(), partial(Zeros()), Zeros().__call__):
         (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=objects))
         assert "Zeros()" in said and "\n" not in said
-    for advantages, name in ((tiny_recipe("x").advantages, "group_relative"), (leave_one_out, "leave_one_out")):
+    for advantages, name in (
+        (tiny_recipe("x").advantages, "GroupRelative(scale_rewards='group'"),
+        (LeaveOneOut(), "LeaveOneOut()"),
+    ):
         (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=advantages))
         assert f"num_generations=1 with advantages={name}" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("make", [tis, mis, ais, lambda **k: compose(reject(), tis(**k), tis())])
+@pytest.mark.parametrize("make", [TIS, MIS, AIS, lambda **k: Compose(parts=(Reject(), TIS(**k), TIS()))])
 def test_geometric_weights_of_sequences(make):
     (said,) = cautions(tiny_recipe("x", corrector=make(level="sequence", pool="geometric")))
     assert "level='sequence' and pool='geometric'" in said and "\n" not in said
@@ -80,7 +90,7 @@ def test_weights_that_are_too_coarse_for_their_updates():
     full = tiny_recipe("x", model="a/checkpoint", dtype="bfloat16", learning_rate=1e-6)
     (said,) = cautions(full)
     assert "bf16 weights above 0.0005 round such updates away; use dtype='float32', bf16=True" in said
-    for changes in ({"dtype": "float32", "bf16": True}, {"lora": lora_r16}, {"learning_rate": 1e-4}):
+    for changes in ({"dtype": "float32", "bf16": True}, {"lora": Lora()}, {"learning_rate": 1e-4}):
         assert cautions(replace(full, **changes)) == []
 
 
@@ -108,20 +118,20 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
 
 
 def sampler(**options):
-    return partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, **options)
+    return Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, **options)
 
 
 def test_updates_without_a_bound_where_the_advantage_is_negative():
     several = tiny_recipe("x", num_iterations=2)
     assert several.rollout_quantization is not None
     (said,) = cautions(several)
-    assert "num_iterations=2" in said and said.endswith("use loss=partial(ppo_clip, delta=1.2)")
+    assert "num_iterations=2" in said and said.endswith("use loss=PPOClip(delta=1.2)")
     for settings, wanted in (({"epsilon_high": 0.28}, "1.28"), ({"epsilon": 0.5}, "1.5")):
-        (said,) = cautions(replace(several, loss=partial(ppo_clip, **settings)))
+        (said,) = cautions(replace(several, loss=PPOClip(**settings)))
         assert said.endswith(f"use delta={wanted} in loss")
     for changes in (
-        {"loss": partial(ppo_clip, delta=1.2)},
-        {"corrector": tbpo()},
+        {"loss": PPOClip(delta=1.2)},
+        {"corrector": TBPO()},
         {"num_iterations": 1},
         {"rollout_quantization": None},
     ):
@@ -129,18 +139,18 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
 
 
 def test_late_rollouts_whose_lag_nothing_bounds():
-    late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=no_correction())
+    late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=NoCorrection())
     (said,) = cautions(late)
     assert said.startswith("max_staleness=2 with old_logprobs='recompute'")
-    assert said.endswith("use old_logprobs='rollout' and loss=partial(ppo_clip, delta=1.2)")
-    (said,) = cautions(replace(late, old_logprobs="rollout", loss=partial(ppo_clip, epsilon_high=0.28)))
+    assert said.endswith("use old_logprobs='rollout' and loss=PPOClip(delta=1.2)")
+    (said,) = cautions(replace(late, old_logprobs="rollout", loss=PPOClip(epsilon_high=0.28)))
     assert said.endswith("use old_logprobs='rollout' and delta=1.28 in loss")
-    (said,) = cautions(replace(late, loss=partial(ppo_clip, delta=1.2)))
+    (said,) = cautions(replace(late, loss=PPOClip(delta=1.2)))
     assert said.endswith("use old_logprobs='rollout'")
     for changes in (
-        {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+        {"old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
         {"old_logprobs": "rollout", "loss": gspo_of_a_row},
-        {"corrector": tis()},
+        {"corrector": TIS()},
         {"max_staleness": 0},
     ):
         assert cautions(replace(late, **changes)) == []
@@ -160,66 +170,65 @@ def test_orders_whose_law_is_not_known():
     def score(logits, normalizer):
         return logits[:, 0] - normalizer
 
-    noisy = partial(plackett_luce, temperature=0.3)
+    noisy = PlackettLuce(temperature=0.3)
     assert (
-        cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=no_correction()))
-        == []
+        cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=Trajectory(), corrector=NoCorrection())) == []
     )
-    coins = {"rank": max_prob, "commit": partial(soft_threshold, tau=0.9)}
-    assert (
-        cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=no_correction())) == []
+    coins = {"rank": MaxProb(), "commit": SoftThreshold(tau=0.9)}
+    assert cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=Trajectory(), corrector=NoCorrection())) == []
+    own_rule = {"rank": MaxProb(), "commit": lambda *inputs: Schedule()(*inputs)}
+    declared = noisy.replace(base_rank=FunctionRank(function=score, order="deterministic"))
+    known = (
+        {"rank": Confidence(), "commit": Schedule()},
+        {"rank": FunctionRank(function=first, order="deterministic")},
     )
-    own_rule = {"rank": max_prob, "commit": lambda *inputs: schedule(*inputs)}
-    declared = partial(noisy, base_rank=Rank(score, "deterministic"))
-    known = ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")})
     for options in (*known, {"rank": declared}):
         assert (
-            cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=no_correction()))
+            cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=Trajectory(), corrector=NoCorrection()))
             == []
         )
     for options, likelihood, name in (
         (
-            {"rank": confidence, "commit": partial(threshold, tau=0.9)},
-            trajectory(),
-            "rank=confidence with commit=threshold",
+            {"rank": Confidence(), "commit": Threshold(tau=0.9)},
+            Trajectory(),
+            "rank=Confidence with commit=Threshold",
         ),
-        ({"rank": confidence}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
-        ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
-        ({"rank": first}, trajectory(), "rank=first with commit=schedule"),
-        (own_rule, trajectory(), "rank=max_prob with commit=<lambda>"),
-        ({"rank": partial(noisy, base_rank=score)}, trajectory(), "rank=plackett_luce with commit=schedule"),
-        ({"rank": noisy}, trajectory(num_sampled_steps=2), "rank=plackett_luce with commit=schedule and num_segments"),
-        (coins, trajectory(num_segments=2), "rank=max_prob with commit=soft_threshold and num_segments"),
+        ({"rank": Confidence()}, Trajectory(num_segments=2), "rank=Confidence with commit=Schedule and num_segments"),
+        ({"rank": own}, Trajectory(), "rank=own with commit=Schedule"),
+        ({"rank": first}, Trajectory(), "rank=first with commit=Schedule"),
+        (own_rule, Trajectory(), "rank=MaxProb with commit=<lambda>"),
+        ({"rank": noisy.replace(base_rank=score)}, Trajectory(), "rank=PlackettLuce with commit=Schedule"),
+        ({"rank": noisy}, Trajectory(num_sampled_steps=2), "rank=PlackettLuce with commit=Schedule and num_segments"),
+        (coins, Trajectory(num_segments=2), "rank=MaxProb with commit=SoftThreshold and num_segments"),
     ):
-        recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=no_correction())
+        recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=NoCorrection())
         (said,) = cautions(recipe)
         assert "ratios" in said and f"sampler.{name}" in said and "\n" not in said
-        meant = likelihood.factory.keywords | {"include_order": False}
-        assert cautions(replace(recipe, likelihood=trajectory(**meant))) == []
+        assert cautions(replace(recipe, likelihood=likelihood.replace(include_order=False))) == []
         if "rank" not in options:
-            assert cautions(replace(recipe, sampler=sampler(**options | {"rank": max_prob}))) == []
+            assert cautions(replace(recipe, sampler=sampler(**options | {"rank": MaxProb()}))) == []
 
 
 def test_weights_of_what_is_no_likelihood_ratio():
-    for likelihood in (one_step(), elbo(), trajectory(num_segments=2, include_order=False)):
-        recipe = tiny_recipe("x", likelihood=likelihood, sampler=sampler(rank=max_prob))
+    for likelihood in (OneStep(), ELBO(), Trajectory(num_segments=2, include_order=False)):
+        recipe = tiny_recipe("x", likelihood=likelihood, sampler=sampler(rank=MaxProb()))
         (said,) = cautions(recipe)
         assert f"likelihood={likelihood.name!r} gives no likelihood ratios" in said and "\n" not in said
-        assert cautions(replace(recipe, corrector=no_correction())) == []
+        assert cautions(replace(recipe, corrector=NoCorrection())) == []
         assert cautions(replace(recipe, rollout_quantization=None)) == []
 
 
 def test_approximate_caches_that_the_estimator_does_not_see():
-    recipe = tiny_recipe("x", likelihood=elbo(), corrector=no_correction(), sampler=sampler(cache=dual_cache()))
+    recipe = tiny_recipe("x", likelihood=ELBO(), corrector=NoCorrection(), sampler=sampler(cache=DualCache()))
     (said,) = cautions(recipe)
-    assert "sampler.cache='dual' is approximate, and likelihood='elbo' does not replay" in said and "\n" not in said
-    assert cautions(replace(recipe, likelihood=trajectory())) == []
-    assert cautions(replace(recipe, sampler=sampler(cache=prefix_cache(refresh=1)))) == []
+    assert "sampler.cache='dual' is approximate, and likelihood='ELBO' does not replay" in said and "\n" not in said
+    assert cautions(replace(recipe, likelihood=Trajectory())) == []
+    assert cautions(replace(recipe, sampler=sampler(cache=PrefixCache(refresh=1)))) == []
 
 
 def test_a_zero_that_would_compare_a_tensor_with_itself_is_refused():
-    with pytest.raises(ValueError, match="zero_mismatch=True with likelihood='elbo' would compare"):
-        tiny_recipe("x", likelihood=elbo(), zero_mismatch=True, rollout_quantization=None)
+    with pytest.raises(ValueError, match="zero_mismatch=True with likelihood='ELBO' would compare"):
+        tiny_recipe("x", likelihood=ELBO(), zero_mismatch=True, rollout_quantization=None)
 
 
 def test_a_small_models_rate_at_a_large_model(tmp_path, capsys, monkeypatch):

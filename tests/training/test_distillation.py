@@ -12,19 +12,19 @@ from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
-from dllm_rl import decoupled, max_prob, tiny_llama, tiny_masked_lm, train, trajectory, unmask
-from dllm_rl.models.lora import lora_r16
+from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import confidence, plackett_luce, random
+from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.training.distillation import refine_steps, student_teacher_log_ratio, teacher_policy
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
-STATE_ONLY = partial(unmask, max_new_tokens=16, diffusion_steps=3, rank=max_prob, temperature=1.0)
+STATE_ONLY = Unmask(max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
 
 
 def taught_recipe(directory, **changes):
@@ -120,7 +120,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     taken = refine_steps(rollout, seeds, num_parts=num_parts)
 
     def logps(policy, of):
-        return contributions(policy, of, trajectory().draw_views(of, torch.Generator()), trajectory())
+        return contributions(policy, of, Trajectory().draw_views(of, torch.Generator()), Trajectory())
 
     target = logps(teacher, taken).sum(-1).double()
 
@@ -207,7 +207,7 @@ def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
 
 
 def test_with_adapters_the_reference_is_the_base(tmp_path):
-    train(taught_recipe(tmp_path, lora=lora_r16, zero_mismatch=True, teacher_coeff=0.5, learning_rate=1e-2))
+    train(taught_recipe(tmp_path, lora=Lora(), zero_mismatch=True, teacher_coeff=0.5, learning_rate=1e-2))
     first, second = metrics_of(tmp_path)
     assert first["teacher/reverse_kl"] == 0 != second["teacher/reverse_kl"]
     assert not (tmp_path / "reference").exists()
@@ -224,7 +224,7 @@ def test_an_autoregressive_student_has_a_teacher(tmp_path):
 
 def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
     """Under a rank that chooses by the draws: both probabilities are of tokens and order, and equal."""
-    by_draws = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
+    by_draws = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
     train(taught_recipe(tmp_path, sampler=by_draws, num_steps=1))
     assert metrics_of(tmp_path)[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
 
@@ -280,7 +280,7 @@ def test_grpo_takes_a_teacher():
         ({"teacher_coeff": 1.5}, r"teacher_coeff=1\.5"),
         ({"teacher_substeps": 0}, "teacher_substeps=0 must be at least 1"),
         ({"teacher": None, "teacher_substeps": 4}, "teacher_substeps=4 .* teacher=None: set teacher"),
-        ({"advantages": decoupled}, "advantages=decoupled takes the task's component rewards"),
+        ({"advantages": Decoupled()}, r"advantages=Decoupled\(.*\) takes the task's component rewards"),
         ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 redraws groups"),
     ],
 )
@@ -299,18 +299,18 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         ({"teacher": partial(other_model, characters="1234.=x")}, "teacher .* has another vocabulary than"),
         ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
         (
-            {"sampler": partial(STATE_ONLY, rank=partial(plackett_luce, temperature=1.0))},
+            {"sampler": STATE_ONLY.replace(rank=PlackettLuce(temperature=1.0))},
             "teacher_substeps=2: the sampler's rank reads",
         ),
         (
-            {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence)},
-            "teacher_substeps=2: .* rank .*; use teacher_substeps=1, or rank=max_prob$",
+            {"sampler": Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence())},
+            r"teacher_substeps=2: .* rank .*; use teacher_substeps=1, or rank=MaxProb\(\)$",
         ),
         (
-            {"sampler": partial(STATE_ONLY, rank=random, commit=partial(remask, eta=0.3))},
+            {"sampler": STATE_ONLY.replace(rank=RandomOrder(), commit=Remask(eta=0.3))},
             "teacher_substeps=2: .* more than once.*; use teacher_substeps=1$",
         ),
-        ({"sampler": partial(STATE_ONLY, top_k=3)}, "teacher with top_k or top_p"),
+        ({"sampler": STATE_ONLY.replace(top_k=3)}, "teacher with top_k or top_p"),
     ],
 )
 def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, changes, message):

@@ -1,7 +1,6 @@
 """A failed step: the state before it is saved, so that a resume repeats the step."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 from subprocess import PIPE, Popen
 
@@ -9,7 +8,7 @@ import pytest
 from run_outputs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.correctors import no_correction
+from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.models.lora import Lora
@@ -100,7 +99,7 @@ def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
             raise RuntimeError("the surrogate has met a ratio")
         return advantages[:, None] * log_ratio.exp()
 
-    changes = {"corrector": replace(no_correction(), loss=in_second_iteration), "lora": partial(Lora, r=2)}
+    changes = {"corrector": FunctionCorrector(loss=in_second_iteration), "lora": Lora(r=2)}
     late = {"num_iterations": 2, "lr_schedule": lambda step, num_steps: float(step > 0)}
     note = failed(tmp_path, RuntimeError, **changes, **late)
     assert "failed after step 1 was complete and is not saved; the newest checkpoint is step-000000; fix" in note

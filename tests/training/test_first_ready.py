@@ -6,7 +6,6 @@ import time
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +18,10 @@ from run_outputs import metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import coupled
+from dllm_rl.likelihoods.estimators import Coupled
 from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch, read_order
@@ -201,7 +201,7 @@ def slow_first(number):
     return 3.5 if number % 4 == 0 else 0.5
 
 
-@pytest.mark.parametrize("changes", [{}, {"likelihood": coupled(), "rollout_quantization": None}])
+@pytest.mark.parametrize("changes", [{}, {"likelihood": Coupled(), "rollout_quantization": None}])
 def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trained_on(changes, tmp_path):
     """The run is the loop written by hand: batch b of the weights that the metrics name, trained on in the step that
     they name."""
@@ -372,7 +372,7 @@ def test_two_ray_workers_keep_the_bound_also_after_their_death(tmp_path, monkeyp
         return plain_collect(rollouts, step)
 
     monkeypatch.setattr(FirstReadyRollouts, "collect", struck_first)
-    recipe = replace(recipe, sampler=partial(uneven))
+    recipe = replace(recipe, sampler=FunctionSampler(function=uneven, max_new_tokens=16))
     train(recipe)
     assert "another worker repeats the job" in capsys.readouterr().out
     rows = metrics_of(tmp_path)

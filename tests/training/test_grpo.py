@@ -19,20 +19,23 @@ from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from dllm_rl import Recipe, decoupled, float8_weight_only, grpo, grpo_recipe, gspo, tiny_llama, tiny_masked_lm, train
-from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.members import describe
+from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.samplers import renoise
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.revise import remask, soft_edit
-from dllm_rl.samplers.rules import max_prob, random, soft_threshold, threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.records import describe
+from dllm_rl.samplers import Renoise
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.revise import Remask, SoftEdit
+from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshold
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.trl_names import REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
+from dllm_rl.training.trl_names import DR_GRPO, REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -51,7 +54,7 @@ async def short(completions, **_):
 
 
 def options(directory, **more):
-    small = {"num_steps": 2, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": float8_weight_only}
+    small = {"num_steps": 2, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": Float8WeightOnly()}
     return {"max_new_tokens": 4, "output_dir": str(directory), **small, **more}
 
 
@@ -71,7 +74,7 @@ def test_a_reward_may_ask_for_speed(tmp_path):
         told.append(forwards)
         return [-float(each) for each in forwards]
 
-    sampler = {"commit": partial(soft_threshold, tau=0.1)}
+    sampler = {"commit": SoftThreshold(tau=0.1)}
     settings = options(tmp_path, num_iterations=2, sampler_options=sampler)
     grpo(tiny_masked_lm(**SMALL), ROWS, [quick, right], **settings)
     assert {len(each) for each in told} >= {16} and len({each for forwards in told for each in forwards}) > 1
@@ -85,19 +88,20 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
 
     def spy(rewards, *, parts, weights):
         seen.append((rewards, parts, weights))
-        return decoupled(rewards, parts=parts, weights=weights)
+        return Decoupled()(rewards, parts=parts, weights=weights)
 
     def rows_with(advantages):
+        folder = tmp_path / describe(advantages).partition("(")[0].rpartition(":")[2]
         given = {"reward_weights": [1.0, 0.1], "advantages": advantages, "num_steps": 1}
-        grpo(tiny_masked_lm(**SMALL), ROWS, [right, short], **options(tmp_path / advantages.__name__, **given))
-        return read_metrics(tmp_path / advantages.__name__)
+        grpo(tiny_masked_lm(**SMALL), ROWS, [right, short], **options(folder, **given))
+        return read_metrics(folder)
 
     (row,) = rows_with(spy)
     assert len(seen) == 3 and seen[2][1].shape == (2, 4, 4)  # rehearsal and cautions ask once each
     together, parts, weights = seen[2]
     torch.testing.assert_close((weights[:, None, None] * parts).sum(0), together)
     assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
-    (plain,) = rows_with(decoupled)
+    (plain,) = rows_with(Decoupled())
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
 
 
@@ -123,19 +127,21 @@ def test_a_reward_function_may_have_the_name_of_a_metric(tmp_path, name):
 
 
 def test_one_reward_cannot_be_taken_apart(tmp_path):
-    with pytest.raises(ValueError, match="advantages=decoupled takes each component reward, and task 'sudoku' has no"):
-        train(tiny_recipe(tmp_path, advantages=decoupled))
+    with pytest.raises(
+        ValueError, match=r"advantages=Decoupled\(eps=0.0001\) takes each component reward, and task 'sudoku' has"
+    ):
+        train(tiny_recipe(tmp_path, advantages=Decoupled()))
 
 
 def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     recipe = grpo_recipe(partial(tiny_llama, causal=True, **SMALL), ROWS, right, **options(tmp_path))
-    assert recipe.sampler.func is autoregress and recipe.likelihood == causal()
+    assert type(recipe.sampler) is Autoregress and recipe.likelihood == Causal()
     recipe = grpo_recipe(partial(tiny_masked_lm, **SMALL), ROWS, right, **options(tmp_path))
-    assert recipe.sampler.func is unmask and describe(recipe.likelihood) == describe(trajectory(num_segments=2))
-    assert recipe.sampler.keywords["temperature"] == 1.0 and recipe.eval_sampler.keywords["temperature"] == 0.0
+    assert type(recipe.sampler) is Unmask and recipe.likelihood == Trajectory(num_segments=2)
+    assert recipe.sampler.temperature == 1.0 and recipe.eval_sampler.temperature == 0.0
     long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 16})
-    assert long.sampler.keywords["diffusion_steps"] == 16 and not long.likelihood.exact_for_sampler
-    assert "num_segments=4" in describe(long.likelihood)
+    assert long.sampler.diffusion_steps == 16 and not long.likelihood.exact_for_sampler
+    assert long.likelihood.num_segments == 4
     few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 3})
     assert few.likelihood.exact_for_sampler
 
@@ -143,10 +149,10 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "options", "expected"),
     [
-        (16, {}, trajectory(block_size=4)),  # two tokens a step: two steps a block
-        (32, {}, trajectory(block_size=4, num_segments=2)),  # one token a step: four
-        (None, {}, trajectory(block_size=4, num_segments=2)),
-        (8, {"block_size": 8}, trajectory(num_segments=2)),  # blocks of another size than the model's
+        (16, {}, Trajectory(block_size=4)),  # two tokens a step: two steps a block
+        (32, {}, Trajectory(block_size=4, num_segments=2)),  # one token a step: four
+        (None, {}, Trajectory(block_size=4, num_segments=2)),
+        (8, {"block_size": 8}, Trajectory(num_segments=2)),  # blocks of another size than the model's
     ],
 )
 def test_a_block_causal_model_is_scored_in_all_blocks_at_once(tmp_path, steps, options, expected):
@@ -155,19 +161,18 @@ def test_a_block_causal_model_is_scored_in_all_blocks_at_once(tmp_path, steps, o
         recipe = grpo_recipe(
             model, ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": steps} | options
         )
-        assert describe(recipe.likelihood) == describe(expected)
+        assert recipe.likelihood == expected
 
 
 def test_a_sampler_of_ones_own_may_have_other_blocks():
     """So a block-causal model's rollouts are then replayed step by step."""
 
-    def sampler(policy, prompts, generator, *, max_new_tokens):
+    def sample(policy, prompts, generator):
         raise AssertionError("not called")
 
-    recipe = grpo_recipe(
-        block_causal_policy(4), ROWS, right, max_new_tokens=32, sampler=partial(sampler, max_new_tokens=32)
-    )
-    assert describe(recipe.likelihood) == describe(trajectory(num_segments=8))
+    sampler = FunctionSampler(function=sample, max_new_tokens=32)
+    recipe = grpo_recipe(block_causal_policy(4), ROWS, right, max_new_tokens=32, sampler=sampler)
+    assert recipe.likelihood == Trajectory(num_segments=8)
 
 
 def block_causal_policy(block_size):
@@ -188,16 +193,16 @@ def test_a_model_whose_noise_is_random_tokens(tmp_path):
     policy = tiny_diffusion_gemma(characters="1234=", canvas_length=4, hidden_size=16, moe_intermediate_size=16)
     given = options(tmp_path, sampler_options={"diffusion_steps": 2})
     recipe = grpo_recipe(policy, ROWS, right, **given)
-    assert recipe.sampler.func is recipe.eval_sampler.func is renoise
-    assert recipe.sampler.keywords["answer"] == "drawn" and recipe.eval_sampler.keywords["answer"] == "argmax"
-    assert describe(recipe.likelihood) == describe(trajectory())
+    assert type(recipe.sampler) is type(recipe.eval_sampler) is Renoise
+    assert recipe.sampler.answer == "drawn" and recipe.eval_sampler.answer == "argmax"
+    assert recipe.likelihood == Trajectory()
     assert train(recipe)["eval_after"].keys() >= {"right"}
-    with pytest.raises(ValueError, match=r"temperature=0\.7: renoise has t_max and t_min"):
+    with pytest.raises(ValueError, match=r"temperature=0\.7: Renoise has t_max and t_min"):
         grpo_recipe(policy, ROWS, right, **given, temperature=0.7)
 
 
 def test_an_option_that_the_sampler_lacks_is_named():
-    with pytest.raises(ValueError, match=r"not keywords of unmask: 'nope'; help\(dllm_rl.samplers.unmask\)"):
+    with pytest.raises(ValueError, match=r"not settings of Unmask: 'nope'; help\(dllm_rl.Unmask\)"):
         grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=8, sampler_options={"nope": 1})
 
 
@@ -205,7 +210,7 @@ def test_a_path_is_looked_at_without_its_weights(tmp_path, monkeypatch):
     tiny_llama(causal=True, **SMALL).save_pretrained(tmp_path / "Some-Model")
     monkeypatch.setattr("dllm_rl.models.policy.load_module", None)
     recipe = grpo_recipe(str(tmp_path / "Some-Model"), ROWS, right)
-    assert recipe.name == "some-model" and recipe.sampler.func is autoregress
+    assert recipe.name == "some-model" and type(recipe.sampler) is Autoregress
 
 
 def test_a_dry_run_of_a_hubs_model_reads_config_json_alone(tmp_path, monkeypatch, capsys):
@@ -319,14 +324,17 @@ def test_trls_names_set_what_they_mean():
         **clip, max_completion_length=4, max_steps=3, run_name="a", hub_model_id="me/b", report_to="none", top_p=0.9,
         top_k=5, scale_rewards=False, sampler_options={"diffusion_steps": 2},
     )  # fmt: skip
-    assert recipe.loss.func.__name__ == "ppo_clip" and recipe.loss.keywords == clip
+    assert recipe.loss == PPOClip(**clip)
     assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
-    assert recipe.advantages.keywords == {"scale_rewards": "none"} and recipe.trackers == []
-    assert recipe.sampler.keywords == {
-        "max_new_tokens": 4, "diffusion_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
-    }  # fmt: skip
-    assert recipe_of(loss=gspo, epsilon=0.1).loss.func is gspo
+    assert recipe.advantages == GroupRelative(scale_rewards="none") and recipe.trackers == []
+    assert recipe.sampler == Unmask(max_new_tokens=4, diffusion_steps=2, top_p=0.9, top_k=5, temperature=1.0)
+    assert recipe_of(loss=GSPO(), epsilon=0.1).loss == GSPO(epsilon=0.1)
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
+
+
+@pytest.mark.parametrize("name", ["eval_steps", "micro_batch_size", "output_dir", "reward_timeout", "eval_split"])
+def test_none_is_a_value_where_a_setting_takes_it(name):
+    assert getattr(recipe_of(**{name: None}), name, None) is None
 
 
 @pytest.mark.parametrize(
@@ -341,8 +349,8 @@ def test_trls_names_set_what_they_mean():
         ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
         ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),
         (
-            {"advantages": decoupled, "scale_rewards": True},
-            "scale_rewards=True is not a keyword of the advantages",
+            {"advantages": Decoupled(), "scale_rewards": True},
+            "scale_rewards=True is not a setting of advantages=Decoupled",
         ),
     ],
 )
@@ -402,10 +410,10 @@ def test_an_argument_of_another_type_is_named(settings, field):
 
 def test_names_and_peft_settings_are_taken_where_they_mean_one_thing():
     peft = pytest.importorskip("peft")
-    settings = {"loss": "gspo", "epsilon": 0.1, "loss_reduction": "fixed_length_mean", "max_new_tokens": 4}
+    settings = {"loss": "GSPO", "epsilon": 0.1, "loss_reduction": "SequenceMean", "max_new_tokens": 4}
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, peft_config=peft.LoraConfig(r=4), **settings)
-    assert describe(recipe.loss) == describe(partial(gspo, epsilon=0.1)) and recipe.lora().r == 4
-    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=4)"
+    assert recipe.loss == GSPO(epsilon=0.1) and recipe.lora.r == 4
+    assert recipe.loss_reduction == SequenceMean()
 
 
 def test_trls_order_of_arguments_is_refused():
@@ -428,7 +436,7 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
 
 def segments(**settings):
     """How many segments a trajectory is scored in: None where each step is scored, which is exact."""
-    return recipe_of(**settings).likelihood.factory.keywords["num_segments"]
+    return recipe_of(**settings).likelihood.num_segments
 
 
 def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
@@ -437,17 +445,17 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(sampler_options={"max_new_tokens": 3}) is None
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
-    assert segments(sampler=partial(unmask, max_new_tokens=3)) is None
-    assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), diffusion_steps=16)) == 4
-    rule = partial(threshold, tau=0.9)
+    assert segments(sampler=Unmask(max_new_tokens=3)) is None
+    assert segments(max_new_tokens=4, sampler=Unmask(max_new_tokens=64, diffusion_steps=16)) == 4
+    rule = Threshold(tau=0.9)
     assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
-    assert segments(max_new_tokens=64, sampler_options={"commit": partial(soft_threshold, tau=0.9)}) is None
+    assert segments(max_new_tokens=64, sampler_options={"commit": SoftThreshold(tau=0.9)}) is None
 
 
-@pytest.mark.parametrize("rule", [partial(soft_edit, rate=0.5), partial(remask, eta=0.5)])
+@pytest.mark.parametrize("rule", [SoftEdit(rate=0.5), Remask(eta=0.5)])
 def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
     """Its steps cannot be merged, so a default with segments would end the run in its first step."""
-    rank = random if rule.func is remask else max_prob
+    rank = RandomOrder() if isinstance(rule, Remask) else MaxProb()
     options = {"commit": rule, "rank": rank, "diffusion_steps": 4}
     settings = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": None}
     settings |= {"output_dir": tmp_path, "sampler_options": options}
@@ -457,7 +465,7 @@ def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
 
 def test_the_samplers_own_temperature_is_kept():
     recipe = recipe_of(max_new_tokens=4, sampler_options={"temperature": 0.5})
-    assert recipe.sampler.keywords["temperature"] == 0.5 and recipe.eval_sampler.keywords["temperature"] == 0.0
+    assert recipe.sampler.temperature == 0.5 and recipe.eval_sampler.temperature == 0.0
 
 
 @pytest.mark.parametrize("how", ["grpo_recipe", "grpo", "dry_run"])
@@ -470,7 +478,7 @@ def test_a_function_that_makes_the_model_may_need_the_seed(tmp_path, how):
         return tiny_masked_lm(**SMALL, seed=seed)
 
     if how == "grpo_recipe":
-        assert grpo_recipe(make, ROWS, right).sampler.func is unmask and seeds == [0]
+        assert type(grpo_recipe(make, ROWS, right).sampler) is Unmask and seeds == [0]
         return
     assert grpo(make, ROWS, right, **options(tmp_path, num_steps=0, seed=3, dry_run=how == "dry_run"))
     assert len(seeds) >= 2 and set(seeds) == {3}
@@ -522,7 +530,9 @@ def test_trls_batch_sizes_count_completions(monkeypatch, processes):
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_trls_learning_rates_are_those_of_transformers(name, warmup):
     if name == "constant" and warmup:
-        with pytest.raises(ValueError, match="warmup_steps=3 is not a keyword of the lr_schedule; leave one of them"):
+        with pytest.raises(
+            ValueError, match=r"warmup_steps=3 is not a setting of lr_schedule=ConstantRate\(\); leave one of"
+        ):
             recipe_of(lr_scheduler_type=name, warmup_steps=warmup)
         return
     recipe = recipe_of(lr_scheduler_type=name, warmup_steps=warmup, max_steps=8, learning_rate=0.5)
@@ -558,8 +568,8 @@ def test_a_reference_that_stays_is_the_only_one():
             "loss_type='bnpo' divides by the tokens of each forward, and an update has 2 of them; use 'dapo'",
         ),
         ({"importance_sampling_level": "sequence_token"}, r"='sequence_token' \(not one of 'token', 'sequence'; for"),
-        ({"importance_sampling_level": "sequence", "loss": gspo}, "loss is set twice"),
-        ({"importance_sampling_level": "sequence", "delta": 4.0}, "delta=4.0 is not a keyword of the loss"),
+        ({"importance_sampling_level": "sequence", "loss": GSPO()}, "loss is set twice"),
+        ({"importance_sampling_level": "sequence", "delta": 4.0}, r"delta=4.0 is not a setting of loss=GSPO\("),
         (
             {"lr_scheduler_type": "polynomial"},
             r"lr_scheduler_type='polynomial' \(not one of 'constant', .*'cosine'; for",
@@ -591,7 +601,8 @@ def test_the_docs_have_the_table_of_words():
     expected = {}
     for name, (keyword, words) in STRING_VALUES.items():
         for word, held in words.items():
-            expected[f"{name}={word!r}"] = f"{keyword}={describe(held)}"
+            shown = "FixedLengthMean(length=max_new_tokens)" if held is DR_GRPO else describe(held)
+            expected[f"{name}={word!r}"] = f"{keyword}={shown}"
     assert dict(re.findall(r"^\| `(\w+=.+)` \| (.*) \|$", page, re.MULTILINE)) == expected
 
 
@@ -634,7 +645,7 @@ def test_each_remedy_is_a_setting_or_says_what_else():
     others = {remedy for remedy in REMEDIES.values() if remedy.partition(".")[0] not in known}
     assert others == {"accelerate launch --cpu", "dllm-rl evaluate --samples", "the environment's HF_TOKEN"}
     options = {remedy.partition(".")[2] for remedy in REMEDIES.values() if remedy.startswith("sampler_options.")}
-    assert options <= inspect.signature(unmask).parameters.keys()
+    assert options <= inspect.signature(Unmask).parameters.keys()
 
 
 @pytest.mark.parametrize(
@@ -705,7 +716,7 @@ def test_what_is_no_model_is_refused_by_its_value(model):
 
 
 def test_unknown_sampler_options_are_refused_together():
-    with pytest.raises(ValueError, match="sampler_options: not keywords of unmask: 'blok_size', 'tempo'; help"):
+    with pytest.raises(ValueError, match="sampler_options: not settings of Unmask: 'blok_size', 'tempo'; help"):
         recipe_of(sampler_options={"blok_size": 1, "top_k": 2, "tempo": 1})
 
 
@@ -731,8 +742,8 @@ def test_blanks_are_filled_in_and_graded(tmp_path, rows, settings, length):
     policy = tiny_masked_lm(characters="1234=", hidden_size=16, num_layers=1)
     changes = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": "none"}
     recipe = grpo_recipe(policy, rows, filled, output_dir=str(tmp_path), **settings, **changes)
-    assert recipe.sampler.keywords["max_new_tokens"] == length
-    assert recipe.task[0].blank == "_" and describe(recipe.likelihood).startswith("trajectory(")
+    assert recipe.sampler.max_new_tokens == length
+    assert recipe.task[0].blank == "_" and isinstance(recipe.likelihood, Trajectory)
     train(recipe)
     assert seen and all("_" not in text and text[0] in "1234" and "=" in text for text in seen)
 
@@ -741,11 +752,11 @@ def test_the_length_of_blanks_counts_as_sampled_tokens():
     """Dr. GRPO divides by it, and a likelihood of many steps is scored in segments."""
     policy = tiny_masked_lm(**SMALL)
     recipe = grpo_recipe(policy, [{"prompt": "1" + "_" * 12}] * 4, right_length, blank="_", loss_type="dr_grpo")
-    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=12)"
-    assert describe(recipe.likelihood) == describe(grpo_recipe(policy, ROWS, right, max_new_tokens=12).likelihood)
+    assert recipe.loss_reduction == FixedLengthMean(length=12)
+    assert recipe.likelihood == grpo_recipe(policy, ROWS, right, max_new_tokens=12).likelihood
     chat = [{"prompt": [{"role": "user", "content": "1__"}, {"role": "user", "content": "_"}]}] * 4
     recipe = grpo_recipe(policy, chat, right_length, blank="_", loss_type="dr_grpo")
-    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=3)"
+    assert recipe.loss_reduction == FixedLengthMean(length=3)
 
 
 def right_length(completions, **columns):
@@ -753,7 +764,7 @@ def right_length(completions, **columns):
 
 
 def test_a_blank_that_no_prompt_has_leaves_the_default_length():
-    assert recipe_of(blank="_").sampler.keywords["max_new_tokens"] == 256
+    assert recipe_of(blank="_").sampler.max_new_tokens == 256
 
 
 @pytest.mark.parametrize("blank", [3, True, ["_"]])

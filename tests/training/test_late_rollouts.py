@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,17 +24,18 @@ from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
-from dllm_rl.algorithms.correctors import ais, aligned, tis
+from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import coupled, sandwich, trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Sandwich, Trajectory
 from dllm_rl.models.base import copied
-from dllm_rl.models.lora import add_lora, lora_r16
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.engine import http_engine
+from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.rules import MaxProb, PlackettLuce, RandomOrder, Rank, SoftThreshold
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
@@ -109,7 +111,7 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
             super().submit(step, weights)
             self.result(step)
 
-    recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9, corrector=ais())
+    recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9, corrector=AIS())
     weights, rows = weights_of(train(recipe, Ahead())), metrics_of(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-000003"
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"00000{i}.safetensors" for i in (3, 4)]
@@ -148,18 +150,18 @@ def test_more_steps_on_a_resume_are_those_of_a_run_with_these_steps(tmp_path, la
     assert [row["staleness"] for row in metrics_of(tmp_path / "parts")] == [min(i, late) for i in range(ends[-1][1])]
 
 
-SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_iterations": 2, "corrector": tis()}
+SEVERAL_MASKS = {"likelihood": Coupled(), "rollout_quantization": None, "num_iterations": 2, "corrector": TIS()}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"likelihood": coupled()},
+        {"likelihood": Coupled()},
         nightly(SEVERAL_MASKS),
-        pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.nightly),
-        pytest.param({"likelihood": sandwich()}, marks=pytest.mark.nightly),
-        pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.nightly),
+        pytest.param({"lora": Lora(), "learning_rate": 1e-2}, marks=pytest.mark.nightly),
+        pytest.param({"likelihood": Sandwich()}, marks=pytest.mark.nightly),
+        pytest.param({"likelihood": Trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.nightly),
     ],
 )
 def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
@@ -170,7 +172,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
     if recipe.lora is not None:
-        add_lora(policy, recipe.lora())
+        add_lora(policy, recipe.lora)
     optimizer = make_optimizer(recipe, policy)
     engine = resolve_rollout_engine(recipe)
     fresh = engine.load(policy)
@@ -203,7 +205,7 @@ def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("corrector", [aligned(), nightly(tis())])
+@pytest.mark.parametrize("corrector", [Aligned(), nightly(TIS())])
 def test_late_rollouts_go_with_correctors(corrector, tmp_path):
     train_here(late_recipe(tmp_path, late=2, num_steps=4, corrector=corrector, num_iterations=2))
     assert metrics_of(tmp_path)[-1]["staleness"] == 2
@@ -213,18 +215,9 @@ def test_a_batch_survives_its_bytes(tmp_path):
     """Every part that a rollout may have: the order's law, kept tokens, events of a rule that rewrites."""
     recipe = late_recipe(tmp_path, late=0)
     accelerator = make_accelerator()
-    ranked = partial(
-        unmask,
-        max_new_tokens=8,
-        diffusion_steps=4,
-        rank=partial(plackett_luce, temperature=1.0),
-        temperature=1.0,
-        top_k=3,
-    )
-    rewriting = partial(
-        unmask, max_new_tokens=8, diffusion_steps=4, rank=random, commit=partial(remask, eta=0.3), temperature=0.7
-    )
-    coins = partial(unmask, max_new_tokens=8, rank=max_prob, commit=partial(soft_threshold, tau=0.1), temperature=1.0)
+    ranked = Unmask(max_new_tokens=8, diffusion_steps=4, rank=PlackettLuce(temperature=1.0), temperature=1.0, top_k=3)
+    rewriting = Unmask(max_new_tokens=8, diffusion_steps=4, rank=RandomOrder(), commit=Remask(eta=0.3), temperature=0.7)
+    coins = Unmask(max_new_tokens=8, rank=MaxProb(), commit=SoftThreshold(tau=0.1), temperature=1.0)
     found = set()
     for sampler in (ranked, rewriting, coins):
         each = replace(recipe, sampler=sampler)
@@ -252,11 +245,13 @@ def assert_equal_records(a, b, found):
         one, other = getattr(a, each.name), getattr(b, each.name)
         if isinstance(other, torch.Tensor):
             assert one.dtype == other.dtype and torch.equal(one, other), each.name
+        elif callable(other):  # the rank, which is a record too
+            assert one is other, each.name
+            found.add(each.name)
         elif dataclasses.is_dataclass(other):
             assert_equal_records(one, other, found)
         else:
-            assert one is other if callable(other) else one == other, each.name
-            found |= {each.name} if callable(other) else set()
+            assert one == other, each.name
 
 
 class Failing(Wrapped):
@@ -298,11 +293,11 @@ def test_damaged_bytes_are_refused(tmp_path):
         ({"rollout_workers": 4, "max_staleness": 2}, "use 3 workers, or max_staleness=3"),
         ({"rollout_workers": 1, "max_staleness": 1, "zero_mismatch": True, "rollout_quantization": None}, "as they do"),
         (
-            {"rollout_workers": 1, "max_staleness": 1, "likelihood": coupled(), "teacher": "reference"},
-            "teacher with max_staleness=1 and likelihood='coupled'",
+            {"rollout_workers": 1, "max_staleness": 1, "likelihood": Coupled(), "teacher": "reference"},
+            "teacher with max_staleness=1 and likelihood='Coupled'",
         ),
         ({"rollout_workers": 1, "router_replay": "R3"}, "router_replay='R3' was not tried"),
-        ({"rollout_workers": 1, "rollout_engine": http_engine(), "rollout_quantization": None}, "serves one process"),
+        ({"rollout_workers": 1, "rollout_engine": HTTPEngine(), "rollout_quantization": None}, "serves one process"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
         ({"rollout_workers": -1}, "rollout_workers=-1"),
     ],
@@ -331,6 +326,13 @@ class Locked:
     def __call__(self, *arguments, **columns):
         with self.lock:
             return [1.0] * len(columns["completions"])
+
+
+class LockedRank(Rank):
+    lock: Any
+
+    def __call__(self, logits):
+        return logits[:, 0]
 
 
 def reward_of_a_closure():
@@ -373,7 +375,11 @@ ROWS = [{"prompt": "12="}, {"prompt": "34="}]
             "task=DatasetTask",
             "'sqlite3.Connection'",
         ),
-        (lambda: {"sampler": partial(unmask, rank=Locked())}, "sampler=functools.partial", "'_thread.lock'"),
+        (
+            lambda: {"sampler": Unmask(max_new_tokens=4, rank=LockedRank(lock=Lock()))},
+            "sampler=Unmask(max_new_tokens=4",
+            "'_thread.lock'",
+        ),
         (lambda: {"advantages": partial(len, (i for i in "ab"))}, "advantages=functools.partial", "'generator'"),
         (lambda: {"model": partial(len, socket.socket())}, "model=functools.partial", "'socket'"),
     ],
@@ -440,7 +446,7 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
     "likelihood",
     [
         pytest.param({}, id="recorded"),
-        pytest.param({"likelihood": coupled()}, id="scored", marks=pytest.mark.nightly),
+        pytest.param({"likelihood": Coupled()}, id="scored", marks=pytest.mark.nightly),
     ],
 )
 def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys):
@@ -508,7 +514,7 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
         return plain(policy, prompts, generator)
 
     with pytest.raises(RuntimeError, match=rf"rollouts of step 2: {MAX_ATTEMPTS} workers in turn .* died") as error:
-        train(late_recipe(tmp_path, num_steps=4, sampler=partial(deadly)))
+        train(late_recipe(tmp_path, num_steps=4, sampler=FunctionSampler(function=deadly, max_new_tokens=16)))
     assert "\n" not in error.value.args[0]
     folder = tmp_path / "checkpoints" / "step-000002"
     assert [path.name for path in (folder / "rollouts").iterdir()] == ["000002.weights.safetensors"]
@@ -518,10 +524,10 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
 SHARDED = """
 import sys
 from tiny_recipe import tiny_recipe
-from dllm_rl import lora_r16
+from dllm_rl import Lora
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.training.trainer import train
-changes = {"lora": lora_r16} if sys.argv[2] == "lora" else {}
+changes = {"lora": Lora()} if sys.argv[2] == "lora" else {}
 recipe = tiny_recipe(sys.argv[1], rollout_workers=2, max_staleness=1, num_steps=4, save_steps=2, save_total_limit=9,
                      shard_size=0, report_to=None, log_completions_steps=0, **changes)
 assert sharding_of(train(recipe).policy.module) is not None
@@ -533,7 +539,7 @@ assert sharding_of(train(recipe).policy.module) is not None
 def test_two_sharded_learners_publish_full_weights(ray, trained, tmp_path):
     """Two processes with half of the weights each, and two workers: to rounding the run of one process. Its checkpoint
     has the batches, or the full weights to make them."""
-    changes = {"lora": lora_r16} if trained == "lora" else {}
+    changes = {"lora": Lora()} if trained == "lora" else {}
     expected = train_here(late_recipe(tmp_path / "one", num_steps=4, **changes))
     run_ranks(SHARDED, 2, tmp_path / "two", trained)
     for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
@@ -559,7 +565,7 @@ def test_an_error_in_a_worker_is_the_learners(ray, tmp_path):
         return plain(policy, prompts, generator)
 
     with pytest.raises(RuntimeError, match=r"^LookupError: no such token"):
-        train(late_recipe(tmp_path, num_steps=4, sampler=partial(wrong)))
+        train(late_recipe(tmp_path, num_steps=4, sampler=FunctionSampler(function=wrong, max_new_tokens=16)))
     assert not of_ray()
 
 

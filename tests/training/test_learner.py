@@ -10,9 +10,9 @@ from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import Prompts, max_prob, tiny_masked_lm, unmask
-from dllm_rl.algorithms.correctors import no_correction
-from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl import MaxProb, Prompts, Unmask, tiny_masked_lm
+from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.training.learner import update_direction
 from dllm_rl.training.trainer import train
@@ -31,7 +31,7 @@ def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_
 
 
 def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_such(tmp_path):
-    changes = {"old_logprobs": "rollout", "corrector": no_correction(), "rollout_quantization": int3_emulated}
+    changes = {"old_logprobs": "rollout", "corrector": NoCorrection(), "rollout_quantization": int3_emulated}
     train(tiny_recipe(tmp_path, num_steps=1, **changes))
     row = metrics_of(tmp_path)[0]
     assert row["off_policy/old/m2"] < 1e-8 < 1e-6 < row["off_policy/rollout/m2"]
@@ -58,9 +58,9 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
 
 def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
     """The cosine over tokens, after a step along the gradient of the log-probs weighted by each token's advantage."""
-    estimator, policy = trajectory(), tiny_masked_lm(characters="1234.=", head_std=0.3)
+    estimator, policy = Trajectory(), tiny_masked_lm(characters="1234.=", head_std=0.3)
     prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id)
-    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=3, rank=max_prob)
+    rollout = Unmask(max_new_tokens=3, rank=MaxProb())(policy, prompts, torch.Generator().manual_seed(0))
     views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
     scores = estimator.view_logprobs(policy, rollout, views, retain_graphs=True)
     mask = rollout.completion_mask
@@ -79,14 +79,14 @@ def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
     assert measured == pytest.approx(cosine.item(), rel=1e-6) and measured > 0.1
 
 
-@pytest.mark.parametrize("estimator", [trajectory(), coupled()])
+@pytest.mark.parametrize("estimator", [Trajectory(), Coupled()])
 def test_the_direction_of_an_update_by_hand(estimator):
     """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the
     log-probs weighted by advantages, and negative after one against it."""
     policy = tiny_masked_lm(characters="1234.=", head_std=0.3)
     prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id, group_size=2)
-    rollout = unmask(
-        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=6, temperature=1.0, rank=max_prob
+    rollout = Unmask(max_new_tokens=6, temperature=1.0, rank=MaxProb())(
+        policy, prompts, torch.Generator().manual_seed(0)
     )
     views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import Corrector, no_correction, tis, unit_weights
-from dllm_rl.algorithms.losses import fixed_length_mean, kl_k1, kl_k2, sequence_mean, token_mean
+from dllm_rl.algorithms.correctors import TIS, FunctionCorrector, NoCorrection
+from dllm_rl.algorithms.losses import K1, K2, FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
@@ -76,14 +75,14 @@ def test_unquantized_rollouts_have_exactly_no_mismatch(make, tmp_path):
 @pytest.mark.parametrize(
     "corrector",
     [
-        correctors.ais(),
-        *(pytest.param(c, marks=pytest.mark.slow) for c in (tis(), tis(level="sequence"), correctors.icepop())),
+        correctors.AIS(),
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (TIS(), TIS(level="sequence"), correctors.IcePop())),
     ],
 )
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_on_policy_every_weighting_is_none(corrector, tmp_path):
     given = {"rollout_quantization": None, "num_steps": 1}
-    a = train(tiny_recipe(tmp_path / "a", corrector=no_correction(), **given))
+    a = train(tiny_recipe(tmp_path / "a", corrector=NoCorrection(), **given))
     b = train(tiny_recipe(tmp_path / "b", corrector=corrector, **given))
     assert_same_weights(a, b)
 
@@ -91,13 +90,13 @@ def test_on_policy_every_weighting_is_none(corrector, tmp_path):
 @pytest.mark.parametrize(
     "loss_reduction",
     [
-        token_mean,
-        *(pytest.param(f, marks=pytest.mark.slow) for f in (sequence_mean, partial(fixed_length_mean, length=16))),
+        TokenMean(),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (SequenceMean(), FixedLengthMean(length=16))),
     ],
 )
 def test_micro_batches_change_nothing_beyond_rounding(loss_reduction, tmp_path):
     # Plain descent: AdamW divides a gradient by its own size, and so shows the rounding of one near zero at full scale.
-    changes = {"loss_reduction": loss_reduction, "num_iterations": 2, "beta": 0.04, "kl": kl_k2, "optim": descent}
+    changes = {"loss_reduction": loss_reduction, "num_iterations": 2, "beta": 0.04, "kl": K2(), "optim": descent}
     changes |= {"learning_rate": 0.5, "num_steps": 1}
     whole = train(tiny_recipe(tmp_path / "whole", **changes))
     parts = train(tiny_recipe(tmp_path / "parts", micro_batch_size=4, **changes))
@@ -112,7 +111,7 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
     changes = {"advantages": one_live_group, "rollout_quantization": None, "optim": descent, "learning_rate": 0.5}
     changes["num_steps"] = 1
     skipped = train(tiny_recipe(tmp_path / "skipped", **changes))
-    kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=kl_k1, **changes))
+    kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=K1(), **changes))
     assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-6)
 
 
@@ -120,7 +119,7 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
     still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
-    still |= {"likelihood": likelihoods.trajectory(include_order=False)}
+    still |= {"likelihood": likelihoods.Trajectory(include_order=False)}
     a = train(tiny_recipe(tmp_path / "a", **still))
     b = train(tiny_recipe(tmp_path / "b", num_iterations=2, **still))
     assert_same_weights(a, b)
@@ -205,7 +204,7 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     """Six groups of which one is live: all scored by a KL term of weight 1e-30, or as a sample of every other group."""
     changes = {"advantages": one_live_group, "train_batch_size": 6, "num_steps": 1}
     changes["rollout_quantization"] = int3_emulated
-    train(tiny_recipe(tmp_path / "all", beta=1e-30, kl=kl_k1, **changes))
+    train(tiny_recipe(tmp_path / "all", beta=1e-30, kl=K1(), **changes))
     train(tiny_recipe(tmp_path / "five", num_mismatch_groups=5, **changes))
     train(tiny_recipe(tmp_path / "two", **changes))
     every, five, two = (metrics_of(tmp_path / name)[0] for name in ("all", "five", "two"))
@@ -229,7 +228,7 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
         ({"advantages": one_live_group}, [0]),
         ({"advantages": torch.zeros_like}, []),
         ({"advantages": one_live_group, "beta": 0.1}, [0, 1, 2, 3]),
-        ({"advantages": one_live_group, "num_iterations": 2, "likelihood": likelihoods.coupled()}, [0]),
+        ({"advantages": one_live_group, "num_iterations": 2, "likelihood": likelihoods.Coupled()}, [0]),
     ],
     ids=["one group", "none", "a KL term trains on all", "masks of a second update"],
 )
@@ -240,10 +239,10 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
     def watch(stats):
         seen.append(stats)
         numbers = {"mine/rows": stats.mask.any(-1).sum().item(), "mine/sum": stats.log_mismatch.abs().sum().item()}
-        return unit_weights(stats)._replace(metrics=numbers)
+        return NoCorrection().weights(stats)._replace(metrics=numbers)
 
     fixed = {"num_steps": 1, "num_mismatch_groups": 9, "rollout_quantization": int3_emulated}
-    train(tiny_recipe(tmp_path, corrector=Corrector(weight_fn=watch), **fixed | changes))
+    train(tiny_recipe(tmp_path, corrector=FunctionCorrector(function=watch), **fixed | changes))
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/rows"] == 16 and row["mine/rows"] == 4 * len(trained)
     updates = seen[-changes.get("num_iterations", 1) :]
@@ -269,7 +268,7 @@ def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
 
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_aligned_forward_leaves_no_mismatch(tmp_path):
-    train(tiny_recipe(tmp_path, corrector=correctors.aligned(), num_iterations=2))
+    train(tiny_recipe(tmp_path, corrector=correctors.Aligned(), num_iterations=2))
     assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
@@ -317,12 +316,12 @@ def test_kl_starts_at_zero_and_grows(tmp_path):
 class TestRefusals:
     def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):
         wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, sft_warmup_steps=10**6)
-        with pytest.raises(ValueError, match="use autoregress"):
+        with pytest.raises(ValueError, match="use Autoregress"):
             train(wrong)
 
     def test_a_likelihood_of_the_other_kind_before_any_work(self, tmp_path):
-        with pytest.raises(ValueError, match="likelihood='causal'"):
-            train(tiny_recipe(tmp_path, likelihood=likelihoods.causal(), sft_warmup_steps=10**6))
+        with pytest.raises(ValueError, match="likelihood='Causal'"):
+            train(tiny_recipe(tmp_path, likelihood=likelihoods.Causal(), sft_warmup_steps=10**6))
 
     def test_a_micro_batch_that_cuts_a_group(self, tmp_path):
         with pytest.raises(ValueError, match="micro_batch_size=6 must be a multiple of num_generations=4"):

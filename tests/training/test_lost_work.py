@@ -1,7 +1,6 @@
 """An error in the user's code loses no step: at every place a run calls such code, and goes on from `latest`."""
 
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,18 +9,18 @@ from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 
 from dllm_rl import Callback, grpo_recipe, tiny_masked_lm, train
-from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import Corrector, unit_weights
-from dllm_rl.algorithms.losses import ppo_clip, token_mean
-from dllm_rl.algorithms.optimizers import linear_decay
-from dllm_rl.algorithms.prompt_sources import PromptSource
+from dllm_rl.algorithms.advantages import GroupRelative
+from dllm_rl.algorithms.correctors import FunctionCorrector, NoCorrection
+from dllm_rl.algorithms.losses import PPOClip, TokenMean
+from dllm_rl.algorithms.optimizers import LinearDecay
+from dllm_rl.algorithms.prompt_sources import FunctionPromptSource
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.members import configurable
-from dllm_rl.models.engine import RolloutEngine
+from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.engine import FunctionEngine
 from dllm_rl.monitoring.json_lines import JsonLines
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
@@ -55,48 +54,51 @@ def reward(completions, answer, held, **columns):
     return [sum(a == b for a, b in zip(*pair, strict=False)) / 2 for pair in zip(completions, answer, strict=True)]
 
 
-def sampler(policy, prompts, generator, *, place, **options):
-    PLACES.reach(place)
-    return unmask(policy, prompts, generator, **options)
+def sampler(place, temperature):
+    plain = Unmask(max_new_tokens=2, diffusion_steps=2, temperature=temperature)
+
+    def sample(policy, prompts, generator):
+        PLACES.reach(place)
+        return plain(policy, prompts, generator)
+
+    return FunctionSampler(function=sample, max_new_tokens=2)
 
 
-@configurable
 def prompts(*, uses_history=True):
     def draw(history, count, generator):
         PLACES.step += 1
         PLACES.reach("the prompt source")
         return draw_indices(history.num_prompts, count, int(torch.randint(10**6, (1,), generator=generator)))
 
-    return PromptSource(draw, uses_history=uses_history)
+    return FunctionPromptSource(function=draw, uses_history=uses_history)
 
 
 def advantages(rewards):
     PLACES.reach("the advantages")
-    return group_relative(rewards)
+    return GroupRelative()(rewards)
 
 
-@configurable
 def corrector():
     def weights(stats):
         PLACES.reach("the corrector")
-        return unit_weights(stats)
+        return NoCorrection().weights(stats)
 
-    return Corrector(weight_fn=weights)
+    return FunctionCorrector(function=weights)
 
 
 def loss(log_ratio, advantages, mask):
     PLACES.reach("the loss")
-    return ppo_clip(log_ratio, advantages, mask)
+    return PPOClip()(log_ratio, advantages, mask)
 
 
 def reduction(*arguments, **keywords):
     PLACES.reach("the loss reduction")
-    return token_mean(*arguments, **keywords)
+    return TokenMean()(*arguments, **keywords)
 
 
 def rate(step, num_steps):
     PLACES.reach("the learning rate")
-    return linear_decay(step, num_steps)
+    return LinearDecay()(step, num_steps)
 
 
 def sync(policy, rollout_policy):
@@ -104,20 +106,14 @@ def sync(policy, rollout_policy):
     return sync_weights(policy, rollout_policy)
 
 
-@configurable
 def engine():
-    return RolloutEngine(load=partial(quantized_copy, config=None), sync=sync)
+    return FunctionEngine(load_fn=partial(quantized_copy, scheme=None), sync_fn=sync)
 
 
-@configurable
-def likelihood():
-    exact = trajectory()
-
-    def draw_views(rollout, generator):
+class Replay(Trajectory):
+    def draw_views(self, rollout, generator):
         PLACES.reach("the likelihood")
-        return exact.draw_views(rollout, generator)
-
-    return replace(exact, draw_views=draw_views)
+        return super().draw_views(rollout, generator)
 
 
 class Summing(Callback):
@@ -151,7 +147,6 @@ class Summing(Callback):
 
 def recipe(folder, **changes):
     rows, held = ([{**row, "held": here} for row in ROWS] for here in (False, True))
-    options = {"max_new_tokens": 2, "diffusion_steps": 2}
     settings = {
         "prompt_source": prompts(),
         "advantages": advantages,
@@ -160,9 +155,9 @@ def recipe(folder, **changes):
         "loss_reduction": reduction,
         "lr_schedule": rate,
         "rollout_engine": engine(),
-        "likelihood": likelihood(),
-        "sampler": partial(sampler, place="the sampler of a rollout", temperature=1.0, **options),
-        "eval_sampler": partial(sampler, place="the sampler of an evaluation", temperature=0.0, **options),
+        "likelihood": Replay(),
+        "sampler": sampler("the sampler of a rollout", 1.0),
+        "eval_sampler": sampler("the sampler of an evaluation", 0.0),
         "metric_for_best_model": "reward",
         "load_best_model_at_end": True,
         "learning_rate": 0.02,

@@ -8,7 +8,7 @@ import yaml
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.training import train
 from dllm_rl.training.model_card import NOT_UPLOADED, card
 
@@ -37,7 +37,7 @@ def hub(monkeypatch):
 
 def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path, hub):
     summary = train(
-        tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=trajectory(include_order=False))
+        tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=Trajectory(include_order=False))
     )
     first, last = ((tmp_path / f"checkpoints/step-00000{i}/README.md").read_text() for i in (1, 2))
     front = yaml.safe_load(last.split("---\n")[1])
@@ -48,9 +48,12 @@ def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path, hub)
     assert f"| `reward` | {' | '.join(cells)} |" in last
     assert (
         "8 problems of the task `sudoku`, version `1`" in last
-        and "| `eval_sampler` | `unmask(max_new_tokens=16" in last
+        and "| `eval_sampler` | `Unmask(max_new_tokens=16" in last
     )
-    assert "| `rollout_quantization` | `float8_weight_only` |" in last and "| `mismatch` | `healthy: ESS 1" in last
+    assert (
+        "| `rollout_quantization` | `Float8WeightOnly(dequantized=False)` |" in last
+        and "| `mismatch` | `healthy: ESS 1" in last
+    )
     assert str(tmp_path) not in last, "no path of the machine"
     assert hub == [], "nothing is uploaded unasked"
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import manifest, tiny_masked_lm, train
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.quantization.schemes import float8_dynamic
-from dllm_rl.samplers.cache import prefix_cache
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Float8Dynamic
+from dllm_rl.samplers.cache import PrefixCache
+from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.policies import (
     build_policy,
     check_compiled,
@@ -103,11 +102,11 @@ def test_of_the_model_that_a_recipe_names_the_rest_of_large_files_may_be_left_un
     ("changes", "said"),
     [
         ({"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
-        ({"sampler": partial(unmask, max_new_tokens=4, compile_step=True)}, "full steps: leave one of them out"),
+        ({"sampler": Unmask(max_new_tokens=4, compile_step=True)}, "full steps: leave one of them out"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
-    recipe = tiny_recipe(tmp_path, **{"torch_compile": True, "rollout_quantization": float8_dynamic} | changes)
+    recipe = tiny_recipe(tmp_path, **{"torch_compile": True, "rollout_quantization": Float8Dynamic()} | changes)
     with pytest.raises(ValueError, match=f"^torch_compile=True .*{said}, or set torch_compile=False$"):
         check_compiled(recipe)
     check_compiled(replace(recipe, torch_compile=False))
@@ -117,12 +116,12 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
     ("given", "changes", "said"),
     [
         ({}, {"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
-        ({"cache": prefix_cache()}, {}, "use dual_cache()"),
-        ({"commit": partial(remask, eta=0.1)}, {}, "commit=remask, which rewrites"),
+        ({"cache": PrefixCache()}, {}, "use DualCache()"),
+        ({"commit": Remask(eta=0.1)}, {}, "commit=Remask, which rewrites"),
     ],
 )
 def test_steps_that_cannot_be_compiled_are_refused(tmp_path, given, changes, said):
-    recipe = tiny_recipe(tmp_path, sampler=partial(unmask, max_new_tokens=4, compile_step=True, **given), **changes)
+    recipe = tiny_recipe(tmp_path, sampler=Unmask(max_new_tokens=4, compile_step=True, **given), **changes)
     with pytest.raises(ValueError, match=rf"^compile_step=True .*{re.escape(said)}.*, or set compile_step=False$"):
         train(recipe)
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
@@ -95,7 +96,8 @@ def test_a_prompt_is_read_also_if_its_length_does_not_matter(tmp_path, field, un
         policy.spec = replace(policy.spec, max_length=None)
     elif unknown == "the completion's length":
         policy.spec = replace(policy.spec, max_length=500)
-        recipe = replace(recipe, sampler=lambda *_: None, eval_sampler=lambda *_: None)
+        sampler = FunctionSampler(function=lambda *_: None, max_new_tokens=0)  # of prompts with blanks
+        recipe = replace(recipe, sampler=sampler, eval_sampler=sampler)
     else:
         policy.spec = replace(policy.spec, max_length=None if field != "task" else 64)
         recipe = replace(recipe, max_prompt_length=20)

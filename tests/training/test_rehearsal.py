@@ -15,11 +15,11 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.lora import lora_r16
-from dllm_rl.quantization.schemes import int4_weight_only
-from dllm_rl.samplers.revise import edit
-from dllm_rl.samplers.rules import max_prob, threshold
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.models.lora import Lora
+from dllm_rl.samplers.revise import Edit
+from dllm_rl.samplers.rules import MaxProb
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rehearsal import preserve_random_state
 from dllm_rl.training.start import load_and_rehearse
@@ -31,32 +31,29 @@ def small(directory, **changes):
     return tiny_recipe(directory, **{"model": SMALL, "num_steps": 1} | changes)
 
 
+def no_scheme():
+    raise ValueError("scheme: not today")
+
+
+def no_rank(logits):
+    raise ValueError("rank: not today")
+
+
 def no_surrogate(log_ratio, advantages, mask):
     raise ValueError("surrogate: not today")
 
 
 BAD = {
-    "quantize": ({"rollout_quantization": partial(int4_weight_only, group_size=0)}, "group_size=0 must be at least 1"),
-    "sample": (
-        {"sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
-        r"tau=7\.0 must lie",
-    ),
-    "sample to evaluate": (
-        {"eval_sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
-        r"tau=7\.0 must lie",
-    ),
+    "quantize": ({"rollout_quantization": no_scheme}, "scheme: not today"),
+    "sample": ({"sampler": Unmask(max_new_tokens=16, rank=no_rank)}, "rank: not today"),
+    "sample to evaluate": ({"eval_sampler": Unmask(max_new_tokens=16, rank=no_rank)}, "rank: not today"),
     "replay of a sampler that comes back": (
         {
-            "sampler": partial(
-                unmask,
-                max_new_tokens=16,
-                diffusion_steps=3,
-                rank=max_prob,
-                commit=partial(edit, tau=0.5),
-                temperature=1.0,
+            "sampler": Unmask(
+                max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), commit=Edit(tau=0.5), temperature=1.0
             )
         },
-        r"trajectory.*depends on the tokens drawn \(edit, rank=confidence\)",
+        r"Trajectory.*depends on the tokens drawn \(Edit, Confidence\)",
     ),
     "warm-up": (
         {"sft_warmup_steps": 1, "sft_warmup_metric": "solved"},
@@ -118,7 +115,7 @@ class Drawing(Wrapped):
     "changes",
     [
         {},
-        {"lora": partial(lora_r16, dropout=0.05), "beta": 0.1},
+        {"lora": Lora(dropout=0.05), "beta": 0.1},
         {"rollout_quantization": five_level_emulated, "beta": 0.1},
     ],
     ids=["plain", "adapters", "quantized"],
@@ -157,12 +154,12 @@ def test_global_generators_go_on_as_if_nobody_had_drawn():
 def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
     seen = []
 
-    def spy(policy, prompts, generator, *, max_new_tokens):
+    def spy(policy, prompts, generator):
         seen.append((prompts.tokens.shape[1], prompts.num_rows))
-        return unmask(policy, prompts, generator, max_new_tokens=max_new_tokens, diffusion_steps=2, temperature=1.0)
+        return Unmask(max_new_tokens=16, diffusion_steps=2, temperature=1.0)(policy, prompts, generator)
 
     task = OddPuzzles()
-    train(small(tmp_path, task=task, sampler=partial(spy, max_new_tokens=16)))
+    train(small(tmp_path, task=task, sampler=FunctionSampler(function=spy, max_new_tokens=16)))
     assert seen[0] == (max(len(task[i].prompt) for i in range(len(task))), 4)
 
 

@@ -15,15 +15,16 @@ from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms.advantages import leave_one_out
+from dllm_rl.algorithms.advantages import LeaveOneOut
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import block_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.cache import BlockCache
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training import rollouts as rollouts_module
@@ -70,9 +71,9 @@ def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
     family, exact = how.split(",")[0], how == "dream"
     policy = load_policy(checkpoint(tmp_path, family))
     options = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.8, "suppress": (0, 1)}
-    sampler = partial(autoregress, **options) if family == "llama" else partial(unmask, **options)
+    sampler = Autoregress(**options) if family == "llama" else Unmask(**options)
     if how == "sdar, cached":
-        sampler = partial(sampler, cache=block_cache())
+        sampler = sampler.replace(cache=BlockCache())
     whole = sampled(sampler, policy, 8)
     assert_same(whole, sampled(sampler, policy, rows), exact=exact)
     lengths = whole.completion_mask.sum(-1)
@@ -115,7 +116,8 @@ def test_a_step_of_a_run(tmp_path, make):
     for size in (None, 8):
         recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
         sampler = recipe.sampler
-        recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
+        spied = FunctionSampler(function=partial(spy, sampler, rows), max_new_tokens=16)
+        recipe = dataclasses.replace(recipe, sampler=spied)
         policy = build_policy(recipe, torch.device("cpu"))
         run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
         samples, answers, _ = collect(run, 0)
@@ -128,7 +130,7 @@ def test_a_step_of_a_run(tmp_path, make):
         assert torch.equal(seen[0][1], rewards)
 
 
-def spy(sampler, rows, policy, prompts, generator, **_):
+def spy(sampler, rows, policy, prompts, generator):
     rows.append(prompts.num_rows)
     return sampler(policy, prompts, generator)
 
@@ -151,13 +153,13 @@ def test_a_process_whose_completions_have_no_such_number_adds_nothing_to_its_mea
 
 def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
     """Every prompt with an odd number tells completions apart; the others' places are drawn again."""
-    seen = []
+    seen, plain = [], Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
 
-    def spied(policy, prompts, generator, **options):
+    def spied(policy, prompts, generator):
         seen.append(set() if prompts.seeds is None else set(prompts.seeds.tolist()))
-        return unmask(policy, prompts, generator, **options)
+        return plain(policy, prompts, generator)
 
-    sampler = partial(spied, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
+    sampler = FunctionSampler(function=spied, max_new_tokens=16)
     train(tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2, num_steps=1))
     first, again = seen[-2:]
     assert first and again and not first & again
@@ -168,13 +170,13 @@ def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(t
     """With dynamic sampling, whose later draws count too. What the sampler was asked and returned is counted here."""
     seen = []
 
-    def counted(policy, prompts, generator, *, sampler, **options):
-        rollout = sampler(policy, prompts, generator, **options)
+    def counted(policy, prompts, generator, *, sampler):
+        rollout = sampler(policy, prompts, generator)
         seen.append(int(rollout.attention_mask.sum()))  # of every row: its prompt and its completion
         return rollout
 
     recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=3)
-    sampler = partial(counted, sampler=recipe.sampler.func, **recipe.sampler.keywords)
+    sampler = FunctionSampler(function=partial(counted, sampler=recipe.sampler), max_new_tokens=16)
     recipe = dataclasses.replace(recipe, sampler=sampler)
     policy, log = build_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
     run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy, log=log)
@@ -222,7 +224,7 @@ def judged_recipe(directory, function=judge, **settings):
     return tiny_recipe(directory, task=task, **small, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"advantages": leave_one_out}, {"max_num_gen_batches": 3}])
+@pytest.mark.parametrize("settings", [{}, {"advantages": LeaveOneOut()}, {"max_num_gen_batches": 3}])
 def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_path, settings, monkeypatch):
     recipe = judged_recipe(tmp_path, **settings)
     seen = []
@@ -264,6 +266,6 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
         return rewards - rewards.mean(-1, keepdim=True)
 
     with pytest.raises(
-        ValueError, match=r"mine gave numbers that are not finite for rewards of shape \(4, 4\); \d+ of them"
+        ValueError, match=r"mine\) gave numbers that are not finite for rewards of shape \(4, 4\); \d+ of them"
     ):
         train(judged_recipe(tmp_path, advantages=mine))

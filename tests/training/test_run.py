@@ -68,7 +68,7 @@ UNREACHED = pytest.mark.skipif("config.getoption('other_cpu')", reason="the writ
 
 
 @pytest.mark.parametrize(
-    "changes", [slow({"num_iterations": 2}), pytest.param({"lora": partial(Lora, r=2, dropout=0.1)}, marks=UNREACHED)]
+    "changes", [slow({"num_iterations": 2}), pytest.param({"lora": Lora(r=2, dropout=0.1)}, marks=UNREACHED)]
 )
 def test_what_is_written_during_the_next_step_is_the_state_before_it(tmp_path, monkeypatch, changes):
     """Each is written when the step after it has changed the weights; a run goes on from it bit for bit."""
@@ -161,7 +161,7 @@ def test_an_error_and_a_signal_wait_for_what_is_being_written(tmp_path, monkeypa
 
 def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
     with pytest.raises(ValueError, match="async_save=True cannot be combined with base_quantization='nf4'"):
-        small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora)
+        small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora())
 
 
 def test_a_step_replaces_the_state_as_a_whole():

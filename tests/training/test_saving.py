@@ -98,7 +98,7 @@ def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
     assert stopped(monkeypatch, version=4) == (False, []), "an update has begun"
     policy = tiny_masked_lm(**SIZES)
     policy.weights_version = 3
-    with aligned_forward(policy, quantized_copy(policy, int3_emulated())):
+    with aligned_forward(policy, quantized_copy(policy, int3_emulated)):
         assert stopped(monkeypatch, policy=policy) == (False, []), "its layers run the rollout's weights"
     assert stopped(monkeypatch, policy=policy) == (True, [3])
     monkeypatch.setattr(saving, "sharding_of", lambda module: "a sharded module's")

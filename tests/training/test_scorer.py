@@ -9,17 +9,17 @@ from tiny_recipe import tiny_recipe
 from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import no_correction, qarl, tis
+from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.training.forwards import aligns, arithmetic
 from dllm_rl.training.learner import can_retain_graphs, rollout_logprob_source
 from dllm_rl.training.views import active_groups, inverse_sampling_weights, metric_weights
 
-EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()}
+EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCorrection()}
 
 
 @pytest.mark.parametrize(("changes", "modes"), [({}, []), ({"bf16": True}, []), (EXACT, [BatchInvariantOps])])
@@ -66,14 +66,14 @@ def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "copied", "rollout", "aligned"),
     [
-        ({"likelihood": trajectory()}, True, "recorded", False),
-        ({"likelihood": trajectory()}, False, "recorded", False),
-        ({"likelihood": trajectory(num_segments=2)}, True, "scored", False),
-        ({"likelihood": coupled()}, True, "scored", False),
-        ({"likelihood": coupled()}, False, "learner", False),
-        ({"corrector": tis()}, True, "recorded", False),
-        ({"corrector": correctors.aligned()}, True, "recorded", True),
-        ({"corrector": qarl()}, False, "recorded", False),  # without a copy there is nothing to align with
+        ({"likelihood": Trajectory()}, True, "recorded", False),
+        ({"likelihood": Trajectory()}, False, "recorded", False),
+        ({"likelihood": Trajectory(num_segments=2)}, True, "scored", False),
+        ({"likelihood": Coupled()}, True, "scored", False),
+        ({"likelihood": Coupled()}, False, "learner", False),
+        ({"corrector": TIS()}, True, "recorded", False),
+        ({"corrector": correctors.Aligned()}, True, "recorded", True),
+        ({"corrector": QaRL()}, False, "recorded", False),  # without a copy there is nothing to align with
     ],
 )
 def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):

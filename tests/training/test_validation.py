@@ -1,13 +1,13 @@
 """Evaluation during a run: when, and under which names."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import Sudoku, grpo, tiny_masked_lm, unmask
+from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.training.start import start
 from dllm_rl.training.validation import evaluate_with, format_metrics, validate, validation_interval
 
@@ -36,7 +36,7 @@ def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
 )
 def test_without_eval_steps_evaluations_take_two_percent(eval_rows, eval_steps_each, step_rows, steps_each, every):
     def bound(steps):
-        return some_sampler if steps is None else partial(unmask, max_new_tokens=16, diffusion_steps=steps)
+        return FILLED if steps is None else Unmask(max_new_tokens=16, diffusion_steps=steps)
 
     recipe = tiny_recipe(
         "x",
@@ -51,8 +51,7 @@ def test_without_eval_steps_evaluations_take_two_percent(eval_rows, eval_steps_e
     assert [validation_interval(replace(recipe, eval_steps=steps)) for steps in (0, 7)] == [0, 7]
 
 
-def some_sampler(policy, prompts, generator):
-    raise NotImplementedError
+FILLED = FunctionSampler(function=lambda policy, prompts, generator: None, max_new_tokens=0)  # fills in blanks
 
 
 def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_path):

@@ -1,7 +1,6 @@
 """The value head in training: what it begins as, what it sees, what it learns, and how it is saved."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -9,11 +8,11 @@ from accelerate import Accelerator
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import Prompts, tiny_masked_lm, unmask
-from dllm_rl.algorithms.correctors import tbpo
-from dllm_rl.algorithms.losses import gspo
-from dllm_rl.algorithms.values import value_head
-from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl import Prompts, Unmask, tiny_masked_lm
+from dllm_rl.algorithms.correctors import TBPO
+from dllm_rl.algorithms.losses import GSPO
+from dllm_rl.algorithms.values import ValueModel
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.serialization import serialize
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.recipe import Recipe
@@ -31,18 +30,18 @@ from dllm_rl.training.values import (
 
 def rollout_of(policy, *, rows=6, temperature=1.0):
     prompts = Prompts.from_ids([[1, 2], [3]], pad_id=policy.pad_id, group_size=rows // 2)
-    return unmask(policy, prompts, generator_for(0), max_new_tokens=8, diffusion_steps=4, temperature=temperature)
+    return Unmask(max_new_tokens=8, diffusion_steps=4, temperature=temperature)(policy, prompts, generator_for(0))
 
 
 def views_of(rollout, num_segments=None):
-    return trajectory(num_segments=num_segments).draw_views(rollout, generator_for(1))
+    return Trajectory(num_segments=num_segments).draw_views(rollout, generator_for(1))
 
 
 def test_a_run_begins_as_grpo(tmp_path):
     """Values are 0 before the first update, so that with lambda 1 its loss and gradient are those without values."""
-    changes = {"num_steps": 1, "likelihood": trajectory(include_order=False)}
+    changes = {"num_steps": 1, "likelihood": Trajectory(include_order=False)}
     train(tiny_recipe(tmp_path / "plain", **changes))
-    train(tiny_recipe(tmp_path / "values", value_model=value_head(gae_lambda=1.0), **changes))
+    train(tiny_recipe(tmp_path / "values", value_model=ValueModel(gae_lambda=1.0), **changes))
     (plain,), (row,) = (metrics_of(tmp_path / name) for name in ("plain", "values"))
     assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5) and plain["grad_norm"] > 0
     assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5, abs=1e-7)
@@ -54,7 +53,7 @@ def test_tokens_get_the_advantage_of_their_step():
     policy = tiny_masked_lm(**SIZES)
     rollout = rollout_of(policy)
     views = views_of(rollout)
-    head = ValueHead(value_head(gae_lambda=1.0), seed=0)
+    head = ValueHead(ValueModel(gae_lambda=1.0), seed=0)
     target = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 2.0])
     for _ in range(5):
         found, _ = head.token_advantages(policy, rollout, views, target, None)
@@ -72,7 +71,7 @@ def test_a_value_does_not_depend_on_what_its_step_draws():
     policy = tiny_masked_lm(**SIZES)
     rollout = rollout_of(policy)
     views = views_of(rollout)
-    head = ValueHead(value_head(gae_lambda=1.0), seed=0)
+    head = ValueHead(ValueModel(gae_lambda=1.0), seed=0)
     target = torch.linspace(-1, 1, 6)
     head.token_advantages(policy, rollout, views, target, None)
     head.learn(Accelerator(cpu=True))
@@ -96,7 +95,7 @@ def test_it_learns_what_the_states_tell():
     early = rollout.completion_mask & (rollout.unmask_step < 2)
     target = torch.where(early, rollout.tokens % 2 == 0, False).float().sum(-1)
     target = (target - target.mean()) / target.std()
-    head, accelerator = ValueHead(value_head(), seed=0), Accelerator(cpu=True)
+    head, accelerator = ValueHead(ValueModel(), seed=0), Accelerator(cpu=True)
     for _ in range(120):
         _, sums = head.token_advantages(policy, rollout, views, target, None)
         head.learn(accelerator)
@@ -111,7 +110,7 @@ def test_micro_batches_change_nothing():
     views, target = views_of(rollout, 2), torch.linspace(-1, 1, 6)
     found = []
     for micro_batch_size in (None, 3):
-        head = ValueHead(value_head(), seed=0)
+        head = ValueHead(ValueModel(), seed=0)
         for _ in range(3):
             advantages, _ = head.token_advantages(policy, rollout, views, target, micro_batch_size)
             head.learn(Accelerator(cpu=True))
@@ -124,7 +123,7 @@ def test_its_gradient_is_that_of_the_mean_squared_error():
     policy = tiny_masked_lm(**SIZES)
     rollout = rollout_of(policy)
     views, target = views_of(rollout), torch.linspace(-1, 1, 6)
-    head = ValueHead(value_head(), seed=0)
+    head = ValueHead(ValueModel(), seed=0)
     head.token_advantages(policy, rollout, views, target, None)
     head.learn(Accelerator(cpu=True))  # so that the last layer is not 0
     head.token_advantages(policy, rollout, views, target, None)
@@ -148,7 +147,7 @@ def test_one_rate_fits_every_width():
     assert rate_scale(torch.empty(8, 64)) == 1 and rate_scale(torch.empty(8, 4096)) == 1 / 64
     assert rate_scale(torch.empty(64)) == 1
     for width in (64, 4096):
-        head = ValueHead(value_head(), seed=0)
+        head = ValueHead(ValueModel(), seed=0)
         layers = head.build(width, torch.device("cpu"))
         states = torch.randn(64, width, generator=generator_for(width))
         target = states[:, 0].sign()
@@ -161,7 +160,7 @@ def test_one_rate_fits_every_width():
 
 
 def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
-    changes = {"likelihood": trajectory(num_segments=2), "value_model": value_head(), "save_steps": 2}
+    changes = {"likelihood": Trajectory(num_segments=2), "value_model": ValueModel(), "save_steps": 2}
     train(tiny_recipe(tmp_path / "whole", num_steps=4, **changes))
     train(tiny_recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4, **changes))
     resumed = {"resume_from_checkpoint": "latest", "lr_schedule_steps": 4}
@@ -172,7 +171,7 @@ def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    recipe = tiny_recipe(tmp_path, likelihood=trajectory(), value_model=value_head())
+    recipe = tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel())
     (tmp_path / FILE).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{FILE} is damaged"):
         make_value_head(recipe, tmp_path)
@@ -182,19 +181,19 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_a_resume_with_another_size_is_refused_before_it_samples(tmp_path):
-    changes = {"likelihood": trajectory(include_order=False), "num_steps": 1, "lr_schedule_steps": 2}
-    train(tiny_recipe(tmp_path, value_model=value_head(hidden_size=16), **changes))
+    changes = {"likelihood": Trajectory(include_order=False), "num_steps": 1, "lr_schedule_steps": 2}
+    train(tiny_recipe(tmp_path, value_model=ValueModel(hidden_size=16), **changes))
     resumed = changes | {"num_steps": 2, "resume_from_checkpoint": "latest", "allow_changed": "value_model"}
     with pytest.raises(ValueError, match=r"value_model.hidden_size=8 is not the 16 of .*; resume with hidden_size=16"):
-        train(tiny_recipe(tmp_path, value_model=value_head(hidden_size=8), **resumed))
-    rates = value_head(hidden_size=16, learning_rate=1e-2)
+        train(tiny_recipe(tmp_path, value_model=ValueModel(hidden_size=8), **resumed))
+    rates = ValueModel(hidden_size=16, learning_rate=1e-2)
     train(tiny_recipe(tmp_path, value_model=rates, **resumed))
     assert len(metrics_of(tmp_path)) == 2
 
 
 def test_a_model_that_rewrites_every_token_is_refused_before_it_samples(tmp_path):
     policy = tiny_diffusion_gemma(characters="1234.=")
-    recipe = tiny_recipe(tmp_path, likelihood=trajectory(), value_model=value_head())
+    recipe = tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel())
     with pytest.raises(ValueError, match="'diffusion_gemma' writes every token at every step; use value_model=None"):
         check_value_model(recipe, policy)
 
@@ -202,13 +201,13 @@ def test_a_model_that_rewrites_every_token_is_refused_before_it_samples(tmp_path
 def test_settings_that_cannot_be_combined(tmp_path):
     plain = tiny_recipe(tmp_path)
     for changes, message in [
-        ({"likelihood": coupled()}, "likelihood whose views are the sampler's steps"),
-        ({"likelihood": trajectory(block_size=4)}, "without block_size"),
-        ({"loss": gspo}, "loss=gspo"),
-        ({"loss": None, "corrector": tbpo()}, "trust_band"),
+        ({"likelihood": Coupled()}, "likelihood whose views are the sampler's steps"),
+        ({"likelihood": Trajectory(block_size=4)}, "without block_size"),
+        ({"loss": GSPO()}, r"loss=GSPO\("),
+        ({"loss": None, "corrector": TBPO()}, r"loss=TrustBand\("),
     ]:
         with pytest.raises(ValueError, match=message):
-            replace(plain, **{"likelihood": trajectory(), "value_model": value_head()} | changes)
+            replace(plain, **{"likelihood": Trajectory(), "value_model": ValueModel()} | changes)
     with pytest.raises(ValueError, match="scored at several steps"):  # the rank is `confidence`
-        train(replace(plain, likelihood=trajectory(), value_model=value_head()))
-    assert isinstance(replace(plain, likelihood=trajectory(), value_model=partial(value_head, gae_lambda=0.5)), Recipe)
+        train(replace(plain, likelihood=Trajectory(), value_model=ValueModel()))
+    assert isinstance(replace(plain, likelihood=Trajectory(), value_model=ValueModel(gae_lambda=0.5)), Recipe)

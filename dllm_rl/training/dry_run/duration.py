@@ -5,8 +5,9 @@ import math
 import torch
 
 from dllm_rl.models.base import Policy
+from dllm_rl.quantization.schemes import Float8Dynamic, Float8WeightOnly
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import name_of
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.dry_run.memory import num_retained_graphs, renoising_steps, token_layers
 from dllm_rl.types import Rollout
 
@@ -15,13 +16,13 @@ PEAK_FLOPS = 989e12  # operations per second of an H100 and an H200 in dense bf1
 FORWARD_SHARE = 0.49  # a forward in bf16
 BACKWARD_SHARE = 0.20  # a forward and backward
 # A forward of the rollout policy's quantized copy: (eager, compiled).
-QUANTIZED_SHARES = {"float8_weight_only": (0.25, 0.54), "float8_dynamic": (0.29, 0.84)}
+QUANTIZED_SHARES: dict[type, tuple[float, float]] = {Float8WeightOnly: (0.25, 0.54), Float8Dynamic: (0.29, 0.84)}
 HOST_SECONDS = 21e-3 / 225  # time on the host per linear layer: 21 ms for the 225 layers of LLaDA-8B
 
 
 def peak_shares(recipe: Recipe) -> dict[str, float]:
     """Return the share of PEAK_FLOPS that each stage is assumed to reach."""
-    eager, compiled = QUANTIZED_SHARES.get(name_of(recipe.rollout_quantization), (FORWARD_SHARE, FORWARD_SHARE))
+    eager, compiled = QUANTIZED_SHARES.get(type(recipe.rollout_quantization), (FORWARD_SHARE, FORWARD_SHARE))
     rollout = compiled if recipe.torch_compile else eager
     return {"rollout": rollout, "scoring": FORWARD_SHARE, "update": BACKWARD_SHARE}
 
@@ -39,13 +40,13 @@ def stage_seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[st
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens or prompt_tokens
     row_tokens = prompt_tokens + recipe.max_new_tokens
-    sampler_options = getattr(recipe.sampler, "keywords", {})
-    steps = sampler_options.get("diffusion_steps") or length  # an adaptive commit rule needs fewer
+    sampler = recipe.sampler
+    steps = getattr(sampler, "diffusion_steps", None) or length  # an adaptive commit rule needs fewer
     forward_tokens = row_tokens  # tokens of a row in one forward of a rollout
     if policy.spec.attention == "causal":
         forward_tokens = 1
-    elif sampler_options.get("cache") is not None:
-        forward_tokens = sampler_options.get("block_size") or policy.spec.block_size or length
+    elif isinstance(sampler, Unmask) and sampler.cache is not None:
+        forward_tokens = sampler.block_size or policy.spec.block_size or length
     rollout_batches = math.ceil(rows / (recipe.rollout_batch_size or rows))
     rollout_tokens = rows * forward_tokens * steps
     micro_batches = math.ceil(rows / (recipe.micro_batch_size or rows))

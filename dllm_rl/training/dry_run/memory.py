@@ -2,7 +2,6 @@
 stage adds to them is an estimate. Kernels' workspaces and the allocator's rounding are not counted.
 """
 
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dllm_rl.algorithms.optimizers import adamw_8bit
-from dllm_rl.members import function_of
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.models.base import Module, Policy, trainable_parameters
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import chunk_rows
 from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, is_stacked
 from dllm_rl.quantization.rollout_policy import quantizable_layers
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers import renoise
+from dllm_rl.samplers import Renoise
 from dllm_rl.training.learner import can_retain_graphs
 
-ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view
+ONE_VIEW = ("OneStep", "Causal")  # estimators that score the batch in one view
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
 # A forward without gradients has about this many tensors of the widest layer's size at once.
 LIVE_TENSORS = 5
@@ -29,7 +27,7 @@ LIVE_TENSORS = 5
 # activation functions too, and this share of their inputs: layers that read the same input keep it once.
 KEPT_OUTPUTS = 1.6
 KEPT_INPUTS = 2 / 3
-# The head has this many fp32 tensors of a chunk's logits at once, and a step of `renoise` of a canvas's.
+# The head has this many fp32 tensors of a chunk's logits at once, and a step of `Renoise` of a canvas's.
 LOGITS_TENSORS = 3
 CANVAS_TENSORS = 5
 
@@ -97,7 +95,7 @@ def weight_bytes(module: Module, dtype: torch.dtype | None, quantization: str | 
 
 def moment_bytes(recipe: Recipe, num_weights: int, trained_bytes: int) -> int:
     """Return the bytes of the optimizer's state. Another optimizer than the library's counts as AdamW."""
-    if function_of(recipe.optim) is adamw_8bit:  # two bytes per weight, and two fp32 scales per 256 weights
+    if recipe.optim == AdamW8bit():  # two bytes per weight, and two fp32 scales per 256 weights
         return 2 * num_weights + num_weights // 32
     return 2 * trained_bytes
 
@@ -118,7 +116,7 @@ class StageEstimates:
         self.widest = max((max(inputs, outputs) * times for inputs, outputs, times in self.layers), default=0)
         self.hidden_size = self.layers[0][0] if self.layers else 0
         is_canvas = policy.spec.attention == "encoder_decoder"
-        # Positions of a row whose logits live at once in `renoise`; 0 for other samplers.
+        # Positions of a row whose logits live at once in `Renoise`; 0 for other samplers.
         self.canvas = policy.spec.block_size or 0 if is_canvas else 0
         self.row_tokens = prompt_tokens + recipe.max_new_tokens + self.canvas
         self.has_casts = recipe.bf16 and dtype == torch.float32 and recipe.shard_size == 1
@@ -129,7 +127,7 @@ class StageEstimates:
         # Autocast keeps bf16 copies of the weights; a rollout policy of its own has bf16 weights.
         casts = 2 * sum(map(math.prod, self.matrices)) * self.has_casts
         num_graphs = num_retained_graphs(self.recipe, self.policy, rows=self.rows)
-        packed = self.recipe.likelihood.block_size is not None  # clean and noisy columns share one forward
+        packed = self.recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
         tokens = self.micro_rows * (self.row_tokens + packed * self.recipe.max_new_tokens)
         head = self.logits(self.micro_rows * (self.recipe.max_new_tokens or self.prompt_tokens))
         kept, recomputed = self.kept(tokens)
@@ -169,7 +167,7 @@ class StageEstimates:
         config = getattr(self.policy.module, "config", None)
         spec = self.policy.spec
         keeps = spec.attention in ("causal", "encoder_decoder")
-        if config is None or not (keeps or getattr(self.recipe.sampler, "keywords", {}).get("cache") is not None):
+        if config is None or not (keeps or getattr(self.recipe.sampler, "cache", None) is not None):
             return 0
         config = config.get_text_config()
         layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
@@ -281,6 +279,5 @@ def num_retained_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:
     """Return the largest number of steps that all canvases of a completion need; a canvas may end earlier."""
-    option = getattr(recipe.sampler, "keywords", {}).get("diffusion_steps")
-    steps = option or inspect.signature(renoise).parameters["diffusion_steps"].default
-    return steps * (recipe.max_new_tokens // (policy.spec.block_size or recipe.max_new_tokens))
+    assert isinstance(recipe.sampler, Renoise), "the sampler of a model with random-token noise"
+    return recipe.sampler.diffusion_steps * (recipe.max_new_tokens // (policy.spec.block_size or recipe.max_new_tokens))

@@ -17,9 +17,9 @@ from dllm_rl.models.lora import add_lora, base_of
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.quantization.rollout_policy import quantizable_layers, skip_reasons
-from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
+from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
+from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
@@ -87,7 +87,7 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     meta.float32_head = recipe.float32_head
     meta.gradient_checkpointing = recipe.gradient_checkpointing
     if recipe.lora is not None:
-        add_lora(meta, recipe.lora())
+        add_lora(meta, recipe.lora)
     return meta
 
 
@@ -110,7 +110,7 @@ def check_recipe(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None
     """Raise ValueError if the recipe's sampler, likelihood, model and processes cannot be combined, or if a prompt and
     its completion have more tokens than the model has positions.
     """
-    recipe.likelihood.check(policy)
+    recipe.likelihood.check_policy(policy)
     check_value_model(recipe, policy)
     check_blocks(recipe, policy)
     shard_size = gpus_per_learner(recipe)
@@ -118,9 +118,9 @@ def check_recipe(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None
     check_batches(recipe, assumed_processes(recipe))
     if shard_size > 1:
         check_module(policy.module, shard_size)
-    sampler = getattr(recipe.sampler, "func", recipe.sampler)
+    sampler = type(recipe.sampler)
     expected_sampler = sampler_for(policy)
-    if sampler in (autoregress, unmask, renoise) and sampler is not expected_sampler:
+    if sampler in (Autoregress, Unmask, Renoise) and sampler is not expected_sampler:
         attention = policy.spec.attention
         raise ValueError(
             f"sampler={sampler.__name__} is not for {attention!r} attention; use {expected_sampler.__name__}"
@@ -166,7 +166,7 @@ def count_quantized(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[
     """
     if recipe.rollout_quantization is None:
         return 0, 0, {}
-    skipped = skip_reasons(policy.module, recipe.rollout_quantization(), None)
+    skipped = skip_reasons(policy.module, recipe.rollout_quantization.config(), None)
     layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in skipped]
     matrices = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
     # Each matrix of a stack of experts counts as a layer.
@@ -183,13 +183,13 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
-    resolved_scheme = scheme()
+    config = scheme.config()
     copy_dtype = torch.bfloat16 if recipe.bf16 else dtype
     bytes_per_value = copy_dtype.itemsize
-    bytes_per_weight = 0.5 if isinstance(resolved_scheme, type(int4_packed())) else 1.0  # bytes of a quantized weight
-    if isinstance(resolved_scheme, FakeQuantize):
+    bytes_per_weight = 0.5 if isinstance(config, type(Int4Packed().config())) else 1.0  # bytes of a quantized weight
+    if isinstance(config, FakeQuantize):
         # Values stay in the weight's dtype, or in fp32 if activations are rounded too.
-        bytes_per_weight = bytes_per_value if resolved_scheme.activation is None else 4.0
+        bytes_per_weight = bytes_per_value if config.activation is None else 4.0
     # With adapters the copy shares the frozen embedding, head and norms with the learner.
     shared = recipe.lora is not None and copy_dtype == dtype and gpus_per_learner(recipe) == 1
     other_weights = 0 if shared else policy.num_parameters - weights
@@ -220,7 +220,7 @@ def plan(recipe: Recipe) -> str:
 def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     """Return the lines about the model: parameters, adapters and quantized layers."""
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
-    adapters = "" if recipe.lora is None else f" in {recipe.lora()}"
+    adapters = "" if recipe.lora is None else f" in {recipe.lora}"
     layers, weights, skipped = count_quantized(recipe, policy)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
@@ -275,7 +275,7 @@ def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
     if fit(step_memory.peak, GPU_SIZES[0]) == "no":
         lines.append(
             "to reduce memory      --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
-            "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
+            "--lora Lora, --optim AdamW8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
 

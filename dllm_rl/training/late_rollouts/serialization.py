@@ -65,7 +65,7 @@ def serialize_batch(collected: Collected, seconds: float) -> bytes:
 def deserialize_batch(data: bytes, recipe: Recipe, device: torch.device) -> tuple[Collected, float]:
     """Return the batch and the seconds that `serialize_batch` received, with the rollout on the device."""
     tensors, header = deserialize(data)
-    rollout: Rollout = record_from_json(header["rollout"], tensors, getattr(recipe.sampler, "keywords", {}).get("rank"))
+    rollout: Rollout = record_from_json(header["rollout"], tensors, getattr(recipe.sampler, "rank", None))
     count = sum(name.startswith("rollout_logprobs.") for name in tensors)
     samples = Samples(
         rollout.to(device),

@@ -14,15 +14,16 @@ from repetitions import few, slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
 
-from dllm_rl import load_policy, quantized_copy, sync_weights, train
-from dllm_rl.algorithms.correctors import aligned, qarl
-from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl import load_policy, quantized_copy, train
+from dllm_rl.algorithms.correctors import Aligned, QaRL
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
 from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora, disable_adapters, load_adapter, save_adapter
 from dllm_rl.models.merge import merge_lora, merged_copy, merged_tensors
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.rollout_policy import sync_weights
+from dllm_rl.quantization.schemes import Int8WeightOnly
 
 FAMILIES = {
     "llada": 14, "illada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
@@ -307,13 +308,13 @@ def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
         add_lora(policy, lora)
         stir(policy)
     before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
-    rollout = quantized_copy(policy, int8_weight_only())
+    rollout = quantized_copy(policy, Int8WeightOnly())
     for layer in adapted_layers(policy.module).values():
         layer.lora_B.weight.data += 0.05
     sync_weights(policy, rollout)
     plain = copy.copy(policy)
     plain.module = merged_copy(policy.module)
-    expected = quantized_copy(plain, int8_weight_only())
+    expected = quantized_copy(plain, Int8WeightOnly())
     tokens, mask = torch.tensor([[3, 4, 5, 3]]), torch.ones(1, 4, dtype=torch.bool)
     assert torch.equal(rollout.logits(tokens, mask), expected.logits(tokens, mask))
     frozen = [n for n in before if ".lora_B" not in n]
@@ -416,10 +417,10 @@ def recipe(tmp_path, name: str, **fields):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        slow("full in 8 bits", {"optim": adamw_8bit}),
-        ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
-        slow("lora after warm-up", {"lora": partial(Lora, r=4), "sft_warmup_steps": 2, "optim": adamw_8bit}),
-        slow("qlora", {"lora": partial(Lora, r=4)}),
+        slow("full in 8 bits", {"optim": AdamW8bit()}),
+        ("lora", {"lora": Lora(r=4, dropout=0.1)}),
+        slow("lora after warm-up", {"lora": Lora(r=4), "sft_warmup_steps": 2, "optim": AdamW8bit()}),
+        slow("qlora", {"lora": Lora(r=4)}),
     ],
 )
 def test_two_steps_then_resume_and_merge(tmp_path, kind, fields):
@@ -454,12 +455,12 @@ def test_two_steps_then_resume_and_merge(tmp_path, kind, fields):
 
 
 @pytest.mark.parametrize(
-    "corrector", [aligned(), pytest.param(qarl(eps_high=0.1, neg_low=0.1, neg_high=0.1), marks=pytest.mark.slow)]
+    "corrector", [Aligned(), pytest.param(QaRL(eps_high=0.1, neg_low=0.1, neg_high=0.1), marks=pytest.mark.slow)]
 )
 @pytest.mark.slow
 def test_adapters_are_trained_through_the_rollouts_quantized_operands(tmp_path, corrector):
     fields = {"rollout_quantization": int3_emulated, "num_iterations": 2, "beta": 0.0, "save_total_limit": 9}
-    run = recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=corrector, **fields)
+    run = recipe(tmp_path, "run", lora=Lora(r=4), corrector=corrector, **fields)
     train(run)
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 and step["grad_norm/iteration_1"] > 0 for step in steps)
@@ -467,7 +468,7 @@ def test_adapters_are_trained_through_the_rollouts_quantized_operands(tmp_path, 
     first, last = (load_file(folders[n] / "adapter/adapter_model.safetensors") for n in (0, 2))
     assert all(not torch.equal(first[name], last[name]) for name in first)
     # Without alignment the same adapters do see a mismatch, so that the zeros above are alignment's doing.
-    train(recipe(tmp_path, "apart", lora=partial(Lora, r=4), **fields))
+    train(recipe(tmp_path, "apart", lora=Lora(r=4), **fields))
     steps = current_rows(tmp_path / "apart/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] > 1e-3 for step in steps)
     train(replace(run, resume_from_checkpoint=str(folders[1])))
@@ -476,7 +477,7 @@ def test_adapters_are_trained_through_the_rollouts_quantized_operands(tmp_path, 
 
 
 def test_the_reference_of_aligned_adapters_is_the_plain_base(tmp_path):
-    aligned_run = {"lora": partial(Lora, r=4), "corrector": aligned(), "rollout_quantization": int3_emulated}
+    aligned_run = {"lora": Lora(r=4), "corrector": Aligned(), "rollout_quantization": int3_emulated}
     train(recipe(tmp_path, "run", **aligned_run, beta=0.1))
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 for step in steps)
@@ -484,7 +485,7 @@ def test_the_reference_of_aligned_adapters_is_the_plain_base(tmp_path):
 
 
 def test_dropout_with_an_aligned_forward_is_refused_before_any_work(tmp_path):
-    dropped = {"lora": partial(Lora, r=4, dropout=0.1), "corrector": aligned()}
+    dropped = {"lora": Lora(r=4, dropout=0.1), "corrector": Aligned()}
     with pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges adapters; set it to 0"):
         recipe(tmp_path, "run", **dropped, rollout_quantization=int3_emulated)
     recipe(tmp_path, "run", **dropped, rollout_quantization=None)  # nothing is quantized, nothing merged

@@ -11,10 +11,11 @@ from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, ll
 from repetitions import few
 from safetensors.torch import load_file
 
-from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, register_family, trajectory, unmask
+from dllm_rl import Prompts, Trajectory, Unmask, load_policy, register_family
 from dllm_rl.models.checkpoint import families, rope
 from dllm_rl.models.checkpoint.loading import find_eos_ids
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy
+from dllm_rl.samplers.rules import MaxProb
 
 EVERY = [*ORIGINAL, *STOCK]
 
@@ -135,8 +136,8 @@ def test_padding_on_either_side_changes_nothing(policies, family):
 def test_what_is_sampled_is_scored_as_sampled(policies, family):
     policy, generator = policies(family), torch.Generator().manual_seed(0)
     prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8]], pad_id=policy.pad_id, group_size=2)
-    rollout = unmask(policy, prompts, generator, max_new_tokens=12, diffusion_steps=6, temperature=1.0, rank=max_prob)
-    scored = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, generator))
+    rollout = Unmask(max_new_tokens=12, diffusion_steps=6, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
+    scored = Trajectory().logprobs(policy, rollout, Trajectory().draw_views(rollout, generator))
     assert rollout.logprobs[rollout.completion_mask].max() < 0
     torch.testing.assert_close(scored, rollout.logprobs, rtol=0, atol=1e-5)
 

@@ -21,7 +21,7 @@ from layouts import (
 )
 from safetensors.torch import load_file, save_file
 
-from dllm_rl import Prompts, autoregress, load_policy, unmask
+from dllm_rl import Autoregress, Prompts, Unmask, load_policy
 from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, NEMOTRON, SDAR, find_family
 from dllm_rl.models.checkpoint.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
@@ -262,16 +262,9 @@ def test_attention_that_is_not_what_the_family_needs():
 def test_a_sampler_for_the_other_kind_of_policy():
     prompts, generator = Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator()
     causal, diffusion = (tiny_llama(characters="ab", causal=c) for c in (True, False))
-    refused(
-        "unmask needs a diffusion model: use autoregress",
-        unmask,
-        causal,
-        prompts,
-        generator,
-        max_new_tokens=2,
-        diffusion_steps=2,
-    )
-    refused("autoregress needs a causal one: use unmask", autoregress, diffusion, prompts, generator, max_new_tokens=2)
+    masked = Unmask(max_new_tokens=2, diffusion_steps=2)
+    refused("Unmask needs a diffusion model: use Autoregress", masked, causal, prompts, generator)
+    refused("Autoregress needs a causal one: use Unmask", Autoregress(max_new_tokens=2), diffusion, prompts, generator)
 
 
 def test_unknown_quantization(tmp_path):

@@ -9,15 +9,16 @@ from small_checkpoints import SIZES, edit
 from sorting import Mini
 from transformers import PreTrainedModel
 
-from dllm_rl import load_policy, load_weights
+from dllm_rl import load_policy
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.loading import build_empty
 from dllm_rl.models.merge import merged_state_dict
+from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import autoregress, unmask
+from dllm_rl.samplers import Autoregress, Unmask
 from dllm_rl.types import Prompts
 
 
@@ -184,16 +185,16 @@ def test_a_model_that_computes_nan_is_not_evaluated():
         for parameter in policy.module.parameters():
             parameter.fill_(1e30)  # finite, but nothing that it computes is
     with pytest.raises(ValueError, match="log-probabilities are not finite"):
-        evaluate(policy, Mini(), lambda *args: unmask(*args, max_new_tokens=2), limit=2)
+        evaluate(policy, Mini(), Unmask(max_new_tokens=2), limit=2)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_suppressed_tokens(causal):
-    policy, sampler = tiny_llama(causal=causal, **SIZES), autoregress if causal else unmask
+    policy, sampler = tiny_llama(causal=causal, **SIZES), Autoregress if causal else Unmask
     prompts = Prompts.from_ids([[3, 4]], pad_id=0)
 
     def sample(suppress):
-        return sampler(policy, prompts, generator_for(0), max_new_tokens=2, temperature=1.0, suppress=suppress)
+        return sampler(max_new_tokens=2, temperature=1.0, suppress=suppress)(policy, prompts, generator_for(0))
 
     with pytest.raises(ValueError, match=f"suppress .* all {policy.vocab_size} tokens"):
         sample(tuple(range(policy.vocab_size)))

@@ -20,7 +20,7 @@ from dllm_rl.models.forward.blocks import blocks_of, recomputed_blocks
 from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.recipe import UpdateSettings
 from dllm_rl.training import policies
 from dllm_rl.training.learner import update
@@ -142,7 +142,7 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
         importance_weights=torch.ones_like(old), loss_mask=rollout.completion_mask, reference_logprobs=None,
         num_tokens=32, num_sequences=4,
     )  # fmt: skip
-    rollout_policy = quantized_copy(policy, int8_weight_only())
+    rollout_policy = quantized_copy(policy, Int8WeightOnly())
     optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
     settings = {"loss": main_job.policy_loss, "likelihood": estimator, "learning_rate": 1e-2}
     with aligned_forward(policy, rollout_policy) if align else torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -156,13 +156,13 @@ def test_updates_view_by_view(how):
     if how in ("dropout", "aligned adapters"):
         add_lora(policy, Lora(r=2, dropout=0.3 if how == "dropout" else 0.0))
     options = {"align": how.startswith("aligned"), "bf16": how == "bf16"}
-    estimator = lik.trajectory(num_segments=3)
+    estimator = lik.Trajectory(num_segments=3)
     assert_equal(*(updated(policy, estimator, recompute=on, **options) for on in (False, True)))
 
 
 def test_packed_scoring(tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"))
-    estimator = lik.trajectory(block_size=policy.spec.block_size)
+    estimator = lik.Trajectory(block_size=policy.spec.block_size)
     assert estimator.block_size
     assert_equal(*(updated(policy, estimator, recompute=on) for on in (False, True)))
 
@@ -209,7 +209,7 @@ def test_nothing_is_recomputed_where_nothing_is_differentiated():
         block.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     rollout = rollout_of(policy)
     with torch.no_grad():
-        lik.one_step().logprobs(policy, rollout, lik.one_step().draw_views(rollout, torch.Generator().manual_seed(0)))
+        lik.OneStep().logprobs(policy, rollout, lik.OneStep().draw_views(rollout, torch.Generator().manual_seed(0)))
     assert calls == [False, False]
 
 

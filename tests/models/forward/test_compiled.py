@@ -16,8 +16,8 @@ from dllm_rl.models.forward.blocks import blocks_of, compile_blocks
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import autoregress, unmask
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers import Autoregress, Unmask
+from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.training import train
 
 pytestmark = pytest.mark.skipif("config.getoption('other_cpu')", reason="torch captures no graph in a dispatch mode")
@@ -27,9 +27,9 @@ BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemot
 CAUSAL = ("llama", "qwen3", "smollm2", "nemotron_ar")
 OTHERS = [
     *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL[1:], "bert", "roberta", "modernbert")),
-    ("llada", prefix_cache()),
-    *((family, dual_cache(refresh=3)) for family in FULL[1:]),
-    *((family, block_cache()) for family in BLOCKS if family != "sdar"),
+    ("llada", PrefixCache()),
+    *((family, DualCache(refresh=3)) for family in FULL[1:]),
+    *((family, BlockCache()) for family in BLOCKS if family != "sdar"),
 ]
 
 
@@ -53,7 +53,7 @@ def afresh():
 @pytest.mark.nightly
 def test_compiled_blocks_follow_a_sync():
     policy = tiny_llama(**SIZES, causal=False, head_std=0.3)
-    eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
+    eager, compiled = (quantized_copy(policy, schemes.Float8WeightOnly()) for _ in range(2))
     compile_blocks(compiled)
     calls = []
     for rows in (2, 3):  # another batch: the same code
@@ -81,9 +81,9 @@ def sampled(policy, cache, prompts, width=24):
     ids = Prompts.from_ids(prompts, pad_id=policy.pad_id, group_size=2)
     generator = torch.Generator().manual_seed(0)
     if policy.spec.attention == "causal":
-        return autoregress(policy, ids, generator, max_new_tokens=width)
+        return Autoregress(max_new_tokens=width)(policy, ids, generator)
     options = {"block_size": policy.spec.block_size or 8, "diffusion_steps": 12, "temperature": 1.0, "cache": cache}
-    return unmask(policy, ids, generator, max_new_tokens=width, **options)
+    return Unmask(max_new_tokens=width, **options)(policy, ids, generator)
 
 
 def graphs():
@@ -93,8 +93,8 @@ def graphs():
 @pytest.mark.parametrize(
     ("family", "cache"),
     [
-        ("llada", dual_cache(refresh=3)),
-        slow("sdar", block_cache()),
+        ("llada", DualCache(refresh=3)),
+        slow("sdar", BlockCache()),
         slow("llama", None),
         *(nightly(*pair) for pair in OTHERS),
     ],
@@ -140,23 +140,23 @@ def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
     assert torch.equal(found.tokens, sampled(eager, None, [[3, 4, 5], [6, 7]]).tokens)
 
 
-@pytest.mark.parametrize(("family", "cache"), [slow("tiny_moe", None), nightly("llada2", block_cache())], ids=str)
+@pytest.mark.parametrize(("family", "cache"), [slow("tiny_moe", None), nightly("llada2", BlockCache())], ids=str)
 def test_quantized_experts_split_their_block(tmp_path, monkeypatch, family, cache):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     one_layer = {"num_layers": 1, "num_experts": 4}
     policy = tiny_moe(**MOE_SIZES | one_layer) if family == "tiny_moe" else load_policy(checkpoint(tmp_path, family))
-    eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
+    eager, compiled = (quantized_copy(policy, schemes.Float8WeightOnly()) for _ in range(2))
     compile_blocks(compiled)
     expected, found = (sampled(copy, cache, [[3, 4, 5], [6, 7]]) for copy in (eager, compiled))
     assert torch.equal(found.tokens, expected.tokens)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("cache", [prefix_cache(), dual_cache(), "autoregress"], ids=str)
+@pytest.mark.parametrize("cache", [PrefixCache(), DualCache(), "autoregress"], ids=str)
 def test_compiled_and_cached_tokens_are_the_eager_ones(cache):
     causal = cache == "autoregress"
     policy = tiny_llama(**SIZES, causal=causal, head_std=0.3)
-    eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
+    eager, compiled = (quantized_copy(policy, schemes.Float8WeightOnly()) for _ in range(2))
     compile_blocks(compiled)
     for _ in range(2):
         ours, theirs = (sampled(copy, None if causal else cache, [[3, 4, 5], [6, 7]]) for copy in (compiled, eager))

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from dllm_rl.models.forward import float32_head as head
 from dllm_rl.models.forward.float32_head import float32_linear, projected_in_float32
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.training.policies import build_policy
 
 FAMILIES = ("llada", "dream", "smollm2", "bert", "roberta", "modernbert")
@@ -168,7 +167,7 @@ def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     assert load_policy(folder).float32_head
     policy = load_policy(folder, dtype="bfloat16", lora=Lora(r=2))
     policy.float32_head = False
-    for other in (policy.reference(), quantized_copy(policy, int8_weight_only()), copy.copy(policy)):
+    for other in (policy.reference(), quantized_copy(policy, Int8WeightOnly()), copy.copy(policy)):
         assert other.float32_head is False
     recipe = tiny_recipe(tmp_path / "run", float32_head=False)
     assert build_policy(recipe, torch.device("cpu")).float32_head is False
@@ -181,7 +180,7 @@ def test_a_run_in_float16(tmp_path):
     options = {"model": str(tmp_path / "base"), "dtype": "float16", "learning_rate": 1e-3}
     with pytest.raises(ValueError, match="dtype='float16' needs lora, or another optim"):
         tiny_recipe(tmp_path / "run", **options)
-    train(tiny_recipe(tmp_path / "run", **options, lora=partial(Lora, r=2), beta=0.1))
+    train(tiny_recipe(tmp_path / "run", **options, lora=Lora(r=2), beta=0.1))
     steps = metrics_of(tmp_path / "run")
     assert len(steps) == 2 and all(0 < row["grad_norm"] < 10 for row in steps)
     policy = load_policy(tmp_path / "run" / "checkpoints" / "step-000002", dtype="auto")

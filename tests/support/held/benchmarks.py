@@ -23,8 +23,8 @@ def one_h200():
     above = {(each["what"], each["batch"]): each["peak GiB"] for each in parts["sampler"]}["exact", 64]
     yield f"{DOCS}/evaluating.md", f"above them {above:.1f} GiB for 64 rows of 192 tokens"
     fp8 = {each["what"]: each["tokens/s"] for each in parts["fp8"]}
-    yield PAGE, f"| FP8 products (`float8_dynamic`), eager | | {fp8['FP8 products, eager']:.0f} | |"
-    yield PAGE, f"| FP8 products, compiled | | **{fp8['FP8 products, compiled']:.0f}** | |"
+    yield PAGE, f"| FP8 products (`Float8Dynamic`), eager | | {fp8['FP8 products, eager']:.0f} | |"
+    yield PAGE, f"| FP8 products, compiled (bf16 above: eager) | | **{fp8['FP8 products, compiled']:.0f}** | |"
     (alone,) = (each["seconds"] for each in parts["sampler"] if (each["what"], each["batch"]) == ("exact", 1))
     bandwidth = next(each["GB/s"] for each in parts["roofline"] if "GB/s" in each)
     step, reading = 1000 * alone / 64, 16e3 / bandwidth  # milliseconds; the weights are 16 GB
@@ -133,7 +133,7 @@ def each_saving():
     yield PAGE, told("length buckets, 8 prompts of 40 to 260: no / prefix / dual cache", *caches)
     yield PAGE, told("FP8 weights dequantized once per sync, batch 1 / 8", *map(LESS[1].format, (1, 8)))
     once = "prompt of 256 once for 8 completions, sampling"
-    yield PAGE, told("a prompt of 256 run once for 8 completions, `block_cache()`", once)
+    yield PAGE, told("a prompt of 256 run once for 8 completions, `BlockCache()`", once)
 
 
 def the_learners_step():

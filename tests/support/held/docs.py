@@ -2,6 +2,7 @@
 
 from held import DOCS, row, runs_of, span_of, stored
 from recipes.studies import order, paired, revise
+from recipes.studies.schemes import SCHEMES
 
 MISMATCH, QUANTIZATION = "recipes/studies/mismatch.md", f"{DOCS}/quantization.md"
 
@@ -10,9 +11,9 @@ def schemes():
     """Where the mismatch comes from: recipes/studies/schemes.py."""
     found = stored("schemes")
     for each in found["rows"]:
-        name, nats, ess = each["scheme"], f"{each['mean_abs']:.4f}", f"{each['ess']:.4f}"
+        name, nats, ess = SCHEMES[each["scheme"]].__name__, f"{each['mean_abs']:.4f}", f"{each['ess']:.4f}"
         parts = " / ".join(f"{each[part]:.4f}" if each[part] > 1e-6 else "0" for part in ("weights", "activations"))
-        note = "`float8_dynamic_emulated` (W8A8)" if name == "float8_dynamic_emulated" else f"`{name}`"
+        note = "`Float8DynamicEmulated` (W8A8)" if name == "Float8DynamicEmulated" else f"`{name}`"
         yield MISMATCH, row(note, nats, parts, f"{each['max_abs']:.2f}", f"{each['k3']:.4f}", ess)
         yield QUANTIZATION, f"| `{name}` | {nats} | {each['k3']:.4f} | {ess} |"
         assert each["largest other cause"] < 1e-7

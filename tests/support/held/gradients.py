@@ -63,9 +63,9 @@ def after_an_update(page):
     assert least == [tv[1][1], tv[2][1]]
     yield page, f"`dppo_tv` has the least error at late 0.3 ({least[0]:.2f}) and 0.5 ({least[1]:.2f})."
     assert cispo[0] == free[0]
-    yield page, f"At early 0.5 its bias is {tv[0][0]:.2f}; `cispo`'s is {cispo[0][0]:.2f}, as without a clip."
-    yield page, f"`bgpo` is more biased ({bgpo[0][0]:.2f} and {bgpo[2][0]:.2f} at sigma 0.5)"
-    yield page, f"`sequence_masked` at early 0.5 more than `ppo_clip` ({masked[0][0]:.2f})."
+    yield page, f"At early 0.5 its bias is {tv[0][0]:.2f}; `CISPO`'s is {cispo[0][0]:.2f}, as without a clip."
+    yield page, f"`BGPO` is more biased ({bgpo[0][0]:.2f} and {bgpo[2][0]:.2f} at sigma 0.5)"
+    yield page, f"`SequenceMasked` at early 0.5 more than `PPOClip` ({masked[0][0]:.2f})."
     assert masked[0][0] > clip[0][0]
 
 
@@ -104,7 +104,7 @@ def of_estimators_and_orders(page):
     most = {when: [at(name, when) for name in noisy] for when in ("early", "late")}
     assert {wrong for each in most.values() for _, _, wrong in each} == {0}
     told = [f"{max(m for _, m, _ in each):.3f} of at most {max(c for c, _, _ in each):.2f}" for each in most.values()]
-    yield page, f"Under `plackett_luce` it misses {told[0]} and {told[1]}, at temperatures from 0.03 to 1,"
+    yield page, f"Under `PlackettLuce` it misses {told[0]} and {told[1]}, at temperatures from 0.03 to 1,"
     without = [f"plackett_luce {temperature}, tokens alone" for temperature in ("0.03", "1.0")]
     cold, warm = ([f"{at(name, when)[1]:.2f}" for when in ("early", "late")] for name in without)
     yield page, f"it misses {cold[0]} (early) and {cold[1]} (late) at temperature 0.03,"

@@ -1,12 +1,11 @@
 """The league, the leaderboard, and what other pages say of both."""
 
-from inspect import signature
 from statistics import mean, stdev
 
-from dllm_rl.likelihoods.estimators import sandwich
+from dllm_rl.likelihoods.estimators import Sandwich
 from held import STUDIES, by_arm, stored
 from recipes.studies import league, paired
-from recipes.studies.surrogates import gdsd
+from recipes.studies.surrogates import GDSD
 
 PAGE = f"{STUDIES}/league.md"
 DEFAULT, METHOD = league.DEFAULT, league.method_of
@@ -38,10 +37,9 @@ def tables():
 def settings_of_the_methods():
     """The table, and where it is not what the options of docs/methods.md or the defaults are."""
     yield PAGE, league.settings()
-    beta, psi = (signature(made).parameters[name].default for made, name in ((sandwich, "beta"), (gdsd, "psi")))
-    spg, own = league.METHODS["SPG"]["likelihood"].factory.keywords, league.METHODS["GDSD"]["loss"].keywords
-    told = f"`beta` is {spg['beta']} here, as in its Sudoku runs, and {beta} by default;"
-    yield PAGE, f"{told} GDSD's `psi` is {own['psi']} here and {psi} by default;"
+    beta, psi = league.METHODS["SPG"]["likelihood"].beta, league.METHODS["GDSD"]["loss"].psi
+    told = f"`beta` is {beta} here, as in its Sudoku runs, and {Sandwich().beta} by default;"
+    yield PAGE, f"{told} GDSD's `psi` is {psi} here and {GDSD().psi} by default;"
     arms = [run["arm"] for name in league.LEAGUES for run in stored(f"league_{name}")["runs"]]
     assert all("one update" in arm for arm in arms if METHOD(arm) == "d1")
     yield PAGE, "d1 ran with one update per rollout in all of its rows, and not with its authors' eight."

@@ -74,7 +74,7 @@ def rounding_as_small_as_a_kernels():
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
     told = f"({after} against {against} unquantized; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
-    yield f"{DOCS}/quantization.md", f"| INT8, emulated (`fake_quantize`), in a longer study | {nats} | | {ess} |"
+    yield f"{DOCS}/quantization.md", f"| INT8, emulated (`FakeQuantize`), in a longer study | {nats} | | {ess} |"
 
 
 def real_fp8():
@@ -97,7 +97,7 @@ def real_fp8():
             assert min(apart) > 0
     cost, tis, aligned, ais, tbpo = told.values()
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
-    yield PAGE, f"`aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
+    yield PAGE, f"`Aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]
     loss, gain = paired.paired(half, "unquantized", "none"), paired.paired(half, "TIS", "none")
     assert (sum(each > 0 for each in loss), sum(each > 0 for each in gain)) == (9, 8)

@@ -37,7 +37,7 @@ def flipped_orders():
         return bias(model, "max_prob", "INT4", weights) - bias(model, "random", "INT4", weights)
 
     tis, none = ([apart(model, weights) for model in models] for weights in ("tis", "none"))
-    yield PAGE, f"with TIS it has {interval(tis)} less bias than `max_prob`, without weights {interval(none)}"
+    yield PAGE, f"with TIS it has {interval(tis)} less bias than `MaxProb`, without weights {interval(none)}"
     cost = over(models, lambda model: model["reward"]["max_prob"] - model["reward"]["random"])
     yield PAGE, f"costs {cost} of reward"
     assert mean(tis) > 0
@@ -54,4 +54,4 @@ def flipped_orders():
     both = [
         over(models, lambda model, order=order: bias(model, order, "INT4", "tis")) for order in ("max_prob", "random")
     ]
-    yield f"{DOCS}/mismatch.md", f"[a bias of {both[0]} under `max_prob` and {both[1]} in random order]"
+    yield f"{DOCS}/mismatch.md", f"[a bias of {both[0]} under `MaxProb` and {both[1]} in random order]"

@@ -138,7 +138,7 @@ def memory_of_real_models():
             "llada_8b_sudoku_full (fp32 weights, bf16 products, 8-bit AdamW)",
             "llada_8b_sudoku_full (fp32 weights, 8-bit AdamW)",
         ),
-        ("the same with `--optim adamw`, without one", "with `--optim adamw`"),
+        ("the same with `--optim adamw`, without one", "with `--optim AdamW`"),
         ("dream_7b_countdown", "dream_7b_countdown"),
         ("qwen3_8b_gsm8k (recomputed blocks)", "qwen3_8b_gsm8k (gradient checkpointing)"),
         ("llada_moe_gsm8k", "llada_moe_gsm8k"),

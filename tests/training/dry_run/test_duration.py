@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import pytest
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.checkpoint.loading import load_config
-from dllm_rl.quantization.schemes import float8_dynamic, float8_weight_only
-from dllm_rl.samplers.cache import prefix_cache
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.quantization.schemes import Float8Dynamic, Float8WeightOnly
+from dllm_rl.samplers.cache import PrefixCache
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.dry_run.duration import (
     FORWARD_SHARE,
@@ -43,15 +42,15 @@ def measured(part, what, **more):
     ("part", "what", "scheme", "compiled"),
     [
         ("fp8", "bf16, exact", None, False),
-        ("fp8", "FP8 weights, eager", float8_weight_only, False),
-        ("fp8", "FP8 weights, compiled", float8_weight_only, True),
-        ("fp8", "FP8 products, eager", float8_dynamic, False),
-        ("fp8", "FP8 products, compiled", float8_dynamic, True),
+        ("fp8", "FP8 weights, eager", Float8WeightOnly(), False),
+        ("fp8", "FP8 weights, compiled", Float8WeightOnly(), True),
+        ("fp8", "FP8 products, eager", Float8Dynamic(), False),
+        ("fp8", "FP8 products, compiled", Float8Dynamic(), True),
     ],
 )
 def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled):
     """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
-    sampler = partial(unmask, max_new_tokens=128, diffusion_steps=64, block_size=32)
+    sampler = Unmask(max_new_tokens=128, diffusion_steps=64, block_size=32)
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
     assert stage_seconds(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
@@ -81,7 +80,7 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
 def test_a_step_takes_what_the_h200_took(policy):
     """32 denoising steps; the rollout is planned at the rate of fewer rows. No backward was measured: equal rewards."""
     (row,) = PARTS["step"]["rows"]
-    planned = stage_seconds(replace(sudoku, sampler=partial(sudoku.sampler, diffusion_steps=32)), policy, 256)
+    planned = stage_seconds(replace(sudoku, sampler=sudoku.sampler.replace(diffusion_steps=32)), policy, 256)
     assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
     assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
 
@@ -89,16 +88,16 @@ def test_a_step_takes_what_the_h200_took(policy):
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
     """docs/which-likelihood.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
     told = (Path(__file__).parents[3] / "docs" / "which-likelihood.md").read_text()
-    sampler = partial(sudoku.sampler, diffusion_steps=32)
+    sampler = sudoku.sampler.replace(diffusion_steps=32)
     recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
     for row, estimator in (
-        ("`trajectory()` | exact given the order", lik.trajectory()),
-        ("`trajectory(num_segments=8)`", lik.trajectory(num_segments=8)),
-        ("`trajectory(num_sampled_steps=8)`", lik.trajectory(num_sampled_steps=8)),
-        ("`elbo(num_samples=4)`", lik.elbo(num_samples=4)),
-        ("`elbo(num_samples=4)`", lik.coupled(num_samples=2)),
-        ("`one_step(prompt_mask=0.15)`", lik.one_step()),
-        ("`one_step(prompt_mask=0)`", lik.one_step(prompt_mask=0.0)),
+        ("`Trajectory()` | exact given the order", lik.Trajectory()),
+        ("`Trajectory(num_segments=8)`", lik.Trajectory(num_segments=8)),
+        ("`Trajectory(num_sampled_steps=8)`", lik.Trajectory(num_sampled_steps=8)),
+        ("`ELBO(num_samples=4)`", lik.ELBO(num_samples=4)),
+        ("`ELBO(num_samples=4)`", lik.Coupled(num_samples=2)),
+        ("`OneStep(prompt_mask=0.15)`", lik.OneStep()),
+        ("`OneStep(prompt_mask=0)`", lik.OneStep(prompt_mask=0.0)),
     ):
         found = stage_seconds(replace(recipe, likelihood=estimator), policy, 256)
         (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}") and line.count("|") == 6]
@@ -115,7 +114,7 @@ def test_stages_by_hand(policy):
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
     assert found["scoring"] == pytest.approx(8 * (2 * step / FORWARD_SHARE + step / 0.84))
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
-    fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "resample_masks": False}
+    fields = {"likelihood": lik.Coupled(), "beta": 0.0, "rollout_quantization": None, "resample_masks": False}
     coupled = replace(sudoku, **fields, lora=None)
     found = stage_seconds(coupled, policy, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD_SHARE)
@@ -123,7 +122,7 @@ def test_stages_by_hand(policy):
     once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
     one = stage_seconds(once, meta_policy(once), 256)
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
-    cached = replace(sudoku, sampler=partial(sudoku.sampler, cache=prefix_cache()))
+    cached = replace(sudoku, sampler=sudoku.sampler.replace(cache=PrefixCache()))
     assert stage_seconds(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
 
 
@@ -146,10 +145,10 @@ def test_a_token_passes_the_experts_that_it_takes():
 @pytest.mark.parametrize(
     ("estimator", "views"),
     [
-        (lik.one_step(), 1),
-        (lik.coupled(num_samples=2), 4),
-        (lik.trajectory(), 128),
-        (lik.trajectory(num_segments=4), 4),
+        (lik.OneStep(), 1),
+        (lik.Coupled(num_samples=2), 4),
+        (lik.Trajectory(), 128),
+        (lik.Trajectory(num_segments=4), 4),
     ],
 )
 def test_views_are_those_that_the_likelihood_draws(estimator, views):

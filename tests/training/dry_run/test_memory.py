@@ -16,10 +16,10 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import confidence
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.renoise import Renoise
+from dllm_rl.samplers.rules import Confidence
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.dry_run.memory import step_memory
 from dllm_rl.training.learner import can_retain_graphs, update
 from dllm_rl.training.policies import make_optimizer
@@ -28,7 +28,7 @@ from dllm_rl.types import Batch, Prompts
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
 LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} | SIZES
 PROMPT, LENGTH, ROWS = 24, 72, 8
-OF_DRAWS = {"diffusion_steps": 2, "temperature": 1.0, "rank": confidence}  # draws at every position
+OF_DRAWS = {"diffusion_steps": 2, "temperature": 1.0, "rank": Confidence()}  # draws at every position
 
 
 def profiled(work: Callable[[], object]) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def profiled(work: Callable[[], object]) -> tuple[int, int]:
 
 def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, layers: int = 4, **changes):
     if canvas is not None:
-        sampler = partial(renoise, max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
+        sampler = Renoise(max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
         letters = {name: value for name, value in LETTERS.items() if name != "intermediate_size"}
         sizes = letters | {
             "canvas_length": canvas,
@@ -56,16 +56,16 @@ def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, laye
         }
         given = {
             "model": partial(tiny_diffusion_gemma, **sizes),
-            "sampler": partial(sampler, confidence_threshold=None, answer="drawn"),
-            "likelihood": lik.trajectory(),
+            "sampler": sampler.replace(confidence_threshold=None, answer="drawn"),
+            "likelihood": lik.Trajectory(),
         }
         return replace(recipe_of(tmp_path, **changes), **given)
-    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, **OF_DRAWS)
+    sampler = Autoregress(max_new_tokens=LENGTH) if causal else Unmask(max_new_tokens=LENGTH, **OF_DRAWS)
     return tiny_recipe(
         tmp_path,
         model=partial(tiny_llama, causal=causal, **LETTERS),
-        sampler=partial(sampler, max_new_tokens=LENGTH),
-        likelihood=lik.causal() if causal else lik.one_step(prompt_mask=0.5),
+        sampler=sampler,
+        likelihood=lik.Causal() if causal else lik.OneStep(prompt_mask=0.5),
         train_batch_size=2,
         num_generations=4,
         num_iterations=2,
@@ -77,7 +77,7 @@ def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, laye
 def made(recipe):
     policy = recipe.model()
     if recipe.lora is not None:
-        add_lora(policy, recipe.lora())
+        add_lora(policy, recipe.lora)
     policy.gradient_checkpointing = recipe.gradient_checkpointing
     return policy
 
@@ -86,8 +86,8 @@ CASES = {
     "full": {},
     "full, bf16": {"bf16": True},
     "full, recomputed": {"gradient_checkpointing": True},
-    "adapters": {"lora": partial(Lora, r=16, dropout=0.05)},
-    "adapters, recomputed": {"lora": partial(Lora, r=16, dropout=0.05), "gradient_checkpointing": True},
+    "adapters": {"lora": Lora(r=16, dropout=0.05)},
+    "adapters, recomputed": {"lora": Lora(r=16, dropout=0.05), "gradient_checkpointing": True},
     "micro-batches": {"micro_batch_size": 4},
     "micro-batches, kept": {"micro_batch_size": 4, "max_retained_graphs": 2},
     "constant memory": {"max_retained_graphs": 0},
@@ -106,7 +106,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    keep = can_retain_graphs(recipe, policy, num_forwards=1 if recipe.likelihood.name != "trajectory" else 2, rows=ROWS)
+    keep = can_retain_graphs(recipe, policy, num_forwards=1 if recipe.likelihood.name != "Trajectory" else 2, rows=ROWS)
     runs_again = ("adapters", "adapters, recomputed", "micro-batches", "constant memory", "renoise")
     assert keep == (case not in runs_again)
 

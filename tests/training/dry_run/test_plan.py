@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -12,12 +11,12 @@ from repetitions import few
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
-from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
-from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
-from dllm_rl.samplers import unmask
-from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
+from dllm_rl.samplers import Unmask
+from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.training.dry_run import plan as dry_run
 from dllm_rl.training.dry_run.duration import PEAK_FLOPS, count_weights
 from dllm_rl.training.dry_run.memory import Memory
@@ -101,9 +100,9 @@ def test_llada_8b_to_the_parameter():
     assert rollout_bytes(replace(recipe, bf16=True, dtype="float32"), adapted, fp32) == weights + 2 * others
     assert rollout_bytes(replace(recipe, lora=None), full, bf16) == weights + 2 * others
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
-    held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantized=True))
+    held = replace(recipe, rollout_quantization=Float8WeightOnly(dequantized=True))
     assert rollout_bytes(held, adapted, bf16) == 2 * weights
-    rounded = replace(recipe, rollout_quantization=partial(fake_quantize, activation="int8"))
+    rounded = replace(recipe, rollout_quantization=FakeQuantize(activation="int8"))
     assert rollout_bytes(rounded, adapted, bf16) == 4 * weights  # products in fp32
 
 
@@ -133,7 +132,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     assert held["rollout copy"] == rounded + 2 * (parameters - rounded)  # FP8 weights, and the others in bf16
     assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
     assert held["optimizer"] == pytest.approx(8 * parameters, rel=1e-5)
-    eight = memory(replace(full, optim=adamw_8bit, beta=0.0), policy, 256)
+    eight = memory(replace(full, optim=AdamW8bit(), beta=0.0), policy, 256)
     assert (
         eight.persistent["optimizer"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.persistent
     )
@@ -220,8 +219,8 @@ def one_layer(monkeypatch):
     [
         ({"model": "no/such/place"}, r"is neither a folder nor a hub id \(owner/name\)"),
         (
-            {"sampler": partial(autoregress, max_new_tokens=64)},
-            "sampler=autoregress is not for 'full' attention; use unmask",
+            {"sampler": Autoregress(max_new_tokens=64)},
+            "sampler=Autoregress is not for 'full' attention; use Unmask",
         ),
         ({"model": "Qwen/Qwen3-8B"}, "is for full or block_causal attention"),
     ],
@@ -248,8 +247,8 @@ def test_diffusion_gemma_without_its_weights():
     assert f"rollout          {2 * weights * tokens / (0.25 * PEAK_FLOPS):8.1f} s at 25%" in text
     with pytest.raises(ValueError, match="torch_compile=True cannot be combined with the cache of 'diffusion_gemma'"):
         plan(replace(recipe, torch_compile=True))
-    wrong = replace(recipe, sampler=partial(unmask, max_new_tokens=256))
-    with pytest.raises(ValueError, match="sampler=unmask is not for 'encoder_decoder' attention; use renoise"):
+    wrong = replace(recipe, sampler=Unmask(max_new_tokens=256))
+    with pytest.raises(ValueError, match="sampler=Unmask is not for 'encoder_decoder' attention; use Renoise"):
         plan(wrong)
 
 
@@ -272,7 +271,7 @@ def test_fields_that_cannot_be(changes, words):
 @pytest.mark.usefixtures("one_layer")
 def test_too_long_a_completion():
     recipe = recipe_of("llada_8b_sudoku")
-    long = replace(recipe, sampler=partial(recipe.sampler, max_new_tokens=4000))
+    long = replace(recipe, sampler=recipe.sampler.replace(max_new_tokens=4000))
     with pytest.raises(ValueError, match="max_new_tokens=4000 after 256 tokens exceeds the model's 4096 positions"):
         plan(long)
 

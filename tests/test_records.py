@@ -1,75 +1,53 @@
-"""Constants outside their bounds: of every public function that has one, wherever it is bound. Numbers that float32
+"""Numbers outside their bounds: of every record that has one. Numbers that float32
 cannot hold, and the largest and smallest that it can: refused in one line that names the setting, or what is computed
 with them is finite."""
 
-import inspect
 import math
 import re
-import types
-import typing
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import renoise_toys
 import torch
 from likelihood_toys import TablePolicy
-from tiny_recipe import tiny_recipe
 
 from dllm_rl import Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.algorithms.correctors import Corrector, ais_lambda
-from dllm_rl.bounds import Bound, check_bound
-from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.samplers import autoregress, renoise, revise, rules, unmask
+from dllm_rl.records import Bound, Record, annotations_of, required_settings, union_members
+from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.testing import check_corrector
 from dllm_rl.types import Prompts, SamplingParams
 from recipes.studies import surrogates as published
 
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
-RECORDS = (correctors.Corrector, estimators.LikelihoodEstimator)
 NUMBERS = {int, float}
-GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses
 # Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
 ZERO = {"bound", "min_ratio", "threshold", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps"}
-
-
-def kinds_of(annotation):
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    return set(typing.get_args(annotation)) if union else {annotation}
-
-
-def public(module):
-    """Functions that a recipe takes: of estimators, those that make one."""
-    for name, function in vars(module).items():
-        if not inspect.isfunction(function) or function.__module__ != module.__name__ or name.startswith("_"):
-            continue
-        made = inspect.signature(function).return_annotation
-        if module is not estimators or made in RECORDS:
-            yield name, function
+REQUIRED = {"block_size": 3, "eta": 0.1, "tau": 0.9, "temperature": 0.5, "f": 1.0, "gamma": 1.0, "rate": 0.1}
+REQUIRED |= {"length": 16, "max_new_tokens": 4}
 
 
 def constants():
-    """(function, keyword) of every number that a user may bind."""
+    """(record, setting) of every number with a bound that a user may set."""
     for module in MODULES:
-        for name, function in public(module):
-            for parameter in inspect.signature(function).parameters.values():
-                number = parameter.kind is parameter.KEYWORD_ONLY and kinds_of(parameter.annotation) & NUMBERS
-                if number and not (module is losses and parameter.name in GIVEN):
-                    yield pytest.param(function, parameter.name, id=f"{name}-{parameter.name}")
+        for name, record in vars(module).items():
+            is_record = isinstance(record, type) and issubclass(record, Record) and record.__module__ == module.__name__
+            if not is_record or name.startswith("_"):
+                continue
+            for setting, annotation in annotations_of(record).items():
+                if set(union_members(annotation)) & NUMBERS:
+                    yield pytest.param(record, setting, id=f"{name}-{setting}")
 
 
-def bind(function, keyword, value):
-    """The function with the constant, as a recipe holds it: called where it makes a record, else a partial."""
-    bound = {"block_size": 4, "eta": 0.1, "tau": 0.9} | {keyword: value}
-    wanted = inspect.signature(function).parameters
-    made = partial(function, **{name: number for name, number in bound.items() if name in wanted})
-    return made() if inspect.signature(function).return_annotation in RECORDS else check_bound(made)
+def bind(record, setting, value):
+    """The record with the setting, and with values of those that it needs."""
+    needed = {name: number for name, number in REQUIRED.items() if name in required_settings(record)}
+    return record(**needed | {setting: value})
 
 
 def test_a_constant_is_a_number():
@@ -79,31 +57,31 @@ def test_a_constant_is_a_number():
 
 @pytest.mark.parametrize(("function", "keyword"), [*constants()])
 def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword):
-    number = float if float in kinds_of(inspect.signature(function).parameters[keyword].annotation) else lambda x: x
+    number = float if float in union_members(annotations_of(function)[keyword]) else lambda x: x
     for value in map(number, (-1, -3.0, 0, math.inf, -math.inf, math.nan)):
         if value == 0 and keyword in ZERO:
             bind(function, keyword, value)
             continue
-        with pytest.raises(ValueError, match=rf"^{keyword}={value} must [^\n]*$"):
+        with pytest.raises(ValueError, match=rf"^{keyword}={value} (must [^\n]*|is of type float; give int)$"):
             bind(function, keyword, value)
 
 
 def test_the_list_has_all_kinds():
     found = {param.id for param in constants()}
-    assert {"tis-cap", "vespo-lam_neg", "sandwich-mix", "remask-eta", "fixed_length_mean-length", "gdsd-psi"} <= found
+    assert {"TIS-cap", "VESPO-lam_neg", "Sandwich-mix", "Remask-eta", "FixedLengthMean-length", "GDSD-psi"} <= found
     assert len(found) > 60
 
 
 @pytest.mark.parametrize(
     ("function", "keyword", "value", "message"),
     [
-        (correctors.tis, "cap", 0.5, "cap=0.5 must be at least 1"),
-        (correctors.mis, "min_ratio", 1.5, "min_ratio=1.5 must lie in [0, 1]"),
-        (correctors.mis, "max_ratio", 0.9, "max_ratio=0.9 must be at least 1"),
-        (rules.threshold, "tau", 1.1, "tau=1.1 must lie in (0, 1]"),
-        (estimators.one_step, "prompt_mask", 1.0, "prompt_mask=1.0 must lie in [0, 1)"),
-        (correctors.tis, "cap", math.inf, "cap=inf must be at least 1, and be finite"),
-        (losses.ppo_clip, "delta", 0.5, "delta=0.5 must be at least 1"),
+        (correctors.TIS, "cap", 0.5, "cap=0.5 must be at least 1"),
+        (correctors.MIS, "min_ratio", 1.5, "min_ratio=1.5 must lie in [0, 1]"),
+        (correctors.MIS, "max_ratio", 0.9, "max_ratio=0.9 must be at least 1"),
+        (rules.Threshold, "tau", 1.1, "tau=1.1 must lie in (0, 1]"),
+        (estimators.OneStep, "prompt_mask", 1.0, "prompt_mask=1.0 must lie in [0, 1)"),
+        (correctors.TIS, "cap", math.inf, "cap=inf must be at least 1, and be finite"),
+        (losses.PPOClip, "delta", 0.5, "delta=0.5 must be at least 1"),
     ],
 )
 def test_the_line_names_the_constant_and_its_range(function, keyword, value, message):
@@ -116,26 +94,26 @@ def test_the_line_names_the_constant_and_its_range(function, keyword, value, mes
 @pytest.mark.parametrize(
     ("function", "keyword"),
     [
-        (autoregress, "max_new_tokens"),
-        (autoregress, "top_k"),
-        (unmask, "max_new_tokens"),
-        (unmask, "diffusion_steps"),
-        (unmask, "block_size"),
-        (unmask, "top_k"),
-        (unmask, "confidence_radius"),
-        (renoise, "max_new_tokens"),
-        (renoise, "diffusion_steps"),
-        (renoise, "stability_threshold"),
-        (estimators.elbo, "num_samples"),
-        (estimators.trajectory, "block_size"),
+        (Autoregress, "max_new_tokens"),
+        (Autoregress, "top_k"),
+        (Unmask, "max_new_tokens"),
+        (Unmask, "diffusion_steps"),
+        (Unmask, "block_size"),
+        (Unmask, "top_k"),
+        (Unmask, "confidence_radius"),
+        (Renoise, "max_new_tokens"),
+        (Renoise, "diffusion_steps"),
+        (Renoise, "stability_threshold"),
+        (estimators.ELBO, "num_samples"),
+        (estimators.Trajectory, "block_size"),
     ],
 )
 def test_a_number_of_things_is_an_integer(function, keyword, value):
-    with pytest.raises(ValueError, match=rf"^{keyword}={re.escape(repr(value))} must be (an integer|a number)$"):
+    with pytest.raises(ValueError, match=rf"^{keyword}={re.escape(repr(value))} is of type \w+; give int$"):
         bind(function, keyword, value)
 
 
-@pytest.mark.parametrize("function", [autoregress, unmask, renoise])
+@pytest.mark.parametrize("function", [Autoregress, Unmask, Renoise])
 def test_integers_of_numpy_are_integers(function):
     bind(function, "max_new_tokens", np.int64(4))
 
@@ -144,7 +122,7 @@ def test_integers_of_numpy_are_integers(function):
 def test_a_causal_model_writes_a_token_at_least(value):
     prompts = Prompts.from_ids([[3, 4]], pad_id=0)
     with pytest.raises(ValueError, match=f"^max_new_tokens={value} must be at least 1$"):
-        autoregress(tiny_llama(characters="ab", causal=True), prompts, torch.Generator(), max_new_tokens=value)
+        Autoregress(max_new_tokens=value)(tiny_llama(characters="ab", causal=True), prompts, torch.Generator())
 
 
 def test_edges_and_none_are_inside():
@@ -156,27 +134,12 @@ def test_edges_and_none_are_inside():
             Bound(above=0, below=1).check("x", value)
 
 
-def test_a_call_checks_too():
-    with pytest.raises(ValueError, match="max_ratio=-1 must be at least 1"):
-        losses.cispo(None, None, None, max_ratio=-1)
-
-
-def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
-    recipe = tiny_recipe(tmp_path)
-    sampler = partial(recipe.sampler, commit=partial(rules.threshold, tau=7.0))
+def test_records_within_records_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match=r"tau=7.0 must lie in \(0, 1\]"):
-        replace(recipe, sampler=sampler)
-    with pytest.raises(ValueError, match="length=0 must be at least 1"):
-        replace(recipe, loss_reduction=partial(losses.fixed_length_mean, length=0))
-    two = (partial(correctors.truncated_weights, cap=2.0), partial(correctors.truncated_weights, cap=-2.0))
-    with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
-        correctors.Corrector(partial(correctors.combine_weights, weight_fns=two))
-    for words in (["--corrector.cap", "-3"], ["--loss.epsilon", "0", "--loss", "ppo_clip"]):
-        with pytest.raises(SystemExit) as stop:
-            from_command_line(recipe, ["--corrector", "tis", *words])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1
-        assert f"{words[0].rpartition('.')[2]}={float(words[1])} must" in error
+        Unmask(max_new_tokens=4, commit=rules.Threshold(tau=7.0))
+    stored = {"class_path": "Threshold", "init_args": {"tau": 7.0}}
+    with pytest.raises(ValueError, match=r"tau=7.0 must lie in \(0, 1\]"):
+        Unmask(max_new_tokens=4, commit=stored)
 
 
 SMALL = (5e-324, 1e-300, 1e-45, 1e-40, 2.0**-126, 1e-37, 1e-30, 1e-20)
@@ -217,24 +180,24 @@ def estimate(made):
 def sampled(policy=TOY, **settings):
     """A rollout of `unmask` whose tokens are words, whose log-probs are finite, and what `trajectory()` gives."""
     options = {"max_new_tokens": 3, "diffusion_steps": 3, "temperature": 1.0, "suppress": (2, 3, 4)} | settings
-    rollout = unmask(policy, Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16)), GENERATOR, **options)
+    rollout = Unmask(**options)(policy, Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16)), GENERATOR)
     assert rollout.tokens[:, 1:].max() < 2
     if rollout.events is None:
-        views = estimators.trajectory().draw_views(rollout, GENERATOR)
-        torch.testing.assert_close(estimators.trajectory().logprobs(policy, rollout, views), recorded(rollout, views))
+        views = estimators.Trajectory().draw_views(rollout, GENERATOR)
+        torch.testing.assert_close(estimators.Trajectory().logprobs(policy, rollout, views), recorded(rollout, views))
     return all_finite(rollout.logprobs, *(x for x in [rollout.order.logprobs] if x is not None))
 
 
 def rule(made):
-    if made.func is rules.plackett_luce:
-        return all(sampled(rank=partial(made, base_rank=b)) for b in (rules.max_prob, rules.margin, rules.entropy))
-    rank = {rules.entropy_bound: rules.entropy, revise.remask: rules.random, revise.edit: rules.confidence}
-    return sampled(rank=rank.get(made.func, rules.max_prob), commit=made)
+    if isinstance(made, rules.PlackettLuce):
+        return all(sampled(rank=made.replace(base_rank=b)) for b in (rules.MaxProb(), rules.Margin(), rules.Entropy()))
+    ranks = {rules.EntropyBound: rules.Entropy(), revise.Remask: rules.RandomOrder(), revise.Edit: rules.Confidence()}
+    return sampled(rank=ranks.get(type(made), rules.MaxProb()), commit=made)
 
 
 def advantage(made):
     for rewards in (torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(2, 3), torch.tensor([[1e30, 0.0, -1e30]])):
-        more = {} if made.func is not advantages.decoupled else {"parts": rewards[None], "weights": torch.ones(1)}
+        more = {} if not made.takes_component_rewards else {"parts": rewards[None], "weights": torch.ones(1)}
         if not all_finite(made(rewards, **more)):
             return False
     return True
@@ -245,49 +208,39 @@ def corrects(made):
     return True
 
 
-def lambdas(made):
+@pytest.mark.parametrize("tau", [1e-30, 0.05, 1e30])
+def test_lambda_lies_in_0_to_1(tau):
     inputs = ((1.0, 0.0, 0.0), (0.5, 1e-6, 1.0), (1e-3, 20.0, 30.0))
-    return all(0 <= made(*values) <= 1 for values in inputs)
+    assert all(0 <= ais_lambda(*values, tau=tau) <= 1 for values in inputs)
 
 
-def is_finite(function, made):
-    if isinstance(made, estimators.LikelihoodEstimator):
-        return estimate(made)
-    if isinstance(made, Corrector):
-        return corrects(made)
-    if function is ais_lambda:
-        return lambdas(made)
-    if function.__module__ == correctors.__name__:
-        return corrects(Corrector(weight_fn=made))
-    if function is losses.fixed_length_mean:
+def is_finite(made):
+    if isinstance(made, losses.FixedLengthMean):
         return all_finite(made(torch.ones(2, 3, dtype=torch.bool), num_tokens=6, num_sequences=2))
-    by_module = {losses.__name__: surrogate, advantages.__name__: advantage}
-    return by_module.get(function.__module__, rule)(made)
+    kinds = {
+        estimators.LikelihoodEstimator: estimate,
+        Corrector: corrects,
+        losses.Loss: surrogate,
+        advantages.Advantages: advantage,
+    }
+    return next((check for kind, check in kinds.items() if isinstance(made, kind)), rule)(made)
 
 
 LIBRARY = [case for case in constants() if case.values[0].__module__.startswith("dllm_rl.")]
-FLOATS = [
-    case
-    for case in LIBRARY
-    if float in kinds_of(inspect.signature(case.values[0]).parameters[case.values[1]].annotation)
-]
+FLOATS = [case for case in LIBRARY if float in union_members(annotations_of(case.values[0])[case.values[1]])]
 
 
 @pytest.mark.parametrize(("function", "keyword"), FLOATS)
 def test_an_extreme_constant_is_refused_or_computes_finite_numbers(function, keyword):
     refused = 0
     for value in (*SMALL, *LARGE):
-        bound = {"block_size": 3, "eta": 0.1, "tau": 0.9, "temperature": 0.5} | {keyword: value}
-        wanted = inspect.signature(function).parameters
-        made = partial(function, **{name: number for name, number in bound.items() if name in wanted})
         try:
-            check_bound(made)  # as a recipe does
-            made = made() if wanted and inspect.signature(function).return_annotation in RECORDS else made
+            made = bind(function, keyword, value)
         except ValueError as error:
             assert f"{keyword}={value}" in str(error) and "\n" not in str(error)
             refused += 1
             continue
-        assert is_finite(function, made), f"{keyword}={value}"
+        assert is_finite(made), f"{keyword}={value}"
     assert refused >= 5  # the numbers that float32 cannot hold
 
 
@@ -298,13 +251,13 @@ def test_an_integer_has_64_bits(value):
             bound.check("steps", value)
     Bound(at_least=1).check("steps", 2**63 - 1)
     with pytest.raises(ValueError, match=r"^max_new_tokens="):
-        check_bound(partial(unmask, max_new_tokens=value))
+        Unmask(max_new_tokens=value)
 
 
 def autoregressed(**settings):
     policy = tiny_llama(causal=True, characters="0123456789+=", hidden_size=32, num_layers=1, head_std=0.3)
     prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, group_size=4, seeds=range(4))
-    rollout = autoregress(policy, prompts, GENERATOR, **{"max_new_tokens": 3, "suppress": (0, 2), **settings})
+    rollout = Autoregress(**{"max_new_tokens": 3, "suppress": (0, 2), **settings})(policy, prompts, GENERATOR)
     assert not (rollout.tokens[:, 3:] == 2).any()
     return rollout
 
@@ -312,18 +265,18 @@ def autoregressed(**settings):
 def renoised(**settings):
     prompts = Prompts.from_ids([[0, 1]], pad_id=0, group_size=4, seeds=range(4))
     options = {"max_new_tokens": 3, "diffusion_steps": 4, "answer": "drawn", **settings}
-    return renoise(renoise_toys.toy(), prompts, GENERATOR, **options)
+    return Renoise(**options)(renoise_toys.toy(), prompts, GENERATOR)
 
 
 @pytest.mark.parametrize("sample", [sampled, autoregressed])
 @pytest.mark.parametrize("keyword", ["temperature", "top_p"])
 def test_an_extreme_temperature_or_top_p_is_refused_or_samples(sample, keyword):
     """Where it is refused, it is refused when a recipe is made, and by `SamplingParams`."""
-    sampler = unmask if sample is sampled else autoregress
+    sampler = Unmask if sample is sampled else Autoregress
     refused = []
     for value in (*SMALL, *LARGE, math.nan, -1e-300):
         try:
-            check_bound(partial(sampler, max_new_tokens=3, **{keyword: value}))
+            sampler(max_new_tokens=3, **{keyword: value})
         except ValueError as error:
             refused.append(value)
             assert f"{keyword}={value}" in str(error) and "\n" not in str(error)
@@ -352,8 +305,8 @@ def test_towards_zero_the_draws_are_the_likeliest_tokens(sample):
         for settings in ({"temperature": 1e-30}, {"temperature": 1e-20, "top_k": 2}, {"top_p": 1e-30}):
             prompts = Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16))
             options = {"max_new_tokens": 3, "suppress": (2, 3, 4)}
-            ours = unmask(TOY, prompts, GENERATOR, **options | {"temperature": 1.0} | settings)
-            assert torch.equal(ours.tokens, unmask(TOY, prompts, GENERATOR, **options, temperature=0.0).tokens)
+            ours = Unmask(**options | {"temperature": 1.0} | settings)(TOY, prompts, GENERATOR)
+            assert torch.equal(ours.tokens, Unmask(**options, temperature=0.0)(TOY, prompts, GENERATOR).tokens)
 
 
 @pytest.mark.parametrize("keyword", ["t_max", "t_min", "entropy_bound", "confidence_threshold"])
@@ -372,7 +325,7 @@ def test_an_extreme_number_of_renoise_is_refused_or_samples(keyword):
 def test_a_radius_beyond_the_completion_is_the_completion():
     prompts = Prompts.from_ids([[3]], pad_id=4, group_size=8, seeds=range(8))
     options = {"max_new_tokens": 3, "temperature": 1.0, "suppress": (2, 3, 4)}
-    changes = [unmask(TOY, prompts, GENERATOR, confidence_radius=r, **options).confidence_change for r in (3, 10**12)]
+    changes = [Unmask(confidence_radius=r, **options)(TOY, prompts, GENERATOR).confidence_change for r in (3, 10**12)]
     assert torch.equal(*changes) and changes[0].any()
 
 
