@@ -223,12 +223,14 @@ def subclasses(base: type[Record]) -> dict[str, type[Record]]:
         if name[0].isupper():
             getattr(library, name)  # imports its module: a class is known once it is imported
     importlib.import_module("dllm_rl.serving.engine")  # whose names are not public
-    records: list[type[Record]] = [record for record in _all_subclasses(base) if record is not base] or [base]
-    return {
+    found = {
         record.__name__: record
-        for record in records
-        if record.__module__.partition(".")[0] == "dllm_rl" and not record.__name__.startswith("_")
+        for record in _all_subclasses(base)
+        if record is not base
+        and record.__module__.partition(".")[0] == "dllm_rl"
+        and not record.__name__.startswith("_")
     }
+    return found or {base.__name__: base}  # a class without subclasses, such as Lora
 
 
 def _all_subclasses(base: type[Record]) -> Iterator[type[Record]]:

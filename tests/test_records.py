@@ -11,14 +11,14 @@ import renoise_toys
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl import Recipe
+from dllm_rl import Lora, Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.algorithms.correctors import Corrector, ais_lambda
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.records import Bound, Record, annotations_of, required_settings, union_members
+from dllm_rl.records import Bound, Record, annotations_of, required_settings, subclasses, union_members
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.testing import check_corrector
 from dllm_rl.types import Prompts, SamplingParams
@@ -336,3 +336,10 @@ def test_a_recipe_refuses_what_float32_cannot_hold(value):
         with pytest.raises(ValueError, match=rf"^{name}={value:g}".replace("+", r"\+")):
             field.metadata["bound"].check(name, value)
         field.metadata["bound"].check(name, 1e-30)
+
+
+def test_a_subclass_of_the_users_leaves_the_librarys_class_known():
+    class Smaller(Lora):
+        pass
+
+    assert subclasses(Lora) == {"Lora": Lora} and Smaller(r=4) != Lora(r=4)

@@ -147,7 +147,7 @@ def test_declared_rules_keep_the_contract_or_are_caught():
     assert check_order(FIXED(of_states_of_tiny), commit, rows=500) == "deterministic"
     assert check_order(rules.RandomOrder(), commit, rows=500) == "independent"
     assert check_order(mine, commit, rows=2) == check_order(FIXED(mine), halves, rows=2) == "unknown"
-    with pytest.raises(AssertionError, match="as often as trajectory"):
+    with pytest.raises(AssertionError, match="as often as Trajectory"):
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
 
@@ -186,7 +186,7 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
         steps.append(rollout.unmask_step)
         assert Trajectory().is_exact_for(rollout) == (base is not mine)
     assert torch.equal(*steps) and len(steps[0].unique(dim=0)) > 2
-    with pytest.raises(AssertionError, match=r"as often as trajectory|learner's log-prob"):
+    with pytest.raises(AssertionError, match=r"as often as Trajectory|learner's log-prob"):
         check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule())
     for wrong, message in (
         (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take logits and"),
