@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
@@ -219,11 +219,14 @@ def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:
     settings[name] = record.replace(**{keyword: value})
 
 
-def with_trl_names(function: Callable[..., Recipe]) -> Callable[..., Recipe]:
+Make = TypeVar("Make", bound=Callable[..., Recipe])
+
+
+def with_trl_names(function: Make) -> Make:
     """Decorate `grpo_recipe`, so that it also accepts TRL's names."""
 
     @wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Recipe:
         return function(*arguments, **translate_trl_names(function, keywords))
 
-    return call
+    return cast(Make, call)
