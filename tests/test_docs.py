@@ -323,14 +323,14 @@ def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_
 def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     made = run_example("Write a loss", tmp_path, monkeypatch)
     ratio = torch.tensor([[0.0, 0.3]]).exp().log()
-    value = made["soft_clip"](ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
+    value = made["SoftClip"]()(ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
     moved = 0.3498588  # exp(0.3) - 1
     assert torch.allclose(value, torch.tensor([[2.0, 2 * (1 + moved / (1 + moved / 0.2))]]))
     told = (DOCS / "losses.md").read_text()
     for name, (row,) in made["rows"].items():
         assert f"    {name} {[(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2))]}\n" in told
     with pytest.raises(AssertionError, match="on-policy"):
-        halved = dataclasses.replace(made["mine"], loss=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
+        halved = dataclasses.replace(made["mine"], loss=lambda r, a, m: made["SoftClip"]()(r, a, m) / 2)
         made["check_corrector"](halved)
 
 
@@ -349,7 +349,9 @@ def test_a_run_samples_on_a_server(tmp_path, monkeypatch):
     monkeypatch.setenv("DLLM_RL_TOKEN", TOKEN)
     with running(dllm_rl.load_policy(tmp_path / "model"), token=TOKEN, allow_updates=True) as server:
         text = example("Rollouts of a run").replace("num_steps=100", "num_steps=2")
-        text = text.replace("CHECKPOINT", str(tmp_path / "model")).replace("engine()", f"engine(url={server.url!r})")
+        text = text.replace("CHECKPOINT", str(tmp_path / "model")).replace(
+            "HTTPEngine()", f"HTTPEngine(url={server.url!r})"
+        )
         (tmp_path / "served.py").write_text(text)
         monkeypatch.chdir(tmp_path)
         runpy.run_path("served.py")
@@ -361,15 +363,15 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():
     rows = [(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in made["table"]]
     assert f"It prints `{rows}`." in (DOCS / "losses.md").read_text()
     assert made["table"][0].bias < 1e-12
-    of = made["Corrector"]
-    with pytest.raises(AssertionError, match=r"the loss must be that of none\(\) bit for bit"):
+    of = made["FunctionCorrector"]
+    with pytest.raises(AssertionError, match=r"the loss must be that of NoCorrection\(\) bit for bit"):
         made["check_corrector"](of(loss=made["capped"]))
 
     def twice(log_ratio, advantages, mask):  # the right value at ratio 1, and a gradient that is twice as long
         extra = made["capped"](log_ratio, advantages, mask)
         return made["with_value"](log_ratio, advantages, mask) + extra - extra.detach()
 
-    with pytest.raises(AssertionError, match=r"the gradient must be that of none\(\) bit for bit"):
+    with pytest.raises(AssertionError, match=r"the gradient must be that of NoCorrection\(\) bit for bit"):
         made["check_corrector"](of(loss=twice))
     options = {"moved": "old", "policies": ("early",), "sigmas": (0.0,), "networks": 1}
     (row,) = made["gradient_table"](of(loss=twice), **options)
@@ -569,7 +571,7 @@ def test_a_control_variate_keeps_the_contract():
 def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outside():
     """A window as wide as the row is no window; under a narrow one no token's log-prob depends on the far ones."""
     made = runpy.run_path(str(EXAMPLES / "attention_window.py"), run_name="__main__")
-    policy, rollout, windowed = made["policy"], made["rollout"], made["windowed"]
+    policy, rollout, windowed = made["policy"], made["rollout"], made["Windowed"]
 
     def scores(estimator, seen):
         views = estimator.draw_views(seen, torch.Generator().manual_seed(0))
@@ -623,7 +625,12 @@ def of_the_batch(scores, views):
 def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not(tmp_path):
     (tmp_path / "engine.py").write_text(example("What an engine must give"))
     made = runpy.run_path(str(tmp_path / "engine.py"))
-    stale = made["RolloutEngine"](made["load"], lambda policy, rollout_policy: {})
+
+    class Stale(made["Mine"]):
+        def sync(self, policy, rollout_policy):
+            return {}
+
+    stale = Stale()
     with pytest.raises(AssertionError, match="load and sync must pass it on"):
         made["check_engine"](stale, made["policy"], made["prompts"], made["sampler"])
 

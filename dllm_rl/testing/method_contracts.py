@@ -132,9 +132,9 @@ def _check_on_policy(corrector: Corrector, mask: Tensor, advantages: Tensor) -> 
     plain_loss, _, plain_gradient = loss_of(NoCorrection(), plain, plain.old_logprobs)
     # Bit for bit, so that under `zero_mismatch` a run with a corrector equals the run without one.
     assert torch.equal(loss, plain_loss), (
-        f"on-policy, the loss must be that of none() bit for bit: {loss} against {plain_loss}"
+        f"on-policy, the loss must be that of NoCorrection() bit for bit: {loss} against {plain_loss}"
     )
-    assert torch.equal(gradient, plain_gradient), "on-policy, the gradient must be that of none() bit for bit"
+    assert torch.equal(gradient, plain_gradient), "on-policy, the gradient must be that of NoCorrection() bit for bit"
 
 
 def _steps_and_entropy(mask: Tensor) -> dict[str, Tensor]:
