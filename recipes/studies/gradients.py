@@ -305,7 +305,7 @@ def main() -> None:
     weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
     sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, diffusion_steps=2)
     short, long = sized(length=2), sized(length=6)
-    clipped = {name: replace(c.NoCorrection(), loss=surrogate) for name, surrogate in SURROGATES.items()}
+    clipped = {name: c.FunctionCorrector(loss=surrogate) for name, surrogate in SURROGATES.items()}
     updated = of_correctors(clipped, networks=networks, moved="old")
     with_none = [f"{kind} {sigma}" for kind, sigma in product(KINDS, (0.0, *SIGMAS))]
     tables = {

@@ -47,7 +47,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl import Recipe
-from dllm_rl.algorithms.advantages import GroupRelative, LeaveOneOut
+from dllm_rl.algorithms.advantages import Advantages, GroupRelative, LeaveOneOut
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import GSPO, PPOClip, Reinforce, SequenceMean, TokenMean
 from dllm_rl.files import read_json, write_json
@@ -79,11 +79,13 @@ centered = GroupRelative(scale_rewards="none")
 dual_clip = PPOClip(delta=1.2)
 
 
-def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+class WD1(Advantages):
     """wd1's weights: softmax(A) - softmax(-A) over the group, A = R - mean, times G (arXiv 2507.08838, its authors'
     code [paper]; there the softmax is over a process's rows, which are one group)."""
-    apart = centered(rewards)
-    return rewards.shape[-1] * (torch.softmax(apart, -1) - torch.softmax(-apart, -1))
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        apart = centered(rewards)
+        return rewards.shape[-1] * (torch.softmax(apart, -1) - torch.softmax(-apart, -1))
 
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
@@ -103,7 +105,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wd1": {
         "likelihood": lik.OneStep(prompt_mask=0.15),
         "loss": Reinforce(),
-        "advantages": wd1,
+        "advantages": WD1(),
         "loss_reduction": SequenceMean(),
         "num_iterations": 8,
     },
@@ -337,9 +339,9 @@ def settings() -> str:
     """The table of what each method changes, from METHODS: what is left out is the league's."""
 
     def named(part: Any) -> str:
-        """A record with the settings that differ from its defaults, as one writes it; a function's name."""
+        """A record with the settings that differ from its defaults, as one writes it."""
         if not isinstance(part, Record):
-            return part.__name__ if callable(part) else repr(part)
+            return repr(part)
         changed = [each for each in fields(part) if getattr(part, each.name) != each.default]
         return f"{type(part).__name__}({', '.join(f'{f.name}={named(getattr(part, f.name))}' for f in changed)})"
 

@@ -64,7 +64,7 @@ def blend(policy: Policy, rounded: Policy, share: float) -> None:
 
 
 def load(policy: Policy, *, share: float) -> Policy:
-    rounded = quantized_copy(policy, FakeQuantize("five_level"))
+    rounded = quantized_copy(policy, FakeQuantize(weight="five_level"))
     blend(policy, rounded, share)
     return rounded
 

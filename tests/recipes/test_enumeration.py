@@ -150,7 +150,7 @@ def test_planted_faults_move_a_row(fault):
 
 
 def test_an_update_off_policy_needs_the_ratio():
-    """Rollouts of the learner before an update: r A has the learner's own gradient where tokens are one, `reinforce`
+    """Rollouts of the learner before an update: r A has the learner's own gradient where tokens are one, `Reinforce`
     has none of it, and PPO's clip gives some of it away for a bound."""
     single = {"length": 1, "diffusion_steps": 1, "moved": "old"}
     for name, surrogate, unbiased in (
@@ -158,7 +158,7 @@ def test_an_update_off_policy_needs_the_ratio():
         ("reinforce", Reinforce(), False),
         ("clipped", PPOClip(epsilon=0.05), False),
     ):
-        for row in table(replace(c.NoCorrection(), loss=surrogate), **single):
+        for row in table(c.FunctionCorrector(loss=surrogate), **single):
             assert (row.bias < 1e-12) == unbiased, name
 
 
@@ -178,9 +178,9 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
     old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     new = old.moved(0.3, torch.Generator().manual_seed(1))
     rollout, exact = old.rollout(2), Trajectory()
-    made = {"trajectory()": exact, "trajectory(num_sampled_steps=1)": Trajectory(num_sampled_steps=1)}
-    made |= {f"elbo(num_samples={count})": ELBO(num_samples=count) for count in (4, 1)}
-    made |= {"coupled(num_samples=1)": Coupled(num_samples=1)}
+    made = {"Trajectory()": exact, "Trajectory(num_sampled_steps=1)": Trajectory(num_sampled_steps=1)}
+    made |= {f"ELBO(num_samples={count})": ELBO(num_samples=count) for count in (4, 1)}
+    made |= {"Coupled(num_samples=1)": Coupled(num_samples=1)}
 
     def log_ratio(estimator, seed):
         views = estimator.draw_views(rollout, torch.Generator().manual_seed(seed))

@@ -13,9 +13,9 @@ from recipes.studies import league, paired
 
 def test_wd1_by_hand():
     # R - mean is (0.5, -0.5): softmax 0.7311 and 0.2689, the other sign's the other way round; twice 0.4621.
-    assert league.wd1(torch.tensor([[1.0, 0.0]]))[0].tolist() == pytest.approx([0.92423, -0.92423], abs=1e-5)
-    assert league.wd1(torch.ones(2, 4)).eq(0).all()
-    assert league.wd1(torch.tensor([[3.0, 1.0, 2.0]])).sum().item() == pytest.approx(0, abs=1e-6)
+    assert league.WD1()(torch.tensor([[1.0, 0.0]]))[0].tolist() == pytest.approx([0.92423, -0.92423], abs=1e-5)
+    assert league.WD1()(torch.ones(2, 4)).eq(0).all()
+    assert league.WD1()(torch.tensor([[3.0, 1.0, 2.0]])).sum().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_one_segment_is_one_step():

@@ -22,7 +22,7 @@ def test_a_blended_copy_lies_its_share_of_the_way():
         for parameter in policy.module.parameters():
             parameter.mul_(1.5).add_(0.1)
     assert engine.sync(policy, copy) == {}
-    far = weights_of(quantized_copy(policy, FakeQuantize("five_level"))) - weights_of(policy)
+    far = weights_of(quantized_copy(policy, FakeQuantize(weight="five_level"))) - weights_of(policy)
     assert far.abs().max() > 0.01
     torch.testing.assert_close(weights_of(copy) - weights_of(policy), 0.25 * far, rtol=1e-4, atol=1e-6)
     for share in (0.0, 1.0):
