@@ -40,9 +40,9 @@ from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.training import train
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.trainer import train
 from dllm_rl.types import SamplingParams
 
 MODEL = "GSAI-ML--LLaDA-8B-Instruct"

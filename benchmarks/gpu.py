@@ -55,8 +55,8 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training import train
 from dllm_rl.training.dry_run.plan import memory, meta_policy
+from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_unique import recipe as main_job

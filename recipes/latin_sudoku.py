@@ -16,7 +16,7 @@ from torch import Generator
 from dllm_rl import MaxProb, Policy, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.plots import plot
-from dllm_rl.training.finish import Summary
+from dllm_rl.training.summary import Summary
 from recipes.studies.latin_limit import LATIN, limit
 from recipes.sudoku_tiny import NO_DIGITS, learn
 from recipes.sudoku_tiny import recipe as few_clues

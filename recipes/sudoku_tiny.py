@@ -22,7 +22,7 @@ from dllm_rl.monitoring.plots import plot
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.tasks.sudoku.solver import SPLITS
-from dllm_rl.training.finish import Summary
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.perfect import ceiling
 

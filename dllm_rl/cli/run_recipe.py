@@ -10,7 +10,7 @@ from dllm_rl.screen import escape_controls, imports_interruptible, interactive, 
 from dllm_rl.supervised.recipe import SFT
 
 if TYPE_CHECKING:
-    from dllm_rl.training.finish import Summary
+    from dllm_rl.training.summary import Summary
 
 
 def main(recipe: Recipe | SFT) -> "Summary":

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.tasks import Task
@@ -356,7 +355,7 @@ def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
     return torch.tensor([i for i in range(min(size, policy.vocab_size)) if i not in special])
 
 
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def special_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the texts of the special tokens, longest first, so that a regular expression prefers longer ones."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))

@@ -31,12 +31,13 @@ from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
-from dllm_rl.training.finish import Summary, write_summary
+from dllm_rl.training.finish import write_summary
 from dllm_rl.training.hooks import before_first_step, end_step, load_best
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, make_writer, save, wait_for_checkpoint
 from dllm_rl.training.start import launch, open_log, restore
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import check_evaluations, evaluation_interval
 from dllm_rl.training.warmup import draw_levels
 

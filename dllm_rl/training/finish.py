@@ -2,7 +2,6 @@
 
 import shlex
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
-from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import shown_prompt
@@ -20,26 +18,8 @@ from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import wait_for_checkpoint
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, format_metrics
-
-
-class Summary(dict[str, Any]):
-    """The content of summary.json. The attribute `policy` is the trained policy; files and comparisons ignore it."""
-
-    def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
-        super().__init__(numbers)
-        self._policy = policy
-
-    @property
-    def policy(self) -> Policy:
-        """Return the policy after the last step, with its adapters.
-
-        Raises:
-            ValueError: The run was a dry run, which trains no policy.
-        """
-        if self._policy is None:
-            raise ValueError("dry_run=True trains no policy; run without it")
-        return self._policy
 
 
 def finish(run: Run[Recipe]) -> Summary:

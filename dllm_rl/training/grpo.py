@@ -26,8 +26,8 @@ from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
-from dllm_rl.training.finish import Summary
 from dllm_rl.training.policies import call_model_function
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
 from dllm_rl.training.trl_names import DR_GRPO, with_trl_names
 

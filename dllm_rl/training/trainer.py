@@ -13,7 +13,7 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.distillation import add_teacher_reward
 from dllm_rl.training.dry_run.plan import plan
-from dllm_rl.training.finish import Summary, finish
+from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import end_step, record_update
 from dllm_rl.training.late_rollouts.schedule import Pool
 from dllm_rl.training.learner import train_step
@@ -21,6 +21,7 @@ from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import validate
 
 

@@ -9,7 +9,7 @@ from benchmarks import eight_billion, gpu
 from benchmarks.measure import trained
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ PROGRAM = """
 import sys
 sys.path[:0] = {path!r}
 from tiny_recipe import tiny_recipe
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 train(tiny_recipe({directory!r}, num_steps=40, save_steps=3, sft_warmup_steps=10, resume_from_checkpoint={resume!r}))
 """
 

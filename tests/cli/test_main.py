@@ -14,7 +14,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.protocols import TASKS, protocol_names
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 EMPTY = [
     ["sample", "", "1"],

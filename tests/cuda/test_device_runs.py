@@ -34,7 +34,7 @@ from dllm_rl.records import subclasses
 from dllm_rl.samplers import Autoregress, Unmask, rules
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.testing import make_stats
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 from dllm_rl.types import BatchRecord, Prompts
 from recipes.studies import surrogates as published
 

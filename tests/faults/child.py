@@ -16,7 +16,8 @@ from dllm_rl.distributed.stop import Stop
 from dllm_rl.files import replacing
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import start, train
+from dllm_rl.training import start
+from dllm_rl.training.trainer import train
 
 FULL = "full"  # not a signal: writes beyond `at` bytes of a file fail, as on a full disk
 

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 from dllm_rl.monitoring import log as module
 from dllm_rl.monitoring.log import heartbeat
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 
 def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):

@@ -22,7 +22,7 @@ from dllm_rl.distributed.stop import SIGNALS, Stop
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 
 def small(directory, **changes):

@@ -12,7 +12,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import NoCorrection, tiny_masked_lm
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.policy import load_weights
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 
 def same(a, b) -> bool:

@@ -8,7 +8,7 @@ from tiny_recipe import OddPuzzles, tiny_recipe
 from dllm_rl.algorithms.correctors import TIS, Compose, QaRL, Reject
 from dllm_rl.algorithms.losses import K2
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 PAIRS = {"num_generations": 2, "train_batch_size": 8}
 TWICE = PAIRS | {"num_iterations": 2, "resample_masks": False}

@@ -10,7 +10,8 @@ from dllm_rl import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.finish import Summary, _next_command
+from dllm_rl.training.finish import _next_command
+from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
 
 

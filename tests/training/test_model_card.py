@@ -9,8 +9,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
 from dllm_rl.likelihoods.estimators import Trajectory
-from dllm_rl.training import train
 from dllm_rl.training.model_card import NOT_UPLOADED, card
+from dllm_rl.training.trainer import train
 
 HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 

@@ -23,10 +23,10 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import train
 from dllm_rl.training.hooks import record_update
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
+from dllm_rl.training.trainer import train
 
 PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit
 

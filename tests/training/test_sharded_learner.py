@@ -20,8 +20,8 @@ from dllm_rl import Lora, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.training import train
 from dllm_rl.training.sharded_learner import check_launch_config, check_module, check_sharding
+from dllm_rl.training.trainer import train
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
 MOVED = ("reward", "advantage", "mismatch")  # numbers of a row, whichever process scored it

@@ -18,7 +18,7 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import Autoregress, Unmask
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
-from dllm_rl.training import train
+from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.skipif("config.getoption('other_cpu')", reason="torch captures no graph in a dispatch mode")
 SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
