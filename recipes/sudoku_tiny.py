@@ -23,7 +23,6 @@ from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.tasks.sudoku.solver import SPLITS
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.perfect import ceiling
 
 few_clues = partial(Sudoku, clues=(1, 3), unique=False, infill=True, reward_rule="rules")
@@ -54,6 +53,8 @@ def any_grids(generator: Generator) -> tuple[list[str], list[str]]:
 def learn(policy: Policy, steps: int, seed: int, draw: Callable[[Generator], tuple[list[str], list[str]]]) -> None:
     """Supervised steps of AdamW. `draw` makes 64 puzzles, whose givens are never hidden, and a solved grid of each.
     Prints a line every 50 steps."""
+    from dllm_rl.training.warmup import draw_levels, examples, supervised_loss  # here: --help would wait for it
+
     first = os.environ.get("RANK", "0") == "0"
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(steps):

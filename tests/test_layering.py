@@ -184,6 +184,19 @@ def test_tasks_import_no_torch():
     assert done.stdout == "False\n"
 
 
+def test_the_help_of_a_recipe_imports_no_library_of_training():
+    program = """
+import atexit, runpy, sys
+names = ("torchao", "accelerate", "torch.distributed.fsdp", "torch._dynamo", "dllm_rl.training.trainer")
+atexit.register(lambda: print([name for name in names if name in sys.modules]))
+sys.argv = ["recipes/sudoku_tiny.py", "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert "--learning_rate" in done.stdout and done.stdout.endswith("\n[]\n")
+
+
 def test_every_public_name_resolves():
     for name in dllm_rl.__all__:
         assert callable(getattr(dllm_rl, name))
