@@ -44,13 +44,13 @@ BROKEN = {
     "off the mask": _broken(lambda w, k, m, x: (w * (1 + x.detach().clamp(min=5, max=8).sub(5).sum()), k, m)),
     "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
-    "loss must be that of none": c.FunctionCorrector(loss=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
+    "loss must be that of NoCorrection": c.FunctionCorrector(loss=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
     "must ask for one sum": c.FunctionCorrector(
         loss=lambda r, a, m, sum_over_processes: r.exp() * sum_over_processes(sum_over_processes(a))[:, None],
     ),
     "sums over processes must add up": c.FunctionCorrector(loss=summing(lambda r: r.exp().mean())),
     # The same value on-policy, and half the gradient.
-    "gradient must be that of none": c.FunctionCorrector(loss=lambda r, a, m: (1 + 0.5 * r) * a[:, None]),
+    "gradient must be that of NoCorrection": c.FunctionCorrector(loss=lambda r, a, m: (1 + 0.5 * r) * a[:, None]),
     "reads the entropy": by_entropy(lambda stats: stats.entropy),
     "which is None": by_entropy(lambda stats: stats.entropy.clamp(min=0)),
     "set needs_entropy": c.Compose(parts=(c.TIS(), by_entropy(lambda stats: 2 * stats.entropy))),

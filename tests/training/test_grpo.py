@@ -300,7 +300,7 @@ def test_async_functions_wait_at_once_also_inside_a_running_loop():
 def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
     """A resumed run compares it: no addresses, and not the rows themselves."""
     text = describe(task_from_dataset(ROWS, reward_funcs=[right, short], name="sums"))
-    graders = f"({__name__}:right, {__name__}:short)"
+    graders = f"({__name__}.right, {__name__}.short)"
     assert text == f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1', blank=None)"
     assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
 
