@@ -70,7 +70,7 @@ def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
 
 def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> Recipe:
     on_a_gpu = torch.cuda.is_available() and not rehearse
-    fp8 = Float8Dynamic if on_a_gpu else Float8WeightOnly  # products in FP8 need one
+    fp8 = Float8Dynamic() if on_a_gpu else Float8WeightOnly()  # products in FP8 need one
     recipe = replace(
         TASKS[task][1],
         model=model,
