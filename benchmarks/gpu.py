@@ -6,7 +6,7 @@
 A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed says why there, and runs again when its
 file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order:
 
-    run          benchmarks/gpu_run.py
+    run sums     benchmarks/gpu_run.py; `run countdown` after the first sampler
     plan         what the dry run says that a step takes at most, and what the allocator says that it took
     sampler N    plain, exact, cached, FP8, eager and then all of it compiled; a batch of N; LLaDA-8B's shapes
     learner      a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def _timed(
     }
 
 
-def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = None) -> list[Row]:
+def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = None) -> Iterable[Row]:
     """Every way, eager and then compiled, which is in place; a batch of 64 is timed once, after a short run."""
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
     dynamic = schemes.Float8Dynamic if device.startswith("cuda") and not rehearse else schemes.Float8WeightOnly
@@ -128,16 +128,16 @@ def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = No
         short = _sampled(of, shape, cache=cache, diffusion_steps=shape.new // shape.block)
         return _timed(name, run, device, shape.batch * shape.new, short if batch == 64 else None, batch=batch)
 
-    def all_ways(suffix: str = "") -> list[Row]:
-        return [timed(name + suffix, _sampled(of, shape, cache=cache), of, cache) for name, (of, cache) in ways.items()]
+    def all_ways(suffix: str = "") -> Iterable[Row]:
+        return (timed(name + suffix, _sampled(of, shape, cache=cache), of, cache) for name, (of, cache) in ways.items())
 
-    rows = [timed("plain: the published algorithm", plain), *all_ways()]
+    yield timed("plain: the published algorithm", plain)
+    yield from all_ways()
     if not (rehearse and device.startswith("cuda")):  # the simulated device has no compiler
         torch.compiler.reset()
         for each in (policy, fp8):
             compile_blocks(each)
-        rows += all_ways(", compiled")
-    return rows
+        yield from all_ways(", compiled")
 
 
 def whole_steps(rehearse: bool, device: str, batch: int) -> list[Row]:
@@ -315,7 +315,7 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
+PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
     "plan": planned,
     **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 64)},
     "learner": learner,
@@ -327,7 +327,7 @@ PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "experts": experts,
     "roofline": roofline,
 }
-QUEUE = ("run", *PARTS, "tests")
+QUEUE = ("run sums", "sampler 8", "run countdown", *(part for part in PARTS if part != "sampler 8"), "tests")
 
 
 def tests(rehearse: bool) -> list[Row]:
@@ -339,9 +339,9 @@ def tests(rehearse: bool) -> list[Row]:
     return [{"what": "pytest -m gpu", "said": (done.stdout.strip() or "passed").splitlines()[-1]}]
 
 
-def run_part(part: str, rehearse: bool, device: str, folder: Path) -> list[Row]:
-    if part == "run":
-        return gpu_run.run(folder / part, rehearse)
+def run_part(part: str, rehearse: bool, device: str, folder: Path) -> Iterable[Row]:
+    if part.startswith("run "):
+        return gpu_run.run(folder / "run", rehearse, part.removeprefix("run "))
     return tests(rehearse) if part == "tests" else PARTS[part](rehearse, device)
 
 
@@ -386,8 +386,10 @@ def main() -> int:
     folder = options.queue
     folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        rows = run_part(options.part, options.rehearse, options.device, folder)
-        write_json(folder / f"{options.part}-rows.json", rows)
+        rows = []
+        for row in run_part(options.part, options.rehearse, options.device, folder):
+            rows.append(row)
+            write_json(folder / f"{options.part}-rows.json", rows)
         return 0
     end = time.monotonic() + 60 * options.minutes
     failed = 0

@@ -8,6 +8,7 @@ it goes on at the newest checkpoint. After each arm FOLDER/curves.json and curve
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ COUNTDOWN = (
 )
 TASKS = {"sums": SUMS, "countdown": COUNTDOWN}
 ARMS = ("FP8", "bf16")
-ON_A_GPU: Row = {"train_batch_size": 64, "num_generations": 16, "num_steps": 100, "eval_steps": 20}
+ON_A_GPU: Row = {"train_batch_size": 64, "num_generations": 16, "num_steps": 60, "eval_steps": 15}
 REHEARSED: Row = {"train_batch_size": 2, "num_generations": 2, "num_steps": 2, "eval_steps": 1}
 FEW: Row = {"train_batch_size": 2, "num_steps": 2, "eval_steps": 1, "save_steps": 1}
 
@@ -78,7 +79,7 @@ def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> R
         rollout_quantization=fp8 if arm == "FP8" else None,
         torch_compile=on_a_gpu,
         eval_batch_size=400,
-        save_steps=1 if rehearse else 50,  # a stopped run saves its last step
+        save_steps=1 if rehearse else 30,  # a stopped run saves its last step
         **(REHEARSED if rehearse else ON_A_GPU),
         **where(folder / f"{task}-{arm}"),
     )
@@ -98,19 +99,16 @@ def done(folder: Path) -> Row | None:
     return read_json(path) if path.exists() else None
 
 
-def run(folder: Path, rehearse: bool) -> list[Row]:
-    """A row for each task and arm; what has ended is not run again."""
-    rows = []
-    for task in TASKS:
-        first = supervised(task, folder, rehearse)
-        start = done(Path(first.directory)) or fine_tune(first)
-        for arm in ARMS:
-            recipe = rewarded(task, arm, start["checkpoint"], folder, rehearse)
-            summary = done(Path(recipe.directory)) or train(recipe)
-            rows.append(told(task, arm, recipe, summary))
-            write_json(folder / "curves.json", curves(folder, rehearse))
-            draw(folder)
-    return rows
+def run(folder: Path, rehearse: bool, task: str) -> Iterator[Row]:
+    """A row for each arm of a task; what has ended is not run again."""
+    first = supervised(task, folder, rehearse)
+    start = done(Path(first.directory)) or fine_tune(first)
+    for arm in ARMS:
+        recipe = rewarded(task, arm, start["checkpoint"], folder, rehearse)
+        summary = done(Path(recipe.directory)) or train(recipe)
+        write_json(folder / "curves.json", curves(folder, rehearse))
+        draw(folder)
+        yield told(task, arm, recipe, summary)
 
 
 def told(task: str, arm: str, recipe: Recipe, summary: Row) -> Row:
@@ -164,7 +162,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="a few rows and steps, on a CPU too")
     options = parser.parse_args()
-    print(table(run(options.folder, options.rehearse)))
+    print(table([row for task in TASKS for row in run(options.folder, options.rehearse, task)]))
 
 
 if __name__ == "__main__":

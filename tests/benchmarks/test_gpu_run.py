@@ -24,6 +24,10 @@ def small_model(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "smollm2", lambda: tmp_path / "small")
 
 
+def both_tasks(folder):
+    return [row for task in gpu_run.TASKS for row in gpu_run.run(folder, True, task)]
+
+
 def test_it_goes_on_after_an_interruption_and_marks_a_rehearsal(monkeypatch, tmp_path):
     folder, real, calls = tmp_path / "run", gpu_run.train, []
 
@@ -37,13 +41,13 @@ def test_it_goes_on_after_an_interruption_and_marks_a_rehearsal(monkeypatch, tmp
 
     monkeypatch.setattr(gpu_run, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu_run.run(folder, rehearse=True)
+        both_tasks(folder)
     stored = read_json(folder / "curves.json")
     assert stored["rehearsal"] is True and list(stored["runs"]) == ["sums-FP8"]
     first = (folder / "sums-FP8" / "metrics.jsonl").read_bytes()
 
     monkeypatch.setattr(gpu_run, "train", real)
-    rows = gpu_run.run(folder, rehearse=True)
+    rows = both_tasks(folder)
     assert [row["what"] for row in rows] == NAMES
     assert all(row["steps with a gradient"] == row["steps"] == 2 and row["least grad_norm"] > 0 for row in rows)
     assert (folder / "sums-FP8" / "metrics.jsonl").read_bytes() == first, "what has ended is not run again"
@@ -60,7 +64,7 @@ def test_both_arms_differ_in_the_rollouts_alone(tmp_path):
 
 
 def test_a_run_without_a_gradient_fails(tmp_path):
-    gpu_run.run(tmp_path, rehearse=True)
+    both_tasks(tmp_path)
     recipe = gpu_run.rewarded("sums", "FP8", "model", tmp_path, True)
     metrics = tmp_path / "sums-FP8" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"frac_reward_zero_std": 0.0', '"frac_reward_zero_std": 1.0'))
@@ -72,7 +76,7 @@ def test_on_the_simulated_device(monkeypatch, tmp_path):
     # A kept graph of two views ends in a copy into a slice, whose gradient torch makes on the real device.
     monkeypatch.setattr(gpu_run, "REHEARSED", gpu_run.REHEARSED | {"max_retained_graphs": 1})
     with SimulatedCuda():
-        rows = gpu_run.run(tmp_path, rehearse=True)
+        rows = both_tasks(tmp_path)
     assert [row["what"] for row in rows] == NAMES
 
 
