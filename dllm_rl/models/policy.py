@@ -429,8 +429,11 @@ def check_attention(policy: _PolicyBase) -> None:
             # With `causal_context`, attention within a block is full only if the block has a mask token.
             tokens[:, 0] = policy.spec.mask_id
         tokens[1, -1] = (tokens[0, -1] + 1) % size
-        first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
-        is_equal = torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # the rows of a batch may round differently
+        mask = torch.ones_like(tokens[:1], dtype=torch.bool)
+        # A forward for each row, because the rows of one batch may round differently. SmolLM2-135M, whose first
+        # position is an attention sink, changes by only 3e-5 of its norm where its attention is made full.
+        first, other = (policy.hidden(row[None], mask)[0, 0].float() for row in tokens)
+        is_equal = bool((first - other).norm() <= 3e-6 * first.norm())
         if is_equal == expected:  # unchanged although it should attend to the token, or changed although it should not
             upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
             raise ValueError(

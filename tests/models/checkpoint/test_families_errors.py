@@ -235,6 +235,32 @@ def test_every_field_that_the_stock_class_computes_otherwise_is_refused(layout):
         refused(f"{field}={value!r} is not supported for {raw['architectures'][0]}", native, raw | {field: value})
 
 
+def test_a_device_that_rounds_the_rows_of_a_batch_differently(monkeypatch):
+    """A pretrained model was refused on a machine of 16 cores. In fp32 its states are off by 1e-5 from row to row."""
+    policy = tiny_llama(characters="abcdefghij", causal=True)
+    exact = policy.module.get_input_embeddings().forward
+
+    def rounded(tokens):
+        rows = torch.arange(len(tokens))[:, None, None]
+        return exact(tokens) * (1 + 1e-5 * rows)
+
+    monkeypatch.setattr(policy.module.get_input_embeddings(), "forward", rounded)
+    monkeypatch.setattr(policy.module.model.norm, "forward", lambda hidden: hidden)
+    assert make_policy(policy.module, policy.tokenizer, policy.spec).spec == policy.spec
+
+
+def test_a_model_that_hardly_sees_a_token_still_counts_as_seeing_it(monkeypatch):
+    """The first position of SmolLM2-135M, with full attention, changes by 3e-5 of its norm."""
+    policy = tiny_llama(characters="abcdefghij", causal=True)
+    weak = policy.module.model.norm.forward
+
+    def leaks(hidden):
+        return weak(hidden) + 1e-3 * hidden.mean(1, keepdim=True)
+
+    monkeypatch.setattr(policy.module.model.norm, "forward", leaks)
+    refused("changing token 7 changed", make_policy, policy.module, policy.tokenizer, policy.spec)
+
+
 def test_attention_that_is_not_what_the_family_needs():
     """As with a transformers too old for is_causal=False, which would stay causal."""
     policy = tiny_llama(characters="ab", causal=False)
