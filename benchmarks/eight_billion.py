@@ -29,13 +29,13 @@ from dllm_rl import Float8WeightOnly, Lora, Unmask, load_policy
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main as command
+from dllm_rl.decoding.tokens import text_ids
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
 from dllm_rl.models.checkpoint.tensors import LazyTensor, to_original, write_tensors
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import lazy_merged_tensors
-from dllm_rl.models.tokens import text_ids
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -153,7 +153,7 @@ def load(root: Path, layers: int) -> dict[str, Any]:
 
 
 def prompts_of(policy: Policy) -> Any:
-    from dllm_rl.models.tokens import encode
+    from dllm_rl.decoding.tokens import encode
     from dllm_rl.tasks.base import Problem
 
     return encode(policy, [Problem(prompt=ROWS[0]["prompt"])])

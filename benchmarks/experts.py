@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
-from dllm_rl.diagnostics.routing import routing_counts
+from dllm_rl.diagnostics.routing_agreement import routing_counts
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view

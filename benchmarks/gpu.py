@@ -43,6 +43,7 @@ from benchmarks import sampler as samplers
 from benchmarks.measure import Varied, machine, seconds_and_peak, table, trained
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
+from dllm_rl.decoding.tokens import encode, prompt_ids
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import OneStep
@@ -50,7 +51,6 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
-from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights

@@ -23,13 +23,13 @@ import torch
 from benchmarks.measure import machine, table, write_json
 from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.training.context import StepContext
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.learner import train_step
+from dllm_rl.step.samples import Samples
+from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
-from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, trained_weights
-from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
-from dllm_rl.training.rollouts import collect
-from dllm_rl.training.samples import Samples
 from recipes.async_sudoku import recipe
 
 job = replace(recipe, lr_schedule=ConstantRate())  # also for more steps than it has

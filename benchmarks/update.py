@@ -29,7 +29,7 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.recipe import UpdateSettings
-from dllm_rl.training.learner import forward_backward, update
+from dllm_rl.step.learner import forward_backward, update
 from dllm_rl.types import Batch, Rollout, Views
 
 BETA = 0.04

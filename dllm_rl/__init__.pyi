@@ -59,9 +59,9 @@ from .models.base import FamilySpec as FamilySpec
 from .models.base import Lora as Lora
 from .models.base import Policy as Policy
 from .models.checkpoint.families import register_family as register_family
-from .models.engine import RolloutEngine as RolloutEngine
 from .models.policy import load_policy as load_policy
 from .models.policy import make_policy as make_policy
+from .models.rollout_engine import RolloutEngine as RolloutEngine
 from .models.tiny import tiny_llama as tiny_llama
 from .models.tiny import tiny_masked_lm as tiny_masked_lm
 from .quantization.rollout_policy import quantized_copy as quantized_copy
@@ -100,7 +100,7 @@ from .samplers.rules import Rank as Rank
 from .samplers.rules import Schedule as Schedule
 from .samplers.rules import SoftThreshold as SoftThreshold
 from .samplers.rules import Threshold as Threshold
-from .supervised.recipe import SFT as SFT
+from .supervised.sft import SFT as SFT
 from .supervised.train import sft as sft
 from .tasks import GSM8K as GSM8K
 from .tasks import MATH500 as MATH500

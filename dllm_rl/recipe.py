@@ -16,11 +16,11 @@ from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimi
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.callbacks import SaveBest, StopBelow, check_callbacks
+from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Lora, Policy
-from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import check_mergeable
-from dllm_rl.models.support import with_support
+from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import Record, describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
@@ -616,7 +616,7 @@ class Recipe(Settings):
         )
 
     def update_settings(self, step: int) -> "UpdateSettings":
-        """Return the settings of `training.learner.update` at a step."""
+        """Return the settings of `step.learner.update` at a step."""
         return UpdateSettings(
             loss=self.policy_loss,
             likelihood=self.likelihood,

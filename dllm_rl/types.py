@@ -141,7 +141,7 @@ class SamplingParams:
         top_p: Sample only from the smallest set of tokens with this total probability. None (default): from all.
         suppress: Token ids that are never sampled. A mask token is never sampled either.
         support: Tokens over which log-probs are normalized if top_k or top_p filter: "per_policy" (default),
-            "unfiltered" or "rollout"; see `models.support`.
+            "unfiltered" or "rollout"; see `decoding.support`.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -289,7 +289,7 @@ def _infill_mask(
 
 @dataclass(frozen=True)
 class FilterSupport(BatchRecord):
-    """The support of a distribution that top_k or top_p filtered, per sampled token (`models.support`).
+    """The support of a distribution that top_k or top_p filtered, per sampled token (`decoding.support`).
 
     Args:
         log_mass: Log of the total probability of the tokens that pass the filter, in nats; 0 where no token was drawn.
@@ -305,7 +305,7 @@ class FilterSupport(BatchRecord):
 
 @dataclass(frozen=True)
 class Order(BatchRecord):
-    """The order in which a sampler wrote the positions, and its probability (`models.order`, `likelihoods.order`).
+    """The order in which a sampler wrote the positions, and its probability (`decoding.order`).
 
     Args:
         block_first_step: First step of the position's block; -1 outside the completion.

@@ -17,7 +17,7 @@ import torch
 from torch import Generator
 
 from dllm_rl import Policy, load_policy
-from dllm_rl.models.tokens import encode, full_texts, ids_and_blanks
+from dllm_rl.decoding.tokens import encode, full_texts, ids_and_blanks
 from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.antibody_cdr3 import SPECIALS, Loops, loop_of, recipe

@@ -18,7 +18,7 @@ from dllm_rl.quantization.schemes import FakeQuantize, Int4WeightOnly, Int8Weigh
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import FunctionRank, MaxProb, RandomOrder, Schedule, Threshold
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions

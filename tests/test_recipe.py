@@ -20,7 +20,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.records import to_json
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import screen
-from dllm_rl.cli import evaluate as evaluate_cli
+from dllm_rl.cli import evaluate_run as evaluate_cli
 from dllm_rl.cli import main as cli
 from dllm_rl.config import from_command_line
 from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken

@@ -302,7 +302,7 @@ def _seconds_or_none(text: str) -> float | None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.evaluate import evaluate_command
+    from dllm_rl.cli.evaluate_run import evaluate_command
 
     evaluate_command(arguments)
 
@@ -381,9 +381,9 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
     from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, sampler_with, scheme_of
+    from dllm_rl.decoding.tokens import default_max_new_tokens, encode
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
-    from dllm_rl.models.tokens import default_max_new_tokens, encode
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers.rules import Rank
     from dllm_rl.tasks.protocols import TASKS
@@ -506,6 +506,6 @@ def add_stop(commands: argparse._SubParsersAction) -> None:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    from dllm_rl.cli.stop import stop_run
+    from dllm_rl.cli.stop_run import stop_run
 
     return stop_run(Path(arguments.path), timeout=arguments.timeout)

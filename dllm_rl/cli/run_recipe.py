@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls, imports_interruptible, interactive, line_of
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 
 if TYPE_CHECKING:
     from dllm_rl.training.summary import Summary

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_rl.cli.options import read_methods
+from dllm_rl.decoding.tokens import decode, encode, full_texts, written_tokens
 from dllm_rl.device import device_name
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, encode, full_texts, written_tokens
 from dllm_rl.records import Record, describe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask

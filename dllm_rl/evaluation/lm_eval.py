@@ -11,10 +11,10 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
+from dllm_rl.decoding.tokens import as_rollout, decode, prompt_ids, text_ids
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import as_rollout, decode, prompt_ids, text_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Sampler, Unmask
 from dllm_rl.tasks.answers import cut

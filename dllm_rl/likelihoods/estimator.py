@@ -71,7 +71,7 @@ class LikelihoodEstimator(Record):
 
     @property
     def scores_order(self) -> bool:
-        """Whether the views also score an order that has a log-probability (`models.order`)."""
+        """Whether the views also score an order that has a log-probability (`decoding.order`)."""
         return False
 
     @property

@@ -20,9 +20,9 @@ from torch import Generator, Tensor
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
 from dllm_rl.likelihoods.events import check_merges, event_views, last_and_first_step
-from dllm_rl.likelihoods.order import add_order_logprobs
+from dllm_rl.likelihoods.order_logprobs import add_order_logprobs
 from dllm_rl.likelihoods.packed import packed_views
-from dllm_rl.likelihoods.renoise import renoise_views
+from dllm_rl.likelihoods.renoising import renoise_views
 from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segment_views, segments
 from dllm_rl.records import option
 from dllm_rl.types import Rollout, Views
@@ -316,9 +316,9 @@ class Trajectory(LikelihoodEstimator):
     If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
     log-probability of the order, it is added (`include_order`). With the sampler setting rank=confidence, every
     position that a step leaves masked adds the log-probability that a token drawn there has a lower confidence than all
-    tokens that the step wrote (`models.order` [ours]). With rank=plackett_luce, a step adds the log-probability of its
-    draw of positions. With commit=soft_threshold, it adds the log-probability of the set of positions that it wrote.
-    The row's sum is then the exact log-probability of tokens AND order. With other settings whose order depends on the
+    tokens that the step wrote (`decoding.order` [ours]). With rank=PlackettLuce, a step adds the log-probability of
+    its draw of positions. With commit=SoftThreshold, it adds the log-probability of the positions that it wrote. The
+    row's sum is then the exact log-probability of tokens AND order. With other settings whose order depends on the
     drawn tokens, the order is left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`Remask`, `SoftEdit`) is replayed write by write [ours]: the tokens and masks that

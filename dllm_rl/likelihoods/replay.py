@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from dllm_rl.likelihoods.order import StayMasked
+from dllm_rl.likelihoods.order_logprobs import StayMasked
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.routing import Routing, moe_layers, to_state_columns, to_token_columns

@@ -17,11 +17,11 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from dllm_rl.decoding.support import support_ids_at
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.models.support import support_ids_at
 from dllm_rl.types import Rollout, Views, ViewTensors
 
 
@@ -94,7 +94,7 @@ class ViewStates(NamedTuple):
         plan: Indices of the positions.
         states: Final hidden states.
         tokens: Tokens to score.
-        support_ids: Token ids over which log-probs are normalized (`models.support`). None: all.
+        support_ids: Token ids over which log-probs are normalized (`decoding.support`). None: all.
     """
 
     plan: ForwardPlan
@@ -245,7 +245,7 @@ class View:
 class ViewFeature(ViewTensors, ABC):
     """A change of how views are scored.
 
-    The features are in `likelihoods.order`, `.events`, `.packed`, `.renoise` and `.replay`.
+    The features are in `likelihoods.order_logprobs`, `.events`, `.packed`, `.renoise` and `.replay`.
     """
 
     @abstractmethod

@@ -8,8 +8,8 @@ docs/methods.md explains the tag [ours].
 import torch
 from torch import Tensor
 
+from dllm_rl.decoding.order import highest
 from dllm_rl.models.base import Policy
-from dllm_rl.models.order import highest
 from dllm_rl.samplers.choose import rank_positions
 from dllm_rl.samplers.rules import DETERMINISTIC
 from dllm_rl.types import Rollout

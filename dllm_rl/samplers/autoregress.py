@@ -8,10 +8,10 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from dllm_rl.decoding.support import filter_support, make_filter_support
+from dllm_rl.decoding.tokens import NEEDS_TOKEN
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
-from dllm_rl.models.support import filter_support, make_filter_support
-from dllm_rl.models.tokens import NEEDS_TOKEN
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KVCache

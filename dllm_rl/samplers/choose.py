@@ -10,17 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import chunked, invert_cdf, process
-from dllm_rl.models.order import (
+from dllm_rl.decoding.order import (
     block_first_step,
     commit_cutoff,
     draw_index,
     plackett_luce_logprobs,
     stay_masked_logprobs,
 )
-from dllm_rl.models.soft_threshold import set_logprobs
-from dllm_rl.models.support import filter_support, make_filter_support
+from dllm_rl.decoding.soft_threshold import set_logprobs
+from dllm_rl.decoding.support import filter_support, make_filter_support
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import chunked, invert_cdf, process
 from dllm_rl.samplers.canvas import (
     RANK_STREAM,
     TOKEN_STREAM,
@@ -136,7 +136,7 @@ class StepSampler:
         chosen_mask: Tensor,
         chosen: Tensor,
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
-        """Return the log-probs of the order (`models.order`) as records of the plan.
+        """Return the log-probs of the order (`decoding.order`) as records of the plan.
 
         Under `Confidence`, each position that stays masked has the log-prob that its draw ranks below the chosen ones.
         Under `PlackettLuce`, each chosen position has the log-prob and the index of its draw. Under `SoftThreshold`,

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dllm_rl.decoding.order import commit_cutoff, draw_index, plackett_luce_logprobs_fixed_shape, stay_masked_logprobs
+from dllm_rl.decoding.support import MAX_SUPPORT_IDS
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
-from dllm_rl.models.order import commit_cutoff, draw_index, plackett_luce_logprobs_fixed_shape, stay_masked_logprobs
-from dllm_rl.models.support import MAX_SUPPORT_IDS
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KVCache, attention_bias
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM, BlockTracker, Canvas

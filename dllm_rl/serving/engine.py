@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import adapted_layers
 from dllm_rl.models.merge import merged_state_dict
-from dllm_rl.models.serialization import deserialize, record_from_json, serialize
+from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
+from dllm_rl.models.tensor_bytes import deserialize, record_from_json, serialize
 from dllm_rl.records import Record, option, to_json
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for

@@ -11,9 +11,9 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode_ids, prompt_ids
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import before_end, completion_token_ids, decode_ids, prompt_ids
 from dllm_rl.samplers import Sampler
 from dllm_rl.screen import line_of
 from dllm_rl.serving.batching import PromptScores

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dllm_rl.decoding.tokens import conversation_ids, text_ids
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
-from dllm_rl.models.tokens import conversation_ids, text_ids
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 from dllm_rl.training.warmup import corrupted
 from dllm_rl.types import SamplingParams
 

@@ -27,7 +27,7 @@ from dllm_rl.supervised.examples import (
     read_examples,
     weighted_loss,
 )
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss

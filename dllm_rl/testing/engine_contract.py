@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.diagnostics.trace_check import check_trace, replayed
 from dllm_rl.models.base import Policy, copied
-from dllm_rl.models.engine import RolloutEngine
+from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.types import Prompts, Rollout
 
 

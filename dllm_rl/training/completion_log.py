@@ -6,18 +6,18 @@ import torch
 from einops import rearrange
 from rich.table import Table
 
+from dllm_rl.decoding.tokens import written_tokens
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
 from dllm_rl.files import as_json
-from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
+from dllm_rl.step.balance import to_sampling_order
+from dllm_rl.step.collect import GradedCompletion, reward_number
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import completion_metrics
-from dllm_rl.training.balance import to_sampling_order
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.rollouts import GradedCompletion, reward_number
-from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
 NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions of highest and lowest reward

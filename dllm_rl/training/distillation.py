@@ -39,12 +39,12 @@ from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
+from dllm_rl.step.collect import compute_advantages
+from dllm_rl.step.forwards import arithmetic
+from dllm_rl.step.samples import Samples
 from dllm_rl.training.cautions import order_depends_on_tokens
-from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rollouts import compute_advantages
 from dllm_rl.training.run import Run
-from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
 
 

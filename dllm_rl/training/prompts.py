@@ -1,60 +1,24 @@
-"""The prompts that a run learns from, and the check that they fit the model."""
+"""Check that the prompts of a run fit its model; keep its history of rewards."""
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
-from torch import Tensor
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.decoding.tokens import prompt_ids
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import describe
-from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Problem, Task, check_not_empty
+from dllm_rl.step.draw_prompts import prompt_indices
+from dllm_rl.tasks.base import Task, check_not_empty
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
 MAX_SECONDS = 10.0  # time limit of this check per task: some tasks generate problems slowly
-
-
-def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
-    """Draw a step's problems for all processes, with replacement. The same key gives the same problems."""
-    return torch.randint(num_problems, (size,), generator=generator_for(*key))
-
-
-def prompt_indices(
-    recipe: Recipe, history: RewardHistory | None, step: int, draw: int = 0
-) -> Int[Tensor, " train_batch_size"]:
-    """Return the indices of a step's problems, over all processes, from the recipe's `prompt_source`.
-
-    Args:
-        recipe: Settings of the run.
-        history: Graded completions of the run. None for a source that reads no history.
-        step: Training step.
-        draw: Index of the draw in the step. It is above 0 if dynamic sampling replaces groups.
-
-    Raises:
-        ValueError: The source did not return `train_batch_size` indices of the task.
-    """
-    source, count, size = recipe.prompt_source, recipe.train_batch_size, len(recipe.task)
-    purpose = f"train, draw {draw}" if draw else "train"
-    history = RewardHistory(size) if history is None else history
-    indices = source.draw(history, count, generator_for(recipe.seed, purpose, step))
-    name = f"prompt_source={describe(source)}"
-    if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
-        raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
-    if indices.min() < 0 or indices.max() >= size:
-        problem = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
-        raise ValueError(f"{problem}, and task {recipe.task.name!r} has the problems 0 to {size - 1}")
-    return indices
 
 
 def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
@@ -78,33 +42,6 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
 def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
     """Return the history's file, by name, for a checkpoint after `step` steps; {} without a history."""
     return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
-
-
-def fit_prompts(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
-    by the task's next prompt that fits.
-
-    Raises:
-        ValueError: No prompt fits.
-    """
-    task = recipe.task
-    max_prompt_length = recipe.max_prompt_length
-    if max_prompt_length is None:
-        return [task[i] for i in indices], 0
-    problems = []
-    num_replaced = 0
-    for index in indices:
-        for k in range(len(task)):
-            problem = task[(index + k) % len(task)]
-            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= max_prompt_length:
-                problems.append(problem)
-                num_replaced += k > 0
-                break
-        else:
-            raise ValueError(
-                f"max_prompt_length={max_prompt_length}: every prompt of task {task.name!r} is longer; raise it"
-            )
-    return problems, num_replaced
 
 
 def check_tasks(recipe: Recipe) -> None:

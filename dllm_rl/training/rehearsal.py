@@ -19,26 +19,26 @@ from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, trainable_parameters
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.step.collect import GradedCompletion, compute_advantages, sample_and_grade
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import learner_forward
+from dllm_rl.step.learner import forward_backward, make_batches, score_samples
+from dllm_rl.step.samples import Samples
+from dllm_rl.step.value_head import make_value_head
 from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_rewards
-from dllm_rl.training.context import StepContext
 from dllm_rl.training.distillation import student_teacher_log_ratio
-from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.learner import forward_backward, make_batches, score_samples
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
-from dllm_rl.training.rollouts import GradedCompletion, compute_advantages, sample_and_grade
-from dllm_rl.training.samples import Samples
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.training.values import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known

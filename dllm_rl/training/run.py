@@ -17,7 +17,7 @@ from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.context import AnySettings, StepContext
+from dllm_rl.step.context import AnySettings, StepContext
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 

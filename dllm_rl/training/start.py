@@ -23,6 +23,9 @@ from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.presets import num_parameters
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.records import describe_json
+from dllm_rl.step.collect import component_reward_weights
+from dllm_rl.step.draw_prompts import fit_prompts
+from dllm_rl.step.value_head import check_value_model, make_value_head
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
@@ -39,9 +42,8 @@ from dllm_rl.training.policies import (
     resolve_rollout_engine,
     resumed_policy,
 )
-from dllm_rl.training.prompts import check_prompts, check_tasks, fit_prompts, reward_history
+from dllm_rl.training.prompts import check_prompts, check_tasks, reward_history
 from dllm_rl.training.rehearsal import rehearse
-from dllm_rl.training.rollouts import component_reward_weights
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import check_lock, install_emergency_saves, make_writer, save
 from dllm_rl.training.sharded_learner import (
@@ -52,7 +54,6 @@ from dllm_rl.training.sharded_learner import (
     shard_policy,
 )
 from dllm_rl.training.validation import check_evaluations, validation_interval
-from dllm_rl.training.values import check_value_model, make_value_head
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:

@@ -10,15 +10,15 @@ from functools import partial
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.step.collect import collect
+from dllm_rl.step.learner import train_step
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.distillation import add_teacher_reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import end_step, record_update
 from dllm_rl.training.late_rollouts.schedule import Pool
-from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import resolve_rollout_engine
-from dllm_rl.training.rollouts import collect
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary

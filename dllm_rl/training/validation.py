@@ -8,8 +8,8 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.samplers import Sampler
+from dllm_rl.step.context import StepContext
 from dllm_rl.tasks.base import Task
-from dllm_rl.training.context import StepContext
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
 MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a multiple of this number

@@ -9,17 +9,17 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from dllm_rl.decoding.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.base import Policy, gather_if_sharded
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
+from dllm_rl.step.draw_prompts import draw_indices, fit_prompts
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
-from dllm_rl.training.prompts import draw_indices, fit_prompts
 from dllm_rl.types import Rollout, SamplingParams
 
 LR_WARMUP_STEPS = 30  # steps in which the learning rate rises linearly to its full value

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dllm_rl import Policy
 from dllm_rl.models.base import position_ids
-from dllm_rl.models.engine import RolloutEngine, with_forward
+from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
 from dllm_rl.records import option
 from recipes.engines.gguf_file import Format, write_gguf
 

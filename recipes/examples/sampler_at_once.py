@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from dllm_rl import Prompts, Rollout, option, tiny_masked_lm
 from dllm_rl.models.base import copied
-from dllm_rl.models.engine import FunctionEngine
 from dllm_rl.models.logprobs import process, sample
+from dllm_rl.models.rollout_engine import FunctionEngine
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.testing import check_engine

@@ -19,13 +19,13 @@ import torch
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
+from dllm_rl.decoding.tokens import decode, encode
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
-from dllm_rl.models.tokens import decode, encode
+from dllm_rl.step.learner import forward_backward
 from dllm_rl.tasks.base import grade
-from dllm_rl.training.learner import forward_backward
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout
 from recipes.studies.paired import markdown, warm_up

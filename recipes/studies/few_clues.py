@@ -21,9 +21,9 @@ import torch
 from torch import Generator
 
 from dllm_rl import Autoregress, Causal, MaxProb, Policy, Recipe, Unmask, tiny_llama, tiny_masked_lm
+from dllm_rl.decoding.tokens import encode, full_texts
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
-from dllm_rl.models.tokens import encode, full_texts
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.rows import load_rows

@@ -172,7 +172,7 @@ def of_estimators(
 
 def confidence_outcomes(toy: ToyPolicy) -> Rollout:
     """Every set of two positions that the first of two steps can commit, with every outcome: 6 * 81 rows, whose order
-    has a law; where it cannot be chosen, its log-prob is the floor of `models.order`."""
+    has a law; where it cannot be chosen, its log-prob is the floor of `decoding.order`."""
     base = toy.rollout(2)
     firsts = list(combinations(range(toy.length), 2))
     steps = [[int(i not in first) for i in range(toy.length)] for first in firsts]
@@ -213,7 +213,7 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
 
 
 def without_floor(chances: torch.Tensor) -> torch.Tensor:
-    """0 for an order that the ranks rule out: `models.order` gives it a log-prob of MIN_LOGPROB, and not of -inf."""
+    """0 for an order that the ranks rule out: `decoding.order` gives it a log-prob of MIN_LOGPROB, and not of -inf."""
     return torch.where(chances > 1e-8, chances, 0)
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from dllm_rl import TIS, NoCorrection
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.base import Policy
-from dllm_rl.models.engine import FunctionEngine, RolloutEngine
 from dllm_rl.models.policy import load_policy
-from dllm_rl.models.tokens import encode
+from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize
 from dllm_rl.rng import generator_for

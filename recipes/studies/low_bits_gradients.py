@@ -40,11 +40,11 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.models.lora import add_lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.learner import forward_backward, make_batches, score_samples
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import learner_forward
+from dllm_rl.step.learner import forward_backward, make_batches, score_samples
 from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rollouts import collect
 from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
 from recipes.studies.paired import T, interval, markdown

@@ -54,9 +54,9 @@ from torch import Tensor
 
 from dllm_rl import Float8WeightOnly, Int4WeightOnly, Policy, Unmask
 from dllm_rl.algorithms.correctors import ais_lambda
+from dllm_rl.decoding.order import MIN_LOGPROB
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
-from dllm_rl.models.order import MIN_LOGPROB
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -161,7 +161,7 @@ def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
 
 def log_stay(drawn: Events, level: Events, masked: Bool[Tensor, "N J"]) -> Events:
     """Of `Confidence`, whose scores are `level`: the log-prob that every other masked blank draws a token of a lower
-    level than this event's, with the floor of `models.order`."""
+    level than this event's, with the floor of `decoding.order`."""
     found = torch.zeros_like(drawn)
     for j, k in product(range(drawn.shape[1]), repeat=2):
         if j != k:

@@ -35,7 +35,7 @@ from torch import Generator
 from dllm_rl import Trajectory
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimator import FunctionLikelihood
-from dllm_rl.likelihoods.renoise import RenoiseView, renoise_record
+from dllm_rl.likelihoods.renoising import RenoiseView, renoise_record
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views

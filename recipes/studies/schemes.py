@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dllm_rl import load_policy
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.files import read_json, write_json
-from dllm_rl.models.tokens import encode
 from dllm_rl.quantization import schemes
 from recipes.sudoku_unique import recipe
 

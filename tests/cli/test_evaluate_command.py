@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 
 import dllm_rl
 from dllm_rl import train
-from dllm_rl.cli.evaluate import make_task, num_problems, results_table
+from dllm_rl.cli.evaluate_run import make_task, num_problems, results_table
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.results import WHY_NULL
 from dllm_rl.models.policy import diffusion_from_causal

@@ -7,7 +7,7 @@ import pytest
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import train
-from dllm_rl.cli import evaluate as evaluate_command
+from dllm_rl.cli import evaluate_run as evaluate_command
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
 from dllm_rl.cli.run_settings import sampler_of, sampler_or_note, sampler_with, task_of
@@ -84,7 +84,7 @@ class TestEvaluatePlans:
         """Rows and samplers of `evaluate RUN OPTIONS`, where RUN's evaluations are by this sampler."""
         store(monkeypatch, eval_sampler=sampler)
         seen = []
-        monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", seen.append)
+        monkeypatch.setattr("dllm_rl.cli.evaluate_run.evaluate_command", seen.append)
         assert main(["evaluate", "runs/a", "--task", "sudoku", *options.split()]) == 0
         return evaluate_command.make_plans(policy, Sudoku(), seen[0])
 

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import PPOClip
+from dllm_rl.decoding.support import with_support
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward

@@ -13,9 +13,9 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import AIS, Compose, Reject
+from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -127,6 +127,6 @@ def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
             "the rehearsal's, the step's, and those of three evaluations"
         )
         assert cuda.waits(place="reward_metrics") == 0
-        for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):
+        for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "step/learner"):
             assert cuda.waits(place=room) == 0, cuda.report()
         assert cuda.waits(place="algorithms/losses") == 2, "how many positions the loss keeps"

@@ -71,7 +71,7 @@ LOOP = f"{motion.PACKAGE}training/trainer.py"
     ("files", "waiting"),
     [
         ([COLLECTIVE, "/lib/accelerate/utils/operations.py", LOOP], True),
-        ([f"{motion.PACKAGE}distributed/collectives.py", f"{motion.PACKAGE}training/learner.py", LOOP], True),
+        ([f"{motion.PACKAGE}distributed/collectives.py", f"{motion.PACKAGE}step/learner.py", LOOP], True),
         ([f"{motion.PACKAGE}distributed/collectives.py", LOOP], True),
         (["/lib/threading.py", f"{motion.PACKAGE}training/late_rollouts/schedule.py", LOOP], True),
         (["/lib/subprocess.py", "/lib/torch/_inductor/codecache.py", LOOP], True),

@@ -16,13 +16,13 @@ import torch
 from sorting import Mini
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode, prompt_ids
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import fingerprint, merge_parts, read
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import before_end, completion_token_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers.rules import MaxProb, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask

@@ -10,13 +10,13 @@ from likelihood_toys import TablePolicy
 from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
 
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
+from dllm_rl.decoding.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.learner import forward_backward
+from dllm_rl.step.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()

@@ -12,12 +12,12 @@ from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, total
 
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
+from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.models.support import with_support
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.learner import forward_backward
+from dllm_rl.step.learner import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()

@@ -18,18 +18,18 @@ from dllm_rl import train
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.config import from_command_line
+from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.events import canvas_at
 from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
-from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.learner import forward_backward
+from dllm_rl.step.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, Rollout
 
 REMASK = {"name": "remask", "eta": 0.6}

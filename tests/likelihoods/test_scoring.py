@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from tiny_recipe import Wrapped, tiny_recipe
 
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep
@@ -16,16 +17,15 @@ from dllm_rl.likelihoods.packed import packed_mask
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import arithmetic
+from dllm_rl.step.learner import forward_backward, score
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.learner import forward_backward, score
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {

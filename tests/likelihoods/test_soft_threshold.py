@@ -12,13 +12,13 @@ from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, stayed_of, total
 
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
+from dllm_rl.decoding.soft_threshold import MAX_LOGPROB, draw_set
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.soft_threshold import MAX_LOGPROB, draw_set
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.learner import forward_backward
+from dllm_rl.step.learner import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()

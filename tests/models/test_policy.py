@@ -13,9 +13,9 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
 from dllm_rl import check_policy, load_policy, make_policy, train
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode
 from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.models.tokens import before_end, completion_token_ids, decode
 from dllm_rl.types import Rollout
 
 MAKERS = {

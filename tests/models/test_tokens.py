@@ -9,8 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import (
+from dllm_rl.decoding.tokens import (
     completion_token_ids,
     conversation_ids,
     decode,
@@ -24,6 +23,7 @@ from dllm_rl.models.tokens import (
     text_ids,
     texts_to_grade,
 )
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 

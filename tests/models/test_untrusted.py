@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy
+from dllm_rl.decoding.tokens import prompt_ids
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.models.untrusted import without_implementation_fields
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]

@@ -54,7 +54,7 @@ def test_every_stage_of_a_run_is_watched(tmp_path, monkeypatch):
 
 def test_a_recipes_limit_holds_for_every_grader_of_a_run(tmp_path, monkeypatch):
     limits = []
-    for place in ("training.rollouts", "evaluation.evaluate"):
+    for place in ("step.collect", "evaluation.evaluate"):
         grade = __import__(f"dllm_rl.{place}", fromlist=["grade"]).grade
 
         def noted(*arguments, timeout, grade=grade, place=place):
@@ -63,8 +63,8 @@ def test_a_recipes_limit_holds_for_every_grader_of_a_run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(f"dllm_rl.{place}.grade", noted)
     train(tiny_recipe(tmp_path, num_steps=1, reward_timeout=77.0))
-    assert set(limits) == {(p, 77.0) for p in ("training.rollouts", "evaluation.evaluate")}
-    assert [place for place, _ in limits].count("training.rollouts") == 2  # the rehearsal's and the step's
+    assert set(limits) == {(p, 77.0) for p in ("step.collect", "evaluation.evaluate")}
+    assert [place for place, _ in limits].count("step.collect") == 2  # the rehearsal's and the step's
 
 
 def test_a_stop_saves_before_the_launcher_loses_patience():

@@ -23,8 +23,8 @@ from dllm_rl.recipe import UpdateSettings
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.learner import forward_backward, update
 from dllm_rl.testing import make_stats
-from dllm_rl.training.learner import forward_backward, update
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {

@@ -12,10 +12,10 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.cli.main import main
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.models.tokens import encode
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem, Reward

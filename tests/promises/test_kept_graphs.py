@@ -9,17 +9,17 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.learner import can_retain_graphs, correct, forward_backward, score, update
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import learner_forward
+from dllm_rl.step.learner import can_retain_graphs, correct, forward_backward, score, update
+from dllm_rl.step.mask_sets import draw_views, metric_weights
+from dllm_rl.step.samples import Samples
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.samples import Samples
-from dllm_rl.training.views import draw_views, metric_weights
 from recipes.studies.surrogates import StableDRL
 
 MANY = 99

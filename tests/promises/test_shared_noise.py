@@ -21,8 +21,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step import learner
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import learner
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 

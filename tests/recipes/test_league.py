@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dllm_rl import OneStep, Trajectory
-from dllm_rl.models.tokens import encode
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.rng import generator_for
 from recipes.studies import league, paired
 

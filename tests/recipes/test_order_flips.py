@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dllm_rl import Confidence, Int4WeightOnly, MaxProb, Problem, Unmask
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
 from recipes.studies.order_flips import (

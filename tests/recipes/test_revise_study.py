@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_rl.config import from_command_line
-from dllm_rl.models.tokens import encode
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.trainer import train
 from recipes import sudoku_revise

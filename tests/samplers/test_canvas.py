@@ -6,7 +6,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.models.order import block_first_step
+from dllm_rl.decoding.order import block_first_step
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
 from dllm_rl.samplers.revise import packed_events
 from dllm_rl.samplers.rules import check_last_step

@@ -11,10 +11,10 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
+from dllm_rl.decoding.support import MAX_SUPPORT_IDS, with_support
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.logprobs import process, token_logprobs
-from dllm_rl.models.support import MAX_SUPPORT_IDS, with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step

@@ -10,7 +10,7 @@ from repetitions import few
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import Prompts, load_policy
-from dllm_rl.models.support import MAX_SUPPORT_IDS
+from dllm_rl.decoding.support import MAX_SUPPORT_IDS
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy

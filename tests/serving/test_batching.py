@@ -8,8 +8,8 @@ import pytest
 import torch
 from servers import causal, diffusion, held
 
+from dllm_rl.decoding.tokens import completion_token_ids
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.models.tokens import completion_token_ids
 from dllm_rl.samplers import Autoregress, Unmask, sampler_for
 from dllm_rl.serving.batching import (
     SCORE_CHUNK,

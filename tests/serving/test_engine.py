@@ -13,7 +13,7 @@ from dllm_rl import train
 from dllm_rl.models.base import Lora
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.merge import merged_state_dict
-from dllm_rl.models.serialization import serialize
+from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_layers
 from dllm_rl.quantization.schemes import Float8WeightOnly

@@ -9,17 +9,17 @@ import transformers
 from sft_toys import ROWS, tiny_sft
 from tiny_recipe import tiny_recipe
 
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.models.tokens import encode
 from dllm_rl.samplers import Renoise
+from dllm_rl.step.collect import GradedCompletion
 from dllm_rl.supervised.examples import example, prompt_and_answer, read_examples
 from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.rehearsal import check_warmup
-from dllm_rl.training.rollouts import GradedCompletion
 from dllm_rl.training.warmup import warmup_step
 
 pytestmark = pytest.mark.skipif(

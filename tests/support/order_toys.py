@@ -9,7 +9,7 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.order import StayMasked
+from dllm_rl.likelihoods.order_logprobs import StayMasked
 from dllm_rl.types import Order, Rollout, SamplingParams, Views
 
 

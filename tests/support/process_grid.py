@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dllm_rl import Lora
 from dllm_rl.models.base import gather_if_sharded
-from dllm_rl.training import balance
+from dllm_rl.step import balance
 
 LAUNCHES = {1: (1,), 2: (1, 0), 3: (1, 0), 4: (1, 0, 2)}
 MODELS = {"diffusion": tiny_recipe, "ar": tiny_recipe_ar}

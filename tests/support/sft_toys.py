@@ -8,7 +8,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.sft import SFT
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"[: 1 + (a < b)]} for a, b in product("1234", repeat=2)]
 CHAT = "{% for m in messages %}{{ '' if m.role == 'user' else '=' }}{{ m.content }}<eos>.{% endfor %}"

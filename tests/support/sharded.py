@@ -26,9 +26,9 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
+from dllm_rl.step.learner import update
 from dllm_rl.training import trainer
 from dllm_rl.training.dry_run.memory import step_memory
-from dllm_rl.training.learner import update
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, SamplingParams
 

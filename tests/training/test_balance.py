@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Coupled, OneStep, Quadrature, Trajectory
 from dllm_rl.rng import generator_for
-from dllm_rl.training import balance
-from dllm_rl.training.samples import Samples
+from dllm_rl.step import balance
+from dllm_rl.step.samples import Samples
 from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
 
 

@@ -12,11 +12,11 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.step.collect import collect
+from dllm_rl.step.mask_sets import draw_views
 from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
-from dllm_rl.training.rollouts import collect
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train
-from dllm_rl.training.views import draw_views
 from dllm_rl.types import Logprobs
 
 ROW = {"step": 0, "prompt": "12", "completion": "34", "reward": 1.0, "advantage": 0.5, "mismatch": -0.25}

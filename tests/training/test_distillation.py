@@ -13,8 +13,8 @@ from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.lora import Lora
-from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder

@@ -22,15 +22,15 @@ from dllm_rl.likelihoods.estimators import Coupled
 from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.samplers.sampler import FunctionSampler
-from dllm_rl.training.context import StepContext
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.learner import train_step
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch, read_order
+from dllm_rl.training.late_rollouts.messages import deserialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import RayWorkerPool
 from dllm_rl.training.late_rollouts.schedule import ORDER_FILE, InProcessPool
-from dllm_rl.training.late_rollouts.serialization import deserialize, trained_weights
-from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
-from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
 
 FIRST_READY = {"report_to": None, "log_completions_steps": 0, "rollout_schedule": "first_ready"}

@@ -36,15 +36,15 @@ from dllm_rl.samplers.rules import MaxProb, PlackettLuce, RandomOrder, Rank, Sof
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.learner import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
+from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, serialize_batch
 from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
-from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, serialize_batch
-from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
-from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
 
 QUIET = {"report_to": None, "log_completions_steps": 0}

@@ -14,14 +14,14 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, FunctionCorrector, NoCorrection
 from dllm_rl.algorithms.losses import K1, K2, FixedLengthMean, SequenceMean, TokenMean
+from dllm_rl.decoding.tokens import decode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.models.tokens import decode
 from dllm_rl.monitoring.plots import plot, read_metrics
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.rollouts import collect
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.mask_sets import metric_weights
 from dllm_rl.training.trainer import train
-from dllm_rl.training.views import metric_weights
 
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
@@ -282,8 +282,8 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     import torch
     from accelerate import Accelerator
 
+    from dllm_rl.step.collect import GradedCompletion, reward_metrics
     from dllm_rl.tasks.base import Problem, Reward
-    from dllm_rl.training.rollouts import GradedCompletion, reward_metrics
 
     rewards = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
     problem = Problem("1 + 1", {})

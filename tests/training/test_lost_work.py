@@ -16,15 +16,15 @@ from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.algorithms.prompt_sources import FunctionPromptSource
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.likelihoods.estimators import Trajectory
-from dllm_rl.models.engine import FunctionEngine
+from dllm_rl.models.rollout_engine import FunctionEngine
 from dllm_rl.monitoring.json_lines import JsonLines
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.supervised.recipe import SFT
+from dllm_rl.step.draw_prompts import draw_indices
+from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from dllm_rl.training.prompts import draw_indices
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 STEPS, FAILS = 3, 2  # the error is met in the second of three steps

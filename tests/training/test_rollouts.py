@@ -25,18 +25,18 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training import rollouts as rollouts_module
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rollouts import (
+from dllm_rl.step import collect as rollouts_module
+from dllm_rl.step.collect import (
     GradedCompletion,
     collect,
     compute_advantages,
     reward_metrics,
     sum_fractions,
 )
+from dllm_rl.step.context import StepContext
+from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout
 

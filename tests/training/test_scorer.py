@@ -10,14 +10,14 @@ from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
+from dllm_rl.decoding.tokens import encode
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
-from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.forwards import aligns, arithmetic
-from dllm_rl.training.learner import can_retain_graphs, rollout_logprob_source
-from dllm_rl.training.views import active_groups, inverse_sampling_weights, metric_weights
+from dllm_rl.step.forwards import aligns, arithmetic
+from dllm_rl.step.learner import can_retain_graphs, rollout_logprob_source
+from dllm_rl.step.mask_sets import active_groups, inverse_sampling_weights, metric_weights
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCorrection()}
 

@@ -13,12 +13,11 @@ from dllm_rl.algorithms.correctors import TBPO
 from dllm_rl.algorithms.losses import GSPO
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
-from dllm_rl.models.serialization import serialize
+from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.training.trainer import train
-from dllm_rl.training.values import (
+from dllm_rl.step.value_head import (
     FILE,
     ValueHead,
     check_value_model,
@@ -26,6 +25,7 @@ from dllm_rl.training.values import (
     rate_scale,
     value_metrics,
 )
+from dllm_rl.training.trainer import train
 
 
 def rollout_of(policy, *, rows=6, temperature=1.0):

@@ -17,7 +17,7 @@ from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, is_sta
 from dllm_rl.quantization.rollout_policy import quantizable_layers
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
-from dllm_rl.training.learner import can_retain_graphs
+from dllm_rl.step.learner import can_retain_graphs
 
 ONE_VIEW = ("OneStep", "Causal")  # estimators that score the batch in one view
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights

@@ -12,7 +12,8 @@ import torch
 from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import read_json
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.context import StepContext
+from dllm_rl.step.context import StepContext
+from dllm_rl.training.late_rollouts.messages import deserialize_batch
 from dllm_rl.training.late_rollouts.schedule import (
     ORDER_FILE,
     AsyncRollouts,
@@ -21,7 +22,6 @@ from dllm_rl.training.late_rollouts.schedule import (
     file_names,
     read_pending_file,
 )
-from dllm_rl.training.late_rollouts.serialization import deserialize_batch
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from dllm_rl.distributed.stop import SIGNALS, handlers_kept, run_exit_stack
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import without_middle
-from dllm_rl.training.context import StepContext
+from dllm_rl.step.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import RolloutProducer, copy_policy_to_host
 
 MAX_ATTEMPTS = 3  # per job; if the cause of a worker's death is permanent, more attempts do not help

@@ -21,9 +21,12 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.late_rollouts.serialization import (
+from dllm_rl.step.collect import collect
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import arithmetic
+from dllm_rl.step.mask_sets import draw_view_sets, metric_weights
+from dllm_rl.step.samples import Samples, StepResult
+from dllm_rl.training.late_rollouts.messages import (
     Collected,
     deserialize,
     deserialize_batch,
@@ -31,10 +34,7 @@ from dllm_rl.training.late_rollouts.serialization import (
     trained_weights,
 )
 from dllm_rl.training.policies import resolve_rollout_engine
-from dllm_rl.training.rollouts import collect
-from dllm_rl.training.samples import Samples, StepResult
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.training.views import draw_view_sets, metric_weights
 
 
 class RolloutProducer:
@@ -275,7 +275,7 @@ class AsyncRollouts:
         self.pool.submit(step, weights)
 
     def collect(self, step: int) -> Collected:
-        """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
+        """Return what `step.collect.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
         found = None
         with run.log.stage("waiting"):

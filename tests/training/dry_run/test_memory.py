@@ -20,8 +20,8 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.learner import can_retain_graphs, update
 from dllm_rl.training.dry_run.memory import step_memory
-from dllm_rl.training.learner import can_retain_graphs, update
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import Batch, Prompts
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from dllm_rl.cli.options import Method, import_function, open_policy, read_methods, read_value
 from dllm_rl.cli.run_settings import sampler_or_note, task_of
 from dllm_rl.config import override, setting_paths
+from dllm_rl.decoding.tokens import default_max_new_tokens
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.completions import fingerprint
@@ -28,7 +29,6 @@ from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import as_causal
-from dllm_rl.models.tokens import default_max_new_tokens
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import describe

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards
+from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -21,15 +22,14 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     wait_metrics_of,
 )
-from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.draw_prompts import fit_prompts, prompt_indices
+from dllm_rl.step.forwards import arithmetic
+from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.prompts import fit_prompts, prompt_indices
-from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
 
 

@@ -38,19 +38,19 @@ from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.recipe import Recipe, UpdateSettings
-from dllm_rl.training.balance import balance
-from dllm_rl.training.compare import compare_rollout_and_learner, order_and_routing_metrics
-from dllm_rl.training.context import StepContext
-from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.samples import Samples, StepResult
-from dllm_rl.training.values import value_metrics
-from dllm_rl.training.views import (
+from dllm_rl.step.balance import balance
+from dllm_rl.step.compare import compare_rollout_and_learner, order_and_routing_metrics
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.forwards import learner_forward
+from dllm_rl.step.mask_sets import (
     active_groups,
     draw_view_sets,
     metric_weights,
     restrict_to_groups,
     select_local_rows,
 )
+from dllm_rl.step.samples import Samples, StepResult
+from dllm_rl.step.value_head import value_metrics
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
 MEASURED_ROWS = 16  # rows of each process that `update_direction` measures

@@ -22,7 +22,7 @@ class Samples:
         metric_weights: Weight of each group in the mismatch metrics: its inverse sampling fraction, 0 if it is not
             scored.
         rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
-            (`training.views.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
+            (`step.mask_sets.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
             sampler.
         batch_number: Number of the batch, which gives its prompts, random numbers and masks. None (default): the step
             that trains on it. Set only with rollout_schedule='first_ready'.

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX
-from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
+from dllm_rl.diagnostics.routing_agreement import routing_counts, routing_metrics
 from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_over
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards

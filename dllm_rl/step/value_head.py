@@ -13,7 +13,7 @@ from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradien
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.serialization import deserialize, serialize
+from dllm_rl.models.tensor_bytes import deserialize, serialize
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.types import Rollout, Views

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm_rl.decoding.order import step_members
 from dllm_rl.models.logprobs import invert_cdf
-from dllm_rl.models.order import step_members
 
 MAX_LOGPROB = -1e-4  # nats; a higher log p is clamped to this value, because rounding leaves few digits of 1 - p
 LOG_ZERO = -1e4  # nats, far below any log q; finite, because gradients of log-sums of -inf are NaN

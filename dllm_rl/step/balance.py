@@ -15,8 +15,8 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.samples import Samples
-from dllm_rl.training.views import active_groups
+from dllm_rl.step.mask_sets import active_groups
+from dllm_rl.step.samples import Samples
 from dllm_rl.types import Rollout
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups

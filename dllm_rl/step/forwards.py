@@ -13,7 +13,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.context import StepContext
+from dllm_rl.step.context import StepContext
 
 
 @contextmanager

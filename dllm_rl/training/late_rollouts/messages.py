@@ -7,11 +7,11 @@ import torch
 
 from dllm_rl.files import as_json
 from dllm_rl.models.base import Policy, gather_if_sharded
-from dllm_rl.models.serialization import deserialize, record_from_json, record_to_json, serialize
+from dllm_rl.models.tensor_bytes import deserialize, record_from_json, record_to_json, serialize
 from dllm_rl.recipe import Recipe
+from dllm_rl.step.collect import GradedCompletion
+from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.training.rollouts import GradedCompletion
-from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
 
 Collected = tuple[Samples, list[GradedCompletion], dict[str, float]]

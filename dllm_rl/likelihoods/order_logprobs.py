@@ -2,7 +2,7 @@
 
 Under the rank `Confidence`, each view also scores the positions that its step left masked. Under `PlackettLuce`, each
 written position also gets the log-prob of being drawn next, and under `SoftThreshold` its share of the log-prob of the
-set of positions that its step wrote. models/order.py and models/soft_threshold.py explain the formulas.
+set of positions that its step wrote. decoding/order.py and decoding/soft_threshold.py explain the formulas.
 """
 
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm_rl.decoding import order
+from dllm_rl.decoding.soft_threshold import set_logprobs
 from dllm_rl.likelihoods.packed import Packed
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature, ViewStates
-from dllm_rl.models import order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
-from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.types import Order, Rollout, Views
 
 
@@ -145,7 +145,7 @@ def recorded_order(rollout: Rollout) -> Order:
 
 
 def _commit_cutoff(rollout: Rollout, plan: ForwardPlan, confidences: Float[Tensor, " C"]) -> tuple[Tensor, Tensor]:
-    """Return the two vectors of `models.order.commit_cutoff`, one entry per position that stays masked in the step."""
+    """The two vectors of `decoding.order.commit_cutoff`, one entry per position that stays masked in the step."""
     block_ids = _block_ids(rollout, plan)
     column = plan.flat_index % rollout.tokens.shape[1]
     written, stay_masked = plan.written, plan.stay_masked

@@ -12,7 +12,7 @@ from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
-from dllm_rl.training.values import ValueHead
+from dllm_rl.step.value_head import ValueHead
 
 AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
 

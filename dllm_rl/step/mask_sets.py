@@ -12,7 +12,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.training.samples import Samples
+from dllm_rl.step.samples import Samples
 from dllm_rl.types import Rollout, Views
 
 

@@ -1,0 +1,1 @@
+"""Tokens, order and support: what sampler and likelihoods share, and no model."""

@@ -1,0 +1,1 @@
+"""One training step: collect samples, score them, correct for the mismatch, update the weights."""
