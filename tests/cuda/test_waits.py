@@ -98,7 +98,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", few([schemes.Float8WeightOnly, schemes.Int4WeightOnly, int3_emulated], [schemes.Float8WeightOnly])
+    "scheme", few([schemes.Float8WeightOnly(), schemes.Int4WeightOnly(), int3_emulated], [schemes.Float8WeightOnly()])
 )
 def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
     """Once for whether all weights are finite, once for what has changed."""
@@ -107,7 +107,7 @@ def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
         for layers in (1, 3):
             policy = tiny_llama(**(sizes | {"num_layers": layers}), causal=False).to("cuda")
             with cuda.phase("copy"):
-                rollout_policy = quantized_copy(policy, scheme())
+                rollout_policy = quantized_copy(policy, scheme)
             with cuda.phase("sync"):
                 sync_weights(policy, rollout_policy)
         assert (cuda.waits("copy"), cuda.waits("sync")) == (2, 4), cuda.report()

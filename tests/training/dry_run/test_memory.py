@@ -46,7 +46,7 @@ def profiled(work: Callable[[], object]) -> tuple[int, int]:
 
 def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, layers: int = 4, **changes):
     if canvas is not None:
-        sampler = Renoise(max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
+        sampler = Renoise(max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None, confidence_threshold=None)
         letters = {name: value for name, value in LETTERS.items() if name != "intermediate_size"}
         sizes = letters | {
             "canvas_length": canvas,
