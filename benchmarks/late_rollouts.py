@@ -24,11 +24,11 @@ from benchmarks.measure import machine, table, write_json
 from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.step.collect import collect
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.learner import train_step
+from dllm_rl.step.loop import train_step
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from recipes.async_sudoku import recipe
 
@@ -43,13 +43,13 @@ class Turns:
         self.policy = build_policy(job, self.accelerator.device)
         self.engine = resolve_rollout_engine(job)
         self.rollout_policy = self.engine.load(self.policy)
-        self.context = StepContext(
-            recipe=job, accelerator=self.accelerator, policy=self.policy, rollout_policy=self.rollout_policy
+        self.context = make_step(
+            job, accelerator=self.accelerator, policy=self.policy, rollout_policy=self.rollout_policy
         )
         self.optimizer = make_optimizer(job, self.policy)
         workers = ray_workers(job)
         assert workers is not None, "the recipe has workers"
-        workers.set_up(self.context)
+        workers.set_up(job, self.context)
         self.workers = workers
         self.number = 0
 

@@ -17,7 +17,7 @@ from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.step.learner import forward_backward
+from dllm_rl.step.update import forward_backward
 from dllm_rl.types import Batch
 
 

@@ -28,8 +28,8 @@ from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.recipe import UpdateSettings
-from dllm_rl.step.learner import forward_backward, update
+from dllm_rl.step.settings import UpdateSettings
+from dllm_rl.step.update import forward_backward, update
 from dllm_rl.types import Batch, Rollout, Views
 
 BETA = 0.04

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 from torch import Generator
 
@@ -29,7 +29,6 @@ from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
 
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
-DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -57,7 +56,7 @@ def best_rule(metric: str | None, greater_is_better: bool | None) -> tuple[str |
 class Settings(Record):
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
 
-    def __new__(cls, *_: Any, **settings: Any) -> Self:
+    def __new__(cls, *_: Any, **settings: Any) -> "Settings":
         known = [setting.name for setting in fields(cls)]
         if unknown := [with_nearest(name, known) for name in settings if name not in known]:
             kind = cls.__name__
@@ -615,20 +614,6 @@ class Recipe(Settings):
             entropy=self.entropy_coeff,
         )
 
-    def update_settings(self, step: int) -> "UpdateSettings":
-        """Return the settings of `step.learner.update` at a step."""
-        return UpdateSettings(
-            loss=self.policy_loss,
-            likelihood=self.likelihood,
-            learning_rate=self.learning_rate * self.lr_schedule(step, self.schedule_steps),
-            max_grad_norm=self.max_grad_norm,
-            micro_batch_size=self.micro_batch_size,
-            max_staleness=self.max_staleness,
-            # Not with an aligned forward: the extra forward of the measurement would quantize the updated weights, and
-            # the next `quantization/codes_changed` would count no change.
-            measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
-        )
-
     @property
     def max_new_tokens(self) -> int:
         """Length of a completion in tokens, that of the sampler."""
@@ -636,25 +621,3 @@ class Recipe(Settings):
 
 
 Recipe.__doc__ = documented(Recipe)
-
-
-class UpdateSettings(Record):
-    """Settings of the updates of one step.
-
-    Args:
-        loss: Function (detached log-probs, batch) -> loss, metrics, gradient.
-        likelihood: Estimator of the log-probs.
-        learning_rate: Learning rate of the step.
-        max_grad_norm: Norm to which gradients are clipped. Default: 1.
-        micro_batch_size: Rows per forward. None (default): all.
-        max_staleness: Largest number of updates by which the rollout's weights may be older. Default: 0.
-        measure: Whether to measure `update_direction` after the updates. Default: False.
-    """
-
-    loss: Callable  # detached log-probs, batch -> loss, metrics, gradient
-    likelihood: LikelihoodEstimator
-    learning_rate: float
-    max_grad_norm: float = 1.0
-    micro_batch_size: int | None = None
-    max_staleness: int = 0
-    measure: bool = False

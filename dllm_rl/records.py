@@ -19,9 +19,10 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 Made = TypeVar("Made", bound="Record")
+SelfRecord = TypeVar("SelfRecord", bound="Record")  # beartype refuses typing.Self
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 
 
@@ -117,7 +118,7 @@ class Record:
         """Return the record that another value stands for, such as a plain function; None if it is no such value."""
         return None
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: SelfRecord, **changes: Any) -> SelfRecord:
         """Return a copy with other values of some fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 

@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "checkpoints": "files manifest records versions distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
-    "step": "device records rng tasks types algorithms distributed models decoding likelihoods quantization samplers "
-    "diagnostics recipe monitoring",
+    "step": "device records rng tasks types algorithms distributed models decoding likelihoods samplers "
+    "diagnostics monitoring",
     # floor 7
     "training": "callbacks device files manifest records rng screen tasks types versions algorithms decoding step "
     "distributed models likelihoods quantization samplers diagnostics evaluation presets recipe checkpoints monitoring",
@@ -139,6 +139,12 @@ def test_the_table_lists_every_package_and_stands_on_eight_floors():
 
 def test_every_module_keeps_to_the_table():
     assert violations(sources()) == []
+
+
+def test_a_step_knows_no_recipe_no_files_and_no_signals():
+    assert not {"recipe", "files", "manifest", "checkpoints", "training", "callbacks"} & set(MAY_IMPORT["step"].split())
+    modules = {name for path, text in sources().items() if path.startswith("step/") for name in imported(text, path)}
+    assert not {name for name in modules if name.startswith(("signal", "dllm_rl.distributed.stop"))}
 
 
 def test_every_permission_is_used():

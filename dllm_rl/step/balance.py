@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
-from dllm_rl.recipe import Recipe
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import StepFeature
 from dllm_rl.step.mask_sets import active_groups
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
@@ -24,35 +26,46 @@ UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forwa
 MIN_SAVING = 0.02  # a swap must save the busier process more than this share of its work
 
 
-def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_id: int) -> Samples:
+class Balance(StepFeature):
+    """Load balancing between several processes."""
+
+    def __init__(self, *, swaps: bool) -> None:
+        self.swaps = swaps  # False: every process keeps its groups
+
+    def before_scoring(self, context: StepContext, samples: Samples) -> Samples:
+        pad_id = context.policy.pad_id
+        return balance(context.settings, samples, context.accelerator, pad_id=pad_id, swaps=self.swaps)
+
+
+def balance(
+    settings: StepSettings, samples: Samples, accelerator: Accelerator, *, pad_id: int, swaps: bool = True
+) -> Samples:
     """Move groups between processes so that all have about equal work. Call it before scoring; collective: every
     process must call it.
 
     Returns:
         The samples with this process's new rows, and the groups in their new order.
     """
-    if accelerator.num_processes == 1:
-        return samples
     rollout = samples.rollout
     row_index = local(torch.arange(samples.advantages.numel()), accelerator)
     rollout = replace(rollout, batch_row=copy_to_device(rollout.tokens.device, row_index)[0])
-    # Swap nothing under zero_mismatch, where the bits of a row depend on the width of its rollout, or if late rollouts
-    # have log-probs, which `exchange_groups` does not send.
-    if recipe.zero_mismatch or samples.rollout_logprobs:
+    # Swap nothing under zero_mismatch (swaps=False), where the bits of a row depend on the width of its rollout, or if
+    # late rollouts have log-probs, which `exchange_groups` does not send.
+    if not swaps or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, filter_support=None)  # no longer needed, and some processes have none
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
     width_and_slots = (rollout.tokens.shape[1], *rollout.slots())
     (lengths_and_sizes,) = gather_on_host([torch.cat([lengths, torch.tensor(width_and_slots)])[None]], accelerator)
-    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_groups(recipe, samples.advantages).long()
+    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_groups(settings, samples.advantages).long()
     costs = lengths_and_sizes[:, : -len(width_and_slots)] * rearrange(
         forwards_per_token, "(w p) -> w p", w=len(lengths_and_sizes)
     )
-    swaps = plan_swaps(costs)
+    swap_pairs = plan_swaps(costs)
     # Partner process -> the local groups to swap with it, in the same order in both processes.
     outgoing: dict[int, list[int]] = {}
-    for swap_pair in swaps:
+    for swap_pair in swap_pairs:
         for (process, slot), (partner, _) in (swap_pair, swap_pair[::-1]):
             if process == accelerator.process_index:
                 outgoing.setdefault(partner, []).append(slot)
@@ -63,7 +76,7 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
         )
     old_index = torch.arange(costs.numel()).view_as(costs)  # every process computes the same new order
     order = old_index.clone()
-    for first, second in swaps:
+    for first, second in swap_pairs:
         order[first] = old_index[second]
         order[second] = old_index[first]
     return samples.reorder_groups(order.flatten(), rollout)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import has_unequal_rewards
+from dllm_rl.algorithms.advantages import Advantages, has_unequal_rewards
 from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
@@ -22,14 +22,13 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     wait_metrics_of,
 )
-from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.draw_prompts import fit_prompts, prompt_indices
-from dllm_rl.step.forwards import arithmetic
 from dllm_rl.step.samples import Samples
-from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
+from dllm_rl.step.settings import StepSettings
+from dllm_rl.tasks.base import Problem, Reward, Task, component_fractions, grade
 from dllm_rl.types import Rollout
 
 
@@ -47,21 +46,21 @@ class GradedCompletion:
     forwards: int  # number of forwards that its row took part in
 
 
-def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCompletion], dict[str, float]]:
+def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedCompletion], dict[str, float]]:
     """Sample and grade the completions of a step; return the samples, this process's completions, and metrics.
 
     With max_num_gen_batches > 1, a group whose rewards are all equal is replaced by a group of another prompt, until
     the rewards differ or max_num_gen_batches draws are done (DAPO's dynamic sampling [paper]). Each group is replaced
-    separately [ours]; DAPO collects groups from all draws. `run.history` receives all groups of the step, including
+    separately [ours]; DAPO collects groups from all draws. `context.history` receives all groups of the step, including
     the replaced ones.
 
-    The metric num_tokens is TRL's: the tokens of all prompts and completions so far in the run, over all processes.
+    The metric num_tokens is TRL's: the tokens of all prompts and completions so far in the context, over all processes.
     Completions that dynamic sampling replaces count too.
     """
-    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
-    local_groups = torch.arange(recipe.train_batch_size // accelerator.num_processes)
-    indices = prompt_indices(recipe, history, step)
-    rollout, graded, local_rewards, num_too_long = draw_and_grade(run, step, 0, indices, local_groups)
+    settings, accelerator, log, history = context.settings, context.accelerator, context.log, context.history
+    local_groups = torch.arange(settings.train_batch_size // accelerator.num_processes)
+    indices = prompt_indices(settings, history, step)
+    rollout, graded, local_rewards, num_too_long = draw_and_grade(context, step, 0, indices, local_groups)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = wait_metrics_of("rollout", accelerator)
         # (P, G, K): the reward of each completion, then its components.
@@ -72,27 +71,27 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
         history.add(step, indices, component_rewards)
     rewards = component_rewards[..., 0]
     metrics = reward_metrics(rewards, graded, accelerator) | reduce_metrics(wait_metrics, accelerator)
-    if recipe.max_prompt_length is not None:
+    if settings.max_prompt_length is not None:
         too_long_and_drawn = (torch.tensor(float(num_too_long)), torch.tensor(float(len(local_rewards))))
         metrics |= reduce_metrics({"frac_prompts_too_long": too_long_and_drawn}, accelerator)
     num_draws = 1
     num_tokens = count_tokens(graded)
-    while num_draws < recipe.max_num_gen_batches and not has_unequal_rewards(component_rewards).all():
+    while num_draws < settings.max_num_gen_batches and not has_unequal_rewards(component_rewards).all():
         has_equal_rewards = ~has_unequal_rewards(component_rewards)
-        indices = prompt_indices(recipe, history, step, num_draws)
+        indices = prompt_indices(settings, history, step, num_draws)
         group_indices = local(has_equal_rewards, accelerator).nonzero()[:, 0]
         if len(group_indices):  # another process may have groups to redraw even if this process has none
             redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw_and_grade(
-                run, step, num_draws, indices, group_indices
+                context, step, num_draws, indices, group_indices
             )
             local_rewards[group_indices] = redrawn_rewards
             num_tokens += count_tokens(redrawn_graded)
-            columns = torch.arange(recipe.num_generations)
-            rows = rearrange(group_indices[:, None] * recipe.num_generations + columns, "p g -> (p g)")
+            columns = torch.arange(settings.num_generations)
+            rows = rearrange(group_indices[:, None] * settings.num_generations + columns, "p g -> (p g)")
             for row, redrawn_completion in zip(rows.tolist(), redrawn_graded, strict=True):
                 graded[row] = redrawn_completion
             (rows,) = copy_to_device(accelerator.device, rows)
-            rollout = rollout.replace_rows(rows, redrawn_rollout, pad_id=run.rollout_policy.pad_id)
+            rollout = rollout.replace_rows(rows, redrawn_rollout, pad_id=context.rollout_policy.pad_id)
         (component_rewards,) = gather_on_host([local_rewards], accelerator)
         if history is not None:
             history.add(step, indices[has_equal_rewards], component_rewards[has_equal_rewards])
@@ -103,12 +102,14 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
     num_tokens_before = log.last.get("num_tokens", 0.0)
     step_tokens = sum_over(torch.tensor(num_tokens, dtype=torch.double), accelerator)
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
-    if recipe.max_num_gen_batches > 1:
+    if settings.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(num_draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
-    advantages = compute_advantages(recipe, rewards, component_reward_arguments(recipe, component_rewards))
+    advantages = compute_advantages(
+        settings.advantages, rewards, component_reward_arguments(settings, component_rewards)
+    )
     samples = Samples(rollout, rewards, advantages, metric_weights=torch.ones(len(rewards), dtype=torch.double))
-    return samples, graded, metrics | compiled_graphs(recipe)
+    return samples, graded, metrics | compiled_graphs(settings)
 
 
 def count_tokens(graded: Sequence[GradedCompletion]) -> int:
@@ -116,11 +117,11 @@ def count_tokens(graded: Sequence[GradedCompletion]) -> int:
     return sum(item.prompt_length + item.num_tokens for item in graded)
 
 
-def compiled_graphs(recipe: Recipe) -> dict[str, float]:
+def compiled_graphs(settings: StepSettings) -> dict[str, float]:
     """Return how many graphs this process has compiled, as a metric; {} if rollouts are not compiled. A growing number
     means that new shapes are compiled.
     """
-    if not (recipe.torch_compile or getattr(recipe.sampler, "compile_step", False)):
+    if not settings.counts_graphs:
         return {}
     from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
@@ -128,7 +129,7 @@ def compiled_graphs(recipe: Recipe) -> dict[str, float]:
 
 
 def draw_and_grade(
-    run: StepContext[Recipe],
+    context: StepContext,
     step: int,
     draw: int,
     indices: Int[Tensor, " P"],  # the draw's problems, over all processes
@@ -137,20 +138,20 @@ def draw_and_grade(
     """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts
     were replaced because they were too long.
     """
-    recipe, accelerator = run.recipe, run.accelerator
+    settings, accelerator = context.settings, context.accelerator
     problems, num_too_long = fit_prompts(
-        recipe, run.rollout_policy, local(indices, accelerator)[group_indices].tolist()
+        settings, context.rollout_policy, local(indices, accelerator)[group_indices].tolist()
     )
-    key = (recipe.seed, "rollout", step, *([draw] if draw else []))
-    seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
+    key = (settings.seed, "rollout", step, *([draw] if draw else []))
+    seeds = local(row_seeds(generator_for(*key), len(indices) * settings.num_generations), accelerator)
     # A group's seeds depend on its index, not on how many groups are redrawn.
-    group_seeds = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[group_indices]
-    rollout, graded, rewards = sample_and_grade(run, problems, group_seeds, key)
+    group_seeds = rearrange(seeds, "(p g) -> p g", g=settings.num_generations)[group_indices]
+    rollout, graded, rewards = sample_and_grade(context, problems, group_seeds, key)
     return rollout, graded, rewards, num_too_long
 
 
 def sample_and_grade(
-    run: StepContext[Recipe],
+    context: StepContext,
     problems: Sequence[Problem],
     seeds: Int[Tensor, "p G"],
     key: tuple[object, ...],
@@ -158,7 +159,7 @@ def sample_and_grade(
     """Sample and grade a group of completions per problem.
 
     Args:
-        run: Settings and policies.
+        context: Settings and policies.
         problems: p problems.
         seeds: Seed of each completion.
         key: Key of the sampler's generator (`rng.generator_for`).
@@ -167,26 +168,26 @@ def sample_and_grade(
         The rollout, the graded completions, and K rewards per completion: the reward, then the components named by
         `component_reward_weights`.
     """
-    recipe, rollout_policy = run.recipe, run.rollout_policy
-    group_size = recipe.num_generations
-    with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
+    settings, rollout_policy = context.settings, context.rollout_policy
+    group_size = settings.num_generations
+    with context.log.stage("rollout"), context.arithmetic():
         prompts = encode(rollout_policy, problems, group_size=group_size, seeds=seeds.flatten().tolist())
         # Each row has its own seed, so that the split into batches does not change the result. The generator is for
         # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
-        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
-        rollouts = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        batches = prompts.split(settings.rollout_batch_size or prompts.num_rows)
+        rollouts = [settings.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
-        if recipe.rollout_engine is None and not rollout.logprobs.isfinite().all():
+        if settings.checks_logits and not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
                 f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
-                f"diverged; use a learning_rate below {recipe.learning_rate:g}, or an earlier checkpoint"
+                f"diverged; use a learning_rate below {settings.learning_rate:g}, or an earlier checkpoint"
             )
-    with run.log.stage("reward"):
+    with context.log.stage("reward"):
         completion_ids = completion_token_ids(rollout)
         completions = texts_to_grade(rollout_policy, rollout, problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
-        row_rewards = grade(recipe.task, problems, completions, costs, timeout=recipe.reward_timeout)
-        component_names = tuple(component_reward_weights(recipe))
+        row_rewards = grade(settings.task, problems, completions, costs, timeout=settings.reward_timeout)
+        component_names = tuple(component_reward_weights(settings.advantages, settings.task))
     prompt_lengths = prompts.lengths
     graded = []
     reward_rows = []
@@ -217,19 +218,19 @@ def reward_number(reward: Reward) -> float:
 
 
 def compute_advantages(
-    recipe: Recipe, rewards: Float[Tensor, "P G"], component_arguments: dict[str, Tensor]
+    function: Advantages, rewards: Float[Tensor, "P G"], component_arguments: dict[str, Tensor]
 ) -> Float[Tensor, "P G"]:
-    """Compute the recipe's advantages, by default (R - mean) / (std + 1e-4).
+    """Compute the advantages, by default (R - mean) / (std + 1e-4).
 
     Raises:
         ValueError: The advantages have another shape than the rewards or are not finite. The message names the
             function.
     """
-    advantages = recipe.advantages(rewards, **component_arguments)
+    advantages = function(rewards, **component_arguments)
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
-        name = describe(recipe.advantages)
+        name = describe(function)
         lacking = f"; {int(rewards.isnan().sum())} of them are NaN: no reward" if rewards.isnan().any() else ""
         raise ValueError(
             f"advantages={name} gave numbers {problem} for rewards of shape {tuple(rewards.shape)}{lacking}"
@@ -237,29 +238,28 @@ def compute_advantages(
     return advantages
 
 
-def component_reward_arguments(recipe: Recipe, rewards: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
-    """Return the component rewards and their weights as arguments for `recipe.advantages`; {} if it does not accept
+def component_reward_arguments(settings: StepSettings, rewards: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
+    """Return the component rewards and their weights as arguments for `advantages`; {} if it does not accept
     them. `rewards` has the reward of each completion, then its components.
     """
-    weights = component_reward_weights(recipe)
+    weights = component_reward_weights(settings.advantages, settings.task)
     component_rewards = rearrange(rewards[..., 1:], "p g k -> k p g")
     return {"parts": component_rewards, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
-def component_reward_weights(recipe: Recipe) -> dict[str, float]:
+def component_reward_weights(function: Advantages, task: Task) -> dict[str, float]:
     """Return the task's reward weights by name; {} if the advantages function takes no component rewards.
 
     Raises:
         ValueError: The advantages function takes component rewards, and the task has no reward weights.
     """
-    function = recipe.advantages
     if not function.takes_component_rewards:
         return {}
-    weights = getattr(recipe.task, "reward_weights", None)
+    weights = getattr(task, "reward_weights", None)
     if not weights:
         raise ValueError(
             f"advantages={describe(function)} takes each component reward, and task "
-            f"{recipe.task.name!r} has no `reward_weights` (name in the breakdown -> weight); set them, or use "
+            f"{task.name!r} has no `reward_weights` (name in the breakdown -> weight); set them, or use "
             "GroupRelative()"
         )
     return dict(weights)

@@ -1,31 +1,51 @@
 """The objects that every part of a step reads."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
+import torch
 from accelerate import Accelerator
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.recipe import Settings
-from dllm_rl.step.value_head import ValueHead
-
-AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
+from dllm_rl.step.features import StepFeature
+from dllm_rl.step.settings import StepSettings
 
 
 @dataclass(eq=False, kw_only=True)
-class StepContext(Generic[AnySettings]):
-    """Settings, processes, log and policies of a step. `Run` extends it; a rollout worker also has one."""
+class StepContext:
+    """Settings, processes, log and policies of a step. A run has one, and so has a rollout worker."""
 
-    recipe: AnySettings
+    settings: StepSettings
     accelerator: Accelerator
     policy: Policy
     rollout_policy: Policy
     reference: Policy | None = None
-    value_head: ValueHead | None = None  # set if the recipe has a value_model
-    history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
+    history: RewardHistory | None = None  # set if the prompt source reads it
+    features: tuple[StepFeature, ...] = ()
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'."""
+        with ExitStack() as stack:
+            settings, device = self.settings, self.accelerator.device.type
+            stack.enter_context(
+                torch.autocast(device, torch.bfloat16, enabled=settings.bf16, cache_enabled=settings.autocast_cache)
+            )
+            for feature in self.features:
+                stack.enter_context(feature.around_forward(self))
+            yield
+
+    @contextmanager
+    def learner_forward(self) -> Iterator[None]:
+        """Set what a forward of the learner needs: the step's arithmetic, and the features'."""
+        with self.arithmetic(), ExitStack() as stack:
+            for feature in self.features:
+                stack.enter_context(feature.around_learner(self))
+            yield

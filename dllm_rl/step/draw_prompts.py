@@ -9,9 +9,9 @@ from torch import Tensor
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.decoding.tokens import prompt_ids
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
+from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem
 
 
@@ -21,12 +21,12 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 
 
 def prompt_indices(
-    recipe: Recipe, history: RewardHistory | None, step: int, draw: int = 0
+    settings: StepSettings, history: RewardHistory | None, step: int, draw: int = 0
 ) -> Int[Tensor, " train_batch_size"]:
-    """Return the indices of a step's problems, over all processes, from the recipe's `prompt_source`.
+    """Return the indices of a step's problems, over all processes, from `prompt_source`.
 
     Args:
-        recipe: Settings of the run.
+        settings: Settings of the step.
         history: Graded completions of the run. None for a source that reads no history.
         step: Training step.
         draw: Index of the draw in the step. It is above 0 if dynamic sampling replaces groups.
@@ -34,28 +34,28 @@ def prompt_indices(
     Raises:
         ValueError: The source did not return `train_batch_size` indices of the task.
     """
-    source, count, size = recipe.prompt_source, recipe.train_batch_size, len(recipe.task)
+    source, count, size = settings.prompt_source, settings.train_batch_size, len(settings.task)
     purpose = f"train, draw {draw}" if draw else "train"
     history = RewardHistory(size) if history is None else history
-    indices = source.draw(history, count, generator_for(recipe.seed, purpose, step))
+    indices = source.draw(history, count, generator_for(settings.seed, purpose, step))
     name = f"prompt_source={describe(source)}"
     if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
         raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
     if indices.min() < 0 or indices.max() >= size:
         problem = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
-        raise ValueError(f"{problem}, and task {recipe.task.name!r} has the problems 0 to {size - 1}")
+        raise ValueError(f"{problem}, and task {settings.task.name!r} has the problems 0 to {size - 1}")
     return indices
 
 
-def fit_prompts(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
+def fit_prompts(settings: StepSettings, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
     """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
     by the task's next prompt that fits.
 
     Raises:
         ValueError: No prompt fits.
     """
-    task = recipe.task
-    max_prompt_length = recipe.max_prompt_length
+    task = settings.task
+    max_prompt_length = settings.max_prompt_length
     if max_prompt_length is None:
         return [task[i] for i in indices], 0
     problems = []

@@ -10,25 +10,25 @@ from torch import Generator, Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
-from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout, Views
 
 
-def active_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+def active_groups(settings: StepSettings, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """Return which groups the update trains on: groups with a nonzero advantage, or all groups if the loss has a KL
     term or an entropy bonus, or if a value model gives the tokens advantages.
     """
-    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff or recipe.value_model)
+    return (advantages != 0).any(-1) | settings.trains_all_groups
 
 
-def metric_weights(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
+def metric_weights(settings: StepSettings, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
     """Return each group's weight in the mismatch metrics (`inverse_sampling_weights`). Of the groups that the update
     skips, `num_mismatch_groups` are sampled.
     """
-    generator = generator_for(recipe.seed, "mismatch sample", step)  # every process draws the same groups
-    return inverse_sampling_weights(active_groups(recipe, advantages), recipe.num_mismatch_groups, generator)
+    generator = generator_for(settings.seed, "mismatch sample", step)  # every process draws the same groups
+    return inverse_sampling_weights(active_groups(settings, advantages), settings.num_mismatch_groups, generator)
 
 
 def inverse_sampling_weights(
@@ -48,21 +48,21 @@ def inverse_sampling_weights(
     return weights
 
 
-def draw_view_sets(recipe: Recipe, samples: Samples, step: int, accelerator: Accelerator) -> list[Views]:
+def draw_view_sets(settings: StepSettings, samples: Samples, step: int, accelerator: Accelerator) -> list[Views]:
     """Draw the sets of views that score a step's rollout: one for the metrics and the first update, and, if
     `resample_masks` is set and the estimator is random, one per later update. Later sets score only the groups that the
     update trains on.
     """
-    trained_weights = active_groups(recipe, samples.advantages).double()
-    draw_set = partial(draw_views, recipe, samples.rollout, samples.advantages, accelerator=accelerator)
+    trained_weights = active_groups(settings, samples.advantages).double()
+    draw_set = partial(draw_views, settings, samples.rollout, samples.advantages, accelerator=accelerator)
     view_sets = [draw_set(samples.metric_weights, (step,))]
-    for iteration in range(1, recipe.num_mask_sets):
+    for iteration in range(1, settings.num_mask_sets):
         view_sets.append(draw_set(trained_weights, (step, iteration)))
     return view_sets
 
 
 def draw_views(
-    recipe: Recipe,
+    settings: StepSettings,
     rollout: Rollout,
     advantages: Float[Tensor, "P G"],
     group_weights: Float[Tensor, " P"],
@@ -70,10 +70,10 @@ def draw_views(
     accelerator: Accelerator,
 ) -> Views:
     """Draw the views of a step. Groups of weight 0 are not scored."""
-    views = recipe.likelihood.draw_views(rollout, generator_for(recipe.seed, "noise", *key))
+    views = settings.likelihood.draw_views(rollout, generator_for(settings.seed, "noise", *key))
     (local_advantages,) = copy_to_device(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
     return restrict_to_groups(
-        recipe.likelihood.with_advantages(views, local_advantages), group_weights > 0, rollout.group_size, accelerator
+        settings.likelihood.with_advantages(views, local_advantages), group_weights > 0, rollout.group_size, accelerator
     )
 
 

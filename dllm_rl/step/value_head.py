@@ -1,28 +1,29 @@
 """The value head of a run: predict each denoising step's advantage, and learn from it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm_rl.algorithms.values import ValueModel, generalized_advantages
-from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.device import copy_to_device
+from dllm_rl.distributed.collectives import Metrics, local, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.views import each_view, row_chunks
-from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.tensor_bytes import deserialize, serialize
-from dllm_rl.recipe import Recipe
+from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.rng import generator_for
-from dllm_rl.types import Rollout, Views
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import StepFeature
+from dllm_rl.step.samples import Samples
+from dllm_rl.types import Views
 
 RATE_WIDTH = 64  # a matrix with this number of inputs is trained at `learning_rate`
 FILE = "value_head.safetensors"  # file in a checkpoint: weights and AdamW's moments
 
 
-class ValueHead:
+class ValueHead(StepFeature):
     """The head of `ValueModel()` and its optimizer. Its layers are made at the first batch, which shows the width of
     the hidden states.
     """
@@ -32,7 +33,8 @@ class ValueHead:
         self.seed = seed
         self.saved = saved
         self.layers: nn.Sequential | None = None
-        self.num_values = 0.0  # number of values in the gradient, since the last `learn`
+        self.num_values = 0.0  # number of values in the gradient, since the last `after_update`
+        self.sums: Metrics = {}  # for `metrics`, of the last set of views
 
     def build(self, width: int, device: torch.device) -> nn.Sequential:
         """Make the layers for hidden states of this width, or load them from a checkpoint."""
@@ -74,22 +76,18 @@ class ValueHead:
         return {FILE: serialize(tensors, {})}
 
     @torch.no_grad()
-    def token_advantages(
-        self,
-        policy: Policy,
-        rollout: Rollout,
-        views: Views,
-        advantages: Float[Tensor, " B"],
-        micro_batch_size: int | None,
-    ) -> tuple[Float[Tensor, "B T"], Metrics]:
-        """Return the advantage of each scored token, and sums for `value_metrics`.
+    def token_advantages(self, context: StepContext, samples: Samples, views: Views) -> Float[Tensor, "B T"]:
+        """Return the advantage of each scored token.
 
         It also adds to the layers the gradient of the values' squared error; the target of every step's value is the
-        row's advantage. Call `learn` after the learner's update.
+        row's advantage. `after_update` applies it.
 
         Raises:
             ValueError: A position is scored at several steps, so that it has several advantages.
         """
+        policy, rollout, micro_batch_size = context.policy, samples.rollout, context.settings.micro_batch_size
+        local_advantages = local(rearrange(samples.advantages, "p g -> (p g)"), context.accelerator)
+        (advantages,) = copy_to_device(context.accelerator.device, local_advantages)
         if ((views.coefficients != 0).sum(0) > 1).any():
             raise ValueError(
                 "value_model gives each token the advantage of its step, and here a position is scored at several "
@@ -113,8 +111,8 @@ class ValueHead:
         errors = torch.where(is_step, values - advantages, 0).double().square().sum()
         squares = torch.where(is_step, advantages, 0).double().square().sum()
         by_step = generalized_advantages(advantages, values, is_step, gae_lambda=self.settings.gae_lambda)
-        token_advantages = ((views.coefficients != 0) * by_step[..., None]).sum(0)
-        return token_advantages, {"value/loss": (errors, num_values), "value/square": (squares, num_values)}
+        self.sums = {"value/loss": (errors, num_values), "value/square": (squares, num_values)}
+        return ((views.coefficients != 0) * by_step[..., None]).sum(0)
 
     @torch.enable_grad()
     def _predict(
@@ -134,11 +132,12 @@ class ValueHead:
             torch.where(has_step, values - target, 0).square().sum().backward()
         return values.detach()
 
-    def learn(self, accelerator: Accelerator) -> None:
+    def after_update(self, context: StepContext) -> None:
         """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
 
         It comes after the learner's update, so that a step that fails leaves both unchanged.
         """
+        accelerator = context.accelerator
         counts = torch.tensor([self.num_values, float(self.layers is None)], dtype=torch.double)
         num_values, processes_without_layers = sum_over(counts, accelerator).tolist()
         self.num_values = 0.0
@@ -153,6 +152,14 @@ class ValueHead:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def metrics(self, context: StepContext) -> dict[str, float]:
+        """Return value/loss, the mean squared error of the values, and value/explained_variance: 1 - value/loss / (mean
+        square of the advantages), 0 if all values are 0.
+        """
+        means = reduce_metrics(self.sums, context.accelerator)
+        mean_square = means.pop("value/square", 0.0)
+        return means | ({"value/explained_variance": 1 - means["value/loss"] / mean_square} if mean_square else {})
+
 
 def rate_scale(parameter: Tensor) -> float:
     """Return the factor on a parameter's learning rate: RATE_WIDTH / width for a matrix with `width` inputs, else 1.
@@ -161,48 +168,3 @@ def rate_scale(parameter: Tensor) -> float:
     model (muP, arXiv 2203.03466 [paper]).
     """
     return RATE_WIDTH / parameter.shape[1] if parameter.dim() == 2 else 1.0
-
-
-def value_metrics(sums: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """Return the metrics of a value model from the sums of `token_advantages`; {} without a value model.
-
-    value/loss: mean squared error of the values.
-
-    value/explained_variance: 1 - value/loss / (mean square of the advantages); 0 if all values are 0.
-    """
-    means = reduce_metrics(sums, accelerator)
-    mean_square = means.pop("value/square", 0.0)
-    return means | ({"value/explained_variance": 1 - means["value/loss"] / mean_square} if mean_square else {})
-
-
-def make_value_head(recipe: Recipe, folder: Path | None) -> ValueHead | None:
-    """Return the value head that a run continues with: from a checkpoint, or new. None without a value model.
-
-    Raises:
-        ValueError: The checkpoint's file is damaged.
-    """
-    if recipe.value_model is None:
-        return None
-    if folder is None or not (folder / FILE).exists():  # a new run, or one that began without a value model
-        return ValueHead(recipe.value_model, recipe.seed)
-    try:
-        saved, _ = deserialize((folder / FILE).read_bytes())
-        if "weights.1.weight" not in saved:
-            raise ValueError("it has no weights")
-    except ValueError as error:
-        raise ValueError(f"{folder}: {FILE} is damaged: {error}; take an earlier checkpoint") from None
-    size, saved_size = recipe.value_model.hidden_size, len(saved["weights.1.weight"])
-    if size != saved_size:
-        raise ValueError(
-            f"value_model.hidden_size={size} is not the {saved_size} of {folder}; resume with hidden_size={saved_size}"
-        )
-    return ValueHead(recipe.value_model, recipe.seed, saved)
-
-
-def check_value_model(recipe: Recipe, policy: Policy) -> None:
-    """Raise ValueError if the recipe has a value model, and its model rewrites tokens at every step."""
-    if recipe.value_model is not None and policy.spec.attention == "encoder_decoder":
-        raise ValueError(
-            f"value_model gives each token the advantage of the step that wrote it, and {policy.spec.name!r} writes "
-            "every token at every step; use value_model=None"
-        )

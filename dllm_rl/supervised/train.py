@@ -77,7 +77,6 @@ def fine_tune(recipe: SFT) -> Summary:
         log=log,
         policy=policy,
         rollout_policy=policy,
-        reference=None,
         optimizer=optimizer,
         state=state,
         stop=stop,

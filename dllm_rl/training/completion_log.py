@@ -15,9 +15,9 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
 from dllm_rl.step.balance import to_sampling_order
 from dllm_rl.step.collect import GradedCompletion, reward_number
-from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import completion_metrics
+from dllm_rl.training.run import Run
 from dllm_rl.types import Logprobs, Rollout
 
 NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions of highest and lowest reward
@@ -25,7 +25,7 @@ MAX_CHARACTERS = 160  # of a text in the table; a longer text shows its beginnin
 
 
 def log_completions(
-    run: StepContext[Recipe],
+    run: Run[Recipe],
     step: int,
     answers: list[GradedCompletion],  # of the rows that this process sampled, like `sampled`
     sampled: Rollout,

@@ -23,10 +23,8 @@ log p_T is the mean of these KLs. It is at least the KL between q and the mean o
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,76 +35,45 @@ from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
 from dllm_rl.step.collect import compute_advantages
-from dllm_rl.step.forwards import arithmetic
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.cautions import order_depends_on_tokens
-from dllm_rl.training.policies import build_policy
-from dllm_rl.training.run import Run
 from dllm_rl.types import Rollout
 
 
-def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:
-    """Return the recipe's teacher, frozen; None without a teacher, or if the teacher is the run's reference.
-
-    Raises:
-        ValueError: The teacher cannot score this student's completions.
-    """
-    if recipe.teacher in (None, REFERENCE):
-        return None
-    teacher_settings: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
-    teacher = build_policy(replace(recipe, **teacher_settings), accelerator.device)
-    check_teacher(policy, teacher)
-    teacher.module.requires_grad_(False)
-    return teacher
-
-
-def check_teacher(policy: Policy, teacher: Policy) -> None:
-    """Raise ValueError if the teacher's vocabulary or kind of attention differs from the student's."""
-    student_spec, teacher_spec = policy.spec, teacher.spec
-    if teacher_spec.attention != student_spec.attention:
-        raise ValueError(
-            f"teacher ({teacher_spec.name}) has {teacher_spec.attention} attention and the student "
-            f"({student_spec.name}) {student_spec.attention} attention: it cannot score the student's steps; give a "
-            "teacher with the student's kind of attention"
-        )
-    vocabularies = [model.tokenizer.get_vocab() for model in (policy, teacher) if hasattr(model.tokenizer, "get_vocab")]
-    same_vocabulary = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
-    if not same_vocabulary or (teacher.vocab_size, teacher_spec.mask_id) != (policy.vocab_size, student_spec.mask_id):
-        raise ValueError(
-            f"teacher ({teacher_spec.name}, {teacher.vocab_size} tokens, mask {teacher_spec.mask_id}) has another "
-            f"vocabulary than the student ({student_spec.name}, {policy.vocab_size} tokens, "
-            f"mask {student_spec.mask_id}), and the same ids would be other words; give a teacher with the "
-            "student's tokenizer"
-        )
-
-
-def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
-    """Add the teacher's reward to the task's rewards and recompute the advantages. Without a teacher, return the
-    samples unchanged. Call it after `collect` and before `train_step`.
+class Teacher(StepFeature):
+    """Add the teacher's reward to the task's rewards and recompute the advantages.
 
     The metric teacher/reverse_kl is the mean of log q - log p_T over the completions of all processes, in nats per
     completion; teacher/coeff is `teacher_coeff`.
     """
-    recipe, accelerator = run.recipe, run.accelerator
-    teacher = run.reference if recipe.teacher == REFERENCE else run.teacher
-    if teacher is None:
-        return samples, {}
-    with run.log.stage("teacher"), arithmetic(recipe, accelerator):
-        group_seeds = row_seeds(
-            generator_for(recipe.seed, "teacher", samples.batch_number_of(step)), len(samples.rewards)
-        )
-        reverse_kl = student_teacher_log_ratio(recipe, teacher, samples.rollout, local(group_seeds, accelerator))
-    (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
-    if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
-        raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
-    coeff = recipe.teacher_coeff
-    task_part = 0 if coeff == 1 else (1 - coeff) * samples.rewards
-    rewards = task_part - coeff * reverse_kl.to(samples.rewards)
-    samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
-    return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
+
+    def __init__(self, recipe: Recipe, policy: Policy) -> None:
+        self.recipe = recipe
+        self.policy = policy
+
+    def after_rollout(self, context: StepContext, samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
+        """Raises FloatingPointError if the teacher's log-probs are NaN."""
+        recipe, accelerator = self.recipe, context.accelerator
+        with context.log.stage("teacher"), context.arithmetic():
+            group_seeds = row_seeds(
+                generator_for(recipe.seed, "teacher", samples.batch_number_of(step)), len(samples.rewards)
+            )
+            seeds = local(group_seeds, accelerator)
+            reverse_kl = student_teacher_log_ratio(recipe, self.policy, samples.rollout, seeds)
+        reverse_kl = rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)
+        (reverse_kl,) = gather_on_host([reverse_kl], accelerator)
+        if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
+            raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
+        coeff = recipe.teacher_coeff
+        task_part = 0 if coeff == 1 else (1 - coeff) * samples.rewards
+        rewards = task_part - coeff * reverse_kl.to(samples.rewards)
+        samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe.advantages, rewards, {}))
+        return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
 
 
 def student_teacher_log_ratio(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import REFERENCE, Recipe, Settings
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
@@ -234,3 +235,38 @@ def check_compiled(recipe: Recipe) -> None:
         raise ValueError(f"{setting}=True {conflict}, or set {setting}=False")
     for sampler in compiled_samplers:
         check_fixed_shapes(sampler.cache, sampler.commit, sampler.confidence_radius is not None)
+
+
+def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:
+    """Return the recipe's teacher, frozen; None without a teacher, or if the teacher is the run's reference.
+
+    Raises:
+        ValueError: The teacher cannot score this student's completions.
+    """
+    if recipe.teacher in (None, REFERENCE):
+        return None
+    teacher_settings: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
+    teacher = build_policy(replace(recipe, **teacher_settings), accelerator.device)
+    check_teacher(policy, teacher)
+    teacher.module.requires_grad_(False)
+    return teacher
+
+
+def check_teacher(policy: Policy, teacher: Policy) -> None:
+    """Raise ValueError if the teacher's vocabulary or kind of attention differs from the student's."""
+    student_spec, teacher_spec = policy.spec, teacher.spec
+    if teacher_spec.attention != student_spec.attention:
+        raise ValueError(
+            f"teacher ({teacher_spec.name}) has {teacher_spec.attention} attention and the student "
+            f"({student_spec.name}) {student_spec.attention} attention: it cannot score the student's steps; give a "
+            "teacher with the student's kind of attention"
+        )
+    vocabularies = [model.tokenizer.get_vocab() for model in (policy, teacher) if hasattr(model.tokenizer, "get_vocab")]
+    same_vocabulary = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
+    if not same_vocabulary or (teacher.vocab_size, teacher_spec.mask_id) != (policy.vocab_size, student_spec.mask_id):
+        raise ValueError(
+            f"teacher ({teacher_spec.name}, {teacher.vocab_size} tokens, mask {teacher_spec.mask_id}) has another "
+            f"vocabulary than the student ({student_spec.name}, {policy.vocab_size} tokens, "
+            f"mask {student_spec.mask_id}), and the same ids would be other words; give a teacher with the "
+            "student's tokenizer"
+        )

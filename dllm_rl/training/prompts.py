@@ -15,6 +15,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.draw_prompts import prompt_indices
 from dllm_rl.tasks.base import Task, check_not_empty
+from dllm_rl.training.step_settings import step_settings
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
@@ -124,9 +125,10 @@ def _training_indices(recipe: Recipe) -> Iterable[int]:
     size = len(recipe.task)
     if size <= MAX_CHECKED_PROMPTS:
         return range(size)
+    settings = step_settings(recipe)
     indices: dict[int, None] = {}  # in order, without repeats
     for step in range(recipe.num_steps):
-        indices |= dict.fromkeys(prompt_indices(recipe, None, step).tolist())
+        indices |= dict.fromkeys(prompt_indices(settings, None, step).tolist())
         if len(indices) >= MAX_CHECKED_PROMPTS:
             break
     return indices

@@ -28,17 +28,18 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.collect import GradedCompletion, compute_advantages, sample_and_grade
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.forwards import learner_forward
-from dllm_rl.step.learner import forward_backward, make_batches, score_samples
+from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.value_head import make_value_head
+from dllm_rl.step.score import score_samples
+from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.distillation import student_teacher_log_ratio
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.training.value_head_file import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
@@ -60,8 +61,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     """Run the training step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
-    run = StepContext(
-        recipe=recipe,
+    context = make_step(
+        recipe,
         accelerator=accelerator,
         policy=policy,
         rollout_policy=resolve_rollout_engine(recipe).load(policy),
@@ -69,7 +70,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
         value_head=make_value_head(recipe, None),
     )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
-    rollout, answers, _ = sample_and_grade(run, [problem], seeds, key)
+    rollout, answers, _ = sample_and_grade(context, [problem], seeds, key)
     if recipe.sft_warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
@@ -78,10 +79,10 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
 
     advantages = made_up_advantages(recipe)[: accelerator.num_processes]
     samples = Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double))
-    with learner_forward(run):
-        scored = score_samples(run, samples, 0)
-    with learner_forward(run):
-        batch = make_batches(run, scored)[0][0]
+    with context.learner_forward():
+        scored = score_samples(context, samples, 0)
+    with context.learner_forward():
+        batch = make_batches(context, scored)[0][0]
         loss, likelihood, micro_batch_size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
         forward_backward(
             policy, batch, batch.old_view_logprobs, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
@@ -110,7 +111,7 @@ def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
     advantages of both signs, so that every group has a loss.
     """
     rewards, component_arguments = made_up_rewards(recipe)
-    advantages = compute_advantages(recipe, rewards, component_arguments)
+    advantages = compute_advantages(recipe.advantages, rewards, component_arguments)
     both_signs = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)
     return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both_signs)
 

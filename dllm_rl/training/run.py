@@ -6,19 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
+from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
-from dllm_rl.step.context import AnySettings, StepContext
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
+
+AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
 
 
 class CheckpointWriter:
@@ -78,15 +85,23 @@ class CheckpointWriter:
 
 
 @dataclass(eq=False, kw_only=True)
-class Run(StepContext[AnySettings]):
+class Run(Generic[AnySettings]):
     """State of a run of RL or SFT, from its start to its summary."""
+
+    recipe: AnySettings
+    accelerator: Accelerator
+    policy: Policy
+    rollout_policy: Policy
+    log: RunLog
+    step: StepContext | None = None  # of RL
+    history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
+    value_head: ValueHead | None = None  # set if the recipe has a value_model
 
     optimizer: torch.optim.Optimizer
     state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps
     stop: Stop
     writer: CheckpointWriter
     progress: Callable[..., None]  # shows a step's metrics on the screen
-    teacher: Policy | None = None  # for distillation; None if there is no teacher, or the reference is the teacher
     async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
     first_step: int = field(init=False)  # index of the first step that this process logs
     control: RunControl = field(init=False)  # what callbacks read, and their requests

@@ -25,13 +25,13 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.records import describe_json
 from dllm_rl.step.collect import component_reward_weights
 from dllm_rl.step.draw_prompts import fit_prompts
-from dllm_rl.step.value_head import check_value_model, make_value_head
+from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
-from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     build_policy,
@@ -41,6 +41,7 @@ from dllm_rl.training.policies import (
     reference_policy,
     resolve_rollout_engine,
     resumed_policy,
+    teacher_policy,
 )
 from dllm_rl.training.prompts import check_prompts, check_tasks, reward_history
 from dllm_rl.training.rehearsal import rehearse
@@ -53,7 +54,9 @@ from dllm_rl.training.sharded_learner import (
     loading_device,
     shard_policy,
 )
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.validation import check_evaluations, validation_interval
+from dllm_rl.training.value_head_file import check_value_model, make_value_head
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
@@ -114,14 +117,26 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
+    step = make_step(
+        recipe,
+        accelerator=accelerator,
+        policy=policy,
+        rollout_policy=rollout_policy,
+        reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
+        teacher=teacher,
+        value_head=make_value_head(recipe, resume_folder),
+        history=reward_history(recipe, resume_folder),
+        log=log,
+    )
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
         log=log,
         policy=policy,
         rollout_policy=rollout_policy,
-        reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
-        teacher=teacher,
+        step=step,
+        history=step.history,
+        value_head=next((each for each in step.features if isinstance(each, ValueHead)), None),
         optimizer=optimizer,
         state=state,
         stop=stop,
@@ -134,12 +149,10 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
             exact=recipe.likelihood.exact_ratios,
         ),
         checkpoint=str(resume_folder or ""),
-        history=reward_history(recipe, resume_folder),
-        value_head=make_value_head(recipe, resume_folder),
     )
     if recipe.rollout_workers:
         is_in_order = recipe.rollout_schedule == "in_order"
-        run.async_rollouts = (AsyncRollouts if is_in_order else FirstReadyRollouts)(run, pool)
+        run.async_rollouts = (AsyncRollouts if is_in_order else FirstReadyRollouts)(recipe, step, pool)
         run.async_rollouts.begin(state.step, resume_folder)
 
     # 6. Save the first checkpoint. From now on, there is always a complete step to save if the run ends early.
@@ -231,9 +244,9 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
     policy = build_policy(recipe, loading_device(recipe, accelerator))
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe, policy)
-    component_reward_weights(recipe)  # raises ValueError if they are missing
+    component_reward_weights(recipe.advantages, recipe.task)  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)
-    (problem,), _ = fit_prompts(recipe, policy, [longest_index])
+    (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
     policy = shard_policy(recipe, policy, accelerator)
     rehearse(recipe, policy, problem, accelerator)
     return policy

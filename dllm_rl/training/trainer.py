@@ -11,9 +11,8 @@ from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
-from dllm_rl.step.learner import train_step
+from dllm_rl.step.loop import train_step
 from dllm_rl.training.completion_log import log_completions
-from dllm_rl.training.distillation import add_teacher_reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import end_step, record_update
@@ -22,7 +21,7 @@ from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import validate
+from dllm_rl.training.validation import evaluate_with, validation_interval
 
 
 @leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
@@ -64,13 +63,17 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     """Sample, grade and learn from the samples once; return the metrics. From the update on, an error or a stop leaves
     a checkpoint of this step.
     """
+    assert run.step is not None, "a run of RL has one"
+    step = run.step
     if run.async_rollouts is None:  # this process samples the completions
-        samples, completions, rollout_metrics = collect(run, step_index)
+        samples, completions, metrics = collect(step, step_index)
     else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
-        samples, completions, rollout_metrics = run.async_rollouts.collect(step_index)
-    samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
-    result = train_step(run, samples, step_index, run.optimizer)
-    metrics = rollout_metrics | teacher_metrics | result.metrics
+        samples, completions, metrics = run.async_rollouts.collect(step_index)
+    for feature in step.features:
+        samples, feature_metrics = feature.after_rollout(step, samples, step_index)
+        metrics |= feature_metrics
+    result = train_step(step, samples, step_index, run.optimizer)
+    metrics |= result.metrics
     record_update(run, step_index, metrics)
     with run.log.stage("sync"):
         # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
@@ -81,3 +84,14 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     # processes.
     log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
     return metrics | sync_metrics
+
+
+def validate(run: Run[Recipe], step: int) -> dict[str, float]:
+    """Return metrics on the validation task at every `validation_interval`, and {} at other steps."""
+    recipe = run.recipe
+    eval_interval = validation_interval(recipe)
+    if not eval_interval or (step + 1) % eval_interval:  # step counts from 0
+        return {}
+    with run.log.stage("evaluation"):
+        means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
+    return {f"eval/{name}": value for name, value in means.items()}

@@ -8,7 +8,6 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.samplers import Sampler
-from dllm_rl.step.context import StepContext
 from dllm_rl.tasks.base import Task
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
@@ -66,14 +65,3 @@ def validation_interval(recipe: Recipe) -> int:
 def forwards_of(sampler: Sampler) -> int:
     """Return the largest number of forwards that a sampler takes for a completion; 0 if only the prompts tell it."""
     return getattr(sampler, "diffusion_steps", None) or sampler.max_new_tokens
-
-
-def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:
-    """Return metrics on the validation task at every `validation_interval`, and {} at other steps."""
-    recipe = run.recipe
-    eval_interval = validation_interval(recipe)
-    if not eval_interval or (step + 1) % eval_interval:  # step counts from 0
-        return {}
-    with run.log.stage("evaluation"):
-        means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
-    return {f"eval/{name}": value for name, value in means.items()}

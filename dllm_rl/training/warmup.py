@@ -20,6 +20,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.draw_prompts import draw_indices, fit_prompts
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Rollout, SamplingParams
 
 LR_WARMUP_STEPS = 30  # steps in which the learning rate rises linearly to its full value
@@ -202,7 +203,7 @@ def warmup_step(
     if canvas_length:
         draws += torch.rand(2, rows, generator=generator)
     indices = draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", step)
-    problems, _ = fit_prompts(recipe, policy, local(indices, accelerator).tolist())
+    problems, _ = fit_prompts(step_settings(recipe), policy, local(indices, accelerator).tolist())
     local_draws = [local(draw, accelerator) for draw in draws]
     with join_uneven_forwards(policy, backward=True):
         if canvas_length:

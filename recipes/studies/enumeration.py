@@ -26,7 +26,7 @@ from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
-from dllm_rl.step.learner import token_entropy
+from dllm_rl.step.score import token_entropy
 from dllm_rl.types import Batch, Rollout, SamplingParams, Views
 
 ROUNDING = 1e-6  # nats, and lengths of a gradient: what the toy's fp64 stays well below

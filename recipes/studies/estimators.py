@@ -24,7 +24,7 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
-from dllm_rl.step.learner import forward_backward
+from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout

@@ -42,8 +42,10 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.forwards import learner_forward
-from dllm_rl.step.learner import forward_backward, make_batches, score_samples
+from dllm_rl.step.correct import make_batches
+from dllm_rl.step.score import score_samples
+from dllm_rl.step.update import forward_backward
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
@@ -62,13 +64,13 @@ CORRECTORS: dict[str, Corrector] = {
 }
 
 
-def gradient(run: StepContext[Any], samples: Any, number: int) -> Tensor:
+def gradient(run: StepContext, samples: Any, number: int) -> Tensor:
     """Return the gradient of the batch's loss for all trained weights, flat."""
     trained = trainable_parameters(run.policy.module)
-    with learner_forward(run):
+    with run.learner_forward():
         scored = score_samples(run, samples, number)
         (batch, *_), _ = make_batches(run, scored)
-        settings = run.recipe.update_settings(number)
+        settings = run.settings.update_settings(number)
         forward_backward(run.policy, batch, batch.old_view_logprobs, loss=settings.loss, likelihood=settings.likelihood)
     flat = torch.cat([weight.grad.flatten() for weight in trained if weight.grad is not None])
     for weight in trained:
@@ -86,10 +88,8 @@ def measure(numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     gradients: dict[str, list[Tensor]] = {arm: [] for arm in (OWN, *CORRECTORS)}
     rewards: dict[str, list[float]] = {OWN: [], "int4": []}
 
-    def context(sampler: Any, **changes: Any) -> StepContext[Any]:
-        return StepContext(
-            recipe=replace(recipe, **changes), accelerator=accelerator, policy=policy, rollout_policy=sampler
-        )
+    def context(sampler: Any, **changes: Any) -> StepContext:
+        return make_step(replace(recipe, **changes), accelerator=accelerator, policy=policy, rollout_policy=sampler)
 
     for number in numbers:
         own = context(policy, rollout_quantization=None)

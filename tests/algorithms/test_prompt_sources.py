@@ -20,6 +20,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
 from dllm_rl.step.draw_prompts import prompt_indices
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 
@@ -101,11 +102,11 @@ def test_a_source_of_ones_own_and_what_it_may_not_return():
     assert recipe.prompt_source == FunctionPromptSource(function=in_order)
     history = history_by_hand()
     history.num_prompts = len(recipe.task)
-    assert prompt_indices(recipe, history, 0).tolist() == [5, 6, 7, 8]
+    assert prompt_indices(step_settings(recipe), history, 0).tolist() == [5, 6, 7, 8]
     for wrong in ([0, 1, 2, 3], torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.tensor([0, 0, 0, -1])):
         source = FunctionPromptSource(function=lambda *given, wrong=wrong: wrong)
         with pytest.raises(ValueError, match="prompt_source"):
-            prompt_indices(replace(recipe, prompt_source=source), history, 0)
+            prompt_indices(step_settings(replace(recipe, prompt_source=source)), history, 0)
     with pytest.raises(ValueError, match="prompt_source"):
         tiny_recipe("x", prompt_source="in_order")
     with pytest.raises(ValueError, match="equal_weight"):

@@ -374,9 +374,9 @@ PLANTED = {
     "sampler, scores": ("samplers.choose", "draw_and_rank"),
     "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
     "scoring, order": ("models.order", "stay_masked_logprobs"),
-    "learner, masks": ("training.learner", "draw_view_sets"),
+    "learner, masks": ("step.score", "draw_view_sets"),
     "learner, loss": ("recipe", "policy_loss"),
-    "metrics": ("training.learner", "off_policy_metrics"),
+    "metrics": ("step.update", "off_policy_metrics"),
 }
 
 

@@ -29,7 +29,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.learner import forward_backward
+from dllm_rl.step.update import forward_backward
 from dllm_rl.types import Batch, Prompts, Rollout
 
 REMASK = {"name": "remask", "eta": 0.6}

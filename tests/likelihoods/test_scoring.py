@@ -21,11 +21,11 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.forwards import arithmetic
-from dllm_rl.step.learner import forward_backward, score
+from dllm_rl.step.score import score
+from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
+from dllm_rl.training.make_step import make_step
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {
@@ -123,8 +123,8 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
     task = Ragged(Sudoku(split="train", size=8))
     recipe = tiny_recipe(tmp_path, zero_mismatch=zero_mismatch, rollout_quantization=None, task=task)
     policy = recipe.model()
-    run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
-    with arithmetic(recipe, run.accelerator):
+    run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+    with make_step(recipe, accelerator=run.accelerator, policy=None, rollout_policy=None).arithmetic():
         problems = [recipe.task[i] for i in range(8)]
         rollout = recipe.sampler(policy, encode(policy, problems, group_size=2), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1)).restrict_to_rows(torch.arange(16) != 3)

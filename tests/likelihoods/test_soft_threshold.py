@@ -18,7 +18,7 @@ from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.learner import forward_backward
+from dllm_rl.step.update import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()

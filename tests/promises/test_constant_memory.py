@@ -19,11 +19,11 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Int8WeightOnly
-from dllm_rl.recipe import UpdateSettings
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.learner import forward_backward, update
+from dllm_rl.step.settings import UpdateSettings
+from dllm_rl.step.update import forward_backward, update
 from dllm_rl.testing import make_stats
 from dllm_rl.types import Batch, Prompts
 

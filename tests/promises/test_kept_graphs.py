@@ -14,12 +14,14 @@ from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.forwards import learner_forward
-from dllm_rl.step.learner import can_retain_graphs, correct, forward_backward, score, update
+from dllm_rl.step.correct import correct
 from dllm_rl.step.mask_sets import draw_views, metric_weights
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.score import can_retain_graphs, score
+from dllm_rl.step.update import forward_backward, update
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.step_settings import step_settings, update_settings
 from recipes.studies.surrogates import StableDRL
 
 MANY = 99
@@ -43,8 +45,8 @@ class Step:
         scheme = recipe.rollout_quantization
         self.rollout_policy = self.policy if scheme is None else quantized_copy(self.policy, scheme)
         problems = [recipe.task[i] for i in range(recipe.train_batch_size)]
-        self.run = StepContext(
-            recipe=recipe,
+        self.run = make_step(
+            recipe,
             accelerator=self.accelerator,
             policy=self.policy,
             rollout_policy=self.rollout_policy,
@@ -61,15 +63,15 @@ class Step:
         self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
 
     def forward(self):
-        return learner_forward(self.run)
+        return self.run.learner_forward()
 
     def batch(self):
         recipe = self.recipe
-        groups = metric_weights(recipe, self.advantages, 0)
+        groups = metric_weights(step_settings(recipe), self.advantages, 0)
         if not recipe.beta:
             assert (groups > 0).all() and not (self.advantages[0] != 0).any()
         with self.forward():
-            noise = draw_views(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
+            noise = draw_views(step_settings(recipe), self.rollout, self.advantages, groups, (0,), self.accelerator)
             keep = (self.advantages != 0).any(-1).repeat_interleave(self.rollout.group_size) | bool(
                 recipe.beta or recipe.entropy_coeff
             )
@@ -141,7 +143,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path):
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
-            metrics = update(step.policy, optimizer, [batch] * 3, step.accelerator, step.recipe.update_settings(0))
+            metrics = update(step.policy, optimizer, [batch] * 3, step.accelerator, update_settings(step.recipe, 0))
         ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
         assert step.forwards == ([True] * 2 if number else [True, *[False, True] * 2])
     (ours, metrics), (theirs, others) = ends
@@ -173,7 +175,7 @@ def test_what_is_kept(tmp_path, changes, views, kept):
     policy = recipe.model()
     if recipe.lora is not None:
         add_lora(policy, recipe.lora)
-    assert can_retain_graphs(recipe, policy, num_forwards=views, rows=16) == kept
+    assert can_retain_graphs(step_settings(recipe), policy, num_forwards=views, rows=16) == kept
 
 
 def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step import learner
+from dllm_rl.step import update
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
@@ -61,7 +61,7 @@ MASKED = [lik.Coupled(num_samples=2), lik.Sandwich()]
 @pytest.mark.parametrize("fresh", [True, False])
 def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fresh, tmp_path, monkeypatch):
     seen = []
-    scores, accumulate = LikelihoodEstimator.view_logprobs, learner.forward_backward
+    scores, accumulate = LikelihoodEstimator.view_logprobs, update.forward_backward
 
     def spied_scores(self, policy, rollout, noise, **options):
         seen.append((policy, noise))
@@ -72,7 +72,7 @@ def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fre
         return accumulate(policy, batch, *rest, **settings)
 
     monkeypatch.setattr(LikelihoodEstimator, "view_logprobs", spied_scores)
-    monkeypatch.setattr(learner, "forward_backward", spied_accumulate)
+    monkeypatch.setattr(update, "forward_backward", spied_accumulate)
     train(recipe(tmp_path, estimator, resample_masks=fresh))
     seen = seen[6 if fresh else 3 :]  # after the rehearsal's
     # Each set of masks is scored by reference, rollout policy and learner, the last set first; then come the updates: a

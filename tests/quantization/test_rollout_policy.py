@@ -24,7 +24,7 @@ from dllm_rl.quantization.linear import dequantized_weight, quantize_weight, sto
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.records import describe
-from dllm_rl.step.learner import check_staleness
+from dllm_rl.step.update import check_staleness
 from dllm_rl.types import Rollout, SamplingParams
 
 SCHEMES = [*CPU_SCHEMES.values()]

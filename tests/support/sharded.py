@@ -26,7 +26,7 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
-from dllm_rl.step.learner import update
+from dllm_rl.step.update import update
 from dllm_rl.training import trainer
 from dllm_rl.training.dry_run.memory import step_memory
 from dllm_rl.training.trainer import train
@@ -181,7 +181,7 @@ def plan_and_allocator(cases):
             batch = replace(batch, rollout=replace(rollout, weights_version=step))
             optimizer.zero_grad(set_to_none=True)
             batches = [batch] * recipe.num_iterations
-            learn = partial(update, policy, optimizer, batches, accelerator, recipe.update_settings(0))
+            learn = partial(update, policy, optimizer, batches, accelerator, update_settings(recipe, 0))
             peaks.append(held + plan.profiled(learn)[0])
         # Gloo's thread frees a gathered layer when its turn comes: the lowest peak has the shortest wait.
         peak = min(peaks[1:])

@@ -14,6 +14,8 @@ from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Coupled, OneStep, Qu
 from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
 from dllm_rl.step.samples import Samples
+from dllm_rl.training.make_step import make_step
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
 
 
@@ -123,7 +125,8 @@ def balanced(monkeypatch, recipe, rollouts, advantages, groups):
     def work(accelerator):
         me = accelerator.process_index
         samples = Samples(rollouts[me], advantages + 100, advantages, groups)
-        return balance.balance(recipe, samples, accelerator, pad_id=0)
+        swaps = not recipe.zero_mismatch
+        return balance.balance(step_settings(recipe), samples, accelerator, pad_id=0, swaps=swaps)
 
     def swap(sent, wanted):
         (other, parcel), (giver, room) = *sent, *wanted
@@ -188,9 +191,10 @@ def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
         assert torch.equal(samples.rollout.tokens, given.tokens)
 
 
-def test_one_process_keeps_its_records(tmp_path):
-    samples = Samples(made(8, 7, 1, seed=0, padding=0), torch.ones(4, 2), torch.ones(4, 2), torch.ones(4))
-    assert balance.balance(tiny_recipe(tmp_path), samples, Accelerator(cpu=True), pad_id=0) is samples
+def test_one_process_balances_nothing(tmp_path):
+    policy = tiny_recipe(tmp_path).model()
+    step = make_step(tiny_recipe(tmp_path), accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+    assert step.features == ()
 
 
 @pytest.mark.parametrize(

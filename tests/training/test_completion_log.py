@@ -16,6 +16,7 @@ from dllm_rl.step.collect import collect
 from dllm_rl.step.mask_sets import draw_views
 from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
 from dllm_rl.training.start import start
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs
 
@@ -70,11 +71,11 @@ def test_a_resumed_run_adds_to_them(tmp_path):
 def test_mismatch_and_advantage_by_hand(tmp_path):
     """The learner gives every token exp(0.25) times the rollout's probability; the last group is not scored."""
     run = start(recipe := tiny_recipe(tmp_path))
-    samples, answers, _ = collect(run, 0)
+    samples, answers, _ = collect(run.step, 0)
     rollout, rewards = samples.rollout, samples.rewards
     advantages = torch.arange(16.0).reshape(4, 4)
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    noise = draw_views(recipe, rollout, advantages, groups, (0,), run.accelerator)
+    noise = draw_views(step_settings(recipe), rollout, advantages, groups, (0,), run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(
         old_logprobs=old,
@@ -98,10 +99,12 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
 def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     """JSON has none for it, and a rollout may have one."""
     run = start(recipe := tiny_recipe(tmp_path))
-    samples, answers, _ = collect(run, 0)
+    samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     advantages = torch.full((4, 4), torch.inf)
-    noise = draw_views(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)
+    noise = draw_views(
+        step_settings(recipe), rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator
+    )
     same = rollout.logprobs
     logps = Logprobs(
         old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise

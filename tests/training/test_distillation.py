@@ -18,10 +18,10 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
-from dllm_rl.training.distillation import refine_steps, student_teacher_log_ratio, teacher_policy
+from dllm_rl.training.distillation import Teacher, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from dllm_rl.training.policies import build_policy
+from dllm_rl.training.policies import build_policy, teacher_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
 STATE_ONLY = Unmask(max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
@@ -158,17 +158,15 @@ def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
 
 
 def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
-    from dllm_rl.training import trainer
-
     seen = []
-    add_teacher_reward = trainer.add_teacher_reward
+    add_teacher_reward = Teacher.after_rollout
 
-    def watched(run, samples, step):
-        found = add_teacher_reward(run, samples, step)
+    def watched(self, context, samples, step):
+        found = add_teacher_reward(self, context, samples, step)
         seen.append((samples, *found))
         return found
 
-    monkeypatch.setattr(trainer, "add_teacher_reward", watched)
+    monkeypatch.setattr(Teacher, "after_rollout", watched)
     recipe = taught_recipe(tmp_path, teacher=other_model, teacher_substeps=4, teacher_coeff=0.25, num_steps=1)
     train(recipe)
     ((before, after, metrics),) = seen

@@ -23,13 +23,13 @@ from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.step.collect import collect
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.learner import train_step
+from dllm_rl.step.loop import train_step
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch, read_order
 from dllm_rl.training.late_rollouts.messages import deserialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import RayWorkerPool
 from dllm_rl.training.late_rollouts.schedule import ORDER_FILE, InProcessPool
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from dllm_rl.training.trainer import train
 
@@ -46,8 +46,8 @@ def first_ready_recipe(directory, *, late=2, workers=2, **changes):
 class Simulated(InProcessPool):
     """Workers that take the given times; a batch is the version of its weights."""
 
-    def set_up(self, context):
-        self.num_workers, self.policy = context.recipe.rollout_workers, context.policy
+    def set_up(self, recipe, context):
+        self.num_workers, self.policy = recipe.rollout_workers, context.policy
         self.jobs, self.made, self.published = {}, {}, self.policy.weights_version
 
     def submit(self, step, weights):
@@ -93,7 +93,7 @@ def simulate(duration, *, workers, late, steps, saved=None):
 
 
 def begun(context, duration, steps_done, made, unfinished, next_number):
-    rollouts = FirstReadyRollouts(context, Simulated(duration))
+    rollouts = FirstReadyRollouts(context.recipe, context, Simulated(duration))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(first_ready, "read_made", lambda *_: made)
         patched.setattr(first_ready, "read_order", lambda *_: (unfinished, next_number))
@@ -219,7 +219,7 @@ def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trai
     policy = build_policy(recipe, accelerator.device)
     optimizer, engine = make_optimizer(recipe, policy), resolve_rollout_engine(recipe)
     fresh = engine.load(policy)
-    run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=None)
+    run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=None)
     kept = [copied(policy)]
     for step, (number, version) in enumerate(zip(numbers, versions, strict=True)):
         stale = engine.load(kept[version])

@@ -35,6 +35,7 @@ from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshol
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.step_settings import update_settings
 from dllm_rl.training.trl_names import DR_GRPO, REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
@@ -543,7 +544,7 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
         rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    assert [recipe.update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
+    assert [update_settings(recipe, step).learning_rate for step in range(8)] == pytest.approx(rates)
     assert recipe.sft_warmup_steps == 0, "Recipe's counts supervised steps"
 
 

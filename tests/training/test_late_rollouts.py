@@ -37,13 +37,13 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.learner import train_step
+from dllm_rl.step.loop import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, serialize_batch
 from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from dllm_rl.training.trainer import train
 
@@ -177,7 +177,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     engine = resolve_rollout_engine(recipe)
     fresh = engine.load(policy)
     reference = copied(policy) if recipe.beta else None
-    run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=reference)
+    run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=reference)
     kept = [copied(policy)]
     for number in range(recipe.num_steps):
         stale = engine.load(kept[max(0, number - 1)])
@@ -222,7 +222,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
     for sampler in (ranked, rewriting, coins):
         each = replace(recipe, sampler=sampler)
         policy = build_policy(each, accelerator.device)
-        run = StepContext(recipe=each, accelerator=accelerator, policy=policy, rollout_policy=policy)
+        run = make_step(each, accelerator=accelerator, policy=policy, rollout_policy=policy)
         collected = collect(run, 0)
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
         collected = (replace(collected[0], rollout_logprobs=scored), *collected[1:])
@@ -405,11 +405,11 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
     pool, sent = object.__new__(RayWorkerPool), []
     pool.ray, pool.recipe, pool.threads, pool.kind = SimpleNamespace(put=sent.append), recipe, 1, "cpu"
     context = SimpleNamespace(log=SimpleNamespace(say=print), policy=build_policy(recipe, torch.device("cpu")))
-    pool.set_up(context)
+    pool.set_up(recipe, context)
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(sent[0]))[0].callbacks == ()
     context.policy.tokenizer.lock, pool.ray.put = Lock(), ray.cloudpickle.dumps  # as of a maker of one's own
     with pytest.raises(ValueError, match=r"model=DiffusionPolicy\(.*cannot pickle '_thread.lock'") as error:
-        pool.set_up(context)
+        pool.set_up(recipe, context)
     assert "\n" not in str(error.value)
 
 
@@ -425,9 +425,9 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
             return b"a batch"
 
     two = SimpleNamespace(num_processes=2)
-    rollouts = object.__new__(AsyncRollouts)  # whose context is of a run
-    rollouts.context = SimpleNamespace(accelerator=two, recipe=late_recipe(tmp_path, collective_timeout=0.02))
-    rollouts.pool, rollouts.pending = Slow(), {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)}
+    pending = {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)}
+    recipe = late_recipe(tmp_path, collective_timeout=0.02)
+    rollouts = AsyncRollouts(recipe, SimpleNamespace(accelerator=two), Slow(), pending)
     assert rollouts._batch(0) is None and rollouts._batch(0) is None
     arrived.set()
     rollouts.pending[0].result.result(60)

@@ -14,7 +14,7 @@ from dllm_rl import MaxProb, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import trainable_parameters
-from dllm_rl.step.learner import update_direction
+from dllm_rl.step.update import update_direction
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
 

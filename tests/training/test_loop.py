@@ -19,8 +19,9 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.step.collect import collect
-from dllm_rl.step.context import StepContext
 from dllm_rl.step.mask_sets import metric_weights
+from dllm_rl.training.make_step import make_step
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 
@@ -148,9 +149,9 @@ def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
 def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     recipe = replace(tiny_recipe(tmp_path, train_batch_size=8), task=OddPuzzles())
     policy, accelerator = recipe.model(seed=0), make_accelerator()
-    run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
+    run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
     before, _, _ = collect(run, 0)
-    now, answers, metrics = collect(replace(run, recipe=replace(recipe, max_num_gen_batches=3)), 0)
+    now, answers, metrics = collect(replace(run, settings=replace(run.settings, max_num_gen_batches=3)), 0)
     first, rewards, after, rewards_after = before.rollout, before.rewards, now.rollout, now.rewards
     assert metrics["dynamic_sampling/draws"] > 1
     dull = (rewards == rewards[:, :1]).all(-1)
@@ -257,11 +258,11 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
     recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(32, 4)
     advantages[5] = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    found = [metric_weights(recipe, advantages, step) for step in (0, 0, 1)]
+    found = [metric_weights(step_settings(recipe), advantages, step) for step in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert found[0][5] == 1 and sorted(found[0].tolist())[-3:] == [1, 15.5, 15.5] and found[0].sum() == 32
-    assert not torch.equal(found[0], metric_weights(replace(recipe, seed=4), advantages, 0))
-    assert metric_weights(replace(recipe, beta=0.1), advantages, 0).tolist() == [1.0] * 32
+    assert not torch.equal(found[0], metric_weights(step_settings(replace(recipe, seed=4)), advantages, 0))
+    assert metric_weights(step_settings(replace(recipe, beta=0.1)), advantages, 0).tolist() == [1.0] * 32
     with pytest.raises(ValueError, match="num_mismatch_groups=0 must be at least 1"):
         replace(recipe, num_mismatch_groups=0)
 

@@ -33,9 +33,9 @@ from dllm_rl.step.collect import (
     reward_metrics,
     sum_fractions,
 )
-from dllm_rl.step.context import StepContext
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout
@@ -119,7 +119,7 @@ def test_a_step_of_a_run(tmp_path, make):
         spied = FunctionSampler(function=partial(spy, sampler, rows), max_new_tokens=16)
         recipe = dataclasses.replace(recipe, sampler=spied)
         policy = build_policy(recipe, torch.device("cpu"))
-        run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+        run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
         samples, answers, _ = collect(run, 0)
         assert [answer.reward.value for answer in answers] == samples.rewards.flatten().tolist()
         seen.append((samples.rollout, samples.rewards))
@@ -179,7 +179,7 @@ def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(t
     sampler = FunctionSampler(function=partial(counted, sampler=recipe.sampler), max_new_tokens=16)
     recipe = dataclasses.replace(recipe, sampler=sampler)
     policy, log = build_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
-    run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy, log=log)
+    run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy, log=log)
     for step in (0, 1):
         *_, metrics = collect(run, step)
         log.write(step, metrics)
@@ -200,11 +200,11 @@ def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_pa
 
     recipe = tiny_recipe(tmp_path, advantages=sometimes)
     ones = torch.ones(2, 3)
-    assert torch.equal(compute_advantages(recipe, ones, {}), ones)
+    assert torch.equal(compute_advantages(recipe.advantages, ones, {}), ones)
     for function, rewards in ((sometimes, 2 * ones), (lambda rewards: rewards[0], ones), (lambda rewards: None, ones)):
         recipe = dataclasses.replace(recipe, advantages=function)
         with pytest.raises(ValueError, match=f"advantages=.*{'sometimes' if function is sometimes else 'lambda'}"):
-            compute_advantages(recipe, rewards, {})
+            compute_advantages(recipe.advantages, rewards, {})
 
 
 def test_a_batch_of_one_completion_has_a_reward_std_of_zero():

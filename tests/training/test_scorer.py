@@ -15,9 +15,10 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.rng import generator_for
-from dllm_rl.step.forwards import aligns, arithmetic
-from dllm_rl.step.learner import can_retain_graphs, rollout_logprob_source
 from dllm_rl.step.mask_sets import active_groups, inverse_sampling_weights, metric_weights
+from dllm_rl.step.score import can_retain_graphs, rollout_logprob_source
+from dllm_rl.training.make_step import aligns, make_step
+from dllm_rl.training.step_settings import step_settings
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCorrection()}
 
@@ -26,7 +27,7 @@ EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCor
 def test_the_mode_that_a_recipe_asks_for_holds_inside_the_block_alone(changes, modes, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     before = _get_current_function_mode_stack()
-    with arithmetic(recipe, Accelerator(cpu=True)):
+    with make_step(recipe, accelerator=Accelerator(cpu=True), policy=None, rollout_policy=None).arithmetic():
         inside = [type(each) for each in _get_current_function_mode_stack()[len(before) :]]
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert inside == modes
@@ -37,7 +38,12 @@ def test_the_mode_that_a_recipe_asks_for_holds_inside_the_block_alone(changes, m
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharded_weights_are_not_kept_in_bf16(size, tmp_path):
     """Autocast's cache would hold what no process has room for."""
-    with arithmetic(tiny_recipe(tmp_path, bf16=True, shard_size=size), Accelerator(cpu=True)):
+    with make_step(
+        tiny_recipe(tmp_path, bf16=True, shard_size=size),
+        accelerator=Accelerator(cpu=True),
+        policy=None,
+        rollout_policy=None,
+    ).arithmetic():
         assert torch.is_autocast_cache_enabled() == (size == 1)
 
 
@@ -49,7 +55,7 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
     policy = recipe.model()
     if "dtype" in changes:
         policy.module.bfloat16()
-    with arithmetic(recipe, Accelerator(cpu=True)):
+    with make_step(recipe, accelerator=Accelerator(cpu=True), policy=None, rollout_policy=None).arithmetic():
         rollout = recipe.sampler(policy, encode(policy, [recipe.task[i] for i in range(4)]), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1))
         scores = recipe.likelihood.view_logprobs(policy, rollout, noise, retain_graphs=True)
@@ -59,8 +65,8 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])
 def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, changes):
     advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
-    assert active_groups(tiny_recipe(tmp_path), advantages).tolist() == [True, False]
-    assert active_groups(tiny_recipe(tmp_path, **changes), advantages).tolist() == [True, True]
+    assert active_groups(step_settings(tiny_recipe(tmp_path)), advantages).tolist() == [True, False]
+    assert active_groups(step_settings(tiny_recipe(tmp_path, **changes)), advantages).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
-    assert rollout_logprob_source(recipe, policy, rollout_policy) == rollout
+    assert rollout_logprob_source(recipe.likelihood, policy, rollout_policy) == rollout
     assert aligns(recipe, policy, rollout_policy) == aligned
 
 
@@ -91,7 +97,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
 def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
     for allowed, kept in ((forwards - 1, False), (forwards, True)):
         recipe = tiny_recipe(tmp_path, micro_batch_size=size, max_retained_graphs=allowed)
-        assert can_retain_graphs(recipe, recipe.model(), num_forwards=views, rows=rows) == kept
+        assert can_retain_graphs(step_settings(recipe), recipe.model(), num_forwards=views, rows=rows) == kept
 
 
 def test_weights_of_groups():
@@ -112,7 +118,7 @@ def test_weights_of_groups():
 def test_each_step_measures_other_groups(tmp_path):
     """The same groups at each step would hide the mismatch of all others for the whole run."""
     recipe, still = tiny_recipe(tmp_path, num_mismatch_groups=2), torch.zeros(8, 4)
-    drawn = [metric_weights(recipe, still, step).tolist() for step in range(20)]
-    assert drawn == [metric_weights(recipe, still, step).tolist() for step in range(20)]
+    drawn = [metric_weights(step_settings(recipe), still, step).tolist() for step in range(20)]
+    assert drawn == [metric_weights(step_settings(recipe), still, step).tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
     assert all(any(weights[group] for weights in drawn) for group in range(8))

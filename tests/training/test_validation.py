@@ -9,7 +9,8 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.training.start import start
-from dllm_rl.training.validation import evaluate_with, format_metrics, validate, validation_interval
+from dllm_rl.training.trainer import validate
+from dllm_rl.training.validation import evaluate_with, format_metrics, validation_interval
 
 
 def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):

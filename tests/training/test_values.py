@@ -1,6 +1,7 @@
 """The value head in training: what it begins as, what it sees, what it learns, and how it is saved."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +18,9 @@ from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.step.value_head import (
-    FILE,
-    ValueHead,
-    check_value_model,
-    make_value_head,
-    rate_scale,
-    value_metrics,
-)
+from dllm_rl.step.value_head import FILE, ValueHead, rate_scale
 from dllm_rl.training.trainer import train
+from dllm_rl.training.value_head_file import check_value_model, make_value_head
 
 
 def rollout_of(policy, *, rows=6, temperature=1.0):
@@ -35,6 +30,16 @@ def rollout_of(policy, *, rows=6, temperature=1.0):
 
 def views_of(rollout, num_segments=None):
     return Trajectory(num_segments=num_segments).draw_views(rollout, generator_for(1))
+
+
+CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
+
+
+def advantages_of(head, policy, rollout, views, target, micro_batch_size=None):
+    """Of one group, the rows' advantages given."""
+    settings = SimpleNamespace(micro_batch_size=micro_batch_size)
+    context = SimpleNamespace(accelerator=CONTEXT.accelerator, policy=policy, settings=settings)
+    return head.token_advantages(context, SimpleNamespace(rollout=rollout, advantages=target[None]), views)
 
 
 def test_a_run_begins_as_grpo(tmp_path):
@@ -56,8 +61,8 @@ def test_tokens_get_the_advantage_of_their_step():
     head = ValueHead(ValueModel(gae_lambda=1.0), seed=0)
     target = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 2.0])
     for _ in range(5):
-        found, _ = head.token_advantages(policy, rollout, views, target, None)
-        head.learn(Accelerator(cpu=True))
+        found = advantages_of(head, policy, rollout, views, target)
+        head.after_update(CONTEXT)
     values = torch.where(rollout.completion_mask, target[:, None] - found, 0)
     for row in range(6):
         for step in range(4):
@@ -73,16 +78,16 @@ def test_a_value_does_not_depend_on_what_its_step_draws():
     views = views_of(rollout)
     head = ValueHead(ValueModel(gae_lambda=1.0), seed=0)
     target = torch.linspace(-1, 1, 6)
-    head.token_advantages(policy, rollout, views, target, None)
-    head.learn(Accelerator(cpu=True))
-    before, _ = head.token_advantages(policy, rollout, views, target, None)
+    advantages_of(head, policy, rollout, views, target)
+    head.after_update(CONTEXT)
+    before = advantages_of(head, policy, rollout, views, target)
     last = rollout.unmask_step == 3
     changed = replace(rollout, tokens=torch.where(last, (rollout.tokens + 1) % 4, rollout.tokens))
-    after, _ = head.token_advantages(policy, changed, views, target, None)
+    after = advantages_of(head, policy, changed, views, target)
     assert torch.equal(before, after)
     first = rollout.unmask_step == 0
     changed = replace(rollout, tokens=torch.where(first, (rollout.tokens + 1) % 4, rollout.tokens))
-    after, _ = head.token_advantages(policy, changed, views, target, None)
+    after = advantages_of(head, policy, changed, views, target)
     torch.testing.assert_close(before[first], after[first], rtol=0, atol=1e-6)  # V_1 is added, and subtracted again
     assert (before[last] - after[last]).abs().max() > 1e-4
 
@@ -95,11 +100,11 @@ def test_it_learns_what_the_states_tell():
     early = rollout.completion_mask & (rollout.unmask_step < 2)
     target = torch.where(early, rollout.tokens % 2 == 0, False).float().sum(-1)
     target = (target - target.mean()) / target.std()
-    head, accelerator = ValueHead(ValueModel(), seed=0), Accelerator(cpu=True)
+    head = ValueHead(ValueModel(), seed=0)
     for _ in range(120):
-        _, sums = head.token_advantages(policy, rollout, views, target, None)
-        head.learn(accelerator)
-    found = value_metrics(sums, accelerator)
+        advantages_of(head, policy, rollout, views, target)
+        head.after_update(CONTEXT)
+    found = head.metrics(CONTEXT)
     assert 0.2 < found["value/explained_variance"] < 1
     assert found["value/loss"] < 0.8
 
@@ -112,8 +117,8 @@ def test_micro_batches_change_nothing():
     for micro_batch_size in (None, 3):
         head = ValueHead(ValueModel(), seed=0)
         for _ in range(3):
-            advantages, _ = head.token_advantages(policy, rollout, views, target, micro_batch_size)
-            head.learn(Accelerator(cpu=True))
+            advantages = advantages_of(head, policy, rollout, views, target, micro_batch_size)
+            head.after_update(CONTEXT)
         found.append(advantages)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -124,9 +129,9 @@ def test_its_gradient_is_that_of_the_mean_squared_error():
     rollout = rollout_of(policy)
     views, target = views_of(rollout), torch.linspace(-1, 1, 6)
     head = ValueHead(ValueModel(), seed=0)
-    head.token_advantages(policy, rollout, views, target, None)
-    head.learn(Accelerator(cpu=True))  # so that the last layer is not 0
-    head.token_advantages(policy, rollout, views, target, None)
+    advantages_of(head, policy, rollout, views, target)
+    head.after_update(CONTEXT)  # so that the last layer is not 0
+    advantages_of(head, policy, rollout, views, target)
     found = [parameter.grad.clone() for parameter in head.layers.parameters()]
     head.layers.zero_grad()
     total = torch.zeros(())

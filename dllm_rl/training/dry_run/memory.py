@@ -17,7 +17,8 @@ from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, is_sta
 from dllm_rl.quantization.rollout_policy import quantizable_layers
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
-from dllm_rl.step.learner import can_retain_graphs
+from dllm_rl.step.score import can_retain_graphs
+from dllm_rl.training.step_settings import step_settings
 
 ONE_VIEW = ("OneStep", "Causal")  # estimators that score the batch in one view
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
@@ -274,7 +275,8 @@ def num_retained_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // micro_batches
     if policy.spec.attention == "encoder_decoder":
         views = renoising_steps(recipe, policy)
-    return views * micro_batches if views and can_retain_graphs(recipe, policy, num_forwards=views, rows=rows) else 0
+    retains = bool(views) and can_retain_graphs(step_settings(recipe), policy, num_forwards=views, rows=rows)
+    return views * micro_batches if retains else 0
 
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:

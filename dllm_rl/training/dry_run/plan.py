@@ -20,7 +20,6 @@ from dllm_rl.quantization.rollout_policy import quantizable_layers, skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
-from dllm_rl.step.value_head import check_value_model
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
@@ -28,6 +27,7 @@ from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, num_retained_graph
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
+from dllm_rl.training.value_head_file import check_value_model
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory

@@ -49,10 +49,10 @@ class FirstReadyRollouts(AsyncRollouts):
     lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
     is_open: bool = True
 
-    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext, weights: bytes) -> None:
         assert self.pool is not None, "only the main process has the pool"
-        recipe = context.recipe
-        self.pool.set_up(context)
+        recipe = self.recipe
+        self.pool.set_up(recipe, context)
         self.weights, self.version = weights, context.policy.weights_version
         num_batches = recipe.num_steps - steps_done
         made = read_made(folder, recipe)
@@ -79,7 +79,7 @@ class FirstReadyRollouts(AsyncRollouts):
             while (
                 self.is_open
                 and self.numbers
-                and len(self.pending) <= self.context.recipe.max_staleness
+                and len(self.pending) <= self.recipe.max_staleness
                 and self.pool.num_free()
             ):
                 self.submit(self.numbers[-1], self.weights, age=self.version)
@@ -92,7 +92,7 @@ class FirstReadyRollouts(AsyncRollouts):
 
     def _next(self, step: int) -> tuple[int, bytes] | None:
         assert self.pool is not None, "only the main process has the batches"
-        recipe = self.context.recipe
+        recipe = self.recipe
         others_wait = self.context.accelerator.num_processes > 1
         start_time = time.monotonic()
         while True:

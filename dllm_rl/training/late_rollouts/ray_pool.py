@@ -102,11 +102,11 @@ class RayWorkerPool:
         self.stored_weights_ref: Any = None  # Ray's reference to them
         self.on_free: Callable[[], None] | None = None  # to be called when a job is finished
 
-    def set_up(self, context: StepContext[Recipe]) -> None:
+    def set_up(self, recipe: Recipe, context: StepContext) -> None:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
         self.say = context.log.say
         # The recipe is sent without its callbacks, which run in the learner only.
-        setup = (replace(self.recipe, callbacks=()), copy_policy_to_host(context.policy), self.threads, self.kind)
+        setup = (replace(recipe, callbacks=()), copy_policy_to_host(context.policy), self.threads, self.kind)
         try:
             self.setup = self.ray.put(setup)
         except Exception as error:  # any exception, from the code of an object's class

@@ -23,7 +23,6 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.forwards import arithmetic
 from dllm_rl.step.mask_sets import draw_view_sets, metric_weights
 from dllm_rl.step.samples import Samples, StepResult
 from dllm_rl.training.late_rollouts.messages import (
@@ -33,6 +32,7 @@ from dllm_rl.training.late_rollouts.messages import (
     serialize_batch,
     trained_weights,
 )
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.sharded_learner import gather_on_main
 
@@ -44,18 +44,19 @@ class RolloutProducer:
         self.recipe = recipe
         self.policy = policy.to(accelerator.device)
         self.accelerator = accelerator
-        self.context: StepContext[Recipe] | None = None
+        self.context: StepContext | None = None
 
     def make(self, step: int, weights: bytes) -> bytes:
         """Make the batch of a step with these weights, which alone determine its bits. Raises what `collect` raises."""
         start_time = time.perf_counter()
         context = self.load(weights)
         samples, answers, metrics = collect(context, step)
-        samples = add_rollout_logprobs(context, samples, step)
+        if self.recipe.max_staleness:  # without staleness the learner has these weights
+            samples = add_rollout_logprobs(context, samples, step)
         return serialize_batch((samples, answers, metrics), time.perf_counter() - start_time)
 
     @torch.no_grad()
-    def load(self, weights: bytes) -> StepContext[Recipe]:
+    def load(self, weights: bytes) -> StepContext:
         """Load serialized weights into the learner's copy, and sync the rollout policy."""
         tensors, header = deserialize(weights)
         parameters = dict(self.policy.module.named_parameters())
@@ -67,30 +68,30 @@ class RolloutProducer:
         if self.context is None:
             rollout_policy = engine.load(policy)
             rollout_policy.weights_version = policy.weights_version
-            self.context = StepContext(
-                recipe=self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=rollout_policy
+            self.context = make_step(
+                self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=rollout_policy
             )
         else:
             engine.sync(policy, self.context.rollout_policy)
         return self.context
 
 
-def add_rollout_logprobs(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
+def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> Samples:
     """Add the log-probs under the weights that sampled; when the learner scores the batch, it no longer has these
     weights.
 
     An estimator that replays the sampler needs none: the rollout has the sampler's record. The masks are those that the
     learner will draw, since they depend only on the step, the rollout and its advantages.
     """
-    recipe, likelihood = run.recipe, run.recipe.likelihood
-    if likelihood.exact_for_sampler or not recipe.max_staleness:  # without staleness the learner has these weights
+    settings, likelihood = context.settings, context.settings.likelihood
+    if likelihood.exact_for_sampler:
         return samples
-    weighted_samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, step))
-    compute_logprobs = partial(likelihood.logprobs, run.rollout_policy, samples.rollout)
-    with arithmetic(recipe, run.accelerator):
-        view_sets = draw_view_sets(recipe, weighted_samples, step, run.accelerator)
+    weighted_samples = samples.with_metric_weights(metric_weights(settings, samples.advantages, step))
+    compute_logprobs = partial(likelihood.logprobs, context.rollout_policy, samples.rollout)
+    with context.arithmetic():
+        view_sets = draw_view_sets(settings, weighted_samples, step, context.accelerator)
         rollout_logprobs = tuple(
-            compute_logprobs(views, micro_batch_size=recipe.micro_batch_size) for views in view_sets
+            compute_logprobs(views, micro_batch_size=settings.micro_batch_size) for views in view_sets
         )
     return replace(samples, rollout_logprobs=rollout_logprobs)
 
@@ -111,7 +112,7 @@ class Pool(Protocol):
     `num_free`, `wait` and `mend` are called with 'first_ready'.
     """
 
-    def set_up(self, context: StepContext[Recipe]) -> None:
+    def set_up(self, recipe: Recipe, context: StepContext) -> None:
         """Receive the recipe and the policies. Called once, before the first job."""
 
     def submit(self, step: int, weights: bytes) -> None:
@@ -159,11 +160,11 @@ class InProcessPool:
         self.now = 0.0  # simulated time, in learner's steps
         self.ends: dict[int, float] = {}  # simulated time at which each job is finished
 
-    def set_up(self, context: StepContext[Recipe]) -> None:
+    def set_up(self, recipe: Recipe, context: StepContext) -> None:
         if context.accelerator.num_processes > 1:
             raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
-        self.sampler = RolloutProducer(context.recipe, copy_policy_to_host(context.policy), context.accelerator)
-        self.num_workers = context.recipe.rollout_workers
+        self.sampler = RolloutProducer(recipe, copy_policy_to_host(context.policy), context.accelerator)
+        self.num_workers = recipe.rollout_workers
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
@@ -224,7 +225,8 @@ class AsyncRollouts:
     Several learner processes share the batches: the main process has the pool, and every process trains on its groups.
     """
 
-    context: StepContext[Recipe]
+    recipe: Recipe
+    context: StepContext
     pool: Pool | None  # None in the other processes
     pending: dict[int, PendingBatch] = field(default_factory=dict)
 
@@ -238,12 +240,10 @@ class AsyncRollouts:
         policy = gather_on_main(run.policy, run.accelerator)  # a collective for a sharded learner
         weights = trained_weights(policy) if run.accelerator.is_main_process else b""
         if policy is not run.policy:
-            run = StepContext(
-                recipe=run.recipe, accelerator=run.accelerator, log=run.log, policy=policy, rollout_policy=policy
-            )
+            run = replace(run, policy=policy, rollout_policy=policy)
         from_main(partial(self._begin, steps_done, folder, run, weights), run.accelerator)
 
-    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext, weights: bytes) -> None:
         """Begin in the main process; `context` has the full policy, and `weights` are its trained ones, serialized."""
         assert self.pool is not None, "only the main process has the pool"
         if folder is not None and (folder / ORDER_FILE).exists():
@@ -251,8 +251,8 @@ class AsyncRollouts:
                 "rollout_schedule='in_order' cannot continue a run of 'first_ready', which has not trained on its "
                 "batches in order: use rollout_schedule='first_ready'"
             )
-        self.pool.set_up(context)
-        for step in range(steps_done, steps_done + context.recipe.max_staleness + 1):
+        self.pool.set_up(self.recipe, context)
+        for step in range(steps_done, steps_done + self.recipe.max_staleness + 1):
             batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
             if batch is not None:
                 self.pending[step] = PendingBatch(b"", age=-1, made=batch)
@@ -263,7 +263,7 @@ class AsyncRollouts:
 
     def plan(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step. Only keep its weights if the run ends before: a resume to more steps makes it."""
-        if step < self.context.recipe.num_steps:
+        if step < self.recipe.num_steps:
             self.submit(step, weights, age=age)
         else:
             self.pending[step] = PendingBatch(weights, age)
@@ -282,7 +282,7 @@ class AsyncRollouts:
             while found is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
                 found = from_main(partial(self._next, step), run.accelerator)
         number, batch = found
-        (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
+        (samples, answers, metrics), seconds = deserialize_batch(batch, self.recipe, run.accelerator.device)
         rows = local(torch.arange(len(answers)), run.accelerator)
         if len(rows) < len(answers):
             answers = [answers[row] for row in rows.tolist()]
@@ -290,7 +290,7 @@ class AsyncRollouts:
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
-        if run.recipe.rollout_schedule == "first_ready":
+        if self.recipe.rollout_schedule == "first_ready":
             samples = replace(samples, batch_number=number)
             metrics["rollout_batch"] = float(number)
         return samples, answers, metrics | {"time/rollout_worker": seconds}
@@ -312,7 +312,7 @@ class AsyncRollouts:
             pending_batch.result = Future()
             waiter = partial(_wait_for_result, self.pool, step, pending_batch.result)
             Thread(target=waiter, daemon=True).start()  # a daemon: it must not keep a run alive that ends
-        wait([pending_batch.result], timeout=self.context.recipe.collective_timeout / 4)
+        wait([pending_batch.result], timeout=self.recipe.collective_timeout / 4)
         return pending_batch.result.result() if pending_batch.result.done() else None
 
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
@@ -327,13 +327,13 @@ class AsyncRollouts:
             weights = trained_weights(run.policy, keep=self.pool is not None)
         if self.pool is not None:
             self._submit_next(step, weights, self.pool)
-        return split_mismatch(run, result)
+        return split_mismatch(run, result) if self.recipe.max_staleness else {}
 
     def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         """Forget the batch that the learner has trained on, and submit the next one."""
         if self.pending.pop(step).made is None:
             pool.forget(step)
-        self.plan(step + 1 + self.context.recipe.max_staleness, weights, age=step + 1)
+        self.plan(step + 1 + self.recipe.max_staleness, weights, age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
@@ -342,7 +342,7 @@ class AsyncRollouts:
         files = {}
         for number, pending_batch in list(self.pending.items()):  # a copy: another thread may save
             if pending_batch.age < step:  # a newer batch is made with the checkpoint's weights
-                is_submitted = number < self.context.recipe.num_steps
+                is_submitted = number < self.recipe.num_steps
                 batch = pending_batch.made or (self.pool.ready(number) if self.pool and is_submitted else None)
                 batch_name, weights_name = file_names(number)
                 if batch is not None:
@@ -383,27 +383,27 @@ def read_pending_file(folder: Path | None, name: str) -> bytes | None:
     return data
 
 
-def split_mismatch(run: StepContext[Recipe], result: StepResult) -> dict[str, float]:
+def split_mismatch(context: StepContext, result: StepResult) -> dict[str, float]:
     """Split the mismatch into two parts: quantization (the learner against its quantized copy, at the same weights) and
     staleness (that copy against the older weights that sampled).
 
     Returns:
-        `kl` and `k3_kl` of `mismatch_metrics` for both parts, in nats, over the tokens of one scored group. {} if there
-        is no quantized copy or no staleness.
+        `kl` and `k3_kl` of `mismatch_metrics` for both parts, in nats, over the tokens of one scored group. {} without
+        a quantized copy.
     """
-    recipe, rollout_policy = run.recipe, run.rollout_policy
-    if rollout_policy is run.policy or not recipe.max_staleness:
+    settings, rollout_policy = context.settings, context.rollout_policy
+    if rollout_policy is context.policy:
         return {}
     rollout, logps = result.samples.rollout, result.logps
     mask = logps.views.scored(rollout.completion_mask)
-    rows = mask.any(-1).nonzero()[: recipe.num_generations, 0]
+    rows = mask.any(-1).nonzero()[: settings.num_generations, 0]
     if not len(rows):
         return {}
     is_measured_row = torch.zeros_like(mask[:, 0]).index_fill(0, rows, True)
-    with run.log.stage("scoring"), arithmetic(recipe, run.accelerator):
+    with context.log.stage("scoring"), context.arithmetic():
         views = logps.views.restrict_to_rows(is_measured_row)
-        copy_logprobs = recipe.likelihood.logprobs(
-            rollout_policy, rollout, views, micro_batch_size=recipe.micro_batch_size
+        copy_logprobs = settings.likelihood.logprobs(
+            rollout_policy, rollout, views, micro_batch_size=settings.micro_batch_size
         )
     mask = mask[rows].cpu()
     metrics: dict[str, float] = {}

@@ -21,8 +21,8 @@ from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.schemes import Int8WeightOnly
-from dllm_rl.recipe import UpdateSettings
-from dllm_rl.step.learner import update
+from dllm_rl.step.settings import UpdateSettings
+from dllm_rl.step.update import update
 from dllm_rl.training import policies
 from dllm_rl.types import Batch, Rollout
 from recipes.sudoku_unique import recipe as main_job

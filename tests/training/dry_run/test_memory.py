@@ -20,9 +20,11 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.learner import can_retain_graphs, update
+from dllm_rl.step.score import can_retain_graphs
+from dllm_rl.step.update import update
 from dllm_rl.training.dry_run.memory import step_memory
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.step_settings import step_settings, update_settings
 from dllm_rl.types import Batch, Prompts
 
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
@@ -106,7 +108,9 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    keep = can_retain_graphs(recipe, policy, num_forwards=1 if recipe.likelihood.name != "Trajectory" else 2, rows=ROWS)
+    keep = can_retain_graphs(
+        step_settings(recipe), policy, num_forwards=1 if recipe.likelihood.name != "Trajectory" else 2, rows=ROWS
+    )
     runs_again = ("adapters", "adapters, recomputed", "micro-batches", "constant memory", "renoise")
     assert keep == (case not in runs_again)
 
@@ -134,7 +138,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
             num_tokens=ROWS * LENGTH, num_sequences=ROWS,
         )  # fmt: skip
         with autocast():
-            update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, recipe.update_settings(0))
+            update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, update_settings(recipe, 0))
 
     for _ in range(2):  # the second step finds the optimizer's state and the gradients of the first
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())

@@ -1,0 +1,178 @@
+"""Correct for the mismatch between rollout and learner: the batches of a step, with the corrector's weights."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
+from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
+from dllm_rl.device import copy_to_device
+from dllm_rl.distributed.collectives import (
+    gather_on_host,
+    local,
+    reduce_metrics,
+    wait_metrics_of,
+)
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.mask_sets import (
+    active_groups,
+    restrict_to_groups,
+)
+from dllm_rl.step.samples import Samples
+from dllm_rl.step.score import ScoredSamples
+from dllm_rl.types import Batch, Logprobs, Rollout, Views
+
+
+def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
+    """Make a training batch for each set of views; also return metrics of the mismatch between learner and rollout."""
+    samples = scored.samples
+    batch, metrics = correct(context, samples, scored.logps[0])
+    later_batches = [make_later_batch(context, samples, logps) for logps in scored.logps[1:]]
+    # After scoring: a collective before it would make the processes wait for each other.
+    for reduced in scored.comparisons:
+        metrics |= reduced()
+    for feature in context.features:
+        metrics |= feature.metrics(context)
+    return [batch, *later_batches], metrics
+
+
+def correct(context: StepContext, samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
+    """Make the batch of the first update, with the corrector's weights and loss mask; also return mismatch metrics over
+    all processes.
+    """
+    # Measured before `gather_rows`, which makes every process wait for the slowest.
+    wait_metrics = reduce_metrics(wait_metrics_of("scoring", context.accelerator), context.accelerator)
+    rows = gather_rows(context, samples, logps)
+    weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
+    stats = rows.stats
+    metrics = mismatch_metrics(  # of all rows, estimated from the scored rows
+        stats.log_mismatch,
+        rows.completion,
+        old=stats.old_logprobs,
+        advantages=rows.advantages,
+        row_weights=rows.metric_weights,
+    )
+    batch = make_batch(context, samples.rollout, logps, rows, weights)
+    likelihood = context.settings.likelihood
+    if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
+        metrics |= step_metrics(
+            stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
+        )
+    return batch, wait_metrics | metrics | trained_metrics | symptoms(context.settings.likelihood, rows, logps.views)
+
+
+def make_later_batch(context: StepContext, samples: Samples, logps: Logprobs) -> Batch:
+    """Make the batch of an update after the first, with the corrector's weights for that update's set of views."""
+    rows = gather_rows(context, samples, logps)
+    weights, _ = apply_corrector(context.settings.corrector, rows)
+    return make_batch(context, samples.rollout, logps, rows, weights)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all processes, on the host."""
+
+    stats: TokenStats  # log_mismatch has all scored tokens; `mask` has those in rows that the update trains on
+    completion: Bool[Tensor, "B T"]
+    tokens: Int[Tensor, "B T"]
+    is_trained: Bool[Tensor, " B"]
+    metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`inverse_sampling_weights`), 0 where not scored
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token with a value model
+
+
+def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows:
+    """Gather the rows of all processes, with the log-probs under one set of views, on the host.
+
+    All rows of one set of views are transferred in this one call. Collective: every process must call it.
+    """
+    rollout = samples.rollout
+    mask = logps.views.scored(rollout.completion_mask)
+    log_mismatch = torch.where(mask, logps.old_logprobs - logps.rollout_logprobs, 0)
+    local_tensors = {
+        "log_mismatch": log_mismatch,
+        "scored": mask,
+        "completion": rollout.completion_mask,
+        "old": logps.old_logprobs,
+        "rollout": logps.rollout_logprobs,
+        "tokens": rollout.tokens,
+        "unmask_step": rollout.unmask_step,
+    }
+    if logps.entropy is not None:
+        local_tensors["entropy"] = logps.entropy
+    if logps.token_advantages is not None:
+        local_tensors["advantages"] = logps.token_advantages
+    gathered = dict(zip(local_tensors, gather_on_host(list(local_tensors.values()), context.accelerator), strict=True))
+    is_trained_row = repeat(active_groups(context.settings, samples.advantages), "p -> (p g)", g=rollout.group_size)
+    stats = TokenStats(
+        log_mismatch=gathered["log_mismatch"],
+        advantages=rearrange(samples.advantages, "p g -> (p g)"),
+        mask=gathered["scored"] & is_trained_row[:, None],
+        old_logprobs=gathered["old"],
+        rollout_logprobs=gathered["rollout"],
+        unmask_step=gathered["unmask_step"],
+        entropy=gathered.get("entropy"),
+    )
+    row_weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
+    advantages = gathered.get("advantages", stats.advantages)
+    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, row_weights, advantages)
+
+
+def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
+    """Compute the corrector's weights and loss mask for the rows that the update trains on, and metrics of these rows.
+
+    The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`.
+    """
+    stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
+    weights = corrector.weights(stats)
+    metrics = weights.metrics
+    if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
+        metrics = metrics | mismatch_metrics(
+            stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=rows.advantages
+        )
+    trained_metrics = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
+    accepted = weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)
+    trained_metrics["trained/rollout_rs_masked_fraction"] = 1 - accepted.item()
+    return weights, trained_metrics
+
+
+def symptoms(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> dict[str, float]:
+    """Return signs of a collapse (`symptom_metrics`) in the rows that the update trains on.
+
+    The share of error tokens (p_learner < 1e-4) is measured only if each log-prob belongs to one token.
+    """
+    is_per_token = likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
+    stats = rows.stats
+    return symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=stats.old_logprobs if is_per_token else None)
+
+
+def make_batch(context: StepContext, rollout: Rollout, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
+    """Make the update's batch of this process's rows, on its device."""
+    accelerator, loss_mask = context.accelerator, weights.loss_mask
+    device = rollout.tokens.device
+    width = rollout.tokens.shape[1]  # other processes' rows may be wider
+    is_trained_group = rows.is_trained[:: rollout.group_size]
+    return Batch(
+        rollout=rollout,
+        views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
+        advantages=copy_to_device(device, local(rows.stats.advantages, accelerator))[0],
+        # "rollout" is VeXact's bypass, eq. 4: the ratios are current / rollout, and need no importance weights. Under
+        # mismatch, the reward of such a run drops once, while k1 and k3 rise. With recomputed old log-probs and without
+        # importance weights, a run collapses in stages, while k1 and k3 stay flat [digest].
+        old_logprobs=logps.rollout_logprobs if context.settings.old_logprobs == "rollout" else logps.old_logprobs,
+        old_view_logprobs=logps.old_view_logprobs,
+        importance_weights=copy_to_device(device, local(weights.importance_weights, accelerator)[:, :width])[0],
+        loss_mask=copy_to_device(device, local(loss_mask, accelerator)[:, :width])[0],
+        reference_logprobs=logps.reference_logprobs,
+        # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
+        # the mean.
+        num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
+        num_sequences=len(loss_mask),
+        rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
+        token_advantages=logps.token_advantages,
+        sum_over_processes=partial(accelerator.reduce, reduction="sum"),
+    )

@@ -1,0 +1,65 @@
+"""Optional parts of a step. What a run does not use is not in the tuple `StepContext.features`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dllm_rl.step.samples import Samples
+from dllm_rl.types import Logprobs, Rollout, Views
+
+if TYPE_CHECKING:
+    from dllm_rl.step.context import StepContext
+
+Metrics = dict[str, float]
+
+
+class StepFeature:
+    """An optional part of a step: override what it needs. `training.make_step` chooses the features of a run.
+
+    Every method that communicates between processes is called in every process, in the order of the tuple.
+    """
+
+    def around_forward(self, context: "StepContext") -> AbstractContextManager:
+        """Return a context for all forwards of the step: rollouts, a teacher's, the learner's."""
+        return nullcontext()
+
+    def around_learner(self, context: "StepContext") -> AbstractContextManager:
+        """Return a context for scoring and updating."""
+        return nullcontext()
+
+    def after_rollout(self, context: "StepContext", samples: Samples, step: int) -> tuple[Samples, Metrics]:
+        """Change the samples before anything is scored, and return metrics."""
+        return samples, {}
+
+    def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:
+        """Move or reorder the samples between processes."""
+        return samples
+
+    def compare(self, context: "StepContext", rollout: Rollout, views: Views) -> Callable[[], Metrics]:
+        """Measure before scoring, in this process; return a function that reduces it to metrics afterwards."""
+        return dict
+
+    def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
+        """Change the views before any policy scores them. `recorded`: the sampler recorded the rollout's log-probs."""
+        return views
+
+    def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
+        """Change the views after the rollout policy has scored them, and before the learner does."""
+        return views
+
+    def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
+        """Return the advantage of each scored token in place of the row's; None to keep the row's."""
+        return None
+
+    def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
+        """Check the scores. Raise RuntimeError to end the run."""
+
+    def after_update(self, context: "StepContext") -> None:
+        """Learn too, once the learner has."""
+
+    def metrics(self, context: "StepContext") -> Metrics:
+        """Return metrics of the scoring."""
+        return {}

@@ -1,0 +1,187 @@
+"""Score a step's samples: log-probs under learner, rollout policy and reference, in the same views."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.logprobs import chunked, process
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.mask_sets import (
+    active_groups,
+    draw_view_sets,
+    metric_weights,
+    select_local_rows,
+)
+from dllm_rl.step.samples import Samples
+from dllm_rl.step.settings import StepSettings
+from dllm_rl.types import Logprobs, Rollout, Views
+
+
+@dataclass(frozen=True)
+class ScoredSamples:
+    """Samples of a step, with their log-probs before the step's first update.
+
+    Args:
+        samples: The samples, after load balancing.
+        logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
+        comparisons: Functions that reduce what the features have compared to metrics (`StepFeature.compare`).
+    """
+
+    samples: Samples
+    logps: list[Logprobs]
+    comparisons: list[Callable[[], dict[str, float]]]
+
+
+def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSamples:
+    """Compute the log-probs of a step's samples under learner, rollout policy and reference.
+
+    Call it before the step's first update. `step` is the number of the samples' batch.
+    """
+    settings = context.settings
+    # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
+    # estimate the metrics of all groups.
+    samples = samples.with_metric_weights(metric_weights(settings, samples.advantages, step))
+    for feature in context.features:
+        samples = feature.before_scoring(context, samples)
+    rollout = samples.rollout
+    is_trained_row = select_local_rows(
+        active_groups(settings, samples.advantages), rollout.group_size, context.accelerator
+    )
+    # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
+    views = draw_view_sets(settings, samples, step, context.accelerator)
+    # Compare before `score`, which may retain graphs: their memory and this comparison's would add up.
+    comparisons = [feature.compare(context, rollout, views[0]) for feature in context.features]
+    rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
+    logps = []
+    for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
+        token_advantages = None
+        for feature in context.features:
+            given = feature.token_advantages(context, samples, views[k])
+            token_advantages = token_advantages if given is None else given
+        retain_graphs = is_trained_row if k == 0 else False
+        scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
+        logps.append(replace(scores, token_advantages=token_advantages))
+    return ScoredSamples(samples, logps[::-1], comparisons)
+
+
+def rollout_logprob_source(
+    likelihood: LikelihoodEstimator, policy: Policy, rollout_policy: Policy
+) -> Literal["recorded", "scored", "learner"]:
+    """Return the source of the rollout's log-probs: "recorded" (by the sampler; the estimator would compute
+    the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
+    """
+    if likelihood.exact_for_sampler:
+        return "recorded"
+    return "learner" if rollout_policy is policy else "scored"
+
+
+def score(
+    context: StepContext,
+    rollout: Rollout,
+    views: Views,
+    *,
+    rollout_logprobs: Float[Tensor, "B T"] | None = None,
+    retain_graphs: bool | Bool[Tensor, " B"] = False,
+) -> Logprobs:
+    """Compute the log-probs of the rollout's rows under learner, rollout policy and reference, in the same views.
+
+    Args:
+        context: Settings and policies.
+        rollout: The rows to score.
+        views: The set of views.
+        rollout_logprobs: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
+            memory. None (default): take them from `rollout_logprob_source`.
+        retain_graphs: Rows whose autograd graphs the first update reuses. No graph is retained unless
+            `can_retain_graphs`. Default: no row.
+
+    Returns:
+        Log-probs in nats, each (B, T).
+
+    Raises:
+        RuntimeError: A feature refuses the scores: under zero_mismatch, those of learner and rollout differ.
+    """
+    settings, policy, rollout_policy = context.settings, context.policy, context.rollout_policy
+    likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
+    source = rollout_logprob_source(likelihood, policy, rollout_policy)
+    reference_logprobs = None
+    if (
+        context.reference is not None and settings.beta
+    ):  # with beta=0 the reference is only the teacher of a distillation
+        reference_logprobs = likelihood.logprobs(context.reference, rollout, views, micro_batch_size=micro_batch_size)
+    for feature in context.features:
+        views = feature.views_to_score(context, rollout, views, recorded=source == "recorded")
+    if source == "recorded":
+        rollout_logprobs = recorded(rollout, views)
+    elif source == "scored" and rollout_logprobs is None:
+        rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
+        for feature in context.features:
+            views = feature.views_to_learn(rollout, views)
+    num_forwards = len(views.coefficients) * math.prod(feature.num_forwards for feature in views.features)
+    if not can_retain_graphs(settings, policy, num_forwards=num_forwards, rows=len(rollout.tokens)):
+        retain_graphs = False
+    entropy = token_entropy(policy, rollout, views, micro_batch_size) if settings.corrector.needs_entropy else None
+    # Last: the memory of retained graphs and of another forward would add up.
+    view_logprobs = likelihood.view_logprobs(
+        policy, rollout, views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
+    )
+    old_logprobs = likelihood.combine(view_logprobs.detach(), views)
+    logps = Logprobs(
+        old_logprobs=old_logprobs,
+        old_view_logprobs=view_logprobs,
+        rollout_logprobs=old_logprobs if rollout_logprobs is None else rollout_logprobs,
+        reference_logprobs=reference_logprobs,
+        views=views,
+        entropy=entropy,
+    )
+    for feature in context.features:
+        feature.check_scores(context, rollout, logps)
+    return logps
+
+
+@torch.no_grad()
+def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_size: int | None) -> Float[Tensor, "B T"]:
+    """Return the entropy in nats of the learner's distribution at each scored token, averaged over the views that score
+    the token.
+
+    It costs one more forward per view, so only correctors with `needs_entropy` use it.
+    """
+
+    def entropy(hidden: Tensor) -> tuple[Tensor]:
+        # `process` applies the sampler's temperature and filters.
+        logps = process(policy.head(hidden), rollout.sampling_params).log_softmax(-1)
+        return (-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1),)
+
+    total = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
+    count = torch.zeros_like(total)
+    with join_uneven_forwards(policy):
+        for chunk in row_chunks(rollout, views, micro_batch_size):
+            rows, chunk_views = chunk.of(rollout, views)
+            for view in each_view(chunk_views):
+                forward = view.run(policy, rows, view.scored)
+                if forward is not None:
+                    token_values = torch.zeros(view.scored.numel(), device=total.device)
+                    (values,) = chunked(entropy, forward.states, policy=policy)
+                    token_values = token_values.index_copy(0, forward.plan.flat_index, values.float())
+                    token_values = token_values.view(view.scored.shape)
+                    total[chunk.rows, chunk.columns] += token_values
+                    count[chunk.rows, chunk.columns] += view.scored
+    return total / count.clamp(min=1)
+
+
+def can_retain_graphs(settings: StepSettings, policy: Policy, *, num_forwards: int, rows: int) -> bool:
+    """Return whether the first update can reuse the autograd graphs of scoring, one per micro-batch and view.
+
+    It can if their number is at most `max_retained_graphs`, and the learner has no dropout.
+    """
+    num_graphs = num_forwards * math.ceil(rows / (settings.micro_batch_size or rows))
+    has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
+    return num_graphs <= settings.max_retained_graphs and not has_dropout

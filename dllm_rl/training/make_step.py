@@ -1,0 +1,103 @@
+"""The context of a run's steps, with the features that its recipe uses."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from accelerate import Accelerator
+
+from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
+from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
+from dllm_rl.models.base import Policy
+from dllm_rl.quantization.aligned import aligned_forward
+from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.step.balance import Balance
+from dllm_rl.step.compare import Agreement
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import StepFeature
+from dllm_rl.step.value_head import ValueHead
+from dllm_rl.training.distillation import Teacher
+from dllm_rl.training.step_settings import step_settings
+from dllm_rl.types import Logprobs, Rollout, Views
+
+
+class ZeroMismatch(StepFeature):
+    """All forwards compute a row with the same bits in every batch; rollout and learner must agree to the bit."""
+
+    def around_forward(self, context: StepContext) -> AbstractContextManager:
+        return batch_invariant()
+
+    def check_scores(self, context: StepContext, rollout: Rollout, logps: Logprobs) -> None:
+        policies = {"policy": context.policy, "rollout_policy": context.rollout_policy}
+        check_bitwise_equal(rollout, logps.views, logps, **policies)
+
+
+class AlignedForward(StepFeature):
+    """The learner computes with the rollout's quantized operands (QaRL)."""
+
+    def around_learner(self, context: StepContext) -> AbstractContextManager:
+        return aligned_forward(context.policy, context.rollout_policy)
+
+
+class RouterReplay(StepFeature):
+    """The learner routes each token to the experts of the rollout."""
+
+    def views_to_score(self, context: StepContext, rollout: Rollout, views: Views, *, recorded: bool) -> Views:
+        return with_sampled_experts(views, rollout) if recorded else record_experts(context.policy, rollout, views)
+
+    def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
+        return with_recorded_experts(views, rollout)
+
+
+def make_step(
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator,
+    policy: Policy,
+    rollout_policy: Policy,
+    reference: Policy | None = None,
+    teacher: Policy | None = None,
+    value_head: ValueHead | None = None,
+    **more: Any,
+) -> StepContext:
+    """Make the context of a recipe's steps. What the recipe does not use is not among its features.
+
+    Args:
+        recipe: Settings of the run.
+        accelerator: Processes and device.
+        policy: The learner.
+        rollout_policy: The policy that samples; may be the learner.
+        reference: The policy that RL started from, for the KL term or as a teacher.
+        teacher: The teacher, if it is not the reference.
+        value_head: The run's value head, if the recipe has a value model.
+        more: Further fields of StepContext: history, log.
+    """
+    teacher = reference if recipe.teacher == REFERENCE else teacher
+    features: list[StepFeature] = []
+    if recipe.zero_mismatch:
+        features.append(ZeroMismatch())
+    if aligns(recipe, policy, rollout_policy):
+        features.append(AlignedForward())
+    if recipe.router_replay is not None:
+        features.append(RouterReplay())
+    if teacher is not None:
+        features.append(Teacher(recipe, teacher))
+    if accelerator.num_processes > 1:
+        features.append(Balance(swaps=not recipe.zero_mismatch))
+    if rollout_policy is not policy:
+        features.append(Agreement())
+    if value_head is not None:
+        features.append(value_head)
+    return StepContext(
+        settings=step_settings(recipe),
+        accelerator=accelerator,
+        policy=policy,
+        rollout_policy=rollout_policy,
+        reference=reference,
+        features=tuple(features),
+        **more,
+    )
+
+
+def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
+    """Return whether the learner computes with the rollout's quantized operands."""
+    return recipe.corrector.align_forward and rollout_policy is not policy
