@@ -93,7 +93,7 @@ def of_the_wrong_sign(log_ratio, advantages, mask):
 @pytest.mark.parametrize("loss", [of_the_wrong_sign, PPOClip()])
 def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_path, capsys, monkeypatch):
     assert [update_settings(tiny_recipe("x"), step).measure for step in range(6)] == [False] * 4 + [True, False]
-    monkeypatch.setattr(step_settings, "DIRECTION_STEPS", 1)
+    monkeypatch.setattr("dllm_rl.training.step_settings.DIRECTION_STEPS", 1)
     rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
 
     def right(completions, answer, **columns):
