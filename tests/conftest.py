@@ -13,7 +13,24 @@ def pytest_addoption(parser):
     parser.addoption("--other-cpu", action="store_true", help="matrix products round by their number of rows")
 
 
+def leave_records_to_their_constructor():
+    """--jaxtyping-packages checks calls of every dataclass; a record's constructor also takes what it converts."""
+    import jaxtyping
+
+    checked = jaxtyping.jaxtyped
+
+    def unless_record(of=None, /, **options):
+        if of is None:
+            return lambda each: unless_record(each, **options)
+        is_record = isinstance(of, type) and any(base.__name__ == "Record" for base in of.__mro__)
+        return of if is_record else checked(of, **options)
+
+    jaxtyping.jaxtyped = unless_record
+
+
 def pytest_configure(config):
+    if config.getoption("--jaxtyping-packages", None):
+        leave_records_to_their_constructor()
     if config.getoption("threads") > 1:  # threads that wait leave the cores to those that compute; workers inherit it
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(config.getoption("threads"))

@@ -14,7 +14,6 @@ from dllm_rl import records
 from dllm_rl.algorithms.correctors import ais_lambda
 from dllm_rl.recipe import Settings
 from dllm_rl.records import Record, annotations_of, from_json, required_settings, to_json, union_members
-from dllm_rl.step.settings import UpdateSettings
 
 PUBLIC = {name: getattr(dllm_rl, name) for name in dllm_rl.__all__}  # imports the modules of all records
 
@@ -23,7 +22,7 @@ PUBLIC = {name: getattr(dllm_rl, name) for name in dllm_rl.__all__}  # imports t
 BASES = {
     record: base
     for base in Record.__subclasses__()
-    if base.__module__.startswith("dllm_rl.") and not issubclass(base, (Settings, UpdateSettings))
+    if base.__module__.startswith("dllm_rl.") and not issubclass(base, Settings)
     for record in records.subclasses(base).values()
     if not record.__name__.startswith("Function")
 }

@@ -535,7 +535,7 @@ def policy_loss(  # noqa: PLR0913
     Raises:
         ValueError: The surrogate or the KL term needs the rollout's log-probs, and the batch has none.
     """
-    objective_fn: Loss = fit("loss", Loss, surrogate)
+    objective_fn: Loss = surrogate if isinstance(surrogate, Loss) else fit("loss", Loss, surrogate)
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
     coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)

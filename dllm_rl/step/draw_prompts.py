@@ -38,11 +38,11 @@ def prompt_indices(
     purpose = f"train, draw {draw}" if draw else "train"
     history = RewardHistory(size) if history is None else history
     indices = source.draw(history, count, generator_for(settings.seed, purpose, step))
-    name = f"prompt_source={describe(source)}"
     if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
+        name = f"prompt_source={describe(source)}"
         raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
     if indices.min() < 0 or indices.max() >= size:
-        problem = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
+        problem = f"prompt_source={describe(source)} gave the indices {int(indices.min())} to {int(indices.max())}"
         raise ValueError(f"{problem}, and task {settings.task.name!r} has the problems 0 to {size - 1}")
     return indices
 

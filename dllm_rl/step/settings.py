@@ -11,12 +11,12 @@ from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.prompt_sources import PromptSource
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.records import Record
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
 
 
-class UpdateSettings(Record):
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
     """Settings of the updates of one step.
 
     Args:

@@ -13,8 +13,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.policies import resolve_rollout_engine
+from dllm_rl.recipe import Settings
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
 
@@ -175,8 +174,8 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
     run.policy.weights_version = state.version
     if learner_samples:
         run.rollout_policy = run.policy
-    elif isinstance(run.recipe, Recipe):
-        resolve_rollout_engine(run.recipe).sync(run.policy, run.rollout_policy)
+    elif run.engine is not None:
+        run.engine.sync(run.policy, run.rollout_policy)
     run.checkpoint = str(folder)
     run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
 

@@ -85,7 +85,12 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
 
 
 def _longest_prompt(
-    recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], completion_length: int, max_positions: float
+    recipe: Recipe,
+    policy: Policy,
+    field: str,
+    indices: Iterable[int],
+    completion_length: int,
+    max_positions: int | float,
 ) -> int:
     """Return the index of the problem of task `field` with the longest prompt.
 

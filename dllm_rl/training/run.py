@@ -17,6 +17,7 @@ from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
+from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
@@ -93,7 +94,8 @@ class Run(Generic[AnySettings]):
     policy: Policy
     rollout_policy: Policy
     log: RunLog
-    step: StepContext | None = None  # of RL
+    step: StepContext | None = None  # of RL, like `engine`
+    engine: RolloutEngine | None = None
     history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
     value_head: ValueHead | None = None  # set if the recipe has a value_model
 

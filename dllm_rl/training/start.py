@@ -113,7 +113,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
 
     # 5. Make the other policies. The rollout policy is the learner, or a copy of it; the reference has the weights that
     # RL started from.
-    rollout_policy = resolve_rollout_engine(recipe).load(policy)
+    engine = resolve_rollout_engine(recipe)
+    rollout_policy = engine.load(policy)
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
@@ -135,6 +136,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         policy=policy,
         rollout_policy=rollout_policy,
         step=step,
+        engine=engine,
         history=step.history,
         value_head=next((each for each in step.features if isinstance(each, ValueHead)), None),
         optimizer=optimizer,

@@ -1,5 +1,6 @@
 """What a step reads of a recipe."""
 
+from collections.abc import Callable
 from functools import partial
 
 from dllm_rl.recipe import Recipe
@@ -38,14 +39,16 @@ def step_settings(recipe: Recipe) -> StepSettings:
         trains_all_groups=bool(recipe.beta or recipe.entropy_coeff or recipe.value_model),
         max_retained_graphs=recipe.max_retained_graphs if is_unsharded else 0,
         autocast_cache=is_unsharded,  # the cache would hold all weights of a sharded model in bf16
-        update_settings=partial(update_settings, recipe),
+        update_settings=partial(update_settings, recipe, loss=recipe.policy_loss),
     )
 
 
-def update_settings(recipe: Recipe, step: int) -> UpdateSettings:
-    """Return the settings of `step.update.update` at a step."""
+def update_settings(recipe: Recipe, step: int, loss: Callable | None = None) -> UpdateSettings:
+    """Return the settings of `step.update.update` at a step. `loss`: the recipe's `policy_loss`, if it is made already;
+    None (default): make it.
+    """
     return UpdateSettings(
-        loss=recipe.policy_loss,
+        loss=loss or recipe.policy_loss,
         likelihood=recipe.likelihood,
         learning_rate=recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps),
         max_grad_norm=recipe.max_grad_norm,

@@ -17,7 +17,6 @@ from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import end_step, record_update
 from dllm_rl.training.late_rollouts.schedule import Pool
-from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
@@ -63,7 +62,7 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     """Sample, grade and learn from the samples once; return the metrics. From the update on, an error or a stop leaves
     a checkpoint of this step.
     """
-    assert run.step is not None, "a run of RL has one"
+    assert run.step is not None and run.engine is not None, "a run of RL has both"
     step = run.step
     if run.async_rollouts is None:  # this process samples the completions
         samples, completions, metrics = collect(step, step_index)
@@ -78,8 +77,7 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     with run.log.stage("sync"):
         # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
         mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
-        rollout_engine = resolve_rollout_engine(run.recipe)
-        sync_metrics = mismatch_metrics | rollout_engine.sync(run.policy, run.rollout_policy)
+        sync_metrics = mismatch_metrics | run.engine.sync(run.policy, run.rollout_policy)
     # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
     # processes.
     log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)

@@ -124,7 +124,7 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
     recipe = tiny_recipe(tmp_path, zero_mismatch=zero_mismatch, rollout_quantization=None, task=task)
     policy = recipe.model()
     run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
-    with make_step(recipe, accelerator=run.accelerator, policy=None, rollout_policy=None).arithmetic():
+    with run.arithmetic():
         problems = [recipe.task[i] for i in range(8)]
         rollout = recipe.sampler(policy, encode(policy, problems, group_size=2), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1)).restrict_to_rows(torch.arange(16) != 3)

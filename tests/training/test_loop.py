@@ -239,7 +239,7 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
 
     def watch(stats):
         seen.append(stats)
-        numbers = {"mine/rows": stats.mask.any(-1).sum().item(), "mine/sum": stats.log_mismatch.abs().sum().item()}
+        numbers = {"mine/rows": float(stats.mask.any(-1).sum()), "mine/sum": stats.log_mismatch.abs().sum().item()}
         return NoCorrection().weights(stats)._replace(metrics=numbers)
 
     fixed = {"num_steps": 1, "num_mismatch_groups": 9, "rollout_quantization": int3_emulated}

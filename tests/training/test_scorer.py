@@ -20,6 +20,12 @@ from dllm_rl.step.score import can_retain_graphs, rollout_logprob_source
 from dllm_rl.training.make_step import aligns, make_step
 from dllm_rl.training.step_settings import step_settings
 
+
+def arithmetic(recipe):
+    policy = recipe.model()
+    return make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy).arithmetic()
+
+
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCorrection()}
 
 
@@ -27,7 +33,7 @@ EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": NoCor
 def test_the_mode_that_a_recipe_asks_for_holds_inside_the_block_alone(changes, modes, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     before = _get_current_function_mode_stack()
-    with make_step(recipe, accelerator=Accelerator(cpu=True), policy=None, rollout_policy=None).arithmetic():
+    with arithmetic(recipe):
         inside = [type(each) for each in _get_current_function_mode_stack()[len(before) :]]
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert inside == modes
@@ -38,12 +44,7 @@ def test_the_mode_that_a_recipe_asks_for_holds_inside_the_block_alone(changes, m
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharded_weights_are_not_kept_in_bf16(size, tmp_path):
     """Autocast's cache would hold what no process has room for."""
-    with make_step(
-        tiny_recipe(tmp_path, bf16=True, shard_size=size),
-        accelerator=Accelerator(cpu=True),
-        policy=None,
-        rollout_policy=None,
-    ).arithmetic():
+    with arithmetic(tiny_recipe(tmp_path, bf16=True, shard_size=size)):
         assert torch.is_autocast_cache_enabled() == (size == 1)
 
 
@@ -55,7 +56,7 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
     policy = recipe.model()
     if "dtype" in changes:
         policy.module.bfloat16()
-    with make_step(recipe, accelerator=Accelerator(cpu=True), policy=None, rollout_policy=None).arithmetic():
+    with arithmetic(recipe):
         rollout = recipe.sampler(policy, encode(policy, [recipe.task[i] for i in range(4)]), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1))
         scores = recipe.likelihood.view_logprobs(policy, rollout, noise, retain_graphs=True)
