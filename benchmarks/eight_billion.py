@@ -30,6 +30,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main as command
 from dllm_rl.decoding.tokens import text_ids
+from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
@@ -40,7 +41,6 @@ from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
 from dllm_rl.types import SamplingParams

@@ -45,6 +45,8 @@ from .callbacks import SaveBest as SaveBest
 from .callbacks import StopBelow as StopBelow
 from .cli.run_recipe import main as main
 from .evaluation.evaluate import evaluate as evaluate
+from .frontend.grpo import grpo as grpo
+from .frontend.grpo import grpo_recipe as grpo_recipe
 from .likelihoods.estimator import LikelihoodEstimator as LikelihoodEstimator
 from .likelihoods.estimators import ELBO as ELBO
 from .likelihoods.estimators import EUBO as EUBO
@@ -115,8 +117,6 @@ from .testing import check_corrector as check_corrector
 from .testing import check_estimator as check_estimator
 from .testing import check_order as check_order
 from .testing import check_policy as check_policy
-from .training.grpo import grpo as grpo
-from .training.grpo import grpo_recipe as grpo_recipe
 from .training.trainer import train as train
 from .types import Prompts as Prompts
 from .types import Rollout as Rollout

@@ -13,7 +13,7 @@ from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import K3, PPOClip
 from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.likelihoods.estimators import OneStep
-from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.base import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.cache import BlockCache
@@ -98,14 +98,6 @@ def preset_by_size(attention: str, parameters: int) -> str | None:
     if parameters < LARGE_MODEL:
         return None
     return {"full": "large", "block_causal": "large-blocks"}.get(attention, "large-causal")
-
-
-def num_parameters(model: str | Policy) -> int:
-    """Count a model's weights. For a folder or a hub's id, only config.json is read."""
-    from dllm_rl.models.checkpoint.loading import build_empty, load_config  # here, because it is slow
-
-    module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def without_batch_settings(settings: Mapping[str, Any], caller_settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,257 +1,36 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
-import difflib
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from torch import Generator
 
 from dllm_rl.algorithms.advantages import Advantages, GroupRelative
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, is_per_token, policy_loss
-from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
 from dllm_rl.algorithms.values import ValueModel
-from dllm_rl.callbacks import SaveBest, StopBelow, check_callbacks
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.quantization.schemes import Scheme
-from dllm_rl.records import Record, describe, option, to_json
+from dllm_rl.records import describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
 
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-
-
-def with_nearest(name: str, known: Iterable[str]) -> str:
-    """Return an unknown name for an error message, with the nearest of the known names if one is near."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"{name} (the nearest is {nearest[0]})" if nearest else name
-
-
-def documented(record: type) -> str:
-    """Return the record's docstring with a line per field: its name, help text and bound."""
-    lines = [f"{record.__doc__}\n"]
-    for setting in fields(record):
-        bound = setting.metadata["bound"]
-        lines.append(f"{setting.name:22}  {setting.metadata['help']}" + (f" ({bound})" if bound else ""))
-    return "\n".join(lines)
-
-
-def best_rule(metric: str | None, greater_is_better: bool | None) -> tuple[str | None, bool]:
-    """Return the name of `metric_for_best_model` in the evaluations, and whether a larger value is better."""
-    name = metric and metric.removeprefix("eval/").removeprefix("eval_")
-    return name, not str(name).endswith("loss") if greater_is_better is None else greater_is_better
-
-
-class Settings(Record):
-    """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
-
-    def __new__(cls, *_: Any, **settings: Any) -> "Settings":
-        known = [setting.name for setting in fields(cls)]
-        if unknown := [with_nearest(name, known) for name in settings if name not in known]:
-            kind = cls.__name__
-            raise ValueError(f"not settings of {kind}: {', '.join(unknown)}; help(dllm_rl.{kind}) lists all")
-        return super().__new__(cls)
-
-    name: str = option(help="name of the run; its default folder is runs/NAME-seedSEED")
-    model: Callable[..., Policy] | str | Policy = option(
-        help="a checkpoint's path or hub id; in Python also a policy (it is copied), or a function (seed=...) -> policy"
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
-        default="float32", help="dtype of weights loaded from a path; auto: the stored dtype"
-    )
-    float32_head: bool = option(default=True, help="compute logits in fp32 if the model computes in 16 bits")
-    base_quantization: Literal["nf4", "int8"] | None = option(
-        default=None, help="load the checkpoint's weights in this bitsandbytes format and freeze them; needs lora"
-    )
-    lora: Lora | None = option(default=None, help="LoRA adapters to train, e.g. Lora(r=16); None: train all weights")
-    optim: Optimizer = option(default=AdamW(), help="optimizer: AdamW, AdamW8bit")
-
-    seed: int = option(default=0, help="seed of everything random in the run")
-    train_batch_size: int = option(default=32, help="prompts (SFT: sequences) per step, over all processes", at_least=1)
-    num_steps: int = option(default=200, help="training steps", at_least=0)
-    learning_rate: float = option(default=5e-4, help="learning rate of the optimizer, before lr_schedule", above=0)
-    adam_beta1: float = option(default=0.9, help="the optimizer's beta1", at_least=0, below=1)
-    adam_beta2: float = option(default=0.95, help="the optimizer's beta2", at_least=0, below=1)
-    weight_decay: float = option(default=0.01, help="the optimizer's weight decay", at_least=0)
-    max_grad_norm: float = option(
-        default=1.0, help="largest norm of the gradient; larger gradients are clipped", above=0
-    )
-    lr_schedule: LRSchedule = option(default=LinearDecay(), help="factor on the learning rate at each step")
-    lr_schedule_steps: int | None = option(
-        default=None, help="length of lr_schedule in steps; None: num_steps", at_least=1
-    )
-    gradient_checkpointing: bool = option(
-        default=False,
-        help="recompute blocks in the backward: less memory, same gradients, 1/3 more work (1/2 with adapters)",
-    )
-    bf16: bool = option(default=False, help="autocast forwards to bf16; the weights keep `dtype`")
-
-    eval_steps: int | None = option(
-        default=None,
-        help="steps between evaluations; 0: none; None: evaluations take at most 2 % of the forwards",
-        at_least=0,
-    )
-    eval_batch_size: int = option(default=32, help="problems (SFT: rows) per evaluation batch", at_least=1)
-    logging_steps: int = option(
-        default=10, help="steps between lines on the screen (metrics.jsonl has every step)", at_least=1
-    )
-    report_to: str | None = option(
-        default="tensorboard",
-        help="trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: no tracker",
-    )
-    save_steps: int = option(default=50, help="steps between checkpoints", at_least=1)
-    save_total_limit: int = option(default=2, help="newest checkpoints to keep, beside the best one", at_least=1)
-    save_merged: bool = option(
-        default=False, help="with lora on a path: store merged weights in every checkpoint; False: only in the last"
-    )
-    metric_for_best_model: str | None = option(
-        default=None, help="metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss"
-    )
-    greater_is_better: bool | None = option(
-        default=None, help="whether metric_for_best_model should be high; None: yes, unless its name ends in loss"
-    )
-    load_best_model_at_end: bool = option(
-        default=False, help="evaluate and return the best checkpoint instead of the last weights"
-    )
-    callbacks: Any = option(default=(), help="dllm_rl.Callback objects")
-    verify_checkpoint: Literal["full", "quick"] = option(
-        default="full",
-        help="what to verify of a checkpoint: full: every byte; quick: size and start of files over 1 MiB",
-    )
-    on_save_error: Literal["stop", "continue"] = option(
-        default="stop", help="stop the run if a checkpoint cannot be written, or warn and continue"
-    )
-    stop_seconds: float = option(
-        default=20.0,
-        help="seconds after a stop signal in which the step may begin its updates; else the last update is saved",
-        at_least=0,
-    )
-    output_dir: str | None = option(default=None, help="folder of the run; None: runs/NAME-seedSEED")
-    resume_from_checkpoint: str | None = option(
-        default=None, help="checkpoint folder to resume from, or 'latest': the newest one in output_dir"
-    )
-    allow_changed: str | None = option(
-        default=None, help="fields that a resume may change, separated by commas, e.g. learning_rate,corrector"
-    )
-    collective_timeout: float = option(
-        default=1800.0, help="seconds that a process waits in a collective before the run stops", above=0
-    )
-    peer_timeout: float | None = option(
-        default=40.0, help="seconds without a sign of life after which a process counts as dead; None: never", above=0
-    )
-    overwrite_output_dir: bool = option(default=False, help="delete a run that is already in output_dir")
-
-    # Values for SFT, which lacks the RL fields of these names. Without annotations, they are not dataclass fields.
-    shard_size = 1
-    async_save = False
-    sft_warmup_steps = 0
-    beta = 0.0
-    log_completions_steps = 0
-    torch_compile = False
-    router_replay = cast(Any, None)
-    push_to_hub = cast("str | None", None)
-
-    @property
-    def directory(self) -> str:
-        return self.output_dir or f"runs/{self.name}-seed{self.seed}"
-
-    @property
-    def best_metric(self) -> str | None:
-        """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
-        return best_rule(self.metric_for_best_model, self.greater_is_better)[0]
-
-    @property
-    def evaluated_metrics(self) -> dict[str, str]:
-        """Metrics of the evaluations that the recipe needs, by the setting that names them in messages."""
-        names = {}
-        if self.best_metric is not None:
-            names[f"metric_for_best_model={self.metric_for_best_model!r}"] = self.best_metric
-        for callback in self.callbacks:
-            if isinstance(callback, StopBelow | SaveBest) and callback.metric.startswith("eval/"):
-                names[f"callbacks: {type(callback).__name__}({callback.metric!r})"] = callback.metric.removeprefix(
-                    "eval/"
-                )
-        return names
-
-    def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
-        _, greater_is_better = best_rule(self.metric_for_best_model, self.greater_is_better)
-        return math.isfinite(value) and (best is None or (value > best if greater_is_better else value < best))
-
-    @property
-    def trackers(self) -> list[str]:
-        names = map(str.strip, (self.report_to or "none").split(","))
-        return [name for name in names if name != "none"]
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings as JSON, as checkpoints and summary.json store them."""
-        return {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
-
-    def check(self) -> None:
-        """Raise ValueError if fields cannot be combined."""
-        check_callbacks(self.callbacks)
-        for is_wrong, message in self.conflicts():
-            if is_wrong:
-                raise ValueError(message)
-
-    def conflicts(self) -> list[tuple[bool, str]]:
-        """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
-        unknown = [name for name in self.trackers if name not in TRACKERS]
-        return [
-            (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
-            (
-                self.dtype == "float16" and self.lora is None and self.optim == AdamW(),
-                "dtype='float16' needs lora, or another optim: AdamW's second moments and its epsilon underflow to "
-                "0 in float16; or use 'bfloat16' or 'float32'",
-            ),
-            (
-                self.base_quantization is not None and self.lora is None,
-                f"base_quantization={self.base_quantization!r} freezes the base model: set lora, or leave it out",
-            ),
-            (
-                self.eval_steps == 0 and bool(self.evaluated_metrics),
-                f"{', '.join(self.evaluated_metrics)} is measured every eval_steps, and eval_steps=0 never measures: "
-                "set eval_steps",
-            ),
-            (
-                self.load_best_model_at_end and self.metric_for_best_model is None,
-                "load_best_model_at_end=True needs metric_for_best_model: set it, for example to solve_rate or loss",
-            ),
-            (
-                self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
-                "to False, and take the folder that summary.json names as best_checkpoint",
-            ),
-        ]
-
-    def __repr__(self) -> str:
-        """Return the fields that differ from their default, one per line."""
-        lines = [f"{type(self).__name__}("]
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if value != setting.default:  # only what a variant changes
-                lines.append(f"    {setting.name}={describe(value)},")
-        return "\n".join([*lines, ")"])
-
-    @property
-    def schedule_steps(self) -> int:
-        """Number of steps of the learning-rate schedule."""
-        return self.lr_schedule_steps or self.num_steps
 
 
 class Recipe(Settings):
     """The settings of reinforcement learning."""
+
+    plotted_metric: ClassVar[str] = "reward"
 
     task: Task = option(help="problems to train on")
     validation_task: Task = option(help="problems to evaluate every eval_steps, and to decide when the warm-up ends")

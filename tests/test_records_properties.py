@@ -12,8 +12,8 @@ import pytest
 import dllm_rl
 from dllm_rl import records
 from dllm_rl.algorithms.correctors import ais_lambda
-from dllm_rl.recipe import Settings
 from dllm_rl.records import Record, annotations_of, from_json, required_settings, to_json, union_members
+from dllm_rl.settings import Settings
 
 PUBLIC = {name: getattr(dllm_rl, name) for name in dllm_rl.__all__}  # imports the modules of all records
 

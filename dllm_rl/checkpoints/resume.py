@@ -8,8 +8,8 @@ from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.recipe import Settings, best_rule
 from dllm_rl.records import ADDRESS, describe_json, to_json
+from dllm_rl.settings import Settings, best_rule
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {

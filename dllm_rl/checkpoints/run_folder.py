@@ -10,7 +10,7 @@ from dllm_rl.checkpoints.resume import changes_best_rule, check_names, check_rec
 from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.settings import Settings
 
 # Folder of the checkpoint that a rehearsal writes and deletes. A rehearsal (`training.rehearsal`) runs one group
 # through a step without an update, before the first step.
@@ -75,9 +75,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    # The summary prints and plots this metric of the evaluation before training.
-    metric = "reward" if isinstance(recipe, Recipe) else "loss"
-    check_types(folder, state.eval_before, {metric: float}, prefix="eval_before.")
+    check_types(folder, state.eval_before, {recipe.plotted_metric: float}, prefix="eval_before.")
     # The checkpoint has the digest of the reference policy's manifest.
     reference = directory / "reference"
     if state.reference is not None and manifest.verify(reference, quick=is_quick)["sha256"] != state.reference:

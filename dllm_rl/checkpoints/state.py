@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from dllm_rl.files import read_json
 from dllm_rl.models.base import Policy, frozen_names
-from dllm_rl.recipe import Settings
+from dllm_rl.settings import Settings
 
 NAME = "state.json"
 

@@ -18,8 +18,8 @@ from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, finite_numbers
 from dllm_rl.monitoring.progress import ProgressDisplay, progress_bar
-from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
+from dllm_rl.settings import Settings
 
 
 class RunLog:

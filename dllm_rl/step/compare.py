@@ -5,8 +5,8 @@ token's experts.
 from collections.abc import Callable
 
 from dllm_rl.algorithms.mismatch import PREFIX
-from dllm_rl.diagnostics.routing_agreement import routing_counts, routing_metrics
 from dllm_rl.distributed.collectives import reduce_metrics, sum_over
+from dllm_rl.likelihoods.routing_agreement import routing_counts, routing_metrics
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.step.context import StepContext

@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-from dllm_rl.recipe import Settings, documented
 from dllm_rl.records import option
+from dllm_rl.settings import Settings, documented
 
 
 class SFT(Settings):

@@ -11,7 +11,8 @@ from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.monitoring import plots
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe
+from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
 from dllm_rl.training.hooks import after_summary, ending_entries, load_best
 from dllm_rl.training.model_card import card, push_to_hub

@@ -13,7 +13,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Settings
+from dllm_rl.settings import Settings
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
 

@@ -23,9 +23,10 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.recipe import REFERENCE, Recipe, Settings
+from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
+from dllm_rl.settings import Settings
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
 from dllm_rl.training.validation import evaluate_with, format_metrics
 from dllm_rl.training.warmup import warm_up

@@ -20,8 +20,8 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
+from dllm_rl.settings import Settings
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts

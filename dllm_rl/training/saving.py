@@ -26,7 +26,8 @@ from dllm_rl.files import keep_lock
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe
+from dllm_rl.settings import Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import CheckpointWriter, Run

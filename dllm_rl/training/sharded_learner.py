@@ -14,7 +14,8 @@ from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import host_copy
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe
+from dllm_rl.settings import Settings
 
 UNSHARDED_REMEDY = "or shard_size=1, with which every process has the full weights"
 

@@ -18,11 +18,12 @@ from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack
 from dllm_rl.models.base import Policy
+from dllm_rl.models.checkpoint.loading import num_parameters
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
-from dllm_rl.presets import num_parameters
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe_json
+from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights
 from dllm_rl.step.draw_prompts import fit_prompts
 from dllm_rl.step.value_head import ValueHead

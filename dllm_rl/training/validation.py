@@ -6,8 +6,9 @@ from accelerate import Accelerator
 
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler
+from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import Task
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dllm_rl import Autoregress, Causal, MaxProb, Recipe, Trajectory, Unmask, tiny_llama, tiny_masked_lm
+from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.samplers.rules import Confidence
-from dllm_rl.training.grpo import grpo_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEFAULTS = {field.name: field.default for field in fields(Recipe)}

@@ -14,12 +14,12 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
 from dllm_rl.decoding.tokens import encode
+from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.lora import Lora
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.training.distillation import Teacher, refine_steps, student_teacher_log_ratio
-from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy, teacher_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome

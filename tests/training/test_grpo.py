@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
+from dllm_rl.frontend.trl_names import DR_GRPO, REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
@@ -36,7 +37,6 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.step_settings import update_settings
-from dllm_rl.training.trl_names import DR_GRPO, REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]

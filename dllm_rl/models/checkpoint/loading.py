@@ -26,6 +26,7 @@ from dllm_rl.files import read_json
 from dllm_rl.models.base import (
     FamilySpec,
     Module,
+    Policy,
     Tokenizer,
     encode_block_causal,
     encode_roberta,
@@ -562,3 +563,9 @@ def quiet_progress() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def num_parameters(model: str | Policy) -> int:
+    """Count a model's weights. For a folder or a hub's id, only config.json is read."""
+    module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
+    return sum(parameter.numel() for parameter in module.parameters())

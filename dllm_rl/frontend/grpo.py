@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from dllm_rl.algorithms.losses import FixedLengthMean
+from dllm_rl.frontend.trl_names import DR_GRPO, with_trl_names
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import load_config
+from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
-from dllm_rl.presets import find_preset, num_parameters, preset_by_size, print_preset, without_batch_settings
+from dllm_rl.presets import find_preset, preset_by_size, print_preset, without_batch_settings
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import annotations_of
 from dllm_rl.samplers import Sampler
@@ -29,7 +30,6 @@ from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset,
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
-from dllm_rl.training.trl_names import DR_GRPO, with_trl_names
 
 MAX_EXACT_STEPS = 3  # samplers of at most this many denoising steps are scored exactly
 MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps

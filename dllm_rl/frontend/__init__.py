@@ -1,0 +1,1 @@
+"""`grpo`: training in one call, with TRL's names."""
