@@ -5,18 +5,17 @@ import os
 import signal
 import threading
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from made_run import make_run
 from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
-from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.lora import Lora
@@ -24,7 +23,6 @@ from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.hooks import record_update
-from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
 from dllm_rl.training.trainer import train
 
@@ -164,21 +162,11 @@ def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
         small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora())
 
 
-def test_a_step_replaces_the_state_as_a_whole():
-    nothing = lambda *_: 0  # noqa: E731
-    recipe = SimpleNamespace(save_steps=10, num_steps=10, directory="runs/x", best_metric=None)
-    run = object.__new__(Run)
+def test_a_step_replaces_the_state_as_a_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
     before = TrainingState(step=3, version=6, dtype="float32", eval_before={"reward": 0.5}, recipe={})
-    run.__dict__.update(
-        recipe=recipe,
-        accelerator=SimpleNamespace(is_main_process=False),
-        state=before,
-        policy=SimpleNamespace(weights_version=8),
-        log=SimpleNamespace(entered="sync"),
-        stop=SimpleNamespace(agreed=nothing),
-        writer=SimpleNamespace(check=nothing),
-        control=RunControl(Path("runs/x"), 3, 10),
-    )
+    recipe = tiny_recipe(tmp_path, save_steps=10, num_steps=10)
+    run = make_run(recipe=recipe, state=before, policy=SimpleNamespace(weights_version=8))
     record_update(run, 3, {})
     checkpoint_if_due(run, {})
     assert (run.state.step, run.state.version, run.state.eval_before) == (4, 8, {"reward": 0.5})

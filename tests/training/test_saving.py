@@ -1,6 +1,5 @@
 """What a run remembers of its saves."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,23 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulated import int3_emulated
+from made_run import make_run
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.callbacks import RunControl
-from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.training import saving
-from dllm_rl.training.run import Run
 
 
 def test_a_save_that_failed_is_not_remembered_as_done():
     """A stop that finds the step remembered would end the run without writing it."""
     warnings: list[str] = []
-    recipe, log = SimpleNamespace(on_save_error="continue"), SimpleNamespace(say=warnings.append)
-    run = object.__new__(Run)
-    run.__dict__.update(recipe=recipe, log=log)
+    recipe = tiny_recipe("runs/x", on_save_error="continue")
+    run = make_run(recipe=recipe, log=SimpleNamespace(say=warnings.append))
 
     def full_disk():
         raise OSError(28, "No space left on device")
@@ -38,11 +34,8 @@ def test_a_save_that_failed_is_not_remembered_as_done():
 def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     """The copy may hold weights of two steps, also where version and state agree again when it is made."""
     policy = SimpleNamespace(weights_version=3, module=torch.nn.Module())
-    log = SimpleNamespace(entered="")
-    writer = SimpleNamespace(main_only=nullcontext(), wait=lambda: None)
-    run = object.__new__(Run)
-    state = TrainingState(step=3, version=3, dtype="float32", recipe={})
-    run.__dict__.update(policy=policy, optimizer=None, log=log, writer=writer, state=state, saved=2)
+    run = make_run(policy=policy, saved=2)
+    state = run.state
 
     def copied(policy, optimizer):
         if "state" in during:
@@ -64,13 +57,9 @@ class Left(BaseException):
 
 def stopped(monkeypatch, *, version=3, **changes):
     """Whether an overdue stop ended a run after step 3 whose policy has this version, and the steps that it wrote."""
-    stop = SimpleNamespace(disarm=lambda: None, leave=leave)
-    run = object.__new__(Run)
-    run.__dict__.update(stop=stop, recipe=tiny_recipe("runs/x"), saved=2)
-    run.__dict__.update(policy=tiny_masked_lm(**SIZES))
-    run.policy.weights_version = version
-    run.__dict__.update(accelerator=SimpleNamespace(is_main_process=True), writer=SimpleNamespace(wait=lambda: None))
-    run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}), **changes)
+    run = make_run(stop=SimpleNamespace(disarm=lambda: None, leave=leave), **{"saved": 2} | changes)
+    if "policy" not in changes:
+        run.policy.weights_version = version
     written = []
     monkeypatch.setattr(saving, "write_checkpoint", lambda run: written.append(run.state.step))
     try:
@@ -109,18 +98,11 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     """Else the word of another process that this one is lost would name the stage before."""
     log = SimpleNamespace(entered="evaluation")
     stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
-    run = object.__new__(Run)
-    run.__dict__.update(log=log, stop=stop, accelerator=None, policy=SimpleNamespace(weights_version=4))
+    recipe = tiny_recipe(tmp_path, save_steps=9, num_steps=99)
+    run = make_run(recipe=recipe, log=log, stop=stop, policy=SimpleNamespace(weights_version=4))
     saving.install_emergency_saves(run, None)
     assert log.entered == "" and stop.last_words is None
     log.entered = "sync"
     (tmp_path / "metrics.jsonl").touch()
-    recipe = SimpleNamespace(save_steps=9, num_steps=99, directory=str(tmp_path), best_metric=None)
-    run.control = RunControl(tmp_path, 3, 99)
-    run.__dict__.update(recipe=recipe, writer=SimpleNamespace(check=lambda: None))
-    run.__dict__.update(
-        accelerator=SimpleNamespace(is_main_process=True),
-        state=TrainingState(step=3, version=3, dtype="float32", recipe={}),
-    )
     saving.checkpoint_if_due(run, {})
     assert log.entered == ""
