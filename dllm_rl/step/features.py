@@ -17,10 +17,16 @@ Metrics = dict[str, float]
 
 
 class StepFeature:
-    """An optional part of a step: override what it needs. `training.make_step` chooses the features of a run.
+    """An optional part of a training step: override what it needs.
 
-    Every method that communicates between processes is called in every process, in the order of the tuple.
+    Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
+    `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
+    the tuple, and once more in the rehearsal before the first step, on one group and without an update. A feature has
+    no state in a checkpoint.
     """
+
+    max_staleness: int = 0  # updates by which the rollout's weights may be older, if `syncs` returns False
+    changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
 
     def around_forward(self, context: "StepContext") -> AbstractContextManager:
         """Return a context for all forwards of the step: rollouts, a teacher's, the learner's."""
@@ -57,8 +63,13 @@ class StepFeature:
     def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
         """Check the scores. Raise RuntimeError to end the run."""
 
-    def after_update(self, context: "StepContext") -> None:
-        """Learn too, once the learner has."""
+    def after_update(self, context: "StepContext") -> Metrics:
+        """Learn too, once the learner has, and return metrics. The gradients of the last update are still there."""
+        return {}
+
+    def syncs(self, context: "StepContext", step: int) -> bool:
+        """Return whether the rollout policy gets the learner's weights after this step, counted from 0."""
+        return True
 
     def metrics(self, context: "StepContext") -> Metrics:
         """Return metrics of the scoring."""

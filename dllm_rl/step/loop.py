@@ -1,5 +1,7 @@
 """One training step on collected samples."""
 
+from dataclasses import replace
+
 import torch
 
 from dllm_rl.step.context import StepContext
@@ -16,9 +18,11 @@ def train_step(context: StepContext, samples: Samples, step: int, optimizer: tor
     with context.log.stage("update"), context.learner_forward():
         batches, mismatch = make_batches(context, scored)
         batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]
+        settings = context.settings.update_settings(step)
+        late = settings.max_staleness + sum(feature.max_staleness for feature in context.features)
         update_metrics = update(
-            context.policy, optimizer, batches, context.accelerator, context.settings.update_settings(step)
+            context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
         )
         for feature in context.features:
-            feature.after_update(context)
+            update_metrics |= feature.after_update(context)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)

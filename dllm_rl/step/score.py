@@ -74,12 +74,12 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
 
 
 def rollout_logprob_source(
-    likelihood: LikelihoodEstimator, policy: Policy, rollout_policy: Policy
+    likelihood: LikelihoodEstimator, policy: Policy, rollout_policy: Policy, *, changes_views: bool = False
 ) -> Literal["recorded", "scored", "learner"]:
     """Return the source of the rollout's log-probs: "recorded" (by the sampler; the estimator would compute
     the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
-    if likelihood.exact_for_sampler:
+    if likelihood.exact_for_sampler and not changes_views:
         return "recorded"
     return "learner" if rollout_policy is policy else "scored"
 
@@ -111,7 +111,8 @@ def score(
     """
     settings, policy, rollout_policy = context.settings, context.policy, context.rollout_policy
     likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
-    source = rollout_logprob_source(likelihood, policy, rollout_policy)
+    changes_views = any(feature.changes_views for feature in context.features)
+    source = rollout_logprob_source(likelihood, policy, rollout_policy, changes_views=changes_views)
     reference_logprobs = None
     if (
         context.reference is not None and settings.beta

@@ -132,7 +132,7 @@ class ValueHead(StepFeature):
             torch.where(has_step, values - target, 0).square().sum().backward()
         return values.detach()
 
-    def after_update(self, context: StepContext) -> None:
+    def after_update(self, context: StepContext) -> dict[str, float]:
         """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
 
         It comes after the learner's update, so that a step that fails leaves both unchanged.
@@ -144,13 +144,14 @@ class ValueHead(StepFeature):
         if self.layers is None or processes_without_layers:  # they have scored no completion yet
             if self.layers is not None:
                 self.layers.zero_grad(set_to_none=True)
-            return
+            return {}
         sum_gradients(self.layers, accelerator)
         for parameter in self.layers.parameters():
             assert parameter.grad is not None
             parameter.grad /= max(num_values, 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return {}
 
     def metrics(self, context: StepContext) -> dict[str, float]:
         """Return value/loss, the mean squared error of the values, and value/explained_variance: 1 - value/loss / (mean

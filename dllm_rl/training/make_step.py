@@ -1,5 +1,6 @@
 """The context of a run's steps, with the features that its recipe uses."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +15,6 @@ from dllm_rl.step.balance import Balance
 from dllm_rl.step.compare import Agreement
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
-from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Logprobs, Rollout, Views
@@ -56,7 +56,7 @@ def make_step(
     rollout_policy: Policy,
     reference: Policy | None = None,
     teacher: Policy | None = None,
-    value_head: ValueHead | None = None,
+    features: Sequence[StepFeature] = (),
     **more: Any,
 ) -> StepContext:
     """Make the context of a recipe's steps. What the recipe does not use is not among its features.
@@ -68,32 +68,30 @@ def make_step(
         rollout_policy: The policy that samples; may be the learner.
         reference: The policy that RL started from, for the KL term or as a teacher.
         teacher: The teacher, if it is not the reference.
-        value_head: The run's value head, if the recipe has a value model.
+        features: Further features: the run's value head, and those given to `train`.
         more: Further fields of StepContext: history, log.
     """
     teacher = reference if recipe.teacher == REFERENCE else teacher
-    features: list[StepFeature] = []
+    used: list[StepFeature] = []
     if recipe.zero_mismatch:
-        features.append(ZeroMismatch())
+        used.append(ZeroMismatch())
     if aligns(recipe, policy, rollout_policy):
-        features.append(AlignedForward())
+        used.append(AlignedForward())
     if recipe.router_replay is not None:
-        features.append(RouterReplay())
+        used.append(RouterReplay())
     if teacher is not None:
-        features.append(Teacher(recipe, teacher))
+        used.append(Teacher(recipe, teacher))
     if accelerator.num_processes > 1:
-        features.append(Balance(swaps=not recipe.zero_mismatch))
+        used.append(Balance(swaps=not recipe.zero_mismatch))
     if rollout_policy is not policy:
-        features.append(Agreement())
-    if value_head is not None:
-        features.append(value_head)
+        used.append(Agreement())
     return StepContext(
         settings=step_settings(recipe),
         accelerator=accelerator,
         policy=policy,
         rollout_policy=rollout_policy,
         reference=reference,
-        features=tuple(features),
+        features=(*used, *features),
         **more,
     )
 

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -29,6 +29,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.collect import GradedCompletion, compute_advantages, sample_and_grade
 from dllm_rl.step.correct import make_batches
+from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
@@ -45,29 +46,38 @@ from dllm_rl.training.warmup import tokenize_solutions
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
 
 
-def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
+def rehearse(
+    recipe: Recipe,
+    policy: Policy,
+    problem: Problem,
+    accelerator: Accelerator,
+    features: Sequence[StepFeature] = (),
+) -> None:
     """Run one group per process through a step without the update, and save a checkpoint. Call it before the first
     step, so that a setting that fails is refused early: it raises any error that the step would raise.
     """
     with preserve_random_state(), as_trained(recipe, policy) as learner:
-        micro_step(recipe, learner, problem, accelerator)
+        micro_step(recipe, learner, problem, accelerator, features)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
         if recipe.on_save_error == "stop":
             from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
 
 
-def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
+def micro_step(
+    recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator, features: Sequence[StepFeature]
+) -> None:
     """Run the training step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
+    value_head = make_value_head(recipe, None)
     context = make_step(
         recipe,
         accelerator=accelerator,
         policy=policy,
         rollout_policy=resolve_rollout_engine(recipe).load(policy),
         reference=reference if recipe.beta else None,
-        value_head=make_value_head(recipe, None),
+        features=features if value_head is None else (value_head, *features),
     )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
     rollout, answers, _ = sample_and_grade(context, [problem], seeds, key)

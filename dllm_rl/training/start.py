@@ -26,7 +26,7 @@ from dllm_rl.records import describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights
 from dllm_rl.step.draw_prompts import fit_prompts
-from dllm_rl.step.value_head import ValueHead
+from dllm_rl.step.features import StepFeature
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
@@ -60,7 +60,7 @@ from dllm_rl.training.validation import check_evaluations, validation_interval
 from dllm_rl.training.value_head_file import check_value_model, make_value_head
 
 
-def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
+def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
     """Prepare a run up to its first step: check the recipe, load the policies, and restore the state of a resumed run.
 
     Raises:
@@ -88,7 +88,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.
     resume_folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     if not resume_folder:
-        policy = load_and_rehearse(recipe, accelerator)
+        policy = load_and_rehearse(recipe, accelerator, features)
         teacher = teacher_policy(recipe, policy, accelerator)
 
     # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
@@ -119,6 +119,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
+    value_head = make_value_head(recipe, resume_folder)
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -126,8 +127,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         rollout_policy=rollout_policy,
         reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
         teacher=teacher,
-        value_head=make_value_head(recipe, resume_folder),
         history=reward_history(recipe, resume_folder),
+        features=features if value_head is None else (value_head, *features),
         log=log,
     )
     run = Run(
@@ -139,7 +140,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         step=step,
         engine=engine,
         history=step.history,
-        value_head=next((each for each in step.features if isinstance(each, ValueHead)), None),
+        value_head=value_head,
         optimizer=optimizer,
         state=state,
         stop=stop,
@@ -240,7 +241,7 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
     check_batches(recipe, accelerator.num_processes)
 
 
-def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
+def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequence[StepFeature] = ()) -> Policy:
     """Load the recipe's model and rehearse a step, so that a wrong setting is refused before the run trains or writes a
     file.
     """
@@ -251,5 +252,5 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
     policy = shard_policy(recipe, policy, accelerator)
-    rehearse(recipe, policy, problem, accelerator)
+    rehearse(recipe, policy, problem, accelerator, features)
     return policy

@@ -5,12 +5,14 @@ learner, updates the weights, and copies them to the rollout policy.
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
+from dllm_rl.step.features import StepFeature
 from dllm_rl.step.loop import train_step
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
@@ -24,7 +26,7 @@ from dllm_rl.training.validation import evaluate_with, validation_interval
 
 
 @leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
-def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
+def train(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Summary:
     """Train with a recipe and return the run's summary.
 
     Call it for a recipe that you wrote yourself; call `grpo` if you have a model, a data set and reward functions. If
@@ -33,6 +35,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     Args:
         recipe: Settings of the run.
         pool: Workers that make the rollouts if the recipe sets `rollout_workers`. None (default): Ray workers.
+        features: Parts of a step that no setting of a recipe has; see `StepFeature`. Default: none.
 
     Returns:
         A dict with the content of summary.json; its attribute `policy` is the trained policy. In a dry run, the dict
@@ -46,7 +49,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
         if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
-    run = start(recipe, pool)  # starts a new run, or resumes one from a checkpoint
+    run = start(recipe, pool, features)  # starts a new run, or resumes one from a checkpoint
     for step_index in range(run.state.logged_steps, recipe.num_steps):
         # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
         metrics = run.state.unlogged
@@ -77,7 +80,8 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     with run.log.stage("sync"):
         # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
         mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
-        sync_metrics = mismatch_metrics | run.engine.sync(run.policy, run.rollout_policy)
+        syncs = all(feature.syncs(step, step_index) for feature in step.features)
+        sync_metrics = mismatch_metrics | (run.engine.sync(run.policy, run.rollout_policy) if syncs else {})
     # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
     # processes.
     log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)

@@ -54,9 +54,10 @@ def relinked(text: str, source: Path) -> str:
 
 def recipe_fields() -> str:
     """A Markdown table of Recipe's fields: name, default, meaning."""
-    tree = ast.parse((ROOT / "dllm_rl" / "recipe.py").read_text(encoding="utf-8"))
+    files = [ROOT / "dllm_rl" / name for name in ("settings.py", "recipe.py")]
+    classes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     rows = {}
-    for record in tree.body:
+    for record in classes:
         for node in record.body if isinstance(record, ast.ClassDef) else ():  # Settings, then Recipe
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 assert isinstance(node.target, ast.Name)

@@ -1,0 +1,117 @@
+"""Parts of a step that no setting has, each built as a user would: in a class of a few lines, given to `train`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from emulated import int3_emulated
+from run_outputs import metrics_of
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import StepFeature, Trajectory, train
+from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.models.base import trainable_parameters
+
+
+class SyncEvery(StepFeature):
+    """The rollout policy gets new weights every `steps` updates."""
+
+    def __init__(self, steps):
+        self.steps, self.max_staleness, self.versions = steps, steps - 1, []
+
+    def after_rollout(self, context, samples, step):
+        self.versions.append(samples.rollout.weights_version)
+        return samples, {}
+
+    def syncs(self, context, step):
+        return (step + 1) % self.steps == 0
+
+
+class DropSmallViews(StepFeature):
+    """Views that score fewer than `least` tokens of this process are not scored: by no policy, so ratios agree."""
+
+    changes_views = True
+
+    def __init__(self, least):
+        self.least, self.sizes = least, []
+
+    def views_to_score(self, context, rollout, views, *, recorded):
+        sizes = (views.coefficients != 0).sum((-1, -2))
+        self.sizes.append(sizes.tolist())
+        kept = (sizes >= self.least).to(views.coefficients)[:, None, None]
+        return replace(views, coefficients=views.coefficients * kept)
+
+
+class LogLayers(StepFeature):
+    """The norm of each weight's gradient, after clipping."""
+
+    def after_update(self, context):
+        named = context.policy.module.named_parameters()
+        return {f"mine/{name}": weight.grad.norm().item() for name, weight in named if weight.grad is not None}
+
+
+class LogHighest(StepFeature):
+    """The 99th percentile of |log ratio| of a step's scored tokens."""
+
+    def check_scores(self, context, rollout, logps):
+        scored = logps.views.scored(rollout.completion_mask)
+        self.found = (logps.old_logprobs - logps.rollout_logprobs)[scored].abs().quantile(0.99).item()
+
+    def metrics(self, context):
+        return {"mine/p99": self.found}
+
+
+def test_a_sync_every_four_updates(tmp_path):
+    feature = SyncEvery(4)
+    recipe = tiny_recipe(tmp_path, num_steps=6, rollout_quantization=int3_emulated, learning_rate=1e-2)
+    train(recipe, features=(feature,))
+    assert feature.versions == [0, 0, 0, 0, 4, 4]
+    rows = metrics_of(tmp_path)
+    assert ["quantization/codes_changed" in row for row in rows] == [False, False, False, True, False, False]
+
+
+def test_without_its_promise_an_older_rollout_is_refused(tmp_path):
+    feature = SyncEvery(4)
+    feature.max_staleness = 0
+    with pytest.raises(RuntimeError, match="is 1 updates behind the learner's 1"):
+        train(tiny_recipe(tmp_path, rollout_quantization=int3_emulated), features=(feature,))
+
+
+@pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
+def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
+    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": likelihood}
+    feature = DropSmallViews(least=10**6)
+    train(tiny_recipe(tmp_path / "none", **changes), features=(feature,))
+    (row,) = metrics_of(tmp_path / "none")
+    assert row["grad_norm"] == 0 and feature.sizes[-1]
+
+    feature = DropSmallViews(least=sorted(feature.sizes[-1])[-1])  # the largest one stays
+    train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
+    train(tiny_recipe(tmp_path / "all", **changes), features=(DropSmallViews(least=0),))
+    train(tiny_recipe(tmp_path / "plain", **changes))
+    one, every, plain = (metrics_of(tmp_path / name)[0] for name in ("one", "all", "plain"))
+    assert one["rollout_corr/abs_log_ratio_max"] == 0, "rollout and learner score the same views"
+    assert 0 < one["grad_norm"] != plain["grad_norm"] == every["grad_norm"]
+
+
+def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
+    """The trap: the order's log-probs of the dropped steps stay in the rollout's, and the learner has none."""
+    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": Trajectory()}
+    feature = DropSmallViews(least=0)
+    train(tiny_recipe(tmp_path / "all", **changes), features=(feature,))
+    feature = DropSmallViews(least=max(feature.sizes[-1]))
+    feature.changes_views = False
+    train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
+    assert metrics_of(tmp_path / "one")[0]["rollout_corr/abs_log_ratio_max"] > 0.1
+
+
+def test_metrics_of_ones_own(tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout_quantization=int3_emulated)
+    summary = train(recipe, features=(LogLayers(), LogHighest()))
+    names = {name for name, _ in summary.policy.module.named_parameters()}
+    assert len(trainable_parameters(summary.policy.module)) == len(names)
+    for row in metrics_of(tmp_path):
+        layers = torch.tensor([value for name, value in row.items() if name.removeprefix("mine/") in names])
+        assert len(layers) == len(names)
+        assert layers.norm().item() == pytest.approx(min(row["grad_norm"], recipe.max_grad_norm), rel=1e-4)
+        assert 0 < row["mine/p99"] <= row["rollout_corr/abs_log_ratio_max"]
