@@ -372,8 +372,8 @@ def on_host(work):
 PLANTED = {
     "sampler, drawn": ("samplers.canvas", "uniforms"),
     "sampler, scores": ("samplers.choose", "draw_and_rank"),
-    "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
-    "scoring, order": ("models.order", "stay_masked_logprobs"),
+    "scoring, log-probs": ("decoding.order", "token_logprobs_and_confidences"),
+    "scoring, order": ("decoding.order", "stay_masked_logprobs"),
     "learner, masks": ("step.score", "draw_view_sets"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("step.update", "off_policy_metrics"),
