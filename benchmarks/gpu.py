@@ -4,20 +4,23 @@
     python -m benchmarks.gpu --queue runs/rehearsal --rehearse       the same at toy size, on a CPU
 
 A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed says why there, and runs again when its
-file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order:
+file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order, with the
+minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
-    run sums     benchmarks/gpu_run.py; `run countdown` after the first sampler
-    plan         what the dry run says that a step takes at most, and what the allocator says that it took
-    sampler N    plain, exact, cached, FP8, eager and then all of it compiled; a batch of N; LLaDA-8B's shapes
-    learner      a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
-    sync         a fresh copy's weights, quantized in place
-    step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
-    whole step N  steps as one graph (`compile_step`), a batch of N
-    mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
-    long         the sampler's ways at 256 tokens
-    experts      a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
-    roofline     products in bf16 and FP8, and copying: what the other parts are held against
-    tests        pytest -m gpu
+    run sums      (0.4)  benchmarks/gpu_run.py
+    sampler 8      3     plain, exact, cached, FP8, eager and then all of it compiled; 8 rows; LLaDA-8B's shapes
+    run countdown (1.2)  benchmarks/gpu_run.py
+    plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
+    sampler N      2.5   the same with 1 row, and with 64
+    learner        0.3   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
+    sync           0.2   a fresh copy's weights, quantized in place
+    step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
+    whole step N  (0.8)  steps as one graph (`compile_step`), N rows
+    mismatch      (0.3)  trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
+    long          (0.3)  the sampler's ways at 256 tokens
+    experts       (0.2)  a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
+    roofline       0.2   products in bf16 and FP8, and copying: what the other parts are held against
+    tests         (0.2)  pytest -m gpu
 """
 
 import argparse
