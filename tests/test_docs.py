@@ -24,6 +24,7 @@ from servers import TOKEN, running
 
 import dllm_rl
 from dllm_rl.config import from_command_line
+from dllm_rl.samplers.rules import FunctionRank
 from dllm_rl.training.cautions import cautions
 from recipes.latin_sudoku import taught_latin
 
@@ -262,10 +263,8 @@ def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
     assert capsys.readouterr().out.split() == ["deterministic", "unknown"]
     with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
-        dllm_rl.FunctionRank(
-            function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic"
-        )
-    assert dllm_rl.check_order(dllm_rl.Confidence(), made["commit"]) == "unknown"
+        FunctionRank(function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic")
+    assert dllm_rl.check_order(dllm_rl.Confidence(), made["Halves"]()) == "unknown"
 
 
 @pytest.mark.nightly
@@ -277,12 +276,12 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     assert shares.off < 4, "the shares that the ratio says are those of the other policy's own rollouts"
     assert shares.writings > 5, "of four tokens, one more is drawn again in the mean"
     # An order that moves with the weights, which the ratio leaves out.
-    assert "import random" in text
-    (tmp_path / "jumping.py").write_text(text.replace("import random", "import max_prob as random"))
+    assert "import RandomOrder" in text
+    (tmp_path / "jumping.py").write_text(text.replace("import RandomOrder", "import MaxProb as RandomOrder"))
     jumping = runpy.run_path(str(tmp_path / "jumping.py"))["shares"]
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
-    rule = made["partial"](made["sampler"], rank=made["random"], commit=made["partial"](made["beside"], rate=0.5))
+    rule = made["sampler"].replace(rank=made["RandomOrder"](), commit=partial(made["beside"], rate=0.5))
     sampled = dllm_rl.Trajectory(num_sampled_steps=2)
     some = made["weighted_shares"](made["policy"], rule, [made["equals"]], likelihood=sampled)
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
@@ -308,14 +307,15 @@ def test_the_doctor_takes_rows_of_ones_own(capsys):
 @pytest.mark.nightly
 def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not():
     made = runpy.run_path(str(EXAMPLES / "sampler_at_once.py"), run_name="__main__")
-    rollout = made["at_once"](made["policy"], made["prompts"], torch.Generator(), max_new_tokens=6)
+    rollout = made["AtOnce"](max_new_tokens=6)(made["policy"], made["prompts"], torch.Generator())
     assert rollout.tokens.shape == (8, 9) and rollout.unmask_step.max() == 0
 
-    def wrong(*inputs, **keywords):  # log-probs of another temperature
-        rollout = made["at_once"](*inputs, **keywords)
-        return dataclasses.replace(rollout, logprobs=rollout.logprobs * 1.5)
+    class Wrong(made["AtOnce"]):  # log-probs of another temperature
+        def __call__(self, policy, prompts, generator):
+            rollout = super().__call__(policy, prompts, generator)
+            return dataclasses.replace(rollout, logprobs=rollout.logprobs * 1.5)
 
-    sampler = wrong.replace(max_new_tokens=6, temperature=0.7)
+    sampler = Wrong(max_new_tokens=6, temperature=0.7)
     with pytest.raises(AssertionError, match="log-probs differ"):
         made["check_engine"](made["engine"], made["policy"], made["prompts"], sampler)
 
@@ -441,14 +441,14 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
         assert f"| {name} | {' | '.join(cells)} |" in told
     correctors = importlib.import_module("dllm_rl.algorithms.correctors")
     for corrector, passes in (
-        (correctors.tis(level="sequence"), True),
-        (correctors.tis(cap=1e9), True),
-        (correctors.tis(cap=1e9, level="sequence"), True),
-        (correctors.icepop(), True),
-        (correctors.ais(), True),
-        (correctors.tbpo(), True),
-        (correctors.mis(), False),
-        (correctors.reject(threshold=0.1), False),
+        (correctors.TIS(level="sequence"), True),
+        (correctors.TIS(cap=1e9), True),
+        (correctors.TIS(cap=1e9, level="sequence"), True),
+        (correctors.IcePop(), True),
+        (correctors.AIS(), True),
+        (correctors.TBPO(), True),
+        (correctors.MIS(), False),
+        (correctors.Reject(threshold=0.1), False),
     ):
         assert made["passes"](made["gradient_table"](corrector), made["tables"]["none"]) == passes
     sys.modules.pop("my_corrector")
@@ -533,7 +533,7 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
     script = importlib.import_module("recipes.examples.estimator_right")
     examples = vars(importlib.import_module("recipes.examples.control_variates"))
     likelihoods = vars(importlib.import_module("dllm_rl.likelihoods.estimators")) | {
-        name: examples[name] for name in ("controlled", "cross_fitted")
+        name: examples[name] for name in ("Controlled", "cross_fitted")
     }
     tables = {}
     for name, cells in re.findall(r"^\| `(\S[^`]*)` \| (\d.*) \|$", told, re.MULTILINE):
