@@ -85,6 +85,12 @@ def option(*, default: Any = dataclasses.MISSING, help: str = "", **bound: int |
     return dataclasses.field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
+def with_nearest(name: str, known: Iterable[str]) -> str:
+    """Return an unknown name for an error message, with the nearest of the known names if one is near."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"{name} (the nearest is {nearest[0]})" if nearest else name
+
+
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 class Record:
     """Base of all methods and settings. A subclass is a frozen dataclass with keyword arguments only.
@@ -97,6 +103,13 @@ class Record:
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
+
+    def __new__(cls, *_: Any, **settings: Any) -> "Record":
+        known = [setting.name for setting in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if unknown := [with_nearest(name, known) for name in settings if name not in known]:
+            kind = cls.__name__
+            raise ValueError(f"not settings of {kind}: {', '.join(unknown)}; help({kind}) lists all")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         annotations, problems = annotations_of(type(self)), []

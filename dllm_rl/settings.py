@@ -1,8 +1,7 @@
 """The settings that RL and SFT share."""
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, cast
 
@@ -12,12 +11,6 @@ from dllm_rl.models.base import Lora, Policy
 from dllm_rl.records import Record, describe, option, to_json
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-
-
-def with_nearest(name: str, known: Iterable[str]) -> str:
-    """Return an unknown name for an error message, with the nearest of the known names if one is near."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"{name} (the nearest is {nearest[0]})" if nearest else name
 
 
 def documented(record: type) -> str:
@@ -39,13 +32,6 @@ class Settings(Record):
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
 
     plotted_metric: ClassVar[str] = "loss"  # of an evaluation, in the summary and the picture
-
-    def __new__(cls, *_: Any, **settings: Any) -> "Settings":
-        known = [setting.name for setting in fields(cls)]
-        if unknown := [with_nearest(name, known) for name in settings if name not in known]:
-            kind = cls.__name__
-            raise ValueError(f"not settings of {kind}: {', '.join(unknown)}; help(dllm_rl.{kind}) lists all")
-        return super().__new__(cls)
 
     name: str = option(help="name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = option(

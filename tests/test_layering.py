@@ -60,7 +60,7 @@ MAY_IMPORT = {
     # floor 7
     "config": "screen records recipe presets",
     "supervised": "rng records types tasks distributed models decoding settings likelihoods checkpoints training",
-    "frontend": "records tasks algorithms distributed models settings likelihoods samplers recipe presets training",
+    "frontend": "records tasks algorithms distributed models likelihoods samplers recipe presets training",
     # floor 8
     "cli": "device files manifest rng screen records versions types tasks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation serving "

@@ -205,7 +205,7 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     ],
 )
 def test_all_unknown_settings_are_refused_together(make, message):
-    with pytest.raises(ValueError, match=re.escape(f"not settings of {message}; help(dllm_rl.")):
+    with pytest.raises(ValueError, match=re.escape(f"not settings of {message}; help(")):
         make()
 
 

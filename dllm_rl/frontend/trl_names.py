@@ -12,8 +12,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members
-from dllm_rl.settings import with_nearest
+from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members, with_nearest
 
 # From TRL's names to keywords of grpo_recipe with the same meaning. NAME.ARGUMENT is an argument of the function in the
 # keyword NAME, or an entry of the dict `sampler_options`.

@@ -489,7 +489,7 @@ def check_hub_id(path_or_id: str | Path) -> None:
     """Raise ValueError for a text that is neither a folder nor a hub id (owner/name)."""
     text = str(path_or_id)
     if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
-        raise ValueError(f"path_or_id={text!r} is neither a folder nor a hub id (owner/name); give one of them")
+        raise ValueError(f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them")
 
 
 def save_module(

@@ -231,6 +231,7 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
         f"parameters            {policy.num_parameters:,}",
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
+        f"corrector             {recipe.corrector}",
         *([engine_line] if recipe.rollout_engine is not None else []),
         *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, policy.num_parameters)),
     ]
