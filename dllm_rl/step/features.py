@@ -49,7 +49,9 @@ class StepFeature:
         return dict
 
     def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
-        """Change the views before any policy scores them. `recorded`: the sampler recorded the rollout's log-probs."""
+        """Change the views before rollout policy and learner score them, and the reference if `changes_views` is set.
+        `recorded`: the rollout's log-probs are those that the sampler recorded.
+        """
         return views
 
     def views_to_learn(self, rollout: Rollout, views: Views) -> Views:

@@ -111,15 +111,16 @@ def score(
     """
     settings, policy, rollout_policy = context.settings, context.policy, context.rollout_policy
     likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
-    changes_views = any(feature.changes_views for feature in context.features)
-    source = rollout_logprob_source(likelihood, policy, rollout_policy, changes_views=changes_views)
+    changing = [feature for feature in context.features if feature.changes_views]
+    source = rollout_logprob_source(likelihood, policy, rollout_policy, changes_views=bool(changing))
+    for feature in changing:  # for the reference too
+        views = feature.views_to_score(context, rollout, views, recorded=False)
     reference_logprobs = None
-    if (
-        context.reference is not None and settings.beta
-    ):  # with beta=0 the reference is only the teacher of a distillation
+    if context.reference is not None and settings.beta:  # with beta=0 the reference is only a teacher
         reference_logprobs = likelihood.logprobs(context.reference, rollout, views, micro_batch_size=micro_batch_size)
     for feature in context.features:
-        views = feature.views_to_score(context, rollout, views, recorded=source == "recorded")
+        if not feature.changes_views:
+            views = feature.views_to_score(context, rollout, views, recorded=source == "recorded")
     if source == "recorded":
         rollout_logprobs = recorded(rollout, views)
     elif source == "scored" and rollout_logprobs is None:

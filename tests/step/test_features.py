@@ -8,7 +8,7 @@ from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import StepFeature, Trajectory, train
+from dllm_rl import ELBO, StepFeature, Trajectory, train
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.models.base import trainable_parameters
 
@@ -92,6 +92,18 @@ def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
     one, every, plain = (metrics_of(tmp_path / name)[0] for name in ("one", "all", "plain"))
     assert one["rollout_corr/abs_log_ratio_max"] == 0, "rollout and learner score the same views"
     assert 0 < one["grad_norm"] != plain["grad_norm"] == every["grad_norm"]
+
+
+def test_the_reference_scores_the_views_that_are_left(tmp_path):
+    """The learner is the reference before the first update, so that the KL term is 0 in every view."""
+    likelihood = ELBO(num_samples=3)  # a position is scored in several views
+    recipe = tiny_recipe(tmp_path, beta=0.5, num_steps=1, rollout_quantization=None, likelihood=likelihood)
+    feature = DropSmallViews(least=0)
+    train(recipe, features=(feature,))
+    feature = DropSmallViews(least=max(feature.sizes[-1]))
+    train(replace(recipe, output_dir=str(tmp_path / "one")), features=(feature,))
+    assert any(size < feature.least for size in feature.sizes[-1])
+    assert metrics_of(tmp_path / "one")[0]["kl"] == 0
 
 
 def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
