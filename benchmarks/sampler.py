@@ -192,22 +192,21 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     shape = PRESETS[preset]
     policy = random_policy(shape, device)
     prompts = random_prompts(policy, shape)
-    ours = partial(
-        Unmask(max_new_tokens=shape.new, diffusion_steps=shape.steps, block_size=shape.block),
-        policy,
-        prompts,
-        torch.Generator(),
-    )
+    sampler = Unmask(max_new_tokens=shape.new, diffusion_steps=shape.steps, block_size=shape.block)
+
+    def ours(**changes: Any) -> Callable:
+        return partial(sampler.replace(**changes), policy, prompts, torch.Generator())
+
     lines = {
         "plain: the published algorithm": partial(plain, policy, prompts, shape),
         "plain, softmax in fp64": partial(plain, policy, prompts, shape, double=True),
         "plain, head on open positions only": partial(plain, policy, prompts, shape, masked_only=True),
-        "exact sampler": ours,
-        "exact sampler, temperature 1": ours.replace(temperature=1.0),
-        "exact sampler, random order, temperature 1": ours.replace(temperature=1.0, rank=RandomOrder()),
-        "threshold 0.9": ours.replace(commit=Threshold(tau=0.9)),
-        "prefix cache (approximate)": ours.replace(cache=PrefixCache()),
-        "dual cache (approximate)": ours.replace(cache=DualCache()),
+        "exact sampler": ours(),
+        "exact sampler, temperature 1": ours(temperature=1.0),
+        "exact sampler, random order, temperature 1": ours(temperature=1.0, rank=RandomOrder()),
+        "threshold 0.9": ours(commit=Threshold(tau=0.9)),
+        "prefix cache (approximate)": ours(cache=PrefixCache()),
+        "dual cache (approximate)": ours(cache=DualCache()),
         "plain prefix cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=False),
         "plain dual cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=True),
     }

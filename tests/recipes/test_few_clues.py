@@ -58,7 +58,7 @@ def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
         batches.append(batch)
         return supervised_loss(policy, batch, *noise)
 
-    monkeypatch.setattr(sudoku_tiny, "supervised_loss", watched)
+    monkeypatch.setattr("dllm_rl.training.warmup.supervised_loss", watched)
     policy = taught(seed=0, steps=0)
     few = replace(sudoku_tiny.recipe.task, size=30)
     sudoku_tiny.learn(policy, 1, 0, partial(few_clues.by_a_solver, few))
