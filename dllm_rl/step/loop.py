@@ -23,6 +23,4 @@ def train_step(context: StepContext, samples: Samples, step: int, optimizer: tor
         update_metrics = update(
             context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
         )
-        for feature in context.features:
-            update_metrics |= feature.after_update(context)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)

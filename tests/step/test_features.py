@@ -10,6 +10,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import ELBO, StepFeature, Trajectory, train
 from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
 
 
@@ -115,6 +116,30 @@ def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
     feature.changes_views = False
     train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
     assert metrics_of(tmp_path / "one")[0]["rollout_corr/abs_log_ratio_max"] > 0.1
+
+
+class Fails(StepFeature):
+    def __init__(self, method):
+        self.calls = 0
+        setattr(self, method, self.fail)
+
+    def fail(self, context, step=None):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("mine")
+        return {} if step is None else True
+
+
+@pytest.mark.parametrize("method", ["after_update", "syncs"])
+def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
+    recipe = tiny_recipe(tmp_path, num_steps=4, save_steps=4)
+    with pytest.raises(RuntimeError, match="mine"):
+        train(recipe, features=(Fails(method),))
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")][-1] == 2
+    train(replace(recipe, resume_from_checkpoint="latest"))
+    train(replace(recipe, output_dir=str(tmp_path / "whole")))
+    whole, again = (metrics_of(folder)[-1] for folder in (tmp_path / "whole", tmp_path))
+    assert again["step"] == 3 and again["grad_norm"] == whole["grad_norm"] and again["reward"] == whole["reward"]
 
 
 def test_metrics_of_ones_own(tmp_path):
