@@ -150,5 +150,5 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
         with pytest.raises(ValueError, match=r"model='owner/none': the hub refuses \(404 Client Error\)"):
             load("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
-        with pytest.raises(ValueError, match="path_or_id="):
+        with pytest.raises(ValueError, match="model="):
             loading.load_config(text)
