@@ -21,8 +21,8 @@ class StepFeature:
 
     Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
     `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
-    the tuple, and once more in the rehearsal before the first step, on one group and without an update. A feature has
-    no state in a checkpoint.
+    the tuple; those of scoring also in the rehearsal before the first step, on one group. A feature has no state in a
+    checkpoint.
     """
 
     max_staleness: int = 0  # updates by which the rollout's weights may be older, if `syncs` returns False
@@ -65,8 +65,11 @@ class StepFeature:
     def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
         """Check the scores. Raise RuntimeError to end the run."""
 
+    def learn(self, context: "StepContext") -> None:
+        """Update weights that belong to the learner's, before the update counts as done: an error here loses it."""
+
     def after_update(self, context: "StepContext") -> Metrics:
-        """Learn too, once the learner has, and return metrics. The gradients of the last update are still there."""
+        """Return metrics of the update, whose gradients are still there. An error here leaves a checkpoint of it."""
         return {}
 
     def syncs(self, context: "StepContext", step: int) -> bool:

@@ -23,4 +23,6 @@ def train_step(context: StepContext, samples: Samples, step: int, optimizer: tor
         update_metrics = update(
             context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
         )
+        for feature in context.features:
+            feature.learn(context)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)

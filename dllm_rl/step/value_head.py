@@ -33,7 +33,7 @@ class ValueHead(StepFeature):
         self.seed = seed
         self.saved = saved
         self.layers: nn.Sequential | None = None
-        self.num_values = 0.0  # number of values in the gradient, since the last `after_update`
+        self.num_values = 0.0  # number of values in the gradient, since the last `learn`
         self.sums: Metrics = {}  # for `metrics`, of the last set of views
 
     def build(self, width: int, device: torch.device) -> nn.Sequential:
@@ -80,7 +80,7 @@ class ValueHead(StepFeature):
         """Return the advantage of each scored token.
 
         It also adds to the layers the gradient of the values' squared error; the target of every step's value is the
-        row's advantage. `after_update` applies it.
+        row's advantage. `learn` applies it.
 
         Raises:
             ValueError: A position is scored at several steps, so that it has several advantages.
@@ -132,7 +132,7 @@ class ValueHead(StepFeature):
             torch.where(has_step, values - target, 0).square().sum().backward()
         return values.detach()
 
-    def after_update(self, context: StepContext) -> dict[str, float]:
+    def learn(self, context: StepContext) -> None:
         """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
 
         It comes after the learner's update, so that a step that fails leaves both unchanged.
@@ -144,14 +144,13 @@ class ValueHead(StepFeature):
         if self.layers is None or processes_without_layers:  # they have scored no completion yet
             if self.layers is not None:
                 self.layers.zero_grad(set_to_none=True)
-            return {}
+            return
         sum_gradients(self.layers, accelerator)
         for parameter in self.layers.parameters():
             assert parameter.grad is not None
             parameter.grad /= max(num_values, 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {}
 
     def metrics(self, context: StepContext) -> dict[str, float]:
         """Return value/loss, the mean squared error of the values, and value/explained_variance: 1 - value/loss / (mean

@@ -71,6 +71,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
+    check_features(recipe, features)
     check_hub(recipe)
     check_tasks(recipe)
     check_evaluations(recipe, validation_interval(recipe))
@@ -166,6 +167,16 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     install_emergency_saves(run, peers)
     before_first_step(run)
     return run
+
+
+def check_features(recipe: Recipe, features: Sequence[StepFeature]) -> None:
+    """Raise ValueError for a feature that rollout workers, which do not call it, would contradict."""
+    for feature in features if recipe.rollout_workers else ():
+        if feature.changes_views or feature.max_staleness:
+            raise ValueError(
+                f"features: {type(feature).__name__} changes what is scored or when weights are synced, and workers "
+                f"(rollout_workers={recipe.rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
+            )
 
 
 def restore(

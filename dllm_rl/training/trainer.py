@@ -77,9 +77,8 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     result = train_step(step, samples, step_index, run.optimizer)
     metrics |= result.metrics
     record_update(run, step_index, metrics)  # first: an error in a feature then leaves a checkpoint of this update
-    with run.log.stage("update"):
-        for feature in step.features:
-            metrics = metrics | feature.after_update(step)
+    for feature in step.features:
+        metrics = metrics | feature.after_update(step)
     with run.log.stage("sync"):
         # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
         mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)

@@ -142,6 +142,14 @@ def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
     assert again["step"] == 3 and again["grad_norm"] == whole["grad_norm"] and again["reward"] == whole["reward"]
 
 
+@pytest.mark.parametrize("feature", [SyncEvery(4), DropSmallViews(least=6)])
+def test_what_workers_would_contradict_is_refused(feature, tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout_workers=1, max_staleness=1)
+    with pytest.raises(ValueError, match=f"features: {type(feature).__name__} changes what is scored"):
+        train(recipe, features=(feature,))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_metrics_of_ones_own(tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_quantization=int3_emulated)
     summary = train(recipe, features=(LogLayers(), LogHighest()))
