@@ -43,7 +43,7 @@ def main() -> None:
         max_length=512,
     )
     rollout_policy = quantized_copy(policy, Float8WeightOnly())
-    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, num_generations=4)
     settings = {
         "max_new_tokens": options.length,
         "diffusion_steps": options.diffusion_steps,

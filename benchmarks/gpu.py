@@ -301,7 +301,7 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
         trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
     task = main_job.eval_task
-    prompts = encode(policy, [task[i] for i in range(4 if rehearse else 64)], group_size=2)
+    prompts = encode(policy, [task[i] for i in range(4 if rehearse else 64)], num_generations=2)
     schemes_by_name = {"Float8WeightOnly": schemes.Float8WeightOnly(), "e4m3 emulated": E4M3}
     if device.startswith("cuda"):
         schemes_by_name["Float8Dynamic"] = schemes.Float8Dynamic()

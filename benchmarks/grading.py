@@ -23,7 +23,7 @@ ARMS = {"no limit": None, "limit": LIMIT}
 def measure(rounds: int, problems: int = 32, group: int = 8) -> dict[str, dict[str, float]]:
     """By arm, the seconds of one call of `grade`."""
     task = Sudoku(size=problems, seed=0)
-    asked = [task[i] for i in range(problems)]
+    asked = [task[i] for i in range(problems) for _ in range(group)]
     completions = ["<answer>1234341221434321</answer>"] * (problems * group)
     walls: dict[str, list[float]] = {arm: [] for arm in ARMS}
     works: dict[str, list[float]] = {arm: [] for arm in ARMS}

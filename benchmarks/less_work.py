@@ -45,12 +45,14 @@ class Waiting(CachedForward):
     """As it was: all rows that began a block run until the slowest has ended."""
 
     def advance(
-        self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, rows_per_forward: int = 1
+        self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, run: Tensor, copies: Tensor | None
     ) -> tuple[Tensor, int]:
         if columns != self.columns:
             self.begun = rows
-        found, first = super().advance(tokens, self.begun, columns, rows_per_forward=rows_per_forward)
-        return (found if rows_per_forward > 1 else found[torch.isin(self.begun, rows)]), first
+        if copies is not None:
+            return super().advance(tokens, rows, columns, run=run, copies=copies)
+        found, first = super().advance(tokens, self.begun, columns, run=self.begun, copies=None)
+        return found[torch.isin(self.begun, rows)], first
 
 
 @contextmanager
@@ -155,7 +157,7 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
     ids = torch.randint(3, shape.vocabulary, (1, prompt), generator=generator.manual_seed(1)).tolist()
     arms = []
     for given, size in ((ids * group, 1), (ids, group)):
-        prompts = Prompts.from_ids(given, pad_id=policy.pad_id, group_size=size, seeds=range(group))
+        prompts = Prompts.from_ids(given, pad_id=policy.pad_id, num_generations=size, seeds=range(group))
         settings = {
             "max_new_tokens": shape.new,
             "diffusion_steps": shape.steps,

@@ -30,7 +30,7 @@ def main() -> None:
     characters = "".join(chr(0x4E00 + i) for i in range(options.vocabulary - 6))
     sizes = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "intermediate_size": 704, "max_length": 512}
     policy = tiny_llama(characters=characters, causal=False, **sizes)
-    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, num_generations=4)
     sampler = Unmask(max_new_tokens=options.length, diffusion_steps=options.diffusion_steps, temperature=1.0)
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     sample = lambda rank: sampler.replace(rank=rank)(policy, prompts, seeded())  # noqa: E731

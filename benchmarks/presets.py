@@ -68,7 +68,7 @@ def make(shape: Shape, device: str, dtype: torch.dtype) -> tuple[DiffusionPolicy
         completion_mask=completion,
         unmask_step=steps,
         logprobs=torch.zeros(tokens.shape),
-        group_size=1,
+        group=torch.arange(shape.num_rows),
         sampling_params=SamplingParams(suppress=(policy.spec.mask_id,)),
     )
     return policy, rollout.to(device)

@@ -50,7 +50,7 @@ class Recipe(Settings):
         help="with top_k or top_p: normalize log-probs over each policy's own tokens, all, or the rollout's",
     )
     advantages: Advantages = option(
-        default=GroupRelative(), help="advantages (P, G) from rewards (P, G): GroupRelative, LeaveOneOut, Decoupled"
+        default=GroupRelative(), help="advantages (B,) of rewards (B,) in groups: GroupRelative, LeaveOneOut, Decoupled"
     )
     value_model: ValueModel | None = option(
         default=None,
@@ -83,11 +83,9 @@ class Recipe(Settings):
     )
 
     num_generations: int = option(default=8, help="completions per prompt (G)", at_least=1)
-    rollout_batch_size: int | None = option(
-        default=None, help="completions per sampler call, a multiple of num_generations; None: all"
-    )
+    rollout_batch_size: int | None = option(default=None, help="completions per sampler call; None: all", at_least=1)
     micro_batch_size: int | None = option(
-        default=None, help="completions per forward of scoring and update, a multiple of num_generations; None: all"
+        default=None, help="completions per forward of scoring and update; None: all", at_least=1
     )
     max_retained_graphs: int = option(
         default=1,
@@ -263,11 +261,6 @@ class Recipe(Settings):
                 ),
             ]
         conflicts += self._async_conflicts() + self._teacher_conflicts()
-        group_size = self.num_generations
-        for name in ("rollout_batch_size", "micro_batch_size"):
-            size = getattr(self, name)
-            is_multiple = size is None or (size >= group_size and size % group_size == 0)  # a group is never split
-            conflicts.append((not is_multiple, f"{name}={size} must be a multiple of num_generations={group_size}"))
         return conflicts
 
     def _async_conflicts(self) -> list[tuple[bool, str]]:

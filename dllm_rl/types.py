@@ -1,8 +1,8 @@
 """Records that the stages of a training step (rollout, scoring, update) pass to each other.
 
-Log-probs are fp32, in nats. Axes: P prompts, G completions of each prompt, B = P*G rows (row p*G+g), S prompt
-positions, T positions (prompt and completion), V vocabulary, D hidden size, N views of an estimator, K scored
-positions.
+Log-probs are fp32, in nats. Axes: B rows, one per completion; P groups of rows that share a prompt; S prompt positions,
+T positions (prompt and completion), V vocabulary, D hidden size, N views of an estimator, K scored positions. The rows
+of a group are adjacent, and groups may have different sizes.
 """
 
 import dataclasses
@@ -175,27 +175,54 @@ class SamplingParams:
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
+def equal_groups(num_groups: int, num_generations: int) -> Int[Tensor, " B"]:
+    """Return the group of each row for groups of equal size: 0, 0, ..., 1, 1, ..."""
+    return torch.arange(num_groups).repeat_interleave(num_generations)
+
+
+def starts_group(group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Return which rows are the first of their group."""
+    return group.diff(prepend=group[:1] - 1) != 0
+
+
+def group_numbers(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Return the number of each row's group, counted from 0 in the order of the rows."""
+    return starts_group(group).long().cumsum(0) - 1
+
+
+def group_sizes(group: Int[Tensor, " B"]) -> list[int]:
+    """Return the number of rows of each group."""
+    return group_numbers(group).bincount().tolist()
+
+
+def any_in_group(flags: Bool[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Return for each row whether a flag of any row of its group is set."""
+    number = group_numbers(group)
+    return torch.zeros_like(number).scatter_reduce(0, number, flags.long(), "amax").bool()[number]
+
+
 @dataclass(frozen=True)
-class Prompts(_Movable):
-    """Left-padded prompts; a sampler completes each prompt `group_size` times.
+class Prompts(BatchRecord):
+    """Left-padded prompts, one row for each completion that a sampler makes.
 
     Build them with `Prompts.from_ids`.
 
     Args:
-        tokens: Token ids (P, S).
+        tokens: Token ids (B, S).
         attention_mask: False on padding.
-        group_size: Completions per prompt. Default: 1.
+        group: Group of each row. The rows of a group are adjacent, and the samplers of this library run a prompt that
+            they share once.
         seeds: One seed per row for the row's random numbers. None (default): the sampler draws seeds from its
             generator.
         infill_mask: Positions inside the prompts that the policy fills in. They count as completion. None (default): no
             such positions.
     """
 
-    tokens: Int[Tensor, "P S"]
-    attention_mask: Bool[Tensor, "P S"]
-    group_size: int = 1
+    tokens: Int[Tensor, "B S"]
+    attention_mask: Bool[Tensor, "B S"]
+    group: Int[Tensor, " B"]
     seeds: Int[Tensor, " B"] | None = None
-    infill_mask: Bool[Tensor, "P S"] | None = None
+    infill_mask: Bool[Tensor, "B S"] | None = None
 
     @classmethod
     def from_ids(
@@ -203,7 +230,7 @@ class Prompts(_Movable):
         ids: Sequence[Sequence[int]],
         *,
         pad_id: int,
-        group_size: int = 1,
+        num_generations: int | Sequence[int] = 1,
         seeds: Sequence[int] | None = None,
         mask_id: int | None = None,
         open_positions: Sequence[Sequence[bool]] | None = None,
@@ -213,57 +240,71 @@ class Prompts(_Movable):
         Args:
             ids: One list of token ids per prompt.
             pad_id: Token id of the padding.
-            group_size: Completions per prompt. Default: 1.
-            seeds: One seed per row (prompts x group_size). None (default): the sampler draws them.
+            num_generations: Completions of every prompt, or of each. Default: 1.
+            seeds: One seed per row. None (default): the sampler draws them.
             mask_id: Token id that marks positions to fill in. None (default): no such id.
             open_positions: One list of bools per prompt that marks positions to fill in, instead of `mask_id`.
 
         Returns:
-            The prompts. `infill_mask` is None if no position is to be filled in.
+            The prompts, each in as many adjacent rows as it has completions. `infill_mask` is None if no position is to
+            be filled in.
 
         Raises:
-            ValueError: `ids` is empty, group_size is below 1, or the lengths of `seeds` or `open_positions` do not fit
-                `ids`.
+            ValueError: `ids` is empty, a number of completions is below 1, or the lengths of `num_generations`, `seeds`
+                or `open_positions` do not fit `ids`.
         """
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
-        if group_size < 1:
-            raise ValueError(f"group_size={group_size} must be at least 1")
-        if seeds is not None and len(seeds) != len(ids) * group_size:
-            raise ValueError(f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} rows need one per row")
-        return cls(
+        counts = [num_generations] * len(ids) if isinstance(num_generations, int) else list(num_generations)
+        if len(counts) != len(ids) or min(counts) < 1:
+            raise ValueError(f"num_generations={num_generations} must be at least 1, for each of {len(ids)} prompts")
+        if seeds is not None and len(seeds) != sum(counts):
+            raise ValueError(f"seeds has {len(seeds)} entries; {sum(counts)} rows of {len(ids)} prompts need one each")
+        prompts = cls(
             tokens=_left_pad(ids, pad_id, torch.long),
             attention_mask=_left_pad([[True] * len(row) for row in ids], False, torch.bool),
-            group_size=group_size,
-            seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long),
+            group=torch.arange(len(ids)),
             infill_mask=_infill_mask(ids, mask_id, open_positions),
-        )
-
-    @property
-    def num_rows(self) -> int:
-        return self.tokens.shape[0] * self.group_size
+        ).rows(torch.arange(len(ids)).repeat_interleave(torch.tensor(counts)))
+        return dataclasses.replace(prompts, seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long))
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each prompt, without padding and without positions to fill in."""
+        """The number of tokens of each row's prompt, without padding and without positions to fill in."""
         prompt_mask = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
         return prompt_mask.sum(-1).tolist()
 
     def split(self, rows: int) -> "list[Prompts]":
-        """Split into batches of at most `rows` completions, without splitting a group.
+        """Split into batches of at most `rows` rows. A group is split only if it is larger.
 
         Raises:
-            ValueError: A group is larger than `rows`, or the prompts have no seeds.
+            ValueError: The prompts have no seeds, so that a row would depend on the split.
         """
-        size = rows // self.group_size
-        if not size or self.seeds is None:
-            raise ValueError(f"rows={rows} must fit a group of {self.group_size}, and every row needs a seed")
-        return [self._part(start, start + size) for start in range(0, len(self.tokens), size)]
+        if self.seeds is None:
+            raise ValueError(f"rows={rows}: every row needs a seed, so that it does not depend on the split")
+        return [self.rows(batch) for batch in pack_groups(torch.arange(len(self.tokens)), self.group, rows)]
 
-    def _part(self, first: int, last: int) -> "Prompts":
-        rows = slice(first * self.group_size, last * self.group_size)
-        # `seeds`, the only vector, has one entry per row; the other fields have one per prompt.
-        return self.map(lambda x: x[first:last] if x.dim() > 1 else x[rows])
+
+def pack_groups(rows: Int[Tensor, " R"], group: Int[Tensor, " R"], size: int | None) -> list[Int[Tensor, " r"]]:
+    """Split rows into batches of at most `size` rows, or return one batch for None. A group is split only if it is
+    larger.
+
+    Args:
+        rows: Indices of rows, on the host.
+        group: Group of each of these rows.
+        size: Largest number of rows of a batch.
+    """
+    if size is None:
+        return [rows] if len(rows) else []
+    counts = [0]  # rows of each batch
+    for count in group_sizes(group):
+        if counts[-1] + count > size:
+            counts.append(0)
+        while count > size:
+            counts[-1:] = [size, 0]
+            count -= size
+        counts[-1] += count
+    return [batch for batch in rows.split(counts) if len(batch)]
 
 
 def _left_pad(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
@@ -390,7 +431,8 @@ class Rollout(BatchRecord):
         unmask_step: Step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere.
         logprobs: Log-prob of the token when it was committed, under the rollout policy's sampling distribution, in
             nats; 0 elsewhere.
-        group_size: Completions per prompt.
+        group: Group of each row; the rows of a group are adjacent. A completion's reward is compared with those of its
+            group.
         weights_version: Version of the weights that sampled.
         sampling_params: Temperature and filters of the sampling distribution; the learner uses the same.
         forwards: Model calls that sampling the batch took.
@@ -405,6 +447,9 @@ class Rollout(BatchRecord):
         confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
             the step after its write; 0 elsewhere. Recorded by `Unmask(confidence_radius=...)`.
         batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
+        loss_weights: Weight of each token in the loss. None (default): 1.
+        first_step: Step from which the column is on the canvas, for tokens that a tool wrote between two turns and for
+            positions of later turns; 0 for the first canvas. None (default): all columns are there from the start.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -414,7 +459,7 @@ class Rollout(BatchRecord):
     completion_mask: Bool[Tensor, "B T"]
     unmask_step: Int[Tensor, "B T"]
     logprobs: Float[Tensor, "B T"]
-    group_size: int
+    group: Int[Tensor, " B"]
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
     forwards: int = 0
@@ -425,24 +470,43 @@ class Rollout(BatchRecord):
     renoised: Renoised | None = None
     confidence_change: Float[Tensor, "B T"] | None = None
     batch_row: Int[Tensor, " B"] | None = None
+    loss_weights: Float[Tensor, "B T"] | None = None
+    first_step: Int[Tensor, "B T"] | None = None
 
     def replace_rows(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
-        """Replace `rows` by the rows of another rollout. The narrower rollout is padded on the left."""
+        """Replace `rows` by the rows of another rollout; they keep their groups. The narrower rollout is padded on the
+        left.
+        """
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         padded = [rollout.padded(width - rollout.tokens.shape[1], pad_id=pad_id) for rollout in (self, by)]
         merged = BatchRecord.merge_records(padded, lambda pair: pair[0].index_copy(0, rows, pair[1]))
-        return dataclasses.replace(merged, forwards=self.forwards + by.forwards)
+        return dataclasses.replace(merged, group=self.group, forwards=self.forwards + by.forwards)
+
+    def _with(self, name: str, default: float) -> "Rollout":
+        """Return a copy whose field `name` (B, T) is `default` everywhere, if it is None."""
+        if getattr(self, name) is not None:
+            return self
+        like = self.logprobs if isinstance(default, float) else self.unmask_step
+        changes: dict[str, Any] = {name: torch.full_like(like, default)}
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
-        """Concatenate the rows of all parts, in order.
+        """Concatenate the rows of all parts, in order. Groups are numbered anew, and rows of different parts are in
+        different groups.
 
         Narrower parts are padded on the right, like rows that end early.
         """
         width = max(part.tokens.shape[1] for part in parts)
         padded_parts = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
+        for name, default in (("loss_weights", 1.0), ("first_step", 0)):  # the meaning of None
+            if any(getattr(part, name) is not None for part in padded_parts):
+                padded_parts = [part._with(name, default) for part in padded_parts]
+        starts = torch.cat([starts_group(part.group) for part in parts])
         return dataclasses.replace(
-            BatchRecord.merge_records(padded_parts, torch.cat), forwards=sum(part.forwards for part in parts)
+            BatchRecord.merge_records(padded_parts, torch.cat),
+            group=starts.long().cumsum(0) - 1,
+            forwards=sum(part.forwards for part in parts),
         )
 
 
@@ -470,16 +534,15 @@ class Batch:
 
     rollout: Rollout
     views: "Views"
-    advantages: Float[Tensor, " B"]  # one per row
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # one per row, or one per token
     old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
     old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per view; the first inner step reuses them
-    importance_weights: Float[Tensor, "B T"]  # from the corrector, detached
+    importance_weights: Float[Tensor, "B T"]  # the corrector's, times the rollout's loss_weights; detached
     loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
     reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
-    token_advantages: Float[Tensor, "B T"] | None = None  # if set, the loss uses them instead of `advantages`
     sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
 
 

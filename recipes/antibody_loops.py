@@ -28,7 +28,7 @@ GROUP = 4  # loops of each problem
 def measure(policy: Policy, pretrained: Policy, task: Loops) -> tuple[dict[str, float], list[str]]:
     """The numbers of the module's docstring over GROUP loops of each problem, and the loops, a problem's in a row."""
     problems = [task[i] for i in range(len(task))]
-    prompts = encode(policy, problems, group_size=GROUP, seeds=range(GROUP * len(problems)))
+    prompts = encode(policy, problems, num_generations=GROUP, seeds=range(GROUP * len(problems)))
     texts = full_texts(policy, recipe.eval_sampler(policy, prompts, Generator()))
     owners = [problem for problem in problems for _ in range(GROUP)]
     loops = [loop_of(problem, text) for problem, text in zip(owners, texts, strict=True)]

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     # floor 8
     "cli": "device files manifest rng screen records versions types tasks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation serving "
-    "config training supervised",
+    "config step training supervised",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {

@@ -21,7 +21,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.records import Bound, Record, annotations_of, required_settings, subclasses, union_members
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.testing import check_corrector
-from dllm_rl.types import Prompts, SamplingParams
+from dllm_rl.types import Prompts, SamplingParams, equal_groups
 from recipes.studies import surrogates as published
 
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
@@ -180,7 +180,9 @@ def estimate(made):
 def sampled(policy=TOY, **settings):
     """A rollout of `unmask` whose tokens are words, whose log-probs are finite, and what `trajectory()` gives."""
     options = {"max_new_tokens": 3, "diffusion_steps": 3, "temperature": 1.0, "suppress": (2, 3, 4)} | settings
-    rollout = Unmask(**options)(policy, Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16)), GENERATOR)
+    rollout = Unmask(**options)(
+        policy, Prompts.from_ids([[3]], pad_id=4, num_generations=16, seeds=range(16)), GENERATOR
+    )
     assert rollout.tokens[:, 1:].max() < 2
     if rollout.events is None:
         views = estimators.Trajectory().draw_views(rollout, GENERATOR)
@@ -196,9 +198,9 @@ def rule(made):
 
 
 def advantage(made):
-    for rewards in (torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(2, 3), torch.tensor([[1e30, 0.0, -1e30]])):
+    for rewards in (torch.tensor([1.0, 0.0, 0.0]), torch.ones(6), torch.tensor([1e30, 0.0, -1e30])):
         more = {} if not made.takes_component_rewards else {"parts": rewards[None], "weights": torch.ones(1)}
-        if not all_finite(made(rewards, **more)):
+        if not all_finite(made(rewards, equal_groups(len(rewards) // 3, 3), **more)):
             return False
     return True
 
@@ -256,14 +258,14 @@ def test_an_integer_has_64_bits(value):
 
 def autoregressed(**settings):
     policy = tiny_llama(causal=True, characters="0123456789+=", hidden_size=32, num_layers=1, head_std=0.3)
-    prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, group_size=4, seeds=range(4))
+    prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, num_generations=4, seeds=range(4))
     rollout = Autoregress(**{"max_new_tokens": 3, "suppress": (0, 2), **settings})(policy, prompts, GENERATOR)
     assert not (rollout.tokens[:, 3:] == 2).any()
     return rollout
 
 
 def renoised(**settings):
-    prompts = Prompts.from_ids([[0, 1]], pad_id=0, group_size=4, seeds=range(4))
+    prompts = Prompts.from_ids([[0, 1]], pad_id=0, num_generations=4, seeds=range(4))
     options = {"max_new_tokens": 3, "diffusion_steps": 4, "answer": "drawn", **settings}
     return Renoise(**options)(renoise_toys.toy(), prompts, GENERATOR)
 
@@ -303,7 +305,7 @@ def test_towards_zero_the_draws_are_the_likeliest_tokens(sample):
             assert torch.equal(sample(**settings).tokens, greedy)
     else:
         for settings in ({"temperature": 1e-30}, {"temperature": 1e-20, "top_k": 2}, {"top_p": 1e-30}):
-            prompts = Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16))
+            prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=16, seeds=range(16))
             options = {"max_new_tokens": 3, "suppress": (2, 3, 4)}
             ours = Unmask(**options | {"temperature": 1.0} | settings)(TOY, prompts, GENERATOR)
             assert torch.equal(ours.tokens, Unmask(**options, temperature=0.0)(TOY, prompts, GENERATOR).tokens)
@@ -323,7 +325,7 @@ def test_an_extreme_number_of_renoise_is_refused_or_samples(keyword):
 
 
 def test_a_radius_beyond_the_completion_is_the_completion():
-    prompts = Prompts.from_ids([[3]], pad_id=4, group_size=8, seeds=range(8))
+    prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=8, seeds=range(8))
     options = {"max_new_tokens": 3, "temperature": 1.0, "suppress": (2, 3, 4)}
     changes = [Unmask(confidence_radius=r, **options)(TOY, prompts, GENERATOR).confidence_change for r in (3, 10**12)]
     assert torch.equal(*changes) and changes[0].any()

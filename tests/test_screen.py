@@ -40,7 +40,7 @@ def terminal(monkeypatch, capsys):
 
 
 # Of an untrained model: with this seed some completion holds an escape.
-OPTIONS = ("--temperature", "1", "--max_new_tokens", "8", "--group_size", "8")
+OPTIONS = ("--temperature", "1", "--max_new_tokens", "8", "--num_generations", "8")
 
 
 def test_an_error_of_a_file_is_its_path_and_what_is_wrong(tmp_path):

@@ -1,9 +1,22 @@
 """The records that flow, by hand: padding on either side, rows that are taken, replaced and not scored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dllm_rl.types import Prompts, Rollout, SamplingParams, Views
+from dllm_rl.types import (
+    Prompts,
+    Rollout,
+    SamplingParams,
+    Views,
+    any_in_group,
+    equal_groups,
+    group_numbers,
+    group_sizes,
+    pack_groups,
+    starts_group,
+)
 
 
 def rollout(tokens: list[list[int]], *, forwards: int = 1) -> Rollout:
@@ -17,7 +30,7 @@ def rollout(tokens: list[list[int]], *, forwards: int = 1) -> Rollout:
         completion_mask=completion,
         unmask_step=torch.where(completion, 0, -1),
         logprobs=torch.where(completion, -ids, 0).float(),
-        group_size=1,
+        group=torch.arange(len(ids)),
         forwards=forwards,
     )
 
@@ -45,6 +58,57 @@ def test_rows_are_replaced_by_those_of_another_in_their_order():
     assert both.attention_mask.tolist() == [[True] * 3, [False, True, True], [True] * 3] and both.forwards == 7
 
 
+def test_groups_of_rows():
+    """The rows of a group are adjacent; its number says nothing else."""
+    group = torch.tensor([4, 4, 4, 0, 7, 7])
+    assert starts_group(group).tolist() == [True, False, False, True, True, False]
+    assert group_numbers(group).tolist() == [0, 0, 0, 1, 2, 2] and group_sizes(group) == [3, 1, 2]
+    assert equal_groups(2, 3).tolist() == [0, 0, 0, 1, 1, 1]
+    flags = torch.tensor([False, False, True, True, False, False])
+    assert any_in_group(flags, group).tolist() == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("size", "packed"),
+    [
+        (None, [[0, 1, 2, 3, 4, 5]]),
+        (6, [[0, 1, 2, 3, 4, 5]]),
+        (4, [[0, 1, 2, 3], [4, 5]]),
+        (3, [[0, 1, 2], [3, 4, 5]]),
+        (2, [[0, 1], [2, 3], [4, 5]]),  # only a group that is larger is split
+        (1, [[0], [1], [2], [3], [4], [5]]),
+    ],
+)
+def test_batches_hold_whole_groups(size, packed):
+    found = pack_groups(torch.arange(6), torch.tensor([4, 4, 4, 0, 7, 7]), size)
+    assert [batch.tolist() for batch in found] == packed
+    assert pack_groups(torch.arange(0), torch.arange(0), size) == []
+
+
+def test_prompts_have_a_row_for_each_completion():
+    """As many of each prompt as it says, and a row's seed stays its own in a batch."""
+    prompts = Prompts.from_ids([[3, 4], [5], [6, 7]], pad_id=9, num_generations=[3, 1, 2], seeds=range(6))
+    assert prompts.tokens.tolist() == [[3, 4]] * 3 + [[9, 5]] + [[6, 7]] * 2
+    assert prompts.group.tolist() == [0, 0, 0, 1, 2, 2] and prompts.lengths == [2, 2, 2, 1, 2, 2]
+    batches = prompts.split(4)
+    assert [batch.seeds.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5]]
+    assert [batch.group.tolist() for batch in batches] == [[0, 0, 0, 1], [2, 2]]
+    with pytest.raises(ValueError, match="rows=4: every row needs a seed"):
+        Prompts.from_ids([[3]], pad_id=9).split(4)
+    for wrong in (0, [1, 2], [1, 0, 2]):
+        with pytest.raises(ValueError, match="must be at least 1, for each of 3 prompts"):
+            Prompts.from_ids([[3], [4], [5]], pad_id=9, num_generations=wrong)
+    with pytest.raises(ValueError, match="seeds has 3 entries; 4 rows of 2 prompts need one each"):
+        Prompts.from_ids([[3], [4]], pad_id=9, num_generations=2, seeds=range(3))
+
+
+def test_groups_of_rollouts_stay_apart_when_they_are_put_together():
+    first, second = rollout([[1, 2], [3, 4], [5, 6]]), rollout([[7, 8], [9, 10]])
+    first, second = replace(first, group=torch.tensor([5, 5, 2])), replace(second, group=torch.tensor([2, 2]))
+    assert Rollout.concatenate([first, second], pad_id=0).group.tolist() == [0, 0, 1, 2, 2]
+    assert first.replace_rows(torch.tensor([2, 0]), second, pad_id=0).group.tolist() == [5, 5, 2]
+
+
 def test_masks_of_rows_and_rows_that_are_not_scored():
     """Two views of three rows; no view scores the last."""
     weight = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
@@ -69,15 +133,16 @@ def test_open_positions_of_prompts():
     """By an id, or by bools; none is None. Padding is not open, and rows take theirs along."""
     ids = [[3, 1, 5], [6], [8, 1]]
     opened = [[False, True, False], [False, False, False], [False, False, True]]
-    prompts = Prompts.from_ids(ids, pad_id=1, group_size=2, seeds=range(6), mask_id=1)
-    assert prompts.infill_mask.tolist() == opened and prompts.seeds.tolist() == list(range(6))
+    prompts = Prompts.from_ids(ids, pad_id=1, num_generations=2, seeds=range(6), mask_id=1)
+    assert prompts.infill_mask[::2].tolist() == prompts.infill_mask[1::2].tolist() == opened
+    assert prompts.seeds.tolist() == list(range(6))
     bools = [[False, True, False], [False], [False, True]]
     assert Prompts.from_ids(ids, pad_id=1, open_positions=bools).infill_mask.tolist() == opened
     assert (
         Prompts.from_ids(ids, pad_id=1).infill_mask is None
         and Prompts.from_ids(ids, pad_id=0, mask_id=9).infill_mask is None
     )
-    assert [part.infill_mask.tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
+    assert [part.infill_mask[::2].tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
     with pytest.raises(ValueError, match="give one of them"):
         Prompts.from_ids(ids, pad_id=1, mask_id=1, open_positions=bools)
     with pytest.raises(ValueError, match="one bool for each token id of each prompt"):

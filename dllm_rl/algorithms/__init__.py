@@ -1,1 +1,1 @@
-"""Pure functions on rewards (P, G) and log-probs (B, T): advantages, correctors, losses, metrics. They use no model."""
+"""Pure functions on rewards (B,) and log-probs (B, T): advantages, correctors, losses, metrics. They use no model."""

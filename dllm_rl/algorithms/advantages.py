@@ -1,4 +1,4 @@
-"""Advantage functions: rewards (P, G) of P prompts with G completions each -> advantages (P, G).
+"""Advantage functions: rewards (B,) of B completions, and the group (B,) of each -> advantages (B,).
 
 NaN marks a completion without a reward: no mean counts it, and its advantage is 0.
 
@@ -10,28 +10,31 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.records import Record, option
+from dllm_rl.types import group_numbers
 
 
 class Advantages(Record):
-    """A rule that computes advantages (P, G) from rewards (P, G) of P prompts with G completions each.
+    """A rule that computes the advantages of a step's completions from their rewards.
 
-    Subclass it for a custom rule. Where advantages are expected, a plain function of the rewards is one too; a
-    parameter named `parts` gets each reward function's rewards, as `Decoupled` does.
+    Subclass it for a custom rule. Where advantages are expected, a plain function of rewards and group is one too; a
+    parameter named `parts` gets each reward function's rewards, as `Decoupled` does. `to_groups` and `to_rows` help
+    with groups of different sizes.
     """
 
     @property
     def takes_component_rewards(self) -> bool:
-        """Whether the call takes `parts` (K, P, G) and `weights` (K,), the task's K rewards and their weights."""
+        """Whether the call takes `parts` (K, B) and `weights` (K,), the task's K rewards and their weights."""
         return False
 
-    def __call__(self, *rewards: Any, **parts: Any) -> Float[Tensor, "P G"]:
-        """Return the advantages (P, G) of rewards (P, G)."""
-        raise TypeError(f"{type(self).__name__} must define __call__(rewards)")
+    def __call__(self, *arguments: Any, **parts: Any) -> Float[Tensor, " B"]:
+        """Return the advantages (B,) of `arguments`: rewards (B,) and group (B,), the group of each completion. The
+        completions of a group are adjacent.
+        """
+        raise TypeError(f"{type(self).__name__} must define __call__(rewards, group)")
 
     @classmethod
     def convert(cls, value: Any) -> "Advantages | None":
@@ -42,7 +45,8 @@ class FunctionAdvantages(Advantages):
     """Advantages that a function computes.
 
     Args:
-        function: Function of rewards (P, G), and of `parts` and `weights` by name if it has a parameter `parts`.
+        function: Function (rewards, group) -> advantages, each (B,). It also gets `parts` and `weights` by name if it
+            has a parameter `parts`.
     """
 
     function: Callable[..., Any]
@@ -54,8 +58,8 @@ class FunctionAdvantages(Advantages):
         except ValueError:  # a function of C without a signature
             return False
 
-    def __call__(self, *rewards: Any, **parts: Any) -> Tensor:
-        return self.function(*rewards, **parts)
+    def __call__(self, *arguments: Any, **parts: Any) -> Tensor:
+        return self.function(*arguments, **parts)
 
 
 class GroupRelative(Advantages):
@@ -72,15 +76,15 @@ class GroupRelative(Advantages):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     eps: float = option(default=1e-4, at_least=0)
 
-    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        centered = _center(rewards)
-        match self.scale_rewards:
-            case "none":
-                return centered
-            case "group":
-                return _divide(centered, _std(rewards, dim=-1) + self.eps)
-            case "batch":
-                return _divide(centered, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + self.eps)
+    def __call__(self, rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        grouped = to_groups(rewards, group)
+        centered = _center(grouped)
+        if self.scale_rewards == "group":
+            centered = _divide(centered, _std(grouped, dim=-1) + self.eps)
+        advantages = to_rows(centered, group)
+        if self.scale_rewards == "batch":
+            advantages = _divide(advantages, _std(rewards, dim=0) + self.eps)
+        return advantages
 
 
 class LeaveOneOut(Advantages):
@@ -89,9 +93,10 @@ class LeaveOneOut(Advantages):
     A group of one completion, or of equal rewards, gives zeros.
     """
 
-    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        size = (~rewards.isnan()).sum(-1, keepdim=True)
-        return _center(rewards) * size / (size - 1).clamp(min=1)
+    def __call__(self, rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        grouped = to_groups(rewards, group)
+        size = (~grouped.isnan()).sum(-1, keepdim=True)
+        return to_rows(_center(grouped) * size / (size - 1).clamp(min=1), group)
 
 
 class Decoupled(Advantages):
@@ -114,9 +119,15 @@ class Decoupled(Advantages):
     takes_component_rewards = True
 
     def __call__(
-        self, rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"]
-    ) -> Float[Tensor, "P G"]:
+        self,
+        rewards: Float[Tensor, " B"],
+        group: Int[Tensor, " B"],
+        *,
+        parts: Float[Tensor, "K B"],
+        weights: Float[Tensor, " K"],
+    ) -> Float[Tensor, " B"]:
         """Return the advantages of each reward separately, `parts`, and its weight in the sum, `weights`."""
+        parts = torch.stack([to_groups(part, group) for part in parts])
         applies = ~parts.isnan()
         count = applies.sum(-1, keepdim=True)
         mean = parts.nanmean(-1, keepdim=True)
@@ -127,17 +138,35 @@ class Decoupled(Advantages):
         terms = _divide(weights[:, None, None] * centered, torch.ldexp(std, exponent) + self.eps)
         total = terms.sum(0)
         only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # of terms that cancel
-        total = total.masked_fill(only_rounding, 0)
-        return _divide(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + self.eps)
+        total = to_rows(total.masked_fill(only_rounding, 0), group)
+        return _divide(total, _std(total, dim=0) + self.eps)
 
 
-def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
+def to_groups(values: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, "P G"]:
+    """Return values of rows as one row for each group, padded with NaN up to the size of the largest group."""
+    number = group_numbers(group)
+    sizes = number.bincount()
+    slot = torch.arange(len(group)) - (sizes.cumsum(0) - sizes)[number]
+    grouped = values.new_full((len(sizes), int(sizes.max())), torch.nan)
+    grouped[number, slot] = values
+    return grouped
+
+
+def to_rows(grouped: Float[Tensor, "P G"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return the rows of values that `to_groups` arranged."""
+    sizes = group_numbers(group).bincount()
+    return grouped[torch.arange(grouped.shape[1]) < sizes[:, None]]
+
+
+def has_unequal_rewards(rewards: Float[Tensor, "B *K"], group: Int[Tensor, " B"]) -> Bool[Tensor, " P"]:
     """Return which groups have rewards that differ. The other groups have advantage 0.
 
     DAPO draws prompts until enough groups have such rewards [paper]. With K rewards per completion, it is enough that
     one of the K differs. A NaN reward does not apply, and is ignored.
     """
-    return _has_differing_rewards(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
+    return torch.stack([_has_differing_rewards(to_groups(part, group)) for part in rewards.view(len(group), -1).T]).any(
+        0
+    )
 
 
 def _has_differing_rewards(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:

@@ -18,12 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.records import Record, fit, option
-from dllm_rl.types import Batch
+from dllm_rl.types import Batch, group_numbers
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
 # The width of a band around the ratio 1. A narrower one would be closed in float32, and the gradient lost at ratio 1.
@@ -354,7 +353,7 @@ def bias_corrected_kl(
 
 
 def entropy_bonus(
-    logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group_size: int = 1
+    logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group: Int[Tensor, " B"]
 ) -> Float[Tensor, "B T"]:
     """Compute (-sg(log p) - b) log p: an objective that raises the entropy H, in nats, from the sampled tokens only.
 
@@ -364,12 +363,13 @@ def entropy_bonus(
     of later tokens is left out. Without b, the noise of the gradient lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
-    total = rearrange(surprise.sum(-1), "(p g) -> p g", g=group_size)
-    count = rearrange(mask.sum(-1), "(p g) -> p g", g=group_size)
-    others_total = total.sum(-1, keepdim=True) - total  # including the row would make the baseline depend on it
-    others_count = count.sum(-1, keepdim=True) - count
-    baseline = others_total / others_count.clamp(min=1)
-    return (surprise - rearrange(baseline, "p g -> (p g) 1")) * torch.where(mask, logps, 0)
+    number = group_numbers(group)
+
+    def of_others(values: Tensor) -> Tensor:  # including the row would make the baseline depend on it
+        return torch.zeros_like(values).index_add(0, number, values)[number] - values
+
+    baseline = of_others(surprise.sum(-1)) / of_others(mask.sum(-1)).clamp(min=1)
+    return (surprise - baseline[:, None]) * torch.where(mask, logps, 0)
 
 
 class LossReduction(Record):
@@ -542,11 +542,11 @@ def policy_loss(  # noqa: PLR0913
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
     keywords = loss_inputs(objective_fn, batch)
-    if batch.token_advantages is None:
+    if batch.advantages.dim() == 1:
         advantages = batch.advantages[:, None]
         objective = objective_fn(log_ratio, batch.advantages, loss_mask, **keywords)
     else:
-        advantages = batch.token_advantages
+        advantages = batch.advantages
         objective = apply_per_token(objective_fn, log_ratio, advantages, loss_mask, **keywords)
     flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed only once, because `nonzero` waits for the GPU
 
@@ -586,7 +586,7 @@ def policy_loss(  # noqa: PLR0913
         gradient = gradient + torch.autograd.grad(kl_term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), loss_mask.sum())
     if entropy:
-        bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group_size=batch.rollout.group_size)).sum()
+        bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group=batch.rollout.group)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
         metrics["entropy"] = (-at_tokens(logps.detach()).sum(), loss_mask.sum())
     # This process's share of the loss; `reduce_metrics` adds up the shares.

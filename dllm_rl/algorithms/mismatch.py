@@ -263,9 +263,7 @@ def off_policy_metrics(
     - max: Mean over sequences of the largest |log r|, in nats.
     """
     loss_mask = batch.loss_mask
-    advantages = advantage_of_tokens(
-        batch.advantages if batch.token_advantages is None else batch.token_advantages, loss_mask
-    )
+    advantages = advantage_of_tokens(batch.advantages, loss_mask)
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
     rows = loss_mask.any(-1).sum()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.algorithms.advantages import has_unequal_rewards
+from dllm_rl.algorithms.advantages import has_unequal_rewards, to_groups
 from dllm_rl.records import Record, option
 
 
@@ -38,14 +38,16 @@ class RewardHistory:
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("step", "prompt", "mean", "mixed")}
 
-    def add(self, step: int, prompt: Int[Tensor, " P"], rewards: Float[Tensor, "P G K"]) -> None:
+    def add(
+        self, step: int, prompt: Int[Tensor, " P"], rewards: Float[Tensor, "B K"], group: Int[Tensor, " B"]
+    ) -> None:
         """Append one group per drawn prompt. Its `mean` is the mean of the first of the K rewards, without those that
         are NaN.
         """
         self.prompt = torch.cat([self.prompt, prompt])
-        values = rewards[..., 0]
+        values = to_groups(rewards[:, 0], group)
         self.mean = torch.cat([self.mean, values.nanmean(-1) if values.isnan().any() else values.mean(-1)])
-        self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards)])
+        self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards, group)])
         # Last, because `before`, in another thread, relies on `step` for the number of complete entries.
         self.step = torch.cat([self.step, torch.full_like(prompt, step)])
 
@@ -76,6 +78,16 @@ class PromptSource(Record):
     def draw(self, history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
         """Return the indices of `count` prompts. It must be a pure function of its arguments."""
         raise TypeError(f"{type(self).__name__} must define draw(history, count, generator)")
+
+    def group_sizes(
+        self, history: RewardHistory, prompts: Int[Tensor, " P"], num_generations: int, generator: Generator
+    ) -> Int[Tensor, " P"]:
+        """Return the number of completions of each drawn prompt, at least 1. Default: the recipe's num_generations.
+
+        Override it for groups of different sizes. `dllm-rl --dry_run` counts num_generations for each. With dynamic
+        sampling, a group that replaces another has the other's size. It must be a pure function of its arguments.
+        """
+        return torch.full_like(prompts, num_generations)
 
     @classmethod
     def convert(cls, value: Any) -> "PromptSource | None":

@@ -64,7 +64,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument(
         "--blank", metavar="TEXT", help="placeholder text: each of its occurrences in a prompt is one token to fill in"
     )
-    sub.add_argument("--group_size", type=int, default=1, help="completions per prompt")
+    sub.add_argument("--num_generations", type=int, default=1, help="completions per prompt")
     add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
@@ -117,7 +117,7 @@ def sample(arguments: argparse.Namespace) -> None:
         policy,
         problems,
         sampler_with(policy, run_sampler, passed_options(arguments)),
-        group_size=arguments.group_size,
+        num_generations=arguments.num_generations,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,
     )
@@ -422,7 +422,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     if policy.spec.attention == "causal":
         passed = {name: value for name, value in passed.items() if name not in ("diffusion_steps", "rank")}
     sampler = sampler_with(policy, run_sampler, passed)
-    prompts = encode(policy, problems, group_size=2)
+    prompts = encode(policy, problems, num_generations=2)
     report = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(report, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
     return int(arguments.bound is not None and report.worst > arguments.bound)

@@ -10,10 +10,13 @@ from dllm_rl.screen import escape_controls, imports_interruptible, interactive, 
 from dllm_rl.supervised.sft import SFT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dllm_rl.step.features import StepFeature
     from dllm_rl.training.summary import Summary
 
 
-def main(recipe: Recipe | SFT) -> "Summary":
+def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Summary":
     """Train a recipe of RL or SFT, with the settings that the command line overrides, and return the run's summary.
 
     Call it in the last line of a script. An invalid setting (ValueError) is printed in one line by one process, and
@@ -22,6 +25,7 @@ def main(recipe: Recipe | SFT) -> "Summary":
 
     Args:
         recipe: Settings of the run.
+        features: Parts of a step of RL that no setting has, as for `train`. Default: none.
 
     Returns:
         The content of summary.json, with the trained policy as its attribute `policy`.
@@ -29,7 +33,7 @@ def main(recipe: Recipe | SFT) -> "Summary":
     rank = os.environ.get("RANK", "0")
     try:
         with imports_interruptible():
-            return run(from_command_line(recipe), is_first_process=rank == "0")
+            return run(from_command_line(recipe), features, is_first_process=rank == "0")
     except KeyboardInterrupt:
         if interactive():
             raise
@@ -45,7 +49,7 @@ def main(recipe: Recipe | SFT) -> "Summary":
         raise SystemExit(2 if is_setting_error else 1) from None
 
 
-def run(recipe: Recipe | SFT, *, is_first_process: bool) -> "Summary":
+def run(recipe: Recipe | SFT, features: "Sequence[StepFeature]" = (), *, is_first_process: bool) -> "Summary":
     """Call `train` or `fine_tune`; the first process prints the plan before the imports, which take seconds."""
     if is_first_process and (isinstance(recipe, SFT) or not recipe.dry_run):
         warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
@@ -56,4 +60,4 @@ def run(recipe: Recipe | SFT, *, is_first_process: bool) -> "Summary":
     from dllm_rl.training.trainer import train
 
     with started_by_command():
-        return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe)
+        return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe, features=features)

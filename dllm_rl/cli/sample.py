@@ -32,7 +32,7 @@ def complete(
     problems: Sequence[Problem],
     sampler: Sampler,
     *,
-    group_size: int = 1,
+    num_generations: int = 1,
     seed: int = 0,
     seconds_per_step: float | None = None,
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def complete(
         policy: Policy that completes the problems.
         problems: Problems. If a problem has a `blank`, every occurrence of that text in its prompt is filled in.
         sampler: Sampler for the policy.
-        group_size: Completions of each problem. Default: 1.
+        num_generations: Completions of each problem. Default: 1.
         seed: Seed of the sampler. Default: 0.
         seconds_per_step: Show each step on the terminal, and wait for this time. None (default): show nothing.
 
@@ -51,8 +51,8 @@ def complete(
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    prompts = encode(policy, problems, group_size=group_size)
-    texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
+    prompts = encode(policy, problems, num_generations=num_generations)
+    texts = [shown_prompt(problem) for problem in problems for _ in range(num_generations)]
     start_time = time.perf_counter()  # the encoding of the prompts is not timed
     if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others have no on_step
         rollout = sampler(policy, prompts, generator_for(seed))

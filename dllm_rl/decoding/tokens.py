@@ -26,9 +26,13 @@ TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, Arithmeti
 
 
 def encode(
-    policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    num_generations: int | Sequence[int] = 1,
+    seeds: Sequence[int] | None = None,
 ) -> Prompts:
-    """Tokenize the prompts of problems.
+    """Tokenize the prompts of problems, each in `num_generations` rows: one number, or one for each problem.
 
     Chat messages are rendered with the chat template; plain text gets no special tokens. Each blank becomes one mask
     token, which the sampler fills in.
@@ -36,7 +40,9 @@ def encode(
     tokenized = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids = [row_ids for row_ids, _ in tokenized]
     blanks = [row_blanks for _, row_blanks in tokenized]
-    return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
+    return Prompts.from_ids(
+        ids, pad_id=policy.pad_id, num_generations=num_generations, seeds=seeds, open_positions=blanks
+    )
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
@@ -374,12 +380,14 @@ def decode_ids(policy: Policy, completion_ids: list[list[int]]) -> list[str]:
 def texts_to_grade(
     policy: Policy, rollout: Rollout, problems: Sequence[Problem], completion_ids: list[list[int]]
 ) -> list[str]:
-    """Return the text of each row that a task grades: the completion, or, for a problem with blanks, the full text."""
+    """Return the text of each row that a task grades: the completion, or, for a problem with blanks, the full text.
+    `problems` has the problem of each row.
+    """
     texts = decode_ids(policy, completion_ids)
     if all(problem.blank is None for problem in problems):
         return texts
     for row, full_text in enumerate(full_texts(policy, rollout)):
-        if problems[row // rollout.group_size].blank is not None:
+        if problems[row].blank is not None:
             texts[row] = full_text
     return texts
 
@@ -479,4 +487,4 @@ def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int
         completion_mask = torch.zeros(tokens.shape, dtype=torch.bool)
     steps = torch.full_like(tokens, -1)
     logprobs = torch.zeros(tokens.shape)
-    return Rollout(tokens, prompts.attention_mask, completion_mask, steps, logprobs, group_size=1).to(policy.device)
+    return Rollout(tokens, prompts.attention_mask, completion_mask, steps, logprobs, prompts.group).to(policy.device)

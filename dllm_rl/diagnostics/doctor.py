@@ -29,7 +29,7 @@ from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight, locate_parameter
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
-from dllm_rl.types import Prompts, Rollout, SamplingParams, Views
+from dllm_rl.types import Prompts, Rollout, SamplingParams, Views, group_sizes
 
 ADVICE = {
     "sampling parameters": "score under the rollout's own temperature and filters (rollout.sampling_params)",
@@ -161,7 +161,7 @@ def diagnose(  # noqa: PLR0913
     Args:
         policy: Policy of the learner.
         config: Quantization of the rollout. None (default): the quantization of rollout_policy, or none.
-        prompts: Prompts to sample, with `group_size` completions each.
+        prompts: Prompts to sample.
         sampler: Sampler of the rollout, with its settings bound.
         likelihood: Estimator of the log-probs. None (default): the exact one, `Trajectory` or `Causal`.
         rollout_policy: Policy that samples. Pass a run's rollout policy to detect stale weights or another precision.
@@ -208,7 +208,9 @@ def diagnose(  # noqa: PLR0913
     # Padding and batch shape are measured only on the learner.
     steps["padding"] = same_views - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
     in_one_batch = score(policy, rollout, views, micro_batch_size=None)
-    in_small_batches = score(policy, rollout, views, micro_batch_size=rollout.group_size)  # one prompt per batch
+    in_small_batches = score(
+        policy, rollout, views, micro_batch_size=max(group_sizes(rollout.group))
+    )  # one prompt per batch
     steps["batch shape"] = in_one_batch - in_small_batches
 
     causes = [measure(name, step, mask) for name, step in steps.items()]

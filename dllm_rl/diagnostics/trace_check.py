@@ -208,8 +208,8 @@ def _select_rows(rollout: Rollout, keep: Bool[Tensor, " B"]) -> Rollout | None:
     """Return the marked rows, with their steps renumbered without gaps. Return None if no row is marked."""
     if not keep.any():
         return None
-    if not keep.all():  # groups may be incomplete now
-        rollout = replace(rollout.rows(keep.nonzero()[:, 0]), group_size=1)
+    if not keep.all():
+        rollout = rollout.rows(keep.nonzero()[:, 0])
     if rollout.events is not None or rollout.renoised is not None:
         return rollout
     # A replay depends only on the order of the steps, and a step number of 10^9 would need 10^9 views.

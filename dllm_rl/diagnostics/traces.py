@@ -3,8 +3,9 @@
 In memory a trace is a `Rollout`. On disk it is a `.jsonl` file with a line per completion: its settings, and the fields
 of TRACE_TENSORS as lists over the row's tokens, without padding.
 
-The settings are `format` ("dllm_rl_trace"), `version`, `group_size`, `weights_version`, `forwards`, `temperature`,
-`top_k`, `top_p`, `suppress`, `rank` and `order` (`Order.rank_name`, `Order.probability`). Log-probs are in nats, under
+The settings are `format` ("dllm_rl_trace"), `version`, `weights_version`, `forwards`, `temperature`, `top_k`, `top_p`,
+`suppress`, `rank` and `order` (`Order.rank_name`, `Order.probability`). `group` is the number of the completion's
+group, whose lines are adjacent; without it each line is a group. Log-probs are in nats, under
 the distribution that the token was sampled from; null (NaN in memory) means that the engine recorded none. Experts, the
 support of a filter and the log-prob of an order are not stored.
 
@@ -138,7 +139,7 @@ def trace_rows(rollout: Rollout) -> list[dict[str, Any]]:
         lists["completion_mask"] = list(map(int, lists["completion_mask"]))
         if "logprobs" in lists:
             lists["logprobs"] = [x if math.isfinite(x) else None for x in lists["logprobs"]]  # JSON has no NaN
-        rows.append(settings | lists)
+        rows.append(settings | {"group": int(rollout.group[row])} | lists)
     return rows
 
 
@@ -156,7 +157,6 @@ def _settings_and_tensors(rollout: Rollout) -> tuple[dict[str, Any], dict[str, T
     settings = {
         "format": FORMAT,
         "version": VERSION,
-        "group_size": rollout.group_size,
         "weights_version": rollout.weights_version,
         "forwards": rollout.forwards,
         "temperature": params.temperature,
@@ -233,12 +233,15 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
     first: tuple[str, dict[str, Any]] | None = None
     forwards = 0
     rows: list[dict[str, list]] = []
+    group: list[int] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         row = _parsed(line, where)
         settings = _settings(row, where) if "format" in row else _settings(_DEFAULT_HEADER, where)
+        group_number = settings.pop("group")
+        group.append(number if group_number is None else group_number)
         if first is None:
             first = where, settings
         # The number of forwards is that of a row's batch; a server may sample the rows of a file in several.
@@ -253,7 +256,7 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
         rows.append(lists)
     if first is None:
         raise ValueError(f"{path} has no rows; write it with write_trace")
-    return _rollout(_stacked(rows), first[1] | {"forwards": forwards}, str(path))
+    return _rollout(_stacked(rows), group, first[1] | {"forwards": forwards}, str(path))
 
 
 def _stacked(rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:
@@ -273,10 +276,10 @@ def _stacked(rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> Rollout:
+def _rollout(tensors: Mapping[str, Tensor], group: Sequence[int], settings: Mapping[str, Any], where: str) -> Rollout:
     tokens, completion = tensors["tokens"], tensors["completion_mask"]
-    if not tokens.numel() or len(tokens) % settings["group_size"]:
-        raise ValueError(f"{where}: {len(tokens)} rows are not complete groups of group_size={settings['group_size']}")
+    if not tokens.numel():
+        raise ValueError(f"{where}: no row has a token; a trace needs the tokens that were sampled")
     if not completion.any():
         raise ValueError(f"{where}: completion_mask is empty; a trace needs the tokens that were sampled")
     order = None
@@ -289,7 +292,7 @@ def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: 
         completion_mask=completion,
         unmask_step=tensors["unmask_step"],
         logprobs=tensors.get("logprobs", torch.where(completion, torch.nan, 0.0)),
-        group_size=settings["group_size"],
+        group=torch.tensor(group),
         weights_version=settings["weights_version"],
         sampling_params=SamplingParams(
             settings["temperature"], settings["top_k"], settings["top_p"], tuple(settings["suppress"])
@@ -389,7 +392,7 @@ def _settings(header: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: format and version are not {FORMAT!r} and {VERSION}; write it with write_trace")
     optional_text: Callable[[Any], bool] = lambda x: x is None or (isinstance(x, str) and len(x) < 100)  # noqa: E731
     fields: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-        "group_size": (1, lambda x: _is_count(x) and x > 0, "a whole number from 1 on"),
+        "group": (None, lambda x: x is None or _is_count(x), "a whole number from 0 on"),
         "weights_version": (0, _is_count, "a whole number from 0 on"),
         "forwards": (0, _is_count, "a whole number from 0 on; 0 if it is not known"),
         "temperature": (1.0, lambda x: _is_number(x) and x >= 0, "a number from 0 on"),

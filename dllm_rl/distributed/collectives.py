@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import (
     InitProcessGroupKwargs,
@@ -207,12 +208,24 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
-def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """Gather tensors (B, T) from all processes on the CPU. Processes with a smaller T are padded with zeros."""
+def gather_on_host(
+    parts: Sequence[Tensor], accelerator: Accelerator, counts: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Gather tensors (B, T) from all processes on the CPU. Processes with a smaller T are padded with zeros.
+
+    Args:
+        parts: Tensors of this process, with the same T.
+        accelerator: Processes.
+        counts: Number of rows of each process. None (default): all have the same.
+    """
     # fp64 represents masks, token ids and fp32 exactly, so that one gather is enough for all tensors.
     stacked = torch.stack([part.double() for part in parts], dim=1)
     if accelerator.num_processes > 1:
-        stacked = accelerator.gather(accelerator.pad_across_processes(stacked.to(accelerator.device), dim=2))
+        stacked = accelerator.pad_across_processes(stacked.to(accelerator.device), dim=2)
+        most = max(counts or [len(stacked)])
+        stacked = accelerator.gather(F.pad(stacked, (0, 0) * (stacked.dim() - 1) + (0, most - len(stacked))))
+        if counts is not None:
+            stacked = torch.cat([rows[:count] for rows, count in zip(stacked.split(most), counts, strict=True)])
     return [x.to(part.dtype) for x, part in zip(stacked.cpu().unbind(1), parts, strict=True)]
 
 

@@ -115,15 +115,14 @@ def complete(
     facts: dict[str, Any],
 ) -> Rows:
     """Sample `samples` completions of every problem in one batch; return them as rows."""
-    problem_list = list(problems.values())
     keys = list(product(problems, range(samples)))
     start_time = time.perf_counter()
-    prompts = encode(policy, problem_list, group_size=samples, seeds=row_seeds(seed, keys))
+    prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=row_seeds(seed, keys))
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     completion_ids = completion_token_ids(rollout)
-    texts = texts_to_grade(policy, rollout, problem_list, completion_ids)
+    texts = texts_to_grade(policy, rollout, [problems[problem] for problem, _ in keys], completion_ids)
     # The forwards and the seconds of the batch are divided equally among its rows, so that their sum over all rows is
     # the cost of the evaluation.
     batch_share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - start_time) / len(keys)}
@@ -152,7 +151,7 @@ def grade_rows(task: Task, problems: dict[int, Problem], rows: Rows, timeout: fl
     """Grade the completions of rows."""
     texts = [row["completion"] for row in rows.values()]
     sampling_costs = [Cost(row["evaluation"]["steps"], row["evaluation"]["tokens"]) for row in rows.values()]
-    rewards = grade(task, list(problems.values()), texts, sampling_costs, timeout=timeout)
+    rewards = grade(task, [problems[problem] for problem, _ in rows], texts, sampling_costs, timeout=timeout)
     answers = []
     for (key, row), reward in zip(rows.items(), rewards, strict=True):
         costs = {name: row["evaluation"][name] for name in COSTS}

@@ -185,20 +185,21 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     """Return micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them.
 
     Raises:
-        ValueError: A forward would split a group.
+        ValueError: The completions of a step are no complete groups.
     """
     if not keywords.keys() & set(BATCH_SIZES):
         return {}
     rows, forwards = keywords.get(BATCH_SIZES[0]), keywords.get(BATCH_SIZES[1], 1)
     if rows is None:
         raise ValueError(f"gradient_accumulation_steps={forwards} needs per_device_train_batch_size, in completions")
-    group_size = max(1, keywords.get("num_generations", Recipe.num_generations))  # Recipe refuses a value below 1
-    if rows % group_size:
-        problem = f"per_device_train_batch_size={rows} is not a multiple of num_generations={group_size}"
+    generations = max(1, keywords.get("num_generations", Recipe.num_generations))  # Recipe refuses a value below 1
+    completions = rows * forwards * num_launched()
+    if completions % generations:
         raise ValueError(
-            f"{problem}, and a forward has complete groups here; use a multiple, or train_batch_size, in prompts"
+            f"per_device_train_batch_size={rows} gives {completions} completions per step, no multiple of "
+            f"num_generations={generations}; use a multiple, or train_batch_size, in prompts"
         )
-    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * num_launched() // group_size}
+    return {"micro_batch_size": rows, "train_batch_size": completions // generations}
 
 
 def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from dllm_rl.likelihoods.turns import check_turns
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
@@ -123,6 +124,7 @@ class LikelihoodEstimator(Record):
                 of a mask (B,), or none (False), so that the result has no gradient.
         """
         self.check_policy(policy)
+        check_turns(policy, rollout, views)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
         passes = [(views, retain_graphs is True)]
         if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows

@@ -24,6 +24,7 @@ from dllm_rl.likelihoods.order_logprobs import add_order_logprobs
 from dllm_rl.likelihoods.packed import packed_views
 from dllm_rl.likelihoods.renoising import renoise_views
 from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segment_views, segments
+from dllm_rl.likelihoods.turns import hide_later_columns
 from dllm_rl.records import option
 from dllm_rl.types import Rollout, Views
 
@@ -406,4 +407,6 @@ class Trajectory(LikelihoodEstimator):
                 views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
             if coefficient is not None:
                 views = replace(views, coefficients=views.coefficients * coefficient)
+        if self.num_segments is None and self.block_size is None:  # a view scores one step
+            views = hide_later_columns(rollout, views)
         return add_order_logprobs(rollout, views) if self.scores_order else views

@@ -86,8 +86,8 @@ def _forward_recording(
     with Routing(policy.module) as routing:
         states = forward(policy, plan, *inputs)
     experts = to_token_columns(policy, routing.experts(len(plan.rows), flat_index.shape[1]))
-    if plan.is_shared:
-        experts = experts.repeat_interleave(len(flat_index) // len(plan.rows), 0)[plan.scored_rows]
+    if plan.copies is not None:
+        experts = experts[plan.copies[plan.scored_rows]]
     store.flatten(0, 1)[flat_index[plan.scored_rows]] = experts
     return states
 

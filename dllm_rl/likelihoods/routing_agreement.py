@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.routing import Routing, agreement, moe_layers, tokens_per_expert
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import Rollout, Views, starts_group
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
         moe_layers(policy.module) and moe_layers(rollout_policy.module)
     ):
         return None
-    first_rows = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
+    first_rows = starts_group(rollout.group)  # one row per prompt: enough choices, at a fraction of the work
     attention_mask = rollout.attention_mask[first_rows]
     tokens = next(each_view(views)).input_tokens(policy, rollout)[first_rows]
     experts_by_side = []

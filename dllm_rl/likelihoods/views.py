@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.types import Rollout, Views, ViewTensors
+from dllm_rl.types import Rollout, Views, ViewTensors, any_in_group, group_numbers, pack_groups, starts_group
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,25 @@ class Chunk:
 
 
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
-    """Split the groups that any view scores into chunks of groups of similar length.
+    """Split the groups that any view scores into chunks of rows of similar length.
 
-    A chunk has complete groups only: at most micro_batch_size rows, or a single group.
+    A chunk has at most micro_batch_size rows. A group is split only if it is larger.
     """
-    group_size = rollout.group_size
-    is_scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group_size).any(-1)
-    first_column = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group_size).amin(-1)
-    is_scored, first_column = torch.stack([is_scored, first_column]).cpu()  # the host waits for the device once
-    groups_per_chunk = len(is_scored) if micro_batch_size is None else max(1, micro_batch_size // group_size)
+    is_scored = any_in_group((views.coefficients != 0).any(0).any(-1), rollout.group)
+    first_column = rollout.attention_mask.long().argmax(-1)
+    number = group_numbers(rollout.group)
+    # The columns of a group are those of its longest row.
+    first_of_group = torch.full_like(number, rollout.tokens.shape[1]).scatter_reduce(0, number, first_column, "amin")
+    # The host waits for the device once.
+    is_scored, first_column, number = torch.stack([is_scored, first_of_group[number], number]).cpu()
     width = rollout.tokens.shape[1]
     chunks = []
     # A row is scored at the width at which it was sampled: another width rounds differently.
-    for bucket in length_buckets(first_column.repeat_interleave(group_size), width, rollout.tokens.device):
-        groups = bucket.rows[::group_size] // group_size
-        for chunk_groups in groups[is_scored[groups] != 0].split(groups_per_chunk):
-            if len(chunk_groups):  # a bucket may have nothing to score
-                rows = rearrange(chunk_groups[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
-                (rows,) = copy_to_device(rollout.tokens.device, rows)
-                chunks.append(Chunk(rows, slice(bucket.start, width)))
+    for bucket in length_buckets(first_column, width, rollout.tokens.device):
+        rows = bucket.rows[is_scored[bucket.rows] != 0]
+        for chunk_rows in pack_groups(rows, number[rows], micro_batch_size):  # a bucket may have nothing to score
+            (device_rows,) = copy_to_device(rollout.tokens.device, chunk_rows)
+            chunks.append(Chunk(device_rows, slice(bucket.start, width)))
     return chunks
 
 
@@ -69,8 +68,9 @@ class ForwardPlan(NamedTuple):
     """The rows that go through the model for a view, and the indices of its K scored positions.
 
     Attributes:
-        rows: Rows of the forward: the first row of each group if `is_shared`, else `scored_rows`.
-        is_shared: Whether one row is run for each group, because the model reads the same tokens in all its rows.
+        rows: Rows of the forward: `scored_rows`, or with `copies` the first row of each group.
+        copies: For each row of the batch, the index among `rows` of the row whose states it has, because the model
+            reads the same tokens in all rows of a group. None: each scored row is run.
         scored_rows: Rows with a scored position.
         state_index: Index of each scored position in the flattened states.
         flat_index: Index of each scored position in the flattened batch.
@@ -79,7 +79,7 @@ class ForwardPlan(NamedTuple):
     """
 
     rows: Int[Tensor, " R"]
-    is_shared: bool
+    copies: Int[Tensor, " B"] | None
     scored_rows: Int[Tensor, " L"]
     state_index: Int[Tensor, " K"]
     flat_index: Int[Tensor, " K"]
@@ -234,8 +234,6 @@ class View:
         rows = plan.rows
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
-        if plan.is_shared:
-            hidden = repeat(hidden, "p t d -> (p g) t d", g=rollout.group_size)
         states = hidden.flatten(0, 1)[plan.state_index]
         targets = target_tokens.flatten()[plan.flat_index]
         return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))
@@ -280,29 +278,37 @@ def plan_view(
         stay_masked: Positions that are scored by the probability of staying masked. None: no positions.
         share: Whether a single row may be run for a group, as in `View`.
     """
-    group_size = rollout.group_size
-    groups_are_equal = _equal_in_groups(tokens, group_size) & _equal_in_groups(rollout.attention_mask, group_size)
+    groups_are_equal = _equal_in_groups(tokens, rollout.group) & _equal_in_groups(rollout.attention_mask, rollout.group)
     if stay_masked is None:
         stay_masked = torch.zeros_like(scored)
-    # The host waits for the device once: three results return in one copy.
-    on_host = torch.cat([scored.flatten(), stay_masked.flatten(), groups_are_equal[None]]).cpu()
-    scored_on_host, stays_on_host, equal_on_host = on_host.split([scored.numel(), scored.numel(), 1])
+    # The host waits for the device once: four results return in one copy.
+    starts = starts_group(rollout.group)
+    on_host = torch.cat([scored.flatten(), stay_masked.flatten(), starts, groups_are_equal[None]]).cpu()
+    scored_on_host, stays_on_host, starts, equal = on_host.split([scored.numel(), scored.numel(), len(starts), 1])
     flat_index = scored_on_host.nonzero()[:, 0]
     if not len(flat_index):
         return None
     scored_on_host = scored_on_host.view(scored.shape)
     scored_rows = scored_on_host.any(-1).nonzero()[:, 0]
-    # For example, before the first step of a rollout all completions of a group are fully masked.
-    is_shared = share and group_size > 1 and bool(equal_on_host)
-    state_index = flat_index if is_shared else scored_on_host[scored_rows].flatten().nonzero()[:, 0]
     stays = stays_on_host[flat_index]
     written = (~stays).nonzero()[:, 0]
-    indices = copy_to_device(scored.device, scored_rows, state_index, flat_index, written, stays.nonzero()[:, 0])
-    rows = torch.arange(0, len(tokens), group_size, device=scored.device) if is_shared else indices[0]
-    return ForwardPlan(rows, is_shared, *indices)
+    device_inputs = [scored_rows, flat_index, written, stays.nonzero()[:, 0]]
+    # For example, before the first step of a rollout all completions of a group are fully masked.
+    if share and bool(equal) and not starts.all():
+        copies = starts.long().cumsum(0) - 1
+        width = scored.shape[1]
+        state_index = copies[flat_index // width] * width + flat_index % width
+        device_inputs += [state_index, starts.nonzero()[:, 0], copies]
+    else:
+        device_inputs += [scored_on_host[scored_rows].flatten().nonzero()[:, 0]]
+    scored_rows, flat_index, written, stays, state_index, *shared = copy_to_device(scored.device, *device_inputs)
+    rows, copies = shared or (scored_rows, None)
+    return ForwardPlan(rows, copies, scored_rows, state_index, flat_index, written, stays)
 
 
-def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group_size: int) -> Bool[Tensor, ""]:
+def _equal_in_groups(
+    values: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: Int[Tensor, " B"]
+) -> Bool[Tensor, ""]:
     """Return whether the rows of each group are equal."""
-    groups = rearrange(rows, "(p g) t -> p g t", g=group_size)
-    return (groups == groups[:, :1]).all()
+    is_repeated = ~starts_group(group)[1:, None]
+    return ~((values[1:] != values[:-1]) & is_repeated).any()

@@ -12,7 +12,7 @@ from dllm_rl.decoding.order import highest
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.choose import rank_positions
 from dllm_rl.samplers.rules import DETERMINISTIC
-from dllm_rl.types import Rollout
+from dllm_rl.types import Rollout, starts_group
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     if order is None or order.rank_name not in DETERMINISTIC or mask_id is None or rollout.events is not None:
         return {}  # the order of RandomOrder and Confidence is not a function of the canvas and the weights
     rank = DETERMINISTIC[order.rank_name]
-    first_rows = slice(None, None, rollout.group_size)  # all completions of a prompt begin with the same canvas
+    first_rows = starts_group(rollout.group)  # all completions of a prompt begin with the same canvas
     masked = rollout.completion_mask[first_rows]
     in_first_block = order.block_first_step[first_rows] == 0
     committed = rollout.unmask_step[first_rows] == 0

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
@@ -16,16 +15,16 @@ from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KVCache
 from dllm_rl.samplers.choose import Drawn
-from dllm_rl.samplers.sampler import Sampler
+from dllm_rl.samplers.sampler import Sampler, shared_rows
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 class Autoregress(Sampler):
-    """Complete every prompt `group_size` times, one token per step, until an end token or max_new_tokens.
+    """Complete prompts, one token per step, until an end token or max_new_tokens.
 
-    Use it for policies with causal attention; use `Unmask` for masked-diffusion policies. Each prompt runs through the
-    model once, for all its completions. A row depends only on its prompt, its seed and the weights.
+    Use it for policies with causal attention; use `Unmask` for masked-diffusion policies. A prompt runs through the
+    model once for all completions of its group. A row depends only on its prompt, its seed and the weights.
 
     Args:
         max_new_tokens: Largest number of tokens of a completion.
@@ -54,8 +53,8 @@ class Autoregress(Sampler):
             generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
 
         Returns:
-            Rollout of P * group_size rows, with log-probs of the sampled tokens under the sampling distribution, in
-            nats.
+            Rollout with the rows of the prompts, and log-probs of the sampled tokens under the sampling distribution,
+            in nats.
 
         Raises:
             ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
@@ -74,15 +73,16 @@ class Autoregress(Sampler):
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
         check_suppress(policy, sampling_params)
         device = policy.device
-        num_rows = prompts.num_rows
+        num_rows = len(prompts.tokens)
         seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
         # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
         row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         row_uniforms = [torch.rand(self.max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
         uniforms = torch.stack(row_uniforms).to(device)
 
-        input_tokens = prompts.tokens.to(device)
-        attention_mask = prompts.attention_mask.to(device)
+        rows, copies = shared_rows(prompts, torch.arange(num_rows))
+        input_tokens = prompts.tokens[rows].to(device)
+        attention_mask = prompts.attention_mask[rows].to(device)
         positions = position_ids(attention_mask)
         cache = KVCache(config=policy.module.config)
         eos = torch.tensor(policy.spec.eos_ids, device=device)
@@ -91,7 +91,7 @@ class Autoregress(Sampler):
         for step in range(self.max_new_tokens):
             states = policy.encode(input_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
             if step == 0:  # so far one row per prompt; from here on one row per completion
-                prompt_index = torch.arange(num_rows, device=device) // prompts.group_size
+                prompt_index = copies.to(device)
                 states = states[prompt_index]
                 attention_mask = attention_mask[prompt_index]
                 positions = positions[prompt_index]
@@ -136,7 +136,7 @@ def _rollout(
     fields = zip(*(drawn.tensors() for drawn, _ in steps), strict=True)
     drawn = Drawn(*(torch.stack(field_of_steps, dim=1) for field_of_steps in fields))
     tokens = torch.where(is_drawn, drawn.tokens, policy.pad_id)
-    prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
+    prompt_tokens = prompts.tokens.to(policy.device)
     prompt_width = prompt_tokens.shape[1]
     completion_mask = F.pad(is_drawn, (prompt_width, 0))
     unmask_step = torch.arange(completion_mask.shape[1], device=policy.device) - prompt_width
@@ -150,7 +150,7 @@ def _rollout(
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, unmask_step, -1),
         logprobs=F.pad(drawn.logprobs.masked_fill(~is_drawn, 0.0), (prompt_width, 0)),
-        group_size=prompts.group_size,
+        group=prompts.group.to(policy.device),
         weights_version=policy.weights_version,
         sampling_params=sampling_params,
         forwards=len(steps),

@@ -111,11 +111,12 @@ class CachedForward:
         rows: Int[Tensor, " R"],
         columns: tuple[int, int],
         *,
-        rows_per_forward: int = 1,
+        run: Int[Tensor, " r"],
+        copies: Int[Tensor, " R"] | None,
     ) -> tuple[Float[Tensor, "r W D"], int]:
         """Return the states of the columns that run, for a step of the block `columns` = [start, end), and their start.
 
-        Only every rows_per_forward-th of the R rows is run, and r = R / rows_per_forward.
+        Of the R rows, only `run` is run; row number i equals row copies[i] of these. None: all run.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -127,9 +128,10 @@ class CachedForward:
             self.past = map_cache(self.past, lambda x: x[index])
         self.rows = rows
         first = int(query_columns[0]) + self.policy.spec.shift
-        states = self._forward(tokens, rows[::rows_per_forward], query_columns, columns_to_store)
-        if rows_per_forward > 1 and self.past is not None:  # the rows that were not run are copies
-            self.past = map_cache(self.past, lambda x: x.repeat_interleave(rows_per_forward, dim=0))
+        states = self._forward(tokens, run, query_columns, columns_to_store)
+        if copies is not None and self.past is not None:  # the rows that were not run are copies
+            (index,) = copy_to_device(tokens.device, copies)
+            self.past = map_cache(self.past, lambda x: x[index])
         if self.cache.kind == "block" and self.step == 0:
             # Rows that finish the block early leave `past`, and return with the next block.
             self.block_start = self.past, rows

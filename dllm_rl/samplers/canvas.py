@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -145,18 +144,17 @@ class Canvas:
             attention_mask = self.attention_mask.clone()
         else:
             prompts, device = self.prompts, self.tokens.device
-            prompt_tokens = repeat(prompts.tokens.to(device), "p s -> (p g) s", g=prompts.group_size)
-            prompt_mask = repeat(prompts.attention_mask.to(device), "p s -> (p g) s", g=prompts.group_size)
             is_padding = self.masked & self.finished[:, None] & self.pad_finished
-            tokens = torch.cat([prompt_tokens, self.completions().masked_fill(is_padding, self.pad_id)], dim=1)
-            attention_mask = torch.cat([prompt_mask, ~is_padding], dim=1)
+            completions = self.completions().masked_fill(is_padding, self.pad_id)
+            tokens = torch.cat([prompts.tokens.to(device), completions], dim=1)
+            attention_mask = torch.cat([prompts.attention_mask.to(device), ~is_padding], dim=1)
         return Rollout(
             tokens=tokens,
             attention_mask=attention_mask,
             completion_mask=self._to_columns(~self.masked, False),
             unmask_step=self._to_columns(self.unmask_step, -1),
             logprobs=self._to_columns(self.logprobs, 0.0),
-            group_size=self.prompts.group_size,
+            group=self.prompts.group.to(self.tokens.device),
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
@@ -185,15 +183,14 @@ class Canvas:
 
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
-    """Return a canvas of prompts, each repeated group_size times and followed by `length` masks.
+    """Return a canvas of prompts, each followed by `length` masks.
 
     With `block_aligned` (a block-causal policy with a cache), each block has the same columns in all rows.
     """
     spec = policy.spec
     device = policy.device
     assert spec.mask_id is not None, "a diffusion model has a mask token"
-    prompt_tokens = repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=prompts.group_size)
-    prompt_mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=prompts.group_size)
+    prompt_tokens, prompt_mask = prompts.tokens.cpu(), prompts.attention_mask.cpu()
     num_rows = len(prompt_mask)
     # Only block-causal blocks count from the prompt's first token.
     prompt_sizes = prompt_mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(num_rows, dtype=torch.long)

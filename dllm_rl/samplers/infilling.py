@@ -6,8 +6,6 @@ steps count only the completion's positions.
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
-from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.cache import Cache
@@ -31,11 +29,9 @@ def check_infilling(
         )
     if approximate_early_exit:
         raise ValueError("approximate_early_exit would leave gaps after an end token unfilled; leave it out")
-    complete_prompts = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
-    if length == 0 and complete_prompts:
-        raise ValueError(
-            f"max_new_tokens=0, and prompt {complete_prompts[0]} has no open position: there is nothing to fill"
-        )
+    complete_rows = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    if length == 0 and complete_rows:
+        raise ValueError(f"max_new_tokens=0, and row {complete_rows[0]} has no open position: there is nothing to fill")
 
 
 def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int) -> Canvas:
@@ -50,19 +46,16 @@ def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: 
     columns = (~infill_mask).long().argsort(dim=-1, stable=True)[:, : int(infill_mask.sum(-1).max())]
     block = (torch.arange(columns.shape[1]) // block_size).expand_as(columns)
 
-    def repeat_prompts(x: Tensor) -> Tensor:
-        return repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)
-
     return Canvas(
         prompts=prompts,
-        tokens=repeat_prompts(tokens),
-        attention_mask=repeat_prompts(attention_mask),
-        columns=repeat_prompts(columns),
-        block=repeat_prompts(block),
+        tokens=tokens.to(policy.device),
+        attention_mask=attention_mask.to(policy.device),
+        columns=columns.contiguous().to(policy.device),
+        block=block.contiguous().to(policy.device),
         bounds=[],  # only caches read them
-        starts=repeat(attention_mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
+        starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         mask_id=policy.spec.mask_id,
         pad_finished=False,
-        infill_mask=repeat_prompts(infill_mask),
+        infill_mask=infill_mask.to(policy.device),
     )

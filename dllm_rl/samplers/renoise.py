@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.distributions import Categorical
@@ -24,7 +23,7 @@ from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
-from dllm_rl.samplers.sampler import Sampler
+from dllm_rl.samplers.sampler import Sampler, shared_rows
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import MIN_TEMPERATURE, Prompts, Renoised, Rollout
 
@@ -32,7 +31,7 @@ NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, 
 
 
 class Renoise(Sampler):
-    """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler).
+    """Complete prompts, canvas by canvas (DiffusionGemma's sampler).
 
     Use it for encoder-decoder models whose noise is random tokens; use `Unmask` for models whose noise is mask tokens.
     A canvas of C = `policy.spec.block_size` tokens begins with random tokens. In step s of n a token is drawn at every
@@ -100,7 +99,7 @@ class Renoise(Sampler):
             on_step: Function that is called with the current rollout after every step. None: no call.
 
         Returns:
-            Rollout of P * group_size rows.
+            Rollout with the rows of the prompts.
 
         Raises:
             ValueError: The model's noise is not random tokens, or a prompt has images or open positions.
@@ -110,9 +109,9 @@ class Renoise(Sampler):
             self.t_min + (self.t_max - self.t_min) * ((self.diffusion_steps - step) / self.diffusion_steps)
             for step in range(self.diffusion_steps)
         )
-        seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
+        seeds = row_seeds(generator, len(prompts.tokens)) if prompts.seeds is None else prompts.seeds
         record = _Record.empty(policy, prompts, seeds, self.max_new_tokens, temperatures)
-        starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
+        starts = prompts.attention_mask.cpu().long().argmax(-1)
         # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
         for bucket in length_buckets(starts, prompts.tokens.shape[1] + self.max_new_tokens, policy.device):
             (rows,) = copy_to_device(policy.device, bucket.rows)
@@ -170,7 +169,7 @@ class _Record:
     ) -> "_Record":
         """Return the record before the first step."""
         assert policy.spec.block_size is not None, "`check_spec` requires it"
-        shape = (prompts.num_rows, max_new_tokens)
+        shape = (len(prompts.tokens), max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=policy.device)
         no_steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
         return cls(
@@ -193,8 +192,6 @@ class _Record:
         """Return the rollout so far, with the prompts on the left."""
         prompts = self.prompts
         width = prompts.tokens.shape[1]
-        prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
-        prompt_mask = repeat(prompts.attention_mask.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
         num_steps = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # later steps were not taken, and are cut off
         block = torch.arange(self.tokens.shape[1], device=policy.device) // self.canvas_length
         renoised = Renoised(
@@ -205,12 +202,12 @@ class _Record:
             temperatures=self.temperatures,
         )
         return Rollout(
-            tokens=torch.cat([prompt_tokens, self.tokens], dim=1),
-            attention_mask=torch.cat([prompt_mask, self.begun], dim=1),
+            tokens=torch.cat([prompts.tokens.to(policy.device), self.tokens], dim=1),
+            attention_mask=torch.cat([prompts.attention_mask.to(policy.device), self.begun], dim=1),
             completion_mask=F.pad(self.begun, (width, 0)),
             unmask_step=F.pad(self.step, (width, 0), value=-1),
             logprobs=F.pad(self.logprobs, (width, 0)),
-            group_size=prompts.group_size,
+            group=prompts.group.to(policy.device),
             weights_version=policy.weights_version,
             forwards=self.forwards,
             renoised=renoised.padded(width),
@@ -263,15 +260,14 @@ class _BucketSampler:
 
     def __post_init__(self) -> None:
         prompts = self.record.prompts
-        group_size = prompts.group_size
-        prompt_rows = self.rows[::group_size] // group_size  # the encoder reads a prompt once for all its completions
-        tokens = prompts.tokens.to(self.policy.device)[prompt_rows, self.start :]
-        attention_mask = prompts.attention_mask.to(self.policy.device)[prompt_rows, self.start :]
-        self.prefix = Prefix.empty(self.policy, len(prompt_rows))
+        rows, copies = shared_rows(prompts, self.rows.cpu())  # the encoder reads a prompt once for all its completions
+        tokens = prompts.tokens[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
+        attention_mask = prompts.attention_mask[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
+        self.prefix = Prefix.empty(self.policy, len(rows))
         self.prefix.read(self.policy, tokens, attention_mask)
         self.record.forwards += 1
-        if group_size > 1:
-            self.prefix.select_rows(torch.arange(len(prompt_rows), device=tokens.device).repeat_interleave(group_size))
+        if len(rows) < len(copies):
+            self.prefix.select_rows(copies.to(tokens.device))
 
     def denoise_canvas(self, block: int, after_step: Callable[[], None] | None) -> None:
         """Denoise canvas number `block` of every row. Rows that wrote an end token are then finished."""

@@ -13,6 +13,7 @@ from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.samplers.cache import Cache, CachedForward
 from dllm_rl.samplers.canvas import Canvas, RolloutField, StepPlan
+from dllm_rl.samplers.sampler import shared_rows
 
 
 class SamplerForward:
@@ -35,14 +36,14 @@ class SamplerForward:
     def __call__(self, plan: StepPlan) -> Float[Tensor, "K D"]:
         """Return the hidden states of the plan's K positions, and count a forward."""
         # In the first step all completions of a prompt are the same: one row is run for each group.
-        rows_per_forward = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
+        is_first = self.canvas.forwards == 0
         self.canvas.forwards += 1
         row_buckets = self.bucket_of_row[plan.rows]
         bucket_numbers = row_buckets.unique().tolist()
         if len(bucket_numbers) == 1:
-            outputs = self._run(bucket_numbers[0], plan, plan.rows, rows_per_forward, plan.row_index, plan.column)
+            outputs = self._run(bucket_numbers[0], plan, plan.rows, is_first, plan.row_index, plan.column)
         else:
-            outputs = self._run_buckets(bucket_numbers, row_buckets, plan, rows_per_forward)
+            outputs = self._run_buckets(bucket_numbers, row_buckets, plan, is_first)
         if len(outputs) > 1:
             plan.records["experts"] = (None, outputs[1], 0)
         return outputs[0]
@@ -52,7 +53,7 @@ class SamplerForward:
         return {"experts": self.canvas.records.get("experts")}
 
     def _run_buckets(
-        self, bucket_numbers: list[int], row_buckets: Int[Tensor, " R"], plan: StepPlan, rows_per_forward: int
+        self, bucket_numbers: list[int], row_buckets: Int[Tensor, " R"], plan: StepPlan, is_first: bool
     ) -> list[Tensor]:
         """Run each bucket separately, and return results in the order of the plan's positions.
 
@@ -68,7 +69,7 @@ class SamplerForward:
         joined: list[Tensor] = []
         for (number, rows), positions in zip(bucket_rows.items(), bucket_positions, strict=True):
             row, column = row_in_bucket[plan.row_index[positions]], plan.column[positions]
-            outputs = self._run(number, plan, plan.rows[rows], rows_per_forward, row, column)
+            outputs = self._run(number, plan, plan.rows[rows], is_first, row, column)
             if not joined:
                 joined = [output.new_empty(len(plan.row_index), *output.shape[1:]) for output in outputs]
             for joined_output, output in zip(joined, outputs, strict=True):
@@ -80,35 +81,41 @@ class SamplerForward:
         number: int,
         plan: StepPlan,
         rows: Int[Tensor, " R"],
-        rows_per_forward: int,
+        is_first: bool,
         row: Int[Tensor, " K"],
         column: Tensor,
     ) -> list[Tensor]:
         """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` has indices in `rows`."""
+        run, copies = shared_rows(self.canvas.prompts, rows) if is_first else (rows, None)
         block = int(plan.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
-            hidden, first_column = self._forward(number, rows, block, rows_per_forward)
+            hidden, first_column = self._forward(number, rows, run, copies, block)
             outputs = [hidden]
         else:
             with Routing(self.policy.module) as routing:
-                hidden, first_column = self._forward(number, rows, block, rows_per_forward)
+                hidden, first_column = self._forward(number, rows, run, copies, block)
             experts = routing.experts(len(hidden))
             # With a cache the states are not shifted; without one a state is at the token that it predicts.
             outputs = [hidden, to_token_columns(self.policy, experts) if self.caches[number] is None else experts]
-        return [output[row // rows_per_forward, (column - first_column).clamp(min=0)] for output in outputs]
+        if copies is not None:
+            row = copies.to(row.device)[row]
+        return [output[row, (column - first_column).clamp(min=0)] for output in outputs]
 
     def _forward(
-        self, number: int, rows: Tensor, block: int, rows_per_forward: int
+        self, number: int, rows: Tensor, run: Tensor, copies: Tensor | None, block: int
     ) -> tuple[Float[Tensor, "r W D"], int]:
-        """Return the states of all columns that run, and the canvas's column that the first state predicts."""
+        """Return the states of all columns that run, and the canvas's column that the first state predicts.
+
+        Of `rows`, only `run` is run; row number i equals row copies[i] of these. None: all run.
+        """
         canvas = self.canvas
         start = self.buckets[number].start
         cached = self.caches[number]
         if cached is None:
-            (device_rows,) = copy_to_device(self.policy.device, rows[::rows_per_forward])
+            (device_rows,) = copy_to_device(self.policy.device, run)
             hidden = self.policy.hidden(canvas.tokens[device_rows, start:], canvas.attention_mask[device_rows, start:])
             return hidden, start
         begin, end = canvas.bounds[block]
         bounds = (begin - start, end - start)
-        hidden, first_column = cached.advance(canvas.tokens[:, start:], rows, bounds, rows_per_forward=rows_per_forward)
+        hidden, first_column = cached.advance(canvas.tokens[:, start:], rows, bounds, run=run, copies=copies)
         return hidden, first_column + start

@@ -25,7 +25,7 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 class Unmask(Sampler):
-    """Complete every prompt `prompts.group_size` times by iterative unmasking.
+    """Complete prompts by iterative unmasking.
 
     Use it for masked-diffusion policies; use `Autoregress` for causal policies, and `Renoise` for models whose noise is
     random tokens. Apart from rounding, a row depends only on its prompt, its seed and the weights, not on the other
@@ -92,18 +92,21 @@ class Unmask(Sampler):
         prompts: Prompts,
         generator: Generator,
         *,
-        on_step: Callable[[Rollout], None] | None = None,
+        on_step: Callable[[Rollout], bool | None] | None = None,
     ) -> Rollout:
         """Complete the prompts.
 
         Args:
             policy: Masked-diffusion policy, with full or block-causal attention.
-            prompts: Left-padded prompts, P rows of tokens. The positions of `prompts.infill_mask` are filled in too.
+            prompts: Left-padded prompts, one row for each completion. The positions of `prompts.infill_mask` are filled
+                in too.
             generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
-            on_step: Function that is called with the current rollout after every step. None: no call.
+            on_step: Function that is called with the current rollout after every step. If it returns True, sampling
+                ends there: positions that are still masked are not in `completion_mask`. None: no call.
 
         Returns:
-            Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
+            Rollout with the rows of the prompts: tokens, the step that wrote each token, and log-probs at commit in
+            nats.
 
         Raises:
             ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule,
@@ -125,7 +128,9 @@ class Unmask(Sampler):
         tracker = BlockTracker(
             canvas.block, self.diffusion_steps, wait_for_all_rows=self.cache is not None, masked=canvas.masked
         )
-        seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
+        seeds = (row_seeds(generator, len(prompts.tokens)) if prompts.seeds is None else prompts.seeds).to(
+            policy.device
+        )
         forward = None if self.compile_step else SamplerForward(policy, canvas, self.cache, tracker.steps_left)
         # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
         run_step: Callable[[], Int[Tensor, " C"] | None]
@@ -145,8 +150,8 @@ class Unmask(Sampler):
             if rows_end_early and len(complete_rows):
                 ended_rows = canvas.mark_finished(complete_rows, spec.eos_ids)
                 tracker.finish_rows(ended_rows)
-            if on_step is not None:
-                on_step(current_rollout())
+            if on_step is not None and on_step(current_rollout()):
+                break
         step_sampler.check_scores()
         return current_rollout()
 

@@ -210,7 +210,7 @@ class HTTPSampler(Unmask):
         prompts: Prompts,
         generator: Generator,
         *,
-        on_step: Callable[[Rollout], None] | None = None,
+        on_step: Callable[[Rollout], bool | None] | None = None,
     ) -> Rollout:
         """Complete the prompts with a policy of `HTTPEngine`.
 
@@ -227,13 +227,12 @@ class HTTPSampler(Unmask):
             )
         if policy.spec.attention == "encoder_decoder":
             raise ValueError(f"sampler=HTTPSampler does not serve {policy.spec.name!r}, whose sampler is Renoise")
-        seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-        tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
+        seeds = row_seeds(generator, len(prompts.tokens)) if prompts.seeds is None else prompts.seeds
+        tensors = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "group")} | {"seeds": seeds}
         if prompts.infill_mask is not None:
             tensors["infill_mask"] = prompts.infill_mask
         header = {
             "weights_version": policy.weights_version,
-            "group_size": prompts.group_size,
             "settings": self._settings_of(policy),
         }
         rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)

@@ -97,7 +97,7 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
 
     Args:
         lease: The server's lease.
-        data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version`, `group_size` and `settings`
+        data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version` and `settings`
             (`with_settings`). The server's sampler defaults do not apply.
         policy: The server's policy.
 
@@ -107,13 +107,14 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
     """
     tensors, header = _read(data)
     lease.check(policy, header)
-    required = {"tokens", "attention_mask", "seeds"}
+    required = {"tokens", "attention_mask", "group", "seeds"}
     if not required <= tensors.keys() <= required | {"infill_mask"}:
         raise ValueError(f"tensors {sorted(tensors)} are not those of prompts with seeds")
-    prompts = Prompts(group_size=header["group_size"], **tensors)
+    prompts = Prompts(**tensors)
     tokens = prompts.tokens
-    if tokens.dim() != 2 or tokens.shape != prompts.attention_mask.shape or len(tensors["seeds"]) != prompts.num_rows:
-        raise ValueError("tokens, attention_mask and seeds must be (P, S), (P, S) and (P * group_size,)")
+    vectors = {(len(values),) == values.shape == tokens.shape[:1] for values in (prompts.group, tensors["seeds"])}
+    if tokens.dim() != 2 or tokens.shape != prompts.attention_mask.shape or vectors != {True}:
+        raise ValueError("tokens, attention_mask, group and seeds must be (B, S), (B, S), (B,) and (B,)")
     if tokens.min() < 0 or tokens.max() >= policy.vocab_size:
         raise ValueError(f"tokens must lie in [0, {policy.vocab_size})")
     sampler = with_settings(policy, header["settings"])

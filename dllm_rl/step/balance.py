@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import gather_on_host, local, swap
+from dllm_rl.distributed.collectives import gather_on_host, swap
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
-from dllm_rl.step.mask_sets import active_groups
+from dllm_rl.step.mask_sets import active_rows
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Rollout
+from dllm_rl.types import Rollout, group_numbers, starts_group
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
 UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forward that only scores
@@ -47,45 +47,62 @@ def balance(
         The samples with this process's new rows, and the groups in their new order.
     """
     rollout = samples.rollout
-    row_index = local(torch.arange(samples.advantages.numel()), accelerator)
-    rollout = replace(rollout, batch_row=copy_to_device(rollout.tokens.device, row_index)[0])
+    me, num_processes = accelerator.process_index, accelerator.num_processes
+    batch_row = samples.local(torch.arange(len(samples.group)), accelerator)
+    # Groups that were sampled by different processes may have the same number in their rollouts.
+    rollout = replace(rollout, batch_row=batch_row, group=samples.local(samples.group, accelerator))
     # Swap nothing under zero_mismatch (swaps=False), where the bits of a row depend on the width of its rollout, or if
     # late rollouts have log-probs, which `exchange_groups` does not send.
     if not swaps or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, filter_support=None)  # no longer needed, and some processes have none
-    lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
-    width_and_slots = (rollout.tokens.shape[1], *rollout.slots())
-    (lengths_and_sizes,) = gather_on_host([torch.cat([lengths, torch.tensor(width_and_slots)])[None]], accelerator)
-    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_groups(settings, samples.advantages).long()
-    costs = lengths_and_sizes[:, : -len(width_and_slots)] * rearrange(
-        forwards_per_token, "(w p) -> w p", w=len(lengths_and_sizes)
-    )
-    swap_pairs = plan_swaps(costs)
-    # Partner process -> the local groups to swap with it, in the same order in both processes.
+    width_and_slots = torch.tensor([rollout.tokens.shape[1], *rollout.slots()])
+    (sizes_of_processes,) = gather_on_host([width_and_slots[None]], accelerator)
+    (lengths,) = gather_on_host([rollout.attention_mask.sum(-1).cpu()[:, None]], accelerator, samples.counts)
+    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_rows(settings, samples).long()
+    group, first_rows = group_numbers(samples.group), starts_group(samples.group)
+    row_costs = lengths[:, 0] * forwards_per_token
+    group_costs = torch.zeros(int(first_rows.sum()), dtype=row_costs.dtype).index_add(0, group, row_costs)
+    process = torch.arange(num_processes).repeat_interleave(torch.tensor(samples.counts))[first_rows]
+    groups_of_processes = [(process == number).nonzero()[:, 0] for number in range(num_processes)]
+    # The groups of each process. Processes with fewer groups have slots of -1, which are not swapped.
+    slots = pad_sequence(groups_of_processes, batch_first=True, padding_value=-1)
+    swap_pairs = plan_swaps(torch.where(slots < 0, 0, group_costs[slots]), slots < 0)
+    # Partner process -> the groups to send to it and to receive from it, in the same order in both processes.
     outgoing: dict[int, list[int]] = {}
-    for swap_pair in swap_pairs:
-        for (process, slot), (partner, _) in (swap_pair, swap_pair[::-1]):
-            if process == accelerator.process_index:
-                outgoing.setdefault(partner, []).append(slot)
-    if outgoing:
-        max_width, *max_slots = lengths_and_sizes[:, -len(width_and_slots) :].amax(0).tolist()
-        rollout = exchange_groups(
-            rollout.padded(max_width - width_and_slots[0], pad_id=pad_id).with_slots(iter(max_slots)), outgoing
-        )
-    old_index = torch.arange(costs.numel()).view_as(costs)  # every process computes the same new order
-    order = old_index.clone()
+    incoming: dict[int, list[int]] = {}
+    new_slots = slots.clone()
     for first, second in swap_pairs:
-        order[first] = old_index[second]
-        order[second] = old_index[first]
-    return samples.reorder_groups(order.flatten(), rollout)
+        new_slots[first], new_slots[second] = slots[second], slots[first]
+        for mine, other in ((first, second), (second, first)):
+            if mine[0] == me:
+                outgoing.setdefault(other[0], []).append(int(slots[mine]))
+                incoming.setdefault(other[0], []).append(int(slots[other]))
+    rows_of_group = torch.arange(len(group)).split(group.bincount().tolist())
+    rows_of_processes = [torch.cat([rows_of_group[number] for number in row if number >= 0]) for row in new_slots]
+    if outgoing:
+        max_width, *max_slots = sizes_of_processes.amax(0).tolist()
+        rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=pad_id).with_slots(iter(max_slots))
+        begin = sum(samples.counts[:me])
+        sent = {
+            partner: torch.cat([rows_of_group[n] for n in numbers]) - begin for partner, numbers in outgoing.items()
+        }
+        received = {partner: torch.cat([rows_of_group[n] for n in numbers]) for partner, numbers in incoming.items()}
+        rows_here = torch.cat([torch.arange(begin, begin + samples.counts[me]), *received.values()])
+        order = torch.empty(len(group), dtype=torch.long)
+        order[rows_here] = torch.arange(len(rows_here))
+        counts = {partner: len(rows) for partner, rows in received.items()}
+        rollout = exchange_groups(rollout, sent, counts, order[rows_of_processes[me]])
+    return samples.reorder(torch.cat(rows_of_processes), tuple(map(len, rows_of_processes)), rollout)
 
 
-def plan_swaps(costs: Int[Tensor, "W P"]) -> list[tuple[GroupSlot, GroupSlot]]:
-    """Return pairs of groups to swap, each group at most once. The choice is greedy, and the same in every process."""
+def plan_swaps(costs: Int[Tensor, "W P"], is_empty: Bool[Tensor, "W P"]) -> list[tuple[GroupSlot, GroupSlot]]:
+    """Return pairs of groups to swap, each group at most once. The choice is greedy, and the same in every process.
+    A process has no group at slots that are empty.
+    """
     loads = costs.sum(1)
-    is_swapped = torch.zeros_like(costs, dtype=torch.bool)
+    is_swapped = is_empty.clone()
     swaps: list[tuple[GroupSlot, GroupSlot]] = []
     while True:
         busiest = int(loads.argmax())
@@ -103,37 +120,51 @@ def plan_swaps(costs: Int[Tensor, "W P"]) -> list[tuple[GroupSlot, GroupSlot]]:
         swaps.append(((busiest, outgoing), (idlest, incoming)))
 
 
-def exchange_groups(rollout: Rollout, outgoing: dict[int, list[int]]) -> Rollout:
-    """Send this process's groups in `outgoing` to their partner processes, and return the rollout with the received
-    groups in their place.
+def exchange_groups(
+    rollout: Rollout, sent: dict[int, Tensor], num_received: dict[int, int], order: Int[Tensor, " b"]
+) -> Rollout:
+    """Send rows of this process to their partner processes, and return the rollout's new rows.
+
+    Args:
+        rollout: This process's rows.
+        sent: Rows to send to each partner.
+        num_received: Number of rows to receive from each partner.
+        order: The new rows, as indices into the rows of `rollout` followed by the received ones.
     """
-    group_size = rollout.group_size
-    rows_per_partner = [len(slots) * group_size for slots in outgoing.values()]
-    slots = torch.tensor([slot for slots in outgoing.values() for slot in slots])
-    (rows,) = copy_to_device(
-        rollout.tokens.device, rearrange(slots[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
-    )
+    device = rollout.tokens.device
     tensors = rollout.tensors()  # the same fields in the same order in all processes
     # fp64 represents masks, ids and fp32 exactly.
-    flat_fields = [value[rows].double().reshape(len(rows), -1) for value in tensors]
-    sent = torch.cat(flat_fields, dim=1).split(rows_per_partner)  # one flat row per completion
-    received = [torch.empty_like(rows_sent) for rows_sent in sent]
-    swap(list(zip(outgoing, sent, strict=True)), list(zip(outgoing, received, strict=True)))
-    received_fields = iter(torch.cat(received).split([field.shape[1] for field in flat_fields], dim=1))
+    flat_rows = torch.cat([value.double().reshape(len(value), -1) for value in tensors], dim=1)
+    rows_sent = [flat_rows[rows] for rows in copy_to_device(device, *sent.values())]
+    received = [flat_rows.new_empty(count, flat_rows.shape[1]) for count in num_received.values()]
+    swap(list(zip(sent, rows_sent, strict=True)), list(zip(num_received, received, strict=True)))
+    (index,) = copy_to_device(device, order)
+    new_rows = torch.cat([flat_rows, *received])[index]
+    fields = iter(new_rows.split([value[0].numel() for value in tensors], dim=1))
 
     def replace_rows(value: Tensor) -> Tensor:
-        return value.index_copy(0, rows, next(received_fields).view(-1, *value.shape[1:]).to(value.dtype))
+        return next(fields).reshape(-1, *value.shape[1:]).to(value.dtype)
 
     rollout = rollout.map(replace_rows)
     first_column = int(rollout.attention_mask.any(0).long().argmax())  # columns before it are padding in every row
-    return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(first_column, None))
+    return rollout.rows(torch.arange(len(rollout.tokens), device=device), slice(first_column, None))
 
 
-def to_sampling_order(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
+def to_sampling_order(
+    values: Float[Tensor, "b K"], trained: Samples, sampled: Samples, accelerator: Accelerator
+) -> Float[Tensor, "c K"]:
     """Reorder per-row values after load balancing: return, on the host, the values of the rows that this process
     sampled, in sampling order. Collective: every process must call it.
+
+    Args:
+        values: Values of the rows of `trained`.
+        trained: The samples after load balancing.
+        sampled: The samples before it.
+        accelerator: Processes.
     """
-    if rollout.batch_row is None:
+    batch_row = trained.rollout.batch_row
+    if batch_row is None:
         return values.cpu()
-    (gathered,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)
-    return local(gathered[gathered[:, -1].argsort()], accelerator)[:, :-1]
+    (gathered,) = gather_on_host([torch.cat([values.double(), batch_row[:, None]], dim=1)], accelerator, trained.counts)
+    in_order = gathered[gathered[:, -1].argsort()][:, :-1]
+    return in_order.split(list(sampled.counts))[accelerator.process_index]

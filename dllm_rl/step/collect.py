@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from dllm_rl.distributed.collectives import (
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.draw_prompts import fit_prompts, prompt_indices
-from dllm_rl.step.samples import Samples
+from dllm_rl.step.draw_prompts import fit_prompts, group_sizes, prompt_indices
+from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem, Reward, Task, component_fractions, grade
 from dllm_rl.types import Rollout
@@ -58,45 +58,52 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     Completions that dynamic sampling replaces count too.
     """
     settings, accelerator, log, history = context.settings, context.accelerator, context.log, context.history
-    local_groups = torch.arange(settings.train_batch_size // accelerator.num_processes)
     indices = prompt_indices(settings, history, step)
-    rollout, graded, local_rewards, num_too_long = draw_and_grade(context, step, 0, indices, local_groups)
+    sizes = group_sizes(settings, history, indices, step)
+    group = torch.arange(len(sizes)).repeat_interleave(sizes)
+    counts = rows_of_processes(sizes, accelerator.num_processes)
+    draw = partial(draw_and_grade, context, step, sizes=sizes)
+    local_group = group.split(list(counts))[accelerator.process_index]
+    rollout, graded, local_rewards, num_too_long = draw(0, indices, local(torch.arange(len(sizes)), accelerator))
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = wait_metrics_of("rollout", accelerator)
-        # (P, G, K): the reward of each completion, then its components.
-        (component_rewards,) = gather_on_host([local_rewards], accelerator)
-    if component_rewards[..., 0].isnan().all():  # on every process: a single None skips its completion
+        # (B, K): the reward of each completion, then its components.
+        (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
+    if component_rewards[:, 0].isnan().all():  # on every process: a single None skips its completion
         raise ValueError(f"no completion of step {step} has a reward: every reward function returned None for each")
     if history is not None:
-        history.add(step, indices, component_rewards)
-    rewards = component_rewards[..., 0]
-    metrics = reward_metrics(rewards, graded, accelerator) | reduce_metrics(wait_metrics, accelerator)
+        history.add(step, indices, component_rewards, group)
+    metrics = reward_metrics(component_rewards[:, 0], group, graded, local_group, accelerator)
+    metrics |= reduce_metrics(wait_metrics, accelerator)
     if settings.max_prompt_length is not None:
-        too_long_and_drawn = (torch.tensor(float(num_too_long)), torch.tensor(float(len(local_rewards))))
-        metrics |= reduce_metrics({"frac_prompts_too_long": too_long_and_drawn}, accelerator)
+        num_local = torch.tensor(float(len(sizes) // accelerator.num_processes))
+        metrics |= reduce_metrics(
+            {"frac_prompts_too_long": (torch.tensor(float(num_too_long)), num_local)}, accelerator
+        )
     num_draws = 1
     num_tokens = count_tokens(graded)
-    while num_draws < settings.max_num_gen_batches and not has_unequal_rewards(component_rewards).all():
-        has_equal_rewards = ~has_unequal_rewards(component_rewards)
+    while (
+        num_draws < settings.max_num_gen_batches
+        and not (is_mixed := has_unequal_rewards(component_rewards, group)).all()
+    ):
         indices = prompt_indices(settings, history, step, num_draws)
-        group_indices = local(has_equal_rewards, accelerator).nonzero()[:, 0]
-        if len(group_indices):  # another process may have groups to redraw even if this process has none
-            redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw_and_grade(
-                context, step, num_draws, indices, group_indices
-            )
-            local_rewards[group_indices] = redrawn_rewards
+        redrawn = (~is_mixed).nonzero()[:, 0]
+        local_redrawn = redrawn[torch.isin(redrawn, local_group)]
+        if len(local_redrawn):  # another process may have groups to redraw even if this process has none
+            redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw(num_draws, indices, local_redrawn)
+            rows = torch.isin(local_group, local_redrawn).nonzero()[:, 0]
+            local_rewards[rows] = redrawn_rewards
             num_tokens += count_tokens(redrawn_graded)
-            columns = torch.arange(settings.num_generations)
-            rows = rearrange(group_indices[:, None] * settings.num_generations + columns, "p g -> (p g)")
             for row, redrawn_completion in zip(rows.tolist(), redrawn_graded, strict=True):
                 graded[row] = redrawn_completion
             (rows,) = copy_to_device(accelerator.device, rows)
             rollout = rollout.replace_rows(rows, redrawn_rollout, pad_id=context.rollout_policy.pad_id)
-        (component_rewards,) = gather_on_host([local_rewards], accelerator)
+        (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
         if history is not None:
-            history.add(step, indices[has_equal_rewards], component_rewards[has_equal_rewards])
+            rows = torch.isin(group, redrawn)
+            history.add(step, indices[redrawn], component_rewards[rows], group[rows])
         num_draws += 1
-    rewards = component_rewards[..., 0]
+    rewards = component_rewards[:, 0]
     # The total of the earlier steps is in the log's last row. After a resume, only the main process has that row. The
     # other processes' total is then too low, but only the main process writes the log.
     num_tokens_before = log.last.get("num_tokens", 0.0)
@@ -104,11 +111,11 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
     if settings.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(num_draws)
-        metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
+        metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards, group)
     advantages = compute_advantages(
-        settings.advantages, rewards, component_reward_arguments(settings, component_rewards)
+        settings.advantages, rewards, group, component_reward_arguments(settings, component_rewards)
     )
-    samples = Samples(rollout, rewards, advantages, metric_weights=torch.ones(len(rewards), dtype=torch.double))
+    samples = Samples(rollout, group, rewards, advantages, torch.ones(len(rewards), dtype=torch.double), counts)
     return samples, graded, metrics | compiled_graphs(settings)
 
 
@@ -133,50 +140,59 @@ def draw_and_grade(
     step: int,
     draw: int,
     indices: Int[Tensor, " P"],  # the draw's problems, over all processes
-    group_indices: Tensor,  # the groups to draw, as indices into this process's part of `indices`
-) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"], int]:
-    """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts
-    were replaced because they were too long.
+    groups: Int[Tensor, " p"],  # the groups of this process to draw
+    *,
+    sizes: Int[Tensor, " P"],
+) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "b K"], int]:
+    """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts were
+    replaced because they were too long.
     """
-    settings, accelerator = context.settings, context.accelerator
-    problems, num_too_long = fit_prompts(
-        settings, context.rollout_policy, local(indices, accelerator)[group_indices].tolist()
-    )
+    settings = context.settings
+    problems, num_too_long = fit_prompts(settings, context.rollout_policy, indices[groups].tolist())
     key = (settings.seed, "rollout", step, *([draw] if draw else []))
-    seeds = local(row_seeds(generator_for(*key), len(indices) * settings.num_generations), accelerator)
-    # A group's seeds depend on its index, not on how many groups are redrawn.
-    group_seeds = rearrange(seeds, "(p g) -> p g", g=settings.num_generations)[group_indices]
-    rollout, graded, rewards = sample_and_grade(context, problems, group_seeds, key)
+    # A row's seed depends on its number among the rows of all processes, not on how many groups are redrawn.
+    seeds = row_seeds(generator_for(*key), int(sizes.sum())).split(sizes.tolist())
+    row_seeds_of_groups = torch.cat([seeds[number] for number in groups.tolist()])
+    rollout, graded, rewards = sample_and_grade(context, problems, sizes[groups].tolist(), row_seeds_of_groups, key)
     return rollout, graded, rewards, num_too_long
 
 
 def sample_and_grade(
     context: StepContext,
     problems: Sequence[Problem],
-    seeds: Int[Tensor, "p G"],
+    sizes: Sequence[int],
+    seeds: Int[Tensor, " b"],
     key: tuple[object, ...],
-) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"]]:
+) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "b K"]]:
     """Sample and grade a group of completions per problem.
 
     Args:
         context: Settings and policies.
-        problems: p problems.
-        seeds: Seed of each completion.
+        problems: The problems.
+        sizes: Number of completions of each problem.
+        seeds: Seed of each of the b completions.
         key: Key of the sampler's generator (`rng.generator_for`).
 
     Returns:
         The rollout, the graded completions, and K rewards per completion: the reward, then the components named by
         `component_reward_weights`.
+
+    Raises:
+        ValueError: The sampler returns other groups than those of its prompts.
+        FloatingPointError: The rollout's log-probs are not finite.
     """
     settings, rollout_policy = context.settings, context.rollout_policy
-    group_size = settings.num_generations
+    row_problems = [problem for problem, size in zip(problems, sizes, strict=True) for _ in range(size)]
     with context.log.stage("rollout"), context.arithmetic():
-        prompts = encode(rollout_policy, problems, group_size=group_size, seeds=seeds.flatten().tolist())
+        prompts = encode(rollout_policy, problems, num_generations=sizes, seeds=seeds.tolist())
         # Each row has its own seed, so that the split into batches does not change the result. The generator is for
         # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
-        batches = prompts.split(settings.rollout_batch_size or prompts.num_rows)
+        batches = prompts.split(settings.rollout_batch_size or len(seeds))
         rollouts = [settings.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        if any(len(made.tokens) != len(batch.tokens) for made, batch in zip(rollouts, batches, strict=True)):
+            raise ValueError("the recipe's sampler must return one row for each row of its prompts")
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
+        rollout = replace(rollout, group=copy_to_device(rollout.tokens.device, prompts.group)[0])
         if settings.checks_logits and not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
                 f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
@@ -184,32 +200,31 @@ def sample_and_grade(
             )
     with context.log.stage("reward"):
         completion_ids = completion_token_ids(rollout)
-        completions = texts_to_grade(rollout_policy, rollout, problems, completion_ids)
+        completions = texts_to_grade(rollout_policy, rollout, row_problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
-        row_rewards = grade(settings.task, problems, completions, costs, timeout=settings.reward_timeout)
+        row_rewards = grade(settings.task, row_problems, completions, costs, timeout=settings.reward_timeout)
         component_names = tuple(component_reward_weights(settings.advantages, settings.task))
     prompt_lengths = prompts.lengths
     graded = []
     reward_rows = []
     for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
-        group = row // group_size
         num_before_end = costs[row].tokens  # without the end token
         ends = num_before_end < len(completion_ids[row])
         graded_completion = GradedCompletion(
-            problem=problems[group],
+            problem=row_problems[row],
             completion=completion,
             reward=reward,
             num_tokens=len(completion_ids[row]),
             length=num_before_end + ends,
             ends=ends,
-            prompt_length=prompt_lengths[group],
+            prompt_length=prompt_lengths[row],
             forwards=costs[row].forwards,
         )
         graded.append(graded_completion)
         # NaN marks a reward or a component that this completion lacks. `grade` has checked that all numbers fit fp32.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
         reward_rows.append([reward_number(reward), *map(float, component_rewards)])
-    return rollout, graded, rearrange(torch.tensor(reward_rows, dtype=torch.float32), "(p g) k -> p g k", g=group_size)
+    return rollout, graded, torch.tensor(reward_rows, dtype=torch.float32)
 
 
 def reward_number(reward: Reward) -> float:
@@ -218,15 +233,18 @@ def reward_number(reward: Reward) -> float:
 
 
 def compute_advantages(
-    function: Advantages, rewards: Float[Tensor, "P G"], component_arguments: dict[str, Tensor]
-) -> Float[Tensor, "P G"]:
+    function: Advantages,
+    rewards: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    component_arguments: dict[str, Tensor],
+) -> Float[Tensor, " B"]:
     """Compute the advantages, by default (R - mean) / (std + 1e-4).
 
     Raises:
         ValueError: The advantages have another shape than the rewards or are not finite. The message names the
             function.
     """
-    advantages = function(rewards, **component_arguments)
+    advantages = function(rewards, group, **component_arguments)
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
@@ -238,12 +256,12 @@ def compute_advantages(
     return advantages
 
 
-def component_reward_arguments(settings: StepSettings, rewards: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
+def component_reward_arguments(settings: StepSettings, rewards: Float[Tensor, "B K"]) -> dict[str, Tensor]:
     """Return the component rewards and their weights as arguments for `advantages`; {} if it does not accept
     them. `rewards` has the reward of each completion, then its components.
     """
     weights = component_reward_weights(settings.advantages, settings.task)
-    component_rewards = rearrange(rewards[..., 1:], "p g k -> k p g")
+    component_rewards = rewards[:, 1:].T
     return {"parts": component_rewards, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
@@ -265,13 +283,17 @@ def component_reward_weights(function: Advantages, task: Task) -> dict[str, floa
     return dict(weights)
 
 
-def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
+def zero_std_fraction(rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> float:
     """Return the share of groups whose rewards are all equal."""
-    return (~has_unequal_rewards(rewards)).double().mean().item()
+    return (~has_unequal_rewards(rewards, group)).double().mean().item()
 
 
 def reward_metrics(
-    rewards: Float[Tensor, "P G"], graded: Sequence[GradedCompletion], accelerator: Accelerator
+    rewards: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    graded: Sequence[GradedCompletion],
+    local_group: Int[Tensor, " b"],
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return TRL's reward and length metrics over all processes. A completion that lacks a metric is left out of that
     metric's mean.
@@ -280,8 +302,8 @@ def reward_metrics(
 
     completions/clipped_ratio: share of completions without an end token.
 
-    completions/distinct_ratio: number of distinct texts in a group / G, mean over groups; 1/G if all completions of
-    each prompt are the same.
+    completions/distinct_ratio: number of distinct texts of each group, over the number of all completions; 1/G if all G
+    completions of each prompt are the same.
     """
     fractions = [component_fractions(item.reward) for item in graded]
     local_names = sorted({name for row in fractions for name in row})
@@ -293,10 +315,8 @@ def reward_metrics(
     lengths = torch.tensor([item.length for item in graded])
     num_clipped = sum(not item.ends for item in graded)
     num_forwards = sum(item.forwards for item in graded)
-    group_size = rewards.shape[1]
-    num_distinct = 0
-    for start in range(0, len(graded), group_size):
-        num_distinct += len({item.completion for item in graded[start : start + group_size]})
+    texts = [item.completion for item in graded]
+    num_distinct = len(set(zip(local_group.tolist(), texts, strict=True)))
     sums_and_counts: Metrics = {
         "parsed": (torch.tensor(sum(parsed), dtype=torch.float64), torch.tensor(len(parsed))),
         "completions/mean_length": (lengths.sum(), count),
@@ -312,7 +332,7 @@ def reward_metrics(
         "reward_std": graded_rewards.std(
             correction=0
         ).item(),  # correction=1 would give NaN for a batch of one completion
-        "frac_reward_zero_std": zero_std_fraction(rewards),
+        "frac_reward_zero_std": zero_std_fraction(rewards, group),
         **means,
     }
 

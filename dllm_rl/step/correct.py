@@ -4,28 +4,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
-from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     gather_on_host,
-    local,
     reduce_metrics,
     wait_metrics_of,
 )
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.mask_sets import (
-    active_groups,
-    restrict_to_groups,
-)
+from dllm_rl.step.mask_sets import active_rows, restrict_views
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import ScoredSamples
-from dllm_rl.types import Batch, Logprobs, Rollout, Views
+from dllm_rl.types import Batch, Logprobs, Views
 
 
 def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
@@ -57,7 +51,7 @@ def correct(context: StepContext, samples: Samples, logps: Logprobs) -> tuple[Ba
         advantages=rows.advantages,
         row_weights=rows.metric_weights,
     )
-    batch = make_batch(context, samples.rollout, logps, rows, weights)
+    batch = make_batch(context, samples, logps, rows, weights)
     likelihood = context.settings.likelihood
     if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
         metrics |= step_metrics(
@@ -70,7 +64,7 @@ def make_later_batch(context: StepContext, samples: Samples, logps: Logprobs) ->
     """Make the batch of an update after the first, with the corrector's weights for that update's set of views."""
     rows = gather_rows(context, samples, logps)
     weights, _ = apply_corrector(context.settings.corrector, rows)
-    return make_batch(context, samples.rollout, logps, rows, weights)
+    return make_batch(context, samples, logps, rows, weights)
 
 
 @dataclass(frozen=True)
@@ -106,20 +100,20 @@ def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows
         local_tensors["entropy"] = logps.entropy
     if logps.token_advantages is not None:
         local_tensors["advantages"] = logps.token_advantages
-    gathered = dict(zip(local_tensors, gather_on_host(list(local_tensors.values()), context.accelerator), strict=True))
-    is_trained_row = repeat(active_groups(context.settings, samples.advantages), "p -> (p g)", g=rollout.group_size)
+    values = gather_on_host(list(local_tensors.values()), context.accelerator, samples.counts)
+    gathered = dict(zip(local_tensors, values, strict=True))
+    is_trained_row = active_rows(context.settings, samples)
     stats = TokenStats(
         log_mismatch=gathered["log_mismatch"],
-        advantages=rearrange(samples.advantages, "p g -> (p g)"),
+        advantages=samples.advantages,
         mask=gathered["scored"] & is_trained_row[:, None],
         old_logprobs=gathered["old"],
         rollout_logprobs=gathered["rollout"],
         unmask_step=gathered["unmask_step"],
         entropy=gathered.get("entropy"),
     )
-    row_weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
     advantages = gathered.get("advantages", stats.advantages)
-    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, row_weights, advantages)
+    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, samples.metric_weights, advantages)
 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
@@ -150,29 +144,30 @@ def symptoms(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> dict[
     return symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=stats.old_logprobs if is_per_token else None)
 
 
-def make_batch(context: StepContext, rollout: Rollout, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
+def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
     """Make the update's batch of this process's rows, on its device."""
-    accelerator, loss_mask = context.accelerator, weights.loss_mask
-    device = rollout.tokens.device
+    accelerator, loss_mask, rollout = context.accelerator, weights.loss_mask, samples.rollout
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
-    is_trained_group = rows.is_trained[:: rollout.group_size]
+    importance_weights = samples.local(weights.importance_weights, accelerator)[:, :width]
+    if rollout.loss_weights is not None:
+        importance_weights = importance_weights * rollout.loss_weights
+    advantages = logps.token_advantages
     return Batch(
         rollout=rollout,
-        views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
-        advantages=copy_to_device(device, local(rows.stats.advantages, accelerator))[0],
+        views=restrict_views(logps.views, rows.is_trained, samples, accelerator),
+        advantages=samples.local(samples.advantages, accelerator) if advantages is None else advantages,
         # "rollout" is VeXact's bypass, eq. 4: the ratios are current / rollout, and need no importance weights. Under
         # mismatch, the reward of such a run drops once, while k1 and k3 rise. With recomputed old log-probs and without
         # importance weights, a run collapses in stages, while k1 and k3 stay flat [digest].
         old_logprobs=logps.rollout_logprobs if context.settings.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
-        importance_weights=copy_to_device(device, local(weights.importance_weights, accelerator)[:, :width])[0],
-        loss_mask=copy_to_device(device, local(loss_mask, accelerator)[:, :width])[0],
+        importance_weights=importance_weights,
+        loss_mask=samples.local(loss_mask, accelerator)[:, :width],
         reference_logprobs=logps.reference_logprobs,
         # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
         # the mean.
         num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(loss_mask),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
-        token_advantages=logps.token_advantages,
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
     )

@@ -47,6 +47,26 @@ def prompt_indices(
     return indices
 
 
+def group_sizes(
+    settings: StepSettings, history: RewardHistory | None, indices: Int[Tensor, " P"], step: int
+) -> Int[Tensor, " P"]:
+    """Return the number of completions of each prompt of a step, over all processes, from `prompt_source`.
+
+    Raises:
+        ValueError: The source did not return a whole number of at least 1 for each prompt.
+    """
+    source = settings.prompt_source
+    history = RewardHistory(len(settings.task)) if history is None else history
+    generator = generator_for(settings.seed, "group sizes", step)
+    sizes = source.group_sizes(history, indices, settings.num_generations, generator)
+    if not isinstance(sizes, Tensor) or sizes.shape != indices.shape or sizes.dtype != torch.long or sizes.min() < 1:
+        problem = (
+            f"group_sizes of prompt_source={describe(source)} must return a tensor of {len(indices)} whole numbers"
+        )
+        raise ValueError(f"{problem} from 1 on, one for each prompt")
+    return sizes
+
+
 def fit_prompts(settings: StepSettings, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
     """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
     by the task's next prompt that fits.

@@ -21,8 +21,8 @@ class StepFeature:
 
     Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
     `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
-    the tuple; those of scoring also in the rehearsal before the first step, on one group. A feature has no state in a
-    checkpoint.
+    the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
+    step to step goes through `state` and `load`, or is gone after a resume.
     """
 
     max_staleness: int = 0  # updates by which the rollout's weights may be older, if `syncs` returns False
@@ -79,3 +79,12 @@ class StepFeature:
     def metrics(self, context: "StepContext") -> Metrics:
         """Return metrics of the scoring."""
         return {}
+
+    def state(self) -> bytes | None:
+        """Return what a checkpoint stores of this feature, the same in all processes; None for nothing. Change it only
+        in `learn`: a checkpoint that is written after an error or a signal belongs to the last complete update.
+        """
+        return None
+
+    def load(self, state: bytes) -> None:
+        """Continue from the state of a checkpoint. Called before the first step of a resumed run."""

@@ -15,12 +15,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.mask_sets import (
-    active_groups,
-    draw_view_sets,
-    metric_weights,
-    select_local_rows,
-)
+from dllm_rl.step.mask_sets import active_rows, draw_view_sets, metric_weights
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Logprobs, Rollout, Views
@@ -49,13 +44,11 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     settings = context.settings
     # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
     # estimate the metrics of all groups.
-    samples = samples.with_metric_weights(metric_weights(settings, samples.advantages, step))
+    samples = replace(samples, metric_weights=metric_weights(settings, samples, step))
     for feature in context.features:
         samples = feature.before_scoring(context, samples)
     rollout = samples.rollout
-    is_trained_row = select_local_rows(
-        active_groups(settings, samples.advantages), rollout.group_size, context.accelerator
-    )
+    is_trained_row = samples.local(active_rows(settings, samples), context.accelerator)
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator)
     # Compare before `score`, which may retain graphs: their memory and this comparison's would add up.

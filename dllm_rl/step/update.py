@@ -54,8 +54,8 @@ def update(
     accelerator: Accelerator,
     settings: UpdateSettings,
 ) -> dict[str, float]:
-    """Take one optimizer step per batch. All batches belong to the same rollout. A forward has `micro_batch_size` rows,
-    a multiple of the group size.
+    """Take one optimizer step per batch. All batches belong to the same rollout. A forward has at most
+    `micro_batch_size` rows.
 
     Returns:
         The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and, if
@@ -124,9 +124,10 @@ def update_direction(
         update/direction: cosine similarity of the rows' advantages and the changes of their log-probs, in [-1, 1]; with
         a value model, of the tokens'. Below 0, worse answers became more likely. {} if nothing changed.
     """
-    row_advantages = batch.advantages if batch.token_advantages is None else batch.token_advantages.sum(-1)
+    is_per_row = batch.advantages.dim() == 1
+    row_advantages = batch.advantages if is_per_row else batch.advantages.sum(-1)
     by_advantage = row_advantages.argsort(stable=True)
-    is_measured_row = torch.zeros_like(batch.advantages, dtype=torch.bool)
+    is_measured_row = torch.zeros_like(row_advantages, dtype=torch.bool)
     is_measured_row[torch.cat([by_advantage[: MEASURED_ROWS // 2], by_advantage[-(MEASURED_ROWS // 2) :]])] = True
     views = batch.views.restrict_to_rows(is_measured_row & batch.loss_mask.any(-1))
     tokens_per_view = (views.coefficients != 0).sum((-1, -2))
@@ -136,12 +137,12 @@ def update_direction(
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
     is_scored = views.coefficients != 0
     change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double()
-    if batch.token_advantages is None:
+    if is_per_row:
         change = change.sum((0, 2))
         advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
     else:
         change = change.sum(0).flatten()
-        advantages = torch.where(is_scored.any(0), batch.token_advantages, 0).double().flatten()
+        advantages = torch.where(is_scored.any(0), batch.advantages, 0).double().flatten()
     products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
     dot, *squares = sum_over(products, accelerator).tolist()
     if not math.isfinite(dot):

@@ -3,16 +3,14 @@
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm_rl.algorithms.values import ValueModel, generalized_advantages
-from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import Metrics, local, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.tensor_bytes import serialize
+from dllm_rl.models.tensor_bytes import deserialize, serialize
 from dllm_rl.rng import generator_for
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
@@ -20,7 +18,6 @@ from dllm_rl.step.samples import Samples
 from dllm_rl.types import Views
 
 RATE_WIDTH = 64  # a matrix with this number of inputs is trained at `learning_rate`
-FILE = "value_head.safetensors"  # file in a checkpoint: weights and AdamW's moments
 
 
 class ValueHead(StepFeature):
@@ -28,10 +25,10 @@ class ValueHead(StepFeature):
     the hidden states.
     """
 
-    def __init__(self, settings: ValueModel, seed: int, saved: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, settings: ValueModel, seed: int) -> None:
         self.settings = settings
         self.seed = seed
-        self.saved = saved
+        self.saved: dict[str, Tensor] | None = None  # weights and moments of AdamW, from a checkpoint
         self.layers: nn.Sequential | None = None
         self.num_values = 0.0  # number of values in the gradient, since the last `learn`
         self.sums: Metrics = {}  # for `metrics`, of the last set of views
@@ -66,14 +63,27 @@ class ValueHead(StepFeature):
         assert self.saved is not None
         return {name.removeprefix(prefix): x for name, x in self.saved.items() if name.startswith(prefix)}
 
-    def files(self) -> dict[str, bytes]:
-        """Return the head's file in a checkpoint; {} before the first batch of a new run."""
+    def load(self, state: bytes) -> None:
+        """Raise ValueError if the state is damaged, or of a head of another size."""
+        saved, _ = deserialize(state)
+        if "weights.1.weight" not in saved:
+            raise ValueError("it has no weights")
+        size, saved_size = self.settings.hidden_size, len(saved["weights.1.weight"])
+        if size != saved_size:
+            raise ValueError(
+                f"value_model.hidden_size={size} is not the {saved_size} of the checkpoint; resume with "
+                f"hidden_size={saved_size}"
+            )
+        self.saved = saved
+
+    def state(self) -> bytes | None:
+        """Return weights and moments; None before the first batch of a new run."""
         if self.layers is None:
-            return {} if self.saved is None else {FILE: serialize(self.saved, {})}
+            return None if self.saved is None else serialize(self.saved, {})
         tensors = {f"weights.{name}": x for name, x in self.layers.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"moments.{index}.{name}": x for name, x in moments.items()}
-        return {FILE: serialize(tensors, {})}
+        return serialize(tensors, {})
 
     @torch.no_grad()
     def token_advantages(self, context: StepContext, samples: Samples, views: Views) -> Float[Tensor, "B T"]:
@@ -86,8 +96,7 @@ class ValueHead(StepFeature):
             ValueError: A position is scored at several steps, so that it has several advantages.
         """
         policy, rollout, micro_batch_size = context.policy, samples.rollout, context.settings.micro_batch_size
-        local_advantages = local(rearrange(samples.advantages, "p g -> (p g)"), context.accelerator)
-        (advantages,) = copy_to_device(context.accelerator.device, local_advantages)
+        advantages = samples.local(samples.advantages, context.accelerator)
         if ((views.coefficients != 0).sum(0) > 1).any():
             raise ValueError(
                 "value_model gives each token the advantage of its step, and here a position is scored at several "

@@ -173,14 +173,14 @@ def grade(
     *,
     timeout: float | None = None,
 ) -> list[Reward]:
-    """Grade completions, G consecutive ones per problem.
+    """Grade completions.
 
     If the task has a method `rewards`, all completions are graded in one call.
 
     Args:
         task: Task with the grader.
-        problems: P problems.
-        completions: P*G completions.
+        problems: The problem of each completion.
+        completions: The completions, as text.
         costs: One per completion, for graders that request COST_ARGUMENTS. None (default): unknown.
         timeout: Seconds that a call of the grader may take; after that `deadline` ends this process.
             None (default): no limit.
@@ -190,12 +190,12 @@ def grade(
 
     Raises:
         RuntimeError: The grader raises or exits.
-        ValueError: The grader does not return a `Reward`, or a number is not finite in fp32.
+        ValueError: The grader does not return a `Reward`, a number is not finite in fp32, or the numbers of problems
+            and completions differ.
     """
-    group_size = len(completions) // len(problems)
-    call = _GradeCall(
-        task, [problems[i // group_size] for i in range(len(completions))], completions, costs or (), timeout
-    )
+    if len(problems) != len(completions):
+        raise ValueError(f"{len(problems)} problems for {len(completions)} completions: give the problem of each")
+    call = _GradeCall(task, problems, completions, costs or (), timeout)
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, call.timeout_message) as restart:
         rewards, error = call.grade_together()
         if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails

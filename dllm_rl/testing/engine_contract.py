@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from dllm_rl.diagnostics.trace_check import check_trace, replayed
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.rollout_engine import RolloutEngine
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, group_sizes
 
 
 def check_engine(
@@ -28,7 +28,7 @@ def check_engine(
     Args:
         engine: Engine to check.
         policy: Learner. It is copied and does not change.
-        prompts: Prompts with a group_size of at least 2. Their seeds are replaced.
+        prompts: Prompts with at least 2 rows in each group. Their seeds are replaced.
         sampler: Sampler of the recipe, at a temperature other than 0 and 1, because these would hide a log-prob at a
             wrong temperature.
         bound: Largest mean difference in nats that the engine's number formats and kernels may cause. The check also
@@ -42,14 +42,14 @@ def check_engine(
     learner.module.requires_grad_(False)
     state = _learner_state(learner)
     rollout_policy = engine.load(learner)
-    seeds = torch.arange(prompts.num_rows) + 1000 * (seed + 1)
+    seeds = torch.arange(len(prompts.tokens)) + 1000 * (seed + 1)
 
     def sample(seeds: Tensor) -> Rollout:
         return sampler(rollout_policy, replace(prompts, seeds=seeds), Generator().manual_seed(seed))
 
     rollout = sample(seeds)
-    is_informative = rollout.sampling_params.temperature not in (0, 1) and prompts.group_size > 1
-    assert is_informative, "sample at a temperature other than 0 and 1, as 0.7, with a group_size of at least 2"
+    is_informative = rollout.sampling_params.temperature not in (0, 1) and min(group_sizes(prompts.group)) > 1
+    assert is_informative, "sample at a temperature other than 0 and 1, as 0.7, with at least 2 rows in each group"
     in_blocks = learner.spec.attention == "block_causal"
     _check_rows(rollout, sample, seeds, {*learner.spec.eos_ids}, in_blocks=in_blocks)
     _check_record(learner, rollout, bound)
@@ -107,7 +107,7 @@ def _check_rows(
         "other seeds must give other tokens: is engine or policy greedy?"
     )
     # Seeds in reverse order within each group, whose rows have the same prompt.
-    order = torch.arange(len(seeds)).view(-1, rollout.group_size).flip(1).flatten()
+    order = torch.cat([rows.flip(0) for rows in torch.arange(len(seeds)).split(group_sizes(rollout.group.cpu()))])
     reordered = _completions(sample(seeds[order]))
     assert [reordered[i] for i in order] == expected, "a row's random numbers must depend only on its seed"
 

@@ -12,7 +12,7 @@ from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats, T
 from dllm_rl.algorithms.losses import K2, PPOClip, SequenceMean, policy_loss
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
-from dllm_rl.types import Batch, Rollout, Views
+from dllm_rl.types import Batch, Rollout, Views, group_sizes
 
 
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
@@ -71,7 +71,7 @@ def make_batch(
     loss_mask = mask if loss_mask is None else loss_mask
     old_logprobs = torch.full(mask.shape, -1.0) if old_logprobs is None else old_logprobs
     zeros = torch.zeros(mask.shape, dtype=torch.long)
-    rollout = Rollout(zeros, torch.ones_like(mask), mask, zeros, torch.zeros(mask.shape), group_size=1)
+    rollout = Rollout(zeros, torch.ones_like(mask), mask, zeros, torch.zeros(mask.shape), torch.arange(len(mask)))
     views = Views(mask[None], mask[None].float())
     ones = torch.ones(mask.shape)
     batch = Batch(
@@ -279,7 +279,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     views = draw(rollout)
     same_views = draw(rollout)
     completion = rollout.completion_mask
-    group = rollout.group_size
+    group = group_sizes(rollout.group)[0]  # all have the same size
     advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5  # an estimator may use the sign
     used_views = estimator.with_advantages(views, advantages)
     logps = estimator.logprobs(policy, rollout, used_views)

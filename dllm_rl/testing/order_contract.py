@@ -44,7 +44,7 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
         policy = tiny_masked_lm(characters="ab=", head_std=0.5)
         a, b, prompt = policy.tokenizer.encode("ab=", add_special_tokens=False)
         options = {"suppress": tuple({*range(policy.vocab_size)} - {a, b}), **options}
-    prompts = Prompts.from_ids([[prompt]], pad_id=policy.pad_id, group_size=rows, seeds=range(rows))
+    prompts = Prompts.from_ids([[prompt]], pad_id=policy.pad_id, num_generations=rows, seeds=range(rows))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, **options}
     rollout = Unmask(rank=rank, commit=commit, **options)(policy, prompts, Generator())
     assert rollout.order is not None, "a sampler that unmasks records the order"

@@ -70,7 +70,7 @@ def weighted_shares(
 
     def sample(sampling_policy: Policy, first_seed: int) -> Rollout:
         seeds = range(first_seed, first_seed + rows)
-        prompts = Prompts.from_ids([list(prompt)], pad_id=policy.pad_id, group_size=rows, seeds=seeds)
+        prompts = Prompts.from_ids([list(prompt)], pad_id=policy.pad_id, num_generations=rows, seeds=seeds)
         return sampler(sampling_policy, prompts, Generator().manual_seed(0))
 
     rollout, other_rollout = sample(policy, 0), sample(other, rows)

@@ -1,7 +1,7 @@
 """Warnings, of one line each, about settings with which a run learns nothing or learns badly."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Compose
@@ -13,6 +13,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.rules import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.types import equal_groups
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
 MAX_SAFE_RATE = 1e-4  # largest learning rate without a warning for a model of LARGE_MODEL parameters
@@ -45,8 +46,8 @@ def cautions(recipe: Recipe) -> list[str]:
     warnings += (
         clip_warnings(recipe) + staleness_warnings(recipe) + corrector_warnings(recipe) + likelihood_warnings(recipe)
     )
-    rewards, component_arguments = made_up_rewards(recipe)
-    if not recipe.advantages(rewards, **component_arguments).any():
+    rewards, group, component_arguments = made_up_rewards(recipe)
+    if not recipe.advantages(rewards, group, **component_arguments).any():
         name = describe(recipe.advantages)
         warnings.append(
             f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "
@@ -178,10 +179,12 @@ def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:
     return (sampler.rank, sampler.commit) if isinstance(sampler, Unmask) else None
 
 
-def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:
-    """Return artificial rewards of a batch, all different, and the extra arguments for `recipe.advantages`."""
-    shape = (recipe.train_batch_size, recipe.num_generations)
-    rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
+def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"], dict[str, Tensor]]:
+    """Return artificial rewards of a batch, all different, their groups, and the extra arguments for
+    `recipe.advantages`.
+    """
+    group = equal_groups(recipe.train_batch_size, recipe.num_generations)
+    rewards = torch.arange(float(len(group)))
     if not recipe.advantages.takes_component_rewards:
-        return rewards, {}
-    return rewards, {"parts": rewards[None], "weights": torch.ones(1)}
+        return rewards, group, {}
+    return rewards, group, {"parts": rewards[None], "weights": torch.ones(1)}

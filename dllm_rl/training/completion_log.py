@@ -1,14 +1,13 @@
 """Log completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
 
 import math
+from itertools import accumulate
 
 import torch
-from einops import rearrange
 from rich.table import Table
 
 from dllm_rl.decoding.tokens import written_tokens
 from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import local
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
@@ -18,7 +17,7 @@ from dllm_rl.step.collect import GradedCompletion, reward_number
 from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import completion_metrics
 from dllm_rl.training.run import Run
-from dllm_rl.types import Logprobs, Rollout
+from dllm_rl.types import Logprobs, group_sizes
 
 NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions of highest and lowest reward
 MAX_CHARACTERS = 160  # of a text in the table; a longer text shows its beginning and its end
@@ -28,7 +27,7 @@ def log_completions(
     run: Run[Recipe],
     step: int,
     answers: list[GradedCompletion],  # of the rows that this process sampled, like `sampled`
-    sampled: Rollout,
+    sampled: Samples,
     trained: Samples,  # after load balancing, like `logps`
     logps: Logprobs,
 ) -> None:
@@ -48,24 +47,22 @@ def log_completions(
     is_scored = logps.views.scored(rollout.completion_mask)
     log_mismatch = torch.where(is_scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)
     row_mismatch = torch.where(is_scored.any(-1), log_mismatch, torch.nan)  # a row that is not scored has no mismatch
-    all_advantages = rearrange(trained.advantages, "p g -> (p g)")
-    (local_advantages,) = copy_to_device(row_mismatch.device, local(all_advantages, run.accelerator))
-    row_values = torch.stack([row_mismatch, local_advantages], dim=1)
-    mismatch_and_advantage = to_sampling_order(row_values, rollout, run.accelerator).tolist()
+    row_values = torch.stack([row_mismatch, trained.local(trained.advantages, run.accelerator)], dim=1)
+    mismatch_and_advantage = to_sampling_order(row_values, trained, sampled, run.accelerator).tolist()
     if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
     rewards = [reward_number(answer.reward) for answer in answers]
-    selected = best_and_worst_rows(rewards, sampled.group_size)
-    (row_index,) = copy_to_device(sampled.tokens.device, torch.tensor(selected))
+    selected = best_and_worst_rows(rewards, group_sizes(sampled.rollout.group[: len(rewards)]))
+    (row_index,) = copy_to_device(sampled.rollout.tokens.device, torch.tensor(selected))
     rows_to_log = []
-    for i, tokens in zip(selected, written_tokens(run.policy, sampled.rows(row_index)), strict=True):
+    for i, tokens in zip(selected, written_tokens(run.policy, sampled.rollout.rows(row_index)), strict=True):
         answer = answers[i]
         mismatch, advantage = mismatch_and_advantage[i]
         numbers = finite({"reward": rewards[i], "advantage": advantage, "mismatch": mismatch})
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
         step_fields = {
             "step": step,
-            "weights_version": sampled.weights_version,
+            "weights_version": sampled.rollout.weights_version,
             **texts,
             **numbers,
             "parts": completion_metrics(answer.reward),
@@ -77,13 +74,14 @@ def log_completions(
     log.show(table(title, rows_to_log))
 
 
-def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:
-    """Return the indices of the rows with the highest and the lowest reward in each of the first groups; one row if all
-    rewards of the group are equal. A row whose reward is NaN is returned only if all are.
+def best_and_worst_rows(rewards: list[float], sizes: list[int]) -> list[int]:
+    """Return the indices of the rows with the highest and the lowest reward in each of the first groups, whose sizes
+    are given; one row if all rewards of the group are equal. A row whose reward is NaN is returned only if all are.
     """
     selected: dict[int, None] = {}
-    for first in range(0, len(rewards), group_size)[:NUM_PROMPTS]:
-        rows = range(first, first + group_size)
+    ends = list(accumulate(sizes))
+    for size, end in list(zip(sizes, ends, strict=True))[:NUM_PROMPTS]:
+        rows = range(end - size, end)
         group = [row for row in rows if not math.isnan(rewards[row])] or rows[:1]
         selected |= dict.fromkeys((max(group, key=rewards.__getitem__), min(group, key=rewards.__getitem__)))
     return list(selected)

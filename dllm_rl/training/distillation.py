@@ -25,12 +25,10 @@ log p_T is the mean of these KLs. It is at least the KL between q and the mean o
 from dataclasses import replace
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import gather_on_host, local
+from dllm_rl.distributed.collectives import gather_on_host
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.masks import ranks
@@ -42,7 +40,7 @@ from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.cautions import order_depends_on_tokens
-from dllm_rl.types import Rollout
+from dllm_rl.types import Rollout, group_numbers
 
 
 class Teacher(StepFeature):
@@ -60,26 +58,26 @@ class Teacher(StepFeature):
         """Raises FloatingPointError if the teacher's log-probs are NaN."""
         recipe, accelerator = self.recipe, context.accelerator
         with context.log.stage("teacher"), context.arithmetic():
-            group_seeds = row_seeds(
-                generator_for(recipe.seed, "teacher", samples.batch_number_of(step)), len(samples.rewards)
-            )
-            seeds = local(group_seeds, accelerator)
+            number = group_numbers(samples.group)
+            generator = generator_for(recipe.seed, "teacher", samples.batch_number_of(step))
+            seeds = samples.local(row_seeds(generator, int(number[-1]) + 1)[number], accelerator)
             reverse_kl = student_teacher_log_ratio(recipe, self.policy, samples.rollout, seeds)
-        reverse_kl = rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)
-        (reverse_kl,) = gather_on_host([reverse_kl], accelerator)
+        (reverse_kl,) = gather_on_host([reverse_kl], accelerator, samples.counts)
         if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
             raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
         coeff = recipe.teacher_coeff
         task_part = 0 if coeff == 1 else (1 - coeff) * samples.rewards
         rewards = task_part - coeff * reverse_kl.to(samples.rewards)
-        samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe.advantages, rewards, {}))
+        advantages = compute_advantages(recipe.advantages, rewards, samples.group, {})
+        samples = replace(samples, rewards=rewards, advantages=advantages)
         return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
 
 
 def student_teacher_log_ratio(
-    recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]
+    recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` has the seed of each prompt's order.
+    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` has the seed of each row's order, the same
+    in a group.
 
     Raises:
         ValueError: The teacher cannot score this rollout (`check_rollout`).
@@ -88,7 +86,6 @@ def student_teacher_log_ratio(
     likelihood = Causal() if teacher.spec.attention == "causal" else Trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
-    (seeds,) = copy_to_device(rollout.tokens.device, seeds)
     if recipe.teacher_substeps > 1:
         rollout = refine_steps(rollout, seeds, num_parts=recipe.teacher_substeps)
     views = likelihood.draw_views(rollout, unused_generator)
@@ -96,15 +93,15 @@ def student_teacher_log_ratio(
     return (student_logprobs.double() - teacher_logprobs.double()).sum(-1)
 
 
-def refine_steps(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) -> Rollout:
+def refine_steps(rollout: Rollout, seeds: Int[Tensor, " B"], *, num_parts: int) -> Rollout:
     """Split each denoising step of a rollout into `num_parts` steps of about equal size, or into one step per position
     if the step wrote fewer positions.
 
-    The order of the positions is drawn from the prompt's seed, and is the same for all completions of the prompt.
+    The order of the positions is drawn from the row's seed. Rows with the same seed have the same order.
     """
     step = rollout.unmask_step
     offset = position_ids(rollout.attention_mask)  # the same with any padding
-    seed_per_token = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()
+    seed_per_token = seeds[:, None].expand_as(step).flatten()
     order_keys = uniforms(seed_per_token, torch.zeros_like(seed_per_token), offset.flatten(), stream=0).view(step.shape)
     step_index = step + 1  # from 1; 0 for positions that no step wrote
     positions_per_step = torch.zeros_like(step_index[:, :1]).expand(-1, int(step_index.max()) + 1)
@@ -113,7 +110,9 @@ def refine_steps(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) 
     rank_in_step = ranks(step_index + order_keys) - first_rank  # from 0
     step_size = positions_per_step.gather(1, step_index)
     substep = rank_in_step * step_size.clamp(max=num_parts) // step_size
-    return replace(rollout, unmask_step=torch.where(step < 0, -1, step * num_parts + substep), order=None)
+    first_step = None if rollout.first_step is None else rollout.first_step * num_parts
+    refined = torch.where(step < 0, -1, step * num_parts + substep)
+    return replace(rollout, unmask_step=refined, order=None, first_step=first_step)
 
 
 def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:

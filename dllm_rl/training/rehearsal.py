@@ -29,6 +29,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.collect import GradedCompletion, compute_advantages, sample_and_grade
 from dllm_rl.step.correct import make_batches
+from dllm_rl.step.draw_prompts import group_sizes, prompt_indices
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
@@ -36,12 +37,13 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.distillation import student_teacher_log_ratio
+from dllm_rl.training.feature_state import make_value_head
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.training.value_head_file import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
+from dllm_rl.types import any_in_group, equal_groups
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
 
@@ -70,7 +72,7 @@ def micro_step(
     """Run the training step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
-    value_head = make_value_head(recipe, None)
+    value_head = make_value_head(recipe)
     context = make_step(
         recipe,
         accelerator=accelerator,
@@ -79,16 +81,19 @@ def micro_step(
         reference=reference if recipe.beta else None,
         features=features if value_head is None else (value_head, *features),
     )
-    seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
-    rollout, answers, _ = sample_and_grade(context, [problem], seeds, key)
+    group_sizes(context.settings, None, prompt_indices(context.settings, None, 0), 0)  # checks what the source returns
+    seeds = row_seeds(generator_for(*key), recipe.num_generations)
+    rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
     if recipe.sft_warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
         # The student also plays the teacher, which is not loaded yet.
-        student_teacher_log_ratio(recipe, policy, rollout, seeds[:, 0])
+        student_teacher_log_ratio(recipe, policy, rollout, seeds[:1].expand(len(seeds)).to(policy.device))
 
-    advantages = made_up_advantages(recipe)[: accelerator.num_processes]
-    samples = Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double))
+    counts = (recipe.num_generations,) * accelerator.num_processes
+    group = equal_groups(accelerator.num_processes, recipe.num_generations)
+    advantages = made_up_advantages(recipe)[: len(group)]
+    samples = Samples(rollout, group, advantages, advantages, torch.ones(len(group), dtype=torch.double), counts)
     with context.learner_forward():
         scored = score_samples(context, samples, 0)
     with context.learner_forward():
@@ -116,14 +121,14 @@ def check_warmup(recipe: Recipe, policy: Policy, answer: GradedCompletion) -> No
         )
 
 
-def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
+def made_up_advantages(recipe: Recipe) -> Float[Tensor, " B"]:
     """Return the advantages of artificial rewards that are all different. A group whose advantages are 0 gets
     advantages of both signs, so that every group has a loss.
     """
-    rewards, component_arguments = made_up_rewards(recipe)
-    advantages = compute_advantages(recipe.advantages, rewards, component_arguments)
-    both_signs = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)
-    return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both_signs)
+    rewards, group, component_arguments = made_up_rewards(recipe)
+    advantages = compute_advantages(recipe.advantages, rewards, group, component_arguments)
+    both_signs = torch.linspace(1, -1, recipe.num_generations).repeat(recipe.train_batch_size)
+    return torch.where(any_in_group(advantages != 0, group), advantages, both_signs)
 
 
 def try_save(recipe: Recipe, policy: Policy) -> None:

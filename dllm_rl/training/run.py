@@ -23,7 +23,6 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
@@ -97,7 +96,6 @@ class Run(Generic[AnySettings]):
     step: StepContext | None = None  # of RL, like `engine`
     engine: RolloutEngine | None = None
     history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
-    value_head: ValueHead | None = None  # set if the recipe has a value_model
 
     optimizer: torch.optim.Optimizer
     state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps

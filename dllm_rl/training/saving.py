@@ -28,10 +28,11 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
+from dllm_rl.training.feature_state import state_file
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import CheckpointWriter, Run
-from dllm_rl.training.sharded_learner import gather_on_main, shard_group_size
+from dllm_rl.training.sharded_learner import gather_on_main, processes_per_shard
 
 Write = Callable[..., Path]
 
@@ -40,7 +41,7 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
     """Make the writer of the run's checkpoints. The run does not end before the writer's last write is complete.
     Collective: every process must call it.
     """
-    is_sharded = shard_group_size(recipe, accelerator.num_processes) > 1
+    is_sharded = processes_per_shard(recipe, accelerator.num_processes) > 1
     # A separate process group: the collectives of the writer thread must not mix with those of a training step.
     timeout = timedelta(seconds=recipe.collective_timeout)
     writer = CheckpointWriter(
@@ -223,8 +224,9 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
     files = history_files(run.history, state.step)
-    if run.value_head is not None:
-        files |= run.value_head.files()
+    for feature in () if run.step is None else run.step.features:
+        if (data := feature.state()) is not None:
+            files[state_file(feature)] = data
     if run.async_rollouts is not None:
         files |= run.async_rollouts.files(state.step)
     if isinstance(recipe, Recipe):

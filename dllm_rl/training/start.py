@@ -28,6 +28,7 @@ from dllm_rl.step.collect import component_reward_weights
 from dllm_rl.step.draw_prompts import fit_prompts
 from dllm_rl.step.features import StepFeature
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
+from dllm_rl.training.feature_state import check_value_model, load_states, make_value_head
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
@@ -57,7 +58,6 @@ from dllm_rl.training.sharded_learner import (
 )
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.validation import check_evaluations, validation_interval
-from dllm_rl.training.value_head_file import check_value_model, make_value_head
 
 
 def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
@@ -120,7 +120,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
-    value_head = make_value_head(recipe, resume_folder)
+    value_head = make_value_head(recipe)
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -132,6 +132,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         features=features if value_head is None else (value_head, *features),
         log=log,
     )
+    if resume_folder is not None:
+        load_states(step.features, resume_folder)
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -141,7 +143,6 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         step=step,
         engine=engine,
         history=step.history,
-        value_head=value_head,
         optimizer=optimizer,
         state=state,
         stop=stop,
@@ -170,7 +171,12 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
 
 
 def check_features(recipe: Recipe, features: Sequence[StepFeature]) -> None:
-    """Raise ValueError for a feature that rollout workers, which do not call it, would contradict."""
+    """Raise ValueError for two features of one name, whose states would be one file, or for a feature that rollout
+    workers, which do not call it, would contradict.
+    """
+    names = [type(feature).__name__ for feature in features]
+    if doubles := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
     for feature in features if recipe.rollout_workers else ():
         if feature.changes_views or feature.max_staleness:
             raise ValueError(

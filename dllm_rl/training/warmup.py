@@ -82,7 +82,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
         completion_mask=torch.tensor(scored_rows, device=policy.device),
         unmask_step=torch.full_like(tokens, -1),
         logprobs=torch.zeros(tokens.shape, device=policy.device),
-        group_size=1,
+        group=torch.arange(len(tokens), device=policy.device),
         sampling_params=SamplingParams(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,)),
     )
 

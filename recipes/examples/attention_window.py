@@ -38,7 +38,7 @@ class Windowed(LikelihoodEstimator):
 
 
 policy = tiny_masked_lm(characters="1234.=")
-prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
+prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
 rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())
 
 if __name__ == "__main__":

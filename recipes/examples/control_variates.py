@@ -60,7 +60,7 @@ def combine_fitted(scores, views):  # scores (5, B, T) -> (B, T)
 
 cross_fitted = FunctionLikelihood(function=draw_fitted, combine_fn=combine_fitted, advantages_fn=add_advantages)
 policy = tiny_masked_lm(characters="1234.=")
-prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
+prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
 rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ torch.manual_seed(0)
 policy = make_policy(Blocks(len(tokenizer)), tokenizer, spec)
 check_policy(policy)  # a token sees its own block and earlier ones, and no later one
 
-prompts = Prompts.from_ids([[3, 4, 5, 6]], pad_id=policy.pad_id, group_size=4, seeds=range(4))
+prompts = Prompts.from_ids([[3, 4, 5, 6]], pad_id=policy.pad_id, num_generations=4, seeds=range(4))
 options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()}  # blocks are the policy's
 rollout = Unmask(**options)(policy, prompts, torch.Generator())
 for likelihood in (Trajectory(), Trajectory(block_size=4)):  # four forwards; two packed ones

@@ -17,7 +17,7 @@ policy = tiny_masked_lm(
     characters="1234="
 )  # of a run: load_policy("RUN/checkpoints/step-000100", dtype="bfloat16", device="cuda")
 task = task_from_dataset(rows, reward_funcs=accuracy)
-prompts = encode(policy, [task[i] for i in range(16)], group_size=2)  # two completions of each
+prompts = encode(policy, [task[i] for i in range(16)], num_generations=2)  # two completions of each
 sampler = Unmask(max_new_tokens=2, diffusion_steps=2, rank=MaxProb(), temperature=1.0)
 report = diagnose(policy, Float8WeightOnly(), prompts=prompts, sampler=sampler, micro_batch_size=8)
 write_doctor(report)  # the tables; report.total.ess is the ESS

@@ -67,7 +67,7 @@ coarse = FunctionEngine(load_fn=load_coarse, sync_fn=sync_coarse)
 policy = tiny_llama(characters="1234.=", causal=False)
 
 if __name__ == "__main__":
-    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, num_generations=4)
     sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7)
     for engine in (mixed, coarse):
         check_engine(engine, policy, prompts, sampler, bound=0.07)  # nats a token: of 4 bits it is 0.058 here

@@ -23,10 +23,9 @@ class AtOnce(Sampler):
     def __call__(self, policy, prompts, generator):
         max_new_tokens, temperature = self.max_new_tokens, self.temperature
         start, mask_id = prompts.tokens.shape[1], policy.spec.mask_id
-        before = prompts.tokens.repeat_interleave(prompts.group_size, 0)  # (B, S), a row for each completion
-        seen = prompts.attention_mask.repeat_interleave(prompts.group_size, 0)
+        before = prompts.tokens  # (B, S), a row for each completion
         canvas = F.pad(before, (0, max_new_tokens), value=mask_id)  # (B, T)
-        attention_mask = F.pad(seen, (0, max_new_tokens), value=True)
+        attention_mask = F.pad(prompts.attention_mask, (0, max_new_tokens), value=True)
         params = SamplingParams(temperature=temperature, suppress=(mask_id,))  # the learner uses the same
         logits = process(policy.logits(canvas, attention_mask)[:, start:].flatten(0, 1), params)  # (B * new tokens, V)
         seeds = row_seeds(generator, len(before)) if prompts.seeds is None else prompts.seeds
@@ -40,7 +39,7 @@ class AtOnce(Sampler):
             completion_mask=completion_mask,
             unmask_step=completion_mask.long() - 1,  # step 0 in the completion, -1 in the prompt
             logprobs=F.pad(logprobs, (start, 0)),
-            group_size=prompts.group_size,
+            group=prompts.group,
             weights_version=policy.weights_version,
             sampling_params=params,
             forwards=1,
@@ -54,7 +53,7 @@ def sync(policy, rollout_policy):
 
 
 policy = tiny_masked_lm(characters="1234.=", head_std=0.1)
-prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
+prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, num_generations=4)
 engine, sampler = FunctionEngine(load_fn=copied, sync_fn=sync), AtOnce(max_new_tokens=6, temperature=0.7)
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ class ToyPolicy:
         step = (torch.arange(self.length) * diffusion_steps // self.length).expand_as(tokens)
         everywhere, params = torch.ones_like(tokens, dtype=torch.bool), SamplingParams(suppress=(self.words,))
         blank = torch.zeros(tokens.shape, dtype=torch.float64)
-        return Rollout(tokens, everywhere, everywhere, step, blank, group_size=1, sampling_params=params)
+        return Rollout(
+            tokens, everywhere, everywhere, step, blank, group=torch.arange(len(tokens)), sampling_params=params
+        )
 
 
 def contributions(

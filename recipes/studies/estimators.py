@@ -102,9 +102,10 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     current = load_policy(list_checkpoints(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
-    rollout = base.sampler(old, encode(old, problems, group_size=group), stream)
-    rewards = torch.tensor([r.value for r in grade(base.task, problems, decode(old, rollout))]).view(prompts, group)
-    advantages = GroupRelative()(rewards.float()).flatten()
+    rollout = base.sampler(old, encode(old, problems, num_generations=group), stream)
+    asked = [problem for problem in problems for _ in range(group)]
+    rewards = torch.tensor([r.value for r in grade(base.task, asked, decode(old, rollout))])
+    advantages = GroupRelative()(rewards.float(), rollout.group)
 
     exact, reference = lik.Trajectory(), lik.Coupled(num_samples=256)
     own = exact.draw_views(rollout, stream)

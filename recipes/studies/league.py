@@ -43,7 +43,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl import Recipe
@@ -54,6 +54,7 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.records import Record
 from dllm_rl.samplers.rules import RandomOrder
+from dllm_rl.types import group_sizes
 from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
 from recipes.studies.paired import (
     Contrast,
@@ -83,9 +84,9 @@ class WD1(Advantages):
     """wd1's weights: softmax(A) - softmax(-A) over the group, A = R - mean, times G (arXiv 2507.08838, its authors'
     code [paper]; there the softmax is over a process's rows, which are one group)."""
 
-    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        apart = centered(rewards)
-        return rewards.shape[-1] * (torch.softmax(apart, -1) - torch.softmax(-apart, -1))
+    def __call__(self, rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        apart = centered(rewards, group).split(group_sizes(group))
+        return torch.cat([len(x) * (torch.softmax(x, 0) - torch.softmax(-x, 0)) for x in apart])
 
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.

@@ -128,7 +128,7 @@ def distance(study: Study, arm: str, start: Path, share: float) -> float:
     recipe = replace(study.base, **study.arms[arm])
     policy = load_policy(start)
     problems = [recipe.task[index] for index in range(128)]
-    prompts = encode(policy, problems, group_size=1, seeds=list(range(len(problems))))
+    prompts = encode(policy, problems, num_generations=1, seeds=list(range(len(problems))))
     rollout = recipe.sampler(load(policy, share=share), prompts, generator_for(0, "distance"))
     noise = recipe.likelihood.draw_views(rollout, generator_for(0, "noise"))
     apart = recipe.likelihood.logprobs(policy, rollout, noise) - recorded(rollout, noise)

@@ -30,7 +30,7 @@ PARTS = {"weights": "quantized weights", "activations": "quantized activations"}
 def main(run: Path) -> None:
     steps, checkpoint = list_checkpoints(run / "checkpoints")[-1]
     policy = load_policy(str(checkpoint))
-    prompts = encode(policy, [recipe.task[i] for i in range(64)], group_size=2)
+    prompts = encode(policy, [recipe.task[i] for i in range(64)], num_generations=2)
     rows = []
     for name, scheme in SCHEMES.items():
         report = diagnose(policy, scheme(), prompts=prompts, sampler=recipe.sampler)

@@ -87,9 +87,10 @@ def measure(root: Path, prompts: int, group: int = 8) -> list[dict[str, Any]]:
         stream = torch.Generator().manual_seed(7)
         sampler = plain.sampler.replace(diffusion_steps=steps)
         problems = [plain.task[i] for i in range(prompts)]
-        rollout = sampler(policy, encode(policy, problems, group_size=group), stream)
-        rewards = torch.tensor([r.value for r in grade(plain.task, problems, decode(policy, rollout))])
-        advantages = GroupRelative()(rewards.view(prompts, group).float()).flatten()
+        rollout = sampler(policy, encode(policy, problems, num_generations=group), stream)
+        asked = [problem for problem in problems for _ in range(group)]
+        rewards = torch.tensor([r.value for r in grade(plain.task, asked, decode(policy, rollout))])
+        advantages = GroupRelative()(rewards.float(), rollout.group)
         parts, surprise = summands(policy, rollout, advantages, steps)
         flat = parts.flatten(0, 1)
         products = (flat @ flat.T).double()  # (RN, RN)

@@ -304,14 +304,16 @@ def test_entropy_bonus_is_the_gradient_of_the_entropy_in_expectation():
     z = tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
     logp = z.log_softmax(-1)
     one = torch.ones(1, 4, dtype=torch.bool)
-    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None], one)[0]).sum()
+    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None], one, group=torch.zeros(1).long())[0]).sum()
     (estimate,) = torch.autograd.grad(mean, z, retain_graph=True)
     (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), z, retain_graph=True)
     assert_close(estimate, exact, rtol=1e-12, atol=1e-15)
     # And over all sixteen pairs of completions, each of which is the other's baseline.
     total = 0
     for pair in itertools.product(range(4), repeat=2):
-        bonus = losses.entropy_bonus(logp[list(pair)][:, None], torch.ones(2, 1, dtype=torch.bool), group_size=2)
+        bonus = losses.entropy_bonus(
+            logp[list(pair)][:, None], torch.ones(2, 1, dtype=torch.bool), group=torch.zeros(2).long()
+        )
         total = total + logp[list(pair)].sum().exp().detach() * bonus.mean()
     assert_close(torch.autograd.grad(total, z)[0], exact, rtol=1e-12, atol=1e-15)
 
@@ -320,7 +322,7 @@ def test_entropy_bonus_by_hand():
     # Means of -log p of the other completion: 1.5 for row 0 (two tokens), 4 for row 1 (one token); row 2, 3: no token.
     logps = tensor([[-4.0, 9.0], [-1.0, -2.0], [7.0, 7.0], [-3.0, 7.0]], requires_grad=True)
     mask = tensor([[True, False], [True, True], [False, False], [True, False]])
-    losses.entropy_bonus(logps, mask, group_size=2).sum().backward()
+    losses.entropy_bonus(logps, mask, group=tensor([0, 0, 1, 1])).sum().backward()
     assert logps.grad.tolist() == [[2.5, 0], [-3.0, -2.0], [0, 0], [3.0, 0]]
 
 
@@ -462,7 +464,9 @@ def test_the_gradient_of_a_term_is_that_of_each_token_given_those_before_it():
     chance = p.detach()
     k2 = gradient((chance[:, None] * K2()(d)).sum())
     torch.testing.assert_close(k2, of_a_token(chance, -d))
-    bonus = gradient((chance[:, None] * entropy_bonus(current, torch.ones(9, 2, dtype=torch.bool))).sum())
+    bonus = gradient(
+        (chance[:, None] * entropy_bonus(current, torch.ones(9, 2, dtype=torch.bool), group=torch.arange(9))).sum()
+    )
     torch.testing.assert_close(bonus, of_a_token(chance, -current))
     assert not torch.allclose(bonus, gradient((p * -current.sum(-1)).sum()), atol=0.01)
     k3 = gradient((chance[:, None] * K3()(d)).sum())

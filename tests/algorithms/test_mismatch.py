@@ -292,7 +292,7 @@ def test_metrics_by_advantage_use_those_of_the_tokens_if_the_loss_does():
     logps = tensor([[0.0, LN2, 0.0], [-LN2, 2 * LN2, 0.0]], dtype=torch.float64)
     by_token = tensor([[1.0, -2.0, 0.0], [1.0, -2.0, 1.0]])
     batch = make_batch(mask, torch.zeros(2), loss_mask=keep)
-    batch = replace(batch, token_advantages=by_token, rollout_logprobs=None)
+    batch = replace(batch, advantages=by_token, rollout_logprobs=None)
     found = off_policy_metrics(logps, batch, old=torch.zeros_like(logps))
     values = {name.rpartition("/")[2]: float(total / count) for name, (total, count) in found.items()}
     assert values["contribution_positive"] == pytest.approx((0 + 1 / 2) / 5)

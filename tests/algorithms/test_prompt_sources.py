@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,21 +20,22 @@ from dllm_rl.config import from_command_line
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
-from dllm_rl.step.draw_prompts import prompt_indices
+from dllm_rl.step.draw_prompts import group_sizes, prompt_indices
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
+from dllm_rl.types import equal_groups
 
 
 def graded(*groups):
-    """Groups of two rewards each, as a run has them: (P, G, 1)."""
-    return torch.tensor(groups)[..., None]
+    """The rewards (B, 1) and the groups (B,) of groups of two completions, as a run has them."""
+    return torch.tensor(groups).view(-1, 1), equal_groups(len(groups), 2)
 
 
 def history_by_hand():
     """Ten prompts. Of prompt 1 the last group differed, of 2 and 3 it did not."""
     history = RewardHistory(10)
-    history.add(0, torch.tensor([1, 2]), graded([1.0, 1.0], [0.0, 2.0]))
-    history.add(1, torch.tensor([3, 2, 1]), graded([2.0, 2.0], [3.0, 3.0], [0.0, 1.0]))
+    history.add(0, torch.tensor([1, 2]), *graded([1.0, 1.0], [0.0, 2.0]))
+    history.add(1, torch.tensor([3, 2, 1]), *graded([2.0, 2.0], [3.0, 3.0], [0.0, 1.0]))
     return history
 
 
@@ -64,7 +66,7 @@ def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight
     found = torch.bincount(drawn, minlength=10)
     assert ((found - expected).abs() < 5 * expected.sqrt()).all(), found
     everything = RewardHistory(2)
-    everything.add(0, torch.tensor([0, 1]), graded([1.0, 1.0], [2.0, 2.0]))  # nothing differs: still drawn
+    everything.add(0, torch.tensor([0, 1]), *graded([1.0, 1.0], [2.0, 2.0]))  # nothing differs: still drawn
     assert len(source.draw(everything, 50, generator_for(1))) == 50
 
 
@@ -113,6 +115,25 @@ def test_a_source_of_ones_own_and_what_it_may_not_return():
         MixedRewardPrompts(equal_weight=0.0)
     with pytest.raises(ValueError, match=r"rollout_workers=1.*prompt_source"):
         tiny_recipe("x", prompt_source=MixedRewardPrompts(), rollout_workers=1)
+
+
+class Sized(UniformPrompts):
+    sizes: Any
+
+    def group_sizes(self, history, prompts, num_generations, generator):
+        return self.sizes
+
+
+def test_a_source_sets_the_sizes_of_the_groups():
+    recipe, drawn = tiny_recipe("x"), torch.tensor([5, 6, 7, 8])
+    assert group_sizes(step_settings(recipe), None, drawn, 0).tolist() == [recipe.num_generations] * 4
+    sizes = torch.tensor([1, 7, 2, 2])
+    settings = step_settings(replace(recipe, prompt_source=Sized(sizes=sizes)))
+    assert torch.equal(group_sizes(settings, None, drawn, 0), sizes)
+    for wrong in ([1, 7, 2, 2], sizes[:3], sizes.float(), torch.tensor([1, 7, 0, 2])):
+        settings = step_settings(replace(recipe, prompt_source=Sized(sizes=wrong)))
+        with pytest.raises(ValueError, match=r"must return a tensor of 4 whole numbers from 1 on"):
+            group_sizes(settings, None, drawn, 0)
 
 
 def test_the_command_line_names_a_source():

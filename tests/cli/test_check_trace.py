@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traces")
     policy = tiny_llama(**SIZES, causal=False, head_std=0.15)
     policy.save_pretrained(folder / "model")
-    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, num_generations=2)
     sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7)
     rollout = sampler(policy, prompts, Generator().manual_seed(0))
     write_trace(folder / "clean.jsonl", rollout)

@@ -87,7 +87,7 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
     monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", looked)
     words = "--quantization none --num_prompts 3 --max_new_tokens 8 --diffusion_steps 4 --temperature 0.5 --seed 7"
     assert main(["doctor", str(tmp_path), *words.split()]) == 2
-    assert (seen["scheme"], seen["seed"], seen["prompts"].num_rows, seen["prompts"].group_size) == (None, 7, 6, 2)
+    assert (seen["scheme"], seen["seed"], seen["prompts"].group.tolist()) == (None, 7, [0, 0, 1, 1, 2, 2])
     assert seen["sampler"] == Unmask(max_new_tokens=8, diffusion_steps=4, temperature=0.5, rank=MaxProb())
 
 

@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkey
 def test_one_process_names_the_run_for_all(tmp_path, monkeypatch, capsys, rank, lines):
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("dllm_rl.training.trainer.train", lambda recipe: None)
+    monkeypatch.setattr("dllm_rl.training.trainer.train", lambda recipe, features: None)
     main(small(tmp_path / "run"))
     assert len(capsys.readouterr().out.splitlines()) == lines
 

@@ -215,14 +215,15 @@ def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, opt
     seen = {}
 
     def diagnose(policy, scheme, *, prompts, sampler, seed):
-        seen.update(scheme=scheme, sampler=sampler, rows=len(prompts.tokens))
+        seen.update(scheme=scheme, sampler=sampler, group=prompts.group.tolist())
         raise ValueError("enough")
 
     monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", diagnose)
     assert main(["doctor", str(run), "--num_prompts", "3", *options]) == 2
     sampler = stored_sampler(run, "sampler")
     assert sampler.temperature == 0.8
-    assert seen["rows"] == 3 and seen["sampler"] == (sampler.replace(temperature=0.5) if options else sampler)
+    assert seen["group"] == [0, 0, 1, 1, 2, 2]
+    assert seen["sampler"] == (sampler.replace(temperature=0.5) if options else sampler)
     assert seen["scheme"] == (None if options else Int8WeightOnly())
 
 

@@ -40,7 +40,7 @@ def rollout_by_hand() -> Rollout:
         unmask_step=torch.tensor([[-1, -1, 1, -1, 0]]),
         logprobs=torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.25]]).clamp(min=1e-9).log()
         * torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]),
-        group_size=1,
+        group=torch.arange(1),
         forwards=2,
     )
 
@@ -85,7 +85,7 @@ def test_command_prints_json(checkpoint, capsys):
 
 def test_completions_of_a_prompt_stand_together_and_follow_the_seed(checkpoint, capsys):
     def rows(seed):
-        options = ["--json", "--group_size", "2", "--max_new_tokens", "8", "--temperature", "1", "--seed", seed]
+        options = ["--json", "--num_generations", "2", "--max_new_tokens", "8", "--temperature", "1", "--seed", seed]
         assert cli.main(["sample", checkpoint, "12.=", "3=", *options]) == 0
         return json.loads(capsys.readouterr().out)["rows"]
 
@@ -107,7 +107,7 @@ def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys
         "--cache",
         "DualCache",
     ]
-    options += ["--cache.refresh", "2", "--block_size", "4", "--group_size", "2", "--max_new_tokens", "8"]
+    options += ["--cache.refresh", "2", "--block_size", "4", "--num_generations", "2", "--max_new_tokens", "8"]
     assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "tokens/s" in err

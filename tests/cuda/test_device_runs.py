@@ -53,7 +53,7 @@ def llada(**more):
 
 
 def prompts(group: int = 2) -> Prompts:
-    return Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=group)
+    return Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, num_generations=group)
 
 
 def generator() -> torch.Generator:

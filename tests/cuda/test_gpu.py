@@ -46,7 +46,7 @@ def llada(dtype=torch.bfloat16, **more):
 
 
 def prompts(rows: int = 4) -> Prompts:
-    return Prompts.from_ids([[3, 4, 5], [6, 7]] * (rows // 2), pad_id=0, group_size=2)
+    return Prompts.from_ids([[3, 4, 5], [6, 7]] * (rows // 2), pad_id=0, num_generations=2)
 
 
 def batch():

@@ -54,10 +54,10 @@ def test_a_sampler_step_waits_once_at_most(name, tmp_path):
     with SimulatedCuda() as cuda:
         if name == "block cache":
             policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
-            prompts = Prompts.from_ids([[3, 4, 5, 6], [6, 7, 8, 9]], pad_id=0, group_size=2)
+            prompts = Prompts.from_ids([[3, 4, 5, 6], [6, 7, 8, 9]], pad_id=0, num_generations=2)
         else:
             policy = tiny_llama(**SIZES, causal=False).to("cuda")
-            prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
+            prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, num_generations=2)
         for steps in (2, 4):
             sampler = Unmask(max_new_tokens=8, diffusion_steps=steps, **{"temperature": 1.0} | STEPS[name])
             with cuda.phase(f"{steps} steps"):
@@ -76,7 +76,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         policy = tiny_llama(**SIZES, causal=False).to("cuda")
         if name == "packed":
             policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
-        prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
+        prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, num_generations=2)
         generator = torch.Generator().manual_seed(0)
         rank = NOISY if name == "noisy order" else rules.Confidence()
         options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "top_k": 3}

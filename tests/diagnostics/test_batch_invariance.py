@@ -123,7 +123,7 @@ def test_attention_row_by_row_is_the_attention():
 def sampled(policy, lengths=(5, 9, 16, 3)):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, policy.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=2)
     return Unmask(max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
 
 

@@ -32,7 +32,7 @@ def model():
 @cache
 def sampled(policy=None, sampler=Unmask, **options):
     policy = policy or model()
-    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, num_generations=2)
     options = OPTIONS | options if sampler is Unmask else options
     return sampler(**options)(policy, prompts, Generator().manual_seed(0))
 
@@ -201,10 +201,10 @@ def test_what_is_written_is_read(tmp_path):
     real = rollout.attention_mask
     for name in ("attention_mask", "completion_mask", "unmask_step", "logprobs"):
         assert torch.equal(getattr(found, name), getattr(rollout, name)), name
-    assert torch.equal(found.tokens[real], rollout.tokens[real])
+    assert torch.equal(found.tokens[real], rollout.tokens[real]) and torch.equal(found.group, rollout.group)
     assert torch.equal(found.order.block_first_step, rollout.order.block_first_step)
     assert found.order.rank_name == "MaxProb" and found.order.probability == "deterministic"
-    for name in ("group_size", "weights_version", "sampling_params", "forwards"):
+    for name in ("weights_version", "sampling_params", "forwards"):
         assert getattr(found, name) == getattr(rollout, name)
     assert check_trace(model(), found).ok
 
@@ -297,7 +297,8 @@ REFUSED = {
     "lengths": (GOOD | {"unmask_step": [0]}, "unmask_step has 1 entries for 2 tokens"),
     "temperature": (GOOD | {"temperature": "hot\u202e"}, "temperature='hot"),
     "top_k": (GOOD | {"top_k": 0}, "top_k=0 must be a whole number from 1"),
-    "groups": (GOOD | {"group_size": 2}, "1 rows are not complete groups of group_size=2"),
+    "group": (GOOD | {"group": -1}, "group=-1 must be a whole number from 0 on"),
+    "no tokens": (GOOD | {"tokens": [], "completion_mask": [], "unmask_step": []}, "no row has a token"),
     "no completion": (GOOD | {"completion_mask": [0, 0]}, "completion_mask is empty"),
     "no block size": (sglang([3], [4], [1]), "give block_size"),
     "two choices": ({"choices": [vllm([3], [4], 0, [0])["choices"][0]] * 2}, "choices has 2 entries"),

@@ -451,7 +451,7 @@ def test_completions_end_before_the_first_end_token(policy):
     tokens = torch.tensor([[a, a, b, eos, b], [a, eos, a, b, a]])
     chosen = torch.tensor([[False, True, True, True, True], [False, False, True, True, True]])
     blank = torch.zeros(tokens.shape)
-    rollout = Rollout(tokens, chosen | True, chosen, blank.long(), blank, group_size=1)
+    rollout = Rollout(tokens, chosen | True, chosen, blank.long(), blank, group=torch.arange(len(tokens)))
     assert [before_end(policy, ids) for ids in completion_token_ids(rollout)] == [[a, b], [a, b, a]]
     assert decode(policy, rollout) == ["45", "454"]
     several = copy.copy(policy)

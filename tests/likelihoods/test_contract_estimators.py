@@ -47,7 +47,7 @@ ESTIMATORS = {
 def made(causal: bool = False, **changes):
     """A policy and completions of prompts of three lengths, two each."""
     policy = tiny_llama(causal=True, **SMALL) if causal else tiny_masked_lm(**SMALL)
-    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, num_generations=2)
     generator = torch.Generator().manual_seed(1)
     if causal:
         return policy, Autoregress(max_new_tokens=7)(policy, prompts, generator)

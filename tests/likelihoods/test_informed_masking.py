@@ -19,7 +19,7 @@ def seeded(seed):
 
 def sampled(policy, **options):
     options = {"temperature": 1.0, "rank": rules.MaxProb(), "suppress": (2, 3, 4), "confidence_radius": 1, **options}
-    prompts = Prompts.from_ids([[3]], pad_id=policy.pad_id, group_size=8, seeds=range(8))
+    prompts = Prompts.from_ids([[3]], pad_id=policy.pad_id, num_generations=8, seeds=range(8))
     return Unmask(max_new_tokens=5, **options)(policy, prompts, torch.Generator())
 
 

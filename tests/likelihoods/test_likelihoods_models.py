@@ -14,7 +14,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts, Rollout, Views
+from dllm_rl.types import Prompts, Rollout, Views, equal_groups
 
 SMALL = {
     "characters": "abcdefgh",
@@ -44,8 +44,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size)
+def sampled(policy, *, num_generations: int = 2, ids=RAGGED, **options) -> Rollout:
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=num_generations)
     options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()} | options
     return Unmask(**options)(policy, prompts, seeded(7))
 
@@ -67,7 +67,7 @@ def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
 )
 def test_trajectory_over_every_step_is_the_samplers_own_record(family, options):
     policy = DIFFUSION[family]
-    rollout = sampled(policy, group_size=4, **options)
+    rollout = sampled(policy, num_generations=4, **options)
     estimator = lik.Trajectory()
     logps = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, rtol=0, atol=1e-5)
@@ -79,7 +79,7 @@ FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "suppress": (0,)}
 
 @pytest.mark.parametrize("sampling_params", [{}, FILTERED], ids=str)
 def test_causal_is_transformers_cross_entropy(sampling_params):
-    prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, group_size=2)
+    prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, num_generations=2)
     rollout = Autoregress(max_new_tokens=7, **sampling_params)(CAUSAL, prompts, seeded())
     estimator = lik.Causal()
     logps = estimator.logprobs(CAUSAL, rollout, estimator.draw_views(rollout, seeded()))
@@ -125,7 +125,7 @@ def test_padding_changes_neither_masks_nor_logprobs(family, name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_is_exact_for_the_sampler_where_it_says_so(name):
     policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
-    rollout = sampled(policy, group_size=4)
+    rollout = sampled(policy, num_generations=4)
     logps = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded(3)))
     assert torch.allclose(logps, rollout.logprobs, atol=1e-5) == estimator.exact_for_sampler
 
@@ -137,7 +137,9 @@ def test_rows_of_a_group_that_attend_to_other_columns_are_scored_apart():
     rollout, scored = replace(rollout, tokens=alike, attention_mask=mask), rollout.completion_mask
     view = View(scored, scored)
     together = view.logprobs(policy, rollout)
-    torch.testing.assert_close(together, view.logprobs(policy, replace(rollout, group_size=1)))
+    torch.testing.assert_close(
+        together, view.logprobs(policy, replace(rollout, group=torch.arange(len(rollout.tokens))))
+    )
     assert not torch.allclose(together[0], together[1], atol=1e-4)
 
 
@@ -146,12 +148,13 @@ def test_chunks_are_whole_groups_of_which_a_view_scores_a_row():
     weight = torch.zeros(2, 12, 3)
     weight[0, 1, 2] = weight[1, 9, 0] = 1.0
     whole = torch.ones(12, 3, dtype=torch.bool)
-    rollout = Rollout(whole.long(), whole, whole, whole.long(), whole.float(), group_size=4)
+    rollout = Rollout(whole.long(), whole, whole, whole.long(), whole.float(), equal_groups(3, 4))
     noise = Views(weight != 0, weight)
     chunks = lambda size: [chunk.rows.tolist() for chunk in row_chunks(rollout, noise, size)]  # noqa: E731
     first, last = [0, 1, 2, 3], [8, 9, 10, 11]
     assert chunks(None) == chunks(8) == [first + last]
-    assert chunks(3) == chunks(4) == chunks(7) == [first, last]
+    assert chunks(4) == chunks(7) == [first, last]
+    assert chunks(3) == [first[:3], first[3:], last[:3], last[3:]]  # only a group that is larger is split
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -189,9 +192,10 @@ def counting(policy, monkeypatch) -> list[int]:
     return rows
 
 
-def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
+@pytest.mark.parametrize("num_generations", [4, [5, 1, 6]])
+def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(num_generations, monkeypatch):
     policy = DIFFUSION["roberta"]
-    rollout = sampled(policy, group_size=4)
+    rollout = sampled(policy, num_generations=num_generations)
     rows = counting(policy, monkeypatch)
     for estimator, expected in (
         (lik.OneStep(prompt_mask=0.0), [3]),
@@ -200,13 +204,16 @@ def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
         (lik.Trajectory(num_segments=2), [3, 12]),
     ):
         rows.clear()
-        estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
+        noise = estimator.draw_views(rollout, seeded())
+        logps = estimator.logprobs(policy, rollout, noise)
         assert rows == expected
+        apart = replace(rollout, group=torch.arange(12))
+        torch.testing.assert_close(logps, estimator.logprobs(policy, apart, noise), rtol=0, atol=1e-5)
 
 
 def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     policy = DIFFUSION["roberta"]
-    rollout = sampled(policy, group_size=1, diffusion_steps=8)
+    rollout = sampled(policy, num_generations=1, diffusion_steps=8)
     steps = torch.where(rollout.unmask_step < torch.tensor([[8], [3], [5]]), rollout.unmask_step, -1)
     ragged = replace(rollout, unmask_step=steps, completion_mask=steps >= 0)
     rows = counting(policy, monkeypatch)
@@ -246,7 +253,7 @@ def test_an_estimator_is_random_where_two_draws_differ(name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_through_combine_matches_finite_differences(name):
-    estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], group_size=1)
+    estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], num_generations=1)
     noise = estimator.with_advantages(estimator.draw_views(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
     scored = noise.coefficients != 0
     scores = -3 * torch.rand(scored.shape, generator=seeded(1)).double() * scored

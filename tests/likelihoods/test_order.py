@@ -115,7 +115,7 @@ def test_a_sampler_records_what_scoring_finds(options):
     settings = {"temperature": 1.0, "diffusion_steps": 4 if "block_size" in options else 2} | options
     rows = 1000
     suppress = (policy.words + 1, policy.words + 2)
-    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, num_generations=rows)
     sampler = Unmask(max_new_tokens=4, suppress=suppress, **settings)
     rollout = sampler.replace(rank=rules.Confidence())(policy, prompts, torch.Generator().manual_seed(0))
     estimator = lik.Trajectory()

@@ -191,7 +191,7 @@ def test_ratios_and_kl_take_the_order_in(fp64):
 
 def sample(policy, rank, rows, *, diffusion_steps, seed=0, **options):
     suppress = (policy.words + 1, policy.words + 2)
-    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, num_generations=rows)
     settings = {"max_new_tokens": policy.length, "diffusion_steps": diffusion_steps, "suppress": suppress} | options
     return Unmask(rank=rank, **{"temperature": 1.0} | settings)(policy, prompts, torch.Generator().manual_seed(seed))
 

@@ -36,7 +36,7 @@ def sampled(policy, rows, *, answer, stops=None, bound=BOUND, seed=0, steps=2):
         stability_threshold=stability,
         confidence_threshold=confidence,
         answer=answer,
-    )(policy, Prompts.from_ids([PROMPT.tolist()], pad_id=0, group_size=rows), torch.Generator().manual_seed(seed))
+    )(policy, Prompts.from_ids([PROMPT.tolist()], pad_id=0, num_generations=rows), torch.Generator().manual_seed(seed))
 
 
 def reward(answer):

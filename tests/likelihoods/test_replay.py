@@ -31,7 +31,7 @@ draw = Unmask(max_new_tokens=8, diffusion_steps=4, temperature=1.0, rank=MaxProb
 def prompts(lengths=(5, 9, 3, 40)):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 12, (n,), generator=generator).tolist() for n in lengths]
-    return Prompts.from_ids(ids, pad_id=0, group_size=2, seeds=range(2 * len(ids)))
+    return Prompts.from_ids(ids, pad_id=0, num_generations=2, seeds=range(2 * len(ids)))
 
 
 def sampled(policy, **settings):
@@ -68,7 +68,7 @@ def test_the_sampler_notes_the_experts_of_the_states_that_it_committed(settings)
 def test_infilling_and_a_cache_note_theirs(tmp_path):
     policy = moe()
     policy.records_experts = True
-    opened = Prompts.from_ids([[3, 4, 1, 5, 1, 1], [1, 6, 7]], pad_id=0, group_size=2, mask_id=1)
+    opened = Prompts.from_ids([[3, 4, 1, 5, 1, 1], [1, 6, 7]], pad_id=0, num_generations=2, mask_id=1)
     assert_noted(policy, draw.replace(max_new_tokens=3, diffusion_steps=2)(policy, opened, GENERATOR))
     assert_noted(policy, sampled(policy, block_size=4, cache=DualCache(refresh=1)))
     causal_blocks = load_policy(published(tmp_path, "sdar_moe"))
@@ -140,7 +140,7 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
     for n, view in enumerate(each_view(noise)):
         live = view.scored.any(-1)  # the others are not run
         by_hand(policy, note[n][live], rollout.attention_mask[live])
-        logps = view.logprobs(policy, replace(rollout, group_size=1))
+        logps = view.logprobs(policy, replace(rollout, group=torch.arange(len(rollout.tokens))))
         torch.testing.assert_close(logps.detach(), scores[n], rtol=1e-4, atol=1e-5)
         logps.backward(vector[n])
     theirs = [p.grad for p in policy.module.parameters() if p.grad is not None]

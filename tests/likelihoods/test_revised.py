@@ -66,7 +66,7 @@ def bound(rule):
 
 
 def sampled(policy, rows, blocks, diffusion_steps, rule, **options):
-    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, num_generations=rows)
     suppress = (policy.words + 1, policy.words + 2)
     steps = diffusion_steps * len(blocks)
     sampler = Unmask(
@@ -191,7 +191,7 @@ def block_causal():
 
 def rolled(policy, *, group=2, length=8, **options):
     seeds = list(range(len(IDS) * group))
-    prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=group, seeds=seeds)
+    prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, num_generations=group, seeds=seeds)
     options = {"diffusion_steps": 6, "temperature": 1.0} | options
     return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator())
 
@@ -263,7 +263,7 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_open_positions_inside_a_prompt_are_revised_too():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
-    prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, group_size=2, seeds=range(4), mask_id=1)
+    prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, num_generations=2, seeds=range(4), mask_id=1)
     options = {"diffusion_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
     for rule in RULES:
         rollout, estimator = Unmask(**options, **rule)(policy, prompts, torch.Generator()), lik.Trajectory()

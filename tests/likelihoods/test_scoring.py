@@ -42,7 +42,7 @@ LENGTHS = (3, 40, 5, 38, 12)  # with 6 new tokens: 46 and 44 together, and 18, 1
 def ragged(kind: str = "llada"):
     policy = tiny_masked_lm(**SMALL) if kind == "roberta" else tiny_llama(**SMALL, causal=kind == "causal")
     ids = [[3 + i % 7 for i in range(n)] for n in LENGTHS]
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=2)
     if kind == "causal":
         return policy, Autoregress(max_new_tokens=6)(policy, prompts, generator_for(0))
     return policy, Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0)(policy, prompts, generator_for(0))
@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
     torch.testing.assert_close(ours, padded, rtol=1e-5, atol=2e-6)
     assert (padded != 0).any()
     monkeypatch.undo()
-    single = replace(rollout, group_size=1)
+    single = replace(rollout, group=torch.arange(len(rollout.tokens)))
     rows = torch.arange(10).split(1)
     alone = torch.cat([estimator.view_logprobs(policy, single.rows(row), noise.rows(row)) for row in rows], dim=1)
     torch.testing.assert_close(ours, alone, rtol=1e-5, atol=2e-6)
@@ -126,7 +126,7 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
     run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
     with run.arithmetic():
         problems = [recipe.task[i] for i in range(8)]
-        rollout = recipe.sampler(policy, encode(policy, problems, group_size=2), generator_for(0))
+        rollout = recipe.sampler(policy, encode(policy, problems, num_generations=2), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1)).restrict_to_rows(torch.arange(16) != 3)
         assert len(row_chunks(rollout, noise, None)) == 2
         logps = score(run, rollout, noise)
@@ -151,7 +151,7 @@ def block_causal_policy(*, causal_context: bool = False):
 def block_sampled(policy, *, diffusion_steps: int = 9, rank=MaxProb(), **others):
     """Prompts of 5, 2 and 8 tokens: the completion starts inside a block, inside another, and at a boundary."""
     ids = [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4, 5, 5, 5, 6, 6]]
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=2)
     options = {
         "max_new_tokens": 12,
         "diffusion_steps": diffusion_steps,

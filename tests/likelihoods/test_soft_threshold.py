@@ -204,7 +204,7 @@ def test_ratios_take_the_sets_in(fp64):
 
 def sample(policy, rows, *, seed=0, rank=rules.MaxProb(), **options):
     suppress = (policy.words + 1, policy.words + 2)
-    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, num_generations=rows)
     settings = {"max_new_tokens": policy.length, "suppress": suppress, "temperature": 1.0} | options
     return Unmask(rank=rank, **settings)(policy, prompts, torch.Generator().manual_seed(seed))
 

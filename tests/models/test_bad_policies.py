@@ -50,8 +50,8 @@ def small(**fields):
 
 @pytest.mark.parametrize("ids", [[[]], [[], [3, 4]], [[3], [], [3, 4, 5]]])
 def test_a_causal_model_needs_a_token_before_the_first_that_it_samples(causal_policy, ids):
-    prompts = Prompts.from_ids(ids, pad_id=0, group_size=2)
-    with pytest.raises(ValueError, match=f"row {ids.index([])} has no token"):
+    prompts = Prompts.from_ids(ids, pad_id=0, num_generations=2)
+    with pytest.raises(ValueError, match=f"row {2 * ids.index([])} has no token"):
         Autoregress(max_new_tokens=2)(causal_policy, prompts, torch.Generator())
     with pytest.raises(ValueError, match="prompt=''"):
         encode(causal_policy, [Problem(prompt="1="), Problem(prompt="")])

@@ -38,8 +38,8 @@ def tiny(seed):
     return tiny_diffusion_gemma(characters="abcdefg", seed=seed, canvas_length=4, embedding_std=0.5, **sizes)
 
 
-def sampled(policy, *, group_size=2, seed=0, **changes):
-    prompts = Prompts.from_ids([[3, 4, 5, 6, 7, 3], [8]], pad_id=policy.pad_id, group_size=group_size)
+def sampled(policy, *, num_generations=2, seed=0, **changes):
+    prompts = Prompts.from_ids([[3, 4, 5, 6, 7, 3], [8]], pad_id=policy.pad_id, num_generations=num_generations)
     return Renoise(**SHORT | {"answer": "drawn"} | changes)(policy, prompts, torch.Generator().manual_seed(seed))
 
 
@@ -95,7 +95,7 @@ def test_zero_mismatch_unquantized(policy, answer):
 def test_rows_of_two_batches_are_scored_together(policy):
     """`Rollout.concatenate` pads narrower parts on the right, so that completions begin at different columns."""
     parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
-    short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, group_size=2)
+    short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, num_generations=2)
     parts.append(Renoise(**SHORT | {"answer": "drawn"})(policy, short, torch.Generator().manual_seed(3)))
     whole = type(parts[0]).concatenate(parts, pad_id=policy.pad_id)
     assert (scored(policy, whole) - whole.logprobs).abs().max() < 1e-4

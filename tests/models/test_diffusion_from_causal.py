@@ -121,7 +121,7 @@ def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path
     """Also of an untrained model, whose mask is as likely as any token."""
     tiny_llama(characters="123", causal=True).save_pretrained(tmp_path)
     policy = as_causal(diffusion_from_causal(tmp_path))
-    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, group_size=64)
+    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, num_generations=64)
     rollout = Autoregress(**{"max_new_tokens": 8, "temperature": 2.0} | options)(policy, prompts, generator_for(0))
     assert not (rollout.tokens == policy.spec.mask_id).any()
     assert set(rollout.sampling_params.suppress) == {*options.get("suppress", ()), policy.spec.mask_id}

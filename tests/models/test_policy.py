@@ -83,7 +83,7 @@ def test_a_completion_ends_before_the_first_of_several_end_tokens():
     tokens = torch.tensor([[3, 5, 2, 3, 4], [3, 4, 5, 2, 5], [4, 3, 3, 3, 3], [2, 3, 5, 5, 3]])
     chosen = torch.ones_like(tokens, dtype=torch.bool)
     chosen[3, 0] = False  # an end token in the prompt ends nothing
-    rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group_size=1)
+    rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group=torch.arange(len(tokens)))
     assert [before_end(policy, ids) for ids in completion_token_ids(rollout)] == [[3, 5], [3], [], [3, 5, 5, 3]]
     assert decode(policy, rollout) == ["ac", "a", "", "acca"]
 

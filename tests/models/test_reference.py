@@ -19,7 +19,7 @@ from dllm_rl.types import Prompts, Rollout
 
 TOKENS = torch.randint(3, 38, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)
-PROMPTS = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 12]], pad_id=1, group_size=2, seeds=range(4))
+PROMPTS = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 12]], pad_id=1, num_generations=2, seeds=range(4))
 PACKAGE = Path(dllm_rl.__file__).parent
 
 
@@ -40,7 +40,14 @@ def scored(estimator):
         width = TOKENS.shape[1]
         steps = torch.arange(width).expand_as(TOKENS) - 1
         chosen = steps >= 0
-        rollout = Rollout(TOKENS, MASK, chosen, torch.where(chosen, steps, -1), torch.zeros(TOKENS.shape), group_size=1)
+        rollout = Rollout(
+            TOKENS,
+            MASK,
+            chosen,
+            torch.where(chosen, steps, -1),
+            torch.zeros(TOKENS.shape),
+            group=torch.arange(len(TOKENS)),
+        )
         return estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator().manual_seed(0)))
 
     return run

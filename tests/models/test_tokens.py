@@ -99,8 +99,9 @@ def test_blanks_are_open_positions(policy):
     assert [i for i, blank in enumerate(blanks) if blank] == [i for i, token in enumerate(ids) if token == MASK]
     assert policy.tokenizer.decode(ids) == "<user>hi <eos><mask><eos><assistant>so <mask> <mask>" and sum(blanks) == 2
     asked = [Problem("a_", blank="_"), Problem("<mask>"), Problem("bc_d", blank="_")]
-    prompts = encode(policy, asked, group_size=2)
-    assert prompts.infill_mask.sum(-1).tolist() == [1, 0, 1] and (prompts.tokens[prompts.infill_mask] == MASK).all()
+    prompts = encode(policy, asked, num_generations=2)
+    assert prompts.infill_mask.sum(-1).tolist() == [1, 1, 0, 0, 1, 1]
+    assert (prompts.tokens[prompts.infill_mask] == MASK).all()
     assert encode(policy, [Problem("ab")]).infill_mask is None
     with pytest.raises(ValueError, match="blank='' is empty; leave it at None"):
         encode(policy, [Problem("ab", blank="")])
@@ -112,7 +113,9 @@ def test_the_text_of_what_is_filled_in(policy):
     ids[1][4:6] = [EOS, MASK]
     own = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 0, 1]]).bool()
     tokens = torch.tensor(ids)
-    rollout = Rollout(tokens, tokens != PAD, own, torch.where(own, 0, -1), torch.zeros(2, 7), group_size=1)
+    rollout = Rollout(
+        tokens, tokens != PAD, own, torch.where(own, 0, -1), torch.zeros(2, 7), group=torch.arange(len(tokens))
+    )
     assert completion_token_ids(rollout)[0] == [ids[0][i] for i in (2, 3, 5, 6)]
     assert decode(policy, rollout) == ["b", "fh"]
     assert full_texts(policy, rollout) == ["abcde", "fghi"]
@@ -122,7 +125,8 @@ def test_the_text_of_what_is_filled_in(policy):
     problems = [Problem("", blank="_"), Problem("")]
     assert texts_to_grade(policy, rollout, problems, completion_token_ids(rollout)) == ["abcde", "fh"]
     twice = rollout.rows(torch.tensor([0, 0, 1, 1]))
-    texts = texts_to_grade(policy, replace(twice, group_size=2), problems[::-1], completion_token_ids(twice))
+    each = [problem for problem in problems[::-1] for _ in range(2)]
+    texts = texts_to_grade(policy, twice, each, completion_token_ids(twice))
     assert texts == ["b", "b", "fghi", "fghi"]
 
 
@@ -130,7 +134,9 @@ def test_an_end_token_that_ends_the_prompt_ends_no_completion(policy):
     """The second letter fills a gap, the end token closes the prompt, the last two letters come behind it."""
     tokens = torch.tensor([[*text_ids(policy, "ab"), EOS, *text_ids(policy, "cd")]])
     own = torch.tensor([[0, 1, 0, 1, 1]]).bool()
-    rollout = Rollout(tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group_size=1)
+    rollout = Rollout(
+        tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group=torch.arange(len(tokens))
+    )
     assert full_texts(policy, rollout) == ["abcd"]
 
 

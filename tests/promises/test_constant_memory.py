@@ -77,13 +77,13 @@ def setting(name: str, *, policy=None):
     estimator = ESTIMATORS[name]
     if policy is None:
         policy = tiny_llama(causal=True, **SMALL) if name == "causal" else tiny_masked_lm(**SMALL)
-    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [9]], pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [9]], pad_id=policy.pad_id, num_generations=4)
     if name == "causal":
         rollout = Autoregress(max_new_tokens=6)(policy, prompts, seeded(1))
     else:
         options = {"max_new_tokens": 6, "diffusion_steps": 3, "temperature": 1.0, "rank": MaxProb()}
         rollout = Unmask(**options)(policy, prompts, seeded(1))
-    advantages = GroupRelative()(torch.randn(3, 4, generator=seeded(2))).flatten()
+    advantages = GroupRelative()(torch.randn(12, generator=seeded(2)), rollout.group)
     noise = estimator.with_advantages(estimator.draw_views(rollout, seeded(3)), advantages)
     return policy, estimator, rollout, noise, advantages
 

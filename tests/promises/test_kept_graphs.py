@@ -1,6 +1,8 @@
 """Scoring that keeps its graphs: the first update goes back through them, and takes the gradient of the constant-memory
 update without a forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,6 +24,7 @@ from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.step_settings import step_settings, update_settings
+from dllm_rl.types import any_in_group
 from recipes.studies.surrogates import StableDRL
 
 MANY = 99
@@ -53,11 +56,11 @@ class Step:
             reference=None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3),
         )
         with self.forward():
-            prompts = encode(self.rollout_policy, problems, group_size=recipe.num_generations)
+            prompts = encode(self.rollout_policy, problems, num_generations=recipe.num_generations)
             self.rollout = recipe.sampler(self.rollout_policy, prompts, generator_for(1))
         rewards = torch.rand(recipe.train_batch_size, recipe.num_generations, generator=generator_for(2))
         rewards[0] = 0
-        self.advantages = GroupRelative()(rewards)
+        self.advantages = GroupRelative()(rewards.flatten(), self.rollout.group)
         self.forwards = []
         encode_ = self.policy.encode
         self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
@@ -67,16 +70,15 @@ class Step:
 
     def batch(self):
         recipe = self.recipe
-        groups = metric_weights(step_settings(recipe), self.advantages, 0)
+        known = self.rollout.group, self.advantages, self.advantages, torch.ones(len(self.advantages))
+        samples = Samples(self.rollout, *known, counts=(len(self.advantages),))
+        samples = replace(samples, metric_weights=metric_weights(step_settings(recipe), samples, 0))
         if not recipe.beta:
-            assert (groups > 0).all() and not (self.advantages[0] != 0).any()
+            assert (samples.metric_weights > 0).all() and not self.advantages[: recipe.num_generations].any()
         with self.forward():
-            noise = draw_views(step_settings(recipe), self.rollout, self.advantages, groups, (0,), self.accelerator)
-            keep = (self.advantages != 0).any(-1).repeat_interleave(self.rollout.group_size) | bool(
-                recipe.beta or recipe.entropy_coeff
-            )
+            noise = draw_views(step_settings(recipe), samples, samples.metric_weights > 0, (0,), self.accelerator)
+            keep = any_in_group(self.advantages != 0, self.rollout.group) | bool(recipe.beta or recipe.entropy_coeff)
             self.logps = score(self.run, self.rollout, noise, retain_graphs=keep)
-        samples = Samples(self.rollout, self.advantages, self.advantages, groups)
         return correct(self.run, samples, self.logps)[0]
 
     def gradient(self):

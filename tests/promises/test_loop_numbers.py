@@ -48,7 +48,7 @@ class Planted:
             "likelihood": OneStep(prompt_mask=0.0),
             "corrector": NoCorrection(),
             "rollout_quantization": five_level_emulated,
-            "advantages": lambda rewards: A,
+            "advantages": lambda rewards, group: A.flatten(),
             "train_batch_size": PROMPTS,
             "num_generations": GROUP,
             "num_steps": 1,
@@ -224,7 +224,7 @@ def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_correc
 def test_a_sample_of_the_groups_without_advantage_stands_for_all_of_them_and_moves_nothing(tmp_path):
     """Two such groups, of which one is scored: it counts twice, and rows that are not scored stay in denominators."""
     live = A * torch.tensor([[1.0], [0.0], [0.0]])
-    changes = {"advantages": lambda rewards: live, "loss_reduction": SequenceMean()}
+    changes = {"advantages": lambda rewards, group: live.flatten(), "loss_reduction": SequenceMean()}
     both, one = (Planted(tmp_path / str(n), num_mismatch_groups=n, **changes) for n in (2, 1))
     both.train()
     (row,) = one.train()
@@ -263,10 +263,10 @@ def test_the_gradient_is_scaled_down_to_the_norm_and_logged_before_that(tmp_path
 
 def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp_path):
     """The second step's advantages are all 0: what moves is beta * mean over all tokens of (logp - ref)^2 / 2."""
-    steps = iter([A, torch.zeros_like(A)])
+    steps = iter([A.flatten(), torch.zeros(A.numel())])
 
-    def advantages(rewards):  # a run also tries them on made-up rewards, before its first step
-        made_up = torch.equal(rewards.flatten(), torch.arange(float(rewards.numel())))
+    def advantages(rewards, group):  # a run also tries them on made-up rewards, before its first step
+        made_up = torch.equal(rewards, torch.arange(float(len(rewards))))
         return torch.ones_like(rewards) if made_up else next(steps)
 
     planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=K2(), advantages=advantages)
@@ -299,7 +299,7 @@ def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_p
         once, sample = [], planted.recipe.sampler  # the same completions at every step: only masks can differ
 
         def same(policy, prompts, generator):
-            if policy.tokenizer and len(prompts.tokens) == 1:
+            if policy.tokenizer and len(prompts.tokens) == GROUP:  # the rehearsal's
                 return sample(policy, prompts, generator)
             once.append(sample(policy, prompts, generator))
             return replace(once[0], weights_version=policy.weights_version)

@@ -104,7 +104,7 @@ def test_ratios_of_every_inner_update_divide_by_the_same_masks(estimator, tmp_pa
 
 
 def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):
-    still = {"advantages": lambda rewards: 0 * rewards, "beta": 0.0, "num_iterations": 3}
+    still = {"advantages": lambda rewards, group: 0 * rewards, "beta": 0.0, "num_iterations": 3}
     train(recipe(tmp_path, lik.Coupled(), **still))
     (row,) = metrics_of(tmp_path / "run")
     assert [row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)] == [0, 0, 0]

@@ -13,7 +13,7 @@ from recipes.studies.estimators import gradient
 def test_the_studys_gradient_is_plain_autograds():
     """On-policy every ratio is 1, so that the loss has the gradient of -sum A log p over the number of tokens."""
     policy, estimator = tiny_masked_lm(**SIZES), Trajectory()
-    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, num_generations=2)
     sampler = Unmask(max_new_tokens=4, diffusion_steps=2, temperature=1.0, rank=MaxProb())
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
     noise = estimator.draw_views(rollout, torch.Generator())

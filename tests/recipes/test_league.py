@@ -8,21 +8,23 @@ import torch
 from dllm_rl import OneStep, Trajectory
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.rng import generator_for
+from dllm_rl.types import group_sizes
 from recipes.studies import league, paired
 
 
 def test_wd1_by_hand():
     # R - mean is (0.5, -0.5): softmax 0.7311 and 0.2689, the other sign's the other way round; twice 0.4621.
-    assert league.WD1()(torch.tensor([[1.0, 0.0]]))[0].tolist() == pytest.approx([0.92423, -0.92423], abs=1e-5)
-    assert league.WD1()(torch.ones(2, 4)).eq(0).all()
-    assert league.WD1()(torch.tensor([[3.0, 1.0, 2.0]])).sum().item() == pytest.approx(0, abs=1e-6)
+    rewards, group = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 3.0, 1.0, 2.0]), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    first, equal, last = league.WD1()(rewards, group).split(group_sizes(group))
+    assert first.tolist() == pytest.approx([0.92423, -0.92423], abs=1e-5)
+    assert equal.eq(0).all() and last.sum().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_one_segment_is_one_step():
     """So the league has one row for both."""
     recipe = league.study_of("sudoku").base
     policy = recipe.model()
-    prompts = encode(policy, [recipe.task[0]], group_size=4, seeds=list(range(4)))
+    prompts = encode(policy, [recipe.task[0]], num_generations=4, seeds=list(range(4)))
     rollout = recipe.sampler(policy, prompts, generator_for(0, "rollout"))
     scores = []
     for likelihood in (OneStep(prompt_mask=0.0), Trajectory(num_segments=1)):

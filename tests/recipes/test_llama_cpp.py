@@ -114,7 +114,7 @@ def test_a_sync_takes_the_new_weights_adapters_merged(format):
 @pytest.mark.parametrize("causal", [False, True], ids=["llada", "causal"])
 def test_the_contract_is_kept(causal):
     policy = llama(causal=causal)
-    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, num_generations=4)
     options = {"max_new_tokens": 6, "temperature": 0.7}
     sampler = Autoregress(**options) if causal else Unmask(diffusion_steps=3, **options)
     check_engine(LlamaCpp(format="F32"), policy, prompts, sampler, bound=0.005)

@@ -41,9 +41,9 @@ class Recorded:
             self.rollouts.append(sample(policy, prompts, generator))
             return self.rollouts[-1]
 
-        def advantages(rewards):
+        def advantages(rewards, group):
             self.rewards.append(rewards)
-            return GroupRelative()(rewards)
+            return GroupRelative()(rewards, group)
 
         def loss(log_ratio, advantages, mask, *, old_logprobs):
             self.old.append(old_logprobs)
@@ -108,7 +108,7 @@ def test_the_package_does_the_same(changed, tmp_path):
         assert torch.equal(step.rollout.prompts_BS, rollout.tokens[:, : -one_file.LENGTH]), number
         assert torch.equal(step.rollout.unmask_step_BL, rollout.unmask_step[:, completion]), number
         assert torch.equal(step.rollout.tokens_BL, rollout.tokens[:, completion]), number
-        assert torch.equal(step.rewards_PG, package.rewards[number]), number
+        assert torch.equal(step.rewards_PG.flatten(), package.rewards[number]), number
         torch.testing.assert_close(step.rollout.logprobs_BL, rollout.logprobs[:, completion], **CLOSE)
         old = package.old[number][step.learned_B][:, completion]
         torch.testing.assert_close(step.old_RL, old, **CLOSE)

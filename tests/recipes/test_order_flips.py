@@ -75,7 +75,7 @@ def test_a_law_is_that_of_the_library_sampler(policy, rank):
     settings = {"max_new_tokens": 0, "diffusion_steps": 4, "temperature": 1.0, "suppress": NO_DIGITS}
     sampler = Unmask(rank=RANKS[rank], **settings)
     problem = Problem(PUZZLE.replace("0", "."), blank=".")
-    prompts = encode(policy, [problem], group_size=32)
+    prompts = encode(policy, [problem], num_generations=32)
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
     at = canvases(PUZZLE, policy)
     ours = law(policy, at, rank)

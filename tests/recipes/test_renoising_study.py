@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 def test_one_step_scores_the_answer_from_the_first_noise():
     """A direct forward of the toy's decoder, on the noise of the first step and without a step before it."""
     policy = toy(seed=3)
-    prompts = Prompts.from_ids([[0, 2], [1]], pad_id=0, group_size=2, seeds=[5, 6, 7, 8])
+    prompts = Prompts.from_ids([[0, 2], [1]], pad_id=0, num_generations=2, seeds=[5, 6, 7, 8])
     options = {"max_new_tokens": 3, "diffusion_steps": 3, "entropy_bound": float("inf"), "answer": "drawn"}
     options |= {"stability_threshold": None, "confidence_threshold": None}
     rollout = Renoise(**options)(policy, prompts, torch.Generator())

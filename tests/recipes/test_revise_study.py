@@ -33,7 +33,7 @@ def test_an_arm_takes_the_forwards_of_its_name_and_edits_if_it_says_so(name):
     policy = made.model(num_layers=1)
     problems = [made.task[i] for i in range(2)]
     trained, evaluated = (
-        sampler(policy, encode(policy, problems, group_size=4, seeds=range(8)), torch.Generator().manual_seed(0))
+        sampler(policy, encode(policy, problems, num_generations=4, seeds=range(8)), torch.Generator().manual_seed(0))
         for sampler in (made.sampler, made.eval_sampler)
     )
     forwards = int(name.split(", ")[-1])

@@ -11,7 +11,7 @@ from recipes.studies.estimators import gradient
 
 def test_the_summands_of_rows_and_steps_are_the_gradient():
     policy = tiny_masked_lm(characters="abcd", head_std=0.3)
-    prompts = Prompts.from_ids([[5], [6]], pad_id=policy.pad_id, group_size=2, seeds=range(4))
+    prompts = Prompts.from_ids([[5], [6]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
     sample = Unmask(max_new_tokens=6, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
     rollout = sample(policy, prompts, torch.Generator())
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])

@@ -14,7 +14,7 @@ def test_only_a_right_answer_is_paid_for_speed():
     solution = min(completions(problem.fields["puzzle"]))
     wrong = solution[:-1] + str(int(solution[-1]) % 4 + 1)
     texts = [solution, solution, wrong, wrong]
-    graded = grade(task, [problem], texts, [Cost(forwards, CELLS) for forwards in (4, 16, 1, 16)])
+    graded = grade(task, [problem] * 4, texts, [Cost(forwards, CELLS) for forwards in (4, 16, 1, 16)])
     right, bad = (plain.reward(problem, text).value for text in (solution, wrong))
     assert [reward.value for reward in graded] == pytest.approx([right + 0.5 * 12 / 16, right, bad, bad])
     assert [reward.breakdown["forwards"] for reward in graded] == [4, 16, 1, 16]

@@ -23,7 +23,7 @@ def policy_of(*tops):
 
 
 def sampled(policy, **options):
-    prompts = Prompts.from_ids([[4], [4]], pad_id=5, group_size=3)
+    prompts = Prompts.from_ids([[4], [4]], pad_id=5, num_generations=3)
     settings = {"temperature": 1.0, "rank": rules.MaxProb(), "suppress": (4, 5), "diffusion_steps": 2} | options
     return Unmask(max_new_tokens=LENGTH, **settings)(policy, prompts, torch.Generator().manual_seed(0))
 

@@ -73,7 +73,7 @@ def test_greedy_is_generate(tmp_path, family):
     ],
 )
 def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling_params):
-    rollout = Autoregress(max_new_tokens=10, **options)(qwen, prompts(group_size=4), gen(1))
+    rollout = Autoregress(max_new_tokens=10, **options)(qwen, prompts(num_generations=4), gen(1))
     assert rollout.sampling_params == sampling_params
     marked = rollout.completion_mask
     logits = process(qwen.logits(rollout.tokens, rollout.attention_mask)[marked], sampling_params)
@@ -85,10 +85,10 @@ def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling
 
 def test_a_row_does_not_depend_on_padding_or_neighbors(qwen):
     seeds = list(range(12))
-    together = Autoregress(max_new_tokens=9)(qwen, prompts(group_size=4, seeds=seeds), gen())
+    together = Autoregress(max_new_tokens=9)(qwen, prompts(num_generations=4, seeds=seeds), gen())
     for p, ids in enumerate(PROMPTS):
         alone = Autoregress(max_new_tokens=9)(
-            qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5)
+            qwen, prompts([ids], num_generations=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5)
         )
         width = alone.tokens.shape[1] - len(ids)  # all four may have ended early
         rows = slice(4 * p, 4 * p + 4)
@@ -116,7 +116,7 @@ def test_frequencies_are_the_exact_distribution():
     )
     ids, count = [3, 3], 10_000
     rollout = Autoregress(max_new_tokens=2, temperature=0.8, suppress=(1,))(
-        policy, prompts([ids], group_size=count), gen(2)
+        policy, prompts([ids], num_generations=count), gen(2)
     )
     found = {}
     for row, mask in zip(rollout.tokens[:, 2:].tolist(), rollout.completion_mask[:, 2:].tolist(), strict=True):
@@ -149,7 +149,7 @@ def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
     order = probs.argsort(descending=True)
     nucleus = order[: int((probs[order].cumsum(0) < 0.5).sum()) + 1]
     for options, kept in (({"top_k": 4}, order[:4]), ({"top_p": 0.5}, nucleus)):
-        rollout = Autoregress(max_new_tokens=1, **options)(qwen, prompts([ids], group_size=2000), gen(4))
+        rollout = Autoregress(max_new_tokens=1, **options)(qwen, prompts([ids], num_generations=2000), gen(4))
         drawn, counts = rollout.tokens[:, 3].unique(return_counts=True)
         assert set(drawn.tolist()) == set(kept.tolist())
         share = torch.zeros(40, dtype=torch.float64).index_put((drawn,), counts.double() / 2000)
@@ -158,7 +158,7 @@ def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
 
 def test_the_end_token_ends_a_row():
     policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
-    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3], [4, 3]], group_size=50), gen())
+    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3], [4, 3]], num_generations=50), gen())
     new, mask = rollout.tokens[:, 2:], rollout.completion_mask[:, 2:]
     ends = (new == 2) & mask
     assert (ends.sum(-1) <= 1).all()
@@ -174,7 +174,7 @@ def test_the_end_token_ends_a_row():
 def test_any_of_several_end_tokens_ends_a_row():
     policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
     policy.spec = replace(policy.spec, eos_ids=(2, 4))
-    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3]], group_size=50), gen())
+    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3]], num_generations=50), gen())
     ends = set()
     for row, kept in zip(rollout.tokens[:, 1:].tolist(), rollout.completion_mask[:, 1:].tolist(), strict=True):
         length = next((i + 1 for i, token in enumerate(row) if token in (2, 4)), len(row))
@@ -195,7 +195,7 @@ def test_a_row_ends_with_whichever_end_token_comes_first():
     policy = tiny_llama(
         characters="123456789", causal=True, hidden_size=32, num_layers=1, num_attention_heads=2, head_std=0.5
     )
-    prompts = Prompts.from_ids([[5, 6, 7]], pad_id=policy.pad_id, group_size=40, seeds=range(40))
+    prompts = Prompts.from_ids([[5, 6, 7]], pad_id=policy.pad_id, num_generations=40, seeds=range(40))
     run = partial(Autoregress(max_new_tokens=12), policy, prompts, torch.Generator())
     policy.spec = replace(policy.spec, eos_ids=())
     endless = run()

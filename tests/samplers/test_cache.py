@@ -39,7 +39,7 @@ def policies(tmp_path_factory):
 
 def run(policy, *, ids=IDS, group=2, length=11, **options):
     options = {"temperature": 1.0, "rank": rules.MaxProb()} | options
-    prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=range(len(ids) * group))
+    prompts = Prompts.from_ids(ids, pad_id=0, num_generations=group, seeds=range(len(ids) * group))
     return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator())
 
 
@@ -92,7 +92,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
 
     def sampled(prompts, group):
         shapes.clear()
-        prompts = Prompts.from_ids(prompts, pad_id=0, group_size=group, seeds=range(9))
+        prompts = Prompts.from_ids(prompts, pad_id=0, num_generations=group, seeds=range(9))
         rollout = Unmask(cache=BlockCache(), **options)(policy, prompts, torch.Generator())
         return rollout, list(shapes)
 
@@ -299,9 +299,9 @@ def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token
     policy, tokens = policies(family), torch.randint(3, 38, (2, 12), generator=torch.Generator().manual_seed(0))
     mask, shift = torch.ones_like(tokens, dtype=torch.bool), policies(family).spec.shift
     cached, rows = CachedForward(policy, kind(), mask), torch.arange(2)
-    states, first = cached.advance(tokens, rows, (4, 8))
+    states, first = cached.advance(tokens, rows, (4, 8), run=rows, copies=None)
     assert (len(states[0]), first) == (12, shift)
-    again, begin = cached.advance(tokens, rows, (4, 8))
+    again, begin = cached.advance(tokens, rows, (4, 8), run=rows, copies=None)
     assert begin == 4 and len(again[0]) == (4 + shift if kind is DualCache else 8 + shift)
     torch.testing.assert_close(again, states[:, 4 - shift : 4 - shift + again.shape[1]], rtol=1e-5, atol=1e-5)
 
@@ -310,7 +310,7 @@ def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token
 def test_any_of_several_end_tokens_ends_a_row(policies, ends):
     """Rows 0 and 1 have written 30 and 31, row 2 neither, row 3 has 31 behind a mask that was never filled."""
     policy = policies("sdar")
-    prompts = Prompts.from_ids([[5, 6, 7, 8]], pad_id=0, group_size=4)
+    prompts = Prompts.from_ids([[5, 6, 7, 8]], pad_id=0, num_generations=4)
     canvas = make_canvas(policy, prompts, 4, 4, block_aligned=False)
     rows, places = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
     canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.tensor([30, 31, 9]), torch.zeros(3))

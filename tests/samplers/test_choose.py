@@ -102,7 +102,7 @@ def tiny(*, is_causal: bool, seed: int = 0):
 
 
 def sampled(policy, **options) -> Rollout:
-    prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, group_size=3)
+    prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, num_generations=3)
     options = {"max_new_tokens": 6, "temperature": 0.7} | options
     if policy.spec.attention != "causal":
         options = {"rank": MaxProb(), "diffusion_steps": 4} | options

@@ -48,7 +48,7 @@ def policy(request):
 
 
 def fill(policy, ids, seeds, *, new=0, width=0, group=1, on_step=None, **options):
-    prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=list(seeds), mask_id=M)
+    prompts = Prompts.from_ids(ids, pad_id=0, num_generations=group, seeds=list(seeds), mask_id=M)
     if width:
         columns = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "infill_mask")}
         pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
@@ -83,7 +83,7 @@ def test_open_positions_at_the_end_are_what_is_appended(policy, name):
     ids, seeds = [[3, 4, 5], [7], [8, 9, 10, 11, 12]], range(6)
     filled = fill(policy, [[*row, *[M] * 4] for row in ids], seeds, group=2, **WAYS[name])
     plain = Unmask(max_new_tokens=4, **{"temperature": 1.0} | WAYS[name])(
-        policy, Prompts.from_ids(ids, pad_id=0, group_size=2, seeds=seeds), torch.Generator()
+        policy, Prompts.from_ids(ids, pad_id=0, num_generations=2, seeds=seeds), torch.Generator()
     )
     equal(filled, plain)
     equal(fill(policy, [[*row, M, M] for row in ids], seeds, group=2, new=2, **WAYS[name]), plain)
@@ -206,7 +206,7 @@ def test_errors_name_the_value_and_a_remedy(policy):
     def run(prompts, **settings):
         return Unmask(**settings)(policy, prompts, torch.Generator())
 
-    with pytest.raises(ValueError, match="max_new_tokens=0, and prompt 1 has no open position"):
+    with pytest.raises(ValueError, match="max_new_tokens=0, and row 1 has no open position"):
         run(prompts=prompts, max_new_tokens=0)
     assert run(prompts=prompts, max_new_tokens=1).completion_mask.sum(-1).tolist() == [2, 1]
     with pytest.raises(ValueError, match="max_new_tokens=-1"):

@@ -47,7 +47,7 @@ def sample(policy, ids=IDS, seeds=range(12), *, fill=False, group=2, **options):
     if not fill and policy.spec.attention == "full":
         options["block_size"] = 4
     opened = [[i % 3 == 1 for i in range(len(row))] for row in ids] if fill else None
-    prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=seeds, open_positions=opened)
+    prompts = Prompts.from_ids(ids, pad_id=0, num_generations=group, seeds=seeds, open_positions=opened)
     return Unmask(max_new_tokens=8, **options)(policy, prompts, torch.Generator())
 
 

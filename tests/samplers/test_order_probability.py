@@ -179,7 +179,7 @@ def test_a_noisy_order_of_a_rank_is_known_where_the_rank_is(monkeypatch, base, k
 
 def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_declaration_is_caught():
     policy, steps = tied_policy(period=2), []
-    prompts = Prompts.from_ids([[3]], pad_id=4, group_size=32, seeds=range(32))
+    prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=32, seeds=range(32))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, "suppress": (2, 3, 4)}
     for base in (mine, FIXED(mine)):
         rollout = Unmask(rank=NOISY.replace(base_rank=base), **options)(policy, prompts, torch.Generator())
@@ -210,7 +210,7 @@ def of_states_of_tiny(hidden):
 @pytest.mark.parametrize("with_draws", [False, True])
 def test_a_rank_may_read_the_hidden_states(monkeypatch, options, with_draws):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
-    prompts = Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16))
+    prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=16, seeds=range(16))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "suppress": (2, 3, 4), **options}
     steps = []
     for rank in (of_logits, of_states):
@@ -228,7 +228,7 @@ READING_TOKENS = {
 
 
 def test_what_a_pair_may_declare():
-    policy, prompts = tied_policy(period=2), Prompts.from_ids([[3]], pad_id=4, group_size=2)
+    policy, prompts = tied_policy(period=2), Prompts.from_ids([[3]], pad_id=4, num_generations=2)
     for likelihood, rank in (
         (Trajectory(), mine),
         (Trajectory(include_order=False), rules.Confidence()),

@@ -180,7 +180,7 @@ def test_watched_it_shows_the_canvas_in_motion():
     policy = tiny_diffusion_gemma(characters="abc", canvas_length=4, hidden_size=16)
     assert sampler_for(policy) is Renoise
     seen = []
-    prompts = Prompts.from_ids([[3, 4]], pad_id=0, group_size=2)
+    prompts = Prompts.from_ids([[3, 4]], pad_id=0, num_generations=2)
     options = {"diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
     rollout = Renoise(max_new_tokens=4, **options)(policy, prompts, torch.Generator(), on_step=seen.append)
     assert len(seen) == 3 and rollout.forwards == 4  # the encoder's, and three steps

@@ -25,7 +25,7 @@ SOFT = {"rank": rules.MaxProb(), "commit": revise.SoftEdit(rate=0.5)}
 
 
 def sample(policy, ids, seeds, *, length=6, group=1, on_step=None, **options):
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group, seeds=list(seeds))
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=group, seeds=list(seeds))
     sampler = Unmask(max_new_tokens=length, **{"temperature": 1.0} | options)
     return sampler(policy, prompts, torch.Generator(), on_step=on_step)
 

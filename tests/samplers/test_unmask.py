@@ -18,6 +18,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules, whole_step
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.canvas import make_canvas
+from dllm_rl.samplers.sampler import shared_rows
 from dllm_rl.samplers.states import SamplerForward
 from dllm_rl.samplers.unmask import Unmask, check_fits
 from dllm_rl.types import Prompts
@@ -148,7 +149,7 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 
 
 def assert_replayed(policy, name, *, atol):
-    prompts = Prompts.from_ids(IDS[:3], pad_id=0, group_size=2)
+    prompts = Prompts.from_ids(IDS[:3], pad_id=0, num_generations=2)
     options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
     rollout = Unmask(max_new_tokens=20, **options)(policy, prompts, torch.Generator().manual_seed(0))
     estimator = Trajectory()
@@ -166,12 +167,37 @@ def test_group_shares_first_forward(policy, monkeypatch):
     """The first state is read once per prompt, and every later one by rows; completions of a group differ."""
     rows, hidden = [], policy.hidden
     monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
-    prompts = Prompts.from_ids(IDS[:2], pad_id=0, group_size=3)
+    prompts = Prompts.from_ids(IDS[:2], pad_id=0, num_generations=3)
     rollout = Unmask(max_new_tokens=4, diffusion_steps=4, temperature=3.0)(
         policy, prompts, torch.Generator().manual_seed(0)
     )
     assert rows == [2, 6, 6, 6]
     assert not torch.equal(rollout.tokens[0], rollout.tokens[1])
+
+
+def test_rows_share_a_forward_if_group_and_prompt_are_equal():
+    prompts = Prompts.from_ids([[3, 4], [5], [5]], pad_id=0, num_generations=[3, 1, 2])
+    rows, copies = shared_rows(prompts, torch.arange(6))
+    assert rows.tolist() == [0, 3, 4] and copies.tolist() == [0, 0, 0, 1, 2, 2]
+    rows, copies = shared_rows(prompts, torch.tensor([1, 2, 5]))
+    assert rows.tolist() == [1, 5] and copies.tolist() == [0, 0, 1]
+    one_group = replace(prompts, group=torch.zeros(6, dtype=torch.long))
+    rows, copies = shared_rows(one_group, torch.arange(6))
+    assert rows.tolist() == [0, 3] and copies.tolist() == [0, 0, 0, 1, 1, 1]
+    gaps = replace(one_group, infill_mask=torch.arange(12).view(6, 2) == 9)  # in row 4
+    assert shared_rows(gaps, torch.arange(6))[0].tolist() == [0, 3, 4, 5]
+
+
+def test_groups_of_different_sizes_are_sampled_like_rows_of_their_own(policy, monkeypatch):
+    rows, hidden = [], policy.hidden
+    monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
+    sampler = Unmask(max_new_tokens=4, diffusion_steps=4, temperature=3.0)
+    prompts = Prompts.from_ids(IDS[:3], pad_id=0, num_generations=[3, 1, 2], seeds=range(6))
+    together = sampler(policy, prompts, torch.Generator())
+    assert rows == [3, 6, 6, 6] and together.group.tolist() == [0, 0, 0, 1, 2, 2]
+    apart = sampler(policy, replace(prompts, group=torch.arange(6)), torch.Generator())
+    assert torch.equal(together.tokens, apart.tokens)
+    torch.testing.assert_close(together.logprobs, apart.logprobs, rtol=0, atol=1e-5)
 
 
 def test_finished_rows_leave_the_batch(policy, monkeypatch):

@@ -111,7 +111,7 @@ RANKED = ["Confidence", "MaxProb", "Margin", "Entropy", "RandomOrder"]
 def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, diffusion_steps):
     rollout = Unmask(
         max_new_tokens=LENGTH, diffusion_steps=diffusion_steps, temperature=temperature, rank=getattr(rules, name)()
-    )(POLICY, Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS), torch.Generator().manual_seed(5))
+    )(POLICY, Prompts.from_ids([[0]], pad_id=0, num_generations=DRAWS), torch.Generator().manual_seed(5))
     agrees(rollout, enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[diffusion_steps], temperature), least_cells=20)
 
 
@@ -123,7 +123,9 @@ def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, 
 def test_open_positions_follow_the_enumerated_distribution(name, prompt, new, steps):
     """Gaps before and after what the prompt says: tokens, order and log-probs are those of the enumeration."""
     rollout = Unmask(max_new_tokens=new, diffusion_steps=len(steps), temperature=0.8, rank=getattr(rules, name)())(
-        POLICY, Prompts.from_ids([prompt], pad_id=0, group_size=DRAWS, mask_id=MASK), torch.Generator().manual_seed(7)
+        POLICY,
+        Prompts.from_ids([prompt], pad_id=0, num_generations=DRAWS, mask_id=MASK),
+        torch.Generator().manual_seed(7),
     )
     start = [*prompt[1:], *[MASK] * new]
     assert (rollout.completion_mask[:, 1:] == (torch.tensor(start) == MASK)).all() and rollout.attention_mask.all()
@@ -161,7 +163,7 @@ def test_origin_commits_each_position_independently():
     """Three steps with probabilities 1/3, 1/2, 1: every position's step is uniform on {0, 1, 2}, independently."""
     rollout = Unmask(
         max_new_tokens=LENGTH, diffusion_steps=3, temperature=1.0, rank=rules.RandomOrder(), commit=rules.Origin()
-    )(POLICY, Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS), torch.Generator().manual_seed(6))
+    )(POLICY, Prompts.from_ids([[0]], pad_id=0, num_generations=DRAWS), torch.Generator().manual_seed(6))
     steps = rollout.unmask_step[:, 1:]
     counts = torch.bincount((steps * torch.tensor([9, 3, 1])).sum(-1), minlength=27).double()
     assert float(((counts - DRAWS / 27) ** 2 / (DRAWS / 27)).sum()) < upper_bound(26)
@@ -225,7 +227,7 @@ def test_order_of_partial_rules_is_by_name():
         return (logits.amax(-1) - normalizer) * sharpness
 
     plain = {"max_new_tokens": LENGTH, "diffusion_steps": 3, "temperature": 1.0}
-    prompts = Prompts.from_ids([[0]], pad_id=0, group_size=50)
+    prompts = Prompts.from_ids([[0]], pad_id=0, num_generations=50)
     a = Unmask(rank=partial(own, sharpness=2.0), **plain)(POLICY, prompts, torch.Generator().manual_seed(1))
     b = Unmask(rank=rules.MaxProb(), **plain)(POLICY, prompts, torch.Generator().manual_seed(1))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.unmask_step, b.unmask_step)

@@ -66,7 +66,7 @@ def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
 
 def test_n_and_prompts_take_the_seeds_of_sample(policy, server):
     sampler = Unmask(**USUAL | {"temperature": 1.0})
-    record = complete(policy, [Problem("1+2="), Problem("3+4=")], sampler, group_size=3, seed=7)
+    record = complete(policy, [Problem("1+2="), Problem("3+4=")], sampler, num_generations=3, seed=7)
     answer = server.complete(["1+2=", "3+4="], n=3, seed=7, temperature=1.0)
     assert [c["text"] for c in answer["choices"]] == [row["completion"] for row in record["rows"]]
     assert [c["index"] for c in answer["choices"]] == [*range(6)]

@@ -137,7 +137,9 @@ def test_the_parts_of_random_tokens_join_to_the_text(request, kind):
 def answer_of(policy, ids, **fields):
     tokens = torch.tensor([ids])
     steps = torch.arange(len(ids))[None] - 1
-    rollout = Rollout(tokens, tokens >= 0, steps >= 0, steps, -torch.arange(len(ids))[None] / 10, group_size=1)
+    rollout = Rollout(
+        tokens, tokens >= 0, steps >= 0, steps, -torch.arange(len(ids))[None] / 10, group=torch.arange(len(tokens))
+    )
     request = TextRequest(CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], ["q"], len(ids), {})
     done = CompletedRequest(request, "m", 0, 0, (0,), [choice(policy, rollout, request)], [])
     return response(policy, done)["choices"][0]

@@ -18,4 +18,4 @@ def make(causal=False):
 def prompts():
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 12, (n,), generator=generator).tolist() for n in (5, 9, 3)]
-    return Prompts.from_ids(ids, pad_id=0, group_size=4)
+    return Prompts.from_ids(ids, pad_id=0, num_generations=4)

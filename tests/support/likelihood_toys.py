@@ -52,7 +52,7 @@ class TablePolicy:
     def reference(self):
         raise NotImplementedError
 
-    def rollout(self, tokens, *, prompt: int = 1, group_size: int = 1, **changes) -> Rollout:
+    def rollout(self, tokens, *, prompt: int = 1, num_generations: int = 1, **changes) -> Rollout:
         """Completions (B, length) behind `prompt` prompt tokens."""
         tokens = torch.as_tensor(tokens)
         ahead = torch.full((len(tokens), prompt), self.words + 1)
@@ -63,7 +63,7 @@ class TablePolicy:
             completion_mask=mask,
             unmask_step=torch.where(mask, torch.arange(mask.shape[1]) - prompt, -1),
             logprobs=torch.zeros(mask.shape),
-            group_size=group_size,
+            group=torch.arange(len(tokens)) // num_generations,
             sampling_params=SamplingParams(suppress=(self.words, self.words + 1, self.words + 2)),
         )
         return replace(record, **changes)

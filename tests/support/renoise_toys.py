@@ -156,6 +156,6 @@ def as_rollout(found: Histories, prompt, temperatures) -> Rollout:
         completion_mask=own,
         unmask_step=torch.where(own, 0, -1),
         logprobs=torch.zeros(tokens.shape),
-        group_size=1,
+        group=torch.arange(len(tokens)),
         renoised=part.padded(width),
     )

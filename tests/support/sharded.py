@@ -161,7 +161,7 @@ def plan_and_allocator(cases):
         shard(policy.module, blocks_of(policy.module), accelerator, size=accelerator.num_processes)
         optimizer = plan.make_optimizer(recipe, policy)
         prompts = plan.Prompts.from_ids(
-            [[5 + i] * plan.PROMPT for i in range(2)], pad_id=0, group_size=4, seeds=range(8)
+            [[5 + i] * plan.PROMPT for i in range(2)], pad_id=0, num_generations=4, seeds=range(8)
         )
         with join_uneven_forwards(policy):
             rollout = recipe.sampler(policy, prompts, generator_for(0))

@@ -52,7 +52,7 @@ def differing(one, other):
 
 def sampled(policy, cache, seed=0, **given):
     options = {"temperature": 1.0, "block_size": policy.spec.block_size or 8, "diffusion_steps": 12, **given}
-    prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, num_generations=2)
     generator = torch.Generator().manual_seed(seed)
     return Unmask(max_new_tokens=24, cache=cache, **options)(policy, prompts, generator)
 

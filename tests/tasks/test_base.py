@@ -95,12 +95,12 @@ class Together(Returning):
 
 def test_a_grader_is_given_what_it_asks_for():
     costs = [Cost(2, 6), Cost(4, 6)]
-    given = (Problem("2+2="),), ("a", "b"), costs
+    given = (Problem("2+2="),) * 2, ("a", "b"), costs
     assert [reward.value for reward in grade(Quick(None), *given)] == [0.5, 0.25]
     assert [reward.value for reward in grade(Together(None), *given)] == [3.0, 1.5]
     assert [reward.value for reward in grade(Returning(Reward(1.0, True)), *given)] == [1.0, 1.0]  # asks for nothing
     with pytest.raises(RuntimeError, match="raised on 2 completions in one call"):  # one by one no text fails
-        grade(Together(None), (Problem("2+2="),), ("a", "bad"), costs)
+        grade(Together(None), (Problem("2+2="),) * 2, ("a", "bad"), costs)
     with pytest.raises(RuntimeError, match="missing 1 required positional argument: 'forwards'"):
         grade(Quick(None), (Problem("2+2="),), ("a",))
     assert Cost(0, 0).tokens_per_forward == 0
@@ -214,5 +214,5 @@ def test_each_completion_has_the_time_limit_for_itself(monkeypatch) -> None:
 
     monkeypatch.setattr("dllm_rl.tasks.base.deadline", counted)
     task = Returning(Reward(1.0, True))
-    assert len(grade(task, [Problem("1"), Problem("2")], ["a", "b", "c", "d"], timeout=7.0)) == 4
+    assert len(grade(task, [Problem("1"), Problem("2")] * 2, ["a", "b", "c", "d"], timeout=7.0)) == 4
     assert begun == [7.0] * 4

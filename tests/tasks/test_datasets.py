@@ -53,7 +53,7 @@ def test_a_completion_to_which_no_function_applies_has_no_reward() -> None:
 
     for functions in ([judge], [judge, short], [short]):
         task = task_from_dataset(ROWS, reward_funcs=functions)
-        answered, unasked = grade(task, [task[0]], ["4", "?"])
+        answered, unasked = grade(task, [task[0]] * 2, ["4", "?"])
         assert (unasked.value, unasked.parsed, unasked.breakdown) == (None, False, {})
         assert answered.value is not None and metric_fractions(unasked) == {"reward": (0, 0), "parsed": (0, 0)}
         assert completion_metrics(unasked) == {}
@@ -67,10 +67,12 @@ def test_many_at_once_equal_one_by_one() -> None:
     assert task.rewards(problems, texts) == [task.reward(p, t) for p, t in zip(problems, texts, strict=True)]
 
 
-def test_a_problems_completions_stand_together() -> None:
+def test_each_completion_is_graded_on_its_problem() -> None:
     task = task_from_dataset(ROWS, reward_funcs=[right])
-    graded = grade(task, [task[0], task[1]], ["4", "5", "5", "5"])
+    graded = grade(task, [task[0], task[0], task[1], task[1]], ["4", "5", "5", "5"])
     assert [reward.value for reward in graded] == [1.0, 0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="2 problems for 4 completions: give the problem of each"):
+        grade(task, [task[0], task[1]], ["4", "5", "5", "5"])
 
 
 def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
@@ -84,10 +86,11 @@ def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
         return [1.0] * len(completions)
 
     task = task_from_dataset(ROWS, reward_funcs=[picky])
-    assert [reward.value for reward in grade(task, [task[0], task[1]], ["a", "b", "c", "d"])] == [1.0] * 4
+    problems = [task[0], task[0], task[1], task[1]]
+    assert [reward.value for reward in grade(task, problems, ["a", "b", "c", "d"])] == [1.0] * 4
     assert calls == [["a", "b", "c", "d"]]
     with pytest.raises(RuntimeError, match=r"'dataset' raised on problem .*'2\+3=', .* completion 'bad'") as caught:
-        grade(task, [task[0], task[1]], ["a", "b", "c", "bad"])
+        grade(task, problems, ["a", "b", "c", "bad"])
     assert isinstance(caught.value.__cause__, KeyError) and caught.value.__cause__.__context__ is None
 
     def lonely(completions, **_) -> list[float]:
@@ -96,7 +99,7 @@ def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
         return [1.0]
 
     with pytest.raises(RuntimeError, match="raised on 2 completions in one call"):
-        grade(task_from_dataset(ROWS, reward_funcs=[lonely]), [task[0]], ["a", "b"])
+        grade(task_from_dataset(ROWS, reward_funcs=[lonely]), [task[0]] * 2, ["a", "b"])
 
 
 def test_functions_get_columns_and_chats_as_in_trl() -> None:
@@ -127,7 +130,7 @@ def test_functions_get_the_speed_that_they_name() -> None:
         return list(tokens_per_forward)
 
     task = task_from_dataset(ROWS, reward_funcs=[right, quick, dense], weights=[1.0, 0.5, 0.1])
-    graded = grade(task, [task[0]], ["4", "44"], [Cost(2, 1), Cost(1, 2)])
+    graded = grade(task, [task[0]] * 2, ["4", "44"], [Cost(2, 1), Cost(1, 2)])
     assert [reward.breakdown for reward in graded] == [
         {"right": 1.0, "quick": 0.5, "dense": 0.5},
         {"right": 0.0, "quick": 1.0, "dense": 2.0},
@@ -259,7 +262,7 @@ def test_numbers_in_the_order_of_completions_are_taken(result):
 def test_the_last_line_says_why_rewards_cannot_be_taken():
     task = task_from_dataset(ROWS, reward_funcs=lambda completions, **_: [1.0] * min(len(completions), 3))
     with pytest.raises(RuntimeError, match=r"in one call: ValueError.* returned 3 numbers for 4 texts"):
-        grade(task, [task[0], task[1]], ["a", "b", "c", "d"])
+        grade(task, [task[0]] * 4, ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", 1])
@@ -478,7 +481,7 @@ def test_a_column_that_does_not_apply_to_a_row_is_none():
 def test_a_list_of_another_length_is_counted_in_the_call_of_the_run(lengths, one, all_together):
     task = task_from_dataset([{"prompt": "a"}], reward_funcs=lambda completions: [0.0] * lengths(len(completions)))
     with pytest.raises(RuntimeError, match=f"{one}.*; on all 4 completions in one call: .*{all_together}"):
-        grade(task, [task[0]], ["x"] * 4)
+        grade(task, [task[0]] * 4, ["x"] * 4)
 
 
 def test_an_error_that_is_the_same_for_one_completion_is_said_once():
@@ -487,4 +490,4 @@ def test_an_error_that_is_the_same_for_one_completion_is_said_once():
 
     task = task_from_dataset([{"prompt": "a"}], reward_funcs=fails)
     with pytest.raises(RuntimeError, match=r"completion 'x': KeyError\('answer'\)$"):
-        grade(task, [task[0]], ["x"] * 4)
+        grade(task, [task[0]] * 4, ["x"] * 4)

@@ -32,7 +32,7 @@ def model(attention):
 
 
 def prompts(policy):
-    return Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=4)
+    return Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, num_generations=4)
 
 
 def checked(engine, attention="full", sampler=None, **options):
@@ -91,9 +91,9 @@ class Elsewhere:
     def sampler(self, policy, prompts, generator, *, attention):
         """The library's sampler on the held weights, whose record then gets the fault."""
         if self.fault == "lost seed":
-            prompts = replace(prompts, seeds=torch.arange(prompts.num_rows))
+            prompts = replace(prompts, seeds=torch.arange(len(prompts.tokens)))
         if self.fault == "one seed":
-            prompts = replace(prompts, seeds=prompts.seeds[:1] + torch.arange(prompts.num_rows))
+            prompts = replace(prompts, seeds=prompts.seeds[:1] + torch.arange(len(prompts.tokens)))
         rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.weights_version)
         if self.fault == "other tokens":
             return replace(rollout, logprobs=rollout.logprobs.roll(1, 0))
@@ -163,7 +163,7 @@ def test_a_check_that_could_not_tell_is_refused():
 def test_the_cache_of_a_block_causal_module_is_an_engines_matter():
     """A row may go on to the end of the block of its end token; a cache that forgets is far off the learner."""
     policy = block_causal()
-    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, num_generations=4)
     in_blocks = Unmask(max_new_tokens=6, diffusion_steps=6, block_size=2, rank=MaxProb(), temperature=0.7)
 
     def sync(learner, rollout_policy):

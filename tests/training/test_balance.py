@@ -33,7 +33,8 @@ from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, Sa
     ],
 )
 def test_groups_are_swapped_as_long_as_the_slower_process_gains(costs, expected):
-    assert balance.plan_swaps(torch.tensor(costs)) == expected
+    costs = torch.tensor(costs)
+    assert balance.plan_swaps(costs, torch.zeros_like(costs, dtype=torch.bool)) == expected
 
 
 def test_no_process_takes_longer_than_the_slowest_did_and_a_group_moves_once():
@@ -41,7 +42,7 @@ def test_no_process_takes_longer_than_the_slowest_did_and_a_group_moves_once():
     gains = []
     for _ in range(200):
         costs = torch.randint(0, 9, (5, 6), generator=generator) * torch.randint(0, 2, (5, 6), generator=generator)
-        plan = balance.plan_swaps(costs)
+        plan = balance.plan_swaps(costs, torch.zeros_like(costs, dtype=torch.bool))
         assert len({place for pair in plan for place in pair}) == 2 * len(plan)
         moved = costs.clone()
         for one, other in plan:
@@ -81,7 +82,7 @@ class Joined:
         count = len(self.given)
         ranks = [rank(i, count) for i in range(count)]
 
-        def gathered(parts, accelerator):
+        def gathered(parts, accelerator, counts=None):
             return [torch.cat(found) for found in zip(*self.all_of(accelerator, parts), strict=True)]
 
         monkeypatch.setattr(balance, "gather_on_host", gathered)
@@ -101,7 +102,7 @@ def made(rows, columns, ids, *, seed, padding, events=0):
     record = Events(whole(*two, events), whole(*two, events), real(*two, events)) if events else None
     return Rollout(
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
-        logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"),
+        logprobs=real(*two), group=torch.arange(rows) // 2, sampling_params=SamplingParams(support="rollout"),
         filter_support=FilterSupport(real(*two), whole(*two, ids)), order=order, events=record,
         experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
     )  # fmt: skip
@@ -117,14 +118,15 @@ def columns_of(rollout, source):
             yield now, then, rollout.FILL.get(field.name, 0)
 
 
-def balanced(monkeypatch, recipe, rollouts, advantages, groups):
+def balanced(monkeypatch, recipe, rollouts, advantages, weights):
     """What each process has after `balance`; swaps are of two processes, in one exchange."""
     joined = Joined(len(rollouts))
     given = [None] * len(rollouts)
 
     def work(accelerator):
         me = accelerator.process_index
-        samples = Samples(rollouts[me], advantages + 100, advantages, groups)
+        group, counts = torch.arange(len(advantages)) // 2, (len(advantages) // 2,) * 2
+        samples = Samples(rollouts[me], group, advantages + 100, advantages, weights, counts)
         swaps = not recipe.zero_mismatch
         return balance.balance(step_settings(recipe), samples, accelerator, pad_id=0, swaps=swaps)
 
@@ -143,18 +145,20 @@ def test_what_moves_arrives_as_it_left(tmp_path, monkeypatch):
     """Between processes whose rollouts differ in columns, kept ids and events; all know the new order."""
     recipe = tiny_recipe(tmp_path)
     rollouts = [made(8, 7, 5, seed=0, padding=0, events=2), made(8, 9, 1, seed=1, padding=1, events=3)]
-    advantages = torch.zeros(8, 2)
-    advantages[:3] = torch.arange(1.0, 7).view(3, 2)  # the first process has three groups of four, the other none
-    groups = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 5])
-    found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
+    advantages = torch.zeros(16)
+    advantages[:6] = torch.arange(1.0, 7)  # the first process has three groups of four, the other none
+    weights = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 5]).repeat_interleave(2)
+    found = balanced(monkeypatch, recipe, rollouts, advantages, weights)
     rows = [samples.rollout.batch_row.tolist() for samples in found]
     assert rows == [[8, 9, 2, 3, 4, 5, 6, 7], [0, 1, 10, 11, 12, 13, 14, 15]]
     for samples, mine in zip(found, rows, strict=True):
         rollout, scores, weights = samples.rollout, samples.advantages, samples.metric_weights
         assert torch.equal(samples.rewards, scores + 100), "what is known of a group stays together"
-        assert scores.flatten()[rows[0] + rows[1]].tolist() != scores.flatten().tolist()
-        assert torch.equal(scores, advantages.view(16)[rows[0] + rows[1]].view(8, 2))
-        assert weights.tolist() == [0, 1, 1, 0, 1, 0, 0, 5]
+        assert scores[rows[0] + rows[1]].tolist() != scores.tolist()
+        assert torch.equal(scores, advantages[rows[0] + rows[1]])
+        assert weights.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 5, 5]
+        assert samples.counts == (8, 8) and samples.group.tolist() == [row // 2 for row in rows[0] + rows[1]]
+        assert rollout.group.tolist() == [row // 2 for row in mine], "no two groups of a process have one number"
         for line, row in enumerate(mine):
             source = rollouts[row // 8]
             for now, then, fill in columns_of(rollout, source):
@@ -173,19 +177,19 @@ def test_an_update_counts_for_more_than_a_row_that_is_only_measured(tmp_path, mo
     """Two groups to learn from on one side, two to measure on the other: one of each goes across."""
     recipe = tiny_recipe(tmp_path)
     rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
-    advantages = torch.zeros(8, 2)
-    advantages[:2] = 1.0
-    groups = torch.tensor([1.0, 1, 0, 0, 3, 3, 0, 0])
-    found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
-    assert all((one.advantages != 0).any(-1).view(2, 4).sum(1).tolist() == [1, 1] for one in found)
+    advantages = torch.zeros(16)
+    advantages[:4] = 1.0
+    weights = torch.tensor([1.0, 1, 0, 0, 3, 3, 0, 0]).repeat_interleave(2)
+    found = balanced(monkeypatch, recipe, rollouts, advantages, weights)
+    assert all((one.advantages != 0).view(2, 4, 2).any(-1).sum(1).tolist() == [1, 1] for one in found)
 
 
 def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
     """The bits of a row depend on the width of its rollout. Rows are numbered all the same, for their noise."""
     recipe = tiny_recipe(tmp_path, zero_mismatch=True, rollout_quantization=None)
     rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
-    advantages = torch.ones(8, 2) * (torch.arange(8) < 4)[:, None]
-    found = balanced(monkeypatch, recipe, rollouts, advantages, torch.ones(8))
+    advantages = (torch.arange(16) < 8).float()
+    found = balanced(monkeypatch, recipe, rollouts, advantages, torch.ones(16))
     assert [samples.rollout.batch_row.tolist() for samples in found] == [list(range(8)), list(range(8, 16))]
     for samples, given in zip(found, rollouts, strict=True):
         assert torch.equal(samples.rollout.tokens, given.tokens)
@@ -226,9 +230,9 @@ def test_numbers_go_back_to_the_process_that_sampled_their_rows(monkeypatch):
 
     def work(accelerator):
         mine = torch.tensor(rows[accelerator.process_index])
-        return balance.to_sampling_order(
-            torch.stack([mine * 10.0, -mine], dim=1), rollouts[accelerator.process_index], accelerator
-        )
+        rollout, known = rollouts[accelerator.process_index], torch.zeros(8)
+        samples = Samples(rollout, torch.arange(8) // 2, known, known, known, (4, 4))
+        return balance.to_sampling_order(torch.stack([mine * 10.0, -mine], dim=1), samples, samples, accelerator)
 
     first, second = Joined(2).run(monkeypatch, work)
     assert torch.cat([first, second]).tolist() == [[10.0 * i, -i] for i in range(8)]

@@ -32,7 +32,7 @@ from dllm_rl.training.trainer import train
 
 def test_what_can_learn_is_left_alone():
     assert cautions(tiny_recipe("x")) == [] and cautions(tiny_recipe_ar("x")) == []
-    assert cautions(tiny_recipe("x", num_generations=1, advantages=torch.clone)) == []  # rewards as they are
+    assert cautions(tiny_recipe("x", num_generations=1, advantages=torch.add)) == []  # a function of C: rewards + group
 
 
 def test_greedy_rollouts():
@@ -60,7 +60,7 @@ def test_a_kl_term_without_a_gradient():
 class Zeros:
     """Advantages that are an object: it has no `__name__`."""
 
-    def __call__(self, rewards):
+    def __call__(self, rewards, group):
         return torch.zeros_like(rewards)
 
 

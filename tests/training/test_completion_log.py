@@ -25,9 +25,10 @@ ROW |= {"parts": {"parsed": 1.0}, "tokens": []}
 
 
 def test_of_each_group_the_best_and_the_worst():
-    assert best_and_worst_rows([0.0, 2.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4) == [1, 0, 4]
-    assert best_and_worst_rows([0.0] * 30, 1) == [0, 1, 2, 3]
-    assert best_and_worst_rows([float(i % 3) for i in range(30)], 3) == [2, 0, 5, 3, 8, 6, 11, 9]
+    assert best_and_worst_rows([0.0, 2.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0], [4, 4]) == [1, 0, 4]
+    assert best_and_worst_rows([0.0] * 30, [1] * 30) == [0, 1, 2, 3]
+    assert best_and_worst_rows([float(i % 3) for i in range(30)], [3] * 10) == [2, 0, 5, 3, 8, 6, 11, 9]
+    assert best_and_worst_rows([0.0, 1.0, 2.0, 7.0, 5.0, 6.0], [3, 1, 2]) == [2, 0, 3, 5, 4]
 
 
 def test_rows_of_a_run_are_its_own(tmp_path, capsys):
@@ -73,9 +74,8 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     run = start(recipe := tiny_recipe(tmp_path))
     samples, answers, _ = collect(run.step, 0)
     rollout, rewards = samples.rollout, samples.rewards
-    advantages = torch.arange(16.0).reshape(4, 4)
-    groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    noise = draw_views(step_settings(recipe), rollout, advantages, groups, (0,), run.accelerator)
+    learned = dataclasses.replace(samples, advantages=torch.arange(16.0))
+    noise = draw_views(step_settings(recipe), learned, torch.arange(16) < 12, (0,), run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(
         old_logprobs=old,
@@ -84,11 +84,10 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
         reference_logprobs=None,
         views=noise,
     )
-    learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
-    log_completions(run, 0, answers, rollout, learned, logps)
+    log_completions(run, 0, answers, samples, learned, logps)
     run.log.close()
     rows = current_rows(tmp_path / "completions.jsonl")
-    chosen = best_and_worst_rows(rewards.flatten().tolist(), 4)
+    chosen = best_and_worst_rows(rewards.tolist(), [4] * 4)
     assert [row["advantage"] for row in rows] == chosen
     assert [row["mismatch"] for row in rows] == [
         pytest.approx(0.25 * rollout.completion_mask[i].sum().item(), rel=1e-5) if i < 12 else None for i in chosen
@@ -101,16 +100,13 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     run = start(recipe := tiny_recipe(tmp_path))
     samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
-    advantages = torch.full((4, 4), torch.inf)
-    noise = draw_views(
-        step_settings(recipe), rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator
-    )
+    samples = dataclasses.replace(samples, rollout=rollout, advantages=torch.full((16,), torch.inf))
+    noise = draw_views(step_settings(recipe), samples, torch.ones(16, dtype=torch.bool), (0,), run.accelerator)
     same = rollout.logprobs
     logps = Logprobs(
         old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise
     )
-    learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
-    log_completions(run, 0, answers, rollout, learned, logps)
+    log_completions(run, 0, answers, samples, samples, logps)
     run.log.close()
     for row in current_rows(tmp_path / "completions.jsonl"):
         assert row["mismatch"] is None and row["advantage"] is None

@@ -43,8 +43,8 @@ def test_finer_steps_by_hand():
     """Steps of three, two and one positions. In two parts each: 2 and 1, 1 and 1, 1."""
     toy = TablePolicy(length=6, words=2, seed=0)
     steps = torch.tensor([[-1, 1, 0, 0, 2, 1, 0]] * 4)
-    rollout = toy.rollout(torch.zeros(4, 6, dtype=torch.long), group_size=2, unmask_step=steps)
-    seeds = torch.tensor([3, 4])
+    rollout = toy.rollout(torch.zeros(4, 6, dtype=torch.long), num_generations=2, unmask_step=steps)
+    seeds = torch.tensor([3, 3, 4, 4])
     parted = refine_steps(rollout, seeds, num_parts=2).unmask_step
     for row in parted.tolist():
         assert row[0] == -1 and sorted(row[2:4] + row[6:]) == [0, 0, 1]
@@ -54,7 +54,7 @@ def test_finer_steps_by_hand():
         assert sorted(row[2:4] + row[6:]) == [0, 1, 2] and sorted([row[1], row[5]]) == [8, 9] and row[4] == 16
     assert torch.equal(alone[0], alone[1]) and torch.equal(alone[2], alone[3])  # one order for a prompt
     many = rollout.rows(torch.zeros(600, dtype=torch.long))
-    drawn = refine_steps(replace(many, group_size=1), torch.arange(600), num_parts=8).unmask_step
+    drawn = refine_steps(many, torch.arange(600), num_parts=8).unmask_step
     orders = [tuple(row) for row in drawn[:, [2, 3, 6]].tolist()]
     assert all(60 < orders.count(order) < 140 for order in set(orders)) and len(set(orders)) == 6
     wider = refine_steps(rollout.padded(3), seeds, num_parts=8).unmask_step
@@ -170,10 +170,10 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     recipe = taught_recipe(tmp_path, teacher=other_model, teacher_substeps=4, teacher_coeff=0.25, num_steps=1)
     train(recipe)
     ((before, after, metrics),) = seen
-    seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0))
-    apart = student_teacher_log_ratio(recipe, other_model(), before.rollout, seeds).view(4, 4)
+    seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0)).repeat_interleave(4)
+    apart = student_teacher_log_ratio(recipe, other_model(), before.rollout, seeds)
     torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards))
+    torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards, after.group))
     assert metrics == {"teacher/reverse_kl": pytest.approx(apart.mean().item(), abs=1e-4), "teacher/coeff": 0.25}
     assert metrics_of(tmp_path)[0]["reward"] == pytest.approx(before.rewards.mean().item())  # stays the task's
 
@@ -244,10 +244,10 @@ def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
 def test_micro_batches_change_nothing(tmp_path):
     policy = tiny_masked_lm(**SIZES)
     recipe = taught_recipe(tmp_path, teacher_substeps=4)
-    prompts = encode(policy, [recipe.task[i] for i in range(4)], group_size=4, seeds=range(16))
+    prompts = encode(policy, [recipe.task[i] for i in range(4)], num_generations=4, seeds=range(16))
     rollout = recipe.sample(policy, prompts, torch.Generator())
     whole, parts = (
-        student_teacher_log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, torch.arange(4))
+        student_teacher_log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, rollout.group)
         for size in (None, 4)
     )
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)

@@ -87,9 +87,9 @@ def test_a_reward_may_ask_for_speed(tmp_path):
 def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     seen = []
 
-    def spy(rewards, *, parts, weights):
+    def spy(rewards, group, *, parts, weights):
         seen.append((rewards, parts, weights))
-        return Decoupled()(rewards, parts=parts, weights=weights)
+        return Decoupled()(rewards, group, parts=parts, weights=weights)
 
     def rows_with(advantages):
         folder = tmp_path / describe(advantages).partition("(")[0].rpartition(":")[2]
@@ -98,9 +98,9 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
         return read_metrics(folder)
 
     (row,) = rows_with(spy)
-    assert len(seen) == 3 and seen[2][1].shape == (2, 4, 4)  # rehearsal and cautions ask once each
+    assert len(seen) == 3 and seen[2][1].shape == (2, 16)  # rehearsal and cautions ask once each
     together, parts, weights = seen[2]
-    torch.testing.assert_close((weights[:, None, None] * parts).sum(0), together)
+    torch.testing.assert_close((weights[:, None] * parts).sum(0), together)
     assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
     (plain,) = rows_with(Decoupled())
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
@@ -525,6 +525,8 @@ def test_trls_batch_sizes_count_completions(monkeypatch, processes):
     assert (recipe.micro_batch_size, recipe.train_batch_size) == (16, 8 * processes)
     recipe = recipe_of(per_device_train_batch_size=16)
     assert (recipe.micro_batch_size, recipe.train_batch_size) == (16, 2 * processes)
+    recipe = recipe_of(per_device_train_batch_size=12, gradient_accumulation_steps=2)  # a forward may split a group
+    assert (recipe.micro_batch_size, recipe.train_batch_size) == (12, 3 * processes)
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
@@ -582,7 +584,7 @@ def test_a_reference_that_stays_is_the_only_one():
         ),
         ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
         ({"sync_ref_model": True}, r"sync_ref_model \(the nearest is beta\)"),
-        ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has complete"),
+        ({"per_device_train_batch_size": 12}, "=12 gives 12 completions per step, no multiple of num_generations=8"),
         ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' must be a whole number"),
         ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is set twice"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 needs per_device_train_batch_size"),

@@ -232,6 +232,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
         assert seconds == 1.5 and metrics == collected[2] and answers == collected[1]
         assert [each[0, 0].item() for each in samples.rollout_logprobs] == list(range(11))
         assert_equal_records(samples.rollout, collected[0].rollout, found)
+        assert torch.equal(samples.group, collected[0].group) and samples.counts == collected[0].counts
         assert torch.equal(samples.rewards, collected[0].rewards)
         assert torch.equal(samples.advantages, collected[0].advantages)
         assert torch.equal(samples.metric_weights, collected[0].metric_weights)

@@ -71,8 +71,7 @@ def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
             if parameter.grad is not None:
                 parameter += 1e-4 * parameter.grad
     ones = torch.ones_like(advantages)
-    batch = Batch(rollout, views, torch.tensor([1.0, -1.0]), scores[0], scores.detach(), ones, mask, None, 1, 1)
-    batch = replace(batch, token_advantages=advantages)
+    batch = Batch(rollout, views, advantages, scores[0], scores.detach(), ones, mask, None, 1, 1)
     measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)["update/direction"]
     change = (estimator.view_logprobs(policy, rollout, views) - scores.detach()).double().sum(0)
     cosine = torch.cosine_similarity(advantages[mask].double(), change[mask], dim=0)
@@ -84,7 +83,7 @@ def test_the_direction_of_an_update_by_hand(estimator):
     """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the
     log-probs weighted by advantages, and negative after one against it."""
     policy = tiny_masked_lm(characters="1234.=", head_std=0.3)
-    prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id, num_generations=2)
     rollout = Unmask(max_new_tokens=6, temperature=1.0, rank=MaxProb())(
         policy, prompts, torch.Generator().manual_seed(0)
     )

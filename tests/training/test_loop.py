@@ -20,6 +20,7 @@ from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.step.collect import collect
 from dllm_rl.step.mask_sets import metric_weights
+from dllm_rl.step.samples import Samples
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
@@ -119,7 +120,7 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
 @pytest.mark.slow
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
-    still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
+    still = {"advantages": no_live_group, "rollout_quantization": None, "num_steps": 6}
     still |= {"likelihood": likelihoods.Trajectory(include_order=False)}
     a = train(tiny_recipe(tmp_path / "a", **still))
     b = train(tiny_recipe(tmp_path / "b", num_iterations=2, **still))
@@ -154,10 +155,10 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     now, answers, metrics = collect(replace(run, settings=replace(run.settings, max_num_gen_batches=3)), 0)
     first, rewards, after, rewards_after = before.rollout, before.rewards, now.rollout, now.rewards
     assert metrics["dynamic_sampling/draws"] > 1
-    dull = (rewards == rewards[:, :1]).all(-1)
-    assert 0 < dull.sum() < 8 and torch.equal(rewards_after[~dull], rewards[~dull])
-    width = after.tokens.shape[1] - first.tokens.shape[1]
+    dull = (rewards.view(8, 4) == rewards.view(8, 4)[:, :1]).all(-1)
     kept = (~dull).repeat_interleave(4)
+    assert 0 < dull.sum() < 8 and torch.equal(rewards_after[kept], rewards[kept])
+    width = after.tokens.shape[1] - first.tokens.shape[1]
     assert torch.equal(after.tokens[kept, width:], first.tokens[kept])
     assert not after.attention_mask[kept, :width].any() and (after.unmask_step >= 0).equal(after.completion_mask)
     known = {problem.prompt: problem for problem in (recipe.task[i] for i in range(len(recipe.task)))}
@@ -167,9 +168,7 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
         before = policy.tokenizer.decode(first.tokens[row, first.attention_mask[row] & ~first.completion_mask[row]])
         replaced += asked != before
         assert (answers[row].problem.prompt, answers[row].completion) == (asked, completion)
-        assert recipe.task.reward(known[asked], completion).value == pytest.approx(
-            rewards_after[row // 4, row % 4].item()
-        )
+        assert recipe.task.reward(known[asked], completion).value == pytest.approx(rewards_after[row].item())
     assert replaced >= 4
 
 
@@ -184,14 +183,16 @@ def descent(parameters, lr, betas, weight_decay):
     return torch.optim.SGD(parameters, lr=lr)
 
 
-def one_live_group(rewards):
-    advantages = rewards - rewards.mean(-1, keepdim=True)
-    advantages[1:] = 0
-    return advantages
+def one_live_group(rewards, group):
+    return torch.where(group == 0, rewards - rewards[group == 0].mean(), 0)
+
+
+def no_live_group(rewards, group):
+    return torch.zeros_like(rewards)
 
 
 def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
-    before = tiny_recipe(tmp_path, advantages=torch.zeros_like, num_steps=1)
+    before = tiny_recipe(tmp_path, advantages=no_live_group, num_steps=1)
     summary = train(before)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/k3_kl"] > 0 and row["grad_norm"] == 0
@@ -227,7 +228,7 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     ("changes", "trained"),
     [
         ({"advantages": one_live_group}, [0]),
-        ({"advantages": torch.zeros_like}, []),
+        ({"advantages": no_live_group}, []),
         ({"advantages": one_live_group, "beta": 0.1}, [0, 1, 2, 3]),
         ({"advantages": one_live_group, "num_iterations": 2, "likelihood": likelihoods.Coupled()}, [0]),
     ],
@@ -256,13 +257,20 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
 
 
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
-    recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(32, 4)
-    advantages[5] = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    found = [metric_weights(step_settings(recipe), advantages, step) for step in (0, 0, 1)]
+    recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(128)
+    advantages[20:22] = torch.tensor([1.0, -1.0])  # of group 5
+    samples = Samples(None, torch.arange(128) // 4, advantages, advantages, advantages, (128,))
+
+    def weights(recipe, step):
+        found = metric_weights(step_settings(recipe), samples, step).view(32, 4)
+        assert torch.equal(found, found[:, :1].expand(32, 4))
+        return found[:, 0]
+
+    found = [weights(recipe, step) for step in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert found[0][5] == 1 and sorted(found[0].tolist())[-3:] == [1, 15.5, 15.5] and found[0].sum() == 32
-    assert not torch.equal(found[0], metric_weights(step_settings(replace(recipe, seed=4)), advantages, 0))
-    assert metric_weights(step_settings(replace(recipe, beta=0.1)), advantages, 0).tolist() == [1.0] * 32
+    assert not torch.equal(found[0], weights(replace(recipe, seed=4), 0))
+    assert weights(replace(recipe, beta=0.1), 0).tolist() == [1.0] * 32
     with pytest.raises(ValueError, match="num_mismatch_groups=0 must be at least 1"):
         replace(recipe, num_mismatch_groups=0)
 
@@ -293,7 +301,8 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
         GradedCompletion(problem, "2", rewards[0], 4, 4, False, 5, 4),
         GradedCompletion(problem, "2", rewards[1], 4, 2, True, 5, 3),
     ]
-    found = reward_metrics(torch.tensor([[1.0, 0.0]]), answers, Accelerator(cpu=True))
+    group = torch.tensor([0, 0])
+    found = reward_metrics(torch.tensor([1.0, 0.0]), group, answers, group, Accelerator(cpu=True))
     assert found == {
         "reward": 0.5,
         "reward_std": 0.5,
@@ -323,7 +332,3 @@ class TestRefusals:
     def test_a_likelihood_of_the_other_kind_before_any_work(self, tmp_path):
         with pytest.raises(ValueError, match="likelihood='Causal'"):
             train(tiny_recipe(tmp_path, likelihood=likelihoods.Causal(), sft_warmup_steps=10**6))
-
-    def test_a_micro_batch_that_cuts_a_group(self, tmp_path):
-        with pytest.raises(ValueError, match="micro_batch_size=6 must be a multiple of num_generations=4"):
-            tiny_recipe(tmp_path, micro_batch_size=6)

@@ -73,9 +73,9 @@ def prompts(*, uses_history=True):
     return FunctionPromptSource(function=draw, uses_history=uses_history)
 
 
-def advantages(rewards):
+def advantages(rewards, group):
     PLACES.reach("the advantages")
-    return GroupRelative()(rewards)
+    return GroupRelative()(rewards, group)
 
 
 def corrector():

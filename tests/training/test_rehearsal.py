@@ -60,10 +60,10 @@ BAD = {
         "sft_warmup_metric='solved' is not one of the task's",
     ),
     "advantages": (
-        {"advantages": lambda rewards: rewards.mean(-1)},
+        {"advantages": lambda rewards, group: rewards[:4]},
         r"advantages=.*numbers of shape \(4,\) for rewards",
     ),
-    "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
+    "nan": ({"advantages": lambda rewards, group: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
     "loss": ({"loss": no_surrogate}, "surrogate: not today"),
     "optimizer": (
         {"optim": lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=-lr)},
@@ -155,7 +155,7 @@ def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
     seen = []
 
     def spy(policy, prompts, generator):
-        seen.append((prompts.tokens.shape[1], prompts.num_rows))
+        seen.append((prompts.tokens.shape[1], len(prompts.tokens)))
         return Unmask(max_new_tokens=16, diffusion_steps=2, temperature=1.0)(policy, prompts, generator)
 
     task = OddPuzzles()

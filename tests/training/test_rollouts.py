@@ -41,7 +41,7 @@ from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout
 
 PROMPTS = Prompts.from_ids(
-    [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, group_size=2, seeds=list(range(100, 108))
+    [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, num_generations=2, seeds=list(range(100, 108))
 )
 
 
@@ -87,7 +87,7 @@ def test_shorter_batches_are_filled_up_on_the_right():
         tokens = torch.arange(2 * width).view(2, width) + 10
         yes = torch.ones(2, width, dtype=torch.bool)
         rollouts.append(
-            Rollout(tokens, yes, yes, tokens - 10, -tokens.float(), group_size=2, forwards=width,
+            Rollout(tokens, yes, yes, tokens - 10, -tokens.float(), group=torch.tensor([4, 4]), forwards=width,
                     filter_support=FilterSupport(tokens / 100, tokens[..., None].repeat(1, 1, kept).int()))
         )  # fmt: skip
     both = Rollout.concatenate(rollouts, pad_id=7)
@@ -96,7 +96,7 @@ def test_shorter_batches_are_filled_up_on_the_right():
     assert both.unmask_step[0].tolist() == [0, 1, 2, -1]
     assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.filter_support.log_mass[0, 3] == 0
     assert both.filter_support.ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
-    assert both.forwards == 7
+    assert both.forwards == 7 and both.group.tolist() == [0, 0, 1, 1]
     none = Rollout.concatenate(
         [
             rollouts[0],
@@ -113,7 +113,7 @@ def test_shorter_batches_are_filled_up_on_the_right():
 def test_a_step_of_a_run(tmp_path, make):
     """With dynamic sampling, whose second draw has other prompts and fewer."""
     rows, seen = [], []
-    for size in (None, 8):
+    for size in (None, 8, 3):  # groups have four rows, and 3 splits them
         recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
         sampler = recipe.sampler
         spied = FunctionSampler(function=partial(spy, sampler, rows), max_new_tokens=16)
@@ -121,7 +121,7 @@ def test_a_step_of_a_run(tmp_path, make):
         policy = build_policy(recipe, torch.device("cpu"))
         run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
         samples, answers, _ = collect(run, 0)
-        assert [answer.reward.value for answer in answers] == samples.rewards.flatten().tolist()
+        assert [answer.reward.value for answer in answers] == samples.rewards.tolist()
         seen.append((samples.rollout, samples.rewards))
         assert max(rows) <= (size or 12)
         rows.clear()
@@ -131,17 +131,14 @@ def test_a_step_of_a_run(tmp_path, make):
 
 
 def spy(sampler, rows, policy, prompts, generator):
-    rows.append(prompts.num_rows)
+    rows.append(len(prompts.tokens))
     return sampler(policy, prompts, generator)
 
 
-def test_groups_stay_whole(tmp_path):
-    for size in (3, 6):
-        with pytest.raises(ValueError, match=f"rollout_batch_size={size} must be a multiple of num_generations=4"):
-            tiny_recipe(tmp_path, rollout_batch_size=size)
-    with pytest.raises(ValueError, match="rows=1 must fit a group of 2, and every row needs a seed"):
-        PROMPTS.split(1)
-    with pytest.raises(ValueError, match="and every row needs a seed"):
+def test_groups_stay_whole_if_they_fit():
+    assert [part.group.tolist() for part in PROMPTS.split(5)] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    assert [part.seeds.tolist() for part in PROMPTS.split(1)] == [[seed] for seed in range(100, 108)]
+    with pytest.raises(ValueError, match="every row needs a seed, so that it does not depend on the split"):
         dataclasses.replace(PROMPTS, seeds=None).split(2)
 
 
@@ -195,21 +192,22 @@ def test_num_tokens_goes_on_after_a_resume(tmp_path):
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_path):
-    def sometimes(rewards):
+    def sometimes(rewards, group):
         return rewards if rewards.max() < 2 else rewards * wrong
 
     recipe = tiny_recipe(tmp_path, advantages=sometimes)
-    ones = torch.ones(2, 3)
-    assert torch.equal(compute_advantages(recipe.advantages, ones, {}), ones)
-    for function, rewards in ((sometimes, 2 * ones), (lambda rewards: rewards[0], ones), (lambda rewards: None, ones)):
+    ones, group = torch.ones(6), torch.arange(6) // 3
+    assert torch.equal(compute_advantages(recipe.advantages, ones, group, {}), ones)
+    for function, rewards in ((sometimes, 2 * ones), (lambda *given: ones[0], ones), (lambda *given: None, ones)):
         recipe = dataclasses.replace(recipe, advantages=function)
         with pytest.raises(ValueError, match=f"advantages=.*{'sometimes' if function is sometimes else 'lambda'}"):
-            compute_advantages(recipe.advantages, rewards, {})
+            compute_advantages(recipe.advantages, rewards, group, {})
 
 
 def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
     completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1, 1)
-    metrics = reward_metrics(torch.tensor([[0.5]]), [completion], Accelerator(cpu=True))
+    group = torch.tensor([0])
+    metrics = reward_metrics(torch.tensor([0.5]), group, [completion], group, Accelerator(cpu=True))
     assert metrics["reward_std"] == 0.0 and metrics["completions/clipped_ratio"] == 1.0
 
 
@@ -230,8 +228,8 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
     seen = []
     compute = rollouts_module.compute_advantages
 
-    def record(recipe, rewards, arguments):
-        advantages = compute(recipe, rewards, arguments)
+    def record(function, rewards, group, arguments):
+        advantages = compute(function, rewards, group, arguments)
         seen.append((rewards, advantages))
         return advantages
 
@@ -262,10 +260,10 @@ def test_a_step_without_any_reward_ends_the_run_with_a_line(tmp_path):
 
 
 def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
-    def mine(rewards):
-        return rewards - rewards.mean(-1, keepdim=True)
+    def mine(rewards, group):
+        return rewards - rewards.mean()
 
     with pytest.raises(
-        ValueError, match=r"mine\) gave numbers that are not finite for rewards of shape \(4, 4\); \d+ of them"
+        ValueError, match=r"mine\) gave numbers that are not finite for rewards of shape \(16,\); \d+ of them"
     ):
         train(judged_recipe(tmp_path, advantages=mine))

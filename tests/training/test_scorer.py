@@ -15,7 +15,8 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.rng import generator_for
-from dllm_rl.step.mask_sets import active_groups, inverse_sampling_weights, metric_weights
+from dllm_rl.step.mask_sets import active_rows, inverse_sampling_weights, metric_weights
+from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import can_retain_graphs, rollout_logprob_source
 from dllm_rl.training.make_step import aligns, make_step
 from dllm_rl.training.step_settings import step_settings
@@ -65,9 +66,10 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
 
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])
 def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, changes):
-    advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
-    assert active_groups(step_settings(tiny_recipe(tmp_path)), advantages).tolist() == [True, False]
-    assert active_groups(step_settings(tiny_recipe(tmp_path, **changes)), advantages).tolist() == [True, True]
+    advantages = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.0])  # groups of three rows and of two
+    samples = Samples(None, torch.tensor([0, 0, 0, 1, 1]), advantages, advantages, advantages, (5,))
+    assert active_rows(step_settings(tiny_recipe(tmp_path)), samples).tolist() == [True] * 3 + [False] * 2
+    assert active_rows(step_settings(tiny_recipe(tmp_path, **changes)), samples).tolist() == [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -118,8 +120,9 @@ def test_weights_of_groups():
 
 def test_each_step_measures_other_groups(tmp_path):
     """The same groups at each step would hide the mismatch of all others for the whole run."""
-    recipe, still = tiny_recipe(tmp_path, num_mismatch_groups=2), torch.zeros(8, 4)
-    drawn = [metric_weights(step_settings(recipe), still, step).tolist() for step in range(20)]
-    assert drawn == [metric_weights(step_settings(recipe), still, step).tolist() for step in range(20)]
+    recipe, zeros = tiny_recipe(tmp_path, num_mismatch_groups=2), torch.zeros(32)
+    still = Samples(None, torch.arange(32) // 4, zeros, zeros, zeros, (32,))
+    drawn = [metric_weights(step_settings(recipe), still, step)[::4].tolist() for step in range(20)]
+    assert drawn == [metric_weights(step_settings(recipe), still, step)[3::4].tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
     assert all(any(weights[group] for weights in drawn) for group in range(8))

@@ -18,13 +18,14 @@ from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.step.value_head import FILE, ValueHead, rate_scale
+from dllm_rl.step.samples import Samples
+from dllm_rl.step.value_head import ValueHead, rate_scale
+from dllm_rl.training.feature_state import check_value_model, load_states, make_value_head, state_file
 from dllm_rl.training.trainer import train
-from dllm_rl.training.value_head_file import check_value_model, make_value_head
 
 
 def rollout_of(policy, *, rows=6, temperature=1.0):
-    prompts = Prompts.from_ids([[1, 2], [3]], pad_id=policy.pad_id, group_size=rows // 2)
+    prompts = Prompts.from_ids([[1, 2], [3]], pad_id=policy.pad_id, num_generations=rows // 2)
     return Unmask(max_new_tokens=8, diffusion_steps=4, temperature=temperature)(policy, prompts, generator_for(0))
 
 
@@ -36,10 +37,11 @@ CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
 
 
 def advantages_of(head, policy, rollout, views, target, micro_batch_size=None):
-    """Of one group, the rows' advantages given."""
+    """The rows' advantages given."""
     settings = SimpleNamespace(micro_batch_size=micro_batch_size)
     context = SimpleNamespace(accelerator=CONTEXT.accelerator, policy=policy, settings=settings)
-    return head.token_advantages(context, SimpleNamespace(rollout=rollout, advantages=target[None]), views)
+    samples = Samples(rollout, rollout.group, target, target, target, (len(target),))
+    return head.token_advantages(context, samples, views)
 
 
 def test_a_run_begins_as_grpo(tmp_path):
@@ -176,13 +178,14 @@ def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    recipe = tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel())
-    (tmp_path / FILE).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=f"{FILE} is damaged"):
-        make_value_head(recipe, tmp_path)
-    (tmp_path / FILE).write_bytes(serialize({"weights.0.bias": torch.zeros(2)}, {}))
-    with pytest.raises(ValueError, match=f"{FILE} is damaged: it has no weights"):
-        make_value_head(recipe, tmp_path)
+    head = make_value_head(tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel()))
+    path = tmp_path / state_file(head)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{path.name} cannot be loaded: not a safetensors file"):
+        load_states([head], tmp_path)
+    path.write_bytes(serialize({"weights.0.bias": torch.zeros(2)}, {}))
+    with pytest.raises(ValueError, match=f"{path.name} cannot be loaded: it has no weights"):
+        load_states([head], tmp_path)
 
 
 def test_a_resume_with_another_size_is_refused_before_it_samples(tmp_path):

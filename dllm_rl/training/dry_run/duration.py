@@ -86,5 +86,5 @@ def count_views(recipe: Recipe, length: int, steps: int) -> int:
     """Return the number of views that the likelihood draws for a completion that is written from left to right."""
     tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
     unmask_step = torch.arange(length)[None] * steps // length
-    rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), group_size=1)
+    rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), torch.zeros(1, dtype=torch.long))
     return len(recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)

@@ -24,10 +24,10 @@ from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, num_retained_graphs, step_memory
+from dllm_rl.training.feature_state import check_value_model
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import saves_only_adapters
-from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
-from dllm_rl.training.value_head_file import check_value_model
+from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, processes_per_shard
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
@@ -93,7 +93,7 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
 
 def gpus_per_learner(recipe: Recipe) -> int:
     """Return the number of GPUs that share the weights of one learner; 1 if the learner is not sharded."""
-    return shard_group_size(recipe, num_launched())
+    return processes_per_shard(recipe, num_launched())
 
 
 def assumed_processes(recipe: Recipe) -> int:

@@ -39,7 +39,7 @@ def serialize_batch(collected: Collected, seconds: float) -> bytes:
     The fields of a problem become JSON, as in completions.jsonl: after grading they are only shown and stored.
     """
     samples, answers, metrics = collected
-    tensors = {"rewards": samples.rewards, "advantages": samples.advantages, "metric_weights": samples.metric_weights}
+    tensors = {name: getattr(samples, name) for name in ("group", "rewards", "advantages", "metric_weights")}
     tensors |= {f"rollout_logprobs.{number}": logprobs for number, logprobs in enumerate(samples.rollout_logprobs)}
     problems: dict[int, dict[str, Any]] = {}
     json_answers = []
@@ -69,9 +69,11 @@ def deserialize_batch(data: bytes, recipe: Recipe, device: torch.device) -> tupl
     count = sum(name.startswith("rollout_logprobs.") for name in tensors)
     samples = Samples(
         rollout.to(device),
+        tensors["group"],
         tensors["rewards"],
         tensors["advantages"],
         tensors["metric_weights"],
+        (len(rollout.tokens),),
         tuple(tensors[f"rollout_logprobs.{number}"].to(device) for number in range(count)),
     )
     problems = [Problem(**item) for item in header["problems"]]

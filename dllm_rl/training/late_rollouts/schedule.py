@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
-from dllm_rl.distributed.collectives import from_main, local
+from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
@@ -24,7 +24,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.mask_sets import draw_view_sets, metric_weights
-from dllm_rl.step.samples import Samples, StepResult
+from dllm_rl.step.samples import Samples, StepResult, rows_of_processes
 from dllm_rl.training.late_rollouts.messages import (
     Collected,
     deserialize,
@@ -35,6 +35,7 @@ from dllm_rl.training.late_rollouts.messages import (
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.types import group_numbers, group_sizes
 
 
 class RolloutProducer:
@@ -86,7 +87,7 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     settings, likelihood = context.settings, context.settings.likelihood
     if likelihood.exact_for_sampler:
         return samples
-    weighted_samples = samples.with_metric_weights(metric_weights(settings, samples.advantages, step))
+    weighted_samples = replace(samples, metric_weights=metric_weights(settings, samples, step))
     compute_logprobs = partial(likelihood.logprobs, context.rollout_policy, samples.rollout)
     with context.arithmetic():
         view_sets = draw_view_sets(settings, weighted_samples, step, context.accelerator)
@@ -283,7 +284,9 @@ class AsyncRollouts:
                 found = from_main(partial(self._next, step), run.accelerator)
         number, batch = found
         (samples, answers, metrics), seconds = deserialize_batch(batch, self.recipe, run.accelerator.device)
-        rows = local(torch.arange(len(answers)), run.accelerator)
+        counts = rows_of_processes(torch.tensor(group_sizes(samples.group)), run.accelerator.num_processes)
+        samples = replace(samples, counts=counts)
+        rows = torch.arange(len(answers)).split(list(counts))[run.accelerator.process_index]
         if len(rows) < len(answers):
             answers = [answers[row] for row in rows.tolist()]
             samples = samples.of_rows(rows)
@@ -396,10 +399,12 @@ def split_mismatch(context: StepContext, result: StepResult) -> dict[str, float]
         return {}
     rollout, logps = result.samples.rollout, result.logps
     mask = logps.views.scored(rollout.completion_mask)
-    rows = mask.any(-1).nonzero()[: settings.num_generations, 0]
-    if not len(rows):
+    number = group_numbers(rollout.group)
+    scored = number[mask.any(-1)]
+    if not len(scored):
         return {}
-    is_measured_row = torch.zeros_like(mask[:, 0]).index_fill(0, rows, True)
+    is_measured_row = number == scored[0]
+    rows = is_measured_row.nonzero()[:, 0]
     with context.log.stage("scoring"), context.arithmetic():
         views = logps.views.restrict_to_rows(is_measured_row)
         copy_logprobs = settings.likelihood.logprobs(

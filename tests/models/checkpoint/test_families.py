@@ -135,7 +135,7 @@ def test_padding_on_either_side_changes_nothing(policies, family):
 @pytest.mark.parametrize("family", [family for family in ORIGINAL if family != "nemotron_ar"])
 def test_what_is_sampled_is_scored_as_sampled(policies, family):
     policy, generator = policies(family), torch.Generator().manual_seed(0)
-    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8]], pad_id=policy.pad_id, group_size=2)
+    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8]], pad_id=policy.pad_id, num_generations=2)
     rollout = Unmask(max_new_tokens=12, diffusion_steps=6, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
     scored = Trajectory().logprobs(policy, rollout, Trajectory().draw_views(rollout, generator))
     assert rollout.logprobs[rollout.completion_mask].max() < 0

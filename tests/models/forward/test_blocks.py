@@ -46,7 +46,9 @@ def rollout_of(policy, *, prompts: int = 2, width: int = 12, group: int = 2) -> 
     chosen = torch.zeros_like(attention_mask)
     chosen[:, 4:] = True
     steps = torch.where(chosen, torch.arange(width) // 3, -1)
-    return Rollout(tokens, attention_mask, chosen, steps, torch.zeros(tokens.shape), group_size=group)
+    return Rollout(
+        tokens, attention_mask, chosen, steps, torch.zeros(tokens.shape), group=torch.arange(len(tokens)) // group
+    )
 
 
 def gradients(policy, *, recompute: bool) -> tuple[dict, int]:

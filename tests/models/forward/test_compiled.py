@@ -78,7 +78,7 @@ def test_compiled_blocks_follow_a_sync():
 
 
 def sampled(policy, cache, prompts, width=24):
-    ids = Prompts.from_ids(prompts, pad_id=policy.pad_id, group_size=2)
+    ids = Prompts.from_ids(prompts, pad_id=policy.pad_id, num_generations=2)
     generator = torch.Generator().manual_seed(0)
     if policy.spec.attention == "causal":
         return Autoregress(max_new_tokens=width)(policy, ids, generator)

@@ -260,12 +260,12 @@ def test_many_completions_are_compared_at_once(monkeypatch, pool, tmp_path, prot
     task = task if protocol is None else under_protocol(task, protocol)
     batches, plain = [], math_check._POOL.compare
     monkeypatch.setattr(math_check._POOL, "compare", lambda pairs: batches.append(list(pairs)) or plain(pairs))
-    problems = [Problem("", {"answer": answer}) for answer in ("2x", "x^2-1", "3")]
+    problems = [Problem("", {"answer": answer}) for answer in ("2x", "x^2-1", "3") for _ in range(2)]
     texts = ["\\boxed{x+x}", "none", "\\boxed{(x+1)(x-1)}", "\\boxed{(x+1)^2}", "\\boxed{4-1}", "\\boxed{4-1}"]
     graded = grade(task, problems, texts)
     assert [reward.value for reward in graded] == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
     assert [len(batch) for batch in batches] == [4]  # two texts are alike, and one has no answer
-    assert graded == [task.reward(problems[i // 2], text) for i, text in enumerate(texts)]
+    assert graded == [task.reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
 
 
 def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch, tmp_path, capsys) -> None:

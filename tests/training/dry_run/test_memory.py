@@ -104,7 +104,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     recipe = recipe_of(tmp_path, **CASES[case])
     policy = made(recipe)
     planned = step_memory(recipe, policy, prompt_tokens=PROMPT, dtype=None, rollout_copy=0)
-    prompts = Prompts.from_ids([[5 + i] * PROMPT for i in range(2)], pad_id=0, group_size=4, seeds=range(8))
+    prompts = Prompts.from_ids([[5 + i] * PROMPT for i in range(2)], pad_id=0, num_generations=4, seeds=range(8))
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}

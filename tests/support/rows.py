@@ -1,0 +1,54 @@
+"""Runs with groups of unequal size and replayed rows, for one process and for two."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tiny_recipe import tiny_recipe
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dllm_rl import TIS, Trajectory, train
+from dllm_rl.algorithms.prompt_sources import UniformPrompts
+from dllm_rl.step import balance
+from recipes.examples.replay import Replay
+from recipes.examples.unequal_groups import EqualPrompts
+
+SIZES = (1, 5, 2, 6)
+
+
+class Given(UniformPrompts):
+    """Groups of the sizes of SIZES, in another order at every step."""
+
+    def group_sizes(self, history, prompts, num_generations, generator):
+        return torch.tensor(SIZES).repeat(len(prompts) // len(SIZES))[torch.randperm(len(prompts), generator=generator)]
+
+
+def unequal(directory, **changes):
+    settings = {"prompt_source": Given(), "likelihood": Trajectory(include_order=False), "corrector": TIS()}
+    settings |= {"num_steps": 3, "report_to": None, "save_steps": 1, "save_total_limit": 9}
+    return tiny_recipe(directory, **(settings | changes))
+
+
+def replay():
+    return Replay(capacity=12, num_rows=6)
+
+
+def run(directory, **changes):
+    """A run with both, whose main process leaves the gradients of every update; every swap that helps is made."""
+    gradients, swaps, plan_swaps = [], [], balance.plan_swaps
+
+    def keep(optimizer, *_):
+        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+
+    def counted(*arguments):
+        swaps.extend(plan_swaps(*arguments))
+        return swaps
+
+    hook = register_optimizer_step_pre_hook(keep)
+    with mock.patch.object(balance, "plan_swaps", counted), mock.patch.object(balance, "MIN_SAVING", 0):
+        train(replace(unequal(directory), **changes), features=(replay(), EqualPrompts()))
+    hook.remove()
+    if os.environ.get("RANK", "0") == "0":
+        torch.save((torch.stack(gradients), len(swaps)), Path(directory) / "gradients.pt")
