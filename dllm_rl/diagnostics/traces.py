@@ -150,6 +150,8 @@ def _settings_and_tensors(rollout: Rollout) -> tuple[dict[str, Any], dict[str, T
         raise ValueError(
             "a trace holds one write per position, and this sampler rewrites tokens: use another commit rule"
         )
+    if rollout.first_step is not None:
+        raise ValueError("a trace holds one turn, and this rollout has several (first_step): write each turn")
     if params.support != "per_policy":
         raise ValueError(
             f"support={params.support!r} was set for training; write the rollout as the sampler returned it"

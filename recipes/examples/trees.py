@@ -8,12 +8,13 @@ because its baseline contains rewards that these tokens cause.
 A shared token is in the loss of `branches` rows, so that both levels are means over their nodes with the loss weight 1.
 Counting a shared token once (`loss_weights` of 1 / branches) would divide the gradient of its level by `branches`.
 
-Trees save forwards of the sampler, not of the learner. They are no free lunch: on enumerated toys the gradient of 2
-roots x 2 branches has 1.4 to 2.8 times the variance of 4 independent rows, for 3/5 of the sampler's forwards.
+Trees save forwards of the sampler, not of the learner, and their rows are not independent: on enumerated toys the
+gradient of 2 roots x 2 branches has 1.4 to 2.8 times the variance of 4 independent rows, for 3/5 of the sampler's
+forwards (tests/recipes/test_trees.py).
 
-Source: d-TreeRPO, arXiv 2512.09675. The leave-one-out baselines are ours.
+After d-TreeRPO, arXiv 2512.09675; a single branch and leave-one-out baselines are our choices.
 
-python -m recipes.examples.trees
+OMP_NUM_THREADS=1 python -m recipes.examples.trees      half a minute on one core
 """
 
 from dataclasses import dataclass, fields, replace
@@ -91,7 +92,7 @@ class Tree(Unmask):
             raise ValueError(f"step={self.step}: a completion has no more steps and cannot branch; use a smaller step")
         steps = None if self.diffusion_steps is None else self.diffusion_steps - self.step
         settings = {field.name: getattr(self, field.name) for field in fields(Unmask)}
-        unmask = Unmask(**settings | {"max_new_tokens": 0, "diffusion_steps": self.diffusion_steps})
+        unmask = Unmask(**settings | {"max_new_tokens": 0, "diffusion_steps": steps})
         # ~seeds, because the first row's seed has already drawn the numbers of its first steps.
         canvas = Prompts(start.tokens, start.attention_mask, prompts.group, seeds=~seeds, infill_mask=is_open)
         rest = unmask(policy, canvas, generator)

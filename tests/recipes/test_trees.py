@@ -246,7 +246,7 @@ def after_steps(policy, rank, state, counts):
 def test_the_law_of_a_tree_is_that_of_unmask(infill, rank, counts, step):
     """Chi-square of whole trees, of one root and two branches: the rows have the law of `Unmask`, and are independent
     once they have branched."""
-    length, draws = sum(counts), 8000
+    length, draws = sum(counts), 5000
     policy = TablePolicy(length=length, words=2, seed=1, scale=0.5)
     hole = policy.mask_id
     settings = {"temperature": 1.0, "rank": rank, "suppress": (3, 4), "diffusion_steps": len(counts)}

@@ -12,6 +12,7 @@ from run_outputs import metrics_of
 
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, OneStep, Prompts, Trajectory, Unmask
 from dllm_rl.decoding.tokens import completion_token_ids, text_ids
+from dllm_rl.diagnostics.traces import write_trace
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
@@ -136,6 +137,13 @@ def test_other_estimators_refuse_the_rollout(estimator):
     rollout = two_turns(WRITE, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"the rollout has several turns .* use Trajectory\(\)"):
         scored(toy, rollout, estimator)
+
+
+def test_a_trace_refuses_the_rollout(tmp_path):
+    toy, prompts = Toy(), Prompts.from_ids([[A]], pad_id=PAD, num_generations=2)
+    rollout = two_turns(WRITE, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="a trace holds one turn"):
+        write_trace(tmp_path / "trace.jsonl", rollout)
 
 
 def without_hidden_columns(policy, rollout):
