@@ -22,7 +22,7 @@ class StepFeature:
     Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
     `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
     the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
-    step to step goes through `state` and `load`, or is gone after a resume.
+    step to step goes through `state` and `load_state`, or is gone after a resume.
     """
 
     max_staleness: int = 0  # updates by which the rollout's weights may be older, if `syncs` returns False
@@ -86,5 +86,5 @@ class StepFeature:
         """
         return None
 
-    def load(self, state: bytes) -> None:
+    def load_state(self, state: bytes) -> None:
         """Continue from the state of a checkpoint. Called before the first step of a resumed run."""

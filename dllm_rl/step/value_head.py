@@ -63,7 +63,7 @@ class ValueHead(StepFeature):
         assert self.saved is not None
         return {name.removeprefix(prefix): x for name, x in self.saved.items() if name.startswith(prefix)}
 
-    def load(self, state: bytes) -> None:
+    def load_state(self, state: bytes) -> None:
         """Raise ValueError if the state is damaged, or of a head of another size."""
         saved, _ = deserialize(state)
         if "weights.1.weight" not in saved:

@@ -24,7 +24,7 @@ def load_states(features: Sequence[StepFeature], folder: Path) -> None:
         path = folder / state_file(feature)
         if path.exists():
             try:
-                feature.load(path.read_bytes())
+                feature.load_state(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{path} cannot be loaded: {error}; or take an earlier checkpoint") from None
 

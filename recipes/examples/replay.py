@@ -90,7 +90,7 @@ class Replay(StepFeature):
         tensors = {"rewards": self.stored.rewards, "advantages": self.stored.advantages, "steps": self.stored.steps}
         return serialize(tensors, {"rollout": record_to_json(self.stored.rollout, "rollout", tensors)})
 
-    def load(self, state):
+    def load_state(self, state):
         tensors, header = deserialize(state)
         rollout = record_from_json(header["rollout"], tensors, base.sampler.rank)
         self.stored = Stored(rollout, *(tensors[name] for name in ("rewards", "advantages", "steps")))
@@ -103,9 +103,10 @@ recipe = replace(
     rollout_quantization=Float8WeightOnly(),
     likelihood=Trajectory(include_order=False),
     corrector=TIS(),
+    eval_task=replace(base.eval_task, size=100),
     train_batch_size=8,
-    num_steps=60,
-    eval_steps=30,
+    num_steps=25,
+    eval_steps=0,
 )
 
 if __name__ == "__main__":

@@ -74,12 +74,14 @@ class SolvedOnly:
 recipe = replace(
     base,
     name="unequal-groups",
-    task=SolvedOnly(Sudoku(split="train", clues=(10, 12), size=24)),
+    task=SolvedOnly(Sudoku(split="train", clues=(10, 12), size=64)),
     prompt_source=MoreWhereMixed(),
     advantages=LeaveOneOut(),
+    eval_task=replace(base.eval_task, size=100),
+    sft_warmup_steps=60,
     train_batch_size=8,
-    num_steps=30,
-    eval_steps=30,
+    num_steps=25,
+    eval_steps=0,
 )
 
 if __name__ == "__main__":
