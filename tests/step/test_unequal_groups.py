@@ -260,3 +260,16 @@ def test_equal_groups_are_what_encode_makes():
 
     prompts = encode(policy, [Problem("12"), Problem("3")], num_generations=3)
     assert torch.equal(prompts.group, equal_groups(2, 3)) and prompts.lengths == [2, 2, 2, 1, 1, 1]
+
+
+def test_groups_cost_what_their_rows_cost():
+    """Of groups of 1, 5, 2 and 6, the first forward runs 4 rows, and every other one all 14."""
+    policy, run = tiny_masked_lm(characters="123456"), []
+    policy.module.get_input_embeddings().register_forward_hook(lambda *call: run.append(len(call[-1])))
+    prompts = Prompts.from_ids([[3, 4]] * 4, pad_id=policy.pad_id, num_generations=SIZES)
+    rollout = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0)(policy, prompts, generator_for(0))
+    assert run == [4, 14, 14]
+    run.clear()
+    likelihood = Trajectory(include_order=False)
+    likelihood.logprobs(policy, rollout, likelihood.draw_views(rollout, generator_for(0)))
+    assert run == [4, 14, 14]
