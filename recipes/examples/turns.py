@@ -142,7 +142,7 @@ recipe = Recipe(
     rollout_quantization=Float8WeightOnly(),
     corrector=TIS(),
     train_batch_size=8,
-    num_steps=40,
+    num_steps=25,
     learning_rate=1e-3,
     eval_steps=20,
 )

@@ -74,11 +74,11 @@ class SolvedOnly:
 recipe = replace(
     base,
     name="unequal-groups",
-    task=SolvedOnly(Sudoku(split="train", clues=(10, 12), size=64)),
+    task=SolvedOnly(Sudoku(split="train", clues=(10, 12), size=100)),
     prompt_source=MoreWhereMixed(),
     advantages=LeaveOneOut(),
     eval_task=replace(base.eval_task, size=100),
-    sft_warmup_steps=60,
+    sft_warmup_steps=120,
     train_batch_size=8,
     num_steps=25,
     eval_steps=0,
