@@ -128,7 +128,7 @@ def test_the_worked_example():
         assert log_mass.exp().item() == pytest.approx(0.8)
         one = torch.ones(1, 1, dtype=torch.bool)
         rollout = Rollout(
-            tokens[None], one, one, tokens[None] * 0, logp[None], 1, sampling_params=params,
+            tokens[None], one, one, tokens[None] * 0, logp[None], torch.arange(1), sampling_params=params,
             filter_support=FilterSupport(log_mass[None], kept[None]),
         )  # fmt: skip
         for support in ("per_policy", "unfiltered", "rollout"):

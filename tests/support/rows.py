@@ -9,13 +9,17 @@ import torch
 from tiny_recipe import tiny_recipe
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dllm_rl import TIS, Trajectory, train
+from dllm_rl import TIS, Rollout, Trajectory, train
 from dllm_rl.algorithms.prompt_sources import UniformPrompts
 from dllm_rl.step import balance
 from recipes.examples.replay import Replay
 from recipes.examples.unequal_groups import EqualPrompts
 
 SIZES = (1, 5, 2, 6)
+
+
+_NO_TOKENS = torch.zeros(0, 1, dtype=torch.long)
+NO_ROWS = Rollout(_NO_TOKENS, _NO_TOKENS.bool(), _NO_TOKENS.bool(), _NO_TOKENS, _NO_TOKENS.float(), torch.arange(0))
 
 
 class Given(UniformPrompts):

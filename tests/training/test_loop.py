@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulated import int3_emulated
 from repetitions import few
+from rows import NO_ROWS
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
@@ -259,7 +260,7 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
     recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(128)
     advantages[20:22] = torch.tensor([1.0, -1.0])  # of group 5
-    samples = Samples(None, torch.arange(128) // 4, advantages, advantages, advantages, (128,))
+    samples = Samples(NO_ROWS, torch.arange(128) // 4, advantages, advantages, advantages, (128,))
 
     def weights(recipe, step):
         found = metric_weights(step_settings(recipe), samples, step).view(32, 4)
