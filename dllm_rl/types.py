@@ -482,7 +482,7 @@ class Rollout(BatchRecord):
         merged = BatchRecord.merge_records(padded, lambda pair: pair[0].index_copy(0, rows, pair[1]))
         return dataclasses.replace(merged, group=self.group, forwards=self.forwards + by.forwards)
 
-    def _with(self, name: str, default: float) -> "Rollout":
+    def _with(self, name: str, default: int | float) -> "Rollout":
         """Return a copy whose field `name` (B, T) is `default` everywhere, if it is None."""
         if getattr(self, name) is not None:
             return self

@@ -89,7 +89,7 @@ def mismatch_metrics(
     *,
     high: float = 2.0,
     old: Float[Tensor, "B T"] | None = None,
-    advantages: Float[Tensor, " B"] | None = None,
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"] | None = None,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
     """Compute the `rollout_corr/` metrics over the tokens of the mask.

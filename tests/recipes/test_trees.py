@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from likelihood_toys import TablePolicy
 from run_outputs import metrics_of
 
@@ -39,7 +40,7 @@ from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 SETTINGS = {"max_new_tokens": 2, "diffusion_steps": 2, "temperature": 1.0, "rank": RandomOrder()}
 TREE = Tree(**SETTINGS, branches=2, step=1)
 ROWS = 4  # of a group: 2 roots x 2 branches, or a flat group
-CONTEXT = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu"), process_index=0))
+CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
 
 
 class Toy:
