@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
-from dllm_rl.models.base import block_causal_mask, encode_block_causal, position_ids
+from dllm_rl.models.base import block_causal_mask, block_ranks, encode_block_causal, position_ids
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -122,8 +122,8 @@ def by_two_completions(givens: list[int], own: int) -> bool:
 
 def block_causal(policy: DiffusionPolicy, size: int) -> DiffusionPolicy:
     """The same weights, blocks of `size` seeing themselves and those before; no token ends a completion."""
-    encode = encode_block_causal.replace(block_size=size)
-    changed = replace(policy.spec, attention="block_causal", block_size=size, encode=encode, eos_ids=())
+    changed = replace(policy.spec, attention="block_causal", block_size=size, eos_ids=())
+    changed = replace(changed, encode=partial(encode_block_causal, spec=changed))
     return DiffusionPolicy(policy.module, changed, policy.tokenizer)
 
 
@@ -133,7 +133,7 @@ def scored(policy: DiffusionPolicy, tokens: Tensor, prompt: int, group: int, bac
     of the sum of their squares."""
     policy.module.zero_grad()
     places = position_ids(torch.ones_like(tokens, dtype=torch.bool))
-    mask = block_causal_mask(torch.ones_like(tokens, dtype=torch.bool), places, policy.spec.block_size)
+    mask = block_causal_mask(torch.ones_like(tokens, dtype=torch.bool), *block_ranks(policy.spec, tokens, places))
     with torch.set_grad_enabled(backward):
         if group == 1:
             states = policy.encode(tokens, mask, places)[:, prompt:]

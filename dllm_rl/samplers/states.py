@@ -87,6 +87,8 @@ class SamplerForward:
     ) -> list[Tensor]:
         """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` has indices in `rows`."""
         run, copies = shared_rows(self.canvas.prompts, rows) if is_first else (rows, None)
+        if len(run) == len(rows):  # no rows are equal
+            copies = None
         block = int(plan.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
             hidden, first_column = self._forward(number, rows, run, copies, block)
