@@ -80,8 +80,8 @@ def traveling():
     """Every swap that makes two processes' shares more even is made, however small; yields how many, call by call."""
     found, plan_swaps = [], balance.plan_swaps
 
-    def counted(costs):
-        plan = plan_swaps(costs)
+    def counted(*arguments):
+        plan = plan_swaps(*arguments)
         found.append(len(plan))
         return plan
 

@@ -29,6 +29,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.update import update
 from dllm_rl.training import trainer
 from dllm_rl.training.dry_run.memory import step_memory
+from dllm_rl.training.step_settings import update_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, SamplingParams
 
