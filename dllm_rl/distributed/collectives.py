@@ -170,19 +170,6 @@ def make_accelerator(
     return accelerator
 
 
-def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
-    """Send tensors to other processes and receive others in place.
-
-    Args:
-        sent: (rank, tensor) pairs to send, at most one per rank.
-        wanted: (rank, tensor) pairs to receive into, at most one per rank.
-    """
-    transfers = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
-    transfers += [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
-    for work in dist.batch_isend_irecv(transfers):
-        work.wait()
-
-
 @dataclass(frozen=True)
 class OneProcess:
     """The fields of an Accelerator that evaluation needs, for a single process without a launcher."""

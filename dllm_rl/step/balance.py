@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import gather_on_host, swap
+from dllm_rl.distributed.collectives import gather_on_host
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.mask_sets import active_rows
@@ -47,12 +47,11 @@ def balance(
         The samples with this process's new rows, and the groups in their new order.
     """
     rollout = samples.rollout
-    me, num_processes = accelerator.process_index, accelerator.num_processes
     batch_row = samples.local(torch.arange(len(samples.group)), accelerator)
     # Groups that were sampled by different processes may have the same number in their rollouts.
     rollout = replace(rollout, batch_row=batch_row, group=samples.local(samples.group, accelerator))
     # Swap nothing under zero_mismatch (swaps=False), where the bits of a row depend on the width of its rollout, or if
-    # late rollouts have log-probs, which `exchange_groups` does not send.
+    # late rollouts have log-probs, which `take_rows` does not move.
     if not swaps or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
@@ -64,36 +63,19 @@ def balance(
     group, first_rows = group_numbers(samples.group), starts_group(samples.group)
     row_costs = lengths[:, 0] * forwards_per_token
     group_costs = torch.zeros(int(first_rows.sum()), dtype=row_costs.dtype).index_add(0, group, row_costs)
-    process = torch.arange(num_processes).repeat_interleave(torch.tensor(samples.counts))[first_rows]
-    groups_of_processes = [(process == number).nonzero()[:, 0] for number in range(num_processes)]
+    process = torch.arange(len(samples.counts)).repeat_interleave(torch.tensor(samples.counts))[first_rows]
+    groups_of_processes = [(process == number).nonzero()[:, 0] for number in range(len(samples.counts))]
     # The groups of each process. Processes with fewer groups have slots of -1, which are not swapped.
     slots = pad_sequence(groups_of_processes, batch_first=True, padding_value=-1)
     swap_pairs = plan_swaps(torch.where(slots < 0, 0, group_costs[slots]), slots < 0)
-    # Partner process -> the groups to send to it and to receive from it, in the same order in both processes.
-    outgoing: dict[int, list[int]] = {}
-    incoming: dict[int, list[int]] = {}
-    new_slots = slots.clone()
-    for first, second in swap_pairs:
-        new_slots[first], new_slots[second] = slots[second], slots[first]
-        for mine, other in ((first, second), (second, first)):
-            if mine[0] == me:
-                outgoing.setdefault(other[0], []).append(int(slots[mine]))
-                incoming.setdefault(other[0], []).append(int(slots[other]))
+    for first, second in swap_pairs:  # every process computes the same new slots
+        slots[first], slots[second] = int(slots[second]), int(slots[first])
     rows_of_group = torch.arange(len(group)).split(group.bincount().tolist())
-    rows_of_processes = [torch.cat([rows_of_group[number] for number in row if number >= 0]) for row in new_slots]
-    if outgoing:
+    rows_of_processes = [torch.cat([rows_of_group[number] for number in row if number >= 0]) for row in slots]
+    if swap_pairs:
         max_width, *max_slots = sizes_of_processes.amax(0).tolist()
         rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=pad_id).with_slots(iter(max_slots))
-        begin = sum(samples.counts[:me])
-        sent = {
-            partner: torch.cat([rows_of_group[n] for n in numbers]) - begin for partner, numbers in outgoing.items()
-        }
-        received = {partner: torch.cat([rows_of_group[n] for n in numbers]) for partner, numbers in incoming.items()}
-        rows_here = torch.cat([torch.arange(begin, begin + samples.counts[me]), *received.values()])
-        order = torch.empty(len(group), dtype=torch.long)
-        order[rows_here] = torch.arange(len(rows_here))
-        counts = {partner: len(rows) for partner, rows in received.items()}
-        rollout = exchange_groups(rollout, sent, counts, order[rows_of_processes[me]])
+        rollout = take_rows(rollout, rows_of_processes[accelerator.process_index], accelerator, samples.counts)
     return samples.reorder(torch.cat(rows_of_processes), tuple(map(len, rows_of_processes)), rollout)
 
 
@@ -120,32 +102,18 @@ def plan_swaps(costs: Int[Tensor, "W P"], is_empty: Bool[Tensor, "W P"]) -> list
         swaps.append(((busiest, outgoing), (idlest, incoming)))
 
 
-def exchange_groups(
-    rollout: Rollout, sent: dict[int, Tensor], num_received: dict[int, int], order: Int[Tensor, " b"]
-) -> Rollout:
-    """Send rows of this process to their partner processes, and return the rollout's new rows.
-
-    Args:
-        rollout: This process's rows.
-        sent: Rows to send to each partner.
-        num_received: Number of rows to receive from each partner.
-        order: The new rows, as indices into the rows of `rollout` followed by the received ones.
+def take_rows(rollout: Rollout, rows: Int[Tensor, " b"], accelerator: Accelerator, counts: tuple[int, ...]) -> Rollout:
+    """Return the rollout of these rows of all processes, whose rollouts have the same width and fields. Collective:
+    every process must call it.
     """
     device = rollout.tokens.device
     tensors = rollout.tensors()  # the same fields in the same order in all processes
-    # fp64 represents masks, ids and fp32 exactly.
+    # fp64 represents masks, ids and fp32 exactly, so that one gather is enough.
     flat_rows = torch.cat([value.double().reshape(len(value), -1) for value in tensors], dim=1)
-    rows_sent = [flat_rows[rows] for rows in copy_to_device(device, *sent.values())]
-    received = [flat_rows.new_empty(count, flat_rows.shape[1]) for count in num_received.values()]
-    swap(list(zip(sent, rows_sent, strict=True)), list(zip(num_received, received, strict=True)))
-    (index,) = copy_to_device(device, order)
-    new_rows = torch.cat([flat_rows, *received])[index]
-    fields = iter(new_rows.split([value[0].numel() for value in tensors], dim=1))
-
-    def replace_rows(value: Tensor) -> Tensor:
-        return next(fields).reshape(-1, *value.shape[1:]).to(value.dtype)
-
-    rollout = rollout.map(replace_rows)
+    (all_rows,) = gather_on_host([flat_rows], accelerator, counts)
+    (mine,) = copy_to_device(device, all_rows[rows])
+    fields = iter(mine.split([value[0].numel() for value in tensors], dim=1))
+    rollout = rollout.map(lambda value: next(fields).reshape(-1, *value.shape[1:]).to(value.dtype))
     first_column = int(rollout.attention_mask.any(0).long().argmax())  # columns before it are padding in every row
     return rollout.rows(torch.arange(len(rollout.tokens), device=device), slice(first_column, None))
 

@@ -119,9 +119,8 @@ def columns_of(rollout, source):
 
 
 def balanced(monkeypatch, recipe, rollouts, advantages, weights):
-    """What each process has after `balance`; swaps are of two processes, in one exchange."""
+    """What each process has after `balance`."""
     joined = Joined(len(rollouts))
-    given = [None] * len(rollouts)
 
     def work(accelerator):
         me = accelerator.process_index
@@ -130,14 +129,6 @@ def balanced(monkeypatch, recipe, rollouts, advantages, weights):
         swaps = not recipe.zero_mismatch
         return balance.balance(step_settings(recipe), samples, accelerator, pad_id=0, swaps=swaps)
 
-    def swap(sent, wanted):
-        (other, parcel), (giver, room) = *sent, *wanted
-        assert other == giver and parcel.shape == room.shape
-        given[1 - other] = parcel
-        joined.barrier.wait()
-        room.copy_(given[other])
-
-    monkeypatch.setattr(balance, "swap", swap)
     return joined.run(monkeypatch, work)
 
 
