@@ -23,6 +23,7 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
 from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import StepFeature
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
@@ -103,6 +104,7 @@ class Run(Generic[AnySettings]):
     writer: CheckpointWriter
     progress: Callable[..., None]  # shows a step's metrics on the screen
     async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
+    without_state: list[StepFeature] = field(default_factory=list)  # features whose `state` raised
     first_step: int = field(init=False)  # index of the first step that this process logs
     control: RunControl = field(init=False)  # what callbacks read, and their requests
     saved: int | None = None  # number of completed steps in the last checkpoint that this process wrote

@@ -167,6 +167,8 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
         saved = dict(checkpoint.list_checkpoints(directory))
         if steps_done not in saved:
             note += f" and is not saved; the newest checkpoint is {saved[max(saved)].name if saved else 'missing'}"
+    if run.without_state:
+        note += f"; the checkpoint has no state of {', '.join(type(feature).__name__ for feature in run.without_state)}"
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
@@ -224,9 +226,7 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
     files = history_files(run.history, state.step)
-    for feature in () if run.step is None else run.step.features:
-        if (data := feature.state()) is not None:
-            files[state_file(feature)] = data
+    files |= feature_states(run)
     if run.async_rollouts is not None:
         files |= run.async_rollouts.files(state.step)
     if isinstance(recipe, Recipe):
@@ -243,6 +243,22 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     )
     folder = Path(recipe.directory) / "checkpoints"
     return partial(checkpoint.save, folder, content, keep_last=recipe.save_total_limit)
+
+
+def feature_states(run: Run[Settings]) -> dict[str, bytes]:
+    """Return the files of the features' states. A feature whose `state` raises ends the run; the checkpoint that is
+    written then has all else.
+    """
+    states = {}
+    for feature in () if run.step is None else run.step.features:
+        if feature in run.without_state:
+            continue
+        run.without_state.append(feature)
+        data = feature.state()
+        run.without_state.remove(feature)
+        if data is not None:
+            states[state_file(feature)] = data
+    return states
 
 
 def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:

@@ -160,3 +160,40 @@ def test_metrics_of_ones_own(tmp_path):
         assert len(layers) == len(names)
         assert layers.norm().item() == pytest.approx(min(row["grad_norm"], recipe.max_grad_norm), rel=1e-4)
         assert 0 < row["mine/p99"] <= row["rollout_corr/abs_log_ratio_max"]
+
+
+class Counted(StepFeature):
+    """Counts updates; `state` raises after `fails_at` of them."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.updates = fails_at, 0
+
+    def learn(self, context):
+        self.updates += 1
+
+    def state(self):
+        if self.updates == self.fails_at:
+            raise KeyError("mine")
+        return str(self.updates).encode()
+
+    def load_state(self, state):
+        self.updates = int(state)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_an_error_of_a_state_loses_no_step(tmp_path, async_save):
+    settings = {"num_steps": 3, "save_steps": 2, "save_total_limit": 9, "lr_schedule_steps": 3}
+    whole, parts = (tiny_recipe(tmp_path / name, async_save=async_save, **settings) for name in ("whole", "parts"))
+    train(whole, features=(Counted(),))
+    with pytest.raises(KeyError, match="mine") as caught:
+        train(parts, features=(Counted(fails_at=2),))
+    assert "the checkpoint has no state of Counted" in "".join(caught.value.__notes__)
+    folder = dict(list_checkpoints(tmp_path / "parts" / "checkpoints"))[2]
+    assert not (folder / "Counted.state").exists(), "the weights of the step are saved"
+    again = Counted()
+    train(replace(parts, resume_from_checkpoint="latest"), features=(again,))
+    assert again.updates == 1, "it began anew"
+    mine, other = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["loss"] for row in mine] == [row["loss"] for row in other]
+    last = dict(list_checkpoints(tmp_path / "whole" / "checkpoints"))[3]
+    assert (last / "Counted.state").read_bytes() == b"3"
