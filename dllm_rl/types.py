@@ -59,9 +59,11 @@ class BatchRecord(_Movable):
 
     Attributes:
         FILL: Padding value of each field where a row has no token. Fields that are not listed are padded with 0.
+        IF_NONE: Value everywhere of a field (B, T) that is None.
     """
 
     FILL: ClassVar[dict[str, Any]] = {}
+    IF_NONE: ClassVar[dict[str, int | float]] = {}
 
     def rows(self: RecordT, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> RecordT:
         """Return the rows with the indices `keep`, in this order, cut to `columns`."""
@@ -105,13 +107,22 @@ class BatchRecord(_Movable):
     def merge_records(records: "Sequence[RecordT]", merge_tensors: Callable[[list[Tensor]], Tensor]) -> "RecordT":
         """Merge records of equal width T, field by field; `merge_tensors` merges the tensors of a field.
 
-        A field that is None in any record is None in the result, because a field must have every row.
+        A field that is None in any record is None in the result, because a field must have every row. A field of
+        IF_NONE has the value that None stands for.
         """
         merged_fields: dict[str, Any] = {}
         for field in dataclasses.fields(records[0]):
             values = [getattr(record, field.name) for record in records]
             if not any(isinstance(value, Tensor | BatchRecord) for value in values):
                 continue
+            if field.name in records[0].IF_NONE:
+                tensor = next(value for value in values if value is not None)
+                default = tensor.new_tensor(records[0].IF_NONE[field.name])
+                shapes = [record.tensors()[0].shape for record in records]
+                values = [
+                    default.repeat(shape) if value is None else value
+                    for value, shape in zip(values, shapes, strict=True)
+                ]
             if any(value is None for value in values):
                 merged_fields[field.name] = None
             elif isinstance(values[0], BatchRecord):
@@ -273,6 +284,20 @@ class Prompts(BatchRecord):
         """The number of tokens of each row's prompt, without padding and without positions to fill in."""
         prompt_mask = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
         return prompt_mask.sum(-1).tolist()
+
+    def shared_rows(self, rows: Int[Tensor, " R"]) -> tuple[Int[Tensor, " r"], Int[Tensor, " R"]]:
+        """Return the rows that a forward of the bare prompts needs, and for each of `rows` the index of the one that it
+        equals. Adjacent rows of a group with the same prompt need one.
+
+        Args:
+            rows: Rows of the forward, in ascending order, on the host.
+        """
+        differs = starts_group(self.group.cpu()[rows])
+        for field in (self.tokens, self.attention_mask, self.infill_mask):
+            if field is not None:
+                values = field.cpu()[rows]
+                differs[1:] |= (values[1:] != values[:-1]).any(-1)
+        return rows[differs], differs.long().cumsum(0) - 1
 
     def split(self, rows: int) -> "list[Prompts]":
         """Split into batches of at most `rows` rows. A group is split only if it is larger.
@@ -453,6 +478,7 @@ class Rollout(BatchRecord):
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
+    IF_NONE: ClassVar[dict[str, int | float]] = {"loss_weights": 1, "first_step": 0}
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
@@ -482,14 +508,6 @@ class Rollout(BatchRecord):
         merged = BatchRecord.merge_records(padded, lambda pair: pair[0].index_copy(0, rows, pair[1]))
         return dataclasses.replace(merged, group=self.group, forwards=self.forwards + by.forwards)
 
-    def _with(self, name: str, default: int | float) -> "Rollout":
-        """Return a copy whose field `name` (B, T) is `default` everywhere, if it is None."""
-        if getattr(self, name) is not None:
-            return self
-        like = self.logprobs if isinstance(default, float) else self.unmask_step
-        changes: dict[str, Any] = {name: torch.full_like(like, default)}
-        return dataclasses.replace(self, **changes)
-
     @classmethod
     def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
         """Concatenate the rows of all parts, in order. Groups are numbered anew, and rows of different parts are in
@@ -499,9 +517,6 @@ class Rollout(BatchRecord):
         """
         width = max(part.tokens.shape[1] for part in parts)
         padded_parts = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
-        for name, default in (("loss_weights", 1.0), ("first_step", 0)):  # the meaning of None
-            if any(getattr(part, name) is not None for part in padded_parts):
-                padded_parts = [part._with(name, default) for part in padded_parts]
         starts = torch.cat([starts_group(part.group) for part in parts])
         return dataclasses.replace(
             BatchRecord.merge_records(padded_parts, torch.cat),

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.files import write_text
-from dllm_rl.types import Order, Rollout, SamplingParams
+from dllm_rl.types import Order, Rollout, SamplingParams, group_numbers
 
 FORMAT, VERSION = "dllm_rl_trace", 1
 MAX_BYTES = 2**28  # size of a file that is read
@@ -294,7 +294,7 @@ def _rollout(tensors: Mapping[str, Tensor], group: Sequence[int], settings: Mapp
         completion_mask=completion,
         unmask_step=tensors["unmask_step"],
         logprobs=tensors.get("logprobs", torch.where(completion, torch.nan, 0.0)),
-        group=torch.tensor(group),
+        group=group_numbers(torch.tensor(group)),
         weights_version=settings["weights_version"],
         sampling_params=SamplingParams(
             settings["temperature"], settings["top_k"], settings["top_p"], tuple(settings["suppress"])

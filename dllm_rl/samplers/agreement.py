@@ -37,7 +37,10 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     in_first_block = order.block_first_step[first_rows] == 0
     committed = rollout.unmask_step[first_rows] == 0
     tokens = rollout.tokens[first_rows].masked_fill(masked, mask_id)
-    states = policy.hidden(tokens, rollout.attention_mask[first_rows])[in_first_block]
+    attention_mask = rollout.attention_mask[first_rows]
+    if rollout.first_step is not None:  # the first canvas has no columns of later turns
+        attention_mask = attention_mask & (rollout.first_step[first_rows] == 0)
+    states = policy.hidden(tokens, attention_mask)[in_first_block]
     scores = torch.full(in_first_block.shape, -torch.inf, device=in_first_block.device)
     uniforms = torch.zeros(len(states), device=states.device)  # not read by these ranks
     scores[in_first_block] = rank_positions(policy, states, uniforms, rollout.sampling_params, rank)

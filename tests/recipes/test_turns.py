@@ -14,8 +14,10 @@ from dllm_rl import ELBO, Confidence, Coupled, MaxProb, OneStep, Prompts, Trajec
 from dllm_rl.decoding.tokens import completion_token_ids, text_ids
 from dllm_rl.diagnostics.traces import write_trace
 from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.models.base import trainable_parameters
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.samplers.rules import RandomOrder, Threshold
 from dllm_rl.training.distillation import refine_steps
 from dllm_rl.training.trainer import train
@@ -137,6 +139,20 @@ def test_other_estimators_refuse_the_rollout(estimator):
     rollout = two_turns(WRITE, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"the rollout has several turns .* use Trajectory\(\)"):
         scored(toy, rollout, estimator)
+
+
+def test_the_first_canvas_has_no_columns_of_the_second_turn():
+    """The policy that sampled commits the positions that it committed."""
+    policy = tiny_masked_lm(characters="12345=", head_std=0.5)
+    for weights in trainable_parameters(policy.module):
+        weights.data *= 4 if weights.dim() == 2 else 1  # so that what a position sees matters
+    write = Unmask(max_new_tokens=4, diffusion_steps=4, rank=MaxProb(), temperature=1.0)
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 7]] * 8, pad_id=policy.pad_id)
+    rollout = two_turns(write, lambda text: "123", 3)(policy, prompts, torch.Generator().manual_seed(0))
+    found = {name: (total / count).item() for name, (total, count) in order_agreement(policy, rollout).items()}
+    assert found == {"order_agreement": 1.0, "order_agreement_rows": 1.0}
+    seen = order_agreement(policy, replace(rollout, first_step=None))
+    assert (seen["order_agreement"][0] < seen["order_agreement"][1]).item(), "the columns change the order"
 
 
 def test_a_trace_refuses_the_rollout(tmp_path):

@@ -243,6 +243,20 @@ def test_samples_of_several_processes_are_joined_by_rank(tmp_path):
     assert joined.group.tolist() == [0, 1, 5, 2, 3, 4, 6, 7] and len(joined.rollout.tokens) == 3
 
 
+def test_weights_and_steps_that_are_none_keep_their_meaning_when_rollouts_merge():
+    zeros = torch.zeros(2, 3, dtype=torch.long)
+    plain = Rollout(zeros, zeros == 0, zeros == 0, zeros, zeros.float(), torch.arange(2))
+    given = replace(plain, loss_weights=torch.full((2, 3), 0.5), first_step=zeros + 4)
+    for parts, halves in (((plain, given), [1, 1, 0.5, 0.5]), ((given, plain), [0.5, 0.5, 1, 1])):
+        joined = Rollout.concatenate(parts, pad_id=0)
+        assert joined.loss_weights[:, 0].tolist() == halves and joined.loss_weights.shape == (4, 3)
+        assert joined.first_step[:, 0].tolist() == [8 * (1 - weight) for weight in halves]
+        assert joined.first_step.dtype == torch.long
+    placed = plain.replace_rows(torch.tensor([1]), given.rows(torch.tensor([0])), pad_id=0)
+    assert placed.loss_weights[:, 0].tolist() == [1, 0.5] and placed.first_step[:, 0].tolist() == [0, 4]
+    assert Rollout.concatenate([plain, plain], pad_id=0).loss_weights is None
+
+
 def test_a_wrong_number_of_rows_is_named(tmp_path):
     def halves(policy, prompts, generator):
         sampler = Unmask(max_new_tokens=16, temperature=1.0)
