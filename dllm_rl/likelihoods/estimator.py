@@ -124,7 +124,8 @@ class LikelihoodEstimator(Record):
                 of a mask (B,), or none (False), so that the result has no gradient.
         """
         self.check_policy(policy)
-        check_turns(policy, rollout, views)
+        if rollout.first_step is not None:
+            check_turns(policy, views)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
         passes = [(views, retain_graphs is True)]
         if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows

@@ -407,6 +407,7 @@ class Trajectory(LikelihoodEstimator):
                 views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
             if coefficient is not None:
                 views = replace(views, coefficients=views.coefficients * coefficient)
-        if self.num_segments is None and self.block_size is None:  # a view scores one step
+        # With merged segments or packed blocks, a view scores several steps.
+        if rollout.first_step is not None and self.num_segments is None and self.block_size is None:
             views = hide_later_columns(rollout, views)
         return add_order_logprobs(rollout, views) if self.scores_order else views

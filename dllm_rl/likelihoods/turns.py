@@ -43,22 +43,19 @@ def _forward_visible(
 
 
 def hide_later_columns(rollout: Rollout, views: Views) -> Views:
-    """Return views that do not see columns that came onto the canvas after the step that they score.
+    """Return views of several turns that do not see columns that came onto the canvas after the step that they score.
 
     Each row of a view must score positions of one step.
     """
-    if rollout.first_step is None:
-        return views
+    assert rollout.first_step is not None
     steps = torch.where(views.coefficients != 0, rollout.unmask_step, torch.iinfo(torch.long).max)
     visible = rollout.first_step <= steps.amin(-1, keepdim=True)  # a row that a view does not score sees all columns
     return replace(views, features=(*views.features, VisibleColumns(visible)))
 
 
-def check_turns(policy: Policy, rollout: Rollout, views: Views) -> None:
-    """Raise ValueError for a rollout of several turns whose views would see later turns."""
-    if rollout.first_step is None or policy.spec.attention == "causal":
-        return
-    if not any(isinstance(feature, VisibleColumns) for feature in views.features):
+def check_turns(policy: Policy, views: Views) -> None:
+    """Raise ValueError for views of a rollout of several turns that would see later turns."""
+    if policy.spec.attention != "causal" and not any(isinstance(feature, VisibleColumns) for feature in views.features):
         raise ValueError(
             "likelihood: the rollout has several turns (first_step), and this estimator's views of a turn would see "
             "the later ones; use Trajectory() with one view per step"

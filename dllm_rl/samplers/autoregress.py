@@ -15,7 +15,7 @@ from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KVCache
 from dllm_rl.samplers.choose import Drawn
-from dllm_rl.samplers.sampler import Sampler, shared_rows
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -80,7 +80,7 @@ class Autoregress(Sampler):
         row_uniforms = [torch.rand(self.max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
         uniforms = torch.stack(row_uniforms).to(device)
 
-        rows, copies = shared_rows(prompts, torch.arange(num_rows))
+        rows, copies = prompts.shared_rows(torch.arange(num_rows))
         input_tokens = prompts.tokens[rows].to(device)
         attention_mask = prompts.attention_mask[rows].to(device)
         positions = position_ids(attention_mask)

@@ -23,7 +23,7 @@ from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
-from dllm_rl.samplers.sampler import Sampler, shared_rows
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import MIN_TEMPERATURE, Prompts, Renoised, Rollout
 
@@ -260,7 +260,7 @@ class _BucketSampler:
 
     def __post_init__(self) -> None:
         prompts = self.record.prompts
-        rows, copies = shared_rows(prompts, self.rows.cpu())  # the encoder reads a prompt once for all its completions
+        rows, copies = prompts.shared_rows(self.rows.cpu())  # the encoder reads a prompt once for all its completions
         tokens = prompts.tokens[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
         attention_mask = prompts.attention_mask[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
         self.prefix = Prefix.empty(self.policy, len(rows))

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Int
-from torch import Generator, Tensor
+from torch import Generator
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import Record, option
-from dllm_rl.types import Prompts, Rollout, starts_group
+from dllm_rl.types import Prompts, Rollout
 
 
 class Sampler(Record):
@@ -40,19 +39,3 @@ class FunctionSampler(Sampler):
 
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator, **keywords: Any) -> Rollout:
         return self.function(policy, prompts, generator, **keywords)
-
-
-def shared_rows(prompts: Prompts, rows: Int[Tensor, " R"]) -> tuple[Int[Tensor, " r"], Int[Tensor, " R"]]:
-    """Return the rows that a forward of the bare prompts needs, and for each of `rows` the index of the one that it
-    equals. Adjacent rows of a group with the same prompt need one.
-
-    Args:
-        prompts: Prompts of the batch.
-        rows: Rows of the forward, in ascending order, on the host.
-    """
-    differs = starts_group(prompts.group.cpu()[rows])
-    for field in (prompts.tokens, prompts.attention_mask, prompts.infill_mask):
-        if field is not None:
-            values = field.cpu()[rows]
-            differs[1:] |= (values[1:] != values[:-1]).any(-1)
-    return rows[differs], differs.long().cumsum(0) - 1

@@ -13,7 +13,6 @@ from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.samplers.cache import Cache, CachedForward
 from dllm_rl.samplers.canvas import Canvas, RolloutField, StepPlan
-from dllm_rl.samplers.sampler import shared_rows
 
 
 class SamplerForward:
@@ -86,7 +85,7 @@ class SamplerForward:
         column: Tensor,
     ) -> list[Tensor]:
         """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` has indices in `rows`."""
-        run, copies = shared_rows(self.canvas.prompts, rows) if is_first else (rows, None)
+        run, copies = self.canvas.prompts.shared_rows(rows) if is_first else (rows, None)
         if len(run) == len(rows):  # no rows are equal
             copies = None
         block = int(plan.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it

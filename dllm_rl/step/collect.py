@@ -17,7 +17,6 @@ from dllm_rl.distributed.collectives import (
     Metrics,
     gather_objects,
     gather_on_host,
-    local,
     reduce_metrics,
     sum_over,
     wait_metrics_of,
@@ -64,7 +63,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     counts = rows_of_processes(sizes, accelerator.num_processes)
     draw = partial(draw_and_grade, context, step, sizes=sizes)
     local_group = group.split(list(counts))[accelerator.process_index]
-    rollout, graded, local_rewards, num_too_long = draw(0, indices, local(torch.arange(len(sizes)), accelerator))
+    rollout, graded, local_rewards, num_too_long = draw(0, indices, local_group.unique())
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = wait_metrics_of("rollout", accelerator)
         # (B, K): the reward of each completion, then its components.

@@ -5,4 +5,4 @@ from benchmarks import step_size
 
 def test_a_default_step_enters_no_more_than_it_did():
     found = step_size.of_a_step()
-    assert 100 < len(found) <= 326 and 30 < len(step_size.by_file(found)) <= 61
+    assert 100 < len(found) <= 324 and 30 < len(step_size.by_file(found)) <= 59

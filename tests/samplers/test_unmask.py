@@ -18,7 +18,6 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules, whole_step
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.sampler import shared_rows
 from dllm_rl.samplers.states import SamplerForward
 from dllm_rl.samplers.unmask import Unmask, check_fits
 from dllm_rl.types import Prompts
@@ -177,15 +176,15 @@ def test_group_shares_first_forward(policy, monkeypatch):
 
 def test_rows_share_a_forward_if_group_and_prompt_are_equal():
     prompts = Prompts.from_ids([[3, 4], [5], [5]], pad_id=0, num_generations=[3, 1, 2])
-    rows, copies = shared_rows(prompts, torch.arange(6))
+    rows, copies = prompts.shared_rows(torch.arange(6))
     assert rows.tolist() == [0, 3, 4] and copies.tolist() == [0, 0, 0, 1, 2, 2]
-    rows, copies = shared_rows(prompts, torch.tensor([1, 2, 5]))
+    rows, copies = prompts.shared_rows(torch.tensor([1, 2, 5]))
     assert rows.tolist() == [1, 5] and copies.tolist() == [0, 0, 1]
     one_group = replace(prompts, group=torch.zeros(6, dtype=torch.long))
-    rows, copies = shared_rows(one_group, torch.arange(6))
+    rows, copies = one_group.shared_rows(torch.arange(6))
     assert rows.tolist() == [0, 3] and copies.tolist() == [0, 0, 0, 1, 1, 1]
     gaps = replace(one_group, infill_mask=torch.arange(12).view(6, 2) == 9)  # in row 4
-    assert shared_rows(gaps, torch.arange(6))[0].tolist() == [0, 3, 4, 5]
+    assert gaps.shared_rows(torch.arange(6))[0].tolist() == [0, 3, 4, 5]
 
 
 def test_groups_of_different_sizes_are_sampled_like_rows_of_their_own(policy, monkeypatch):
