@@ -234,6 +234,8 @@ class View:
         rows = plan.rows
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
+        if plan.copies is not None:  # indexing would add up the gradients of copies in any order, in several threads
+            hidden = hidden.index_select(0, plan.copies)
         states = hidden.flatten(0, 1)[plan.state_index]
         targets = target_tokens.flatten()[plan.flat_index]
         return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))
@@ -296,9 +298,7 @@ def plan_view(
     # For example, before the first step of a rollout all completions of a group are fully masked.
     if share and bool(equal) and not starts.all():
         copies = starts.long().cumsum(0) - 1
-        width = scored.shape[1]
-        state_index = copies[flat_index // width] * width + flat_index % width
-        device_inputs += [state_index, starts.nonzero()[:, 0], copies]
+        device_inputs += [flat_index, starts.nonzero()[:, 0], copies]
     else:
         device_inputs += [scored_on_host[scored_rows].flatten().nonzero()[:, 0]]
     scored_rows, flat_index, written, stays, state_index, *shared = copy_to_device(scored.device, *device_inputs)
