@@ -8,14 +8,14 @@ file is deleted. A part that the minutes cut off starts again, and `run` goes on
 minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
     run sums      (0.4)  benchmarks/gpu_run.py
-    sampler 8      3     plain, exact, cached, FP8, eager and then all of it compiled; 8 rows; LLaDA-8B's shapes
     run countdown (1.2)  benchmarks/gpu_run.py
+    step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
-    sampler N      2.5   the same with 1 row, and with 64
     learner        0.3   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
     sync           0.2   a fresh copy's weights, quantized in place
-    step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     whole step N  (0.8)  steps as one graph (`compile_step`), N rows
+    sampler 8      3     plain, exact, cached, FP8, eager and then all of it compiled; 8 rows; LLaDA-8B's shapes
+    sampler N      2.5   the same with 1 row, and with 64
     mismatch      (0.3)  trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     long          (0.3)  the sampler's ways at 256 tokens
     experts       (0.2)  a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
@@ -319,18 +319,18 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
+    "step": step,
     "plan": planned,
-    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 64)},
     "learner": learner,
     "sync": sync,
-    "step": step,
     **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
+    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 64)},
     "mismatch": mismatch,
     "long": partial(sampler, length=256),
     "experts": experts,
     "roofline": roofline,
 }
-QUEUE = ("run sums", "sampler 8", "run countdown", *(part for part in PARTS if part != "sampler 8"), "tests")
+QUEUE = ("run sums", "run countdown", *PARTS, "tests")
 
 
 def tests(rehearse: bool) -> list[Row]:

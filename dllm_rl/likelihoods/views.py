@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
@@ -234,8 +235,10 @@ class View:
         rows = plan.rows
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
-        if plan.copies is not None:  # indexing would add up the gradients of copies in any order, in several threads
-            hidden = hidden.index_select(0, plan.copies)
+        if plan.copies is not None:
+            # The gradients of copies must be added up in one order. Those of an embedding are, on a CPU and a GPU;
+            # those of indexing are not in several threads, and those of index_select not on a GPU.
+            hidden = F.embedding(plan.copies, hidden.flatten(1)).view(-1, *hidden.shape[1:])
         states = hidden.flatten(0, 1)[plan.state_index]
         targets = target_tokens.flatten()[plan.flat_index]
         return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))

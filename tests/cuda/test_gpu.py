@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 import whole_steps
 from devices import Cuda
+from rows import gradients_of_shared_rows
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
@@ -30,6 +32,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: run `pytest -m gpu` where there is one"),
 ]
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 SIZES = {
     "characters": "1234.=",
     "hidden_size": 256,
@@ -103,11 +106,13 @@ def test_a_run_with_real_kernels(tmp_path, scheme, lora):
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
+@needs_bitsandbytes
 def test_moments_in_8_bit(tmp_path):
     train(tiny_recipe(tmp_path, optim=AdamW8bit()))
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
+@needs_bitsandbytes
 def test_a_base_in_few_bits(tmp_path):
     model = partial(tiny_llama, causal=False, **SIZES)
     train(tiny_recipe(tmp_path, model=model, base_quantization="nf4", lora=Lora(r=4), bf16=True))
@@ -168,3 +173,8 @@ def test_a_heads_sums_are_in_fp32(dtype):
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     assert ((found - exact).abs() <= 4096 * 2**-23 * size).all()
+
+
+def test_the_gradient_of_shared_rows_repeats_bit_for_bit():
+    found = gradients_of_shared_rows(llada(torch.float32))
+    assert found[0].abs().max() > 0 and all(torch.equal(found[0], other) for other in found)

@@ -10,7 +10,7 @@ import rows
 import torch
 from accelerate import Accelerator
 from ranks import run_ranks
-from rows import SIZES, unequal
+from rows import SIZES, gradients_of_shared_rows, unequal
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
@@ -292,20 +292,10 @@ def test_groups_cost_what_their_rows_cost():
 def test_the_gradient_of_shared_rows_repeats_bit_for_bit_in_two_threads():
     """The states of one row serve its group: their gradients are added in one order."""
     policy = tiny_masked_lm(characters="123456", hidden_size=64, num_layers=1, head_std=0.3)
-    prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, num_generations=160)
-    rollout = Unmask(max_new_tokens=16, temperature=1.0)(policy, prompts, generator_for(0))
-    views = OneStep(prompt_mask=0.0).draw_views(rollout, generator_for(1))
-    vectors, found, threads = (
-        torch.randn(views.coefficients.shape, generator=generator_for(2)),
-        [],
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for _ in range(12):
-            policy.module.zero_grad()
-            OneStep().backward(policy, rollout, views, vectors)
-            found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None]))
+        found = gradients_of_shared_rows(policy)
     finally:
         torch.set_num_threads(threads)
     assert found[0].abs().max() > 0 and all(torch.equal(found[0], other) for other in found)

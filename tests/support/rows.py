@@ -9,8 +9,9 @@ import torch
 from tiny_recipe import tiny_recipe
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dllm_rl import TIS, Rollout, Trajectory, train
+from dllm_rl import TIS, OneStep, Prompts, Rollout, Trajectory, Unmask, train
 from dllm_rl.algorithms.prompt_sources import UniformPrompts
+from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
 from recipes.examples.replay import Replay
 from recipes.examples.unequal_groups import EqualPrompts
@@ -56,3 +57,16 @@ def run(directory, **changes):
     hook.remove()
     if os.environ.get("RANK", "0") == "0":
         torch.save((torch.stack(gradients), len(swaps)), Path(directory) / "gradients.pt")
+
+
+def gradients_of_shared_rows(policy, times=12):
+    """The same gradient again and again, (parameters,): 160 completions whose fully masked views are one row."""
+    prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, num_generations=160)
+    rollout = Unmask(max_new_tokens=16, temperature=1.0)(policy, prompts, generator_for(0))
+    views = OneStep(prompt_mask=0.0).draw_views(rollout, generator_for(1))
+    vectors, found = torch.randn(views.coefficients.shape, generator=generator_for(2)), []
+    for _ in range(times):
+        policy.module.zero_grad()
+        OneStep().backward(policy, rollout, views, vectors.to(policy.device))
+        found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None]))
+    return found

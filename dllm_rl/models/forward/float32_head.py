@@ -5,13 +5,13 @@ sampler and learner would be rounded to multiples of this step.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Module, output_embeddings
 
@@ -74,7 +74,7 @@ def float32_linear(
 def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
     """Return `head(module, hidden)` with an fp32 projection.
 
-    Raise ValueError for a 16-bit module that does not name its output layer.
+    Raise ValueError for a 16-bit module that does not name its output layer, or whose layer has a product of its own.
     """
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
@@ -84,18 +84,27 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
         )
     if output is not None and output.weight.dtype in HALF:
         with projected_in_float32(output):  # layers of the head before the projection stay in 16 bits
-            return head(module, hidden)
+            logits = head(module, hidden)
+        if logits.dtype in HALF:
+            raise ValueError(
+                f"the output layer of {type(module).__name__} does not compute torch.nn.functional.linear(x, weight), "
+                "which float32_head=True replaces; set float32_head=False"
+            )
+        return logits
     if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
         with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the full head runs in fp32
             return head(module, hidden.float())
     return head(module, hidden)
 
 
-@contextmanager
-def projected_in_float32(output: nn.Linear) -> Iterator[None]:
-    """In this context, compute the layer's output in fp32. The layer's hooks still run."""
-    output.forward = lambda h: float32_linear(h, output.weight, output.bias)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        vars(output).pop("forward")  # torch.compile cannot trace `del`
+class projected_in_float32(TorchFunctionMode):
+    """In this context, compute the layer's product in fp32. The layer's hooks still run; torch.compile traces it."""
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__()
+        self.output = output
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args[1] is self.output.weight:  # which sharding replaces for the call
+            return float32_linear(*args)
+        return func(*args, **(kwargs or {}))
