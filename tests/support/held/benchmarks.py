@@ -1,5 +1,6 @@
 """benchmarks/README.md, and the speeds that other pages repeat."""
 
+import math
 import re
 
 from held import DOCS, row, stored, tables_of
@@ -19,6 +20,31 @@ def on_an_h100():
             yield "benchmarks/README.md", f"| {name}{note} | {cells}"
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]
     yield "docs/quantization.md", f"as fast as compiled bf16 ({ratio:.2f} times on an H100,"
+
+
+def a_run_on_an_h200():
+    parts = stored(f"{RESULTS}/gpu-h200")["parts"]
+    speeds, chances = [], []
+    for task in ("sums", "countdown"):
+        rows = {r["what"].split()[-1]: r for r in parts[f"run {task}"]["rows"]}
+        for arm, each in rows.items():
+            quantized = f"{each['quantized']:.3f}" if arm == "FP8" else ""
+            cells = (f"{each['before'] + 1e-9:.3f}", f"{each['after'] + 1e-9:.3f}", quantized, f"{each['ESS']:.3f}")
+            yield PAGE, row(f"{task}, {arm}", *cells, f"{each['completions']:,}").replace("|  |", "| |")
+            times = (each[f"{name}, s a step"] for name in ("rollout", "reward", "scoring", "update", "sync"))
+            yield PAGE, row(f"{task}, {arm}", *(f"{seconds:.3f}" for seconds in (*times, each["step, s"])))
+        after, n = [rows[arm]["after"] for arm in ("FP8", "bf16")], rows["FP8"]["problems"]
+        half = 1.96 * math.sqrt(sum(p * (1 - p) / n for p in after))
+        chances.append((abs(after[0] - after[1]), half))
+        speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
+    (rollout, step), (rollout_2, step_2) = speeds
+    yield PAGE, f"take {rollout:.2f} and {rollout_2:.2f} times as long, and the steps {step:.2f} and {step_2:.2f} times"
+    at = f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, but its steps take {step:.2f} to {step_2:.2f} times as long"
+    yield f"{DOCS}/quantization.md", at
+    (sums, half), (countdown, half_2) = chances
+    said = f"(sums {sums:.2f}, 95 % interval ±{half:.2f}; Countdown {countdown:.2f} ±{half_2:.2f})"
+    yield PAGE, said
+    yield PAGE, f"8B weights took {parts['sync']['rows'][0]['sync, s']:.2f} s in the same minutes"
 
 
 def one_h200():
