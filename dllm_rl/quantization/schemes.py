@@ -107,8 +107,14 @@ class Float8Dynamic(Scheme):
     """
 
     def config(self) -> Any:
+        from torchao.quantization.quantize_.common import KernelPreference
+
         torchao = _torchao()
-        return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow(), activation_value_lb=TINY)
+        return torchao.Float8DynamicActivationFloat8WeightConfig(
+            granularity=torchao.PerRow(),
+            activation_value_lb=TINY,
+            kernel_preference=KernelPreference.TORCH,  # AUTO searches the disk for the package mslk in every product
+        )
 
 
 class Int8WeightOnly(Scheme):
