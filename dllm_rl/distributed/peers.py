@@ -1,12 +1,10 @@
-"""Failure detection between processes: if one raises, dies or hangs, the others end with a message that names it.
+"""Failure detection between processes: if one raises, dies or is stopped, the others end with a message that names it.
 
 A thread in each process exchanges heartbeats with the main process, `TICKS_PER_TIMEOUT` times per `peer_timeout`. The
-connection to a dead process closes, a stopped process sends no heartbeats, and a process whose main thread makes no
-progress (`stall`) reports it.
+connection to a dead process closes, and a stopped process sends no heartbeats.
 """
 
 import json
-import math
 import os
 import secrets
 import selectors
@@ -23,7 +21,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from dllm_rl.distributed.collectives import Processes, from_main, gather_objects
-from dllm_rl.distributed.stall import StallDetector
 from dllm_rl.distributed.stop import SIGNALS, Stopped
 from dllm_rl.screen import escape_controls
 
@@ -99,8 +96,6 @@ class Stages(Protocol):
 
     @property
     def place(self) -> str: ...
-    @property
-    def patience(self) -> float: ...
 
 
 def own_address(towards: str) -> str:
@@ -124,10 +119,8 @@ class Peers:
 
     def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
         self.stage: Callable[[], str] = lambda: "its start"  # returns the present stage in words
-        self.patience: Callable[[], float] = lambda: math.inf  # allowed standstill of the main thread / `seconds`
         self.save: Callable[[], None] = lambda: None  # called before the thread ends this process
         self.hear: Callable[[int], None] = lambda number: None  # called with the signal that ends another process
-        self._stall_detector = StallDetector()
         self._index = processes.process_index
         self._seconds = seconds
         self._advice = advice
@@ -158,9 +151,8 @@ class Peers:
             self._connections[0] = self._connected(host, port)
 
     def follow(self, log: Stages) -> None:
-        """Take the stage and the patience from a log, and send each stage to the others when it begins."""
+        """Take the stage from a log, and send each stage to the others when it begins."""
         self.stage = lambda: log.place
-        self.patience = lambda: log.patience
         log.entering = self.tell_stage
 
     def _listen(self, host: str) -> tuple[str, int, str]:
@@ -315,8 +307,6 @@ class Peers:
         if "failed" in message:
             text = f"{connection.name} raised {str(message['failed'])[:300]}, in {connection.stage}"
             self._report_loss(text, connection, is_reported=connection.process == 0)
-        elif "still" in message:
-            self._report_loss(str(message["still"])[:1000], connection)
         elif "lost" in message:
             self._report_loss(str(message["lost"])[:1000], connection, is_reported=True)
         elif "end" in message:
@@ -351,20 +341,8 @@ class Peers:
         for silent in [connection for connection in connections if connection.silent_ticks > TICKS_PER_TIMEOUT]:
             text = f"{silent.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {silent.stage}"
             self._report_loss(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", silent)
-        place = self._stall_detector.look()
-        if self._stall_detector.still_ticks >= TICKS_PER_TIMEOUT * self.patience():
-            self._report_stall(place)
         if late := [process for process, ticks in self._missing.items() if ticks > TICKS_PER_TIMEOUT]:
             self._report_loss(f"process {late[0]} has not joined in peer_timeout={self._seconds:g} s")
-
-    def _report_stall(self, place: str) -> None:
-        """Report that this process's own main thread makes no progress. The main process prints the report."""
-        seconds = self._stall_detector.still_ticks * self._seconds / TICKS_PER_TIMEOUT
-        text = f"{self._name} has stood still for {seconds:g} s (peer_timeout={self._seconds:g}) at {place}"
-        text += f", in {self.stage()}"
-        if not self._main:
-            self._connections[0].send(still=text)
-        self._report_loss(text, is_reported=not self._main)
 
     def _report_loss(self, text: str, connection: PeerConnection | None = None, *, is_reported: bool = False) -> None:
         """Record that a process is lost, and tell the others.

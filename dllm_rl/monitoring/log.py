@@ -42,7 +42,7 @@ class RunLog:
         self.console = Console(quiet=not main, force_jupyter=False, force_interactive=force_interactive)
         self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.entered = self.inside = ""  # the stage that began last, and the stage that is running
+        self.entered = ""  # the stage that began last
         self.entering: Callable[[], None] = lambda: None  # called when a stage begins
         self._step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
         self._equal_reward_steps = 0  # consecutive steps in which each group's rewards were equal
@@ -58,14 +58,6 @@ class RunLog:
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step
 
     @property
-    def patience(self) -> float:
-        """How long the main thread may make no progress in the running stage, in multiples of `peer_timeout`."""
-        if self.inside in ("rollout", "scoring", "update", "sync", "gradients"):
-            return 1.0
-        # A grader may wait for a network until reward_timeout. In other stages a disk or a screen may be slow.
-        return math.inf if self.inside in ("reward", "evaluation", "warm-up") else 10.0
-
-    @property
     def place(self) -> str:
         """The stage that began last and the number of steps done, in words."""
         return f"{self.entered or 'the beginning of a step'}, after {self._steps_done} steps"
@@ -76,13 +68,10 @@ class RunLog:
         `heartbeat`.
         """
         start_time = time.perf_counter()
-        self.entered = self.inside = name
+        self.entered = name
         self.entering()
-        try:
-            with heartbeat(f"{name}, after {self._steps_done} steps,", self.say if self.main else None):
-                yield
-        finally:
-            self.inside = ""
+        with heartbeat(f"{name}, after {self._steps_done} steps,", self.say if self.main else None):
+            yield
         seconds = time.perf_counter() - start_time
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds

@@ -94,46 +94,6 @@ def test_slow_work_is_no_loss(made):
     assert main._connections[1].stage == "rollout, after 7 steps"
 
 
-def test_one_that_stands_still_is_named_by_the_main_process_and_ends(made, monkeypatch):
-    main, first, second = made(3)
-    first.stage = lambda: "update, after 7 steps"
-    first.patience = lambda: 2.0
-    monkeypatch.setattr(first._stall_detector, "look", lambda: "a.py:1")
-    for turn in range(2 * TICKS_PER_TIMEOUT):
-        first._stall_detector.still_ticks = turn + 1
-        first._connections[0].silent_ticks = 0
-        assert not first._lost.is_set()
-        first._tick()
-        hear(main)
-    while not main._lost.is_set():
-        hear(main)
-    while not second._lost.is_set():
-        hear(second)
-    assert first._lost.is_set() and main._loss_message == second._loss_message == first._loss_message, "all end"
-    assert [watch._prints_loss for watch in (main, first, second)] == [True, False, False], "one process says it"
-    assert main._loss_message.startswith("error: process 1 (") and main._loss_message.endswith(
-        "has stood still for 120 s (peer_timeout=60) at a.py:1, in update, after 7 steps; go on"
-    )
-
-
-def test_a_main_process_that_stands_still_says_so(made, monkeypatch):
-    main, other = made(2)
-    monkeypatch.setattr(main._stall_detector, "look", lambda: "a.py:1")
-    main._stall_detector.still_ticks = TICKS_PER_TIMEOUT
-    main._tick()
-    assert not main._lost.is_set(), "before the log is followed a main thread may stand still"
-    main.patience = lambda: 1.0
-    main._tick()
-    while not other._lost.is_set():
-        hear(other)
-    assert (
-        main._prints_loss
-        and not other._prints_loss
-        and "process 0 (" in other._loss_message
-        and "a.py:1" in other._loss_message
-    )
-
-
 def test_a_stage_is_told_when_it_is_entered_and_is_no_turn(made):
     main, other = made(2)
     other.stage = lambda: "reward, after 7 steps"

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,20 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # how many processes, whi
     "raises": (2, 1, {}),
     "dies": (2, 1, {}),
     "is stuck": (2, 1, {"collective_timeout": 20.0}),
-    "stands still": (2, 1, {}),
+    "waits for an engine": (2, 1, {}),
     "is stopped": (2, 1, {}),
     "is stopped, the first": (2, 0, {}),
     "is stopped, weights shared out": (3, 2, SHARED),
 }
 
 
-class Stalling(Unmask):
-    """A sampler that never ends in one process's step 2."""
+class Waiting(Unmask):
+    """A sampler that waits once, in one process, for more seconds than `peer_timeout`."""
 
     def __call__(self, policy: Policy, prompts: Prompts, generator: torch.Generator, **options: Any) -> Rollout:
-        if os.environ["RANK"] == "1" and Faulty.asleep == GRADED_IN_STEP_2 - 1:
-            threading.Event().wait()
+        if os.environ["RANK"] == "1" and Faulty.waited < len(prompts.tokens):
+            Faulty.waited = len(prompts.tokens)
+            time.sleep(9.0)
         return super().__call__(policy, prompts, generator, **options)
 
 
@@ -52,7 +52,7 @@ class Faulty:
     """Sudoku; one process's grader has a fault on a completion of step 2."""
 
     name, version = "faulty", "1"
-    asleep = 0  # completions that this process has graded, of a run in which one stands still
+    waited = 0  # rows of the largest batch for which this process has waited
 
     def __init__(self, fault: str, rank: int = 1) -> None:
         self.fault, self.rank, self.graded, self.task = fault, str(rank), 0, Sudoku(split="train", size=32)
@@ -68,7 +68,6 @@ class Faulty:
 
     def reward(self, problem: Any, completion: str) -> Any:
         self.graded += 1
-        Faulty.asleep += self.fault == "stands still"
         if os.environ["RANK"] == self.rank and self.graded == GRADED_IN_STEP_2:
             if self.fault == "raises":
                 raise ZeroDivisionError("by zero")
@@ -89,8 +88,8 @@ def main(root: Path) -> dict[str, list[Any]]:
     for case, (processes, rank, changes) in CASES.items():
         directory, settings = root / case, every | changes
         task = Faulty(case.partition(",")[0], rank)
-        if case == "stands still":
-            settings["sampler"] = Stalling(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence())
+        if case == "waits for an engine":
+            settings["sampler"] = Waiting(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence())
         code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
         saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
         same, more = None, ""

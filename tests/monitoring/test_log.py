@@ -1,7 +1,6 @@
 """What a run's log does with a deleted folder and numbers that JSON does not have; which trackers take them."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -77,18 +76,6 @@ def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
     ]
     for row, (name, spent) in zip(rows, log.seconds.items(), strict=True):
         assert row["step_time"] == row[f"time/{name}"] == spent > 0
-
-
-def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_lose(tmp_path):
-    log = RunLog(tmp_path, start=0, main=False)
-    computes = dict.fromkeys(("rollout", "scoring", "update", "sync", "gradients"), 1.0)
-    grades = dict.fromkeys(("reward", "evaluation", "warm-up"), math.inf)
-    expected = {"between stages": 10.0, "waiting": 10.0, **computes, **grades}
-    found = {"between stages": log.patience}
-    for name in list(expected)[1:]:
-        with log.stage(name):
-            found[name] = log.patience
-    assert found == expected
 
 
 def events(directory: Path) -> EventAccumulator:

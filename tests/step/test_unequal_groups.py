@@ -14,7 +14,7 @@ from rows import SIZES, gradients_of_shared_rows, unequal
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import LeaveOneOut, OneStep, Prompts, Rollout, StepFeature, Trajectory, train
+from dllm_rl import LeaveOneOut, Prompts, Rollout, StepFeature, Trajectory, train
 from dllm_rl.algorithms.losses import K3, Reinforce, SequenceMean, policy_loss
 from dllm_rl.algorithms.prompt_sources import RewardHistory, UniformPrompts
 from dllm_rl.decoding.tokens import encode

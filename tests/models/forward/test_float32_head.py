@@ -5,19 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 import torch.nn.functional as F
 from layouts import checkpoint
 from repetitions import crossed
 from run_outputs import metrics_of
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
-from dllm_rl.models.forward.float32_head import float32_linear, projected_in_float32
+from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import Int8WeightOnly

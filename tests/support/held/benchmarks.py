@@ -39,8 +39,8 @@ def a_run_on_an_h200():
         speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
     (rollout, step), (rollout_2, step_2) = speeds
     yield PAGE, f"take {rollout:.2f} and {rollout_2:.2f} times as long, and the steps {step:.2f} and {step_2:.2f} times"
-    at = f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, but its steps take {step:.2f} to {step_2:.2f} times as long"
-    yield f"{DOCS}/quantization.md", at
+    steps = f"but its steps take {step:.2f} to {step_2:.2f} times as long"
+    yield f"{DOCS}/quantization.md", f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, {steps}"
     (sums, half), (countdown, half_2) = chances
     said = f"(sums {sums:.2f}, 95 % interval ±{half:.2f}; Countdown {countdown:.2f} ±{half_2:.2f})"
     yield PAGE, said
