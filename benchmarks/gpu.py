@@ -7,20 +7,19 @@ A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed say
 file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order, with the
 minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
-    run sums      (0.4)  benchmarks/gpu_run.py
-    run countdown (1.2)  benchmarks/gpu_run.py
     step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
-    learner        0.3   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
-    sync           0.2   a fresh copy's weights, quantized in place
+    sampler N      2.5   plain, exact, cached, FP8, eager and then all of it compiled; 64, 8, 1 rows; LLaDA-8B's shapes
+    learner        0.6   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
+    sync           0.3   a fresh copy's weights, quantized in place
     whole step N  (0.8)  steps as one graph (`compile_step`), N rows
-    sampler 8      3     plain, exact, cached, FP8, eager and then all of it compiled; 8 rows; LLaDA-8B's shapes
-    sampler N      2.5   the same with 1 row, and with 64
     mismatch      (0.3)  trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     long          (0.3)  the sampler's ways at 256 tokens
     experts       (0.2)  a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
-    roofline       0.2   products in bf16 and FP8, and copying: what the other parts are held against
-    tests         (0.2)  pytest -m gpu
+    roofline       0.3   products in bf16 and FP8, and copying: what the other parts are held against
+    tests          1.5   pytest -m gpu
+    run sums       3.7   benchmarks/gpu_run.py, which takes the pretrained weights
+    run countdown  4.1   benchmarks/gpu_run.py
 """
 
 import argparse
@@ -321,16 +320,16 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
 PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
     "step": step,
     "plan": planned,
+    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (64, 8, 1)},
     "learner": learner,
     "sync": sync,
     **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
-    **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 64)},
     "mismatch": mismatch,
     "long": partial(sampler, length=256),
     "experts": experts,
     "roofline": roofline,
 }
-QUEUE = ("run sums", "run countdown", *PARTS, "tests")
+QUEUE = (*PARTS, "tests", "run sums", "run countdown")  # what was measured last comes last
 
 
 def tests(rehearse: bool) -> list[Row]:

@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu_minutes.sh [--minutes 8.5] [--rehearse]
 #
-# It installs what runs/parcels/1/wheels.zip holds, joins the weights' parts (benchmarks/parcels.py), and goes on with
+# It installs what runs/parcels/1/wheels.zip holds, joins the weights' parts if there are any (benchmarks/parcels.py;
+# only the runs at the queue's end take them), and goes on with
 # benchmarks/gpu.py's queue in runs/gpu; --rehearse: at toy size on a CPU, in runs/rehearsal. Where OUT names a folder,
 # OUT/results.tar.gz has every result so far. PYTHON: the interpreter (default: python3).
 set -euo pipefail
@@ -22,7 +23,7 @@ if [ -e runs/parcels/1/wheels.zip ] && [ ! -d runs/site ]; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target runs/site.new runs/wheels/*.whl
   mv runs/site.new runs/site
 fi
-if [ -d runs/parcels ] && ! ls weights/*smollm2* >/dev/null 2>&1; then
+if ls runs/parcels/*/part.json >/dev/null 2>&1 && ! ls weights/*smollm2* >/dev/null 2>&1; then
   "$python" -m benchmarks.parcels join runs/parcels || exit 3
 fi
 "$python" -m benchmarks.gpu --queue "$results" "$@"
