@@ -29,7 +29,9 @@ def a_run_on_an_h200():
         rows = {r["what"].split()[-1]: r for r in parts[f"run {task}"]["rows"]}
         for arm, each in rows.items():
             quantized = f"{each['quantized']:.3f}" if arm == "FP8" else ""
-            cells = (f"{each['before'] + 1e-9:.3f}", f"{each['after'] + 1e-9:.3f}", quantized, f"{each['ESS']:.3f}")
+            cells = (f"{each['before'] + 1e-9:.3f}", f"{each['after'] + 1e-9:.3f}", quantized)
+            mismatch = (f"{each['mean abs d, nats']:.3f}", f"{each['max abs d, nats']:.2f}")
+            yield PAGE, row(f"{task}, {arm}", *mismatch, f"{each['ESS']:.3f}", f"{each['least ESS']:.3f}")
             yield PAGE, row(f"{task}, {arm}", *cells, f"{each['completions']:,}").replace("|  |", "| |")
             times = (each[f"{name}, s a step"] for name in ("rollout", "reward", "scoring", "update", "sync"))
             yield PAGE, row(f"{task}, {arm}", *(f"{seconds:.3f}" for seconds in (*times, each["step, s"])))
