@@ -1,6 +1,5 @@
 """Hooks of a run. Subclass `Callback` to log more, to request a checkpoint, or to end a run early."""
 
-import difflib
 import inspect
 import json
 import math
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.records import Bound
+from dllm_rl.records import Bound, nearest_hint
 
 
 @dataclass
@@ -218,9 +217,7 @@ def check_hooks(index: int, callback: Callback) -> None:
     for name in dir(kind):
         where = f"callbacks[{index}]: {kind.__name__}.{name}"
         if name.startswith("on_") and name not in hooks and callable(getattr(kind, name)):
-            near = difflib.get_close_matches(name, hooks, n=1)
-            remedy = f"the nearest is {near[0]}" if near else f"the hooks are {', '.join(hooks)}"
-            raise ValueError(f"{where} is never called; {remedy}")
+            raise ValueError(f"{where} is never called{nearest_hint(name, hooks)} ({', '.join(hooks)})")
         if name not in hooks:
             continue
         method = getattr(callback, name)

@@ -25,7 +25,7 @@ from dllm_rl.records import (
     Record,
     annotations_of,
     fit,
-    nearest_name,
+    nearest_hint,
     record_type,
     required_settings,
     subclass_named,
@@ -341,13 +341,13 @@ def _imported(text: str, path: str) -> Any:
 
 
 def _refuse(path: str, prefix: str, settable: Mapping[str, Any], owner: type) -> typing.NoReturn:
-    nearest = nearest_name(path, [prefix + name for name in settable])
-    if nearest is None:
+    if not settable:
         raise ValueError(
             f"--{path} is not a setting of {owner.__name__}, which has none; choose another class by --{prefix[:-1]}"
         )
     listed = f"--{prefix}help {owner.__name__}" if prefix and issubclass(owner, Record) else "--help"
-    raise ValueError(f"--{path} is not a setting of {owner.__name__}; the nearest is --{nearest} ({listed} lists all)")
+    hint = nearest_hint(path.removeprefix(prefix).partition(".")[0], settable, f"--{prefix}{{}}")
+    raise ValueError(f"--{path} is not a setting of {owner.__name__}{hint} ({listed} lists all)")
 
 
 def _one_line(message: str) -> str:

@@ -85,10 +85,20 @@ def option(*, default: Any = dataclasses.MISSING, help: str = "", **bound: int |
     return dataclasses.field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
+def nearest_hint(text: str, names: Iterable[str], form: str = "{}") -> str:
+    """Return "; the nearest is NAME" for the error message about an unknown name, or "" if no name is near.
+
+    Letters may be of either case. `form` formats the name.
+    """
+    by_text = {name.lower(): name for name in names}
+    nearest = difflib.get_close_matches(text.lower(), by_text, n=1)
+    return f"; the nearest is {form.format(by_text[nearest[0]])}" if nearest else ""
+
+
 def with_nearest(name: str, known: Iterable[str]) -> str:
     """Return an unknown name for an error message, with the nearest of the known names if one is near."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"{name} (the nearest is {nearest[0]})" if nearest else name
+    hint = nearest_hint(name, known).removeprefix("; ")
+    return f"{name} ({hint})" if hint else name
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
@@ -270,13 +280,7 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
     }
     names = [name for name, origins in kinds.items() if Callable not in origins]
     names = names or [*known]
-    raise ValueError(f"{name}={text!r} is not known; the nearest is {nearest_name(text, names)} ({', '.join(names)})")
-
-
-def nearest_name(text: str, names: Iterable[str]) -> str | None:
-    """Return the name that is most like a text, at any distance and without regard to case; None if there is none."""
-    by_text = {name.lower(): name for name in names}
-    return next((by_text[near] for near in difflib.get_close_matches(text.lower(), by_text, n=1, cutoff=0)), None)
+    raise ValueError(f"{name}={text!r} is not known{nearest_hint(text, names)} ({', '.join(names)})")
 
 
 def required_settings(record: type[Record]) -> dict[str, Any]:
@@ -405,9 +409,8 @@ def make_record(record: type[Made], settings: Mapping[str, Any]) -> Made:
     known = annotations_of(record)
     for name in settings:
         if name not in known:
-            nearest = nearest_name(name, known)
-            remedy = f"the nearest is {nearest!r}" if nearest else "it has no settings"
-            raise ValueError(f"{name}={settings[name]!r} is no setting of {record.__name__}; {remedy}")
+            remedy = nearest_hint(name, known, "{!r}") if known else "; it has no settings"
+            raise ValueError(f"{name}={settings[name]!r} is no setting of {record.__name__}{remedy}")
     if missing := sorted(required_settings(record).keys() - settings.keys()):
         raise ValueError(f"{record.__name__} needs {', '.join(missing)}")
     defaults = {f.name: f.default for f in dataclasses.fields(record)}  # type: ignore[arg-type]

@@ -282,7 +282,7 @@ def test_a_script_of_the_recipes(recipe):
             "--corrector Compose --corrector.parts [{class_path:\xa0TIS,init_args:\xa0{cap:\xa00.5}}]",
             "cap=0.5 must be at least 1",
         ),
-        ("--kl PPOClip", "the nearest is K"),
+        ("--kl PPOClip", "kl='PPOClip' is not known (K1, K2, K3)"),
         ("--loss.epsilon 0.1", "choose it by --loss, one of"),
         ("--sampler.commit Threshold", "needs --sampler.commit.tau"),
         ("--likelihood BlockELBO", "needs --likelihood.block_size"),

@@ -1,6 +1,5 @@
 """Compare a recipe with a checkpoint's: which settings may change when a run is resumed."""
 
-import difflib
 import json
 import re
 from dataclasses import MISSING, fields
@@ -8,7 +7,7 @@ from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.records import ADDRESS, describe_json, to_json
+from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json
 from dllm_rl.settings import Settings, best_rule
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
@@ -49,8 +48,7 @@ def allowed_changes(recipe: Settings) -> set[str]:
     known = {f.name for f in fields(recipe)}
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"allow_changed: {name!r} is no setting" + (f"; {near[0]} is near" if near else ""))
+            raise ValueError(f"allow_changed: {name!r} is no setting{nearest_hint(name, known)}")
         if name in CANNOT_CHANGE:
             raise ValueError(
                 f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "

@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, fields = (words, {}) if words[:1] == ["lm-eval"] else split_fields(words)
     except ValueError as error:
         parser.error(str(error))
-    arguments = parser.parse_args(words)
+    arguments, rest = parser.parse_known_args(words)
+    if rest and hasattr(arguments, "prompts") and not any(word.startswith("-") for word in rest):
+        arguments.prompts = [*arguments.prompts, *rest]  # argparse takes no more positional arguments after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.fields = fields
     try:
         check_paths(arguments)

@@ -1,6 +1,5 @@
 """Small models made from scratch: stock transformers classes with a character-level tokenizer."""
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
+from dllm_rl.records import nearest_hint
 
 PAD = "<pad>"
 MASK = "<mask>"
@@ -241,10 +241,8 @@ def _make_config(function: str, config_class: Callable, fields: dict[str, Any], 
         if name in ARGUMENTS:
             raise ValueError(f"{name}={overrides[name]!r} follows from the other arguments of {function}; leave it out")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ValueError(
-                f"{name}={overrides[name]!r} is not a field of {config_class.__name__}; the nearest is {near[0]!r}"
-            )
+            hint = nearest_hint(name, names, "{!r}")
+            raise ValueError(f"{name}={overrides[name]!r} is not a field of {config_class.__name__}{hint}")
     _num_heads(overrides, fields["hidden_size"])
     return config_class(**fields | overrides)
 

@@ -1,6 +1,5 @@
 """What follows an update: evaluation, callbacks, log and checkpoint. Also load the best checkpoint at the end."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.models.base import Policy
+from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
@@ -28,8 +28,7 @@ def before_first_step(run: Run[Settings]) -> None:
     recipe, metrics = run.recipe, run.state.eval_before
     for setting, name in recipe.evaluated_metrics.items():
         if name not in metrics:
-            matches = difflib.get_close_matches(name, metrics, n=1)
-            hint = f"; {matches[0]!r} is near" if matches else ""
+            hint = nearest_hint(name, metrics, "{!r}")
             raise ValueError(f"{setting} is not one of {', '.join(sorted(metrics))}{hint}")
     if recipe.callbacks:
         run.state = replace(run.state, callbacks=from_main(partial(start_callbacks, run), run.accelerator))
@@ -117,11 +116,9 @@ def warn_of_missing_metric(run: Run[Settings], callback: Callback, metrics: Mapp
     """
     names = {*metrics, *(f"eval/{name}" for name in run.state.eval_before)}
     if isinstance(callback, StopBelow | SaveBest) and callback.metric not in names:
-        matches = difflib.get_close_matches(callback.metric, names, n=1)
-        hint = f"; {matches[0]!r} is near" if matches else ""
         run.log.say(
             f"warning: {type(callback).__name__} acts on the metric {callback.metric!r}, which step {run.control.step} "
-            f"does not have{hint}"
+            f"does not have{nearest_hint(callback.metric, names, '{!r}')}"
         )
 
 

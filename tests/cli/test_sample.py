@@ -118,6 +118,17 @@ def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys
     assert "commit=Threshold(tau=0.5), cache=DualCache(refresh=2)" in record["sampler"]
 
 
+def test_prompts_may_stand_on_both_sides_of_an_option(checkpoint, capsys):
+    assert cli.main(["sample", checkpoint, "12.=", "--no_live", "21.=", "1.2=", "--max_new_tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(SystemExit):
+        cli.main(["sample", checkpoint, "--no_live", "12.=", "--no_such"])
+    assert "unrecognized arguments: 12.= --no_such" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["stop", checkpoint, "12.="])
+    assert "unrecognized arguments: 12.=" in capsys.readouterr().err
+
+
 def test_command_draws_every_step(checkpoint, capsys):
     from dllm_rl.models.policy import load_policy
 
@@ -130,7 +141,7 @@ def test_command_draws_every_step(checkpoint, capsys):
     ("arguments", "message"),
     [
         (["--rank", "best"], "(Confidence, MaxProb, Margin, Entropy, RandomOrder, PlackettLuce)"),
-        (["--rank", "best"], "rank='best' is not known; the nearest is Entropy"),
+        (["--rank", "best"], "rank='best' is not known (Confidence, "),
         (["--commit", "Threshold"], "--commit Threshold needs --commit.tau"),
         (["--commit", "Schedule", "--commit.tau", "3"], "--commit.tau is no setting of Schedule; leave it out"),
         (["--commit", "Threshold", "--commit.tau", "x"], "--commit Threshold: tau='x' is of type str; give float"),
@@ -139,7 +150,7 @@ def test_command_draws_every_step(checkpoint, capsys):
         (["--commit", "Threshold", "--commit.tau", "2e0"], "--commit Threshold: tau=2.0 must lie in (0, 1]"),
         (["--commit.tau", "0.5"], "--commit.tau needs --commit, the class with this setting"),
         (["--rank", "PlackettLuce", "--rank.temperature", "1", "--rank.base_rank", "Best"], "base_rank='Best' is not"),
-        (["--cache", "half"], "cache='half' is not known; the nearest is"),
+        (["--cache", "half"], "cache='half' is not known (BlockCache, "),
         (["--cache", "BlockCache", "--cache.refresh", "2"], "--cache.refresh is no setting of BlockCache"),
         (["--max_new_tokens", "900"], "max_new_tokens=900"),
     ],

@@ -327,7 +327,7 @@ def made(name, **settings):
             'cache="DualCache" does not work with a suffix; leave',
         ),
         ({"min_p": 0.1}, 400, "min_p", "min_p=0.1 is not supported by this server; leave it out"),
-        ({"rank": "best"}, 400, None, "rank='best' is not known; the nearest is Entropy (Confidence"),
+        ({"rank": "best"}, 400, None, "rank='best' is not known (Confidence"),
         ({"rank": 3}, 400, "rank", "rank=3 should be a valid string"),
         ({"rank": "FunctionRank"}, 400, None, "FunctionRank needs function"),
         ({"rank": {"class_path": "os.system", "init_args": {}}}, 400, None, "rank='os.system' is not known"),

@@ -63,8 +63,8 @@ def process(checkpoint, *options, **variables):
         (["--token_file", ""], "error: token_file='' is empty"),
         (["--commit", "Threshold"], "error: --commit Threshold needs --commit.tau"),
         (["--max_new_tokens", "0"], "error: max_new_tokens=0 fills in a prompt, which the server does not do"),
-        (["--quantization", "fp9"], "error: quantization='fp9' is not known; the nearest is "),
-        (["--cache", "best"], "error: cache='best' is not known; the nearest is "),
+        (["--quantization", "fp9"], "error: quantization='fp9' is not known (FakeQuantize"),
+        (["--cache", "best"], "error: cache='best' is not known (BlockCache"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_a_line(options, said, capsys, monkeypatch, tmp_path):

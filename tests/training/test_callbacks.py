@@ -256,7 +256,7 @@ def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, 
         ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
         ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
         ({"callbacks": [SaveBest("eval/reward")], "eval_steps": 9}, r"SaveBest\('eval/reward'\) .* every 9 steps"),
-        ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "'reward' is near"),
+        ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "the nearest is 'reward'"),
     ],
 )
 def test_what_cannot_be_called_or_measured_is_refused_before_the_first_step(tmp_path, settings, field):
@@ -306,8 +306,8 @@ def test_sft_keeps_its_numbers_too(tmp_path):
 @pytest.mark.parametrize(
     ("callback", "said"),
     [
-        (StopBelow("eval_reward", 0.0), "StopBelow acts on the metric 'eval_reward', .*; 'eval/reward' is near"),
-        (SaveBest("rewards"), "SaveBest acts on the metric 'rewards', .*; 'reward' is near"),
+        (StopBelow("eval_reward", 0.0), "StopBelow acts on the metric 'eval_reward', .*; the nearest is 'eval/reward'"),
+        (SaveBest("rewards"), "SaveBest acts on the metric 'rewards', .*; the nearest is 'reward'"),
         (SaveBest("mine/number"), "SaveBest acts on the metric 'mine/number', which step 1 does not have"),
         (StopBelow("step_time", 0.0), "StopBelow acts on the metric 'step_time', which step 1 does not have"),
         (StopBelow("eval/reward", 0.0), None),
