@@ -409,7 +409,7 @@ def make_record(record: type[Made], settings: Mapping[str, Any]) -> Made:
     known = annotations_of(record)
     for name in settings:
         if name not in known:
-            remedy = nearest_hint(name, known, "{!r}") if known else "; it has no settings"
+            remedy = f"{nearest_hint(name, known, '{!r}')} ({', '.join(known)})" if known else "; it has no settings"
             raise ValueError(f"{name}={settings[name]!r} is no setting of {record.__name__}{remedy}")
     if missing := sorted(required_settings(record).keys() - settings.keys()):
         raise ValueError(f"{record.__name__} needs {', '.join(missing)}")
