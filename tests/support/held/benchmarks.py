@@ -24,7 +24,7 @@ def on_an_h100():
 
 def a_run_on_an_h200():
     parts = stored(f"{RESULTS}/gpu-h200")["parts"]
-    speeds, chances = [], []
+    speeds, chances, ess = [], [], []
     for task in ("sums", "countdown"):
         rows = {r["what"].split()[-1]: r for r in parts[f"run {task}"]["rows"]}
         for arm, each in rows.items():
@@ -35,6 +35,7 @@ def a_run_on_an_h200():
             yield PAGE, row(f"{task}, {arm}", *cells, f"{each['completions']:,}").replace("|  |", "| |")
             times = (each[f"{name}, s a step"] for name in ("rollout", "reward", "scoring", "update", "sync"))
             yield PAGE, row(f"{task}, {arm}", *(f"{seconds:.3f}" for seconds in (*times, each["step, s"])))
+        ess.append(f"{rows['FP8']['ESS']:.3f}")
         after, n = [rows[arm]["after"] for arm in ("FP8", "bf16")], rows["FP8"]["problems"]
         half = 1.96 * math.sqrt(sum(p * (1 - p) / n for p in after))
         chances.append((abs(after[0] - after[1]), half))
@@ -43,6 +44,10 @@ def a_run_on_an_h200():
     yield PAGE, f"take {rollout:.2f} and {rollout_2:.2f} times as long, and the steps {step:.2f} and {step_2:.2f} times"
     steps = f"but its steps take {step:.2f} to {step_2:.2f} times as long"
     yield f"{DOCS}/quantization.md", f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, {steps}"
+    yield (
+        f"{DOCS}/mismatch.md",
+        f"FP8 products](../benchmarks/README.md#a-run-on-one-h200): {' and '.join(ess)} on average",
+    )
     (sums, half), (countdown, half_2) = chances
     said = f"(sums {sums:.2f}, 95 % interval ±{half:.2f}; Countdown {countdown:.2f} ±{half_2:.2f})"
     yield PAGE, said
