@@ -424,6 +424,25 @@ def test_float8_weights_are_torchaos_own(dtype):
     assert torch.equal(ours.scale, layer.weight.scale)
 
 
+def test_float8_products_weights_after_a_sync_are_torchaos_own(monkeypatch):
+    """A sync takes a shorter way than the first copy. torchao's check of the hardware would refuse a CPU."""
+    from torchao.quantization import quant_api
+
+    from dllm_rl.quantization.linear import quantize_weight
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    config = quantize.Float8Dynamic().config()
+    weight[3] = 0
+    first, fresh = (quantize_weight(factor * weight, config)[0] for factor in (1, 1.5))
+    monkeypatch.undo()
+    synced, finite = quantize_weight(1.5 * weight, config, like=first)
+    assert finite and torch.equal(synced.qdata.view(torch.uint8), fresh.qdata.view(torch.uint8))
+    assert torch.equal(synced.scale, fresh.scale) and not torch.equal(first.scale, fresh.scale)
+    kept = ("act_quant_kwargs", "mm_config", "kernel_preference", "block_size", "dtype")
+    assert [getattr(synced, name) for name in kept] == [getattr(fresh, name) for name in kept]
+
+
 def test_a_copy_shares_what_is_frozen_and_keeps_its_precision():
     policy = tiny_llama(characters="abc", causal=False)
     apart = quantized_copy(policy, quantize.Float8WeightOnly())
