@@ -117,7 +117,9 @@ def test_an_id_outside_the_vocabulary_is_refused_where_it_is_met(folder, number)
     fields["model"]["vocab"]["1"] = number
     file.write_text(json.dumps(fields))
     policy = load_policy(folder)
-    with pytest.raises(ValueError, match=r"'1\+1='.*vocabulary"):
+    # Older versions of tokenizers cannot read the largest id themselves.
+    said = f"the tokenizer gives the id {number}, outside the vocabulary of|WordLevel error: Missing"
+    with pytest.raises(ValueError, match=rf"'1\+1='.*({said})"):
         prompt_ids(policy, "1+1=")
 
 
