@@ -4,9 +4,9 @@
 #   bash benchmarks/gpu_minutes.sh [--minutes 8.5] [--rehearse]
 #
 # It installs what runs/parcels/1/wheels.zip holds, joins the weights' parts if there are any (benchmarks/parcels.py;
-# only the runs at the queue's end take them), and goes on with
-# benchmarks/gpu.py's queue in runs/gpu; --rehearse: at toy size on a CPU, in runs/rehearsal. Where OUT names a folder,
-# OUT/results.tar.gz has every result so far. PYTHON: the interpreter (default: python3).
+# only the runs at the queue's end take them), and goes on with benchmarks/gpu.py's queue in runs/gpu; --rehearse: at toy
+# size on a CPU, in runs/rehearsal. Where OUT names a folder, OUT/results.tar.gz has every result so far. PYTHON: the
+# interpreter (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} results=runs/gpu

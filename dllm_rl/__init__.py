@@ -3,7 +3,6 @@
 The public names, in `__init__.pyi`, are imported on first use, so that `import dllm_rl` is fast.
 """
 
-import difflib
 from typing import Any
 
 import lazy_loader
@@ -19,9 +18,8 @@ _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        known = {known_name.lower(): known_name for known_name in __all__}
-        nearest = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"; the nearest is {known[nearest[0]]!r}" if nearest else ""
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{hint}")
+        from dllm_rl.records import nearest_hint
+
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{nearest_hint(name, __all__, '{!r}')}")
     with imports_interruptible():
         return _import_name(name)
