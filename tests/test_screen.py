@@ -144,12 +144,11 @@ def test_evaluation_tables_and_bars(terminal):
     assert terminal().count(SHOWN) > 3
 
 
-def test_the_doctor_shows_tokens_as_they_are(terminal, tmp_path):
+def test_the_doctor_shows_tokens_as_they_are(terminal):
     cause = Cause("weights", 1.0, 1.0, 1.0, 1.0)
     worst = WorstToken(row=0, position=1, token=HOSTILE, before="", after="", learner=0.0, rollout=0.0)
-    write_doctor(Report(HOSTILE, 1, cause, (cause,), (worst,), ((HOSTILE, 1.0),)), directory=tmp_path)
+    write_doctor(Report(HOSTILE, 1, cause, (cause,), (worst,), ((HOSTILE, 1.0),)))
     assert terminal().count(SHOWN) == 3 and "title\x07" not in terminal()
-    assert "\x1b" not in (tmp_path / "doctor.html").read_text()
 
 
 @pytest.mark.parametrize(

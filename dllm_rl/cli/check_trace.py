@@ -19,7 +19,7 @@ def check_trace_command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"bound={arguments.bound} must be at least 0, and finite")
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size={arguments.batch_size} must be at least 1")
-    rollout = read_trace(arguments.file, block_size=arguments.block_size, block_steps=arguments.block_steps)
+    rollout = read_trace(arguments.file)
     names = ("temperature", "top_k", "top_p")
     passed = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     rollout = replace(rollout, sampling_params=replace(rollout.sampling_params, **passed))

@@ -378,7 +378,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    sub.add_argument("--output_dir", help="also write doctor.json, doctor.png and doctor.html here")
+    sub.add_argument("--output_dir", help="also write doctor.json and doctor.png here")
     sub.set_defaults(run=doctor)
 
 
@@ -435,11 +435,9 @@ def doctor(arguments: argparse.Namespace) -> int:
 def add_check_trace(commands: argparse._SubParsersAction) -> None:
     about = "replay an engine's rollouts; exit with 1 if steps are impossible or log-probs are not the model's"
     sub = commands.add_parser("check-trace", help=about)
-    sub.add_argument("file", help="a trace, or responses of SGLang, vLLM or NeMo-RL (.jsonl)")
+    sub.add_argument("file", help="a trace (.jsonl)")
     sub.add_argument("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
-    sub.add_argument("--block_size", type=int, help="the engine's block size in tokens; needed only for responses")
-    sub.add_argument("--block_steps", type=int, help="vLLM's steps per block (default: one per token)")
-    sub.add_argument("--temperature", type=float, help="default: as recorded; 1 for responses")
+    sub.add_argument("--temperature", type=float, help="default: as recorded")
     sub.add_argument("--top_k", type=int, help="default: as recorded")
     sub.add_argument("--top_p", type=float, help="default: as recorded")
     sub.add_argument(

@@ -1,7 +1,5 @@
-"""Print a report of `diagnose`, and write it as JSON, as a figure and as an HTML page."""
+"""Print a report of `diagnose`, and write it as JSON and as a figure."""
 
-import base64
-import html
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +54,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
 
 
 def write_doctor(report: Report, *, as_json: bool = False, directory: Path | None = None) -> None:
-    """Print the report, as tables or as JSON; with a directory also write doctor.json, doctor.png and doctor.html."""
+    """Print the report, as tables or as JSON; with a directory also write doctor.json and doctor.png."""
     text = json.dumps(asdict(report) | {"verdict": report.verdict}, indent=2)
     if as_json:
         print(text)
@@ -73,7 +71,6 @@ def write_doctor(report: Report, *, as_json: bool = False, directory: Path | Non
         write_text(directory / "doctor.json", text + "\n")
         with replacing(directory / "doctor.png") as partial:
             plot(report, partial)
-        write_text(directory / "doctor.html", page(report, (directory / "doctor.png").read_bytes()))
 
 
 def plot(report: Report, path: Path) -> None:
@@ -93,29 +90,3 @@ def plot(report: Report, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
-
-
-def page(report: Report, picture: bytes) -> str:
-    """Return the report as an HTML page that contains the figure."""
-    head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
-    parts = [head, STYLE, f"<p>{_escaped(report.verdict)}</p>"]
-    for title, columns, lines in tables(report):
-        body = "".join(_row("td", line) for line in lines)
-        parts.append(f"<h2>{_escaped(title)}</h2><table>{_row('th', columns)}{body}</table>")
-    parts.append(f'<img alt="mismatch by cause" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
-    return "\n".join(parts) + "\n"
-
-
-def _row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _escaped(text: str) -> str:
-    # A model may write markup and control characters, which must have no effect on the page.
-    return html.escape(escape_controls(text))
-
-
-STYLE = (
-    "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .8em;text-align:left}"
-    "td:nth-child(n+2){font-variant-numeric:tabular-nums}img{max-width:100%}</style>"
-)

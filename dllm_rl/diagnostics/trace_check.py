@@ -4,7 +4,6 @@ In this file, d = recorded - replayed log-prob of a token, in nats. docs/engines
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -440,25 +439,18 @@ def _logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], params: S
 def _best_temperature(
     logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], record: Float[Tensor, " N"], params: SamplingParams
 ) -> Explanation:
-    """Fit the temperature: the best of a grid from 0.05 to 20, then a golden-section search around it."""
+    """Fit the temperature, between 0.05 and 20: the best of a grid, of a finer grid around that one, and so on."""
 
     def remainder(log_temperature: float) -> float:
         tried = replace(params, temperature=math.exp(log_temperature))
         return (record - _logprobs(logits, tokens, tried)).abs().mean().item()
 
-    grid = torch.linspace(math.log(0.05), math.log(20), 31, dtype=torch.float64).tolist()
-    best = min(grid, key=remainder)
-    log_temperature = _golden_section(remainder, best - (grid[1] - grid[0]), best + (grid[1] - grid[0]))
-    return Explanation("temperature", f"{math.exp(log_temperature):.3g}", remainder(log_temperature))
-
-
-def _golden_section(f: Callable[[float], float], low: float, high: float) -> float:
-    """Return the argument at which a unimodal function is smallest, to 1e-4."""
-    ratio = (math.sqrt(5) - 1) / 2
-    while high - low > 1e-4:
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if f(a) <= f(b) else (a, high)
-    return (low + high) / 2
+    low, high = math.log(0.05), math.log(20)
+    for _ in range(4):  # the last grid has steps of 0.0001
+        grid = torch.linspace(low, high, 31, dtype=torch.float64).tolist()
+        best = min(grid, key=remainder)
+        low, high = best - (grid[1] - grid[0]), best + (grid[1] - grid[0])
+    return Explanation("temperature", f"{math.exp(best):.3g}", remainder(best))
 
 
 def _best_filters(

@@ -55,7 +55,7 @@ def test_the_report_as_json(folder, capsys):
     ("name", "options", "said"),
     [
         ("bad.jsonl", (), "line 1: format and version are not 'dllm_rl_trace' and 1"),
-        ("none.jsonl", (), "none.jsonl is missing"),
+        ("none.jsonl", (), "none.jsonl: No such file or directory"),
         ("clean.jsonl", ("--bound", "nan"), "bound=nan must be at least 0"),
         ("clean.jsonl", ("--batch_size", "0"), "batch_size=0 must be at least 1"),
         ("clean.jsonl", ("--top_k", "0"), "top_k=0 must be at least 1"),
