@@ -29,15 +29,12 @@ class _ScoredTokens:
 
     log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
     finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
+    rows: Bool[Tensor, " B"]  # rows with a finite token
     token_weights: Float[Tensor, " K"]  # one weight per finite token
     row_weights: Float[Tensor, " R"]  # one weight per row with a finite token
     num_tokens: Float[Tensor, ""]  # tokens of ALL rows, minus the estimated non-finite tokens
     num_rows: Float[Tensor, ""]  # ALL rows, minus the estimated rows without a finite token
     nonfinite_fraction: Float[Tensor, ""]  # estimated share of tokens whose ratio is not finite
-
-    @property
-    def rows(self) -> Bool[Tensor, " B"]:
-        return self.finite.any(-1)
 
     def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
         """Estimate the mean over the tokens of all rows."""
@@ -75,6 +72,7 @@ def _select_scored(
     return _ScoredTokens(
         log_mismatch=torch.where(finite, log_mismatch, 0).double(),
         finite=finite,
+        rows=has_finite,
         token_weights=weights[:, None].expand(mask.shape)[finite],
         row_weights=weights[has_finite],
         num_tokens=mask.sum() - num_nonfinite,

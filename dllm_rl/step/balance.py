@@ -16,8 +16,8 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
-from dllm_rl.step.mask_sets import active_rows
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.score import active_rows
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout, group_numbers, starts_group
 

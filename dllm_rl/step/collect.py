@@ -1,4 +1,6 @@
-"""Make the samples of a training step: draw its prompts, sample completions and grade them."""
+"""Make the samples of a training step: draw its problems, replace prompts that are too long, sample completions and
+grade them.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import Advantages, has_unequal_rewards
-from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, texts_to_grade
+from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, prompt_ids, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -21,13 +24,13 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     wait_metrics_of,
 )
+from dllm_rl.models.base import Policy
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.draw_prompts import fit_prompts, group_sizes, prompt_indices
 from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.tasks.base import Problem, Reward, Task, component_fractions, grade
+from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
 from dllm_rl.types import Rollout
 
 
@@ -38,10 +41,9 @@ class GradedCompletion:
     problem: Problem
     completion: str
     reward: Reward
-    num_tokens: int  # number of all tokens, including those after the end token
-    length: int  # number of tokens up to and including the end token; num_tokens without an end token
+    num_tokens: int  # number of tokens of its prompt and of the completion, including those after the end token
+    length: int  # number of tokens up to and including the end token; of all tokens without an end token
     ends: bool  # whether it has an end token
-    prompt_length: int  # number of tokens of its prompt
     forwards: int  # number of forwards that its row took part in
 
 
@@ -70,7 +72,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
         (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
     if component_rewards[:, 0].isnan().all():  # on every process: a single None skips its completion
         raise ValueError(f"no completion of step {step} has a reward: every reward function returned None for each")
-    if history is not None:
+    if settings.prompt_source.uses_history:
         history.add(step, indices, component_rewards, group)
     metrics = reward_metrics(component_rewards[:, 0], group, graded, local_group, accelerator)
     metrics |= reduce_metrics(wait_metrics, accelerator)
@@ -80,7 +82,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
             {"frac_prompts_too_long": (torch.tensor(float(num_too_long)), num_local)}, accelerator
         )
     num_draws = 1
-    num_tokens = count_tokens(graded)
+    num_tokens = sum(item.num_tokens for item in graded)
     while (
         num_draws < settings.max_num_gen_batches
         and not (is_mixed := has_unequal_rewards(component_rewards, group)).all()
@@ -92,13 +94,13 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
             redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw(num_draws, indices, local_redrawn)
             rows = torch.isin(local_group, local_redrawn).nonzero()[:, 0]
             local_rewards[rows] = redrawn_rewards
-            num_tokens += count_tokens(redrawn_graded)
+            num_tokens += sum(item.num_tokens for item in redrawn_graded)
             for row, redrawn_completion in zip(rows.tolist(), redrawn_graded, strict=True):
                 graded[row] = redrawn_completion
             (rows,) = copy_to_device(accelerator.device, rows)
             rollout = rollout.replace_rows(rows, redrawn_rollout, pad_id=context.rollout_policy.pad_id)
         (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
-        if history is not None:
+        if settings.prompt_source.uses_history:
             rows = torch.isin(group, redrawn)
             history.add(step, indices[redrawn], component_rewards[rows], group[rows])
         num_draws += 1
@@ -110,28 +112,19 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
     if settings.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(num_draws)
-        metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards, group)
-    advantages = compute_advantages(
-        settings.advantages, rewards, group, component_reward_arguments(settings, component_rewards)
-    )
+        metrics["dynamic_sampling/frac_reward_zero_std"] = equal_rewards_fraction(rewards, group)
+    component_arguments = {}
+    if settings.advantages.takes_component_rewards:
+        weights = torch.tensor(list(component_reward_weights(settings).values()))
+        component_arguments = {"parts": component_rewards[:, 1:].T, "weights": weights}
+    advantages = compute_advantages(settings.advantages, rewards, group, component_arguments)
     samples = Samples(rollout, group, rewards, advantages, torch.ones(len(rewards), dtype=torch.double), counts)
-    return samples, graded, metrics | compiled_graphs(settings)
+    if settings.counts_graphs:
+        from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
-
-def count_tokens(graded: Sequence[GradedCompletion]) -> int:
-    """Count the tokens of the completions and of their prompts."""
-    return sum(item.prompt_length + item.num_tokens for item in graded)
-
-
-def compiled_graphs(settings: StepSettings) -> dict[str, float]:
-    """Return how many graphs this process has compiled, as a metric; {} if rollouts are not compiled. A growing number
-    means that new shapes are compiled.
-    """
-    if not settings.counts_graphs:
-        return {}
-    from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
-
-    return {"rollout/compiled_graphs": float(counters["stats"]["unique_graphs"])}
+        # Of this process. A growing number means that new shapes are compiled.
+        metrics["rollout/compiled_graphs"] = float(counters["stats"]["unique_graphs"])
+    return samples, graded, metrics
 
 
 def draw_and_grade(
@@ -202,33 +195,28 @@ def sample_and_grade(
         completions = texts_to_grade(rollout_policy, rollout, row_problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
         row_rewards = grade(settings.task, row_problems, completions, costs, timeout=settings.reward_timeout)
-        component_names = tuple(component_reward_weights(settings.advantages, settings.task))
-    prompt_lengths = prompts.lengths
+    component_names = component_reward_weights(settings) if settings.advantages.takes_component_rewards else {}
     graded = []
     reward_rows = []
-    for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
+    for row, (completion, reward, prompt_length) in enumerate(
+        zip(completions, row_rewards, prompts.lengths, strict=True)
+    ):
         num_before_end = costs[row].tokens  # without the end token
         ends = num_before_end < len(completion_ids[row])
         graded_completion = GradedCompletion(
             problem=row_problems[row],
             completion=completion,
             reward=reward,
-            num_tokens=len(completion_ids[row]),
+            num_tokens=prompt_length + len(completion_ids[row]),
             length=num_before_end + ends,
             ends=ends,
-            prompt_length=prompt_lengths[row],
             forwards=costs[row].forwards,
         )
         graded.append(graded_completion)
         # NaN marks a reward or a component that this completion lacks. `grade` has checked that all numbers fit fp32.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
-        reward_rows.append([reward_number(reward), *map(float, component_rewards)])
+        reward_rows.append([math.nan if reward.value is None else float(reward.value), *map(float, component_rewards)])
     return rollout, graded, torch.tensor(reward_rows, dtype=torch.float32)
-
-
-def reward_number(reward: Reward) -> float:
-    """Return the value of a reward; NaN if the completion has none."""
-    return math.nan if reward.value is None else float(reward.value)
 
 
 def compute_advantages(
@@ -255,34 +243,24 @@ def compute_advantages(
     return advantages
 
 
-def component_reward_arguments(settings: StepSettings, rewards: Float[Tensor, "B K"]) -> dict[str, Tensor]:
-    """Return the component rewards and their weights as arguments for `advantages`; {} if it does not accept
-    them. `rewards` has the reward of each completion, then its components.
-    """
-    weights = component_reward_weights(settings.advantages, settings.task)
-    component_rewards = rewards[:, 1:].T
-    return {"parts": component_rewards, "weights": torch.tensor(list(weights.values()))} if weights else {}
-
-
-def component_reward_weights(function: Advantages, task: Task) -> dict[str, float]:
-    """Return the task's reward weights by name; {} if the advantages function takes no component rewards.
+def component_reward_weights(settings: StepSettings) -> dict[str, float]:
+    """Return the task's reward weights by name, for `advantages` that take component rewards.
 
     Raises:
-        ValueError: The advantages function takes component rewards, and the task has no reward weights.
+        ValueError: The task has no reward weights.
     """
-    if not function.takes_component_rewards:
-        return {}
+    task = settings.task
     weights = getattr(task, "reward_weights", None)
     if not weights:
         raise ValueError(
-            f"advantages={describe(function)} takes each component reward, and task "
+            f"advantages={describe(settings.advantages)} takes each component reward, and task "
             f"{task.name!r} has no `reward_weights` (name in the breakdown -> weight); set them, or use "
             "GroupRelative()"
         )
     return dict(weights)
 
 
-def zero_std_fraction(rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> float:
+def equal_rewards_fraction(rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> float:
     """Return the share of groups whose rewards are all equal."""
     return (~has_unequal_rewards(rewards, group)).double().mean().item()
 
@@ -323,22 +301,90 @@ def reward_metrics(
         "completions/distinct_ratio": (torch.tensor(num_distinct), count),
         "completions/mean_forwards": (torch.tensor(num_forwards), count),
     }
-    for name in names:
-        sums_and_counts[f"rewards/{name}/mean"] = sum_fractions(fractions, name)
+    for name in names:  # numerators and denominators, over the completions that have the metric
+        pairs = torch.tensor([row[name] for row in fractions if name in row], dtype=torch.float64).view(-1, 2)
+        sums_and_counts[f"rewards/{name}/mean"] = (pairs[:, 0].sum(), pairs[:, 1].sum())
     means = reduce_metrics(sums_and_counts, accelerator)
     return {
         "reward": graded_rewards.mean().item(),
-        "reward_std": graded_rewards.std(
-            correction=0
-        ).item(),  # correction=1 would give NaN for a batch of one completion
-        "frac_reward_zero_std": zero_std_fraction(rewards, group),
+        "reward_std": graded_rewards.std(correction=0).item(),  # correction=1 would give NaN for one completion
+        "frac_reward_zero_std": equal_rewards_fraction(rewards, group),
         **means,
     }
 
 
-def sum_fractions(fractions: Sequence[dict[str, tuple[float, float]]], name: str) -> tuple[Tensor, Tensor]:
-    """Return the sum of a metric's numerators, and of its denominators, over the completions that have the metric."""
-    pairs = [row[name] for row in fractions if name in row]
-    numerator = sum(pair[0] for pair in pairs)
-    denominator = sum(pair[1] for pair in pairs)
-    return torch.tensor(numerator, dtype=torch.float64), torch.tensor(denominator, dtype=torch.float64)
+def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
+    """Draw a step's problems for all processes, with replacement. The same key gives the same problems."""
+    return torch.randint(num_problems, (size,), generator=generator_for(*key))
+
+
+def prompt_indices(
+    settings: StepSettings, history: RewardHistory, step: int, draw: int = 0
+) -> Int[Tensor, " train_batch_size"]:
+    """Return the indices of a step's problems, over all processes, from `prompt_source`.
+
+    Args:
+        settings: Settings of the step.
+        history: Graded completions of the run.
+        step: Training step.
+        draw: Index of the draw in the step. It is above 0 if dynamic sampling replaces groups.
+
+    Raises:
+        ValueError: The source did not return `train_batch_size` indices of the task.
+    """
+    source, count, size = settings.prompt_source, settings.train_batch_size, len(settings.task)
+    purpose = f"train, draw {draw}" if draw else "train"
+    indices = source.draw(history, count, generator_for(settings.seed, purpose, step))
+    if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
+        name = f"prompt_source={describe(source)}"
+        raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
+    if indices.min() < 0 or indices.max() >= size:
+        problem = f"prompt_source={describe(source)} gave the indices {int(indices.min())} to {int(indices.max())}"
+        raise ValueError(f"{problem}, and task {settings.task.name!r} has the problems 0 to {size - 1}")
+    return indices
+
+
+def group_sizes(
+    settings: StepSettings, history: RewardHistory, indices: Int[Tensor, " P"], step: int
+) -> Int[Tensor, " P"]:
+    """Return the number of completions of each prompt of a step, over all processes, from `prompt_source`.
+
+    Raises:
+        ValueError: The source did not return a whole number of at least 1 for each prompt.
+    """
+    source = settings.prompt_source
+    generator = generator_for(settings.seed, "group sizes", step)
+    sizes = source.group_sizes(history, indices, settings.num_generations, generator)
+    if not isinstance(sizes, Tensor) or sizes.shape != indices.shape or sizes.dtype != torch.long or sizes.min() < 1:
+        problem = (
+            f"group_sizes of prompt_source={describe(source)} must return a tensor of {len(indices)} whole numbers"
+        )
+        raise ValueError(f"{problem} from 1 on, one for each prompt")
+    return sizes
+
+
+def fit_prompts(settings: StepSettings, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
+    """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
+    by the task's next prompt that fits.
+
+    Raises:
+        ValueError: No prompt fits.
+    """
+    task = settings.task
+    max_prompt_length = settings.max_prompt_length
+    if max_prompt_length is None:
+        return [task[i] for i in indices], 0
+    problems = []
+    num_replaced = 0
+    for index in indices:
+        for k in range(len(task)):
+            problem = task[(index + k) % len(task)]
+            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= max_prompt_length:
+                problems.append(problem)
+                num_replaced += k > 0
+                break
+        else:
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length}: every prompt of task {task.name!r} is longer; raise it"
+            )
+    return problems, num_replaced

@@ -25,8 +25,8 @@ class StepContext:
     accelerator: Accelerator
     policy: Policy
     rollout_policy: Policy
+    history: RewardHistory  # empty if the prompt source does not read it
     reference: Policy | None = None
-    history: RewardHistory | None = None  # set if the prompt source reads it
     features: tuple[StepFeature, ...] = ()
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 

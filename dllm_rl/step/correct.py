@@ -9,62 +9,37 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
-from dllm_rl.distributed.collectives import (
-    gather_on_host,
-    reduce_metrics,
-    wait_metrics_of,
-)
+from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_over, wait_metrics_of
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.mask_sets import active_rows, restrict_views
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import ScoredSamples
+from dllm_rl.step.score import ScoredSamples, active_rows, restrict_views
 from dllm_rl.types import Batch, Logprobs, Views
 
 
 def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
-    """Make a training batch for each set of views; also return metrics of the mismatch between learner and rollout."""
-    samples = scored.samples
-    batch, metrics = correct(context, samples, scored.logps[0])
-    later_batches = [make_later_batch(context, samples, logps) for logps in scored.logps[1:]]
+    """Make a training batch for each set of views, with the corrector's weights and loss mask; also return metrics of
+    the mismatch between learner and rollout, over all processes. The metrics are those of the first set of views.
+    """
+    accelerator, samples = context.accelerator, scored.samples
+    # Measured before `gather_rows`, which makes every process wait for the slowest.
+    metrics = reduce_metrics(wait_metrics_of("scoring", accelerator), accelerator)
+    batches: list[Batch] = []
+    for logps in scored.logps:
+        rows = gather_rows(context, samples, logps)
+        weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
+        if not batches:
+            metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
+        batches.append(make_batch(context, samples, logps, rows, weights))
     # After scoring: a collective before it would make the processes wait for each other.
-    for reduced in scored.comparisons:
-        metrics |= reduced()
+    order = reduce_metrics(scored.order_agreement, accelerator)
+    metrics |= {PREFIX + name: value for name, value in order.items()}
+    if scored.routing_counts is not None:
+        metrics |= routing_metrics(sum_over(scored.routing_counts, accelerator))
     for feature in context.features:
         metrics |= feature.metrics(context)
-    return [batch, *later_batches], metrics
-
-
-def correct(context: StepContext, samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
-    """Make the batch of the first update, with the corrector's weights and loss mask; also return mismatch metrics over
-    all processes.
-    """
-    # Measured before `gather_rows`, which makes every process wait for the slowest.
-    wait_metrics = reduce_metrics(wait_metrics_of("scoring", context.accelerator), context.accelerator)
-    rows = gather_rows(context, samples, logps)
-    weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
-    stats = rows.stats
-    metrics = mismatch_metrics(  # of all rows, estimated from the scored rows
-        stats.log_mismatch,
-        rows.completion,
-        old=stats.old_logprobs,
-        advantages=rows.advantages,
-        row_weights=rows.metric_weights,
-    )
-    batch = make_batch(context, samples, logps, rows, weights)
-    likelihood = context.settings.likelihood
-    if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
-        metrics |= step_metrics(
-            stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
-        )
-    return batch, wait_metrics | metrics | trained_metrics | symptoms(context.settings.likelihood, rows, logps.views)
-
-
-def make_later_batch(context: StepContext, samples: Samples, logps: Logprobs) -> Batch:
-    """Make the batch of an update after the first, with the corrector's weights for that update's set of views."""
-    rows = gather_rows(context, samples, logps)
-    weights, _ = apply_corrector(context.settings.corrector, rows)
-    return make_batch(context, samples, logps, rows, weights)
+    return batches, metrics
 
 
 @dataclass(frozen=True)
@@ -134,14 +109,25 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     return weights, trained_metrics
 
 
-def symptoms(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> dict[str, float]:
-    """Return signs of a collapse (`symptom_metrics`) in the rows that the update trains on.
-
-    The share of error tokens (p_learner < 1e-4) is measured only if each log-prob belongs to one token.
+def measure_rows(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> dict[str, float]:
+    """Return the mismatch metrics of all rows, estimated from the scored rows, and signs of a collapse in the rows that
+    the update trains on.
     """
-    is_per_token = likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     stats = rows.stats
-    return symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=stats.old_logprobs if is_per_token else None)
+    metrics = mismatch_metrics(
+        stats.log_mismatch,
+        rows.completion,
+        old=stats.old_logprobs,
+        advantages=rows.advantages,
+        row_weights=rows.metric_weights,
+    )
+    if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
+        scored = rows.completion & (rows.metric_weights > 0)[:, None]
+        metrics |= step_metrics(stats.log_mismatch, scored, stats.unmask_step)
+    # The share of error tokens (p_learner < 1e-4) is measured only if each log-prob belongs to one token.
+    is_per_token = likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
+    old = stats.old_logprobs if is_per_token else None
+    return metrics | symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=old)
 
 
 def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:

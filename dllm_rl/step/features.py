@@ -1,6 +1,5 @@
 """Optional parts of a step. What a run does not use is not in the tuple `StepContext.features`."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -43,10 +42,6 @@ class StepFeature:
     def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:
         """Move or reorder the samples between processes."""
         return samples
-
-    def compare(self, context: "StepContext", rollout: Rollout, views: Views) -> Callable[[], Metrics]:
-        """Measure before scoring, in this process; return a function that reduces it to metrics afterwards."""
-        return dict
 
     def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
         """Change the views before rollout policy and learner score them, and the reference if `changes_views` is set.

@@ -32,7 +32,7 @@ class Samples:
             group is not scored.
         counts: Number of rows of each process.
         rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
-            (`step.mask_sets.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
+            (`step.score.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
             sampler.
         batch_number: Number of the batch, which gives its prompts, random numbers and masks. None (default): the step
             that trains on it. Set only with rollout_schedule='first_ready'.

@@ -1,24 +1,29 @@
-"""Score a step's samples: log-probs under learner, rollout policy and reference, in the same views."""
+"""Score a step's samples: choose the groups to score and their masks, and compute the log-probs under learner, rollout
+policy and reference, in the same views.
+"""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 
+from dllm_rl.distributed.collectives import Metrics
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.mask_sets import active_rows, draw_view_sets, metric_weights
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Logprobs, Rollout, Views
+from dllm_rl.types import Logprobs, Rollout, Views, any_in_group, group_numbers, starts_group
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class ScoredSamples:
     Args:
         samples: The samples, after load balancing.
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
-        comparisons: Functions that reduce what the features have compared to metrics (`StepFeature.compare`).
+        order_agreement: (sum, count) pairs of this process: how often the learner commits the rollout's positions.
+        routing_counts: Choices of experts in this process (`routing_counts`). None: no experts are compared.
     """
 
     samples: Samples
     logps: list[Logprobs]
-    comparisons: list[Callable[[], dict[str, float]]]
+    order_agreement: Metrics
+    routing_counts: Tensor | None
 
 
 def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSamples:
@@ -51,8 +58,14 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     is_trained_row = samples.local(active_rows(settings, samples), context.accelerator)
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator)
-    # Compare before `score`, which may retain graphs: their memory and this comparison's would add up.
-    comparisons = [feature.compare(context, rollout, views[0]) for feature in context.features]
+    order: Metrics = {}
+    routing = None
+    if context.rollout_policy is not context.policy:
+        # Importance weights do not correct a different order of positions, or different experts. Compare before
+        # `score`, which may retain graphs: their memory and this comparison's would add up.
+        with join_uneven_forwards(context.policy):  # both run the learner, which may be sharded
+            order = order_agreement(context.policy, rollout)
+            routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
@@ -63,7 +76,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         retain_graphs = is_trained_row if k == 0 else False
         scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
         logps.append(replace(scores, token_advantages=token_advantages))
-    return ScoredSamples(samples, logps[::-1], comparisons)
+    return ScoredSamples(samples, logps[::-1], order, routing)
 
 
 def rollout_logprob_source(
@@ -180,3 +193,60 @@ def can_retain_graphs(settings: StepSettings, policy: Policy, *, num_forwards: i
     num_graphs = num_forwards * math.ceil(rows / (settings.micro_batch_size or rows))
     has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
     return num_graphs <= settings.max_retained_graphs and not has_dropout
+
+
+def active_rows(settings: StepSettings, samples: Samples) -> Bool[Tensor, " B"]:
+    """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
+    term or an entropy bonus, or if a value model gives the tokens advantages.
+    """
+    return any_in_group(samples.advantages != 0, samples.group) | settings.trains_all_groups
+
+
+def metric_weights(settings: StepSettings, samples: Samples, step: int) -> Float[Tensor, " B"]:
+    """Return each row's weight in the mismatch metrics (`inverse_sampling_weights`). Of the groups that the update
+    skips, `num_mismatch_groups` are sampled.
+    """
+    generator = generator_for(settings.seed, "mismatch sample", step)  # every process draws the same groups
+    is_trained = active_rows(settings, samples)[starts_group(samples.group)]
+    weights = inverse_sampling_weights(is_trained, settings.num_mismatch_groups, generator)
+    return weights[group_numbers(samples.group)]
+
+
+def inverse_sampling_weights(
+    is_trained: Bool[Tensor, " P"], num_sampled: int, generator: Generator
+) -> Float[Tensor, " P"]:
+    """Return weights with which a part of the groups estimates a sum over all groups.
+
+    A group that the update trains on has weight 1. At most `num_sampled` of the n other groups are drawn, without
+    replacement: a drawn group has weight n / (number drawn), the rest 0.
+
+    E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
+    """
+    others = (~is_trained).nonzero()[:, 0].cpu()  # on the generator's device
+    sampled = others[torch.randperm(len(others), generator=generator)[:num_sampled]]
+    weights = is_trained.double()
+    weights[sampled.to(is_trained.device)] = len(others) / max(len(sampled), 1)
+    return weights
+
+
+def draw_view_sets(settings: StepSettings, samples: Samples, step: int, accelerator: Accelerator) -> list[Views]:
+    """Draw the sets of views that score a step's rollout: one for the metrics and the first update, and, if
+    `resample_masks` is set and the estimator is random, one per later update. Later sets score only the groups that the
+    update trains on.
+    """
+    advantages = samples.local(samples.advantages, accelerator)
+    view_sets = []
+    for iteration in range(settings.num_mask_sets):
+        key = (step, iteration) if iteration else (step,)
+        views = settings.likelihood.draw_views(samples.rollout, generator_for(settings.seed, "noise", *key))
+        views = settings.likelihood.with_advantages(views, advantages)
+        is_scored = active_rows(settings, samples) if iteration else samples.metric_weights > 0
+        view_sets.append(restrict_views(views, is_scored, samples, accelerator))
+    return view_sets
+
+
+def restrict_views(views: Views, is_scored: Bool[Tensor, " B"], samples: Samples, accelerator: Accelerator) -> Views:
+    """Return the views without the rows that are not in `is_scored`, which has the rows of all processes."""
+    if is_scored.all():  # return the same object, which all policies share
+        return views
+    return views.restrict_to_rows(samples.local(is_scored, accelerator))

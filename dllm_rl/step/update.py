@@ -1,4 +1,4 @@
-"""Update the learner's weights.
+"""Take one training step on collected samples, and update the learner's weights.
 
 A view is one choice of masked positions for every row of the batch, scored by one forward. A set of views (`Views`) has
 N views, and features that change how a view is computed (`ViewFeature`). An update uses one set. Memory does not grow
@@ -25,11 +25,32 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.correct import make_batches
+from dllm_rl.step.samples import Samples, StepResult
+from dllm_rl.step.score import score_samples
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.types import Batch, Rollout
 
 MEASURED_ROWS = 16  # rows of each process that `update_direction` measures
 MEASURED_VIEWS = 4
+
+
+def train_step(context: StepContext, samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
+    """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
+    with context.log.stage("scoring"), context.learner_forward():
+        scored = score_samples(context, samples, samples.batch_number_of(step))
+    with context.log.stage("update"), context.learner_forward():
+        batches, mismatch = make_batches(context, scored)
+        batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]
+        settings = context.settings.update_settings(step)
+        late = settings.max_staleness + sum(feature.max_staleness for feature in context.features)
+        update_metrics = update(
+            context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
+        )
+        for feature in context.features:
+            feature.learn(context)
+    return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 
 def check_staleness(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:

@@ -13,7 +13,7 @@ from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
 from dllm_rl.step.balance import to_sampling_order
-from dllm_rl.step.collect import GradedCompletion, reward_number
+from dllm_rl.step.collect import GradedCompletion
 from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import completion_metrics
 from dllm_rl.training.run import Run
@@ -51,7 +51,7 @@ def log_completions(
     mismatch_and_advantage = to_sampling_order(row_values, trained, sampled, run.accelerator).tolist()
     if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
-    rewards = [reward_number(answer.reward) for answer in answers]
+    rewards = [math.nan if answer.reward.value is None else float(answer.reward.value) for answer in answers]
     selected = best_and_worst_rows(rewards, group_sizes(sampled.rollout.group[: len(rewards)]))
     (row_index,) = copy_to_device(sampled.rollout.tokens.device, torch.tensor(selected))
     rows_to_log = []

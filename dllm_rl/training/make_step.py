@@ -6,13 +6,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.step.balance import Balance
-from dllm_rl.step.compare import Agreement
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
 from dllm_rl.training.distillation import Teacher
@@ -69,7 +69,7 @@ def make_step(
         reference: The policy that RL started from, for the KL term or as a teacher.
         teacher: The teacher, if it is not the reference.
         features: Further features: the run's value head, and those given to `train`.
-        more: Further fields of StepContext: history, log.
+        more: Further fields of StepContext: history (default: empty), log.
     """
     teacher = reference if recipe.teacher == REFERENCE else teacher
     used: list[StepFeature] = []
@@ -83,8 +83,6 @@ def make_step(
         used.append(Teacher(recipe, teacher))
     if accelerator.num_processes > 1:
         used.append(Balance(swaps=not recipe.zero_mismatch))
-    if rollout_policy is not policy:
-        used.append(Agreement())
     return StepContext(
         settings=step_settings(recipe),
         accelerator=accelerator,
@@ -92,7 +90,7 @@ def make_step(
         rollout_policy=rollout_policy,
         reference=reference,
         features=(*used, *features),
-        **more,
+        **{"history": RewardHistory(len(recipe.task)), **more},
     )
 
 

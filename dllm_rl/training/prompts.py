@@ -13,7 +13,7 @@ from dllm_rl.decoding.tokens import prompt_ids
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
-from dllm_rl.step.draw_prompts import prompt_indices
+from dllm_rl.step.collect import prompt_indices
 from dllm_rl.tasks.base import Task, check_not_empty
 from dllm_rl.training.step_settings import step_settings
 
@@ -22,27 +22,25 @@ HISTORY = "reward_history.safetensors"  # file in a checkpoint
 MAX_SECONDS = 10.0  # time limit of this check per task: some tasks generate problems slowly
 
 
-def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
-    """Return the history of rewards that a run continues: from a checkpoint, or empty. None if the prompt source reads
-    no history.
+def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory:
+    """Return the history of rewards that a run continues: from a checkpoint, or empty. It stays empty if the prompt
+    source does not read it.
 
     Raises:
         ValueError: The checkpoint's file is damaged.
     """
-    if not recipe.prompt_source.uses_history:
-        return None
     size = len(recipe.task)
-    if folder is None or not (folder / HISTORY).exists():  # the run began with another prompt source
-        return RewardHistory(size)
+    if not recipe.prompt_source.uses_history or folder is None or not (folder / HISTORY).exists():
+        return RewardHistory(size)  # without the file, the run began with another prompt source
     try:
         return RewardHistory(size, **safetensors.load((folder / HISTORY).read_bytes()))
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{folder}: {HISTORY} is damaged: {error}; take an earlier checkpoint") from None
 
 
-def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
-    """Return the history's file, by name, for a checkpoint after `step` steps; {} without a history."""
-    return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
+def history_files(history: RewardHistory, step: int) -> dict[str, bytes]:
+    """Return the history's file, by name, for a checkpoint after `step` steps; {} for an empty history."""
+    return {HISTORY: safetensors.save(history.before(step).tensors())} if len(history.step) else {}
 
 
 def check_tasks(recipe: Recipe) -> None:
@@ -133,7 +131,7 @@ def _training_indices(recipe: Recipe) -> Iterable[int]:
     settings = step_settings(recipe)
     indices: dict[int, None] = {}  # in order, without repeats
     for step in range(recipe.num_steps):
-        indices |= dict.fromkeys(prompt_indices(settings, None, step).tolist())
+        indices |= dict.fromkeys(prompt_indices(settings, RewardHistory(size), step).tolist())
         if len(indices) >= MAX_CHECKED_PROMPTS:
             break
     return indices

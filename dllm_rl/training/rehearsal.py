@@ -27,9 +27,8 @@ from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.lora import add_lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.step.collect import GradedCompletion, compute_advantages, sample_and_grade
+from dllm_rl.step.collect import GradedCompletion, compute_advantages, group_sizes, sample_and_grade
 from dllm_rl.step.correct import make_batches
-from dllm_rl.step.draw_prompts import group_sizes
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
@@ -82,7 +81,7 @@ def micro_step(
         features=features if value_head is None else (value_head, *features),
     )
     first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
-    group_sizes(context.settings, None, first_problems, 0)  # checks what the source returns
+    group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
     seeds = row_seeds(generator_for(*key), recipe.num_generations)
     rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
     if recipe.sft_warmup_steps:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
@@ -96,7 +95,6 @@ class Run(Generic[AnySettings]):
     log: RunLog
     step: StepContext | None = None  # of RL, like `engine`
     engine: RolloutEngine | None = None
-    history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
 
     optimizer: torch.optim.Optimizer
     state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps

@@ -225,7 +225,7 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
-    files = history_files(run.history, state.step)
+    files = {} if run.step is None else history_files(run.step.history, state.step)
     files |= feature_states(run)
     if run.async_rollouts is not None:
         files |= run.async_rollouts.files(state.step)

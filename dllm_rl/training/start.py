@@ -24,8 +24,7 @@ from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe_json
 from dllm_rl.settings import Settings
-from dllm_rl.step.collect import component_reward_weights
-from dllm_rl.step.draw_prompts import fit_prompts
+from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.features import StepFeature
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.feature_state import check_value_model, load_states, make_value_head
@@ -142,7 +141,6 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         rollout_policy=rollout_policy,
         step=step,
         engine=engine,
-        history=step.history,
         optimizer=optimizer,
         state=state,
         stop=stop,
@@ -265,7 +263,8 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
     policy = build_policy(recipe, loading_device(recipe, accelerator))
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe, policy)
-    component_reward_weights(recipe.advantages, recipe.task)  # raises ValueError if they are missing
+    if recipe.advantages.takes_component_rewards:
+        component_reward_weights(step_settings(recipe))  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
     policy = shard_policy(recipe, policy, accelerator)

@@ -13,7 +13,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
 from dllm_rl.step.features import StepFeature
-from dllm_rl.step.loop import train_step
+from dllm_rl.step.update import train_step
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish

@@ -17,7 +17,7 @@ from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.step.draw_prompts import draw_indices, fit_prompts
+from dllm_rl.step.collect import draw_indices, fit_prompts
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.training.step_settings import step_settings

@@ -20,7 +20,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
-from dllm_rl.step.draw_prompts import group_sizes, prompt_indices
+from dllm_rl.step.collect import group_sizes, prompt_indices
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import equal_groups

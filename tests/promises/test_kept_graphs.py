@@ -16,10 +16,9 @@ from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.step.correct import correct
-from dllm_rl.step.mask_sets import draw_views, metric_weights
+from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import can_retain_graphs, score
+from dllm_rl.step.score import ScoredSamples, can_retain_graphs, draw_view_sets, metric_weights, score
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
@@ -76,10 +75,11 @@ class Step:
         if not recipe.beta:
             assert (samples.metric_weights > 0).all() and not self.advantages[: recipe.num_generations].any()
         with self.forward():
-            noise = draw_views(step_settings(recipe), samples, samples.metric_weights > 0, (0,), self.accelerator)
+            noise = draw_view_sets(step_settings(recipe), samples, 0, self.accelerator)[0]
             keep = any_in_group(self.advantages != 0, self.rollout.group) | bool(recipe.beta or recipe.entropy_coeff)
             self.logps = score(self.run, self.rollout, noise, retain_graphs=keep)
-        return correct(self.run, samples, self.logps)[0]
+        scored = ScoredSamples(samples, [self.logps], order_agreement={}, routing_counts=None)
+        return make_batches(self.run, scored)[0][0]
 
     def gradient(self):
         """And the forwards of the update: one flag each, whether it was differentiated."""

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.step.collect import collect
-from dllm_rl.step.mask_sets import draw_views
+from dllm_rl.step.score import draw_view_sets
 from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
 from dllm_rl.training.start import start
 from dllm_rl.training.step_settings import step_settings
@@ -75,7 +75,8 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     samples, answers, _ = collect(run.step, 0)
     rollout, rewards = samples.rollout, samples.rewards
     learned = dataclasses.replace(samples, advantages=torch.arange(16.0))
-    noise = draw_views(step_settings(recipe), learned, torch.arange(16) < 12, (0,), run.accelerator)
+    scored = dataclasses.replace(learned, metric_weights=(torch.arange(16) < 12).double())
+    noise = draw_view_sets(step_settings(recipe), scored, 0, run.accelerator)[0]
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(
         old_logprobs=old,
@@ -101,7 +102,7 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     samples = dataclasses.replace(samples, rollout=rollout, advantages=torch.full((16,), torch.inf))
-    noise = draw_views(step_settings(recipe), samples, torch.ones(16, dtype=torch.bool), (0,), run.accelerator)
+    noise = draw_view_sets(step_settings(recipe), samples, 0, run.accelerator)[0]
     same = rollout.logprobs
     logps = Logprobs(
         old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise

@@ -14,7 +14,7 @@ from dllm_rl.distributed.stop import LOCK
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.screen import line_of
-from dllm_rl.step.draw_prompts import draw_indices
+from dllm_rl.step.collect import draw_indices
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 

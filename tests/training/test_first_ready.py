@@ -23,7 +23,7 @@ from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.step.collect import collect
-from dllm_rl.step.loop import train_step
+from dllm_rl.step.update import train_step
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch, read_order
 from dllm_rl.training.late_rollouts.messages import deserialize, trained_weights

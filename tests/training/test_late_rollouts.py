@@ -37,7 +37,7 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
-from dllm_rl.step.loop import train_step
+from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, serialize_batch

@@ -20,8 +20,8 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.step.collect import collect
-from dllm_rl.step.mask_sets import metric_weights
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.score import metric_weights
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
@@ -299,8 +299,8 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     problem = Problem("1 + 1", {})
     # Four tokens each: the first never ends, the second ends with its second token.
     answers = [
-        GradedCompletion(problem, "2", rewards[0], 4, 4, False, 5, 4),
-        GradedCompletion(problem, "2", rewards[1], 4, 2, True, 5, 3),
+        GradedCompletion(problem, "2", rewards[0], 9, 4, False, 4),
+        GradedCompletion(problem, "2", rewards[1], 9, 2, True, 3),
     ]
     group = torch.tensor([0, 0])
     found = reward_metrics(torch.tensor([1.0, 0.0]), group, answers, group, Accelerator(cpu=True))

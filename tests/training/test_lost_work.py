@@ -21,7 +21,7 @@ from dllm_rl.monitoring.json_lines import JsonLines
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.draw_prompts import draw_indices
+from dllm_rl.step.collect import draw_indices
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool

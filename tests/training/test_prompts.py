@@ -9,7 +9,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
-from dllm_rl.step.draw_prompts import fit_prompts
+from dllm_rl.step.collect import fit_prompts
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts

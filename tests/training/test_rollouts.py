@@ -31,7 +31,6 @@ from dllm_rl.step.collect import (
     collect,
     compute_advantages,
     reward_metrics,
-    sum_fractions,
 )
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.datasets import task_from_dataset
@@ -142,12 +141,6 @@ def test_groups_stay_whole_if_they_fit():
         dataclasses.replace(PROMPTS, seeds=None).split(2)
 
 
-def test_a_process_whose_completions_have_no_such_number_adds_nothing_to_its_mean():
-    added = [{"reward": (0.5, 1.0)}, {"reward": (0.0, 1.0), "accuracy": (3.0, 4.0)}]
-    assert [x.item() for x in sum_fractions(added, "accuracy")] == [3.0, 4.0]
-    assert [x.item() for x in sum_fractions(added[:1], "accuracy")] == [0.0, 0.0]
-
-
 def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
     """Every prompt with an odd number tells completions apart; the others' places are drawn again."""
     seen, plain = [], Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
@@ -205,10 +198,20 @@ def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_pa
 
 
 def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
-    completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1, 1)
+    completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1)
     group = torch.tensor([0])
     metrics = reward_metrics(torch.tensor([0.5]), group, [completion], group, Accelerator(cpu=True))
     assert metrics["reward_std"] == 0.0 and metrics["completions/clipped_ratio"] == 1.0
+
+
+def test_a_completion_or_a_process_that_lacks_a_metric_is_left_out_of_its_mean(monkeypatch):
+    breakdowns = [{"reward": 0.5}, {"reward": 0.0, "accuracy": 0.75}]
+    graded = [GradedCompletion(Problem("1"), "2", Reward(0.5, True, each), 1, 1, False, 1) for each in breakdowns]
+    group = torch.tensor([0, 0])
+    monkeypatch.setattr(rollouts_module, "gather_objects", lambda names, _: [*names, "only_elsewhere"])
+    metrics = reward_metrics(torch.tensor([0.5, 0.0]), group, graded, group, Accelerator(cpu=True))
+    assert metrics["rewards/accuracy/mean"] == 0.75 and metrics["rewards/reward/mean"] == 0.25
+    assert "rewards/only_elsewhere/mean" not in metrics
 
 
 def judge(completions, **_):

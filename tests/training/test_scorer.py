@@ -16,9 +16,14 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.rng import generator_for
-from dllm_rl.step.mask_sets import active_rows, inverse_sampling_weights, metric_weights
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import can_retain_graphs, rollout_logprob_source
+from dllm_rl.step.score import (
+    active_rows,
+    can_retain_graphs,
+    inverse_sampling_weights,
+    metric_weights,
+    rollout_logprob_source,
+)
 from dllm_rl.training.make_step import aligns, make_step
 from dllm_rl.training.step_settings import step_settings
 

@@ -23,8 +23,8 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.mask_sets import draw_view_sets, metric_weights
 from dllm_rl.step.samples import Samples, StepResult, rows_of_processes
+from dllm_rl.step.score import draw_view_sets, metric_weights
 from dllm_rl.training.late_rollouts.messages import (
     Collected,
     deserialize,
