@@ -198,7 +198,7 @@ def test_tasks_import_no_torch():
 def test_the_help_of_a_recipe_imports_no_library_of_training():
     program = """
 import atexit, runpy, sys
-names = ("torchao", "accelerate", "torch.distributed.fsdp", "torch._dynamo", "dllm_rl.training.trainer")
+names = ("torchao", "transformers", "accelerate", "torch.distributed.fsdp", "torch._dynamo", "dllm_rl.training.trainer")
 atexit.register(lambda: print([name for name in names if name in sys.modules]))
 sys.argv = ["recipes/sudoku_tiny.py", "--help"]
 runpy.run_path(sys.argv[0], run_name="__main__")

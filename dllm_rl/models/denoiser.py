@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from dllm_rl.models.base import CACHE, Module, Policy, States, Tokens, position_ids
 from dllm_rl.models.logprobs import upcast
@@ -106,6 +105,8 @@ class Prefix:
     @classmethod
     def empty(cls, policy: Policy, rows: int) -> "Prefix":
         config = getattr(policy.module, "config", None)  # it names the layers with a sliding window
+        from transformers import DynamicCache  # not at the top: --help needs no transformers
+
         cache = DynamicCache() if config is None else DynamicCache(config=config.get_text_config(decoder=True))
         return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
 

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers  # its classes are imported on first use, because this takes seconds
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator, nn
-from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import nearest_hint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAD = "<pad>"
 MASK = "<mask>"
@@ -23,11 +24,13 @@ ARGUMENTS = (*TOKENS, "hidden_size", "num_hidden_layers", "max_position_embeddin
 GAIN = 0.7  # initial standard deviation of a block's weights, times sqrt(inputs)
 
 
-def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
+def char_tokenizer(characters: str) -> "PreTrainedTokenizerBase":
     """Return a tokenizer with one token per character, after <pad> 0, <mask> 1, <eos> 2.
 
     Encoding an unknown character raises an exception. Decoding is exact.
     """
+    import transformers  # not at the top: the import takes half a second
+
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` does not match newlines
@@ -62,6 +65,8 @@ def tiny_masked_lm(
         config: Further fields of transformers' RobertaPreLayerNormConfig. Defaults: num_attention_heads=4,
             intermediate_size=384, no dropout.
     """
+    import transformers  # not at the top: the import takes half a second
+
     tokenizer = char_tokenizer(characters)
     positions = max_length + 1  # RoBERTa counts positions from pad_token_id + 1
     fields = _common_fields(tokenizer, False, hidden_size, num_layers, positions)
@@ -97,6 +102,8 @@ def tiny_llama(
         config: Further fields of transformers' LlamaConfig. Defaults: num_attention_heads=4, intermediate_size=256,
             rope_theta=100.
     """
+    import transformers  # not at the top: the import takes half a second
+
     tokenizer = char_tokenizer(characters)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"intermediate_size": 256, "rope_theta": 100.0, "is_causal": causal}  # transformers >= 5.2 honors it
@@ -130,6 +137,8 @@ def tiny_moe(
         config: Further fields of transformers' Qwen3MoeConfig. Defaults: num_attention_heads=4, num_experts=8,
             num_experts_per_tok=2, moe_intermediate_size=128 (width between an expert's layers), rope_theta=100.
     """
+    import transformers  # not at the top: the import takes half a second
+
     tokenizer = char_tokenizer(characters)
     heads = _num_heads(config, hidden_size)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
@@ -166,6 +175,8 @@ def tiny_diffusion_gemma(
             intermediate_size=128, num_experts=2, top_k_experts=1, moe_intermediate_size=64, sliding_window=64,
             final_logit_softcapping=30.
     """
+    import transformers  # not at the top: the import takes half a second
+
     tokenizer = char_tokenizer(characters)
     heads = _num_heads(config, hidden_size)
     rope = {"rope_type": "default", "rope_theta": 100.0}
@@ -205,7 +216,7 @@ def tiny_diffusion_gemma(
 
 
 def _common_fields(
-    tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, max_length: int
+    tokenizer: "PreTrainedTokenizerBase", causal: bool, hidden_size: int, num_layers: int, max_length: int
 ) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
@@ -251,7 +262,7 @@ def _make_config(function: str, config_class: Callable, fields: dict[str, Any], 
 def _make_policy(
     model_class: Callable,
     config: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     head_std: float,
     embedding_std: float = 0.3,

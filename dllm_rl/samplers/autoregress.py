@@ -13,7 +13,7 @@ from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
-from dllm_rl.samplers.cache import KVCache
+from dllm_rl.samplers.cache import empty_cache
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits, check_suppress
@@ -84,7 +84,7 @@ class Autoregress(Sampler):
         input_tokens = prompts.tokens[rows].to(device)
         attention_mask = prompts.attention_mask[rows].to(device)
         positions = position_ids(attention_mask)
-        cache = KVCache(config=policy.module.config)
+        cache = empty_cache(policy)
         eos = torch.tensor(policy.spec.eos_ids, device=device)
         is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
         steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished

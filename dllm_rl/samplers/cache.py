@@ -5,16 +5,18 @@ docs/methods.md explains the tag [paper].
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, block_ranks, position_ids
 from dllm_rl.records import Record, option
+
+if TYPE_CHECKING:
+    from dllm_rl.samplers.kv_cache import KVCache
 
 
 class Cache(Record):
@@ -78,16 +80,11 @@ class DualCache(Cache):
     kind = "dual"
 
 
-class KVCache(DynamicCache):
-    """A cache that stores keys in the dtype of the values.
+def empty_cache(policy: Policy) -> "KVCache":
+    """Return an empty cache of keys and values for a policy's module."""
+    from dllm_rl.samplers.kv_cache import KVCache
 
-    Rotary embeddings and autocast leave fp32 keys next to 16-bit values.
-    """
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
+    return KVCache(config=policy.module.config)
 
 
 class CachedForward:
@@ -165,7 +162,7 @@ class CachedForward:
         key_columns = torch.cat([self.cached_columns, query_columns])
         device_rows, query_index, key_index = copy_to_device(tokens.device, rows, query_columns, key_columns)
         # The model appends the new keys to a copy of the cache, so that the stored keys do not change.
-        past = KVCache(config=module.config) if self.past is None else map_cache(self.past, lambda x: x)
+        past = empty_cache(self.policy) if self.past is None else map_cache(self.past, lambda x: x)
         row_tokens, positions = tokens[device_rows], self.positions[device_rows]
         attention_mask = self.attention_mask[device_rows]
         bias = attention_bias(self.policy, row_tokens, attention_mask, positions, query_index, key_index)
@@ -200,7 +197,7 @@ def attention_bias(
     return bias.masked_fill(~may_attend, torch.finfo(dtype).min)[:, None]
 
 
-def map_cache(past: KVCache, f: Callable[[Tensor], Tensor]) -> KVCache:
+def map_cache(past: "KVCache", f: Callable[[Tensor], Tensor]) -> "KVCache":
     """Return a copy of a cache with `f` applied to its keys and values."""
     layers: list[Any] = [copy.copy(layer) for layer in past.layers]
     for layer in layers:

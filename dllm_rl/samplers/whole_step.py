@@ -21,7 +21,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
 from dllm_rl.rng import uniforms
-from dllm_rl.samplers.cache import Cache, KVCache, attention_bias
+from dllm_rl.samplers.cache import Cache, attention_bias, empty_cache
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM, BlockTracker, Canvas
 from dllm_rl.samplers.choose import Drawn, StepSampler, add_gumbel, draw_and_rank
 from dllm_rl.samplers.rules import Commit, check_last_step
@@ -194,7 +194,7 @@ def check_supported(policy: Policy, canvas: Canvas, cache: Cache | None) -> None
 @torch.no_grad()
 def fills_cache(policy: Policy, canvas: Canvas) -> bool:
     """Return whether a forward of one column leaves its keys and values in its cache."""
-    past = KVCache(config=policy.module.config)
+    past = empty_cache(policy)
     attention_mask = torch.ones_like(canvas.attention_mask[:1, :1])
     positions = position_ids(attention_mask)
     policy.encode(canvas.tokens[:1, :1], attention_mask, positions, cache=past, use_cache=True)
@@ -303,7 +303,7 @@ def _cached_states(
     query_columns = inside if past else all_columns
     key_columns = torch.cat([outside, inside]) if past else all_columns
     bias = attention_bias(policy, tokens, attention_mask, positions, query_columns, key_columns)
-    keys_and_values = KVCache(config=policy.module.config)
+    keys_and_values = empty_cache(policy)
     for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

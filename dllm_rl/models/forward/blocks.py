@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicLayer
 
 from dllm_rl.models.base import CACHE, Module, Policy
 from dllm_rl.models.lora import LoraLinear
@@ -110,6 +109,8 @@ def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any
     past = kw.get(CACHE)
     if past is None:
         return run(block, args, kw)
+    from transformers.cache_utils import DynamicLayer  # not at the top: --help needs no transformers
+
     layer = past.layers[index]
     if type(layer) is not DynamicLayer:
         raise ValueError(f"torch_compile=True: block {index} stores its keys in a {type(layer).__name__}; leave it off")
@@ -138,7 +139,7 @@ class _BlockCache:
 
     @no_type_check
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys = keys.to(values.dtype)  # as in `samplers.cache.KVCache`
+        keys = keys.to(values.dtype)  # as in `samplers.kv_cache.KVCache`
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=-2)
         self.values = values if self.values is None else torch.cat([self.values, values], dim=-2)
         return self.keys, self.values
