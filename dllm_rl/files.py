@@ -90,11 +90,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError, with the folder, if the file is missing or not JSON."""
-    if not path.is_file():  # reading a FIFO would wait
-        raise ValueError(f"{path.parent}: {path.name} is {'not a regular file' if path.exists() else 'missing'}")
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from None
+    except ValueError:  # not UTF-8 or not JSON
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
 
 

@@ -1,7 +1,6 @@
 """State of a sharded optimizer: one safetensors file per process, which any number of processes can load.
 
-torch.distributed.checkpoint (DCP) is not used: it reads pickles, which can run code, and with its safetensors format it
-checks neither dtypes nor whether rows are missing.
+torch.distributed.checkpoint (DCP) is not used: it reads pickles, which can run code.
 """
 
 import errno
@@ -48,10 +47,6 @@ class Part:
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     plain: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
-
-    @property
-    def name(self) -> str:
-        return file_name(self.number, self.count)
 
 
 def file_name(number: int, count: int) -> str:
@@ -101,163 +96,64 @@ def first_row(length: int, number: int, count: int) -> int:
 
 def write_part(folder: Path, part: Part) -> dict[str, Any]:
     """Write a part to disk; return its manifest entry. Raises OSError."""
-    path = folder / part.name
+    path = folder / file_name(part.number, part.count)
     try:
         save_file(part.tensors, path, {"rows": json.dumps(part.rows), "plain": json.dumps(part.plain)})
         flush(path)
     except (OSError, SafetensorError) as error:
         raise OSError(errno.EIO, f"{path} was not saved: {error}") from error
-    return {part.name: manifest.describe(path)}
+    return {path.name: manifest.describe(path)}
 
 
 def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Load this process's rows of the optimizer's state from the parts in a folder.
 
     Raises:
-        ValueError: A part is missing or damaged, or does not fit the policy.
+        ValueError: The parts do not fit the policy.
     """
     parameters = dict(policy.module.named_parameters())
     ordered = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameter_index = {id(parameter): place for place, parameter in enumerate(ordered)}
     state: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
-        pieces, plain_values = _opened(folder, stack)
-        for key in [*pieces, *plain_values]:
+        plain_values: dict[str, Any] = {}
+        files_of: dict[str, list[Any]] = {}  # the files with rows of a tensor, in the order of the rows
+        for path in sorted(folder.glob(PATTERN)):
+            file = stack.enter_context(safe_open(path, "pt"))
+            plain_values |= json.loads(file.metadata()["plain"])
+            for key in sorted(file.keys()):
+                files_of.setdefault(key, []).append(file)
+        for key in [*files_of, *plain_values]:
             kind, _, name = key.partition(" of ")
             if name not in parameters or id(parameters[name]) not in parameter_index:
                 raise ValueError(f"{folder}: {key!r} in the optimizer's state belongs to no trained weight")
             parameter = parameters[name]
-            value = _assembled(folder, key, pieces[key], parameter) if key in pieces else plain_values[key]
+            value = _own_rows(folder, key, files_of[key], parameter) if key in files_of else plain_values[key]
             state.setdefault(parameter_index[id(parameter)], {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A tensor's rows in one file."""
-
-    file: Any
-    first: int  # index of the first row
-    total: int | None  # number of rows in all files; None: not sharded, so that this file has the full tensor
-
-
-def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:
-    """Return the pieces of each tensor, and the values that are not tensors. Reads only the files' headers."""
-    pieces: dict[str, list[_Piece]] = {}
-    plain_values: dict[str, Any] = {}
-    for path in _files(folder):
-        try:
-            file = stack.enter_context(safe_open(path, "pt"))
-            header = file.metadata() or {}
-            row_spans = json.loads(header["rows"])
-            file_values = json.loads(header["plain"])
-        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-            raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
-        names = set(file.keys())
-        if not _are_valid_rows(row_spans, names) or not _are_valid_numbers(file_values):
-            raise ValueError(f"{folder}: {path.name} is damaged: rows or plain values in its header are not valid")
-        for key in sorted(names):
-            first, total = row_spans.get(key, (0, None))
-            pieces.setdefault(key, []).append(_Piece(file, first, total))
-        plain_values |= file_values
-    if duplicates := sorted(pieces.keys() & plain_values.keys()):
-        raise ValueError(
-            f"{folder}: {duplicates[0]!r} in the optimizer's state is a tensor and a number; save it again"
-        )
-    return pieces, plain_values
-
-
-def _are_valid_rows(rows: Any, names: set[str]) -> bool:
-    """Return whether `rows` is {name: [first row, number of rows]}, of tensors in the file."""
-    if not isinstance(rows, dict) or not rows.keys() <= names:
-        return False
-    for pair in rows.values():
-        if not isinstance(pair, list) or list(map(type, pair)) != [int, int] or min(pair) < 0:
-            return False
-    return True
-
-
-def _are_valid_numbers(plain: Any) -> bool:
-    """Return whether `plain` has only numbers and None, and no step is None."""
-    if not isinstance(plain, dict):
-        return False
-    for key, value in plain.items():
-        if value is None and not key.startswith("step of "):
-            continue
-        # This also refuses NaN, infinity, and integers too large for a float.
-        if not isinstance(value, int | float) or not abs(value) < 1e300:
-            return False
-    return True
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the files of all parts. Raises ValueError if one is missing or belongs to another number of parts."""
-    existing = set(folder.glob(PATTERN))
-    count = len(existing)  # each file name contains the number of parts
-    paths = [folder / file_name(number, count) for number in range(count)]
-    if unexpected := sorted(existing.difference(paths)):
-        raise ValueError(f"{folder}: {unexpected[0].name} is not one of the {count} parts that the folder should have")
-    return paths
-
-
-def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
+def _own_rows(folder: Path, key: str, files: list[Any], parameter: Tensor) -> Tensor:
     """Return this process's rows of a tensor, sharded like the parameter."""
-    location = f"{folder}: the optimizer's state {key!r}"
-    spans = _spans(location, key, pieces, parameter)
-    shape = parameter.shape
-    if spans is None:  # a number, the same in all processes
-        return pieces[0].file.get_tensor(key)
+    if not files[0].get_slice(key).get_shape():  # a number, the same in all processes
+        return files[0].get_tensor(key)
+    own, first = parameter, 0
+    if isinstance(parameter, DTensor):
+        own, mesh = parameter.to_local(), parameter.device_mesh
+        first = first_row(len(parameter), mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1])
+    pieces, begin = [], 0
+    for file in files:
+        rows = file.get_slice(key)
+        end = begin + rows.get_shape()[0]
+        pieces.append(rows[max(first, begin) - begin : max(0, min(first + len(own), end) - begin)])
+        begin = end
+    value = torch.cat(pieces)
+    if begin != len(parameter) or value.shape != own.shape:
+        raise ValueError(f"{folder}: {key!r} in the optimizer's state does not have the weight's shape")
     if not isinstance(parameter, DTensor):
-        return _joined(location, spans, 0, shape[0], parameter)
-    local_rows = parameter.to_local()
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "every process is in the mesh"
-    first = first_row(shape[0], coordinate[-1], mesh.shape[-1])
-    value = _joined(location, spans, first, first + len(local_rows), parameter).to(local_rows.device)
-    layout: dict[str, Any] = {"run_check": False, "shape": shape, "stride": parameter.stride()}
-    return DTensor.from_local(value, mesh, parameter.placements, **layout)
-
-
-Span = tuple[int, int, Any]  # first row, row after the last, and the slice of a file
-
-
-def _spans(location: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
-    """Return the pieces in order; None for a number. Raises ValueError unless they have each row of
-    the parameter once.
-    """
-    slices = [piece.file.get_slice(key) for piece in pieces]
-    shape = list(parameter.shape)
-    if len(pieces) == 1 and pieces[0].total is None and slices[0].get_shape() == []:
-        return None
-    spans: list[Span] = []
-    end = 0
-    # An empty piece has the same first row as the piece after it. Their shapes sort the empty piece first.
-    for piece, file_slice in sorted(
-        zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())
-    ):
-        if not shape or piece.total != shape[0] or file_slice.get_shape()[1:] != shape[1:]:
-            raise ValueError(f"{location} does not have the weight's shape {tuple(shape)}")
-        if piece.first != end:
-            raise ValueError(f"{location} has a gap or an overlap at row {end}")
-        spans.append((end, end := end + file_slice.get_shape()[0], file_slice))
-    if end != shape[0]:
-        raise ValueError(f"{location} ends at row {end} of {shape[0]}")
-    return spans
-
-
-def _joined(location: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
-    """Return rows [first, last), which may be none. Raises ValueError on a dtype other than the weight's or fp32."""
-    slices = [
-        file_slice[max(first, begin) - begin : max(0, min(last, end) - begin)] for begin, end, file_slice in spans
-    ]
-    nonempty = [rows for rows in slices if len(rows)] or slices[:1]  # an empty slice still has a dtype
-    dtypes = {rows.dtype for rows in nonempty}
-    if len(dtypes) > 1 or not dtypes <= {parameter.dtype, torch.float32}:
-        raise ValueError(
-            f"{location} is of {', '.join(sorted(map(str, dtypes)))}, not of the weight's {parameter.dtype}"
-        )
-    return torch.cat(nonempty)
+        return value
+    layout: dict[str, Any] = {"run_check": False, "shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(value.to(own.device), parameter.device_mesh, parameter.placements, **layout)
 
 
 class Elsewhere(Exception):

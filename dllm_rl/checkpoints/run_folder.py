@@ -7,7 +7,7 @@ from pathlib import Path
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.resume import changes_best_rule, check_names, check_recipe
-from dllm_rl.checkpoints.state import TrainingState, check_types
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.settings import Settings
@@ -15,8 +15,6 @@ from dllm_rl.settings import Settings
 # Folder of the checkpoint that a rehearsal writes and deletes. A rehearsal (`training.rehearsal`) runs one group
 # through a step without an update, before the first step.
 REHEARSAL = ".rehearsal"
-# Files of a run that must be regular files if they exist.
-FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
 RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
 
 
@@ -28,12 +26,11 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
 
     Raises:
         ValueError: The folder is in use by another run; it contains a run, and the recipe neither resumes it nor
-            overwrites it; a file of the run is not regular; no checkpoint is complete; or it is of another recipe.
+            overwrites it; no checkpoint is complete; or it is of another recipe.
         OSError: The folder cannot be written.
     """
     directory = Path(recipe.directory)
     notes: list[str] = []
-    check_files(directory)
     check_names(recipe)
     try:
         if not lock(directory / LOCK):
@@ -75,7 +72,6 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    check_types(folder, state.eval_before, {recipe.plotted_metric: float}, prefix="eval_before.")
     # The checkpoint has the digest of the reference policy's manifest.
     reference = directory / "reference"
     if state.reference is not None and manifest.verify(reference, quick=is_quick)["sha256"] != state.reference:
@@ -100,20 +96,6 @@ def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str
     best = checkpoint.folder_of(directory, state.best_step)
     is_of_this_folder = folder.resolve().parent == directory.resolve()
     return None if is_of_this_folder and best.exists() else f"{directory} does not have it"
-
-
-def check_files(directory: Path) -> None:
-    """Raise ValueError if a file of the run is a FIFO, a device or a folder, which may block the reader, or if a folder
-    of the run is a file.
-    """
-    for name in FILES:
-        path = directory / name
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a regular file; remove it, or give another output_dir")
-    for name in ("checkpoints", "reference"):
-        path = directory / name
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is not a folder; remove it, or give another output_dir")
 
 
 def has_steps(directory: Path) -> bool:

@@ -3,8 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from dllm_rl.files import read_json
 from dllm_rl.models.base import Policy, frozen_names
@@ -51,43 +50,10 @@ class TrainingState:
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":
-        """Read the state of a checkpoint.
-
-        Raises:
-            ValueError: state.json is missing or damaged, or a field has the wrong type.
-        """
-        content: Any = read_json(folder / NAME)
-        if not isinstance(content, dict):
-            raise ValueError(f"{folder}: {NAME} is damaged: it is not a JSON object")
-        types = {f.name: f.type for f in fields(cls)}
-        check_types(folder, content, types)
-        # A resume computes with these two settings; it only compares the others.
-        check_types(folder, content["recipe"], {"num_steps": int, "lr_schedule_steps": int | None}, prefix="recipe.")
-        values: dict[str, Any] = {name: content.get(name) for name in types}
-        return cls(**values)
+        """Read the state of a checkpoint. Raises ValueError if state.json is missing or damaged."""
+        content, names = read_json(folder / NAME), {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in names})
 
     def write(self, folder: Path) -> None:
         """Write state.json."""
         (folder / NAME).write_text(json.dumps(asdict(self), indent=1))
-
-
-def check_types(folder: Path, values: dict[str, Any], types: dict[str, Any], *, prefix: str = "") -> None:
-    """Raise ValueError if a value named in `types` is missing or has another type."""
-    for name, expected in types.items():
-        if not _has_type(values.get(name), expected):
-            problem = f"{prefix}{name} is missing or has the wrong type"
-            raise ValueError(f"{folder}: {NAME} is damaged: {problem}; take an earlier checkpoint")
-
-
-def _has_type(value: Any, expected: Any) -> bool:
-    """Return whether a JSON value has an annotated type; an int is accepted as a float."""
-    if get_origin(expected) is Literal:
-        return value in get_args(expected)
-    if get_origin(expected) is UnionType:
-        return any(_has_type(value, option) for option in get_args(expected))
-    if get_origin(expected) is dict:
-        return isinstance(value, dict) and all(_has_type(option, get_args(expected)[1]) for option in value.values())
-    # Not isinstance, for which a bool is an int. JSON's integers may be too large for a float.
-    if type(value) is int and expected in (int, float):
-        return abs(value) < 1 << 53
-    return expected is Any or type(value) is expected

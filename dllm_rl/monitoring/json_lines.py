@@ -1,6 +1,7 @@
 """JSON-lines files that a run only appends to: metrics.jsonl and completions.jsonl."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,9 +52,9 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
     """Read the valid rows of a log: skip incomplete lines, and rows that a later resume has replaced."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
-        if is_count(row.get("resume_from")):
+        if "resume_from" in row:
             rows = [earlier for earlier in rows if earlier["step"] < row["resume_from"]]
-        elif is_count(row.get("step")):
+        elif "step" in row:
             rows.append(row)
     return rows
 
@@ -62,34 +63,22 @@ def warmup_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of the last warm-up."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
-        if is_count(step := row.get("warmup_step")):
-            rows = [*rows, row] if step else [row]  # step 0 begins a new warm-up
+        if "warmup_step" in row:
+            rows = [*rows, row] if row["warmup_step"] else [row]  # step 0 begins a new warm-up
     return rows
 
 
-def is_count(value: Any) -> bool:
-    """Return whether a value can be a step's number: an integer from 0 to 2^53, since JSON's may have any length."""
-    return type(value) is int and 0 <= value < 1 << 53
-
-
-def to_float(value: Any) -> float | None:
-    """Convert a value of a row to a float; None if it is not a number or not finite, or too large for a float."""
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
-
-
 def finite_numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row that are finite, as floats. NaN and infinity are null in the file."""
-    return {name: converted for name, value in row.items() if (converted := to_float(value)) is not None}
+    """Return the numbers of a row that are finite. NaN and infinity are null in the file."""
+    return {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file; skip all other lines."""
-    if path.exists() and not path.is_file():  # reading a FIFO would wait
-        raise ValueError(f"{path} is not a regular file; remove it")
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
+        except ValueError:  # not UTF-8 or not JSON
             continue
         if isinstance(row, dict):
             yield row

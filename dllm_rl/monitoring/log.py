@@ -95,7 +95,7 @@ class RunLog:
         self.last = row
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
-            self.trackers = track(self.trackers, numbers(row), step, self.say)
+            self.trackers = track(self.trackers, finite_numbers(row), step, self.say)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line `{"warmup_step": 0, "warmup/loss": ...}` to metrics.jsonl."""
@@ -103,7 +103,7 @@ class RunLog:
             self.files["metrics"].append({"warmup_step": step, **finite(metrics)})
             # Only tensorboard: other trackers would refuse the RL steps, which begin at 0 again.
             tensorboards = [tracker for tracker in self.trackers if tracker.name == "tensorboard"]
-            track(tensorboards, numbers(metrics), step, self.say)
+            track(tensorboards, finite_numbers(metrics), step, self.say)
 
     def write_change(self, change: dict[str, Any]) -> None:
         """Write a line `{"changed": "learning_rate", "after_step": 10, ...}` to metrics.jsonl."""
@@ -149,11 +149,6 @@ class RunLog:
 def finite(row: dict[str, float]) -> dict[str, float | None]:
     """Return the row with None in place of NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
-
-
-def numbers(row: dict[str, float]) -> dict[str, float]:
-    """Return the row without NaN and infinity."""
-    return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
 def check_trackers(recipe: Settings) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import read_json, replacing
-from dllm_rl.monitoring.json_lines import current_rows, finite_numbers, to_float, warmup_rows
+from dllm_rl.monitoring.json_lines import current_rows, finite_numbers, warmup_rows
 from dllm_rl.screen import escape_controls
 
 SOLVED = ("solve_rate", "accuracy", "correct")  # the headline shows the first of these that a run has
@@ -24,6 +24,10 @@ class Panel:
     unit: str
     metrics: dict[str, str]  # name -> text in the legend
     points: tuple[str, ...] = ()  # metrics that only some steps have
+
+    def drawn(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the metrics of the panel that some row has."""
+        return [name for name in self.metrics if any(name in row for row in rows)]
 
 
 SOLVED_PANEL = Panel(
@@ -72,15 +76,10 @@ def smoothed(values: Sequence[float], *, width: int) -> list[float]:
     return means
 
 
-def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Return a metric at every row; NaN (a gap) if a row lacks it."""
-    return [math.nan if (value := to_float(row.get(name))) is None else value for row in rows]
-
-
 def draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     """Draw a metric against steps: smoothed over a twentieth of the steps, and the raw values faintly."""
     steps = [row["step"] + 1 for row in rows]
-    values = column(rows, name)
+    values = [row.get(name, math.nan) for row in rows]  # NaN makes a gap
     marker = "o" if len(steps) == 1 else None  # a line through one point would be invisible
     (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), marker=marker, **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
@@ -88,34 +87,15 @@ def draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: An
 
 def draw_points(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     """Draw a metric that only some steps have, as points."""
-    points = [(row["step"] + 1, value) for row in rows if (value := to_float(row.get(name))) is not None]
+    points = [(row["step"] + 1, row[name]) for row in rows if name in row]
     if points:
-        axis.plot(
-            *zip(*points, strict=True),
-            "o",
-            color=COLORS[1],
-            label="held out, during the run",
-            markersize=4,
-            markeredgewidth=0,
-        )
-
-
-def whole_steps(axis: Any) -> None:
-    """Put ticks only at whole steps."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
-
-
-def available_metrics(panel: Panel, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the metrics of a panel that some row has."""
-    available = {name for row in rows for name in finite_numbers(row)}
-    return [name for name in panel.metrics if name in available]
+        style: dict[str, Any] = {"color": COLORS[1], "markersize": 4, "markeredgewidth": 0}
+        axis.plot(*zip(*points, strict=True), "o", label="held out, during the run", **style)
 
 
 def draw_metrics(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
     """Draw the metrics of a panel, each in its color, and its held-out metrics as points."""
-    for i, name in enumerate(available_metrics(panel, rows)):
+    for i, name in enumerate(panel.drawn(rows)):
         draw_curve(axis, rows, name, color=COLORS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
     for name in panel.points:
         draw_points(axis, rows, name)
@@ -151,19 +131,22 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any
         levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    rows = read_metrics(directory)
+    logged = read_metrics(directory)
+    is_rl = not logged or "reward" in logged[0]
+    rows = list(map(finite_numbers, logged))
     summary_path = directory / "summary.json"
     summary = read_json(summary_path) if summary_path.exists() else {}
     warmup = warmup_rows(directory / "metrics.jsonl")
-    is_rl = not rows or "reward" in rows[0]
-    panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or available_metrics(panel, rows)]
+    panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or panel.drawn(rows)]
     count = len(panels) + bool(warmup)
     figure = Figure(figsize=(3.75 * count, 3.4), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
     if warmup:
-        axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
+        losses = [math.nan if (loss := row.get("warmup/loss")) is None else loss for row in warmup]
+        axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], losses, linewidth=1.2)
         axes[0, 0].set(title="Warm-up", xlabel="supervised step", ylabel="loss, nats")
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
         draw_metrics(axis, rows, panel)
@@ -175,5 +158,5 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any
         axis.set(title=panel.title, xlabel="RL step" if is_rl else "step", ylabel=panel.unit)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
-        whole_steps(axis)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))  # only whole steps
     return figure

@@ -246,7 +246,7 @@ def open_log(
     for note in notes:
         log.say(note)
     if peers is not None:
-        peers.follow(log)
+        peers.stage, log.entering = lambda: log.place, peers.tell_stage
     return log
 
 

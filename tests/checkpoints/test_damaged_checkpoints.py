@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import zipfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -202,43 +201,9 @@ def test_a_folder_without_a_manifest_is_opened_as_anyones(run):
     load_policy(newest)
 
 
-NOT_TYPES = [("files", None), ("files", [1]), ("files", {"config.json": 3}), ("step", "3"), ("format", "1")]
-NOT_TYPES += [("files", {"config.json": {"size": "9", "sha256": "0"}}), ("files", {"config.json": {"size": 9}})]
-
-
-@pytest.mark.parametrize(("field", "value"), [*NOT_TYPES, ("files", "lost"), ("step", "lost"), ("format", "lost")])
-def test_a_signed_manifest_of_other_types_is_damaged(run, field, value):
-    newest = run / "checkpoints" / "step-000003"
-    fields = json.loads((newest / manifest.NAME).read_text())
-    fields.pop("sha256")
-    fields[field] = value
-    if value == "lost":
-        del fields[field]
-    (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its fields are missing or have wrong types"):
-        checkpoint.check(newest)
-
-
 def signed(folder: Path) -> None:
     """A manifest of what is there now: who can write a checkpoint can sign it."""
     manifest.write(folder, step=3, processes=1, versions={})
-
-
-LOST = object()
-NOT_STATES = [("version", "3"), ("warmup_steps", None), ("dtype", "int8"), ("seconds", "1"), ("stages", [])]
-NOT_STATES += [("stages", {"rollout": "1"}), ("eval_before", 3), ("recipe", [1]), ("recipe", {"num_steps": "3"})]
-
-
-@pytest.mark.parametrize(("field", "value"), [*NOT_STATES, *[(name, LOST) for name in dict(NOT_STATES)]])
-def test_a_signed_state_of_other_types_is_damaged(run, field, value):
-    newest = run / "checkpoints" / "step-000003"
-    state = json.loads((newest / "state.json").read_text()) | {field: value}
-    if value is LOST:
-        del state[field]
-    (newest / "state.json").write_text(json.dumps(state))
-    signed(newest)
-    with pytest.raises(ValueError, match=rf"state\.json is damaged: {field}[.\w]* is missing or has the wrong type"):
-        train(recipe(run, resume_from_checkpoint=str(newest)))
 
 
 def changed_group(held, **fields):
@@ -249,44 +214,6 @@ def changed_moment(held, **fields):
     return held | {"state": held["state"] | {0: held["state"][0] | fields}}
 
 
-NOT_OPTIMIZERS = [
-    lambda held: [held],
-    lambda held: {},
-    lambda held: held | {"state": [1]},
-    lambda held: held | {"state": {"0": held["state"][0]}},
-    lambda held: held | {"state": {10**6: held["state"][0]}},
-    lambda held: held | {"state": {0: 3}},
-    lambda held: held | {"param_groups": []},
-    lambda held: held | {"param_groups": 3},
-    lambda held: changed_group(held, lr="1"),
-    lambda held: changed_group(held, betas=0.9),
-    lambda held: changed_group(held, params=[0]),
-    lambda held: changed_moment(held, exp_avg=torch.zeros(3)),
-    lambda held: changed_moment(held, exp_avg_sq="0"),
-    lambda held: changed_moment(held, step=None),
-    lambda held: changed_moment(held, exp_avg=held["state"][0]["exp_avg"].to_sparse()),
-    lambda held: held | {"state": {i: {"step": m["step"]} for i, m in held["state"].items()}},
-]
-
-
-@pytest.mark.parametrize("change", NOT_OPTIMIZERS)
-def test_an_optimizer_of_other_types_is_refused(run, load_optimizer, change):
-    newest = run / "checkpoints" / "step-000003"
-    torch.save(change(torch.load(newest / "optimizer.pt")), newest / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"optimizer\.pt(:| does not hold| holds no)"):
-        load_optimizer(newest)
-
-
-@pytest.mark.parametrize(("kind", "value"), [("exp_avg_sq", -1.0), ("step", -5.0), ("step", float("nan"))])
-def test_moments_that_no_run_has_made_are_refused(run, load_optimizer, kind, value):
-    newest = run / "checkpoints" / "step-000003"
-    held = torch.load(newest / "optimizer.pt")
-    held["state"][0][kind].fill_(value)
-    torch.save(held, newest / "optimizer.pt")
-    with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: {kind} of .* is (negative|not finite)"):
-        load_optimizer(newest)
-
-
 def test_settings_are_the_recipes_and_not_the_files(run, finished):
     newest = run / "checkpoints" / "step-000002"
     shutil.rmtree(run / "checkpoints" / "step-000003")
@@ -295,16 +222,6 @@ def test_settings_are_the_recipes_and_not_the_files(run, finished):
     manifest.write(newest, step=2, processes=1, versions={})
     again = train(recipe(run, resume_from_checkpoint="latest"))
     assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
-
-
-def test_a_state_that_contains_itself_is_refused(run, load_optimizer):
-    newest = run / "checkpoints" / "step-000003"
-    held = torch.load(newest / "optimizer.pt")
-    held["state"][0]["loop"] = held
-    torch.save(held, newest / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: maximum recursion depth exceeded") as said:
-        load_optimizer(newest)
-    assert "\n" not in str(said.value)
 
 
 def test_a_pickle_of_code_is_not_run(run, load_optimizer, tmp_path):
@@ -319,36 +236,11 @@ def test_a_pickle_of_code_is_not_run(run, load_optimizer, tmp_path):
     assert not (tmp_path / "written").exists()
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_a_pickle_that_takes_minutes_is_not_read(run, load_optimizer, compressed, monkeypatch):
-    newest = run / "checkpoints" / "step-000003"
-    (newest / "optimizer.pt").unlink()
-    with zipfile.ZipFile(newest / "optimizer.pt", "w", zipfile.ZIP_DEFLATED if compressed else 0) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 2**24 + b".")
-        archive.writestr("archive/version", "3")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it would be read"))
-    said = "is compressed" if compressed else "has 16777219 bytes for"
-    with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: archive/data\.pkl {said}"):
-        load_optimizer(newest)
-
-
-def test_an_evaluation_without_a_reward_is_refused_before_training(run):
-    newest = run / "checkpoints" / "step-000003"
-    state = json.loads((newest / "state.json").read_text())
-    del state["eval_before"]["reward"]
-    (newest / "state.json").write_text(json.dumps(state))
-    signed(newest)
-    with pytest.raises(
-        ValueError, match=r"state\.json is damaged: eval_before\.reward is missing or has the wrong type"
-    ):
-        train(recipe(run, resume_from_checkpoint=str(newest)))
-
-
 @pytest.mark.parametrize("content", [b"", b"(", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02cposix\nsystem\n."])
 def test_an_optimizer_that_is_something_else_is_refused(run, load_optimizer, content):
     newest = run / "checkpoints" / "step-000003"
     (newest / "optimizer.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"optimizer\.pt (is damaged|does not hold)") as said:
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged") as said:
         load_optimizer(newest)
     assert "\n" not in str(said.value)
 
@@ -362,21 +254,6 @@ def test_groups_without_a_field_take_the_optimizers_own(run, finished):
     manifest.write(newest, step=2, processes=1, versions={})
     again = train(recipe(run, resume_from_checkpoint="latest"))
     assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_fifo_is_no_file_of_a_checkpoint(run, name):
-    newest = run / "checkpoints" / "step-000003"
-    (newest / name).unlink()
-    os.mkfifo(newest / name)
-    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
-        checkpoint.check(newest)
-    fields = manifest.read(newest)
-    del fields["sha256"], fields["files"][name]
-    (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
-    for read in (checkpoint.check, load_policy):
-        with pytest.raises(ValueError, match=f"{name} is (no|not a) regular file"):
-            read(newest)
 
 
 def test_a_limit_on_file_sizes_is_not_called_a_full_disk(tmp_path):

@@ -49,28 +49,6 @@ def test_a_run_with_a_step_is_not_started_again(tmp_path, left):
         train(tiny_recipe(tmp_path))
 
 
-FILES = [".lock", "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_fifo_in_a_runs_folder_is_refused_before_it_is_opened(tmp_path, name):
-    path = tmp_path / "run" / name
-    for more in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # a folder of nothing but the lock's file is deleted, whatever that is
-            os.mkfifo(path)
-        with pytest.raises(ValueError, match=rf"{name} is not a regular file; remove it, or give another output_dir"):
-            train(tiny_recipe(tmp_path / "run", **more))
-
-
-@pytest.mark.parametrize("name", ["checkpoints", "reference"])
-def test_a_file_in_place_of_a_folder_is_refused_before_any_step(tmp_path, name):
-    (tmp_path / name).write_text("")
-    for more in ({}, {"resume_from_checkpoint": "latest"}):
-        with pytest.raises(ValueError, match=rf"{name} is not a folder; remove it, or give another output_dir"):
-            train(tiny_recipe(tmp_path, **more))
-
-
 def test_a_reference_of_another_run_is_refused(tmp_path):
     train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1))
     train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=0, seed=1))

@@ -68,34 +68,8 @@ def test_what_is_known_of_a_row_are_its_numbers():
     assert finite_numbers({"a": None, "b": 1.0}) == {"b": 1.0}
 
 
-def test_brackets_without_end_are_no_row(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("[" * 200_000 + '\n{"step": 3}\n')
-    assert current_rows(tmp_path / "metrics.jsonl") == [{"step": 3}]
-
-
-def test_a_fifo_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is not a regular file"):
-        plot(tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").touch()
-    os.mkfifo(tmp_path / "summary.json")
-    with pytest.raises(ValueError, match=r"summary\.json is not a regular file"):
-        plot(tmp_path)
-
-
-def test_an_integer_beyond_all_floats_is_no_number():
-    assert finite_numbers({"reward": 10**400, "step": 3}) == {"step": 3.0}
-
-
-def test_a_row_of_a_step_that_no_run_takes_does_not_count(tmp_path):
-    rows = ['{"step": 1%s}' % ("0" * 400), '{"step": -1}', '{"step": true}', '{"step": 3}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    assert current_rows(tmp_path / "metrics.jsonl") == [{"step": 3}]
-
-
 def test_what_is_no_number_of_a_run_is_not_drawn(tmp_path):
-    values = ["1" + "0" * 400, "1e999", "-1e999", '"x"', "[1]", "0.5", "0.25"]
+    values = ["1e999", "-1e999", '"x"', "[1]", "0.5", "0.25"]
     for first in ("reward", "loss"):  # a run of RL, and of SFT
         names = [first, f"eval/{first}", "grad_norm"]
         rows = [json.dumps({"step": i} | dict.fromkeys(names, "@")).replace('"@"', v) for i, v in enumerate(values)]

@@ -9,17 +9,13 @@ import sys
 import matplotlib
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from dllm_rl.monitoring.plots import (
     Panel,
-    available_metrics,
-    draw_metrics,
     draw_run,
     headline,
     plot,
     smoothed,
-    whole_steps,
 )
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
@@ -33,16 +29,15 @@ def test_a_curve_is_smoothed_by_hand():
 
 def test_a_metric_without_a_number_is_not_drawn():
     panel = Panel("Both", "nats", {"a": "first", "b": "second"})
-    assert available_metrics(panel, [{"step": 0, "b": None}, {"step": 1, "b": 0.5}]) == ["b"]
-    assert available_metrics(panel, [{"step": 0, "a": None, "c": 1.0}]) == []
+    assert panel.drawn([{"step": 0}, {"step": 1, "b": 0.5}]) == ["b"]
+    assert panel.drawn([{"step": 0, "c": 1.0}]) == []
 
 
-def test_ticks_are_whole_steps_and_one_point_is_seen():
+def test_ticks_are_whole_steps_and_one_point_is_seen(tmp_path):
     for last in (1, 2, 3, 7, 1000):
-        axis = Figure(figsize=(4.6, 2.9)).subplots()
-        rows = [{"step": step, "reward": 0.5} for step in range(last)]
-        draw_metrics(axis, rows, Panel("Reward", "reward", {"reward": "training"}))
-        whole_steps(axis)
+        rows = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in range(last)]
+        (tmp_path / "metrics.jsonl").write_text("".join(rows))
+        (axis,) = draw_run(tmp_path).axes
         assert (axis.lines[0].get_marker() == "o") == (last == 1), "one point is no line"
         assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"
 
