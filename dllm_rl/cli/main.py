@@ -177,7 +177,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
     timeout_help = "seconds in the queue and in the sampler after which a request fails (default 300)"
     sub.add_argument("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
-    client_timeout_help = "seconds in which a client must send a request (default 30)"
+    client_timeout_help = "seconds in which a client must send the body of a request (default 30)"
     sub.add_argument("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub, maker="--make_model")
     sub.add_argument("--seed", type=int, default=0, help="seed of requests without one (default 0)")

@@ -17,6 +17,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Sampler
+from dllm_rl.screen import line_of
 from dllm_rl.serving.settings import check_number_of_steps
 from dllm_rl.types import Prompts, Rollout
 
@@ -24,12 +25,31 @@ SCORE_CHUNK = 256  # prompt positions whose logits are in memory at the same tim
 MAX_LENGTH_DIFFERENCE = 32  # tokens between the prompts of a batch, unless the longest is at most twice the shortest
 
 
-class QueueFull(Exception):
-    """Raised if the new jobs would exceed the limit on waiting jobs."""
+class Refused(Exception):
+    """Raised if a request gets an error response, in OpenAI's format.
+
+    Args:
+        status: HTTP status.
+        message: One line with the field, its value and a remedy.
+        param: Field of the request that is at fault. None: no single field.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """Return the response's JSON object."""
+        types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        error_type = types.get(self.status, default)
+        return {"error": {"message": line_of(self), "type": error_type, "param": self.param, "code": self.status}}
 
 
-class ShuttingDown(Exception):
-    """Raised for jobs that had not started when the server stopped."""
+def shutting_down() -> Refused:
+    """Return the error of requests that had not started when the server stopped."""
+    return Refused(503, "the server is stopping; ask another one")
 
 
 @dataclass(eq=False)
@@ -124,14 +144,14 @@ class Batcher:
         """Add jobs to the queue: at the end, or with `first` at the front and without the limit on waiting jobs.
 
         Raises:
-            QueueFull: More than `max_waiting` jobs would wait. None of `jobs` is added then.
-            ShuttingDown: The server is stopping.
+            Refused: More than `max_waiting` jobs would wait, or the server is stopping. None of `jobs` is added then.
         """
         with self._condition:
             if self._is_closed:
-                raise ShuttingDown
+                raise shutting_down()
             if not first and len(self._waiting) + len(jobs) > self.max_waiting:
-                raise QueueFull
+                advice = "ask again later, or raise --max_waiting"
+                raise Refused(429, f"the queue of {self.max_waiting} completions is full; {advice}")
             if first:
                 self._waiting.extendleft(reversed(jobs))
             else:
@@ -146,14 +166,14 @@ class Batcher:
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
 
     def close(self, *, wait: bool = True) -> None:
-        """Fail the waiting jobs with ShuttingDown. With `wait`, return only when the running batch has finished."""
+        """Refuse the waiting jobs. With `wait`, return only when the running batch has finished."""
         with self._condition:
             self._is_closed = True
             refused, self._waiting = self._waiting, deque()
             self._condition.notify()
         for job in refused:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(ShuttingDown())
+                job.future.set_exception(shutting_down())
         if wait:
             self._thread.join()
 

@@ -15,8 +15,7 @@ from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode_ids
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
-from dllm_rl.screen import line_of
-from dllm_rl.serving.batching import PromptScores
+from dllm_rl.serving.batching import PromptScores, Refused
 from dllm_rl.serving.settings import known_settings, with_settings
 from dllm_rl.types import Rollout
 
@@ -43,28 +42,6 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-
-
-class Refused(Exception):
-    """Raised if a request gets an error response, in OpenAI's format.
-
-    Args:
-        status: HTTP status.
-        message: One line with the field, its value and a remedy.
-        param: Field of the request that is at fault. None: no single field.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-
-    def body(self) -> dict[str, Any]:
-        """Return the response's JSON object."""
-        types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        default = "invalid_request_error" if self.status < 500 else "server_error"
-        error_type = types.get(self.status, default)
-        return {"error": {"message": line_of(self), "type": error_type, "param": self.param, "code": self.status}}
 
 
 @dataclass(frozen=True)
@@ -202,11 +179,6 @@ class TextRequest:
     def score_prompt(self) -> bool:
         """Whether the response also has log-probs of the prompt."""
         return self.echo and self.logprobs
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.fields.stream_options is not None and bool(self.fields.stream_options.include_usage)
 
 
 def read_request(
@@ -503,34 +475,19 @@ def token_texts(
     return parts, offsets
 
 
-@dataclass(frozen=True)
-class CompletedRequest:
-    """A request and its results: everything that a response needs.
+def response(
+    policy: Policy, request: TextRequest, completions: Sequence[Choice], scores: Sequence[PromptScores]
+) -> dict[str, Any]:
+    """Return the fields `choices` and `usage` of a response.
 
     Args:
+        policy: Policy with the tokenizer.
         request: The request.
-        name: Name of the model.
-        number: Number of the request, used in the response's id.
-        created: Time of the response, in seconds since 1970.
-        versions: Versions of the weights that sampled or scored; several if an update came between two batches.
-        choices: The completions, `n` per prompt.
+        completions: The completions, `n` per prompt.
         scores: Log-probs of each prompt; empty if not requested.
     """
-
-    request: TextRequest
-    name: str
-    number: int
-    created: int
-    versions: tuple[int, ...]
-    choices: list[Choice]
-    scores: list[PromptScores]
-
-
-def response(policy: Policy, completed: CompletedRequest) -> dict[str, Any]:
-    """Return the response's JSON object."""
-    request = completed.request
     choices = []
-    for index, completion in enumerate(completed.choices):
+    for index, completion in enumerate(completions):
         reason = "stop" if completion.is_ended else "length"
         prompt_index = index // request.fields.n
         fields: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
@@ -541,34 +498,19 @@ def response(policy: Policy, completed: CompletedRequest) -> dict[str, Any]:
         else:
             fields["text"] = (request.texts[prompt_index] if request.echo else "") + completion.text
             if request.logprobs:
-                scores = completed.scores[prompt_index] if completed.scores else None
-                fields["logprobs"] = _logprobs(policy, completion, request, prompt_index, scores)
+                prompt_scores = scores[prompt_index] if scores else None
+                fields["logprobs"] = _logprobs(policy, completion, request, prompt_index, prompt_scores)
         if request.fields.trace:
             fields["trace"] = completion.trace
         choices.append(fields)
     prompt_tokens = sum(len(ids) + len(request.suffix) for ids in request.prompts)
-    completion_tokens = sum(completion.num_tokens for completion in completed.choices)
+    completion_tokens = sum(completion.num_tokens for completion in completions)
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
-    return _common_fields(completed, "chat.completion" if request.is_chat else "text_completion") | {
-        "choices": choices,
-        "usage": usage,
-    }
-
-
-def _common_fields(completed: CompletedRequest, object_type: str) -> dict[str, Any]:
-    """Return the fields that a response has in common with every event of its stream."""
-    prefix = "chatcmpl" if completed.request.is_chat else "cmpl"
-    return {
-        "id": f"{prefix}-{completed.number}",
-        "object": object_type,
-        "created": completed.created,
-        "model": completed.name,
-        "system_fingerprint": f"weights_version={','.join(map(str, completed.versions))}",
-    }
+    return {"choices": choices, "usage": usage}
 
 
 def _chat_logprobs(completion: Choice) -> list[dict[str, Any]]:
@@ -607,26 +549,25 @@ def _logprobs(
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
-def events(policy: Policy, completed: CompletedRequest) -> list[str]:
-    """Return the events of a stream: two per completion (its text, then its finish_reason), and the end of the stream.
+def events(complete: dict[str, Any], request: TextRequest) -> list[str]:
+    """Return a response as the events of a stream: two per completion (its text, then its finish_reason), and the end.
 
     A diffusion model does not write from left to right, so each text is sent only when it is complete.
     """
-    request = completed.request
-    complete = response(policy, completed)
-    common = _common_fields(completed, "chat.completion.chunk" if request.is_chat else "text_completion")
+    common = {name: value for name, value in complete.items() if name not in ("choices", "usage")}
+    if request.is_chat:
+        common["object"] = "chat.completion.chunk"
     bodies: list[dict[str, Any]] = []
-    for fields in complete["choices"]:
-        index, reason = fields["index"], fields["finish_reason"]
-        trace = {"trace": fields["trace"]} if request.fields.trace else {}
-        first: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": fields["logprobs"]} | trace
-        last: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+    for choice_fields in complete["choices"]:
+        first = choice_fields | {"finish_reason": None}
+        last = {"index": first["index"], "finish_reason": choice_fields["finish_reason"], "logprobs": None}
         if request.is_chat:
-            first["delta"], last["delta"] = fields["message"], {}
+            first["delta"], last["delta"] = first.pop("message"), {}
         else:
-            first["text"], last["text"] = fields["text"], ""
+            last["text"] = ""
         bodies += [common | {"choices": [first]}, common | {"choices": [last]}]
-    if request.include_usage:
+    stream_options = request.fields.stream_options
+    if stream_options is not None and stream_options.include_usage:
         bodies = [body | {"usage": None} for body in bodies]
         bodies.append(common | {"choices": [], "usage": complete["usage"]})
     return [*(f"data: {json.dumps(body)}\n\n" for body in bodies), "data: [DONE]\n\n"]

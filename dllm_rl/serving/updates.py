@@ -15,12 +15,9 @@ from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tensor_bytes import deserialize, record_to_json, serialize
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.rng import generator_for
+from dllm_rl.serving.batching import Refused
 from dllm_rl.serving.settings import with_settings
 from dllm_rl.types import Prompts
-
-
-class Conflict(ValueError):
-    """Raised if a request is for other weights than the server has."""
 
 
 @dataclass
@@ -39,14 +36,20 @@ class Lease:
     learner: Policy
     run: str | None = None
 
-    def check(self, policy: Policy, header: dict[str, Any]) -> None:
-        """Raise Conflict unless the request comes from this run and is for the current weights."""
+    def check_run(self, header: dict[str, Any]) -> None:
+        """Raise Refused unless the request comes from this run."""
         if header.get("run") != self.run or self.run is None:
-            raise Conflict("another run has loaded its weights into this server since; give each run its own server")
+            message = "another run has loaded its weights into this server since; give each run its own server"
+            raise Refused(409, message)
+
+    def check(self, policy: Policy, header: dict[str, Any]) -> None:
+        """Raise Refused unless the request comes from this run and is for the current weights."""
+        self.check_run(header)
         if header.get("weights_version") != policy.weights_version:
-            raise Conflict(
+            raise Refused(
+                409,
                 f"the request is for weights_version={header.get('weights_version')!r}, and the server has "
-                f"{policy.weights_version}; call the engine's sync after each update"
+                f"{policy.weights_version}; call the engine's sync after each update",
             )
 
 
@@ -64,7 +67,7 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
         Serialized header with `weights_version`, and with the `metrics` of `sync_weights`.
 
     Raises:
-        Conflict: Another run has the lease, or the version is not newer.
+        Refused: Another run has the lease, or the version is not newer.
         ValueError: A name, shape or dtype is not the model's, or a number is not finite.
     """
     tensors, header = _read(data)
@@ -72,10 +75,10 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
     if type(version) is not int or version < 0 or not isinstance(run, str):
         raise ValueError(f"weights_version={version!r} must be a whole number of at least 0, and run={run!r} a string")
     is_load = header.get("is_load") is True
-    if not is_load and run != lease.run:
-        raise Conflict("another run has loaded its weights into this server since; give each run its own server")
-    if not is_load and version <= policy.weights_version:
-        raise Conflict(f"weights_version={version} is not newer than the server's {policy.weights_version}")
+    if not is_load:
+        lease.check_run(header)
+        if version <= policy.weights_version:
+            raise Refused(409, f"weights_version={version} is not newer than the server's {policy.weights_version}")
     targets = merged_state_dict(lease.learner.module)
     expected = targets if is_load else {name: targets[name] for name in tensors if name in targets}
     if wrong := mismatched_tensors(tensors, expected):
@@ -102,7 +105,7 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
         policy: The server's policy.
 
     Raises:
-        Conflict: The request is from another run, or for another version.
+        Refused: The request is from another run, or for another version.
         ValueError: The prompts or the settings are invalid.
     """
     tensors, header = _read(data)
@@ -129,7 +132,7 @@ def compute_logits(lease: Lease, data: bytes, policy: Policy) -> bytes:
     """Compute fp32 logits (B, T, V) from tokens, attention_mask and positions (B, T each). Logits are not shifted.
 
     Raises:
-        Conflict: The request is from another run, or for another version.
+        Refused: The request is from another run, or for another version.
         ValueError: The tensors have other names.
     """
     tensors, header = _read(data)

@@ -16,8 +16,7 @@ from dllm_rl.serving.batching import (
     Batcher,
     CompletionJob,
     PolicyCall,
-    QueueFull,
-    ShuttingDown,
+    Refused,
     sample_rows,
     score_prompt,
 )
@@ -147,7 +146,7 @@ def test_a_full_queue_takes_nothing_of_a_request(make):
     with held(batcher):
         batcher.submit([job(1), job(1)])
         refused = [job(1), job(1)]
-        with pytest.raises(QueueFull):
+        with pytest.raises(Refused, match="the queue of 3 completions is full"):
             batcher.submit(refused)
         fits = job(1)
         batcher.submit([fits])
@@ -192,9 +191,9 @@ def test_closing_refuses_those_that_wait_and_finishes_the_batch_that_runs():
     begun.wait(60)
     batcher.submit([waits])
     batcher.close(wait=False)
-    with pytest.raises(ShuttingDown):
+    with pytest.raises(Refused, match="the server is stopping"):
         waits.future.result(60)
-    with pytest.raises(ShuttingDown):
+    with pytest.raises(Refused, match="the server is stopping"):
         batcher.submit([job(1)])
     release.set()
     batcher.close()

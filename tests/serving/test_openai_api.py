@@ -18,7 +18,8 @@ from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.openai_api import Limits, Refused, read_request, sampler_of_request
+from dllm_rl.serving.batching import Refused
+from dllm_rl.serving.openai_api import Limits, read_request, sampler_of_request
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts
 

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dllm_rl.models.policy import make_policy
-from dllm_rl.serving.openai_api import CompletedRequest, CompletionFields, TextRequest, choice, response, token_texts
+from dllm_rl.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.types import Rollout
 
 SPECIAL = ["<pad>", "<mask>", "<eos>"]
@@ -141,8 +141,7 @@ def answer_of(policy, ids, **fields):
         tokens, tokens >= 0, steps >= 0, steps, -torch.arange(len(ids))[None] / 10, group=torch.arange(len(tokens))
     )
     request = TextRequest(CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], ["q"], len(ids), {})
-    done = CompletedRequest(request, "m", 0, 0, (0,), [choice(policy, rollout, request)], [])
-    return response(policy, done)["choices"][0]
+    return response(policy, request, [choice(policy, rollout, request)], [])["choices"][0]
 
 
 @pytest.mark.parametrize(
