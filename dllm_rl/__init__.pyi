@@ -104,7 +104,6 @@ from .samplers.rules import SoftThreshold as SoftThreshold
 from .samplers.rules import Threshold as Threshold
 from .step.features import StepFeature as StepFeature
 from .supervised.sft import SFT as SFT
-from .supervised.train import sft as sft
 from .tasks import GSM8K as GSM8K
 from .tasks import MATH500 as MATH500
 from .tasks import Countdown as Countdown
@@ -118,6 +117,7 @@ from .testing import check_corrector as check_corrector
 from .testing import check_estimator as check_estimator
 from .testing import check_order as check_order
 from .testing import check_policy as check_policy
+from .training.fine_tune import sft as sft
 from .training.trainer import train as train
 from .types import Prompts as Prompts
 from .types import Rollout as Rollout

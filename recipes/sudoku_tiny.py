@@ -9,7 +9,6 @@ choose do as well (`own answers` of studies/few_clues.md); latin_sudoku.py asks 
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,25 +52,23 @@ def any_grids(generator: Generator) -> tuple[list[str], list[str]]:
 def learn(policy: Policy, steps: int, seed: int, draw: Callable[[Generator], tuple[list[str], list[str]]]) -> None:
     """Supervised steps of AdamW. `draw` makes 64 puzzles, whose givens are never hidden, and a solved grid of each.
     Prints a line every 50 steps."""
-    from dllm_rl.training.warmup import draw_levels, examples, supervised_loss  # here: --help would wait for it
+    from dllm_rl.distributed.collectives import OneProcess  # here: --help would wait for it
+    from dllm_rl.supervised.examples import solution_examples
+    from dllm_rl.supervised.trainer import SupervisedTrainer
 
     first = os.environ.get("RANK", "0") == "0"
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    trainer = SupervisedTrainer(policy=policy, processes=OneProcess(), like_rollouts=True)
     for step in range(steps):
         generator = generator_for(seed, "lesson", step)
         puzzles, grids = draw(generator)
-        batch = examples(policy, [Problem("", solution=grid) for grid in grids], max_new_tokens=16)
-        blank = torch.tensor([[digit == "0" for digit in puzzle] for puzzle in puzzles])
-        batch = replace(batch, completion_mask=blank)
-        loss = supervised_loss(policy, batch, *draw_levels(generator, 64, 16))
+        examples = solution_examples(policy, [Problem("", solution=grid) for grid in grids], max_new_tokens=16)
+        for example, puzzle in zip(examples, puzzles, strict=True):
+            example.learned[:] = torch.tensor([digit == "0" for digit in puzzle])
+        rate = 2e-3 * min(1.0, (step + 1) / 30)
+        loss = trainer.step(optimizer, examples, generator, learning_rate=rate, place=f"step {step}")["loss"]
         if first and step % 50 == 0:
-            print(f"supervised step {step} of {steps}: loss {loss.item():.3f}", flush=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 30)
-        optimizer.step()
-        optimizer.zero_grad()
+            print(f"supervised step {step} of {steps}: loss {loss:.3f}", flush=True)
 
 
 recipe = Recipe(

@@ -50,16 +50,16 @@ MAY_IMPORT = {
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files rng screen records types tasks distributed models decoding quantization likelihoods samplers",
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
+    "supervised": "records types tasks distributed models decoding settings likelihoods",
     # floor 6
     "testing": "types algorithms models quantization likelihoods samplers diagnostics",
     "serving": "rng screen records types models decoding quantization samplers diagnostics",
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
     "models decoding settings quantization likelihoods samplers monitoring checkpoints recipe "
-    "diagnostics evaluation step",
+    "diagnostics evaluation step supervised",
     # floor 7
     "config": "screen records recipe presets",
-    "supervised": "rng records types tasks distributed models decoding settings likelihoods checkpoints training",
     "frontend": "records tasks algorithms distributed models likelihoods samplers recipe presets training",
     # floor 8
     "cli": "device files manifest rng screen records versions types tasks distributed models decoding "
@@ -73,7 +73,7 @@ ROOMS = {
     "fastapi": {"serving"},
     "pydantic": {"serving"},
     "uvicorn": {"serving"},
-    "accelerate": {"distributed", "monitoring", "step", "training", "supervised"},
+    "accelerate": {"distributed", "monitoring", "step", "training"},
 }
 NO_TORCH = {"tasks", "files", "manifest", "screen", "records", "config", "versions"}
 

@@ -56,7 +56,7 @@ def run(recipe: Recipe | SFT, features: "Sequence[StepFeature]" = (), *, is_firs
         plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
         print(escape_controls(f"{plan}; the time left is known from the second step on"), flush=True)
     from dllm_rl.distributed.stop import started_by_command
-    from dllm_rl.supervised.train import fine_tune  # imported here: it takes seconds
+    from dllm_rl.training.fine_tune import fine_tune  # imported here: it takes seconds
     from dllm_rl.training.trainer import train
 
     with started_by_command():

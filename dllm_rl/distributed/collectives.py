@@ -32,46 +32,33 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 BUCKET = 2**25  # elements of a bucket of gradients; at most two buckets are in memory
 
 
-def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over all processes, in place.
-
-    Args:
-        module: Module with the gradients.
-        accelerator: Processes.
-        mean: Whether to divide the sum by the number of processes. Needed if each process averages the loss over its
-            own rows. False (default): the loss is divided by counts over all processes already.
-    """
+def sum_gradients(module: nn.Module, processes: "Processes") -> None:
+    """Sum gradients over all processes, in place. The backward of a sharded module has summed them already."""
     gradients = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # unused by the tokens of this process, for example an expert
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-    divisor = accelerator.num_processes if mean else 1
-    if sharding_of(module) is None and accelerator.num_processes > 1:
-        sum_buckets(gradients, divisor)
-    elif divisor > 1:  # the backward of a sharded module has already summed them
-        for gradient in gradients:
-            gradient /= divisor
+    if sharding_of(module) is None and processes.num_processes > 1:
+        sum_buckets(gradients)
 
 
-def sum_buckets(gradients: Sequence[Tensor], divisor: int) -> None:
-    """Sum tensors over all processes, in place, and divide by `divisor`. Packing overlaps with communication."""
+def sum_buckets(gradients: Sequence[Tensor]) -> None:
+    """Sum tensors over all processes, in place. Packing overlaps with communication."""
     pending = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):
         flat = torch.cat([g.flatten() for g in bucket])
         pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
         if len(pending) == 2:
-            unpack(*pending.popleft(), divisor=divisor)
+            unpack(*pending.popleft())
     for reduction in pending:
-        unpack(*reduction, divisor=divisor)
+        unpack(*reduction)
 
 
-def unpack(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
+def unpack(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
     """Wait for the sum `flat` of a bucket, and copy it to the bucket's tensors."""
     work.wait()
-    if divisor > 1:
-        flat /= divisor
     for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
         gradient.copy_(summed.view_as(gradient))
 
@@ -88,14 +75,14 @@ def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[lis
         yield bucket
 
 
-def sum_over(counts: Tensor, accelerator: Accelerator) -> Tensor:
+def sum_over(counts: Tensor, accelerator: "Processes") -> Tensor:
     """Return the sum over all processes, on the CPU."""
-    if accelerator.num_processes > 1:
+    if not isinstance(accelerator, OneProcess) and accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
     return counts.cpu()
 
 
-def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
+def reduce_metrics(metrics: Metrics, accelerator: "Processes") -> dict[str, float]:
     """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0. Collective."""
     if not metrics:
         return {}
@@ -172,7 +159,7 @@ def make_accelerator(
 
 @dataclass(frozen=True)
 class OneProcess:
-    """The fields of an Accelerator that evaluation needs, for a single process without a launcher."""
+    """The fields of an Accelerator that evaluation and supervised steps need, for one process without a launcher."""
 
     num_processes: int = 1
     process_index: int = 0

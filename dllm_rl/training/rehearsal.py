@@ -33,6 +33,7 @@ from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
+from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.distillation import student_teacher_log_ratio
@@ -41,7 +42,6 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.training.warmup import tokenize_solutions
 from dllm_rl.types import any_in_group, equal_groups
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
@@ -106,7 +106,7 @@ def micro_step(
 
 def check_warmup(recipe: Recipe, policy: Policy, answer: GradedCompletion) -> None:
     """Raise ValueError if the problem has no solution to learn from, or its grader has no `sft_warmup_metric`."""
-    tokenize_solutions(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
+    solution_examples(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
     if recipe.sft_warmup_corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
             f"sft_warmup_corruption={recipe.sft_warmup_corruption} replaces tokens beside masks, and the noise of "

@@ -98,17 +98,16 @@ def taught(*, seed=0, steps=400, dry_run=False):
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 192}
     policy = tiny_masked_lm(characters="0123456789+-(),>= []?", seed=seed, **sizes)
     if not dry_run:
-        from dllm_rl.training.warmup import draw_levels, examples, supervised_loss  # here: --help would wait for it
+        from dllm_rl.distributed.collectives import OneProcess  # here: --help would wait for it
+        from dllm_rl.supervised.examples import solution_examples
+        from dllm_rl.supervised.trainer import SupervisedTrainer
 
-        optimizer = torch.optim.AdamW(policy.module.parameters(), lr=2e-3)
+        trainer = SupervisedTrainer(policy=policy, processes=OneProcess(), like_rollouts=True)
+        optimizer = torch.optim.AdamW(policy.module.parameters())
         for step in range(steps):
             generator = generator_for(seed, "lesson", step)
-            batch = examples(policy, lesson(generator), max_new_tokens=task.width)
-            loss = supervised_loss(policy, batch, *draw_levels(generator, 64, task.width))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            examples = solution_examples(policy, lesson(generator), max_new_tokens=task.width)
+            trainer.step(optimizer, examples, generator, learning_rate=2e-3, place=f"step {step}")
     return policy
 
 

@@ -45,13 +45,15 @@ import torch
 
 from dllm_rl import Callback, Float8WeightOnly, Policy, Trajectory, load_policy
 from dllm_rl.algorithms.optimizers import LinearDecay
+from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.rng import generator_for
+from dllm_rl.supervised.examples import solution_examples
+from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks import Problem
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.sudoku.solver import is_completion
-from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.latin_sudoku import any_latin, recipe
 from recipes.studies import paired
 from recipes.studies.few_clues import in_steps, written
@@ -103,6 +105,7 @@ def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[
     """
     steps, answers, rounds = arm["steps"], arm.get("answers", 0), arm.get("rounds", 1)
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    trainer = SupervisedTrainer(policy=policy, processes=OneProcess(), like_rollouts=True)
     labels: list[tuple[str, str]] = []  # a puzzle, whose givens are never hidden, and the square that completes it
     right = []
     for step in range(steps):
@@ -117,14 +120,11 @@ def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[
             )
         else:
             puzzles, squares = any_latin(generator)
-        batch = examples(policy, [Problem("", solution=square) for square in squares], max_new_tokens=16)
-        batch = replace(batch, completion_mask=torch.tensor([[digit == "0" for digit in puzzle] for puzzle in puzzles]))
-        supervised_loss(policy, batch, *draw_levels(generator, 64, 16)).backward()
-        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = arm["learning_rate"] * LinearDecay()(step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        examples = solution_examples(policy, [Problem("", solution=square) for square in squares], max_new_tokens=16)
+        for example, puzzle in zip(examples, puzzles, strict=True):
+            example.learned[:] = torch.tensor([digit == "0" for digit in puzzle])
+        rate = arm["learning_rate"] * LinearDecay()(step, steps)
+        trainer.step(optimizer, examples, generator, learning_rate=rate, place=f"step {step}")
         look(step + 1)
     return {"right, first": right[0], "right, last": right[-1], "labels": len(labels)} if answers else {}
 

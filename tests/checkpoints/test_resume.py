@@ -16,8 +16,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, describe_json, to_json
 from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.supervised.sft import SFT
-from dllm_rl.supervised.train import fine_tune
 from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 
 

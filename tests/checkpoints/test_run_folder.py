@@ -27,7 +27,7 @@ def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, mon
     train(tiny_recipe(tmp_path / "whole", **settings))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(warmup, "warmup_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(warmup, "solution_examples", lambda *_, **options: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit, match="143"):
             train(tiny_recipe(stopped, **settings))
     assert "start again with the same command" in capfd.readouterr().out

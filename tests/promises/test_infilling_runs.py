@@ -18,11 +18,11 @@ from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.prompts import check_prompts
 from dllm_rl.training.trainer import train
-from dllm_rl.training.warmup import examples
 
 DIGITS = "0123456789"
 
@@ -122,7 +122,7 @@ def test_memory_and_lengths_are_known_before(tmp_path):
 def test_what_cannot_be_infilled_is_refused():
     policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
     with pytest.raises(ValueError, match="a problem has blanks, and the warm-up appends"):
-        examples(policy, [replace(Missing()[0], solution="12")], max_new_tokens=4)
+        solution_examples(policy, [replace(Missing()[0], solution="12")], max_new_tokens=4)
     causal = tiny_llama(causal=True, **SIZES | {"characters": DIGITS})
     with pytest.raises(ValueError, match="blank='_' is to be filled in, and the model has no mask token"):
         encode(causal, [Missing()[0]])

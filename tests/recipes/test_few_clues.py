@@ -9,8 +9,8 @@ import torch
 from small_sudoku import GRID
 
 from dllm_rl.rng import generator_for
+from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.sudoku.solver import SPLITS, completions
-from dllm_rl.training.warmup import supervised_loss
 from recipes import sudoku_tiny
 from recipes.perfect import ceiling
 from recipes.studies import few_clues
@@ -54,19 +54,20 @@ def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
     """The labels of a solver: the same answer whenever a puzzle comes."""
     batches = []
 
-    def watched(policy, batch, *noise):
-        batches.append(batch)
-        return supervised_loss(policy, batch, *noise)
+    def watched(trainer, optimizer, examples, *given, **options):
+        batches.append(examples)
+        return step(trainer, optimizer, examples, *given, **options)
 
-    monkeypatch.setattr("dllm_rl.training.warmup.supervised_loss", watched)
+    step = SupervisedTrainer.step
+    monkeypatch.setattr(SupervisedTrainer, "step", watched)
     policy = taught(seed=0, steps=0)
     few = replace(sudoku_tiny.recipe.task, size=30)
     sudoku_tiny.learn(policy, 1, 0, partial(few_clues.by_a_solver, few))
     puzzles, answers = few_clues.by_a_solver(few, generator_for(0, "lesson", 0))
     assert answers == [completions(puzzle)[0] for puzzle in puzzles]
-    texts = [policy.tokenizer.decode(row) for row in batches[0].tokens]
+    texts = [policy.tokenizer.decode(item.tokens) for item in batches[0]]
     assert texts == answers
-    hidden = ["".join("0" if blank else "1" for blank in row) for row in batches[0].completion_mask]
+    hidden = ["".join("0" if blank else "1" for blank in item.learned) for item in batches[0]]
     assert hidden == ["".join("0" if digit == "0" else "1" for digit in puzzle) for puzzle in puzzles]
 
 

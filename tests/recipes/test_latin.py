@@ -86,11 +86,11 @@ def test_filtered_labels_are_right_and_a_round_adds_to_them(monkeypatch):
 
     def watched(policy, problems, **options):
         taken.extend(problem.solution for problem in problems)
-        return examples(policy, problems, **options)
+        return solution_examples(policy, problems, **options)
 
-    examples = latin.examples
+    solution_examples = latin.solution_examples
     monkeypatch.setattr(latin, "written", written)
-    monkeypatch.setattr(latin, "examples", watched)
+    monkeypatch.setattr(latin, "solution_examples", watched)
     policy = taught_latin(steps=0)
     arm = {"steps": 4, "learning_rate": 1e-3, "answers": 10, "sampler": None, "rounds": 2}
     looked = []

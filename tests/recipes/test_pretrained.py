@@ -12,7 +12,7 @@ import torch
 
 from dllm_rl import Problem, load_policy, train
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.supervised.train import fine_tune
+from dllm_rl.training.fine_tune import fine_tune
 from recipes import antibody_cdr3 as antibody
 from recipes import antibody_loops as loops
 from recipes import smollm2_arithmetic as arithmetic

@@ -6,21 +6,23 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from sft_toys import ROWS, tiny_sft
+from sft_toys import ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma
+from dllm_rl.monitoring.json_lines import warmup_rows
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.collect import GradedCompletion
 from dllm_rl.supervised.examples import example, prompt_and_answer, read_examples
-from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.rehearsal import check_warmup
-from dllm_rl.training.warmup import warmup_step
+from dllm_rl.training.warmup import warm_up
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
@@ -70,12 +72,12 @@ def test_several_answers_are_refused():
 
 
 def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
-    policy, accelerator = gemma(), make_accelerator()
+    policy = gemma()
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     found = []
-    for recipe in (tiny_sft(), tiny_sft(micro_batch_size=3)):
+    for size in (None, 3):
         policy.module.zero_grad()
-        loss, (padding, places) = add_gradients(recipe, policy, examples, accelerator, "masks", 0)
+        loss, (padding, places) = trainer_of(policy, micro_batch_size=size).add_gradients(examples, masks())
         found.append(
             (loss, {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None})
         )
@@ -83,7 +85,7 @@ def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5, msg=name)
-    losses = [held_out_loss(recipe, policy, examples, accelerator) for recipe in (tiny_sft(), tiny_sft())]
+    losses = [trainer_of(policy).loss(examples, masks(), micro_batch_size=8) for _ in range(2)]
     assert losses[0] == losses[1] > 0
 
 
@@ -111,10 +113,11 @@ def renoising_recipe(directory, **changes):
 
 @pytest.mark.slow
 def test_the_warm_up_learns_what_it_is_shown(tmp_path):
-    recipe = renoising_recipe(tmp_path, sft_warmup_steps=20, sft_warmup_learning_rate=1e-2)
-    policy = recipe.model()
-    optimizer = torch.optim.AdamW(policy.module.parameters())
-    losses = [warmup_step(recipe, policy, optimizer, step, make_accelerator()) for step in range(20)]
+    given = {"sft_warmup_steps": 20, "sft_warmup_eval_steps": 21, "sft_warmup_learning_rate": 1e-2}
+    recipe, log = renoising_recipe(tmp_path, **given), RunLog(tmp_path, start=0, main=True)
+    warm_up(recipe, recipe.model(), make_accelerator(), log, dict)
+    log.close()
+    losses = [row["warmup/loss"] for row in warmup_rows(tmp_path / "metrics.jsonl")]
     assert min(losses[-5:]) < 0.3 * losses[0]
 
 

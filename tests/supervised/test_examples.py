@@ -8,15 +8,14 @@ from sft_toys import CHAT, MODELS, ROWS, block_causal, tiny_sft
 from tiny_recipe import SIZES
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.supervised.examples import (
+from dllm_rl.supervised.examples import example, read_examples
+from dllm_rl.supervised.loss import (
     NoisyExample,
     add_noise,
     check_packing,
-    example,
     hidden_states,
     lay_out,
     pack,
-    read_examples,
     weighted_loss,
 )
 
@@ -25,7 +24,7 @@ PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
 
 def laid(policy, shown, rows=None):
     rows = rows or [[i] for i in range(len(shown))]
-    return lay_out(shown, rows, pad_id=policy.pad_id, device=policy.device)
+    return lay_out([[shown[i] for i in row] for row in rows], pad_id=policy.pad_id, device=policy.device)
 
 
 def logp(policy, tokens, place):
@@ -91,6 +90,21 @@ def test_a_replaced_token_is_predicted_where_it_stands(kind):
     torch.testing.assert_close(weighted_loss(policy, laid(policy, [shown])), expected, rtol=1e-5, atol=1e-6)
     (alone,), _ = add_noise(policy, [one], torch.tensor([0.5]), *drawn)
     assert alone.seen.tolist() == [THREE, EQUALS, ONE, TWO, THREE, MASK, EOS, EOS] and alone.weight.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "block"])
+def test_padding_on_the_left_and_rows_left_out_change_no_loss(kind):
+    policy = {**MODELS, "block": block_causal}[kind]()
+    examples = read_examples(tiny_sft(), policy, ROWS[:5], "dataset")
+    uniforms = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    uniforms[3] = 0.9  # of the fourth row nothing is hidden
+    shown, _ = add_noise(policy, examples, torch.full((5,), 0.6), uniforms, uniforms)
+    rows = [[one] for one in shown]
+    layout = lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=True)
+    assert len(layout.tokens) == (5 if kind == "causal" else 4) and not layout.segment[:, 0].all()
+    torch.testing.assert_close(
+        weighted_loss(policy, layout), weighted_loss(policy, laid(policy, shown)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_causal_loss_is_that_of_transformers():

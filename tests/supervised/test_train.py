@@ -13,21 +13,19 @@ import pytest
 import torch
 from own_module import own_policy
 from run_outputs import assert_same_weights, metrics_of
-from sft_toys import MODELS, ROWS, tiny_sft
+from sft_toys import MODELS, ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
-from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.supervised.examples import (
-    check_packing,
-    read_examples,
-)
-from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss, read_datasets, rows_of_step, sft
+from dllm_rl.supervised.examples import read_examples
+from dllm_rl.supervised.loss import check_packing
+from dllm_rl.supervised.trainer import SupervisedTrainer
+from dllm_rl.training.fine_tune import fine_tune, read_datasets, rows_of_step, sft
 from dllm_rl.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +34,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("settings", [{"packing": True}, {"micro_batch_size": 3}], ids=str)
 def test_the_layout_does_not_change_the_gradient(kind, settings):
-    policy, accelerator = MODELS[kind](), make_accelerator()
+    policy = MODELS[kind]()
     check_packing(policy)
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     gradients, losses, paddings = [], [], []
-    for recipe in (tiny_sft(), tiny_sft(**settings)):
+    for changes in ({}, settings):
         policy.module.zero_grad()
-        loss, (padding, _) = add_gradients(recipe, policy, examples, accelerator, "masks", 0)
+        loss, (padding, _) = trainer_of(policy, **changes).add_gradients(examples, masks())
         losses.append(loss)
         paddings.append(padding.item())
         gradients.append({name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None})
@@ -94,14 +92,16 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
 def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
     """RL's way of saving is SFT's: the checkpoint holds what a run of so many steps ends with."""
 
-    def failing(recipe, policy, chosen, accelerator, key, step):
-        if step == 2:
+    def failing(trainer, *given, place, **options):
+        if place == "step 2":
             raise KeyError("a fault")
-        return add_gradients(recipe, policy, chosen, accelerator, key, step)
+        return step(trainer, *given, place=place, **options)
+
+    step = SupervisedTrainer.step
 
     recipe = tiny_sft(tmp_path / "run", num_steps=3, save_steps=100)
     with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
-        patched.setattr("dllm_rl.supervised.train.add_gradients", failing)
+        patched.setattr(SupervisedTrainer, "step", failing)
         fine_tune(recipe)
     assert raised.value.__notes__[0].startswith(
         "process 0: failed after step 2 was complete; fix the cause and continue"
@@ -142,22 +142,24 @@ def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
 
 
 def test_the_held_out_loss_does_not_depend_on_its_batches():
-    policy, accelerator = tiny_masked_lm(**SIZES), make_accelerator()
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
-    recipes = [tiny_sft(eval_batch_size=n, packing=packing) for n, packing in ((3, False), (64, False), (64, True))]
-    found = [held_out_loss(recipe, policy, examples, accelerator) for recipe in recipes]
+    policy = tiny_masked_lm(**SIZES)
+    examples = 4 * read_examples(tiny_sft(), policy, ROWS, "dataset")
+    found = [
+        trainer_of(policy, packing=packing).loss(examples, masks(), micro_batch_size=size)
+        for size, packing in ((3, False), (64, False), (64, True))
+    ]
     assert found == pytest.approx([found[0]] * 3, rel=1e-5) and found[0] > 1
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_packing_under_autocast_rounds_and_no_more(kind):
-    policy, accelerator = MODELS[kind](), make_accelerator()
+    policy = MODELS[kind]()
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     losses = [
-        add_gradients(tiny_sft(bf16=True, packing=packing), policy, examples, accelerator, "masks", 0)[0].item()
+        trainer_of(policy, bf16=True, packing=packing).add_gradients(examples, masks())[0].item()
         for packing in (False, True)
     ]
-    exact = add_gradients(tiny_sft(), policy, examples, accelerator, "masks", 0)[0].item()
+    exact = trainer_of(policy).add_gradients(examples, masks())[0].item()
     assert losses == pytest.approx([exact, exact], rel=0.02) and exact not in losses
 
 
@@ -237,9 +239,9 @@ def test_another_kind_of_run_is_not_resumed(tmp_path):
 
 
 def test_each_step_hides_other_tokens():
-    policy, accelerator = tiny_masked_lm(**SIZES), make_accelerator()
+    policy = tiny_masked_lm(**SIZES)
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
-    losses = [add_gradients(tiny_sft(), policy, examples, accelerator, "masks", step)[0].item() for step in (0, 1, 1)]
+    losses = [trainer_of(policy).add_gradients(examples, masks(step))[0].item() for step in (0, 1, 1)]
     assert losses[0] != losses[1] == losses[2]
 
 
@@ -251,11 +253,10 @@ def test_each_step_of_a_run_hides_other_tokens(tmp_path):
 
 
 def test_replaced_tokens_are_those_of_the_recipes_share():
-    policy, accelerator = tiny_masked_lm(**SIZES), make_accelerator()
+    policy = tiny_masked_lm(**SIZES)
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     plain, replaced = (
-        add_gradients(tiny_sft(corruption=share), policy, examples, accelerator, "masks", 0)[0].item()
-        for share in (0.0, 0.5)
+        trainer_of(policy, corruption=share).add_gradients(examples, masks())[0].item() for share in (0.0, 0.5)
     )
     assert replaced > plain + 0.01, "visible tokens are predicted too"
 

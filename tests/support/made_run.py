@@ -1,5 +1,6 @@
 """A run without a start: what a test of one of its parts needs, in a line."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ def make_run(directory="runs/x", *, recipe=None, policy=None, saved=None, **part
     policy = policy or tiny_masked_lm(**SIZES)
     fields = {
         "accelerator": Accelerator(cpu=True),
-        "log": SimpleNamespace(entered="", say=lambda text: None),
+        "log": SimpleNamespace(entered="", say=lambda text: None, stage=nullcontext),
         "optimizer": None,
         "state": TrainingState(step=3, version=3, dtype="float32", recipe={}),
         "stop": SimpleNamespace(agreed=lambda *_: 0, last_words=None),

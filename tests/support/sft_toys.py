@@ -4,11 +4,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
+from made_run import make_run
 from tiny_recipe import SIZES
 
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.rng import generator_for
 from dllm_rl.supervised.sft import SFT
+from dllm_rl.training.fine_tune import make_trainer
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"[: 1 + (a < b)]} for a, b in product("1234", repeat=2)]
 CHAT = "{% for m in messages %}{{ '' if m.role == 'user' else '=' }}{{ m.content }}<eos>.{% endfor %}"
@@ -27,6 +30,15 @@ def tiny_sft(directory=None, **changes):
         report_to=None,
     )
     return replace(base, **changes)
+
+
+def trainer_of(policy, **changes):
+    """What takes the steps of a run of `tiny_sft` with these changes."""
+    return make_trainer(make_run(recipe=tiny_sft(**changes), policy=policy))
+
+
+def masks(step=0):
+    return generator_for(0, "masks", step)
 
 
 def dream_like():

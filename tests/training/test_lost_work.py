@@ -23,7 +23,7 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.collect import draw_indices
 from dllm_rl.supervised.sft import SFT
-from dllm_rl.supervised.train import fine_tune
+from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]

@@ -6,79 +6,108 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
-from torch.nn.utils import parameters_to_vector
 
-from dllm_rl.distributed import collectives
-from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.distributed.collectives import OneProcess, make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.monitoring.json_lines import warmup_rows
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.supervised.examples import solution_examples
+from dllm_rl.supervised.loss import add_noise, corrupted, draw_levels, lay_out, weighted_loss
+from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.warmup import corrupted, draw_levels, examples, supervised_loss, warm_up, warmup_step
+from dllm_rl.training.warmup import warm_up
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
+
+
+def layout_of(policy, examples, levels, uniforms, noise, *, corruption=0.0):
+    """The rows of a warm-up's step, and the divisor of their loss."""
+    shown, total = add_noise(policy, examples, levels, uniforms, noise, corruption=corruption, per_token=True)
+    rows = [[one] for one in shown]
+    return lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=True), total
+
+
+def loss_of(policy, *given, **options):
+    layout, total = layout_of(policy, *given, **options)
+    return weighted_loss(policy, layout) / total
 
 
 def test_examples_fill_up_with_the_end_token():
     policy = tiny_masked_lm(**SIZES)
     one, two, three, four, dot, equals, eos, pad = 3, 4, 5, 6, 7, 8, 2, 0
-    batch = examples(policy, PROBLEMS, max_new_tokens=5)
-    assert batch.tokens.tolist() == [
-        [pad, pad, pad, one, two, equals, three, four, one, two, eos],
+    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
+    assert [item.tokens.tolist() for item in examples] == [
+        [one, two, equals, three, four, one, two, eos],
         [one, dot, two, dot, four, equals, two, one, eos, eos, eos],
     ]
-    assert batch.completion_mask.tolist() == [[False] * 6 + [True] * 5] * 2
-    causal = examples(tiny_llama(causal=True, **SIZES), PROBLEMS, max_new_tokens=5)
-    assert causal.completion_mask[1].tolist() == [False] * 6 + [True] * 3 + [False] * 2
+    assert [item.learned.tolist() for item in examples] == [[False] * 3 + [True] * 5, [False] * 6 + [True] * 5]
+    layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
+    assert layout.tokens[0].tolist() == [pad] * 3 + examples[0].tokens.tolist() and total == 10
+    assert layout.segment.tolist() == [[0] * 3 + [1] * 8, [1] * 11]
+    causal = solution_examples(tiny_llama(causal=True, **SIZES), PROBLEMS, max_new_tokens=5)
+    assert causal[1].learned.tolist() == [False] * 6 + [True] * 3 + [False] * 2
+
+
+def test_a_row_that_nothing_is_learned_of_takes_part_in_no_forward():
+    policy = tiny_masked_lm(**SIZES)
+    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
+    uniforms = torch.tensor([[0.0] * 5, [0.9] * 5])
+    layout, total = layout_of(policy, examples, torch.full((2,), 0.5), uniforms, uniforms)
+    assert layout.tokens.shape == (1, 11) and total == 10
+    assert loss_of(policy, examples, torch.full((2,), 0.5), uniforms + 0.5, uniforms).item() == 0
 
 
 def test_causal_loss_is_cross_entropy():
     policy = tiny_llama(causal=True, **SIZES)
-    batch = examples(policy, PROBLEMS, max_new_tokens=5)
-    labels = batch.tokens.masked_fill(~batch.completion_mask, -100)
-    positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    logits = policy.module(batch.tokens, attention_mask=batch.attention_mask, position_ids=positions).logits
+    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
+    layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
+    labels = layout.tokens.masked_fill(layout.weight == 0, -100)
+    real = layout.segment > 0
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    logits = policy.module(layout.tokens, attention_mask=real, position_ids=positions).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    found = supervised_loss(policy, batch, torch.ones(2), *torch.zeros(2, 2, 5))
+    found = weighted_loss(policy, layout) / total
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
     policy = tiny_masked_lm(**SIZES)
-    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
+    clean = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))[0]
     t = torch.tensor([0.5, 0.25])
     uniforms = torch.tensor([[0.1, 0.6, 0.4, 0.5, 0.9], [0.9, 0.2, 0.3, 0.24, 0.99]])
     masked = [[0, 2], [1, 3]]  # uniforms < t
-    tokens = batch.tokens.clone()
+    tokens = clean.tokens.clone()
     for row, columns in enumerate(masked):
         for column in columns:
             tokens[row, 6 + column] = 1
-    logits = policy.logits(tokens, batch.attention_mask)
+    logits = policy.logits(tokens, clean.segment > 0)
     logits[..., 1] = -torch.inf  # the mask is never an answer
     logps = logits.log_softmax(-1)
     total = sum(
-        logps[row, 6 + column, batch.tokens[row, 6 + column]] / t[row]
+        logps[row, 6 + column, clean.tokens[row, 6 + column]] / t[row]
         for row, columns in enumerate(masked)
         for column in columns
     )
-    torch.testing.assert_close(supervised_loss(policy, batch, t, uniforms, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_of(policy, examples, t, uniforms, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
 
 
 def test_a_replaced_token_counts_where_it_stands():
     """Of the first row's 3, 4, 1, 2, <eos> the model sees a mask, a mask, another 1, the 2 and a 3: a loop."""
     policy = tiny_masked_lm(**SIZES)
-    batch = examples(policy, PROBLEMS[:1], max_new_tokens=5)
+    examples = solution_examples(policy, PROBLEMS[:1], max_new_tokens=5)
+    tokens = examples[0].tokens[None]
     uniforms, noise = torch.tensor([[0.1, 0.2, 0.6, 0.5, 0.9]]), torch.tensor([[0.0, 0.9, 0.19, 0.2, 0.0]])
-    seen = batch.tokens.clone()
+    seen = tokens.clone()
     # The characters 1234.= are 3 to 8; 0.19 / 0.2 of five others is the last behind 1.
     seen[0, -5:] = torch.tensor([1, 1, 8, 4, 3])
-    logits = policy.logits(seen, batch.attention_mask)
+    logits = policy.logits(seen, torch.ones_like(seen, dtype=torch.bool))
     logits[..., 1] = -torch.inf
-    logps = logits.log_softmax(-1)[0, -5:].gather(-1, batch.tokens[0, -5:, None])[:, 0]
+    logps = logits.log_softmax(-1)[0, -5:].gather(-1, tokens[0, -5:, None])[:, 0]
     expected = -(logps * torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0])).sum() / 5
-    found = supervised_loss(policy, batch, torch.tensor([0.5]), uniforms, noise, corruption=0.2)
+    found = loss_of(policy, examples, torch.tensor([0.5]), uniforms, noise, corruption=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -99,9 +128,9 @@ def test_a_share_of_tokens_is_replaced_by_all_others_alike(share):
 
 def test_a_causal_model_has_no_visible_tokens_to_replace():
     policy = tiny_llama(causal=True, **SIZES)
-    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
     with pytest.raises(ValueError, match="use 0 for a causal model"):
-        supervised_loss(policy, batch, torch.ones(2), *torch.zeros(2, 2, 5), corruption=0.1)
+        loss_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5), corruption=0.1)
 
 
 def test_levels_are_stratified_and_floored():
@@ -113,9 +142,12 @@ def test_levels_are_stratified_and_floored():
 
 def stepped(policy, tmp_path, *, steps: int, **changes):
     """The losses of the first steps."""
-    recipe = tiny_recipe(tmp_path, **{"sft_warmup_learning_rate": 1e-2, "sft_warmup_batch_size": 8} | changes)
-    optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    return [warmup_step(recipe, policy, optimizer, step, make_accelerator()) for step in range(steps)]
+    given = {"sft_warmup_steps": steps, "sft_warmup_eval_steps": steps + 1, "sft_warmup_batch_size": 8}
+    recipe = tiny_recipe(tmp_path, **given | {"sft_warmup_learning_rate": 1e-2} | changes)
+    log = RunLog(tmp_path, start=0, main=True)
+    assert warm_up(recipe, policy, make_accelerator(), log, dict) == steps
+    log.close()
+    return [row["warmup/loss"] for row in warmup_rows(tmp_path / "metrics.jsonl")[-steps:]]
 
 
 def test_warm_up_learns_what_it_is_shown(tmp_path):
@@ -142,26 +174,23 @@ def test_the_learning_rate_rises_to_its_full_height(tmp_path):
     assert moved == pytest.approx(1e-3 / 30, rel=0.05)
 
 
-def test_a_step_takes_the_mean_of_the_processes_gradients(tmp_path, monkeypatch):
-    """Each process averages over its own rows. The other one, a stand-in, takes most of this one's back."""
-    sent = []
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_processes_gradients_sum_to_that_of_one_process(causal):
+    """Also where one process has the longer solutions, and the model learns more tokens of them."""
+    policy = tiny_llama(causal=causal, **SIZES)
+    solutions = ["3412", "2", "43", "1", "12", "3", "2143", "1"]
+    problems = [Problem("12="[: 1 + i % 3], solution=text) for i, text in enumerate(solutions)]
+    examples = solution_examples(policy, problems, max_new_tokens=5)
 
-    def all_reduce(flat, async_op):
-        sent.append(flat.clone())
-        flat *= 0.2  # the sum with -0.8 of it
-        return SimpleNamespace(wait=lambda: None)
+    def gradient_of(*processes):
+        policy.module.zero_grad()
+        for one in processes:
+            trainer = SupervisedTrainer(policy=policy, processes=one, like_rollouts=True)
+            trainer.add_gradients(examples, torch.Generator().manual_seed(0))
+        return torch.cat([p.grad.flatten() for p in policy.module.parameters()])
 
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    monkeypatch.setattr(collectives.dist, "all_reduce", all_reduce)
-    policy = tiny_recipe(tmp_path).model()
-    before = parameters_to_vector(policy.module.parameters()).detach()
-    # The rate of the first step, which rises to its height in 30, is 1: plain descent moves weights by the gradient.
-    recipe = tiny_recipe(tmp_path, sft_warmup_learning_rate=30.0, sft_warmup_batch_size=8)
-    warmup_step(recipe, policy, torch.optim.SGD(policy.module.parameters()), 0, Accelerator(cpu=True))
-    expected = 0.1 * torch.cat(sent)
-    assert 0.1 < expected.norm() < 0.5, "above 1 a gradient is scaled down"
-    moved = before - parameters_to_vector(policy.module.parameters()).detach()
-    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+    two = [SimpleNamespace(num_processes=2, process_index=index) for index in range(2)]
+    torch.testing.assert_close(gradient_of(*two), gradient_of(OneProcess()), rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):
@@ -185,4 +214,4 @@ def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
 )
 def test_what_cannot_be_shown_is_refused(problem, message):
     with pytest.raises(ValueError, match=message):
-        examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4)
+        solution_examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4)

@@ -32,7 +32,7 @@ SELF_CONDITIONED_SHARE = 0.5  # share of the examples that are self-conditioned 
 
 class Noise(NamedTuple):
     """Random numbers for B examples; C is the length of a canvas. All but `level` are uniforms in [0, 1).
-    `warmup.draw_levels` draws the first three.
+    `loss.draw_levels` draws the first three.
 
     Args:
         level: Probability with which a token of the canvas is replaced.
@@ -67,6 +67,10 @@ class DenoisingExample:
     noisy: Int[Tensor, " C"]
     num_answer_tokens: int
     self_conditioned: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.context) + len(self.target)
 
 
 def denoising_examples(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.training.denoising import DenoisingExample, Noise, denoising_examples, denoising_loss
+from dllm_rl.supervised.denoising import DenoisingExample, Noise, denoising_examples, denoising_loss
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"

@@ -1,0 +1,198 @@
+"""Supervised fine-tuning: a model learns rows by the masked-diffusion loss or the causal loss."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dllm_rl.checkpoints.run_folder import open_folder
+from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.stop import as_written, how_to_continue, leaving_nothing_behind
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import add_lora, load_adapter
+from dllm_rl.rng import generator_for
+from dllm_rl.supervised.examples import Example, read_examples
+from dllm_rl.supervised.loss import check_packing
+from dllm_rl.supervised.sft import SFT
+from dllm_rl.supervised.trainer import SupervisedTrainer
+from dllm_rl.tasks.datasets import in_memory, training_and_held_out
+from dllm_rl.tasks.rows import load_rows
+from dllm_rl.training.finish import write_summary
+from dllm_rl.training.hooks import before_first_step, end_step, load_best
+from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
+from dllm_rl.training.run import Run
+from dllm_rl.training.saving import install_emergency_saves, make_writer, save, wait_for_checkpoint
+from dllm_rl.training.start import launch, open_log, restore
+from dllm_rl.training.summary import Summary
+from dllm_rl.training.validation import check_evaluations, evaluation_interval
+
+EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
+
+
+def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
+    """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
+
+    `settings` are fields of `SFT`. Set the learning rate: the default, 5e-4, suits small models.
+    """
+    name = Path(model).name.lower() if isinstance(model, str | Path) else "sft"
+    return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
+
+
+@leaving_nothing_behind
+def fine_tune(recipe: SFT) -> Summary:
+    """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
+    accelerator, stop, peers = launch(recipe)
+    recipe = read_datasets(recipe)  # before the folder is created, so that a malformed file leaves no folder
+    folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
+    policy = _load_policy(recipe, accelerator, folder, saved_state)
+    training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
+    held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
+    held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
+    forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
+    eval_interval = evaluation_interval(recipe, len(held_out_views), forwards_per_step)
+    check_evaluations(recipe, eval_interval)
+    optimizer = make_optimizer(recipe, policy)
+
+    def count_update(*_: object) -> None:
+        policy.weights_version += 1
+
+    # Before the weights change: if the optimizer step fails halfway, they must not have the old version.
+    optimizer.register_step_pre_hook(count_update)
+    log = open_log(recipe, accelerator, peers, saved_state, notes)
+    state = (
+        restore(recipe, folder, saved_state, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
+    )
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        log=log,
+        policy=policy,
+        rollout_policy=policy,
+        optimizer=optimizer,
+        state=state,
+        stop=stop,
+        writer=make_writer(recipe, accelerator),
+        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.logged_steps),
+        checkpoint=str(folder or ""),
+    )
+
+    def evaluate() -> dict[str, float]:
+        generator = generator_for(recipe.seed, "sft held-out")  # the same masks in every evaluation
+        with log.stage("evaluation"):
+            trainer = make_trainer(run)
+            return {"loss": trainer.loss(held_out_views, generator, micro_batch_size=recipe.eval_batch_size)}
+
+    if not folder:
+        run.state = replace(run.state, eval_before=evaluate())
+        save(run)
+    eval_before = run.state.eval_before
+    log.say(f"before SFT: held-out loss {eval_before['loss']:.4f} nats on {len(held_out)} rows")
+    install_emergency_saves(run, peers)
+    before_first_step(run)
+
+    def evaluate_if_due(step: int) -> dict[str, float]:
+        is_due = eval_interval and (step + 1) % eval_interval == 0
+        return {"eval/loss": evaluate()["loss"]} if is_due else {}
+
+    for step in range(run.state.logged_steps, recipe.num_steps):
+        metrics = run.state.unlogged  # set if a resumed run's last step was updated, but not evaluated and logged
+        if metrics is None:
+            metrics = take_step(run, training, step)
+        end_step(run, step, metrics, evaluate_if_due)
+        if run.control.stop_reason is not None:
+            break
+    stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
+    wait_for_checkpoint(run)
+    load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state))
+    eval_after = evaluate()
+    return write_summary(
+        run,
+        {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},
+        result=f"held-out loss {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
+        f"after {run.state.step} steps",
+        advice=f"RL from it: {as_written(model=run.checkpoint, sft_warmup_steps=0)} of a recipe or of grpo",
+    )
+
+
+def read_datasets(recipe: SFT) -> SFT:
+    """Return the recipe with its rows in memory. Without eval_dataset, the last rows are held out."""
+    rows = _rows(recipe.dataset)
+    if not len(rows):
+        raise ValueError("dataset is empty: give at least two rows")
+    eval_rows = None if recipe.eval_dataset is None else _rows(recipe.eval_dataset)
+    training, held_out = training_and_held_out(rows, eval_rows, recipe.eval_split)
+    return replace(recipe, dataset=training, eval_dataset=held_out)
+
+
+def _rows(dataset: Any) -> Any:
+    """Return the rows of a data set, or of the file at a path."""
+    return list(dict(load_rows(dataset)).values()) if isinstance(dataset, str) else in_memory(dataset)
+
+
+def _load_policy(
+    recipe: SFT, accelerator: Accelerator, folder: Path | None, saved_state: TrainingState | None
+) -> Policy:
+    """Load the learner: from the checkpoint in `folder` if there is one, else from the recipe. Adapters are applied to
+    the recipe's model.
+    """
+    if folder and saved_state and recipe.lora is None:
+        policy = load_from_run_folder(recipe, folder, getattr(torch, saved_state.dtype), accelerator.device)
+        freeze(recipe, policy, saved_state.frozen or [])
+    else:
+        policy = build_policy(recipe, accelerator.device)
+        if folder:
+            load_adapter(policy, folder / "adapter")
+        elif recipe.lora is not None:
+            add_lora(policy, recipe.lora)
+    if recipe.packing:
+        check_packing(policy)
+    return policy
+
+
+def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Return the indices of a step's examples, over all processes. Each epoch shuffles all examples; steps take them in
+    that order.
+    """
+    indices: list[int] = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index_in_epoch = divmod(position, count)
+        if index_in_epoch == 0 or not indices:
+            order = torch.randperm(count, generator=generator_for(seed, "sft order", epoch)).tolist()
+        indices.append(order[index_in_epoch])
+    return indices
+
+
+def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
+    """Return the trainer of the run's policy."""
+    recipe = run.recipe
+    return SupervisedTrainer(
+        policy=run.policy,
+        processes=run.accelerator,
+        micro_batch_size=recipe.micro_batch_size,
+        corruption=recipe.corruption,
+        packed_length=recipe.max_length if recipe.packing else None,
+        bf16=recipe.bf16,
+        max_grad_norm=recipe.max_grad_norm,
+        stage=run.log.stage,
+    )
+
+
+def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str, float]:
+    """Update the weights once and return the step's metrics."""
+    recipe = run.recipe
+    learning_rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
+    indices = rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)
+    metrics = make_trainer(run).step(
+        run.optimizer,
+        [examples[i] for i in indices],
+        generator_for(recipe.seed, "sft masks", step),
+        learning_rate=learning_rate,
+        place=f"step {step}",
+    )
+    epoch = (step + 1) * recipe.train_batch_size / len(examples)
+    return metrics | {"learning_rate": learning_rate, "epoch": epoch}
