@@ -35,8 +35,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
 from dllm_rl.models.checkpoint.tensors import LazyTensor, to_original, write_tensors
-from dllm_rl.models.lora import add_lora
-from dllm_rl.models.merge import lazy_merged_tensors
+from dllm_rl.models.lora import add_lora, lazy_merged_tensors
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe

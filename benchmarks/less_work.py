@@ -22,8 +22,7 @@ from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
-from dllm_rl.models.base import block_causal_mask, block_ranks, encode_block_causal, position_ids
-from dllm_rl.models.forward import buckets
+from dllm_rl.models.base import FORWARD_COST, block_causal_mask, block_ranks, encode_block_causal, position_ids
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Float8WeightOnly
@@ -58,11 +57,11 @@ class Waiting(CachedForward):
 @contextmanager
 def whole_batches() -> Iterator[None]:
     """As it was: rows of all lengths in one batch."""
-    before, buckets.FORWARD_COST["cpu"] = buckets.FORWARD_COST["cpu"], 10**9
+    before, FORWARD_COST["cpu"] = FORWARD_COST["cpu"], 10**9
     try:
         yield
     finally:
-        buckets.FORWARD_COST["cpu"] = before
+        FORWARD_COST["cpu"] = before
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from benchmarks.presets import PRESETS
 from benchmarks.sync import ANYWHERE
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import StraightThrough
-from dllm_rl.quantization.linear import quantize_weight, stored_bytes
+from dllm_rl.quantization.linear import stored_bytes
+from dllm_rl.quantization.rollout_policy import quantize_weight
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, check_scheme
 
 

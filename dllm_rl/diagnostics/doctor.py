@@ -26,8 +26,8 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
 from dllm_rl.models.forward.routing import moe_layers
-from dllm_rl.quantization.linear import dequantized_weight, locate_parameter
-from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
+from dllm_rl.quantization.linear import dequantized_weight
+from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Prompts, Rollout, SamplingParams, Views, group_sizes
 

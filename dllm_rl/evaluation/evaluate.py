@@ -11,8 +11,7 @@ from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, text
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
 from dllm_rl.evaluation.completions import COSTS, Completions, Rows, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
-from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Cost, Problem, Task, grade

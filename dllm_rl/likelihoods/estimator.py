@@ -15,8 +15,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.likelihoods.turns import check_turns
 from dllm_rl.likelihoods.views import each_view, row_chunks
-from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import Record
 from dllm_rl.types import Rollout, Views
 

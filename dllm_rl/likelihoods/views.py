@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dllm_rl.decoding.support import support_ids_at
 from dllm_rl.device import copy_to_device
-from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.types import Rollout, Views, ViewTensors, any_in_group, group_numbers, pack_groups, starts_group
 

@@ -1,11 +1,13 @@
-"""The interface of a policy, the settings of a model family, and the encoders and heads in which families differ.
+"""The interface of a policy, the settings of a model family, the encoders and heads in which families differ, and how
+the rows of a batch share forwards.
 
 In this package, "stock" means from the transformers library, as opposed to code that comes with a checkpoint.
 docs/methods.md explains the tag [paper].
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -32,6 +34,10 @@ CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
+# The fixed cost of a forward (Python, kernel launches, reading weights), as a number of positions. An H200 takes the
+# same time for 600 positions of an 8B model as for one. A CPU takes the same time for 100 positions as for one with a
+# model of width 96, and for 10 positions with width 512.
+FORWARD_COST = {"cpu": 128, "cuda": 1024}
 
 
 class Lora(Record):
@@ -71,7 +77,7 @@ class Lora(Record):
         """Convert a peft LoraConfig."""
         if type(value).__module__.partition(".")[0] != "peft":
             return None
-        from dllm_rl.models.lora import from_peft  # here, because it imports this module
+        from dllm_rl.models.checkpoint.adapters import from_peft  # here, because it imports this module
 
         return from_peft(value)
 
@@ -275,8 +281,104 @@ def gather_if_sharded(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@contextmanager
+def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[None]:
+    """In this context, let processes run different numbers of forwards of a sharded policy.
+
+    A process without remaining rows joins the others' forwards with dummy rows. All processes must enter and leave the
+    context together. For an unsharded policy nothing happens.
+
+    Args:
+        policy: Policy, sharded or not.
+        backward: True if every forward is followed by its backward. False if no forward needs gradients.
+    """
+    shards = getattr(policy.module, "sharding", None)
+    if shards is None:
+        yield
+        return
+    for head in shards.heads:
+        head.unshard()  # once, not for every chunk
+        head.set_requires_gradient_sync(False)
+        head.set_reshard_after_backward(False)
+    # Each forward first tells the other processes that it runs.
+    announce = shards.backbone.register_forward_pre_hook(lambda *_: shards.anyone(True) and None, prepend=True)
+    try:
+        yield
+    finally:
+        announce.remove()
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # a dummy row, whose gradients are zero
+    with torch.set_grad_enabled(backward):
+        # A sharded forward is a collective. This process has no forwards left, and joins those of the other processes,
+        # which need its shards of the weights.
+        while shards.anyone(False):
+            states = policy.hidden(token, token == 0)
+            if backward:
+                states.backward(torch.zeros_like(states))
+        for head in shards.heads:
+            head.set_requires_gradient_sync(True)
+            head.set_reshard_after_backward(True)
+        if backward:  # one collective sums the heads' gradients of all chunks
+            weight = next(policy.module.parameters())
+            leaf = torch.zeros(1, policy.module.config.hidden_size, dtype=weight.dtype, device=policy.device)
+            logits = policy.head(leaf.requires_grad_())
+            logits.backward(torch.zeros_like(logits))
+    for head in shards.heads:
+        head.reshard()
+
+
 def copied(policy: Policy) -> Policy:
     """Return a copy of the policy with a copy of its module. The copies share the tokenizer and the spec."""
     policy_copy = copy.copy(policy)
     policy_copy.module = copy.deepcopy(policy.module)
     return policy_copy
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of similar length.
+
+    Args:
+        rows: Indices into the batch, in ascending order, on the CPU.
+        start: First column that is not padding in every row.
+    """
+
+    rows: Int[Tensor, " R"]
+    start: int
+
+
+def length_buckets(
+    starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
+) -> list[Bucket]:
+    """Divide rows into buckets with the least total cost, and return the bucket of the longest rows first.
+
+    The rows of a bucket run together, without their common padding. Buckets depend only on the batch's padding, so that
+    sampling and scoring use the same shapes. The cost of a bucket is rows * columns + forwards * FORWARD_COST.
+
+    Args:
+        starts: First column of each row that is not padding, on the CPU.
+        columns: Number of columns of the batch.
+        device: Device of the model.
+        forwards: Number of model calls per bucket; with a cache it is the number of steps.
+    """
+    # The minimum is exact, by dynamic programming over the distinct starts. Attention's quadratic cost is not counted.
+    unique_starts, counts = starts.unique(return_counts=True)  # in ascending order: the longest rows first
+    distinct = unique_starts.tolist()
+    rows_before = [0, *counts.cumsum(0).tolist()]
+    fixed_cost = forwards * FORWARD_COST.get(torch.device(device).type, FORWARD_COST["cuda"])
+    least_cost = [0]  # least_cost[n]: least total cost of the rows with the first n distinct starts
+    last_begin = [0]  # last_begin[n]: index of the distinct start at which the last of their buckets begins
+    for end in range(1, len(distinct) + 1):
+        costs = []
+        for begin in range(end):
+            rows = rows_before[end] - rows_before[begin]
+            costs.append(least_cost[begin] + rows * (columns - distinct[begin]) + fixed_cost)
+        least_cost.append(min(costs))
+        last_begin.append(costs.index(least_cost[-1]))
+    buckets = []
+    end = len(distinct)
+    while end:  # backwards from the shortest rows
+        start = distinct[last_begin[end]]
+        buckets.append(Bucket(((starts >= start) & (starts <= distinct[end - 1])).nonzero()[:, 0], start))
+        end = last_begin[end]
+    # A single bucket has all columns, so that its shapes are those of a batch without buckets.
+    return buckets[::-1] if len(buckets) > 1 else [Bucket(torch.arange(len(starts)), 0)]

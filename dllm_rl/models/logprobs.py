@@ -129,14 +129,12 @@ def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     return tuple(torch.cat(chunk_outputs)[:num_rows] for chunk_outputs in zip(*outputs, strict=True))
 
 
-def _score_chunk_fn(policy: Head, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
-    """Return the function that computes `token_logprobs` of one chunk of rows."""
-
-    def score_chunk(hidden: Tensor, tokens: Tensor, support_ids: Tensor | None = None) -> tuple[Tensor]:
-        logits = process(policy.head(hidden), sampling_params, tokens, support_ids)
-        return (TokenLogprob.apply(logits, tokens),)
-
-    return score_chunk
+def _score_chunk(
+    policy: Head, sampling_params: SamplingParams, hidden: Tensor, tokens: Tensor, support_ids: Tensor | None = None
+) -> tuple[Tensor]:
+    """Compute `token_logprobs` of one chunk of rows."""
+    logits = process(policy.head(hidden), sampling_params, tokens, support_ids)
+    return (TokenLogprob.apply(logits, tokens),)
 
 
 def token_logprobs(
@@ -151,7 +149,7 @@ def token_logprobs(
     The result is differentiable. The head runs in chunks of rows.
     """
     rows = (hidden, tokens) if support_ids is None else (hidden, tokens, support_ids)
-    return chunked(_score_chunk_fn(policy, sampling_params), *rows, policy=policy)[0]
+    return chunked(partial(_score_chunk, policy, sampling_params), *rows, policy=policy)[0]
 
 
 def backward_token_logprobs(
@@ -165,7 +163,7 @@ def backward_token_logprobs(
     """Compute token_logprobs(...).backward(grad_output), with each chunk of logits computed once instead of twice."""
     # `grad_output` is known before the forward, so that each chunk is differentiated right after its forward.
     rows = (tokens,) if support_ids is None else (tokens, support_ids)
-    gradient, _ = backward_chunked(_score_chunk_fn(policy, sampling_params), policy, grad_output, hidden, *rows)
+    gradient, _ = backward_chunked(partial(_score_chunk, policy, sampling_params), policy, grad_output, hidden, *rows)
     if len(hidden) and hidden.requires_grad:
         hidden.backward(gradient)
 

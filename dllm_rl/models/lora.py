@@ -1,39 +1,25 @@
-"""LoRA: adapters on linear layers and on stacked experts, and their files in peft's format."""
+"""LoRA: adapters on linear layers and on stacked experts, and the tensors of a module with its adapters merged."""
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import chain
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Policy, gather_if_sharded, has_bf16_products, output_embeddings
-from dllm_rl.models.checkpoint.tensors import mismatched_tensors, rename_tensor, stock_to_original
-from dllm_rl.models.untrusted import read_adapter
+from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded, has_bf16_products, output_embeddings
+from dllm_rl.models.checkpoint.tensors import LazyTensor
 from dllm_rl.rng import keep_mask
 
 STACKS = ("gate_up_proj", "down_proj")  # weights (E, O, I) of all E experts of a stock module of experts
-PREFIX = "base_model.model."  # prefix of every name in peft's files
-# Settings of peft that change what is computed from the same tensors.
-PEFT_VARIANTS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "use_bdlora",
-)
 # Attributes of a stock module of experts whose layout `LoraExperts` supports.
 LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 
@@ -42,34 +28,6 @@ def check_mergeable(lora: Lora) -> None:
     """Raise ValueError for dropout: merged adapters have no separate input that could be dropped."""
     if lora.dropout:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
-
-
-def from_peft(config: Any) -> Lora:
-    """Convert a peft LoraConfig.
-
-    Raise ValueError for a setting that is not supported here and changes what the adapters compute.
-    """
-    kind = type(config).__name__
-    if kind != "LoraConfig":
-        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or Lora(r=16)")
-    default = type(config)()
-    used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
-    ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
-    for name, value in vars(config).items():
-        if name not in used | ignored and value != getattr(default, name, value):
-            raise ValueError(f"lora=LoraConfig({name}={value!r}): this setting is not supported; leave it out")
-    if config.inference_mode:
-        raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
-    targets = config.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layer names")
-    scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
-    return Lora(
-        r=config.r,
-        alpha=float(config.lora_alpha) * scale,
-        dropout=float(config.lora_dropout),
-        targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
-    )
 
 
 class LoraLinear(nn.Module):
@@ -105,11 +63,8 @@ class LoraLinear(nn.Module):
         return x * keep / (1 - self.lora.dropout)
 
     def merged(self) -> Float[Tensor, "O I"]:
-        """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype. It is differentiable in A and B."""
-        weight = plain_weight(self.base_layer)
-        added = gather_if_sharded(self.lora_B.weight).float() @ gather_if_sharded(self.lora_A.weight).float()
-        scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
-        return scaled.add_(weight).to(weight.dtype)  # in place, to allocate only one fp32 tensor
+        """Return the weight with the adapter merged. It is differentiable in A and B."""
+        return _merged(plain_weight(self.base_layer), self.lora_A.weight, self.lora_B.weight, self.lora)
 
 
 class _Float32Backward(torch.autograd.Function):
@@ -167,13 +122,9 @@ class LoraExperts(nn.Module):
         return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
-        """Return W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype.
-
-        It is differentiable in A and B.
-        """
+        """Return a stack of weights with the adapters merged. It is differentiable in A and B."""
         weight = gather_if_sharded(getattr(self.base_layer, name).detach())
-        added = gather_if_sharded(self.lora_B[name]).float() @ gather_if_sharded(self.lora_A[name]).float()
-        return added.mul_(self.lora.alpha / self.lora.r).float().add_(weight).to(weight.dtype)
+        return _merged(weight, self.lora_A[name], self.lora_B[name], self.lora)
 
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:
@@ -201,6 +152,13 @@ class LoraExperts(nn.Module):
             self.lora_B[name].copy_(stacked.permute(2, 0, 1))
 
 
+def _merged(weight: Tensor, a: Tensor, b: Tensor, lora: Lora) -> Tensor:
+    """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype."""
+    added = gather_if_sharded(b).float() @ gather_if_sharded(a).float()
+    scaled = added.mul_(lora.alpha / lora.r).float()  # under autocast the product is in 16 bits
+    return scaled.add_(weight).to(weight.dtype)  # in place, to allocate only one fp32 tensor
+
+
 def add_lora(policy: Policy, lora: Lora) -> None:
     """Add adapters to the policy's module, in place. Freeze all other weights, and delete their gradients.
 
@@ -219,7 +177,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
     head = output_embeddings(module)
     for path, layer in targets.items():
-        if layer is head:  # `head_in_float32` needs a layer without adapters
+        if layer is head:  # `float32_head` needs a layer without adapters
             raise ValueError(f"lora.targets names {path!r}, the output layer, which cannot have adapters; leave it out")
     for path, layer in targets.items():
         if isinstance(layer, NonDynamicallyQuantizableLinear):
@@ -252,42 +210,6 @@ def is_target(path: str, names: Sequence[str]) -> bool:
 def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
     """Return the layers with adapters, by path."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
-
-
-@contextmanager
-def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """In this context, run forwards without the adapters."""
-    layers = adapted_layers(module).values()
-    was_active = [layer.active for layer in layers]  # an outer context may already have disabled some
-    for layer in layers:
-        layer.active = False
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, was_active, strict=True):
-            layer.active = active
-
-
-def without_adapters(policy: Policy) -> Policy:
-    """Return a policy that shares the weights, and whose forwards do not use the adapters.
-
-    Raise ValueError for a policy without adapters, because training would then change the shared weights.
-    """
-    if not adapted_layers(policy.module):
-        raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
-    spec = policy.spec
-    reference = copy.copy(policy)
-    reference.spec = replace(
-        spec,
-        encode=partial(_call_without_adapters, spec.encode),
-        head=partial(_call_without_adapters, spec.head),
-    )
-    return reference
-
-
-def _call_without_adapters(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    with disable_adapters(module):
-        return f(module, *args, **kwargs)
 
 
 def base_of(layer: Any) -> Any:
@@ -341,130 +263,185 @@ def is_stacked(layer: nn.Module) -> bool:
     )
 
 
-def adapter_state(policy: Policy) -> dict[str, Tensor]:
-    """Return the adapters' tensors under peft's names, which contain the module names of the original checkpoint."""
-    state: dict[str, Tensor] = {}
-    names = stock_to_original(policy.spec)
-    for path, layer in adapted_layers(policy.module).items():
-        if isinstance(layer, LoraExperts):  # under the stock class's path: original checkpoints have no stacks
-            state |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.peft_state().items()}
+def without_adapters(policy: Policy) -> Policy:
+    """Return a policy that shares the weights, and whose forwards do not use the adapters.
+
+    Raise ValueError for a policy without adapters, because training would then change the shared weights.
+    """
+    if not adapted_layers(policy.module):
+        raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
+    encode, head = (partial(_call_without_adapters, f) for f in (policy.spec.encode, policy.spec.head))
+    reference = copy.copy(policy)
+    reference.spec = replace(policy.spec, encode=encode, head=head)
+    return reference
+
+
+def _call_without_adapters(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    layers = adapted_layers(module).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        return f(module, *args, **kwargs)
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def has_adapted_or_low_bit(module: nn.Module) -> bool:
+    """Return whether a layer of the module has adapters or bitsandbytes weights."""
+    return any(map(is_adapted_or_low_bit, module.modules()))
+
+
+def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield names and layers. A layer with adapters appears once, without its inner layers."""
+    inner = None  # start of the names inside the last layer with adapters, which come right after it
+    for name, layer in module.named_modules():
+        if inner is None or not name.startswith(inner):
+            yield name, layer
+            if base_of(layer) is not layer:
+                inner = f"{name}." if name else ""
+
+
+def layers_of(module: Module) -> Module:
+    """Return the module or, if it is sharded, a module with the same layers and without weights."""
+    return module.sharding.plain if hasattr(module, "sharding") else module
+
+
+def merged_tensor(layer: Any, kind: str) -> Tensor:
+    """Return the layer's parameter or buffer `kind`, with adapters merged and bitsandbytes weights dequantized.
+
+    It is differentiable in the adapters.
+    """
+    if isinstance(layer, LoraExperts):
+        return layer.merged(kind)
+    if kind == "weight" and isinstance(layer, LoraLinear):
+        return layer.merged()
+    return plain_weight(layer) if kind == "weight" and is_bitsandbytes(layer) else getattr(base_of(layer), kind)
+
+
+@torch.no_grad()
+def merged_tensors(module: nn.Module, persistent_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor's name in a module without adapters, and its `merged_tensor`, one at a time.
+
+    With `persistent_only`, leave out the buffers that a checkpoint does not store.
+    """
+    for path, layer in plain_layers(module):
+        base = base_of(layer)
+        left_out = base._non_persistent_buffers_set if persistent_only else ()
+        for kind, _ in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
+            if kind not in left_out:
+                yield f"{path}.{kind}" if path else kind, merged_tensor(layer, kind)
+
+
+@torch.no_grad()
+def lazy_merged_tensors(module: nn.Module) -> dict[str, LazyTensor]:
+    """Return a checkpoint's tensors under the names of `merged_tensors`. They are computed when they are written."""
+    tensors = {}
+    for path, layer in plain_layers(module):
+        base = base_of(layer)
+        for kind, tensor in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
+            if kind in base._non_persistent_buffers_set:
+                continue
+            shape, dtype = tuple(tensor.shape), tensor.dtype
+            if kind == "weight" and is_bitsandbytes(base):  # the tensor itself contains integer codes
+                shape = (base.out_features, base.in_features)
+                dtype = getattr(getattr(tensor, "quant_state", None), "dtype", torch.float32)
+            compute = torch.no_grad()(partial(merged_tensor, layer, kind))
+            tensors[f"{path}.{kind}" if path else kind] = LazyTensor(shape, dtype, compute)
+    return tensors
+
+
+@torch.no_grad()
+def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
+    """Return a copy of the module with merged weights in ordinary layers.
+
+    `device` is the device of the copy; with None each tensor keeps its device.
+    """
+    memo: dict[int, Any] = {}  # deepcopy uses an object's entry in the memo instead of copying the object
+    for _, layer in plain_layers(module):
+        if is_adapted_or_low_bit(layer):
+            memo[id(layer)] = _plain(layer, memo).to(device)  # layer by layer: at most one layer is in memory twice
             continue
-        original_path = rename_tensor(f"{path}.weight", names).removesuffix(".weight")
-        for matrix in ("lora_A", "lora_B"):
-            state[f"{PREFIX}{original_path}.{matrix}.weight"] = getattr(layer, matrix).weight.detach()
-    return state
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            memo[id(tensor)] = _as_same_kind(tensor, tensor.detach().to(device or tensor.device, copy=True))
+    merged = copy.deepcopy(module, memo)
+    forget_quantizer(merged)
+    return merged
 
 
-def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
-    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json.
+@torch.no_grad()
+def merge_lora(policy: Policy) -> None:
+    """Merge the policy's adapters into its weights, in place. All weights become trainable.
 
-    Call it to save adapters without their base; `load_policy` opens the folder together with the base.
-
-    Args:
-        policy: Policy with adapters.
-        directory: Folder to write, created if missing.
-        base: Folder or hub id of the base's weights. None: the folder that the policy was loaded from.
-
-    Raises:
-        ValueError: The policy has no adapters.
+    Call it to train the full weights after adapters, or before `add_lora` with new ones.
     """
-    lora = policy.lora
-    if lora is None:
-        raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = adapter_state(policy)
-    calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count
-    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_metadata(policy.module)
-    tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata)
-    linear, experts = _adapted_paths(state)
-    config = {
-        "peft_type": "LORA",
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "bias": "none",
-        "target_modules": linear,
-    }
-    if experts:
-        config["target_parameters"] = [f"{path}.{name}" for path in experts for name in STACKS]
-    config |= {"base_model_name_or_path": base or policy.spec.checkpoint_folder, "inference_mode": True}
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    module = policy.module
+    memo = {id(tensor): tensor for tensor in module.parameters()}  # so that `_plain` does not copy biases
+    for _, layer in list(plain_layers(module)):
+        if is_adapted_or_low_bit(layer):
+            replace_layer(module, layer, _plain(layer, memo))
+    forget_quantizer(module)
+    module.requires_grad_(True)
+    policy.lora = None
 
 
-def base_metadata(module: nn.Module) -> dict[str, str]:
-    """Return the metadata about the adapters' base: its dtype and, with bitsandbytes, its quantization."""
-    metadata = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
-    low_bit = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
-    if low_bit is not None:
-        metadata["quantization"] = "nf4" if hasattr(low_bit.weight, "quant_state") else "int8"
-    return metadata
+def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
+    """Convert a layer with adapters or low-bit weights to an ordinary layer with the merged weights.
 
-
-def load_adapter(policy: Policy, directory: str | Path) -> None:
-    """Add adapters to the policy, in place, and load their weights, which this library or peft saved.
-
-    Raise ValueError for a method other than LoRA, or for tensors that do not fit.
+    `memo` is a memo of deepcopy.
     """
-    directory = Path(directory)
-    config, state, metadata = read_adapter(directory)
-    supported: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
-    supported |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    supported |= dict.fromkeys(PEFT_VARIANTS)
-    for field, value in supported.items():
-        if config.get(field) not in (value, None):
-            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
-    init = config.get("init_lora_weights")
-    if init not in (None, True, False, "gaussian", "eva", "orthogonal"):
-        # PiSSA, OLoRA and similar methods subtract the initial adapters from the base's weights, which this does not.
-        raise ValueError(
-            f"{directory}: init_lora_weights={init!r} also changed the base, which is not supported; save the adapters "
-            "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
-        )
-    linear, experts = _adapted_paths(state)
-    stock_paths = [rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
-    paths = tuple(sorted(stock_paths))
-    # Checked before the adapters are allocated: a wrong r in the file could need any amount of memory.
-    required = config["r"] * _rank_one_size(policy.module, paths, experts)
-    if required > sum(map(Tensor.numel, state.values())):
-        raise ValueError(
-            f"{directory}: r={config['r']} needs {required:,} numbers, and the file has fewer; give other adapters"
-        )
-    settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
-    # peft's files have no seed. A seed matters only for dropout, because A and B are overwritten.
-    add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
-    policy_tensors = adapter_state(policy)
-    if mismatched := mismatched_tensors(state, policy_tensors):
-        kind = type(policy.module).__name__
-        raise ValueError(
-            f"{directory}: adapter tensors {mismatched[:3]} do not fit {kind}; use the base that they were trained on"
-        )
-    for name, tensor in state.items():
-        policy_tensors[name].copy_(tensor)
-    for path, layer in adapted_layers(policy.module).items():
-        layer.calls = int(metadata.get("dropout_calls", 0))
-        if isinstance(layer, LoraExperts):
-            layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
+    if isinstance(layer, LoraExperts):
+        return layer.plain(memo)
+    return linear_of(merged_tensor(layer, "weight"), copy.deepcopy(base_of(layer).bias, memo))
 
 
-def _rank_one_size(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:
-    """Return the number of elements of rank-1 adapters on these layers. Layers that the module lacks are left out."""
-    layers = dict(module.named_modules())
-    linear_layers = [layers[path] for path in linear if isinstance(layers.get(path), nn.Linear)]
-    expert_layers = [layers[path] for path in experts if path in layers and is_stacked(layers[path])]
-    stacks = [getattr(layer, name) for layer in expert_layers for name in STACKS]
-    linear_size = sum(layer.in_features + layer.out_features for layer in linear_layers)
-    return linear_size + sum(len(stack) * sum(stack.shape[1:]) for stack in stacks)
+def _as_same_kind(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return `value`, as a Parameter if `tensor` is one."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _adapted_paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Return the paths of adapted linear layers, and of adapted modules of experts.
+def forget_quantizer(module: nn.Module) -> None:
+    """Remove the attributes by which transformers recognizes a bitsandbytes module: its weights are now ordinary."""
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        vars(module).pop(name, None)
+    vars(getattr(module, "config", module)).pop("quantization_config", None)
 
-    peft wraps a module of experts twice, once per stack, so that its adapters have two paths: one ends in
-    `.base_layer`.
+
+@torch.no_grad()
+def merged_state_dict(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Return a module's parameters and persistent buffers, with adapters merged.
+
+    A tied tensor appears once, under its first name.
     """
-    paths = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
-    experts = sorted(path for path in paths if f"{path}.base_layer" in paths)
-    expert_paths = {f"{path}{wrapper}" for path in experts for wrapper in ("", ".base_layer")}
-    return sorted(paths - expert_paths), experts
+    module_ids = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in merged_tensors(module, persistent_only=True):
+        if id(tensor) in seen:
+            continue
+        seen |= module_ids & {id(tensor)}  # not of merged tensors: after they are freed, their ids may be reused
+        tensors[name] = tensor if device is None else tensor.detach().to(device)  # one extra tensor at a time
+    return tensors
+
+
+@torch.no_grad()
+def host_copy(module: Module, *, keep: bool = True) -> Module | None:
+    """Return a copy of the module on the CPU, with its adapters not merged. With keep=False return None.
+
+    For a sharded module this is a collective: every process must call it. Processes that need no copy pass keep=False.
+    """
+    layers = layers_of(module)
+    memo: dict[int, Any] = {}
+    tensors = chain(module.parameters(), module.buffers())
+    layer_tensors = chain(layers.parameters(), layers.buffers())
+    for tensor, layer_tensor in zip(tensors, layer_tensors, strict=True):
+        value = gather_if_sharded(tensor.detach())  # one by one: the device holds at most one gathered tensor
+        if keep:
+            memo[id(layer_tensor)] = _as_same_kind(tensor, value.to("cpu", copy=True))
+    if not keep:
+        return None
+    copied = copy.deepcopy(layers, memo)
+    for path, layer in adapted_layers(module).items():
+        # `layers` of a sharded module was made before training, so that its counts are stale.
+        copied.get_submodule(path).calls = layer.calls
+    return copied

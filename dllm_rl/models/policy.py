@@ -15,7 +15,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dllm_rl.manifest import Check, verify_if_present
-from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokenizer, Tokens, position_ids
+from dllm_rl.models.base import (
+    FamilySpec,
+    Mask,
+    Module,
+    Policy,
+    States,
+    Tokenizer,
+    Tokens,
+    output_embeddings,
+    position_ids,
+)
+from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.checkpoint.loading import (
     adapter_folder,
     base_of_adapter,
@@ -29,12 +40,10 @@ from dllm_rl.models.checkpoint.loading import (
     save_module,
     weights_folder,
 )
-from dllm_rl.models.checkpoint.tensors import mismatched_tensors, read_tensors
+from dllm_rl.models.checkpoint.tensors import check_regular, mismatched_tensors, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
-from dllm_rl.models.forward.float32_head import head_in_float32
-from dllm_rl.models.lora import Lora, add_lora, load_adapter, without_adapters
-from dllm_rl.models.merge import has_adapted_or_low_bit, merge_lora, merged_state_dict
-from dllm_rl.models.untrusted import check_regular
+from dllm_rl.models.forward.float32_head import HALF, projected_in_float32
+from dllm_rl.models.lora import Lora, add_lora, has_adapted_or_low_bit, merge_lora, merged_state_dict, without_adapters
 
 BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SelfPolicy = TypeVar("SelfPolicy", bound="_PolicyBase")  # beartype refuses typing.Self
@@ -101,9 +110,32 @@ class _PolicyBase:
         return shift_states(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Return the logits of hidden states: in fp32 with `float32_head`, else in the module's or autocast's dtype."""
-        if self.float32_head:
-            return head_in_float32(self.spec.head, self.module, hidden)
+        """Return the logits of hidden states: in fp32 with `float32_head`, else in the module's or autocast's dtype.
+
+        With `float32_head`, raise ValueError for a 16-bit module that does not name its output layer, or whose output
+        layer has a product of its own.
+        """
+        if not self.float32_head:
+            return self.spec.head(self.module, hidden)
+        output = output_embeddings(self.module)
+        kind = type(self.module).__name__
+        if output is None and next(self.module.parameters()).dtype in HALF:
+            raise ValueError(
+                f"float32_head=True needs to know the output layer of {kind}, which is in 16 bits; give it a method "
+                "get_output_embeddings(), or set float32_head=False"
+            )
+        if output is not None and output.weight.dtype in HALF:
+            with projected_in_float32(output):  # layers of the head before the projection stay in 16 bits
+                logits = self.spec.head(self.module, hidden)
+            if logits.dtype in HALF:
+                raise ValueError(
+                    f"the output layer of {kind} does not compute torch.nn.functional.linear(x, weight), which "
+                    "float32_head=True replaces; set float32_head=False"
+                )
+            return logits
+        if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the full head runs in fp32
+                return self.spec.head(self.module, hidden.float())
         return self.spec.head(self.module, hidden)
 
     def logits(

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, check_mergeable
-from dllm_rl.models.merge import merged_tensor
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import STACKS, base_of, check_mergeable, merged_tensor
 from dllm_rl.quantization.linear import (
     UnstackedExperts,
-    check_finite,
     dequantized_input,
     dequantized_weight,
     moe_forward,
+    quantizable_layers,
     quantized_forward,
     write_count,
 )
-from dllm_rl.quantization.rollout_policy import quantized_pairs, requantize
+from dllm_rl.quantization.rollout_policy import check_finite, gathered_weights, load_weight_
 
 
 class StraightThrough(torch.autograd.Function):
@@ -61,14 +60,12 @@ class _AlignedLinear:
         name: Name of the layer.
         source: The learner's layer.
         target: The rollout policy's quantized layer.
-        rollout_module: Module of the rollout policy.
     """
 
-    def __init__(self, name: str, source: Any, target: Any, rollout_module: Module) -> None:
+    def __init__(self, name: str, source: Any, target: Any) -> None:
         self.name = name
         self.source = source
         self.target = target
-        self.rollout_module = rollout_module
         # Listed here, because in the forwards of a sharded learner they are temporary gathered tensors.
         self.parameters = list(source.parameters())
         self.quantized_versions = self.weight_versions()
@@ -87,10 +84,16 @@ class _AlignedLinear:
         weight = merged_tensor(self.source, "weight")
         return StraightThrough.apply(self.target, weight, base_of(self.source).bias, *inputs)
 
+    def targets(self) -> list[Any]:
+        """Return the rollout's linear layers, in the order of `gathered_weights`."""
+        return [self.target]
+
     def refresh(self) -> None:
         """Quantize the learner's current weight into the rollout's layer."""
-        weights = requantize(self.name, self.source, self.rollout_module)
-        check_finite({weight_name: finite for weight_name, _, finite in weights})
+        finite = {}
+        for target, (name, weight) in zip(self.targets(), gathered_weights(self.name, self.source), strict=True):
+            _, finite[name] = load_weight_(target, weight)
+        check_finite(finite)
         self.quantized_versions = self.weight_versions()
 
 
@@ -104,13 +107,17 @@ class _AlignedExperts(_AlignedLinear):
             products[stack] = [partial(StraightThrough.apply, layer, weight, None) for layer, weight in pairs]
         return moe_forward(*inputs, **products, act_fn=self.target.act_fn)
 
+    def targets(self) -> list[Any]:
+        return [layer for stack in STACKS for layer in getattr(self.target, stack)]
+
 
 @contextmanager
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
     """In this context, run the learner's linear layers with the rollout's quantized operands, and adapters merged.
 
     A run with the corrector `Aligned` or `QaRL` uses it. The first forward after an optimizer step quantizes the
-    changed weights into the rollout policy, in place.
+    changed weights into the rollout policy, in place. In this context, `policy.module.is_aligned` is True: a copy of
+    the module would contain the rollout's layers.
 
     Args:
         policy: Learner.
@@ -121,35 +128,36 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
         counters do not count.
 
     Raises:
-        ValueError: Learner and rollout have different weights at the start, or the adapters have dropout.
+        ValueError: Learner and rollout have different weights at the start, the adapters have dropout, or the learner
+            is in another aligned forward.
     """
     if policy.weights_version != rollout_policy.weights_version:
         raise ValueError(
             f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's "
             f"{policy.weights_version}: call sync_weights(policy, rollout_policy) first"
         )
-    aligned_layers = []
-    for name, source, target in quantized_pairs(policy.module, rollout_policy.module):
-        layer_class = _AlignedExperts if isinstance(target, UnstackedExperts) else _AlignedLinear
-        aligned_layers.append(layer_class(name, source, target, rollout_policy.module))
-    replaced: list[Any] = []
+    if getattr(policy.module, "is_aligned", False):
+        raise ValueError("this policy is in another aligned_forward(): leave it first")
+    aligned_layers: list[_AlignedLinear] = []
+    for name, source in quantizable_layers(policy.module):
+        target = rollout_policy.module.get_submodule(name)
+        if isinstance(target, UnstackedExperts):
+            aligned_layers.append(_AlignedExperts(name, source, target))
+        elif hasattr(target, "quantization"):
+            aligned_layers.append(_AlignedLinear(name, source, target))
+    if aligned_layers and policy.lora is not None:
+        check_mergeable(policy.lora)
 
     def refresh() -> None:
         for aligned in aligned_layers:
             aligned.refresh()
 
+    policy.module.is_aligned = True
+    for aligned in aligned_layers:
+        aligned.source.forward = aligned.forward
     try:
-        for aligned in aligned_layers:
-            if "forward" in vars(aligned.source):
-                raise ValueError(
-                    f"{aligned.name}.forward is already replaced: is this inside another aligned_forward()?"
-                )
-            # Merged adapters have no separate input that dropout could apply to.
-            if isinstance(aligned.source, LoraLinear | LoraExperts):
-                check_mergeable(aligned.source.lora)
-            aligned.source.forward = aligned.forward
-            replaced.append(aligned.source)  # one by one: after an error, only the replaced layers are restored
         yield refresh
     finally:
-        for layer in replaced:
-            del layer.forward
+        for aligned in aligned_layers:
+            del aligned.source.forward
+        del policy.module.is_aligned

@@ -1,34 +1,22 @@
-"""Quantized linear layers: quantize a weight, update it in place, multiply, dequantize.
+"""Linear layers of a quantized copy: which are quantized, their products, and their dequantized operands.
 
 Also mixture-of-experts modules, split into one linear layer per expert.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torchao.float8.inference import Float8MMConfig
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    PerRow,
-    quantize_,
-)
-from torchao.quantization.quantize_.common import KernelPreference, _choose_quant_func_and_quantize_tensor
-from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
+from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
-from dllm_rl.models.lora import STACKS, linear_of
-from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Return whether a layer is a quantized linear layer, emulated or of torchao."""
-    return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_torchao_tensor(layer.weight))
+from dllm_rl.models.lora import LoraLinear, base_of, is_stacked, plain_layers
+from dllm_rl.quantization.schemes import EmulatedLinear
 
 
 def is_torchao_tensor(weight: Tensor) -> bool:
@@ -53,140 +41,6 @@ def unsupported_reason(weight: Tensor, config: Any) -> str | None:
     if rows % multiple or columns % multiple:
         return f"{rows}x{columns}: not multiples of {multiple}"
     return None
-
-
-@torch.no_grad()
-def quantize_weight(weight: Tensor, config: Any, like: Tensor | None = None) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """Quantize one weight with a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
-
-    The result is that of torchao's `quantize_`, which takes several times as long for FP8.
-
-    Args:
-        weight: Weight.
-        config: torchao config or `Float8DynamicEmulated`.
-        like: An earlier result for this config, which saves time with FP8 products.
-
-    Returns:
-        The quantized weight; whether the weight is finite.
-    """
-    # With KernelPreference.AUTO, torchao searches the disk for the package mslk at every call.
-    if isinstance(config, Float8DynamicEmulated):
-        inputs = QuantizeTensorToFloat8Kwargs(
-            torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, kernel_preference=KernelPreference.TORCH
-        )
-        packed = Float8Tensor.from_hp(
-            weight,
-            hp_value_lb=TINY,
-            mm_config=Float8MMConfig(use_fast_accum=False),
-            kernel_preference=KernelPreference.TORCH,
-            act_quant_kwargs=inputs,
-        )
-    elif isinstance(config, Float8WeightOnlyConfig):
-        packed = Float8Tensor.from_hp(
-            weight, config.weight_dtype, config.granularity, kernel_preference=KernelPreference.TORCH
-        )
-    elif isinstance(config, Float8DynamicActivationFloat8WeightConfig) and isinstance(like, Float8Tensor):
-        packed = Float8Tensor.from_hp(
-            weight,
-            config.weight_dtype,
-            config.granularity[1],
-            mm_config=like.mm_config,
-            kernel_preference=like.kernel_preference,
-            act_quant_kwargs=like.act_quant_kwargs,
-        )
-    else:
-        layer = linear_of(weight.detach(), None)
-        quantize_(layer, config)
-        packed = layer.weight.data
-    scale: Any = getattr(packed, "scale", None)
-    # amax propagates NaN and infinity into the scale, so that a check of the scales checks every number.
-    finite = (weight if scale is None else scale).isfinite().all()
-    if isinstance(packed, Float8Tensor):
-        is_zero = scale == 0  # without `any()`, which would make the CPU wait for the GPU
-        code_groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))
-        code_groups.masked_fill_(is_zero.expand(packed.shape[0], -1)[..., None], 0)  # 0/0 made these codes NaN
-        scale.masked_fill_(is_zero, TINY)
-    return packed, finite
-
-
-def quantized_linear(weight: Tensor, bias: Tensor | None, config: Any) -> tuple[nn.Linear, Bool[Tensor, ""]]:
-    """Return a linear layer with the quantized weight, and whether the weight is finite."""
-    if isinstance(config, FakeQuantize):
-        layer = EmulatedLinear(weight, bias, config)
-        return layer, layer.weight.isfinite().all()
-    packed, finite = quantize_weight(weight, config)
-    return linear_of(packed, bias), finite
-
-
-# (sum, count) by metric. codes_changed: (number of changed codes, number of codes). scale_change: (sum of
-# |s' - s| / |s|, number of scales). The sums stay on their device.
-SyncStats = dict[str, tuple[Tensor, int]]
-FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is finite, by the layer's name
-
-
-def check_finite(finite: FiniteFlags) -> None:
-    """Raise ValueError with the name of the first layer whose weight is not finite.
-
-    All flags are moved to the CPU together.
-    """
-    flags = torch.stack(list(finite.values())).tolist() if finite else []
-    for name, is_finite in zip(finite, flags, strict=True):
-        if not is_finite:
-            raise ValueError(f"{name}.weight has NaN or infinity: it cannot be quantized; has training diverged?")
-
-
-@torch.no_grad()
-def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tensor, ""]]:
-    """Quantize `weight` into a quantized layer, in place. Return `SyncStats`, and whether the weight is finite.
-
-    The layer's tensors keep their storage.
-    """
-    if not isinstance(layer, EmulatedLinear):
-        current: Any = layer.weight
-        new: Any
-        new, finite = quantize_weight(weight.to(current.dtype), layer.quantization, like=current)
-        stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
-        stats |= scale_change(scales_of(current), scales_of(new))
-        current.copy_(new)
-        return stats, finite
-    if layer.config.weight is None:
-        layer.load_(weight)
-        return {}, layer.weight.isfinite().all()
-    codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
-    scale = layer.weight_scale.clone()
-    layer.load_(weight)
-    stats = {"codes_changed": ((layer.codes() != codes).count_nonzero(), codes.numel())}
-    return stats | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
-
-
-def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """Return the number of codes that differ between two packed tensors, and the number of all codes.
-
-    If there are fewer bytes than `num_codes`, a byte contains two codes of 4 bits.
-    """
-    a = before.view(torch.uint8)
-    b = after.view(torch.uint8)
-    if before.nbytes < num_codes:
-        differing_bits = a ^ b
-        return (differing_bits & 0xF).count_nonzero() + (differing_bits >> 4).count_nonzero(), 2 * a.numel()
-    is_different = a != b
-    if before.is_floating_point():
-        is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a change between 0 and -0 does not count
-    return is_different.count_nonzero(), a.numel()  # on a CPU, sum() of bools takes twenty times as long
-
-
-def scales_of(packed: Tensor) -> Tensor | None:
-    """Return the scales of torchao's quantized tensor, or None if its layout is unknown."""
-    scale_and_zero = getattr(packed, "scale_and_zero", None)
-    return getattr(packed, "scale", None) if scale_and_zero is None else scale_and_zero[..., 0]
-
-
-def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
-    """Return the metric scale_change: the sum of the relative changes of scales, and the number of scales."""
-    if before is None or after is None:
-        return {}
-    change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
-    return {"scale_change": (change.sum(), before.numel())}
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -227,6 +81,57 @@ def stored_bytes(tensor: Any) -> int:
     if not is_torchao_tensor(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+
+
+def skip_reasons(module: nn.Module, config: Any, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+    """Return the names of layers with a matrix that is not quantized, and the reason."""
+    layers_of_weight: dict[int, list[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        layers_of_weight.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
+    skipped = {}
+    for name, layer in plain_layers(module):
+        layer = base_of(layer)
+        matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+        if not matrices:
+            continue
+        # A layer with two names (an encoder and a decoder may share it) is not tied to itself.
+        layers_with_weight = layers_of_weight[id(matrices[0])]
+        tied = [other for other in layers_with_weight if base_of(module.get_submodule(other)) is not layer]
+        unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
+        if reason := skip_reason(name, layer, matrices[0], tied):
+            skipped[name] = reason
+        elif skip and skip(layer, name):
+            skipped[name] = "skip"
+        elif unsupported:
+            skipped[name] = unsupported[0]
+    return skipped
+
+
+def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
+    """Return why no scheme can quantize a layer, or None if a scheme may.
+
+    `tied` contains the names of other layers with the same matrix.
+    """
+    is_router = re.search(r"(router|\.gate)$", name)
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if not (isinstance(layer, nn.Linear) or is_stacked(layer) or is_router):
+        is_fused = matrix.dim() == 3 and not type(layer).__module__.startswith("torch.nn")
+        return "fused experts of an unknown layout" if is_fused else f"{type(layer).__name__}, not nn.Linear"
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention reads the weight without calling the layer"
+    if tied:
+        return f"tied to {tied[0]}"
+    if not re.search(r"\.\d+\.", name):
+        return "outside the blocks"
+    return "router" if is_router else None
+
+
+def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield names and layers: linear layers and stacks of experts, with or without adapters."""
+    for name, layer in plain_layers(module):
+        if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
+            yield name, layer
 
 
 class UnstackedExperts(nn.Module):
@@ -270,16 +175,3 @@ def moe_forward(
     weighted = torch.cat(outputs) * top_k_weights.flatten()[order][:, None]
     inverse_order = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return weighted[inverse_order].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
-
-
-def locate_parameter(name: str) -> tuple[str, int | None]:
-    """Return the parameter of an unquantized module from which a quantized layer was made.
-
-    Args:
-        name: Name of the quantized layer.
-
-    Returns:
-        Name of the parameter; index of the expert in this parameter, or None if the layer is not an expert.
-    """
-    match = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
-    return (match[1], int(match[2])) if match else (f"{name}.weight", None)

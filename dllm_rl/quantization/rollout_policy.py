@@ -6,38 +6,45 @@ docs/methods.md explains the tag [digest].
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    PerRow,
+    quantize_,
+)
+from torchao.quantization.quantize_.common import KernelPreference
+from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from dllm_rl.models.base import Module, Policy, gather_if_sharded
-from dllm_rl.models.lora import STACKS, LoraLinear, base_of, is_stacked, linear_of
-from dllm_rl.models.merge import (
+from dllm_rl.models.lora import (
+    STACKS,
+    LoraLinear,
+    base_of,
     forget_quantizer,
     has_adapted_or_low_bit,
+    is_stacked,
     layers_of,
+    linear_of,
     merged_tensor,
     merged_tensors,
-    plain_layers,
 )
-from dllm_rl.quantization.linear import (
-    FiniteFlags,
-    SyncStats,
-    UnstackedExperts,
-    check_finite,
-    is_quantized,
-    load_weight_,
-    quantized_linear,
-    stored_bytes,
-    unsupported_reason,
-)
-from dllm_rl.quantization.schemes import EmulatedLinear, check_scheme
+from dllm_rl.quantization.linear import UnstackedExperts, quantizable_layers, skip_reasons, stored_bytes
+from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, check_scheme
 
 log = logging.getLogger(__name__)
+# (sum, count) by metric. codes_changed: (number of changed codes, number of codes). scale_change: (sum of
+# |s' - s| / |s|, number of scales). The sums stay on their device.
+SyncStats = dict[str, tuple[Tensor, int]]
+FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is finite, by the layer's name
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,12 @@ def quantized_copy(
         Policy with `quantization` and `quantization_report` set, without gradients.
 
     Raises:
-        ValueError: The device cannot run the scheme, a weight is NaN or infinite, or no layer can be quantized.
+        ValueError: The device cannot run the scheme, a weight is NaN or infinite, no layer can be quantized, or the
+            policy is in an aligned forward.
     """
     module = policy.module
+    if getattr(module, "is_aligned", False):
+        raise ValueError("this policy is aligned with a rollout: make the quantized copy outside of aligned_forward()")
     layers = layers_of(module)  # the module; if it is sharded, the same layers with empty tensors
     skipped: dict[str, str] = {}
     config = None
@@ -139,8 +149,6 @@ def select_layers(module: Module, config: Any, skipped: dict[str, str]) -> dict[
     """
     schemes = {}
     for name, layer in quantizable_layers(module):
-        if "forward" in vars(layer):
-            raise ValueError(f"{name}.forward is replaced: make the quantized copy outside of aligned_forward()")
         scheme = None if name in skipped else config
         if scheme is not None or has_adapted_or_low_bit(layer):
             schemes[name] = scheme
@@ -223,74 +231,132 @@ def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = No
             yield f"{name}.{stack}.{expert}", weight.to(dtype)
 
 
-def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[tuple[str, SyncStats, Tensor]]:
-    """Quantize the weights of a learner's layer into the rollout policy's module, in place.
+def quantized_linear(weight: Tensor, bias: Tensor | None, config: Any) -> tuple[nn.Linear, Bool[Tensor, ""]]:
+    """Return a linear layer with the quantized weight, and whether the weight is finite."""
+    if isinstance(config, FakeQuantize):
+        layer = EmulatedLinear(weight, bias, config)
+        return layer, layer.weight.isfinite().all()
+    packed, finite = quantize_weight(weight, config)
+    return linear_of(packed, bias), finite
 
-    Yields:
-        Name of each weight; statistics of the sync; whether the weight is finite.
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, config: Any, like: Tensor | None = None) -> tuple[Tensor, Bool[Tensor, ""]]:
+    """Quantize one weight with a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
+
+    The result is that of torchao's `quantize_`, which takes several times as long for FP8.
+
+    Args:
+        weight: Weight.
+        config: torchao config or `Float8DynamicEmulated`.
+        like: An earlier result for this config, which saves time with FP8 products.
+
+    Returns:
+        The quantized weight; whether the weight is finite.
     """
-    for weight_name, weight in gathered_weights(name, layer):
-        stats, finite = load_weight_(rollout_module.get_submodule(weight_name), weight)
-        yield weight_name, stats, finite
+    # With KernelPreference.AUTO, torchao searches the disk for the package mslk at every call.
+    if isinstance(config, Float8DynamicEmulated):
+        inputs = QuantizeTensorToFloat8Kwargs(
+            torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, kernel_preference=KernelPreference.TORCH
+        )
+        packed = Float8Tensor.from_hp(
+            weight,
+            hp_value_lb=TINY,
+            mm_config=Float8MMConfig(use_fast_accum=False),
+            kernel_preference=KernelPreference.TORCH,
+            act_quant_kwargs=inputs,
+        )
+    elif isinstance(config, Float8WeightOnlyConfig):
+        packed = Float8Tensor.from_hp(
+            weight, config.weight_dtype, config.granularity, kernel_preference=KernelPreference.TORCH
+        )
+    elif isinstance(config, Float8DynamicActivationFloat8WeightConfig) and isinstance(like, Float8Tensor):
+        packed = Float8Tensor.from_hp(
+            weight,
+            config.weight_dtype,
+            config.granularity[1],
+            mm_config=like.mm_config,
+            kernel_preference=like.kernel_preference,
+            act_quant_kwargs=like.act_quant_kwargs,
+        )
+    else:
+        layer = linear_of(weight.detach(), None)
+        quantize_(layer, config)
+        packed = layer.weight.data
+    scale: Any = getattr(packed, "scale", None)
+    # amax propagates NaN and infinity into the scale, so that a check of the scales checks every number.
+    finite = (weight if scale is None else scale).isfinite().all()
+    if isinstance(packed, Float8Tensor):
+        is_zero = scale == 0  # without `any()`, which would make the CPU wait for the GPU
+        code_groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))
+        code_groups.masked_fill_(is_zero.expand(packed.shape[0], -1)[..., None], 0)  # 0/0 made these codes NaN
+        scale.masked_fill_(is_zero, TINY)
+    return packed, finite
 
 
-def skip_reasons(module: nn.Module, config: Any, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
-    """Return the names of layers with a matrix that is not quantized, and the reason."""
-    layers_of_weight: dict[int, list[str]] = {}
-    for name, weight in module.named_parameters(remove_duplicate=False):
-        layers_of_weight.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
-    skipped = {}
-    for name, layer in plain_layers(module):
-        layer = base_of(layer)
-        matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
-        if not matrices:
-            continue
-        # A layer with two names (an encoder and a decoder may share it) is not tied to itself.
-        layers_with_weight = layers_of_weight[id(matrices[0])]
-        tied = [other for other in layers_with_weight if base_of(module.get_submodule(other)) is not layer]
-        unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
-        if reason := skip_reason(name, layer, matrices[0], tied):
-            skipped[name] = reason
-        elif skip and skip(layer, name):
-            skipped[name] = "skip"
-        elif unsupported:
-            skipped[name] = unsupported[0]
-    return skipped
+def check_finite(finite: FiniteFlags) -> None:
+    """Raise ValueError with the name of the first layer whose weight is not finite.
 
-
-def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
-    """Return why no scheme can quantize a layer, or None if a scheme may.
-
-    `tied` contains the names of other layers with the same matrix.
+    All flags are moved to the CPU together.
     """
-    is_router = re.search(r"(router|\.gate)$", name)
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    if not (isinstance(layer, nn.Linear) or is_stacked(layer) or is_router):
-        is_fused = matrix.dim() == 3 and not type(layer).__module__.startswith("torch.nn")
-        return "fused experts of an unknown layout" if is_fused else f"{type(layer).__name__}, not nn.Linear"
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention reads the weight without calling the layer"
-    if tied:
-        return f"tied to {tied[0]}"
-    if not re.search(r"\.\d+\.", name):
-        return "outside the blocks"
-    return "router" if is_router else None
+    flags = torch.stack(list(finite.values())).tolist() if finite else []
+    for name, is_finite in zip(finite, flags, strict=True):
+        if not is_finite:
+            raise ValueError(f"{name}.weight has NaN or infinity: it cannot be quantized; has training diverged?")
 
 
-def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and layers: linear layers and stacks of experts, with or without adapters."""
-    for name, layer in plain_layers(module):
-        if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
-            yield name, layer
+@torch.no_grad()
+def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tensor, ""]]:
+    """Quantize `weight` into a quantized layer, in place. Return `SyncStats`, and whether the weight is finite.
+
+    The layer's tensors keep their storage.
+    """
+    if not isinstance(layer, EmulatedLinear):
+        current: Any = layer.weight
+        new: Any
+        new, finite = quantize_weight(weight.to(current.dtype), layer.quantization, like=current)
+        stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
+        stats |= scale_change(scales_of(current), scales_of(new))
+        current.copy_(new)
+        return stats, finite
+    if layer.config.weight is None:
+        layer.load_(weight)
+        return {}, layer.weight.isfinite().all()
+    codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
+    scale = layer.weight_scale.clone()
+    layer.load_(weight)
+    stats = {"codes_changed": ((layer.codes() != codes).count_nonzero(), codes.numel())}
+    return stats | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
 
 
-def quantized_pairs(module: nn.Module, rollout_module: Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield the name, the learner's layer and the rollout policy's layer, for every quantized layer."""
-    for name, layer in quantizable_layers(module):
-        target = rollout_module.get_submodule(name)
-        if is_quantized(target) or isinstance(target, UnstackedExperts):
-            yield name, layer, target
+def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
+    """Return the number of codes that differ between two packed tensors, and the number of all codes.
+
+    If there are fewer bytes than `num_codes`, a byte contains two codes of 4 bits.
+    """
+    a = before.view(torch.uint8)
+    b = after.view(torch.uint8)
+    if before.nbytes < num_codes:
+        differing_bits = a ^ b
+        return (differing_bits & 0xF).count_nonzero() + (differing_bits >> 4).count_nonzero(), 2 * a.numel()
+    is_different = a != b
+    if before.is_floating_point():
+        is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a change between 0 and -0 does not count
+    return is_different.count_nonzero(), a.numel()  # on a CPU, sum() of bools takes twenty times as long
+
+
+def scales_of(packed: Tensor) -> Tensor | None:
+    """Return the scales of torchao's quantized tensor, or None if its layout is unknown."""
+    scale_and_zero = getattr(packed, "scale_and_zero", None)
+    return getattr(packed, "scale", None) if scale_and_zero is None else scale_and_zero[..., 0]
+
+
+def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
+    """Return the metric scale_change: the sum of the relative changes of scales, and the number of scales."""
+    if before is None or after is None:
+        return {}
+    change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
+    return {"scale_change": (change.sum(), before.numel())}
 
 
 @torch.no_grad()
@@ -318,42 +384,50 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """
     if rollout_policy is policy:  # without `rollout_quantization`, a run samples from the learner itself
         return {}
-    module = rollout_policy.module
-    stats: list[SyncStats] = []
+    layers = dict(rollout_policy.module.named_modules())
+    tensors = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
+    sums: dict[str, Tensor] = {}
+    counts = Counter[str]()
     finite: FiniteFlags = {}
-    quantized_names: set[str] = set()
-    for name, layer, _ in quantized_pairs(policy.module, module):
-        for weight_name, weight_stats, weight_finite in requantize(name, layer, module):
-            stats.append(weight_stats)
-            finite[weight_name] = weight_finite
-        quantized_names |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
-    targets = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, value in merged_tensors(policy.module, skip=quantized_names):
-        # `targets` lists a tied tensor once, under its first name.
-        if name in targets and not is_shared(value, targets[name]):
-            targets[name].copy_(gather_if_sharded(value))
+    for name, value in merged_tensors(policy.module):
+        layer_name = name.removesuffix(".weight")
+        layer = layers.get(layer_name)
+        quantized: dict[str, tuple[Any, Tensor]] = {}
+        if isinstance(layer, nn.ModuleList):  # `value` is a stack of experts
+            for expert, weight in enumerate(gather_if_sharded(value).unbind()):
+                quantized[f"{layer_name}.{expert}"] = layer[expert], weight
+        elif hasattr(layer, "quantization"):
+            quantized[layer_name] = layer, gather_if_sharded(value)
+        elif name in tensors:  # a tied tensor has only its first name
+            target = tensors[name]
+            # A frozen tensor may be the learner's own.
+            is_shared = type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
+            if not is_shared:
+                target.copy_(gather_if_sharded(value))
+        for weight_name, (linear, weight) in quantized.items():
+            stats, finite[weight_name] = load_weight_(linear, weight)
+            for metric, (change, count) in stats.items():
+                sums[metric] = sums[metric] + change if metric in sums else change
+                counts[metric] += count
     check_finite(finite)  # after all writes: a check per layer would make the CPU wait for the GPU
     rollout_policy.weights_version = policy.weights_version
-    return sync_metrics(stats)
-
-
-def is_shared(value: Tensor, target: Tensor) -> bool:
-    """Return whether the rollout policy's tensor `target` shares the memory of the learner's frozen tensor."""
-    return type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
-
-
-def sync_metrics(stats: list[SyncStats]) -> dict[str, float]:
-    """Return each metric's mean over the codes or scales of all layers. All sums are moved to the CPU together."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    for weight_stats in stats:
-        for name, (value, count) in weight_stats.items():
-            sums[name] = sums[name] + value if name in sums else value
-            counts[name] = counts.get(name, 0) + count
     sums_on_host = torch.stack([value.double() for value in sums.values()]).tolist() if sums else []
-    return {f"quantization/{name}": sums_on_host[i] / counts[name] for i, name in enumerate(sums)}
+    return {f"quantization/{name}": value / counts[name] for name, value in zip(sums, sums_on_host, strict=True)}
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the name and the module of every quantized linear layer, including experts (`linear.locate_parameter`)."""
-    return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))
+    return ((name, layer) for name, layer in rollout_policy.module.named_modules() if hasattr(layer, "quantization"))
+
+
+def locate_parameter(name: str) -> tuple[str, int | None]:
+    """Return the parameter of an unquantized module from which a quantized layer was made.
+
+    Args:
+        name: Name of the quantized layer.
+
+    Returns:
+        Name of the parameter; index of the expert in this parameter, or None if the layer is not an expert.
+    """
+    match = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
+    return (match[1], int(match[2])) if match else (f"{name}.weight", None)

@@ -16,9 +16,8 @@ from torch import Generator, Tensor
 from torch.distributions import Categorical
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
-from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds, uniforms

@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.samplers.cache import Cache, CachedForward
 from dllm_rl.samplers.canvas import Canvas, RolloutField, StepPlan

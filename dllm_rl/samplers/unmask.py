@@ -35,7 +35,7 @@ class Unmask(Sampler):
     filled in, and of the appended positions. Blocks count only these positions. Rows may differ in the positions to
     fill in.
 
-    Finished rows leave the batch, and rows of similar length run together (`models.forward.buckets.length_buckets`);
+    Finished rows leave the batch, and rows of similar length run together (`models.base.length_buckets`);
     with compile_step all rows run in every step. With commit=Schedule() (the default) the host waits for the device at
     most once per forward. With other rules it also waits for the number of chosen positions.
 

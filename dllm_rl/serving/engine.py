@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.lora import adapted_layers
-from dllm_rl.models.merge import merged_state_dict
+from dllm_rl.models.lora import adapted_layers, merged_state_dict
 from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
 from dllm_rl.models.tensor_bytes import deserialize, record_from_json, serialize
 from dllm_rl.records import Record, option, to_json

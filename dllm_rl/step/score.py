@@ -15,8 +15,7 @@ from dllm_rl.distributed.collectives import Metrics
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view, row_chunks
-from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.agreement import order_agreement

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dllm_rl.algorithms.values import ValueModel, generalized_advantages
 from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.views import each_view, row_chunks
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import join_uneven_forwards
 from dllm_rl.models.tensor_bytes import deserialize, serialize
 from dllm_rl.rng import generator_for
 from dllm_rl.step.context import StepContext

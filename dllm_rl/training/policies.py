@@ -17,8 +17,9 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
+from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.forward.blocks import blocks_of
-from dllm_rl.models.lora import add_lora, load_adapter
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine
 from dllm_rl.monitoring.log import RunLog

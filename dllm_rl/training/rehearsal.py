@@ -22,8 +22,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
-from dllm_rl.models.base import Policy, trainable_parameters
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters
 from dllm_rl.models.lora import add_lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds

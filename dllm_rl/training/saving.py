@@ -25,7 +25,7 @@ from dllm_rl.distributed.stop import LOCK, Stopped, how_to_continue, run_exit_st
 from dllm_rl.files import keep_lock
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
-from dllm_rl.models.merge import host_copy
+from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
 from dllm_rl.training.feature_state import state_file
@@ -104,7 +104,7 @@ def can_save_without_peers(run: Run[Settings]) -> bool:
     # update is complete.
     is_unchanged = run.policy.weights_version == run.state.version
     # During an aligned forward the layers hold the rollout's weights, which a copy of the module would then contain.
-    is_aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
+    is_aligned = getattr(run.policy.module, "is_aligned", False)
     return run.owns_folder and is_unchanged and not is_aligned and sharding_of(run.policy.module) is None
 
 

@@ -9,8 +9,7 @@ from repetitions import slow
 
 from dllm_rl import Lora, Prompts, Trajectory, Unmask, check_policy, load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
-from dllm_rl.models.lora import add_lora
-from dllm_rl.models.merge import merge_lora
+from dllm_rl.models.lora import add_lora, merge_lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
@@ -246,5 +245,5 @@ def test_other_samplers_and_models_are_refused(policy, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 10**9
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="num_hidden_layers=1000000000 is not a number of layers"):
+    with pytest.raises(ValueError, match=r"num_hidden_layers=1e\+09 is more than 1000000"):
         load_policy(tmp_path)

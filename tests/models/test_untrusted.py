@@ -8,17 +8,16 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy
 from dllm_rl.decoding.tokens import prompt_ids
-from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
-from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
+from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder, without_implementation_fields
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.untrusted import without_implementation_fields
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
@@ -148,18 +147,6 @@ def test_a_share_of_dropout_that_is_none_names_its_file(tmp_path, value):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["seed", "dropout_calls"])
-@pytest.mark.parametrize("value", ["x", "", "9" * 20, "9" * 5000, "1.5"])
-def test_a_count_of_adapters_that_no_generator_takes_is_refused(tmp_path, name, value):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file(load_file(file), file, {name: value})
-    with pytest.raises(ValueError, match=rf"{name}='[^']{{,40}}' of the adapters is out of range; save them again"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
     policy = tiny_masked_lm(**SIZES)
@@ -171,20 +158,6 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
     state[name].view(-1)[0] = value
     save_file(state, file)
     with pytest.raises(ValueError, match=rf"{name} has NaN or infinite numbers; use earlier adapters"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
-
-
-def test_a_rank_without_its_numbers_is_refused_before_an_adapter_of_it_is_made(tmp_path):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 50}))  # more than any machine has
-    save_file({name: torch.zeros(0, 1 << 50) for name in load_file(file)}, file)
-    with pytest.raises(
-        ValueError, match=r"r=1125899906842624 needs [\d,]+ numbers, and the file has fewer; give other"
-    ):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from emulated import CPU_SCHEMES, int3_emulated
 from repetitions import few
 
-from dllm_rl.models.lora import Lora, add_lora, without_adapters
-from dllm_rl.models.merge import merged_copy
+from dllm_rl.models.lora import Lora, add_lora, merged_copy, without_adapters
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
@@ -153,7 +152,7 @@ def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
         raise KeyError("planted")
     assert torch.equal(policy.logits(*batch()), plain)
     with (
-        pytest.raises(ValueError, match="already replaced"),
+        pytest.raises(ValueError, match="is in another aligned_forward"),
         aligned_forward(policy, rollout),
         aligned_forward(policy, rollout),
     ):

@@ -11,8 +11,15 @@ from torch import nn, tensor
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization import schemes
-from dllm_rl.quantization.linear import differing_codes, load_weight_, quantize_weight, scales_of
-from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
+from dllm_rl.quantization.rollout_policy import (
+    differing_codes,
+    load_weight_,
+    quantize_weight,
+    quantized_copy,
+    quantized_layers,
+    scales_of,
+    sync_weights,
+)
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, codes_and_scale
 from dllm_rl.training.trainer import train
 

@@ -22,11 +22,11 @@ from dllm_rl.quantization.linear import (
     UnstackedExperts,
     dequantized_input,
     dequantized_weight,
-    locate_parameter,
     moe_forward,
     quantized_forward,
+    skip_reasons,
 )
-from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
+from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 
 SCHEMES = CPU_SCHEMES | {"Int4WeightOnly": quantize.Int4WeightOnly(group_size=8)}  # divides the toys' 24 and 32 inputs

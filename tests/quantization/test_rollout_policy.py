@@ -16,12 +16,11 @@ from torchao.quantization import (
     Float8WeightOnlyConfig,
 )
 
-from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.merge import merged_copy
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.quantization.linear import dequantized_weight, quantize_weight, stored_bytes
-from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
+from dllm_rl.quantization.linear import dequantized_weight, skip_reasons, stored_bytes
+from dllm_rl.quantization.rollout_policy import quantize_weight, quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.records import describe
 from dllm_rl.step.update import check_staleness
@@ -415,8 +414,6 @@ def test_a_learner_in_two_halves_syncs_as_a_whole_one(tmp_path):
 def test_float8_weights_are_torchaos_own(dtype):
     from torchao.quantization import quantize_
 
-    from dllm_rl.quantization.linear import quantize_weight
-
     layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
     ours = quantize_weight(layer.weight.detach().clone(), Float8WeightOnlyConfig())[0]
     quantize_(layer, Float8WeightOnlyConfig())
@@ -427,8 +424,6 @@ def test_float8_weights_are_torchaos_own(dtype):
 def test_float8_products_weights_after_a_sync_are_torchaos_own(monkeypatch):
     """A sync takes a shorter way than the first copy. torchao's check of the hardware would refuse a CPU."""
     from torchao.quantization import quant_api
-
-    from dllm_rl.quantization.linear import quantize_weight
 
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()

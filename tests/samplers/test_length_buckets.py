@@ -9,7 +9,7 @@ from repetitions import few
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy
-from dllm_rl.models.forward import buckets
+from dllm_rl.models.base import FORWARD_COST
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture
 def split(monkeypatch):
     """How many positions a forward costs: 0 gives every length a bucket, NEVER keeps the batch whole."""
-    return lambda cost: monkeypatch.setitem(buckets.FORWARD_COST, "cpu", cost)
+    return lambda cost: monkeypatch.setitem(FORWARD_COST, "cpu", cost)
 
 
 def policy_for(name, tmp_path):
@@ -111,7 +111,7 @@ def test_rows_of_one_length_are_one_batch_whatever_a_forward_costs(split, monkey
 
 
 def test_a_step_waits_for_the_device_once_a_bucket_at_most(monkeypatch):
-    monkeypatch.setitem(buckets.FORWARD_COST, "cuda", 0)
+    monkeypatch.setitem(FORWARD_COST, "cuda", 0)
     waits = []
     with SimulatedCuda() as cuda:
         policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=1).to("cuda")

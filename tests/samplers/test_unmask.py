@@ -13,7 +13,7 @@ from repetitions import few
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models import logprobs as head
-from dllm_rl.models.forward import buckets
+from dllm_rl.models.base import FORWARD_COST
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules, whole_step
 from dllm_rl.samplers.cache import DualCache
@@ -416,7 +416,7 @@ def test_a_cache_notes_the_experts_of_the_same_states():
 def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
     """Apart, the rows save 37 columns of padding once. A second bucket costs 30 per forward: one, or two with a cache
     that runs the padding in the first of two steps."""
-    monkeypatch.setitem(buckets.FORWARD_COST, "cpu", 30)
+    monkeypatch.setitem(FORWARD_COST, "cpu", 30)
     policy = TablePolicy(length=2, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
     steps = torch.tensor([[2], [2]])

@@ -18,11 +18,10 @@ from dllm_rl import Aligned, Float8WeightOnly, Lora, load_policy
 from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
 from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.likelihoods.estimators import Coupled
-from dllm_rl.models.base import gather_if_sharded
+from dllm_rl.models.base import gather_if_sharded, join_uneven_forwards
 from dllm_rl.models.forward.blocks import blocks_of
-from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import backward_token_logprobs
-from dllm_rl.models.merge import host_copy
+from dllm_rl.models.lora import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for

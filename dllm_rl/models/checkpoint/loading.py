@@ -1,6 +1,7 @@
 """Load a checkpoint's folder as a stock module, a tokenizer and a spec, and write it back in the same layout."""
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -8,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from logging import LogRecord, getLogger
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,7 +37,10 @@ from dllm_rl.models.base import (
 from dllm_rl.models.checkpoint.families import find_family, stock_class
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
+    FLOAT_DTYPES,
+    SUFFIXES,
     LazyTensor,
+    check_regular,
     read_tensors,
     shapes_and_dtypes,
     to_original,
@@ -45,16 +49,8 @@ from dllm_rl.models.checkpoint.tensors import (
     write_tensors,
 )
 from dllm_rl.models.denoiser import share_layers
-from dllm_rl.models.merge import has_adapted_or_low_bit, lazy_merged_tensors, merged_copy, merged_state_dict
-from dllm_rl.models.untrusted import (
-    FLOAT_DTYPES,
-    SUFFIXES,
-    check_not_quantized,
-    check_numbers,
-    check_regular,
-    escape_transformers_logs,
-    without_implementation_fields,
-)
+from dllm_rl.models.lora import has_adapted_or_low_bit, lazy_merged_tensors, merged_copy, merged_state_dict
+from dllm_rl.screen import escape_controls, without_middle
 
 # Errors that transformers, safetensors and json raise for damaged files.
 _DAMAGED = (
@@ -62,9 +58,10 @@ _DAMAGED = (
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
-escape_transformers_logs()
 LOAD_ADAPTER_HINT = "open the base, and call load_adapter with it and this folder"
-MAX_LAYERS = 10_000  # used where the number of tensors does not limit the number of layers
+MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
+# Fields of a config that choose an implementation of attention or experts.
+IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
 
 
@@ -87,9 +84,12 @@ def load_module(
         family = find_family(raw)
         files = weight_files(folder)
         shapes, dtypes = shapes_and_dtypes(folder, files)
-        check_depth(raw, len(shapes) if files else MAX_LAYERS, folder)
         check_numbers(raw, folder)
-        check_not_quantized(raw, folder)
+        if raw.get("quantization_config") is not None:
+            raise ValueError(
+                f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantize "
+                "it with base_quantization or rollout_quantization"
+            )
         tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         num_stored = sum(map(prod, shapes.values()))
@@ -135,7 +135,7 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     Error messages name `source`.
     """
     family = find_family(raw)
-    check_depth(raw, MAX_LAYERS)
+    check_numbers(raw, "config.json")
     with name_in_errors(source), torch.device("meta"):
         cls, config = class_and_config(raw, family)
         return prepare_in_place(cls(config), family)
@@ -228,16 +228,29 @@ def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def check_depth(raw: dict[str, Any], num_tensors: int, folder: Path | None = None) -> None:
-    """Raise ValueError for a config with more layers than tensors, from which building a module might never end."""
-    configs = (raw, *(value for value in raw.values() if isinstance(value, dict)))  # nested ones for text and images
-    for field, config in product(("num_hidden_layers", "n_layers", "n_layer"), configs):
-        num_layers = config.get(field)
-        if num_layers is not None and not (isinstance(num_layers, int) and 0 <= num_layers <= num_tensors):
-            raise ValueError(
-                f"{folder or 'config.json'}: {field}={num_layers!r} is not a number of layers that {num_tensors} "
-                "tensors could hold; correct config.json"
-            )
+def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") -> None:
+    """Raise ValueError for a count above MAX_COUNT, and for a number that is NaN or infinite, at any depth."""
+    if isinstance(fields, dict | list):
+        for key, value in fields.items() if isinstance(fields, dict) else ((name, value) for value in fields):
+            # A list may be a range without an upper end: the time_step_limit of Mamba is [0, Infinity].
+            if not (isinstance(fields, list) and value == math.inf):
+                check_numbers(value, folder, key)
+    # transformers allocates this many labels, heads or experts before it compares the count with any tensor.
+    elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MAX_COUNT:
+        raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MAX_COUNT}; correct config.json")
+    elif isinstance(fields, float) and not math.isfinite(fields):
+        raise ValueError(f"{folder}: {name}={fields} is not finite; correct config.json")
+
+
+def without_implementation_fields(fields: Any) -> Any:
+    """Return a config without the fields that choose an implementation, at any depth."""
+    if isinstance(fields, dict):  # transformers would download a kernel that such a field names from the hub
+        return {
+            name: without_implementation_fields(value)
+            for name, value in fields.items()
+            if not IMPLEMENTATION_FIELDS.fullmatch(name)
+        }
+    return [without_implementation_fields(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def check_dtypes(dtypes: dict[str, str], parameters: Collection[str] | None, folder: Path) -> None:
@@ -569,3 +582,14 @@ def num_parameters(model: str | Policy) -> int:
     """Count a model's weights. For a folder or a hub's id, only config.json is read."""
     module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _escape_message(record: LogRecord) -> bool:
+    """Shorten a message of transformers, and escape its control characters: it may quote an untrusted checkpoint."""
+    record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")
+    record.args = None  # already part of the message
+    return True
+
+
+for _handler in getLogger("transformers").handlers:
+    _handler.addFilter(_escape_message)

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_rl.models.base import FamilySpec
-from dllm_rl.models.untrusted import FLOAT_DTYPES
 
 State = dict[str, Tensor]
 
 INDEX = "model.safetensors.index.json"
 ATTENTION = "model.layers.*.self_attn"
 QKV = ("q_proj", "k_proj", "v_proj")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # files of a checkpoint that the libraries open
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return self.numel() * self.dtype.itemsize
+
+
+def check_regular(folder: Path) -> None:
+    """Raise ValueError for a FIFO, a device or a directory in place of a file."""
+    # Reading a FIFO might never end. is_file() follows links: the hub's cache consists of them.
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if not path.is_file() and (path.suffix in SUFFIXES or not path.is_dir()):
+            raise ValueError(f"{folder}: {path.name} is not a regular file; fetch the checkpoint again")
 
 
 def read_tensors(directory: Path) -> State:

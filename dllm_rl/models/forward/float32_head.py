@@ -13,8 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dllm_rl.models.base import Module, output_embeddings
-
 HALF = (torch.bfloat16, torch.float16)
 SLAB = 2**22  # number of weights in fp32 at a time on a CPU: 16 MiB; four times as many on a GPU, to keep it busy
 
@@ -69,32 +67,6 @@ def float32_linear(
 ) -> Float[Tensor, "... V"]:
     """Return a linear layer's output in fp32, for all dtypes and under autocast. It is differentiable once."""
     return _Float32Linear.apply(x, weight, bias)
-
-
-def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
-    """Return `head(module, hidden)` with an fp32 projection.
-
-    Raise ValueError for a 16-bit module that does not name its output layer, or whose layer has a product of its own.
-    """
-    output = output_embeddings(module)
-    if output is None and next(module.parameters()).dtype in HALF:
-        raise ValueError(
-            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; give "
-            "it a method get_output_embeddings(), or set float32_head=False"
-        )
-    if output is not None and output.weight.dtype in HALF:
-        with projected_in_float32(output):  # layers of the head before the projection stay in 16 bits
-            logits = head(module, hidden)
-        if logits.dtype in HALF:
-            raise ValueError(
-                f"the output layer of {type(module).__name__} does not compute torch.nn.functional.linear(x, weight), "
-                "which float32_head=True replaces; set float32_head=False"
-            )
-        return logits
-    if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
-        with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the full head runs in fp32
-            return head(module, hidden.float())
-    return head(module, hidden)
 
 
 class projected_in_float32(TorchFunctionMode):

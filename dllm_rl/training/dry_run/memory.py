@@ -14,7 +14,7 @@ from dllm_rl.models.base import Module, Policy, trainable_parameters
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import chunk_rows
 from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, is_stacked
-from dllm_rl.quantization.rollout_policy import quantizable_layers
+from dllm_rl.quantization.linear import quantizable_layers
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.score import can_retain_graphs

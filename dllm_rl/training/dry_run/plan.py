@@ -16,7 +16,7 @@ from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.models.lora import add_lora, base_of
 from dllm_rl.models.policy import DiffusionPolicy
-from dllm_rl.quantization.rollout_policy import quantizable_layers, skip_reasons
+from dllm_rl.quantization.linear import quantizable_layers, skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for

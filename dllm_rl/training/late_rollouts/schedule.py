@@ -19,7 +19,7 @@ from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
-from dllm_rl.models.merge import host_copy
+from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext

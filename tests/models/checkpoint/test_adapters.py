@@ -18,8 +18,16 @@ from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.algorithms.correctors import Aligned, QaRL
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
-from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora, disable_adapters, load_adapter, save_adapter
-from dllm_rl.models.merge import merge_lora, merged_copy, merged_tensors
+from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.lora import (
+    Lora,
+    LoraLinear,
+    adapted_layers,
+    add_lora,
+    merge_lora,
+    merged_copy,
+    merged_tensors,
+)
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.rollout_policy import sync_weights
@@ -132,11 +140,13 @@ def test_adapters_left_out_twice_come_back_after_both():
     policy = tiny_llama(characters="ab", causal=False)
     add_lora(policy, Lora(r=2))
     active = lambda: {layer.active for layer in adapted_layers(policy.module).values()}  # noqa: E731
-    with disable_adapters(policy.module):
-        with disable_adapters(policy.module):
-            assert active() == {False}
-        assert active() == {False}
-    assert active() == {True}
+    tokens = torch.tensor([[3, 4]])
+    reference = policy.reference().reference()
+    layer = next(iter(adapted_layers(policy.module).values()))
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(active()))
+    reference.logits(tokens, torch.ones_like(tokens).bool())
+    assert seen == [{False}] and active() == {True}
 
 
 @pytest.mark.parametrize("family", ["llama", "dream"])

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dllm_rl.models.forward.buckets import FORWARD_COST, length_buckets
+from dllm_rl.models.base import FORWARD_COST, length_buckets
 
 
 def cost(groups, starts, columns, least):

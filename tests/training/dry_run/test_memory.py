@@ -12,8 +12,7 @@ from repetitions import few
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.merge import merged_copy
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress

@@ -1,0 +1,198 @@
+"""Saved adapters: files in peft's format, and peft's LoraConfig."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.checkpoint.tensors import (
+    FLOAT_DTYPES,
+    check_regular,
+    mismatched_tensors,
+    rename_tensor,
+    stock_to_original,
+)
+from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of, is_bitsandbytes
+
+PREFIX = "base_model.model."  # prefix of every name in peft's files
+# Settings of peft that change what is computed from the same tensors.
+PEFT_VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "use_bdlora"),
+)
+
+
+def from_peft(config: Any) -> Lora:
+    """Convert a peft LoraConfig.
+
+    Raise ValueError for a setting that is not supported here and changes what the adapters compute.
+    """
+    kind = type(config).__name__
+    if kind != "LoraConfig":
+        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or Lora(r=16)")
+    default = type(config)()
+    used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
+    for name, value in vars(config).items():
+        if name not in used | ignored and value != getattr(default, name, value):
+            raise ValueError(f"lora=LoraConfig({name}={value!r}): this setting is not supported; leave it out")
+    if config.inference_mode:
+        raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layer names")
+    scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
+    return Lora(
+        r=config.r,
+        alpha=float(config.lora_alpha) * scale,
+        dropout=float(config.lora_dropout),
+        targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
+    )
+
+
+def adapter_state(policy: Policy) -> dict[str, Tensor]:
+    """Return the adapters' tensors under peft's names, which contain the module names of the original checkpoint."""
+    state: dict[str, Tensor] = {}
+    names = stock_to_original(policy.spec)
+    for path, layer in adapted_layers(policy.module).items():
+        if isinstance(layer, LoraExperts):  # under the stock class's path: original checkpoints have no stacks
+            state |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.peft_state().items()}
+            continue
+        original_path = rename_tensor(f"{path}.weight", names).removesuffix(".weight")
+        for matrix in ("lora_A", "lora_B"):
+            state[f"{PREFIX}{original_path}.{matrix}.weight"] = getattr(layer, matrix).weight.detach()
+    return state
+
+
+def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
+    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json.
+
+    Call it to save adapters without their base; `load_policy` opens the folder together with the base.
+
+    Args:
+        policy: Policy with adapters.
+        directory: Folder to write, created if missing.
+        base: Folder or hub id of the base's weights. None: the folder that the policy was loaded from.
+
+    Raises:
+        ValueError: The policy has no adapters.
+    """
+    lora = policy.lora
+    if lora is None:
+        raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(policy)
+    calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count
+    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
+    metadata["dtype"] = str(next(policy.module.parameters()).dtype).removeprefix("torch.")  # of the base
+    low_bit = next((layer for layer in map(base_of, policy.module.modules()) if is_bitsandbytes(layer)), None)
+    if low_bit is not None:
+        metadata["quantization"] = "nf4" if hasattr(low_bit.weight, "quant_state") else "int8"
+    tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata)
+    linear, experts = _adapted_paths(state)
+    config = {
+        "peft_type": "LORA",
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "target_modules": linear,
+    }
+    if experts:
+        config["target_parameters"] = [f"{path}.{name}" for path in experts for name in STACKS]
+    config |= {"base_model_name_or_path": base or policy.spec.checkpoint_folder, "inference_mode": True}
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(policy: Policy, directory: str | Path) -> None:
+    """Add adapters to the policy, in place, and load their weights, which this library or peft saved.
+
+    Raise ValueError for a method other than LoRA, or for tensors that do not fit.
+    """
+    directory = Path(directory)
+    config, state, metadata = read_adapter(directory)
+    supported: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
+    supported |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    supported |= dict.fromkeys(PEFT_VARIANTS)
+    for field, value in supported.items():
+        if config.get(field) not in (value, None):
+            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
+    init = config.get("init_lora_weights")
+    if init not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        # PiSSA, OLoRA and similar methods subtract the initial adapters from the base's weights, which this does not.
+        raise ValueError(
+            f"{directory}: init_lora_weights={init!r} also changed the base, which is not supported; save the adapters "
+            "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
+    linear, experts = _adapted_paths(state)
+    stock_paths = [rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
+    paths = tuple(sorted(stock_paths))
+    settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
+    # peft's files have no seed. A seed matters only for dropout, because A and B are overwritten.
+    add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
+    policy_tensors = adapter_state(policy)
+    if mismatched := mismatched_tensors(state, policy_tensors):
+        kind = type(policy.module).__name__
+        raise ValueError(
+            f"{directory}: adapter tensors {mismatched[:3]} do not fit {kind}; use the base that they were trained on"
+        )
+    for name, tensor in state.items():
+        policy_tensors[name].copy_(tensor)
+    for path, layer in adapted_layers(policy.module).items():
+        layer.calls = int(metadata.get("dropout_calls", 0))
+        if isinstance(layer, LoraExperts):
+            layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
+
+
+def _adapted_paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return the paths of adapted linear layers, and of adapted modules of experts.
+
+    peft wraps a module of experts twice, once per stack, so that its adapters have two paths: one ends in
+    `.base_layer`.
+    """
+    paths = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
+    experts = sorted(path for path in paths if f"{path}.base_layer" in paths)
+    expert_paths = {f"{path}{wrapper}" for path in experts for wrapper in ("", ".base_layer")}
+    return sorted(paths - expert_paths), experts
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return config, tensors and metadata of saved adapters. Raise ValueError for damaged files or invalid numbers."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
+    check_regular(folder)
+    path = folder / "adapter_model.safetensors"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a mapping)
+            metadata = file.metadata() or {}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
+    fields: dict[str, Any] = config if isinstance(config, dict) else {}
+    for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
+        value: Any = fields.get(name)
+        # True is an int for isinstance. JSON has integers too large for a float; NaN and infinity fail too.
+        if type(value) not in kinds or not abs(value) < 1e30:
+            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={value!r} is not a number")
+    if not 0 <= fields["lora_dropout"] < 1:
+        raise ValueError(
+            f"{folder}: lora_dropout={fields['lora_dropout']} is not in [0, 1); correct adapter_config.json"
+        )
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{folder}: {name} has dtype {tensor.dtype}, which is not an adapter's; save the adapters again"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name} has NaN or infinite numbers; use earlier adapters")
+    if not any(fields["r"] in tensor.shape for tensor in state.values()):
+        raise ValueError(
+            f"{folder}: adapter_config.json is damaged: no adapter tensor has a dimension of size r={fields['r']}"
+        )
+    return fields, state, metadata
