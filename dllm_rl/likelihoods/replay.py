@@ -61,16 +61,18 @@ class ExpertRecorder(ViewFeature):
     """Feature of views whose forwards write the chosen experts into `store`.
 
     Args:
-        store: A list of one tensor (N, B, T, M, E). It is a list because scoring slices the tensors of a feature to a
-            chunk of rows, and must not slice the store.
+        store: Expert ids of all rows, also in the views of a chunk of rows.
         flat_index: Index of each token in the flattened B and T axes of the store.
     """
 
-    store: list[Tensor]
-    flat_index: Int[Tensor, "1 B T"]
+    store: Integer[Tensor, "N B T M E"]
+    flat_index: Int[Tensor, "1 R W"]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "ExpertRecorder":
+        return replace(self, flat_index=f(self.flat_index))  # all chunks of rows write into the same store
 
     def apply_to(self, view: View, number: int) -> View:
-        store, flat_index = self.store[0][number], self.flat_index[0]
+        store, flat_index = self.store[number], self.flat_index[0]
         forward = partial(_forward_recording, forward=view.forward, store=store, flat_index=flat_index)
         return replace(view, forward=forward)
 
@@ -103,7 +105,7 @@ def record_experts(policy: Policy, rollout: Rollout, views: Views) -> Views:
     experts = routing.experts(1)
     store = experts.new_zeros(*views.coefficients.shape, *experts.shape[2:])
     flat_index = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
-    return replace(views, features=(*views.features, ExpertRecorder([store], flat_index)))
+    return replace(views, features=(*views.features, ExpertRecorder(store, flat_index)))
 
 
 def with_sampled_experts(views: Views, rollout: Rollout) -> Views:
@@ -140,6 +142,6 @@ def with_recorded_experts(views: Views, rollout: Rollout) -> Views:
     features = []
     for feature in views.features:
         if isinstance(feature, ExpertRecorder):
-            feature = Experts(feature.store[0], rollout.attention_mask.expand_as(views.coefficients))
+            feature = Experts(feature.store, rollout.attention_mask.expand_as(views.coefficients))
         features.append(feature)
     return replace(views, features=tuple(features))

@@ -10,8 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import Processes, reduce_metrics, sum_gradients
-from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
-from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.base import Policy, gather_if_sharded, join_uneven_forwards, trainable_parameters
 from dllm_rl.supervised.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.supervised.examples import Example, prompt_and_answer
 from dllm_rl.supervised.loss import add_noise, draw_levels, lay_out, pack, weighted_loss

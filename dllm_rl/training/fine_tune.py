@@ -14,7 +14,8 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, how_to_continue, leaving_nothing_behind
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import add_lora, load_adapter
+from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.lora import add_lora
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import Example, read_examples
 from dllm_rl.supervised.loss import check_packing
