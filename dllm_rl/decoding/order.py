@@ -152,16 +152,17 @@ def step_members(
 
 
 def state_scores(
-    policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Callable
+    policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Any
 ) -> Float[Tensor, " K"]:
     """Return the differentiable scores of a `rank` that does not depend on drawn tokens, computed as in the sampler.
 
-    The head runs in chunks of rows.
+    The head runs in chunks of rows. `rank` is a `samplers.rules.Rank`.
     """
 
     def score_chunk(hidden_chunk: Tensor) -> tuple[Tensor]:
         logits = untempered_logits(policy.head(hidden_chunk), sampling_params, policy.spec.mask_id)
-        return (rank(logits=logits, normalizer=logits.logsumexp(-1)),)
+        inputs = {"logits": logits, "normalizer": logits.logsumexp(-1), "hidden": hidden_chunk}
+        return (rank(**{name: inputs[name] for name in rank.reads}),)
 
     return chunked(score_chunk, hidden, policy=policy)[0]
 

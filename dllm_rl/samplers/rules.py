@@ -236,9 +236,9 @@ class PlackettLuce(Rank):
     Args:
         temperature: Temperature of the order, at least 1e-30. Towards 0 the order is that of `base_rank`, towards
             infinity that of `RandomOrder`.
-        base_rank: Rank to which noise is added: MaxProb(), Margin(), Entropy(), or a custom rank with the same inputs.
-            The order of a custom one has a known probability only if it is declared: FunctionRank(function=own,
-            order="deterministic").
+        base_rank: Rank to which noise is added: MaxProb(), Margin(), Entropy(), or a custom rank of logits, normalizer
+            and hidden. The order of a custom one has a known probability only if it is declared "deterministic". It may
+            have weights of its own, which training changes between steps (recipes/examples/learned_order.py).
 
     Source: ours.
     """
@@ -252,14 +252,19 @@ class PlackettLuce(Rank):
 
     adds_gumbel = True
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.base_rank.reads
+
     def check(self) -> None:
-        if self.base_rank.reads != {"logits", "normalizer"}:
+        if not self.reads or self.reads - {"logits", "normalizer", "hidden"}:
             raise ValueError(
-                f"base_rank={self.base_rank.name} must take logits and normalizer, as MaxProb, Margin and Entropy do"
+                f"base_rank={self.base_rank.name} must take some of logits, normalizer and hidden and no other input, "
+                "as MaxProb, Margin and Entropy do"
             )
 
-    def __call__(self, logits: Logits, normalizer: PerPosition) -> PerPosition:
-        return self.base_rank(logits=logits, normalizer=normalizer) / self.temperature
+    def __call__(self, **inputs: Any) -> PerPosition:
+        return self.base_rank(**inputs) / self.temperature
 
 
 # Ranks by name whose scores are a function of the canvas and the weights, without random numbers and drawn tokens.

@@ -249,6 +249,6 @@ def test_what_needs_log_probabilities_is_refused():
         sample(policy, rank, 2, diffusion_steps=3, commit=rules.Threshold(tau=0.9))
     with pytest.raises(ValueError, match="temperature=0 must be at least 1e-30"):
         rules.PlackettLuce(temperature=0)
-    with pytest.raises(ValueError, match="base_rank=Confidence must take logits and normalizer, as MaxProb"):
+    with pytest.raises(ValueError, match="base_rank=Confidence must take some of logits, normalizer and hidden and no"):
         rank.replace(base_rank=rules.Confidence())
     assert sample(policy, rank, 2, diffusion_steps=3, temperature=0.0).order.logprobs is None
