@@ -1,7 +1,7 @@
 """What less work for the same completions is worth: each way against itself with the saving taken back.
 
     python -m benchmarks.less_work --parts savings --json benchmarks/results/less-work-cpu.json
-    python -m benchmarks.less_work --parts prompts,sudoku --json benchmarks/results/shared-prompts-cpu.json
+    python -m benchmarks.less_work --parts prompts --json benchmarks/results/shared-prompts-cpu.json
 
 Processor seconds of a rollout (preset `less`: LLaDA's layout, 4 blocks of 512, random weights), one thread, best of
 `--repeats`, the two arms by turns in one process. The tokens of both are compared too.
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from random import Random
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import rules, states
 from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache, map_cache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.tasks.sudoku import solver
 from dllm_rl.types import Prompts
 
 LESS = Shape(4, 512, 8, 1536, 16384, batch=8, prompt=64, new=64, block=32, steps=8)
@@ -104,21 +102,6 @@ def some(scores: Tensor, masked: Tensor, steps_left: Tensor) -> Tensor:
     return masked & ((scores > 2 / 3) | (scores == scores.amax(-1, keepdim=True)))
 
 
-def sudoku(count: int, checked: Callable[[list[int], int], bool]) -> list[str | None]:
-    """Puzzles of 30 givens, a cell's removal checked by `checked`."""
-    fast, solver._allows_other_digit = solver._allows_other_digit, checked
-    try:
-        return [solver.random_unique_puzzle(solver.random_grid(rng), 30, rng) for rng in map(Random, range(count))]
-    finally:
-        solver._allows_other_digit = fast
-
-
-def by_two_completions(givens: list[int], own: int) -> bool:
-    """As it was: whether a search for two completions of the whole finds them."""
-    cells = dict(divmod(given, 9) for given in givens)
-    return not solver.is_unique("".join(str(cells[cell] + 1) if cell in cells else "0" for cell in range(81)))
-
-
 def block_causal(policy: DiffusionPolicy, size: int) -> DiffusionPolicy:
     """The same weights, blocks of `size` seeing themselves and those before; no token ends a completion."""
     changed = replace(policy.spec, attention="block_causal", block_size=size, eos_ids=())
@@ -172,11 +155,6 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
         yield compared(f"prompt of {prompt} once for {group} completions, scoring's {what} (not taken)", *arms, repeats)
 
 
-def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
-    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._allows_other_digit))
-    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
-
-
 def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
     policy = random_policy(shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
@@ -208,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
-    parser.add_argument("--parts", default="savings,prompts,sudoku", help="prompts: what a group's completions share")
+    parser.add_argument("--parts", default="savings,prompts", help="prompts: what a group's completions share")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,8 +196,6 @@ def main() -> None:
         found += savings(shape, repeats, arguments.smoke)
     if "prompts" in arguments.parts:
         found += shared_prompts(shape, repeats)
-    if "sudoku" in arguments.parts:
-        found += puzzles(4 if arguments.smoke else 40, repeats)
     print(table(found))
     write_json(
         arguments.json,

@@ -1,18 +1,16 @@
 """Evaluate arithmetic that a model wrote, without Python's `eval`. The result is exact, or Python's value for d1.
 
-Grammar:
-sum     = product (("+" | "-") product)*
-product = factor (("*" | "/" | "//") factor)*
-factor  = ("+" | "-") factor | power
-power   = atom ["**" factor]
-atom    = "(" sum ")" | number
+Python's own parser reads the text; only numbers and operators are evaluated.
 """
 
+import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 # Limits of `evaluate`
@@ -22,20 +20,25 @@ LARGEST = 10**40  # largest intermediate numerator or denominator
 LONGEST_PYTHON = 2_000  # characters
 LARGEST_PYTHON = 100_000  # bits of an intermediate integer
 # Limit of both
-DEEPEST = 40  # nested parentheses, signs and powers
+DEEPEST = 40  # nested parentheses, and consecutive signs
 
 Number = int | float | complex
 
-_TOKEN = re.compile(r"[ \t\n\r\f]*(0(?![0-9])|[1-9][0-9]*|[-+*/()])")
-_PYTHON_TOKEN = re.compile(r"[ \t\f\n\r]*(\d+\.\d*|\.\d+|0+(?!\d)|[1-9]\d*|\*\*|//|[-+*/()])", re.ASCII)
-OPERATORS = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "**": operator.pow,
+_EXACT = re.compile(r"[-0-9+*/() ]+")
+_TOO_LONG_OR_ZERO_FIRST = re.compile(r"[0-9]{41}|(?<![0-9])0[0-9]")
+_PYTHON = re.compile(r"[-0-9+*/(). \t\f\n\r]+")
+_SIGNS = re.compile(rf"(?:[-+]\s*){{{DEEPEST + 2}}}")  # the first may be an operator
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
 }
+EXACT_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub)
 
 
 class OutOfBounds(Exception):
@@ -55,12 +58,14 @@ def evaluate(text: str) -> Value | None:
     # As in Python, an integer has no leading zero. ** and // are not operators; 2(3) is not a product.
     if len(text) > MAX_EXPRESSION_LENGTH:
         return None
+    text = re.sub(r"[\t\n\r\f]", " ", text).strip(" ")
+    if not _EXACT.fullmatch(text) or _TOO_LONG_OR_ZERO_FIRST.search(text):
+        return None
     try:
-        tokens = _tokens(text.strip(" \t\n\r\f"), _TOKEN)
-        value = Parser(tokens, signs=("-",), number=_exact_integer, apply=apply).value()
+        value = _evaluated(text, apply)
     except (SyntaxError, ZeroDivisionError, OutOfBounds):
         return None
-    return Value(value, tuple(int(token) for token in tokens if token.isdigit()))
+    return Value(Fraction(value), tuple(map(int, re.findall("[0-9]+", text))))
 
 
 def python_value(text: str) -> Number | None:
@@ -70,113 +75,64 @@ def python_value(text: str) -> Number | None:
     if len(text) > LONGEST_PYTHON:
         raise OutOfBounds
     try:
-        tokens = _tokens(text, _PYTHON_TOKEN, allow_breaks=False)
-        return Parser(tokens, signs=("+", "-"), number=_python_number, apply=_python_apply).value()
+        return _evaluated(text, _python_apply) if _PYTHON.fullmatch(text) else None
     except (SyntaxError, ArithmeticError, TypeError, ValueError):  # errors that `eval` may raise
         return None
 
 
-def _tokens(text: str, token: re.Pattern[str], *, allow_breaks: bool = True) -> list[str]:
-    """Return the tokens and a final "". Without `allow_breaks`, a line break outside parentheses is an error."""
-    tokens: list[str] = []
-    position = 0
-    depth = 0
-    while position < len(text):
-        match = token.match(text, position)
-        if match is None or (not allow_breaks and depth == 0 and re.search(r"[\n\r]", match[0])):
-            raise SyntaxError(text)
-        depth += (match[1] == "(") - (match[1] == ")")
-        tokens.append(match[1])
-        position = match.end()
-    return [*tokens, ""]
+def _evaluated(text: str, apply: Callable[..., Any]) -> Any:
+    """Evaluate a text of numbers, operators, parentheses and white space by apply(class of an operator, *operands).
 
-
-@dataclass
-class Parser:
-    """Evaluates tokens that end with "". The methods sum, product, factor and atom each parse the rule of that name.
-
-    `depth` is the number of parentheses, signs and powers around the rule.
+    Raises:
+        SyntaxError: The text is no expression, or has other parts than numbers and operators.
+        OutOfBounds: Nested deeper than DEEPEST. Otherwise a hostile text could exhaust the stack of Python's parser.
     """
-
-    tokens: list[str]
-    signs: tuple[str, ...]  # signs that a factor may have
-    number: Callable[[str], Any]  # token -> value, for each token that is not an operator or parenthesis
-    apply: Callable[..., Any]  # (operator, left, right) -> value
-    position: int = 0  # of the next token
-
-    def value(self) -> Any:
-        """Evaluate all tokens. Raises SyntaxError, OutOfBounds beyond DEEPEST, and errors of `number` and `apply`."""
-        value = self.sum(0)
-        self.take("")
-        return value
-
-    def take_if(self, *wanted: str) -> str | None:
-        """Consume and return the next token if it is one of `wanted`, else return None."""
-        if self.tokens[self.position] in wanted:
-            self.position += 1
-            return self.tokens[self.position - 1]
-        return None
-
-    def take(self, wanted: str) -> None:
-        """Consume the next token. Raises SyntaxError if it is not `wanted`."""
-        if self.take_if(wanted) is None:
-            raise SyntaxError(self.tokens[self.position])
-
-    def sum(self, depth: int) -> Any:
-        value = self.product(depth)
-        while operator := self.take_if("+", "-"):
-            value = self.apply(operator, value, self.product(depth))
-        return value
-
-    def product(self, depth: int) -> Any:
-        value = self.factor(depth)
-        while operator := self.take_if("*", "/", "//"):
-            value = self.apply(operator, value, self.factor(depth))
-        return value
-
-    def factor(self, depth: int) -> Any:
-        if depth > DEEPEST:  # otherwise a hostile text could exhaust the stack
-            raise OutOfBounds
-        if sign := self.take_if(*self.signs):
-            value = self.factor(depth + 1)
-            return -value if sign == "-" else value
-        base = self.atom(depth)
-        return self.apply("**", base, self.factor(depth + 1)) if self.take_if("**") else base
-
-    def atom(self, depth: int) -> Any:
-        if self.take_if("("):
-            value = self.sum(depth + 1)
-            self.take(")")
-            return value
-        token = self.tokens[self.position]
-        self.position += 1
-        if not token or token in "+-*//**()":  # the end, or an operator
-            raise SyntaxError(token)
-        return self.number(token)
-
-
-def _exact_integer(digits: str) -> Fraction:
-    if len(digits) > 40:  # int() of a long text takes quadratic time
+    nesting = accumulate((character == "(") - (character == ")") for character in text)
+    if max(nesting, default=0) > DEEPEST or _SIGNS.search(f"+{text}"):
         raise OutOfBounds
-    return Fraction(int(digits))
+    with warnings.catch_warnings(action="ignore"):
+        waiting: list[ast.AST] = [ast.parse(text, mode="eval").body]
+    # A list in place of recursion, because 1+1+1+... is as deep as it is long.
+    nodes: list[ast.AST] = []
+    while waiting:
+        nodes.append(node := waiting.pop())
+        match node:
+            case ast.UnaryOp(_, operand):
+                waiting.append(operand)
+            case ast.BinOp(left, _, right):
+                waiting += (left, right)
+    values: list[Any] = []  # of the operands that no operator has taken yet
+    for node in reversed(nodes):  # operands before operators, and left before right
+        match node:
+            case ast.Constant(int() | float() as number):
+                values.append(number)
+            case ast.UnaryOp(sign, _):
+                values.append(apply(type(sign), values.pop()))
+            case ast.BinOp(_, symbol, _):
+                right = values.pop()
+                values.append(apply(type(symbol), values.pop(), right))
+            case _:
+                raise SyntaxError(text)
+    return values.pop()
 
 
-def _python_number(token: str) -> Number:
-    return float(token) if "." in token else int(token)
-
-
-def apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    """Return `left operator right`. Raises ZeroDivisionError, and OutOfBounds beyond LARGEST."""
-    value = OPERATORS[operator](left, right)
+def apply(symbol: type[ast.AST], *operands: int | Fraction) -> Fraction:
+    """Return the exact value of an operator. Raises SyntaxError if it is not one of EXACT_OPERATORS,
+    ZeroDivisionError, and OutOfBounds beyond LARGEST.
+    """
+    if symbol not in EXACT_OPERATORS:
+        raise SyntaxError(symbol.__name__)
+    value: Fraction = OPERATORS[symbol](*map(Fraction, operands))
     if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OutOfBounds
     return value
 
 
-def _python_apply(symbol: str, left: Number, right: Number) -> Number:
-    if isinstance(left, int) and isinstance(right, int):
+def _python_apply(symbol: type[ast.AST], *operands: Number) -> Number:
+    if symbol in (ast.Mult, ast.Pow) and all(isinstance(operand, int) for operand in operands):
         # Check the size before computing: a power such as 9**9**9 must never be computed.
-        bits = left.bit_length() * right if symbol == "**" else left.bit_length() + right.bit_length()
-        if symbol in ("*", "**") and abs(left) > 1 and bits > LARGEST_PYTHON:
+        left, right = operands
+        bits = left.bit_length() * right if symbol is ast.Pow else left.bit_length() + right.bit_length()
+        if abs(left) > 1 and bits > LARGEST_PYTHON:
             raise OutOfBounds
-    return OPERATORS[symbol](left, right)
+    return OPERATORS[symbol](*operands)

@@ -7,10 +7,10 @@ A candidate is a digit in a cell, numbered cell * side + digit - 1. A constraint
 solved grid has exactly one: a cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, reduce
 from hashlib import sha256
-from itertools import islice, product
+from itertools import islice
 from math import isqrt
 from operator import or_
 from random import Random
@@ -121,111 +121,24 @@ def random_grid(rng: Random) -> str:
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """Return a puzzle with `clues` givens that has only this solution.
+    """Return a 9x9 puzzle with `clues` givens that has only this solution.
 
     Replace cells of the solution by blanks in random order until `clues` digits remain. A cell keeps its digit if the
     puzzle would otherwise have another solution. Return None if more than `clues` digits remain at the end.
     """
     order = sorted(range(81), key=lambda _: rng.random())
     # First try to blank up to 40 cells at once, because nearly all puzzles with 41 givens or more have one solution.
-    num_at_once = min(81 - clues, 40)
-    all_candidates = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
-    givens = list(map(all_candidates.__getitem__, order[num_at_once:]))
-    if _after_forced_moves(_allowed(givens)).bit_count() != 81 and not is_unique(_blank(solution, order[:num_at_once])):
-        num_at_once = 0
-        givens = all_candidates
-    for cell in order[num_at_once:]:
-        if len(givens) == clues:
-            break
-        remaining = [given for given in givens if given != all_candidates[cell]]
-        if not _allows_other_digit(remaining, all_candidates[cell]):
-            givens = remaining
-    kept_cells = {given // 9 for given in givens}
-    return _blank(solution, sorted(set(range(81)) - kept_cells)) if len(kept_cells) == clues else None
-
-
-def _allowed(givens: list[int]) -> int:
-    """Return the candidates of a 9x9 grid that the givens do not exclude."""
-    candidates = (1 << 729) - 1
-    conflicts = _cover(3)[1]
-    for given in givens:
-        candidates &= ~conflicts[given]
-    return candidates
-
-
-def _allows_other_digit(givens: list[int], candidate: int) -> bool:
-    """Return whether 9x9 givens have a solution with another digit in the cell of `candidate` than its digit."""
-    candidates = _allowed(givens)
-    alternatives = candidates & (0b111111111 << candidate // 9 * 9) & ~(1 << candidate)
-    return any(_has_completion(candidates & ~_cover(3)[1][alternative]) for alternative in _bit_positions(alternatives))
-
-
-def _has_completion(candidates: int) -> bool:
-    """Return whether some of these candidates of a 9x9 grid form a solved grid."""
-    candidates = _after_forced_moves(candidates)
-    cells = [candidates & (0b111111111 << shift) for shift in range(0, 729, 9)]
-    # The cell with the fewest candidates, of those with two or more: cell & (cell - 1) removes the lowest bit.
-    branching_cell = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)
-    if not branching_cell:
-        return candidates != 0
-    return any(_has_completion(candidates & ~_cover(3)[1][candidate]) for candidate in _bit_positions(branching_cell))
-
-
-def _after_forced_moves(candidates: int) -> int:
-    """Return the candidates of a 9x9 grid that remain after all forced moves; 0 if a constraint has none."""
-    conflicts = _cover(3)[1]
-    placed = 0
-    while True:
-        forced = 0
-        for first_bits, distances, multiplier in _CONSTRAINT_KINDS:
-            # Each constraint of this kind has one bit in `once` and `twice`, that of its first candidate. It is set in
-            # `once` if the constraint has at least one candidate left, and in `twice` if it has at least two.
-            once = twice = 0
-            for distance in distances:
-                present = candidates >> distance & first_bits
-                twice |= once & present  # before the next line, while `once` lacks this candidate
-                once |= present
-            if once != first_bits:  # some constraint has no candidate
-                return 0
-            # once ^ twice has the bits of the constraints with exactly one candidate left. The product copies each of
-            # these bits to all nine candidates of its constraint, and & selects the one that is left.
-            forced |= candidates & (once ^ twice) * multiplier
-        forced &= ~placed
-        if not forced:
-            return candidates
-        placed |= forced
-        while forced:
-            lowest_bit = forced & -forced
-            forced ^= lowest_bit
-            candidates &= ~conflicts[lowest_bit.bit_length() - 1]
-
-
-def _sums(*ranges: range) -> list[int]:
-    """Return every sum of one number of each range."""
-    return list(map(sum, product(*ranges)))
-
-
-def _constraint_kind(bases: Iterable[int], shifts: Iterable[int]) -> tuple[int, tuple[int, ...], int]:
-    return sum(1 << base for base in bases), tuple(shifts), sum(1 << shift for shift in shifts)
-
-
-# For each kind of 9x9 constraint: the bits of every constraint's first candidate (81 row + 9 column + digit), and the
-# distances from it to the constraint's nine candidates, as a tuple and as the bits of a multiplier.
-_CONSTRAINT_KINDS = (
-    _constraint_kind(range(0, 729, 9), range(9)),  # cells
-    _constraint_kind(_sums(range(0, 729, 81), range(9)), range(0, 81, 9)),  # rows
-    _constraint_kind(range(81), range(0, 729, 81)),  # columns
-    _constraint_kind(
-        _sums(range(0, 729, 243), range(0, 81, 27), range(9)), _sums(range(0, 243, 81), range(0, 27, 9))
-    ),  # boxes
-)
-
-
-def _blank(grid: str, cells: list[int]) -> str:
-    puzzle = list(grid)
-    for cell in cells:
-        puzzle[cell] = "0"
-    return "".join(puzzle)
+    at_once = order[: min(81 - clues, 40)]
+    puzzle = "".join("0" if cell in at_once else digit for cell, digit in enumerate(solution))
+    if not is_unique(puzzle):
+        puzzle = solution
+    for cell in order:
+        if 81 - puzzle.count("0") == clues:
+            return puzzle
+        blanked = puzzle[:cell] + "0" + puzzle[cell + 1 :]
+        if puzzle[cell] != "0" and is_unique(blanked):
+            puzzle = blanked
+    return puzzle if 81 - puzzle.count("0") == clues else None
 
 
 SOLVED = tuple(sorted(solutions("0" * 16)))

@@ -14,7 +14,6 @@ from dllm_rl.tasks.sudoku.solver import (
     MAX_COMPLETIONS,
     SOLVED,
     SPLITS,
-    _allows_other_digit,
     completions,
     is_completion,
     is_unique,
@@ -110,23 +109,6 @@ def test_cells_are_blanked_from_the_first_on() -> None:
     """Three rows without a digit could change places, so that no first half goes at once; one row is unique."""
     puzzle = random_unique_puzzle(random_grid(Random(0)), 50, InOrder())
     assert puzzle is not None and puzzle[:9] == "0" * 9 and is_unique(puzzle)
-
-
-def test_a_cell_can_go_where_no_completion_has_another_digit_there() -> None:
-    """Against the search for a completion with each of them, from many givens down to where nothing is unique."""
-    rng, seen = Random(5), set()
-    for grid in (random_grid(rng) for _ in range(2)):
-        order = sorted(range(81), key=lambda _: rng.random())
-        whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(grid)]
-        for blank in range(24, 60, 3):
-            cells, kept = order[:blank], order[blank:]
-            puzzle = "".join("0" if cell in cells else digit for cell, digit in enumerate(grid))
-            for cell in cells[:4]:
-                tried = (puzzle[:cell] + digit + puzzle[cell + 1 :] for digit in "123456789" if digit != grid[cell])
-                otherwise = _allows_other_digit([whole[place] for place in kept], whole[cell])
-                assert otherwise == any(any(solutions(other)) for other in tried)
-                seen.add((otherwise, is_unique(puzzle)))
-    assert seen == {(False, True), (True, False), (False, False)}
 
 
 def test_the_problems_of_a_seed_are_those_of_the_tasks_version() -> None:
