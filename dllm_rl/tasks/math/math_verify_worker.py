@@ -1,19 +1,18 @@
-"""Script that math_verify.py starts with SECONDS and the file descriptors of connections as arguments.
+"""Script that math_verify.py starts with SECONDS and the number of workers as arguments.
 
-It forks a worker for each connection, and sends "ready" on it. The worker replies to each JSON [request id, reference,
-answer] with "ID VERDICT", where the verdict is 1 (equal) or 0. If it ends, "ended" is sent, and another is forked.
+It reads a line of JSON, a list of [reference, answer], and writes the list of their verdicts: true, false or null.
 """
 
 import gc
 import json
 import logging
+import mmap
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from multiprocessing.connection import Connection
 from typing import Any
 
 from antlr4.atn.PredictionMode import PredictionMode
@@ -23,7 +22,7 @@ from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 2 << 30  # bytes of address space
-MAX_EARLY_ENDS = 100  # consecutive workers that end early, after which this process ends
+UNEQUAL, EQUAL, UNDECIDED = 1, 2, 3  # a verdict in shared memory; 0: there is none yet
 # Pairs that are compared before forking: the first parse of each LaTeX construction is much slower than later ones.
 WARM_UP = {
     "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
@@ -77,8 +76,9 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def main() -> None:
-    seconds = float(sys.argv[1])
-    connections = [Connection(int(number)) for number in sys.argv[2:]]
+    seconds, num_workers = float(sys.argv[1]), int(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
     # Symbolic algebra may take any time and memory inside C calls, which no Python timeout stops. So the kernel limits
@@ -87,42 +87,51 @@ def main() -> None:
     for pair in WARM_UP.items():
         verify(*map(read, pair), timeout_seconds=None)
     gc.freeze()  # a collection in a worker would copy the pages that it shares with this process
-    workers = {fork(connection, seconds): connection for connection in connections}
-    for connection in connections:
-        connection.send_bytes(b"ready")
-    early_ends = 0
-    while workers and early_ends < MAX_EARLY_ENDS:
-        worker, status, used = os.wait4(-1, 0)
-        connection = workers.pop(worker)
-        if status != 0:  # 0: math_verify.py has closed the connection
-            # A worker that computed for long had a hard pair; many short-lived workers indicate another fault.
-            early_ends = early_ends + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
-            workers[fork(connection, seconds)] = connection
-            connection.send_bytes(b"ended")
+    for line in sys.stdin:
+        verdicts = compare(json.loads(line), num_workers, seconds)
+        print(
+            json.dumps([{UNEQUAL: False, EQUAL: True}.get(verdict) for verdict in verdicts]), file=replies, flush=True
+        )
 
 
-def fork(connection: Connection, seconds: float) -> int:
-    """Fork a worker that serves a connection, and return its process id."""
+def compare(pairs: Sequence[tuple[str, str]], num_workers: int, seconds: float) -> bytes:
+    """Return a verdict per (reference, answer), compared by workers with a share of the pairs each.
+
+    A worker that ends is replaced. The pair at which it ended is tried once more.
+    """
+    verdicts = mmap.mmap(-1, len(pairs))  # shared with the workers
+    places = range(len(pairs))
+    all_shares = filter(None, (places[first::num_workers] for first in range(num_workers)))
+    shares: dict[int, Sequence[int]] = {fork(pairs, share, verdicts, seconds): share for share in all_shares}
+    tried_once: set[int] = set()
+    while shares:
+        worker, _ = os.wait()
+        remaining = [place for place in shares.pop(worker) if not verdicts[place]]
+        if remaining:  # the worker has ended at the first of them
+            if remaining[0] in tried_once:
+                verdicts[remaining[0]] = UNDECIDED
+            tried_once.add(remaining[0])
+            shares[fork(pairs, remaining, verdicts, seconds)] = remaining
+    return verdicts[:]
+
+
+def fork(pairs: Sequence[tuple[str, str]], share: Sequence[int], verdicts: mmap.mmap, seconds: float) -> int:
+    """Fork a worker that compares the pairs of its share, and return its process id.
+
+    Parsing a reference and comparing an answer have a time limit each.
+    """
     worker = os.fork()
     if worker == 0:
-        serve(connection, seconds)
+        for place in share:
+            if not verdicts[place]:
+                reference, answer = pairs[place]
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                parsed_reference = read(reference)  # cached, because many completions share a reference
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                equal = verify(parsed_reference, read.__wrapped__(answer), timeout_seconds=None)  # the timer limits it
+                verdicts[place] = EQUAL if equal else UNEQUAL
         os._exit(0)
     return worker
-
-
-def serve(connection: Connection, seconds: float) -> None:
-    """Compare pairs until the connection is closed. Parsing a reference and comparing an answer have a limit each."""
-    while True:
-        try:
-            request_id, reference, answer = json.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        parsed_reference = read(reference)  # cached, because many completions share a reference
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        equal = verify(parsed_reference, read.__wrapped__(answer), timeout_seconds=None)  # the timer is the limit
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send_bytes(b"%d %d" % (request_id, equal))
 
 
 class RaiseAtFirstError(ErrorListener):

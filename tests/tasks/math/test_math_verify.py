@@ -1,12 +1,12 @@
-"""math-verify behind its wall: 191 pairs in different notation, bounds, ended workers, forks, and grades at once."""
+"""math-verify behind its wall: 191 pairs in different notation, bounds, ended processes, forks, and grades at once."""
 
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Pipe
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from answer_pairs import EQUAL, UNEQUAL
@@ -23,18 +23,18 @@ needs_proc = pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/childre
 
 
 @pytest.fixture
-def pool() -> math_check._Pool:
-    """The workers, with no verdict remembered."""
+def server() -> math_check._Server:
+    """The process that compares, with no verdict remembered."""
     math_check._VERDICTS.clear()
-    return math_check._POOL
+    return math_check._SERVER
 
 
 @pytest.fixture
-def own_pool(pool: math_check._Pool) -> Iterator[math_check._Pool]:
-    """Workers of this test's own: they are started with its settings."""
-    math_check._POOL.stop()
-    yield pool
-    math_check._POOL.stop()
+def own_server(server: math_check._Server) -> Iterator[math_check._Server]:
+    """A process of this test's own: it is started with the test's settings."""
+    server.stop()
+    yield server
+    server.stop()
     math_check._VERDICTS.clear()
 
 
@@ -52,12 +52,6 @@ def load() -> Iterator[None]:
         process.communicate()
 
 
-def workers() -> list[int]:
-    """The ids of the processes that answer."""
-    pid = math_check._POOL.process.pid
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
 def processor_seconds(pid: int) -> float:
     """Of a process and the children that it has waited for [proc(5): utime, stime, cutime, cstime]."""
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
@@ -65,24 +59,24 @@ def processor_seconds(pid: int) -> float:
 
 
 @pytest.mark.nightly
-def test_every_pair_is_decided_and_right_under_load(load, own_pool) -> None:
+def test_every_pair_is_decided_and_right_under_load(load, own_server) -> None:
     assert len(set(EQUAL)) == 191
     assert [pair for pair, equal in zip(EQUAL, math_check.equal_all(EQUAL), strict=True) if equal is not True] == []
     assert math_check.equal_all(UNEQUAL) == [False] * len(UNEQUAL)
 
 
-def test_answers_belong_to_their_questions(pool) -> None:
+def test_answers_belong_to_their_questions(server) -> None:
     """Whatever is asked beside them, and in any order: an endless one, text that is none, the same twice."""
     hostile = [("2", text) for text in (ENDLESS, "{" * 150, "}{", "\ud800", "\x00", "\\input{/etc/passwd}")]
     pairs = [pair for each in zip(EQUAL[:12], UNEQUAL, strict=True) for pair in each]
     found = math_check.equal_all([*pairs[:8], *hostile, *pairs[8:], *pairs[:2]])
     assert found[:8] + found[14:] == [True, False] * 13
     assert found[8] is None and not any(found[9:14])
-    assert pool.process is not None and math_check.equal_all([]) == []
+    assert server.process is not None and math_check.equal_all([]) == []
 
 
-def test_what_is_too_long_is_not_asked(monkeypatch, pool) -> None:
-    monkeypatch.setattr(pool, "compare", lambda pairs: pytest.fail(f"asked {pairs}"))
+def test_what_is_too_long_is_not_asked(monkeypatch, server) -> None:
+    monkeypatch.setattr(server, "compare", lambda pairs: pytest.fail(f"asked {pairs}"))
     assert math_check.equal("2", "x" * 301) is None and math_check.equal("2", "1\n2") is None
     assert math_check.equal("x+" * 2000 + "x", "2001x") is None
     assert math_check.equal("x" * 301, "x" * 301) is True  # the same text needs no algebra
@@ -90,145 +84,60 @@ def test_what_is_too_long_is_not_asked(monkeypatch, pool) -> None:
 
 @needs_proc
 @pytest.mark.slow
-def test_a_comparison_ends_by_its_processor_time_after_two_tries(monkeypatch, own_pool) -> None:
+def test_a_comparison_ends_by_its_processor_time_after_two_tries(monkeypatch, own_server) -> None:
     """The kernel's account of all workers: a comparison without an end takes twice SECONDS, and is not asked again."""
     monkeypatch.setattr(math_check, "SECONDS", 0.3)
     math_check.equal("2", "3")
-    before, first = processor_seconds(own_pool.process.pid), set(workers())
+    before = processor_seconds(own_server.process.pid)
     assert math_check.equal("2", ENDLESS) is None
-    spent = processor_seconds(own_pool.process.pid) - before
+    spent = processor_seconds(own_server.process.pid) - before
     assert 1.5 * 0.3 < spent < 4 * 0.3
     assert math_check.equal("2", ENDLESS) is None  # known
-    assert processor_seconds(own_pool.process.pid) - before == spent
-    assert len(workers()) == math_check.cores() and first - set(workers())
+    assert processor_seconds(own_server.process.pid) - before == spent
 
 
-@needs_proc
-def test_an_idle_worker_that_dies_costs_no_verdict(pool) -> None:
+def test_a_process_that_is_gone_is_started_again(server) -> None:
     assert math_check.equal("2", "1+1")
-    server = pool.process.pid
-    for round in range(3):
-        for pid in workers():
-            os.kill(pid, signal.SIGKILL)
-        right, wrong = ("2", f"{round}+{2 - round}"), ("2", f"{round}+3")
-        assert math_check.equal_all([right, wrong]) == [True, False]
-    assert pool.process.pid == server
+    gone = server.process
+    gone.kill()
+    gone.wait()
+    assert math_check.equal_all([("2", "3-1"), ("2", "3-2")]) == [True, False] and server.process is not gone
 
 
-@needs_proc
-def test_a_worker_that_dies_at_work_is_replaced_and_asked_again(monkeypatch, pool) -> None:
-    """It is killed as soon as the question is out; the second try is answered."""
-    math_check.equal("2", "3")
-    plain, asked = math_check._Pool.send, []
-
-    def killing(self, line, number, pair):
-        plain(self, line, number, pair)
-        if not asked:
-            for pid in workers():
-                os.kill(pid, signal.SIGKILL)
-        asked.append(pair)
-
-    monkeypatch.setattr(math_check._Pool, "send", killing)
-    assert math_check.equal("x^2-1", "(x-1)(x+1)") is True
-    assert set(asked) == {("x^2-1", "(x-1)(x+1)")} and 1 <= len(asked) <= 2
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), ""])
+def test_a_reply_that_nobody_read_answers_no_later_question(raised, monkeypatch, own_server) -> None:
+    """The wait is interrupted, or the process ends meanwhile."""
+    started = own_server.process = own_server.start()
+    reader = Mock(readline=Mock(side_effect=[raised]))
+    monkeypatch.setattr(started, "stdout", reader)
+    with pytest.raises(KeyboardInterrupt if raised else RuntimeError):
+        own_server.compare([("2", "1+1")])
+    assert own_server.process is None and started.returncode == -signal.SIGKILL
+    assert own_server.compare([("2", "1+2")]) == [False]
 
 
-@pytest.mark.parametrize(
-    ("replies", "verdicts", "asked"),
-    [
-        ([[b"%d 1"], [b"%d 0"]], [True, False], 2),
-        ([[b"0 1", b"%d 0"], [b"1 1", b"%d 0"]], [False, False], 2),  # late replies to other questions
-        ([[b"ended"], [b"%d 0"], [b"%d 1"]], [True, False], 3),  # the second try comes after the other question
-        ([[b"ended"], [b"%d 0"], [b"ended"]], [None, False], 3),
-        ([[b"ended"], [b"ended"], [b"ended"], [b"%d 1"]], [None, True], 4),
-        ([[b""], [b"%d 0"], [b"%d 1"]], [True, False], 3),  # of a server that is gone, which is started again
-    ],
-)
-def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list[bool | None], asked: int) -> None:
-    """One line, whose other end the test holds: what it says to each question that is sent. b"" breaks the line."""
-    pool, ends, numbers = math_check._Pool(), [], []
-
-    def start() -> None:
-        near, far = Pipe()
-        pool.connections, pool.process = [near], object()
-        ends.append(far)
-
-    def send(line, number: int, pair) -> None:
-        for reply in replies[len(numbers)]:
-            if reply:
-                ends[-1].send_bytes(reply % number if b"%" in reply else reply)
-            else:
-                ends[-1].close()
-        numbers.append(number)
-
-    monkeypatch.setattr(pool, "start", start)
-    monkeypatch.setattr(pool, "stop", pool._close)
-    monkeypatch.setattr(pool, "send", send)
-    assert pool.compare([("2", "2.5"), ("2", "3.5")]) == verdicts
-    assert numbers == list(range(1, asked + 1))
-
-
-@needs_proc
-@pytest.mark.slow
-def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
-    """All are stopped by a signal. The guard's patience ends, others start, and the second try is answered."""
-    math_check.equal("2", "3")
-    hung = pool.process
-    for pid in workers():
-        os.kill(pid, signal.SIGSTOP)
-    plain = math_check._Pool.start
-    monkeypatch.setattr(math_check, "REPLY_SECONDS", 0.01)
-
-    def patient(self):
-        monkeypatch.setattr(math_check, "REPLY_SECONDS", 600.0)
-        plain(self)
-
-    monkeypatch.setattr(math_check._Pool, "start", patient)
-    assert math_check.equal("2", "1+1") is True
-    assert pool.process is not hung and hung.poll() == -signal.SIGKILL
-
-
-@pytest.mark.nightly
-def test_a_server_that_is_gone_is_started_again(pool) -> None:
-    assert math_check.equal("2", "1+1")
-    os.killpg(pool.process.pid, signal.SIGKILL)
-    pool.process.wait()
-    assert all(line.poll(None) for line in pool.connections)  # each has an end of file, and no one writes to it
-    assert math_check.equal_all([("2", "3-1"), ("2", "3-2")]) == [True, False]
-
-
-def test_a_forked_process_leaves_the_workers_to_its_parent() -> None:
-    program = (
-        "import os\n"
-        "from multiprocessing.connection import Pipe\n"
-        "from dllm_rl.tasks.math import math_verify as verify\n"
-        "pool, (near, far) = verify._POOL, Pipe()\n"
-        "pool.process, pool.connections = server, lines = object(), [near]\n"
-        "with pool.lock: child = os.fork()\n"
-        "if child == 0:\n"
-        "    left = (pool.process, pool.connections, near.closed, pool.lock.acquire(blocking=False))\n"
-        "    os._exit(left != (None, [], True, True))\n"
-        "assert os.waitpid(child, 0)[1] == 0\n"
-        "assert (pool.process, pool.connections) == (server, lines) and not near.closed\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_process_that_cannot_start_is_an_error(monkeypatch, own_server) -> None:
+    monkeypatch.setattr(math_check, "SECONDS", "none")
+    with pytest.raises(RuntimeError, match="has ended; try: python -c 'import math_verify'"):
+        own_server.compare([("2", "1+1")] * 9999)
+    assert own_server.process is None
 
 
 @pytest.mark.slow
-def test_a_forked_process_has_workers_of_its_own(pool) -> None:
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    """Even if another thread of its parent is comparing."""
     program = (
         "import os, sys\n"
         "from dllm_rl.tasks.math import math_verify as verify\n"
         "assert verify.equal('2x', 'x+x')\n"
-        "child = os.fork()\n"
-        "if child == 0: assert verify._POOL.process is None\n"
-        "server = verify._POOL.process\n"
+        "server = verify._SERVER.process\n"
+        "with verify._SERVER.lock: child = os.fork()\n"
+        "if child == 0: assert verify._SERVER.process is None\n"
         "pairs = [('3x', 'x+x+x'), ('3x', 'x+x')] + [(f'{n}x', f'{n - 1}x+x') for n in range(4, 9)]\n"
         "assert verify.equal_all(pairs) == [True, False] + 5 * [True]\n"
         "if child == 0: os._exit(0)\n"
-        "assert verify._POOL.process is server and os.waitpid(child, 0)[1] == 0\n"
-        "assert verify.equal('4y', 'y+3y') and verify._POOL.process is server\n"
+        "assert verify._SERVER.process is server and os.waitpid(child, 0)[1] == 0\n"
+        "assert verify.equal('4y', 'y+3y') and verify._SERVER.process is server\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -244,7 +153,7 @@ def test_cores_are_shared_by_the_processes_of_a_launcher(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_pool) -> None:
+def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_server) -> None:
     monkeypatch.setattr(math_check, "SECONDS", 0.2)
     graded = math500_math_verify({"answer": "2"}, f"\\boxed{{{ENDLESS}}}")
     assert graded.parsed and graded.value == 0 and graded.breakdown == {"accuracy": 0.0, "undecided": 1.0}
@@ -253,13 +162,13 @@ def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_pool) -> None
 
 
 @pytest.mark.parametrize("protocol", ["espo", "math-verify", None])
-def test_many_completions_are_compared_at_once(monkeypatch, pool, tmp_path, protocol: str | None) -> None:
+def test_many_completions_are_compared_at_once(monkeypatch, server, tmp_path, protocol: str | None) -> None:
     """One call for all of them; and the grades are those of each alone."""
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n')
     task = MATH500(path=tmp_path / "a.jsonl", reward_rule="espo" if protocol is None else "own")
     task = task if protocol is None else under_protocol(task, protocol)
-    batches, plain = [], math_check._POOL.compare
-    monkeypatch.setattr(math_check._POOL, "compare", lambda pairs: batches.append(list(pairs)) or plain(pairs))
+    batches, plain = [], math_check._SERVER.compare
+    monkeypatch.setattr(math_check._SERVER, "compare", lambda pairs: batches.append(list(pairs)) or plain(pairs))
     problems = [Problem("", {"answer": answer}) for answer in ("2x", "x^2-1", "3") for _ in range(2)]
     texts = ["\\boxed{x+x}", "none", "\\boxed{(x+1)(x-1)}", "\\boxed{(x+1)^2}", "\\boxed{4-1}", "\\boxed{4-1}"]
     graded = grade(task, problems, texts)

@@ -1,4 +1,7 @@
-"""The script that compares answers by math-verify: parsing in two stages."""
+"""The script that compares answers by math-verify: parsing in two stages, and workers that end."""
+
+import os
+from pathlib import Path
 
 import pytest
 from answer_pairs import EQUAL, UNEQUAL
@@ -44,3 +47,30 @@ def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) ->
         assert read(latex, counted if create == "plain" else verify_worker.two_stages(counted)) == once
         again += len(runs) == 2
     assert (again > 0) == (create == "two_stages")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 9])
+def test_a_pair_at_which_a_worker_ends_is_tried_once_more(num_workers: int, monkeypatch, tmp_path) -> None:
+    """Answers say what happens at their comparison; a file counts the attempts at each."""
+    from dllm_rl.tasks.math import math_verify_worker as verify_worker
+
+    def read(answer: str) -> str:
+        return answer
+
+    def verify(reference: str, answer: str, timeout_seconds: None) -> bool:
+        path = Path(tmp_path, answer)
+        attempt = len(path.read_text()) if path.exists() else 0
+        path.write_text("x" * (attempt + 1))
+        if "always" in answer or ("once" in answer and attempt == 0):
+            os._exit(1)
+        return "equal" in answer
+
+    read.__wrapped__ = read
+    monkeypatch.setattr(verify_worker, "read", read)
+    monkeypatch.setattr(verify_worker, "verify", verify)
+    answers = ["equal 1", "other 1", "ends always 1", "ends always 2", "equal, ends once", "ends once", "equal 2"]
+    verdicts = verify_worker.compare([("r", answer) for answer in answers], num_workers, 5.0)
+    assert list(verdicts) == [2, 1, 3, 3, 2, 1, 2]
+    attempts = {answer: len(Path(tmp_path, answer).read_text()) for answer in answers}
+    assert attempts == {answer: 2 if "ends" in answer else 1 for answer in answers}
+    assert verify_worker.compare([("r", "equal 3")], num_workers, 5.0) == bytes([verify_worker.EQUAL])
