@@ -60,7 +60,7 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
 
     from dllm_rl.distributed import peers
     from dllm_rl.distributed.stop import SIGNALS
-    from dllm_rl.tasks.deadline import STATUS
+    from dllm_rl.tasks.base import TIMEOUT_STATUS
 
     rows = dict(
         re.findall(r"^\| ([\d, ]+) \| (.*?) \|", FILES.read_text().partition("| exit status |")[2], re.MULTILINE)
@@ -68,8 +68,8 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
     codes = next(row for row in rows if "," in row)
     named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]
     assert [int(code) for code in codes.split(", ")] == [128 + number for number in named]
-    assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, peers.EXIT_STATUS, STATUS}
-    assert "--reward_timeout" in rows[str(STATUS)]
+    assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, peers.EXIT_STATUS, TIMEOUT_STATUS}
+    assert "--reward_timeout" in rows[str(TIMEOUT_STATUS)]
 
 
 def test_the_infilling_example_trains(tmp_path, monkeypatch):

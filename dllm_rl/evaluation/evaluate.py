@@ -56,7 +56,7 @@ def evaluate(  # noqa: PLR0913
         quantization: Name of the weights' quantization, stored with the results.
         accelerator: Processes among which the problems are divided; every process returns the same result. None
             (default): only this process.
-        reward_timeout: Time limit in seconds for grading one completion; see `tasks.deadline`. None (default): no
+        reward_timeout: Time limit in seconds for grading one completion; after it the process ends. None (default): no
             limit.
         progress: Function that is called after each batch with the number of completions that all processes together
             have finished.

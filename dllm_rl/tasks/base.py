@@ -1,15 +1,22 @@
 """Interface of a task: problems, and a grader that maps text to numbers. Tasks never import torch."""
 
+import faulthandler
 import inspect
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from dllm_rl.tasks.deadline import deadline
-
 FLOAT32_MAX = 3.4028234663852886e38
+TIMEOUT_STATUS = 124  # exit status of a process whose grader did not return in time, like that of timeout(1)
+# C code that never checks for signals is ended by faulthandler's timer, which runs without the interpreter.
+GRACE = 5.0  # seconds from the limit until this timer fires
+REARM_SECONDS = 1.0  # the timer is set again only after this time
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Cost:
-    """The sampling cost of a completion. A grader that has a parameter `forwards` or `tokens_per_forward` receives the
-    attribute of that name.
+    """The sampling cost of a completion.
 
     Args:
         forwards: Model calls for this completion up to its last written token. Steps that only other rows of the batch
@@ -73,18 +79,21 @@ class Cost:
     forwards: int
     tokens: int
 
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens per forward, 0 without forwards."""
-        return self.tokens / self.forwards if self.forwards else 0.0
-
 
 COST_ARGUMENTS = ("forwards", "tokens_per_forward")  # parameters with which a grader requests sampling costs
 
 
-def requested_costs(function: Callable) -> list[str]:
-    """Return which COST_ARGUMENTS a function has as parameters; `**kwargs` does not request any."""
-    return [name for name in COST_ARGUMENTS if name in inspect.signature(function).parameters]
+def requested_costs(grader: Callable, costs: Sequence[Cost]) -> dict[str, list[int | float]]:
+    """Return those of COST_ARGUMENTS that a grader has as parameters, a number per completion; {} without costs.
+
+    `**kwargs` does not request any. tokens_per_forward is 0 without forwards.
+    """
+    parameters = inspect.signature(grader).parameters if costs else {}
+    per_completion: dict[str, list[int | float]] = {
+        "forwards": [cost.forwards for cost in costs],
+        "tokens_per_forward": [cost.tokens / cost.forwards if cost.forwards else 0.0 for cost in costs],
+    }
+    return {name: per_completion[name] for name in COST_ARGUMENTS if name in parameters}
 
 
 @runtime_checkable
@@ -195,87 +204,71 @@ def grade(
     """
     if len(problems) != len(completions):
         raise ValueError(f"{len(problems)} problems for {len(completions)} completions: give the problem of each")
-    call = _GradeCall(task, problems, completions, costs or (), timeout)
-    with nullcontext(lambda: None) if timeout is None else deadline(timeout, call.timeout_message) as restart:
-        rewards, error = call.grade_together()
+    index = 0  # of the completion that is being graded; while all are graded together it is 0
+
+    def begin(at: int) -> None:
+        nonlocal index
+        index = at
+        restart()
+
+    def late() -> str:
+        shown = _shown(problems[index], completions[index])
+        return (
+            f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
+            f"reward_timeout={timeout:g} s on {shown}; fix it or raise reward_timeout"
+        )
+
+    batch_grader = getattr(task, "rewards", None)
+    rewards = error_together = None
+    with nullcontext(lambda: None) if timeout is None else deadline(timeout, late) as restart:
+        if batch_grader is not None:
+            try:
+                rewards = list(batch_grader(problems, completions, **requested_costs(batch_grader, costs or ())))
+            except (Exception, SystemExit) as error:
+                error_together = error
         if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails
-            rewards = call.grade_one_by_one(restart, error)
-        if error is not None:
-            count = f"{len(completions)} completions in one call"
-            raise RuntimeError(f"the grader of task {task.name!r} raised on {count}: {error!r}") from error
-        call.check(rewards)
+            rewards = _grade_one_by_one(task, problems, completions, costs or (), begin, error_together)
+        for problem, completion, reward in zip(problems, completions, rewards, strict=True):
+            if reason := invalid_reason(reward):
+                raise ValueError(f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}")
     return rewards
 
 
-@dataclass
-class _GradeCall:
-    """One call of `grade`. `index` is the completion that is being graded, which an error message quotes; while all are
-    graded together it is 0.
+def _shown(problem: Problem, completion: str) -> str:
+    return f"problem {problem!r}, completion {completion!r}"
+
+
+def _grade_one_by_one(
+    task: Task,
+    problems: Sequence[Problem],
+    completions: Sequence[str],
+    costs: Sequence[Cost],
+    begin: Callable[[int], None],
+    error_together: BaseException | None,
+) -> list[Reward]:
+    """Grade each completion by a separate call, after begin(its index).
+
+    Raises RuntimeError that names the completion for which the grader raises; or all, if only grading them together
+    raised, with `error_together`.
     """
-
-    task: Task
-    problems: Sequence[Problem]  # one per completion
-    completions: Sequence[str]
-    costs: Sequence[Cost]
-    timeout: float | None
-    index: int = 0
-
-    def describe_current(self) -> str:
-        return f"problem {self.problems[self.index]!r}, completion {self.completions[self.index]!r}"
-
-    def timeout_message(self) -> str:
-        """Return what the process prints when the grader exceeds the time limit."""
-        return (
-            f"process {os.environ.get('RANK', 0)}: the grader of task {self.task.name!r} did not return within "
-            f"reward_timeout={self.timeout:g} s on {self.describe_current()}; fix it or raise reward_timeout"
-        )
-
-    def cost_arguments(self, grader: Callable) -> dict[str, list[int | float]]:
-        """Return the costs that the grader requests, by parameter; {} if costs are unknown."""
-        if not self.costs:
-            return {}
-        return {name: [getattr(cost, name) for cost in self.costs] for name in requested_costs(grader)}
-
-    def grade_together(self) -> tuple[list[Reward] | None, BaseException | None]:
-        """Return (rewards, None), or (None, error), or (None, None) if the task has no `rewards`.
-
-        The error is returned, not raised, so that an error of `grade_one_by_one` is not chained to it.
-        """
-        rewards: Callable[..., Sequence[Reward]] | None = getattr(self.task, "rewards", None)
-        if rewards is None:
-            return None, None
+    requested = requested_costs(task.reward, costs)
+    rewards = []
+    for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
+        begin(index)
         try:
-            return list(rewards(self.problems, self.completions, **self.cost_arguments(rewards))), None
-        except (Exception, SystemExit) as error:
-            return None, error
-
-    def grade_one_by_one(self, restart: Callable[[], None], error_together: BaseException | None) -> list[Reward]:
-        """Grade each completion by a separate call. `restart` begins a new time limit; `error_together` is that of
-        `grade_together`.
-        """
-        costs = self.cost_arguments(self.task.reward)
-        rewards = []
-        for index, (problem, completion) in enumerate(zip(self.problems, self.completions, strict=True)):
-            self.index = index
-            restart()
-            try:
-                arguments = {name: values[index] for name, values in costs.items()}
-                rewards.append(self.task.reward(problem, completion, **arguments))
-            except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
-                message = f"the grader of task {self.task.name!r} raised on {self.describe_current()}: {error!r}"
-                if error_together is not None and repr(error_together) != repr(error):
-                    message += f"; on all {len(self.completions)} completions in one call: {error_together!r}"
-                raise RuntimeError(message) from error
-        return rewards
-
-    def check(self, rewards: Sequence[Reward]) -> None:
-        """Raise ValueError if a reward is invalid."""
-        for index, reward in enumerate(rewards):
-            self.index = index
-            if reason := invalid_reason(reward):
-                raise ValueError(
-                    f"the grader of task {self.task.name!r} returned {reason} on {self.describe_current()}"
-                )
+            arguments = {name: values[index] for name, values in requested.items()}
+            rewards.append(task.reward(problem, completion, **arguments))
+        except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
+            message = f"the grader of task {task.name!r} raised on {_shown(problem, completion)}: {error!r}"
+            if error_together is not None and repr(error_together) != repr(error):
+                message += f"; on all {len(completions)} completions in one call: {error_together!r}"
+            raise RuntimeError(message) from error
+    if error_together is not None:
+        count = f"{len(completions)} completions in one call"
+        raise RuntimeError(
+            f"the grader of task {task.name!r} raised on {count}: {error_together!r}"
+        ) from error_together
+    return rewards
 
 
 def invalid_reason(reward: Any) -> str | None:
@@ -298,3 +291,50 @@ def invalid_reason(reward: Any) -> str | None:
         if not abs(number) <= FLOAT32_MAX:
             return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
     return None
+
+
+@contextmanager
+def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Yield restart(), to be called before each piece of work.
+
+    If a piece of work takes longer than `seconds`, `describe()` and the stacks of all threads are printed on standard
+    error, and the process ends with status 124, without cleanup.
+    """
+    start = time.monotonic()
+    timer_set_at = -math.inf
+    done = threading.Event()
+
+    def restart() -> None:
+        nonlocal start, timer_set_at
+        start = time.monotonic()
+        # Setting the timer starts one thread and joins another, which costs more than grading a short completion.
+        if start - timer_set_at >= REARM_SECONDS:
+            timer_set_at = start
+            # If it fires, 4 to 5 s after the limit, it prints the stacks without `describe()` and exits with status 1.
+            faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=2)
+
+    def stop_if_late(*_: object) -> None:
+        if time.monotonic() - start >= seconds:
+            os.write(2, f"{describe()}\n".encode(errors="replace"))
+            faulthandler.dump_traceback(file=2)
+            os._exit(TIMEOUT_STATUS)
+
+    def watch() -> None:
+        while not done.wait(max(0.0, start + seconds - time.monotonic())):
+            stop_if_late()
+
+    threading.Thread(target=watch, daemon=True).start()  # stops work that sleeps, waits or runs Python
+    restart()
+    # A timer of processor time interrupts C code that holds the interpreter's lock, such as regular expressions.
+    has_timer = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if has_timer:
+        previous_handler = signal.signal(signal.SIGVTALRM, stop_if_late)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *[min(1.0, seconds)] * 2)
+    try:
+        yield restart
+    finally:
+        if has_timer:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, previous_handler)
+        done.set()
+        faulthandler.cancel_dump_traceback_later()

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward, requested_costs
+from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
 
 MAX_HELD_OUT = 256  # largest number of rows that are held out by default
 ALWAYS_PASSED = ("prompts", "completions")  # arguments of every reward function, besides the columns
@@ -39,7 +40,13 @@ class DatasetTask:
     @property
     def reward_weights(self) -> dict[str, float]:
         """Weight of each reward function, by its name."""
-        return dict(zip(self._labels(), self.weights, strict=True))
+        return dict(zip(self._labels, self.weights, strict=True))
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        functions = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial
+        names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+        return [name if names.count(name) == 1 else f"{name}_{position}" for position, name in enumerate(names, 1)]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,7 +54,7 @@ class DatasetTask:
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        row = dict(_row(self.dataset, index))
+        row = dict(self.dataset[index])
         prompt = row.pop("prompt")
         solution = row.pop("completion", None)
         blank = row.pop("blank", None)
@@ -94,14 +101,13 @@ class DatasetTask:
             columns[name] = [problem.fields.get(name) for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
-        labels = self._labels()
         costs = dict(zip(COST_ARGUMENTS, (forwards, tokens_per_forward), strict=True))
         arguments = [
-            _accepted_columns(function, columns) | _requested_costs(label, function, costs)
-            for label, function in zip(labels, self.reward_funcs, strict=True)
+            _arguments(label, function, columns, costs)
+            for label, function in zip(self._labels, self.reward_funcs, strict=True)
         ]
         results = _call_functions(self.reward_funcs, arguments)
-        for label, numbers, weight in zip(labels, results, self.weights, strict=True):
+        for label, numbers, weight in zip(self._labels, results, self.weights, strict=True):
             for index, number in _numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
                 values[index] += weight * number
@@ -109,11 +115,6 @@ class DatasetTask:
             Reward(value, True, breakdown) if breakdown else Reward(None, False)
             for value, breakdown in zip(values, breakdowns, strict=True)
         ]
-
-    def _labels(self) -> list[str]:
-        functions = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial
-        names = [getattr(function, "__name__", type(function).__name__) for function in functions]
-        return [name if names.count(name) == 1 else f"{name}_{position}" for position, name in enumerate(names, 1)]
 
 
 def task_from_dataset(
@@ -157,47 +158,46 @@ def task_from_dataset(
     column_names = _column_names(dataset)
     passed_columns = tuple(column for column in column_names if column not in ("prompt", "completion", "blank"))
     task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns, blank)
-    for label, function in zip(task._labels(), functions, strict=True):
-        parameters = inspect.signature(function).parameters
-        for column in [c for c in column_names if c in COST_ARGUMENTS and c in parameters]:
-            raise ValueError(
-                f"dataset has a column {column!r}, and {label} requests the sampler's {column}: rename the column"
-            )
-        for column in [c for c in column_names if c in TRL_ARGUMENTS and c in parameters]:
-            raise ValueError(
-                f"dataset has a column {column!r}, and {label} requests what TRL passes by that name: rename the column"
-            )
-        for parameter_name, parameter in parameters.items():
-            is_required = parameter.default is parameter.empty and parameter.kind in (
-                parameter.POSITIONAL_ONLY,
-                parameter.POSITIONAL_OR_KEYWORD,
-                parameter.KEYWORD_ONLY,
-            )
-            is_passed = parameter_name in {*ALWAYS_PASSED, *COST_ARGUMENTS, *task.columns}
-            if is_required and (parameter.kind is parameter.POSITIONAL_ONLY or not is_passed):
-                raise ValueError(
-                    f"reward function {label} needs {parameter_name!r}, which is not one of "
-                    f"{', '.join((*ALWAYS_PASSED, *task.columns))}: name a column, or give the parameter a default"
-                )
-            if is_required and parameter_name in task.columns and not hasattr(dataset, "column_names"):
-                for index in range(len(dataset)):
-                    if parameter_name not in _row(dataset, index):
-                        raise ValueError(
-                            f"dataset: row {index} has no {parameter_name!r}, which reward function {label} needs: add "
-                            "it, as None where it does not apply, or give the parameter a default"
-                        )
+    for label, function in zip(task._labels, functions, strict=True):
+        _check_parameters(label, function, dataset, column_names)
     return task
+
+
+def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:
+    """Raise ValueError if the function needs an argument that no column provides, or a column has a reserved name."""
+    columns = [column for column in column_names if column not in ("prompt", "completion", "blank")]
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in column_names and name in (*COST_ARGUMENTS, *TRL_ARGUMENTS):
+            raise ValueError(
+                f"dataset has a column {name!r}, and {label} requests what the run or TRL passes by that name: rename "
+                "the column"
+            )
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            continue
+        is_passed = name in (*ALWAYS_PASSED, *COST_ARGUMENTS, *columns)
+        if parameter.kind is parameter.POSITIONAL_ONLY or not is_passed:
+            raise ValueError(
+                f"reward function {label} needs {name!r}, which is not one of "
+                f"{', '.join((*ALWAYS_PASSED, *columns))}: name a column, or give the parameter a default"
+            )
+        for index in range(len(dataset) if name in columns and not hasattr(dataset, "column_names") else 0):
+            if name not in dataset[index]:
+                raise ValueError(
+                    f"dataset: row {index} has no {name!r}, which reward function {label} needs: add "
+                    "it, as None where it does not apply, or give the parameter a default"
+                )
 
 
 def _as_functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
     """Return the reward functions as a tuple. Raises ValueError if one is not callable."""
-    if isinstance(reward_funcs, TEXT_TYPES):
-        raise ValueError(
-            f"reward_funcs={reward_funcs!r} is text; give a function of prompts, completions and **columns, which "
-            "may call a reward model"
-        )
     if not callable(reward_funcs) and not isinstance(reward_funcs, list | tuple):
-        raise ValueError(f"reward_funcs={reward_funcs!r} is not a function; give a function, or a list of functions")
+        raise ValueError(
+            f"reward_funcs={reward_funcs!r} is not a function; give a function of prompts, completions and **columns, "
+            "which may call a reward model, or a list of functions"
+        )
     functions = (reward_funcs,) if callable(reward_funcs) else tuple(reward_funcs)
     if not functions:
         raise ValueError("reward_funcs is empty: give at least one function")
@@ -289,20 +289,26 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     return list(islice(iter(dataset), max_rows))
 
 
-def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
-    """Split off the last rows for evaluation.
+def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float | None = None) -> tuple[Any, Any]:
+    """Return the rows to train on, and the held-out rows: `eval_dataset`, or without it the last of `rows`.
 
     Args:
         rows: Data set with a length.
+        eval_dataset: Held-out rows. None (default): split them off.
         eval_split: Share of the rows to hold out, if below 1, else their number. None (default): a tenth, 1 to
             MAX_HELD_OUT.
 
-    Returns:
-        The rows to train on, and the held-out rows.
-
     Raises:
-        ValueError: There are fewer than 2 rows, or one part would be empty.
+        ValueError: Both eval_dataset and eval_split are passed, there are fewer than 2 rows, or one part would be
+            empty.
     """
+    if eval_dataset is not None:
+        if eval_split is not None:
+            raise ValueError(
+                f"eval_split={eval_split} holds out training rows, and eval_dataset is passed too: leave one of them "
+                "out"
+            )
+        return rows, eval_dataset
     if len(rows) < 2:
         raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
     num_held_out: float = min(MAX_HELD_OUT, len(rows) // 10 or 1)
@@ -320,39 +326,25 @@ def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
     return list(map(rows.__getitem__, ranges[0])), list(map(rows.__getitem__, ranges[1]))
 
 
-def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
-    """Return the rows to train on and the held-out rows: `eval_dataset` if it is passed, else split by `hold_out`.
+def _arguments(
+    label: str, function: RewardFunction, columns: dict[str, list[Any]], costs: dict[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """Return the columns that the function accepts, all if it has `**columns`, and the COST_ARGUMENTS that it requests.
 
-    Raises:
-        ValueError: Both eval_dataset and eval_split are passed.
+    Raises ValueError if one of those costs is not available.
     """
-    if eval_dataset is None:
-        return hold_out(rows, eval_split)
-    if eval_split is not None:
-        raise ValueError(
-            f"eval_split={eval_split} holds out training rows, and eval_dataset is passed too: leave one of them out"
-        )
-    return rows, eval_dataset
-
-
-def _accepted_columns(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the columns that the function accepts: all if it has `**columns`, else those that are its parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return columns
-    return {parameter.name: columns[parameter.name] for parameter in parameters if parameter.name in columns}
-
-
-def _requested_costs(label: str, function: RewardFunction, costs: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return the COST_ARGUMENTS that the function requests. Raises ValueError if one of them is not available."""
-    requested = {name: list(costs[name]) for name in requested_costs(function)}
-    for name, values in requested.items():
-        if None in values or not values:
-            raise ValueError(
-                f"reward function {label} requests {name}, which only a sampler provides; "
-                f"pass it: task.reward(problem, text, {name}=...)"
-            )
-    return requested
+    parameters = inspect.signature(function).parameters
+    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments: dict[str, Any] = {name: columns[name] for name in columns if accepts_all or name in parameters}
+    for name, values in costs.items():
+        if name in parameters:
+            if None in values or not values:
+                raise ValueError(
+                    f"reward function {label} requests {name}, which only a sampler provides; "
+                    f"pass it: task.reward(problem, text, {name}=...)"
+                )
+            arguments[name] = list(values)
+    return arguments
 
 
 def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
@@ -423,7 +415,7 @@ def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any])
     # Not a set, which has no order; a dict would be read as its keys, and text as its characters.
     if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT_TYPES):
         raise ValueError(
-            f"reward function {label} returned {_shorten(numbers)} of type {type(numbers).__name__}, not a list of "
+            f"reward function {label} returned {numbers!r:.80} of type {type(numbers).__name__}, not a list of "
             "numbers; give one number per completion, in the same order"
         )
     if len(numbers) != len(completions):
@@ -439,13 +431,8 @@ def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any])
             continue
         if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:  # type: ignore[operator]
             raise ValueError(
-                f"reward function {label} returned {_shorten(number)} for completion {completions[index]!r}; give a "
+                f"reward function {label} returned {number!r:.80} for completion {completions[index]!r}; give a "
                 "finite number, or None"
             )
         rewards[index] = float(number)
     return rewards
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

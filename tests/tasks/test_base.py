@@ -1,15 +1,29 @@
 """Graders that raise, return what is no reward, or never return: each is named with its problem and completion."""
 
+import faulthandler
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions, shown_prompt
-from dllm_rl.tasks.deadline import STATUS
+from dllm_rl.tasks import base, task_from_dataset
+from dllm_rl.tasks.base import (
+    GRACE,
+    TIMEOUT_STATUS,
+    Cost,
+    Problem,
+    Reward,
+    completion_metrics,
+    deadline,
+    grade,
+    metric_fractions,
+    shown_prompt,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,10 @@ class Together(Returning):
         return [Reward(each, True) for each in tokens_per_forward]
 
 
+def dense(completions, tokens_per_forward):
+    return tokens_per_forward
+
+
 def test_a_grader_is_given_what_it_asks_for():
     costs = [Cost(2, 6), Cost(4, 6)]
     given = (Problem("2+2="),) * 2, ("a", "b"), costs
@@ -103,7 +121,10 @@ def test_a_grader_is_given_what_it_asks_for():
         grade(Together(None), (Problem("2+2="),) * 2, ("a", "bad"), costs)
     with pytest.raises(RuntimeError, match="missing 1 required positional argument: 'forwards'"):
         grade(Quick(None), (Problem("2+2="),), ("a",))
-    assert Cost(0, 0).tokens_per_forward == 0
+    unforwarded = grade(
+        task_from_dataset([{"prompt": "2="}], reward_funcs=dense), (Problem("2="),), ("",), [Cost(0, 0)]
+    )
+    assert unforwarded[0].value == 0.0
 
 
 def test_an_interrupt_passes_through():
@@ -113,10 +134,10 @@ def test_an_interrupt_passes_through():
 
 STUCK = """
 import re, sys, time
-from dllm_rl.tasks import deadline
+from dllm_rl.tasks import base
 from dllm_rl.tasks.base import Problem, Reward, grade
 
-deadline.GRACE = {grace}
+base.GRACE = {grace}
 
 class Task:
     name = "stuck"
@@ -143,7 +164,7 @@ def run_stuck(body: str, timeout: float = 0.3, grace: float = 600.0) -> subproce
 )
 def test_a_reward_that_never_returns_ends_the_process_by_name(body):
     done = run_stuck(body)
-    assert done.returncode == STATUS and done.stdout == "graded 2\n"
+    assert done.returncode == TIMEOUT_STATUS and done.stdout == "graded 2\n"
     line = done.stderr.splitlines()[0]
     assert line.startswith(
         "process 0: the grader of task 'stuck' did not return within reward_timeout=0.3 s on problem"
@@ -216,3 +237,23 @@ def test_each_completion_has_the_time_limit_for_itself(monkeypatch) -> None:
     task = Returning(Reward(1.0, True))
     assert len(grade(task, [Problem("1"), Problem("2")] * 2, ["a", "b", "c", "d"], timeout=7.0)) == 4
     assert begun == [7.0] * 4
+
+
+class StillThread(threading.Thread):
+    """The watch, which never looks: the clock of these tests is none that it could wait by."""
+
+    def start(self):
+        pass
+
+
+def test_the_last_resort_is_armed_at_most_once_a_second_and_moves_with_the_work(monkeypatch):
+    clock = [100.0]
+    armed = []
+    monkeypatch.setattr(base.threading, "Thread", StillThread)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda after, **_: armed.append((clock[0], after)))
+    with deadline(7.0, lambda: "late") as restart:
+        for _ in range(40):  # a quarter of a second each: ten seconds of work
+            clock[0] += 0.25
+            restart()
+    assert armed == [(100.0 + second, 7.0 + GRACE) for second in range(11)]

@@ -15,7 +15,7 @@ import torch
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
-from dllm_rl.tasks.datasets import hold_out, training_and_held_out
+from dllm_rl.tasks.datasets import training_and_held_out
 
 ROWS = [
     {"prompt": "2+2=", "answer": "4", "completion": "4"},
@@ -142,7 +142,7 @@ def test_functions_get_the_speed_that_they_name() -> None:
             alone()
     counted = [row | {"forwards": 3} for row in ROWS]
     with pytest.raises(
-        ValueError, match="a column 'forwards', and quick requests the sampler's forwards: rename the column"
+        ValueError, match="a column 'forwards', and quick requests what the run or TRL passes by that name"
     ):
         task_from_dataset(counted, reward_funcs=[right, quick])
     column = task_from_dataset(counted, reward_funcs=lambda completions, **columns: columns["forwards"])
@@ -163,18 +163,18 @@ def test_names_of_functions() -> None:
     ("count", "held"), [(2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (2559, 255), (2560, 256), (9999, 256)]
 )
 def test_a_tenth_of_the_rows_is_held_out_one_at_least_and_256_at_most(count: int, held: int) -> None:
-    training, last = hold_out(range(count))
+    training, last = training_and_held_out(range(count))
     assert training == list(range(count - held)) and last == list(range(count - held, count))
 
 
 @pytest.mark.parametrize(("split", "held"), [(0.25, 5), (0.5, 10), (1, 1), (19, 19), (3.0, 3)])
 def test_eval_split_is_a_share_or_a_number(split: float, held: int) -> None:
-    training, last = hold_out(range(20), split)
+    training, last = training_and_held_out(range(20), eval_split=split)
     assert training == list(range(20 - held)) and last == list(range(20 - held, 20))
     assert training_and_held_out([1], [2], None) == ([1], [2])
     for wrong in (20, 2.5, 0.01, -1, 0.0):
         with pytest.raises(ValueError, match=f"eval_split={wrong}"):
-            hold_out(range(20), wrong)
+            training_and_held_out(range(20), eval_split=wrong)
     with pytest.raises(ValueError, match="eval_split"):
         training_and_held_out([1], [2], split)
 

@@ -128,11 +128,12 @@ def apply(symbol: type[ast.AST], *operands: int | Fraction) -> Fraction:
     return value
 
 
-def _python_apply(symbol: type[ast.AST], *operands: Number) -> Number:
+def _python_apply(symbol: type[ast.AST], *operands: Any) -> Number:
     if symbol in (ast.Mult, ast.Pow) and all(isinstance(operand, int) for operand in operands):
         # Check the size before computing: a power such as 9**9**9 must never be computed.
         left, right = operands
         bits = left.bit_length() * right if symbol is ast.Pow else left.bit_length() + right.bit_length()
         if abs(left) > 1 and bits > LARGEST_PYTHON:
             raise OutOfBounds
-    return OPERATORS[symbol](*operands)
+    value: Number = OPERATORS[symbol](*operands)
+    return value
