@@ -13,8 +13,7 @@ from dllm_rl import screen
 from dllm_rl.cli import evaluate_run as evaluate_cli
 from dllm_rl.cli import main as cli
 from dllm_rl.config import from_command_line
-from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken
-from dllm_rl.diagnostics.findings import write_doctor
+from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken, write_doctor
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls, line_of, literal

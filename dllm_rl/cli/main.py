@@ -378,7 +378,6 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    sub.add_argument("--output_dir", help="also write doctor.json and doctor.png here")
     sub.set_defaults(run=doctor)
 
 
@@ -386,8 +385,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
     from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, sampler_with, scheme_of
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
-    from dllm_rl.diagnostics.doctor import diagnose
-    from dllm_rl.diagnostics.findings import write_doctor
+    from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers.rules import Rank
     from dllm_rl.tasks.protocols import TASKS
@@ -428,7 +426,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     sampler = sampler_with(policy, run_sampler, passed)
     prompts = encode(policy, problems, num_generations=2)
     report = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
-    write_doctor(report, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
+    write_doctor(report, as_json=arguments.json)
     return int(arguments.bound is not None and report.worst > arguments.bound)
 
 

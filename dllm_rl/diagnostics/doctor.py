@@ -6,14 +6,17 @@ in between compute logits in fp32, so that 16-bit heads are a cause of their own
 """
 
 import copy
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.table import Table
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
@@ -23,12 +26,12 @@ from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.base import Policy, output_embeddings
-from dllm_rl.models.forward.float32_head import HALF
+from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.screen import escape_controls, literal
 from dllm_rl.types import Prompts, Rollout, SamplingParams, Views, group_sizes
 
 ADVICE = {
@@ -90,7 +93,6 @@ class Report:
     causes: tuple[Cause, ...]  # by mean |d|
     tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
-    half_heads: Cause | None = None  # the full mismatch if both policies had 16-bit heads
     # Shares of first-step positions, and of prompts, whose order is the learner's; log-probs do not show the order.
     order: tuple[float, float] | None = None
     routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner uses too, by layer
@@ -222,7 +224,6 @@ def diagnose(  # noqa: PLR0913
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
         layers=worst_layers(both, num_worst),
-        half_heads=half_heads(both),
         order=(shares[0], shares[1]) if shares else None,
         **same_experts(both),
     )
@@ -263,15 +264,6 @@ def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: 
     return steps
 
 
-def half_heads(both: Comparison) -> Cause | None:
-    """Return the mismatch with heads in 16 bits; None unless both policies have fp32 heads that could be in 16 bits."""
-    policies = (both.policy, both.rollout_policy)
-    if not (all(policy.float32_head for policy in policies) and computes_in_half(*policies)):
-        return None
-    learner, sampled = (both.logprobs(with_head(policy, float32=False)) for policy in policies)
-    return measure("all, 16-bit heads", learner - sampled, both.rollout.completion_mask)
-
-
 def same_experts(both: Comparison) -> dict[str, Any]:
     """Return the fields `routing` and `load` of a report; {} if the model has no experts."""
     counts = routing_counts(both.policy, both.rollout_policy, both.rollout, both.views)
@@ -294,16 +286,6 @@ def with_head(policy: Policy, *, float32: bool) -> Policy:
     other = copy.copy(policy)  # shallow: the modules and their weights are shared
     other.float32_head = float32
     return other
-
-
-def computes_in_half(*policies: Policy) -> bool:
-    """Return whether a head without float32_head would compute in 16 bits."""
-    for policy in policies:
-        head = output_embeddings(policy.module)
-        weight = next(policy.module.parameters()) if head is None else head.weight
-        if weight.dtype in HALF or torch.is_autocast_enabled(policy.device.type):
-            return True
-    return False
 
 
 @torch.no_grad()
@@ -380,3 +362,50 @@ def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
             before = before.float()
             errors[name] = ((before - after.float()).norm() / before.norm().clamp(min=1e-12)).item()
     return tuple(sorted(errors.items(), key=lambda pair: pair[1], reverse=True)[:count])
+
+
+def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return (title, columns, lines) of each table that the report has numbers for."""
+    title = f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}"
+    lines: list[tuple[str, ...]] = []
+    for cause in (report.total, *report.causes):
+        # A cause below a hundredth of the mismatch is not worth the work of its advice.
+        advice = cause.advice if cause.mean_abs >= report.worst / 100 else ""
+        sizes = f"{cause.mean_abs:.2e}", f"{cause.max_abs:.2e}", f"{cause.k3:.1e}", f"{cause.ess:.4f}"
+        lines.append((cause.name, *sizes, advice))
+    columns: tuple[str, ...] = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
+    all_tables = [(title, columns, lines)]
+    if report.order is not None:
+        positions, prompts = report.order
+        title = "order of the first step, shares that are the learner's own"
+        advice = ORDER_ADVICE if prompts < 1 else ""
+        all_tables.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
+    if report.routing and report.load:
+        columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
+        lines = []
+        for layer, (share, *loads) in enumerate(zip(report.routing, *report.load, strict=True)):
+            busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
+            lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
+        all_tables.append(("experts, shares that both sides take", columns, lines))
+    lines = []
+    for token in report.tokens:
+        context = f"{token.before}[{token.token}]{token.after}"
+        lines.append((f"{token.row}, {token.position}", context, f"{token.learner:.4f}", f"{token.rollout:.4f}"))
+    all_tables.append(("worst tokens", ("row, position", "in context", "learner", "rollout"), lines))
+    lines = [(name, f"{error:.2e}") for name, error in report.layers]
+    all_tables.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
+    return all_tables
+
+
+def write_doctor(report: Report, *, as_json: bool = False) -> None:
+    """Print the report, as tables or as JSON."""
+    if as_json:
+        print(json.dumps(asdict(report) | {"verdict": report.verdict}, indent=2))
+        return
+    console = Console()
+    for title, columns, lines in tables(report):
+        table = Table(*columns, title=literal(title, style="table.title"), title_justify="left")
+        for line in lines:
+            table.add_row(*map(literal, line))
+        console.print(table)
+    console.print(escape_controls(report.verdict), markup=False)

@@ -2,8 +2,7 @@
 
 from dllm_rl import MaxProb, Unmask, task_from_dataset, tiny_masked_lm
 from dllm_rl.decoding.tokens import encode
-from dllm_rl.diagnostics.doctor import diagnose
-from dllm_rl.diagnostics.findings import write_doctor
+from dllm_rl.diagnostics.doctor import diagnose, write_doctor
 from dllm_rl.quantization.schemes import Float8WeightOnly
 
 rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]  # prompts may be chats

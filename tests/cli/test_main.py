@@ -22,7 +22,6 @@ EMPTY = [
     *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "csv", "plot")),
     ["grade", "", "--task", "sudoku"],
     ["doctor", ""],
-    ["doctor", "model", "--output_dir", ""],
     ["verify", ""],
 ]
 
