@@ -16,9 +16,8 @@ from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
-from dllm_rl.serving.openai_api import Limits
-from dllm_rl.serving.server import Server, ServerSettings, check_access_settings
-from dllm_rl.serving.settings import check_number_of_steps
+from dllm_rl.serving.server import Server, check_access_settings
+from dllm_rl.serving.settings import ServerSettings, check_number_of_steps
 
 
 def serve_command(arguments: argparse.Namespace) -> None:
@@ -34,7 +33,8 @@ def serve_command(arguments: argparse.Namespace) -> None:
         name=arguments.name or arguments.model,
         token=token,
         allow_updates=arguments.allow_updates,
-        limits=Limits(arguments.max_tokens, arguments.max_waiting),
+        max_tokens=arguments.max_tokens,
+        max_waiting=arguments.max_waiting,
         max_body_bytes=arguments.max_body_bytes,
         timeout=arguments.timeout,
         client_timeout=arguments.client_timeout,

@@ -5,8 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,42 +49,62 @@ class HTTPEngine(RolloutEngine):
     is_exclusive = True
 
     def load(self, learner: Policy) -> Policy:
-        return _load(Client(self.url, self.token_file, self.timeout), learner)
+        """Send all weights of the learner to the server. Return the rollout policy that `HTTPSampler` needs."""
+        if hasattr(learner.module, "sharding") or (
+            torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        ):
+            raise ValueError("rollout_engine=HTTPEngine needs a run of one process; start it without a launcher")
+        client = Client(self, learner.weights_version, secrets.token_hex(16))
+        client.post("/weights", merged_state_dict(learner.module), is_load=True)
+        rollout_policy = with_forward(learner, client.logits)
+        rollout_policy.module.client = client
+        return rollout_policy
 
     def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
-        return _sync(learner, policy)
+        """Send the weights that training changes to the server, with adapters merged, and their version.
+
+        Return the metrics of the server's quantization, if it quantizes.
+        """
+        client: Client = policy.module.client
+        tensors = merged_state_dict(learner.module)
+        trained = {name for name, weight in learner.module.named_parameters() if weight.requires_grad}
+        adapted = adapted_layers(learner.module)
+        changed = {
+            name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
+        }
+        # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
+        _, answer = client.post("/weights", changed or tensors, weights_version=learner.weights_version, is_load=False)
+        client.weights_version = policy.weights_version = learner.weights_version
+        return answer["metrics"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Client:
     """Sends the requests of a run to a server.
 
     Args:
-        url: Address of the server.
-        token_file: File with the token. None: the environment variable.
-        timeout: Seconds to wait for a response.
+        engine: Address of the server, token and timeout.
+        weights_version: Version of the weights that the run sent last.
         run: Random id that identifies the run to the server (`Lease.run`).
     """
 
-    url: str
-    token_file: str | None
-    timeout: float
-    run: str = ""
+    engine: HTTPEngine
+    weights_version: int
+    run: str
 
-    def post(
-        self, path: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], Any]:
+    def post(self, path: str, tensors: Mapping[str, Tensor], **header: Any) -> tuple[dict[str, Tensor], Any]:
         """Send tensors with a header, and return the tensors and the header of the response.
 
         Raises:
             ValueError: The server refuses, is not reachable, or does not respond in time.
         """
-        parts = urlsplit(self.url)
+        url = self.engine.url
+        parts = urlsplit(url)
         connection_types = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         if parts.scheme not in connection_types or not parts.hostname:
-            raise ValueError(f"url={self.url!r} is not the address of a server; give http://HOST:PORT")
-        connection = connection_types[parts.scheme](parts.hostname, parts.port, timeout=self.timeout)
-        body = serialize(tensors, dict(header) | {"run": self.run})
+            raise ValueError(f"url={url!r} is not the address of a server; give http://HOST:PORT")
+        connection = connection_types[parts.scheme](parts.hostname, parts.port, timeout=self.engine.timeout)
+        body = serialize(tensors, {"run": self.run, "weights_version": self.weights_version} | header)
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/octet-stream"}
         try:
             connection.request("POST", parts.path.rstrip("/") + path, body, headers)
@@ -93,17 +112,36 @@ class Client:
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
-                f"rollout_engine: {self.url}{path}: {type(error).__name__} {error}; is `dllm-rl serve` running there?"
+                f"rollout_engine: {url}{path}: {type(error).__name__} {error}; is `dllm-rl serve` running there?"
             ) from error
         finally:
             connection.close()
         if response.status != 200:
-            raise ValueError(f"rollout_engine: {self.url}{path} answers {response.status}: {_error_message(data)}")
+            raise ValueError(f"rollout_engine: {url}{path} answers {response.status}: {_error_message(data)}")
         return deserialize(data)
 
+    def logits(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **cache_kwargs: Any
+    ) -> Float[Tensor, "B T V"]:
+        """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                "rollout_engine=HTTPEngine computes whole rows: set the sampler's cache=None, or use HTTPSampler"
+            )
+        width = tokens.shape[1]
+        if cache_kwargs:
+            # `Autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the
+            # cache stores token ids in place of keys and values, and the whole row is sent.
+            new = tokens[:, None, :, None]
+            tokens = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
+            positions = position_ids(attention_mask)
+        inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
+        tensors, _ = self.post("/logits", inputs)
+        return tensors["logits"][:, -width:].to(tokens.device)
+
     def _token(self) -> str:
-        if self.token_file is not None:
-            return read_token(self.token_file)
+        if self.engine.token_file is not None:
+            return read_token(self.engine.token_file)
         token = os.environ.get(TOKEN_VARIABLE, "")
         if not token:
             raise ValueError(f"rollout_engine: no token; set token_file, or the environment variable {TOKEN_VARIABLE}")
@@ -128,66 +166,6 @@ def _error_message(data: bytes) -> str:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return "no message; is it a server of `dllm-rl serve`?"
-
-
-def _load(client: Client, policy: Policy) -> Policy:
-    """Send all weights of the learner to the server. Return the rollout policy that `HTTPSampler` needs."""
-    if hasattr(policy.module, "sharding") or (
-        torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    ):
-        raise ValueError("rollout_engine=HTTPEngine needs a run of one process; start it without a launcher")
-    client = replace(client, run=secrets.token_hex(16))
-    header = {"weights_version": policy.weights_version, "is_load": True}
-    client.post("/weights", merged_state_dict(policy.module), header)
-    rollout_policy = with_forward(policy, partial(_logits, client, policy.weights_version))
-    rollout_policy.module.client = client
-    return rollout_policy
-
-
-def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Send the weights that training changes to the server, with adapters merged, and their version.
-
-    Return the metrics of the server's quantization, if it quantizes.
-    """
-    client: Client = rollout_policy.module.client
-    tensors = merged_state_dict(policy.module)
-    trained = {name for name, weight in policy.module.named_parameters() if weight.requires_grad}
-    adapted = adapted_layers(policy.module)
-    changed = {
-        name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
-    }
-    # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
-    _, header = client.post(
-        "/weights", changed or tensors, {"weights_version": policy.weights_version, "is_load": False}
-    )
-    synced = with_forward(policy, partial(_logits, client, policy.weights_version))
-    rollout_policy.spec, rollout_policy.weights_version = synced.spec, policy.weights_version
-    return header["metrics"]
-
-
-def _logits(
-    client: Client,
-    weights_version: int,
-    tokens: Int[Tensor, "B T"],
-    attention_mask: Tensor,
-    positions: Int[Tensor, "B T"],
-    **cache_kwargs: Any,
-) -> Float[Tensor, "B T V"]:
-    """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
-    if attention_mask.dim() != 2:
-        raise ValueError(
-            "rollout_engine=HTTPEngine computes whole rows: set the sampler's cache=None, or use HTTPSampler"
-        )
-    width = tokens.shape[1]
-    if cache_kwargs:
-        # `Autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the cache
-        # stores token ids in place of keys and values, and the whole row is sent.
-        new = tokens[:, None, :, None]
-        tokens = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
-        positions = position_ids(attention_mask)
-    inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
-    tensors, _ = client.post("/logits", inputs, {"weights_version": weights_version})
-    return tensors["logits"][:, -width:].to(tokens.device)
 
 
 class HTTPSampler(Unmask):
@@ -230,11 +208,9 @@ class HTTPSampler(Unmask):
         tensors = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "group")} | {"seeds": seeds}
         if prompts.infill_mask is not None:
             tensors["infill_mask"] = prompts.infill_mask
-        header = {
-            "weights_version": policy.weights_version,
-            "settings": self._settings_of(policy),
-        }
-        rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)
+        rollout_tensors, rollout_json = client.post(
+            "/rollouts", tensors, weights_version=policy.weights_version, settings=self._settings_of(policy)
+        )
         return record_from_json(rollout_json, rollout_tensors, self.rank).to(policy.device)
 
     def _settings_of(self, policy: Policy) -> dict[str, Any]:

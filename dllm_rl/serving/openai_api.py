@@ -16,7 +16,7 @@ from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
 from dllm_rl.serving.batching import PromptScores, Refused
-from dllm_rl.serving.settings import known_settings, with_settings
+from dllm_rl.serving.settings import ServerSettings, known_settings, with_settings
 from dllm_rl.types import Rollout
 
 try:
@@ -41,20 +41,8 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "top_logprobs": (0,),  # the sampler records the log-prob of the chosen token only
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on a request.
-
-    Args:
-        max_tokens: Largest number of tokens of a completion.
-        max_waiting: Largest number of waiting completions of all requests, and so of one request.
-    """
-
-    max_tokens: int = 1024
-    max_waiting: int = 256
 
 
 class TextPart(BaseModel):
@@ -137,7 +125,6 @@ class ChatFields(Fields):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -150,7 +137,7 @@ class TextRequest:
         suffix: Token ids of the text after the completion; empty if there is none.
         texts: Text of each prompt, for `echo`.
         max_tokens: Largest number of tokens of a completion. 0: the prompt is scored, and nothing is sampled.
-        settings: Sampler settings of the request (`with_settings`).
+        sampler: Sampler of the completions.
     """
 
     fields: CompletionFields | ChatFields
@@ -158,7 +145,7 @@ class TextRequest:
     suffix: list[int]
     texts: list[str]
     max_tokens: int
-    settings: dict[str, Any]
+    sampler: Sampler
 
     @property
     def is_chat(self) -> bool:
@@ -182,7 +169,7 @@ class TextRequest:
 
 
 def read_request(
-    data: bytes, policy: Policy, defaults: Sampler, limits: Limits, *, name: str, is_chat: bool
+    data: bytes, policy: Policy, defaults: Sampler, server: ServerSettings, *, is_chat: bool
 ) -> TextRequest:
     """Read and check a request's body.
 
@@ -190,16 +177,15 @@ def read_request(
         data: Body of the request.
         policy: Policy with the tokenizer. Its module is not used.
         defaults: The server's sampler.
-        limits: Limits on the request.
-        name: Name of the model.
+        server: Name of the model, and limits on a request.
         is_chat: Whether the request is for chat completions.
 
     Raises:
         Refused: A field is unknown, or has a value that the server does not support.
     """
     fields = _read_fields(ChatFields if is_chat else CompletionFields, data)
-    if fields.model not in (None, name):
-        raise Refused(404, f"model={fields.model!r} is not served here; use model={name!r}", "model")
+    if fields.model not in (None, server.name):
+        raise Refused(404, f"model={fields.model!r} is not served here; use model={server.name!r}", "model")
     if fields.best_of not in (None, fields.n):
         raise Refused(400, f"best_of={fields.best_of!r} must be n={fields.n}; leave it out", "best_of")
     if fields.stream_options is not None and not fields.stream:
@@ -212,29 +198,25 @@ def read_request(
         messages = [message.for_template() for message in fields.messages]
         prompts, texts = [_tokenized(policy, messages, "messages")], [""]  # no text: a chat has no `echo`
         max_tokens = fields.max_completion_tokens or fields.max_tokens
-        if fields.top_logprobs:
-            raise Refused(
-                400, "top_logprobs: the sampler records the log-prob of the chosen token only; use 0", "top_logprobs"
-            )
     else:
         prompts, texts = _prompts(fields.prompt, policy)
         suffix = _suffix_ids(fields, policy)
         max_tokens = fields.max_tokens
         _check_logprobs(policy, fields, settings.get("temperature", getattr(defaults, "temperature", None)))
     longest = max(map(len, prompts)) + len(suffix)
-    max_tokens = _checked_length(policy, longest, max_tokens, defaults.max_new_tokens, limits)
-    request = TextRequest(fields, prompts, suffix, texts, max_tokens, settings)
-    rows = len(prompts) * ((fields.n if max_tokens else 0) + request.score_prompt)
-    if rows > limits.max_waiting:
-        count = f"{len(prompts)} prompts x n={fields.n} are {rows} completions"
-        raise Refused(400, f"{count}; ask for {limits.max_waiting}", "n")
-    if (fields.diffusion_steps or 0) > limits.max_tokens:
-        steps = f"diffusion_steps={fields.diffusion_steps} is above the server's max_tokens={limits.max_tokens}"
+    max_tokens = _checked_length(policy, longest, max_tokens, defaults.max_new_tokens, server)
+    if (fields.diffusion_steps or 0) > server.max_tokens:
+        steps = f"diffusion_steps={fields.diffusion_steps} is above the server's max_tokens={server.max_tokens}"
         raise Refused(400, f"{steps}; use less", "diffusion_steps")
     try:
-        with_settings(policy, settings, defaults)
+        sampler = _sampler(policy, settings, defaults, max_tokens)
     except ValueError as error:
         raise Refused(400, str(error)) from None
+    request = TextRequest(fields, prompts, suffix, texts, max_tokens, sampler)
+    rows = len(prompts) * ((fields.n if max_tokens else 0) + request.score_prompt)
+    if rows > server.max_waiting:
+        count = f"{len(prompts)} prompts x n={fields.n} are {rows} completions"
+        raise Refused(400, f"{count}; ask for {server.max_waiting}", "n")
     return request
 
 
@@ -334,7 +316,7 @@ def _check_logprobs(policy: Policy, fields: CompletionFields, temperature: float
         )
 
 
-def _checked_length(policy: Policy, longest: int, requested: int | None, default: int, limits: Limits) -> int:
+def _checked_length(policy: Policy, longest: int, requested: int | None, default: int, server: ServerSettings) -> int:
     """Return a completion's max_tokens: the requested number, else the server's default or what fits the model.
 
     `longest` is the largest number of tokens of a prompt, with its suffix.
@@ -353,24 +335,23 @@ def _checked_length(policy: Policy, longest: int, requested: int | None, default
             "max_tokens" if tokens_left > 0 else "prompt",
         )
     if requested is None:
-        return min(default, limits.max_tokens, *([] if tokens_left is None else [tokens_left]))
-    if requested > limits.max_tokens:
-        raise Refused(400, f"max_tokens={requested} is above the server's {limits.max_tokens}; use less", "max_tokens")
+        return min(default, server.max_tokens, *([] if tokens_left is None else [tokens_left]))
+    if requested > server.max_tokens:
+        raise Refused(400, f"max_tokens={requested} is above the server's {server.max_tokens}; use less", "max_tokens")
     return requested
 
 
-def sampler_of_request(policy: Policy, request: TextRequest, defaults: Sampler) -> Sampler:
+def _sampler(policy: Policy, settings: dict[str, Any], defaults: Sampler, max_tokens: int) -> Sampler:
     """Return the sampler of a request's completions.
 
     If the request sets a length but no `diffusion_steps`, the server's `diffusion_steps` are scaled with the length and
     rounded up, so that the tokens per step stay the same. An encoder-decoder model samples whole canvases:
     `max_new_tokens` is rounded up, and `choice` cuts off the surplus.
     """
-    settings = dict(request.settings)
-    length = max(1, request.max_tokens)
+    length = max(1, max_tokens)
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
-    settings["max_new_tokens"] = length
+    settings = settings | {"max_new_tokens": length}
     default_steps, default_length = getattr(defaults, "diffusion_steps", None), defaults.max_new_tokens
     is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"
     if is_scaled and "diffusion_steps" not in settings and default_steps is not None and length != default_length:

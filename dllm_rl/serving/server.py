@@ -13,7 +13,6 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,15 +32,14 @@ from dllm_rl.serving.batching import (
 )
 from dllm_rl.serving.openai_api import (
     EMPTY,
-    Limits,
     TextRequest,
     choice,
     events,
     read_request,
     response,
-    sampler_of_request,
 )
 from dllm_rl.serving.page import HEADERS, PAGE
+from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.serving.updates import Lease, compute_logits, sample_rollout, update_weights
 from dllm_rl.types import Rollout
 
@@ -60,31 +58,6 @@ MAX_ENGINE_BODY_BYTES = 2**28  # largest body of a request for /rollouts or /log
 MAX_WEIGHTS_HEADER_BYTES = 2**24  # a body for /weights may be this much larger than the weights in fp32
 SPARE_REQUESTS = 64  # requests that may be open in addition to a full queue
 PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing about the model
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Access and limits of a server.
-
-    Args:
-        name: Name of the model in requests and responses.
-        token: Token that requests must send. None: no token is needed, but only requests to localhost are answered.
-        allow_updates: Whether requests with the token may replace the weights.
-        limits: Limits on a request for completions.
-        max_body_bytes: Largest size of a request's body.
-        timeout: Seconds until a request must be finished, including its time in the queue.
-        client_timeout: Seconds that a client has to send a request's body.
-        seed: Seed of the server. A request without a seed gets one derived from it and from the request's number.
-    """
-
-    name: str
-    token: str | None = field(default=None, repr=False)
-    allow_updates: bool = False
-    limits: Limits = field(default_factory=Limits)
-    max_body_bytes: int = 2**20
-    timeout: float = 300.0
-    client_timeout: float = 30.0
-    seed: int = 0
 
 
 def error_response(refused: Refused) -> Response:
@@ -209,7 +182,7 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         _check_content_type(request)
         advice = "send less, or raise --max_body_bytes"
         data = await read_body(request, settings.max_body_bytes, settings.client_timeout, advice=advice)
-        parsed = read_request(data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat)
+        parsed = read_request(data, policy, batcher.defaults, settings, is_chat=is_chat)
         number = next(numbers)
         rollouts, scores = await _complete(request, batcher, settings, parsed, number)
         versions = {rollout.weights_version for rollout in rollouts} | {score.weights_version for score in scores}
@@ -254,7 +227,7 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         num_open += 1
         try:
             check_access(Request(scope), settings)
-            if num_open > settings.limits.max_waiting + SPARE_REQUESTS:
+            if num_open > settings.max_waiting + SPARE_REQUESTS:
                 raise Refused(429, f"{num_open} requests are open; ask again later")
             await app(scope, receive, send)
         except Refused as refused:
@@ -284,14 +257,12 @@ async def _complete(
 ) -> tuple[list[Rollout], list[PromptScores]]:
     """Return a request's completions, `n` per prompt, and the log-probs of the prompts if requested."""
     key = (settings.seed, "request", number) if parsed.fields.seed is None else (parsed.fields.seed,)
-    seeds = row_seeds(
-        generator_for(*key), len(parsed.prompts) * parsed.fields.n
-    ).tolist()  # as `dllm-rl sample` draws them
-    sampling = sampler_of_request(batcher.policy, parsed, batcher.defaults)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.fields.n)]
+    seeds = row_seeds(generator_for(*key), len(prompts)).tolist()  # as `dllm-rl sample` draws them
     jobs: list[Job] = []
     if parsed.max_tokens:
-        jobs += [CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)]
+        pairs = zip(prompts, seeds, strict=True)
+        jobs += [CompletionJob(ids, seed, parsed.sampler, parsed.suffix) for ids, seed in pairs]
     num_completions = len(jobs)
     if parsed.score_prompt:
         jobs += [PolicyCall(partial(score_prompt, ids=ids)) for ids in parsed.prompts]

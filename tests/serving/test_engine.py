@@ -193,7 +193,7 @@ class Loaded:
         self.client = self.rollout_policy.module.client
 
     def update(self, tensors, **header):
-        return self.client.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
+        return self.client.post("/weights", tensors, **{"weights_version": 5, "is_load": False} | header)
 
 
 @pytest.fixture
@@ -265,9 +265,9 @@ def test_rollouts_of_another_version_are_refused(loaded):
 
 def test_rollouts_without_a_load_are_refused():
     with learning(diffusion()) as server:
-        client = Client(server.url, None, 60.0)
+        client = Client(HTTPEngine(url=server.url), 0, "run")
         with pytest.raises(ValueError, match="answers 409: another run"):
-            client.post("/logits", {}, {"weights_version": 0})
+            client.post("/logits", {})
 
 
 def other_rank(logits, normalizer):
@@ -374,9 +374,9 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
         learner.module.get_parameter(NAME).requires_grad_(True)
     sent, post = [], Client.post
 
-    def spy(self, path, tensors, header):
+    def spy(self, path, tensors, **header):
         sent.append(sorted(tensors))
-        return post(self, path, tensors, header)
+        return post(self, path, tensors, **header)
 
     with learning(diffusion()) as server:
         engine = HTTPEngine(url=server.url)

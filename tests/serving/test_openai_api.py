@@ -19,7 +19,8 @@ from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.batching import Refused
-from dllm_rl.serving.openai_api import Limits, read_request, sampler_of_request
+from dllm_rl.serving.openai_api import read_request
+from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts
 
@@ -365,7 +366,7 @@ def test_the_room_of_a_model_of_canvases_is_counted_in_canvases():
     """128 positions, canvases of 16: after 100 tokens there is one canvas, after 120 none."""
     policy = tiny_diffusion_gemma(characters="123=")
     read = partial(
-        read_request, policy=policy, defaults=Renoise(max_new_tokens=48), limits=Limits(), name="m", is_chat=False
+        read_request, policy=policy, defaults=Renoise(max_new_tokens=48), server=ServerSettings("m"), is_chat=False
     )
     body = lambda size, **fields: json.dumps({"prompt": "1" * size} | fields).encode()  # noqa: E731
     assert read(body(100)).max_tokens == read(body(100, max_tokens=16)).max_tokens == 16
@@ -376,7 +377,7 @@ def test_the_room_of_a_model_of_canvases_is_counted_in_canvases():
 
 @pytest.fixture(scope="module")
 def limited(policy):
-    with running(policy, limits=Limits(max_tokens=40, max_waiting=64)) as server:
+    with running(policy, max_tokens=40, max_waiting=64) as server:
         yield server
 
 
@@ -392,7 +393,7 @@ def limited(policy):
         ),
         ({"messages": [{"role": "user", "content": "1\ud83d"}]}, "has half a character"),
         ({"tools": [{"type": "function"}]}, "tools=[{"),
-        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs: the sampler records"),
+        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs=2 is not supported by this server; leave it out"),
         ({"suffix": "3"}, 'suffix="3" is not supported by this server'),
     ],
 )
@@ -510,9 +511,9 @@ def test_control_characters_of_a_request_do_not_come_back(server):
 def test_steps_keep_the_tokens_of_a_step(policy, defaults, fields, steps):
     data = json.dumps({"prompt": "1+2="} | fields).encode()
     sampler = Unmask(**defaults)
-    request = read_request(data, policy, sampler, Limits(), name="tiny", is_chat=False)
+    request = read_request(data, policy, sampler, ServerSettings("tiny"), is_chat=False)
     expected = sampler.replace(max_new_tokens=fields["max_tokens"], diffusion_steps=steps)
-    assert sampler_of_request(policy, request, sampler) == expected
+    assert request.sampler == expected
 
 
 def test_rules_of_a_request_replace_the_servers(policy, server):

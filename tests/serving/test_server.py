@@ -13,7 +13,8 @@ from openai import AuthenticationError, OpenAI
 from servers import TOKEN, causal, diffusion, held, running
 
 from dllm_rl.serving.batching import sample_rows
-from dllm_rl.serving.server import ServerSettings, check_access_settings
+from dllm_rl.serving.server import check_access_settings
+from dllm_rl.serving.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dllm_rl.models.policy import make_policy
+from dllm_rl.samplers import Unmask
 from dllm_rl.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.types import Rollout
 
@@ -140,7 +141,9 @@ def answer_of(policy, ids, **fields):
     rollout = Rollout(
         tokens, tokens >= 0, steps >= 0, steps, -torch.arange(len(ids))[None] / 10, group=torch.arange(len(tokens))
     )
-    request = TextRequest(CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], ["q"], len(ids), {})
+    request = TextRequest(
+        CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], ["q"], len(ids), Unmask(max_new_tokens=len(ids))
+    )
     return response(policy, request, [choice(policy, rollout, request)], [])["choices"][0]
 
 

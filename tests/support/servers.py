@@ -11,8 +11,8 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers import sampler_for
 from dllm_rl.serving.batching import Batcher
-from dllm_rl.serving.openai_api import Limits
-from dllm_rl.serving.server import Server, ServerSettings
+from dllm_rl.serving.server import Server
+from dllm_rl.serving.settings import ServerSettings
 
 TOKEN = "not-a-secret"
 SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "head_std": 0.3}
@@ -65,14 +65,14 @@ class Running:
 
 
 @contextmanager
-def running(policy, defaults=None, *, token=None, batcher=None, limits=None, scheme=None, **settings):
+def running(policy, defaults=None, *, token=None, batcher=None, scheme=None, **settings):
     """Serve a policy, or its quantized copy, at a free port of this machine."""
     learner, policy = policy, policy if scheme is None else quantized_copy(policy, scheme)
     defaults = {"max_new_tokens": 8, "temperature": 0.0} | (defaults or {})
     defaults = {name: value for name, value in defaults.items() if value is not None}
     batcher = Batcher(policy, sampler_for(policy)(**defaults), **(batcher or {}))
-    limits = limits or Limits(max_waiting=batcher.max_waiting)
-    server = Server(batcher, ServerSettings("tiny", token=token, limits=limits, **settings), learner)
+    settings = {"max_waiting": batcher.max_waiting} | settings
+    server = Server(batcher, ServerSettings("tiny", token=token, **settings), learner)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
