@@ -31,14 +31,12 @@ from dllm_rl.models.checkpoint.loading import (
     adapter_folder,
     base_of_adapter,
     check_finite,
-    check_padding,
     checkpoint_folder,
     family_spec,
     load_module,
     name_in_errors,
     prepare_in_place,
     save_module,
-    weights_folder,
 )
 from dllm_rl.models.checkpoint.tensors import check_regular, mismatched_tensors, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
@@ -224,10 +222,13 @@ def make_policy(
             missing, or the module's attention differs from the spec's.
     """
     check_tokenizer(tokenizer, stock=spec is None)
-    check_no_peft(module)
+    if any(type(layer).__module__.startswith("peft.") for layer in module.modules()):
+        raise ValueError(
+            f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
+            "train new adapters, set lora in the recipe or in grpo"
+        )
     spec = _stock_spec(module, tokenizer) if spec is None else spec
-    check_spec(module, spec)
-    check_ids(module, spec, tokenizer)
+    check_spec(module, spec, tokenizer)
     policy_class = AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy
     policy = policy_class(module, spec, tokenizer)
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
@@ -295,7 +296,6 @@ def _load_merged(
             f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load NEW"
         )
     dtype = options["dtype"]
-    weights_folder(folder)  # raises ValueError for adapters that name each other as base
     with name_in_errors(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
     # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.
@@ -358,21 +358,6 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     return spec
 
 
-def check_no_peft(module: Module) -> None:
-    """Raise ValueError for a module with peft's adapters, around it or inside it."""
-    if hasattr(module, "merge_and_unload"):
-        raise ValueError(
-            f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
-            "train new adapters, set lora in the recipe or in grpo"
-        )
-    for path, layer in module.named_modules():
-        if type(layer).__module__.startswith("peft."):
-            raise ValueError(
-                f"{path} has peft's adapters; merge and remove them first. To train new adapters, set lora in the "
-                "recipe or in grpo"
-            )
-
-
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
 
@@ -398,46 +383,36 @@ def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
         )
 
 
-def check_spec(module: Module, spec: FamilySpec) -> None:
-    """Raise ValueError for a spec without a needed field, or with ids outside the vocabulary."""
+def check_spec(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a spec without a needed field, or ids that do not fit the vocabulary or each other."""
+    name = f"the spec {spec.name!r}"
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
-        kind = type(module).__name__
-        raise ValueError(f"vocab_size=None in the spec {spec.name!r}, and {kind} has no config: set vocab_size")
+        raise ValueError(f"vocab_size=None in {name}, and {type(module).__name__} has no config: set vocab_size")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
         raise ValueError(
-            f"block_size=None in the spec {spec.name!r}: set it to the number of tokens that the decoder generates at "
-            "once"
+            f"block_size=None in {name}: set it to the number of tokens that the decoder generates at once"
         )
     if spec.attention in ("full", "block_causal") and spec.mask_id is None:
-        raise ValueError(
-            f"mask_id=None in the spec {spec.name!r}: {spec.attention!r} attention needs a mask token; set its id"
-        )
+        raise ValueError(f"mask_id=None in {name}: {spec.attention!r} attention needs a mask token; set its id")
     if not spec.eos_ids:
-        raise ValueError(f"eos_ids=() in the spec {spec.name!r}: name at least one id that ends a completion")
-    ids = [spec.mask_id, *spec.eos_ids]
-    outside = [token for token in ids if token is not None and not 0 <= token < size]
-    if outside:
+        raise ValueError(f"eos_ids=() in {name}: name at least one id that ends a completion")
+    for token in (spec.mask_id, *spec.eos_ids):
+        if token is not None and not 0 <= token < size:
+            raise ValueError(f"{name} has the id {token}, but its vocabulary has {size} tokens: correct the id")
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < size:
         raise ValueError(
-            f"the spec {spec.name!r} has the id {outside[0]}, but its vocabulary has {size} tokens: correct the id"
+            f"{type(module).__name__}: the tokenizer's pad_token_id={pad} is outside the vocabulary of {size} tokens; "
+            "set its pad_token to another token"
         )
-
-
-def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a mask token that also ends or pads completions, or a padding token without an embedding."""
-    size = spec.vocab_size or module.config.vocab_size
-    check_padding(size, tokenizer, f"the policy of {type(module).__name__}")
-    if spec.mask_id is None:
-        return
-    if spec.mask_id in spec.eos_ids:  # the mask token is never sampled, so no completion could end
+    if spec.mask_id is not None and spec.mask_id in spec.eos_ids:  # never sampled, so that no completion could end
         raise ValueError(
-            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
-            "separate token"
+            f"mask_id={spec.mask_id} in {name} is also one of eos_ids={spec.eos_ids}; give the mask a separate token"
         )
-    if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a position to fill in
+    if spec.mask_id is not None and spec.mask_id == pad:  # padding would count as a position to fill in
         raise ValueError(
-            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
-            "to another token"
+            f"mask_id={spec.mask_id} in {name} is also the tokenizer's pad_token_id; set its pad_token to another token"
         )
 
 

@@ -100,7 +100,6 @@ def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
         (str(tmp_path / "moved"), "is missing; put it back, name another folder or hub id in adapter_config.json"),
         (None, "names no base"),
         ([1], "names no base"),
-        (str(copy), "leads back to itself"),
     ):
         (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(ValueError, match=words) as error:

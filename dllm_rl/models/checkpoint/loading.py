@@ -124,7 +124,6 @@ def load_module(
                     if parameter.is_floating_point():  # not the integer codes of bitsandbytes
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
-        check_padding(module.config.get_text_config().vocab_size, tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepare_in_place(module if quantization else module.to(device), spec), tokenizer, spec
 
@@ -211,13 +210,8 @@ def named_base(adapter: Path) -> str:
 
 def weights_folder(folder: Path) -> Path:
     """Return the folder itself or, for a folder with only adapters, the folder of their base model."""
-    seen = {folder.resolve()}
-    while (adapter := adapter_folder(folder)) is not None:
-        folder = base_of_adapter(adapter)
-        if folder.resolve() in seen:
-            raise ValueError(f"{adapter}: base_model_name_or_path leads back to itself; name the folder of weights")
-        seen.add(folder.resolve())
-    return folder
+    adapter = adapter_folder(folder)
+    return folder if adapter is None else weights_folder(base_of_adapter(adapter))
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:
@@ -268,16 +262,6 @@ def check_dtypes(dtypes: dict[str, str], parameters: Collection[str] | None, fol
             raise ValueError(
                 f"{folder}: {name} has dtype {dtype}, but weights have {', '.join(FLOAT_DTYPE_NAMES)}; convert it"
             )
-
-
-def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
-    """Raise ValueError for a padding token without an embedding."""
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is not None and not 0 <= pad < size:
-        raise ValueError(
-            f"{source}: the tokenizer's pad_token_id={pad} is outside the vocabulary of {size} tokens; "
-            "set its pad_token to another token"
-        )
 
 
 @torch.no_grad()
@@ -336,7 +320,9 @@ def family_spec(
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     config = config.get_text_config()  # for a model with images, the config of its text part
-    generation_eos_ids = read_generation_eos_ids(folder) if folder else getattr(generation, "eos_token_id", None)
+    generation_eos_ids = getattr(generation, "eos_token_id", None)
+    if folder and (generation_file := folder / "generation_config.json").exists():
+        generation_eos_ids = json.loads(generation_file.read_text()).get("eos_token_id")
     changes = {
         "eos_ids": find_eos_ids(config, tokenizer, family, generation_eos_ids),
         "max_length": config.max_position_embeddings,
@@ -393,12 +379,6 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     return mask_id
 
 
-def read_generation_eos_ids(folder: Path) -> Any:
-    """Return eos_token_id of a checkpoint's generation_config.json (an id, a list or None); None without the file."""
-    path = folder / "generation_config.json"
-    return json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-
-
 def find_eos_ids(
     config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None
 ) -> tuple[int, ...]:
@@ -448,7 +428,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     return _download(str(path_or_id), [f"*{suffix}" for suffix in SUFFIXES])
 
 
-def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dict[str, Any]:
+def load_config(path_or_id: str | Path) -> dict[str, Any]:
     """Read a model's config.json, without its weights. For adapters, read the config of their base model.
 
     Call it for facts that depend only on shapes. The package includes the config.json of some published models; for
@@ -456,18 +436,15 @@ def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dic
 
     Args:
         path_or_id: Folder, or hub id (owner/name).
-        visited: Folders and ids of adapters that led to this one, to detect a cycle.
 
     Raises:
         ValueError: The folder has no config.json, or the hub has none under this id.
     """
     text = str(path_or_id)
-    if text in visited:
-        raise ValueError(f"{text}: base_model_name_or_path leads back to itself; name the folder of weights")
     if text and Path(text).is_dir():
         folder = checkpoint_folder(text)
         adapter = adapter_folder(folder)
-        return read_config(folder) if adapter is None else load_config(named_base(adapter), visited=(*visited, text))
+        return read_config(folder) if adapter is None else load_config(named_base(adapter))
     check_hub_id(text)
     packaged = CONFIGS / f"{text.replace('/', '--')}.json"
     if packaged.is_file():
@@ -476,7 +453,7 @@ def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dic
     cache_folder = _download(text, names)
     if not any((cache_folder / name).is_file() for name in names):
         raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that has one")
-    return load_config(cache_folder, visited=(*visited, text))
+    return load_config(cache_folder)
 
 
 def _download(hub_id: str, names: Sequence[str]) -> Path:
