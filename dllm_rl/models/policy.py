@@ -6,6 +6,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,15 @@ from dllm_rl.models.checkpoint.loading import (
 from dllm_rl.models.checkpoint.tensors import check_regular, mismatched_tensors, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import HALF, projected_in_float32
-from dllm_rl.models.lora import Lora, add_lora, has_adapted_or_low_bit, merge_lora, merged_state_dict, without_adapters
+from dllm_rl.models.lora import (
+    Lora,
+    adapted_layers,
+    add_lora,
+    call_without_adapters,
+    has_adapted_or_low_bit,
+    merge_lora,
+    merged_state_dict,
+)
 
 BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SelfPolicy = TypeVar("SelfPolicy", bound="_PolicyBase")  # beartype refuses typing.Self
@@ -161,11 +170,16 @@ class _PolicyBase:
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
-        """Return the policy without its adapters (`without_adapters`), which is the policy before training.
+        """Return a policy that shares the weights, and whose forwards do not use the adapters: the one before training.
 
-        Raise ValueError for a policy that has no adapters.
+        Raise ValueError for a policy without adapters, because training would then change the shared weights.
         """
-        return without_adapters(self)
+        if not adapted_layers(self.module):
+            raise ValueError(f"{type(self.module).__name__} has no adapters to leave out; keep a copy as the reference")
+        encode, head = (partial(call_without_adapters, f) for f in (self.spec.encode, self.spec.head))
+        reference = copy.copy(self)
+        reference.spec = replace(self.spec, encode=encode, head=head)
+        return reference
 
     def to(self: SelfPolicy, device: torch.device | str) -> SelfPolicy:
         """Move the module to a device and return the policy."""

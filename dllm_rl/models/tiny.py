@@ -1,7 +1,6 @@
 """Small models made from scratch: stock transformers classes with a character-level tokenizer."""
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,15 +64,13 @@ def tiny_masked_lm(
         config: Further fields of transformers' RobertaPreLayerNormConfig. Defaults: num_attention_heads=4,
             intermediate_size=384, no dropout.
     """
-    import transformers  # not at the top: the import takes half a second
-
     tokenizer = char_tokenizer(characters)
     positions = max_length + 1  # RoBERTa counts positions from pad_token_id + 1
     fields = _common_fields(tokenizer, False, hidden_size, num_layers, positions)
     fields |= {"intermediate_size": 384, "type_vocab_size": 1}
     fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model_config = _make_config("tiny_masked_lm", transformers.RobertaPreLayerNormConfig, fields, config)
-    return _make_policy(transformers.RobertaPreLayerNormForMaskedLM, model_config, tokenizer, seed, head_std)
+    model_config = _make_config("RobertaPreLayerNormConfig", fields, config)
+    return _make_policy("RobertaPreLayerNormForMaskedLM", model_config, tokenizer, seed, head_std)
 
 
 def tiny_llama(
@@ -102,13 +99,11 @@ def tiny_llama(
         config: Further fields of transformers' LlamaConfig. Defaults: num_attention_heads=4, intermediate_size=256,
             rope_theta=100.
     """
-    import transformers  # not at the top: the import takes half a second
-
     tokenizer = char_tokenizer(characters)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"intermediate_size": 256, "rope_theta": 100.0, "is_causal": causal}  # transformers >= 5.2 honors it
-    model_config = _make_config("tiny_llama", transformers.LlamaConfig, fields, config)
-    return _make_policy(transformers.LlamaForCausalLM, model_config, tokenizer, seed, head_std)
+    model_config = _make_config("LlamaConfig", fields, config)
+    return _make_policy("LlamaForCausalLM", model_config, tokenizer, seed, head_std)
 
 
 def tiny_moe(
@@ -137,15 +132,13 @@ def tiny_moe(
         config: Further fields of transformers' Qwen3MoeConfig. Defaults: num_attention_heads=4, num_experts=8,
             num_experts_per_tok=2, moe_intermediate_size=128 (width between an expert's layers), rope_theta=100.
     """
-    import transformers  # not at the top: the import takes half a second
-
     tokenizer = char_tokenizer(characters)
     heads = _num_heads(config, hidden_size)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "is_causal": causal}
     fields |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-    model_config = _make_config("tiny_moe", transformers.Qwen3MoeConfig, fields | {"rope_theta": 100.0}, config)
-    return _make_policy(transformers.Qwen3MoeForCausalLM, model_config, tokenizer, seed, head_std)
+    model_config = _make_config("Qwen3MoeConfig", fields | {"rope_theta": 100.0}, config)
+    return _make_policy("Qwen3MoeForCausalLM", model_config, tokenizer, seed, head_std)
 
 
 def tiny_diffusion_gemma(
@@ -161,22 +154,16 @@ def tiny_diffusion_gemma(
 ) -> Policy:
     """Make a small DiffusionGemma policy with random weights: an encoder of the text, and a decoder of a noisy canvas.
 
-    Use it to test `Renoise`.
+    Use it to test `Renoise`. The other arguments are those of `tiny_llama`.
 
     Args:
-        characters: All characters of prompts and completions, one token each.
-        seed: Seed of the weights.
-        hidden_size: Width of the model.
         num_layers: Number of blocks. The last has full attention, the others a sliding window.
         canvas_length: Number of tokens that are denoised together.
-        max_length: Longest prompt plus completion, in tokens.
         embedding_std: Initial standard deviation of the embeddings, which are also the head's weights.
         config: Further fields of the text model's config in transformers. Defaults: num_attention_heads=4,
             intermediate_size=128, num_experts=2, top_k_experts=1, moe_intermediate_size=64, sliding_window=64,
             final_logit_softcapping=30.
     """
-    import transformers  # not at the top: the import takes half a second
-
     tokenizer = char_tokenizer(characters)
     heads = _num_heads(config, hidden_size)
     rope = {"rope_type": "default", "rope_theta": 100.0}
@@ -207,12 +194,10 @@ def tiny_diffusion_gemma(
         "num_key_value_heads": 1,
         "patch_size": 2,
     }
-    text_config = _make_config("tiny_diffusion_gemma", transformers.DiffusionGemmaTextConfig, text_fields, config)
-    model_config = transformers.DiffusionGemmaConfig(
-        text_config=text_config, vision_config=vision_fields, canvas_length=canvas_length
-    )
-    model_class = transformers.DiffusionGemmaForBlockDiffusion
-    return _make_policy(model_class, model_config, tokenizer, seed, embedding_std, embedding_std)
+    text_config = _make_config("DiffusionGemmaTextConfig", text_fields, config)
+    parts = {"text_config": text_config, "vision_config": vision_fields, "canvas_length": canvas_length}
+    model_config = _make_config("DiffusionGemmaConfig", parts, {})
+    return _make_policy("DiffusionGemmaForBlockDiffusion", model_config, tokenizer, seed, embedding_std, embedding_std)
 
 
 def _common_fields(
@@ -240,27 +225,31 @@ def _num_heads(config: dict[str, Any], hidden_size: int) -> int:
     return heads
 
 
-def _make_config(function: str, config_class: Callable, fields: dict[str, Any], overrides: dict[str, Any]) -> Any:
+def _make_config(class_name: str, fields: dict[str, Any], overrides: dict[str, Any]) -> Any:
     """Return transformers' config with `fields`, some of them replaced by the user's `overrides`.
 
     Raises:
         ValueError: The config has no field of this name (transformers itself would accept any name), or the field
             follows from other arguments.
     """
+    import transformers  # not at the top: the import takes half a second
+
+    config_class = getattr(transformers, class_name)
     names = config_class().to_dict().keys() | fields.keys()
     for name in overrides:
         if name in ARGUMENTS:
-            raise ValueError(f"{name}={overrides[name]!r} follows from the other arguments of {function}; leave it out")
+            raise ValueError(f"{name}={overrides[name]!r} follows from the other arguments; leave it out")
         if name not in names:
             hint = nearest_hint(name, names, "{!r}")
-            raise ValueError(f"{name}={overrides[name]!r} is not a field of {config_class.__name__}{hint}")
-    _num_heads(overrides, fields["hidden_size"])
+            raise ValueError(f"{name}={overrides[name]!r} is not a field of {class_name}{hint}")
+    if "hidden_size" in fields:
+        _num_heads(overrides, fields["hidden_size"])
     return config_class(**fields | overrides)
 
 
 @torch.no_grad()
 def _make_policy(
-    model_class: Callable,
+    model_class: str,
     config: Any,
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
@@ -268,10 +257,12 @@ def _make_policy(
     embedding_std: float = 0.3,
 ) -> Any:
     """Make the module, and initialize it: matrices in blocks have std GAIN / sqrt(fan_in). Return its policy."""
-    from dllm_rl.models.policy import make_policy  # not at the top: the import takes seconds
+    import transformers  # not at the top: both imports take seconds
+
+    from dllm_rl.models.policy import make_policy
 
     with torch.random.fork_rng(devices=[]):  # transformers initializes weights with the global RNG
-        module = model_class(config)
+        module = getattr(transformers, model_class)(config)
     generator = Generator().manual_seed(seed)
     # With transformers' default, a std of 0.02 everywhere, a model of this size would not learn Sudoku in minutes.
     head = module.get_output_embeddings()

@@ -41,7 +41,7 @@ def test_first_weights_have_the_stated_deviations():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"vocab_size": 3}, "vocab_size=3 follows from the other arguments of tiny_llama"),
+        ({"vocab_size": 3}, "vocab_size=3 follows from the other arguments; leave it out"),
         ({"num_hidden_layers": 2}, "num_hidden_layers=2 follows"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must divide hidden_size=96"),
         ({"num_attention_heads": 5}, "num_attention_heads=5 must divide hidden_size=96"),

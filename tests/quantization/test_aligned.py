@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from emulated import CPU_SCHEMES, int3_emulated
 from repetitions import few
 
-from dllm_rl.models.lora import Lora, add_lora, merged_copy, without_adapters
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
@@ -178,10 +178,10 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     rollout = quantized_copy(policy, int3_emulated)
-    expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), without_adapters(policy).logits(*batch())
+    expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), policy.reference().logits(*batch())
     with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
-        assert torch.equal(without_adapters(policy).logits(*batch()), base)  # the reference is not aligned
+        assert torch.equal(policy.reference().logits(*batch()), base)  # the reference is not aligned
         loss_of(policy).backward()
         layer = policy.module.model.layers[0].mlp.up_proj
         with torch.no_grad():
