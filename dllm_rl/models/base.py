@@ -98,13 +98,8 @@ def encode_base(
 ) -> States:
     """Return the final hidden states of a stock module's backbone.
 
-    Args:
-        module: Stock transformers module.
-        tokens: New tokens (B, T).
-        attention_mask: Mask over S columns: first the columns of the cache, then the new ones.
-        positions: Positions of the new tokens (B, T).
-        cache: Cache of transformers with the keys and values of earlier columns. The module appends those of `tokens`.
-        use_cache: Passed to the module. Samplers with a cache set True.
+    `cache` is a cache of transformers with the keys and values of earlier columns, to which the module appends those of
+    `tokens`. Samplers pass it with use_cache=True.
     """
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
     if cache is not None:
@@ -255,14 +250,6 @@ class Policy(Head, Protocol):
 def trainable_parameters(module: Module) -> list[nn.Parameter]:
     """Return the parameters that are trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def has_bf16_products() -> bool:
-    """Return whether this machine's CPU multiplies in bf16.
-
-    Otherwise torch emulates bf16, and some products take 60 times as long as in fp32.
-    """
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def is_finite(tensor: Tensor) -> bool:

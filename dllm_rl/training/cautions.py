@@ -8,7 +8,6 @@ from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import Trajectory
-from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.rules import Commit, Rank, has_order_logprob, order_probability
@@ -69,7 +68,8 @@ def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:
 def bf16_warnings(recipe: Recipe, device: str) -> list[str]:
     """Warn about bf16 on a CPU that has no bf16 products."""
     has_bf16_weights = isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
-    if device != "cpu" or has_bf16_products() or not (recipe.bf16 or has_bf16_weights):
+    has_bf16_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device != "cpu" or has_bf16_products or not (recipe.bf16 or has_bf16_weights):
         return []
     name = "bf16=True" if recipe.bf16 else "dtype='bfloat16'"
     return [

@@ -19,10 +19,12 @@ from dllm_rl.models.checkpoint.tensors import (
 from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of, is_bitsandbytes
 
 PREFIX = "base_model.model."  # prefix of every name in peft's files
-# Settings of peft that change what is computed from the same tensors.
-PEFT_VARIANTS = (
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "use_bdlora"),
-)
+# Settings of peft that change what is computed from the same tensors, and their supported values.
+PEFT_SETTINGS: dict[str, Any] = {
+    **{"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"},
+    **{"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "alora_invocation_tokens": None},
+    **{"arrow_config": None, "kasa_config": None, "monteclora_config": None, "velora_config": None, "use_bdlora": None},
+}
 
 
 def from_peft(config: Any) -> Lora:
@@ -116,10 +118,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
-    supported: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
-    supported |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    supported |= dict.fromkeys(PEFT_VARIANTS)
-    for field, value in supported.items():
+    for field, value in PEFT_SETTINGS.items():
         if config.get(field) not in (value, None):
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
     init = config.get("init_lora_weights")
@@ -131,10 +130,15 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         )
     linear, experts = _adapted_paths(state)
     stock_paths = [rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
-    paths = tuple(sorted(stock_paths))
-    settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
-    # peft's files have no seed. A seed matters only for dropout, because A and B are overwritten.
-    add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
+    settings = Lora(
+        r=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config["lora_dropout"]),
+        targets=tuple(sorted(stock_paths)),
+        experts=bool(experts),
+        seed=int(metadata.get("seed", 0)),  # peft's files have none. It matters only for dropout: A and B are loaded
+    )
+    add_lora(policy, settings)
     policy_tensors = adapter_state(policy)
     if mismatched := mismatched_tensors(state, policy_tensors):
         kind = type(policy.module).__name__
@@ -166,10 +170,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     if not folder.is_dir():
         raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
     check_regular(folder)
-    path = folder / "adapter_model.safetensors"
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
-        with safe_open(path, "pt") as file:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a mapping)
             metadata = file.metadata() or {}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:

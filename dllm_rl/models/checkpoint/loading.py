@@ -84,7 +84,6 @@ def load_module(
         family = find_family(raw)
         files = weight_files(folder)
         shapes, dtypes = shapes_and_dtypes(folder, files)
-        check_numbers(raw, folder)
         if raw.get("quantization_config") is not None:
             raise ValueError(
                 f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantize "
@@ -134,7 +133,6 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     Error messages name `source`.
     """
     family = find_family(raw)
-    check_numbers(raw, "config.json")
     with name_in_errors(source), torch.device("meta"):
         cls, config = class_and_config(raw, family)
         return prepare_in_place(cls(config), family)
@@ -151,7 +149,8 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     """Return the fields of a checkpoint's config.json. A `block_size` replaces the file's, and is later saved.
 
-    Raise ValueError if the folder has no config.json; the message says what the folder is instead.
+    Raise ValueError if the folder has no config.json (the message says what the folder is instead) or a number in it is
+    not possible.
     """
     path = weights_folder(folder) / "config.json"
     try:
@@ -170,6 +169,7 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: it is not JSON; fetch the checkpoint again") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it is not a JSON object; fetch the checkpoint again")
+    check_numbers(raw, folder)
     return raw if block_size is None else raw | {"block_size": block_size}
 
 
@@ -299,7 +299,7 @@ def family_spec(
     config: Any,
     tokenizer: Tokenizer,
     *,
-    raw: dict | None = None,
+    raw: dict[str, Any],
     folder: Path | None = None,
     generation: Any = None,
     block_size: int | None = None,
@@ -309,7 +309,7 @@ def family_spec(
     Args:
         config: Config of the module.
         tokenizer: Tokenizer of the checkpoint.
-        raw: Fields of config.json. None: those of the module's config.
+        raw: Fields of config.json, or of the module's config.
         folder: Folder of the checkpoint. None: the module was not loaded from a folder.
         generation: Generation config of the module, if there is no `folder`.
         block_size: Block size that replaces the checkpoint's. None: the checkpoint's.
@@ -317,7 +317,6 @@ def family_spec(
     Raises:
         ValueError: The mask id is missing or outside the vocabulary, or the block size does not apply to the family.
     """
-    raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     config = config.get_text_config()  # for a model with images, the config of its text part
     generation_eos_ids = getattr(generation, "eos_token_id", None)

@@ -13,7 +13,7 @@ from dllm_rl import load_policy
 from dllm_rl.decoding.tokens import prompt_ids
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.checkpoint import loading
-from dllm_rl.models.checkpoint.loading import build_empty
+from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.lora import merged_state_dict
 from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -32,8 +32,9 @@ def test_a_number_of_layers_that_no_tensors_hold_is_refused_in_one_line(folder, 
 
 def test_layers_beyond_any_model_are_refused_before_one_is_built_from_a_config_alone(folder):
     """What --dry_run makes. Building ten million layers would never end."""
-    with pytest.raises(ValueError, match=r"config\.json: num_hidden_layers=1e\+07 is more than 1000000"):
-        build_empty(edit(folder, num_hidden_layers=10**7))
+    edit(folder, num_hidden_layers=10**7)
+    with pytest.raises(ValueError, match=r"num_hidden_layers=1e\+07 is more than 1000000; correct config\.json"):
+        load_config(folder)
 
 
 @pytest.mark.parametrize(
