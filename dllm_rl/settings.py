@@ -213,8 +213,3 @@ class Settings(Record):
             if value != setting.default:  # only what a variant changes
                 lines.append(f"    {setting.name}={describe(value)},")
         return "\n".join([*lines, ")"])
-
-    @property
-    def schedule_steps(self) -> int:
-        """Number of steps of the learning-rate schedule."""
-        return self.lr_schedule_steps or self.num_steps

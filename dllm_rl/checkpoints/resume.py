@@ -111,7 +111,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
 
 def check_schedule(recipe: Settings, steps_before: int) -> None:
     """Raise ValueError if the recipe's learning rates differ from those of a schedule of `steps_before` steps."""
-    steps = recipe.schedule_steps
+    steps = recipe.lr_schedule_steps or recipe.num_steps
     if any(recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)):
         field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
         change = f"would change the learning rates of a schedule that began with {steps_before} steps"

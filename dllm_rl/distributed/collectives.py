@@ -40,7 +40,7 @@ def sum_gradients(module: nn.Module, processes: "Processes") -> None:
             if parameter.grad is None:  # unused by the tokens of this process, for example an expert
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-    if sharding_of(module) is None and processes.num_processes > 1:
+    if processes.num_processes > 1 and sharding_of(module) is None:
         sum_buckets(gradients)
 
 

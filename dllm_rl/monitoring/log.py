@@ -17,9 +17,11 @@ from rich.console import Console, RenderableType
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, finite_numbers
-from dllm_rl.monitoring.progress import ProgressDisplay, progress_bar
+from dllm_rl.monitoring.progress import ESS, ProgressDisplay
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
+
+FIRST_HEARTBEAT = 60.0  # seconds of a stage until its first line; each further line comes after twice the time
 
 
 class RunLog:
@@ -43,7 +45,7 @@ class RunLog:
         self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.entered = ""  # the stage that began last
-        self.entering: Callable[[], None] = lambda: None  # called when a stage begins
+        self.entering: Callable[[], None] | None = None  # called when a stage begins
         self._step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
         self._equal_reward_steps = 0  # consecutive steps in which each group's rewards were equal
         self._warned = False
@@ -64,17 +66,32 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock seconds to the stage `name`, for the run and for the step. A long stage prints a
-        `heartbeat`.
+        """Add the block's wall-clock seconds to the stage `name`, for the run and for the step.
+
+        A stage that takes long prints its name after 60 s, 120 s, 240 s ..., so that the output of a stuck process
+        names it.
         """
         start_time = time.perf_counter()
         self.entered = name
-        self.entering()
-        with heartbeat(f"{name}, after {self._steps_done} steps,", self.say if self.main else None):
+        if self.entering is not None:
+            self.entering()
+        done = threading.Event()
+        threading.Thread(target=self._print_heartbeats, args=(done,), daemon=True).start()
+        try:
             yield
+        finally:
+            done.set()
         seconds = time.perf_counter() - start_time
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds
+
+    def _print_heartbeats(self, done: threading.Event) -> None:
+        place, rank = self.place, os.environ.get("RANK", "0")
+        elapsed, begun = FIRST_HEARTBEAT, time.monotonic()
+        while not done.wait(max(0.0, begun + elapsed - time.monotonic())):
+            line = f"process {rank}: {place}, has taken {elapsed:g} s so far"
+            self.say(line) if self.main else print(line, file=sys.stderr, flush=True)
+            elapsed *= 2
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics and the seconds of its stages to metrics.jsonl (NaN and infinity as null) and to
@@ -128,15 +145,11 @@ class RunLog:
         """Print lines safely: markup and control characters have no effect."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def view(
-        self, description: str, total: int, *, curve: str, completed: int = 0, exact: bool = True
-    ) -> ProgressDisplay:
-        """Return the display of a part of the run, to be called once per step. It draws the metric `curve`."""
-        rows = current_rows(self.files["metrics"].path) if self.main and completed else []
-        bar = progress_bar(self.console, description, total, completed=completed)
-        return ProgressDisplay(
-            bar, curve=curve, past=list(map(finite_numbers, rows)), exact=exact, stage=lambda: self.entered
-        )
+    def view(self, description: str, total: int, *, completed: int = 0, exact: bool = True) -> ProgressDisplay:
+        """Return the display of a part of the run, to be called once per step."""
+        rows = current_rows(self.files["metrics"].path) if self.main and completed and not exact else []
+        first_ess = next((row[ESS] for row in map(finite_numbers, rows) if ESS in row), None)
+        return ProgressDisplay(self.console, description, total, completed=completed, exact=exact, first_ess=first_ess)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -205,29 +218,3 @@ def track(
         except Exception as error:  # any exception of a tracker
             say(f"warning: {tracker.name} accepts no more numbers ({error}): the run continues without it")
     return working
-
-
-FIRST_HEARTBEAT = 60.0  # seconds until the first line; each further line comes after twice the time
-
-
-@contextmanager
-def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Print the stage and its duration after 60 s, 120 s, 240 s ..., so that the output of a stuck process names its
-    stage.
-    """
-    done = threading.Event()
-    start_time = time.monotonic()
-    rank = os.environ.get("RANK", "0")
-
-    def print_heartbeats() -> None:
-        elapsed = FIRST_HEARTBEAT
-        while not done.wait(max(0.0, start_time + elapsed - time.monotonic())):
-            line = f"process {rank}: {stage} has taken {elapsed:g} s so far"
-            say(line) if say else print(line, file=sys.stderr, flush=True)
-            elapsed *= 2
-
-    threading.Thread(target=print_heartbeats, daemon=True).start()  # a frozen process prints none
-    try:
-        yield
-    finally:
-        done.set()

@@ -78,7 +78,7 @@ def fine_tune(recipe: SFT) -> Summary:
         state=state,
         stop=stop,
         writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.logged_steps),
+        progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(folder or ""),
     )
 
@@ -186,7 +186,7 @@ def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
 def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str, float]:
     """Update the weights once and return the step's metrics."""
     recipe = run.recipe
-    learning_rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
+    learning_rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.lr_schedule_steps or recipe.num_steps)
     indices = rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)
     metrics = make_trainer(run).step(
         run.optimizer,

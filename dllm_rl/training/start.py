@@ -148,7 +148,6 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         progress=log.view(
             "training",
             recipe.num_steps,
-            curve="reward",
             completed=state.logged_steps,
             exact=recipe.likelihood.exact_ratios,
         ),

@@ -50,7 +50,7 @@ def update_settings(recipe: Recipe, step: int, loss: Callable | None = None) -> 
     return UpdateSettings(
         loss=loss or recipe.policy_loss,
         likelihood=recipe.likelihood,
-        learning_rate=recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps),
+        learning_rate=recipe.learning_rate * recipe.lr_schedule(step, recipe.lr_schedule_steps or recipe.num_steps),
         max_grad_norm=recipe.max_grad_norm,
         micro_batch_size=recipe.micro_batch_size,
         max_staleness=recipe.max_staleness,

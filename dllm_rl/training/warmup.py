@@ -31,7 +31,7 @@ def warm_up(
     if not recipe.sft_warmup_steps:
         return 0
     name = f"warmup/{recipe.sft_warmup_metric}"
-    progress = log.view("warm-up", recipe.sft_warmup_steps, curve=name)
+    progress = log.view("warm-up", recipe.sft_warmup_steps)
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     trainer = SupervisedTrainer(
         policy=policy, processes=accelerator, corruption=recipe.sft_warmup_corruption, like_rollouts=True

@@ -8,13 +8,13 @@ from tiny_recipe import tiny_recipe
 from torch.distributed.elastic.multiprocessing.api import PContext
 
 from dllm_rl.monitoring import log as module
-from dllm_rl.monitoring.log import heartbeat
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.trainer import train
 
 
-def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):
-    said, thrice = [], threading.Event()
+def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(tmp_path, monkeypatch):
+    said, thrice, log = [], threading.Event(), RunLog(tmp_path, start=7, main=True)
 
     def say(line: str) -> None:
         said.append(line)
@@ -22,34 +22,33 @@ def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):
             thrice.set()
 
     monkeypatch.setattr(module, "FIRST_HEARTBEAT", 0.01)
+    monkeypatch.setattr(log, "say", say)
     monkeypatch.setenv("RANK", "3")
-    with heartbeat("reward, after 7 steps,", say):
+    with log.stage("reward"):
         assert thrice.wait()
     told = [f"process 3: reward, after 7 steps, has taken {s} s so far" for s in ("0.01", "0.02", "0.04")]
     assert said[:3] == told
 
 
-def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(monkeypatch, capsys):
-    written = threading.Event()
+def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(tmp_path, monkeypatch, capsys):
+    written, log = threading.Event(), RunLog(tmp_path, start=0, main=False)
     monkeypatch.setattr(module, "print", lambda *a, **k: [print(*a, **k), written.set()], raising=False)
-    with heartbeat("scoring", None):
+    with log.stage("scoring"):
         pass
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(module, "FIRST_HEARTBEAT", 0.01)
-    with heartbeat("scoring", None):
+    with log.stage("scoring"):
         assert written.wait()
-    assert capsys.readouterr().err.startswith("process 0: scoring has taken 0.01 s so far\n")
+    assert capsys.readouterr().err.startswith("process 0: scoring, after 0 steps, has taken 0.01 s so far\n")
 
 
 def test_every_stage_of_a_run_is_watched(tmp_path, monkeypatch):
-    from contextlib import nullcontext
-
     stages = []
-    monkeypatch.setattr("dllm_rl.monitoring.log.heartbeat", lambda stage, say: stages.append(stage) or nullcontext())
+    monkeypatch.setattr(RunLog, "_print_heartbeats", lambda log, done: stages.append(log.place))
     train(tiny_recipe(tmp_path, num_steps=1))
     watched = {stage.split(",")[0] for stage in stages}
     assert watched == {"warm-up", "evaluation", "rollout", "reward", "waiting", "scoring", "update", "sync"}
-    assert {"rollout, after 0 steps,", "evaluation, after 1 steps,"} <= set(stages)
+    assert {"rollout, after 0 steps", "evaluation, after 1 steps"} <= set(stages)
 
 
 def test_a_recipes_limit_holds_for_every_grader_of_a_run(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import pytest
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, finite_numbers, warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
-from dllm_rl.monitoring.progress import sparkline
 
 
 def test_a_warm_up_that_is_begun_again_counts_once(tmp_path):
@@ -75,5 +74,3 @@ def test_what_is_no_number_of_a_run_is_not_drawn(tmp_path):
         rows = [json.dumps({"step": i} | dict.fromkeys(names, "@")).replace('"@"', v) for i, v in enumerate(values)]
         (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
         assert plot(tmp_path).is_file()
-        shown = RunLog(tmp_path, start=9, main=True).view("training", 10, curve=first, completed=9)
-        assert shown.values == [0.5, 0.25] and sparkline(shown.values)
