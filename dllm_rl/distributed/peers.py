@@ -28,7 +28,6 @@ EXIT_STATUS = 75  # after the loss of another process: EX_TEMPFAIL of sysexits.h
 TICKS_PER_TIMEOUT = 10  # a process that sends nothing for more ticks than this is lost
 MAX_GRACE = 10.0  # seconds in which a process may end by itself after a loss, at most
 CAUSE_TIMEOUT = 2.0  # seconds to wait for another process to report why a collective failed
-TOKEN_TIMEOUT = 1.0  # seconds to wait for the run's token on a new connection
 MAX_RECEIVED_BYTES = 1 << 16
 
 
@@ -135,25 +134,38 @@ class Peers:
     def _accept(self, server: socket.socket, token: str, num_processes: int) -> None:
         """Accept the connections of all other processes, and close those of strangers, which do not know the token."""
         deadline = time.monotonic() + self._seconds
+        accepted = selectors.DefaultSelector()  # the server, and connections that have sent nothing yet
+        accepted.register(server, selectors.EVENT_READ)
         while missing := set(range(1, num_processes)) - self._connections.keys():
-            server.settimeout(max(1e-3, deadline - time.monotonic()))
-            try:
-                connection = PeerConnection(server.accept()[0])
-            except TimeoutError:
+            events = accepted.select(max(0.0, deadline - time.monotonic()))
+            if not events:
                 text = f"process {min(missing)} has not joined in peer_timeout={self._seconds:g} s"
-                raise OSError(None, f"{text}; {self._advice}") from None
-            connection.socket.settimeout(TOKEN_TIMEOUT)
-            try:
-                (message,) = connection.receive()
-                is_known = secrets.compare_digest(str(message["token"]), token)
-            except (OSError, EOFError, ValueError, KeyError, TypeError):
-                is_known = False
-            if not is_known:
-                connection.socket.close()
-                continue
-            connection.process, connection.name = message["process"], message["name"]
-            connection.send(name=self._name)
-            self._watch_connection(connection)
+                raise OSError(None, f"{text}; {self._advice}")
+            for key, _ in events:
+                if key.fileobj is server:
+                    connection = PeerConnection(server.accept()[0])
+                    accepted.register(connection.socket, selectors.EVENT_READ, connection)
+                else:
+                    accepted.unregister(key.fileobj)
+                    self._identify(key.data, token)
+        for key in [*accepted.get_map().values()]:
+            if key.data is not None:
+                key.data.socket.close()
+        accepted.close()
+
+    def _identify(self, connection: PeerConnection, token: str) -> None:
+        """Read who is at the other end of a new connection, or close it if it does not send the token."""
+        try:
+            (message,) = connection.receive()
+            is_known = secrets.compare_digest(str(message["token"]), token)
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
+            is_known = False
+        if not is_known:
+            connection.socket.close()
+            return
+        connection.process, connection.name = message["process"], message["name"]
+        connection.send(name=self._name)
+        self._watch_connection(connection)
 
     def _connect(self, host: str, port: int, token: str) -> None:
         try:
