@@ -7,7 +7,7 @@ from typing import Any
 
 import lazy_loader
 
-from dllm_rl.screen import imports_interruptible, silence_import_noise
+from dllm_rl.screen import silence_import_noise
 
 silence_import_noise()  # before the libraries that log this noise are imported
 
@@ -21,5 +21,4 @@ def __getattr__(name: str) -> Any:
         from dllm_rl.records import nearest_hint
 
         raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{nearest_hint(name, __all__, '{!r}')}")
-    with imports_interruptible():
-        return _import_name(name)
+    return _import_name(name)

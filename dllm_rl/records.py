@@ -296,8 +296,8 @@ def describe(value: Any) -> str:
     Use it to print a setting in a message.
     """
     if isinstance(value, functools.partial):
-        names = [str(position) for position, _ in enumerate(value.args, 1)]
-        return _format_call(value.func, dict(zip(names, value.args, strict=True)) | value.keywords)
+        settings = repr(value).removeprefix(f"functools.partial({value.func!r}").removeprefix(", ")
+        return f"{describe(value.func)}({settings}"
     if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
         return full_name(value)
     if inspect.ismethod(value):
@@ -328,9 +328,7 @@ def _describe_object(value: Any) -> str:
 
 
 def _format_call(function: Any, values: Mapping[str, Any]) -> str:
-    texts = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in values.items()]
-    name = full_name(function) if hasattr(function, "__name__") else describe(function)
-    return f"{name}({', '.join(texts)})"
+    return f"{full_name(function)}({', '.join(f'{name}={describe(value)}' for name, value in values.items())})"
 
 
 def full_name(target: Any) -> str:

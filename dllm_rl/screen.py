@@ -8,13 +8,9 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -87,25 +83,10 @@ def _lacks(part: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: part not in str(record.msg)
 
 
-@contextmanager
-def imports_interruptible() -> Iterator[None]:
-    """Make Ctrl-C during an import in the block print one line and exit with 130, unless Python is interactive."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if interactive() or not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _exit_during_import)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def ended_by_launcher() -> None:
     """Ask Linux to send SIGTERM to this process when torch's or accelerate's launcher dies.
 
-    Otherwise the process would outlive its launcher. If the launcher is already dead, as far as this can be determined,
-    end the process immediately.
+    Otherwise the process would outlive its launcher.
     """
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not sys.platform.startswith("linux") or not launched:
@@ -113,41 +94,13 @@ def ended_by_launcher() -> None:
     parent = os.getppid()
     command_file = Path(f"/proc/{parent}/cmdline")
     command = command_file.read_bytes() if command_file.exists() else b""
-    if not command and parent > 1:
-        # The parent is exiting: only after its memory is freed do its children get another parent. Wait for that.
-        for _ in range(5000):
-            if os.getppid() != parent:
-                return ended_by_launcher()
-            time.sleep(0.001)
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
-        # The parent is no launcher. A shell or another parent may end before its jobs, which then continue. But if the
-        # parent is init (1), the launcher may have died while the recipe imported torch before this line. It has died
-        # if torchrun's variable is set, because only torchrun sets it. accelerate's variable may also be exported by
-        # hand, in a service or a container; then the leader of the process group is alive.
-        if parent == 1 and ("TORCHELASTIC_RUN_ID" in launched or not _is_alive(os.getpgrp())):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return
+        return  # a shell or another parent, which may end before its jobs
     import ctypes  # imported here, because only launched processes need it
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # the launcher died before the call of prctl
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_alive(process: int) -> bool:
-    """Return whether a process runs. Process 0 is outside of this container, and counts as alive."""
-    status = Path(f"/proc/{process}/stat")
-    # The state follows the name in brackets. Z is a zombie: it has ended, but its parent has not waited for it yet.
-    return process == 0 or (status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z")
-
-
-def _exit_during_import(number: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"interrupted\n")
-            os._exit(128 + number)  # libraries turn an exception into another one, or ignore it
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 # Called here, because the other imports take seconds: if the launcher died meanwhile, the parent would change.

@@ -40,9 +40,10 @@ def test_an_object_is_its_class_and_what_its_constructor_got():
     others = [Bonus(3, ["a", "b"], "secret"), Bonus(2, ["a", "c"], "secret"), Bonus(2, ["a", "b"], "other")]
     others.append(Bonus(2, ["a", "b"], "secret", then=Bonus(1, [], "")))
     assert len({text, *map(describe, others)}) == 5
-    for wrapped in (one.method, partial(Bonus.method, one), [one], {"a": one}, (1, {"b": [one]})):
+    for wrapped in (one.method, partial(Bonus.method, 1, "x", key=2.5), [one], {"a": one}, (1, {"b": [one]})):
         assert " at 0x" not in describe(wrapped)
     assert describe(one.method).endswith(".method")
+    assert describe(partial(Bonus.method, 1, "x", key=2.5)) == f"{__name__}.method(1, 'x', key=2.5)"
 
 
 def test_what_has_no_text_is_refused_before_a_run(tmp_path):

@@ -1,7 +1,6 @@
 """Foreign text reaches a screen as it is: control characters as signs, brackets as brackets, wherever it is shown."""
 
 import io
-import signal
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,6 @@ from _pytest.capture import CaptureIO
 from rich.console import Console
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import screen
 from dllm_rl.cli import evaluate_run as evaluate_cli
 from dllm_rl.cli import main as cli
 from dllm_rl.config import from_command_line
@@ -83,7 +81,7 @@ def test_a_literal_is_no_markup():
 
 def test_the_log_shows_lines_and_bars_as_they_are(terminal, tmp_path):
     log = RunLog(tmp_path, start=0, main=True)
-    progress = log.view(HOSTILE, 2, curve="reward")
+    progress = log.view(HOSTILE, 2)
     log.say(f"{HOSTILE}\nsecond line")
     progress({"reward": 1.0}, show=True, close=True)
     log.close()
@@ -161,15 +159,3 @@ def test_a_long_error_keeps_its_field_and_its_remedy(error):
     line = line_of(error)
     assert len(line) <= 390 and line.startswith("field=xxx") and line.endswith("; give a short one")
     assert line_of(ValueError("x" * 380)) == "x" * 380
-
-
-def test_a_launcher_that_is_ending_is_waited_for(monkeypatch):
-    """Killed, it has lost its command, and its process gets init as a parent only later."""
-    parents = iter([2**22 + 5, 2**22 + 5, 1, 1])  # no process has the first number
-    signals = []
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(screen.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(screen.os, "getpgrp", lambda: 2**22 + 5)
-    monkeypatch.setattr(screen.os, "kill", lambda process, number: signals.append(number))
-    screen.ended_by_launcher()
-    assert signals == [signal.SIGTERM] and not list(parents)

@@ -1,6 +1,7 @@
 """The `dllm-rl` command. Each subcommand reads its arguments here and calls one function elsewhere."""
 
 import argparse
+import pkgutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy, read_methods, split_fields
-from dllm_rl.screen import escape_controls, imports_interruptible, line_of
+from dllm_rl.screen import escape_controls, line_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.fields = fields
     try:
         check_paths(arguments)
-        with imports_interruptible():
-            return arguments.run(arguments) or 0  # a command that checks something returns its status
+        # Most commands are imported here, so that help is fast. One that checks something returns its status.
+        run = pkgutil.resolve_name(arguments.run) if isinstance(arguments.run, str) else arguments.run
+        return run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
@@ -79,17 +81,22 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.set_defaults(run=sample)
 
 
+def add_token_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
+    sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
+    sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
+    top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
+    sub.add_argument("--top_p", type=float, help=top_p_help)
+    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
+    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
+
+
 def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
-    sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
-    sub.add_argument("--top_k", type=int)
-    sub.add_argument("--top_p", type=float)
-    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
-    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
+    add_token_options(sub)
     rank_help = "Confidence, MaxProb, Margin, Entropy, RandomOrder or PlackettLuce (default: chosen by --commit)"
     sub.add_argument("--rank", help=rank_help)
     commit_help = "Schedule (default), Threshold, SoftThreshold ...; its fields are options, as --commit.tau 0.9"
@@ -129,26 +136,11 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def lines_of_input() -> list[str]:
-    """Read prompts from standard input, one per line; drop line ends and byte order marks."""
-    import codecs
-    import re
-
-    raw = sys.stdin.buffer.read()
-    # UTF-32 first: its byte order mark begins with that of UTF-16.
-    encodings = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
-    encodings += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8")]
-    encoding = next(
-        (name for byte_order_mark, name in encodings if raw.startswith(byte_order_mark)), sys.stdin.encoding
-    )
+    """Read prompts from standard input, one per line."""
     try:
-        text = raw.decode(encoding, sys.stdin.errors or "strict")
+        return [line.removesuffix("\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
-    if "\0" in text:
-        raise ValueError(f"standard input contains a NUL at character {text.index(chr(0))}; give text in {encoding}")
-    # Not splitlines, which also splits at Unicode's line separators.
-    lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\n|\r", text)]
-    return lines if lines[-1] else lines[:-1]
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -181,13 +173,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub, maker="--make_model")
     sub.add_argument("--seed", type=int, default=0, help="seed of requests without one (default 0)")
-    sub.set_defaults(run=serve)
-
-
-def serve(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.serve import serve_command
-
-    serve_command(arguments)
+    sub.set_defaults(run="dllm_rl.cli.serve:serve_command")
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -224,13 +210,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
     )
     sub.add_argument("--autoregressive", action="store_true", help=autoregressive_help)
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
-    sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
-    sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
-    top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
-    sub.add_argument("--top_p", type=float, help=top_p_help)
-    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
-    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
+    add_token_options(sub)
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
         "--majority",
@@ -256,7 +236,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object per setting instead of a table")
     sub.add_argument("--csv", metavar="FILE", help="also write a row per setting, with intervals and differences")
     sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
-    sub.set_defaults(run=evaluate)
+    sub.set_defaults(run="dllm_rl.cli.evaluate_run:evaluate_command")
 
 
 def _join_names(names: Iterable[str], default: str | None = None) -> str:
@@ -303,12 +283,6 @@ def _seconds_or_none(text: str) -> float | None:
         if 0 < (seconds := float(text)) < float("inf"):  # NaN fails too
             return seconds
     raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, or none for no limit")
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.evaluate_run import evaluate_command
-
-    evaluate_command(arguments)
 
 
 def add_grade(commands: argparse._SubParsersAction) -> None:
@@ -447,13 +421,7 @@ def add_check_trace(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub, maker="--make_model")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    sub.set_defaults(run=check_trace)
-
-
-def check_trace(arguments: argparse.Namespace) -> int:
-    from dllm_rl.cli.check_trace import check_trace_command
-
-    return check_trace_command(arguments)
+    sub.set_defaults(run="dllm_rl.cli.check_trace:check_trace_command")
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:

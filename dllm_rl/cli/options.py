@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,18 +42,13 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, An
 
 def read_value(text: str) -> Any:
     """Return the value that text stands for in YAML; None for "none"."""
-    import yaml  # local: not needed for --help
+    import jsonargparse  # local: not needed for --help
+    import yaml
 
-    if text == "none":
-        return None
     try:
-        value = yaml.safe_load(text)
+        return None if text == "none" else jsonargparse.get_loader("yaml")(text)
     except yaml.YAMLError:
         return text  # the class refuses it, if its field is no text
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 1e-3 as text
-    return value
 
 
 def read_methods(

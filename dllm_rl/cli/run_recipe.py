@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
-from dllm_rl.screen import escape_controls, imports_interruptible, interactive, line_of
+from dllm_rl.screen import escape_controls, interactive, line_of
 from dllm_rl.supervised.sft import SFT
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
     """
     rank = os.environ.get("RANK", "0")
     try:
-        with imports_interruptible():
-            return run(from_command_line(recipe), features, is_first_process=rank == "0")
+        return run(from_command_line(recipe), features, is_first_process=rank == "0")
     except KeyboardInterrupt:
         if interactive():
             raise

@@ -152,6 +152,8 @@ class Peers:
             if key.data is not None:
                 key.data.socket.close()
         accepted.close()
+        for connection in self._connections.values():  # which wait for it, so that all watch from now on
+            connection.send(name=self._name)
 
     def _identify(self, connection: PeerConnection, token: str) -> None:
         """Read who is at the other end of a new connection, or close it if it does not send the token."""
@@ -164,7 +166,6 @@ class Peers:
             connection.socket.close()
             return
         connection.process, connection.name = message["process"], message["name"]
-        connection.send(name=self._name)
         self._watch_connection(connection)
 
     def _connect(self, host: str, port: int, token: str) -> None:
@@ -174,7 +175,13 @@ class Peers:
             why = f"process {self._index} cannot reach the main process at {host}:{port}: {error.strerror}"
             text = f"{why}; open the machines' ports to one another, or use --peer_timeout none"
             raise OSError(error.errno, text) from None
+        connection.socket.settimeout(2 * self._seconds)  # in half of it the main process says who has not joined
         connection.send(token=token, process=self._index, name=self._name)
+        try:
+            for message in connection.receive():
+                self._handle_message(connection, message)
+        except EOFError:
+            raise OSError(None, f"process 0 ended before all processes had joined; {self._advice}") from None
         self._watch_connection(connection)
 
     def _watch_connection(self, connection: PeerConnection) -> None:

@@ -104,21 +104,6 @@ def test_a_mistyped_option_is_refused_before_torchao_and_the_models_are_imported
     assert done.stderr == "error: --mistyped is not a setting of Recipe; the nearest is --dtype (--help lists all)\n"
 
 
-IMPORTS = ["from dllm_rl import Recipe", "from dllm_rl.cli.main import main; raise SystemExit(main(['doctor', 'x']))"]
-
-
-@pytest.mark.parametrize("program", IMPORTS, ids=["recipe", "command"])
-def test_a_ctrl_c_while_libraries_are_imported_is_one_line(program, tmp_path):
-    """Libraries turn an exception during their import into another one: this one does."""
-    (tmp_path / "torch.py").write_text(
-        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    raise ImportError"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {program}"  # nohup ignores it
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
-    assert done.returncode == 130 and done.stderr == "interrupted\n" and not done.stdout
-
-
 def test_a_ctrl_c_after_the_imports_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(recipe):
         os.kill(os.getpid(), signal.SIGINT)

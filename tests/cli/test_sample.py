@@ -166,30 +166,11 @@ def test_prompts_that_are_no_text_are_named(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: standard input is not utf-8 at byte 3; convert the prompts\n"
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"12=\r\n34=\r\n",
-        b"\xef\xbb\xbf12=\n34=",
-        b"12=\r34=\r",
-        b"12=\n\xef\xbb\xbf34=\r\n",
-        "12=\r\n34=\n".encode("utf-16"),
-        b"\xfe\xff" + "12=\n34=\n".encode("utf-16-be"),
-        "12=\n34=".encode("utf-32"),
-    ],
-    ids=repr,
-)
-def test_line_ends_and_marks_are_no_part_of_a_prompt(checkpoint, capsys, monkeypatch, raw):
+@pytest.mark.parametrize("raw", [b"12=\r\n34=\r\n", b"12=\n34=", b"12=\r34=\r"], ids=repr)
+def test_line_ends_are_no_part_of_a_prompt(checkpoint, capsys, monkeypatch, raw):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
     assert cli.main(["sample", checkpoint, "--max_new_tokens", "2", "--json"]) == 0
     assert [row["prompt"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["12=", "34="]
-
-
-@pytest.mark.parametrize("raw", [b"1\0002=\n", "12=\n".encode("utf-16-le"), b"\xff\xfe1"], ids=repr)
-def test_what_is_no_text_on_standard_input_is_refused(checkpoint, capsys, monkeypatch, raw):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-    assert cli.main(["sample", checkpoint]) == 2
-    assert capsys.readouterr().err.startswith("error: standard input ")
 
 
 def test_a_causal_model_has_no_unmasking_options():

@@ -50,8 +50,6 @@ def made(monkeypatch):
         for thread in threads:
             thread.join()
         watches.extend(made)
-        for watch in made[1:]:
-            hear(watch)  # the main process's name
         return made
 
     yield make
@@ -139,6 +137,17 @@ def test_one_that_never_joins_is_named(made, monkeypatch):
     monkeypatch.setattr(peers, "from_main", lambda work, processes: work())
     with pytest.raises(OSError, match=r"process 1 has not joined in peer_timeout=0\.01 s; go on"):
         Peers(OneProcess(2, 0), seconds=0.01, advice="go on")
+
+
+def test_a_main_process_that_ends_first_is_named(made, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(peers, "from_main", lambda work, processes: ("127.0.0.1", port, "token"))
+        leaves = threading.Thread(target=lambda: server.accept()[0].close())
+        leaves.start()
+        with pytest.raises(OSError, match="process 0 ended before all processes had joined; go on"):
+            Peers(OneProcess(2, 1), seconds=60.0, advice="go on")
+        leaves.join()
 
 
 @pytest.mark.parametrize(

@@ -145,24 +145,6 @@ LAUNCHER = (
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
-@pytest.mark.parametrize(
-    ("variable", "outlives"),
-    [("TORCHELASTIC_RUN_ID", ""), ("ACCELERATE_MIXED_PRECISION", ""), ("NEITHER", "outlived")],
-)
-def test_a_process_whose_launcher_died_before_it_imports_us_ends_too(variable, outlives):
-    """As a recipe's does, which imports torch first: its parent is init by then."""
-    waits = "import os, sys, time; launcher = os.getppid(); print('started', flush=True)\n"
-    waits += "while os.getppid() == launcher: time.sleep(0.01)\n"
-    ends = f"sys.exit(print('{outlives}', file=sys.stderr))"  # where another process than init takes over
-    child = f"{waits}if os.getppid() != 1: {ends}\nimport dllm_rl; print('outlived', file=sys.stderr)"
-    without = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")}
-    command = [sys.executable, "-c", LAUNCHER, child, "accelerate"]
-    own = {"env": without | {variable: "no"}, "start_new_session": True}
-    done = subprocess.run(command, capture_output=True, text=True, **own)
-    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (-signal.SIGKILL, "started", outlives)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
 @pytest.mark.parametrize("late", ["", "import torch; "])
 def test_a_process_does_not_outlive_a_launcher_that_dies_while_it_imports(late):
     """It asks before the other imports; after them its parent is another process."""
