@@ -178,11 +178,12 @@ class Peers:
         connection.socket.settimeout(2 * self._seconds)  # in half of it the main process says who has not joined
         connection.send(token=token, process=self._index, name=self._name)
         try:
-            for message in connection.receive():
-                self._handle_message(connection, message)
+            messages = connection.receive()
         except EOFError:
             raise OSError(None, f"process 0 ended before all processes had joined; {self._advice}") from None
         self._watch_connection(connection)
+        for message in messages:
+            self._handle_message(connection, message)
 
     def _watch_connection(self, connection: PeerConnection) -> None:
         connection.socket.setblocking(False)
