@@ -58,7 +58,8 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.dry_run.plan import memory, meta_policy
+from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
+from dllm_rl.training.dry_run.plan import meta_policy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
@@ -282,7 +283,8 @@ def planned(rehearse: bool, device: str) -> Iterable[Row]:
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(main_job, output_dir=folder, **fields)
             policy = meta_policy(recipe)
-            most = memory(recipe, policy, len(prompt_ids(policy, recipe.task[0].prompt))).peaks
+            prompt_tokens = len(prompt_ids(policy, recipe.task[0].prompt))
+            most = step_memory(PlannedStep(recipe, policy, prompt_tokens)).peaks
             found = seconds_and_peak(partial(train, recipe), device, repeats=1)
             trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)
         row = {"what": name, "planned GiB": max(most.values()) / 2**30, "measured GiB": found["peak_mib"] / 1024}

@@ -41,7 +41,7 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
     """Make the writer of the run's checkpoints. The run does not end before the writer's last write is complete.
     Collective: every process must call it.
     """
-    is_sharded = processes_per_shard(recipe, accelerator.num_processes) > 1
+    is_sharded = processes_per_shard(recipe.shard_size, accelerator.num_processes) > 1
     # A separate process group: the collectives of the writer thread must not mix with those of a training step.
     timeout = timedelta(seconds=recipe.collective_timeout)
     writer = CheckpointWriter(

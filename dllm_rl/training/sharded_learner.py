@@ -19,15 +19,19 @@ from dllm_rl.settings import Settings
 UNSHARDED_REMEDY = "or shard_size=1, with which every process has the full weights"
 
 
-def processes_per_shard(recipe: Settings, processes: int) -> int:
+def processes_per_shard(shard_size: int, processes: int) -> int:
     """Return how many processes share the weights of one learner."""
-    return recipe.shard_size or processes
+    return shard_size or processes
 
 
 def loading_device(recipe: Settings, accelerator: Accelerator) -> torch.device:
     """Return the device to load the learner's weights to: the host if they will be sharded."""
     # No device needs memory for the full model: `shard` moves it to the devices unit by unit.
-    return torch.device("cpu") if processes_per_shard(recipe, accelerator.num_processes) > 1 else accelerator.device
+    return (
+        torch.device("cpu")
+        if processes_per_shard(recipe.shard_size, accelerator.num_processes) > 1
+        else accelerator.device
+    )
 
 
 def check_launch_config() -> None:
@@ -57,7 +61,7 @@ def check_batches(recipe: Settings, processes: int) -> None:
 
 def check_sharding(recipe: Settings, processes: int) -> None:
     """Raise ValueError on a setting that a sharded learner cannot have, before anything is loaded."""
-    size = processes_per_shard(recipe, processes)
+    size = processes_per_shard(recipe.shard_size, processes)
     if processes % size:
         raise ValueError(f"shard_size={size} must divide the {processes} processes; give a divisor, or 0 for all")
     if size == 1 or not isinstance(recipe, Recipe):
@@ -80,7 +84,7 @@ def check_sharding(recipe: Settings, processes: int) -> None:
 
 def shard_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
     """Shard the policy's weights in place, with its adapters, if the recipe shards the learner; return the policy."""
-    size = processes_per_shard(recipe, accelerator.num_processes)
+    size = processes_per_shard(recipe.shard_size, accelerator.num_processes)
     module = policy.module
     if size == 1:
         return policy

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from emulated import int3_emulated
 from mixtures import sharp_moe
 from repetitions import slow
@@ -13,7 +12,7 @@ from tiny_recipe import MOE_SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.dry_run.memory import step_memory
+from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import check_compiled
 from dllm_rl.training.trainer import train
 
@@ -89,10 +88,9 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
 
 
 def test_a_dry_run_counts_a_mixture_in_fp32(tmp_path):
-    recipe = moe_recipe(tmp_path, router_replay="R3")
+    recipe = moe_recipe(tmp_path, rollout_quantization=None)
     weights = sum(p.numel() for p in MOE().module.parameters())
-    settings = {"prompt_tokens": 20, "dtype": torch.float32, "rollout_copy": 0}
-    held = step_memory(recipe, MOE(), **settings).persistent
+    held = step_memory(PlannedStep(recipe, MOE(), prompt_tokens=20)).persistent
     assert held["gradients"] == 4 * weights and held.keys() == {"weights", "gradients", "optimizer"}
     assert held["weights"] == pytest.approx(4 * weights, rel=0.01) and held["optimizer"] == pytest.approx(
         8 * weights, rel=0.01

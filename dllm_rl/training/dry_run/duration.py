@@ -2,14 +2,9 @@
 
 import math
 
-import torch
-
-from dllm_rl.models.base import Policy
-from dllm_rl.quantization.schemes import Float8Dynamic, Float8WeightOnly
-from dllm_rl.recipe import Recipe
+from dllm_rl.quantization.schemes import Float8Dynamic, Float8WeightOnly, Scheme
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.dry_run.memory import num_retained_graphs, renoising_steps, token_layers
-from dllm_rl.types import Rollout
+from dllm_rl.training.dry_run.memory import PlannedStep, token_layers
 
 PEAK_FLOPS = 989e12  # operations per second of an H100 and an H200 in dense bf16
 # Shares of PEAK_FLOPS that were measured on LLaDA-8B's shapes (benchmarks/README.md).
@@ -20,71 +15,48 @@ QUANTIZED_SHARES: dict[type, tuple[float, float]] = {Float8WeightOnly: (0.25, 0.
 HOST_SECONDS = 21e-3 / 225  # time on the host per linear layer: 21 ms for the 225 layers of LLaDA-8B
 
 
-def peak_shares(recipe: Recipe) -> dict[str, float]:
+def peak_shares(scheme: Scheme | None, compiled: bool) -> dict[str, float]:
     """Return the share of PEAK_FLOPS that each stage is assumed to reach."""
-    eager, compiled = QUANTIZED_SHARES.get(type(recipe.rollout_quantization), (FORWARD_SHARE, FORWARD_SHARE))
-    rollout = compiled if recipe.torch_compile else eager
+    rollout = QUANTIZED_SHARES.get(type(scheme), (FORWARD_SHARE, FORWARD_SHARE))[compiled]
     return {"rollout": rollout, "scoring": FORWARD_SHARE, "update": BACKWARD_SHARE}
 
 
-def stage_seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, float]:
-    """Return the seconds of a process's step, by stage. `recipe` has the batch of one process. All groups count as
-    scored.
+def stage_seconds(step: PlannedStep) -> dict[str, float]:
+    """Return the seconds of a process's step, by stage. All groups count as scored.
+
+    A token is multiplied with the weights of the experts that it uses; adapters are small and not counted.
     """
-    weights, layers = count_weights(policy)
+    recipe, attention = step.recipe, step.policy.spec.attention
+    layers = list(token_layers(step.policy))
+    weights = sum(map(math.prod, layers))
 
     def duration(tokens: int, share: float, forwards: int, passes: int = 1) -> float:
-        return passes * max(2 * weights * tokens / (share * PEAK_FLOPS), forwards * layers * HOST_SECONDS)
+        return passes * max(2 * weights * tokens / (share * PEAK_FLOPS), forwards * len(layers) * HOST_SECONDS)
 
-    rollout_share = peak_shares(recipe)["rollout"]
-    rows = recipe.train_batch_size * recipe.num_generations
-    length = recipe.max_new_tokens or prompt_tokens
-    row_tokens = prompt_tokens + recipe.max_new_tokens
-    sampler = recipe.sampler
-    steps = getattr(sampler, "diffusion_steps", None) or length  # an adaptive commit rule needs fewer
-    forward_tokens = row_tokens  # tokens of a row in one forward of a rollout
-    if policy.spec.attention == "causal":
+    view_tokens = step.num_views * step.rows * step.row_tokens
+    forward_tokens = step.row_tokens  # tokens of a row in one forward of a rollout
+    if attention == "causal":
         forward_tokens = 1
-    elif isinstance(sampler, Unmask) and sampler.cache is not None:
-        forward_tokens = sampler.block_size or policy.spec.block_size or length
-    rollout_batches = math.ceil(rows / (recipe.rollout_batch_size or rows))
-    rollout_tokens = rows * forward_tokens * steps
-    micro_batches = math.ceil(rows / (recipe.micro_batch_size or rows))
-    if policy.spec.attention == "encoder_decoder":  # one view replays all steps, and reads the text once
-        steps = renoising_steps(recipe, policy)
-        view_tokens = rows * (row_tokens + steps * (policy.spec.block_size or length))
-        rollout_tokens = view_tokens
-        forwards = steps * micro_batches
-    else:
-        views = count_views(recipe, length, steps)
-        forwards = views * micro_batches
-        view_tokens = views * rows * row_tokens
+    elif isinstance(recipe.sampler, Unmask) and recipe.sampler.cache is not None:
+        forward_tokens = recipe.sampler.block_size or step.policy.spec.block_size or step.written_tokens
+    rollout_tokens = step.rows * forward_tokens * step.sampler_steps
+    if attention == "encoder_decoder":  # the text is read once, and each forward denoises a canvas
+        rollout_tokens = view_tokens = step.rows * (step.row_tokens + step.sampler_steps * step.canvas)
+
+    share = peak_shares(recipe.rollout_quantization, recipe.torch_compile)["rollout"]
+    rollout_batches = math.ceil(step.rows / (recipe.rollout_batch_size or step.rows))
     # Forwards of the learner, of the reference, and for the value model.
     passes = 1 + bool(recipe.beta) + bool(recipe.value_model)
-    scoring = duration(view_tokens, FORWARD_SHARE, forwards, passes)
+    scoring = duration(view_tokens, FORWARD_SHARE, step.num_forwards, passes)
     if recipe.has_separate_rollout_policy and not recipe.likelihood.exact_for_sampler:
-        scoring += duration(view_tokens, rollout_share, forwards)
-    scoring *= recipe.num_mask_sets
+        scoring += duration(view_tokens, share, step.num_forwards)
     # A forward and the gradients of inputs; the gradients of weights; and the forwards that checkpointing runs again.
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing
-    update = recipe.num_iterations * duration(view_tokens, BACKWARD_SHARE, forwards, passes)
-    if num_retained_graphs(recipe, policy, rows=rows):  # the first update reuses the forward of scoring
-        update -= duration(view_tokens, BACKWARD_SHARE, forwards)
-    rollout = duration(rollout_tokens, rollout_share, rollout_batches * steps)
-    return {"rollout": rollout, "scoring": scoring, "update": update}
-
-
-def count_weights(policy: Policy) -> tuple[int, int]:
-    """Return the number of weights that a token is multiplied with, and the number of linear layers. Of the experts,
-    only those that a token uses count. Adapters are small and not counted.
-    """
-    layers = list(token_layers(policy))
-    return sum(map(math.prod, layers)), len(layers)
-
-
-def count_views(recipe: Recipe, length: int, steps: int) -> int:
-    """Return the number of views that the likelihood draws for a completion that is written from left to right."""
-    tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
-    unmask_step = torch.arange(length)[None] * steps // length
-    rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), torch.zeros(1, dtype=torch.long))
-    return len(recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)
+    update = recipe.num_iterations * duration(view_tokens, BACKWARD_SHARE, step.num_forwards, passes)
+    if step.num_graphs:  # the first update reuses the forward of scoring
+        update -= duration(view_tokens, BACKWARD_SHARE, step.num_forwards)
+    return {
+        "rollout": duration(rollout_tokens, share, rollout_batches * step.sampler_steps),
+        "scoring": scoring * recipe.num_mask_sets,
+        "update": update,
+    }

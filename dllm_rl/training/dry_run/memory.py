@@ -5,23 +5,27 @@ stage adds to them is an estimate. Kernels' workspaces and the allocator's round
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from dllm_rl.algorithms.optimizers import AdamW8bit
-from dllm_rl.models.base import Module, Policy, trainable_parameters
+from dllm_rl.models.base import Policy, trainable_parameters
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import chunk_rows
-from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, is_stacked
-from dllm_rl.quantization.linear import quantizable_layers
+from dllm_rl.models.lora import STACKS, LoraExperts, base_of, is_stacked
+from dllm_rl.quantization.linear import quantizable_layers, skip_reasons
+from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.score import can_retain_graphs
+from dllm_rl.training.sharded_learner import processes_per_shard
 from dllm_rl.training.step_settings import step_settings
+from dllm_rl.types import Rollout
 
-ONE_VIEW = ("OneStep", "Causal")  # estimators that score the batch in one view
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
+BYTES_OF_ADAMW8BIT = 2 + 8 / 256  # per weight: two moments of a byte, and two fp32 scales per 256 weights
 # A forward without gradients has about this many tensors of the widest layer's size at once.
 LIVE_TENSORS = 5
 # A forward with gradients keeps about this many times the outputs of all linear layers, for norms, attention and
@@ -31,6 +35,96 @@ KEPT_INPUTS = 2 / 3
 # The head has this many fp32 tensors of a chunk's logits at once, and a step of `Renoise` of a canvas's.
 LOGITS_TENSORS = 3
 CANVAS_TENSORS = 5
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A training step of which memory and time are estimated, and the sizes that follow from it.
+
+    Args:
+        recipe: Settings of the run.
+        policy: Policy with the adapters. Only the shapes of its weights are used.
+        prompt_tokens: Tokens of a prompt.
+        processes: Number of processes, one per GPU, that share the batch.
+    """
+
+    recipe: Recipe
+    policy: Policy
+    prompt_tokens: int
+    processes: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the learner's weights in the run."""
+        if not isinstance(self.recipe.model, str):
+            return next(self.policy.module.parameters()).dtype  # a model that was built already
+        name = self.policy.module.config.dtype if self.recipe.dtype == "auto" else self.recipe.dtype
+        return getattr(torch, str(name or "float32").removeprefix("torch."))
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of an input of a linear layer."""
+        return 2 if self.recipe.bf16 else self.dtype.itemsize
+
+    @property
+    def shard_size(self) -> int:
+        """Number of GPUs that share the weights of one learner; 1 if it is not sharded."""
+        return processes_per_shard(self.recipe.shard_size, self.processes)
+
+    @property
+    def rows(self) -> int:
+        """Completions of one process."""
+        return self.recipe.train_batch_size // self.processes * self.recipe.num_generations
+
+    @property
+    def written_tokens(self) -> int:
+        """Tokens that the sampler writes in a row."""
+        return self.recipe.max_new_tokens or self.prompt_tokens  # a task may have blanks in its prompts
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row, prompt and completion."""
+        return self.prompt_tokens + self.recipe.max_new_tokens
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a forward of scoring and update."""
+        return min(self.recipe.micro_batch_size or self.rows, self.rows)
+
+    @property
+    def canvas(self) -> int:
+        """Positions that a forward of `Renoise` denoises in a row; 0 with other samplers."""
+        return self.policy.spec.block_size or 0 if self.policy.spec.attention == "encoder_decoder" else 0
+
+    @property
+    def sampler_steps(self) -> int:
+        """Forwards of the sampler for a completion, at most: an adaptive commit rule needs fewer."""
+        sampler = self.recipe.sampler
+        steps = getattr(sampler, "diffusion_steps", None) or self.written_tokens
+        return steps * (sampler.max_new_tokens // self.canvas) if isinstance(sampler, Renoise) else steps
+
+    @cached_property
+    def num_views(self) -> int:
+        """Forwards in which the likelihood scores a completion that is written from left to right."""
+        if isinstance(self.recipe.sampler, Renoise):
+            return self.sampler_steps
+        length = self.written_tokens
+        tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
+        unmask_step = torch.arange(length)[None] * self.sampler_steps // length
+        rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), torch.zeros(1, dtype=torch.long))
+        return len(self.recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of scoring, or of an update."""
+        return self.num_views * math.ceil(self.rows / self.micro_rows)
+
+    @property
+    def num_graphs(self) -> int:
+        """Autograd graphs of scoring that the first update reuses."""
+        settings = step_settings(self.recipe)
+        retains = can_retain_graphs(settings, self.policy, num_forwards=self.num_views, rows=self.rows)
+        return self.num_forwards if retains else 0
 
 
 @dataclass(frozen=True)
@@ -46,165 +140,168 @@ class Memory:
         return max(self.peaks.values())
 
 
-def step_memory(
-    recipe: Recipe,
-    policy: Policy,
-    *,
-    prompt_tokens: int,
-    dtype: torch.dtype | None,
-    rollout_copy: int,
-    shard_size: int = 1,
-) -> Memory:
-    """Estimate the memory of a step on one GPU.
+def step_memory(step: PlannedStep) -> Memory:
+    """Estimate the memory of a step on one GPU, which has the full learner or its part of a sharded learner."""
+    recipe = step.recipe
+    persistent = persistent_bytes(step)
+    base = sum(persistent.values())
+    if step.shard_size > 1:
+        # Gathered at the same time: a block and the next block, which is prefetched; and what is outside the blocks.
+        # An update of all weights also gathers their gradients, those of the embedding twice.
+        module = step.policy.module
+        blocks = [num_weights(block) for block in blocks_of(module, "shard_size")]
+        outside, embedding = (num_weights(part) - sum(blocks) for part in (module, backbone_of(module)))
+        copies = gathered = (2 * max(blocks) + outside) * step.dtype.itemsize
+        if recipe.lora is None:
+            gathered = 2 * copies + embedding * step.dtype.itemsize
+    else:  # autocast keeps bf16 copies of the fp32 weights of linear layers
+        shapes = [shape for _, layer in quantizable_layers(step.policy.module) for shape in shapes_of(layer)]
+        copies = gathered = 2 * sum(map(math.prod, shapes)) * (recipe.bf16 and step.dtype == torch.float32)
 
-    Args:
-        recipe: Recipe with the batch of one process.
-        policy: Policy with the adapters. Only the shapes of its weights are used.
-        prompt_tokens: Tokens of a prompt.
-        dtype: Dtype of the weights. None: unchanged.
-        rollout_copy: Bytes of the rollout policy's copy.
-        shard_size: Number of GPUs that share the learner.
-    """
-    weights = weight_bytes(policy.module, dtype, recipe.base_quantization)
-    trained = trainable_parameters(policy.module)
-    adapters = recipe.lora is not None
-    trained_bytes = sum(p.numel() * (p.dtype if adapters else dtype or p.dtype).itemsize for p in trained)
-    persistent = {
-        "weights": weights,
-        "adapters": trained_bytes * adapters,
-        "reference": weights * (recipe.needs_reference_policy and not adapters),  # of adapters, the base model
-        "rollout copy": rollout_copy,
-        "gradients": trained_bytes,
-        "optimizer": moment_bytes(recipe, sum(p.numel() for p in trained), trained_bytes),
+    packed = recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
+    tokens = step.micro_rows * (step.row_tokens + step.canvas + packed * recipe.max_new_tokens)
+    head = logits_bytes(step, step.micro_rows * step.written_tokens)
+    kept, recomputed = kept_bytes(step, tokens)
+    graphs = max(1, step.num_graphs) * kept
+    backward = graphs + max(head, recomputed)
+    # The only backward of an update has no gradients of an earlier one: its own grow while the graph is freed.
+    freed = min(persistent["gradients"], backward) if step.num_graphs or step.num_forwards == 1 else 0
+    peaks = {
+        # A rollout policy of its own has weights that are neither cast nor gathered.
+        "rollout": base + copies * ("rollout copy" not in persistent) + rollout_bytes(step),
+        "scoring": base + copies + graphs * bool(step.num_graphs) + max(live_bytes(step, tokens), head),
+        "update": base + gathered + backward - freed,
     }
-    estimates = StageEstimates(recipe, policy, prompt_tokens, dtype or next(policy.module.parameters()).dtype)
-    peaks = estimates.peaks(persistent, shard_size)
-    memory = Memory({name: size for name, size in persistent.items() if size}, peaks)
-    return memory if shard_size == 1 else shard_memory(memory, policy.module, shard_size)
+    return Memory(persistent, peaks)
 
 
-def weight_bytes(module: Module, dtype: torch.dtype | None, quantization: str | None) -> int:
-    """Return the bytes of the weights without adapters, with the blocks' linear layers in `quantization`."""
-    quantized = 0
-    if quantization:
+def persistent_bytes(step: PlannedStep) -> dict[str, int]:
+    """Return the bytes of the tensors that live in every stage, by kind."""
+    recipe, module = step.recipe, step.policy.module
+    has_adapters = recipe.lora is not None
+    trained = trainable_parameters(module)
+    num_trained = sum(p.numel() for p in trained)
+    trained_bytes = sum(p.nbytes for p in trained) if has_adapters else num_trained * step.dtype.itemsize
+    quantized = 0  # weights in `base_quantization`: those of the blocks' linear layers
+    if recipe.base_quantization is not None:
         blocks = (layer for name, layer in quantizable_layers(module) if ".layers." in name)
         quantized = sum(base_of(layer).weight.numel() for layer in blocks if not is_stacked(base_of(layer)))
-    others = sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name) - quantized
-    itemsize = (dtype or next(module.parameters()).dtype).itemsize
-    return int(quantized * (NF4_BYTES if quantization == "nf4" else 1)) + others * itemsize
+    weights = int(quantized * (NF4_BYTES if recipe.base_quantization == "nf4" else 1))
+    weights += (num_weights(module) - quantized) * step.dtype.itemsize
+    sharded = {
+        "weights": weights,
+        "adapters": trained_bytes * has_adapters,
+        "reference": weights * (recipe.needs_reference_policy and not has_adapters),  # of adapters, the base model
+        "gradients": trained_bytes,
+        # Another optimizer than the library's counts as AdamW.
+        "optimizer": int(BYTES_OF_ADAMW8BIT * num_trained) if recipe.optim == AdamW8bit() else 2 * trained_bytes,
+    }
+    sizes = {name: -(-size // step.shard_size) for name, size in sharded.items()} | {"rollout copy": copy_bytes(step)}
+    return {name: size for name, size in sizes.items() if size or name == "gradients"}
 
 
-def moment_bytes(recipe: Recipe, num_weights: int, trained_bytes: int) -> int:
-    """Return the bytes of the optimizer's state. Another optimizer than the library's counts as AdamW."""
-    if recipe.optim == AdamW8bit():  # two bytes per weight, and two fp32 scales per 256 weights
-        return 2 * num_weights + num_weights // 32
-    return 2 * trained_bytes
+def copy_bytes(step: PlannedStep) -> int:
+    """Return the bytes that the rollout policy, a copy of the learner, needs in addition to the learner.
+
+    The scales of the quantization are not counted. One scale per row adds about 0.1 %; one per group of inputs (int4)
+    adds several percent.
+    """
+    recipe, scheme = step.recipe, step.recipe.rollout_quantization
+    total = num_weights(step.policy.module)
+    if scheme is None:
+        return total * step.dtype.itemsize if step.shard_size > 1 else 0  # the rollout needs full weights
+    layers, weights, _ = count_quantized(step)
+    if not layers:
+        return 0
+    config = scheme.config()
+    dtype = torch.bfloat16 if recipe.bf16 else step.dtype
+    bytes_per_weight: float = 1  # of a quantized weight
+    if isinstance(config, type(Int4Packed().config())):
+        bytes_per_weight = 0.5
+    elif isinstance(config, FakeQuantize):
+        # Values stay in the weight's dtype, or in fp32 if activations are rounded too.
+        bytes_per_weight = dtype.itemsize if config.activation is None else 4
+    # With adapters the copy shares the frozen embedding, head and norms with the learner.
+    shared = recipe.lora is not None and dtype == step.dtype and step.shard_size == 1
+    return int(weights * bytes_per_weight) + (0 if shared else total - weights) * dtype.itemsize
 
 
-class StageEstimates:
-    """What each stage of a recipe's step needs beside the tensors that live in every stage, in bytes."""
+def count_quantized(step: PlannedStep) -> tuple[int, int, dict[str, str]]:
+    """Return the number of layers and the number of weights that are quantized for rollouts, and a dict from each layer
+    that is not quantized to the reason.
+    """
+    scheme, module = step.recipe.rollout_quantization, step.policy.module
+    if scheme is None:
+        return 0, 0, {}
+    skipped = skip_reasons(module, scheme.config(), None)
+    shapes = [shape for name, layer in quantizable_layers(module) if name not in skipped for shape in shapes_of(layer)]
+    # Each matrix of a stack of experts counts as a layer.
+    return sum(math.prod(shape[:-2]) for shape in shapes), sum(map(math.prod, shapes)), skipped
 
-    def __init__(self, recipe: Recipe, policy: Policy, prompt_tokens: int, dtype: torch.dtype) -> None:
-        self.recipe = recipe
-        self.policy = policy
-        self.prompt_tokens = prompt_tokens
-        self.residual_bytes = dtype.itemsize  # of a value of the hidden states between blocks
-        self.value_bytes = 2 if recipe.bf16 else dtype.itemsize  # of an input of a linear layer
-        self.rows = recipe.train_batch_size * recipe.num_generations
-        self.micro_rows = min(recipe.micro_batch_size or self.rows, self.rows)
-        self.layers = list(token_layers(policy, with_head=False))
-        self.matrices = [shape for _, layer in quantizable_layers(policy.module) for shape in shapes_of(layer)]
-        self.widest = max((max(inputs, outputs) * times for inputs, outputs, times in self.layers), default=0)
-        self.hidden_size = self.layers[0][0] if self.layers else 0
-        is_canvas = policy.spec.attention == "encoder_decoder"
-        # Positions of a row whose logits live at once in `Renoise`; 0 for other samplers.
-        self.canvas = policy.spec.block_size or 0 if is_canvas else 0
-        self.row_tokens = prompt_tokens + recipe.max_new_tokens + self.canvas
-        self.has_casts = recipe.bf16 and dtype == torch.float32 and recipe.shard_size == 1
 
-    def peaks(self, persistent: dict[str, int], shard_size: int) -> dict[str, int]:
-        """Return the peak of each stage, including the persistent tensors, which are unsharded."""
-        base = sum(persistent.values())
-        # Autocast keeps bf16 copies of the weights; a rollout policy of its own has bf16 weights.
-        casts = 2 * sum(map(math.prod, self.matrices)) * self.has_casts
-        num_graphs = num_retained_graphs(self.recipe, self.policy, rows=self.rows)
-        packed = self.recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
-        tokens = self.micro_rows * (self.row_tokens + packed * self.recipe.max_new_tokens)
-        head = self.logits(self.micro_rows * (self.recipe.max_new_tokens or self.prompt_tokens))
-        kept, recomputed = self.kept(tokens)
-        graphs = max(1, num_graphs) * kept
-        backward = graphs + max(head, recomputed)
-        update = base + casts + backward
-        # The only backward of an update has no gradients of an earlier one: its own grow while the graph is freed.
-        if num_graphs or (self.micro_rows >= self.rows and self.recipe.likelihood.name in ONE_VIEW):
-            update -= min(persistent["gradients"] // shard_size, backward)
-        return {
-            "rollout": base + casts * (not persistent["rollout copy"]) + self.rollout(),
-            "scoring": base + casts + (graphs if num_graphs else 0) + max(self.live(tokens), head),
-            "update": update,
-            "sync or save": base + self.merged_layer(),
-        }
-
-    def merged_layer(self) -> int:
-        """Return the bytes of merging the largest adapted layer: the adapters' product in fp32, and the sum."""
-        layers = (layer for _, layer in quantizable_layers(self.policy.module))
-        adapted = (layer for layer in layers if isinstance(layer, LoraLinear | LoraExperts))
-        sizes = [math.prod(shape) for layer in adapted for shape in shapes_of(layer)]
-        return (4 + self.residual_bytes) * max(sizes, default=0)
-
-    def rollout(self) -> int:
-        """Return the bytes of a rollout's forward of all rows, or of its head, and of the cache."""
-        rows = min(self.recipe.rollout_batch_size or self.rows, self.rows)
-        causal = self.policy.spec.attention == "causal"
-        # The largest forward of a causal model is that of the prompts, one per group.
-        forward_rows = rows // self.recipe.num_generations if causal else rows
-        tokens = forward_rows * (self.prompt_tokens if causal else self.row_tokens)
-        states = self.value_bytes * self.hidden_size * tokens
-        positions = rows * (1 if causal else self.recipe.max_new_tokens or self.prompt_tokens)
-        return self.cache_bytes(rows) + max(self.live(tokens), states + self.logits(positions))
-
-    def cache_bytes(self, rows: int) -> int:
-        """Return the bytes of the keys and values of all tokens, if the sampler keeps them."""
-        config = getattr(self.policy.module, "config", None)
-        spec = self.policy.spec
-        keeps = spec.attention in ("causal", "encoder_decoder")
-        if config is None or not (keeps or getattr(self.recipe.sampler, "cache", None) is not None):
-            return 0
+def rollout_bytes(step: PlannedStep) -> int:
+    """Return the bytes of a rollout's forward of all rows, or of its head, and of the keys and values of all tokens if
+    the sampler keeps them.
+    """
+    recipe, attention = step.recipe, step.policy.spec.attention
+    rows = min(recipe.rollout_batch_size or step.rows, step.rows)
+    if attention == "causal":  # its largest forward is that of the prompts, one per group
+        forward = live_bytes(step, rows // recipe.num_generations * step.prompt_tokens)
+        head = logits_bytes(step, rows)
+    else:
+        forward = live_bytes(step, rows * (step.row_tokens + step.canvas))
+        head = logits_bytes(step, rows * step.written_tokens)
+    config = getattr(step.policy.module, "config", None)
+    keeps = attention in ("causal", "encoder_decoder") or getattr(recipe.sampler, "cache", None) is not None
+    cache = 0
+    if config is not None and keeps:
         config = config.get_text_config()
-        layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-        values = 0  # of a token
-        for layer in layers:
-            head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-            values += 2 * head_dim * (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
-        return values * rows * self.row_tokens * self.residual_bytes
+        layer = (getattr(config, "per_layer_config", None) or [config])[0]  # layers that differ differ little
+        head_size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        num_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        values = 2 * config.num_hidden_layers * num_heads * head_size  # of a token
+        cache = values * rows * (step.row_tokens + step.canvas) * step.dtype.itemsize
+    return cache + max(forward, head)
 
-    def live(self, tokens: int) -> int:
-        """Return the bytes of a forward without gradients."""
-        return LIVE_TENSORS * self.widest * tokens * self.value_bytes
 
-    def kept(self, tokens: int) -> tuple[int, int]:
-        """Return the bytes that a forward keeps for its backward, and those that the backward computes again."""
-        inputs = sum(inputs * times for inputs, _, times in self.layers)
-        outputs = sum(outputs * times for _, outputs, times in self.layers)
-        lora = self.policy.lora
-        has_dropout = lora is not None and lora.dropout  # each layer keeps a mask, and its input after the mask
-        per_token = self.value_bytes * (KEPT_OUTPUTS * outputs + (1 if has_dropout else KEPT_INPUTS) * inputs)
-        per_token += inputs * bool(has_dropout)
-        experts = [layer for _, layer in quantizable_layers(self.policy.module) if isinstance(layer, LoraExperts)]
-        # A forward merges adapted experts.
-        merged = self.residual_bytes * sum(math.prod(shape) for layer in experts for shape in shapes_of(layer))
-        total = int(per_token * tokens) + merged
-        if not self.policy.gradient_checkpointing:
-            return total, 0
-        num_blocks = len(blocks_of(self.policy.module))  # the inputs of all blocks, and all of one block
-        return num_blocks * self.hidden_size * self.residual_bytes * tokens, total // num_blocks
+def live_bytes(step: PlannedStep, tokens: int) -> int:
+    """Return the bytes of a forward without gradients."""
+    layers = token_layers(step.policy, with_head=False)
+    widest = max((max(inputs, outputs) * times for inputs, outputs, times in layers), default=0)
+    return LIVE_TENSORS * widest * tokens * step.value_bytes
 
-    def logits(self, positions: int) -> int:
-        """Return the bytes of the head's logits at these positions: of a chunk of them, or of all in a canvas."""
-        vocabulary = self.policy.vocab_size
-        if self.canvas:
-            return CANVAS_TENSORS * 4 * positions * self.canvas // self.recipe.max_new_tokens * vocabulary
-        return LOGITS_TENSORS * 4 * min(chunk_rows(vocabulary, self.policy.device), positions) * vocabulary
+
+def kept_bytes(step: PlannedStep, tokens: int) -> tuple[int, int]:
+    """Return the bytes that a forward keeps for its backward, and those that the backward computes again."""
+    policy = step.policy
+    layers = list(token_layers(policy, with_head=False))
+    inputs = sum(inputs * times for inputs, _, times in layers)
+    outputs = sum(outputs * times for _, outputs, times in layers)
+    per_token = step.value_bytes * (KEPT_OUTPUTS * outputs + KEPT_INPUTS * inputs)
+    if policy.lora is not None and policy.lora.dropout:  # each layer keeps a mask, and its input after the mask
+        per_token += inputs * (1 + step.value_bytes * (1 - KEPT_INPUTS))
+    experts = [layer for _, layer in quantizable_layers(policy.module) if isinstance(layer, LoraExperts)]
+    # A forward merges adapted experts.
+    merged = step.dtype.itemsize * sum(math.prod(shape) for layer in experts for shape in shapes_of(layer))
+    total = int(per_token * tokens) + merged
+    if not policy.gradient_checkpointing:
+        return total, 0
+    num_blocks = len(blocks_of(policy.module))  # the inputs of all blocks, and all of one block
+    hidden_size = layers[0][0] if layers else 0
+    return num_blocks * hidden_size * step.dtype.itemsize * tokens, total // num_blocks
+
+
+def logits_bytes(step: PlannedStep, positions: int) -> int:
+    """Return the bytes of the head's logits at these positions: of a chunk of them, or of all in a canvas."""
+    vocabulary = step.policy.vocab_size
+    if step.canvas:
+        return CANVAS_TENSORS * 4 * positions * step.canvas // step.recipe.max_new_tokens * vocabulary
+    return LOGITS_TENSORS * 4 * min(chunk_rows(vocabulary, step.policy.device), positions) * vocabulary
+
+
+def num_weights(module: nn.Module) -> int:
+    """Return the number of weights without adapters."""
+    return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
 
 
 def shapes_of(layer: nn.Module) -> list[tuple[int, ...]]:
@@ -223,63 +320,8 @@ def token_layers(policy: Policy, *, with_head: bool = True) -> Iterator[tuple[in
         if "vision" in name or layer is head:  # layers for images are not supported
             continue
         for *experts, outputs, inputs in shapes_of(layer):
-            yield inputs, outputs, experts_per_token(policy) if experts else 1
-
-
-def experts_per_token(policy: Policy) -> int:
-    """Return the number of experts that a token uses in each layer."""
-    config = policy.module.config.get_text_config()
-    return getattr(config, "top_k_experts", None) or config.num_experts_per_tok
-
-
-def shard_memory(memory: Memory, module: Module, size: int) -> Memory:
-    """Return the memory per process of a learner that is sharded over `size` processes. `memory` is the memory of an
-    unsharded learner.
-    """
-    persistent = {name: -(-value // size) for name, value in memory.persistent.items()}
-    if "rollout copy" in persistent:  # the only part that is not sharded
-        persistent["rollout copy"] = memory.persistent["rollout copy"]
-    unsharded_total = sum(memory.persistent.values())
-    sharded_total = sum(persistent.values())
-    weight_counts = [p.numel() for name, p in module.named_parameters() if ".lora_" not in name]
-    bytes_per_weight = memory.persistent["weights"] / sum(weight_counts)
-    blocks = blocks_of(module, "shard_size")
-
-    def unit_sizes(*, only_trained: bool) -> tuple[float, float, float]:
-        """Return the bytes of the largest block, of the backbone outside the blocks, and of the head."""
-
-        def size_of(part: Module) -> float:
-            return bytes_per_weight * sum(p.numel() for p in part.parameters() if p.requires_grad or not only_trained)
-
-        backbone = size_of(backbone_of(module))
-        return max(map(size_of, blocks)), backbone - sum(map(size_of, blocks)), size_of(module) - backbone
-
-    block, rest, head = unit_sizes(only_trained=False)
-    block_grad, rest_grad, head_grad = unit_sizes(only_trained=True)
-    # Gathered at the same time: a block and the next block, which is prefetched; the rest of the backbone; the head.
-    scoring = 2 * block + rest + head
-    # The update also has their gradients, twice while they are summed over processes, except those of the head.
-    extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
-    extra["sync or save"] = bytes_per_weight * max(weight_counts)  # the largest tensor is gathered
-    peaks = {}
-    for name, peak in memory.peaks.items():
-        peaks[name] = int(sharded_total + peak - unsharded_total + extra.get(name, 0))
-    return Memory(persistent, peaks)
-
-
-def num_retained_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
-    """Return the number of autograd graphs of scoring that the first update reuses. If the number of the estimator's
-    views is unknown, it is the largest number that `max_retained_graphs` allows.
-    """
-    micro_batches = math.ceil(rows / (recipe.micro_batch_size or rows))
-    views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // micro_batches
-    if policy.spec.attention == "encoder_decoder":
-        views = renoising_steps(recipe, policy)
-    retains = bool(views) and can_retain_graphs(step_settings(recipe), policy, num_forwards=views, rows=rows)
-    return views * micro_batches if retains else 0
-
-
-def renoising_steps(recipe: Recipe, policy: Policy) -> int:
-    """Return the largest number of steps that all canvases of a completion need; a canvas may end earlier."""
-    assert isinstance(recipe.sampler, Renoise), "the sampler of a model with random-token noise"
-    return recipe.sampler.diffusion_steps * (recipe.max_new_tokens // (policy.spec.block_size or recipe.max_new_tokens))
+            times = 1
+            if experts:
+                config = policy.module.config.get_text_config()
+                times = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+            yield inputs, outputs, times

@@ -129,7 +129,6 @@ def eight_billion_weights():
     yield PAGE, row("FP8 copy, adapters and a sync, GB", "8.73", own["sync"])
     last = re.search(r"the last one (\d+\.\d+)", lines)[1]
     yield PAGE, row("the run's last checkpoint, GB", f"{float(last):.2f}", "20.06")  # measured: 20,058,218,048 bytes
-    yield PAGE, row("saving merged weights at rank 16, s", "123", f"{saves['merged']:.1f}")
 
 
 def the_sampler():

@@ -1,6 +1,7 @@
 """The plan's seconds: those that an H200 measured, within what the rates are worth, and counts by hand."""
 
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,15 +18,24 @@ from dllm_rl.training.dry_run.duration import (
     FORWARD_SHARE,
     HOST_SECONDS,
     PEAK_FLOPS,
-    count_views,
-    count_weights,
     stage_seconds,
 )
+from dllm_rl.training.dry_run.memory import PlannedStep, token_layers
 from dllm_rl.training.dry_run.plan import meta_policy
 from recipes.llada_8b_sudoku import recipe as sudoku
 
 PARTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "gpu.json").read_text())["parts"]
 WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 126464 * 4096  # the head too; embeddings are looked up
+
+
+def seconds_of(recipe, policy, prompt_tokens):
+    return stage_seconds(PlannedStep(recipe, policy, prompt_tokens))
+
+
+def count_weights(policy):
+    """Numbers of weights that a token is multiplied with, and of layers."""
+    layers = list(token_layers(policy))
+    return sum(map(math.prod, layers)), len(layers)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
     sampler = Unmask(max_new_tokens=128, diffusion_steps=64, block_size=32)
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
-    assert stage_seconds(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
+    assert seconds_of(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +81,14 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
     )
     recipe = replace(recipe, num_iterations=1)
     assert (
-        measured("learner", what)
-        <= 1.02 * stage_seconds(recipe, policy, 128)["update"]
-        <= 1.3 * measured("learner", what)
+        measured("learner", what) <= 1.02 * seconds_of(recipe, policy, 128)["update"] <= 1.3 * measured("learner", what)
     )
 
 
 def test_a_step_takes_what_the_h200_took(policy):
     """32 denoising steps; the rollout is planned at the rate of fewer rows. No backward was measured: equal rewards."""
     (row,) = PARTS["step"]["rows"]
-    planned = stage_seconds(replace(sudoku, sampler=sudoku.sampler.replace(diffusion_steps=32)), policy, 256)
+    planned = seconds_of(replace(sudoku, sampler=sudoku.sampler.replace(diffusion_steps=32)), policy, 256)
     assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
     assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
 
@@ -99,7 +107,7 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
         ("`OneStep(prompt_mask=0.15)`", lik.OneStep()),
         ("`OneStep(prompt_mask=0)`", lik.OneStep(prompt_mask=0.0)),
     ):
-        found = stage_seconds(replace(recipe, likelihood=estimator), policy, 256)
+        found = seconds_of(replace(recipe, likelihood=estimator), policy, 256)
         (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}") and line.count("|") == 6]
         assert f"{found['scoring']:.1f} + {found['update']:.1f} |" in line, row
         assert f"takes {found['rollout']:.1f} s, whatever" in told
@@ -108,7 +116,7 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
 def test_stages_by_hand(policy):
     weights, layers = count_weights(policy)
     assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
-    found = stage_seconds(sudoku, policy, 256)
+    found = seconds_of(sudoku, policy, 256)
     step = 2 * weights * 48 * 512 / PEAK_FLOPS
     assert found["rollout"] == pytest.approx(128 * step / 0.84)
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
@@ -116,14 +124,14 @@ def test_stages_by_hand(policy):
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
     fields = {"likelihood": lik.Coupled(), "beta": 0.0, "rollout_quantization": None, "resample_masks": False}
     coupled = replace(sudoku, **fields, lora=None)
-    found = stage_seconds(coupled, policy, 256)
+    found = seconds_of(coupled, policy, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD_SHARE)
     assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)
     once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
-    one = stage_seconds(once, meta_policy(once), 256)
+    one = seconds_of(once, meta_policy(once), 256)
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
     cached = replace(sudoku, sampler=sudoku.sampler.replace(cache=PrefixCache()))
-    assert stage_seconds(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+    assert seconds_of(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
 
 
 def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
@@ -131,7 +139,7 @@ def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
         plan, "load_config", lambda name: load_config(name) | {"num_hidden_layers": 8}
     )  # for time's sake
     qwen = import_module("recipes.qwen3_8b_gsm8k").recipe
-    found = stage_seconds(qwen, meta_policy(qwen), 256)
+    found = seconds_of(qwen, meta_policy(qwen), 256)
     turns = qwen.train_batch_size * qwen.num_generations / (qwen.rollout_batch_size or 1e9)
     assert found["rollout"] == pytest.approx(max(1, turns) * qwen.max_new_tokens * (8 * 7 + 1) * HOST_SECONDS)
 
@@ -152,4 +160,5 @@ def test_a_token_passes_the_experts_that_it_takes():
     ],
 )
 def test_views_are_those_that_the_likelihood_draws(estimator, views):
-    assert count_views(replace(sudoku, likelihood=estimator), 256, 128) == views
+    sampler = sudoku.sampler.replace(max_new_tokens=256, diffusion_steps=128)
+    assert PlannedStep(replace(sudoku, likelihood=estimator, sampler=sampler), None, 256).num_views == views

@@ -21,7 +21,7 @@ from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.score import can_retain_graphs
 from dllm_rl.step.update import update
-from dllm_rl.training.dry_run.memory import step_memory
+from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.step_settings import step_settings, update_settings
 from dllm_rl.types import Batch, Prompts
@@ -102,7 +102,7 @@ CASES = {
 def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     recipe = recipe_of(tmp_path, **CASES[case])
     policy = made(recipe)
-    planned = step_memory(recipe, policy, prompt_tokens=PROMPT, dtype=None, rollout_copy=0)
+    planned = step_memory(PlannedStep(recipe, policy, PROMPT))
     prompts = Prompts.from_ids([[5 + i] * PROMPT for i in range(2)], pad_id=0, num_generations=4, seeds=range(8))
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
