@@ -4,7 +4,7 @@ In this file, d = recorded - replayed log-prob of a token, in nats. docs/engines
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -519,13 +519,8 @@ def report_table(report: TraceReport) -> Table:
 
 
 def as_json(report: TraceReport) -> dict[str, Any]:
-    """Return the report as a JSON object; a number that is not finite is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        return {name: plain(item) for name, item in vars(value).items()} if hasattr(value, "__dict__") else value
-
-    return plain(report) | {"cause": report.cause, "ok": report.ok, "verdict": report.verdict}
+    """Return the report as a JSON object; the mean and largest |d| of no tokens are null."""
+    values = asdict(report) | {"cause": report.cause, "ok": report.ok, "verdict": report.verdict}
+    if not report.total.num_tokens:  # JSON has no NaN
+        values["total"] |= {"mean_abs": None, "max_abs": None}
+    return values

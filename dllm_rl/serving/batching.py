@@ -184,11 +184,12 @@ class Batcher:
     def _run_next(self) -> bool:
         """Wait for the next batch and run it. Return False if the queue was closed."""
         batch = self._next_batch()
-        jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        jobs: list[Any] = [job for job in batch if job.future.set_running_or_notify_cancel()]
         if jobs:
+            is_call = isinstance(jobs[0], PolicyCall)
             try:
                 with batch_invariant() if self.exact_batches else nullcontext():
-                    results = self._run(jobs)
+                    results = [jobs[0].function(self.policy)] if is_call else sample_rows(self.policy, jobs)
             # Broad on purpose: samplers run code of users (rules, modules, tokenizers), which may raise anything. An
             # error that escaped would end the only sampling thread, and every later request would time out.
             except Exception as error:
@@ -229,21 +230,13 @@ class Batcher:
                 break
         return batch
 
-    def _run(self, jobs: Sequence[Job]) -> list[Any]:
-        if isinstance(jobs[0], PolicyCall):
-            return [jobs[0].function(self.policy)]
-        completions = [job for job in jobs if isinstance(job, CompletionJob)]
-        return sample_rows(self.policy, completions[0].sampler, completions)
 
+def sample_rows(policy: Policy, completions: Sequence[CompletionJob]) -> list[Rollout]:
+    """Sample completions of equal samplers as one batch. Return one single-row rollout per completion, on the CPU.
 
-def sample_rows(policy: Policy, sampler: Sampler, completions: Sequence[CompletionJob]) -> list[Rollout]:
-    """Sample completions as one batch. Return one single-row rollout per completion, on the CPU.
-
-    Args:
-        policy: Policy that samples.
-        sampler: Sampler of the completions.
-        completions: Prompts and seeds. Either all of them have a suffix, or none has.
+    Either all of them have a suffix, or none has.
     """
+    sampler = completions[0].sampler
     seeds = [job.seed for job in completions]
     if completions[0].suffix:
         length, mask_id = sampler.max_new_tokens, policy.spec.mask_id

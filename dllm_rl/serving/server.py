@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,11 @@ from dllm_rl.serving.batching import (
     CompletionJob,
     Job,
     PolicyCall,
-    PromptScores,
     Refused,
     score_prompt,
 )
 from dllm_rl.serving.openai_api import (
     EMPTY,
-    TextRequest,
     choice,
     events,
     read_request,
@@ -41,7 +39,6 @@ from dllm_rl.serving.openai_api import (
 from dllm_rl.serving.page import HEADERS, PAGE
 from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.serving.updates import Lease, compute_logits, sample_rollout, update_weights
-from dllm_rl.types import Rollout
 
 try:
     import uvicorn
@@ -134,8 +131,8 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         learner: Policy that receives the weights of updates, if the batcher's policy is a quantized copy of it. None:
             the batcher's policy receives them.
     """
-    policy, numbers = batcher.policy, itertools.count()
-    lease = Lease(learner or policy)
+    numbers = itertools.count()
+    lease = Lease(learner or batcher.policy)
     weights = lease.learner.module.state_dict().values()
     weight_bytes = 4 * sum(tensor.numel() for tensor in weights) + MAX_WEIGHTS_HEADER_BYTES
     started = int(time.time())
@@ -178,35 +175,13 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
             raise Refused(404, f"model={name!r} is not served here; use model={settings.name!r}", "model")
         return json_response(_model(name, started))
 
-    async def answer(request: Request, is_chat: bool) -> Response:
-        _check_content_type(request)
-        advice = "send less, or raise --max_body_bytes"
-        data = await read_body(request, settings.max_body_bytes, settings.client_timeout, advice=advice)
-        parsed = read_request(data, policy, batcher.defaults, settings, is_chat=is_chat)
-        number = next(numbers)
-        rollouts, scores = await _complete(request, batcher, settings, parsed, number)
-        versions = {rollout.weights_version for rollout in rollouts} | {score.weights_version for score in scores}
-        choices = [choice(policy, rollout, parsed) for rollout in rollouts] or [EMPTY] * len(scores) * parsed.fields.n
-        head = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{number}",
-            "object": "chat.completion" if is_chat else "text_completion",
-            "created": int(time.time()),
-            "model": settings.name,
-            # Several versions if an update came between two batches.
-            "system_fingerprint": f"weights_version={','.join(map(str, sorted(versions)))}",
-        }
-        complete = head | response(policy, parsed, choices, scores)
-        if not parsed.fields.stream:
-            return json_response(complete)
-        return Response("".join(events(complete, parsed)), media_type="text/event-stream")
-
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(request, is_chat=False)
+        return await _answer(request, batcher, settings, numbers, is_chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await answer(request, is_chat=True)
+        return await _answer(request, batcher, settings, numbers, is_chat=True)
 
     async def engine(request: Request) -> Response:
         path = request.url.path
@@ -220,6 +195,11 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
 
     for path in ENGINE_PATHS:
         app.add_api_route(path, engine, methods=["POST"])
+    return _with_access(app, settings)
+
+
+def _with_access(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+    """Return an app that answers only requests that may be answered, and only a limited number at the same time."""
     num_open = 0
 
     async def guarded_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,20 +222,19 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "dllm_rl"}
 
 
-def _check_content_type(request: Request) -> None:
-    """Raise Refused unless the request declares JSON.
-
-    Web pages of other sites may send forms and plain text to this server without a CORS preflight, but not JSON.
-    """
+async def _answer(
+    request: Request, batcher: Batcher, settings: ServerSettings, numbers: Iterator[int], *, is_chat: bool
+) -> Response:
+    """Answer a request for completions, whose number is the next one if it is not refused."""
+    # Web pages of other sites may send forms and plain text to this server without a CORS preflight, but not JSON.
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise Refused(415, f"Content-Type is {content_type or 'missing'}; send application/json")
+    policy, advice = batcher.policy, "send less, or raise --max_body_bytes"
+    data = await read_body(request, settings.max_body_bytes, settings.client_timeout, advice=advice)
+    parsed = read_request(data, policy, batcher.defaults, settings, is_chat=is_chat)
 
-
-async def _complete(
-    request: Request, batcher: Batcher, settings: ServerSettings, parsed: TextRequest, number: int
-) -> tuple[list[Rollout], list[PromptScores]]:
-    """Return a request's completions, `n` per prompt, and the log-probs of the prompts if requested."""
+    number = next(numbers)
     key = (settings.seed, "request", number) if parsed.fields.seed is None else (parsed.fields.seed,)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.fields.n)]
     seeds = row_seeds(generator_for(*key), len(prompts)).tolist()  # as `dllm-rl sample` draws them
@@ -266,8 +245,21 @@ async def _complete(
     num_completions = len(jobs)
     if parsed.score_prompt:
         jobs += [PolicyCall(partial(score_prompt, ids=ids)) for ids in parsed.prompts]
-    results: list[Any] = await run_jobs(request, batcher, jobs, settings.timeout)
-    return results[:num_completions], results[num_completions:]
+    results = await run_jobs(request, batcher, jobs, settings.timeout)
+
+    choices = [choice(policy, rollout, parsed) for rollout in results[:num_completions]] or [EMPTY] * len(prompts)
+    versions = sorted({result.weights_version for result in results})  # several if an update came between two batches
+    complete = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{number}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": settings.name,
+        "system_fingerprint": f"weights_version={','.join(map(str, versions))}",
+        **response(policy, parsed, choices, results[num_completions:]),
+    }
+    if not parsed.fields.stream:
+        return json_response(complete)
+    return Response("".join(events(complete, parsed)), media_type="text/event-stream")
 
 
 async def run_jobs(

@@ -2,9 +2,8 @@
 
 from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch, make_stats
-from dllm_rl.testing.order_contract import check_order
 from dllm_rl.testing.policy_contract import check_policy
-from dllm_rl.testing.weighted_shares import Shares, weighted_shares
+from dllm_rl.testing.sampling_contracts import Shares, check_order, weighted_shares
 
 __all__ = [
     "Shares",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
+from dllm_rl.decoding.tokens import completion_token_ids
 from dllm_rl.diagnostics.trace_check import check_trace, replayed
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.rollout_engine import RolloutEngine
@@ -97,20 +98,16 @@ def _check_rows(
     rollout: Rollout, sample: Callable[[Tensor], Rollout], seeds: Tensor, eos_ids: set[int], *, in_blocks: bool
 ) -> None:
     """Check where completions end, and that a row's tokens depend only on its seed."""
-    expected = _completions(rollout)
+    expected = completion_token_ids(rollout)
     full_length = max(map(len, expected))
     # A block-causal model completes the block of its end token, so tokens may follow that token.
     lacking = [row for row in expected if len(row) < full_length and not {*(row if in_blocks else row[-1:])} & eos_ids]
     assert not lacking, f"tokens {lacking[:1]} end early without an end token: a completion must hold that token"
-    assert _completions(sample(seeds)) == expected, "the same seeds must give the same tokens"
-    assert _completions(sample(seeds + 10**6)) != expected, (
+    assert completion_token_ids(sample(seeds)) == expected, "the same seeds must give the same tokens"
+    assert completion_token_ids(sample(seeds + 10**6)) != expected, (
         "other seeds must give other tokens: is engine or policy greedy?"
     )
     # Seeds in reverse order within each group, whose rows have the same prompt.
     order = torch.cat([rows.flip(0) for rows in torch.arange(len(seeds)).split(group_sizes(rollout.group.cpu()))])
-    reordered = _completions(sample(seeds[order]))
+    reordered = completion_token_ids(sample(seeds[order]))
     assert [reordered[i] for i in order] == expected, "a row's random numbers must depend only on its seed"
-
-
-def _completions(rollout: Rollout) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.completion_mask, strict=True)]

@@ -30,9 +30,9 @@ def batches(monkeypatch):
     """The prompts of each batch, in the order in which they ran."""
     seen = []
 
-    def spy(policy, sampler, completions):
+    def spy(policy, completions):
         seen.append([list(job.ids) for job in completions])
-        return sample_rows(policy, sampler, completions)
+        return sample_rows(policy, completions)
 
     monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", spy)
     return seen
