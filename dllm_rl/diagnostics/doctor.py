@@ -27,7 +27,7 @@ from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import moe_layers
+from dllm_rl.models.lora import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement

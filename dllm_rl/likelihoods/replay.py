@@ -17,7 +17,8 @@ from torch import Tensor
 from dllm_rl.likelihoods.order_logprobs import StayMasked
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, moe_layers, to_state_columns, to_token_columns
+from dllm_rl.models.forward.routing import Routing, to_state_columns, to_token_columns
+from dllm_rl.models.lora import moe_layers
 from dllm_rl.types import Rollout, Views
 
 

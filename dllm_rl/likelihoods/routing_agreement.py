@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, agreement, moe_layers, tokens_per_expert
+from dllm_rl.models.forward.routing import Routing, agreement, tokens_per_expert
+from dllm_rl.models.lora import moe_layers
 from dllm_rl.types import Rollout, Views, starts_group
 
 

@@ -151,7 +151,6 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     for path, layer in targets.items():
         if layer is head:  # `float32_head` needs a layer without adapters
             raise ValueError(f"lora.targets names {path!r}, the output layer, which cannot have adapters; leave it out")
-    for path, layer in targets.items():
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError(f"lora.targets names {path!r}, whose weight MultiheadAttention reads itself; leave it out")
     stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
@@ -233,6 +232,11 @@ def is_stacked(layer: nn.Module) -> bool:
         and isinstance(getattr(layer, "act_fn", None), nn.Module)
         and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
     )
+
+
+def moe_layers(module: Module) -> list[Any]:
+    """Return the layers that route tokens to experts (MoE layers), in the order of the blocks; [] for a dense model."""
+    return [layer for layer in module.modules() if hasattr(base_of(getattr(layer, "experts", None)), "gate_up_proj")]
 
 
 def call_without_adapters(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

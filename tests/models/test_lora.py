@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl import load_policy
 from dllm_rl.models.checkpoint.adapters import adapter_state, load_adapter, save_adapter
-from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.models.lora import (
     STACKS,
     Lora,
@@ -26,6 +25,7 @@ from dllm_rl.models.lora import (
     linear_of,
     merge_lora,
     merged_copy,
+    moe_layers,
 )
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.aligned import aligned_forward

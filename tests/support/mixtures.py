@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from dllm_rl.models.forward.routing import moe_layers
+from dllm_rl.models.lora import moe_layers
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
 

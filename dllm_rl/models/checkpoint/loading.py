@@ -147,12 +147,16 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
 
 
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
-    """Return the fields of a checkpoint's config.json. A `block_size` replaces the file's, and is later saved.
+    """Return the fields of a checkpoint's config.json; for adapters, those of their base model's.
+
+    A `block_size` replaces the file's, and is later saved.
 
     Raise ValueError if the folder has no config.json (the message says what the folder is instead) or a number in it is
     not possible.
     """
-    path = weights_folder(folder) / "config.json"
+    if (adapter := adapter_folder(folder)) is not None:
+        return read_config(base_of_adapter(adapter), block_size)
+    path = folder / "config.json"
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -206,12 +210,6 @@ def named_base(adapter: Path) -> str:
         raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {LOAD_ADAPTER_HINT}")
     # The base of a run with a warm-up is in the run's folder. Its path is relative, because the folder may move.
     return str(adapter / base) if base.startswith("..") else base
-
-
-def weights_folder(folder: Path) -> Path:
-    """Return the folder itself or, for a folder with only adapters, the folder of their base model."""
-    adapter = adapter_folder(folder)
-    return folder if adapter is None else weights_folder(base_of_adapter(adapter))
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:

@@ -16,12 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.lora import base_of
-
-
-def moe_layers(module: Module) -> list[Any]:
-    """Return the layers that route tokens to experts (MoE layers), in the order of the blocks; [] for a dense model."""
-    return [layer for layer in module.modules() if hasattr(base_of(getattr(layer, "experts", None)), "gate_up_proj")]
+from dllm_rl.models.lora import base_of, moe_layers
 
 
 class Routing(TorchFunctionMode):

@@ -8,14 +8,8 @@ from mixtures import by_hand, chosen_by_hand, moe
 from repetitions import slow
 
 from dllm_rl import load_policy
-from dllm_rl.models.forward.routing import (
-    Routing,
-    agreement,
-    moe_layers,
-    to_state_columns,
-    to_token_columns,
-    tokens_per_expert,
-)
+from dllm_rl.models.forward.routing import Routing, agreement, to_state_columns, to_token_columns, tokens_per_expert
+from dllm_rl.models.lora import moe_layers
 
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
