@@ -21,7 +21,7 @@ from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import load_policy, load_weights
-from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine
+from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import REFERENCE, Recipe
@@ -199,21 +199,33 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     return from_main(write, accelerator)
 
 
+class RolloutCopy(RolloutEngine):
+    """The engine that samples in this process, from a copy of the learner.
+
+    Args:
+        recipe: Settings of the run.
+    """
+
+    recipe: Recipe
+
+    def load(self, learner: Policy) -> Policy:
+        """Make the policy that samples: a quantized copy of the learner. Without a quantization scheme it is the
+        learner itself, or a full copy of a sharded learner.
+        """
+        recipe = self.recipe
+        scheme = recipe.rollout_quantization
+        if scheme is None:
+            return learner if sharding_of(learner.module) is None else quantized_copy(learner, None)
+        rollout_policy = quantized_copy(learner, scheme, dtype=torch.bfloat16 if recipe.bf16 else None)
+        rollout_policy.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
+        return rollout_policy
+
+    sync = staticmethod(sync_weights)  # type: ignore[assignment]  # it names its parameters differently
+
+
 def resolve_rollout_engine(recipe: Recipe) -> RolloutEngine:
     """Return the recipe's rollout engine; by default the engine that samples in this process."""
-    return recipe.rollout_engine or FunctionEngine(load_fn=partial(make_rollout_policy, recipe), sync_fn=sync_weights)
-
-
-def make_rollout_policy(recipe: Recipe, policy: Policy) -> Policy:
-    """Make the policy that samples: a quantized copy of the learner. Without a quantization scheme it is the learner
-    itself, or a full copy of a sharded learner.
-    """
-    scheme = recipe.rollout_quantization
-    if scheme is None:
-        return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
-    rollout_policy = quantized_copy(policy, scheme, dtype=torch.bfloat16 if recipe.bf16 else None)
-    rollout_policy.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
-    return rollout_policy
+    return recipe.rollout_engine or RolloutCopy(recipe=recipe)
 
 
 def check_compiled(recipe: Recipe) -> None:
