@@ -84,7 +84,7 @@ class Turns:
             if i == 2:
                 began = time.perf_counter()
             data = self.workers.result(self.number)
-            (samples, _, _), spent = deserialize_batch(data, job, self.accelerator.device)
+            (samples, _, _), spent = deserialize_batch(data, job.sampler.rank, self.accelerator.device)
             made.append(spent)
             self.learn(samples)
             self.workers.forget(self.number)

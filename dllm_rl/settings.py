@@ -142,6 +142,11 @@ class Settings(Record):
         return best_rule(self.metric_for_best_model, self.greater_is_better)[0]
 
     @property
+    def saves_only_adapters(self) -> bool:
+        """Whether checkpoints before the last one have only adapters. Their base must be in a folder or on the hub."""
+        return self.lora is not None and isinstance(self.model, str) and not self.save_merged
+
+    @property
     def evaluated_metrics(self) -> dict[str, str]:
         """Metrics of the evaluations that the recipe needs, by the setting that names them in messages."""
         names = {}

@@ -113,7 +113,9 @@ def denoising_loss(policy: Policy, batch: Sequence[DenoisingExample]) -> Float[T
         with torch.no_grad():
             first_pass_logits = conditioning(policy, prefix.logits(policy, noisy_tokens, None, temperature=1.0))
     canvas_states = prefix.states(policy, noisy_tokens, first_pass_logits, self_conditioned)
-    decoder_logprobs = logprobs(policy, canvas_states, target).mean(-1)
+    params = SamplingParams()  # temperature 1
+    decoder_logprobs = token_logprobs(policy, canvas_states.flatten(0, 1), target.flatten(), params)
+    decoder_logprobs = decoder_logprobs.view(target.shape).mean(-1)
     # The encoder also reads the clean canvas, so that its loss includes the answer's tokens. The end tokens that fill
     # the canvas are not text.
     is_answer = (
@@ -125,20 +127,10 @@ def denoising_loss(policy: Policy, batch: Sequence[DenoisingExample]) -> Float[T
     is_text = torch.cat([is_context, is_answer], dim=1)
     has_next_token = is_text[:, :-1] & is_text[:, 1:]
     encoder_logprobs = torch.zeros_like(has_next_token, dtype=decoder_logprobs.dtype)
-    encoder_logprobs[has_next_token] = flat_logprobs(
-        policy, text_states[:, :-1][has_next_token], tokens[:, 1:][has_next_token]
+    encoder_logprobs[has_next_token] = token_logprobs(
+        policy, text_states[:, :-1][has_next_token], tokens[:, 1:][has_next_token], params
     )
     return -(decoder_logprobs + encoder_logprobs.sum(-1) / has_next_token.sum(-1).clamp(min=1)).sum()
-
-
-def logprobs(policy: Policy, states: Float[Tensor, "B C D"], tokens: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Return the log-prob of each token given its hidden state, in nats."""
-    return flat_logprobs(policy, states.flatten(0, 1), tokens.flatten()).view(tokens.shape)
-
-
-def flat_logprobs(policy: Policy, states: Float[Tensor, "K D"], tokens: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Return the log-prob of each token at temperature 1, in nats."""
-    return token_logprobs(policy, states, tokens, SamplingParams())
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:

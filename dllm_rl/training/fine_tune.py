@@ -48,7 +48,9 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
     accelerator, stop, peers = launch(recipe)
-    recipe = read_datasets(recipe)  # before the folder is created, so that a malformed file leaves no folder
+    # Before the folder is created, so that a malformed file leaves no folder.
+    rows, held_out_rows = read_datasets(recipe.dataset, recipe.eval_dataset, recipe.eval_split)
+    recipe = replace(recipe, dataset=rows, eval_dataset=held_out_rows)
     folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     policy = _load_policy(recipe, accelerator, folder, saved_state)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
@@ -77,7 +79,7 @@ def fine_tune(recipe: SFT) -> Summary:
         optimizer=optimizer,
         state=state,
         stop=stop,
-        writer=make_writer(recipe, accelerator),
+        writer=make_writer(policy),
         progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(folder or ""),
     )
@@ -120,18 +122,17 @@ def fine_tune(recipe: SFT) -> Summary:
     )
 
 
-def read_datasets(recipe: SFT) -> SFT:
-    """Return the recipe with its rows in memory. Without eval_dataset, the last rows are held out."""
-    rows = _rows(recipe.dataset)
+def read_datasets(dataset: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
+    """Return the rows of training and the held-out rows, in memory: of data sets, or of the files at these paths.
+    Without eval_dataset, the last rows of dataset are held out.
+    """
+    rows = _rows(dataset)
     if not len(rows):
         raise ValueError("dataset is empty: give at least two rows")
-    eval_rows = None if recipe.eval_dataset is None else _rows(recipe.eval_dataset)
-    training, held_out = training_and_held_out(rows, eval_rows, recipe.eval_split)
-    return replace(recipe, dataset=training, eval_dataset=held_out)
+    return training_and_held_out(rows, None if eval_dataset is None else _rows(eval_dataset), eval_split)
 
 
 def _rows(dataset: Any) -> Any:
-    """Return the rows of a data set, or of the file at a path."""
     return list(dict(load_rows(dataset)).values()) if isinstance(dataset, str) else in_memory(dataset)
 
 

@@ -14,7 +14,7 @@ from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
-from dllm_rl.training.hooks import after_summary, ending_entries, load_best
+from dllm_rl.training.hooks import best_folder, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.run import Run
@@ -53,7 +53,7 @@ def finish(run: Run[Recipe]) -> Summary:
         },
         result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
-        advice=_next_command(recipe, run.checkpoint) if run.checkpoint else "Sample:     no checkpoint was saved",
+        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint was saved",
     )
 
 
@@ -72,8 +72,14 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
         "checkpoint": run.checkpoint,  # the checkpoint whose weights were evaluated
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
-        **ending_entries(run),
     }
+    if run.state.best_step is not None:
+        summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
+        summary |= {"best_metric": recipe.best_metric, "best_value": run.state.best_value}
+    if run.state.changes:
+        summary["changes"] = run.state.changes
+    if run.control.stop_reason is not None:
+        summary["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
         plot_path = plots.plot(directory) if recipe.num_steps else None
@@ -89,15 +95,17 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
             except Exception as error:  # of any type, from the network or the hub: the run itself has succeeded
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
-    after_summary(run, summary)
+        for callback in recipe.callbacks:
+            callback.on_end(run.control, summary)
     run.accelerator.wait_for_everyone()
     run.policy.module.zero_grad(set_to_none=True)
     return Summary(summary, run.policy)
 
 
-def _next_command(recipe: Recipe, folder: str) -> str:
+def _next_command(run: Run[Recipe]) -> str:
     """Return the command that samples the first held-out problem as the run's evaluation does."""
-    is_transformers_model = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
+    recipe = run.recipe
+    is_transformers_model = isinstance(recipe.model, str) or (Path(run.checkpoint) / "config.json").exists()
     # For a custom module, the user fills in the function that makes it.
     model_option = "" if is_transformers_model else " --model MODULE:FUNCTION"
     problem = recipe.eval_task[0]

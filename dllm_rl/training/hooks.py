@@ -175,22 +175,3 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
         run.engine.sync(run.policy, run.rollout_policy)
     run.checkpoint = str(folder)
     run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
-
-
-def ending_entries(run: Run[Settings]) -> dict[str, Any]:
-    """Return the entries of summary.json about the best checkpoint, changed settings and an early stop."""
-    entries: dict[str, Any] = {}
-    if run.state.best_step is not None:
-        entries |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
-        entries |= {"best_metric": run.recipe.best_metric, "best_value": run.state.best_value}
-    if run.state.changes:
-        entries["changes"] = run.state.changes
-    if run.control.stop_reason is not None:
-        entries["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
-    return entries
-
-
-def after_summary(run: Run[Settings], summary: dict[str, Any]) -> None:
-    """Call every callback's `on_end` in the main process."""
-    for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
-        callback.on_end(run.control, summary)

@@ -39,7 +39,6 @@ from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.feature_state import make_value_head
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
-from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.types import any_in_group, equal_groups
 
@@ -137,7 +136,7 @@ def try_save(recipe: Recipe, policy: Policy) -> None:
     moment_bytes = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
-        merged = not saves_only_adapters(recipe)
+        merged = not recipe.saves_only_adapters
         # The last checkpoint also has full weights.
         full_weight_bytes = 0 if merged else checkpoint.weights_size(policy.module)
         optimizer = make_optimizer(recipe, policy)

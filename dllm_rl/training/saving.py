@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -32,21 +31,20 @@ from dllm_rl.training.feature_state import state_file
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import CheckpointWriter, Run
-from dllm_rl.training.sharded_learner import gather_on_main, processes_per_shard
+from dllm_rl.training.sharded_learner import gather_on_main
 
 Write = Callable[..., Path]
 
 
-def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
-    """Make the writer of the run's checkpoints. The run does not end before the writer's last write is complete.
-    Collective: every process must call it.
+def make_writer(policy: Policy, *, in_thread: bool = False, timeout: float = 0.0) -> CheckpointWriter:
+    """Make the writer of a learner's checkpoints. The run does not end before the writer's last write is complete.
+    Collective: every process must call it. `timeout`: seconds of a collective of a sharded learner's writer.
     """
-    is_sharded = processes_per_shard(recipe.shard_size, accelerator.num_processes) > 1
-    # A separate process group: the collectives of the writer thread must not mix with those of a training step.
-    timeout = timedelta(seconds=recipe.collective_timeout)
-    writer = CheckpointWriter(
-        in_thread=recipe.async_save, group=dist.new_group(backend="gloo", timeout=timeout) if is_sharded else None
-    )
+    group = None
+    if sharding_of(policy.module) is not None:
+        # A separate process group: the collectives of the writer thread must not mix with those of a training step.
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    writer = CheckpointWriter(in_thread=in_thread, group=group)
     run_exit_stack().callback(writer.close)
     return writer
 
@@ -236,7 +234,7 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
         policy=policy,
         optimizer=optimizer,
         state=state,
-        base=base_of_adapters(recipe, state.warmup_steps),
+        base=base_of_adapters(recipe.model, state.warmup_steps),
         merged=is_merged(run, state),
         processes=run.accelerator.num_processes,
         files=files,
@@ -261,32 +259,25 @@ def feature_states(run: Run[Settings]) -> dict[str, bytes]:
     return states
 
 
-def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
-    """Return the location of the adapters' base model: a hub id or a path; None if a function or a policy is the base.
-    After a warm-up it is the run's reference folder, relative to the adapters' folder.
+def base_of_adapters(model: object, warmup_steps: int) -> str | None:
+    """Return the location of the base of a recipe's adapters: a hub id or a path; None if a function or a policy is the
+    base. After a warm-up it is the run's reference folder, relative to the adapters' folder.
     """
     if warmup_steps:
         return "../../../reference"
-    if not isinstance(recipe.model, str):
+    if not isinstance(model, str):
         return None
-    return str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
-
-
-def saves_only_adapters(recipe: Settings) -> bool:
-    """Return whether checkpoints before the last one contain only adapters. Their base must be in a folder or on the
-    hub.
-    """
-    return recipe.lora is not None and isinstance(recipe.model, str) and not recipe.save_merged
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     """Return whether the checkpoint of a state contains full weights (with adapters merged).
 
-    Every checkpoint does, unless `saves_only_adapters`; then only the last checkpoint does, and the best one if the
-    run ends with it.
+    Every checkpoint does, unless the recipe `saves_only_adapters`; then only the last checkpoint does, and the best one
+    if the run ends with it.
     """
     recipe = run.recipe
-    if not saves_only_adapters(recipe):
+    if not recipe.saves_only_adapters:
         return True
     is_last = state.step >= recipe.num_steps or run.control.stop_reason is not None
     return is_last or (recipe.load_best_model_at_end and state.best_step == state.step)

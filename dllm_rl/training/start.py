@@ -70,7 +70,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
-    check_features(recipe, features)
+    check_features(features, recipe.rollout_workers)
     check_hub(recipe)
     check_tasks(recipe)
     check_evaluations(recipe, validation_interval(recipe))
@@ -144,7 +144,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         optimizer=optimizer,
         state=state,
         stop=stop,
-        writer=make_writer(recipe, accelerator),
+        writer=make_writer(policy, in_thread=recipe.async_save, timeout=recipe.collective_timeout),
         progress=log.view(
             "training",
             recipe.num_steps,
@@ -167,18 +167,18 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     return run
 
 
-def check_features(recipe: Recipe, features: Sequence[StepFeature]) -> None:
+def check_features(features: Sequence[StepFeature], rollout_workers: int) -> None:
     """Raise ValueError for two features of one name, whose states would be one file, or for a feature that rollout
     workers, which do not call it, would contradict.
     """
     names = [type(feature).__name__ for feature in features]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
-    for feature in features if recipe.rollout_workers else ():
+    for feature in features if rollout_workers else ():
         if feature.changes_views or feature.max_staleness:
             raise ValueError(
                 f"features: {type(feature).__name__} changes what is scored or when weights are synced, and workers "
-                f"(rollout_workers={recipe.rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
+                f"(rollout_workers={rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
             )
 
 
@@ -218,7 +218,8 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
         peers.hear = stop.hear_from_another
         run_exit_stack().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
-    check_processes(recipe, accelerator)
+    check_sharding(recipe, accelerator.num_processes)
+    check_batches(recipe, accelerator.num_processes)
     return accelerator, stop, peers
 
 
@@ -247,12 +248,6 @@ def open_log(
     if peers is not None:
         peers.stage, log.entering = lambda: log.place, peers.tell_stage
     return log
-
-
-def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
-    """Raise ValueError if the recipe does not fit the number of processes."""
-    check_sharding(recipe, accelerator.num_processes)
-    check_batches(recipe, accelerator.num_processes)
 
 
 def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequence[StepFeature] = ()) -> Policy:

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from made_run import make_run
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
@@ -51,14 +52,18 @@ class Told(Wrapped):
         return Problem([{"role": role, "content": text} for role, text in said.items()], blank="_")
 
 
+def command_of(recipe, folder):
+    return _next_command(make_run(recipe=recipe, checkpoint=str(folder)))
+
+
 def test_the_next_command_is_the_runs_own_and_quotes_the_prompt_for_a_shell(tmp_path):
     recipe = tiny_recipe(tmp_path)
     first = recipe.eval_task[0].prompt
     command = f"Sample:     dllm-rl sample {tmp_path}"
-    assert _next_command(recipe, str(tmp_path)) == f"{command} {first} --model MODULE:FUNCTION"
+    assert command_of(recipe, tmp_path) == f"{command} {first} --model MODULE:FUNCTION"
     (tmp_path / "config.json").touch()
-    assert _next_command(recipe, str(tmp_path)) == f"{command} {first}"
-    line = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
+    assert command_of(recipe, tmp_path) == f"{command} {first}"
+    line = command_of(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), tmp_path)
     assert shlex.split(line)[4:] == ["1+_='2'", "--chat", "--blank", "_"]
 
 
@@ -73,4 +78,4 @@ def test_the_next_command_of_a_chat_without_plain_text(tmp_path, messages, text)
     recipe = tiny_recipe(
         tmp_path, eval_task=task_from_dataset([{"prompt": messages}], reward_funcs=lambda completions: completions)
     )
-    assert shlex.split(_next_command(recipe, str(tmp_path)))[3:6] == [str(tmp_path), text, "--chat"]
+    assert shlex.split(command_of(recipe, tmp_path))[3:6] == [str(tmp_path), text, "--chat"]

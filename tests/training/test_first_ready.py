@@ -68,7 +68,12 @@ def simulate(duration, *, workers, late, steps, saved=None):
     stops, and is resumed from what it saves with that number of workers."""
     policy = SimpleNamespace(weights_version=0, module=torch.nn.Linear(1, 1))
     recipe = SimpleNamespace(
-        max_staleness=late, num_steps=steps, rollout_workers=workers, collective_timeout=1.0, rollout_schedule=""
+        max_staleness=late,
+        num_steps=steps,
+        rollout_workers=workers,
+        collective_timeout=1.0,
+        rollout_schedule="",
+        sampler=None,
     )
     one = SimpleNamespace(num_processes=1)
     context = SimpleNamespace(recipe=recipe, policy=policy, accelerator=one)
@@ -147,7 +152,7 @@ def test_no_batch_is_too_old_or_lost_also_after_resumes(times, workers, more, sa
 def test_finished_batches_of_another_schedule_are_trained_on_once_also_after_a_further_resume(saved_at):
     """A checkpoint of 'in_order' at step 4, with batches 4, 5 and 7 finished and 6 not, has no file of the order."""
     recipe = SimpleNamespace(
-        max_staleness=5, num_steps=12, rollout_workers=1, collective_timeout=1.0, rollout_schedule=""
+        max_staleness=5, num_steps=12, rollout_workers=1, collective_timeout=1.0, rollout_schedule="", sampler=None
     )
     policy = SimpleNamespace(weights_version=4, module=torch.nn.Linear(1, 1))
     context = SimpleNamespace(recipe=recipe, policy=policy, accelerator=SimpleNamespace(num_processes=1))

@@ -227,7 +227,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
         collected = (replace(collected[0], rollout_logprobs=scored), *collected[1:])
         (samples, answers, metrics), seconds = deserialize_batch(
-            serialize_batch(collected, 1.5), each, accelerator.device
+            serialize_batch(collected, 1.5), getattr(each.sampler, "rank", None), accelerator.device
         )
         assert seconds == 1.5 and metrics == collected[2] and answers == collected[1]
         assert [each[0, 0].item() for each in samples.rollout_logprobs] == list(range(11))
@@ -415,7 +415,7 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
 
 
 def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_path):
-    """`_batch` gives None after a quarter of collective_timeout, then the pool's batch, or its error."""
+    """`_next` gives None after a quarter of collective_timeout, then the pool's batch, or its error."""
     arrived, failure = Event(), []
 
     class Slow(InProcessPool):
@@ -429,13 +429,13 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
     pending = {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)}
     recipe = late_recipe(tmp_path, collective_timeout=0.02)
     rollouts = AsyncRollouts(recipe, SimpleNamespace(accelerator=two), Slow(), pending)
-    assert rollouts._batch(0) is None and rollouts._batch(0) is None
+    assert rollouts._next(0) is None and rollouts._next(0) is None
     arrived.set()
     rollouts.pending[0].result.result(60)
-    assert rollouts._batch(0) == b"a batch"
+    assert rollouts._next(0) == (0, b"a batch")
     failure.append(ValueError("the grader failed"))
     with pytest.raises(ValueError, match="the grader failed"):
-        while rollouts._batch(1) is None:
+        while rollouts._next(1) is None:
             pass
 
 

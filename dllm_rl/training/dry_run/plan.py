@@ -21,7 +21,6 @@ from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_sha
 from dllm_rl.training.dry_run.memory import PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.feature_state import check_value_model
 from dllm_rl.training.policies import call_model_function, check_blocks
-from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, processes_per_shard
 
 GB = 1e9
@@ -178,7 +177,7 @@ def save_lines(step: PlannedStep) -> list[str]:
     state_bytes = step.shard_size * sum(persistent.get(name, 0) for name in ("optimizer", "adapters"))
     weight_bytes = num_weights(step.policy.module) * step.dtype.itemsize
     full_bytes = weight_bytes + state_bytes  # of a checkpoint with all weights; the last one always has them
-    only_adapters = saves_only_adapters(recipe)
+    only_adapters = recipe.saves_only_adapters
     checkpoint_bytes = state_bytes if only_adapters else full_bytes
     disk_bytes = recipe.save_total_limit * checkpoint_bytes + full_bytes
     host_bytes = min(weight_bytes, MAX_FILE_SIZE)  # one file of weights at a time

@@ -11,7 +11,6 @@ import torch
 
 from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import read_json
-from dllm_rl.recipe import Recipe
 from dllm_rl.step.context import StepContext
 from dllm_rl.training.late_rollouts.messages import deserialize_batch
 from dllm_rl.training.late_rollouts.schedule import (
@@ -55,7 +54,7 @@ class FirstReadyRollouts(AsyncRollouts):
         self.pool.set_up(recipe, context)
         self.weights, self.version = weights, context.policy.weights_version
         num_batches = recipe.num_steps - steps_done
-        made = read_made(folder, recipe)
+        made = read_made(folder, self.rank)
         for number, (version, data) in sorted(made.items(), key=lambda item: item[1][0]):
             is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
             if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
@@ -153,14 +152,16 @@ def choose_batch(
     return None
 
 
-def read_made(folder: Path | None, recipe: Recipe) -> dict[int, tuple[int, bytes]]:
-    """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number."""
+def read_made(folder: Path | None, rank: Callable | None) -> dict[int, tuple[int, bytes]]:
+    """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number. `rank` is
+    that of the recipe's sampler.
+    """
     found = {}
     for path in [] if folder is None else (folder / "rollouts").glob("*.safetensors"):
         name, _, kind = path.name.partition(".")
         data = read_pending_file(folder, f"rollouts/{path.name}") if kind == "safetensors" else None
         if data is not None:  # `kind` is "weights.safetensors" in a checkpoint of 'in_order'
-            (samples, _, _), _ = deserialize_batch(data, recipe, torch.device("cpu"))
+            (samples, _, _), _ = deserialize_batch(data, rank, torch.device("cpu"))
             found[int(name)] = (samples.rollout.weights_version, data)
     return found
 

@@ -231,6 +231,11 @@ class AsyncRollouts:
     pool: Pool | None  # None in the other processes
     pending: dict[int, PendingBatch] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> Callable | None:
+        """The rank of the recipe's sampler, which a batch's order refers to."""
+        return getattr(self.recipe.sampler, "rank", None)
+
     def begin(self, steps_done: int, folder: Path | None) -> None:
         """Plan the batches of the next K + 1 steps (K = max_staleness) at the start of a run, or after a resume.
 
@@ -283,7 +288,7 @@ class AsyncRollouts:
             while found is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
                 found = from_main(partial(self._next, step), run.accelerator)
         number, batch = found
-        (samples, answers, metrics), seconds = deserialize_batch(batch, self.recipe, run.accelerator.device)
+        (samples, answers, metrics), seconds = deserialize_batch(batch, self.rank, run.accelerator.device)
         counts = rows_of_processes(torch.tensor(group_sizes(samples.group)), run.accelerator.num_processes)
         samples = replace(samples, counts=counts)
         rows = torch.arange(len(answers)).split(list(counts))[run.accelerator.process_index]
@@ -299,24 +304,21 @@ class AsyncRollouts:
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
     def _next(self, step: int) -> tuple[int, bytes] | None:
-        """Return the number and the bytes of the batch to train on; None as `_batch`."""
-        batch = self._batch(step)
-        return None if batch is None else (step, batch)
-
-    def _batch(self, step: int) -> bytes | None:
-        """Return the batch; None if it is not ready soon and other processes wait in an exchange."""
+        """Return the number and the bytes of the batch to train on; None if it is not ready soon and other processes
+        wait in an exchange.
+        """
         assert self.pool is not None, "only the main process has the batches"
         pending_batch = self.pending[step]
         if pending_batch.made is not None:
-            return pending_batch.made
+            return step, pending_batch.made
         if self.context.accelerator.num_processes == 1:
-            return self.pool.result(step)
+            return step, self.pool.result(step)
         if pending_batch.result is None:
             pending_batch.result = Future()
             waiter = partial(_wait_for_result, self.pool, step, pending_batch.result)
             Thread(target=waiter, daemon=True).start()  # a daemon: it must not keep a run alive that ends
         wait([pending_batch.result], timeout=self.recipe.collective_timeout / 4)
-        return pending_batch.result.result() if pending_batch.result.done() else None
+        return (step, pending_batch.result.result()) if pending_batch.result.done() else None
 
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
