@@ -23,8 +23,7 @@ from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import PPOClip
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, LikelihoodEstimator, OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -73,7 +72,7 @@ def step(
         losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=beta, kl=losses.K3()
     )
     settings = UpdateSettings(loss=loss, likelihood=likelihood, learning_rate=0.0)
-    batches = [replace(batch, rollout=at(rollout, policy))] * iterations
+    batches = [replace(batch, rollout=at(rollout, policy), retains_graphs=retain_graphs)] * iterations
     update(policy, optimizer, batches, Accelerator(cpu=True), settings)
 
 
@@ -147,7 +146,9 @@ def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: Likeliho
     policy.module.zero_grad()
     scores, mask = estimator.view_logprobs(policy, rollout, noise, retain_graphs=keep), rollout.completion_mask
     old = estimator.combine(scores.detach(), noise)
-    batch = Batch(rollout, noise, advantages_of(rollout), old, scores, torch.ones_like(old), mask, None, 1, 1)
+    weights = torch.ones_like(old)
+    given = rollout, noise, advantages_of(rollout), old, scores, weights, mask, None
+    batch = Batch(*given, num_tokens=1, num_sequences=1, retains_graphs=keep)
     loss = partial(losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=0.0, kl=losses.K3())
     forward_backward(policy, batch, scores, loss=loss, likelihood=estimator)
 

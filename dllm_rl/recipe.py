@@ -12,7 +12,7 @@ from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, Toke
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.decoding.support import with_support
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
 from dllm_rl.models.rollout_engine import RolloutEngine

@@ -530,12 +530,13 @@ class Logprobs:
     """Each position's contribution to the log-probs of one rollout, in nats; 0 where a position is not scored."""
 
     old_logprobs: Float[Tensor, "B T"]  # under the learner at the start of the update
-    old_view_logprobs: Float[Tensor, "N B T"]  # the same per view, with autograd graphs if they were retained
+    old_view_logprobs: Float[Tensor, "N B T"]  # the same per view
     rollout_logprobs: Float[Tensor, "B T"]  # under the policy that sampled
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner replays, if any
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
     token_advantages: Float[Tensor, "B T"] | None = None  # advantages of a value model, if the recipe has one
+    retains_graphs: bool = False  # whether old_view_logprobs has the autograd graphs of the trained rows
 
 
 def single_process_sum(total: Tensor) -> Tensor:
@@ -559,6 +560,7 @@ class Batch:
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
     sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
+    retains_graphs: bool = False  # whether the log-probs of an update have autograd graphs, for its backward
 
 
 @dataclass(frozen=True)

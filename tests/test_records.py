@@ -15,7 +15,7 @@ from dllm_rl import Lora, Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.algorithms.correctors import Corrector, ais_lambda
 from dllm_rl.likelihoods import estimators
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.records import Bound, Record, annotations_of, required_settings, subclasses, union_members

@@ -164,7 +164,7 @@ def check_bitwise_equal(
     row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
     view = int((views.coefficients[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
-    tokens = list(each_view(views))[view].input_tokens(policy, rollout)[row : row + 1]
+    tokens = list(each_view(views))[view].inputs_and_targets(policy, rollout)[0][row : row + 1]
     attention_mask = rollout.attention_mask[row : row + 1]
     learner_outputs = layer_outputs(policy, tokens, attention_mask)
     rollout_outputs = layer_outputs(rollout_policy, tokens, attention_mask)

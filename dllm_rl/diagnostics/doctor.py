@@ -21,8 +21,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.estimators import Causal, Trajectory
+from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory, recorded
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
@@ -350,7 +349,7 @@ def worst_tokens(
 
 def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
     """Sort layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = next(each_view(both.views)).input_tokens(both.policy, both.rollout)[:8]
+    tokens = next(each_view(both.views)).inputs_and_targets(both.policy, both.rollout)[0][:8]
     attention_mask = both.rollout.attention_mask[:8]
     rollout_outputs = layer_outputs(both.rollout_policy, tokens, attention_mask)
     errors = {}

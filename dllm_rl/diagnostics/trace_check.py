@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import Generator, Tensor
 
 from dllm_rl.diagnostics.traces import has_logprobs
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.estimators import Causal, Trajectory
+from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory, recorded
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import process
@@ -316,9 +315,9 @@ def _worse_choices(
     views = Trajectory(include_order=False).draw_views(rollout, Generator().manual_seed(0))
     worse = torch.zeros_like(rollout.completion_mask)
     for chunk in row_chunks(rollout, views, micro_batch_size):
-        part, part_views = chunk.of(rollout, views)
+        part = chunk.rollout
         assert part.order is not None, "rows keep their order"
-        for step, view in enumerate(each_view(part_views)):
+        for step, view in enumerate(each_view(chunk.views)):
             left_masked = view.masked & ~view.scored & (part.order.block_first_step <= step)
             states = view.run(policy, part, view.scored | left_masked)
             if states is None:
@@ -415,8 +414,8 @@ def _explain(
     views = _exact_estimator(policy, include_order=False).draw_views(rollout, Generator().manual_seed(0))
     logits, tokens, record = [], [], []
     for chunk in row_chunks(rollout, views, micro_batch_size):
-        part, part_views = chunk.of(rollout, views)
-        for view in each_view(part_views):
+        part = chunk.rollout
+        for view in each_view(chunk.views):
             states = view.run(policy, part, view.scored & is_chosen[chunk.rows][:, chunk.columns])
             if states is not None:
                 logits.append(policy.head(states.states).float())

@@ -11,8 +11,7 @@ from torch import nn
 
 from dllm_rl.algorithms.losses import FixedLengthMean
 from dllm_rl.frontend.trl_names import DR_GRPO, with_trl_names
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import Causal, Trajectory
+from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config, num_parameters

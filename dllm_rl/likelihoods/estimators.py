@@ -1,32 +1,220 @@
-"""The sequence-likelihood estimators of the library. `likelihoods.estimator` defines the interface.
+"""Estimates of log p(completion | prompt): their interface, `LikelihoodEstimator`, and those of the library.
 
-Notation: y is a completion of L tokens, m a set of its positions, and l_i(m) = log p(y_i | prompt, y with m masked), in
-nats. The any-order ELBO is a lower bound of log p(y), where p(y) is the likelihood if the tokens are written one at a
-time in a random order:
+An estimator scores several views of the batch. A view is a copy of the batch with the positions of one set m masked;
+one forward scores some of its positions. `combine` adds up the views' log-probs per position; the sum over T estimates
+log p(completion | prompt). The views are drawn once, and every policy is scored with the same views. Scoring and the
+update process one view at a time, so that memory does not grow with the number of views. The cost of an estimate is its
+number of forwards of the full batch.
+
+Notation: y is a completion of L tokens, and l_i(m) = log p(y_i | prompt, y with m masked), in nats. The any-order ELBO
+is a lower bound of log p(y), where p(y) is the likelihood if the tokens are written one at a time in a random order:
     sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
     p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-A view is a copy of the batch with the positions of one set m masked. One forward scores some of its positions. The cost
-of an estimate is its number of forwards of the full batch. docs/methods.md explains the tags [paper] and [ours].
+docs/methods.md explains the tags [paper] and [ours].
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import masks
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
-from dllm_rl.likelihoods.events import check_merges, event_views, last_and_first_step
+from dllm_rl.likelihoods.events import event_views, last_and_first_step
 from dllm_rl.likelihoods.order_logprobs import add_order_logprobs
-from dllm_rl.likelihoods.packed import packed_views
+from dllm_rl.likelihoods.packed import Packed, steps_in_blocks
 from dllm_rl.likelihoods.renoising import renoise_views
-from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segment_views, segments
-from dllm_rl.likelihoods.turns import hide_later_columns
-from dllm_rl.records import option
+from dllm_rl.likelihoods.turns import check_turns, hide_later_columns
+from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.models.base import Policy, join_uneven_forwards
+from dllm_rl.records import Record, option
 from dllm_rl.types import Rollout, Views
+
+
+class LikelihoodEstimator(Record):
+    """An estimate of log p(completion | prompt): pure functions that draw the views and combine their log-probs.
+
+    Use `ELBO`, `Trajectory` or another class of this module for a published estimate. For a custom one, subclass this
+    class, override `draw_views` and the properties that differ, and test it by `check_estimator`. Where
+    an estimator is expected, a plain function (rollout, generator) -> Views is one too. Contributions are zero outside
+    the completion. Both sides of a ratio must use the same estimator and the same views.
+
+    Example:
+            views = Coupled().draw_views(rollout, generator)
+            log_ratio = Coupled().logprobs(policy, rollout, views) - Coupled().logprobs(other, rollout, views)
+    """
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        """Return the masks and coefficients of every view of the rollout."""
+        raise TypeError(f"{type(self).__name__} must define draw_views(rollout, generator)")
+
+    def combine(self, scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
+        """Return the contributions in nats of the views' log-probs; differentiable.
+
+        Default: sum_n coefficient_n * log p(y_t | view n) per position.
+        """
+        total = torch.zeros_like(scores[0])
+        # One by one, so that the sum has the same bits as the sampler's record.
+        for view_scores, coefficients in zip(scores, views.coefficients, strict=True):
+            total = total + view_scores * coefficients
+        return total
+
+    def with_advantages(self, views: Views, advantages: Float[Tensor, " B"]) -> Views:
+        """Return the views, adapted to the advantages, as `Sandwich` does. Default: unchanged."""
+        return views
+
+    @property
+    def name(self) -> str:
+        """Name of the estimate in messages."""
+        return type(self).__name__
+
+    @property
+    def supported_attention(self) -> tuple[str, ...]:
+        """Values of the policy's attention for which the estimate is defined."""
+        return ("full", "block_causal")
+
+    @property
+    def exact_for_sampler(self) -> bool:
+        """Whether scoring under the rollout policy equals the sampler's record (`recorded`). It is then reused."""
+        return False
+
+    @property
+    def replays_steps(self) -> bool:
+        """Whether view n shows what the sampler saw before it wrote the tokens that the view scores.
+
+        The views must be in the sampler's order. A `ValueModel` requires it.
+        """
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two calls of `draw_views` differ. Inner updates may then draw separate masks (`resample_masks`)."""
+        return True
+
+    @property
+    def reads_confidence_change(self) -> bool:
+        """Whether `draw_views` needs `Rollout.confidence_change`."""
+        return False
+
+    @property
+    def required_block_size(self) -> int | None:
+        """Block size that the policy must have, for views that mask complete blocks. None: any."""
+        return None
+
+    @classmethod
+    def convert(cls, value: Any) -> "LikelihoodEstimator | None":
+        return FunctionLikelihood(function=value) if callable(value) else None
+
+    def view_logprobs(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        views: Views,
+        *,
+        micro_batch_size: int | None = None,
+        retain_graphs: bool | Bool[Tensor, " B"] = False,
+    ) -> Float[Tensor, "N B T"]:
+        """Return log p(y_t | view n) in nats where view n scores t, and 0 elsewhere.
+
+        Call it with `retain_graphs` to differentiate the result; call `logprobs` if no gradient is needed.
+
+        Args:
+            policy: Policy to score under.
+            rollout: Rollout to score, of B rows.
+            views: Views of `draw_views`.
+            micro_batch_size: Number of rows per forward. None: all.
+            retain_graphs: Rows whose autograd graphs are retained until their backward: all (True), the marked rows
+                of a mask (B,), or none (False), so that the result has no gradient.
+        """
+        self.check_policy(policy)
+        if rollout.first_step is not None:
+            check_turns(policy, views)
+        out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
+        passes = [(views, retain_graphs is True)]
+        if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows
+            passes = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
+        for pass_views, with_grad in passes:
+            # Processes may have different numbers of rows: see `join_uneven_forwards`.
+            with torch.set_grad_enabled(with_grad), join_uneven_forwards(policy):
+                for chunk in row_chunks(rollout, pass_views, micro_batch_size):
+                    for n, view in enumerate(each_view(chunk.views)):
+                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, chunk.rollout)
+        return out
+
+    def backward(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        views: Views,
+        vectors: Float[Tensor, "N B T"],
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        """Compute `view_logprobs(...).backward(vectors)` without retained graphs.
+
+        Every forward runs again and is differentiated immediately, so that memory does not grow with the number of
+        views. `vectors` is the gradient of the loss with respect to `view_logprobs(...)`.
+        """
+        with join_uneven_forwards(policy, backward=True):
+            for chunk in row_chunks(rollout, views, micro_batch_size):
+                for view, grad_output in zip(each_view(chunk.views), vectors, strict=True):
+                    view.backward(policy, chunk.rollout, grad_output[chunk.rows][:, chunk.columns])
+
+    def logprobs(
+        self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Return each position's contribution to the estimate in nats, without gradient.
+
+        The sum over T estimates the sequence's log-prob.
+        """
+        return self.combine(self.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size), views)
+
+    @cached_property
+    def exact_ratios(self) -> bool:
+        """Whether exp(difference of two policies' estimates) is the ratio of the probabilities of what was sampled."""
+        return self.exact_for_sampler or self.supported_attention == ("causal",)
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raise ValueError when the estimate does not support this policy's attention or block size."""
+        if policy.spec.attention not in self.supported_attention:
+            raise ValueError(
+                f"likelihood={self.name!r} is for {' or '.join(self.supported_attention)} attention, but the policy's "
+                f"is {policy.spec.attention!r}; "
+                f"use {'Causal()' if policy.spec.attention == 'causal' else 'Trajectory()'}"
+            )
+        if self.required_block_size not in (None, policy.spec.block_size):
+            raise ValueError(
+                f"block_size={self.required_block_size} is not the policy's block size, {policy.spec.block_size}"
+            )
+
+
+class FunctionLikelihood(LikelihoodEstimator):
+    """An estimator whose views a function draws.
+
+    Args:
+        function: Function of the rollout and a generator. It returns the masks and coefficients of every view.
+    """
+
+    function: Callable[[Rollout, Generator], Any]
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        return self.function(rollout, generator)
+
+
+def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
+    """Return the contributions (B, T) that the sampler recorded, in nats.
+
+    Call it instead of scoring if the estimator is `exact_for_sampler`.
+    """
+    logprobs = rollout.logprobs
+    for feature in views.features:
+        logprobs = feature.sampler_logprobs(rollout, logprobs)
+    return logprobs
 
 
 class Causal(LikelihoodEstimator):
@@ -39,7 +227,8 @@ class Causal(LikelihoodEstimator):
     is_random = False
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_unmasked(rollout, generator)
+        scored = rollout.completion_mask[None]
+        return Views(torch.zeros_like(scored), scored.float())
 
 
 class OneStep(LikelihoodEstimator):
@@ -62,7 +251,10 @@ class OneStep(LikelihoodEstimator):
         return self.prompt_mask > 0
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_fully_masked(rollout, generator, prompt_mask=self.prompt_mask)
+        completion = rollout.completion_mask
+        prompt = rollout.attention_mask & ~completion
+        hidden_prompt = masks.uniforms_at(prompt, masks.row_generators(rollout, generator)) < self.prompt_mask
+        return Views((hidden_prompt | completion)[None], completion[None].float())
 
 
 class ELBO(LikelihoodEstimator):
@@ -111,14 +303,21 @@ class ELBO(LikelihoodEstimator):
         return self.informed_masking is not None
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_k_masked(
-            rollout,
-            generator,
-            num_samples=self.num_samples,
-            stratified=self.stratified,
-            antithetic=self.antithetic,
-            informed_masking=self.informed_masking,
-        )
+        completion = rollout.completion_mask
+        generators = masks.row_generators(rollout, generator)
+        size = completion.sum(-1, keepdim=True)
+        num_draws = self.num_samples // 2 if self.antithetic else self.num_samples
+        u = masks.uniforms_per_row(generators, num_draws, stratified=self.stratified, device=size.device)
+        keys = [masks.mask_keys(rollout, generators, self.informed_masking) for _ in range(num_draws)]
+        if self.antithetic:
+            # k is in the lower half of 1..L; the second view of each pair has the upper half, and the largest keys.
+            k = 1 + masks.uniform_index(u / 2, size)
+            counts = torch.cat([k, size + 1 - k])
+            keys += [-key for key in keys]
+        else:
+            counts = 1 + masks.uniform_index(u, size)
+        views = [masks.k_masked_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
+        return masks.stack_views(views, samples=self.num_samples)
 
 
 class Coupled(LikelihoodEstimator):
@@ -145,9 +344,15 @@ class Coupled(LikelihoodEstimator):
         return self.informed_masking is not None
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_coupled(
-            rollout, generator, num_samples=self.num_samples, informed_masking=self.informed_masking
-        )
+        completion = rollout.completion_mask
+        generators = masks.row_generators(rollout, generator)
+        size = completion.sum(-1, keepdim=True)
+        u = masks.uniforms_per_row(generators, self.num_samples, stratified=True, device=size.device)
+        views = []
+        for k in masks.uniform_index(u, size + 1):
+            keys = masks.mask_keys(rollout, generators, self.informed_masking)
+            views += masks.coupled_views(completion, keys, k)
+        return masks.stack_views(views, samples=self.num_samples)
 
 
 class Quadrature(LikelihoodEstimator):
@@ -168,7 +373,17 @@ class Quadrature(LikelihoodEstimator):
     nodes: int = option(default=3, at_least=1)
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_quadrature(rollout, generator, nodes=self.nodes)
+        completion = rollout.completion_mask
+        generators = masks.row_generators(rollout, generator)
+        size = completion.sum(-1, keepdim=True)
+        views = []
+        points, node_weights = np.polynomial.legendre.leggauss(self.nodes)  # for [-1, 1]: the weights add up to 2
+        for point, node_weight in zip(points, node_weights, strict=True):
+            t = torch.full(size.shape, (point + 1) / 2, dtype=torch.float64, device=size.device)
+            keys = masks.uniforms_at(completion, generators)
+            masked, weight = masks.k_masked_view(completion, keys, 1 + masks.uniform_index(t, size))
+            views.append((masked, node_weight / 2 * weight))
+        return masks.stack_views(views, samples=1)
 
 
 class BlockELBO(LikelihoodEstimator):
@@ -192,7 +407,16 @@ class BlockELBO(LikelihoodEstimator):
     num_samples: int = option(default=2, at_least=1)
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return masks.draw_block(rollout, generator, block_size=self.block_size, num_samples=self.num_samples)
+        completion = rollout.completion_mask
+        generators, device = masks.row_generators(rollout, generator), completion.device
+        u_block = masks.uniforms_per_row(generators, self.num_samples, stratified=True, device=device)
+        # k is not stratified: early blocks would always have few masked positions, and late blocks many.
+        u_count = masks.uniforms_per_row(generators, self.num_samples, stratified=False, device=device)
+        views = []
+        for sample_block, sample_count in zip(u_block, u_count, strict=True):
+            keys = masks.uniforms_at(completion, generators)
+            views.append(masks.block_view(completion, keys, sample_block, sample_count, block_size=self.block_size))
+        return masks.stack_views(views, samples=self.num_samples)
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
@@ -203,23 +427,6 @@ def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) ->
     # The terms of a position that no view scores are all -inf. Their logsumexp would have a NaN gradient, so they
     # are first replaced by 0.
     return torch.where(unscored, 0, terms.masked_fill(unscored, 0).logsumexp(0) / beta)
-
-
-def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """Mix the lower and the upper bound of each position, in nats.
-
-    `Views.upper_bound_weight` is the weight of the upper bound in each row.
-    """
-    lower = weighted_sum(scores, views)
-    if views.upper_bound_weight is None:  # the advantages are not known yet
-        return lower
-    upper = upper_bound(scores, views, beta=beta)
-    return torch.lerp(lower, upper, views.upper_bound_weight[:, None].to(lower))
-
-
-def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:
-    """Set upper_bound_weight to `mix` in the rows with a negative advantage, and to 0 in the others."""
-    return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.coefficients))
 
 
 class _FromBase(LikelihoodEstimator):
@@ -299,10 +506,14 @@ class Sandwich(_FromBase):
     mix: float = option(default=0.5, at_least=0, at_most=1)
 
     def combine(self, scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
-        return mixed_bounds(scores, views, beta=self.beta)
+        lower = super().combine(scores, views)
+        if views.upper_bound_weight is None:  # the advantages are not known yet
+            return lower
+        upper = upper_bound(scores, views, beta=self.beta)
+        return torch.lerp(lower, upper, views.upper_bound_weight[:, None].to(lower))
 
     def with_advantages(self, views: Views, advantages: Float[Tensor, " B"]) -> Views:
-        return upper_where_negative(views, advantages, mix=self.mix)
+        return replace(views, upper_bound_weight=self.mix * (advantages < 0).to(views.coefficients))
 
 
 class Trajectory(LikelihoodEstimator):
@@ -360,54 +571,60 @@ class Trajectory(LikelihoodEstimator):
                 "leave one at None"
             )
 
-    @property
-    def supported_attention(self) -> tuple[str, ...]:
+    @cached_property
+    def supported_attention(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.block_size is not None:
             return ("block_causal",)
         return ("full", "block_causal", "encoder_decoder") if self.exact_for_sampler else ("full", "block_causal")
 
-    @property
-    def exact_for_sampler(self) -> bool:
+    @cached_property
+    def exact_for_sampler(self) -> bool:  # type: ignore[override]
         return self.num_segments is None and self.num_sampled_steps is None  # one view for each step
-
-    @property
-    def scores_order(self) -> bool:
-        return self.exact_for_sampler and self.include_order  # a merged segment is not a step of the sampler
 
     @property
     def replays_steps(self) -> bool:
         return self.block_size is None  # else a view holds a step of every block
 
-    @property
-    def is_random(self) -> bool:
+    @cached_property
+    def is_random(self) -> bool:  # type: ignore[override]
         return self.num_sampled_steps is not None
 
-    @property
-    def required_block_size(self) -> int | None:
+    @cached_property
+    def required_block_size(self) -> int | None:  # type: ignore[override]
         return self.block_size
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         if rollout.renoised is not None:
             return renoise_views(rollout, full=self.self_conditioning == "full")
-        check_merges(rollout, self.num_segments)
+        last_step = first_step = rollout.unmask_step
+        if rollout.events is not None:
+            last_step, first_step = last_and_first_step(rollout, self.num_segments)
+        start: Tensor | int = 0  # the first step of each position's block, if the blocks are replayed together
         if self.block_size is not None:
-            views = packed_views(rollout, num_segments=self.num_segments, block_size=self.block_size)
+            segment, start = steps_in_blocks(
+                rollout, last_step, first_step, block_size=self.block_size, num_segments=self.num_segments
+            )
+        elif self.num_segments is None:
+            segment = last_step
         else:
-            last_step, _ = last_and_first_step(rollout)
-            segment_of_position = segments(last_step, self.num_segments)
-            if self.num_sampled_steps is None:
-                view_segments, coefficient = all_segments(segment_of_position), None
-            else:
-                view_segments, coefficient = sampled_segments(
-                    segment_of_position, rollout, generator, self.num_sampled_steps
-                )
-            if rollout.events is None:
-                views = segment_views(rollout, segment_of_position, view_segments)
-            else:
-                views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
-            if coefficient is not None:
-                views = replace(views, coefficients=views.coefficients * coefficient)
-        # With merged segments or packed blocks, a view scores several steps.
-        if rollout.first_step is not None and self.num_segments is None and self.block_size is None:
+            num_steps = last_step.amax(-1, keepdim=True) + 1  # per row: rows may end early
+            segment = torch.where(last_step < 0, -1, last_step * self.num_segments // num_steps.clamp(min=1))
+        if self.num_sampled_steps is None:
+            index, weight = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None], None
+        else:
+            index, weight = masks.sampled_segments(segment, rollout, generator, self.num_sampled_steps)
+        completion = rollout.completion_mask
+        if rollout.events is None:  # view s hides the segments from index[s] on; a negative index hides and scores none
+            views = Views(completion & (segment >= index) & (index >= 0), (completion & (segment == index)).float())
+        else:
+            views = event_views(rollout, (index + start).expand(-1, *segment.shape))
+        if weight is not None:
+            views = replace(views, coefficients=views.coefficients * weight)
+        if self.block_size is not None:
+            views = replace(views, features=(*views.features, Packed()))
+        elif rollout.first_step is not None and self.num_segments is None:  # a merged segment has several steps
             views = hide_later_columns(rollout, views)
-        return add_order_logprobs(rollout, views) if self.scores_order else views
+        has_order = rollout.order is not None and rollout.order.logprobs is not None
+        if has_order and self.include_order and self.exact_for_sampler:  # a merged segment is not a step of the sampler
+            views = add_order_logprobs(rollout, views)
+        return views

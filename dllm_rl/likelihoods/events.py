@@ -11,14 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods.views import View, ViewFeature
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import Events, Rollout, Views
+
+
+def recorded_events(rollout: Rollout) -> Events:
+    """Return the rollout's events, which must be recorded."""
+    assert rollout.events is not None, "only a sampler that revises records events"
+    return rollout.events
 
 
 def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Return the tokens before each position's `step` (-1: masked), and those that this step wrote (-1: none)."""
-    events = rollout.events
-    if events is None:
-        raise ValueError("the rollout has no events: only a sampler that revises records them")
+    events = recorded_events(rollout)
     is_event = events.step >= 0
     num_earlier = (is_event & (events.step < step[..., None])).sum(-1, keepdim=True)
     latest = events.token.gather(-1, (num_earlier - 1).clamp(min=0))
@@ -39,26 +43,23 @@ class CanvasReplay(ViewFeature):
         return replace(view, canvas=partial(canvas_at, step=self.step[number]))
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        assert rollout.events is not None, "the views replay the events of the rollout"
         # Event by event, in the order in which views are summed.
-        return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
+        return sum(recorded_events(rollout).logprobs.unbind(-1), torch.zeros_like(logprobs))
 
 
-def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the last and the first step in which each position changed; -1 outside the completion."""
-    step = rollout.unmask_step
-    if rollout.events is None:
-        return step, step
-    return rollout.events.step.amax(-1).to(step), rollout.events.step[..., 0].to(step)
+def last_and_first_step(rollout: Rollout, num_segments: int | None) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return the last and the first step in which each position changed; -1 outside the completion.
 
-
-def check_merges(rollout: Rollout, num_segments: int | None) -> None:
-    """Raise ValueError if `num_segments` merges steps of a rollout that may write a position in several steps."""
-    if num_segments is not None and rollout.events is not None:
+    Raises:
+        ValueError: `num_segments` merges steps, and a position may be written in several of them.
+    """
+    if num_segments is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
             "of them (remask, soft_edit): leave num_segments at None; num_sampled_steps scores some of the steps"
         )
+    events = recorded_events(rollout)
+    return events.step.amax(-1).to(rollout.unmask_step), events.step[..., 0].to(rollout.unmask_step)
 
 
 def event_views(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
@@ -67,8 +68,7 @@ def event_views(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
     Raises:
         ValueError: The recorded events do not determine a likelihood, or lack the support of a filter.
     """
-    events = rollout.events
-    if events is None or events.depends_on_tokens:
+    if recorded_events(rollout).depends_on_tokens:
         raise ValueError(
             "likelihood=Trajectory() replays events, but which positions this rollout rewrote depends on the tokens "
             "drawn (Edit, Confidence), and its ratios would be biased: use SoftEdit or Remask with rank=RandomOrder(), "

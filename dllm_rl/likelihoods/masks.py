@@ -4,8 +4,8 @@ A view is a pair (masked, weight): the positions that are hidden, and the coeffi
 is 0 where nothing is scored. L is the number of completion tokens of a row, and k the number of masked ones.
 """
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
@@ -144,83 +144,20 @@ def stack_views(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Views:
     return Views(masked, (weight / samples).float())
 
 
-def draw_unmasked(rollout: Rollout, generator: Generator) -> Views:
-    """Return one view that masks nothing and scores the completion."""
-    scored = rollout.completion_mask[None]
-    return Views(torch.zeros_like(scored), scored.float())
+def sampled_segments(
+    segment: Int[Tensor, "B T"], rollout: Rollout, generator: Generator, num_sampled_steps: int
+) -> tuple[Int[Tensor, "S B 1"], Float[Tensor, "B 1"]]:
+    """Draw num_sampled_steps segments of each row without replacement.
 
-
-def draw_fully_masked(rollout: Rollout, generator: Generator, *, prompt_mask: float) -> Views:
-    """Mask the full completion, and each prompt token with probability `prompt_mask`."""
-    prompt = rollout.attention_mask & ~rollout.completion_mask
-    hidden_prompt = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
-    return Views((hidden_prompt | rollout.completion_mask)[None], rollout.completion_mask[None].float())
-
-
-def draw_k_masked(
-    rollout: Rollout,
-    generator: Generator,
-    *,
-    num_samples: int,
-    stratified: bool,
-    antithetic: bool,
-    informed_masking: float | None,
-) -> Views:
-    """Draw views that mask exactly k positions, with k uniform over 1..L.
-
-    An antithetic pair masks the k positions with the smallest keys, and the L+1-k positions with the largest keys.
+    Returns:
+        Indices of the segments, filled up with -2 in rows with fewer segments; the weight of each row that makes the
+        sum over its segments unbiased.
     """
-    completion = rollout.completion_mask
-    generators = row_generators(rollout, generator)
-    size = completion.sum(-1, keepdim=True)
-    num_draws = num_samples // 2 if antithetic else num_samples
-    u = uniforms_per_row(generators, num_draws, stratified=stratified, device=size.device)
-    keys = [mask_keys(rollout, generators, informed_masking) for _ in range(num_draws)]
-    if antithetic:
-        k = 1 + uniform_index(u / 2, size)  # the lower half of 1..L; the second view of each pair has the upper half
-        counts = torch.cat([k, size + 1 - k])
-        keys += [-key for key in keys]
-    else:
-        counts = 1 + uniform_index(u, size)
-    views = [k_masked_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
-    return stack_views(views, samples=num_samples)
-
-
-def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int, informed_masking: float | None) -> Views:
-    """Draw pairs of `coupled_views` with k stratified over 0..L."""
-    completion = rollout.completion_mask
-    generators = row_generators(rollout, generator)
-    size = completion.sum(-1, keepdim=True)
-    u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
-    views = []
-    for k in uniform_index(u, size + 1):
-        views += coupled_views(completion, mask_keys(rollout, generators, informed_masking), k)
-    return stack_views(views, samples=num_samples)
-
-
-def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Views:
-    """Draw a `k_masked_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
-    completion = rollout.completion_mask
-    generators = row_generators(rollout, generator)
-    size = completion.sum(-1, keepdim=True)
-    views = []
-    points, node_weights = np.polynomial.legendre.leggauss(nodes)  # for [-1, 1]: the weights add up to 2
-    for point, node_weight in zip(points, node_weights, strict=True):
-        t = torch.full(size.shape, (point + 1) / 2, dtype=torch.float64, device=size.device)
-        masked, weight = k_masked_view(completion, uniforms_at(completion, generators), 1 + uniform_index(t, size))
-        views.append((masked, node_weight / 2 * weight))
-    return stack_views(views, samples=1)
-
-
-def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Views:
-    """Draw views of `block_view`, with the block stratified over the samples, and k uniform over the block's tokens."""
-    completion = rollout.completion_mask
-    generators = row_generators(rollout, generator)
-    u_block = uniforms_per_row(generators, num_samples, stratified=True, device=completion.device)
-    # k is not stratified: early blocks would always have few masked positions, and late blocks many.
-    u_count = uniforms_per_row(generators, num_samples, stratified=False, device=completion.device)
-    views = []
-    for sample_block, sample_count in zip(u_block, u_count, strict=True):
-        keys = uniforms_at(completion, generators)
-        views.append(block_view(completion, keys, sample_block, sample_count, block_size=block_size))
-    return stack_views(views, samples=num_samples)
+    counts = segment.amax(-1).cpu() + 1
+    indices = []
+    for row_generator, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
+        permutation = torch.rand(max(count, 0), generator=row_generator).argsort()
+        drawn = permutation[:num_sampled_steps].sort().values
+        indices.append(F.pad(drawn, (0, num_sampled_steps - len(drawn)), value=-2))  # -1 is outside completions
+    weight = counts / counts.clamp(1, num_sampled_steps)
+    return torch.stack(indices, dim=1)[..., None].to(segment.device), weight[:, None].to(segment.device)

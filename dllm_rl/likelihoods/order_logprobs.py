@@ -22,15 +22,12 @@ from dllm_rl.types import Order, Rollout, Views
 
 
 def add_order_logprobs(rollout: Rollout, views: Views) -> Views:
-    """Add the order's log-probability to views of one step each. If the rollout recorded none, return them unchanged.
+    """Add the recorded log-probability of the order to views of one step each.
 
     Raises:
         ValueError: The distribution was filtered, and its support is not recorded at positions that stayed masked.
     """
-    params = rollout.sampling_params
-    record = rollout.order
-    if record is None or record.logprobs is None:
-        return views
+    params, record = rollout.sampling_params, recorded_order(rollout)
     if params.filters and params.support != "per_policy" and record.rank_function is None:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
@@ -55,34 +52,22 @@ class StayMasked(ViewFeature):
     stay_masked: Bool[Tensor, "N B T"]
 
     def apply_to(self, view: View, number: int) -> View:
-        return replace(view, scoring=OrderScoring(self.stay_masked[number]))
+        return OrderView(**{**vars(view), "stay_masked": self.stay_masked[number]})
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.order is not None and rollout.order.logprobs is not None, "views score a recorded order"
         return rollout.order.logprobs + logprobs  # summed as views are: staying masked in earlier steps, then writing
 
 
-@dataclass(frozen=True)
-class OrderScoring:
-    """Scoring of the tokens of one step and of its choice of positions.
+class OrderView(View):
+    """A view that scores the tokens of one step and its choice of positions.
 
     A written position is scored by the log-prob of its token. Under `Confidence`, a position that stays masked is
     scored by the log-prob of staying masked. Under `PlackettLuce` and `SoftThreshold` it scores 0, and each written
     position also gets the log-prob of its draw, or its share of the log-prob of the set.
     """
 
-    stay_masked: Bool[Tensor, "B T"]
-
-    def positions_for_backward(
-        self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
-    ) -> Bool[Tensor, "B T"]:
-        scored_rows = scored & nonzero.any(-1, keepdim=True)
-        if recorded_order(rollout).rank_function is not None:  # a draw depends on all masked positions of its step
-            return scored_rows
-        # The probability of staying masked depends on the tokens that the step wrote.
-        return nonzero | (scored_rows & ~self.stay_masked)
-
-    def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
+    def logprobs_at(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
         plan, params = view_states.plan, rollout.sampling_params
         written, stay_masked = plan.written, plan.stay_masked
         states, tokens = view_states.states[written], view_states.tokens[written]
@@ -113,12 +98,19 @@ class OrderScoring:
         draw_index = draw_index.index_fill(0, plan.stay_masked, width)  # positions that stay masked are drawn later
         return order.plackett_luce_logprobs(scores, block_ids, draw_index, plan.written, width)
 
-    def backward(
-        self, policy: Policy, rollout: Rollout, view_states: ViewStates, grad_output: Float[Tensor, " K"]
-    ) -> None:
+    def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
+        assert self.stay_masked is not None, "`StayMasked` sets it"
+        has_draws = recorded_order(rollout).rank_function is not None
+        positions = self.scored & (grad_output != 0).any(-1, keepdim=True)
+        if not has_draws:  # the probability of staying masked depends on the tokens that the step wrote
+            positions = (grad_output != 0) | (positions & ~self.stay_masked)
+        view_states = self.run(policy, rollout, positions)  # a draw depends on all masked positions of its step
+        if view_states is None:
+            return
         plan, states, params = view_states.plan, view_states.states, rollout.sampling_params
-        if recorded_order(rollout).rank_function is not None:
-            logps = self.logprobs(policy, rollout, view_states)
+        grad_output = grad_output.flatten()[plan.flat_index]
+        if has_draws:
+            logps = self.logprobs_at(policy, rollout, view_states)
             if logps.requires_grad:
                 logps.backward(grad_output)
             return

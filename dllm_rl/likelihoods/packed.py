@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.likelihoods import events
-from dllm_rl.likelihoods.trajectory import all_segments, segment_views
-from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
+from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -21,17 +19,23 @@ class Packed(ViewFeature):
     """Feature of views whose forward is `packed_hidden`."""
 
     def apply_to(self, view: View, number: int) -> View:
-        return replace(view, forward=packed_forward, share=False)
+        forward = lambda policy, plan, *inputs: packed_hidden(policy, *inputs)  # noqa: E731
+        return replace(view, forward=forward, share=False)
 
 
-def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int) -> Views:
-    """Return the views of a trajectory for all blocks together.
+def steps_in_blocks(
+    rollout: Rollout,
+    last_step: Int[Tensor, "B T"],
+    first_step: Int[Tensor, "B T"],
+    *,
+    block_size: int,
+    num_segments: int | None,
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return the step (or segment) of each position, counted from the first step of its block, and this first step.
 
-    View r hides the tokens that were committed r or more steps after the first step of their block, and scores those of
-    step r. Blocks are counted from the row's first token.
+    Both are of the completion; elsewhere they are -1 and 0. Blocks are counted from the row's first token.
     """
     completion = rollout.completion_mask
-    last_step, first_step = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
     largest = torch.iinfo(last_step.dtype).max  # ignored by the minimum below
     per_block = last_step.new_full((len(last_step), int(block.max()) + 1), largest)
@@ -42,14 +46,7 @@ def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int)
         last_steps = torch.where(completion, last_step, -largest)
         block_end = (-per_block).scatter_reduce(1, block, last_steps, "amax").gather(1, block)
         segment = segment * num_segments // (block_end - block_start + 1).clamp(min=1)
-    segment = torch.where(completion, segment, -1)
-    index = all_segments(segment)
-    if rollout.events is None:
-        views = segment_views(rollout, segment, index)
-    else:
-        step = index + torch.where(completion, block_start, 0)
-        views = events.event_views(rollout, step.expand(-1, *segment.shape))
-    return replace(views, features=(*views.features, Packed()))
+    return torch.where(completion, segment, -1), torch.where(completion, block_start, 0)
 
 
 def packed_mask(
@@ -74,11 +71,6 @@ def packed_mask(
     noisy_keys = noisy & ~earlier_blocks & is_token
     noisy_queries = torch.cat([clean_keys, noisy_keys[:, :, start:]], dim=-1)[:, start:]
     return torch.cat([clean_queries, noisy_queries], dim=1)[:, None]
-
-
-def packed_forward(policy: Policy, plan: ForwardPlan, *inputs: Tensor) -> Tensor:
-    """Run `packed_hidden` as the forward of a view, which also receives a plan."""
-    return packed_hidden(policy, *inputs)
 
 
 def packed_hidden(

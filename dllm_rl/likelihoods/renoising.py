@@ -80,9 +80,9 @@ class RenoiseView(View):
 
     full: bool = False
 
-    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
-        """Return the tokens that the encoder reads."""
-        return rollout.tokens
+    def inputs_and_targets(self, policy: Policy, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Return the tokens that the encoder reads, which are the tokens to score."""
+        return rollout.tokens, rollout.tokens
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         """Raise ValueError: a replay has no single forward whose states could be returned."""

@@ -15,22 +15,28 @@ from dllm_rl.models.lora import moe_layers
 from dllm_rl.types import Rollout, Views, starts_group
 
 
+def routes_comparably(policy: Policy, rollout_policy: Policy) -> bool:
+    """Return whether both policies show the experts of each token: not if an engine hides them, or if encoder and
+    decoder route separately.
+    """
+    has_experts = moe_layers(policy.module) and moe_layers(rollout_policy.module)
+    return bool(has_experts) and policy.spec.attention != "encoder_decoder"
+
+
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
     """Count expert choices per layer with experts, under the first view, in one row per prompt.
 
     Returns:
         Columns: choices that both policies make, all choices, tokens of each expert in the rollout, tokens of each
-        expert in the learner. None if the model has no experts, an engine hides them, encoder and decoder route
-        separately, or, with a warning, a router's choice cannot be read.
+        expert in the learner. None unless the policies `routes_comparably`, or, with a warning, if a router's choice
+        cannot be read.
     """
-    if policy.spec.attention == "encoder_decoder" or not (
-        moe_layers(policy.module) and moe_layers(rollout_policy.module)
-    ):
+    if not routes_comparably(policy, rollout_policy):
         return None
     first_rows = starts_group(rollout.group)  # one row per prompt: enough choices, at a fraction of the work
     attention_mask = rollout.attention_mask[first_rows]
-    tokens = next(each_view(views)).input_tokens(policy, rollout)[first_rows]
+    tokens = next(each_view(views)).inputs_and_targets(policy, rollout)[0][first_rows]
     experts_by_side = []
     for side_policy in (policy, rollout_policy):
         with Routing(side_policy.module) as routing:

@@ -1,20 +1,20 @@
 """A view of a batch: the positions that are hidden from the model, and the positions that are scored.
 
 `View.logprobs` scores a view in one forward, and `View.backward` differentiates it. The default view hides the masked
-positions, runs the policy, and scores the rollout's tokens. A feature (`ViewFeature.apply_to`) replaces one of a view's
-three functions: the tokens that the model reads, the forward, or the scoring of its states.
+positions, runs the policy, and scores the rollout's tokens. A feature (`ViewFeature.apply_to`) returns another view: it
+replaces the tokens that the model reads or the forward, or subclasses `View` for another scoring of the states.
 
 K is the number of scored positions of a view.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.decoding.support import support_ids_at
@@ -24,24 +24,23 @@ from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.types import Rollout, Views, ViewTensors, any_in_group, group_numbers, pack_groups, starts_group
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Rows that go through the model together.
+class Chunk(NamedTuple):
+    """Rows that go through the model together, without the columns on the left that are padding in all of them.
 
     Attributes:
-        rows: Indices of the rows.
-        columns: Columns without those on the left that are padding in every row.
+        rows: Indices of the rows in the batch.
+        columns: Columns in the batch.
+        rollout: The rollout's part.
+        views: The views' part.
     """
 
     rows: Int[Tensor, " R"]
     columns: slice
-
-    def of(self, rollout: Rollout, views: Views) -> tuple[Rollout, Views]:
-        """Return this chunk's part of a rollout and of its views."""
-        return rollout.rows(self.rows, self.columns), views.rows(self.rows, self.columns)
+    rollout: Rollout
+    views: Views
 
 
-def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
+def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Chunk]:
     """Split the groups that any view scores into chunks of rows of similar length.
 
     A chunk has at most micro_batch_size rows. A group is split only if it is larger.
@@ -54,14 +53,13 @@ def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> 
     # The host waits for the device once.
     is_scored, first_column, number = torch.stack([is_scored, first_of_group[number], number]).cpu()
     width = rollout.tokens.shape[1]
-    chunks = []
     # A row is scored at the width at which it was sampled: another width rounds differently.
     for bucket in length_buckets(first_column, width, rollout.tokens.device):
+        columns = slice(bucket.start, width)
         rows = bucket.rows[is_scored[bucket.rows] != 0]
         for chunk_rows in pack_groups(rows, number[rows], micro_batch_size):  # a bucket may have nothing to score
             (device_rows,) = copy_to_device(rollout.tokens.device, chunk_rows)
-            chunks.append(Chunk(device_rows, slice(bucket.start, width)))
-    return chunks
+            yield Chunk(device_rows, columns, rollout.rows(device_rows, columns), views.rows(device_rows, columns))
 
 
 class ForwardPlan(NamedTuple):
@@ -74,7 +72,7 @@ class ForwardPlan(NamedTuple):
         scored_rows: Rows with a scored position.
         state_index: Index of each scored position in the flattened states.
         flat_index: Index of each scored position in the flattened batch.
-        written: Indices, among the K, of the positions scored by their token: all, without `Scoring.stay_masked`.
+        written: Indices, among the K, of the positions scored by their token: all, without `View.stay_masked`.
         stay_masked: Indices, among the K, of the positions scored by the probability of staying masked.
     """
 
@@ -103,57 +101,6 @@ class ViewStates(NamedTuple):
     support_ids: Int[Tensor, "K C"] | None
 
 
-@runtime_checkable
-class Scoring(Protocol):
-    """Functions that turn the states of a view into the log-probs of its K positions."""
-
-    @property
-    def stay_masked(self) -> Bool[Tensor, "B T"] | None:
-        """Positions that are scored by the probability of staying masked, not by their token. None: no positions."""
-
-    def positions_for_backward(
-        self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
-    ) -> Bool[Tensor, "B T"]:
-        """Return the positions whose states a backward needs.
-
-        `nonzero` marks the positions at which the backward's `grad_output` is not 0, and `scored` those of the view.
-        """
-
-    def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
-        """Return log-probs in nats, differentiable."""
-
-    def backward(
-        self, policy: Policy, rollout: Rollout, view_states: ViewStates, grad_output: Float[Tensor, " K"]
-    ) -> None:
-        """Compute `logprobs(...).backward(grad_output)`."""
-
-
-class TokenScoring:
-    """The default scoring: each position separately, by the log-prob of the rollout's token."""
-
-    stay_masked: Bool[Tensor, "B T"] | None = None
-
-    def positions_for_backward(
-        self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
-    ) -> Bool[Tensor, "B T"]:
-        return nonzero
-
-    def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
-        _, states, tokens, support_ids = view_states
-        return token_logprobs(policy, states, tokens, rollout.sampling_params, support_ids)
-
-    def backward(
-        self, policy: Policy, rollout: Rollout, view_states: ViewStates, grad_output: Float[Tensor, " K"]
-    ) -> None:
-        _, states, tokens, support_ids = view_states
-        backward_token_logprobs(policy, states, tokens, rollout.sampling_params, grad_output, support_ids)
-
-
-def rollout_canvas(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the rollout's tokens twice: as the canvas before masking, and as the tokens to score."""
-    return rollout.tokens, rollout.tokens
-
-
 def forward(
     policy: Policy,
     plan: ForwardPlan,
@@ -179,56 +126,62 @@ def forward(
 
 @dataclass(frozen=True)
 class View:
-    """A view of some rows.
+    """A view of some rows, which scores each position by the log-prob of its token.
 
     Args:
         masked: Positions that are hidden from the model.
         scored: Positions to score.
-        canvas: Function of the rollout. It returns the tokens before masking, and the tokens to score.
+        canvas: Function of the rollout. It returns the tokens before masking, and the tokens to score. None (default):
+            the rollout's tokens, for both.
         forward: Function that computes the states of the masked canvas; see `forward`.
-        scoring: Functions that turn states into log-probs.
         share: Whether a single row may be run for a group in which the model reads the same tokens in all rows.
+        stay_masked: Positions that a subclass scores by the probability of staying masked, not by their token. None
+            (default): no positions.
     """
 
     masked: Bool[Tensor, "B T"]
     scored: Bool[Tensor, "B T"]
-    canvas: Callable[[Rollout], tuple[Tensor, Tensor]] = rollout_canvas
+    canvas: Callable[[Rollout], tuple[Tensor, Tensor]] | None = None
     forward: Callable[..., Tensor] = forward
-    scoring: Scoring = field(default_factory=TokenScoring)
     share: bool = True
+    stay_masked: Bool[Tensor, "B T"] | None = None
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Run one forward. Return the log-probs of the `scored` positions in nats, and 0 for the others."""
         out = torch.zeros(self.scored.numel(), device=self.scored.device)
         view_states = self.run(policy, rollout, self.scored)
         if view_states is not None:
-            logps = self.scoring.logprobs(policy, rollout, view_states)
+            logps = self.logprobs_at(policy, rollout, view_states)
             out = out.to(logps.dtype).index_copy(0, view_states.plan.flat_index, logps)
         return out.view(self.scored.shape)
+
+    def logprobs_at(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
+        """Return the log-probs of the K positions of `view_states` in nats, differentiable."""
+        _, states, tokens, support_ids = view_states
+        return token_logprobs(policy, states, tokens, rollout.sampling_params, support_ids)
 
     def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
         """Compute `logprobs(...).backward(grad_output)` in one forward and backward.
 
-        Only the states that affect the loss are computed (`Scoring.positions_for_backward`). If `grad_output` is 0
-        everywhere, no forward runs.
+        Only the states that affect the loss are computed. If `grad_output` is 0 everywhere, no forward runs.
         """
-        positions = self.scoring.positions_for_backward(rollout, grad_output != 0, self.scored)
-        view_states = self.run(policy, rollout, positions)
+        view_states = self.run(policy, rollout, grad_output != 0)
         if view_states is not None:
-            self.scoring.backward(policy, rollout, view_states, grad_output.flatten()[view_states.plan.flat_index])
+            plan, states, tokens, support_ids = view_states
+            grad_output = grad_output.flatten()[plan.flat_index]
+            backward_token_logprobs(policy, states, tokens, rollout.sampling_params, grad_output, support_ids)
 
-    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
-        """Return the tokens that the model reads."""
-        return self._mask_tokens(policy, self.canvas(rollout)[0])
-
-    def _mask_tokens(self, policy: Policy, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        return tokens if policy.spec.mask_id is None else tokens.masked_fill(self.masked, policy.spec.mask_id)
+    def inputs_and_targets(self, policy: Policy, rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Return the tokens that the model reads, and the tokens to score."""
+        tokens, targets = (rollout.tokens, rollout.tokens) if self.canvas is None else self.canvas(rollout)
+        if policy.spec.mask_id is not None:
+            tokens = tokens.masked_fill(self.masked, policy.spec.mask_id)
+        return tokens, targets
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         """Run one forward, and return its states at the positions `at`. Without such positions, return None."""
-        unmasked_tokens, target_tokens = self.canvas(rollout)
-        tokens = self._mask_tokens(policy, unmasked_tokens)
-        plan = plan_view(rollout, tokens, at, self.scoring.stay_masked, share=self.share)
+        tokens, targets = self.inputs_and_targets(policy, rollout)
+        plan = plan_view(rollout, tokens, at, self.stay_masked, share=self.share)
         if plan is None:
             return None
         rows = plan.rows
@@ -239,7 +192,7 @@ class View:
             # those of indexing are not in several threads, and those of index_select not on a GPU.
             hidden = F.embedding(plan.copies, hidden.flatten(1)).view(-1, *hidden.shape[1:])
         states = hidden.flatten(0, 1)[plan.state_index]
-        targets = target_tokens.flatten()[plan.flat_index]
+        targets = targets.flatten()[plan.flat_index]
         return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))
 
 
@@ -247,7 +200,7 @@ class View:
 class ViewFeature(ViewTensors, ABC):
     """A change of how views are scored.
 
-    The features are in `likelihoods.order_logprobs`, `.events`, `.packed`, `.renoise` and `.replay`.
+    The features are in `likelihoods.order_logprobs`, `.events`, `.packed`, `.renoising`, `.replay` and `.turns`.
     """
 
     @abstractmethod
@@ -282,11 +235,12 @@ def plan_view(
         stay_masked: Positions that are scored by the probability of staying masked. None: no positions.
         share: Whether a single row may be run for a group, as in `View`.
     """
-    groups_are_equal = _equal_in_groups(tokens, rollout.group) & _equal_in_groups(rollout.attention_mask, rollout.group)
+    starts = starts_group(rollout.group)
+    inputs = torch.cat([tokens, rollout.attention_mask], dim=1)
+    groups_are_equal = ((inputs[1:] == inputs[:-1]).all(-1) | starts[1:]).all()
     if stay_masked is None:
         stay_masked = torch.zeros_like(scored)
     # The host waits for the device once: four results return in one copy.
-    starts = starts_group(rollout.group)
     on_host = torch.cat([scored.flatten(), stay_masked.flatten(), starts, groups_are_equal[None]]).cpu()
     scored_on_host, stays_on_host, starts, equal = on_host.split([scored.numel(), scored.numel(), len(starts), 1])
     flat_index = scored_on_host.nonzero()[:, 0]
@@ -306,11 +260,3 @@ def plan_view(
     scored_rows, flat_index, written, stays, state_index, *shared = copy_to_device(scored.device, *device_inputs)
     rows, copies = shared or (scored_rows, None)
     return ForwardPlan(rows, copies, scored_rows, state_index, flat_index, written, stays)
-
-
-def _equal_in_groups(
-    values: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: Int[Tensor, " B"]
-) -> Bool[Tensor, ""]:
-    """Return whether the rows of each group are equal."""
-    is_repeated = ~starts_group(group)[1:, None]
-    return ~((values[1:] != values[:-1]) & is_repeated).any()

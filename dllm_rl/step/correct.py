@@ -1,6 +1,6 @@
 """Correct for the mismatch between rollout and learner: the batches of a step, with the corrector's weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_over, wait_metrics_of
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
@@ -31,7 +31,8 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
         weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
         if not batches:
             metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
-        batches.append(make_batch(context, samples, logps, rows, weights))
+        batch = make_batch(context, samples, logps, rows, weights)
+        batches.append(replace(batch, retains_graphs=scored.logps[0].retains_graphs))
     # After scoring: a collective before it would make the processes wait for each other.
     order = reduce_metrics(scored.order_agreement, accelerator)
     metrics |= {PREFIX + name: value for name, value in order.items()}

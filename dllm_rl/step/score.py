@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import Metrics
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, join_uneven_forwards
@@ -64,7 +64,8 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         # `score`, which may retain graphs: their memory and this comparison's would add up.
         with join_uneven_forwards(context.policy):  # both run the learner, which may be sharded
             order = order_agreement(context.policy, rollout)
-            routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
+            if context.compares_experts:
+                routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
@@ -148,6 +149,7 @@ def score(
         reference_logprobs=reference_logprobs,
         views=views,
         entropy=entropy,
+        retains_graphs=retain_graphs is not False,
     )
     for feature in context.features:
         feature.check_scores(context, rollout, logps)
@@ -171,9 +173,8 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     count = torch.zeros_like(total)
     with join_uneven_forwards(policy):
         for chunk in row_chunks(rollout, views, micro_batch_size):
-            rows, chunk_views = chunk.of(rollout, views)
-            for view in each_view(chunk_views):
-                forward = view.run(policy, rows, view.scored)
+            for view in each_view(chunk.views):
+                forward = view.run(policy, chunk.rollout, view.scored)
                 if forward is not None:
                     token_values = torch.zeros(view.scored.numel(), device=total.device)
                     (values,) = chunked(entropy, forward.states, policy=policy)

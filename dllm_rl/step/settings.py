@@ -9,7 +9,7 @@ from torch import Generator
 from dllm_rl.algorithms.advantages import Advantages
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.prompt_sources import PromptSource
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout

@@ -23,7 +23,7 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     wait_metrics_of,
 )
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.correct import make_batches
@@ -92,14 +92,17 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     view_logprobs = batches[0].old_view_logprobs
-    retain_graphs = view_logprobs.grad_fn is not None
     update_metrics = {"learning_rate": learning_rate}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
         if iteration:
             torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             view_logprobs = likelihood.view_logprobs(
-                policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
+                policy,
+                batch.rollout,
+                batch.views,
+                micro_batch_size=micro_batch_size,
+                retain_graphs=batch.retains_graphs,
             )
         metrics = forward_backward(
             policy, batch, view_logprobs, loss=settings.loss, likelihood=likelihood, micro_batch_size=micro_batch_size
@@ -183,8 +186,8 @@ def forward_backward(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters and return (sum, count) metrics.
 
-    The loss and its derivative use `view_logprobs`. Without retained graphs, `likelihood.backward` runs the forwards
-    again, only to carry the gradient back to the parameters.
+    The loss and its derivative use `view_logprobs`. Without `batch.retains_graphs`, `likelihood.backward` runs the
+    forwards again, only to carry the gradient back to the parameters.
     """
     view_leaves = view_logprobs.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(view_leaves, batch.views)
@@ -193,8 +196,8 @@ def forward_backward(
     metrics |= off_policy_metrics(
         logps.detach(), batch, old=likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
     )
-    if view_logprobs.grad_fn is not None:  # retained graphs
+    if not batch.retains_graphs:
+        likelihood.backward(policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size)
+    elif view_logprobs.requires_grad:  # it does not if no row of this process is trained
         view_logprobs.backward(grad_outputs)  # frees the graphs; no forward runs
-        return metrics
-    likelihood.backward(policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size)
     return metrics

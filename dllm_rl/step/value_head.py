@@ -107,8 +107,8 @@ class ValueHead(StepFeature):
         values = torch.zeros(is_step.shape, device=advantages.device)
         with join_uneven_forwards(policy):
             for chunk in row_chunks(rollout, views, micro_batch_size):
-                rows, chunk_views = chunk.of(rollout, views)
-                for n, view in enumerate(each_view(chunk_views)):
+                rows = chunk.rollout
+                for n, view in enumerate(each_view(chunk.views)):
                     has_step = view.scored.any(-1)
                     forward = view.run(policy, rows, rows.completion_mask & has_step[:, None])
                     if forward is not None:

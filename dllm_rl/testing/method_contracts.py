@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats, TokenWeights
 from dllm_rl.algorithms.losses import K2, PPOClip, SequenceMean, policy_loss
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Rollout, Views, group_sizes
 
@@ -255,16 +255,14 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     tokens. Contributions are finite, and zero outside the completion. They do not change if they are computed again, in
     micro-batches, with padding, or in another row order. Only scores that a view counts get a gradient.
 
-    What the estimator declares must hold: with `exact_for_sampler` the contributions are what the sampler recorded
-    (with `scores_order` including the order), with `replays_steps` a view hides what was hidden when its tokens were
-    written, without `is_random` another seed gives the same masks, and without `reads_confidence_change` the masks do
-    not depend on it.
+    What the estimator declares must hold: with `exact_for_sampler` the contributions are what the sampler recorded,
+    with `replays_steps` a view hides what was hidden when its tokens were written, without `is_random` another seed
+    gives the same masks, and without `reads_confidence_change` the masks do not depend on it.
 
     Args:
         estimator: Estimator to check.
         policy: Policy that sampled the rollout.
-        rollout: Rollout of at least two prompts, with completions of at least two tokens. To check an estimator with
-            `scores_order`, sample it with a rank whose order has a log-probability, such as Confidence().
+        rollout: Rollout of at least two prompts, with completions of at least two tokens.
         seed: Seed of the views.
 
     Raises:
@@ -330,14 +328,9 @@ def _check_declared(
 ) -> None:
     """Check what the fields of an estimator declare; `logps` are its contributions under the policy that sampled."""
     if estimator.exact_for_sampler:
-        record = recorded(rollout, views)
-        gap = (record - logps).abs().max()
+        gap = (recorded(rollout, views) - logps).abs().max()
         # 1e-3 nats: forwards of other shapes round differently. A NaN fails too.
         assert gap <= 1e-3, f"exact_for_sampler=True, but a contribution is {gap:.3g} nats from the sampler's record"
-        order = rollout.order
-        if estimator.scores_order and order is not None and order.logprobs is not None:
-            left_out = (record - rollout.logprobs - order.logprobs).abs().max()
-            assert left_out <= 1e-3, "scores_order=True, but the views leave out the order's log-probability"
     if not estimator.is_random:
         assert _same_noise(draw(rollout, seed=-1), views), "is_random=False, but another seed gives other masks"
     if not estimator.reads_confidence_change and rollout.confidence_change is not None:

@@ -29,8 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.distributed.collectives import gather_on_host
-from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import Causal, Trajectory
+from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
 from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.recipe import Recipe

@@ -79,7 +79,7 @@ def members(node: ast.ClassDef, source: list[str]) -> list[str]:
         elif isinstance(each, ast.FunctionDef) and not (
             each.name.startswith("_") or any(hasattr(base, each.name) for base in bases)
         ):
-            kinds = [ast.unparse(kind) for kind in each.decorator_list]
+            kinds = [ast.unparse(kind).removeprefix("cached_") for kind in each.decorator_list]
             lines += [f"    @{kind}" for kind in kinds if kind in ("property", "classmethod", "staticmethod")]
             lines.append(signature(each, "    "))
     return lines

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
-from dllm_rl.likelihoods.estimator import FunctionLikelihood
 from dllm_rl.types import Views, ViewTensors
 
 base = ELBO(num_samples=4, stratified=False)  # four independent masks m_n with coefficients w_n
@@ -33,32 +32,32 @@ class Advantages(ViewTensors):
     advantages: Tensor  # (B,)
 
 
-def draw_fitted(rollout, generator):
-    views, whole = base.draw_views(rollout, generator), rollout.completion_mask[None]
-    feature = Advantages(torch.zeros(len(rollout.tokens)))
-    masked, coefficients = torch.cat([whole, views.masked]), torch.cat([whole.float(), views.coefficients])
-    return Views(masked, coefficients, features=(feature,))
+class CrossFitted(LikelihoodEstimator):
+    """The same, with c of a row fitted on two of its masks for the other two; 0 where the advantage is positive."""
+
+    def draw_views(self, rollout, generator):
+        views, whole = base.draw_views(rollout, generator), rollout.completion_mask[None]
+        feature = Advantages(torch.zeros(len(rollout.tokens)))
+        masked, coefficients = torch.cat([whole, views.masked]), torch.cat([whole.float(), views.coefficients])
+        return Views(masked, coefficients, features=(feature,))
+
+    def with_advantages(self, views, advantages):
+        return replace(views, features=(Advantages(advantages),))
+
+    def combine(self, scores, views):  # scores (5, B, T) -> (B, T)
+        control, weights = scores[0] * views.coefficients[0], views.coefficients[1:]
+        mean = control.sum(-1).detach()  # (B,): of 4 w l(all)
+        pair = [(4 * weights * each).sum(-1).detach() - mean for each in (scores[1:], scores[:1])]  # (4, B) each
+        total = torch.zeros_like(control)
+        for target, source in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(0, 2))):
+            estimate, baseline = (each[source] for each in pair)
+            c = (estimate * baseline).sum(0) / baseline.square().sum(0).clamp(min=1e-9)  # (B,), without a gradient
+            c = torch.where(views.features[0].advantages > 0, 0, c.clamp(0, 1))[:, None]
+            total = total + (weights[target] * (scores[1:][target] - c * scores[0])).sum(0) + c * control / 2
+        return total
 
 
-def add_advantages(views, advantages):
-    return replace(views, features=(Advantages(advantages),))
-
-
-def combine_fitted(scores, views):  # scores (5, B, T) -> (B, T)
-    """Fit c of a row on two of its masks for the other two; 0 where the advantage is positive."""
-    control, weights = scores[0] * views.coefficients[0], views.coefficients[1:]
-    mean = control.sum(-1).detach()  # (B,): of 4 w l(all)
-    pair = [(4 * weights * each).sum(-1).detach() - mean for each in (scores[1:], scores[:1])]  # (4, B) each
-    total = torch.zeros_like(control)
-    for target, source in ((slice(0, 2), slice(2, 4)), (slice(2, 4), slice(0, 2))):
-        estimate, baseline = (each[source] for each in pair)
-        c = (estimate * baseline).sum(0) / baseline.square().sum(0).clamp(min=1e-9)  # (B,), without a gradient
-        c = torch.where(views.features[0].advantages > 0, 0, c.clamp(0, 1))[:, None]
-        total = total + (weights[target] * (scores[1:][target] - c * scores[0])).sum(0) + c * control / 2
-    return total
-
-
-cross_fitted = FunctionLikelihood(function=draw_fitted, combine_fn=combine_fitted, advantages_fn=add_advantages)
+cross_fitted = CrossFitted()
 policy = tiny_masked_lm(characters="1234.=")
 prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
 rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())

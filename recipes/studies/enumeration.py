@@ -21,8 +21,7 @@ from torch import Generator, Tensor
 from dllm_rl.algorithms.correctors import Corrector, TokenStats
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.algorithms.values import generalized_advantages
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM

@@ -25,7 +25,7 @@ import torch
 from dllm_rl import TIS, NoCorrection
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.files import write_json
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.rollout_engine import FunctionEngine, RolloutEngine

@@ -34,7 +34,7 @@ from torch import Generator
 
 from dllm_rl import Trajectory
 from dllm_rl.files import read_json, write_json
-from dllm_rl.likelihoods.estimator import FunctionLikelihood
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.renoising import RenoiseView, renoise_record
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
@@ -74,12 +74,16 @@ class OneStep(ViewFeature):
         return FromNoise(view.masked, view.scored)
 
 
-def draw_one_step(rollout: Rollout, generator: Generator) -> Views:
-    scored = renoise_record(rollout).block >= 0
-    return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(OneStep(),))
+class OneStepLikelihood(LikelihoodEstimator):
+    supported_attention = ("encoder_decoder",)
+    is_random = False
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        scored = renoise_record(rollout).block >= 0
+        return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(OneStep(),))
 
 
-one_step = FunctionLikelihood(function=draw_one_step, is_random=False, supported_attention=("encoder_decoder",))
+one_step = OneStepLikelihood()
 every_draw = renoise_in_four.replace(answer="drawn", entropy_bound=math.inf)
 base = replace(recipe, rollout_quantization=None, sampler=every_draw, likelihood=Trajectory())
 ARMS: dict[str, dict[str, Any]] = {

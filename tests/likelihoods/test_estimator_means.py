@@ -10,7 +10,7 @@ from likelihood_toys import TablePolicy, elbo_by_hand
 from order_toys import as_rollout, outcomes
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import FunctionLikelihood
+from dllm_rl.likelihoods.estimators import FunctionLikelihood
 from dllm_rl.records import subclasses
 
 COMPLETION, D, ROWS = [2, 0, 1], 1.5, 5000

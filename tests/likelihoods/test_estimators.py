@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import permutations, product
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_order
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import FunctionLikelihood
 from dllm_rl.likelihoods.masks import block_view, coupled_views, k_masked_view
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.types import Events, Views
@@ -34,10 +32,9 @@ def orders(length: int, prompt: int = 1):
         yield keys
 
 
-def summed(policy, rollout, views, combine=lik.weighted_sum) -> float:
+def summed(policy, rollout, views, estimator=lik.ELBO()) -> float:
     """The estimate that these views give together, a mean over as many samples as there are views' weights for."""
     noise = Views(*(torch.stack(column) for column in zip(*views, strict=True)))
-    estimator = FunctionLikelihood(function=lambda r, g: noise, combine_fn=combine)
     return estimator.logprobs(policy, rollout, noise).double().sum().item()
 
 
@@ -75,7 +72,7 @@ def test_the_gradient_over_all_masks_is_that_of_the_enumerated_elbo(name):
     noise, table = Views(*(torch.stack(column) for column in zip(*views, strict=True))), toy.table
     toy.table = table.clone().requires_grad_()
     scores = torch.stack([view.logprobs(toy, toy.rollout([COMPLETION])) for view in each_view(noise)])
-    (gradient,) = torch.autograd.grad(lik.weighted_sum(scores, noise).sum(), toy.table)
+    (gradient,) = torch.autograd.grad(lik.ELBO().combine(scores, noise).sum(), toy.table)
     for _ in range(3):
         line, ends = torch.randn(table.shape, generator=direction), []
         for sign in (1, -1):
@@ -185,7 +182,7 @@ def test_bounds_hold_on_random_toys(seed, length, words, scale):
     noise = Views(*(torch.stack(column) for column in zip(*all_exact(length), strict=True)))
     exact = log_any_order(toy, tokens)
     scores = lik.ELBO().view_logprobs(toy, toy.rollout([tokens]), noise)
-    lower = lik.weighted_sum(scores, noise).double().sum().item()
+    lower = lik.ELBO().combine(scores, noise).double().sum().item()
     assert lower == pytest.approx(elbo_by_hand(toy, tokens), abs=1e-4)
     assert lower <= exact + 1e-4
     for beta in (0.5, 1.0, 1.5, float(length)):
@@ -204,7 +201,7 @@ def test_eubo_below_the_token_count_can_miss_an_inconsistent_model():
     toy.table[2 + 3 * 0, 0, 0], toy.table[0 + 3 * 2, 1, 0] = second, first  # the other one is visible
     assert log_any_order(toy, [0, 0]) == pytest.approx(math.log(0.41))
     views = all_exact(2)
-    at = lambda beta: summed(toy, toy.rollout([[0, 0]]), views, combine=partial(lik.upper_bound, beta=beta))  # noqa: E731
+    at = lambda beta: summed(toy, toy.rollout([[0, 0]]), views, lik.EUBO(beta=beta))  # noqa: E731
     assert at(1.0) == pytest.approx(2 * math.log(0.5), abs=1e-6)
     assert at(2.0) == pytest.approx(math.log(0.41), abs=1e-6)  # Hoelder's bound is reached
 

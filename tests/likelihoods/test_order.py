@@ -12,7 +12,7 @@ from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.decoding.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask

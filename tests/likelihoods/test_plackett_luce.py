@@ -14,7 +14,7 @@ from order_toys import drawn_from, missing_order, total
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
@@ -123,7 +123,8 @@ def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **o
     scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
     old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
     weights = chances[:, None].expand(mask.shape)
-    batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
+    given = rollout, noise, rewards, old, scores, weights, mask, None
+    batch = Batch(*given, num_tokens=1, num_sequences=1, retains_graphs=retain_graphs)
     surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
     loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
     policy.table.grad = None

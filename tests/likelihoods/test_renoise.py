@@ -227,7 +227,7 @@ def test_the_view_counts_its_forwards():
     (part,) = Trajectory().draw_views(rollout, torch.Generator()).features
     assert part.num_forwards == 2 and not part.is_per_token
     (view,) = each_view(Trajectory().draw_views(rollout, torch.Generator()))
-    assert (view.input_tokens(toy(), rollout) == rollout.tokens).all()
+    assert (view.inputs_and_targets(toy(), rollout)[0] == rollout.tokens).all()
     with pytest.raises(ValueError, match="needs_entropy"):  # as triage, which reads the states of one forward
         view.run(toy(), rollout, view.scored)
 

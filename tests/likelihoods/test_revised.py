@@ -20,8 +20,7 @@ from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.config import from_command_line
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.events import canvas_at
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
@@ -322,8 +321,6 @@ def test_what_has_no_law_is_refused_before_any_forward():
     with pytest.raises(ValueError, match=r"router_replay='R3'.*position's last write"):
         noted = replace(rollout, experts=rollout.tokens[..., None, None])
         with_sampled_experts(lik.Trajectory().draw_views(noted, torch.Generator()), noted)
-    with pytest.raises(ValueError, match="has no events"):
-        canvas_at(rolled(policy), step=rollout.unmask_step)
 
 
 def run(directory, words, **changes):

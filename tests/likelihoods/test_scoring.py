@@ -11,8 +11,7 @@ from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep
+from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep, recorded
 from dllm_rl.likelihoods.packed import packed_mask
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
@@ -98,8 +97,9 @@ def test_the_gradient_is_that_of_the_padded_batch():
             for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                 view.backward(policy, rollout, vector * weight)
         else:
-            given = estimator.view_logprobs(policy, rollout, noise, retain_graphs=update == "kept")
-            forward_backward(policy, batch, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
+            made = replace(batch, retains_graphs=update == "kept")
+            given = estimator.view_logprobs(policy, rollout, noise, retain_graphs=made.retains_graphs)
+            forward_backward(policy, made, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
         found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters()]))
     for ours in found[1:]:
         assert (ours - found[0]).norm() < 1e-5 * found[0].norm()
@@ -128,7 +128,7 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
         problems = [recipe.task[i] for i in range(8)]
         rollout = recipe.sampler(policy, encode(policy, problems, num_generations=2), generator_for(0))
         noise = recipe.likelihood.draw_views(rollout, generator_for(1)).restrict_to_rows(torch.arange(16) != 3)
-        assert len(row_chunks(rollout, noise, None)) == 2
+        assert len(list(row_chunks(rollout, noise, None))) == 2
         logps = score(run, rollout, noise)
     there = torch.arange(16)[:, None] != 3
     bound = 0 if zero_mismatch else 1e-5

@@ -121,7 +121,8 @@ def test_kept_graphs_give_the_same_scores_and_gradient_without_a_forward(case, t
     make = tiny_recipe_ar if changes.pop("causal", False) else tiny_recipe
     kept, plain = (Step(make(tmp_path, max_retained_graphs=number, **changes)) for number in (MANY, 0))
     (ours, ours_metrics), (theirs, metrics) = kept.gradient(), plain.gradient()
-    assert kept.logps.old_view_logprobs.grad_fn is not None and plain.logps.old_view_logprobs.grad_fn is None
+    for step, retains in ((kept, True), (plain, False)):
+        assert step.logps.retains_graphs == step.logps.old_view_logprobs.requires_grad == retains
     assert torch.equal(kept.logps.old_logprobs, plain.logps.old_logprobs) and torch.equal(
         kept.logps.rollout_logprobs, plain.logps.rollout_logprobs
     )
@@ -157,6 +158,14 @@ def test_rows_that_teach_nothing_keep_no_graph(tmp_path):
     step = Step(tiny_recipe(tmp_path, likelihood=OneStep()))
     step.batch()
     assert step.forwards == [False, True]
+
+
+def test_a_process_without_trained_rows_has_no_graph_to_go_back_through(tmp_path):
+    step = Step(tiny_recipe(tmp_path, likelihood=OneStep(), num_mismatch_groups=4))
+    step.advantages = torch.zeros_like(step.advantages)
+    gradients, _ = step.gradient()
+    assert step.logps.retains_graphs and not step.logps.old_view_logprobs.requires_grad
+    assert step.forwards == [] and gradients == {}
 
 
 @pytest.mark.parametrize(

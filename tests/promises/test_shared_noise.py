@@ -14,7 +14,7 @@ from run_outputs import metrics_of
 
 from dllm_rl.algorithms.correctors import TIS
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.recipe import Recipe

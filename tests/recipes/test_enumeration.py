@@ -9,8 +9,7 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import PPOClip, Reinforce
-from dllm_rl.likelihoods.estimator import FunctionLikelihood
-from dllm_rl.likelihoods.estimators import ELBO, EUBO, Coupled, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, EUBO, Coupled, FunctionLikelihood, Sandwich, Trajectory
 from recipes.studies.enumeration import (
     CLAIMS,
     ToyPolicy,

@@ -306,8 +306,8 @@ def sample(policy, *, infill=False, rows=None, **changes):
 )
 def test_recorded_logprobs_are_those_of_the_replay(policy, changes):
     rollout = sample(policy, **changes)
+    assert rollout.order.probability in ("deterministic", "independent")
     for likelihood in (Trajectory(include_order=False), Trajectory()):
-        assert likelihood.is_exact_for(rollout)
         scores = likelihood.logprobs(policy, rollout, likelihood.draw_views(rollout, torch.Generator()))
         torch.testing.assert_close(scores, rollout.logprobs, rtol=0, atol=1e-5)
     assert not (rollout.tokens == policy.spec.mask_id).any()

@@ -13,7 +13,7 @@ from run_outputs import metrics_of
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, OneStep, Prompts, Trajectory, Unmask
 from dllm_rl.decoding.tokens import completion_token_ids, text_ids
 from dllm_rl.diagnostics.traces import write_trace
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for

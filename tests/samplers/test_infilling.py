@@ -10,7 +10,7 @@ from rollouts import fields_of
 
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.masks import block_index
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm

@@ -10,7 +10,7 @@ from repetitions import few
 
 from dllm_rl import train
 from dllm_rl.likelihoods import estimators
-from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import DualCache

@@ -10,8 +10,7 @@ from mixtures import moe
 from order_toys import stayed_of
 from repetitions import few
 
-from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.likelihoods.estimators import Trajectory, recorded
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.base import FORWARD_COST
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm

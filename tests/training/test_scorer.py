@@ -13,8 +13,7 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
-from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.estimators import Coupled, Trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory, recorded
 from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import (
