@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from dllm_rl.presets import PRESETS, find_preset, print_preset, with_preset
+from dllm_rl.presets import PRESETS, with_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import (
     Bound,
@@ -74,7 +74,9 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
     """
     options = _with_files(_options(arguments))
     if (preset := dict(options).get("preset")) is not None:  # before the other options, which override it
-        recipe = apply_preset(recipe, str(preset))
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"--preset {preset}: presets are for RL, and this is a {type(recipe).__name__}")
+        recipe = typing.cast(Any, with_preset(recipe, str(preset)))
         options = [(path, text) for path, text in options if path != "preset"]
     words, problems = [], []
     for path, text in options:
@@ -122,16 +124,6 @@ def _made(value: Any, path: str) -> Any:
         known = [f"{name}=" for name in settings]
         lines = [f"{path}{'.' if line.startswith(tuple(known)) else ': '}{line}" for line in str(error).split("\n")]
         raise ValueError("\n".join(lines)) from None
-
-
-def apply_preset(recipe: Any, name: str) -> Any:
-    """Apply a preset of `dllm_rl.presets` to a recipe, and print one line that names it."""
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"--preset {name}: presets are for RL, and this is a {type(recipe).__name__}")
-    changed_recipe = with_preset(recipe, name)
-    settings, keywords = find_preset(name).for_task(recipe.task.name)
-    print_preset(name, settings | keywords)
-    return changed_recipe
 
 
 def make_parser(recipe: Any) -> jsonargparse.ArgumentParser:

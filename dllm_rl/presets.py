@@ -114,12 +114,15 @@ def without_batch_settings(settings: Mapping[str, Any], caller_settings: Mapping
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """Apply a preset to a recipe. Raises ValueError if it sets fields of `Unmask` and the sampler is another."""
+    """Apply a preset to a recipe, and print it. Raises ValueError if it sets fields of `Unmask` and the recipe has
+    another sampler.
+    """
     settings, keywords = find_preset(name).for_task(recipe.task.name)
     if keywords:
         for sampler in (recipe.sampler, recipe.eval_sampler):
             if not isinstance(sampler, Unmask):
                 raise ValueError(f"preset={name!r} is for the sampler Unmask, and this recipe has {describe(sampler)}")
+    print_preset(name, settings | keywords)
     eval_keywords = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
     sampler, eval_sampler = recipe.sampler.replace(**keywords), recipe.eval_sampler.replace(**eval_keywords)
     return recipe.replace(**settings, sampler=sampler, eval_sampler=eval_sampler)

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,8 @@ _NOISE = {  # logger -> part of a harmless message
 def silence_import_noise() -> None:
     """Filter the messages of _NOISE out of their loggers."""
     for name, part in _NOISE.items():
-        logging.getLogger(name).addFilter(_lacks(part))  # a filter, because a level would also drop errors
-
-
-def _lacks(part: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: part not in str(record.msg)
+        # A filter, because a level would also drop errors.
+        logging.getLogger(name).addFilter(lambda record, part=part: part not in str(record.msg))  # type: ignore[misc]
 
 
 def ended_by_launcher() -> None:

@@ -9,18 +9,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
+@cache  # parsing a package's metadata takes milliseconds, and every checkpoint stores the versions
 def versions() -> dict[str, str | None]:
     """Return the versions of dllm_rl and of packages that affect its results (None: not installed), and its commit."""
-    packages = ("dllm_rl", "torch", "transformers", "accelerate", "torchao")
-    return {package: _version(package) for package in packages} | {"dllm_rl_commit": commit(PACKAGE)}
-
-
-@cache  # parsing a package's metadata takes milliseconds, and every checkpoint stores the versions
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = {}
+    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"dllm_rl_commit": commit(PACKAGE)}
 
 
 @cache  # the commit of the imported code: a checkout may change during a run

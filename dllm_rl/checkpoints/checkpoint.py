@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,14 @@ def _write(folder: Path, checkpoint: Checkpoint, swap: AllGather) -> None:
         policy.save_pretrained(folder)
     if policy.lora is not None:
         save_adapter(policy, folder / "adapter", base=checkpoint.base)
-    entries = _write_optimizer(folder, checkpoint.optimizer)
+    optimizer, entries = checkpoint.optimizer, {}
+    if isinstance(optimizer, Part):
+        entries = write_part(folder, optimizer)
+    else:
+        try:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        except RuntimeError as error:  # torch's error for a failed write
+            raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
     checkpoint.state.write(folder)
     for name, data in checkpoint.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -133,17 +139,6 @@ def _write(folder: Path, checkpoint: Checkpoint, swap: AllGather) -> None:
         described |= entries_of_process
     step = checkpoint.state.step
     manifest.write(folder, step=step, processes=checkpoint.processes, versions=versions(), known=described)
-
-
-def _write_optimizer(folder: Path, optimizer: SavedOptimizer) -> dict[str, Any]:
-    """Write the optimizer's state, or this process's part, and return the manifest's entries of the part."""
-    if isinstance(optimizer, Part):
-        return write_part(folder, optimizer)
-    try:
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    except RuntimeError as error:  # torch's error for a failed write
-        raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
-    return {}
 
 
 def save_part(step: int, part: Part | None, swap: AllGather) -> None:
@@ -166,7 +161,10 @@ def recover_all(directory: Path) -> None:
 def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator[None]:
     """Raise OSError, which reports the free space, if a checkpoint does not fit or the block fails to write it."""
     policy = checkpoint.policy
-    needed = _moments_size(policy, checkpoint.optimizer) + reserve + (1 << 20)
+    moments = sum(moment.nbytes for moment in _moments(policy, checkpoint.optimizer).values())
+    if isinstance(checkpoint.optimizer, Part):
+        moments = max(checkpoint.optimizer.nbytes, moments)  # of the parts of all processes
+    needed = moments + reserve + (1 << 20)
     needed += sum(map(len, checkpoint.files.values()))
     needed += weights_size(policy.module) if checkpoint.merged else 0
     if policy.lora is not None:
@@ -199,38 +197,28 @@ def weights_size(module: Module) -> int:
     return sum(tensor.nbytes for tensor in lazy_merged_tensors(layers_of(module)).values())
 
 
-def _moments_size(policy: Policy, optimizer: SavedOptimizer) -> int:
-    if isinstance(optimizer, Part):  # `nbytes` includes the parts of the other processes
-        return max(optimizer.nbytes, sum(x.nbytes for x in optimizer.tensors.values()))
-    names = {name for name, _ in chain(policy.module.named_parameters(), policy.module.named_buffers())}
-    tensors = _tensors(policy, optimizer)
-    return sum(x.numel() * x.element_size() for name, x in tensors.items() if name not in names)
-
-
 def _non_tensor_size(folder: Path) -> int:
     """Return the bytes of a checkpoint's files that are not tensors, such as the tokenizer and the model card."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 
 
-def _tensors(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
-    """Return the weights by name, and the optimizer's state of each trained weight."""
-    tensors = {}
-    for name, tensor in chain(policy.module.named_parameters(), policy.module.named_buffers()):
-        tensors[name] = tensor.detach()
+def _moments(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state of each trained weight, by the name "KIND of WEIGHT"."""
     if isinstance(optimizer, Part):
-        return tensors | optimizer.tensors
+        return optimizer.tensors
+    moments = {}
     for name, parameter in policy.module.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{kind} of {name}"] = value
-    return tensors
+                moments[f"{kind} of {name}"] = value
+    return moments
 
 
 def _trained(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
-    """Return `_tensors` without frozen weights, whose values were checked when they were loaded."""
-    frozen = {name for name, parameter in policy.module.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in _tensors(policy, optimizer).items() if name not in frozen}
+    """Return trained weights, buffers and `_moments` by name. Frozen weights were checked when they were loaded."""
+    weights = {name: weight.detach() for name, weight in policy.module.named_parameters() if weight.requires_grad}
+    return weights | dict(policy.module.named_buffers()) | _moments(policy, optimizer)
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -314,21 +302,17 @@ def locate(
         return path
     skipped = []
     for _, folder in reversed(list_checkpoints(directory)):
-        try:
-            check(folder, quick=True)
-            state = TrainingState.read(folder)
-        except ValueError as error:
-            say(f"skipped {error}")
-            skipped.append(str(error))
-            continue
-        compare(state)
-        try:
-            if not quick:
-                check(folder, unread=unread)
+        for is_quick in (True,) if quick else (True, False):
+            try:
+                check(folder, quick=is_quick, unread=unread)
+            except ValueError as error:
+                say(f"skipped {error}")
+                skipped.append(str(error))
+                break
+            if is_quick:
+                compare(TrainingState.read(folder))
+        else:
             return folder
-        except ValueError as error:
-            say(f"skipped {error}")
-            skipped.append(str(error))
     if skipped:
         why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with {as_written(overwrite_output_dir=True)}"
         raise ValueError(f"resume_from_checkpoint='latest': {why}")
@@ -376,7 +360,7 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     path = folder / "optimizer.pt"
     # If the weights are sharded, each process reads only its part of the tensors from the memory-mapped file.
     is_sharded = any(isinstance(p, DTensor) for p in parameters)
-    with _damage_as_value_error(path):
+    try:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=is_sharded)
         for index, weight_state in state["state"].items():
             weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
@@ -386,15 +370,8 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.AdamW):
             groups = [own | stored for own, stored in zip(groups, state["param_groups"], strict=True)]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-
-@contextmanager
-def _damage_as_value_error(path: Path) -> Iterator[None]:
-    """Convert the errors that torch raises on a damaged file to a ValueError with a message of one line."""
-    try:
-        yield
     except FileNotFoundError:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from None
+        raise ValueError(f"{folder}: {path.name} is missing") from None
     except _DAMAGE_ERRORS as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path.parent}: {path.name} is damaged: {why}") from None
+        raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
@@ -22,14 +22,11 @@ def recipe_of(model: str) -> dict[str, Any] | None:
     """Return the recipe stored in a run's newest checkpoint, as text and numbers; None if `model` is no run's folder.
 
     Raises:
-        ValueError: The folder has no complete checkpoint, or its state.json contains no recipe.
+        ValueError: The folder has no complete checkpoint.
     """
     if not (Path(model) / "checkpoints").is_dir():
         return None
-    state = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")
-    recipe = state.get("recipe") if isinstance(state, dict) else None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{model}: state.json of its newest checkpoint contains no settings")
+    recipe: dict[str, Any] = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")["recipe"]
     return recipe
 
 
@@ -82,13 +79,8 @@ def logged_problems(model: str) -> list[Problem]:
     path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
     if sampler is None or sampler.max_new_tokens == 0 or not path.is_file():
         return []
-    prompts = {str(row.get("prompt")): row.get("prompt") for row in current_rows(path)}
-    return [Problem(prompt) for prompt in prompts.values() if is_prompt(prompt)]
-
-
-def is_prompt(value: Any) -> TypeGuard[str | list[dict[str, str]]]:
-    """Return whether a value of a file is text or a list of chat messages."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(turn, dict) for turn in value))
+    prompts = {str(row["prompt"]): row["prompt"] for row in current_rows(path)}
+    return [Problem(prompt) for prompt in prompts.values()]
 
 
 def form_of_prompts(model: str) -> tuple[bool, str | None]:

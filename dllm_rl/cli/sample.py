@@ -4,8 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -57,7 +56,12 @@ def complete(
     if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others have no on_step
         rollout = sampler(policy, prompts, generator_for(seed))
     else:
-        with live_view(policy, texts, seconds_per_step) as show_step:
+        with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
+
+            def show_step(rollout: Rollout) -> None:
+                screen.update(render(policy, rollout, texts), refresh=True)
+                time.sleep(seconds_per_step)
+
             rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
     seconds = time.perf_counter() - start_time
     record = to_record(policy, rollout, texts, seconds=seconds, has_blanks=problems[0].blank is not None)
@@ -88,18 +92,6 @@ def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
-
-
-@contextmanager
-def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> Iterator[Callable[[Rollout], None]]:
-    """Yield a function that shows a rollout on the terminal and sleeps for `seconds_per_step`."""
-    with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
-
-        def show_step(rollout: Rollout) -> None:
-            screen.update(render(policy, rollout, texts), refresh=True)
-            time.sleep(seconds_per_step)
-
-        yield show_step
 
 
 def print_record(record: dict[str, Any], *, as_json: bool) -> None:

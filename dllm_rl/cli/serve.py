@@ -47,7 +47,8 @@ def serve_command(arguments: argparse.Namespace) -> None:
     (scheme,) = read_methods(Scheme, "quantization", [arguments.quantization], arguments.fields)
     run_sampler = sampler_or_note(arguments.model)
     # Before the model is loaded, so that a port in use is known at once.
-    with socket.create_server((arguments.host, arguments.port), family=_family(arguments.host)) as listener:
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    with socket.create_server((arguments.host, arguments.port), family=family) as listener:
         policy = open_policy(arguments)
         learner = policy if arguments.allow_updates else None
         if scheme is not None:
@@ -79,7 +80,3 @@ def served_sampler(policy: Policy, run_sampler: Sampler | None, passed: dict[str
         if run_sampler.max_new_tokens == 0:  # the run fills in blanks of prompts, which the server does not do
             run_sampler = run_sampler.replace(max_new_tokens=16, diffusion_steps=None)
     return sampler_with(policy, run_sampler, passed)
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -140,7 +140,7 @@ class Peers:
             events = accepted.select(max(0.0, deadline - time.monotonic()))
             if not events:
                 text = f"process {min(missing)} has not joined in peer_timeout={self._seconds:g} s"
-                raise OSError(None, f"{text}; {self._advice}")
+                raise OSError(f"{text}; {self._advice}")
             for key, _ in events:
                 if key.fileobj is server:
                     connection = PeerConnection(server.accept()[0])
@@ -180,7 +180,7 @@ class Peers:
         try:
             messages = connection.receive()
         except EOFError:
-            raise OSError(None, f"process 0 ended before all processes had joined; {self._advice}") from None
+            raise OSError(f"process 0 ended before all processes had joined; {self._advice}") from None
         self._watch_connection(connection)
         for message in messages:
             self._handle_message(connection, message)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -32,9 +32,7 @@ class HasFolder(Protocol):
     def directory(self) -> str: ...
 
 
-Returned = TypeVar("Returned")
-RecipeT = TypeVar("RecipeT", bound=HasFolder)
-Others = ParamSpec("Others")
+Train = TypeVar("Train", bound=Callable[..., Any])
 
 
 class Stopped(BaseException):
@@ -186,16 +184,14 @@ def _destroy_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def leaving_nothing_behind(
-    train: Callable[Concatenate[RecipeT, Others], Returned],
-) -> Callable[Concatenate[RecipeT, Others], Returned]:
+def leaving_nothing_behind(train: Train) -> Train:
     """Decorate `train` to restore the signal handlers and to unlock the run's folder at its end, also on errors.
 
     After a run, the process group stays usable until Python exits, and is destroyed then.
     """
 
     @wraps(train)
-    def wrapped(recipe: RecipeT, *others: Others.args, **options: Others.kwargs) -> Returned:
+    def wrapped(recipe: HasFolder, *others: Any, **options: Any) -> Any:
         exit_stack = ExitStack()
         outer_run = _EXIT_STACK.set(exit_stack)
         try:
@@ -213,4 +209,4 @@ def leaving_nothing_behind(
             _EXIT_STACK.reset(outer_run)
             leave_folder(Path(recipe.directory))
 
-    return wrapped
+    return cast(Train, wrapped)

@@ -85,20 +85,14 @@ def draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: An
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 
-def draw_points(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """Draw a metric that only some steps have, as points."""
-    points = [(row["step"] + 1, row[name]) for row in rows if name in row]
-    if points:
-        style: dict[str, Any] = {"color": COLORS[1], "markersize": 4, "markeredgewidth": 0}
-        axis.plot(*zip(*points, strict=True), "o", label="held out, during the run", **style)
-
-
 def draw_metrics(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
     """Draw the metrics of a panel, each in its color, and its held-out metrics as points."""
     for i, name in enumerate(panel.drawn(rows)):
         draw_curve(axis, rows, name, color=COLORS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
     for name in panel.points:
-        draw_points(axis, rows, name)
+        if points := [(row["step"] + 1, row[name]) for row in rows if name in row]:
+            style: dict[str, Any] = {"color": COLORS[1], "markersize": 4, "markeredgewidth": 0}
+            axis.plot(*zip(*points, strict=True), "o", label="held out, during the run", **style)
 
 
 def draw_before_and_after(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def test_the_recipe_is_compared_before_the_bytes_are_read(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "check", lambda folder, **given: (asked.append(given), check(folder, **given)))
     with pytest.raises(ValueError, match="seed=1"):
         run_folder.open_folder(changed)
-    assert asked == [{"quick": True}]
+    assert [given["quick"] for given in asked] == [True]
 
 
 def test_room_is_counted_by_what_is_written(run):

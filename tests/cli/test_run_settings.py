@@ -321,7 +321,7 @@ def test_problems_of_a_scripts_task_are_the_prompts_of_its_completions(tmp_path,
     store(monkeypatch, eval_task="mine:Words", eval_sampler=Unmask(max_new_tokens=max_new_tokens))
     assert run_settings.problems_of(str(tmp_path), 3) == []
     chat = [{"role": "user", "content": "hi"}]
-    rows = [{"step": 0, "prompt": prompt} for prompt in ("1+1=", "1+1=", 7, None, ["hi"], chat, "2+2=")]
+    rows = [{"step": 0, "prompt": prompt} for prompt in ("1+1=", "1+1=", chat, "2+2=")]
     (tmp_path / "completions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "half a li")
     assert [problem.prompt for problem in run_settings.problems_of(str(tmp_path), 2)] == prompts
 
