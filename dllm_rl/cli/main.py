@@ -206,10 +206,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     sub.add_argument("--commit", type=_split_names, help="e.g. Schedule,Threshold, with --commit.tau 0.7,0.9")
     sub.add_argument("--cache", type=_split_names, help="e.g. none,DualCache, with --cache.refresh 4")
-    autoregressive_help = (
-        "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
-    )
-    sub.add_argument("--autoregressive", action="store_true", help=autoregressive_help)
     add_token_options(sub)
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
@@ -234,7 +230,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--output_dir", help="store completions here; the same command continues an interrupted evaluation"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object per setting instead of a table")
-    sub.add_argument("--csv", metavar="FILE", help="also write a row per setting, with intervals and differences")
     sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
     sub.set_defaults(run="dllm_rl.cli.evaluate_run:evaluate_command")
 

@@ -1,8 +1,6 @@
-"""Results of one task at many settings: a table of numbers, and accuracy against forwards and seconds."""
+"""Results of one task at many settings: accuracy against forwards and seconds."""
 
-import csv
 from collections.abc import Sequence
-from itertools import chain
 from math import log2, nan
 from pathlib import Path
 from typing import Any
@@ -12,37 +10,12 @@ from dllm_rl.files import replacing
 from dllm_rl.screen import escape_controls
 
 SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
-SETTINGS = ("model", "quantization", "decoding", *SAMPLER)
-FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
-COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "seconds")
+SETTINGS = ("model", "quantization", *SAMPLER)
 
 
 def varying(results: Sequence[dict[str, Any]]) -> list[str]:
     """Return the names of the settings that differ between results; ["model"] if none does."""
     return [name for name in SETTINGS if len({str(row[name]) for row in results if name in row}) > 1] or ["model"]
-
-
-def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write a row per result: settings, each metric with its interval, and differences from the first model."""
-    rows = []
-    for result in results:
-        row = {name: result.get(name) for name in (*FACTS, *SETTINGS)}
-        for name, value in result.items():
-            if name.endswith("_interval"):
-                metric = name.removesuffix("_interval")
-                row[metric] = result[metric]
-                row[f"{metric}_low"], row[f"{metric}_high"] = value or (None, None)
-        for name, numbers in result.get("difference", {}).items():
-            columns = (f"{name}_difference", f"{name}_difference_low", f"{name}_difference_high")
-            row |= zip(columns, numbers, strict=True)
-        for name in COSTS:
-            row[name] = result[name]
-        rows.append(row)
-    header = list(dict.fromkeys(chain.from_iterable(rows)))  # only later models have differences
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:

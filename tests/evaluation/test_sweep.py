@@ -1,12 +1,10 @@
 """Tables and curves of made-up results, by hand."""
 
-import csv
-
 import matplotlib
 import pytest
 from matplotlib import pyplot as plt
 
-from dllm_rl.evaluation.sweep import COSTS, draw_sweep, plot_curve, varying, write_csv
+from dllm_rl.evaluation.sweep import draw_sweep, plot_curve, varying
 
 
 def result(steps, accuracy, **settings):
@@ -31,35 +29,8 @@ def test_settings_that_vary():
     assert varying([result(2, 0.5), result(2, 0.75)]) == ["model"]  # accuracy is no setting
 
 
-def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
-    later = result(2, 0.75) | {"difference": {"accuracy": [0.25, -0.5, 1.0]}}
-    write_csv(tmp_path / "a.csv", [result(2, 0.5), later])
-    with (tmp_path / "a.csv").open() as file:
-        first, second = csv.DictReader(file)
-    written = {name: value for name, value in first.items() if value}
-    assert list(written) == [
-        "task",
-        "n",
-        "samples",
-        "diffusion_steps",
-        "accuracy",
-        "accuracy_low",
-        "accuracy_high",
-        *COSTS,
-    ]
-    assert list(first)[-3:] == ["accuracy_difference", "accuracy_difference_low", "accuracy_difference_high"]
-    assert (first["accuracy"], first["accuracy_low"], first["forwards_per_answer"]) == ("0.5", "0.4", "2.0")
-    assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"
-
-
-def test_a_number_without_an_interval_has_no_band_and_an_empty_cell(tmp_path):
+def test_a_number_without_an_interval_has_no_band():
     found = [result(steps, 0.5) | {"accuracy_interval": None} for steps in (2, 4)]
-    found[1] |= {"difference": {"accuracy": [0.0, None, None]}}
-    write_csv(tmp_path / "a.csv", found)
-    with (tmp_path / "a.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in rows] == [("0.5", "", "")] * 2
-    assert (rows[1]["accuracy_difference"], rows[1]["accuracy_difference_low"]) == ("0.0", "")
     axis = draw_sweep(found).axes[0]
     assert axis.lines[0].get_xydata().tolist() == [[2, 0.5], [4, 0.5]]
     assert not any(len(path.vertices) for band in axis.collections for path in band.get_paths())
