@@ -1,4 +1,4 @@
-"""`dllm-rl grade`: grade stored completions from any source by one protocol, or by every rule of the task."""
+"""`dllm-rl grade`: grade stored completions from any source by one protocol, or by all of the task."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file
+from dllm_rl.evaluation.grading import compare_files, grade_by_every_protocol, grade_file
 from dllm_rl.evaluation.results import with_bounds
 from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
-MAX_PAIRS = 12  # largest number of pairs of rules that a table shows
-
 
 def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, against: str | None = None) -> None:
-    """Print the grades, with `against` also the differences from that file; or for protocol="all" tables of every rule
-    and of rows in which two rules differ. as_json: print one JSON object in place of tables.
+    """Print the grades, with `against` also the differences from that file; or for protocol="all" a table of all
+    protocols. as_json: print one JSON object in place of a table.
     """
     task = task or recorded_task(Path(file))
     if against is not None:
@@ -27,7 +25,7 @@ def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, 
     elif protocol != "all":
         graded = grade_file(file, task=task, protocol=protocol)
     else:
-        graded = grade_by_every_rule(file, task=task)
+        graded = grade_by_every_protocol(file, task=task)
     console = Console()
     if as_json:
         print(json.dumps(graded))
@@ -35,8 +33,7 @@ def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, 
     if protocol != "all":
         console.print(grades_table(graded, file))
         return
-    console.print(rules_table(graded, file))
-    console.print(differences_table(graded) if graded["differences"] else "every rule gives every row the same verdict")
+    console.print(protocols_table(graded, file))
     for protocol, why in graded["not_graded"].items():
         console.print(literal(f"not graded under {protocol}: {why}"), soft_wrap=True)
 
@@ -82,41 +79,15 @@ def grades_table(graded: dict[str, Any], file: str) -> Table:
     return table
 
 
-def rules_table(graded: dict[str, Any], file: str) -> Table:
-    """Return a table with a line per rule: the number of rows with the full reward, and rates with 95 % intervals.
-
-    A rule is a protocol, or `strict` applied to an answer that is extracted in another way (a reading).
-    """
-    rules = graded["rules"]
-    rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
-    caption = (
-        "right: rows with the full reward. The answer of an extractor, such as last <answer>, is graded by strict."
-    )
-    table = Table(title=heading(graded, file), caption=caption, **NARROW)
+def protocols_table(graded: dict[str, Any], file: str) -> Table:
+    """Return a table with a line per protocol: how many rows have the full reward, and rates with 95 % intervals."""
+    rows = graded["protocols"]
+    rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rows.values())]
+    table = Table(title=heading(graded, file), caption="right: rows with the full reward", **NARROW)
     table.add_column("graded by", overflow="fold")
     for name in ("right", *rates, "parsed"):
         table.add_column(name, justify="right", no_wrap=True)
-    for rule, row in rules.items():
+    for protocol, row in rows.items():
         cells = [literal(with_bounds(row[name], row[f"{name}_interval"]) if name in row else "") for name in rates]
-        table.add_row(literal(rule), str(row["right"]), *cells, f"{row['parsed']:.3f}")
-    return table
-
-
-def differences_table(graded: dict[str, Any]) -> Table:
-    """Return a table with a line per pair of rules that disagree, with the ids of some rows on which they do."""
-    pairs = graded["differences"]
-    table = Table(title="Rows on which two rules differ", **NARROW)
-    for name in ("between", "and"):
-        table.add_column(name, overflow="fold")
-    for name in ("rows", "only the first is right"):
-        table.add_column(name, justify="right")
-    table.add_column("ids of the first rows", overflow="fold")
-    for pair in pairs[:MAX_PAIRS]:
-        more = ", ..." if pair["rows"] > len(pair["ids"]) else ""
-        ids = literal(", ".join(pair["ids"]) + more)
-        table.add_row(
-            *(literal(", ".join(rules)) for rules in pair["rules"]), str(pair["rows"]), str(pair["only_first"]), ids
-        )
-    if len(pairs) > MAX_PAIRS:
-        table.caption = f"{len(pairs) - MAX_PAIRS} more pairs differ in fewer rows; --json has all"
+        table.add_row(literal(protocol), str(row["right"]), *cells, f"{row['parsed']:.3f}")
     return table

@@ -1,11 +1,10 @@
-"""Regrade stored completions from any source, by one protocol or by all rules of a task. Does not import torch."""
+"""Regrade stored completions from any source, by one protocol or by all of a task. Does not import torch."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, require_field
 
-MAX_IDS = 5  # maximum number of ids shown for each two sets of rules that disagree
 PROBLEM_TEXTS = ("prompt", "question", "problem")  # fields with the text of a problem
 PROBLEM_IDS = ("problem_id", "question_id", "task_id", "id")
-MAX_ID_LENGTH = 40  # in characters; a longer id is cut
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class StoredCompletion:
     """A completion from a file, and its row with the fields that the task's graders read."""
 
     location: str  # file and line, for error messages
-    id: str
     row: Mapping[str, Any]
     completion: str
 
@@ -152,12 +148,10 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
     return graded.summary(task, protocol) | compared
 
 
-def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
-    """Grade the rows of a file by every rule: every protocol of the task, and `strict` with every extractor.
+def grade_by_every_protocol(path: str | Path, *, task: str) -> dict[str, Any]:
+    """Grade the rows of a file by every protocol of the task.
 
-    Call it to see how much of a published number depends on its parser. An extractor is a function that extracts the
-    answer from a completion, which `strict` then grades (see `answers.extractors`). Extractors that find no answer in
-    any completion are left out.
+    Call it to see how much of a published number depends on its parser.
 
     Args:
         path: File of completions, as for `read_completions`.
@@ -165,71 +159,29 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
 
     Returns:
         task, version, n, problems;
-        `rules`: by name, the number of right rows (full reward) and each of RATES with its 95 % interval [low, high];
-        `differences`: rules that agree on every row form a set, so that any two sets disagree on some rows; for each
-        two sets, the number of these rows, the number of those that only the first set grades as right, and the ids
-        of a few;
+        `protocols`: by name, the number of right rows (full reward) and each of RATES with its 95 % interval;
         `not_graded`: why a protocol could not grade these rows.
 
     Raises:
         ValueError: As for `grade_file` under strict.
     """
     find_grader(task, "strict")
-    stored = read_completions(path, task)
-    completions = [row.completion for row in stored]
-    rewards: dict[str, Sequence[Reward]] = {}
+    graded: dict[str, GradedFile] = {}
     not_graded: dict[str, str] = {}
-    for protocol, grader in PROTOCOLS[task].items():
-        same_grader = next((name for name in rewards if PROTOCOLS[task][name] is grader), None)
+    for protocol in PROTOCOLS[task]:
         try:
-            find_grader(task, protocol)
-            fields = _fields(stored, task, protocol)
+            graded[protocol] = _read_and_grade(path, task, protocol)
         except (ImportError, ValueError) as error:
             if protocol == "strict":
                 raise
             not_graded[protocol] = str(error)
-            continue
-        rewards[protocol] = rewards[same_grader] if same_grader else grade_all(task, protocol, fields, completions)
-    fields = _fields(stored, task, "strict")
-    for name, extract in TABLE[task].extractors.items():
-        answers = [extract(text) for text in completions]
-        if any(answer is not None for answer in answers):
-            texts = ["" if answer is None else f"<answer>{answer}</answer>" for answer in answers]
-            rewards[name] = grade_all(task, "strict", fields, texts)
-    is_right = {
-        name: [reward.value is not None and reward.value >= 1 for reward in graded] for name, graded in rewards.items()
-    }
-    return {
-        "task": task,
-        "version": TABLE[task].task.version,
-        "n": len(stored),
-        "problems": len(set(GradedFile(stored, fields, rewards["strict"]).problems)),
-        "rules": {
-            name: {"right": sum(is_right[name])} | GradedFile(stored, fields, graded).rates()
-            for name, graded in rewards.items()
-        },
-        "differences": _differences(is_right, [row.id for row in stored]),
-        "not_graded": not_graded,
-    }
-
-
-def _differences(is_right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return which sets of rules disagree and on how many rows, sorted by this number, largest first.
-
-    Rules that agree on every row form one set.
-    """
-    rules_by_verdicts: dict[tuple[bool, ...], list[str]] = {}
-    for name, verdicts in is_right.items():
-        rules_by_verdicts.setdefault(tuple(verdicts), []).append(name)
-    differences = []
-    for (first, names), (second, other_names) in combinations(rules_by_verdicts.items(), 2):
-        rows = [i for i in range(len(ids)) if first[i] != second[i]]
-        ids_shown = [ids[i] for i in rows[:MAX_IDS]]
-        num_only_first = sum(first[i] for i in rows)
-        differences.append(
-            {"rules": [names, other_names], "rows": len(rows), "only_first": num_only_first, "ids": ids_shown}
-        )
-    return sorted(differences, key=lambda difference: -difference["rows"])
+    rows: dict[str, dict[str, Any]] = {}
+    for protocol, each in graded.items():
+        num_right = sum(reward.value is not None and reward.value >= 1 for reward in each.rewards)
+        rows[protocol] = {"right": num_right} | each.rates()
+    problems = len(set(graded["strict"].problems))
+    facts = {"task": task, "version": TABLE[task].task.version, "n": len(graded["strict"].rewards)}
+    return facts | {"problems": problems, "protocols": rows, "not_graded": not_graded}
 
 
 def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
@@ -254,13 +206,10 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         step = row["step"] if isinstance(row.get("step"), int) else -1
         try:
             fields = _with_our_names(row, task)
-            row_id = _id(row, location.removeprefix(f"{path}, "))
             texts = _texts(fields)
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
-        for sample, text in enumerate(texts):
-            stored_id = row_id if len(texts) == 1 else f"{row_id}.{sample}"
-            steps_and_rows.append((step, StoredCompletion(location, stored_id, fields, text)))
+        steps_and_rows += [(step, StoredCompletion(location, fields, text)) for text in texts]
     if not steps_and_rows:
         raise ValueError(f"{path} has no rows")
     return [stored for _, stored in steps_and_rows]
@@ -302,14 +251,6 @@ def _texts(fields: Mapping[str, Any]) -> list[str]:
             f"completion must be text or a list of texts, not {' or '.join(sorted(wrong_types)) or 'empty'}"
         )
     return texts
-
-
-def _id(row: Mapping[str, Any], default: str) -> str:
-    """Return a readable id of a row: PROBLEM.SAMPLE, else its `id` or `doc_id`, else the default."""
-    evaluation = row.get("evaluation")
-    if isinstance(evaluation, dict) and "problem" in evaluation:
-        return f"{evaluation['problem']}.{evaluation.get('sample')}"[:MAX_ID_LENGTH]
-    return next((str(row[name])[:MAX_ID_LENGTH] for name in ("id", "doc_id") if name in row), default)
 
 
 def _problem(row: Mapping[str, Any], fields: Mapping[str, Any]) -> int | str | None:

@@ -1,9 +1,7 @@
 """Find the answer in a completion. Every function runs in linear time on any text and never raises."""
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
 
 MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; longer ones are ignored
 # d1's parsers have no limits. These limits are far above any completion.
@@ -56,12 +54,12 @@ def last_closed_answer(text: str) -> str | None:
     return None
 
 
-def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
+def last_box(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}`, else of the last `\fbox{...}`, with balanced braces."""
-    for name in names:
-        start = text.rfind(name + "{")
+    for opening in ("\\boxed{", "\\fbox{"):
+        start = text.rfind(opening)
         if start >= 0:
-            return _balanced(text, start + len(name) + 1)
+            return _balanced(text, start + len(opening))
     return None
 
 
@@ -84,45 +82,6 @@ def without_delimiters(text: str) -> str:
     while len(text) <= MAX_ANSWER_LENGTH and (match := _DELIMITED.fullmatch(text)):
         text = match[match.lastgroup or 0].strip()
     return text
-
-
-def extractors(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
-    """Return the extractors that papers and harnesses use, by name. An extractor extracts the answer from a completion.
-
-    Args:
-        unmarked: Regular expression of an answer without tags or box, for two more extractors. It must run in linear
-            time on any text. None (default): no such extractors.
-
-    Returns:
-        Functions from a completion to its answer, or to None if the completion has no answer of that kind.
-    """
-    extractors_by_name: dict[str, Callable[[str], str | None]] = {
-        "first <answer>": _first_answer,
-        "last <answer>": last_answer,
-        "first \\boxed": _first_box,
-        "last \\boxed": partial(last_box, names=("\\boxed",)),
-        "first ####": partial(_match, re.compile("####([^\n]*)"), 0),
-        "last ####": partial(_match, re.compile("####([^\n]*)"), -1),
-    }
-    if unmarked is not None:
-        extractors_by_name["first unmarked"] = partial(_match, re.compile(unmarked), 0)
-        extractors_by_name["last unmarked"] = partial(_match, re.compile(unmarked), -1)
-    return extractors_by_name
-
-
-def _first_answer(text: str) -> str | None:
-    start = text.find("<answer>")
-    return None if start < 0 else cut(text, start + len("<answer>"), (*SPECIAL_TOKENS, "</answer>", "<answer>"))
-
-
-def _first_box(text: str) -> str | None:
-    start = text.find("\\boxed{")
-    return None if start < 0 else _balanced(text, start + len("\\boxed{"))
-
-
-def _match(pattern: re.Pattern[str], position: int, text: str) -> str | None:
-    matches = pattern.findall(text[:MAX_SEARCH_LENGTH] if position == 0 else text[-MAX_SEARCH_LENGTH:])
-    return matches[position].strip() if matches else None
 
 
 def d1_box(text: str) -> str | None:

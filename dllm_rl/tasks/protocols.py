@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dllm_rl.tasks import reasoning_gym as gym
-from dllm_rl.tasks.answers import extractors
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
@@ -29,23 +28,15 @@ class Entry:
     # By protocol: a function (fields, completions) -> None that computes the slow part of many grades in parallel, and
     # caches it for the grader.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
-    # By name: a function that extracts an answer from a completion, which `strict` then grades. None: no answer found.
-    extractors: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
 
 # SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does.
 TABLE = {
-    "sudoku": Entry(
-        Sudoku, sudoku.GRADERS, sudoku.read_fields, extractors=extractors(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)")
-    ),
-    "countdown": Entry(
-        Countdown, countdown.GRADERS, countdown.read_fields, extractors=extractors(r"(?<![( ])[( ]*+\d[\d+\-*/() ]*+")
-    ),
-    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k, extractors=extractors(r"-?\d+(?:,\d{3})*(?:\.\d+)?")),
-    "math500": Entry(
-        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE, extractors()
-    ),
-    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields, extractors=extractors()),
+    "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
+    "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
+    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
+    "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE),
+    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}

@@ -1,15 +1,14 @@
-"""Stored completions under every protocol and reading, of the formats of others."""
+"""Stored completions under every protocol, of the formats of others."""
 
 import json
 
 import pytest
 
 from dllm_rl.cli.main import main
-from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file, read_completions
+from dllm_rl.evaluation.grading import compare_files, grade_by_every_protocol, grade_file, read_completions
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, paired_differences
 from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.protocols import TABLE
 
 TEXTS = [
     "<answer>18</answer>",
@@ -28,26 +27,15 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def test_each_rule_by_hand(tmp_path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"id": i, "completion": text, "answer": "18"} for i, text in enumerate(TEXTS)])
-    found = grade_by_every_rule(path, task="gsm8k")
-    right = {name: rule["right"] for name, rule in found["rules"].items()}
-    assert right == {
-        **{"strict": 4, "d1": 2, "spg": 4, "espo": 6},  # d1 reads the first box, and the first block's last number
-        **{"first <answer>": 1, "last <answer>": 2, "first \\boxed": 1, "last \\boxed": 2},
-        **{"first ####": 1, "last ####": 1, "first unmarked": 4, "last unmarked": 6},
-    }
-    for name in ("strict", "d1", "spg", "espo"):
+def test_each_protocol_by_hand(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"completion": text, "answer": "18"} for text in TEXTS])
+    found = grade_by_every_protocol(path, task="gsm8k")
+    right = {name: row["right"] for name, row in found["protocols"].items()}
+    # d1 reads the first box, and the first block's last number.
+    assert right == {"strict": 4, "d1": 2, "spg": 4, "espo": 6} and found["not_graded"] == {}
+    for name, row in found["protocols"].items():
         alone = grade_file(path, task="gsm8k", protocol=name)
-        rule = {key: value for key, value in found["rules"][name].items() if key != "right"}
-        assert rule == {key: alone[key] for key in rule}
-    between = {(*map(tuple, each["rules"]),): each for each in found["differences"]}
-    assert [each["rows"] for each in found["differences"]] == sorted(
-        (e["rows"] for e in between.values()), reverse=True
-    )
-    pair = between[("strict",), ("d1",)]
-    assert (pair["rows"], pair["only_first"], pair["ids"]) == (2, 2, ["4", "5"])
-    assert ("first ####", "last ####") in {rules for pair in between for rules in pair}  # they agree: one
+        assert row == {"right": right[name]} | {key: alone[key] for key in row if key != "right"}
 
 
 def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
@@ -64,12 +52,12 @@ def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
     for task, rows in files.items():
         path = tmp_path / f"{task}.json"
         path.write_text(json.dumps({"generations": rows, "metrics": {}}))
-        found = grade_by_every_rule(path, task=task)
-        assert found["rules"]["strict"]["right"] == found["rules"]["d1"]["right"] == found["n"] == len(rows)
+        found = grade_by_every_protocol(path, task=task)
+        assert found["protocols"]["strict"]["right"] == found["protocols"]["d1"]["right"] == found["n"] == len(rows)
     sample = {"doc_id": 7, "doc": {"question": "?", "answer": "9 and 9 #### 18"}, "target": "x", "resps": [["#### 18"]]}
     path = write(tmp_path / "samples.jsonl", [sample, {"completion": "#### 18", "reference": {"answer": 18}}])
-    assert [each.id for each in read_completions(path, "gsm8k")] == ["7", "line 2"]
-    assert grade_by_every_rule(path, task="gsm8k")["rules"]["espo"]["right"] == 2
+    assert [each.location.rpartition(", ")[2] for each in read_completions(path, "gsm8k")] == ["line 1", "line 2"]
+    assert grade_by_every_protocol(path, task="gsm8k")["protocols"]["espo"]["right"] == 2
     path = write(tmp_path / "b.jsonl", [sample | {"resps": [["18", "<answer>18</answer>"]]}])
     assert [each.completion for each in read_completions(path, "gsm8k")] == ["18", "<answer>18</answer>"]
     with pytest.raises(ValueError, match=r"line 1: completion must be text or a list of texts, not list"):
@@ -79,30 +67,23 @@ def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
 def test_a_protocol_that_cannot_grade_the_rows_is_named(tmp_path) -> None:
     nine = {"completion": "", "puzzle": "0" * 81, "solution": "1" * 81}
     with pytest.raises(ValueError, match="line 1"):  # strict's fault is the file's
-        grade_by_every_rule(write(tmp_path / "a.jsonl", [nine | {"puzzle": 1}]), task="sudoku")
+        grade_by_every_protocol(write(tmp_path / "a.jsonl", [nine | {"puzzle": 1}]), task="sudoku")
     solved = "123456789456789123789123456214365897365897214897214365531642978642978531978531642"
     row = {"completion": solved, "puzzle": "0" + solved[1:], "solution": solved}
-    found = grade_by_every_rule(write(tmp_path / "b.jsonl", [row]), task="sudoku")
-    assert found["rules"]["strict"]["right"] == 1 and "4x4" in found["not_graded"]["d1"] and "d1" not in found["rules"]
+    found = grade_by_every_protocol(write(tmp_path / "b.jsonl", [row]), task="sudoku")
+    assert found["protocols"].keys() == {"strict"} and found["protocols"]["strict"]["right"] == 1
+    assert found["not_graded"].keys() == {"d1", "spg", "espo"} and "4x4" in found["not_graded"]["d1"]
 
 
 def test_the_screen_shows_tables_and_no_control_character(tmp_path, capsys) -> None:
     evil = "\x1b[2J[bold]\u202e"
-    rows = [{"id": evil, "completion": f"{evil}<answer>17</answer><answer>18</answer>{evil}", "answer": "18"}]
-    path = write(tmp_path / "a.jsonl", rows)
+    rows = [{"completion": f"{evil}<answer>17</answer><answer>18</answer>{evil}", "answer": "18"}]
+    path = write(tmp_path / f"{evil}.jsonl", rows)
     assert main(["grade", "--task", "gsm8k", "--protocol", "all", path]) == 0
     out = capsys.readouterr().out
-    assert "last <answer>" in out and "[bold]" in out and not {"\x1b", "\u202e"} & set(out)
+    assert "graded by" in out and "espo" in out and "[bold]" in out and not {"\x1b", "\u202e"} & set(out)
     assert main(["grade", "--task", "gsm8k", "--protocol", "all", "--json", path]) == 0
-    assert json.loads(capsys.readouterr().out)["differences"][0]["ids"] == [evil]
-
-
-@pytest.mark.parametrize("unit", ["(", " ", "1", "1,", "<answer>", "\\boxed{", "####", "1+", "\\boxed{1}", "-"])
-def test_an_extractor_takes_linear_time(unit) -> None:
-    text = unit * (1_000_000 // len(unit))  # quadratic time would not end
-    for task, entry in TABLE.items():
-        for name, extract in entry.extractors.items():
-            assert extract(text) is None or len(str(extract(text))) <= len(text), (task, name)
+    assert json.loads(capsys.readouterr().out)["protocols"]["strict"]["right"] == 1
 
 
 def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
@@ -159,7 +140,7 @@ def test_an_interval_is_over_problems_and_not_over_their_samples(tmp_path, num_s
         found = grade_file(each, task="gsm8k", protocol="espo")
         assert found["n"] == 3 * num_samples and found["accuracy"] == pytest.approx(2 / 3)
         assert found["accuracy_interval"] == list(wilson(2, 3))
-        every = grade_by_every_rule(each, task="gsm8k")["rules"]["espo"]
+        every = grade_by_every_protocol(each, task="gsm8k")["protocols"]["espo"]
         assert every["accuracy_interval"] == found["accuracy_interval"] and every["right"] == 2 * num_samples
 
 
@@ -242,8 +223,6 @@ def test_pass_at_k_by_hand(tmp_path) -> None:
     passes = {name: value for name, value in found.items() if name.startswith("pass") and "interval" not in name}
     assert passes == {"pass@1": pytest.approx(1 / 3), "pass@2": 0.5, "pass@3": 0.5}
     assert found["accuracy"] == pytest.approx(2 / 7) and found["pass@3_interval"] == list(wilson(1, 2))
-    ids = [each.id for each in read_completions(tmp_path / "a.jsonl", "gsm8k")]
-    assert ids == [f"line {line}.{sample}" for line, number in ((1, 3), (2, 4)) for sample in range(number)]
 
 
 def test_a_table_is_printed_unless_json_is_asked_for(tmp_path, capsys) -> None:
