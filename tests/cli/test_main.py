@@ -19,7 +19,7 @@ from dllm_rl.training.trainer import train
 EMPTY = [
     ["sample", "", "1"],
     ["evaluate", "model", "", "--task", "sudoku"],
-    *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "csv", "plot")),
+    *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "plot")),
     ["grade", "", "--task", "sudoku"],
     ["doctor", ""],
     ["verify", ""],
