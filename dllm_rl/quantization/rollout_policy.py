@@ -191,7 +191,7 @@ def quantize_layer(
         name: Name of the layer.
         layer: The layer in the module that is deep-copied. The result replaces it.
         source: The layer with the weights. It differs from `layer` if the module is sharded.
-        config: Any. None: only merge adapters and dequantize bitsandbytes weights.
+        config: Config of the scheme. None: only merge adapters and dequantize bitsandbytes weights.
         dtype: Dtype of the weights before quantizing.
         memo: Memo for deepcopy, from earlier layers.
 
@@ -255,30 +255,16 @@ def quantize_weight(weight: Tensor, config: Any, like: Tensor | None = None) -> 
         The quantized weight; whether the weight is finite.
     """
     # With KernelPreference.AUTO, torchao searches the disk for the package mslk at every call.
+    options: dict[str, Any] = {"kernel_preference": KernelPreference.TORCH}
     if isinstance(config, Float8DynamicEmulated):
-        inputs = QuantizeTensorToFloat8Kwargs(
-            torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, kernel_preference=KernelPreference.TORCH
-        )
-        packed = Float8Tensor.from_hp(
-            weight,
-            hp_value_lb=TINY,
-            mm_config=Float8MMConfig(use_fast_accum=False),
-            kernel_preference=KernelPreference.TORCH,
-            act_quant_kwargs=inputs,
-        )
+        inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, **options)
+        options |= {"mm_config": Float8MMConfig(use_fast_accum=False), "act_quant_kwargs": inputs}
+        packed = Float8Tensor.from_hp(weight, hp_value_lb=TINY, **options)
     elif isinstance(config, Float8WeightOnlyConfig):
-        packed = Float8Tensor.from_hp(
-            weight, config.weight_dtype, config.granularity, kernel_preference=KernelPreference.TORCH
-        )
+        packed = Float8Tensor.from_hp(weight, config.weight_dtype, config.granularity, **options)
     elif isinstance(config, Float8DynamicActivationFloat8WeightConfig) and isinstance(like, Float8Tensor):
-        packed = Float8Tensor.from_hp(
-            weight,
-            config.weight_dtype,
-            config.granularity[1],
-            mm_config=like.mm_config,
-            kernel_preference=like.kernel_preference,
-            act_quant_kwargs=like.act_quant_kwargs,
-        )
+        options = {name: getattr(like, name) for name in ("mm_config", "kernel_preference", "act_quant_kwargs")}
+        packed = Float8Tensor.from_hp(weight, config.weight_dtype, config.granularity[1], **options)
     else:
         layer = linear_of(weight.detach(), None)
         quantize_(layer, config)
