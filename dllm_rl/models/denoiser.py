@@ -5,8 +5,8 @@ decoder reads the cache and the full canvas, and is conditioned on its logits of
 Both have the same weights, except for the layers of the self-conditioning, which only the decoder has. `encode` of such
 a family is called in two ways:
 
-    encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
-    encode(module, canvas, attention_mask, positions, cache=cache, previous=...)                   the decoder; reads it
+    encode(module, tokens, attention_mask, positions, [cache=cache])                      the encoder; fills the cache
+    encode(module, canvas, attention_mask, positions, cache=cache, previous=previous)     the decoder; reads it
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from dllm_rl.models.logprobs import upcast
 
 
 class SelfConditioning(NamedTuple):
-    """The logits of the previous step, and the rows that are conditioned on them."""
+    """The logits of the previous step (None in the first), and the rows that are conditioned on them."""
 
-    logits: Float[Tensor, "B T V"]
+    logits: Float[Tensor, "B T V"] | None
     rows: Bool[Tensor, " B"] | None = None  # None: all
 
 
@@ -34,10 +34,9 @@ def encode_denoiser(
     positions: Tokens,
     *,
     cache: Any = None,
-    use_cache: bool = False,
     previous: SelfConditioning | None = None,
 ) -> States:
-    """Run DiffusionGemma's encoder, or its decoder if a cache is passed without `use_cache`. Only text is supported.
+    """Run DiffusionGemma's encoder, or its decoder if `previous` is passed. Only text is supported.
 
     Args:
         module: Stock DiffusionGemma module.
@@ -45,11 +44,10 @@ def encode_denoiser(
         attention_mask: False on padding. None: there is no padding.
         positions: Positions of `tokens`.
         cache: Cache that the encoder fills, or the decoder reads. None: the encoder runs without a cache.
-        use_cache: True for the encoder.
-        previous: Logits of the previous step, for the decoder. None: no self-conditioning.
+        previous: What the decoder is conditioned on. None: the encoder runs.
     """
     cache_kwargs = {} if cache is None else {CACHE: cache}
-    if cache is None or use_cache:
+    if previous is None:
         encoder = module.model.encoder.language_model
         states = encoder(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, **cache_kwargs)
         return states.last_hidden_state
@@ -57,8 +55,8 @@ def encode_denoiser(
         decoder_input_ids=tokens,
         decoder_attention_mask=attention_mask,
         decoder_position_ids=positions,
-        self_conditioning_logits=None if previous is None else previous.logits,
-        self_conditioning_mask=None if previous is None else previous.rows,
+        self_conditioning_logits=previous.logits,
+        self_conditioning_mask=previous.rows,
         **cache_kwargs,
     ).last_hidden_state
 
@@ -117,7 +115,7 @@ class Prefix:
         """
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = position_ids(self.mask)[:, -tokens.shape[1] :]
-        return policy.encode(tokens, self.mask, positions, cache=self.cache, use_cache=True)
+        return policy.encode(tokens, self.mask, positions, cache=self.cache)
 
     def select_rows(self, rows: Int[Tensor, " K"]) -> None:
         """Select these rows, in this order. A row may be repeated."""
@@ -138,8 +136,9 @@ class Prefix:
         """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
-        self_conditioning = None if previous is None else SelfConditioning(previous, conditioned)
-        return policy.encode(canvas, mask, positions, cache=self.cache, previous=self_conditioning)
+        return policy.encode(
+            canvas, mask, positions, cache=self.cache, previous=SelfConditioning(previous, conditioned)
+        )
 
     def logits(
         self,

@@ -33,16 +33,16 @@ class Toy(nn.Module):
         self.head = made(4, V)
         self.config = None
 
-    def encode(self, tokens, attention_mask, positions, cache=None, use_cache=False, previous=None):
+    def encode(self, tokens, attention_mask, positions, cache=None, previous=None):
         embedded = self.embed[tokens]
-        if cache is None or use_cache:
+        if previous is None:
             real = attention_mask[:, -tokens.shape[1] :, None]
             keys = torch.where(real, torch.tanh(embedded @ self.read), 0.0)[:, None]
             if cache is not None:
                 cache.update(keys, keys, 0)
             return embedded.cumsum(1)
         context = cache.layers[0].keys.sum(2)  # (R, 1, 4)
-        soft = 0.0 if previous is None else previous.logits.softmax(-1) @ self.before
+        soft = 0.0 if previous.logits is None else previous.logits.softmax(-1) @ self.before
         return torch.tanh(self.place + torch.einsum("ij,rjd->rid", self.mix, embedded) + context + soft)
 
 
@@ -91,9 +91,12 @@ def enumerate_all(policy, prompt, temperatures, bound, answer, *, stops=None, de
     for step, temperature in enumerate(temperatures):
         rows = prompt.expand(len(canvas), -1)
         cache = DynamicCache()
-        module.encode(rows, torch.ones_like(rows, dtype=torch.bool), None, cache=cache, use_cache=True)
-        seen_logits = None if previous is None else SelfConditioning(previous)
-        logits = module.encode(canvas, None, None, cache=cache, previous=seen_logits) @ module.head / temperature
+        module.encode(rows, torch.ones_like(rows, dtype=torch.bool), None, cache=cache)
+        logits = (
+            module.encode(canvas, None, None, cache=cache, previous=SelfConditioning(previous))
+            @ module.head
+            / temperature
+        )
         probs = logits.softmax(-1)
         entropy = -(probs * probs.log()).sum(-1)
         # A place is accepted if the places before it in the order of entropies sum up to the bound at most.
