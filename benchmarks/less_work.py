@@ -25,7 +25,7 @@ from dllm_rl.models.base import FORWARD_COST, block_causal_mask, block_ranks, en
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Float8WeightOnly
-from dllm_rl.samplers import rules, states
+from dllm_rl.samplers import rules, unmask
 from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache, map_cache
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
@@ -64,11 +64,11 @@ def whole_batches() -> Iterator[None]:
 
 @contextmanager
 def waiting_rows() -> Iterator[None]:
-    states.CachedForward = Waiting
+    unmask.CachedForward = Waiting
     try:
         yield
     finally:
-        states.CachedForward = CachedForward
+        unmask.CachedForward = CachedForward
 
 
 def compared(what: str, before: Callable[[], Any], now: Callable[[], Any], repeats: int) -> dict[str, Any]:

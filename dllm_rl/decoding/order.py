@@ -28,31 +28,6 @@ from dllm_rl.types import SamplingParams
 MIN_LOGPROB = -20.0
 
 
-def block_first_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Return the first step of each written position's block; -1 at positions that are masked."""
-    last_possible = torch.iinfo(unmask_step.dtype).max
-    steps = torch.where(unmask_step < 0, last_possible, unmask_step)
-    first = torch.full_like(steps, last_possible).scatter_reduce(1, block, steps, "amin").gather(1, block)
-    return torch.where(unmask_step < 0, -1, first)
-
-
-def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Return each position's index in the descending order of its row's scores. Ties go to the leftmost."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    index = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.zeros_like(order).scatter(-1, order, index)
-
-
-def highest(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
-) -> Bool[Tensor, "B L"]:
-    """Return the `count` masked positions with the highest scores of every row. Ties go to the leftmost.
-
-    Positions that are not masked must have the score -inf.
-    """
-    return masked & (descending_index(scores) < count[:, None])
-
-
 def commit_cutoff(
     scores: Float[Tensor, " C"],
     steps: Int[Tensor, " C"],
@@ -80,16 +55,6 @@ def commit_cutoff(
     lowest_columns = torch.where(scores == lowest[steps], columns, -1)  # scatter_reduce has no argmin
     last = columns.new_full((num_steps,), -1).scatter_reduce(0, steps, lowest_columns, "amax")
     return lowest[stay_steps], stay_columns > last[stay_steps]
-
-
-def draw_index(
-    noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
-) -> Int[Tensor, "B L"]:
-    """Return each position's index in the order of draws, from 0. Positions that were not chosen come last.
-
-    If all masked positions of a row are chosen, their indices are 0, because nothing depends on the order.
-    """
-    return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
 
 
 def plackett_luce_logprobs_fixed_shape(

@@ -21,6 +21,7 @@ from dllm_rl.types import Prompts, Rollout
 
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
+BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_tokenize`
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -57,15 +58,6 @@ def ids_and_blanks(
 
     Raise ValueError for a prompt that the model cannot read.
     """
-    ids, blanks = _ids_and_blanks(policy, prompt, blank)
-    if not ids and policy.spec.attention == "causal":
-        raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
-    return ids, blanks
-
-
-def _ids_and_blanks(
-    policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
-) -> tuple[list[int], list[bool]]:
     if blank == "":
         raise ValueError(f"blank={blank!r} is empty; leave it at None")
     if blank is not None and policy.spec.mask_id is None:
@@ -74,36 +66,43 @@ def _ids_and_blanks(
             "diffusion model"
         )
     if isinstance(prompt, str):
-        pieces: list[tuple[list[int], bool]] = []
+        pieces: list[tuple[str | None, bool]] = []
         for text in [prompt] if blank is None else prompt.split(blank):
-            pieces += [_blank_piece(policy), (text_ids(policy, text), False)]
-        return _join_pieces(pieces[1:])  # without the blank before the first text
-    chat = _Chat(policy, prompt, blank=blank)
-    if prompt[-1]["role"] != "assistant":
-        return chat.ids_and_blanks(chat.render(prompt, add_generation_prompt=True))
-    answer_start = prompt[-1]["content"]
-    if not isinstance(answer_start, str):
-        raise ValueError(
-            f"prompt={_quote(prompt)}: the last assistant turn, which the model continues, is not text; give its "
-            "content as text, or leave the turn out"
-        )
-    # The template would end the assistant's turn, so the text is appended to the other messages after rendering.
-    text = chat.render(prompt[:-1], add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
-    return chat.ids_and_blanks(text)
+            pieces += [BLANK, (text, False)]
+        del pieces[0]  # the blank before the first text
+    else:
+        chat = _Chat(policy, prompt, blank=blank)
+        # The template would end an assistant's turn that the model continues, so this is appended after rendering.
+        answer_start = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+        if not isinstance(answer_start, str):
+            raise ValueError(
+                f"prompt={_quote(prompt)}: the last assistant turn, which the model continues, is not text; give its "
+                "content as text, or leave the turn out"
+            )
+        messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+        text = chat.render(messages, add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
+        pieces = chat.pieces(text)
+    ids, blanks = _tokenize(policy, pieces)
+    if not ids and policy.spec.attention == "causal":
+        raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
+    return ids, blanks
 
 
-def _blank_piece(policy: Policy) -> tuple[list[int], bool]:
-    """Return the ids of a blank (one mask token), and True."""
-    return [] if policy.spec.mask_id is None else [policy.spec.mask_id], True
+def _tokenize(policy: Policy, pieces: Sequence[tuple[str | None, bool]]) -> tuple[list[int], list[bool]]:
+    """Return the token ids of pieces, and for each id whether it is a blank.
 
-
-def _join_pieces(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """Concatenate pieces (ids, is_blank). Return all ids, and for each id whether its piece is a blank."""
+    A piece is a text, and whether the text of a special token in it becomes that token; or BLANK.
+    """
     ids: list[int] = []
     blanks: list[bool] = []
-    for piece_ids, is_blank in pieces:
+    for text, special in pieces:
+        if text is not None:
+            piece_ids = text_ids(policy, text, special=special)
+        else:
+            assert policy.spec.mask_id is not None, "a blank was refused"
+            piece_ids = [policy.spec.mask_id]
         ids += piece_ids
-        blanks += [is_blank] * len(piece_ids)
+        blanks += [text is None] * len(piece_ids)
     return ids, blanks
 
 
@@ -118,6 +117,10 @@ def conversation_ids(
     messages = list(messages)
     full_text = chat.render(messages)
     pieces: list[tuple[list[int], bool]] = []
+
+    def ids(text: str) -> list[int]:
+        return _tokenize(policy, chat.pieces(text))[0]
+
     num_done = 0  # number of characters of `full_text` that `pieces` already covers
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < since:
@@ -129,10 +132,10 @@ def conversation_ids(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces.append((chat.ids(full_text[num_done : len(before)]), False))  # ends like `prompt_ids` of messages[:i]
-        pieces.append((chat.ids(full_text[len(before) : len(after)]), True))
+        pieces.append((ids(full_text[num_done : len(before)]), False))  # ends like `prompt_ids` of messages[:i]
+        pieces.append((ids(full_text[len(before) : len(after)]), True))
         num_done = len(after)
-    return [*pieces, (chat.ids(full_text[num_done:]), False)]
+    return [*pieces, (ids(full_text[num_done:]), False)]
 
 
 def _quote(prompt: Any) -> str:
@@ -273,21 +276,16 @@ class _Chat:
                 f"after {start[-30:]!r}; write what is missing if add_generation_prompt is true"
             )
 
-    def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text with markers."""
-        return self.ids_and_blanks(text)[0]
-
-    def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
-        """Return the token ids of a text with markers, and for each id whether it is a blank."""
-        pieces: list[tuple[list[int], bool]] = []
+    def pieces(self, text: str) -> list[tuple[str | None, bool]]:
+        """Split a text with markers into the pieces that `_tokenize` takes."""
+        pieces: list[tuple[str | None, bool]] = []
         for i, part in enumerate(re.split(rf"{self.delimiter}(\d+){self.delimiter}", text)):
             if i % 2 == 0:  # text between markers: the template wrote its special tokens
-                pieces.append((text_ids(self.policy, part, special=True), False))
-            elif self.marked_texts[int(part)] == self.blank:
-                pieces.append(_blank_piece(self.policy))
+                pieces.append((part, True))
             else:
-                pieces.append((text_ids(self.policy, self.marked_texts[int(part)]), False))
-        return _join_pieces(pieces)
+                marked_text = self.marked_texts[int(part)]
+                pieces.append(BLANK if marked_text == self.blank else (marked_text, False))
+        return pieces
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
@@ -304,8 +302,17 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {text[:80]!r} has half a character, the lone surrogate {half[0]!r} at character {half.start()}; cut "
             "texts between whole characters"
         )
+    tokenizer = policy.tokenizer
+    parts = [(text, special)]
+    if not special and not getattr(tokenizer, "is_fast", True):
+        # A tokenizer written in Python splits its other unsplittable tokens too, if it splits special tokens: ESM's
+        # residues would become <unk>. Only the special tokens' own texts are split.
+        split = re.split(f"({_any_of(special_texts(tokenizer)).pattern})", text)
+        parts = [(part, i % 2 == 0) for i, part in enumerate(split)]
+    ids: list[int] = []
     try:
-        ids = _encode(policy.tokenizer, text, special=special)
+        for part, keeps_special in parts:
+            ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=not keeps_special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -321,7 +328,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {_quote(text)}: the tokenizer reads the mask token in it, which samplers fill in; leave it out, or "
             "give it as blank"
         )
-    tokenized_text = policy.tokenizer.decode(ids)
+    tokenized_text = tokenizer.decode(ids)
     pairs = zip_longest(_characters(text), _characters(tokenized_text))
     lost = next((character for character, tokenized in pairs if character != tokenized), None)
     if lost is not None:
@@ -329,16 +336,6 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {_quote(text)} cannot be tokenized by this model: {lost!r} is lost, and the tokens "
             f"read {_quote(tokenized_text)}; write the text with characters that the tokenizer has"
         )
-    return ids
-
-
-def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
-    if special or getattr(tokenizer, "is_fast", True):
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
-    # A tokenizer written in Python splits its other unsplittable tokens too: ESM's residues would become <unk>.
-    ids: list[int] = []
-    for i, part in enumerate(re.split(f"({_any_of(special_texts(tokenizer)).pattern})", text)):
-        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=i % 2 == 1)
     return ids
 
 

@@ -29,7 +29,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
-from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.screen import escape_controls, literal
 from dllm_rl.types import Prompts, Rollout, SamplingParams, Views, group_sizes
 

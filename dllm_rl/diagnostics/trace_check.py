@@ -17,7 +17,7 @@ from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajecto
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import process
-from dllm_rl.samplers.choose import rank_positions
+from dllm_rl.samplers.choose import rank_and_draw
 from dllm_rl.samplers.rules import DETERMINISTIC, Rank
 from dllm_rl.screen import NARROW, literal
 from dllm_rl.types import Rollout, SamplingParams
@@ -322,9 +322,10 @@ def _worse_choices(
             states = view.run(policy, part, view.scored | left_masked)
             if states is None:
                 continue
-            uniforms = torch.zeros(len(states.states), device=policy.device)  # these ranks do not read them
             scores = torch.full(left_masked.shape, torch.nan, device=policy.device).flatten()
-            scores[states.plan.flat_index] = rank_positions(policy, states.states, uniforms, part.sampling_params, rank)
+            written_scores, _ = rank_and_draw(policy, states.states, part.sampling_params, rank)
+            assert written_scores is not None, "there is a rank"
+            scores[states.plan.flat_index] = written_scores
             scores = scores.view(left_masked.shape)
             best_left = scores.masked_fill(~left_masked, -torch.inf).amax(-1, keepdim=True)
             worse[chunk.rows, chunk.columns] |= view.scored & (scores < best_left - tolerance)

@@ -1,51 +1,78 @@
 """One denoising step of `Unmask`.
 
 Rank the masked positions, commit some of them, draw their tokens, and record the log-probs of tokens and order.
+docs/methods.md explains the tag [ours].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.decoding.order import (
-    block_first_step,
     commit_cutoff,
-    draw_index,
     plackett_luce_logprobs,
+    plackett_luce_logprobs_fixed_shape,
     stay_masked_logprobs,
 )
 from dllm_rl.decoding.soft_threshold import set_logprobs
-from dllm_rl.decoding.support import filter_support, make_filter_support
+from dllm_rl.decoding.support import MAX_SUPPORT_IDS, filter_support, make_filter_support
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert_cdf, process
 from dllm_rl.samplers.canvas import (
     RANK_STREAM,
     TOKEN_STREAM,
     Canvas,
-    CommitDecision,
-    Drawn,
-    RolloutField,
-    StepPlan,
-    StepWrites,
+    Decision,
+    StepPositions,
+    StepRows,
+    Written,
+    block_first_step,
+    put,
 )
-from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.revise import packed_events, revise
 from dllm_rl.samplers.rules import (
-    REWRITES,
+    DETERMINISTIC,
+    SCORED_ORDERS,
     Commit,
     FunctionRank,
     Rank,
     SoftThreshold,
     check_last_step,
-    has_order_logprob,
+    draw_index,
+    highest,
     order_probability,
 )
-from dllm_rl.types import Order, SamplingParams
+from dllm_rl.types import Order, Rollout, SamplingParams, starts_group
 
 SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn at K positions.
+
+    Attributes:
+        tokens: Token ids.
+        logprobs: Log-probs under the sampling distribution, in nats.
+        normalizer: Log-sum-exp of the logits that the rank reads. If the rank reads no normalizer: of the logits from
+            which the token was drawn.
+        log_mass: First result of `filter_support`. None without top_k and top_p.
+        support: Second result of `filter_support`.
+    """
+
+    tokens: Int[Tensor, " K"]
+    logprobs: Float[Tensor, " K"]
+    normalizer: Float[Tensor, " K"]
+    log_mass: Float[Tensor, " K"] | None = None
+    support: Int[Tensor, "K C"] | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(values for values in self if values is not None)
 
 
 class StepSampler:
@@ -64,7 +91,7 @@ class StepSampler:
         commit: Commit,
         confidence_radius: int | None = None,
     ) -> None:
-        """Raise ValueError when the rank and the commit rule cannot be combined."""
+        """Prepare the canvas's records. Raise ValueError when the rank and the commit rule cannot be combined."""
         self.policy = policy
         self.canvas = canvas
         self.sampling_params = sampling_params
@@ -75,143 +102,238 @@ class StepSampler:
         # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
         self.draws_first = reads_tokens or (greedy and "logits" in rank.reads)
         self.depends_on_tokens = reads_tokens and not greedy
+        self.commit_reads = commit.reads  # read once: a compiled step could not cache them
         if commit.revises:
             canvas.events = []
-        self.adds_gumbel = rank.adds_gumbel
-        if self.adds_gumbel and not commit.takes_highest:
+        if rank.adds_gumbel and not commit.takes_highest:
             raise ValueError(
                 f"commit={commit.name} cannot use the noisy scores of {rank.name}; use Schedule() or LateSchedule()"
             )
+        self.order_probability = order_probability(rank, commit, greedy=greedy)
+        self.has_order_logprob = self.order_probability in SCORED_ORDERS
         self.soft_threshold_params = None  # tau and temperature
         if isinstance(commit, SoftThreshold):
             self.soft_threshold_params = (float(commit.tau), float(commit.temperature))
-        if self.soft_threshold_params is not None and not has_order_logprob(rank, commit):
-            raise ValueError(
-                f"commit=SoftThreshold(...) needs the scores of MaxProb(), and rank={rank.name} has other scores; use "
-                "rank=MaxProb()"
-            )
-        self.order_probability = order_probability(rank, commit, greedy=greedy)
-        self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
-        self.has_nan_scores = canvas.masked.new_zeros(())  # on the device, so that a step does not wait for it
+            if order_probability(rank, commit) not in SCORED_ORDERS:
+                raise ValueError(
+                    f"commit=SoftThreshold(...) needs the scores of MaxProb(), and rank={rank.name} has other scores; "
+                    "use rank=MaxProb()"
+                )
+        records: dict[str, Tensor] = {}
+        logprobs = canvas.written.logprobs
+        if sampling_params.filters:
+            size = (*logprobs.shape, min(MAX_SUPPORT_IDS + 1, policy.vocab_size))
+            records["log_mass"] = torch.zeros_like(logprobs)
+            records["support_ids"] = torch.full(size, -1, dtype=torch.int32, device=logprobs.device)
+        if self.has_order_logprob:
+            records["order_logprobs"] = torch.zeros_like(logprobs)
+            if rank.adds_gumbel:
+                records["draw_index"] = torch.zeros_like(canvas.columns)
+        canvas.written = canvas.written._replace(**records)
         self.confidence_change = None
         if confidence_radius is not None:
             self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
-    def __call__(self, plan: StepPlan, states: Float[Tensor, "K D"]) -> StepWrites:
-        """Run one step of the plan, from the hidden states of its K positions.
-
-        Raise ValueError if the commit rule writes nothing in the last step of a block.
-        """
-        params = self.sampling_params
-        rank_uniforms = plan.uniforms(RANK_STREAM)
-        drawn: Drawn | None = None
-        if self.draws_first:
-            scores, drawn = draw_and_rank(
-                self.policy, states, plan.uniforms(TOKEN_STREAM), rank_uniforms, params, self.rank
-            )
-        else:
-            scores = rank_positions(self.policy, states, rank_uniforms, params, self.rank)
-        commit_scores = plan.scatter_to_rows(add_gumbel(scores, rank_uniforms) if self.adds_gumbel else scores)
-        self.has_nan_scores |= commit_scores.isnan().any()
-        decision = self.decide(plan, commit_scores, drawn)
-        if self.confidence_change is not None:
-            self.confidence_change.record(plan, commit_scores, decision.chosen)
-        chosen = plan.positions_in(decision.chosen, int(decision.num_chosen.sum()))
-        if drawn is None:
-            drawn = draw_tokens(self.policy, states[chosen], plan.uniforms(TOKEN_STREAM, chosen), params)
-        else:
-            drawn = drawn.at(chosen)
-        if drawn.log_mass is not None and drawn.support is not None:
-            plan.records.update(log_mass=(chosen, drawn.log_mass, 0), ids=(chosen, drawn.support, -1))
-        if self.has_order_logprob:
-            plan.records.update(self.order_records(plan, states, scores, commit_scores, decision.chosen, chosen))
-        return StepWrites(decision, chosen, drawn)
-
-    def order_records(
+    def __call__(
         self,
-        plan: StepPlan,
-        states: Tensor,
-        scores: Tensor,
-        commit_scores: Tensor,
-        chosen_mask: Tensor,
-        chosen: Tensor,
-    ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
-        """Return the log-probs of the order (`decoding.order`) as records of the plan.
+        at: StepPositions,
+        hidden: Float[Tensor, "K D"],
+        written: Written,
+        step: StepRows | None = None,
+        experts: Tensor | None = None,
+    ) -> Decision:
+        """Run one step: change `written`, and return what the commit rule decided.
+
+        A compiled step calls this too. It has fixed shapes: the K positions are all that a block may have, those that
+        are not masked do not change, and the host knows nothing of the step.
+
+        Args:
+            at: The K positions.
+            hidden: Their hidden states.
+            written: Tensors of the canvas.
+            step: Rows of the step, on the host. None (default): the step is compiled.
+            experts: Experts (K, M, E) of the positions, if the policy records them.
+
+        Raises:
+            ValueError: The commit rule writes nothing in the last step of a block.
+        """
+        policy, params = self.policy, self.sampling_params
+        rank_uniforms = at.uniforms(RANK_STREAM)
+        token_uniforms = at.uniforms(TOKEN_STREAM) if self.draws_first or step is None else None
+        scores, drawn = rank_and_draw(policy, hidden, params, self.rank, rank_uniforms, token_uniforms)
+        assert scores is not None, "there is a rank"
+        commit_scores = at.to_grid(add_gumbel(scores, rank_uniforms) if self.rank.adds_gumbel else scores)
+        if step is None:
+            commit_scores = commit_scores.masked_fill(~at.masked, -torch.inf)
+        written.has_nan_scores.logical_or_(commit_scores.isnan().any())
+        decision = self.decide(at, commit_scores, rank_uniforms, drawn, step)
+        if self.confidence_change is not None and step is not None:
+            self.confidence_change.record(step.rows, at.masked, commit_scores, decision.chosen)
+        places, keep = decision.places, decision.keep
+        rows, offsets, steps = at.canvas_row[places], at.offset[places], at.row_steps[places]
+        if written.order_logprobs is not None:
+            draws = None
+            if written.draw_index is not None:
+                draws = draw_index(commit_scores, at.masked, decision.chosen)
+                put(written.draw_index, rows, offsets, draws[at.row_index, at.offset][places], keep)
+            scored, logps, is_scored = self.order_logprobs(at, hidden, decision, scores, drawn, draws)
+            place = (at.canvas_row[scored], at.offset[scored])
+            # A position may stay masked in several steps, whose log-probs are added.
+            put(written.order_logprobs, *place, written.order_logprobs[place] + logps, is_scored)
+        if drawn is None:  # the tokens of the chosen positions alone
+            _, drawn = rank_and_draw(policy, hidden[places], params, token_uniforms=at.uniforms(TOKEN_STREAM, places))
+            assert drawn is not None
+        else:
+            drawn = Drawn(*(values[places] for values in drawn.tensors()))
+        if decision.remasked is not None:
+            self.canvas.remask(*(x[decision.remasked] for x in (at.canvas_row, at.offset, at.row_steps)))
+        put(written.tokens, rows, at.column[places], drawn.tokens, keep)
+        put(written.masked, rows, offsets, torch.zeros_like(rows), keep)
+        put(written.unmask_step, rows, offsets, steps, keep)
+        put(written.logprobs, rows, offsets, drawn.logprobs, keep)
+        if written.log_mass is not None and written.support_ids is not None:
+            assert drawn.log_mass is not None and drawn.support is not None, "top_k and top_p have a support"
+            put(written.log_mass, rows, offsets, drawn.log_mass, keep)
+            put(written.support_ids, rows, offsets, drawn.support, keep)
+        if self.canvas.events is not None:
+            self.canvas.events.append((rows, offsets, steps, drawn.tokens, drawn.logprobs))
+        if experts is not None:
+            if self.canvas.experts is None:
+                self.canvas.experts = experts.new_zeros(*written.masked.shape, *experts.shape[1:])
+            put(self.canvas.experts, rows, offsets, experts[places])
+        return decision
+
+    def decide(
+        self,
+        at: StepPositions,
+        scores: Float[Tensor, "R L"],
+        rank_uniforms: Float[Tensor, " K"],
+        drawn: Drawn | None,
+        step: StepRows | None,
+    ) -> Decision:
+        """Return the commit rule's decision. Raise ValueError if it writes nothing in the last step of a block."""
+        commit = self.commit
+        inputs = {"steps": at.total_steps} if "steps" in self.commit_reads else {}
+        if "uniforms" in self.commit_reads:
+            inputs["uniforms"] = at.to_grid(rank_uniforms.float())
+        if self.canvas.events is not None:
+            assert step is not None, "a compiled step does not rewrite"
+            differs = None if drawn is None else drawn.tokens != self.canvas.written.tokens[at.canvas_row, at.column]
+            return revise(at, step, scores, commit, inputs, differs)
+        chosen = commit(scores, at.masked, at.steps_left, **inputs) & at.masked
+        if step is None:
+            num_chosen = chosen.sum(-1)
+            places = torch.arange(len(at.offset), device=chosen.device)
+            return Decision(chosen, places, num_chosen, keep=chosen[at.row_index, at.offset])
+        # If the host knows the number of chosen positions, it does not wait for the device to count them.
+        count = commit.count
+        num_chosen = chosen.sum(-1).cpu() if count is None else count(step.num_masked, step.steps_left)
+        check_last_step(commit.name, step.steps_left, step.num_masked, num_chosen)
+        return Decision(chosen, at.indices_of(chosen, int(num_chosen.sum())), num_chosen)
+
+    def order_logprobs(
+        self,
+        at: StepPositions,
+        hidden: Float[Tensor, "K D"],
+        decision: Decision,
+        scores: Float[Tensor, " K"],
+        drawn: Drawn | None,
+        draws: Int[Tensor, "R L"] | None,
+    ) -> tuple[Int[Tensor, " C"], Float[Tensor, " C"], Bool[Tensor, " C"] | None]:
+        """Return indices among the K positions, the log-probs of the order there, and which to keep (None: all).
 
         Under `Confidence`, each position that stays masked has the log-prob that its draw ranks below the chosen ones.
-        Under `PlackettLuce`, each chosen position has the log-prob and the index of its draw. Under `SoftThreshold`,
-        each chosen position has its share of the log-prob of the set. `chosen` are the indices of the positions of
-        `chosen_mask`.
+        Under `PlackettLuce`, each chosen position has the log-prob of its draw; `draws` has the draws' indices. Under
+        `SoftThreshold`, each chosen position has its share of the log-prob of the set.
         """
-        width = chosen_mask.shape[1]
+        chosen, places, keep = decision.chosen, decision.places, decision.keep
+        num_rows, width = chosen.shape
         if self.soft_threshold_params is not None:
             tau, temperature = self.soft_threshold_params
-            logps = set_logprobs(scores, plan.row_index, chosen, width, tau=tau, temperature=temperature)
-            return {"order": (chosen, logps, 0)}
-        if self.adds_gumbel:
-            draws = draw_index(commit_scores, plan.masked, chosen_mask)[plan.row_index, plan.offset]
-            logps = plackett_luce_logprobs(scores, plan.row_index, draws, chosen, width)
-            return {"order": (chosen, logps, 0), "draw": (chosen, draws[chosen], 0)}
-        stay_masked = plan.positions_in(~chosen_mask, len(scores) - len(chosen))
-        cutoff = commit_cutoff(
-            scores[chosen],
-            plan.row_index[chosen],
-            plan.offset[chosen],
-            plan.row_index[stay_masked],
-            plan.offset[stay_masked],
-            num_steps=len(plan.rows),
-        )
-        # The head runs a second time, because the chosen positions are known only now.
-        logps = stay_masked_logprobs(self.policy, states[stay_masked], *cutoff, self.sampling_params)
-        if (earlier := self.canvas.records.get("order")) is not None:  # a position may stay masked in several steps
-            logps = earlier[plan.rows_and_offsets(stay_masked)] + logps
-        return {"order": (stay_masked, logps, 0)}
+            return places, set_logprobs(scores, at.row_index, places, width, tau=tau, temperature=temperature), keep
+        if draws is not None:
+            position_draws = draws[at.row_index, at.offset]
+            if keep is None:
+                return places, plackett_luce_logprobs(scores, at.row_index, position_draws, places, width), keep
+            masked = at.masked[at.row_index, at.offset]
+            slots = (scores.masked_fill(~masked, -torch.inf), position_draws, masked, keep)  # as many in each row
+            logps = plackett_luce_logprobs_fixed_shape(*(values.view(num_rows, -1) for values in slots))
+            return places, logps.flatten(), keep
+        stay_masked, chosen_scores, stays = places, scores, None
+        if keep is None:
+            stay_masked, chosen_scores = at.indices_of(~chosen, len(scores) - len(places)), scores[places]
+        else:
+            stays, chosen_scores = (at.masked & ~chosen)[at.row_index, at.offset], scores.masked_fill(~keep, torch.inf)
+        assert drawn is not None, "`Confidence` reads tokens"
+        chosen_at, stay_at = ((at.row_index[i], at.offset[i]) for i in (places, stay_masked))
+        cutoff = commit_cutoff(chosen_scores, *chosen_at, *stay_at, num_steps=num_rows)
+        # The head runs a second time, because the chosen positions are known only now. The normalizer of the scores is
+        # reused: generated code would sum it again in another order, and miss ties.
+        normalizer = drawn.normalizer[stay_masked]
+        logps = stay_masked_logprobs(self.policy, hidden[stay_masked], *cutoff, self.sampling_params, normalizer)
+        return stay_masked, logps, stays
 
-    def check_scores(self) -> None:
-        """Raise ValueError if the rank returned NaN although the model did not. The host waits for the device."""
-        if self.has_nan_scores & self.canvas.logprobs.isfinite().all():
-            raise ValueError(
-                f"rank={self.rank.name} returned NaN, which has no place in an order; return numbers: the logits of "
-                "suppressed tokens are -inf, and 0 * -inf is NaN"
-            )
-
-    def rollout_fields(self) -> dict[str, RolloutField]:
-        """Return the optional records so far as fields of a `Rollout`, for the completions' positions (B, L)."""
-        canvas = self.canvas
-        records = canvas.records
-        draws_positions = self.soft_threshold_params is not None or self.adds_gumbel
+    def rollout(self) -> Rollout:
+        """Return the rollout so far."""
+        canvas, written = self.canvas, self.canvas.written
+        draws_positions = self.soft_threshold_params is not None or self.rank.adds_gumbel
         is_custom = type(self.rank).__module__ != Rank.__module__ or isinstance(self.rank, FunctionRank)
         order = Order(
-            block_first_step=block_first_step(canvas.unmask_step, canvas.block),
+            block_first_step=block_first_step(written.unmask_step, canvas.block),
             rank_name=None if is_custom or draws_positions else self.rank.name,
-            logprobs=records.get("order"),
+            logprobs=written.order_logprobs,
             rank_function=self.rank if draws_positions and self.has_order_logprob else None,
-            draw_index=records.get("draw"),
+            draw_index=written.draw_index,
             soft_threshold_params=self.soft_threshold_params if self.has_order_logprob else None,
             probability=self.order_probability,
         )
-        support = make_filter_support(records["log_mass"], records["ids"]) if "ids" in records else None
-        events = None
+        support = events = None
+        if written.log_mass is not None and written.support_ids is not None:
+            support = make_filter_support(written.log_mass, written.support_ids)
         if canvas.events is not None:
-            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.depends_on_tokens)
+            events = packed_events(canvas.events, written.masked.shape, depends_on_tokens=self.depends_on_tokens)
         change = None if self.confidence_change is None else self.confidence_change.total
-        return {"order": order, "filter_support": support, "events": events, "confidence_change": change}
+        optional = {"order": order, "filter_support": support, "events": events, "confidence_change": change}
+        return canvas.rollout(self.sampling_params, self.policy.weights_version, **optional)
 
-    def decide(self, plan: StepPlan, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> CommitDecision:
-        """Return the commit rule's decision. Raise ValueError if it writes nothing in the last step of a block."""
-        inputs = {"steps": plan.total_steps} if "steps" in self.commit.reads else {}
-        if "uniforms" in self.commit.reads:
-            inputs["uniforms"] = plan.scatter_to_rows(plan.uniforms(RANK_STREAM).float())
-        if self.commit.revises:
-            tokens = None if drawn is None else drawn.tokens
-            (kind,) = self.commit.reads.intersection(REWRITES)
-            return revise(plan, scores, tokens, self.canvas.tokens, self.commit, kind, **inputs)
-        chosen = self.commit(scores, plan.masked, plan.steps_left_on_device, **inputs) & plan.masked
-        # If the host knows the number of chosen positions, it does not wait for the device to count them.
-        count = self.commit.count
-        num_chosen = chosen.sum(-1).cpu() if count is None else count(plan.num_masked, plan.steps_left)
-        check_last_step(self.commit.name, plan.steps_left, plan.num_masked, num_chosen)
-        return CommitDecision(chosen, num_chosen=num_chosen, net_unmasked=num_chosen)
+
+class ConfidenceChange:
+    """For each position, the sum of the changes in confidence between the step that wrote it and its block's next step.
+
+    The sum covers the positions at most `radius` away that are masked in both steps. If a step wrote several positions,
+    a change counts for each of them that is near.
+    """
+
+    def __init__(self, canvas: Canvas, rank: Rank, commit: Commit, radius: int) -> None:
+        """Raise ValueError for a rank whose scores are not confidences, or a rule that rewrites."""
+        if rank.order not in ("confidence", "max_prob") or commit.revises:
+            raise ValueError(
+                f"confidence_radius={radius} needs rank=Confidence() or MaxProb(), and a commit rule that does not "
+                f"rewrite, but rank={rank.name} and commit={commit.name}; set confidence_radius=None"
+            )
+        logprobs = canvas.written.logprobs
+        self.radius = min(radius, logprobs.shape[1])  # no position is further away
+        self.total = torch.zeros_like(logprobs)
+        # The state after each row's previous step: confidences, -1 where not masked, and the positions it wrote.
+        self.confidence = torch.full_like(logprobs, -1.0)
+        self.written = torch.zeros_like(canvas.written.masked)
+
+    def record(
+        self,
+        host_rows: Int[Tensor, " R"],
+        masked: Bool[Tensor, "R L"],
+        logprobs: Float[Tensor, "R L"],
+        chosen: Bool[Tensor, "R L"],
+    ) -> None:
+        """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""
+        (rows,) = copy_to_device(chosen.device, host_rows)
+        confidence = logprobs.exp()
+        previous = self.confidence[rows]
+        change = torch.where(masked & (previous >= 0), confidence - previous, 0)
+        nearby_change = F.pad(change, (self.radius, self.radius)).unfold(-1, 2 * self.radius + 1, 1).sum(-1)
+        self.total[rows] += nearby_change * self.written[rows]
+        self.confidence[rows] = torch.where(masked, confidence, -1)
+        self.written[rows] = chosen
 
 
 def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
@@ -219,102 +341,75 @@ def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Fl
     return (scores - uniforms.clamp(min=1e-300).log().neg().log()).float()
 
 
-def draw_tokens(
-    policy: Policy, hidden: Float[Tensor, "K D"], uniforms: Float[Tensor, " K"], sampling_params: SamplingParams
-) -> Drawn:
-    """Draw a token at each of K positions."""
-
-    def draw_slab(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-        logits[:, policy.spec.mask_id] = -torch.inf
-        return _draw_from_logits(logits, uniforms, sampling_params).tensors()
-
-    return Drawn(*_map_slabs(policy, draw_slab, sampling_params, hidden, uniforms))
-
-
-def draw_and_rank(
+def rank_and_draw(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
-    token_uniforms: Float[Tensor, " K"],
-    rank_uniforms: Float[Tensor, " K"],
     sampling_params: SamplingParams,
-    rank: Rank,
-) -> tuple[Float[Tensor, " K"], Drawn]:
-    """Return the rank's score of each position, and the result of `draw_tokens`."""
-    mask_id = policy.spec.mask_id
-    is_untempered = sampling_params.temperature in (0, 1) and not sampling_params.filters
+    rank: Rank | None = None,
+    rank_uniforms: Float[Tensor, " K"] | None = None,
+    token_uniforms: Float[Tensor, " K"] | None = None,
+) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
+    """Score K positions, draw a token at each of them, or both.
 
-    def score_slab(
-        logits: Tensor, token_uniforms: Tensor, rank_uniforms: Tensor, hidden: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        mask_logits = logits[:, mask_id].clone()
-        logits[:, mask_id] = -torch.inf
-        drawn = _draw_from_logits(logits, token_uniforms, sampling_params)
-        logits[:, mask_id] = mask_logits
-        if "normalizer" in rank.reads:
-            # The rank's normalizer includes the mask token, as in the published algorithms. If the draw was untempered,
-            # its log-sum-exp is reused.
-            normalizer = drawn.normalizer.logaddexp(mask_logits) if is_untempered else logits.logsumexp(-1)
-            drawn = drawn._replace(normalizer=normalizer)
-        inputs = {
-            "logits": logits,
-            "normalizer": drawn.normalizer,
-            "tokens": drawn.tokens,
-            "uniforms": rank_uniforms,
-            "hidden": hidden,
-        }
-        return _scores(rank, inputs), *drawn.tensors()
+    The head runs in chunks of the K positions, and each chunk in slabs: parts of it that fit in a CPU's cache.
 
-    states = (hidden,) if "hidden" in rank.reads else ()
-    outputs = _map_slabs(policy, score_slab, sampling_params, hidden, token_uniforms, rank_uniforms, *states)
-    return outputs[0], Drawn(*outputs[1:])
+    Args:
+        policy: Policy whose head is run.
+        hidden: Hidden states of the positions.
+        sampling_params: Settings of the sampling distribution.
+        rank: Rank that scores. None (default): no scores.
+        rank_uniforms: Random numbers of the rank.
+        token_uniforms: Random numbers of the draw. None (default): no draw; the rank must not read tokens then.
 
+    Returns:
+        The scores, with the lowest number in place of -inf, the score of positions that are not masked; the draws.
+    """
+    reads: frozenset[str] = frozenset() if rank is None else rank.reads
+    if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head
+        return _scores(rank, {"uniforms": rank_uniforms, "hidden": hidden}), None
+    params, mask_id = sampling_params, policy.spec.mask_id
+    is_untempered = params.temperature in (0, 1) and not params.filters
+    slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
+    available = {"uniforms": rank_uniforms, "hidden": hidden}
+    inputs = {name: x for name, x in available.items() if name in reads and x is not None}
+    if token_uniforms is not None:
+        inputs["token_uniforms"] = token_uniforms
 
-def rank_positions(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    rank_uniforms: Float[Tensor, " K"],
-    sampling_params: SamplingParams,
-    rank: Rank,
-) -> Float[Tensor, " K"]:
-    """Return the scores of a rank that does not read tokens. The head runs only if the rank reads logits."""
-    if not rank.reads & {"logits", "normalizer"}:
-        return _scores(rank, {"uniforms": rank_uniforms, "hidden": hidden})
+    def run_chunk(hidden_chunk: Tensor, *chunk_inputs: Tensor) -> tuple[Tensor, ...]:
+        chunk_logits = policy.head(hidden_chunk)
+        for token in {*params.suppress} - {mask_id}:
+            chunk_logits[:, token] = -torch.inf
+        outputs = []
+        for slab_logits, *slab_inputs in zip(*(x.split(slab_rows) for x in (chunk_logits, *chunk_inputs)), strict=True):
+            logits = slab_logits.float()
+            given = dict(zip(inputs, slab_inputs, strict=True))
+            drawn: tuple[Tensor, ...] = ()
+            if "token_uniforms" in given:
+                mask_logits = logits[:, mask_id].clone()
+                logits[:, mask_id] = -torch.inf
+                draws = _draw_from_logits(logits, given["token_uniforms"], params)
+                logits[:, mask_id] = mask_logits
+                if "normalizer" in reads:
+                    # The rank's normalizer includes the mask token, as in the published algorithms. If the draw was
+                    # untempered, its log-sum-exp is reused.
+                    normalizer = draws.normalizer.logaddexp(mask_logits) if is_untempered else logits.logsumexp(-1)
+                    draws = draws._replace(normalizer=normalizer)
+                given |= {"tokens": draws.tokens, "normalizer": draws.normalizer}
+                drawn = draws.tensors()
+            elif "normalizer" in reads:
+                given["normalizer"] = logits.logsumexp(-1)
+            scores = () if rank is None else (_scores(rank, {**given, "logits": logits}),)
+            outputs.append((*scores, *drawn))
+        return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
-    def score_slab(logits: Tensor, rank_uniforms: Tensor, hidden: Tensor | None = None) -> tuple[Tensor]:
-        inputs = {"logits": logits, "uniforms": rank_uniforms, "hidden": hidden}
-        if "normalizer" in rank.reads:
-            inputs["normalizer"] = logits.logsumexp(-1)
-        return (_scores(rank, inputs),)
-
-    states = (hidden,) if "hidden" in rank.reads else ()
-    return _map_slabs(policy, score_slab, sampling_params, hidden, rank_uniforms, *states)[0]
+    outputs = chunked(run_chunk, hidden, *inputs.values(), policy=policy)
+    drawn = outputs if rank is None else outputs[1:]
+    return None if rank is None else outputs[0], Drawn(*drawn) if drawn else None
 
 
 def _scores(rank: Rank, inputs: Mapping[str, Tensor | None]) -> Float[Tensor, " K"]:
-    """Return the rank's scores, with the lowest number in place of -inf, the score of positions that are not masked."""
     scores = rank(**{name: inputs[name] for name in rank.reads}).float()
     return scores.clamp(min=torch.finfo(scores.dtype).min)
-
-
-def _map_slabs(
-    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *inputs: Tensor
-) -> tuple[Tensor, ...]:
-    """Run the head in chunks of the K positions, and `f` on slabs: parts of a chunk that fit in a CPU's cache.
-
-    `f` receives a slab's fp32 logits and its part of each of `inputs`. Suppressed ids except the mask token are at
-    -inf.
-    """
-    slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
-
-    def run_chunk(hidden_chunk: Tensor, *chunk_inputs: Tensor) -> tuple[Tensor, ...]:
-        logits = policy.head(hidden_chunk)
-        for token in set(sampling_params.suppress) - {policy.spec.mask_id}:
-            logits[:, token] = -torch.inf
-        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_inputs)), strict=True)
-        outputs = [f(slab_logits.float(), *slab_inputs) for slab_logits, *slab_inputs in slabs]
-        return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
-
-    return chunked(run_chunk, hidden, *inputs, policy=policy)
 
 
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:
@@ -332,3 +427,42 @@ def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: Samplin
     normalizer = mass.sum(-1).log_().add_(peak[:, 0])
     tokens = invert_cdf(mass, uniforms)
     return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, *support)
+
+
+@torch.no_grad()
+def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compare the positions that `policy` would commit in the rollout's first step with those that were committed.
+
+    The ranks `MaxProb`, `Margin` and `Entropy` depend only on the canvas and the weights. If the policy chooses other
+    positions, the recorded order has probability 0 under it, and importance weights of the tokens do not correct this
+    [ours].
+
+    Returns:
+        (sum, count) pairs: order_agreement, the share of committed positions that the policy chooses too, and
+        order_agreement_rows, the share of prompts for which both choose the same positions. Empty if the rollout's rank
+        is none of the three, or if its commit rule rewrites tokens.
+    """
+    order, mask_id = rollout.order, policy.spec.mask_id
+    if order is None or order.rank_name not in DETERMINISTIC or mask_id is None or rollout.events is not None:
+        return {}  # the order of RandomOrder and Confidence is not a function of the canvas and the weights
+    rank = DETERMINISTIC[order.rank_name]
+    first_rows = starts_group(rollout.group)  # all completions of a prompt begin with the same canvas
+    masked = rollout.completion_mask[first_rows]
+    in_first_block = order.block_first_step[first_rows] == 0
+    committed = rollout.unmask_step[first_rows] == 0
+    tokens = rollout.tokens[first_rows].masked_fill(masked, mask_id)
+    attention_mask = rollout.attention_mask[first_rows]
+    if rollout.first_step is not None:  # the first canvas has no columns of later turns
+        attention_mask = attention_mask & (rollout.first_step[first_rows] == 0)
+    states = policy.hidden(tokens, attention_mask)[in_first_block]
+    scores = torch.full(in_first_block.shape, -torch.inf, device=in_first_block.device)
+    first_scores, _ = rank_and_draw(policy, states, rollout.sampling_params, rank)
+    assert first_scores is not None, "there is a rank"
+    scores[in_first_block] = first_scores
+    chosen = highest(scores, in_first_block, count=committed.sum(-1)) & in_first_block
+    has_commit = committed.any(-1)
+    is_same = (chosen == committed).all(-1) & has_commit
+    return {
+        "order_agreement": ((chosen & committed).sum(), committed.sum()),
+        "order_agreement_rows": (is_same.sum(), has_commit.sum()),
+    }

@@ -18,12 +18,13 @@ docs/methods.md explains the tags [paper] and [ours].
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.records import option
-from dllm_rl.samplers.canvas import CommitDecision, StepPlan
+from dllm_rl.samplers.canvas import Decision, StepPositions, StepRows
 from dllm_rl.samplers.rules import (
+    REWRITES,
     Commit,
     Counts,
     PositionMask,
@@ -126,48 +127,49 @@ class SoftEdit(Commit):
 
 
 def revise(
-    plan: StepPlan,
+    at: StepPositions,
+    step: StepRows,
     scores: Float[Tensor, "R L"],
-    drawn_tokens: Int[Tensor, " K"] | None,
-    tokens: Int[Tensor, "B T"],
     commit: Commit,
-    kind: str,
-    **inputs: Tensor,
-) -> CommitDecision:
+    inputs: dict[str, Tensor],
+    differs: Bool[Tensor, " K"] | None,
+) -> Decision:
     """Apply a commit rule that rewrites tokens, in one step.
 
     Args:
-        plan: Plan of the step.
-        scores: Scores (R, L) of the rank.
-        drawn_tokens: Tokens drawn at the plan's K positions. May be None if the rule does not take `replaceable`.
-        tokens: Canvas (B, T).
+        at: Positions of the step.
+        step: Its rows, on the host.
+        scores: Scores of the rank.
         commit: The rule.
-        kind: Input from REWRITES that the rule takes.
-        **inputs: Its other inputs, `steps` and `uniforms`.
+        inputs: Its inputs `steps` and `uniforms`, if it takes them.
+        differs: Whether the token drawn at each of the K positions differs from the one there. None: none was drawn.
 
     Raises:
         ValueError: The last step of a block commits nothing, or masks a position again.
     """
-    assert plan.written is not None, "a plan must have `written` if the rule rewrites tokens"
-    is_different = torch.zeros_like(plan.masked)
-    if drawn_tokens is not None:
-        is_different[plan.row_index, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
-    rewritable = plan.written & is_different if kind == "replaceable" else plan.written
-    picked = commit(scores, plan.masked, plan.steps_left_on_device, **{kind: rewritable}, **inputs)
-    remasked = picked & plan.written & (kind == "remaskable")
-    chosen = picked & (plan.masked | rewritable) & ~remasked
+    assert at.rewritable is not None, "the rule rewrites"
+    (kind,) = commit.reads.intersection(REWRITES)
+    rewritable = at.rewritable
+    if kind == "replaceable":
+        assert differs is not None, "tokens are drawn first"
+        is_different = torch.zeros_like(rewritable)
+        is_different[at.row_index, at.offset] = differs
+        rewritable = rewritable & is_different
+    picked = commit(scores, at.masked, at.steps_left, **{kind: rewritable}, **inputs)
+    remasked = picked & at.rewritable & (kind == "remaskable")
+    chosen = picked & (at.masked | rewritable) & ~remasked
     # The host waits for the device once for all three counts.
-    num_unmasked, num_chosen, num_remasked = torch.stack([chosen & plan.masked, chosen, remasked]).sum(-1).cpu()
-    check_last_step(commit.name, plan.steps_left, plan.num_masked, num_unmasked)
-    if ((plan.steps_left == 1) & (num_remasked > 0)).any():
+    num_unmasked, num_chosen, num_remasked = torch.stack([chosen & at.masked, chosen, remasked]).sum(-1).cpu()
+    check_last_step(commit.name, step.steps_left, step.num_masked, num_unmasked)
+    if ((step.steps_left == 1) & (num_remasked > 0)).any():
         raise ValueError(
             f"commit={commit.name} masked positions again in the last step of a block, where it must not do so"
         )
-    return CommitDecision(
+    return Decision(
         chosen,
-        num_chosen=num_chosen,
-        net_unmasked=num_unmasked - num_remasked,
-        remasked=plan.positions_in(remasked, int(num_remasked.sum())),
+        at.indices_of(chosen, int(num_chosen.sum())),
+        num_unmasked - num_remasked,
+        remasked=at.indices_of(remasked, int(num_remasked.sum())),
         # A row uses all its steps, except that under `replaceable` it leaves when a step changes nothing.
         stays_open=(num_chosen > 0) | (kind != "replaceable"),
     )

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.decoding.order import highest
 from dllm_rl.decoding.soft_threshold import draw_set
 from dllm_rl.records import Record, describe, option
 from dllm_rl.types import MIN_TEMPERATURE
@@ -25,6 +24,7 @@ Counts = Int[Tensor, " B"]
 RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
 COMMIT_INPUTS = ("remaskable", "redrawable", "replaceable", "steps", "uniforms")
 REWRITES = COMMIT_INPUTS[:3]
+SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
 
 
 @lru_cache(256)  # a step reads them often
@@ -382,6 +382,33 @@ class FunctionCommit(Commit):
         super().check()
 
 
+def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Return each position's index in the descending order of its row's scores. Ties go to the leftmost."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    index = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, index)
+
+
+def highest(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
+    """Return the `count` masked positions with the highest scores of every row. Ties go to the leftmost.
+
+    Positions that are not masked must have the score -inf.
+    """
+    return masked & (descending_index(scores) < count[:, None])
+
+
+def draw_index(
+    noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
+) -> Int[Tensor, "B L"]:
+    """Return each position's index in the order of draws, from 0. Positions that were not chosen come last.
+
+    If all masked positions of a row are chosen, their indices are 0, because nothing depends on the order.
+    """
+    return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
+
+
 class Schedule(Commit):
     """Commit an equal share of a block per step, with the remainder on the first steps: ceil(masked / steps_left).
 
@@ -390,17 +417,12 @@ class Schedule(Commit):
 
     order = "deterministic"
 
-    @property
-    def count(self) -> Callable[[Counts, Counts], Counts]:
-        return schedule_count
+    @staticmethod
+    def count(num_masked: Counts, steps_left: Counts) -> Counts:
+        return -(-num_masked // steps_left)
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
-        return highest(scores, masked, count=schedule_count(masked.sum(-1), steps_left))
-
-
-def schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
-    """Return the number of positions that `Schedule` commits: ceil(num_masked / steps_left)."""
-    return -(-num_masked // steps_left)
+        return highest(scores, masked, count=self.count(masked.sum(-1), steps_left))
 
 
 class LateSchedule(Commit):
@@ -412,17 +434,12 @@ class LateSchedule(Commit):
 
     order = "deterministic"
 
-    @property
-    def count(self) -> Callable[[Counts, Counts], Counts]:
-        return late_schedule_count
+    @staticmethod
+    def count(num_masked: Counts, steps_left: Counts) -> Counts:
+        return num_masked // steps_left
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
-        return highest(scores, masked, count=late_schedule_count(masked.sum(-1), steps_left))
-
-
-def late_schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
-    """Return the number of positions that `LateSchedule` commits: floor(num_masked / steps_left)."""
-    return num_masked // steps_left
+        return highest(scores, masked, count=self.count(masked.sum(-1), steps_left))
 
 
 class Origin(Commit):
@@ -550,7 +567,7 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
 
     deterministic  the probability is 1: the order is a function of the canvas and the weights
     independent    the probability does not depend on the weights
-    confidence, plackett_luce, soft_threshold  samplers record the log-probability, and `Trajectory` scores it
+    SCORED_ORDERS  samplers record the log-probability, and `Trajectory` scores it
     unknown        the probability is not known
     """
     if "unknown" in (rank.order, commit.order):
@@ -566,11 +583,6 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
     return rank.order if commit.takes_highest else "unknown"
 
 
-def has_order_logprob(rank: Rank, commit: Commit, *, greedy: bool = False) -> bool:
-    """Return whether the order has a log-probability that samplers record."""
-    return order_probability(rank, commit, greedy=greedy) in ("confidence", "plackett_luce", "soft_threshold")
-
-
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
     """Raise ValueError if both hold: there are more steps than positions, and every step commits at least one position.
 
@@ -578,7 +590,7 @@ def check_steps(diffusion_steps: int | None, length: int, count: Callable | None
         diffusion_steps: Number of steps. None: not checked.
         length: Number of positions.
         count: Function from (num_masked, steps_left) to the number of positions that the commit rule commits, such as
-            `schedule_count`. None: the rule has no such function, and is not checked.
+            `Schedule.count`. None: the rule has no such function, and is not checked.
     """
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return

@@ -4,23 +4,30 @@ docs/methods.md explains the tag [paper].
 """
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from dllm_rl.models.base import Policy
+from dllm_rl.device import copy_to_device
+from dllm_rl.models.base import Policy, length_buckets
+from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
-from dllm_rl.samplers.cache import Cache
-from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
+from dllm_rl.samplers.cache import Cache, CachedForward
+from dllm_rl.samplers.canvas import (
+    BlockTracker,
+    StepPositions,
+    StepRows,
+    make_canvas,
+    positions_of,
+)
 from dllm_rl.samplers.choose import StepSampler
-from dllm_rl.samplers.infilling import check_infilling, infilling_canvas
 from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, check_steps
 from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.samplers.states import SamplerForward
-from dllm_rl.samplers.whole_step import CompiledStepSampler
+from dllm_rl.samplers.whole_step import CompiledSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -116,58 +123,126 @@ class Unmask(Sampler):
         block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
         if prompts.infill_mask is None:
             check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
-            block_aligned = self.cache is not None and self.cache.kind == "block"
-            canvas = make_canvas(policy, prompts, self.max_new_tokens, block_size, block_aligned=block_aligned)
         else:
-            check_infilling(policy, prompts, self.max_new_tokens, self.cache, self.approximate_early_exit)
-            canvas = infilling_canvas(policy, prompts, self.max_new_tokens, block_size)
+            _check_infilling(policy, prompts, self.max_new_tokens, self.cache, self.approximate_early_exit)
+        if prompts.seeds is None:
+            prompts = replace(prompts, seeds=row_seeds(generator, len(prompts.tokens)))
+        block_aligned = self.cache is not None and self.cache.kind == "block"
+        canvas = make_canvas(policy, prompts, self.max_new_tokens, block_size, block_aligned=block_aligned)
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, (*self.suppress, canvas.mask_id))
         check_suppress(policy, sampling_params)
         step_sampler = StepSampler(policy, canvas, sampling_params, self.rank, self.commit, self.confidence_radius)
         # With a cache, no row begins its next block before all rows have finished this one.
-        tracker = BlockTracker(
-            canvas.block, self.diffusion_steps, wait_for_all_rows=self.cache is not None, masked=canvas.masked
-        )
-        seeds = (row_seeds(generator, len(prompts.tokens)) if prompts.seeds is None else prompts.seeds).to(
-            policy.device
-        )
-        forward = None if self.compile_step else SamplerForward(policy, canvas, self.cache, tracker.steps_left)
-        # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
-        run_step: Callable[[], Int[Tensor, " C"] | None]
-        if forward is None:
-            run_step = CompiledStepSampler(step_sampler, self.cache, tracker, seeds, block_size).run_step
+        tracker = BlockTracker(canvas, self.diffusion_steps, wait_for_all_rows=self.cache is not None)
+        run_step: Callable[[StepRows], tuple[Tensor, Tensor | None]]
+        if self.compile_step:
+            run_step = CompiledSteps(step_sampler, self.cache, tracker, block_size).run
         else:
-            run_step = partial(_run_step, step_sampler, forward, tracker, seeds)
+            run_step = RaggedSteps(step_sampler, self.cache, tracker).run
         rows_end_early = spec.attention == "block_causal" or self.approximate_early_exit
-
-        def current_rollout() -> Rollout:
-            fields = step_sampler.rollout_fields()
-            if forward is not None:
-                fields |= forward.rollout_fields()
-            return canvas.rollout(sampling_params, policy.weights_version, **fields)
-
-        while (complete_rows := run_step()) is not None:
+        while (step := tracker.next_rows()) is not None:
+            net_unmasked, stays_open = run_step(step)  # ranks the positions, picks some, draws and writes their tokens
+            complete_rows = tracker.record(step, net_unmasked, stays_open)
             if rows_end_early and len(complete_rows):
-                ended_rows = canvas.mark_finished(complete_rows, spec.eos_ids)
-                tracker.finish_rows(ended_rows)
-            if on_step is not None and on_step(current_rollout()):
+                tracker.finish_rows(canvas.mark_finished(complete_rows, spec.eos_ids))
+            if on_step is not None and on_step(step_sampler.rollout()):
                 break
-        step_sampler.check_scores()
-        return current_rollout()
+        if canvas.written.has_nan_scores & canvas.written.logprobs.isfinite().all():
+            raise ValueError(
+                f"rank={self.rank.name} returned NaN, which has no place in an order; return numbers: the logits of "
+                "suppressed tokens are -inf, and 0 * -inf is NaN"
+            )
+        return step_sampler.rollout()
 
 
-def _run_step(
-    step_sampler: StepSampler, forward: SamplerForward, tracker: BlockTracker, seeds: Int[Tensor, " B"]
-) -> Tensor | None:
-    """Run one step. Return the rows whose block is now complete, or None if there was no row left to run."""
-    canvas = step_sampler.canvas
-    plan = plan_step(canvas, tracker, seeds)
-    if plan is None:
-        return None
-    states = forward(plan)
-    writes = step_sampler(plan, states)  # ranks the positions, picks some, and draws their tokens
-    canvas.apply_step(plan, writes)
-    return tracker.record((plan.rows, plan.blocks), writes.decision.net_unmasked, writes.decision.stays_open)
+class RaggedSteps:
+    """The steps of a canvas that are not compiled: rows of similar length run together, in a forward of their own."""
+
+    def __init__(self, step_sampler: StepSampler, cache: Cache | None, tracker: BlockTracker) -> None:
+        self.step_sampler = step_sampler
+        canvas, policy = step_sampler.canvas, step_sampler.policy
+        # Every step calls the model. Without a cache every step also computes the padding. With a cache only a block's
+        # first step does, so that the cost of the calls counts more.
+        num_forwards = 1 if cache is None else int(tracker.steps_left.max())
+        width = canvas.written.tokens.shape[1]
+        self.buckets = length_buckets(canvas.starts, width, policy.device, forwards=num_forwards)
+        self.bucket_of_row = torch.zeros_like(canvas.starts)
+        self.caches = []
+        for number, bucket in enumerate(self.buckets):
+            self.bucket_of_row[bucket.rows] = number
+            attention_mask = canvas.attention_mask[:, bucket.start :]
+            self.caches.append(None if cache is None else CachedForward(policy, cache, attention_mask))
+
+    def run(self, step: StepRows) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"] | None]:
+        """Run a step of these rows. Return `Decision.net_unmasked` and `stays_open`."""
+        canvas = self.step_sampler.canvas
+        at = positions_of(canvas, step)
+        row_buckets = self.bucket_of_row[step.rows]
+        numbers = row_buckets.unique().tolist()
+        if len(numbers) == 1:
+            outputs = self._forward(numbers[0], step, step.rows, at.row_index, at.column)
+        else:
+            outputs = self._forward_buckets(numbers, row_buckets, step, at)
+        canvas.forwards += 1
+        hidden, experts = outputs if len(outputs) > 1 else (outputs[0], None)
+        decision = self.step_sampler(at, hidden, canvas.written, step, experts)
+        return decision.net_unmasked, decision.stays_open
+
+    def _forward_buckets(
+        self, numbers: list[int], row_buckets: Int[Tensor, " R"], step: StepRows, at: StepPositions
+    ) -> list[Tensor]:
+        """Run each bucket separately, and return results in the order of the step's positions.
+
+        `row_buckets` has the bucket of each row, on the host.
+        """
+        bucket_rows = [(row_buckets == number).nonzero()[:, 0] for number in numbers]
+        row_in_bucket = torch.empty_like(step.rows)
+        for rows in bucket_rows:
+            row_in_bucket[rows] = torch.arange(len(rows))
+        position_buckets = row_buckets.repeat_interleave(step.num_positions)
+        bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in numbers]
+        row_in_bucket, *bucket_positions = copy_to_device(at.row_index.device, row_in_bucket, *bucket_positions)
+        joined: list[Tensor] = []
+        for number, rows, positions in zip(numbers, bucket_rows, bucket_positions, strict=True):
+            row, column = row_in_bucket[at.row_index[positions]], at.column[positions]
+            outputs = self._forward(number, step, step.rows[rows], row, column)
+            if not joined:
+                joined = [output.new_empty(len(at.row_index), *output.shape[1:]) for output in outputs]
+            for joined_output, output in zip(joined, outputs, strict=True):
+                joined_output[positions] = output
+        return joined
+
+    def _forward(
+        self, number: int, step: StepRows, rows: Int[Tensor, " r"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
+    ) -> list[Tensor]:
+        """Run the rows of bucket `number`. Return the states (K, D) and, if recorded, the experts (K, M, E).
+
+        `row` has each position's index in `rows`.
+        """
+        policy, canvas = self.step_sampler.policy, self.step_sampler.canvas
+        run, copies = rows, None
+        if canvas.forwards == 0:  # all completions of a prompt are still the same: one row is run for each group
+            run, copies = canvas.prompts.shared_rows(rows)
+            if len(run) == len(rows):
+                copies = None
+        cached, first_column = self.caches[number], self.buckets[number].start
+        tokens = canvas.written.tokens[:, first_column:]
+        with Routing(policy.module) if policy.records_experts else nullcontext() as routing:
+            if cached is None:
+                (index,) = copy_to_device(policy.device, run)
+                hidden = policy.hidden(tokens[index], canvas.attention_mask[index, first_column:])
+            else:  # all rows are in the same block
+                begin, end = (bound - first_column for bound in canvas.bounds[int(step.blocks[0])])
+                hidden, first_state = cached.advance(tokens, rows, (begin, end), run=run, copies=copies)
+                first_column += first_state
+        outputs = [hidden]
+        if routing is not None:
+            experts = routing.experts(len(hidden))
+            # With a cache the states are not shifted; without one a state is at the token that it predicts.
+            outputs.append(to_token_columns(policy, experts) if cached is None else experts)
+        if copies is not None:
+            row = copies.to(row.device)[row]
+        return [output[row, (column - first_column).clamp(min=0)] for output in outputs]
 
 
 def _checked_block_size(
@@ -192,6 +267,27 @@ def _checked_block_size(
         cache.check_attention(attention)
     check_fits(policy, prompts, length)
     return size
+
+
+def _check_infilling(
+    policy: Policy, prompts: Prompts, length: int, cache: Cache | None, approximate_early_exit: bool
+) -> None:
+    """Raise ValueError if the settings exclude infilling, or a prompt leaves nothing to fill in."""
+    assert prompts.infill_mask is not None
+    if policy.spec.attention != "full":
+        raise ValueError(
+            f"prompts have open positions, but attention is {policy.spec.attention!r} and a gap would not see the "
+            "tokens after it; use a model of full attention"
+        )
+    if cache is not None:
+        raise ValueError(
+            f"cache={cache} stores the columns around a block, but open positions are not contiguous; use cache=None"
+        )
+    if approximate_early_exit:
+        raise ValueError("approximate_early_exit would leave gaps after an end token unfilled; leave it out")
+    complete_rows = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    if length == 0 and complete_rows:
+        raise ValueError(f"max_new_tokens=0, and row {complete_rows[0]} has no open position: there is nothing to fill")
 
 
 def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:

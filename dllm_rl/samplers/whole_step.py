@@ -1,164 +1,101 @@
 """A step of `Unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
-Every step runs all rows and a full block; positions that it does not sample do not change. The host reads nothing
+It compiles `choose.StepSampler`, which `unmask.RaggedSteps` runs too. A compiled step runs all rows and a full block,
+and with it the head at written positions; positions that it does not sample do not change. The host reads nothing
 inside a step. A separate graph is compiled for each number of rows, completion length and padded width
-(WIDTH_MULTIPLE). Without compilation `Unmask` uses the step in `choose`. The step in this module, uncompiled on a CPU,
-took 1.14 to 1.41 times as much processor time, because it also runs the head at written positions.
+(WIDTH_MULTIPLE).
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_rl.decoding.order import commit_cutoff, draw_index, plackett_luce_logprobs_fixed_shape, stay_masked_logprobs
-from dllm_rl.decoding.support import MAX_SUPPORT_IDS
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
-from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, attention_bias, empty_cache
-from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM, BlockTracker, Canvas
-from dllm_rl.samplers.choose import Drawn, StepSampler, add_gumbel, draw_and_rank
+from dllm_rl.samplers.canvas import BlockTracker, Canvas, StepPositions, StepRows, Written
+from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.rules import Commit, check_last_step
 
 WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of it, so that batches of similar width share graphs
 MAX_GRAPHS = 128  # largest number of graphs in a process
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
-CANVAS_FIELDS = ("masked", "unmask_step", "logprobs")  # fields of the canvas that a step replaces
 
 
-class StepConstants(NamedTuple):
-    """Inputs that are the same in all steps of a batch."""
+class CompiledSteps:
+    """The steps of a canvas, compiled: a call advances all rows by one step. With a cache, it has keys and values."""
 
-    attention_mask: Bool[Tensor, "B T"]
-    columns: Int[Tensor, "B L"]  # column of each position of the completions
-    seeds: Int[Tensor, " B"]
-    block_size: int  # size of the largest block
-
-
-class StepState(NamedTuple):
-    """Tensors that a step replaces."""
-
-    tokens: Int[Tensor, "B T"]
-    records: dict[str, Tensor]  # the CANVAS_FIELDS, and the records of features
-    # Keys and values of the columns outside the window. Empty: the step runs all columns and returns them. None: the
-    # sampler has no cache, and every step runs all columns.
-    past: Past | None
-
-
-class CompiledStepSampler:
-    """Sampler of compiled steps: `run_step` advances all rows by one step.
-
-    It stores the padded tokens and, with a cache, the keys and values.
-    """
-
-    def __init__(
-        self,
-        step_sampler: StepSampler,
-        cache: Cache | None,
-        tracker: BlockTracker,
-        seeds: Int[Tensor, " B"],
-        block_size: int,
-    ) -> None:
-        """Raise ValueError for settings whose steps have no fixed shapes, or that a graph does not support."""
+    def __init__(self, step_sampler: StepSampler, cache: Cache | None, tracker: BlockTracker, block_size: int) -> None:
+        """Pad the canvas. Raise ValueError for settings whose steps have no fixed shapes, or that a graph does not
+        support.
+        """
         policy, canvas = step_sampler.policy, step_sampler.canvas
         check_fixed_shapes(cache, step_sampler.commit, step_sampler.confidence_change is not None)
         check_supported(policy, canvas, cache)
         self.step_sampler = step_sampler
-        self.canvas = canvas
-        self.tracker = tracker
-        self.block_size = block_size
         self.cache = cache
         self.first_offset = tracker.sizes.cumsum(-1) - tracker.sizes
-        width = canvas.tokens.shape[1]
+        self.sizes = tracker.sizes
+        self.num_slots = min(block_size, canvas.columns.shape[1])
+        # With `spec.shift` the state one column to the left predicts the block's first token: this column runs too.
+        self.shift = int(policy.spec.shift)
+        width = canvas.written.tokens.shape[1]
         # With a cache all windows have the same width: the last block is padded on the right, and the window of the
         # first block may begin one column to the left of the canvas.
-        padding_right = 0 if cache is None else block_size + canvas.bounds[-1][0] - width
-        shift = int(policy.spec.shift)
-        padding = (shift + -(width + padding_right + shift) % WIDTH_MULTIPLE, padding_right)
-        self.canvas_columns = slice(padding[0], padding[0] + width)
-        self.tokens = F.pad(canvas.tokens, padding, value=policy.pad_id)
-        attention_mask = F.pad(canvas.attention_mask, padding, value=False)
-        largest_block = min(block_size, canvas.columns.shape[1])
-        self.constants = StepConstants(attention_mask, canvas.columns + padding[0], seeds, largest_block)
+        right = 0 if cache is None else block_size + canvas.bounds[-1][0] - width
+        left = self.shift + -(width + right + self.shift) % WIDTH_MULTIPLE
+        tokens = F.pad(canvas.written.tokens, (left, right), value=policy.pad_id)
+        canvas.written = canvas.written._replace(tokens=tokens)
+        canvas.attention_mask = F.pad(canvas.attention_mask, (left, right), value=False)
+        canvas.columns = canvas.columns + left
+        self.window_starts = [start + left - self.shift for start, _ in canvas.bounds]
+        self.window_width = tokens.shape[1] if cache is None else block_size + self.shift
         self.past: Past | None = None if cache is None else []
         self.block = -1
-        self.step = 0  # step in the current block
-        if step_sampler.sampling_params.filters:
-            size = (*canvas.masked.shape, min(MAX_SUPPORT_IDS + 1, policy.vocab_size))
-            canvas.records["log_mass"] = torch.zeros_like(canvas.logprobs)
-            canvas.records["ids"] = torch.full(size, -1, dtype=torch.int32, device=seeds.device)
-        if step_sampler.has_order_logprob:
-            canvas.records["order"] = torch.zeros_like(canvas.logprobs)
-            if step_sampler.adds_gumbel:
-                canvas.records["draw"] = torch.zeros_like(canvas.columns)
+        self.step_in_block = 0
 
-    def run_step(self) -> Int[Tensor, " C"] | None:
-        """Run one step. Return the rows whose block is now complete, or None if there was no row left to run.
+    def run(self, step: StepRows) -> tuple[Int[Tensor, " R"], None]:
+        """Run a step of these rows. Return the number of positions that each wrote; None: the rule does not rewrite.
 
         Raise ValueError if the commit rule writes nothing in the last step of a block.
         """
-        rows, blocks = self.tracker.next_rows()
-        if not len(rows):
-            return None
-        num_masked = self.tracker.num_masked[rows, blocks]
-        steps_left = self.tracker.steps_left[rows, blocks].clamp(min=1)
-        begin, width, runs_all_columns = self._window(int(blocks[0]))
+        canvas, commit = self.step_sampler.canvas, self.step_sampler.commit
+        block = int(step.blocks[0])  # with a cache all rows are in the same block
+        self.step_in_block = 0 if block != self.block else self.step_in_block + 1
+        self.block = block
+        refresh = None if self.cache is None else self.cache.refresh
+        if self.cache is not None and (self.step_in_block == 0 or (refresh and self.step_in_block % refresh == 0)):
+            self.past = []
         # The five numbers per row of `_step`. Rows that do not take part have a block size of 0.
-        host_numbers = torch.zeros(5, len(self.tracker.row_steps), dtype=torch.long)
-        host_numbers[0] = begin
-        host_numbers[1:, rows] = torch.stack(
-            [
-                self.first_offset[rows, blocks],
-                self.tracker.sizes[rows, blocks],
-                steps_left,
-                self.tracker.row_steps[rows],
-            ]
-        )
-        (numbers,) = copy_to_device(self.tokens.device, host_numbers)
-        records = {name: getattr(self.canvas, name) for name in CANVAS_FIELDS} | self.canvas.records
-        past: Past | None = [] if runs_all_columns and self.cache is not None else self.past
-        state = StepState(self.tokens, records, past)
+        numbers = torch.zeros(5, len(self.sizes), dtype=torch.long)
+        numbers[0] = 0 if self.cache is None else self.window_starts[block]
+        at = (step.rows, step.blocks)
+        numbers[1:, step.rows] = torch.stack([self.first_offset[at], self.sizes[at], step.steps_left, step.row_steps])
+        (numbers,) = copy_to_device(canvas.columns.device, numbers)
         try:
-            state, committed, has_nan_scores = compiled()(self.step_sampler, self.constants, state, numbers, width)
+            written, past, num_chosen = compiled()(
+                self.step_sampler, canvas.written, self.past, numbers, self.num_slots, self.window_width
+            )
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ValueError(
                 f"compile_step=True has compiled {MAX_GRAPHS} graphs: the number of rows, the prompts' width or "
                 "max_new_tokens changes too often; set compile_step=False"
             ) from error
-        self.canvas.forwards += 1
-        self.step_sampler.has_nan_scores |= has_nan_scores
+        canvas.forwards += 1
         # The outputs are copied, because the next replay of the graph overwrites them.
-        self.tokens = state.tokens.clone()
-        self.canvas.tokens = self.tokens[:, self.canvas_columns]
-        for name in CANVAS_FIELDS:
-            setattr(self.canvas, name, state.records[name].clone())
-        self.canvas.records = {name: state.records[name].clone() for name in self.canvas.records}
-        if runs_all_columns and state.past is not None:
-            self.past = [(keys.clone(), values.clone()) for keys, values in state.past]
+        canvas.written = written.copy()
+        if past and not self.past:
+            self.past = [(keys.clone(), values.clone()) for keys, values in past]
         # If the rule has a `count`, the host does not wait for the device to count.
-        count_on_host = self.step_sampler.commit.count
-        count = committed.cpu()[rows] if count_on_host is None else count_on_host(num_masked, steps_left)
-        check_last_step(self.step_sampler.commit.name, steps_left, num_masked, count)
-        return self.tracker.record((rows, blocks), count)
-
-    def _window(self, block: int) -> tuple[int, int, bool]:
-        """Return the first column of this step's window, its width, and whether the step runs all columns."""
-        width = self.tokens.shape[1]
-        if self.cache is None:
-            return 0, width, True
-        self.step = 0 if block != self.block else self.step + 1
-        self.block = block
-        # With `spec.shift` the state one column to the left predicts the block's first token: this column runs too.
-        shift = self.step_sampler.policy.spec.shift
-        begin = self.canvas_columns.start + self.canvas.bounds[block][0] - shift
-        refresh = self.cache.refresh
-        return begin, self.block_size + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
+        count = num_chosen.cpu()[step.rows] if commit.count is None else commit.count(step.num_masked, step.steps_left)
+        check_last_step(commit.name, step.steps_left, step.num_masked, count)
+        return count, None
 
 
 def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: bool = False) -> None:
@@ -197,12 +134,12 @@ def fills_cache(policy: Policy, canvas: Canvas) -> bool:
     past = empty_cache(policy)
     attention_mask = torch.ones_like(canvas.attention_mask[:1, :1])
     positions = position_ids(attention_mask)
-    policy.encode(canvas.tokens[:1, :1], attention_mask, positions, cache=past, use_cache=True)
+    policy.encode(canvas.written.tokens[:1, :1], attention_mask, positions, cache=past, use_cache=True)
     return past.get_seq_length() == 1
 
 
 @functools.cache
-def compiled() -> Callable[..., tuple[StepState, Tensor, Tensor]]:
+def compiled() -> Callable[..., tuple[Written, Past | None, Tensor]]:
     """Return the compiled step. One function serves all samplers of the process."""
     run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
@@ -211,90 +148,75 @@ def compiled() -> Callable[..., tuple[StepState, Tensor, Tensor]]:
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
 def _step(
-    step_sampler: StepSampler, constants: StepConstants, state: StepState, numbers: Int[Tensor, "5 B"], width: int
-) -> tuple[StepState, Int[Tensor, " B"], Bool[Tensor, ""]]:
-    """Return the state after a step, the number of committed positions of each row, and whether a score is NaN.
+    step_sampler: StepSampler,
+    written: Written,
+    past: Past | None,
+    numbers: Int[Tensor, "5 B"],
+    num_slots: int,
+    width: int,
+) -> tuple[Written, Past | None, Int[Tensor, " B"]]:
+    """Run the forward and `StepSampler` on a full block of all rows. Nothing that is passed changes.
 
     Args:
-        step_sampler: Rank, commit rule and sampling parameters.
-        constants: Inputs that are the same in all steps.
-        state: State before the step.
+        step_sampler: Rank, commit rule, sampling parameters and canvas.
+        written: Tensors of the canvas before the step.
+        past: Keys and values of each layer in the columns outside the window. Empty: the step runs all columns and
+            returns them. None: there is no cache, and every step runs all columns.
         numbers: Five numbers per row: the window's first column, the offset of the first position of the row's block,
             the block's size, its remaining steps, and the number of steps in which the row has taken part.
+        num_slots: Number of positions of the largest block.
         width: Number of columns of the window.
+
+    Returns:
+        The tensors after the step, the keys and values, and the number of positions that each row wrote.
     """
-    policy = step_sampler.policy
-    tokens = state.tokens
-    records = state.records
-    past = state.past
+    policy, canvas = step_sampler.policy, step_sampler.canvas
+    written = written.copy()
     window_start, first_offset, sizes, steps_left, row_steps = numbers.unbind()
-    slot = torch.arange(constants.block_size, device=tokens.device)
+    slot = torch.arange(num_slots, device=numbers.device)
     # A smaller block has fewer positions than slots. Its last slots are other positions, which do not change.
-    offset = (first_offset[:, None] + slot) % constants.columns.shape[1]
-    column = constants.columns.gather(1, offset)
-    masked = records["masked"].gather(1, offset) & (slot < sizes[:, None])
+    offset = (first_offset[:, None] + slot) % canvas.columns.shape[1]
+    in_block = torch.zeros_like(written.masked).scatter(1, offset, slot < sizes[:, None])
+    row = torch.arange(len(offset), device=numbers.device)[:, None].expand_as(offset).flatten()
+    offset = offset.flatten()
+    column = canvas.columns[row, offset]
+    at = StepPositions(
+        masked=written.masked & in_block,
+        rewritable=None,
+        steps_left=steps_left.clamp(min=1),
+        total_steps=steps_left,  # no rule of fixed shapes reads it
+        row_index=row,
+        offset=offset,
+        canvas_row=row,
+        column=column,
+        seed=canvas.seeds[row],
+        row_steps=row_steps[row],
+    )
     if past is None:
-        hidden = policy.hidden(tokens, constants.attention_mask)
-        hidden_column = column
+        hidden = policy.hidden(written.tokens, canvas.attention_mask)
     else:
-        first_column = window_start[:, None] if past else 0
-        hidden, past = _cached_states(policy, constants.attention_mask, state, window_start[0], width)
-        hidden_column = (column - first_column - int(policy.spec.shift)).clamp(0, hidden.shape[1] - 1)
-    hidden = hidden.gather(1, hidden_column[:, :, None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
-
-    counters = [x.expand_as(offset).flatten() for x in (constants.seeds[:, None], row_steps[:, None], offset)]
-    token_uniforms = uniforms(*counters, stream=TOKEN_STREAM)
-    rank_uniforms = uniforms(*counters, stream=RANK_STREAM)
-    params, rank = step_sampler.sampling_params, step_sampler.rank
-    scores, flat_drawn = draw_and_rank(policy, hidden, token_uniforms, rank_uniforms, params, rank)
-    drawn = Drawn(*(values.unflatten(0, offset.shape) for values in flat_drawn.tensors()))
-    scores = scores.view_as(drawn.logprobs)
-    scores = scores.masked_fill(~masked, -torch.inf)
-    commit_scores = add_gumbel(scores, rank_uniforms.view_as(scores)) if step_sampler.adds_gumbel else scores
-    chosen = step_sampler.commit(commit_scores, masked, steps_left.clamp(min=1)) & masked
-
-    new_values = {"masked": torch.zeros_like(masked), "unmask_step": row_steps[:, None].expand_as(offset)}
-    new_values |= {"logprobs": drawn.logprobs}
-    if drawn.log_mass is not None:
-        new_values |= {"log_mass": drawn.log_mass, "ids": drawn.support}
-    if step_sampler.has_order_logprob and step_sampler.adds_gumbel:
-        new_values["draw"] = draw_index(commit_scores, masked, chosen)
-        new_values["order"] = plackett_luce_logprobs_fixed_shape(scores, new_values["draw"], masked, chosen)
-    records = records | {
-        name: _scatter_chosen(records[name], offset, values, chosen) for name, values in new_values.items()
-    }
-    if step_sampler.has_order_logprob and not step_sampler.adds_gumbel:
-        row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
-        flat_slot = slot.expand_as(scores).flatten()
-        flat_scores = scores.masked_fill(~chosen, torch.inf).flatten()
-        cutoff = commit_cutoff(flat_scores, row, flat_slot, row, flat_slot, len(scores))
-        # The normalizer of the scores is reused. Generated code would sum it again in another order, and miss ties.
-        order_logprobs = stay_masked_logprobs(policy, hidden, *cutoff, params, flat_drawn.normalizer)
-        total = records["order"].gather(1, offset) + order_logprobs.view_as(scores)
-        records["order"] = _scatter_chosen(records["order"], offset, total, masked & ~chosen)
-    tokens = _scatter_chosen(tokens, column, drawn.tokens, chosen)
-    return StepState(tokens, records, past), chosen.sum(-1), commit_scores.isnan().any()
-
-
-@no_type_check
-def _scatter_chosen(target: Tensor, index: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """Return a copy of `target` (B, L, ...) with the chosen of the values (B, S, ...) written at `index` (B, S)."""
-    add_axes = (..., *[None] * (target.dim() - 2))  # as many axes as `target` has
-    index = index[add_axes].expand(*index.shape, *target.shape[2:])
-    return target.scatter(1, index, torch.where(chosen[add_axes], values.to(target.dtype), target.gather(1, index)))
+        # The states are not shifted, and those of a window begin at its first column.
+        column = column - int(policy.spec.shift) - (window_start[row] if past else 0)
+        hidden, past = _cached_states(policy, canvas.attention_mask, written.tokens, past, window_start[0], width)
+    hidden = hidden[row, column.clamp(0, hidden.shape[1] - 1)]
+    decision = step_sampler(at, hidden, written)
+    return written, past, decision.net_unmasked
 
 
 @no_type_check
 def _cached_states(
-    policy: Policy, attention_mask: Bool[Tensor, "B T"], state: StepState, begin: Tensor, width: int
+    policy: Policy,
+    attention_mask: Bool[Tensor, "B T"],
+    tokens: Int[Tensor, "B T"],
+    past: Past,
+    begin: Tensor,
+    width: int,
 ) -> tuple[Tensor, Past]:
     """Return hidden states, and the keys and values outside the window.
 
-    If `state.past` has these keys and values, only the window runs, and the hidden states are those of the window. If
-    it is empty, all columns run.
+    If `past` has these keys and values, only the window runs, and the hidden states are those of the window. If it is
+    empty, all columns run.
     """
-    tokens = state.tokens
-    past = state.past
     inside = begin + torch.arange(width, device=tokens.device)
     outside = torch.arange(tokens.shape[1] - width, device=tokens.device)
     outside = outside + width * (outside >= begin)

@@ -18,7 +18,7 @@ from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings

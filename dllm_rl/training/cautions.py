@@ -10,7 +10,7 @@ from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
-from dllm_rl.samplers.rules import Commit, Rank, has_order_logprob, order_probability
+from dllm_rl.samplers.rules import SCORED_ORDERS, Commit, Rank, order_probability
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import equal_groups
 
@@ -142,13 +142,14 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
         rank, commit = rules
         pair = f"sampler.rank={rank.name} with commit={commit.name}"
         is_greedy = getattr(recipe.sampler, "temperature", None) == 0
-        if order_probability(rank, commit, greedy=is_greedy) == "unknown":
+        probability = order_probability(rank, commit, greedy=is_greedy)
+        if probability == "unknown":
             warnings.append(
                 f"{pair}: the order's probability is unknown, so likelihood=Trajectory() is not exact here: "
                 "its ratios leave the order out; use rank=MaxProb() or RandomOrder() and a commit rule of the library, "
                 "declare yours (Rank.order, also for base_rank, or Commit.order), or set include_order=False"
             )
-        elif has_order_logprob(rank, commit, greedy=is_greedy) and not likelihood.exact_for_sampler:
+        elif probability in SCORED_ORDERS and not likelihood.exact_for_sampler:
             warnings.append(
                 f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
                 "of the ratios; leave both at None, or use rank=MaxProb() or RandomOrder()"
@@ -170,7 +171,7 @@ def order_depends_on_tokens(recipe: Recipe) -> bool:
     """Return whether the order in which the recipe's sampler writes positions depends on the tokens that it draws."""
     if (rules := rules_of(recipe)) is None or getattr(recipe.sampler, "temperature", None) == 0:
         return False
-    return "tokens" in rules[0].reads or has_order_logprob(*rules)
+    return "tokens" in rules[0].reads or order_probability(*rules) in SCORED_ORDERS
 
 
 def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:

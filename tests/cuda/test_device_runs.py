@@ -371,7 +371,7 @@ def on_host(work):
 
 PLANTED = {
     "sampler, drawn": ("samplers.canvas", "uniforms"),
-    "sampler, scores": ("samplers.choose", "draw_and_rank"),
+    "sampler, scores": ("samplers.choose", "rank_and_draw"),
     "scoring, log-probs": ("decoding.order", "token_logprobs_and_confidences"),
     "scoring, order": ("decoding.order", "stay_masked_logprobs"),
     "learner, masks": ("step.score", "draw_view_sets"),

@@ -17,7 +17,7 @@ from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.samplers.rules import RandomOrder, Threshold
 from dllm_rl.training.distillation import refine_steps
 from dllm_rl.training.trainer import train

@@ -311,10 +311,11 @@ def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token
 def test_any_of_several_end_tokens_ends_a_row(policies, ends):
     """Rows 0 and 1 have written 30 and 31, row 2 neither, row 3 has 31 behind a mask that was never filled."""
     policy = policies("sdar")
-    prompts = Prompts.from_ids([[5, 6, 7, 8]], pad_id=0, num_generations=4)
-    canvas = make_canvas(policy, prompts, 4, 4, block_aligned=False)
+    prompts = Prompts.from_ids([[5, 6, 7, 8]], pad_id=0, num_generations=4, seeds=range(4))
+    canvas = make_canvas(policy, prompts, 4, 4)
     rows, places = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
-    canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.tensor([30, 31, 9]), torch.zeros(3))
+    canvas.written.tokens[rows, canvas.columns[rows, places]] = torch.tensor([30, 31, 9])
+    canvas.written.masked[rows, places] = False
     expected = [row for row, token in ((0, 30), (1, 31)) if token in ends]
     assert canvas.mark_finished(torch.arange(4), ends).tolist() == expected
     assert canvas.finished.nonzero()[:, 0].tolist() == expected

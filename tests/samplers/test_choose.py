@@ -17,8 +17,8 @@ from dllm_rl.likelihoods.views import View
 from dllm_rl.models.logprobs import process, token_logprobs
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
-from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
-from dllm_rl.samplers.choose import StepSampler, draw_tokens
+from dllm_rl.samplers.canvas import BlockTracker, make_canvas, positions_of
+from dllm_rl.samplers.choose import StepSampler, rank_and_draw
 from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
@@ -27,12 +27,14 @@ from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
 def choice_of(rank, commit=rules.Schedule(), *, temperature=1.0):
     """The first step of three rows, six positions in one block of three steps: two positions a row are written."""
     policy = TablePolicy(length=6, words=2, seed=0)
-    canvas = make_canvas(policy, Prompts.from_ids([[3]] * 3, pad_id=4), 6, 6, block_aligned=False)
-    plan = plan_step(canvas, BlockTracker(canvas.block, 3, wait_for_all_rows=False), torch.tensor([5, 6, 7]))
-    states = policy.hidden(canvas.tokens, canvas.attention_mask)[plan.canvas_row, plan.column]
+    canvas = make_canvas(policy, Prompts.from_ids([[3]] * 3, pad_id=4, seeds=[5, 6, 7]), 6, 6)
+    tracker = BlockTracker(canvas, 3, wait_for_all_rows=False)
     sampler = Unmask(max_new_tokens=6, rank=rank, commit=commit)
     choose = StepSampler(policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), sampler.rank, sampler.commit)
-    return choose, plan, choose(plan, states)
+    step = tracker.next_rows()
+    at = positions_of(canvas, step)
+    states = policy.hidden(canvas.written.tokens, canvas.attention_mask)[at.canvas_row, at.column]
+    return choose, at, choose(at, states, canvas.written, step)
 
 
 def draws_first(logits, normalizer, tokens):
@@ -44,31 +46,32 @@ def test_drawing_before_ranking_changes_nothing():
     late, plan, choice = choice_of(rules.MaxProb())
     early, _, same = choice_of(draws_first)
     assert early.draws_first and not late.draws_first
-    assert choice.chosen.tolist() == same.chosen.tolist()
-    assert plan.row_index[choice.chosen].tolist() == [0, 0, 1, 1, 2, 2]
+    assert choice.places.tolist() == same.places.tolist()
+    assert plan.row_index[choice.places].tolist() == [0, 0, 1, 1, 2, 2]
     for name in ("tokens", "logprobs"):
-        assert torch.equal(getattr(choice.drawn, name), getattr(same.drawn, name))
+        assert torch.equal(getattr(late.canvas.written, name), getattr(early.canvas.written, name))
 
 
 def test_the_order_has_a_law_only_where_chance_ranks():
-    _, plan, choice = choice_of(rules.Confidence())
-    stayed, order, _ = plan.records["order"]
-    assert sorted(choice.chosen.tolist() + stayed.tolist()) == list(range(len(plan.row_index)))
-    assert (order <= 0).all() and (order < 0).any()
+    made, _, choice = choice_of(rules.Confidence())
+    order = made.canvas.written.order_logprobs
+    assert not order[choice.chosen].any()
+    assert (order <= 0).all() and (order[~choice.chosen] < 0).any()
     for rank, temperature in ((rules.MaxProb(), 1.0), (rules.Confidence(), 0.0)):
-        assert "order" not in choice_of(rank, temperature=temperature)[1].records
+        assert choice_of(rank, temperature=temperature)[0].canvas.written.order_logprobs is None
 
 
 def test_the_most_confident_draws_are_written():
     """The same draws, once all written and once ranked by hand: log-prob of the drawn token, mask token included."""
-    _, plan, whole = choice_of(rules.Confidence(), lambda scores, masked, steps_left: masked)
+    whole, plan, _ = choice_of(rules.Confidence(), lambda scores, masked, steps_left: masked)
+    tokens = whole.canvas.written.tokens[plan.canvas_row, plan.column]
     logp = TablePolicy(length=6, words=2, seed=0).table[-1][:, :3].log_softmax(-1)
     expected = []
     for row in range(3):
         mine = (plan.row_index == row).nonzero()[:, 0].tolist()
-        confidences = {position: logp[plan.offset[position], whole.drawn.tokens[position]].item() for position in mine}
+        confidences = {position: logp[plan.offset[position], tokens[position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
-    assert choice_of(rules.Confidence())[2].chosen.tolist() == expected
+    assert choice_of(rules.Confidence())[2].places.tolist() == expected
 
 
 FILTERS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "both": {"top_k": 4, "top_p": 0.9}}
@@ -123,7 +126,8 @@ def test_the_worked_example():
     p, q = (torch.tensor([[*x, 1e-30]]).log() for x in ((0.5, 0.3, 0.15, 0.05), (0.4, 0.2, 0.3, 0.1)))
     ratios = {}
     for u, token in ((0.1, 0), (0.9, 1)):
-        tokens, logp, _, log_mass, kept = draw_tokens(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
+        uniform = torch.tensor([u], dtype=torch.float64)
+        _, (tokens, logp, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, token_uniforms=uniform)
         assert tokens.tolist() == [token] and kept[:, :3].tolist() == [[0, 1, -1]]
         assert log_mass.exp().item() == pytest.approx(0.8)
         one = torch.ones(1, 1, dtype=torch.bool)
@@ -158,7 +162,7 @@ def test_mean_ratios_by_enumeration(name, temperature):
     params = SamplingParams(temperature=temperature, suppress=(size - 1,), **FILTERS[name])
     p, q = 2 * torch.randn(2, 50, size, generator=generator)
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    _, _, _, log_mass, kept = draw_tokens(policy, p.clone(), uniforms, params)
+    _, (_, _, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, token_uniforms=uniforms)
     unfiltered = replace(params, support="unfiltered")
     for row in range(50):
         # The set and its mass, from the definition: the likeliest, until k of them, or until their mass is top_p.
@@ -319,9 +323,8 @@ def test_ties_with_the_kth_are_kept_and_recorded():
     kept = torch.tensor([[0, 2, -1]], dtype=torch.int32)
     left = torch.isfinite(process(logits, SamplingParams(top_k=1), support_ids=kept))
     assert left.tolist() == [[True, False, True, False, False]]
-    _, logp, _, log_mass, ids = draw_tokens(
-        HeadAlone(5), logits.clone(), torch.tensor([0.9], dtype=torch.float64), SamplingParams(top_k=1, suppress=(4,))
-    )
+    params, uniform = SamplingParams(top_k=1, suppress=(4,)), torch.tensor([0.9], dtype=torch.float64)
+    _, (_, logp, _, log_mass, ids) = rank_and_draw(HeadAlone(5), logits.clone(), params, token_uniforms=uniform)
     assert sorted(ids[0, :2].tolist()) == [0, 2] and ids[0, 2] == -1
     assert logp.item() == pytest.approx(math.log(0.5))
     assert log_mass.exp().item() == pytest.approx(2 * math.e**3 / (2 * math.e**3 + math.e + 1))

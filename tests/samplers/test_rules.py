@@ -60,7 +60,7 @@ def test_schedule_is_llada_equal_shares_remainder_first(length, steps, shares):
     left, out = length, []
     for n in range(steps):
         if left:
-            out.append(int(rules.schedule_count(torch.tensor([left]), torch.tensor([steps - n]))))
+            out.append(int(rules.Schedule().count(torch.tensor([left]), torch.tensor([steps - n]))))
             left -= out[-1]
     assert out == shares and left == 0
 

@@ -16,10 +16,10 @@ from dllm_rl.models.base import FORWARD_COST
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules, whole_step
 from dllm_rl.samplers.cache import DualCache
-from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.states import SamplerForward
-from dllm_rl.samplers.unmask import Unmask, check_fits
-from dllm_rl.types import Prompts
+from dllm_rl.samplers.canvas import BlockTracker, make_canvas
+from dllm_rl.samplers.choose import StepSampler
+from dllm_rl.samplers.unmask import RaggedSteps, Unmask, check_fits
+from dllm_rl.types import Prompts, SamplingParams
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
 LENGTH = 32
@@ -417,7 +417,8 @@ def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
     that runs the padding in the first of two steps."""
     monkeypatch.setitem(FORWARD_COST, "cpu", 30)
     policy = TablePolicy(length=2, words=2, seed=0)
-    canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
-    steps = torch.tensor([[2], [2]])
-    assert len(SamplerForward(policy, canvas, None, steps).buckets) == 2
-    assert len(SamplerForward(policy, canvas, DualCache(), steps).buckets) == 1
+    canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4, seeds=[1, 2]), 2, 2)
+    tracker = BlockTracker(canvas, 2, wait_for_all_rows=True)
+    step_sampler = StepSampler(policy, canvas, SamplingParams(), rules.MaxProb(), rules.Schedule())
+    assert len(RaggedSteps(step_sampler, None, tracker).buckets) == 2
+    assert len(RaggedSteps(step_sampler, DualCache(), tracker).buckets) == 1

@@ -86,9 +86,9 @@ def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
     widths = []
 
-    def step(choose, constants, state, *rest):
-        widths.append(state.tokens.shape[1])
-        return whole_step._step(choose, constants, state, *rest)
+    def step(step_sampler, written, *rest):
+        widths.append(written.tokens.shape[1])
+        return whole_step._step(step_sampler, written, *rest)
 
     monkeypatch.setattr(whole_step, "compiled", lambda: step)
     policy = tiny_llama(characters="1234.=", causal=False, num_layers=1, max_length=128)
