@@ -30,7 +30,9 @@ MIN_TOKENS = 4  # no explanation is fitted on fewer tokens
 # max(bound, SMALL).
 FITS = 0.25
 SMALL = 1e-3  # nats
-TOP_P = (*(i / 20 for i in range(1, 20)), 0.975, 0.99, 0.995)  # values to try, besides one that the largest d implies
+# Values to try.
+TOP_K = (*range(1, 11), 16, 20, 32, 40, 50, 64, 100, 128, 256, 512, 1000)
+TOP_P = (*(i / 20 for i in range(1, 20)), 0.975, 0.99, 0.995)  # besides one that the largest d implies
 CHECKS = ("steps", "block", "mask", "order")
 
 
@@ -422,70 +424,45 @@ def _explain(
                 logits.append(policy.head(states.states).float())
                 tokens.append(states.tokens)
                 record.append(part.logprobs.flatten()[states.plan.flat_index])
-    all_logits, all_tokens, all_recorded = torch.cat(logits), torch.cat(tokens), torch.cat(record)
-    params = rollout.sampling_params
-    explanations = [_best_temperature(all_logits, all_tokens, all_recorded, params)]
-    if params.filters:
-        unfiltered = _logprobs(all_logits, all_tokens, replace(params, top_k=None, top_p=None))
-        remainder = (all_recorded - unfiltered).abs().mean().item()
-        return [*explanations, Explanation("filters", "the distribution before the recorded filters", remainder)]
-    return [*explanations, *_best_filters(all_logits, all_tokens, all_recorded, params)]
+    return _fitted(torch.cat(logits), torch.cat(tokens), torch.cat(record), rollout.sampling_params)
 
 
-def _logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], params: SamplingParams) -> Float[Tensor, " N"]:
-    return process(logits, params, tokens).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-
-
-def _best_temperature(
-    logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], record: Float[Tensor, " N"], params: SamplingParams
-) -> Explanation:
-    """Fit the temperature, between 0.05 and 20: the best of a grid, of a finer grid around that one, and so on."""
-
-    def remainder(log_temperature: float) -> float:
-        tried = replace(params, temperature=math.exp(log_temperature))
-        return (record - _logprobs(logits, tokens, tried)).abs().mean().item()
-
-    low, high = math.log(0.05), math.log(20)
-    for _ in range(4):  # the last grid has steps of 0.0001
-        grid = torch.linspace(low, high, 31, dtype=torch.float64).tolist()
-        best = min(grid, key=remainder)
-        low, high = best - (grid[1] - grid[0]), best + (grid[1] - grid[0])
-    return Explanation("temperature", f"{math.exp(best):.3g}", remainder(best))
-
-
-def _best_filters(
+def _fitted(
     logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], record: Float[Tensor, " N"], params: SamplingParams
 ) -> list[Explanation]:
-    """Fit a top-k without top-p, and a top-p without top-k.
+    """Return the best temperature, the best top-k without top-p, and the best top-p without top-k.
 
-    A filter divides the probability of each token that it keeps by the total probability of these tokens, their mass.
-    So if a filter explains the record, d = -log(mass) >= 0. A filter that would have removed a sampled token explains
-    nothing.
+    If the trace records a filter, the only other filters to try are none. A filter that would have removed a sampled
+    token explains nothing.
     """
-    logp = process(logits, params).log_softmax(-1)
-    drawn_logp = logp.gather(-1, tokens[:, None])
-    sorted_logp, index = logp.sort(dim=-1, descending=True, stable=True)
-    mass = sorted_logp.exp().double().cumsum(-1)  # of the 1, 2, ... most likely tokens
-    rank = (index == tokens[:, None]).long().argmax(-1)
-    target = (record[:, None] - drawn_logp).double()  # (N, 1): d
-    explanations = []
-    # A top-k filter also keeps tokens that tie with the k-th; this is ignored, because fp32 logits seldom tie.
-    remainders = (target + mass.clamp(max=1).log()).abs().mean(0)
-    smallest = int((logp > drawn_logp).sum(-1).max()) + 1
-    k = smallest + int(remainders[smallest - 1 :].argmin())
-    explanations.append(Explanation("filters", f"top_k={k}", remainders[k - 1].item()))
-    # The largest d belongs to the smallest mass, which is at least top_p.
-    implied_top_p = math.exp(-max(target.max().item(), 0.0)) * (1 - 1e-6)
-    best = Explanation("filters", "top_p=1", math.inf)
-    before = mass - sorted_logp.exp().double()  # mass of the more likely tokens
-    for top_p in (*TOP_P, implied_top_p):
-        num_kept = (before < top_p).sum(-1).clamp(min=1)
-        if (rank < num_kept).all():
-            kept_mass = mass.gather(-1, num_kept[:, None] - 1)[:, 0]
-            remainder = (target[:, 0] + kept_mass.clamp(max=1).log()).abs().mean().item()
-            if remainder < best.mean_abs:
-                best = Explanation("filters", f"top_p={top_p:.4g}", remainder)
-    return [*explanations, best] if math.isfinite(best.mean_abs) else explanations
+
+    def difference(tried: SamplingParams, always_keep: Tensor | None = None) -> Float[Tensor, " N"]:
+        logprobs = process(logits, tried, always_keep).log_softmax(-1)
+        return record - logprobs.gather(-1, tokens[:, None])[:, 0]
+
+    def of_temperature(log_temperature: float) -> float:
+        tried = replace(params, temperature=math.exp(log_temperature))
+        return difference(tried, tokens).abs().mean().item()
+
+    low, high = math.log(0.05), math.log(20)
+    for _ in range(4):  # finer grids around the best temperature; the last has steps of 0.0001
+        grid = torch.linspace(low, high, 31, dtype=torch.float64).tolist()
+        best = min(grid, key=of_temperature)
+        low, high = best - (grid[1] - grid[0]), best + (grid[1] - grid[0])
+    fitted = [Explanation("temperature", f"{math.exp(best):.3g}", of_temperature(best))]
+    if params.filters:
+        left = difference(replace(params, top_k=None, top_p=None)).abs().mean().item()
+        return [*fitted, Explanation("filters", "the distribution before the recorded filters", left)]
+    # A filter divides the probability of the tokens that it keeps by their total probability, which is at least top_p.
+    largest = difference(params).max().item()
+    implied_top_p = max(math.exp(-max(largest, 0.0)) * (1 - 1e-6), 1e-6)
+    top_ks = [(f"top_k={k}", replace(params, top_k=k)) for k in TOP_K]
+    top_ps = [(f"top_p={p:.4g}", replace(params, top_p=p)) for p in (*TOP_P, implied_top_p)]
+    for filters in (top_ks, top_ps):
+        left, name = min((difference(tried).abs().mean().item(), name) for name, tried in filters)
+        if math.isfinite(left):
+            fitted.append(Explanation("filters", name, left))
+    return fitted
 
 
 def report_table(report: TraceReport) -> Table:

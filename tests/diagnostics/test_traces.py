@@ -80,6 +80,7 @@ FAULTS = {
     "temperature": (lambda: params(sampled(), temperature=1.0), "temperature", "temperature 0.7"),
     "top_k not recorded": (lambda: params(sampled(top_k=3), top_k=None), "filters", "top_k=3,"),
     "top_p not recorded": (lambda: params(sampled(top_p=0.8), top_p=None), "filters", "top_p=0.8,"),
+    "top_p between those that are tried": (lambda: params(sampled(top_p=0.93), top_p=None), "filters", "top_p=0.93"),
     "log-probs before filters": (lambda: params(sampled(), top_p=0.8), "filters", "before the recorded filters"),
     "stale weights": (lambda: sampled(moved_weights()), "weights", "other weights"),
     "before its block": (lambda: steps(sampled(), 0, {7: 0}), "block", "before its block's turn, first in row 0"),
