@@ -50,6 +50,7 @@ ORDER_ADVICE = (
     "no weight corrects it: roll out in an order that does not depend on the weights (rank=RandomOrder()), in one "
     "whose probability Trajectory scores (rank=Confidence()), align the forward (QaRL), or keep more bits"
 )
+NUM_LAYERS = 5  # in a report
 PADDING = 3  # columns that are added on the left to measure the effect of padding
 
 
@@ -72,25 +73,13 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class WorstToken:
-    row: int
-    position: int
-    token: str
-    before: str  # eight tokens of text
-    after: str
-    learner: float  # log-prob, nats
-    rollout: float
-
-
-@dataclass(frozen=True)
 class Report:
-    """The full mismatch by cause, and the tokens and layers with the largest mismatch."""
+    """The full mismatch by cause, and the layers with the largest mismatch."""
 
     scheme: str
     num_tokens: int
     total: Cause
     causes: tuple[Cause, ...]  # by mean |d|
-    tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
     # Shares of first-step positions, and of prompts, whose order is the learner's; log-probs do not show the order.
     order: tuple[float, float] | None = None
@@ -152,7 +141,6 @@ def diagnose(  # noqa: PLR0913
     share_noise: bool = True,
     micro_batch_size: int | None = None,
     seed: int = 0,
-    num_worst: int = 5,
 ) -> Report:
     """Attribute the mismatch of rollout and learner to its causes.
 
@@ -171,10 +159,9 @@ def diagnose(  # noqa: PLR0913
         share_noise: Whether both sides use the same masks. Default: True.
         micro_batch_size: Rows per forward. None (default): all rows.
         seed: Seed of the rollout and the masks. Default: 0.
-        num_worst: Number of worst tokens and of worst layers in the report. Default: 5.
 
     Returns:
-        The causes by mean |d|, the worst tokens and layers, and a verdict with advice.
+        The causes by mean |d|, the worst layers, and a verdict with advice.
 
     Raises:
         ValueError: The sampler chose no token.
@@ -221,8 +208,7 @@ def diagnose(  # noqa: PLR0913
         num_tokens=int(mask.sum()),
         total=measure("all", learner - sampled, mask),
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
-        tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
-        layers=worst_layers(both, num_worst),
+        layers=worst_layers(both),
         order=(shares[0], shares[1]) if shares else None,
         **same_experts(both),
     )
@@ -326,29 +312,11 @@ def pad_left(rollout: Rollout, views: Views, pad_id: int) -> tuple[Rollout, View
     return rollout.padded(PADDING, pad_id=pad_id), padded
 
 
-def worst_tokens(
-    policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], sampled: Float[Tensor, "B T"], count: int
-) -> tuple[WorstToken, ...]:
-    """Return the tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
-    # -1 is below every |difference|, so that no prompt token is selected.
-    gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
-    largest = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
-    decode = policy.tokenizer.decode
-    worst = []
-    for index in largest.tolist():
-        row, position = divmod(index, gap.shape[1])
-        tokens = rollout.tokens[row]
-        preceding = slice(max(0, position - 8), position)
-        before = str(decode(tokens[preceding][rollout.attention_mask[row, preceding]].tolist()))
-        token = str(decode(tokens[position : position + 1].tolist()))
-        after = str(decode(tokens[position + 1 : position + 9].tolist()))
-        logps = learner[row, position].item(), sampled[row, position].item()
-        worst.append(WorstToken(row, position, token, before, after, *logps))
-    return tuple(worst)
+def worst_layers(both: Comparison) -> tuple[tuple[str, float], ...]:
+    """Return the layers with the largest ||output under the learner - under the rollout|| / ||output||.
 
-
-def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
-    """Sort layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
+    It is measured on at most eight rows of a view.
+    """
     tokens = next(each_view(both.views)).inputs_and_targets(both.policy, both.rollout)[0][:8]
     attention_mask = both.rollout.attention_mask[:8]
     rollout_outputs = layer_outputs(both.rollout_policy, tokens, attention_mask)
@@ -360,7 +328,7 @@ def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
                 before, after = before[attention_mask], after[attention_mask]
             before = before.float()
             errors[name] = ((before - after.float()).norm() / before.norm().clamp(min=1e-12)).item()
-    return tuple(sorted(errors.items(), key=lambda pair: pair[1], reverse=True)[:count])
+    return tuple(sorted(errors.items(), key=lambda pair: pair[1], reverse=True)[:NUM_LAYERS])
 
 
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
@@ -386,11 +354,6 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
             busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
             lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
         all_tables.append(("experts, shares that both sides take", columns, lines))
-    lines = []
-    for token in report.tokens:
-        context = f"{token.before}[{token.token}]{token.after}"
-        lines.append((f"{token.row}, {token.position}", context, f"{token.learner:.4f}", f"{token.rollout:.4f}"))
-    all_tables.append(("worst tokens", ("row, position", "in context", "learner", "rollout"), lines))
     lines = [(name, f"{error:.2e}") for name, error in report.layers]
     all_tables.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
     return all_tables

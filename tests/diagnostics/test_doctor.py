@@ -9,7 +9,7 @@ from doctor_cases import make, prompts, sampler
 from emulated import int3_emulated
 from mixtures import moe, on_a_boundary
 
-from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, WorstToken, diagnose, tables, write_doctor
+from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, diagnose, tables, write_doctor
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import FakeQuantize
@@ -157,24 +157,16 @@ def test_a_quantized_rollout_in_bf16_is_precision_and_quantization_and_nothing_e
     assert by_name["quantized weights"] > by_name["precision"] > 0 == by_name["stale weights"]
 
 
-def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
+def test_worst_layers_are_the_ones_that_differ_most():
     policy = make()
     other = quantized_copy(policy, None)
     other.module.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
-    report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=other, num_worst=3)
+    report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=other)
     worst = dict(report.layers)
     # ||1.5 y - y|| / ||y||, also of down_proj, which is linear in y: rounding decides which of the two comes first.
     assert {name for name, _ in report.layers[:2]} == {f"model.layers.1.mlp.{part}_proj" for part in ("up", "down")}
     assert worst["model.layers.1.mlp.up_proj"] == pytest.approx(0.5, rel=1e-5) == report.layers[0][1]
-    gaps = [abs(token.learner - token.rollout) for token in report.tokens]
-    assert gaps == sorted(gaps, reverse=True) and gaps[0] == pytest.approx(report.total.max_abs, rel=1e-6)
-    assert len(report.tokens) == 3 and report.num_tokens == 12 * 8
-    rollout = sampler(other, prompts(), torch.Generator().manual_seed(0))
-    for token in report.tokens:
-        row, live = rollout.tokens[token.row], rollout.attention_mask[token.row]
-        before = [x for x, real in zip(row[: token.position][-8:], live[: token.position][-8:], strict=True) if real]
-        parts = before, row[token.position : token.position + 1], row[token.position + 1 :][:8]
-        assert (token.before, token.token, token.after) == tuple(map(policy.tokenizer.decode, parts))
+    assert len(report.layers) == 5 and report.num_tokens == 12 * 8
 
 
 def test_autoregressive_policies_are_examined_too():
@@ -244,8 +236,7 @@ CAUSES = (
     Cause("stale weights", 0.005, 0.01, 0.0, 1.0),
     Cause("precision", 0.004, 0.009, 0.0, 1.0),
 )
-TOKENS = (WorstToken(2, 7, "<b>", "a&", "c", -1.0, -2.5),)
-REPORT = Report("none", 12, Cause("all", 0.25, 1.5, 0.03, 0.9), CAUSES, TOKENS, (("layer", 0.125),))
+REPORT = Report("none", 12, Cause("all", 0.25, 1.5, 0.03, 0.9), CAUSES, (("layer", 0.125),))
 
 
 def test_a_report_is_printed_as_tables_or_json(capsys):
@@ -270,5 +261,4 @@ def test_rows_by_hand():
         ("stale weights", "5.00e-03", "1.00e-02", "0.0e+00", "1.0000", ADVICE["stale weights"]),
         ("precision", "4.00e-03", "9.00e-03", "0.0e+00", "1.0000", ""),
     ]
-    assert found["worst tokens"] == [("2, 7", "a&[<b>]c", "-1.0000", "-2.5000")]
-    assert found["worst layers"] == [("layer", "1.25e-01")] and len(found) == 3
+    assert found["worst layers"] == [("layer", "1.25e-01")] and len(found) == 2
