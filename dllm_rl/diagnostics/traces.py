@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dllm_rl.files import write_text
 from dllm_rl.records import Record, make_record, option
@@ -21,7 +22,7 @@ from dllm_rl.screen import line_of
 from dllm_rl.types import BatchRecord, Order, Rollout, SamplingParams, group_numbers
 
 FORMAT = {"format": "dllm_rl_trace", "version": 1}
-MAX_INTEGER = 2**31  # limit on ids and steps, so that no sum overflows
+MAX_INTEGER = 10**9  # limit on ids and steps, so that no sum overflows
 # Values of `Order.probability` that are restored. The others need data that a trace lacks, and become "unknown".
 RESTORED_STATUSES = ("deterministic", "independent")
 
@@ -172,17 +173,16 @@ def _read_line(line: bytes, where: str) -> tuple[TraceSettings, Rollout]:
     names = [field.name for field in fields(TraceSettings)]  # type: ignore[arg-type]
     try:
         settings = make_record(TraceSettings, {name: values[name] for name in names if name in values})
-        tokens = _integers(values, "tokens", at_least=0)
-        completion = _integers(values, "completion_mask", at_least=0, at_most=1).bool()
-        unmask_step = _integers(values, "unmask_step", at_least=-MAX_INTEGER)
+        tokens = _tensor(values, "tokens", 0)
+        completion = _tensor(values, "completion_mask", 0, 1).bool()
+        unmask_step = _tensor(values, "unmask_step", -MAX_INTEGER)
         logprobs = torch.where(completion, torch.nan, 0.0)
         if values.get("logprobs") is not None:
-            logprobs = _logprobs(values)
+            logprobs = _tensor(values, "logprobs", -1e30, 1e30, torch.float32)
         order = None
         if values.get("block_first_step") is not None:
-            first_step = _integers(values, "block_first_step", at_least=-MAX_INTEGER)
             probability = settings.order if settings.order in RESTORED_STATUSES else "unknown"
-            order = Order(first_step, settings.rank, probability=probability)
+            order = Order(_tensor(values, "block_first_step", -MAX_INTEGER), settings.rank, probability=probability)
     except ValueError as error:
         raise ValueError(f"{where}: {line_of(error)}") from None
     row = Rollout(
@@ -200,28 +200,20 @@ def _read_line(line: bytes, where: str) -> tuple[TraceSettings, Rollout]:
     return settings, row
 
 
-def _integers(values: dict[str, Any], name: str, *, at_least: int, at_most: int = MAX_INTEGER) -> torch.Tensor:
-    """Return a field as a tensor (1, T). Raise ValueError if it is no list of a number in the range per token."""
-    for index, value in enumerate(_list(values, name)):
-        if type(value) is not int or not at_least <= value <= at_most:
-            raise ValueError(f"{name}[{index}]={value!r} must be a whole number in [{at_least}, {at_most}]")
-    return torch.tensor([values[name]], dtype=torch.int64)
+def _tensor(
+    values: dict[str, Any], name: str, low: float, high: float = MAX_INTEGER, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return a field as a tensor (1, T), with NaN for null if the numbers are floats.
 
-
-def _logprobs(values: dict[str, Any]) -> torch.Tensor:
-    """Return the field `logprobs` as a tensor (1, T). Raise ValueError if an item is no number and not null."""
-    for index, value in enumerate(_list(values, "logprobs")):
-        if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):  # False for NaN and infinity
-            raise ValueError(f"logprobs[{index}]={value!r} must be a finite number, or null")
-    numbers = [math.nan if value is None else value for value in values["logprobs"]]
-    return torch.tensor([numbers], dtype=torch.float32)
-
-
-def _list(values: dict[str, Any], name: str) -> list[Any]:
-    """Return a field. Raise ValueError if it is no list with an item for each token."""
+    Raises:
+        ValueError: It is no list with a number between `low` and `high` for each token.
+    """
     items, tokens = values.get(name), values.get("tokens")
-    if not isinstance(items, list):
+    if not isinstance(items, list) or not isinstance(tokens, list) or len(items) != len(tokens):
         raise ValueError(f"{name}={items!r} must be a list with an entry for each token")
-    if not isinstance(tokens, list) or len(items) != len(tokens):
-        raise ValueError(f"{name} has {len(items)} entries; give one for each of the tokens")
-    return items
+    kinds, kind = ((int, float), "a number") if dtype.is_floating_point else ((int,), "a whole number")
+    for index, value in enumerate(items):
+        is_missing = value is None and dtype.is_floating_point
+        if not is_missing and (type(value) not in kinds or not low <= value <= high):  # NaN fails too
+            raise ValueError(f"{name}[{index}]={value!r} must be {kind} in [{low:g}, {high:g}]")
+    return torch.tensor([[math.nan if value is None else value for value in items]], dtype=dtype)

@@ -54,6 +54,7 @@ ENGINE_PATHS = {"/weights": update_weights, "/rollouts": sample_rollout, "/logit
 MAX_ENGINE_BODY_BYTES = 2**28  # largest body of a request for /rollouts or /logits
 MAX_WEIGHTS_HEADER_BYTES = 2**24  # a body for /weights may be this much larger than the weights in fp32
 SPARE_REQUESTS = 64  # requests that may be open in addition to a full queue
+CHAT_PATH = "/v1/chat/completions"
 PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing about the model
 
 
@@ -138,24 +139,8 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
     started = int(time.time())
     # FastAPI's docs pages are switched off, because they load scripts from other hosts.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.exception_handler(Refused)
-    async def refuse(request: Request, refused: Refused) -> Response:
-        return error_response(refused)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        path = f"{request.method} {request.url.path}"
-        return error_response(Refused(error.status_code, f"{path}: {error.detail}; see docs/serving.md"))
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        kind = type(error).__name__
-        return error_response(Refused(500, f"the server failed with {kind}; see the traceback in the server's output"))
-
-    @app.exception_handler(ClientDisconnect)
-    async def client_left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+    for kind in (Refused, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer_error)
 
     @app.get("/")
     async def page() -> Response:
@@ -175,13 +160,8 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
             raise Refused(404, f"model={name!r} is not served here; use model={settings.name!r}", "model")
         return json_response(_model(name, started))
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(request, batcher, settings, numbers, is_chat=False)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await _answer(request, batcher, settings, numbers, is_chat=True)
+        return await _answer(request, batcher, settings, numbers)
 
     async def engine(request: Request) -> Response:
         path = request.url.path
@@ -193,9 +173,23 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         (answer,) = await run_jobs(request, batcher, [job], settings.timeout, first=True)
         return Response(answer, media_type="application/octet-stream")
 
+    for path in ("/v1/completions", CHAT_PATH):
+        app.add_api_route(path, completions, methods=["POST"])
     for path in ENGINE_PATHS:
         app.add_api_route(path, engine, methods=["POST"])
     return _with_access(app, settings)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, HTTPException):
+        path = f"{request.method} {request.url.path}"
+        error = Refused(error.status_code, f"{path}: {error.detail}; see docs/serving.md")
+    elif not isinstance(error, Refused):
+        kind = type(error).__name__
+        error = Refused(500, f"the server failed with {kind}; see the traceback in the server's output")
+    return error_response(error)
 
 
 def _with_access(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
@@ -222,14 +216,13 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "dllm_rl"}
 
 
-async def _answer(
-    request: Request, batcher: Batcher, settings: ServerSettings, numbers: Iterator[int], *, is_chat: bool
-) -> Response:
+async def _answer(request: Request, batcher: Batcher, settings: ServerSettings, numbers: Iterator[int]) -> Response:
     """Answer a request for completions, whose number is the next one if it is not refused."""
     # Web pages of other sites may send forms and plain text to this server without a CORS preflight, but not JSON.
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise Refused(415, f"Content-Type is {content_type or 'missing'}; send application/json")
+    is_chat = request.url.path == CHAT_PATH
     policy, advice = batcher.policy, "send less, or raise --max_body_bytes"
     data = await read_body(request, settings.max_body_bytes, settings.client_timeout, advice=advice)
     parsed = read_request(data, policy, batcher.defaults, settings, is_chat=is_chat)

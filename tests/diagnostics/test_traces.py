@@ -218,12 +218,12 @@ REFUSED = {
     "other fields": ({"a": 1}, "format and version are not"),
     "version": (GOOD | {"version": 2}, "format and version are not"),
     "a text": (GOOD | {"tokens": "34"}, "tokens='34' must be a list"),
-    "a fraction": (GOOD | {"tokens": [3, 4.5]}, "tokens[1]=4.5 must be a whole number in [0, 2147483648]"),
+    "a fraction": (GOOD | {"tokens": [3, 4.5]}, "tokens[1]=4.5 must be a whole number in [0, 1e+09]"),
     "a bool": (GOOD | {"tokens": [3, True]}, "tokens[1]=True must be"),
     "negative": (GOOD | {"tokens": [3, -4]}, "tokens[1]=-4 must be"),
     "a huge step": (GOOD | {"unmask_step": [-1, 10**30]}, "unmask_step[1]=1000000"),
-    "infinite": (GOOD | {"logprobs": [0, math.inf]}, "logprobs[1]=inf must be a finite number, or null"),
-    "lengths": (GOOD | {"unmask_step": [0]}, "unmask_step has 1 entries; give one for each of the tokens"),
+    "infinite": (GOOD | {"logprobs": [0, math.inf]}, "logprobs[1]=inf must be a number in [-1e+30, 1e+30]"),
+    "lengths": (GOOD | {"unmask_step": [0]}, "unmask_step=[0] must be a list with an entry for each token"),
     "temperature": (GOOD | {"temperature": "hot\u202e"}, "temperature='hot"),
     "top_k": (GOOD | {"top_k": 0}, "top_k=0 must be at least 1"),
     "group": (GOOD | {"group": -1}, "group=-1 must be at least 0"),
@@ -233,7 +233,7 @@ REFUSED = {
     "no steps": ({name: value for name, value in GOOD.items() if name != "unmask_step"}, "unmask_step=None must be"),
     "suppress": (GOOD | {"suppress": [1, "2"]}, "suppress[1]='2' is of type str; give int"),
     "forwards": (GOOD | {"forwards": 1.5}, "forwards=1.5 is of type float; give int"),
-    "null": (GOOD | {"logprobs": [None, "-1"]}, "logprobs[1]='-1' must be a finite number, or null"),
+    "null": (GOOD | {"logprobs": [None, "-1"]}, "logprobs[1]='-1' must be a number in"),
 }
 
 
