@@ -17,7 +17,6 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Sampler
-from dllm_rl.screen import line_of
 from dllm_rl.serving.settings import check_number_of_steps
 from dllm_rl.types import Prompts, Rollout
 
@@ -38,13 +37,6 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
-
-    def body(self) -> dict[str, Any]:
-        """Return the response's JSON object."""
-        types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        default = "invalid_request_error" if self.status < 500 else "server_error"
-        error_type = types.get(self.status, default)
-        return {"error": {"message": line_of(self), "type": error_type, "param": self.param, "code": self.status}}
 
 
 def shutting_down() -> Refused:

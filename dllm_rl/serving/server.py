@@ -60,10 +60,13 @@ PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing ab
 
 def error_response(refused: Refused) -> Response:
     """Return an error in OpenAI's format."""
+    types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    error_type = types.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")
+    error = {"message": line_of(refused), "type": error_type, "param": refused.param, "code": refused.status}
     headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
     if refused.status in (429, 503):
         headers["Retry-After"] = "1"
-    return json_response(refused.body(), refused.status, headers)
+    return json_response({"error": error}, refused.status, headers)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

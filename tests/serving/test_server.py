@@ -109,6 +109,7 @@ def test_a_huge_body_gets_an_answer(guarded):
     chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"3e8\r\n" + b"1" * 1000 + b"\r\n"
     head = request_bytes("").partition(b"Content-Length")[0]
     assert error_of(guarded.raw(head + chunks[: chunks.index(b"3e8")] + chunks[chunks.index(b"3e8") :] * 3))[0] == 413
+    assert error_of(guarded.raw(request_bytes("1" * 3_000_000)))[0] == 413  # the server closes this connection
     # A client that asks first is not made to send.
     began = time.monotonic()
     assert error_of(guarded.raw(request_bytes("", length=10**12, more="Expect: 100-continue\r\n")))[0] == 413
