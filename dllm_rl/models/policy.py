@@ -533,11 +533,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     # rows after the last token, which only pad the table) are initialized with the mean of these rows.
     has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
     has_token[mask_id] = False
-    with torch.no_grad():
-        for table in (
-            module.get_input_embeddings(),
-            module.get_output_embeddings(),
-        ):  # if the two are tied, both passes write the same row
+    with torch.no_grad():  # if the two tables are tied, both passes write the same row
+        for table in (module.get_input_embeddings(), module.get_output_embeddings()):
             table.weight[~has_token] = table.weight[has_token].mean(0)
     module.config.is_causal = False
     module.config.shifted_head = True  # so that `find_family` recognizes a saved copy

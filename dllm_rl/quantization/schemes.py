@@ -280,9 +280,8 @@ class EmulatedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.source_dtype = weight.dtype  # `load_` first casts an fp32 learner's weight to it, as the first copy did
-        dtype = (
-            weight.dtype if config.activation is None else torch.float32
-        )  # fp32 gives the same bits as torchao on a CPU
+        # fp32 gives the same bits as torchao on a CPU.
+        dtype = weight.dtype if config.activation is None else torch.float32
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)

@@ -141,11 +141,9 @@ def nemotron(raw: dict) -> tuple[type, transformers.Ministral3Config]:
     """Nemotron-Labs-Diffusion: a Ministral 3, causal if its `dlm_paradigm` is autoregressive."""
     _refuse(raw, attention_bias=False, mlp_bias=False, sliding_window=None)
     rope = {**raw["rope_parameters"]}
-    beta = {
-        "llama_4_scaling_beta": rope.pop("llama_4_scaling_beta")
-    }  # a field of this stock class only: it scales queries
+    beta = rope.pop("llama_4_scaling_beta")  # a field of this stock class only: it scales queries
     fields = _fields(raw | {"rope_parameters": rope}, is_causal=raw.get("dlm_paradigm") == "autoregressive")
-    fields["rope_parameters"] |= beta
+    fields["rope_parameters"]["llama_4_scaling_beta"] = beta
     return transformers.Ministral3ForCausalLM, transformers.Ministral3Config(**fields)
 
 

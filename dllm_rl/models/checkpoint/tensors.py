@@ -105,20 +105,19 @@ def write_tensors(state: Mapping[str, Tensor | LazyTensor], directory: Path, *, 
             bytes_left = max_shard_size
         shards[-1].append(name)
         bytes_left -= tensor.nbytes
-    for old in [
-        *directory.glob("model*.safetensors"),
-        *directory.glob(INDEX),
-    ]:  # otherwise a later load would read them too
-        old.unlink()
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
+        old.unlink()  # otherwise a later load would read them too
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        # Tensors that do not fill their storage are copied, because safetensors writes complete storages.
-        save_file(
-            {name: _without_shared_storage(_compute_on_host(state[name])) for name in names},
-            directory / file,
-            {"format": "pt"},
-        )
+        tensors = {}
+        for name in names:
+            given = state[name]
+            tensor = (given.make() if isinstance(given, LazyTensor) else given).detach().cpu()
+            # safetensors writes complete storages, so that a part of one must be copied.
+            fills_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
+        save_file(tensors, directory / file, {"format": "pt"})
     if len(files) > 1:
         weight_map: dict[str, str] = {}
         for file, names in zip(files, shards, strict=True):
@@ -139,16 +138,6 @@ def mismatched_tensors(state: State, module_state: State) -> list[str]:
         if stored.shape == target.shape and has_same_kind:
             matching.append(name)
     return sorted((state.keys() | module_state.keys()).difference(matching))
-
-
-def _compute_on_host(tensor: Tensor | LazyTensor) -> Tensor:
-    computed = tensor.make() if isinstance(tensor, LazyTensor) else tensor
-    return computed.detach().cpu()
-
-
-def _without_shared_storage(tensor: Tensor) -> Tensor:
-    fills_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def stock_to_original(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
