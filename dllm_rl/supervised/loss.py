@@ -73,9 +73,7 @@ def corrupted(
 def add_noise(
     policy: Policy,
     examples: Sequence[Example],
-    levels: Float[Tensor, " B"],
-    uniforms: Float[Tensor, "B L"],
-    noise: Float[Tensor, "B L"],
+    draws: tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]],
     *,
     corruption: float = 0.0,
     per_token: bool = False,
@@ -85,9 +83,7 @@ def add_noise(
     Args:
         policy: Policy to train.
         examples: Examples to add noise to.
-        levels: Probability of each example that a learned token is masked.
-        uniforms: Uniform random numbers that decide which tokens are masked.
-        noise: Uniform random numbers that choose the tokens to corrupt and their replacements.
+        draws: What `draw_levels` returns for these examples.
         corruption: Share of the learned tokens to replace by random tokens. Default: 0.
         per_token: Whether every learned token counts alike in a diffusion model's loss. False (default): every example
             does.
@@ -95,6 +91,7 @@ def add_noise(
     Returns:
         The noisy examples, and the number to divide the sum of their weighted losses by.
     """
+    levels, uniforms, noise = draws
     causal = policy.spec.attention == "causal"
     noisy_examples = []
     divisor = 0

@@ -133,7 +133,7 @@ class SupervisedTrainer:
         else:
             noise = draw_levels(generator, count, max(int(item.learned.sum()) for item in examples))
             noisy_examples, divisor = add_noise(
-                policy, examples, *noise, corruption=self.corruption, per_token=self.like_rollouts
+                policy, examples, noise, corruption=self.corruption, per_token=self.like_rollouts
             )
         local_examples = noisy_examples[self.processes.process_index :: self.processes.num_processes]
         lengths = [item.num_tokens for item in local_examples]

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
-from dllm_rl.distributed.stop import as_written, how_to_continue, leaving_nothing_behind
+from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.lora import add_lora
@@ -24,10 +24,10 @@ from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.finish import write_summary
-from dllm_rl.training.hooks import before_first_step, end_step, load_best
+from dllm_rl.training.hooks import before_first_step, load_best, take_steps
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import install_emergency_saves, make_writer, save, wait_for_checkpoint
+from dllm_rl.training.saving import install_emergency_saves, make_writer, save
 from dllm_rl.training.start import launch, open_log, restore
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import check_evaluations, evaluation_interval
@@ -102,15 +102,7 @@ def fine_tune(recipe: SFT) -> Summary:
         is_due = eval_interval and (step + 1) % eval_interval == 0
         return {"eval/loss": evaluate()["loss"]} if is_due else {}
 
-    for step in range(run.state.logged_steps, recipe.num_steps):
-        metrics = run.state.unlogged  # set if a resumed run's last step was updated, but not evaluated and logged
-        if metrics is None:
-            metrics = take_step(run, training, step)
-        end_step(run, step, metrics, evaluate_if_due)
-        if run.control.stop_reason is not None:
-            break
-    stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    wait_for_checkpoint(run)
+    take_steps(run, partial(take_step, run, training), evaluate_if_due)
     load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state))
     eval_after = evaluate()
     return write_summary(

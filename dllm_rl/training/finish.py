@@ -7,7 +7,6 @@ from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import machine
-from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.monitoring import plots
@@ -18,18 +17,15 @@ from dllm_rl.training.hooks import best_folder, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import wait_for_checkpoint
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, format_metrics
 
 
 def finish(run: Run[Recipe]) -> Summary:
-    """Evaluate on held-out problems, write summary.json and the plot, and print the result."""
+    """Evaluate on held-out problems, write summary.json and the plot, and print the result. Call `take_steps` first."""
     recipe = run.recipe
     log = run.log
     eval_before = run.state.eval_before
-    run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    wait_for_checkpoint(run)
     load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
     with log.stage("evaluation"):
         eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)

@@ -11,11 +11,12 @@ from dllm_rl.callbacks import Callback, SaveBest, StopBelow, state_of
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.models.base import Policy
 from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import checkpoint_if_due
+from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
 
 
 def before_first_step(run: Run[Settings]) -> None:
@@ -69,6 +70,29 @@ def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> N
     resume calls `end_step` again.
     """
     run.state = replace(run.state, step=step + 1, version=run.policy.weights_version, unlogged=metrics)
+
+
+def take_steps(
+    run: Run[Settings], take_step: Callable[[int], dict[str, float]], evaluate: Callable[[int], dict[str, float]]
+) -> None:
+    """Take the steps that are left of a run, and wait until the last one is saved. Collective: every process must call
+    it.
+
+    Args:
+        run: The run.
+        take_step: Function that updates the weights in a step and returns the step's metrics.
+        evaluate: Function that returns the metrics of an evaluation after a step; {} if none is due.
+    """
+    for step in range(run.state.logged_steps, run.recipe.num_steps):
+        # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
+        metrics = run.state.unlogged
+        if metrics is None:
+            metrics = take_step(step)
+        end_step(run, step, metrics, evaluate)  # on a signal, saves and then ends the process
+        if run.control.stop_reason is not None:
+            break
+    run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe)}")
+    wait_for_checkpoint(run)
 
 
 def end_step(

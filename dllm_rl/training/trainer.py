@@ -17,7 +17,7 @@ from dllm_rl.step.update import train_step
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
-from dllm_rl.training.hooks import end_step, record_update
+from dllm_rl.training.hooks import record_update, take_steps
 from dllm_rl.training.late_rollouts.schedule import Pool
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
@@ -50,14 +50,7 @@ def train(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
     run = start(recipe, pool, features)  # starts a new run, or resumes one from a checkpoint
-    for step_index in range(run.state.logged_steps, recipe.num_steps):
-        # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
-        metrics = run.state.unlogged
-        if metrics is None:
-            metrics = take_step(run, step_index)
-        end_step(run, step_index, metrics, partial(validate, run))  # on a signal, saves and then ends the process
-        if run.control.stop_reason is not None:
-            break
+    take_steps(run, partial(take_step, run), partial(validate, run))
     return finish(run)
 
 

@@ -24,7 +24,8 @@ PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
 def layout_of(policy, examples, levels, uniforms, noise, *, corruption=0.0):
     """The rows of a warm-up's step, and the divisor of their loss."""
-    shown, total = add_noise(policy, examples, levels, uniforms, noise, corruption=corruption, per_token=True)
+    drawn = levels, uniforms, noise
+    shown, total = add_noise(policy, examples, drawn, corruption=corruption, per_token=True)
     rows = [[one] for one in shown]
     return lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=True), total
 
