@@ -37,7 +37,7 @@ def uniforms(
     the completion's start, so that padding changes nothing.
     """
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
-    bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)  # fp64 has 53 bits
+    bits = (_mix(state + (positions + 1) * GAMMA) >> 11) & (2**53 - 1)  # fp64 has 53 bits
     return bits.double() * 2.0**-53
 
 
@@ -57,11 +57,7 @@ def keep_mask(
 
 def _mix(x: Int[Tensor, "*K"]) -> Int[Tensor, "*K"]:
     """Apply SplitMix64's finalizer; products wrap around at 64 bits."""
-    x = (x ^ _shift(x, 30)) * MULTIPLIER_1
-    x = (x ^ _shift(x, 27)) * MULTIPLIER_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Int[Tensor, "*K"], bits: int) -> Int[Tensor, "*K"]:
-    """Shift right and fill with zeros; `>>` fills with the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    # The masks fill with zeros from the left, because `>>` fills with the sign.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * MULTIPLIER_1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * MULTIPLIER_2
+    return x ^ ((x >> 31) & (2**33 - 1))

@@ -23,23 +23,29 @@ SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 
 @dataclass(frozen=True)
 class _Movable:
-    """Base of the records whose tensors move to a device together."""
+    """Base of the records whose tensors move to a device together, and which are cut to some rows together.
+
+    Attributes:
+        ROW_AXIS: Axis of the rows in tensors of more than one axis. A vector has one entry per row.
+    """
+
+    ROW_AXIS: ClassVar[int] = 0
 
     def to(self: MovableT, device: torch.device | str) -> MovableT:
         return self.map(lambda x: x.to(device))
 
     def map(self: MovableT, f: Callable[[Tensor], Tensor]) -> MovableT:
         """Apply `f` to every tensor, including the tensors of nested records, in the order of the fields."""
-
-        def apply(value: Any) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                return f(value)
-            if isinstance(value, tuple):
-                return tuple(map(apply, value))
-            return value.map(f) if isinstance(value, _Movable) else value
-
-        fields = dataclasses.fields(self)
-        return dataclasses.replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields})
+                changes[field.name] = f(value)
+            elif isinstance(value, _Movable):
+                changes[field.name] = value.map(f)
+            elif isinstance(value, tuple):  # of records, such as the features of views
+                changes[field.name] = tuple(x.map(f) if isinstance(x, _Movable) else x for x in value)
+        return dataclasses.replace(self, **changes)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors in the order of `map`."""
@@ -51,6 +57,11 @@ class _Movable:
 
         self.map(collect)
         return tensors
+
+    def rows(self: MovableT, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> MovableT:
+        """Return the rows with the indices `keep`, in this order, cut to `columns`."""
+        before: tuple[Any, ...] = (slice(None),) * self.ROW_AXIS
+        return self.map(lambda x: x[keep] if x.dim() == 1 else x[(*before, keep)][(*before, slice(None), columns)])
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,6 @@ class BatchRecord(_Movable):
 
     FILL: ClassVar[dict[str, Any]] = {}
     IF_NONE: ClassVar[dict[str, int | float]] = {}
-
-    def rows(self: RecordT, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> RecordT:
-        """Return the rows with the indices `keep`, in this order, cut to `columns`."""
-        return self.map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector has one entry per row
 
     def padded(self: RecordT, columns: int, *, pad_id: int = 0, right: bool = False) -> RecordT:
         """Pad with `columns` columns on the left or right: `tokens` with pad_id, other fields with FILL."""
@@ -203,7 +210,7 @@ def group_numbers(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
 
 def group_sizes(group: Int[Tensor, " B"]) -> list[int]:
     """Return the number of rows of each group."""
-    return group_numbers(group).bincount().tolist()
+    return group.unique_consecutive(return_counts=True)[1].tolist()
 
 
 def any_in_group(flags: Bool[Tensor, " B"], group: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
@@ -271,12 +278,25 @@ class Prompts(BatchRecord):
             raise ValueError(f"num_generations={num_generations} must be at least 1, for each of {len(ids)} prompts")
         if seeds is not None and len(seeds) != sum(counts):
             raise ValueError(f"seeds has {len(seeds)} entries; {sum(counts)} rows of {len(ids)} prompts need one each")
-        prompts = cls(
-            tokens=_left_pad(ids, pad_id, torch.long),
-            attention_mask=_left_pad([[True] * len(row) for row in ids], False, torch.bool),
-            group=torch.arange(len(ids)),
-            infill_mask=_infill_mask(ids, mask_id, open_positions),
-        ).rows(torch.arange(len(ids)).repeat_interleave(torch.tensor(counts)))
+        if mask_id is not None:
+            if open_positions is not None:
+                raise ValueError("mask_id and open_positions both mark positions to fill in; give one of them")
+            open_positions = [[token == mask_id for token in row] for row in ids]
+        lengths = torch.tensor(list(map(len, ids)))
+        if open_positions is not None and list(map(len, open_positions)) != lengths.tolist():
+            raise ValueError("open_positions must have one bool for each token id of each prompt")
+        width = max(1, int(lengths.max()))  # a batch of empty prompts still has a column, which nothing attends to
+        is_token = torch.arange(width) >= width - lengths[:, None]
+        tokens = torch.full(is_token.shape, pad_id)
+        tokens[is_token] = torch.tensor([token for row in ids for token in row], dtype=torch.long)
+        infill_mask = None
+        if open_positions is not None and any(map(any, open_positions)):  # without any, samplers do less work
+            infill_mask = torch.zeros_like(is_token)
+            infill_mask[is_token] = torch.tensor(
+                [is_open for row in open_positions for is_open in row], dtype=torch.bool
+            )
+        prompts = cls(tokens, is_token, group=torch.arange(len(ids)), infill_mask=infill_mask)
+        prompts = prompts.rows(prompts.group.repeat_interleave(torch.tensor(counts)))
         return dataclasses.replace(prompts, seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long))
 
     @property
@@ -330,27 +350,6 @@ def pack_groups(rows: Int[Tensor, " R"], group: Int[Tensor, " R"], size: int | N
             count -= size
         counts[-1] += count
     return [batch for batch in rows.split(counts) if len(batch)]
-
-
-def _left_pad(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
-    width = max(1, *map(len, rows))  # a batch of empty prompts still has a column, which nothing attends to
-    return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
-
-
-def _infill_mask(
-    ids: Sequence[Sequence[int]], mask_id: int | None, positions: Sequence[Sequence[bool]] | None
-) -> Bool[Tensor, "P S"] | None:
-    """Return the mask of the positions to fill in, or None if there are none."""
-    if mask_id is not None:
-        if positions is not None:
-            raise ValueError("mask_id and open_positions both mark positions to fill in; give one of them")
-        positions = [[token == mask_id for token in row] for row in ids]
-    if positions is None:
-        return None
-    if list(map(len, positions)) != list(map(len, ids)):
-        raise ValueError("open_positions must have one bool for each token id of each prompt")
-    infill_mask = _left_pad(positions, False, torch.bool)
-    return infill_mask if infill_mask.any() else None  # without such positions, samplers do less work
 
 
 @dataclass(frozen=True)
@@ -571,6 +570,7 @@ class ViewTensors(_Movable):
     that changes how views are scored.
     """
 
+    ROW_AXIS: ClassVar[int] = 1
     is_per_token: ClassVar[bool] = True  # whether each contribution is the log-prob of one token
 
     @property
@@ -599,13 +599,12 @@ class Views(_Movable):
             tensors.
     """
 
+    ROW_AXIS: ClassVar[int] = 1
+
     masked: Bool[Tensor, "N B T"]
     coefficients: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
     features: tuple[ViewTensors, ...] = ()
-
-    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Views":
-        return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def restrict_to_rows(self, live: Bool[Tensor, " B"]) -> "Views":
         """Return views with the same masks that score only the rows in `live`."""
