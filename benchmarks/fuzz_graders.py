@@ -43,8 +43,6 @@ FIELDS = {
     "reasoning_gym/mini_sudoku": {"puzzle": "2143432134000030", "solution": "2143432134121234"},
     "reasoning_gym/puzzle24": {"numbers": [1, 3, 5, 9], "target": 24},
     "reasoning_gym/zebra_puzzles": {"answer": "arnold"},
-    "reasoning_gym/graph_color": {"count": 4, "pairs": [[0, 1], [0, 2], [1, 2]], "colors": 3},
-    "reasoning_gym/course_schedule": {"count": 4, "pairs": [[0, 2], [1, 2], [3, 0]]},
     "code": {"prelude": "def f(a):\n", "entry_point": "f", "arguments": 1, "tests": "assert f(41) == 42"},
 }
 for name in FIELDS:
@@ -59,8 +57,6 @@ RIGHT = {
     "reasoning_gym/mini_sudoku": ["2143432134121234", "<answer>\n2 1 4 3\n4 3 2 1\n3 4 1 2\n1 2 3 4\n</answer>"],
     "reasoning_gym/puzzle24": ["<answer>1*3*5 + 9</answer>", "\\boxed{(9 + 5 \\times 3)/1}"],
     "reasoning_gym/zebra_puzzles": ["<answer>arnold</answer>", "so \\boxed{Arnold}."],
-    "reasoning_gym/graph_color": ['<answer>{"0": 1, "1": 2, "2": 3, "3": 1}</answer>'],
-    "reasoning_gym/course_schedule": ["<answer>2, 1, 0, 3</answer>", "<answer>[2, 0, 3, 1]</answer>"],
     "code": ["    return a + 1\n", "```python\nimport math\ndef f(a):\n    return math.ceil(a + 0.5)\n```"],
 }
 PIECES = [

@@ -205,7 +205,7 @@ class Lazy(Sudoku):
         return object()
 
 
-@pytest.mark.parametrize("change", [{"size": 7}, {"shots": 2}, {"solved_weight": 0.5}, {"rule": Schedule()}])
+@pytest.mark.parametrize("change", [{"size": 7}, {"seed": 2}, {"solved_weight": 0.5}, {"rule": Schedule()}])
 def test_what_a_task_has_cached_is_no_setting(recipe, change):
     task = Lazy(prompt_format="text")  # whose constructor reads its text
     assert task.puzzles and {"puzzles", "_template"} <= vars(task).keys()

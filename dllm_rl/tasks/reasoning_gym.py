@@ -4,10 +4,9 @@ reasoning-gym's own scorers are not used, because they evaluate code that a mode
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -18,13 +17,10 @@ from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.math import graders as math
 from dllm_rl.tasks.prompt_texts import BLANK, Prompted
-from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, require_field, text_of
+from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, text_of
 from dllm_rl.tasks.sudoku import graders as sudoku
 from dllm_rl.tasks.sudoku.task import lines
 
-ORDER = """Each of {count} courses, numbered from 0, is taken once. In every pair [a, b] course b comes before course a:
-{pairs}
-Write the numbers of all courses in such an order, separated by commas."""
 MAX_TRIES = 1000  # generated entries per problem before giving up
 
 Fields = Mapping[str, Any]
@@ -38,65 +34,18 @@ def exact(fields: Fields, completion: str) -> Reward:
     Case, surrounding blanks and a final period are ignored.
     """
     answer = (final_answer(completion) or "").removesuffix(".").strip().casefold()
-    return _graded(answer != "", answer == fields["answer"].casefold())
+    value = float(answer != "" and answer == fields["answer"].casefold())
+    return Reward(value, answer != "", {"accuracy": value})
 
 
-def coloring(fields: Fields, completion: str) -> Reward:
-    """Check that the strict answer is a JSON object that colors each vertex once, and adjacent ones differently [ours].
-
-    Colors are integers from 1 to `colors`.
-    """
-    try:
-        pairs = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
-    except (ValueError, RecursionError):  # RecursionError: a hostile text of brackets
-        pairs = None
-    color_by_vertex = dict(pairs) if isinstance(pairs, tuple) else {}  # only a JSON object is read as a tuple
-    vertices = sorted(map(str, range(fields["count"])))
-    has_all_vertices = sorted(color_by_vertex) == vertices and len(pairs) == len(color_by_vertex)
-    # Not isinstance: True is an int, but not a color.
-    has_valid_colors = all(type(color) is int and 1 <= color <= fields["colors"] for color in color_by_vertex.values())
-    is_right = has_all_vertices and has_valid_colors
-    is_right = is_right and all(color_by_vertex[str(a)] != color_by_vertex[str(b)] for a, b in fields["pairs"])
-    return _graded(bool(color_by_vertex), is_right)
-
-
-def course_order(fields: Fields, completion: str) -> Reward:
-    """Check that the strict answer lists each course once, and in each pair the second before the first [ours]."""
-    words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
-    index_of = dict(zip(words, range(len(words)), strict=True))
-    courses = set(map(str, range(fields["count"])))
-    has_all_courses = len(words) == len(courses) and set(words) == courses
-    is_right = has_all_courses and all(index_of[str(b)] < index_of[str(a)] for a, b in fields["pairs"])
-    return _graded(bool(words) and set(words) <= courses, is_right)
-
-
-def _graded(parsed: bool, is_right: bool) -> Reward:
-    value = float(parsed and is_right)
-    return Reward(value, parsed, {"accuracy": value})
-
-
-def _parse_entry(entry: Fields) -> GeneratedProblem | None:
-    """Convert an entry of the generator to a problem; None for a course schedule that has no order.
-
-    The generator's question is whether there is an order; this task asks for the order instead.
-    """
+def _parse_entry(entry: Fields) -> GeneratedProblem:
+    """Convert an entry of the generator to a problem."""
     question = entry["question"]
     answer = entry["answer"]
     metadata = entry["metadata"]
     if "numbers" in metadata:
         fields = {"numbers": metadata["numbers"], "target": metadata.get("target", 24)}
         return question, fields, answer, repr(sorted(metadata["numbers"])), ""
-    if "prerequisites" in metadata:
-        fields = {"count": len(metadata["courses"]), "pairs": sorted(map(list, metadata["prerequisites"]))}
-        # In this order, because the generator draws a course's prerequisites from the courses before it.
-        order = ", ".join(map(str, metadata["courses"]))
-        return (ORDER.format(**fields), fields, order, repr(fields), "") if metadata["solution"] else None
-    if "possible_answer" in metadata:
-        graph = metadata["puzzle"]
-        fields = {"count": len(graph["vertices"]), "pairs": list(map(list, graph["edges"]))}
-        answer = json.dumps(metadata["possible_answer"])
-        filled = re.sub(r": \d+", f": {BLANK}", answer)
-        return question, fields | {"colors": graph["num_colors"]}, answer, repr(fields), filled
     if "puzzle" in metadata:
         puzzle = _joined(metadata["puzzle"])
         solution = _joined(metadata["solution"])
@@ -109,26 +58,12 @@ def _joined(grid: Sequence[Sequence[int]]) -> str:
     return "".join(map(str, chain.from_iterable(grid)))
 
 
-def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
-    values = {name: require_field(row, name) for name in ("pairs", *names)}
-    are_counts = all(type(values[name]) is int and 0 < values[name] <= MAX_TRIES for name in names)
-    are_pairs = isinstance(values["pairs"], list) and all(
-        type(pair) is list and len(pair) == 2 for pair in values["pairs"]
-    )
-    ends = chain(*values["pairs"]) if are_counts and are_pairs else ["none"]
-    if not all(type(end) is int and 0 <= end < values["count"] for end in ends):
-        raise ValueError(f"{values} must be integers from 1 to {MAX_TRIES} and pairs of integers from 0 below count")
-    return values
-
-
 # Generator -> its grader, and the function that reads the grader's fields from a stored row.
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("mini_sudoku", "sudoku"), (sudoku.sudoku_strict, sudoku.read_fields)),
     **dict.fromkeys(("countdown", "puzzle24"), (countdown.countdown_strict, countdown.read_fields)),
     "gsm_symbolic": (math.gsm8k_strict, math.read_gsm8k),
     "zebra_puzzles": (exact, lambda row, _: {"answer": text_of(row, "answer")}),
-    "graph_color": (coloring, partial(_read_graph, ("count", "colors"))),
-    "course_schedule": (course_order, partial(_read_graph, ("count",))),
 }
 
 
@@ -158,14 +93,13 @@ class ReasoningGym(Prompted):
     Use it for generated puzzles and logic problems; it needs the package reasoning-gym.
 
     Args:
-        generator: Name of the generator; "course_schedule" asks for an order of the courses. Default: "mini_sudoku".
+        generator: Name of the generator. Default: "mini_sudoku".
         size: Number of problems. Default: 1000.
         seed: Seed of the problems. Default: 0.
         settings: Settings of the generator, such as its difficulty, as JSON: '{"num_people": 3}'. Default: "{}".
         split: "train" (default), "validation" or "test". Splits share no solution grid (Sudoku), set of numbers
-            (Countdown, puzzle24), graph or question: 70, 10 and 20 in 100, by a hash.
-        infill: Whether the prompt ends in the answer with a blank per empty cell or color: both Sudokus and
-            graph_color. Default: False.
+            (Countdown, puzzle24) or question: 70, 10 and 20 in 100, by a hash.
+        infill: Whether the prompt ends in the answer with a blank per empty cell: both Sudokus. Default: False.
         prompt_format: "text" (default): the built-in instruction. Otherwise a template with {question}, or the path of
             its file.
         chat: Whether the prompt is one user message; False: plain text. Default: True.
@@ -198,7 +132,7 @@ class ReasoningGym(Prompted):
         *_, blanks = _generate(self.generator, self.settings, self.seed, self.split, 0)  # raises on a wrong setting
         check_settings(
             (self.size < 1, f"size={self.size} must be at least 1"),
-            (self.infill and not blanks, "infill=True needs a generator with a grid or colors to fill in"),
+            (self.infill and not blanks, "infill=True needs a generator with a grid to fill in"),
         )
 
     def __len__(self) -> int:
@@ -233,6 +167,6 @@ def _generate(generator: str, settings: str, seed: int, split: Split, index: int
                 f"settings={settings!r} of {generator}: {error}; give the generator's settings as JSON"
             ) from None
         problem = _parse_entry(entry)
-        if problem and hashed_split(problem[3]) == split:
+        if hashed_split(problem[3]) == split:
             return problem[0], {"generator": generator} | problem[1], *problem[2:]
     raise ValueError(f"settings={settings!r}: no problem of split {split!r} in {MAX_TRIES} tries; widen them")

@@ -277,15 +277,15 @@ def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
     """Its kept completions are whole texts, and `grade` grades them as `evaluate` did."""
     letters = "".join(map(chr, range(32, 127))) + "\n"
     tiny_masked_lm(characters=letters, max_length=1024, **SMALL).save_pretrained(tmp_path / "model")
-    options = ("--limit", 3, "--set", "generator=graph_color", "--set", "infill=true", "--set", "chat=false")
-    hard = ("--set", 'settings={"min_num_vertices": 3, "max_num_vertices": 3}', "--output_dir", tmp_path, "--json")
+    options = ("--limit", 3, "--set", "infill=true", "--set", "chat=false")
+    hard = ("--set", 'settings={"min_empty": 4, "max_empty": 4}', "--output_dir", tmp_path, "--json")
     command = ("evaluate", tmp_path / "model", "--task", "reasoning_gym", *options, *hard)
     found = json.loads(output(capsys, *command))
     assert (found["task"], found["n"], found["max_new_tokens"]) == ("reasoning_gym", 3, 0)
     rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
-    assert all(re.search(r'<answer>\n{"0": ., "1": ., "2": .}\n</answer>$', row["completion"]) for row in rows)
+    assert all(re.search(r"<answer>\n(.{4}\n){4}</answer>$", row["completion"]) for row in rows)
     graded = json.loads(output(capsys, "grade", "--json", "--task", "reasoning_gym", tmp_path / found["completions"]))
-    assert (graded["accuracy"], graded["parsed"]) == (found["accuracy"], found["parsed"])
+    assert (graded["solve_rate"], graded["parsed"]) == (found["solve_rate"], found["parsed"])
     steps = json.loads(output(capsys, *command, "--diffusion_steps", 2, "--block_size", 2))
     assert (found["diffusion_steps"], steps["diffusion_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
 

@@ -141,12 +141,6 @@ NEARLY = {
     "reasoning_gym/mini_sudoku": ["<answer>\n2 1 4 3\n4 3 2 1\n3 4 2 1\n1 2 3 4\n</answer>"],
     "reasoning_gym/puzzle24": ["<answer>3*5 + 9</answer>", "<answer>1*3*5 + 9 = 24</answer>", "\\boxed{(9+5)*3*1}"],
     "reasoning_gym/zebra_puzzles": ["<answer>arnold or bob</answer>", "\\boxed{bob}", "arnold"],
-    "reasoning_gym/graph_color": [
-        '<answer>{"0": 1, "1": 2, "2": 2, "3": 1}</answer>',
-        '<answer>{"0": 1, "1": 2, "2": 4, "3": 1}</answer>',
-        '<answer>{"0": 1, "1": 2, "2": 2, "2": 3, "3": 1}</answer>',
-    ],
-    "reasoning_gym/course_schedule": ["<answer>2, 3, 0, 1</answer>", "<answer>2, 1, 0</answer>", "2, 1, 0, 3"],
 }
 
 

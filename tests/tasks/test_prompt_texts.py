@@ -27,8 +27,6 @@ def test_templates(tmp_path) -> None:
     assert chat[0]["content"].count("\n") == 3 and chat[1] == {"role": "assistant", "content": "<reasoning>"}
     in_a_line = Sudoku(prompt_format="Fill in {cells}.", chat=False)[0]
     assert in_a_line.prompt == f"Fill in {in_a_line.fields['puzzle']}." and "0" in in_a_line.prompt
-    with pytest.raises(ValueError, match=r"shots=1 are inserted before \{puzzle\}, which the template lacks"):
-        Sudoku(prompt_format="Fill in {cells}.", shots=1)
     with pytest.raises(ValueError, match=r"lacks \{puzzle\} or \{cells\}; it needs \{puzzle\} or \{cells\}$"):
         Sudoku(prompt_format=tmp_path / "bad.txt")
     with pytest.raises(ValueError, match="neither a template"):

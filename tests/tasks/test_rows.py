@@ -207,8 +207,6 @@ def test_a_rule_that_does_not_fit_the_file_is_refused_when_the_task_is_made(tmp_
     four.write_text(f"Puzzle,Solution\n0{GRID[1:]},{GRID}\n{'0' * 16},{GRID}\n")  # the second has 288 completions
     with pytest.raises(ValueError, match="reward_rule"):
         Sudoku(path=str(nine), reward_rule="d1")
-    with pytest.raises(ValueError, match="shots"):
-        Sudoku(path=str(nine), shots=1, prompt_format="text")
     with pytest.raises(ValueError, match="protocol"):
         under_protocol(Sudoku(path=str(nine)), "d1")
     with pytest.raises(ValueError, match=r"problem 1 .*protocol"):

@@ -1,7 +1,7 @@
 """Sudoku: generated puzzles without downloads or leaks, graded against every valid completion."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import isqrt
 from pathlib import Path
 from random import Random
@@ -60,7 +60,6 @@ class Sudoku(Prompted):
             Default: False.
         chat: Whether "text" and templates are one user message; False: plain text. Default: True.
         opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
-        shots: Worked examples before the puzzle, from the solutions of the train split; text only. Default: 0.
         reward_rule: "own" (default): solved_weight * solved + match_weight * (share of all cells that agree with the
             best matching completion; if only the empty cells counted, training would let the clues drift) [ours]. "d1":
             empty cells that agree with the reference / empty cells [paper]. "rules": only the rules of the game, for
@@ -89,7 +88,6 @@ class Sudoku(Prompted):
     infill: bool = False
     chat: bool = True
     opening: str = ""
-    shots: int = 0
     reward_rule: Literal["own", "d1", "rules"] = "own"
     solved_weight: float = 1.0
     match_weight: float = 4.0
@@ -97,31 +95,20 @@ class Sudoku(Prompted):
     def __post_init__(self) -> None:
         check_split(self.split)
         fewest, most, when = _CLUES.get((self.side, self.unique), (0, 0, ""))
-        draws_puzzles = self.path is None or self.shots  # `clues` does not apply to a file's puzzles
-        low, high = as_range(self.clues) if draws_puzzles else (fewest, most)
+        # `clues` does not apply to a file's puzzles.
+        low, high = as_range(self.clues) if self.path is None else (fewest, most)
         rules = ("own", "d1", "rules") if self.side == 4 else ("own", "rules")
         check_settings(
             (self.side not in (4, 9), f"side={self.side} must be 4 or 9"),
             (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
             (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{when}"),
-            (self.shots < 0, f"shots={self.shots} must not be negative"),
-            (self.shots > 0 and self.compact, f"shots={self.shots} needs a text prompt"),
             (self.infill and not self.compact, "infill=True needs prompt_format='compact'"),
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
-        if (self.reward_rule == "d1" or self.shots) and self._stored:
-            side = isqrt(len(self._stored[0][0]))
-            if self.reward_rule == "d1" and side != 4:
-                raise ValueError(f"reward_rule='d1' is for 4x4 puzzles, and path={str(self.path)!r} has 9x9; use 'own'")
-            if self.shots and side != self.side:
-                raise ValueError(
-                    f"shots={self.shots} are of side={self.side}, and path={str(self.path)!r} has puzzles of side "
-                    f"{side}; give side={side}"
-                )
-        if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template):
-            raise ValueError(f"shots={self.shots} are inserted before {{puzzle}}, which the template lacks")
+        if self.reward_rule == "d1" and self._stored and len(self._stored[0][0]) != 16:
+            raise ValueError(f"reward_rule='d1' is for 4x4 puzzles, and path={str(self.path)!r} has 9x9; use 'own'")
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(self._stored))
@@ -133,14 +120,14 @@ class Sudoku(Prompted):
         if self.path is not None:
             puzzle, solution = self._stored[index]
         elif self.side == 4:
-            puzzle, solution = self._generate_4x4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), self.split)
+            puzzle, solution = self._generate_4x4(Random(f"sudoku/{self.seed}/{self.split}/{index}"))
         else:
-            puzzle, solution = self._generate_9x9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"), self.split)
+            puzzle, solution = self._generate_9x9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"))
         fields = {"puzzle": puzzle, "solution": solution}
         if self.infill:
             return Problem(puzzle.replace("0", BLANK), fields, blank=BLANK)
         answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
-        return Problem(self._prompt(puzzle, solution, index), fields, answer)
+        return Problem(self._prompt(puzzle), fields, answer)
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[str, str], ...]:
@@ -157,43 +144,33 @@ class Sudoku(Prompted):
             return by_rules(puzzle, cells)
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
-    def _generate_4x4(self, rng: Random, split: Split, excluded: str = "") -> tuple[str, str]:
-        """Return a random (puzzle, solution) of the split whose solution is not `excluded`."""
-        grids = [grid for grid in SPLITS[split] if grid != excluded]
+    def _generate_4x4(self, rng: Random) -> tuple[str, str]:
+        """Return a random (puzzle, solution) of the split."""
+        grids = SPLITS[self.split]
         solution = grids[int(rng.random() * len(grids))]
         num_clues = draw_number(self.clues, rng)
         puzzle = _blanked(solution, num_clues, rng)
         while self.unique and agreeing(puzzle).bit_count() > 1:
             puzzle = _blanked(solution, num_clues, rng)
         # A puzzle with several completions may agree with grids of two splits. So a hash splits the puzzles, too.
-        while not self.unique and num_clues and hashed_split(puzzle) != split:
+        while not self.unique and num_clues and hashed_split(puzzle) != self.split:
             solution = grids[int(rng.random() * len(grids))]
             puzzle = _blanked(solution, num_clues, rng)
         return puzzle, solution
 
-    def _generate_9x9(self, rng: Random, split: Split) -> tuple[str, str]:
+    def _generate_9x9(self, rng: Random) -> tuple[str, str]:
         num_clues = draw_number(self.clues, rng)
         while True:
             solution = random_grid(rng)  # 9x9 grids are too many to list: a hash assigns them to splits
-            if hashed_split(solution) == split and (puzzle := random_unique_puzzle(solution, num_clues, rng)):
+            if hashed_split(solution) == self.split and (puzzle := random_unique_puzzle(solution, num_clues, rng)):
                 return puzzle, solution
 
-    def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
+    def _prompt(self, puzzle: str) -> Prompt:
         dotted = puzzle.replace("0", ".")
-        side = isqrt(len(puzzle))
         if self.compact:
             return dotted + "="
-        puzzle_text = lines(dotted)
-        if self.shots:
-            # A separate generator, so that examples do not change the puzzle.
-            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")
-            parts = []
-            for _ in range(self.shots):
-                generate = partial(self._generate_4x4, excluded=solution) if self.side == 4 else self._generate_9x9
-                example, example_solution = generate(rng, "train")
-                parts.append(f"An example:\n{lines(example.replace('0', '.'))}\n\nSolved:\n{lines(example_solution)}")
-            puzzle_text = "\n\n".join([*parts, f"Your puzzle:\n{puzzle_text}"])
-        return self.render_prompt(puzzle=puzzle_text, cells=puzzle, side=str(side), box=str(isqrt(side)))
+        side = isqrt(len(puzzle))
+        return self.render_prompt(puzzle=lines(dotted), cells=puzzle, side=str(side), box=str(isqrt(side)))
 
 
 def _blanked(solution: str, num_clues: int, rng: Random) -> str:
