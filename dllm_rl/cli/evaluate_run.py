@@ -48,7 +48,7 @@ NUM_GENERATED = 500  # problems to evaluate, without --limit, of a task that can
 def evaluate_command(arguments: argparse.Namespace) -> None:
     task = make_task(arguments)
     check_arguments(task, arguments)  # before loading a model
-    schemes = read_schemes(arguments)
+    schemes = swept_methods(Scheme, "quantization", arguments) or [None]
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if num_launched() > 1:
@@ -63,7 +63,8 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
         plans = make_plans(policy, task, arguments)
-        for quantization, scheme in schemes.items():
+        for scheme in schemes:
+            quantization = "none" if scheme is None else describe(scheme)
             quantized = policy if scheme is None else quantized_copy(policy, scheme)
             for plan_settings, sampler in plans:
                 settings = {"quantization": quantization, **plan_settings}
@@ -129,12 +130,6 @@ def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
     if arguments.plot:
         plot_curve(Path(arguments.plot), rows)
-
-
-def read_schemes(arguments: argparse.Namespace) -> dict[str, Scheme | None]:
-    """Return each quantization scheme of the weights by its text; None for "none"."""
-    schemes = swept_methods(Scheme, "quantization", arguments) or [None]
-    return {"none" if scheme is None else describe(scheme): scheme for scheme in schemes}
 
 
 def dtype_of(policy: Policy) -> str:

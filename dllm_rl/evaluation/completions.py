@@ -42,7 +42,6 @@ class Completions:
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
-                check_types(path, row)
                 for name, value in provenance.items():  # weights, seed and sampler must be the same
                     stored_value = row["evaluation"].get(name)
                     if stored_value != value:
@@ -81,20 +80,6 @@ class Completions:
             if self.accelerator.is_main_process:
                 merge_parts(self.path, answers, protocol)
             self.accelerator.wait_for_everyone()
-
-
-def check_types(path: Path, row: Row) -> None:
-    """Raise ValueError if the completion of a stored row is not text, or a cost is not a number."""
-    evaluation = row["evaluation"]
-    wrong_names = [] if isinstance(row.get("completion"), str) else ["completion"]
-    # This also refuses NaN, and integers too large for a float, which JSON can contain.
-    wrong_names += [
-        name for name in COSTS if type(evaluation.get(name)) not in (int, float) or not 0 <= evaluation[name] < 1e30
-    ]
-    if wrong_names:
-        raise ValueError(
-            f"{path} is damaged: {wrong_names[0]} is missing or has the wrong type; give another output_dir"
-        )
 
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:

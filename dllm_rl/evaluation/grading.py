@@ -98,7 +98,12 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 def _read_and_grade(path: str | Path, task: str, protocol: str) -> GradedFile:
     find_grader(task, protocol)
     stored = read_completions(path, task)
-    fields = _fields(stored, task, protocol)
+    fields = []
+    for completion in stored:  # all rows before grading, so that a malformed row is reported without delay
+        try:
+            fields.append(TABLE[task].read_fields(completion.row, protocol))
+        except ValueError as error:
+            raise ValueError(f"{completion.location}: {error}") from None
     rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
     return GradedFile(stored, fields, rewards)
 
@@ -263,14 +268,3 @@ def _problem(row: Mapping[str, Any], fields: Mapping[str, Any]) -> int | str | N
     if text is not None or "answer" not in fields:
         return json.dumps([text, fields], sort_keys=True)
     return next((row[name] for name in PROBLEM_IDS if type(row.get(name)) in (int, str)), None)
-
-
-def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
-    """Read the fields of all rows before grading, so that a malformed row is reported without delay."""
-    fields = []
-    for completion in stored:
-        try:
-            fields.append(TABLE[task].read_fields(completion.row, protocol))
-        except ValueError as error:
-            raise ValueError(f"{completion.location}: {error}") from None
-    return fields

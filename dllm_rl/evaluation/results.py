@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_interval, majority_at_k, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, metric_fractions
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if the grader returns them
@@ -166,9 +166,12 @@ def paired_differences(evaluation: Evaluation, baseline: Evaluation) -> dict[str
         if problems:
             values, weights = zip(*map(sums.__getitem__, problems), strict=True)
             baseline_values, baseline_weights = zip(*map(baseline_sums.__getitem__, problems), strict=True)
-            generator = np.random.default_rng(0)
-            bounds = bootstrap_difference(
-                values, baseline_values, generator, weights=weights, weights_before=baseline_weights
+            bounds = bootstrap_interval(
+                values,
+                np.random.default_rng(0),
+                weights=weights,
+                before=baseline_values,
+                weights_before=baseline_weights,
             )
             difference = mean(values, weights) - mean(baseline_values, baseline_weights)
             differences[name] = [difference, *(bounds or (None, None))]
@@ -219,4 +222,4 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
     all_zero_or_one = ((numbers == 0) | (numbers == np.asarray(weights))).all()
     if all_zero_or_one and name not in ("reward", "cell_accuracy"):
         return wilson(int((numbers > 0).sum()), len(numbers))
-    return bootstrap_mean(values, np.random.default_rng(0), weights=weights)
+    return bootstrap_interval(values, np.random.default_rng(0), weights=weights)

@@ -159,29 +159,27 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """Return (location, row) for each row of a split.
+def load_problems(
+    path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
+) -> tuple[tuple, ...]:
+    """Return `parse(location, row)`, a tuple whose first item is the question, for each row of the split.
 
     The rows come from the file `path`; from the file in the folder `path` whose name contains the split; or, without a
     path, from the hub's data set (name, configuration). Raises ValueError if there are none.
     """
+    published_split = "test" if split == "test" else "train"
     if path is not None:
-        rows = tuple(load_rows(file := _split_file(Path(path), split)))
-        if not rows:
+        file = _split_file(Path(path), published_split)
+        problems = [parse(*row) for row in load_rows(file)]
+        if not problems:
             raise ValueError(f"{file} has no rows; give a file of problems")
-        return rows
-    import datasets  # local: the import takes seconds, and files do not need it
-
-    name, configuration = dataset
-    try:
-        loaded = datasets.load_dataset(name, configuration, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"data set {name} (split {split}) is not on this machine and could not be downloaded ({reason}); "
-            f"set path to the file or folder that has it"
-        ) from None
-    return tuple((f"{name} {split}, row {number}", dict(row)) for number, row in enumerate(loaded, 1))
+    else:
+        problems = [parse(*row) for row in _rows_of_hub(*dataset, published_split)]
+    if split != "test":  # a hash of the question assigns a tenth of the published train rows to validation
+        problems = [
+            problem for problem in problems if (hashed_split(problem[0]) == "validation") == (split == "validation")
+        ]
+    return tuple(problems)
 
 
 def _split_file(path: Path, split: str) -> Path:
@@ -194,14 +192,16 @@ def _split_file(path: Path, split: str) -> Path:
     return files[0]
 
 
-def load_problems(
-    path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
-) -> tuple[tuple, ...]:
-    """Return `parse(location, row)`, a tuple whose first item is the question, for each row of the split."""
-    rows = load_split(path, "test" if split == "test" else "train", dataset)
-    problems = [parse(location, row) for location, row in rows]
-    if split != "test":  # a hash of the question assigns a tenth of the published train rows to validation
-        problems = [
-            problem for problem in problems if (hashed_split(problem[0]) == "validation") == (split == "validation")
-        ]
-    return tuple(problems)
+def _rows_of_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets  # local: the import takes seconds, and files do not need it
+
+    try:
+        loaded = datasets.load_dataset(name, configuration, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"data set {name} (split {split}) is not on this machine and could not be downloaded ({reason}); "
+            f"set path to the file or folder that has it"
+        ) from None
+    for number, row in enumerate(loaded, 1):
+        yield f"{name} {split}, row {number}", dict(row)

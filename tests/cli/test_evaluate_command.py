@@ -301,7 +301,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
     [
         ("--task chess", "task='chess'"),
         ("--task sudoku --protocol d2", "protocol='d2'"),
-        ("--task countdown --set difficulty=hard", "difficulty='hard' must be one of 'any', 'sums', 'products'"),
+        ("--task countdown --set reward_rule=hard", "reward_rule='hard' must be one of 'own', 'd1'"),
         ("--task sudoku --set clue=3", "--set clue=3"),
         ("--task sudoku --set clues=ten", "clues='ten' must be a tuple"),
         ("--task sudoku --path nowhere.csv", "nowhere.csv"),

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -217,9 +216,6 @@ def test_completions_of_anything_else_are_refused(policy, tmp_path):
         evaluate(other, sudoku(), SAMPLER, completions=path)
     with pytest.raises(ValueError, match="has another problem 0: its puzzle is"):
         evaluate(policy, sudoku(seed=1), SAMPLER, completions=path)
-    path.write_text(re.sub('"steps": [0-9]+, ', "", path.read_text()))
-    with pytest.raises(ValueError, match="steps is missing or has the wrong type"):
-        run()
     path.write_text('{"completion": "1"}\n')
     with pytest.raises(ValueError, match=r"c.jsonl, line 1: not a stored completion"):
         run()

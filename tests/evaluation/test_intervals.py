@@ -8,7 +8,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_interval, majority_at_k, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])
@@ -42,7 +42,7 @@ def test_bootstrap_covers() -> None:
     generator = np.random.default_rng(1)
     trials, n, hits = 100, 60, 0
     for _ in range(trials):
-        low, high = bootstrap_mean(generator.exponential(2.0, n), generator, resamples=300)
+        low, high = bootstrap_interval(generator.exponential(2.0, n), generator, resamples=300)
         hits += low <= 2.0 <= high
     assert 0.88 < hits / trials < 0.98  # 0.95 less what skewed data cost; standard error 0.022
 
@@ -54,27 +54,27 @@ def test_bootstrap_of_a_ratio_covers() -> None:
     for _ in range(trials):
         sizes = generator.integers(4, 7, n)
         right = np.where(generator.random(n) < 0.5, sizes, generator.binomial(sizes, 0.4))
-        low, high = bootstrap_mean(right, generator, resamples=300, weights=sizes)
+        low, high = bootstrap_interval(right, generator, resamples=300, weights=sizes)
         hits += low <= 0.7 <= high
     assert 0.90 < hits / trials < 0.985
 
 
 def test_bootstrap_width_is_the_normal_one_for_many_rows() -> None:
     values = np.random.default_rng(3).normal(5.0, 2.0, 4000)
-    low, high = bootstrap_mean(values, np.random.default_rng(4))
+    low, high = bootstrap_interval(values, np.random.default_rng(4))
     assert (high - low) == pytest.approx(2 * 1.96 * values.std() / sqrt(4000), rel=0.06)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
 
 
 def test_bootstrap_of_a_ratio_divides_the_sums() -> None:
     """Half the rows 1 of 1, half 3 of 9: 4 of 10 together, where the mean of the ratios is 2/3."""
-    low, high = bootstrap_mean([1.0, 3.0] * 500, np.random.default_rng(0), weights=[1.0, 9.0] * 500)
+    low, high = bootstrap_interval([1.0, 3.0] * 500, np.random.default_rng(0), weights=[1.0, 9.0] * 500)
     assert 0.37 < low < 0.4 < high < 0.43
 
 
 def test_bootstrap_is_a_function_of_its_generator() -> None:
     values = [0.0, 1.0, 1.0]
-    assert bootstrap_mean(values, np.random.default_rng(0)) == bootstrap_mean(values, np.random.default_rng(0))
+    assert bootstrap_interval(values, np.random.default_rng(0)) == bootstrap_interval(values, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,19 @@ def test_bootstrap_is_a_function_of_its_generator() -> None:
 )
 def test_rows_without_spread_have_no_interval(values, weights) -> None:
     """Whatever rows are drawn, their mean is the same: a bootstrap has no width, which is no certainty."""
-    assert bootstrap_mean(values, np.random.default_rng(0), weights=weights) is None
+    assert bootstrap_interval(values, np.random.default_rng(0), weights=weights) is None
     before = [0.25] * len(values)
     ones = weights and [1.0] * len(values)
-    differences = bootstrap_difference(values, before, np.random.default_rng(0), weights=weights, weights_before=ones)
+    differences = bootstrap_interval(
+        values, np.random.default_rng(0), weights=weights, before=before, weights_before=ones
+    )
     assert differences is None
 
 
 def test_a_small_spread_has_an_interval() -> None:
-    low, high = bootstrap_mean([0.3, 0.3 + 1e-6] * 50, np.random.default_rng(0))
+    low, high = bootstrap_interval([0.3, 0.3 + 1e-6] * 50, np.random.default_rng(0))
     assert 0.3 < low < 0.3 + 5e-7 < high < 0.3 + 1e-6
-    low, high = bootstrap_mean([1e-12, 3e-12] * 50, np.random.default_rng(0))  # small numbers, too
+    low, high = bootstrap_interval([1e-12, 3e-12] * 50, np.random.default_rng(0))  # small numbers, too
     assert 1e-12 < low < 2e-12 < high < 3e-12
 
 
@@ -178,19 +180,19 @@ def test_bad_arguments() -> None:
             pass_at_k(*bad)
     generator = np.random.default_rng(0)
     for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([1.0], [0.0])):
-        with pytest.raises(ValueError, match="weights"):
-            bootstrap_mean(values, generator, weights=weights)
+        with pytest.raises(ValueError, match="a positive weight for each"):
+            bootstrap_interval(values, generator, weights=weights)
 
 
 def test_bootstrap_of_a_difference_is_of_the_same_rows() -> None:
     """What is common to both cancels: a constant shift shows no spread, and a noisy one has that of the shift alone."""
     generator = np.random.default_rng(3)
     hard = generator.normal(0, 10, 50)
-    assert bootstrap_difference(hard + 1, hard, generator) is None
+    assert bootstrap_interval(hard + 1, generator, before=hard) is None
     shift = generator.normal(1, 1, 50)
-    low, high = bootstrap_difference(hard + shift, hard, np.random.default_rng(0))
-    assert (low, high) == pytest.approx(bootstrap_mean(shift, np.random.default_rng(0)))
-    back = bootstrap_difference(hard, hard + shift, np.random.default_rng(0))
+    low, high = bootstrap_interval(hard + shift, np.random.default_rng(0), before=hard)
+    assert (low, high) == pytest.approx(bootstrap_interval(shift, np.random.default_rng(0)))
+    back = bootstrap_interval(hard, np.random.default_rng(0), before=hard + shift)
     assert back == pytest.approx((-high, -low), abs=1e-3)  # the quantiles lie between two draws
 
 
@@ -198,11 +200,11 @@ def test_bootstrap_of_a_difference_of_ratios_by_hand() -> None:
     """Two rows, so four draws: (0,0), (0,1), (1,0), (1,1) give 1/2 - 1/4, 4/6 - 2/6 twice, 3/4 - 1/2 (of sums)."""
     values, weights, before, others = [1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [4.0, 2.0]
     generator = np.random.default_rng(0)
-    low, high = bootstrap_difference(values, before, generator, weights=weights, weights_before=others)
+    low, high = bootstrap_interval(values, generator, weights=weights, before=before, weights_before=others)
     assert (low, high) == pytest.approx((1 / 4, 4 / 6 - 2 / 6))
 
 
 def test_bootstrap_of_a_difference_refuses() -> None:
     for values, before in [([], []), ([1.0], [1.0, 2.0])]:
-        with pytest.raises(ValueError, match="as many of each"):
-            bootstrap_difference(values, before, np.random.default_rng(0))
+        with pytest.raises(ValueError, match="as many before"):
+            bootstrap_interval(values, np.random.default_rng(0), before=before)

@@ -11,7 +11,7 @@ import pytest
 
 from dllm_rl.tasks import GSM8K, MATH500, Code, Countdown, Sudoku
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.tasks.rows import as_range, check_settings, draw_number, load_rows, load_split
+from dllm_rl.tasks.rows import as_range, check_settings, draw_number, load_problems, load_rows
 
 TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
 
@@ -82,7 +82,7 @@ def test_absent_data_says_what_to_give(tmp_path, monkeypatch) -> None:
     with pytest.raises(
         ValueError, match=r"openai/gsm8k \(split test\) is not on this machine .*Couldn't reach the hub\); set path"
     ):
-        load_split(None, "test", ("openai/gsm8k", "main"))
+        load_problems(None, "test", ("openai/gsm8k", "main"), lambda *row: row)
 
 
 def test_published_data_through_datasets(monkeypatch) -> None:
@@ -95,7 +95,7 @@ def test_published_data_through_datasets(monkeypatch) -> None:
         return datasets.Dataset.from_list(TEST)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert [row for _, row in load_split(None, "test", ("openai/gsm8k", "main"))] == TEST
+    assert [row for _, row in load_problems(None, "test", ("openai/gsm8k", "main"), lambda *row: row)] == TEST
     assert calls == [("openai/gsm8k", "main", "test")]
 
 

@@ -1,6 +1,5 @@
 """Countdown: reach a target with given numbers, using each number exactly once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +44,6 @@ class Countdown(Prompted):
         max_number: Largest number of a problem; the smallest is 1. Default: 99.
         max_target: Largest target; the smallest is 1. Default: 99.
         operators: Operators that a solution may need; every problem has a solution. Default: "+-*/".
-        difficulty: "sums": + and - suffice. "products": they do not suffice. "any" (default).
         size: Number of problems; fewer if a file has fewer. Default: 10000.
         seed: Seed of the problems. Default: 0.
         path: JSONL file of problems: {"input": "30,100,93", "output": "23"} (d1's), {"input": "30,7,37", "output":
@@ -75,7 +73,6 @@ class Countdown(Prompted):
     max_number: int = 99
     max_target: int = 99
     operators: str = "+-*/"
-    difficulty: Literal["any", "sums", "products"] = "any"
     size: int = 10_000
     seed: int = 0
     path: str | Path | None = None
@@ -91,13 +88,9 @@ class Countdown(Prompted):
         low, high = as_range(self.count)
         operators = set(self.operators)
         limit = min(self.max_number, self.max_target)
-        shown = f"operators={self.operators!r}"
-        needed = {"any": "+-*/", "sums": "+-", "products": "*/"}.get(self.difficulty, "")
         check_settings(
             (not 3 <= low <= high <= 6, f"count={self.count} must lie in 3..6"),
-            (not operators or not operators <= set("+-*/"), f"{shown} must be some of '+-*/'"),
-            (not needed, f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'"),
-            (operators.isdisjoint(needed), f"difficulty={self.difficulty!r} needs {' or '.join(needed)} among {shown}"),
+            (not operators or not operators <= set("+-*/"), f"operators={self.operators!r} must be some of '+-*/'"),
             (limit < 10, f"max_number={self.max_number} and max_target={self.max_target} must be at least 10"),
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.reward_rule not in ("own", "d1"), f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'"),
@@ -149,10 +142,9 @@ class Countdown(Prompted):
             target, expression = _random_expression(numbers, self.operators, rng)
             if not 1 <= target <= self.max_target:
                 continue
-            if self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums"):
-                checked = evaluate(expression)
-                assert checked and checked.value == target and sorted(checked.numbers) == sorted(numbers), expression
-                return numbers, target, expression
+            checked = evaluate(expression)
+            assert checked and checked.value == target and sorted(checked.numbers) == sorted(numbers), expression
+            return numbers, target, expression
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
         if self.compact:
@@ -194,17 +186,6 @@ def write(left: Expression, operator: str, right: Expression) -> Expression:
     if _PRECEDENCE[second_operator] < required:
         second = f"({second})"
     return f"{first}{operator}{second}", operator
-
-
-def signed_sums(numbers: Sequence[int]) -> set[int]:
-    """Return every value of the numbers joined by + and -: every sum in which at least one number is positive."""
-    all_negative = 0  # the sum with every number negative
-    totals: set[int] = set()
-    for number in numbers:
-        with_positive = {total + number for total in (all_negative, *totals)}
-        totals = with_positive | {total - number for total in totals}
-        all_negative -= number
-    return totals
 
 
 def _read(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:

@@ -13,7 +13,6 @@ from hash_seeds import printed_under_hash_seeds
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown.expressions import evaluate
-from dllm_rl.tasks.countdown.task import signed_sums
 from dllm_rl.tasks.rows import hashed_split
 
 
@@ -90,11 +89,6 @@ def test_unary_minus_reaches_no_further_positive_target(numbers: tuple[int, ...]
     assert {value for value in plain if value > 0} == {value for value in signed if value > 0}
 
 
-def test_signed_sums() -> None:
-    assert signed_sums([1, 10]) == {11, 9, -9}
-    assert signed_sums([5, 5, 1]) == {11, 9, 1, -1, -9}  # 5+5+1, 5+5-1, 5-5+1, 5-5-1, 1-5-5
-
-
 def test_solver_refuses_what_is_no_problem() -> None:
     for bad in ([], [0, 1], [1] * 7):
         with pytest.raises(ValueError, match="positive"):
@@ -108,8 +102,7 @@ def test_solver_refuses_what_is_no_problem() -> None:
     [
         {},
         {"count": (3, 6)},
-        {"count": 4, "difficulty": "products"},
-        {"count": 4, "difficulty": "sums"},
+        {"count": 4, "operators": "*/"},
         {"operators": "+-"},
         {"max_number": 10, "max_target": 20, "split": "validation"},
         {"split": "test", "prompt_format": "text"},
@@ -124,8 +117,6 @@ def test_problems_are_solvable_and_as_asked(settings: dict) -> None:
         assert max(numbers) <= task.max_number and 1 <= target <= task.max_target
         assert hashed_split(repr(sorted(numbers))) == task.split
         assert solve(numbers, target, task.operators) is not None
-        if task.difficulty != "any":
-            assert (solve(numbers, target, "+-") is not None) == (task.difficulty == "sums")
         assert task.reward(problem, problem.solution).breakdown["accuracy"] == 1.0
         if task.prompt_format == "compact":
             assert len(problem.solution) == task.width
@@ -194,9 +185,6 @@ def test_stored_problems(tmp_path) -> None:
         {"count": 2},
         {"count": (5, 4)},
         {"operators": "+%"},
-        {"difficulty": "hard"},
-        {"difficulty": "products", "operators": "+-"},
-        {"difficulty": "sums", "operators": "*/"},
         {"max_number": 9},
         {"size": 0},
         {"reward_rule": "mine"},
