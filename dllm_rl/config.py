@@ -88,6 +88,9 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
     if problems:
         raise ValueError("\n".join(problems))
     parser = make_parser(recipe)
+    if ("help", None) in options:  # parsing would first check all defaults, which takes as long as the imports
+        parser.print_help()
+        raise SystemExit(0)
     try:
         parsed = vars(parser.parse_args(words))
     except jsonargparse.ArgumentError as error:

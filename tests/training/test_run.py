@@ -37,14 +37,15 @@ def small(directory, **changes):
 
 def writing(monkeypatch, before):
     """Have `before(step)` called in the middle of each checkpoint's writing."""
-    write = checkpoint._write_optimizer
+    save = torch.save
 
-    def patched(folder, optimizer):
-        if threading.current_thread() is not threading.main_thread():  # else it is the rehearsal's
-            before(int(folder.name.split("-")[1].split(".")[0]))
-        return write(folder, optimizer)
+    def patched(state, path):
+        # In the main thread it is the rehearsal's.
+        if threading.current_thread() is not threading.main_thread() and path.name == "optimizer.pt":
+            before(int(path.parent.name.split("-")[1].split(".")[0]))
+        save(state, path)
 
-    monkeypatch.setattr(checkpoint, "_write_optimizer", patched)
+    monkeypatch.setattr(torch, "save", patched)
 
 
 @pytest.fixture(autouse=True)
