@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, write_rows
+from dllm_rl.files import read_json
+from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, markdown, write_rows
 
 SETTINGS = {
     "one": "one update a rollout",
@@ -14,9 +15,11 @@ SETTINGS = {
 
 
 def write(study: Study, results: Results, folder: Path) -> None:
-    """`folder`/mismatch.json and mismatch.png. Raises SystemExit where no run has finished."""
+    """`folder`/mismatch.json and mismatch.png; where no run is left, print the tables of mismatch.json."""
     if not results:
-        raise SystemExit("no run has finished yet")
+        for rows in read_json(folder / "mismatch.json").values():
+            print(markdown(rows))
+        return
     arms = arm_rows(study, results, ("after", "quantized"))
     write_rows(folder / "mismatch.json", arms=arms, contrasts=contrast_rows(study, results))
     draw(study, results, folder / "mismatch.png")

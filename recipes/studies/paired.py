@@ -386,7 +386,7 @@ def main(
     parser.add_argument("--seeds", type=int, default=study.seeds)
     parser.add_argument("--num_steps", type=int, default=study.num_steps)
     parser.add_argument("--arms", nargs="+", choices=study.arms, default=list(study.arms), metavar="ARM")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of the runs that are there")
     options = parser.parse_args()
     root, seeds = options.output_dir, range(options.seeds)
     if not options.report:
@@ -394,11 +394,15 @@ def main(
         runs = [(arm, seed) for seed, arm in product(seeds, options.arms) if seed < fewest[arm]]
         run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers, run=run)
     results = load(root)
+    is_stored = False
+    if options.report and not results and stored is not None and stored.exists():
+        is_stored = True
+        results = {(each["arm"], each["seed"]): each for each in read_json(stored)}
     tables = {"arms": arm_rows(study, results, columns), "contrasts": contrast_rows(study, results)}
     for rows in filter(None, tables.values()):
         print(markdown(rows))
-    if results:
+    if results and not is_stored:
         write_rows(root / "tables.json", **tables)
-    if stored is not None:
+    if stored is not None and not is_stored:
         store(stored, study, results)
     return results

@@ -53,6 +53,10 @@ def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, 
     assert "stored.json is not written: 8 of 10 runs are missing" in printed
     paired.store(tmp_path / "stored.json", dataclasses.replace(short, seeds=1), results)
     assert read_json(tmp_path / "stored.json") == list(results.values())
+    monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path / "nothing")])
+    assert paired.main(short, None, stored=tmp_path / "stored.json") == results
+    assert (tables := capsys.readouterr().out) and tables in printed.partition("stored.json is not written")[0]
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_study_of_several_is_named_first(monkeypatch, capsys):
