@@ -96,7 +96,13 @@ def mismatch_metrics(
     this; otherwise an unquantized rollout agrees with the learner up to rounding. Log-ratios are clamped to +-20 before
     exp.
 
-    - rollout_is_*: Metrics of the token weights min(rho, high); see `weight_metrics`.
+    - rollout_is_{mean,std,min,max}: Statistics over tokens of w = min(rho, high), as in verl; the population std.
+    - rollout_is_eff_sample_size: 1 / mean((w / mean w)^2) over tokens. verl clamps weights to [1 / high, high], and has
+      therefore larger values.
+    - rollout_is_ratio_fraction_{high,low}: Share of tokens with rho > high, and with rho < 1/high.
+    - rollout_is_seq_{mean,std,min,max}: Statistics over sequences of the sequence's mean of w; the sample std.
+    - rollout_is_seq_max_deviation: Largest |mean of w - 1| of a sequence.
+    - rollout_is_seq_fraction_{high,low}: Share of sequences whose mean of rho is > high, and < 1/high.
     - ess, rho_max: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest rho (not verl's).
     - kl, k3_kl: mean(-log rho), mean(rho - 1 - log rho), in nats.
     - abs_log_ratio_{mean,max}: Mean and maximum of |log rho|, in nats.
@@ -163,29 +169,8 @@ def mismatch_metrics(
     return _weight_metrics(scored, high) | metrics
 
 
-def weight_metrics(
-    log_mismatch: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    high: float = 2.0,
-    row_weights: Float[Tensor, " B"] | None = None,
-) -> dict[str, float]:
-    """Compute verl's rollout_is_* metrics for truncated weights w = min(rho, high).
-
-    The arguments and errors are the same as in `mismatch_metrics`.
-
-    - mean, std, min, max: Statistics of w over tokens; std is the population std.
-    - eff_sample_size: 1 / mean((w / mean w)^2) over tokens. verl clamps weights to [1 / high, high], and has therefore
-      larger values.
-    - ratio_fraction_{high,low}: Share of tokens with rho > high, and with rho < 1/high.
-    - seq_{mean,std,min,max}: Statistics over sequences of the sequence's mean of w; std is the sample std.
-    - seq_max_deviation: Largest |mean of w - 1| of a sequence.
-    - seq_fraction_{high,low}: Share of sequences whose mean of rho is > high, and < 1/high.
-    """
-    return _weight_metrics(_select_scored(log_mismatch, mask, row_weights), high)
-
-
 def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
+    """Compute the rollout_is_* metrics of `mismatch_metrics`."""
     rho = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
     weights = rho.clamp(max=high)
     row_mean_weight = scored.row_means(weights)

@@ -112,7 +112,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
     if settings.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(num_draws)
-        metrics["dynamic_sampling/frac_reward_zero_std"] = equal_rewards_fraction(rewards, group)
+        metrics["dynamic_sampling/frac_reward_zero_std"] = (~has_unequal_rewards(rewards, group)).double().mean().item()
     component_arguments = {}
     if settings.advantages.takes_component_rewards:
         weights = torch.tensor(list(component_reward_weights(settings).values()))
@@ -260,11 +260,6 @@ def component_reward_weights(settings: StepSettings) -> dict[str, float]:
     return dict(weights)
 
 
-def equal_rewards_fraction(rewards: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> float:
-    """Return the share of groups whose rewards are all equal."""
-    return (~has_unequal_rewards(rewards, group)).double().mean().item()
-
-
 def reward_metrics(
     rewards: Float[Tensor, " B"],
     group: Int[Tensor, " B"],
@@ -308,7 +303,7 @@ def reward_metrics(
     return {
         "reward": graded_rewards.mean().item(),
         "reward_std": graded_rewards.std(correction=0).item(),  # correction=1 would give NaN for one completion
-        "frac_reward_zero_std": equal_rewards_fraction(rewards, group),
+        "frac_reward_zero_std": (~has_unequal_rewards(rewards, group)).double().mean().item(),
         **means,
     }
 

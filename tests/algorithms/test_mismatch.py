@@ -14,7 +14,6 @@ from dllm_rl.algorithms.mismatch import (
     repeated_trigrams,
     step_metrics,
     symptom_metrics,
-    weight_metrics,
 )
 from dllm_rl.testing import make_batch
 
@@ -165,12 +164,12 @@ def test_bounds_and_their_edges():
     assert m["rollout_is_mean"] == pytest.approx(10.75 / 9)
     assert m["rollout_is_ratio_fraction_high"] == pytest.approx(2 / 9)
     # A ratio on the bound is within it.
-    ones = weight_metrics(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), high=1.0)
+    ones = mismatch_metrics(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), high=1.0)
     assert ones["rollout_corr/rollout_is_mean"] == 1
     edges = ("ratio_fraction_high", "ratio_fraction_low", "seq_fraction_high", "seq_fraction_low")
     assert [ones[f"rollout_corr/rollout_is_{name}"] for name in edges] == [0, 0, 0, 0]
     # The largest deviation of a row's mean from 1 may lie below it: means 1/4 and 1.
-    low = weight_metrics(tensor([[-2 * LN2], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
+    low = mismatch_metrics(tensor([[-2 * LN2], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
     assert low["rollout_corr/rollout_is_seq_max_deviation"] == pytest.approx(0.75)
 
 
@@ -363,7 +362,7 @@ def test_rows_that_are_partly_finite_behind_a_prompt():
 
 def test_weights_of_rows_that_are_partly_finite_behind_a_prompt():
     x, mask = with_losses()
-    m = {n.removeprefix("rollout_corr/rollout_is_"): v for n, v in weight_metrics(x, mask, high=3.0).items()}
+    m = {n.removeprefix("rollout_corr/rollout_is_"): v for n, v in mismatch_metrics(x, mask, high=3.0).items()}
     # min(rho, 3): 1 2 .5 | .25 3 | 1 1: sum 8.75. Row means 3.5/3, 3.25/2, 1; raw 3.5/3, 8.25/2, 1.
     assert m["mean"] == pytest.approx(8.75 / 7)
     assert m["seq_mean"] == pytest.approx((3.5 / 3 + 3.25 / 2 + 1) / 3)
