@@ -31,15 +31,10 @@ class VisibleColumns(ViewFeature):
 
 
 def _forward_visible(
-    policy: Policy,
-    plan: ForwardPlan,
-    tokens: Tensor,
-    attention_mask: Tensor,
-    *inputs: Tensor,
-    forward: Callable[..., Tensor],
-    visible: Bool[Tensor, "B T"],
+    policy: Policy, plan: ForwardPlan, *inputs: Tensor, forward: Callable[..., Tensor], visible: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "R T D"]:
-    return forward(policy, plan, tokens, attention_mask & visible[plan.rows], *inputs)
+    tokens, attention_mask, *others = inputs
+    return forward(policy, plan, tokens, attention_mask & visible[plan.rows], *others)
 
 
 def hide_later_columns(rollout: Rollout, views: Views) -> Views:
