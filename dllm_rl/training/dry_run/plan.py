@@ -18,7 +18,7 @@ from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
-from dllm_rl.training.dry_run.memory import PlannedStep, count_quantized, num_weights, step_memory
+from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.feature_state import check_value_model
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, processes_per_shard
@@ -49,9 +49,9 @@ def plan(recipe: Recipe) -> str:
     processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
     step = PlannedStep(recipe, policy, prompt_tokens, processes)
     check_step(step)
-    return "\n".join(
-        [*model_lines(step), *batch_lines(step), *memory_lines(step), *save_lines(step), *time_lines(step)]
-    )
+    memory = step_memory(step)
+    lines = [*model_lines(step), *batch_lines(step), *memory_lines(step, memory), *save_lines(step, memory)]
+    return "\n".join([*lines, *time_lines(step)])
 
 
 def meta_policy(recipe: Recipe) -> Policy:
@@ -149,9 +149,8 @@ def batch_lines(step: PlannedStep) -> list[str]:
     ]
 
 
-def memory_lines(step: PlannedStep) -> list[str]:
+def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
     """Return the lines about the memory of a GPU, and which GPUs are large enough."""
-    memory = step_memory(step)
     shared_text = f"; {step.shard_size} GPUs share the learner" if step.shard_size > 1 else ""
     lines = ["memory per GPU in GB (10^9 bytes), estimated from the shapes of the weights and the batch" + shared_text]
     for name, value in memory.persistent.items():
@@ -170,9 +169,9 @@ def memory_lines(step: PlannedStep) -> list[str]:
     return lines
 
 
-def save_lines(step: PlannedStep) -> list[str]:
+def save_lines(step: PlannedStep, memory: Memory) -> list[str]:
     """Return the lines about checkpoints: their size on disk, the memory on the host, and the time of a save."""
-    recipe, persistent = step.recipe, step_memory(step).persistent
+    recipe, persistent = step.recipe, memory.persistent
     # Bytes of the optimizer's state and the adapters, which every checkpoint has. `persistent` has those of one GPU.
     state_bytes = step.shard_size * sum(persistent.get(name, 0) for name in ("optimizer", "adapters"))
     weight_bytes = num_weights(step.policy.module) * step.dtype.itemsize
