@@ -3,10 +3,12 @@
     python -m benchmarks.step_size [--list]
 
 A step of `grpo` with FP8 rollouts and TIS on a tiny model, without start, evaluation and checkpoint. Nested functions
-and lambdas count; comprehensions do not.
+and lambdas count; comprehensions do not. It also counts, over the whole package, the functions that take `recipe`, and
+lists those with more than six parameters (`self` and `cls` do not count).
 """
 
 import argparse
+import ast
 import sys
 import tempfile
 from collections import Counter
@@ -78,6 +80,18 @@ def by_file(found: set[CodeType]) -> Counter[str]:
     return Counter(str(Path(code.co_filename).relative_to(ROOT)) for code in found)
 
 
+def parameters_of_functions() -> dict[str, list[str]]:
+    """Names of the parameters of every function and method of the package, by its file and its line."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+                found[where] = [name for name in names if name not in ("self", "cls")]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="every function, by file")
@@ -86,6 +100,12 @@ def main() -> None:
     files = by_file(found)
     lines = sum(len({line for _, _, line in code.co_lines() if line}) for code in found)
     print(f"{len(found)} functions in {len(files)} files, {lines} lines of code")
+    parameters = parameters_of_functions()
+    print(f"{sum('recipe' in names for names in parameters.values())} functions of the package take `recipe`")
+    many = [where for where, names in parameters.items() if len(names) > 6]
+    print(f"{len(many)} have more than six parameters")
+    if options.list:
+        print("\n".join(f"     {where}" for where in many))
     for name, count in sorted(files.items()):
         print(f"{count:4} {name}")
         if options.list:

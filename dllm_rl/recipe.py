@@ -20,6 +20,7 @@ from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
@@ -195,6 +196,8 @@ class Recipe(Settings):
             )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora)  # the aligned forward quantizes merged weights
+        for sampler in self._compiled_samplers:
+            check_fixed_shapes(sampler.cache, sampler.commit, sampler.confidence_radius is not None)
 
     def conflicts(self) -> list[tuple[bool, str]]:
         is_quantized = self.rollout_quantization is not None
@@ -260,8 +263,39 @@ class Recipe(Settings):
                     "row's tokens together: use PPOClip, CISPO or Reinforce, or value_model=None",
                 ),
             ]
-        conflicts += self._async_conflicts() + self._teacher_conflicts()
-        return conflicts
+        return conflicts + self._compile_conflicts() + self._async_conflicts() + self._teacher_conflicts()
+
+    @property
+    def _compiled_samplers(self) -> list[Unmask]:
+        samplers = (self.sampler, self.eval_sampler)
+        return [sampler for sampler in samplers if isinstance(sampler, Unmask) and sampler.compile_step]
+
+    def _compile_conflicts(self) -> list[tuple[bool, str]]:
+        setting = "torch_compile" if self.torch_compile else "compile_step"
+        compiles = self.torch_compile or bool(self._compiled_samplers)
+        remedy = f", or set {setting}=False"
+        return [
+            (
+                compiles and self.rollout_engine is not None,
+                f"{setting}=True compiles forwards of this process, which a rollout_engine replaces: leave "
+                f"rollout_engine out{remedy}",
+            ),
+            (
+                compiles and self.router_replay is not None,
+                f"{setting}=True cannot be combined with router_replay='R3', as compiled blocks record no experts: "
+                f"leave out router_replay{remedy}",
+            ),
+            (
+                compiles and self.zero_mismatch,
+                f"{setting}=True rounds differently from the eager learner, which zero_mismatch forbids: leave one of "
+                f"them out{remedy}",
+            ),
+            (
+                self.torch_compile and bool(self._compiled_samplers),
+                "torch_compile=True compiles blocks, and the sampler's compile_step=True compiles full steps: leave "
+                f"one of them out{remedy}",
+            ),
+        ]
 
     def _async_conflicts(self) -> list[tuple[bool, str]]:
         workers, max_staleness = self.rollout_workers, self.max_staleness

@@ -4,14 +4,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dllm_rl.algorithms.advantages import Advantages
 from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip
 from dllm_rl.distributed.stop import as_written, option_as_written
-from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
-from dllm_rl.samplers.rules import SCORED_ORDERS, Commit, Rank, order_probability
+from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.collect import compute_advantages
 from dllm_rl.types import equal_groups
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
@@ -42,11 +45,17 @@ def cautions(recipe: Recipe) -> list[str]:
             f"beta={recipe.beta:g} with kl=K1(): the mean gradient of k1 is 0 where the learner drew the tokens, and "
             "only noise is added; use K2() or K3()"
         )
-    warnings += (
-        clip_warnings(recipe) + staleness_warnings(recipe) + corrector_warnings(recipe) + likelihood_warnings(recipe)
-    )
-    rewards, group, component_arguments = made_up_rewards(recipe)
-    if not recipe.advantages(rewards, group, **component_arguments).any():
+    warnings += ratio_warnings(recipe)
+    corrector = recipe.corrector
+    for part in corrector.parts if isinstance(corrector, Compose) else (corrector,):
+        if (getattr(part, "level", None), getattr(part, "pool", None)) == BIASED_LEVEL_AND_POOL:
+            warnings.append(
+                "corrector with level='sequence' and pool='geometric': the geometric mean of a row's ratios is not the "
+                "row's importance weight, and the corrected gradient stays biased; use pool='product', or level='token'"
+            )
+    corrects_mismatch = corrector.has_weights and recipe.has_separate_rollout_policy
+    warnings += likelihood_warnings(recipe.likelihood, recipe.sampler, corrects_mismatch=corrects_mismatch)
+    if not made_up_advantages(recipe.advantages, recipe.train_batch_size, recipe.num_generations)[1].any():
         name = describe(recipe.advantages)
         warnings.append(
             f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "
@@ -65,83 +74,54 @@ def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:
     ]
 
 
-def bf16_warnings(recipe: Recipe, device: str) -> list[str]:
-    """Warn about bf16 on a CPU that has no bf16 products."""
-    has_bf16_weights = isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
-    has_bf16_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if device != "cpu" or has_bf16_products or not (recipe.bf16 or has_bf16_weights):
+def bf16_warnings(dtype: str | None, bf16: bool, device: str) -> list[str]:
+    """Warn about bf16 on a CPU that has no bf16 products. `dtype`: of weights loaded from a path, else None."""
+    if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() or not (bf16 or dtype == "bfloat16"):
         return []
-    name = "bf16=True" if recipe.bf16 else "dtype='bfloat16'"
+    name = "bf16=True" if bf16 else "dtype='bfloat16'"
     return [
         f"{name}: this CPU has no bf16 products, and emulated ones are slow; where memory allows use "
         f"{as_written(dtype='float32', bf16=False)}"
     ]
 
 
-def clip_warnings(recipe: Recipe) -> list[str]:
-    """Warn if the loss does not bound the ratio where the advantage is negative: see recipes/studies/mismatch.md."""
-    if recipe.num_iterations == 1 or not recipe.has_separate_rollout_policy or not lacks_upper_bound(recipe):
-        return []
-    return [
-        f"num_iterations={recipe.num_iterations} with rollouts computed in other arithmetic and loss.delta=None: "
-        "nothing bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; use "
-        f"{dual_clip_setting(recipe)}"
-    ]
-
-
-def staleness_warnings(recipe: Recipe) -> list[str]:
-    """Warn about stale rollouts without a bound or a corrector: see recipes/studies/late_rollouts.md."""
-    is_bounded = recipe.old_logprobs == "rollout" and not lacks_upper_bound(recipe)
-    if not recipe.max_staleness or is_bounded or recipe.corrector.has_weights:
-        return []
-    rollout = as_written(old_logprobs="rollout")
-    remedy = f"{rollout} and {dual_clip_setting(recipe)}" if lacks_upper_bound(recipe) else rollout
-    return [
-        f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector with "
-        "weights: the loss does not bound how far the learner is from the weights that sampled; use "
-        f"{remedy}"
-    ]
-
-
-def corrector_warnings(recipe: Recipe) -> list[str]:
-    """Warn about a corrector whose weights leave the gradient biased."""
-    corrector = recipe.corrector
-    for part in corrector.parts if isinstance(corrector, Compose) else (corrector,):
-        if (getattr(part, "level", None), getattr(part, "pool", None)) == BIASED_LEVEL_AND_POOL:
-            return [
-                "corrector with level='sequence' and pool='geometric': the geometric mean of a row's ratios is not the "
-                "row's importance weight, and the corrected gradient stays biased; use pool='product', or level='token'"
-            ]
-    return []
-
-
-def lacks_upper_bound(recipe: Recipe) -> bool:
-    """Return whether the loss is PPO's without `delta`, which leaves the ratio unbounded for negative advantages."""
-    loss = recipe.resolved_loss
-    return isinstance(loss, PPOClip) and loss.delta is None
-
-
-def dual_clip_setting(recipe: Recipe) -> str:
-    """Return the setting that also bounds PPO's ratio where the advantage is negative (dual clip), at the recipe's
-    epsilon.
+def ratio_warnings(recipe: Recipe) -> list[str]:
+    """Warn if the loss does not bound the ratio where the advantage is negative (see recipes/studies/mismatch.md), and
+    about stale rollouts without a bound or a corrector (see recipes/studies/late_rollouts.md).
     """
     loss = recipe.resolved_loss
-    assert isinstance(loss, PPOClip), "`lacks_upper_bound` found PPO's loss"
-    delta = float(f"{1 + (loss.epsilon if loss.epsilon_high is None else loss.epsilon_high):.10g}")
-    return option_as_written("loss", "PPOClip" if recipe.loss is None else None, "delta", delta)
-
-
-def likelihood_warnings(recipe: Recipe) -> list[str]:
-    """Warn about differences between rollout and learner that the ratios of the recipe's estimator do not include."""
+    bound = ""  # the setting that also bounds PPO's ratio where the advantage is negative (dual clip)
+    if isinstance(loss, PPOClip) and loss.delta is None:
+        delta = float(f"{1 + (loss.epsilon if loss.epsilon_high is None else loss.epsilon_high):.10g}")
+        bound = option_as_written("loss", "PPOClip" if recipe.loss is None else None, "delta", delta)
     warnings = []
-    likelihood = recipe.likelihood
+    if recipe.num_iterations > 1 and recipe.has_separate_rollout_policy and bound:
+        warnings.append(
+            f"num_iterations={recipe.num_iterations} with rollouts computed in other arithmetic and loss.delta=None: "
+            "nothing bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; "
+            f"use {bound}"
+        )
+    is_bounded = recipe.old_logprobs == "rollout" and not bound
+    if recipe.max_staleness and not is_bounded and not recipe.corrector.has_weights:
+        rollout = as_written(old_logprobs="rollout")
+        warnings.append(
+            f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector with "
+            "weights: the loss does not bound how far the learner is from the weights that sampled; use "
+            f"{f'{rollout} and {bound}' if bound else rollout}"
+        )
+    return warnings
+
+
+def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, corrects_mismatch: bool) -> list[str]:
+    """Warn about differences between rollout and learner that the ratios of the estimator do not include."""
+    warnings = []
     has_exact_ratios = likelihood.exact_ratios
-    cache = getattr(recipe.sampler, "cache", None)
+    cache = getattr(sampler, "cache", None)
     includes_order = isinstance(likelihood, Trajectory) and likelihood.include_order
-    if includes_order and (rules := rules_of(recipe)) is not None:
-        rank, commit = rules
+    if includes_order and isinstance(sampler, Unmask):
+        rank, commit = sampler.rank, sampler.commit
         pair = f"sampler.rank={rank.name} with commit={commit.name}"
-        is_greedy = getattr(recipe.sampler, "temperature", None) == 0
+        is_greedy = sampler.temperature == 0
         probability = order_probability(rank, commit, greedy=is_greedy)
         if probability == "unknown":
             warnings.append(
@@ -154,7 +134,7 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
                 f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
                 "of the ratios; leave both at None, or use rank=MaxProb() or RandomOrder()"
             )
-    if not has_exact_ratios and recipe.corrector.has_weights and recipe.has_separate_rollout_policy:
+    if not has_exact_ratios and corrects_mismatch:
         warnings.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use Trajectory(), or no corrector"
@@ -167,25 +147,18 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def order_depends_on_tokens(recipe: Recipe) -> bool:
-    """Return whether the order in which the recipe's sampler writes positions depends on the tokens that it draws."""
-    if (rules := rules_of(recipe)) is None or getattr(recipe.sampler, "temperature", None) == 0:
+def order_depends_on_tokens(sampler: Sampler) -> bool:
+    """Return whether the order in which a sampler writes positions depends on the tokens that it draws."""
+    if not isinstance(sampler, Unmask) or sampler.temperature == 0:
         return False
-    return "tokens" in rules[0].reads or order_probability(*rules) in SCORED_ORDERS
+    return "tokens" in sampler.rank.reads or order_probability(sampler.rank, sampler.commit) in SCORED_ORDERS
 
 
-def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:
-    """Return the rank and the commit rule of the recipe's sampler; None if the sampler has no such rules."""
-    sampler = recipe.sampler
-    return (sampler.rank, sampler.commit) if isinstance(sampler, Unmask) else None
-
-
-def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"], dict[str, Tensor]]:
-    """Return artificial rewards of a batch, all different, their groups, and the extra arguments for
-    `recipe.advantages`.
-    """
-    group = equal_groups(recipe.train_batch_size, recipe.num_generations)
+def made_up_advantages(
+    advantages: Advantages, num_prompts: int, num_generations: int
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return the groups of a batch, and the advantages of artificial rewards that are all different."""
+    group = equal_groups(num_prompts, num_generations)
     rewards = torch.arange(float(len(group)))
-    if not recipe.advantages.takes_component_rewards:
-        return rewards, group, {}
-    return rewards, group, {"parts": rewards[None], "weights": torch.ones(1)}
+    components = {"parts": rewards[None], "weights": torch.ones(1)} if advantages.takes_component_rewards else {}
+    return group, compute_advantages(advantages, rewards, group, components)

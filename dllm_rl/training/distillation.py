@@ -34,6 +34,7 @@ from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.step.collect import compute_advantages
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
@@ -81,7 +82,7 @@ def student_teacher_log_ratio(
     Raises:
         ValueError: The teacher cannot score this rollout (`check_rollout`).
     """
-    check_rollout(recipe, teacher, rollout)
+    check_rollout(recipe.sampler, teacher, rollout, recipe.teacher_substeps)
     likelihood = Causal() if teacher.spec.attention == "causal" else Trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
@@ -114,7 +115,7 @@ def refine_steps(rollout: Rollout, seeds: Int[Tensor, " B"], *, num_parts: int) 
     return replace(rollout, unmask_step=refined, order=None, first_step=first_step)
 
 
-def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
+def check_rollout(sampler: Sampler, teacher: Policy, rollout: Rollout, teacher_substeps: int) -> None:
     """Raise ValueError on a rollout that a teacher cannot score."""
     if rollout.sampling_params.filters:
         raise ValueError(
@@ -126,8 +127,8 @@ def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
         reason = "an autoregressive student writes one token per step, which cannot be split"
     elif rollout.events is not None or rollout.renoised is not None:
         reason = "the sampler writes positions more than once, so that its steps cannot be split"
-    elif order_depends_on_tokens(recipe):
+    elif order_depends_on_tokens(sampler):
         reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
         advice += ", or rank=MaxProb()"
-    if recipe.teacher_substeps > 1 and reason:
-        raise ValueError(f"teacher_substeps={recipe.teacher_substeps}: {reason}; {advice}")
+    if teacher_substeps > 1 and reason:
+        raise ValueError(f"teacher_substeps={teacher_substeps}: {reason}; {advice}")

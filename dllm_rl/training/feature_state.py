@@ -1,12 +1,11 @@
-"""What features of a step store in a checkpoint, and the value head of a recipe."""
+"""What features of a step store in a checkpoint, and the check of a value model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Recipe
 from dllm_rl.step.features import StepFeature
-from dllm_rl.step.value_head import ValueHead
 
 
 def state_file(feature: StepFeature) -> str:
@@ -29,14 +28,9 @@ def load_states(features: Sequence[StepFeature], folder: Path) -> None:
                 raise ValueError(f"{path} cannot be loaded: {error}; or take an earlier checkpoint") from None
 
 
-def make_value_head(recipe: Recipe) -> ValueHead | None:
-    """Return the value head of a recipe; None without a value model."""
-    return None if recipe.value_model is None else ValueHead(recipe.value_model, recipe.seed)
-
-
-def check_value_model(recipe: Recipe, policy: Policy) -> None:
-    """Raise ValueError if the recipe has a value model, and its model rewrites tokens at every step."""
-    if recipe.value_model is not None and policy.spec.attention == "encoder_decoder":
+def check_value_model(value_model: ValueModel | None, policy: Policy) -> None:
+    """Raise ValueError if a recipe has a value model, and its model rewrites tokens at every step."""
+    if value_model is not None and policy.spec.attention == "encoder_decoder":
         raise ValueError(
             f"value_model gives each token the advantage of the step that wrote it, and {policy.spec.name!r} writes "
             "every token at every step; use value_model=None"

@@ -30,7 +30,7 @@ from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, make_writer, save
 from dllm_rl.training.start import launch, open_log, restore
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import check_evaluations, evaluation_interval
+from dllm_rl.training.validation import evaluation_interval
 
 EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 
@@ -58,7 +58,6 @@ def fine_tune(recipe: SFT) -> Summary:
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
     forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
     eval_interval = evaluation_interval(recipe, len(held_out_views), forwards_per_step)
-    check_evaluations(recipe, eval_interval)
     optimizer = make_optimizer(recipe, policy)
 
     def count_update(*_: object) -> None:
@@ -136,7 +135,7 @@ def _load_policy(
     """
     if folder and saved_state and recipe.lora is None:
         policy = load_from_run_folder(recipe, folder, getattr(torch, saved_state.dtype), accelerator.device)
-        freeze(recipe, policy, saved_state.frozen or [])
+        freeze(recipe.model, policy, saved_state.frozen or [])
     else:
         policy = build_policy(recipe, accelerator.device)
         if folder:

@@ -76,7 +76,7 @@ def make_step(
     used: list[StepFeature] = []
     if recipe.zero_mismatch:
         used.append(ZeroMismatch())
-    if aligns(recipe, policy, rollout_policy):
+    if recipe.corrector.align_forward and rollout_policy is not policy:
         used.append(AlignedForward())
     if recipe.router_replay is not None:
         used.append(RouterReplay())
@@ -94,8 +94,3 @@ def make_step(
         features=(*used, *features),
         **{"history": RewardHistory(len(recipe.task)), **more},
     )
-
-
-def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
-    """Return whether the learner computes with the rollout's quantized operands."""
-    return recipe.corrector.align_forward and rollout_policy is not policy

@@ -86,14 +86,14 @@ def push_to_hub(folder: Path, repo: str) -> str:
     return str(repo_url)
 
 
-def check_hub(recipe: Recipe) -> None:
+def check_hub(push_to_hub: str | None) -> None:
     """Raise ValueError if the run is to be uploaded and no user is logged in."""
-    if recipe.push_to_hub is None:
+    if push_to_hub is None:
         return
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise ValueError(f"push_to_hub={recipe.push_to_hub!r} needs a login: run `hf auth login`, or set HF_TOKEN")
+        raise ValueError(f"push_to_hub={push_to_hub!r} needs a login: run `hf auth login`, or set HF_TOKEN")
 
 
 def _number(value: float | None) -> str:

@@ -25,8 +25,6 @@ from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import REFERENCE, Recipe
-from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.settings import Settings
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
 from dllm_rl.training.validation import evaluate_with, format_metrics
@@ -44,7 +42,9 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
     needs_reference_folder = (
         recipe.needs_reference_policy if recipe.lora is None else warmup_steps and policy.lora is None
     )
-    reference_digest = save_reference(recipe, policy, accelerator) if needs_reference_folder else None
+    reference_digest = None
+    if needs_reference_folder:
+        reference_digest = save_reference(Path(recipe.directory), policy, accelerator)
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora)
     with log.stage("evaluation"):
@@ -57,11 +57,11 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
 
 def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerator: Accelerator) -> Policy:
     """Load the learner from a checkpoint of this run."""
-    device = loading_device(recipe, accelerator)
+    device = loading_device(recipe.shard_size, accelerator)
     dtype = getattr(torch, state.dtype)
     if recipe.lora is None:
         policy = load_from_run_folder(recipe, folder, dtype, device)
-        freeze(recipe, policy, state.frozen or [])
+        freeze(recipe.model, policy, state.frozen or [])
         return shard_policy(recipe, policy, accelerator)
     # Adapters apply to the weights after the warm-up, if there was one.
     base = Path(recipe.directory) / "reference"
@@ -106,20 +106,15 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
     """
     policy.float32_head = recipe.float32_head
     policy.gradient_checkpointing = recipe.gradient_checkpointing
-    check_blocks(recipe, policy)
-    check_replay(policy, recipe.router_replay)
-    return policy
-
-
-def check_blocks(recipe: Settings, policy: Policy) -> None:
-    """Raise ValueError if a setting wraps the model's blocks, and the model has none or they write a cache."""
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):
-            blocks_of(policy.module, setting)
+            blocks_of(policy.module, setting)  # raises ValueError if the module has none
             if policy.spec.attention == "encoder_decoder":  # a block that runs again would write its cache twice
                 raise ValueError(
                     f"{setting}=True cannot be combined with the cache of {policy.spec.name!r}; leave it off"
                 )
+    check_replay(policy, recipe.router_replay)
+    return policy
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
@@ -136,13 +131,13 @@ def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, dev
     return policy
 
 
-def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
-    """Freeze exactly the weights with these names, as in the run that is resumed.
+def freeze(model: Any, policy: Policy, names: list[str]) -> None:
+    """Freeze exactly the weights with these names, as in the run that is resumed. `model` is the recipe's.
 
     Raises:
         ValueError: Other weights of the recipe's policy are frozen: the optimizer's state would not fit.
     """
-    if isinstance(recipe.model, Policy) and (changed_names := set(frozen_names(recipe.model.module)) ^ set(names)):
+    if isinstance(model, Policy) and (changed_names := set(frozen_names(model.module)) ^ set(names)):
         name = min(changed_names)
         raise ValueError(
             f"requires_grad of {name!r} is {name in names} in this model, and was {name not in names} in the run that "
@@ -179,20 +174,20 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         reference = copied(policy)
     else:
         dtype = next(policy.module.parameters()).dtype
-        device = loading_device(recipe, accelerator)
+        device = loading_device(recipe.shard_size, accelerator)
         reference = shard_policy(recipe, load_from_run_folder(recipe, folder, dtype, device), accelerator)
     reference.module.requires_grad_(False)  # the loss has no gradient with respect to it
     return reference
 
 
-def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> str:
-    """Write the weights that RL starts from to the run's folder, atomically; return the digest of their manifest.
+def save_reference(directory: Path, policy: Policy, accelerator: Accelerator) -> str:
+    """Write the weights that RL starts from to the run's directory, atomically; return the digest of their manifest.
     Collective: every process must call it.
     """
     full_policy = gather_on_main(policy, accelerator)
 
     def write() -> str:
-        with replacing(Path(recipe.directory) / "reference") as temporary_folder:
+        with replacing(directory / "reference") as temporary_folder:
             full_policy.save_pretrained(temporary_folder)
             return manifest.write(temporary_folder, step=None, processes=accelerator.num_processes, versions=versions())
 
@@ -226,29 +221,6 @@ class RolloutCopy(RolloutEngine):
 def resolve_rollout_engine(recipe: Recipe) -> RolloutEngine:
     """Return the recipe's rollout engine; by default the engine that samples in this process."""
     return recipe.rollout_engine or RolloutCopy(recipe=recipe)
-
-
-def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError if torch_compile, or the sampler's compile_step, cannot be combined with another setting."""
-    samplers = (recipe.sampler, recipe.eval_sampler)
-    compiled_samplers = [sampler for sampler in samplers if isinstance(sampler, Unmask) and sampler.compile_step]
-    compiles_steps = bool(compiled_samplers)
-    conflict = None
-    if recipe.rollout_engine is not None:
-        conflict = "compiles forwards of this process, which a rollout_engine replaces: leave rollout_engine out"
-    elif recipe.router_replay is not None:
-        conflict = (
-            "cannot be combined with router_replay='R3', as compiled blocks record no experts: leave out router_replay"
-        )
-    elif recipe.zero_mismatch:
-        conflict = "rounds differently from the eager learner, which zero_mismatch forbids: leave one of them out"
-    elif recipe.torch_compile and compiles_steps:
-        conflict = "compiles blocks, and the sampler's compile_step=True compiles full steps: leave one of them out"
-    setting = "torch_compile" if recipe.torch_compile else "compile_step"
-    if (recipe.torch_compile or compiles_steps) and conflict:
-        raise ValueError(f"{setting}=True {conflict}, or set {setting}=False")
-    for sampler in compiled_samplers:
-        check_fixed_shapes(sampler.cache, sampler.commit, sampler.confidence_radius is not None)
 
 
 def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:

@@ -14,7 +14,8 @@ from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import prompt_indices
-from dllm_rl.tasks.base import Task, check_not_empty
+from dllm_rl.step.settings import StepSettings
+from dllm_rl.tasks.base import Task
 from dllm_rl.training.step_settings import step_settings
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
@@ -22,15 +23,13 @@ HISTORY = "reward_history.safetensors"  # file in a checkpoint
 MAX_SECONDS = 10.0  # time limit of this check per task: some tasks generate problems slowly
 
 
-def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory:
-    """Return the history of rewards that a run continues: from a checkpoint, or empty. It stays empty if the prompt
-    source does not read it.
+def reward_history(size: int, folder: Path | None) -> RewardHistory:
+    """Return the history of rewards of a task's `size` problems: from a checkpoint's folder, or empty.
 
     Raises:
         ValueError: The checkpoint's file is damaged.
     """
-    size = len(recipe.task)
-    if not recipe.prompt_source.uses_history or folder is None or not (folder / HISTORY).exists():
+    if folder is None or not (folder / HISTORY).exists():
         return RewardHistory(size)  # without the file, the run began with another prompt source
     try:
         return RewardHistory(size, **safetensors.load((folder / HISTORY).read_bytes()))
@@ -41,12 +40,6 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory:
 def history_files(history: RewardHistory, step: int) -> dict[str, bytes]:
     """Return the history's file, by name, for a checkpoint after `step` steps; {} for an empty history."""
     return {HISTORY: safetensors.save(history.before(step).tensors())} if len(history.step) else {}
-
-
-def check_tasks(recipe: Recipe) -> None:
-    """Raise ValueError if a task has no problems. It needs no model."""
-    for field in ("task", "validation_task", "eval_task"):
-        check_not_empty(field, getattr(recipe, field))
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
@@ -72,25 +65,25 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         raise ValueError(
             f"{settings} exceed the model's {max_positions} positions; use at most {max_positions - training_length}"
         )
-    _longest_prompt(
-        recipe, policy, "validation_task", _first_indices(recipe.validation_task), eval_length, max_positions
-    )
-    _longest_prompt(recipe, policy, "eval_task", _first_indices(recipe.eval_task), eval_length, max_positions)
+    for field in ("validation_task", "eval_task"):
+        task = getattr(recipe, field)
+        _longest_prompt(policy, field, task, range(min(len(task), MAX_CHECKED_PROMPTS)), eval_length, max_positions)
     if max_prompt_length is not None:
         max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
-    index = _longest_prompt(recipe, policy, "task", _training_indices(recipe), training_length, max_positions)
+    indices = _training_indices(step_settings(recipe), recipe.num_steps)
+    index = _longest_prompt(policy, "task", recipe.task, indices, training_length, max_positions)
     return index if max_prompt_length is None else 0
 
 
 def _longest_prompt(
-    recipe: Recipe,
     policy: Policy,
     field: str,
+    task: Task,
     indices: Iterable[int],
     completion_length: int,
     max_positions: int | float,
 ) -> int:
-    """Return the index of the problem of task `field` with the longest prompt.
+    """Return the index of the problem of a task, the recipe's `field`, with the longest prompt.
 
     Raises:
         ValueError: A prompt and `completion_length` tokens exceed `max_positions`.
@@ -101,7 +94,7 @@ def _longest_prompt(
     for index in indices:
         if time.monotonic() - start_time > MAX_SECONDS:
             break
-        problem = getattr(recipe, field)[index]
+        problem = task[index]
         try:
             length = len(prompt_ids(policy, problem.prompt, problem.blank))
         except ValueError as error:
@@ -119,18 +112,13 @@ def _longest_prompt(
     return longest_index
 
 
-def _first_indices(task: Task) -> range:
-    return range(min(len(task), MAX_CHECKED_PROMPTS))
-
-
-def _training_indices(recipe: Recipe) -> Iterable[int]:
+def _training_indices(settings: StepSettings, num_steps: int) -> Iterable[int]:
     """Return the indices of all problems of the training task; for a large task, those that the first steps draw."""
-    size = len(recipe.task)
+    size = len(settings.task)
     if size <= MAX_CHECKED_PROMPTS:
         return range(size)
-    settings = step_settings(recipe)
     indices: dict[int, None] = {}  # in order, without repeats
-    for step in range(recipe.num_steps):
+    for step in range(num_steps):
         indices |= dict.fromkeys(prompt_indices(settings, RewardHistory(size), step).tolist())
         if len(indices) >= MAX_CHECKED_PROMPTS:
             break

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
-from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.checkpoints import checkpoint
@@ -23,20 +21,20 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.step.collect import GradedCompletion, compute_advantages, group_sizes, sample_and_grade
+from dllm_rl.step.collect import GradedCompletion, group_sizes, sample_and_grade
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
+from dllm_rl.step.value_head import ValueHead
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.tasks.base import Problem, metric_fractions
-from dllm_rl.training.cautions import made_up_rewards
+from dllm_rl.training.cautions import made_up_advantages
 from dllm_rl.training.distillation import student_teacher_log_ratio
-from dllm_rl.training.feature_state import make_value_head
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
 from dllm_rl.training.sharded_learner import gather_on_main
@@ -55,7 +53,7 @@ def rehearse(
     """Run one group per process through a step without the update, and save a checkpoint. Call it before the first
     step, so that a setting that fails is refused early: it raises any error that the step would raise.
     """
-    with preserve_random_state(), as_trained(recipe, policy) as learner:
+    with preserve_random_state(), as_trained(policy, recipe.lora) as learner:
         micro_step(recipe, learner, problem, accelerator, features)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
@@ -69,28 +67,32 @@ def micro_step(
     """Run the training step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
-    value_head = make_value_head(recipe)
+    value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
     context = make_step(
         recipe,
         accelerator=accelerator,
         policy=policy,
         rollout_policy=resolve_rollout_engine(recipe).load(policy),
         reference=reference if recipe.beta else None,
-        features=features if value_head is None else (value_head, *features),
+        features=(*value_head, *features),
     )
     first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
     group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
     seeds = row_seeds(generator_for(*key), recipe.num_generations)
     rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
     if recipe.sft_warmup_steps:
-        check_warmup(recipe, policy, answers[0])
+        corruption, metric = recipe.sft_warmup_corruption, recipe.sft_warmup_metric
+        check_warmup(policy, answers[0], recipe.max_new_tokens, corruption=corruption, metric=metric)
     if recipe.teacher is not None:
         # The student also plays the teacher, which is not loaded yet.
         student_teacher_log_ratio(recipe, policy, rollout, seeds[:1].expand(len(seeds)).to(policy.device))
 
     counts = (recipe.num_generations,) * accelerator.num_processes
     group = equal_groups(accelerator.num_processes, recipe.num_generations)
-    advantages = made_up_advantages(recipe)[: len(group)]
+    all_groups, advantages = made_up_advantages(recipe.advantages, recipe.train_batch_size, recipe.num_generations)
+    # A group whose advantages are 0 gets advantages of both signs, so that every group has a loss.
+    both_signs = torch.linspace(1, -1, recipe.num_generations).repeat(recipe.train_batch_size)
+    advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
     samples = Samples(rollout, group, advantages, advantages, torch.ones(len(group), dtype=torch.double), counts)
     with context.learner_forward():
         scored = score_samples(context, samples, 0)
@@ -102,31 +104,22 @@ def micro_step(
         )
 
 
-def check_warmup(recipe: Recipe, policy: Policy, answer: GradedCompletion) -> None:
-    """Raise ValueError if the problem has no solution to learn from, or its grader has no `sft_warmup_metric`."""
-    solution_examples(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
-    if recipe.sft_warmup_corruption and policy.spec.attention == "encoder_decoder":
+def check_warmup(
+    policy: Policy, answer: GradedCompletion, max_new_tokens: int, *, corruption: float, metric: str
+) -> None:
+    """Raise ValueError if the problem has no solution to learn from, its grader has no `metric`, or the policy cannot
+    be trained with `corruption`.
+    """
+    solution_examples(policy, [answer.problem], max_new_tokens=max_new_tokens)
+    if corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
-            f"sft_warmup_corruption={recipe.sft_warmup_corruption} replaces tokens beside masks, and the noise of "
+            f"sft_warmup_corruption={corruption} replaces tokens beside masks, and the noise of "
             f"{policy.spec.name!r} is replaced tokens already; use 0"
         )
     metrics = metric_fractions(answer.reward)
-    if recipe.sft_warmup_metric not in metrics:
+    if metric not in metrics:
         known = ", ".join(sorted(metrics))
-        raise ValueError(
-            f"sft_warmup_metric={recipe.sft_warmup_metric!r} is not one of the task's metrics: "
-            f"{known}; use one of these"
-        )
-
-
-def made_up_advantages(recipe: Recipe) -> Float[Tensor, " B"]:
-    """Return the advantages of artificial rewards that are all different. A group whose advantages are 0 gets
-    advantages of both signs, so that every group has a loss.
-    """
-    rewards, group, component_arguments = made_up_rewards(recipe)
-    advantages = compute_advantages(recipe.advantages, rewards, group, component_arguments)
-    both_signs = torch.linspace(1, -1, recipe.num_generations).repeat(recipe.train_batch_size)
-    return torch.where(any_in_group(advantages != 0, group), advantages, both_signs)
+        raise ValueError(f"sft_warmup_metric={metric!r} is not one of the task's metrics: {known}; use one of these")
 
 
 def try_save(recipe: Recipe, policy: Policy) -> None:
@@ -147,20 +140,20 @@ def try_save(recipe: Recipe, policy: Policy) -> None:
 
 
 @contextmanager
-def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
-    """Yield the policy as RL will train it: the same weights, with adapters if the recipe has them. Gradients are
+def as_trained(policy: Policy, lora: Lora | None) -> Iterator[Policy]:
+    """Yield the policy as RL will train it: the same weights, with adapters if `lora` is given. Gradients are
     deleted afterwards.
     """
     module = policy.module
     learner = policy
     trained = trainable_parameters(module)
-    if recipe.lora is not None and policy.lora is None:
+    if lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)
         learner.module = copy.deepcopy(
             module, shared
         )  # new layers with the same tensors, so that the adapters change only the copy
-        add_lora(learner, recipe.lora)
+        add_lora(learner, lora)
     try:
         yield learner
     finally:

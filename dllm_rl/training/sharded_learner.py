@@ -24,14 +24,10 @@ def processes_per_shard(shard_size: int, processes: int) -> int:
     return shard_size or processes
 
 
-def loading_device(recipe: Settings, accelerator: Accelerator) -> torch.device:
+def loading_device(shard_size: int, accelerator: Accelerator) -> torch.device:
     """Return the device to load the learner's weights to: the host if they will be sharded."""
     # No device needs memory for the full model: `shard` moves it to the devices unit by unit.
-    return (
-        torch.device("cpu")
-        if processes_per_shard(recipe.shard_size, accelerator.num_processes) > 1
-        else accelerator.device
-    )
+    return torch.device("cpu") if processes_per_shard(shard_size, accelerator.num_processes) > 1 else accelerator.device
 
 
 def check_launch_config() -> None:
@@ -47,8 +43,10 @@ def check_launch_config() -> None:
             )
 
 
-def check_batches(recipe: Settings, processes: int) -> None:
-    """Raise ValueError if the processes cannot share a batch equally."""
+def check_processes(recipe: Settings, processes: int) -> None:
+    """Raise ValueError if the processes cannot share a batch equally, or on a setting that a sharded learner cannot
+    have, before anything is loaded.
+    """
     for name in ("train_batch_size", "sft_warmup_batch_size") if recipe.sft_warmup_steps else ("train_batch_size",):
         batch_size = getattr(recipe, name)
         if batch_size % processes:
@@ -57,10 +55,6 @@ def check_batches(recipe: Settings, processes: int) -> None:
             raise ValueError(
                 f"{name}={batch_size} must be a multiple of the {processes} processes; the nearest are: {nearest}"
             )
-
-
-def check_sharding(recipe: Settings, processes: int) -> None:
-    """Raise ValueError on a setting that a sharded learner cannot have, before anything is loaded."""
     size = processes_per_shard(recipe.shard_size, processes)
     if processes % size:
         raise ValueError(f"shard_size={size} must divide the {processes} processes; give a divisor, or 0 for all")

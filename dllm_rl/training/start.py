@@ -26,8 +26,10 @@ from dllm_rl.records import describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.features import StepFeature
+from dllm_rl.step.value_head import ValueHead
+from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
-from dllm_rl.training.feature_state import check_value_model, load_states, make_value_head
+from dllm_rl.training.feature_state import check_value_model, load_states
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
@@ -36,7 +38,6 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     build_policy,
-    check_compiled,
     initialize_run,
     make_optimizer,
     reference_policy,
@@ -44,19 +45,18 @@ from dllm_rl.training.policies import (
     resumed_policy,
     teacher_policy,
 )
-from dllm_rl.training.prompts import check_prompts, check_tasks, reward_history
+from dllm_rl.training.prompts import check_prompts, reward_history
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import check_lock, install_emergency_saves, make_writer, save
 from dllm_rl.training.sharded_learner import (
-    check_batches,
     check_launch_config,
-    check_sharding,
+    check_processes,
     loading_device,
     shard_policy,
 )
 from dllm_rl.training.step_settings import step_settings
-from dllm_rl.training.validation import check_evaluations, validation_interval
+from dllm_rl.training.validation import validation_interval
 
 
 def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
@@ -69,11 +69,11 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     # immediately.
     if recipe.zero_mismatch:
         prepare_workspace()
-    check_compiled(recipe)
     check_features(features, recipe.rollout_workers)
-    check_hub(recipe)
-    check_tasks(recipe)
-    check_evaluations(recipe, validation_interval(recipe))
+    check_hub(recipe.push_to_hub)
+    for field in ("task", "validation_task", "eval_task"):
+        check_not_empty(field, getattr(recipe, field))
+    validation_interval(recipe)  # raises ValueError if a metric that is needed would never be measured
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
         pool = None  # only the main process talks to the workers
     elif pool is None:
@@ -93,7 +93,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
 
     # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
     log = open_log(recipe, accelerator, peers, saved_state, notes)
-    for caution in [*cautions(recipe), *bf16_warnings(recipe, accelerator.device.type)]:
+    weights_dtype = recipe.dtype if isinstance(recipe.model, str) else None
+    for caution in [*cautions(recipe), *bf16_warnings(weights_dtype, recipe.bf16, accelerator.device.type)]:
         log.say(f"warning: {caution}")
 
     # 4. Set up the state before the first step. A resumed run reads all of it from one checkpoint: weights, adapters,
@@ -119,7 +120,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
-    value_head = make_value_head(recipe)
+    value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -127,8 +128,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         rollout_policy=rollout_policy,
         reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
         teacher=teacher,
-        history=reward_history(recipe, resume_folder),
-        features=features if value_head is None else (value_head, *features),
+        history=reward_history(len(recipe.task), resume_folder if recipe.prompt_source.uses_history else None),
+        features=(*value_head, *features),
         log=log,
     )
     if resume_folder is not None:
@@ -218,8 +219,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
         peers.hear = stop.hear_from_another
         run_exit_stack().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
-    check_sharding(recipe, accelerator.num_processes)
-    check_batches(recipe, accelerator.num_processes)
+    check_processes(recipe, accelerator.num_processes)
     return accelerator, stop, peers
 
 
@@ -254,9 +254,9 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
     """Load the recipe's model and rehearse a step, so that a wrong setting is refused before the run trains or writes a
     file.
     """
-    policy = build_policy(recipe, loading_device(recipe, accelerator))
+    policy = build_policy(recipe, loading_device(recipe.shard_size, accelerator))
     recipe.likelihood.check_policy(policy)
-    check_value_model(recipe, policy)
+    check_value_model(recipe.value_model, policy)
     if recipe.advantages.takes_component_rewards:
         component_reward_weights(step_settings(recipe))  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)

@@ -37,19 +37,18 @@ def evaluation_interval(recipe: Settings, eval_forwards: int, step_forwards: int
         recipe: Settings of the run.
         eval_forwards: Rows times forwards per row in an evaluation.
         step_forwards: Rows times forwards per row in a training step.
+
+    Raises:
+        ValueError: A metric of the evaluations that the recipe needs would never be measured.
     """
-    if recipe.eval_steps is not None:
-        return recipe.eval_steps
-    return MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
-
-
-def check_evaluations(recipe: Settings, eval_interval: int) -> None:
-    """Raise ValueError if a metric of the evaluations that the recipe needs would never be measured."""
-    for setting in recipe.evaluated_metrics if 0 < recipe.num_steps < eval_interval else ():
+    interval = recipe.eval_steps
+    if interval is None:
+        interval = MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
+    for setting in recipe.evaluated_metrics if 0 < recipe.num_steps < interval else ():
         raise ValueError(
-            f"{setting} is measured every {eval_interval} steps, and num_steps={recipe.num_steps}: set a smaller "
-            "eval_steps"
+            f"{setting} is measured every {interval} steps, and num_steps={recipe.num_steps}: set a smaller eval_steps"
         )
+    return interval
 
 
 def validation_interval(recipe: Recipe) -> int:

@@ -23,7 +23,7 @@ from dllm_rl.step.score import (
     metric_weights,
     rollout_logprob_source,
 )
-from dllm_rl.training.make_step import aligns, make_step
+from dllm_rl.training.make_step import AlignedForward, make_step
 from dllm_rl.training.step_settings import step_settings
 
 
@@ -95,7 +95,8 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
     assert rollout_logprob_source(recipe.likelihood, policy, rollout_policy) == rollout
-    assert aligns(recipe, policy, rollout_policy) == aligned
+    step = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=rollout_policy)
+    assert any(isinstance(feature, AlignedForward) for feature in step.features) == aligned
 
 
 @pytest.mark.parametrize(

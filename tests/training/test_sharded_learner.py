@@ -20,7 +20,7 @@ from dllm_rl import Lora, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.training.sharded_learner import check_launch_config, check_module, check_sharding
+from dllm_rl.training.sharded_learner import check_launch_config, check_module, check_processes
 from dllm_rl.training.trainer import train
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
@@ -157,9 +157,9 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
 def test_what_does_not_go_with_a_shared_out_learner_is_refused(tmp_path, change, said):
     recipe = tiny_recipe(tmp_path, **{"shard_size": 2, **change})
     with pytest.raises(ValueError, match=said):
-        check_sharding(recipe, 4)
-    check_sharding(replace(recipe, shard_size=1), 4)
-    check_sharding(replace(recipe, shard_size=0), 1)
+        check_processes(recipe, 4)
+    check_processes(replace(recipe, shard_size=1), 4)
+    check_processes(replace(recipe, shard_size=0), 1)
 
 
 def test_a_module_whose_head_is_tied_or_that_is_not_known_is_refused():

@@ -14,7 +14,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.training import start
 from dllm_rl.training.policies import make_optimizer, resumed_policy
-from dllm_rl.training.sharded_learner import check_batches
+from dllm_rl.training.sharded_learner import check_processes
 from dllm_rl.training.start import open_log, restore
 from dllm_rl.training.trainer import train
 
@@ -24,8 +24,8 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, changes
     recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "sft_warmup_batch_size": 64, **changes})
     said = {8: "train_batch_size=8 .* 3 processes; the nearest are: 6, 9", 2: "the nearest are: 3"}
     with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "sft_warmup_batch_size=64 .*: 63, 66")):
-        check_batches(recipe, 3)
-    check_batches(replace(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
+        check_processes(recipe, 3)
+    check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

@@ -20,7 +20,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.value_head import ValueHead, rate_scale
-from dllm_rl.training.feature_state import check_value_model, load_states, make_value_head, state_file
+from dllm_rl.training.feature_state import check_value_model, load_states, state_file
 from dllm_rl.training.trainer import train
 
 
@@ -178,7 +178,7 @@ def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    head = make_value_head(tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel()))
+    head = ValueHead(ValueModel(), 0)
     path = tmp_path / state_file(head)
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{path.name} cannot be loaded: not a safetensors file"):
@@ -201,9 +201,8 @@ def test_a_resume_with_another_size_is_refused_before_it_samples(tmp_path):
 
 def test_a_model_that_rewrites_every_token_is_refused_before_it_samples(tmp_path):
     policy = tiny_diffusion_gemma(characters="1234.=")
-    recipe = tiny_recipe(tmp_path, likelihood=Trajectory(), value_model=ValueModel())
     with pytest.raises(ValueError, match="'diffusion_gemma' writes every token at every step; use value_model=None"):
-        check_value_model(recipe, policy)
+        check_value_model(ValueModel(), policy)
 
 
 def test_settings_that_cannot_be_combined(tmp_path):

@@ -20,8 +20,8 @@ from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.feature_state import check_value_model
-from dllm_rl.training.policies import call_model_function, check_blocks
-from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, processes_per_shard
+from dllm_rl.training.policies import apply_compute_settings, call_model_function
+from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
@@ -74,7 +74,7 @@ def meta_policy(recipe: Recipe) -> Policy:
         if spec.attention == "encoder_decoder":
             spec = replace(spec, vocab_size=config.vocab_size, block_size=raw_config["canvas_length"])
         meta = DiffusionPolicy(module, spec, None)
-    meta.gradient_checkpointing = recipe.gradient_checkpointing
+    apply_compute_settings(recipe, meta)
     if recipe.lora is not None:
         add_lora(meta, recipe.lora)
     return meta
@@ -86,10 +86,8 @@ def check_step(step: PlannedStep) -> None:
     """
     recipe, policy = step.recipe, step.policy
     recipe.likelihood.check_policy(policy)
-    check_value_model(recipe, policy)
-    check_blocks(recipe, policy)
-    check_sharding(recipe, step.processes)
-    check_batches(recipe, step.processes)
+    check_value_model(recipe.value_model, policy)
+    check_processes(recipe, step.processes)
     if step.shard_size > 1:
         check_module(policy.module, step.shard_size)
     sampler, expected_sampler = type(recipe.sampler), sampler_for(policy)
