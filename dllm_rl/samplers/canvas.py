@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
-from dllm_rl.rng import uniforms
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -271,7 +270,7 @@ class StepPositions(NamedTuple):
         offset: Offset of each position in its completion.
         canvas_row: Row of each position in the canvas.
         column: Column of each position in the canvas.
-        seed: Seed of each position's row.
+        seed: Seed of each position's row. A position's random numbers depend on it, on row_steps and on offset alone.
         row_steps: Number of steps in which each position's row has taken part.
     """
 
@@ -285,13 +284,6 @@ class StepPositions(NamedTuple):
     column: Int[Tensor, " K"]
     seed: Int[Tensor, " K"]
     row_steps: Int[Tensor, " K"]
-
-    def uniforms(self, stream: int, index: Tensor | slice = slice(None)) -> Float[Tensor, " C"]:
-        """Return a number in [0, 1) for each of the K positions, or for those with these indices.
-
-        The number depends only on the row's seed, the row's step and the offset.
-        """
-        return uniforms(self.seed[index], self.row_steps[index], self.offset[index], stream=stream)
 
     def to_grid(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
         """Return values of the K positions at their rows and offsets, and -inf at the other positions."""

@@ -4,7 +4,6 @@ Rank the masked positions, commit some of them, draw their tokens, and record th
 docs/methods.md explains the tag [ours].
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from dllm_rl.decoding.support import MAX_SUPPORT_IDS, filter_support, make_filte
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert_cdf, process
+from dllm_rl.rng import uniforms
 from dllm_rl.samplers.canvas import (
     RANK_STREAM,
     TOKEN_STREAM,
@@ -50,6 +50,7 @@ from dllm_rl.samplers.rules import (
 )
 from dllm_rl.types import Order, Rollout, SamplingParams, starts_group
 
+LOWEST_SCORE = torch.finfo(torch.float32).min  # in place of -inf, the score of positions that are not masked
 SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
 
 
@@ -158,9 +159,13 @@ class StepSampler:
             ValueError: The commit rule writes nothing in the last step of a block.
         """
         policy, params = self.policy, self.sampling_params
-        rank_uniforms = at.uniforms(RANK_STREAM)
-        token_uniforms = at.uniforms(TOKEN_STREAM) if self.draws_first or step is None else None
-        scores, drawn = rank_and_draw(policy, hidden, params, self.rank, rank_uniforms, token_uniforms)
+        rank_uniforms, token_uniforms = (
+            uniforms(at.seed, at.row_steps, at.offset, stream=stream) for stream in (RANK_STREAM, TOKEN_STREAM)
+        )
+        draws_first = self.draws_first or step is None
+        scores, drawn = rank_and_draw(
+            policy, hidden, params, self.rank, rank_uniforms, token_uniforms if draws_first else None
+        )
         assert scores is not None, "there is a rank"
         commit_scores = at.to_grid(add_gumbel(scores, rank_uniforms) if self.rank.adds_gumbel else scores)
         if step is None:
@@ -181,7 +186,7 @@ class StepSampler:
             # A position may stay masked in several steps, whose log-probs are added.
             put(written.order_logprobs, *place, written.order_logprobs[place] + logps, is_scored)
         if drawn is None:  # the tokens of the chosen positions alone
-            _, drawn = rank_and_draw(policy, hidden[places], params, token_uniforms=at.uniforms(TOKEN_STREAM, places))
+            _, drawn = rank_and_draw(policy, hidden[places], params, token_uniforms=token_uniforms[places])
             assert drawn is not None
         else:
             drawn = Drawn(*(values[places] for values in drawn.tensors()))
@@ -362,16 +367,16 @@ def rank_and_draw(
         token_uniforms: Random numbers of the draw. None (default): no draw; the rank must not read tokens then.
 
     Returns:
-        The scores, with the lowest number in place of -inf, the score of positions that are not masked; the draws.
+        The scores, at least LOWEST_SCORE, and the draws.
     """
     reads: frozenset[str] = frozenset() if rank is None else rank.reads
+    available = {"uniforms": rank_uniforms, "hidden": hidden}
+    inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head
-        return _scores(rank, {"uniforms": rank_uniforms, "hidden": hidden}), None
+        return rank(**inputs).float().clamp(min=LOWEST_SCORE), None
     params, mask_id = sampling_params, policy.spec.mask_id
     is_untempered = params.temperature in (0, 1) and not params.filters
     slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
-    available = {"uniforms": rank_uniforms, "hidden": hidden}
-    inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if token_uniforms is not None:
         inputs["token_uniforms"] = token_uniforms
 
@@ -398,18 +403,16 @@ def rank_and_draw(
                 drawn = draws.tensors()
             elif "normalizer" in reads:
                 given["normalizer"] = logits.logsumexp(-1)
-            scores = () if rank is None else (_scores(rank, {**given, "logits": logits}),)
+            given["logits"] = logits
+            scores: tuple[Tensor, ...] = ()
+            if rank is not None:
+                scores = (rank(**{name: given[name] for name in reads}).float().clamp(min=LOWEST_SCORE),)
             outputs.append((*scores, *drawn))
         return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
     outputs = chunked(run_chunk, hidden, *inputs.values(), policy=policy)
     drawn = outputs if rank is None else outputs[1:]
     return None if rank is None else outputs[0], Drawn(*drawn) if drawn else None
-
-
-def _scores(rank: Rank, inputs: Mapping[str, Tensor | None]) -> Float[Tensor, " K"]:
-    scores = rank(**{name: inputs[name] for name in rank.reads}).float()
-    return scores.clamp(min=torch.finfo(scores.dtype).min)
 
 
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:

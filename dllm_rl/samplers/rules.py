@@ -5,7 +5,7 @@ docs/methods.md explains the tags [paper] and [ours]. Rules that rewrite a block
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ REWRITES = COMMIT_INPUTS[:3]
 SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
 
 
-@lru_cache(256)  # a step reads them often
 def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
     parameters = [p for p in inspect.signature(rank).parameters.values() if p.name != "self"]
@@ -39,7 +38,6 @@ def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
-@lru_cache(256)
 def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
     """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of REWRITES."""
     parameters = inspect.signature(commit).parameters.values()
@@ -59,7 +57,20 @@ def _check_order(kind: str, name: str, order: str, known: tuple[str, ...]) -> No
         raise ValueError(f"order={order!r} of {kind}={name} must be one of {', '.join(known)}")
 
 
-class Rank(Record):
+class _Rule(Record):
+    """What ranks and commit rules share."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
+            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
+        super().__init_subclass__(**keywords)
+
+    @cached_property
+    def name(self) -> str:
+        return type(self).__name__
+
+
+class Rank(_Rule):
     """A score of each of K masked positions; positions with the highest scores are committed first.
 
     For a custom rank, subclass it, define `__call__`, and declare `order`; where a rank is expected, a plain function
@@ -75,11 +86,6 @@ class Rank(Record):
     tokens are exact: the sampler draws the tokens with these probabilities.
     """
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
-            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
-        super().__init_subclass__(**keywords)
-
     @property
     def order(self) -> str:
         """The kind of order that the scores make.
@@ -90,19 +96,12 @@ class Rank(Record):
         """
         return "unknown"
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         """The RANK_INPUTS that `__call__` takes."""
         return rank_inputs(self.name, type(self).__call__)
 
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    @property
-    def adds_gumbel(self) -> bool:
-        """Whether the sampler adds Gumbel noise to the scores, as for `PlackettLuce`."""
-        return False
+    adds_gumbel = False  # whether the sampler adds Gumbel noise to the scores, as for `PlackettLuce`
 
     def __call__(self, *arguments: Any, **inputs: Any) -> PerPosition:
         """Return the scores (K,)."""
@@ -132,11 +131,11 @@ class FunctionRank(Rank):
     function: Callable[..., Any]
     order: str = "unknown"
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         return rank_inputs(self.name, self.function)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
 
@@ -252,7 +251,7 @@ class PlackettLuce(Rank):
 
     adds_gumbel = True
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         return self.base_rank.reads
 
@@ -271,7 +270,7 @@ class PlackettLuce(Rank):
 DETERMINISTIC: dict[str, Rank] = {rank.name: rank for rank in (MaxProb(), Margin(), Entropy())}
 
 
-class Commit(Record):
+class Commit(_Rule):
     """A rule that chooses the positions that a step writes.
 
     For a custom rule, subclass it, define `__call__`, and declare `order`; where a rule is expected, a plain function
@@ -285,11 +284,6 @@ class Commit(Record):
         one of REWRITES (B, L), for a rule that rewrites tokens, see `revise`
     and returns the positions to write (B, L). In the last step of a block it must choose at least one masked position.
     """
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
-            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
-        super().__init_subclass__(**keywords)
 
     @property
     def order(self) -> str:
@@ -309,22 +303,19 @@ class Commit(Record):
         """
         return None
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether the rule, and not `diffusion_steps`, determines how many steps a block takes."""
-        return False
+    adaptive = False  # whether the rule, and not `diffusion_steps`, determines how many steps a block takes
 
     @property
     def required_rank(self) -> Rank | None:
         """The rank whose scores the rule reads; None: any rank's."""
         return None
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         """The COMMIT_INPUTS that `__call__` takes."""
         return commit_inputs(self.name, type(self).__call__)
 
-    @property
+    @cached_property
     def revises(self) -> bool:
         """Whether the rule rewrites tokens of a block."""
         return not self.reads.isdisjoint(REWRITES)
@@ -333,10 +324,6 @@ class Commit(Record):
     def takes_highest(self) -> bool:
         """Whether the rule is known to pick the highest scores, and how many does not depend on the scores."""
         return self.order == "deterministic" and self.count is not None and not self.revises
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
 
     def __call__(self, *arguments: Any, **inputs: Any) -> PositionMask:
         """Return the positions to write (B, L)."""
@@ -366,11 +353,11 @@ class FunctionCommit(Commit):
     count: Callable[[Tensor, Tensor], Any] | None = None
     adaptive: bool = False
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         return commit_inputs(self.name, self.function)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
 

@@ -370,7 +370,7 @@ def on_host(work):
 
 
 PLANTED = {
-    "sampler, drawn": ("samplers.canvas", "uniforms"),
+    "sampler, drawn": ("samplers.choose", "uniforms"),
     "sampler, scores": ("samplers.choose", "rank_and_draw"),
     "scoring, log-probs": ("decoding.order", "token_logprobs_and_confidences"),
     "scoring, order": ("decoding.order", "stay_masked_logprobs"),
