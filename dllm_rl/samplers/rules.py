@@ -57,7 +57,7 @@ def _check_order(kind: str, name: str, order: str, known: tuple[str, ...]) -> No
         raise ValueError(f"order={order!r} of {kind}={name} must be one of {', '.join(known)}")
 
 
-class _Rule(Record):
+class _Rule:
     """What ranks and commit rules share."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -70,7 +70,7 @@ class _Rule(Record):
         return type(self).__name__
 
 
-class Rank(_Rule):
+class Rank(_Rule, Record):
     """A score of each of K masked positions; positions with the highest scores are committed first.
 
     For a custom rank, subclass it, define `__call__`, and declare `order`; where a rank is expected, a plain function
@@ -270,7 +270,7 @@ class PlackettLuce(Rank):
 DETERMINISTIC: dict[str, Rank] = {rank.name: rank for rank in (MaxProb(), Margin(), Entropy())}
 
 
-class Commit(_Rule):
+class Commit(_Rule, Record):
     """A rule that chooses the positions that a step writes.
 
     For a custom rule, subclass it, define `__call__`, and declare `order`; where a rule is expected, a plain function
@@ -303,7 +303,10 @@ class Commit(_Rule):
         """
         return None
 
-    adaptive = False  # whether the rule, and not `diffusion_steps`, determines how many steps a block takes
+    @property
+    def adaptive(self) -> bool:
+        """Whether the rule, and not `diffusion_steps`, determines how many steps a block takes."""
+        return False
 
     @property
     def required_rank(self) -> Rank | None:

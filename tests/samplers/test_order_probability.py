@@ -188,9 +188,8 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
     with pytest.raises(AssertionError, match=r"as often as Trajectory|learner's log-prob"):
         check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule())
     for wrong, message in (
-        (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take logits and"),
-        (lambda: NOISY.replace(base_rank=FIXED(of_states)), "base_rank=of_states must take logits and"),
-        (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take logits and"),
+        (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take some of logits"),
+        (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take some of logits"),
         (lambda: FunctionRank(function=mine, order="plackett_luce"), "order='plackett_luce' of rank=mine"),
         (
             lambda: check(policy, NOISY.replace(base_rank=mine), COMMITS["threshold"]),
