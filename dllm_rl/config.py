@@ -352,10 +352,10 @@ def _one_line(message: str) -> str:
     return f"{path}: {' '.join(line for line in lines if line)}"
 
 
-def setting_paths(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and the value of each setting of a recipe, and of the records in it."""
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
+def setting_paths(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the value of each setting of a recipe or another record, and of the records in it."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
         yield f"{prefix}{field.name}", value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from setting_paths(value, f"{prefix}{field.name}.")

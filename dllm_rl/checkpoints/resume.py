@@ -8,7 +8,7 @@ from typing import Any
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json
-from dllm_rl.settings import Settings, best_rule
+from dllm_rl.settings import Settings
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {
@@ -68,13 +68,6 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
     ]
 
 
-def changes_best_rule(recipe: Settings, state: TrainingState) -> bool:
-    """Return whether a recipe selects the best checkpoint by another metric or direction than a checkpoint's recipe."""
-    before = default_settings(type(recipe)) | state.recipe
-    rule_before = best_rule(before["metric_for_best_model"], before["greater_is_better"])
-    return best_rule(recipe.metric_for_best_model, recipe.greater_is_better) != rule_before
-
-
 def renamed_names(before: Any, now: Any) -> list[tuple[str, str]]:
     """Return pairs (name before, name now) if two texts differ only in names of scripts or functions, else []."""
     before, now = json.dumps(before), json.dumps(now)
@@ -106,13 +99,9 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     if "lr_schedule" not in allowed and "lr_schedule_steps" not in allowed:
-        check_schedule(recipe, before["lr_schedule_steps"] or before["num_steps"])
-
-
-def check_schedule(recipe: Settings, steps_before: int) -> None:
-    """Raise ValueError if the recipe's learning rates differ from those of a schedule of `steps_before` steps."""
-    steps = recipe.lr_schedule_steps or recipe.num_steps
-    if any(recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)):
-        field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
-        change = f"would change the learning rates of a schedule that began with {steps_before} steps"
-        raise ValueError(f"{field}={steps} {change}; add {as_written(lr_schedule_steps=steps_before)}")
+        steps = recipe.lr_schedule_steps or recipe.num_steps
+        steps_before = before["lr_schedule_steps"] or before["num_steps"]
+        if any(recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)):
+            field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
+            change = f"would change the learning rates of a schedule that began with {steps_before} steps"
+            raise ValueError(f"{field}={steps} {change}; add {as_written(lr_schedule_steps=steps_before)}")

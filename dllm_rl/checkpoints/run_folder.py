@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.resume import changes_best_rule, check_names, check_recipe
+from dllm_rl.checkpoints.resume import check_names, check_recipe, default_settings
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.settings import Settings
+from dllm_rl.settings import Settings, best_rule
 
 # Folder of the checkpoint that a rehearsal writes and deletes. A rehearsal (`training.rehearsal`) runs one group
 # through a step without an update, before the first step.
@@ -90,7 +90,9 @@ def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str
     """
     if state.best_step is None:
         return None
-    if changes_best_rule(recipe, state):
+    before = default_settings(type(recipe)) | state.recipe
+    rule_before = best_rule(before["metric_for_best_model"], before["greater_is_better"])
+    if best_rule(recipe.metric_for_best_model, recipe.greater_is_better) != rule_before:
         return "metric_for_best_model or greater_is_better has changed"
     directory = Path(recipe.directory) / "checkpoints"
     best = checkpoint.folder_of(directory, state.best_step)

@@ -164,14 +164,13 @@ def finite(row: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def check_trackers(recipe: Settings) -> None:
+def check_trackers(names: list[str]) -> None:
     """Raise ValueError if a tracker of `report_to` is not installed."""
     available = set(map(str, get_available_trackers()))
-    for name in recipe.trackers:
+    for name in names:
         if name not in available:
-            raise ValueError(
-                f"report_to={recipe.report_to!r}: {name} is not installed; pip install {name}, or leave it out"
-            )
+            report_to = ",".join(names)
+            raise ValueError(f"report_to={report_to!r}: {name} is not installed; pip install {name}, or leave it out")
 
 
 def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:

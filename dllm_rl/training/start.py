@@ -208,7 +208,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     Raises:
         ValueError: The launch or its number of processes does not fit the recipe.
     """
-    check_trackers(recipe)
+    check_trackers(recipe.trackers)
     check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
