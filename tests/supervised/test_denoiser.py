@@ -125,4 +125,4 @@ def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
     recipe = renoising_recipe(tmp_path, sft_warmup_steps=1, sft_warmup_corruption=0.1)
     answer = GradedCompletion(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1)
     with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
-        check_warmup(recipe, recipe.model(), answer)
+        check_warmup(recipe.model(), answer, 8, corruption=recipe.sft_warmup_corruption, metric="solve_rate")
