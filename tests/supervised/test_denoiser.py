@@ -122,7 +122,7 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
 
 
 def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
-    recipe = renoising_recipe(tmp_path, sft_warmup_steps=1, sft_warmup_corruption=0.1)
+    recipe = renoising_recipe(tmp_path)
     answer = GradedCompletion(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1)
     with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
-        check_warmup(recipe.model(), answer, 8, corruption=recipe.sft_warmup_corruption, metric="solve_rate")
+        check_warmup(recipe.model(), answer, recipe.max_new_tokens, corruption=0.1, metric="solve_rate")
