@@ -161,6 +161,8 @@ NOISY = rules.PlackettLuce(temperature=0.5)
         (rules.Entropy(), "plackett_luce"),
         (FIXED(mine), "plackett_luce"),
         (SameMargin(), "plackett_luce"),
+        (FIXED(of_states), "plackett_luce"),
+        (of_states, "unknown"),
         (mine, "unknown"),
         (FunctionRank(function=mine), "unknown"),
         (by_chance, "unknown"),
