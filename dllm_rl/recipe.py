@@ -4,14 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from torch import Generator
-
 from dllm_rl.algorithms.advantages import Advantages, GroupRelative
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, is_per_token, policy_loss
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
 from dllm_rl.algorithms.values import ValueModel
-from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
@@ -23,7 +20,6 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.base import Task
-from dllm_rl.types import Prompts, Rollout
 
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
@@ -398,10 +394,6 @@ class Recipe(Settings):
     def resolved_loss(self) -> Loss:
         """The objective in effect: the recipe's function, else the corrector's, else PPO's clipped ratio."""
         return self.loss or self.corrector.loss or PPOClip()
-
-    def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
-        """Sample completions of the prompts, with log-probs normalized as `sampling_support` says."""
-        return with_support(self.sampler(policy, prompts, generator), self.sampling_support)
 
     @property
     def policy_loss(self) -> Callable:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import Advantages, has_unequal_rewards
 from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.decoding.support import with_support
 from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, prompt_ids, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
@@ -118,7 +119,8 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
         weights = torch.tensor(list(component_reward_weights(settings).values()))
         component_arguments = {"parts": component_rewards[:, 1:].T, "weights": weights}
     advantages = compute_advantages(settings.advantages, rewards, group, component_arguments)
-    samples = Samples(rollout, group, rewards, advantages, torch.ones(len(rewards), dtype=torch.double), counts)
+    weights = torch.ones(len(rewards), dtype=torch.double)
+    samples = Samples(rollout, group, rewards, advantages, weights, counts, batch_number=step)
     if settings.counts_graphs:
         from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
@@ -180,9 +182,10 @@ def sample_and_grade(
         # Each row has its own seed, so that the split into batches does not change the result. The generator is for
         # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
         batches = prompts.split(settings.rollout_batch_size or len(seeds))
-        rollouts = [settings.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        rollouts = [settings.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
         if any(len(made.tokens) != len(batch.tokens) for made, batch in zip(rollouts, batches, strict=True)):
             raise ValueError("the recipe's sampler must return one row for each row of its prompts")
+        rollouts = [with_support(made, settings.sampling_support) for made in rollouts]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
         rollout = replace(rollout, group=copy_to_device(rollout.tokens.device, prompts.group)[0])
         if settings.checks_logits and not rollout.logprobs.isfinite().all():

@@ -34,8 +34,8 @@ class Samples:
         rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
             (`step.score.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
             sampler.
-        batch_number: Number of the batch, which gives its prompts, random numbers and masks. None (default): the step
-            that trains on it. Set only with rollout_schedule='first_ready'.
+        batch_number: Number of the batch, which gives its prompts, random numbers and masks: the step that trains on
+            it, but with rollout_schedule='first_ready'.
     """
 
     rollout: Rollout
@@ -45,11 +45,7 @@ class Samples:
     metric_weights: Float[Tensor, " B"]
     counts: tuple[int, ...]
     rollout_logprobs: tuple[Float[Tensor, "b T"], ...] = ()
-    batch_number: int | None = None
-
-    def batch_number_of(self, step: int) -> int:
-        """Return the number of the batch that `step` trains on."""
-        return step if self.batch_number is None else self.batch_number
+    batch_number: int = 0
 
     def local(self, values: Shaped[Tensor, "B *C"], accelerator: Accelerator) -> Shaped[Tensor, "b *C"]:
         """Return this process's rows of values of all rows, on its device."""

@@ -12,7 +12,7 @@ from dllm_rl.algorithms.prompt_sources import PromptSource
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.tasks.base import Task
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, Support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ class StepSettings:
     # Collecting samples
     task: Task
     prompt_source: PromptSource
-    sample: Callable[[Policy, Prompts, Generator], Rollout]
+    sampler: Callable[[Policy, Prompts, Generator], Rollout]
+    sampling_support: Support
     train_batch_size: int
     num_generations: int
     rollout_batch_size: int | None

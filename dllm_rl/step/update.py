@@ -39,7 +39,7 @@ MEASURED_VIEWS = 4
 def train_step(context: StepContext, samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
     """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
     with context.log.stage("scoring"), context.learner_forward():
-        scored = score_samples(context, samples, samples.batch_number_of(step))
+        scored = score_samples(context, samples, samples.batch_number)
     with context.log.stage("update"), context.learner_forward():
         batches, mismatch = make_batches(context, scored)
         batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]

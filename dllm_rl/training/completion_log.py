@@ -31,7 +31,7 @@ def log_completions(
     trained: Samples,  # after load balancing, like `logps`
     logps: Logprobs,
 ) -> None:
-    """Show and store the best and the worst completions of the first prompts of every `log_completions_steps`-th step.
+    """Show and store the best and the worst completions of the first prompts of a step.
     Collective: every process must call it.
 
     A row of completions.jsonl has the problem's fields, and {"step", "weights_version": of the weights that sampled,
@@ -40,9 +40,6 @@ def log_completions(
         "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
     log = run.log
-    interval = run.recipe.log_completions_steps
-    if not interval or (step % interval and step + 1 < run.recipe.num_steps):
-        return
     rollout = trained.rollout
     is_scored = logps.views.scored(rollout.completion_mask)
     log_mismatch = torch.where(is_scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)

@@ -79,7 +79,9 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
         sync_metrics = mismatch_metrics | (run.engine.sync(run.policy, run.rollout_policy) if syncs else {})
     # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
     # processes.
-    log_completions(run, step_index, completions, samples, result.samples, result.logps)
+    interval = run.recipe.log_completions_steps
+    if interval and (step_index % interval == 0 or step_index + 1 == run.recipe.num_steps):
+        log_completions(run, step_index, completions, samples, result.samples, result.logps)
     return metrics | sync_metrics
 
 

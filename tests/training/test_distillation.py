@@ -245,7 +245,7 @@ def test_micro_batches_change_nothing(tmp_path):
     policy = tiny_masked_lm(**SIZES)
     recipe = taught_recipe(tmp_path, teacher_substeps=4)
     prompts = encode(policy, [recipe.task[i] for i in range(4)], num_generations=4, seeds=range(16))
-    rollout = recipe.sample(policy, prompts, torch.Generator())
+    rollout = recipe.sampler(policy, prompts, torch.Generator())
     whole, parts = (
         student_teacher_log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, rollout.group)
         for size in (None, 4)

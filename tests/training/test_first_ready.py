@@ -231,7 +231,6 @@ def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trai
         stale.weights_version = version
         samples, _, _ = collect(replace(run, rollout_policy=stale), number)
         scores = fresh if recipe.likelihood.exact_for_sampler else stale
-        samples = replace(samples, batch_number=number)
         train_step(replace(run, rollout_policy=scores), samples, step, optimizer)
         engine.sync(policy, fresh)
         kept.append(copied(policy))

@@ -299,7 +299,6 @@ class AsyncRollouts:
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         if self.recipe.rollout_schedule == "first_ready":
-            samples = replace(samples, batch_number=number)
             metrics["rollout_batch"] = float(number)
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
