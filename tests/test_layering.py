@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "monitoring": "device files screen settings",
     "checkpoints": "files manifest records versions distributed models settings",
     # floor 5
-    "recipe": "records types tasks algorithms models decoding settings quantization likelihoods samplers",
+    "recipe": "records tasks algorithms models settings quantization likelihoods samplers",
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files rng screen records types tasks distributed models decoding quantization likelihoods samplers",
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
