@@ -1,5 +1,6 @@
 """`dllm-rl grade`: grade stored completions from any source by one protocol, or by all of the task."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
 
-def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, against: str | None = None) -> None:
-    """Print the grades, with `against` also the differences from that file; or for protocol="all" a table of all
-    protocols. as_json: print one JSON object in place of a table.
+def grade_command(arguments: argparse.Namespace) -> None:
+    """Print the grades, with --against also the differences from that file; or with --protocol all a table of all
+    protocols. With --json, print one JSON object in place of a table.
     """
-    task = task or recorded_task(Path(file))
+    file, protocol, against = arguments.file, arguments.protocol, arguments.against
+    task = arguments.task or recorded_task(Path(file))
     if against is not None:
         if protocol == "all":
             raise ValueError("--against compares under one protocol: give it in place of --protocol all")
@@ -27,15 +29,14 @@ def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, 
     else:
         graded = grade_by_every_protocol(file, task=task)
     console = Console()
-    if as_json:
+    if arguments.json:
         print(json.dumps(graded))
-        return
-    if protocol != "all":
+    elif protocol != "all":
         console.print(grades_table(graded, file))
-        return
-    console.print(protocols_table(graded, file))
-    for protocol, why in graded["not_graded"].items():
-        console.print(literal(f"not graded under {protocol}: {why}"), soft_wrap=True)
+    else:
+        console.print(protocols_table(graded, file))
+        for name, why in graded["not_graded"].items():
+            console.print(literal(f"not graded under {name}: {why}"), soft_wrap=True)
 
 
 def recorded_task(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from typing import Any
 
 from dllm_rl.cli.options import open_policy, read_methods
@@ -85,7 +84,7 @@ class CommandLineModel(HarnessModel):
         )
 
 
-def harness_command(arguments: Sequence[str]) -> None:
-    """Run lm-evaluation-harness with the arguments of its command line."""
-    sys.argv[1:] = arguments  # the harness reads them from sys.argv
+def harness_command(arguments: Namespace) -> None:
+    """Run lm-evaluation-harness with the options of its command line."""
+    sys.argv[1:] = arguments.options  # the harness reads them from sys.argv
     cli_evaluate()

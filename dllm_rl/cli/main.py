@@ -60,50 +60,42 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint and show each step")
-    sub.add_argument("model", help="a checkpoint's or a run's folder")
+    add = sub.add_argument
+    add("model", help="a checkpoint's or a run's folder")
     prompts_help = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
-    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=prompts_help)
+    add("prompts", nargs="*", metavar="PROMPT", help=prompts_help)
     add_sampler_options(sub)
-    sub.add_argument(
-        "--chat", action="store_true", help="treat each prompt as a user's message, for an instruction-tuned model"
-    )
-    sub.add_argument(
-        "--blank", metavar="TEXT", help="placeholder text: each of its occurrences in a prompt is one token to fill in"
-    )
-    sub.add_argument("--num_generations", type=int, default=1, help="completions per prompt")
+    add("--chat", action="store_true", help="treat each prompt as a user's message, for an instruction-tuned model")
+    add("--blank", metavar="TEXT", help="placeholder text: each of its occurrences in a prompt is one token to fill in")
+    add("--num_generations", type=int, default=1, help="completions per prompt")
     add_model_options(sub)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--json", action="store_true", help="print a JSON object with every token, its step and probability"
-    )
-    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
-    sub.add_argument("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="print a JSON object with every token, its step and probability")
+    add("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
+    add("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
     sub.set_defaults(run=sample)
 
 
 def add_token_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
-    sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
-    sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
+    add = sub.add_argument
+    add("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
+    add("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
+    add("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
-    sub.add_argument("--top_p", type=float, help=top_p_help)
-    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
-    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
+    add("--top_p", type=float, help=top_p_help)
+    add("--suppress", type=_token_ids, help="token ids that are never sampled, e.g. 0,2, or none (default: the run's)")
 
 
 def add_sampler_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
-    sub.add_argument(
-        "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
-    )
+    add = sub.add_argument
+    add("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
+    add("--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     add_token_options(sub)
     rank_help = "Confidence, MaxProb, Margin, Entropy, RandomOrder or PlackettLuce (default: chosen by --commit)"
-    sub.add_argument("--rank", help=rank_help)
+    add("--rank", help=rank_help)
     commit_help = "Schedule (default), Threshold, SoftThreshold ...; its fields are options, as --commit.tau 0.9"
-    sub.add_argument("--commit", help=commit_help)
-    sub.add_argument(
-        "--cache", help="PrefixCache, DualCache or BlockCache; --cache.refresh 4 refreshes it every 4 steps"
-    )
+    add("--commit", help=commit_help)
+    add("--cache", help="PrefixCache, DualCache or BlockCache; --cache.refresh 4 refreshes it every 4 steps")
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -146,33 +138,28 @@ def lines_of_input() -> list[str]:
 def add_serve(commands: argparse._SubParsersAction) -> None:
     about = "answer completion requests over HTTP, in the format of OpenAI's API"
     sub = commands.add_parser("serve", help=about)
-    sub.add_argument("model", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--host", default="127.0.0.1", help="another address needs a token (default 127.0.0.1)")
-    sub.add_argument("--port", type=int, default=8000, help="0: any free port (default 8000)")
-    sub.add_argument("--name", help="the model's name in requests (default: MODEL)")
-    sub.add_argument(
-        "--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)"
-    )
+    add = sub.add_argument
+    add("model", help="a checkpoint's or a run's folder, or a hub's id")
+    add("--host", default="127.0.0.1", help="another address needs a token (default 127.0.0.1)")
+    add("--port", type=int, default=8000, help="0: any free port (default 8000)")
+    add("--name", help="the model's name in requests (default: MODEL)")
+    add("--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)")
     updates_help = "let requests that send the token replace the weights, as HTTPEngine does"
-    sub.add_argument("--allow_updates", action="store_true", help=updates_help)
-    sub.add_argument("--quantization", default="none", help="quantization scheme of the weights (default none)")
+    add("--allow_updates", action="store_true", help=updates_help)
+    add("--quantization", default="none", help="quantization scheme of the weights (default none)")
     add_sampler_options(sub)
-    sub.add_argument("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
+    add("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
     exact_batches_help = "make a completion's bits independent of its batch, which is slower"
-    sub.add_argument("--exact_batches", action="store_true", help=exact_batches_help)
-    sub.add_argument(
-        "--max_tokens", type=_positive_int, default=1024, help="largest length of a completion (default 1024)"
-    )
-    sub.add_argument(
-        "--max_waiting", type=_positive_int, default=1024, help="largest queue, in completions (default 1024)"
-    )
-    sub.add_argument("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
+    add("--exact_batches", action="store_true", help=exact_batches_help)
+    add("--max_tokens", type=_positive_int, default=1024, help="largest length of a completion (default 1024)")
+    add("--max_waiting", type=_positive_int, default=1024, help="largest queue, in completions (default 1024)")
+    add("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
     timeout_help = "seconds in the queue and in the sampler after which a request fails (default 300)"
-    sub.add_argument("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
+    add("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
     client_timeout_help = "seconds in which a client must send the body of a request (default 30)"
-    sub.add_argument("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
+    add("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub, maker="--make_model")
-    sub.add_argument("--seed", type=int, default=0, help="seed of requests without one (default 0)")
+    add("--seed", type=int, default=0, help="seed of requests without one (default 0)")
     sub.set_defaults(run="dllm_rl.cli.serve:serve_command")
 
 
@@ -182,55 +169,36 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     about = "complete a task's problems with checkpoints and grade the completions"
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
-    sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's)")
+    add = sub.add_argument
+    add("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
+    add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's)")
     names = _join_names(protocol_names(), default="strict")
-    sub.add_argument("--protocol", help=f"how completions are graded: {names}")
-    sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
-    sub.add_argument("--path", help="a file or folder with the problems")
-    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
+    add("--protocol", help=f"how completions are graded: {names}")
+    add("--split", choices=("train", "validation", "test"), help="default: test")
+    add("--path", help="a file or folder with the problems")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
     max_new_tokens_help = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
-    sub.add_argument("--max_new_tokens", "--lengths", type=_positive_ints, help=max_new_tokens_help)
-    sub.add_argument(
-        "--diffusion_steps",
-        type=_positive_ints,
-        help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)",
-    )
-    sub.add_argument(
-        "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,Float8WeightOnly"
-    )
-    sub.add_argument(
-        "--rank",
-        type=_split_names,
-        help="e.g. Confidence,MaxProb (default: the one that --commit needs, or the run's)",
-    )
-    sub.add_argument("--commit", type=_split_names, help="e.g. Schedule,Threshold, with --commit.tau 0.7,0.9")
-    sub.add_argument("--cache", type=_split_names, help="e.g. none,DualCache, with --cache.refresh 4")
+    add("--max_new_tokens", "--lengths", type=_positive_ints, help=max_new_tokens_help)
+    diffusion_steps_help = "unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)"
+    add("--diffusion_steps", type=_positive_ints, help=diffusion_steps_help)
+    add("--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,Float8WeightOnly")
+    rank_help = "e.g. Confidence,MaxProb (default: the one that --commit needs, or the run's)"
+    add("--rank", type=_split_names, help=rank_help)
+    add("--commit", type=_split_names, help="e.g. Schedule,Threshold, with --commit.tau 0.7,0.9")
+    add("--cache", type=_split_names, help="e.g. none,DualCache, with --cache.refresh 4")
     add_token_options(sub)
-    sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
-    sub.add_argument(
-        "--majority",
-        type=_positive_ints,
-        default=[],
-        help="values of k for maj@k (the most frequent of k answers), e.g. 4,16",
-    )
-    sub.add_argument(
-        "--limit", type=int, help="evaluate only the first LIMIT problems (default: all, or 500 generated ones)"
-    )
-    sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
+    add("--samples", type=int, default=1, help="completions per problem, for pass@k")
+    majority_help = "values of k for maj@k (the most frequent of k answers), e.g. 4,16"
+    add("--majority", type=_positive_ints, default=[], help=majority_help)
+    add("--limit", type=int, help="evaluate only the first LIMIT problems (default: all, or 500 generated ones)")
+    add("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub)
-    sub.add_argument(
-        "--reward_timeout",
-        type=_seconds_or_none,
-        default=600.0,
-        help="seconds for grading one completion; if exceeded, exit with 124",
-    )
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--output_dir", help="store completions here; the same command continues an interrupted evaluation"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object per setting instead of a table")
-    sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
+    reward_timeout_help = "seconds for grading one completion; if exceeded, exit with 124"
+    add("--reward_timeout", type=_seconds_or_none, default=600.0, help=reward_timeout_help)
+    add("--seed", type=int, default=0)
+    add("--output_dir", help="store completions here; the same command continues an interrupted evaluation")
+    add("--json", action="store_true", help="print one JSON object per setting instead of a table")
+    add("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
     sub.set_defaults(run="dllm_rl.cli.evaluate_run:evaluate_command")
 
 
@@ -285,33 +253,19 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
 
     sub = commands.add_parser("grade", help="grade stored completions from any source")
     file_help = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
-    sub.add_argument("file", help=file_help)
-    sub.add_argument("--task", help=f"{_join_names(PROTOCOLS)} (default: the task in the results.json beside the file)")
+    add = sub.add_argument
+    add("file", help=file_help)
+    add("--task", help=f"{_join_names(PROTOCOLS)} (default: the task in the results.json beside the file)")
     names = _join_names([*protocol_names(), "all"], default="strict")
-    sub.add_argument(
-        "--protocol",
-        default="strict",
-        help=f"{names}: every protocol and every way to extract the answer, and the rows on which they differ",
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    sub.add_argument(
+    protocol_help = f"{names}: every protocol and every way to extract the answer, and the rows on which they differ"
+    add("--protocol", default="strict", help=protocol_help)
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add(
         "--against",
         metavar="FILE",
         help="also print the difference from these completions of the same problems, with its paired 95 %% interval",
     )
-    sub.set_defaults(run=grade)
-
-
-def grade(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.grade import grade_command
-
-    grade_command(
-        arguments.file,
-        task=arguments.task,
-        protocol=arguments.protocol,
-        as_json=arguments.json,
-        against=arguments.against,
-    )
+    sub.set_defaults(run="dllm_rl.cli.grade:grade_command")
 
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:
@@ -319,34 +273,25 @@ def add_lm_eval(commands: argparse._SubParsersAction) -> None:
     # No argument begins with "\0", so argparse parses no option: all options are passed on to the harness.
     sub = commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0")
     sub.add_argument("options", nargs="*")
-    sub.set_defaults(run=lm_eval)
-
-
-def lm_eval(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.harness import harness_command
-
-    harness_command(arguments.options)
+    sub.set_defaults(run="dllm_rl.cli.harness:harness_command")
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="report where the mismatch of quantized rollouts comes from")
-    sub.add_argument("model", help="a checkpoint's or a run's folder")
-    sub.add_argument("--quantization", help="a scheme, or none (default: the run's, or Float8WeightOnly)")
-    sub.add_argument("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
-    sub.add_argument(
-        "--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)"
-    )
-    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
-    sub.add_argument(
-        "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
-    )
-    sub.add_argument("--temperature", type=float, help="default: the run's, or 1")
-    sub.add_argument("--rank", help="default: the run's, or MaxProb, which is the default of grpo")
+    add = sub.add_argument
+    add("model", help="a checkpoint's or a run's folder")
+    add("--quantization", help="a scheme, or none (default: the run's, or Float8WeightOnly)")
+    add("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
+    add("--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)")
+    add("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
+    add("--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    add("--temperature", type=float, help="default: the run's, or 1")
+    add("--rank", help="default: the run's, or MaxProb, which is the default of grpo")
     add_model_options(sub)
-    sub.add_argument("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
-    sub.add_argument("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    add("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
+    add("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="one JSON object instead of tables")
     sub.set_defaults(run=doctor)
 
 
@@ -402,27 +347,25 @@ def doctor(arguments: argparse.Namespace) -> int:
 def add_check_trace(commands: argparse._SubParsersAction) -> None:
     about = "replay an engine's rollouts; exit with 1 if steps are impossible or log-probs are not the model's"
     sub = commands.add_parser("check-trace", help=about)
-    sub.add_argument("file", help="a trace (.jsonl)")
-    sub.add_argument("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
-    sub.add_argument("--temperature", type=float, help="default: as recorded")
-    sub.add_argument("--top_k", type=int, help="default: as recorded")
-    sub.add_argument("--top_p", type=float, help="default: as recorded")
-    sub.add_argument(
-        "--bound",
-        type=float,
-        default=0.02,
-        help="largest mean |difference of log-probs| to accept, in nats (default 0.02)",
-    )
-    sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
+    add = sub.add_argument
+    add("file", help="a trace (.jsonl)")
+    add("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
+    add("--temperature", type=float, help="default: as recorded")
+    add("--top_k", type=int, help="default: as recorded")
+    add("--top_p", type=float, help="default: as recorded")
+    bound_help = "largest mean |difference of log-probs| to accept, in nats (default 0.02)"
+    add("--bound", type=float, default=0.02, help=bound_help)
+    add("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub, maker="--make_model")
-    sub.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add("--json", action="store_true", help="one JSON object instead of a table")
     sub.set_defaults(run="dllm_rl.cli.check_trace:check_trace_command")
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("verify", help="check that checkpoints are complete; exit with 1 if one is not")
-    sub.add_argument("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
-    sub.add_argument("--quick", action="store_true", help="of files over 1 MiB, check only the size and the first MiB")
+    add = sub.add_argument
+    add("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
+    add("--quick", action="store_true", help="of files over 1 MiB, check only the size and the first MiB")
     sub.set_defaults(run=verify)
 
 
@@ -461,14 +404,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def add_stop(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("stop", help="end a run after its current step, with a checkpoint")
-    sub.add_argument("path", help="the run's folder")
-    sub.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds to wait until the run has ended (default 600)"
-    )
-    sub.set_defaults(run=stop)
-
-
-def stop(arguments: argparse.Namespace) -> int:
-    from dllm_rl.cli.stop_run import stop_run
-
-    return stop_run(Path(arguments.path), timeout=arguments.timeout)
+    add = sub.add_argument
+    add("path", help="the run's folder")
+    add("--timeout", type=float, default=600.0, help="seconds to wait until the run has ended (default 600)")
+    sub.set_defaults(run="dllm_rl.cli.stop_run:stop_command")

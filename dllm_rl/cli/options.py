@@ -114,11 +114,12 @@ def import_function(path: str, text: str) -> Callable:
 
 def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:
     maker_help = "function that makes the policy of a custom module; the checkpoint's weights are loaded into it"
-    sub.add_argument(maker, dest="maker", metavar="MODULE:FUNCTION", help=maker_help)
+    add = sub.add_argument
+    add(maker, dest="maker", metavar="MODULE:FUNCTION", help=maker_help)
     dtypes = ("float32", "bfloat16", "float16", "auto")
-    sub.add_argument("--dtype", default="auto", choices=dtypes, help="dtype of the weights (default auto: as stored)")
-    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
-    sub.add_argument(
+    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights (default auto: as stored)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
+    add(
         "--verify_checkpoint",
         default="full",
         choices=("full", "quick"),

@@ -1,5 +1,6 @@
 """`dllm-rl stop`: end a run after its current step, with a checkpoint."""
 
+import argparse
 import os
 import re
 import signal
@@ -13,25 +14,22 @@ from dllm_rl.files import lock, unlock
 from dllm_rl.screen import escape_controls
 
 
-def stop_run(directory: Path, *, timeout: float) -> int:
-    """Signal the run that writes a folder to stop, and wait until it has ended.
+def stop_command(arguments: argparse.Namespace) -> int:
+    """Signal the run that writes a folder to stop, and wait until it has ended, at most for --timeout seconds.
 
     The run finishes its step (at most its `stop_seconds` long), saves a checkpoint, and exits with status 143.
 
-    Args:
-        directory: Folder of the run.
-        timeout: Seconds to wait.
-
     Returns:
-        0 once the run has ended, 1 if it has not ended within `timeout`.
+        0 once the run has ended, 1 if it has not ended within --timeout.
 
     Raises:
         ValueError: No run is writing to the folder, or the run is on another machine.
     """
+    directory = Path(arguments.path)
     process = _writing_process(directory)
     os.kill(process, signal.SIGTERM)
     print(f"asked process {process} to stop after its current step")
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + arguments.timeout
     while True:
         time.sleep(0.2)
         try:
@@ -39,7 +37,7 @@ def stop_run(directory: Path, *, timeout: float) -> int:
         except ValueError:  # the run has ended and released its lock
             break
         if time.monotonic() > deadline:
-            print(f"process {process} still runs after {timeout:g} s; wait, or see its output")
+            print(f"process {process} still runs after {arguments.timeout:g} s; wait, or see its output")
             return 1
     steps = checkpoint.list_checkpoints(directory / "checkpoints")
     saved = f"the last checkpoint is {steps[-1][1]}" if steps else "it has saved no checkpoint"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from jinja2 import TemplateError
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, Tokenizer
@@ -216,6 +215,8 @@ class _Chat:
         return text
 
     def _apply_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError  # local: not needed for --help
+
         tokenizer = self.policy.tokenizer
         try:
             return str(
