@@ -67,14 +67,3 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
         raise ValueError(f"support={support!r} needs the filter's support, which is not recorded: {advice}")
     rollout = replace(rollout, sampling_params=replace(params, support=support))
     return rollout if support == "rollout" else replace(rollout, logprobs=rollout.logprobs + record.log_mass)
-
-
-def support_ids_at(rollout: Rollout, flat_index: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
-    """Return the ids over which the convention "rollout" normalizes K tokens of the flattened batch.
-
-    Under the other conventions return None.
-    """
-    record = rollout.filter_support
-    if rollout.sampling_params.support != "rollout" or record is None or record.ids is None:
-        return None
-    return record.ids.flatten(0, 1)[flat_index]

@@ -20,7 +20,7 @@ from dllm_rl.types import Prompts, Rollout
 
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
-BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_tokenize`
+BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_Chat.pieces`
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -81,27 +81,18 @@ def ids_and_blanks(
         messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
         text = chat.render(messages, add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
         pieces = chat.pieces(text)
-    ids, blanks = _tokenize(policy, pieces)
-    if not ids and policy.spec.attention == "causal":
-        raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
-    return ids, blanks
-
-
-def _tokenize(policy: Policy, pieces: Sequence[tuple[str | None, bool]]) -> tuple[list[int], list[bool]]:
-    """Return the token ids of pieces, and for each id whether it is a blank.
-
-    A piece is a text, and whether the text of a special token in it becomes that token; or BLANK.
-    """
     ids: list[int] = []
     blanks: list[bool] = []
-    for text, special in pieces:
-        if text is not None:
-            piece_ids = text_ids(policy, text, special=special)
+    for piece, special in pieces:
+        if piece is not None:
+            piece_ids = text_ids(policy, piece, special=special)
         else:
             assert policy.spec.mask_id is not None, "a blank was refused"
             piece_ids = [policy.spec.mask_id]
         ids += piece_ids
-        blanks += [text is None] * len(piece_ids)
+        blanks += [piece is None] * len(piece_ids)
+    if not ids and policy.spec.attention == "causal":
+        raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
     return ids, blanks
 
 
@@ -118,7 +109,8 @@ def conversation_ids(
     pieces: list[tuple[list[int], bool]] = []
 
     def ids(text: str) -> list[int]:
-        return _tokenize(policy, chat.pieces(text))[0]
+        pieces = [text_ids(policy, piece, special=special) for piece, special in chat.pieces(text) if piece is not None]
+        return [token for piece in pieces for token in piece]
 
     num_done = 0  # number of characters of `full_text` that `pieces` already covers
     for i, message in enumerate(messages):
@@ -278,7 +270,10 @@ class _Chat:
             )
 
     def pieces(self, text: str) -> list[tuple[str | None, bool]]:
-        """Split a text with markers into the pieces that `_tokenize` takes."""
+        """Split a text with markers into pieces.
+
+        A piece is a text, and whether the text of a special token in it becomes that token; or BLANK.
+        """
         pieces: list[tuple[str | None, bool]] = []
         for i, part in enumerate(re.split(rf"{self.delimiter}(\d+){self.delimiter}", text)):
             if i % 2 == 0:  # text between markers: the template wrote its special tokens
@@ -330,7 +325,9 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             "give it as blank"
         )
     tokenized_text = tokenizer.decode(ids)
-    pairs = zip_longest(_characters(text), _characters(tokenized_text))
+    # Tokenizers may change whitespace, case, and equivalent forms of a character.
+    compared = ["".join(each.split()).casefold() for each in (text, tokenized_text)]
+    pairs = zip_longest(*(unicodedata.normalize("NFKC", each) for each in compared))
     lost = next((character for character, tokenized in pairs if character != tokenized), None)
     if lost is not None:
         raise ValueError(
@@ -343,11 +340,6 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches each of the texts; without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def _characters(text: str) -> str:
-    """Return a text without what tokenizers may change: whitespace, case, and equivalent forms of a character."""
-    return unicodedata.normalize("NFKC", "".join(text.split()).casefold())
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
@@ -367,12 +359,8 @@ def special_texts(tokenizer: Tokenizer) -> list[str]:
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
     """Return each row's completion as text: the tokens up to the first end token, without special tokens."""
-    return decode_ids(policy, completion_token_ids(rollout))
-
-
-def decode_ids(policy: Policy, completion_ids: list[list[int]]) -> list[str]:
-    """Return each completion as text: the tokens up to the first end token, without special tokens."""
-    return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in completion_ids]
+    ids = completion_token_ids(rollout)
+    return [policy.tokenizer.decode(before_end(policy, row_ids), skip_special_tokens=True) for row_ids in ids]
 
 
 def texts_to_grade(
@@ -381,12 +369,12 @@ def texts_to_grade(
     """Return the text of each row that a task grades: the completion, or, for a problem with blanks, the full text.
     `problems` has the problem of each row.
     """
-    texts = decode_ids(policy, completion_ids)
-    if all(problem.blank is None for problem in problems):
-        return texts
-    for row, full_text in enumerate(full_texts(policy, rollout)):
-        if problems[row].blank is not None:
-            texts[row] = full_text
+    has_blanks = any(problem.blank is not None for problem in problems)
+    texts = full_texts(policy, rollout) if has_blanks else [""] * len(problems)
+    for row, problem in enumerate(problems):
+        if problem.blank is None:
+            ids = before_end(policy, completion_ids[row])
+            texts[row] = policy.tokenizer.decode(ids, skip_special_tokens=True)
     return texts
 
 

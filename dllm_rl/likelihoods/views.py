@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.decoding.support import support_ids_at
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
@@ -193,7 +192,10 @@ class View:
             hidden = F.embedding(plan.copies, hidden.flatten(1)).view(-1, *hidden.shape[1:])
         states = hidden.flatten(0, 1)[plan.state_index]
         targets = targets.flatten()[plan.flat_index]
-        return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))
+        support_ids, record = None, rollout.filter_support
+        if rollout.sampling_params.support == "rollout" and record is not None and record.ids is not None:
+            support_ids = record.ids.flatten(0, 1)[plan.flat_index]
+        return ViewStates(plan, states, targets, support_ids)
 
 
 @dataclass(frozen=True)

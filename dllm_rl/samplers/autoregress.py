@@ -16,7 +16,7 @@ from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import empty_cache
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.samplers.unmask import check_fits, check_suppress
+from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -67,11 +67,10 @@ class Autoregress(Sampler):
         if not has_token.all():
             row = int(has_token.long().argmin())
             raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
-        check_fits(policy, prompts, self.max_new_tokens)
         mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
         suppress = self.suppress if mask_id is None else (*self.suppress, mask_id)
+        check_fits(policy, prompts, self.max_new_tokens, suppress)
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
-        check_suppress(policy, sampling_params)
         device = policy.device
         num_rows = len(prompts.tokens)
         seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds

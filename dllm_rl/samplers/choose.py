@@ -43,7 +43,6 @@ from dllm_rl.samplers.rules import (
     FunctionRank,
     Rank,
     SoftThreshold,
-    check_last_step,
     draw_index,
     highest,
     order_probability,
@@ -154,9 +153,6 @@ class StepSampler:
             written: Tensors of the canvas.
             step: Rows of the step, on the host. None (default): the step is compiled.
             experts: Experts (K, M, E) of the positions, if the policy records them.
-
-        Raises:
-            ValueError: The commit rule writes nothing in the last step of a block.
         """
         policy, params = self.policy, self.sampling_params
         rank_uniforms, token_uniforms = (
@@ -216,7 +212,7 @@ class StepSampler:
         drawn: Drawn | None,
         step: StepRows | None,
     ) -> Decision:
-        """Return the commit rule's decision. Raise ValueError if it writes nothing in the last step of a block."""
+        """Return the commit rule's decision."""
         commit = self.commit
         inputs = {"steps": at.total_steps} if "steps" in self.commit_reads else {}
         if "uniforms" in self.commit_reads:
@@ -233,7 +229,6 @@ class StepSampler:
         # If the host knows the number of chosen positions, it does not wait for the device to count them.
         count = commit.count
         num_chosen = chosen.sum(-1).cpu() if count is None else count(step.num_masked, step.steps_left)
-        check_last_step(commit.name, step.steps_left, step.num_masked, num_chosen)
         return Decision(chosen, at.indices_of(chosen, int(num_chosen.sum())), num_chosen)
 
     def order_logprobs(

@@ -32,7 +32,6 @@ from dllm_rl.samplers.rules import (
     Schedule,
     Scores,
     above_threshold,
-    check_last_step,
 )
 from dllm_rl.types import Events
 
@@ -145,7 +144,7 @@ def revise(
         differs: Whether the token drawn at each of the K positions differs from the one there. None: none was drawn.
 
     Raises:
-        ValueError: The last step of a block commits nothing, or masks a position again.
+        ValueError: The last step of a block masks a position again.
     """
     assert at.rewritable is not None, "the rule rewrites"
     (kind,) = commit.reads.intersection(REWRITES)
@@ -160,7 +159,6 @@ def revise(
     chosen = picked & (at.masked | rewritable) & ~remasked
     # The host waits for the device once for all three counts.
     num_unmasked, num_chosen, num_remasked = torch.stack([chosen & at.masked, chosen, remasked]).sum(-1).cpu()
-    check_last_step(commit.name, step.steps_left, step.num_masked, num_unmasked)
     if ((step.steps_left == 1) & (num_remasked > 0)).any():
         raise ValueError(
             f"commit={commit.name} masked positions again in the last step of a block, where it must not do so"

@@ -605,14 +605,3 @@ def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
         )
     per_block, remainder = divmod(diffusion_steps, len(sizes))
     return [per_block + (i < remainder) for i in range(len(sizes))]
-
-
-def check_last_step(
-    name: str, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
-) -> None:
-    """Raise ValueError if the last step of a block commits none of its masked positions."""
-    if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
-        raise ValueError(
-            f"commit={name} chose nothing in the last step of a block, where it must choose a position: does it need "
-            "the scores of another rank?"
-        )

@@ -121,6 +121,9 @@ class Unmask(Sampler):
         """
         spec = policy.spec
         block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
+        assert spec.mask_id is not None, "a diffusion model has a mask token"
+        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, (*self.suppress, spec.mask_id))
+        check_fits(policy, prompts, self.max_new_tokens, sampling_params.suppress)
         if prompts.infill_mask is None:
             check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
         else:
@@ -129,8 +132,6 @@ class Unmask(Sampler):
             prompts = replace(prompts, seeds=row_seeds(generator, len(prompts.tokens)))
         block_aligned = self.cache is not None and self.cache.kind == "block"
         canvas = make_canvas(policy, prompts, self.max_new_tokens, block_size, block_aligned=block_aligned)
-        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, (*self.suppress, canvas.mask_id))
-        check_suppress(policy, sampling_params)
         step_sampler = StepSampler(policy, canvas, sampling_params, self.rank, self.commit, self.confidence_radius)
         # With a cache, no row begins its next block before all rows have finished this one.
         tracker = BlockTracker(canvas, self.diffusion_steps, wait_for_all_rows=self.cache is not None)
@@ -142,6 +143,11 @@ class Unmask(Sampler):
         rows_end_early = spec.attention == "block_causal" or self.approximate_early_exit
         while (step := tracker.next_rows()) is not None:
             net_unmasked, stays_open = run_step(step)  # ranks the positions, picks some, draws and writes their tokens
+            if ((step.steps_left == 1) & (step.num_masked > 0) & (net_unmasked == 0)).any():
+                raise ValueError(
+                    f"commit={self.commit.name} chose nothing in the last step of a block, where it must choose a "
+                    "position: does it need the scores of another rank?"
+                )
             complete_rows = tracker.record(step, net_unmasked, stays_open)
             if rows_end_early and len(complete_rows):
                 tracker.finish_rows(canvas.mark_finished(complete_rows, spec.eos_ids))
@@ -265,7 +271,6 @@ def _checked_block_size(
         )
     if cache is not None:
         cache.check_attention(attention)
-    check_fits(policy, prompts, length)
     return size
 
 
@@ -290,8 +295,11 @@ def _check_infilling(
         raise ValueError(f"max_new_tokens=0, and row {complete_rows[0]} has no open position: there is nothing to fill")
 
 
-def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
-    """Raise ValueError when the longest prompt and its completion exceed the model's maximum length."""
+def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: tuple[int, ...] = ()) -> None:
+    """Raise ValueError if the longest completion does not fit in the model, or `suppress` in its vocabulary.
+
+    Suppressed ids must be in the vocabulary, and leave a token to sample.
+    """
     longest = int(prompts.attention_mask.sum(-1).max())
     limit = policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
@@ -300,15 +308,10 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
             f"positions; {advice} shorter prompts (a recipe's max_prompt_length)"
         )
-
-
-def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
-    """Raise ValueError when a suppressed id is outside the vocabulary, or when no token remains to sample."""
-    tokens = set(sampling_params.suppress)
-    unknown = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
+    unknown = sorted(token for token in suppress if not 0 <= token < policy.vocab_size)
     if unknown:
         raise ValueError(f"suppress={unknown[0]} is not one of the {policy.vocab_size} token ids; leave it out")
-    if len(tokens) == policy.vocab_size:
+    if len(set(suppress)) == policy.vocab_size:
         raise ValueError(
             f"suppress and the mask token exclude all {policy.vocab_size} tokens; remove one from suppress"
         )

@@ -21,7 +21,7 @@ from dllm_rl.models.forward.blocks import has_uncompiled
 from dllm_rl.samplers.cache import Cache, attention_bias, empty_cache
 from dllm_rl.samplers.canvas import BlockTracker, Canvas, StepPositions, StepRows, Written
 from dllm_rl.samplers.choose import StepSampler
-from dllm_rl.samplers.rules import Commit, check_last_step
+from dllm_rl.samplers.rules import Commit
 
 WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of it, so that batches of similar width share graphs
 MAX_GRAPHS = 128  # largest number of graphs in a process
@@ -61,10 +61,7 @@ class CompiledSteps:
         self.step_in_block = 0
 
     def run(self, step: StepRows) -> tuple[Int[Tensor, " R"], None]:
-        """Run a step of these rows. Return the number of positions that each wrote; None: the rule does not rewrite.
-
-        Raise ValueError if the commit rule writes nothing in the last step of a block.
-        """
+        """Run a step of these rows. Return the number of positions that each wrote; None: the rule does not rewrite."""
         canvas, commit = self.step_sampler.canvas, self.step_sampler.commit
         block = int(step.blocks[0])  # with a cache all rows are in the same block
         self.step_in_block = 0 if block != self.block else self.step_in_block + 1
@@ -93,9 +90,9 @@ class CompiledSteps:
         if past and not self.past:
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
         # If the rule has a `count`, the host does not wait for the device to count.
-        count = num_chosen.cpu()[step.rows] if commit.count is None else commit.count(step.num_masked, step.steps_left)
-        check_last_step(commit.name, step.steps_left, step.num_masked, count)
-        return count, None
+        if commit.count is None:
+            return num_chosen.cpu()[step.rows], None
+        return commit.count(step.num_masked, step.steps_left), None
 
 
 def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: bool = False) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode_ids, prompt_ids
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
@@ -400,7 +400,7 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
     logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
-    text = decode_ids(policy, [before])[0]
+    text = policy.tokenizer.decode(before, skip_special_tokens=True)
     tokens, offsets = token_texts(policy, ids, text)
     stops = [request.fields.stop] if isinstance(request.fields.stop, str) else request.fields.stop
     stop_positions = [position for stop in stops if (position := text.find(stop)) >= 0]
