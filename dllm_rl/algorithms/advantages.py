@@ -180,11 +180,8 @@ def _center(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """Subtract the group's mean."""
     # Groups of equal rewards are set to 0: their mean may be rounded, which would make advantages nonzero.
     is_centered = _has_differing_rewards(rewards)[..., None] & ~rewards.isnan()
-    return torch.where(is_centered, rewards - _mean(rewards, dim=-1), 0)
-
-
-def _mean(rewards: Tensor, *, dim: int) -> Tensor:
-    return rewards.nanmean(dim, keepdim=True) if rewards.isnan().any() else rewards.mean(dim, keepdim=True)
+    mean = rewards.nanmean(-1, keepdim=True) if rewards.isnan().any() else rewards.mean(-1, keepdim=True)
+    return torch.where(is_centered, rewards - mean, 0)
 
 
 def _divide(centered: Tensor, scale: Tensor) -> Tensor:
@@ -198,7 +195,7 @@ def _std(rewards: Tensor, *, dim: int) -> Tensor:
     scaled = torch.ldexp(rewards, -exponent)
     if rewards.isnan().any():
         count = (~rewards.isnan()).sum(dim, keepdim=True)
-        squares = (scaled - _mean(scaled, dim=dim)).square().nansum(dim, keepdim=True)
+        squares = (scaled - scaled.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
         return torch.ldexp((squares / (count - 1).clamp(min=1)).sqrt(), exponent)
     correction = 1 if rewards.shape[dim] > 1 else 0  # the deviation of a single reward is 0, not NaN
     return torch.ldexp(scaled.std(dim=dim, keepdim=True, correction=correction), exponent)

@@ -442,9 +442,8 @@ class FixedLengthMean(LossReduction):
         return mask / (max(num_sequences, 1) * self.length)
 
 
-def loss_inputs(loss: Loss, batch: Batch) -> dict[str, Tensor | Callable]:
-    """Return the values of the SURROGATE_INPUTS that a loss takes, by name."""
-    names = loss.inputs
+def loss_inputs(names: frozenset[str], batch: Batch) -> dict[str, Tensor | Callable]:
+    """Return the values of these SURROGATE_INPUTS, by name."""
     keywords: dict[str, Tensor | Callable] = {}
     if "old_logprobs" in names:
         keywords["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
@@ -541,7 +540,7 @@ def policy_loss(  # noqa: PLR0913
     coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
-    keywords = loss_inputs(objective_fn, batch)
+    keywords = loss_inputs(objective_fn.inputs, batch) if objective_fn.inputs else {}
     if batch.advantages.dim() == 1:
         advantages = batch.advantages[:, None]
         objective = objective_fn(log_ratio, batch.advantages, loss_mask, **keywords)
