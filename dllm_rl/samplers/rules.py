@@ -5,7 +5,7 @@ docs/methods.md explains the tags [paper] and [ours]. Rules that rewrite a block
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ REWRITES = COMMIT_INPUTS[:3]
 SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
 
 
+@lru_cache(256)  # a step reads them often; a record keeps no attribute beside its fields
 def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
     parameters = [p for p in inspect.signature(rank).parameters.values() if p.name != "self"]
@@ -38,6 +39,7 @@ def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
+@lru_cache(256)
 def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
     """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of REWRITES."""
     parameters = inspect.signature(commit).parameters.values()
@@ -65,7 +67,7 @@ class _Rule:
             setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
         super().__init_subclass__(**keywords)
 
-    @cached_property
+    @property
     def name(self) -> str:
         return type(self).__name__
 
@@ -96,7 +98,7 @@ class Rank(_Rule, Record):
         """
         return "unknown"
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
         """The RANK_INPUTS that `__call__` takes."""
         return rank_inputs(self.name, type(self).__call__)
@@ -131,11 +133,11 @@ class FunctionRank(Rank):
     function: Callable[..., Any]
     order: str = "unknown"
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
         return rank_inputs(self.name, self.function)
 
-    @cached_property
+    @property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
 
@@ -251,7 +253,7 @@ class PlackettLuce(Rank):
 
     adds_gumbel = True
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
         return self.base_rank.reads
 
@@ -313,12 +315,12 @@ class Commit(_Rule, Record):
         """The rank whose scores the rule reads; None: any rank's."""
         return None
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
         """The COMMIT_INPUTS that `__call__` takes."""
         return commit_inputs(self.name, type(self).__call__)
 
-    @cached_property
+    @property
     def revises(self) -> bool:
         """Whether the rule rewrites tokens of a block."""
         return not self.reads.isdisjoint(REWRITES)
@@ -356,11 +358,11 @@ class FunctionCommit(Commit):
     count: Callable[[Tensor, Tensor], Any] | None = None
     adaptive: bool = False
 
-    @cached_property
+    @property
     def reads(self) -> frozenset[str]:
         return commit_inputs(self.name, self.function)
 
-    @cached_property
+    @property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
 
