@@ -2,6 +2,7 @@
 cannot hold, and the largest and smallest that it can: refused in one line that names the setting, or what is computed
 with them is finite."""
 
+import functools
 import math
 import re
 
@@ -345,3 +346,15 @@ def test_a_subclass_of_the_users_leaves_the_librarys_class_known():
         pass
 
     assert subclasses(Lora) == {"Lora": Lora} and Smaller(r=4) != Lora(r=4)
+
+
+def test_methods_keep_no_attribute_beside_their_fields():
+    """jsonargparse reads the attributes of a record that is another's default as settings. Tasks are never one."""
+    methods = [each for each in subclasses(Record) if not each.__module__.startswith("dllm_rl.tasks")]
+    caches = [
+        f"{each.__qualname__}.{name}"
+        for each in methods
+        for name, value in vars(each).items()
+        if isinstance(value, functools.cached_property)
+    ]
+    assert len(methods) > 60 and caches == []

@@ -16,7 +16,6 @@ docs/methods.md explains the tags [paper] and [ours].
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -174,7 +173,7 @@ class LikelihoodEstimator(Record):
         """
         return self.combine(self.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size), views)
 
-    @cached_property
+    @property
     def exact_ratios(self) -> bool:
         """Whether exp(difference of two policies' estimates) is the ratio of the probabilities of what was sampled."""
         return self.exact_for_sampler or self.supported_attention == ("causal",)
@@ -571,13 +570,13 @@ class Trajectory(LikelihoodEstimator):
                 "leave one at None"
             )
 
-    @cached_property
+    @property
     def supported_attention(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.block_size is not None:
             return ("block_causal",)
         return ("full", "block_causal", "encoder_decoder") if self.exact_for_sampler else ("full", "block_causal")
 
-    @cached_property
+    @property
     def exact_for_sampler(self) -> bool:  # type: ignore[override]
         return self.num_segments is None and self.num_sampled_steps is None  # one view for each step
 
@@ -585,11 +584,11 @@ class Trajectory(LikelihoodEstimator):
     def replays_steps(self) -> bool:
         return self.block_size is None  # else a view holds a step of every block
 
-    @cached_property
+    @property
     def is_random(self) -> bool:  # type: ignore[override]
         return self.num_sampled_steps is not None
 
-    @cached_property
+    @property
     def required_block_size(self) -> int | None:  # type: ignore[override]
         return self.block_size
 
