@@ -1,8 +1,8 @@
 """Run a program and its tests in new namespaces (unshare, prlimit of util-linux), without network, files or processes.
 
 In the sandbox, this file runs as process 1, which runs the tests. Its child, forked before the tests are read, runs the
-program. The tests call the program's function through pipes and receive plain data, or an exception of the class that
-the function raised. So the program sees neither the tests nor the token that proves that they passed, and no object of
+program. The tests call the program's function through pipes and receive plain data, or an exception of the built-in
+class that the function's exception has or is derived from. So the program sees neither the tests nor the token that proves that they passed, and no object of
 the program is compared. Two attacks remain possible: recognizing calls and replying without computing, and a bug of the
 kernel. Each of the two processes may use the full memory limit.
 """
@@ -140,7 +140,10 @@ def plain(text: str) -> Any:
 
 # `exec` below runs an untrusted program. It must run only after `enter`, where nothing of the machine is reachable.
 def serve(requests: Any, replies: Any) -> None:
-    """In the child, run the program, then reply to calls of its function with (whether it raised, value or error)."""
+    """In the child, run the program, then reply to calls of its function with (name of an exception or "", data).
+
+    The data is what the function returned, or the exception's arguments.
+    """
     code, entry_point = plain(requests.readline())
     namespace: dict[str, Any] = {"__name__": "program"}
     exec(code, namespace)
@@ -148,56 +151,11 @@ def serve(requests: Any, replies: Any) -> None:
         arguments, keywords = plain(line)
         try:
             value = namespace[entry_point](*arguments, **keywords)
-            reply = False, dict(value) if isinstance(value, dict) else value  # also a Counter or another subclass
+            reply = "", dict(value) if isinstance(value, dict) else value  # also a Counter or another subclass
         except BaseException as error:
-            reply = True, describe(error)
+            name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+            reply = name, [part if isinstance(part, int | float | str) else str(part) for part in error.args]
         print(ascii(reply), file=replies, flush=True)
-
-
-def describe(error: BaseException) -> tuple[Any, ...]:
-    """Return plain data of an exception for `rebuild`: (module, name) of its classes, arguments, attributes."""
-
-    def is_plain(value: Any) -> bool:
-        try:
-            return plain(ascii(value)) is not Ellipsis
-        except (ValueError, SyntaxError):
-            return False
-
-    classes = [(kind.__module__, kind.__name__) for kind in type(error).__mro__ if issubclass(kind, BaseException)]
-    reduced: Any = builtin_base(type(error)).__reduce__(error)  # (class, arguments) or (class, arguments, attributes)
-    arguments = reduced[1]
-    attributes = {name: value for name, value in (*reduced, {})[2].items() if is_plain(value)}
-    return classes, arguments if is_plain(arguments) else (str(error),), attributes
-
-
-def rebuild(described: Any, namespace: dict[str, Any]) -> BaseException:
-    """Return the exception that `describe` described, of the classes that the tests know by its classes' names.
-
-    A class of the program that the tests do not know is made here, as a subclass of those that they do, and the tests
-    know it from now on.
-    """
-    classes, arguments, attributes = described
-    found: dict[str, type[BaseException]] = {}
-    for module, name in classes:
-        names = namespace if module == "program" else getattr(sys.modules.get(module), "__dict__", {})
-        if isinstance(kind := names.get(name), type) and issubclass(kind, BaseException):
-            found[name] = kind
-    name = classes[0][1]
-    if name not in found:
-        bases = [kind for kind in found.values() if all(kind not in other.__mro__[1:] for other in found.values())]
-        found[name] = type(name, tuple(bases), {"__module__": "program"})
-        if not hasattr(builtins, name):  # else the program would replace a function that the tests call
-            namespace.setdefault(name, found[name])
-    base = builtin_base(found[name])
-    # Not the class's own `__init__`, whose parameters may differ from the arguments of the base.
-    error = base.__new__(found[name], *arguments)
-    base.__init__(error, *arguments)
-    error.__setstate__(attributes)
-    return error
-
-
-def builtin_base(kind: type[BaseException]) -> type[BaseException]:
-    return next(base for base in kind.__mro__ if base.__module__ == "builtins" and issubclass(base, BaseException))
 
 
 def judge(requests: Any, replies: Any) -> str:
@@ -210,8 +168,10 @@ def judge(requests: Any, replies: Any) -> str:
             print(ascii((arguments, keywords)), file=requests, flush=True)
         line = replies.readline(1 << 20)
         try:
-            has_raised, value = plain(line)
-            error = rebuild(value, namespace) if has_raised else None
+            name, value = plain(line)
+            kind = vars(builtins)[name] if name else None
+            # Not `__init__`, which of some classes needs other arguments.
+            error = kind.__new__(kind, *value) if kind else None
         except Exception as problem:  # of any kind: a program may write any reply
             reason = f"a reply is not plain data: {problem!r}" if line else "the program ended without a reply"
             print(reason, file=sys.stderr, flush=True)
