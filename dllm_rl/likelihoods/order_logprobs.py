@@ -2,7 +2,7 @@
 
 Under the rank `Confidence`, each view also scores the positions that its step left masked. Under `PlackettLuce`, each
 written position also gets the log-prob of being drawn next, and under `SoftThreshold` its share of the log-prob of the
-set of positions that its step wrote. decoding/order.py and decoding/soft_threshold.py explain the formulas.
+set of positions that its step wrote. decoding/order.py explains the formulas.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.decoding import order
-from dllm_rl.decoding.soft_threshold import set_logprobs
 from dllm_rl.likelihoods.packed import Packed
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature, ViewStates
 from dllm_rl.models.base import Policy
@@ -92,7 +91,7 @@ class OrderView(View):
         scores = order.state_scores(policy, view_states.states, rollout.sampling_params, record.rank_function)
         if record.soft_threshold_params is not None:
             tau, temperature = record.soft_threshold_params
-            return set_logprobs(scores, block_ids, plan.written, width, tau=tau, temperature=temperature)
+            return order.set_logprobs(scores, block_ids, plan.written, width, tau=tau, temperature=temperature)
         assert record.draw_index is not None, "the order of `PlackettLuce`"
         draw_index = record.draw_index.flatten()[plan.flat_index]
         draw_index = draw_index.index_fill(0, plan.stay_masked, width)  # positions that stay masked are drawn later

@@ -16,9 +16,9 @@ from dllm_rl.decoding.order import (
     commit_cutoff,
     plackett_luce_logprobs,
     plackett_luce_logprobs_fixed_shape,
+    set_logprobs,
     stay_masked_logprobs,
 )
-from dllm_rl.decoding.soft_threshold import set_logprobs
 from dllm_rl.decoding.support import MAX_SUPPORT_IDS, filter_support, make_filter_support
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy

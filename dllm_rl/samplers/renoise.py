@@ -6,8 +6,7 @@ docs/methods.md explains the tags [paper] and [ours].
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,16 +108,12 @@ class Renoise(Sampler):
             for step in range(self.diffusion_steps)
         )
         seeds = row_seeds(generator, len(prompts.tokens)) if prompts.seeds is None else prompts.seeds
-        record = _Record.empty(policy, prompts, seeds, self.max_new_tokens, temperatures)
+        record = _Record(policy, prompts, seeds, self.max_new_tokens, temperatures)
+        after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
         starts = prompts.attention_mask.cpu().long().argmax(-1)
         # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
         for bucket in length_buckets(starts, prompts.tokens.shape[1] + self.max_new_tokens, policy.device):
-            (rows,) = copy_to_device(policy.device, bucket.rows)
-            stop_thresholds = (self.stability_threshold, self.confidence_threshold)
-            bucket_sampler = _BucketSampler(
-                policy, record, rows, bucket.start, self.entropy_bound, self.answer, stop_thresholds
-            )
-            after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
+            bucket_sampler = _BucketSampler(policy, record, self, bucket.rows, bucket.start)
             for block in range(self.max_new_tokens // record.canvas_length):
                 if not len(bucket_sampler.rows):
                     break
@@ -126,66 +121,35 @@ class Renoise(Sampler):
         return record.rollout(policy)
 
 
-@dataclass
 class _Record:
-    """The recorded state of the L positions of every completion.
+    """The recorded state of the L positions of every completion."""
 
-    Attributes:
-        prompts: Prompts of the batch.
-        seeds: Seed of each row.
-        canvas_length: Number of positions of a canvas.
-        temperatures: Temperature of each step.
-        tokens: Tokens of the canvases, and finally the answer.
-        begun: Positions of canvases that have begun.
-        step: Step of the last accepted draw, or of the answer; -1 while the token is noise.
-        logprobs: Sum over the steps of the log-probs of the accepted draws.
-        seen: Tokens that each step read, as in `Renoised`.
-        drawn: Accepted draws of each step, as in `Renoised`.
-        step_logprobs: Log-probs of these draws.
-        row_steps: Number of steps that each row has taken.
-        pad_id: Token id of padding.
-        forwards: Number of model calls.
-    """
-
-    prompts: Prompts
-    seeds: Int[Tensor, " B"]
-    canvas_length: int
-    temperatures: tuple[float, ...]
-    tokens: Int[Tensor, "B L"]
-    begun: Bool[Tensor, "B L"]
-    step: Int[Tensor, "B L"]
-    logprobs: Float[Tensor, "B L"]
-    seen: Int[Tensor, "B L W"]
-    drawn: Int[Tensor, "B L W"]
-    step_logprobs: Float[Tensor, "B L W"]
-    row_steps: Int[Tensor, " B"]
-    pad_id: int
-    forwards: int = 0
-
-    @classmethod
-    def empty(
-        cls, policy: Policy, prompts: Prompts, seeds: Tensor, max_new_tokens: int, temperatures: tuple[float, ...]
-    ) -> "_Record":
-        """Return the record before the first step."""
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        seeds: Int[Tensor, " B"],
+        max_new_tokens: int,
+        temperatures: tuple[float, ...],
+    ) -> None:
+        """Start before the first step. `temperatures` has the temperature of each of the W steps of a canvas."""
         assert policy.spec.block_size is not None, "`check_spec` requires it"
         shape = (len(prompts.tokens), max_new_tokens)
-        tokens = torch.full(shape, policy.pad_id, device=policy.device)
-        no_steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
-        return cls(
-            prompts=prompts,
-            seeds=seeds.to(policy.device),
-            canvas_length=policy.spec.block_size,
-            temperatures=temperatures,
-            tokens=tokens,
-            begun=torch.zeros_like(tokens, dtype=torch.bool),
-            step=torch.full_like(tokens, -1),
-            logprobs=torch.zeros(shape, device=policy.device),
-            seen=no_steps,
-            drawn=no_steps.clone(),
-            step_logprobs=torch.zeros(no_steps.shape, device=policy.device),
-            row_steps=torch.zeros_like(tokens[:, 0]),
-            pad_id=policy.pad_id,
-        )
+        self.prompts = prompts
+        self.seeds = seeds.to(policy.device)
+        self.canvas_length = policy.spec.block_size
+        self.temperatures = temperatures
+        self.tokens = torch.full(shape, policy.pad_id, device=policy.device)  # of the canvases, and finally the answer
+        self.begun = torch.zeros_like(self.tokens, dtype=torch.bool)  # positions of canvases that have begun
+        # The step of the last accepted draw, or of the answer; -1 while the token is noise.
+        self.step = torch.full_like(self.tokens, -1)
+        self.logprobs = torch.zeros(shape, device=policy.device)  # sum over the steps for the accepted draws
+        # The next three have the shape (B, L, W); `Renoised` explains them.
+        self.seen = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
+        self.drawn = self.seen.clone()
+        self.step_logprobs = torch.zeros(self.seen.shape, device=policy.device)
+        self.row_steps = torch.zeros_like(self.tokens[:, 0])  # number of steps that each row has taken
+        self.forwards = 0
 
     def rollout(self, policy: Policy) -> Rollout:
         """Return the rollout so far, with the prompts on the left."""
@@ -213,58 +177,24 @@ class _Record:
         )
 
 
-class _StepResult(NamedTuple):
-    """The result of a step of R rows on the C positions of their canvas.
-
-    Attributes:
-        before: Tokens that the step read.
-        after: Tokens after the step.
-        is_noise: Positions whose token after the step is random.
-        drawn: Drawn tokens.
-        scored: Draws that the likelihood scores.
-        logprobs: Log-probs of the draws, in nats.
-    """
-
-    before: Int[Tensor, "R C"]
-    after: Int[Tensor, "R C"]
-    is_noise: Bool[Tensor, "R C"]
-    drawn: Int[Tensor, "R C"]
-    scored: Bool[Tensor, "R C"]
-    logprobs: Float[Tensor, "R C"]
-
-
-@dataclass
 class _BucketSampler:
-    """Sampler of the unfinished rows of a bucket: rows of similar length, which run together.
+    """Sampler of the unfinished rows of a bucket: rows of similar length, which run together."""
 
-    Attributes:
-        policy: Policy to sample from.
-        record: Record of all rows.
-        rows: Unfinished rows.
-        start: First column of the bucket's prompts.
-        entropy_bound: See `Renoise`.
-        answer: See `Renoise`.
-        stop_thresholds: Stability and confidence threshold of `Renoise`.
-        prefix: The encoder's cache of the tokens before the current canvas.
-    """
-
-    policy: Policy
-    record: _Record
-    rows: Int[Tensor, " R"]
-    start: int
-    entropy_bound: float
-    answer: str
-    stop_thresholds: tuple[int | None, float | None]
-    prefix: Prefix = field(init=False)
-
-    def __post_init__(self) -> None:
-        prompts = self.record.prompts
-        rows, copies = prompts.shared_rows(self.rows.cpu())  # the encoder reads a prompt once for all its completions
-        tokens = prompts.tokens[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
-        attention_mask = prompts.attention_mask[rows.to(prompts.tokens.device), self.start :].to(self.policy.device)
-        self.prefix = Prefix.empty(self.policy, len(rows))
-        self.prefix.read(self.policy, tokens, attention_mask)
-        self.record.forwards += 1
+    def __init__(
+        self, policy: Policy, record: _Record, sampler: Renoise, all_rows: Int[Tensor, " R"], start: int
+    ) -> None:
+        """Read the prompts of `all_rows`, which begin in column `start`."""
+        self.policy = policy
+        self.record = record  # of all rows of the batch
+        self.sampler = sampler
+        (self.rows,) = copy_to_device(policy.device, all_rows)  # the unfinished ones
+        prompts = record.prompts
+        rows, copies = prompts.shared_rows(all_rows)  # the encoder reads a prompt once for all its completions
+        tokens = prompts.tokens[rows.to(prompts.tokens.device), start:].to(policy.device)
+        attention_mask = prompts.attention_mask[rows.to(prompts.tokens.device), start:].to(policy.device)
+        self.prefix = Prefix.empty(policy, len(rows))  # the encoder's cache of the tokens before the current canvas
+        self.prefix.read(policy, tokens, attention_mask)
+        record.forwards += 1
         if len(rows) < len(copies):
             self.prefix.select_rows(copies.to(tokens.device))
 
@@ -278,37 +208,21 @@ class _BucketSampler:
             record.forwards += 1
         index = (rows[:, None], offsets)
         record.begun[index] = torch.ones_like(record.begun[index])
-        canvas = self.random_tokens(0, offsets)
+        record.tokens[index] = canvas = self.random_tokens(0, offsets)
         previous_logits = None
-        is_done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        stability, _ = self.stop_thresholds
-        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # of `likeliest`
+        is_active = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        stability = self.sampler.stability_threshold or 0
+        history = torch.full((stability, *canvas.shape), -1, device=rows.device)  # of `likeliest`
         for step, temperature in enumerate(record.temperatures):
-            logits = self.prefix.logits(policy, canvas, previous_logits, temperature)
+            logits = self.prefix.logits(policy, record.tokens[index], previous_logits, temperature)
             record.forwards += 1
-            drawn, logprobs = self.draw(logits, step, offsets)
-            likeliest = logits.argmax(-1)
-            entropies = Categorical(logits=logits).entropy()
-            stops = self.should_stop(likeliest, entropies, history)
-            if step + 1 == len(record.temperatures):
-                stops = torch.ones_like(stops)
-            accepted = accept(entropies, self.entropy_bound)
-            scored = accepted & ~stops[:, None]  # the last draws have no effect if the answer is the argmax
-            if self.answer == "drawn":
-                accepted = scored = accepted | stops[:, None]
-            answer = drawn if self.answer == "drawn" else likeliest
-            noise = self.random_tokens(step + 1, offsets)
-            after = torch.where(stops[:, None], answer, torch.where(accepted, drawn, noise))
-            is_noise = ~(accepted | stops[:, None])
-            result = _StepResult(canvas, after, is_noise, drawn, scored, logprobs)
-            self.record_step(index, step, ~is_done, result)
+            likeliest, stops = self.write_step(index, step, logits, is_active, history)
             history = torch.cat([history, likeliest[None]])[1:] if stability else history
-            canvas = torch.where(is_done[:, None], canvas, after)
-            is_done = is_done | stops
+            is_active = is_active & ~stops
             previous_logits = conditioning(policy, logits)
             if after_step is not None:
                 after_step()
-            if is_done.all():
+            if not is_active.any():
                 break
         eos = torch.tensor(policy.spec.eos_ids, device=rows.device)
         unfinished = (~torch.isin(record.tokens[index], eos).any(-1)).nonzero()[:, 0]
@@ -326,46 +240,62 @@ class _BucketSampler:
         numbers = uniforms(seeds, torch.full_like(seeds, step), offsets.repeat(len(self.rows)), stream=stream)
         return numbers.view(len(self.rows), len(offsets))
 
-    def draw(
-        self, logits: Float[Tensor, "R C V"], step: int, offsets: Int[Tensor, " C"]
-    ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-        """Draw a token at every position. Return it and its log-prob in nats, as `Trajectory()` recomputes it."""
-        flat_logits = logits.flatten(0, 1)
-        tokens = invert_cdf(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
-        logprobs = TokenLogprob.apply(flat_logits, tokens)
-        return tokens.view(logits.shape[:2]), logprobs.view(logits.shape[:2])
-
-    def should_stop(
-        self, likeliest: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
-    ) -> Bool[Tensor, " R"]:
-        """Return the rows whose likeliest tokens equal those of the H previous steps, and whose mean entropy is low."""
-        stability, confidence = self.stop_thresholds
-        if stability is None or confidence is None:
-            return torch.zeros_like(likeliest[:, 0], dtype=torch.bool)
-        return (history == likeliest).all(-1).all(0) & (entropies.mean(-1) < confidence)
-
-    def record_step(
+    def write_step(
         self,
         index: tuple[Tensor, Tensor],
         step: int,
+        logits: Float[Tensor, "R C V"],
         is_active: Bool[Tensor, " R"],
-        result: _StepResult,
-    ) -> None:
-        """Record a step of the active rows. A row without a scored draw gets no entry in `seen` and `drawn`."""
-        record = self.record
-        active = is_active[:, None].expand_as(result.scored)
-        scored = result.scored & active
-        is_recorded = active & result.scored.any(-1, keepdim=True)
-        logprobs = result.logprobs.to(record.logprobs).masked_fill(~scored, 0.0)
+        history: Int[Tensor, "H R C"],
+    ) -> tuple[Int[Tensor, "R C"], Bool[Tensor, " R"]]:
+        """Draw the tokens of a step, and write and record those of the active rows.
+
+        A row without a scored draw gets no entry in `seen` and `drawn`.
+
+        Args:
+            index: Rows and offsets of the canvas.
+            step: Number of the step in its canvas.
+            logits: Tempered logits of the canvas.
+            is_active: Rows whose canvas is not finished.
+            history: The likeliest tokens of the H previous steps.
+
+        Returns:
+            The likeliest tokens; the rows whose canvas this step finishes.
+        """
+        record, sampler, offsets = self.record, self.sampler, index[1]
+        canvas = record.tokens[index]
+        flat_logits = logits.flatten(0, 1)
+        flat_drawn = invert_cdf(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
+        logprobs = TokenLogprob.apply(flat_logits, flat_drawn).view(canvas.shape)  # as `Trajectory()` recomputes it
+        drawn = flat_drawn.view(canvas.shape)
+        likeliest = logits.argmax(-1)
+        entropies = Categorical(logits=logits).entropy()
+        stops = torch.full_like(is_active, step + 1 == len(record.temperatures))
+        if sampler.confidence_threshold is not None:
+            is_stable = (history == likeliest).all(-1).all(0)
+            stops |= is_stable & (entropies.mean(-1) < sampler.confidence_threshold)
+        stops_row = stops[:, None]
+        accepted = accept(entropies, sampler.entropy_bound)
+        scored = accepted & ~stops_row  # the last draws have no effect if the answer is the argmax
+        if sampler.answer == "drawn":
+            accepted = scored = accepted | stops_row
+        noise = self.random_tokens(step + 1, offsets)
+        answer = drawn if sampler.answer == "drawn" else likeliest
+        after = torch.where(stops_row, answer, torch.where(accepted, drawn, noise))
+
+        active = is_active[:, None]
+        scored = scored & active
         row_steps = record.row_steps[self.rows]
-        last_step = torch.where(result.is_noise, -1, row_steps[:, None])
-        record.tokens[index] = torch.where(active, result.after, record.tokens[index])
+        last_step = torch.where(accepted | stops_row, row_steps[:, None], -1)
+        logprobs = logprobs.to(record.logprobs).masked_fill(~scored, 0.0)
+        record.tokens[index] = torch.where(active, after, canvas)
         record.step[index] = torch.where(active, last_step, record.step[index])
         record.logprobs[index] += logprobs
-        record.seen[(*index, step)] = torch.where(is_recorded, result.before, -1).int()
-        record.drawn[(*index, step)] = torch.where(scored, result.drawn, -1).int()
+        record.seen[(*index, step)] = torch.where(scored.any(-1, keepdim=True), canvas, -1).int()
+        record.drawn[(*index, step)] = torch.where(scored, drawn, -1).int()
         record.step_logprobs[(*index, step)] = logprobs
         record.row_steps[self.rows] = row_steps + is_active
+        return likeliest, stops
 
 
 def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]:

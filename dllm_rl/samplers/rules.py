@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.decoding.soft_threshold import draw_set
+from dllm_rl.decoding.order import draw_set
 from dllm_rl.records import Record, describe, option
 from dllm_rl.types import MIN_TEMPERATURE
 
@@ -477,7 +477,7 @@ def above_threshold(scores: Scores, masked: PositionMask, steps_left: Counts, ta
 
 
 class SoftThreshold(Commit):
-    """Commit each masked position independently, with a probability that rises around tau (`decoding.soft_threshold`).
+    """Commit each masked position independently, with a probability that rises around tau (`decoding.order`).
 
     Use it in place of `Threshold` for training: `Trajectory` also computes the log-prob of the set of positions that
     each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `Threshold` writes

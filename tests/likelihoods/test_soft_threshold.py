@@ -12,7 +12,7 @@ from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, stayed_of, total
 
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
-from dllm_rl.decoding.soft_threshold import MAX_LOGPROB, draw_set
+from dllm_rl.decoding.order import MAX_LOGPROB, draw_set
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
