@@ -34,13 +34,6 @@ class Preset:
     sampler: Mapping[str, Any] = field(default_factory=dict)  # fields of `Unmask`
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> values that differ
 
-    def for_task(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of `Recipe` and the fields of `Unmask` for a task."""
-        changes = self.by_task.get(name, {})
-        fields = {field_name: value for field_name, value in changes.items() if field_name not in self.sampler}
-        keywords = {keyword: value for keyword, value in changes.items() if keyword in self.sampler}
-        return {**self.settings, **fields}, {**self.sampler, **keywords}
-
 
 _LARGE_SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-6,  # d1's, for adapters whose alpha / rank is 0.5
@@ -86,11 +79,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """Return a preset by its name. Raises ValueError if there is none."""
+def find_preset(name: str, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of `Recipe` and the fields of `Unmask` of a preset for a task, all by name.
+
+    Raises:
+        ValueError: There is no preset of this name.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    values = {**preset.settings, **preset.sampler, **preset.by_task.get(task, {})}
+    keywords = {field: values.pop(field) for field in preset.sampler}
+    return values, keywords
 
 
 def preset_by_size(attention: str, parameters: int) -> str | None:
@@ -117,7 +117,7 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
     """Apply a preset to a recipe, and print it. Raises ValueError if it sets fields of `Unmask` and the recipe has
     another sampler.
     """
-    settings, keywords = find_preset(name).for_task(recipe.task.name)
+    settings, keywords = find_preset(name, recipe.task.name)
     if keywords:
         for sampler in (recipe.sampler, recipe.eval_sampler):
             if not isinstance(sampler, Unmask):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy, read_methods, split_fields
 from dllm_rl.screen import escape_controls, line_of
@@ -73,7 +73,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     add("--json", action="store_true", help="print a JSON object with every token, its step and probability")
     add("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
     add("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
-    sub.set_defaults(run=sample)
+    sub.set_defaults(run="dllm_rl.cli.sample:sample_command")
 
 
 def add_token_options(sub: argparse.ArgumentParser) -> None:
@@ -96,43 +96,6 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     commit_help = "Schedule (default), Threshold, SoftThreshold ...; its fields are options, as --commit.tau 0.9"
     add("--commit", help=commit_help)
     add("--cache", help="PrefixCache, DualCache or BlockCache; --cache.refresh 4 refreshes it every 4 steps")
-
-
-def sample(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, sampler_with
-    from dllm_rl.cli.sample import complete, passed_options, print_record, to_problem
-
-    run_sampler = sampler_or_note(arguments.model)
-    chat, blank = arguments.chat, arguments.blank
-    texts: list[Any] = arguments.prompts
-    if not texts:
-        run_problems = problems_of(arguments.model, 4)
-        texts = ([] if run_problems and sys.stdin.isatty() else lines_of_input()) or run_problems
-    elif run_sampler is not None:
-        run_chat, run_blank = form_of_prompts(arguments.model)
-        chat, blank = chat or run_chat, run_blank if blank is None else blank
-    problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
-    policy = open_policy(arguments)  # also sets arguments.checkpoint
-    live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
-    record = complete(
-        policy,
-        problems,
-        sampler_with(policy, run_sampler, passed_options(arguments)),
-        num_generations=arguments.num_generations,
-        seed=arguments.seed,
-        seconds_per_step=arguments.delay if live else None,
-    )
-    print_record(record | {"checkpoint": arguments.checkpoint}, as_json=arguments.json)
-
-
-def lines_of_input() -> list[str]:
-    """Read prompts from standard input, one per line."""
-    try:
-        return [line.removesuffix("\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:

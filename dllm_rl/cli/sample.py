@@ -12,7 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dllm_rl.cli.options import read_methods
+from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, sampler_with
 from dllm_rl.decoding.tokens import decode, encode, full_texts, written_tokens
 from dllm_rl.device import device_name
 from dllm_rl.models.base import Policy
@@ -24,6 +25,45 @@ from dllm_rl.samplers.rules import Commit, Rank
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem, shown_prompt
 from dllm_rl.types import Rollout
+
+
+def sample_command(arguments: argparse.Namespace) -> None:
+    """Complete the prompts, and print the completions, or with --json one JSON object."""
+    run_sampler = sampler_or_note(arguments.model)
+    chat, blank = arguments.chat, arguments.blank
+    texts: list[Any] = arguments.prompts
+    if not texts:
+        run_problems = problems_of(arguments.model, 4)
+        texts = ([] if run_problems and sys.stdin.isatty() else lines_of_input()) or run_problems
+    elif run_sampler is not None:
+        run_chat, run_blank = form_of_prompts(arguments.model)
+        chat, blank = chat or run_chat, run_blank if blank is None else blank
+    problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
+    policy = open_policy(arguments)  # also sets arguments.checkpoint
+    live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
+    record = complete(
+        policy,
+        problems,
+        sampler_with(policy, run_sampler, passed_options(arguments)),
+        num_generations=arguments.num_generations,
+        seed=arguments.seed,
+        seconds_per_step=arguments.delay if live else None,
+    )
+    if arguments.json:
+        print(json.dumps(record | {"checkpoint": arguments.checkpoint}))
+        return
+    for row in record["rows"]:
+        # A pipe or a file gets the model's text unchanged; a terminal would obey its escape sequences.
+        print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
+    print(record["facts"], file=sys.stderr)
+
+
+def lines_of_input() -> list[str]:
+    """Read prompts from standard input, one per line."""
+    try:
+        return [line.removesuffix("\n") for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
 
 
 def complete(
@@ -92,17 +132,6 @@ def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
-
-
-def print_record(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record as one JSON object; or print its completions, and its counts and speed on standard error."""
-    if as_json:
-        print(json.dumps(record))
-        return
-    for row in record["rows"]:
-        # A pipe or a file gets the model's text unchanged; a terminal would obey its escape sequences.
-        print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
-    print(record["facts"], file=sys.stderr)
 
 
 def to_record(

@@ -213,7 +213,7 @@ def apply_preset(
     Returns:
         The sampler's options and the recipe's fields.
     """
-    fields, keywords = find_preset(preset).for_task(task)
+    fields, keywords = find_preset(preset, task)
     fields = without_batch_settings(fields, settings)
     if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}

@@ -39,10 +39,7 @@ STRING_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
         {"grpo": SequenceMean(), "dapo": TokenMean(), "bnpo": TokenMean(), "dr_grpo": DR_GRPO},
     ),
     # This sets only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=GSPO().
-    "importance_sampling_level": (
-        "loss",
-        {"token": PPOClip(), "sequence": GSPO(epsilon=0.2, epsilon_high=None)},
-    ),
+    "importance_sampling_level": ("loss", {"token": PPOClip(), "sequence": GSPO(epsilon=0.2, epsilon_high=None)}),
     "lr_scheduler_type": (
         "lr_schedule",
         {

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
@@ -132,9 +132,6 @@ class RunLog:
         """Write rows to completions.jsonl."""
         for row in completions if self.main else ():
             self.files["completions"].append(row)
-
-    def show(self, renderable: RenderableType) -> None:
-        self.console.print(renderable)
 
     def flush(self) -> None:
         """Force the rows to disk. Call it before a checkpoint, since a resume continues from them."""

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import read_json, replacing
@@ -36,7 +35,6 @@ SOLVED_PANEL = Panel(
     {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
     tuple(f"eval/{name}" for name in SOLVED),
 )
-NO_LEVELS: Mapping[str, float] = MappingProxyType({})
 PANELS = (  # of an RL run; its loss is not a likelihood and is not drawn
     Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
     SOLVED_PANEL,
@@ -106,7 +104,7 @@ def draw_before_and_after(axis: Any, rows: Sequence[dict[str, Any]], panel: Pane
             axis.plot(steps, values, "s", color="#d0485a", markersize=6, label=label, clip_on=False)
 
 
-def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
+def plot(directory: Path, *, levels: Mapping[str, float] | None = None) -> Path:
     """Draw a run in `directory`/training.png, and return that path. `draw_run` has the arguments."""
     path = directory / "training.png"
     with replacing(path) as partial:
@@ -114,7 +112,7 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     return path
 
 
-def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any:
+def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> Any:
     """Return a matplotlib Figure of a run: the warm-up, and a panel for each kind of metric that the run has. Before
     the end of a run there is no summary.json, and the figure lacks the result.
 
@@ -122,7 +120,8 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any
 
     Args:
         directory: Folder of the run.
-        levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names.
+        levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names. None
+            (default): no lines.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -145,7 +144,7 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
         draw_metrics(axis, rows, panel)
         draw_before_and_after(axis, rows, panel, summary)
-        for name, level in levels.items() if panel is SOLVED_PANEL else ():
+        for name, level in (levels or {}).items() if panel is SOLVED_PANEL else ():
             axis.axhline(level, color="black", linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize="small", framealpha=0.5)

@@ -68,7 +68,7 @@ def log_completions(
         rows_to_log.append(as_json(answer.problem.fields) | step_fields)
     log.keep(rows_to_log)
     title = f"completions of step {step + 1}: of {NUM_PROMPTS} prompts those of highest and lowest reward"
-    log.show(table(title, rows_to_log))
+    log.console.print(table(title, rows_to_log))
 
 
 def best_and_worst_rows(rewards: list[float], sizes: list[int]) -> list[int]:

@@ -176,7 +176,7 @@ def test_evaluate_takes_the_runs_suppressed_ids_with_another_number_of_steps(run
 def test_sample_keeps_the_runs_rank_with_another_rule(monkeypatch):
     own = Unmask(max_new_tokens=8, temperature=0.7, rank=rules.Confidence())
     store(monkeypatch, eval_sampler=own)
-    monkeypatch.setattr("dllm_rl.cli.main.open_policy", lambda arguments: TestEvaluatePlans.POLICY)
+    monkeypatch.setattr("dllm_rl.cli.sample.open_policy", lambda arguments: TestEvaluatePlans.POLICY)
     seen = []
 
     def complete(policy, problems, sampler, **_):
