@@ -212,7 +212,7 @@ def save(root: Path, layers: int) -> dict[str, Any]:
     for parameter in policy.module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    state = TrainingState.first(run, policy)
+    state = TrainingState.first(run.settings(), policy)
     for merged in (False, True):
         kind = "merged" if merged else "adapters"
         with timed(found, f"save {kind}"):

@@ -48,10 +48,10 @@ def test_an_object_is_its_class_and_what_its_constructor_got():
 
 def test_what_has_no_text_is_refused_before_a_run(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    check_names(recipe)
-    check_names(replace(recipe, lr_schedule=Bonus(1, [], "")))
+    check_names(recipe.settings())
+    check_names(replace(recipe, lr_schedule=Bonus(1, [], "")).settings())
     with pytest.raises(ValueError, match="lr_schedule="):
-        check_names(replace(recipe, lr_schedule=Bonus(object(), [], "")))
+        check_names(replace(recipe, lr_schedule=Bonus(object(), [], "")).settings())
 
 
 def test_a_record_is_described_with_its_defaults():

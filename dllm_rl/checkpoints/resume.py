@@ -31,9 +31,9 @@ def default_settings(record: type[Settings]) -> dict[str, Any]:
     return {f.name: to_json(f.default) for f in fields(record) if f.default is not MISSING}
 
 
-def check_names(recipe: Settings) -> None:
+def check_names(settings: dict[str, Any]) -> None:
     """Raise ValueError if the text of a setting contains an address, because no resume would find it equal."""
-    for name, value in recipe.settings().items():
+    for name, value in settings.items():
         text = json.dumps(value)
         if name not in MAY_CHANGE and ADDRESS.search(text):
             raise ValueError(
@@ -42,13 +42,12 @@ def check_names(recipe: Settings) -> None:
             )
 
 
-def allowed_changes(recipe: Settings) -> set[str]:
+def allowed_changes(settings: dict[str, Any]) -> set[str]:
     """Return the fields that `allow_changed` names. Raise ValueError on an unknown one, and on one of CANNOT_CHANGE."""
-    names = [name for part in (recipe.allow_changed or "").split(",") if (name := part.strip())]
-    known = {f.name for f in fields(recipe)}
+    names = [name for part in (settings["allow_changed"] or "").split(",") if (name := part.strip())]
     for name in names:
-        if name not in known:
-            raise ValueError(f"allow_changed: {name!r} is no setting{nearest_hint(name, known)}")
+        if name not in settings:
+            raise ValueError(f"allow_changed: {name!r} is no setting{nearest_hint(name, settings)}")
         if name in CANNOT_CHANGE:
             raise ValueError(
                 f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "
@@ -57,13 +56,17 @@ def allowed_changes(recipe: Settings) -> set[str]:
     return set(names)
 
 
-def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
-    """Return the changes of the fields in `allow_changed`, one dict per field, with the step before the change."""
-    before = default_settings(type(recipe)) | state.recipe
-    settings = recipe.settings()
+def changes_since(before: dict[str, Any], settings: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """Return the changes of the fields in `allow_changed`, one dict per field, with the step before the change.
+
+    Args:
+        before: Settings of the checkpoint.
+        settings: Settings of the run that resumes from it.
+        step: Number of steps before the change.
+    """
     return [
-        {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
-        for name in sorted(allowed_changes(recipe))
+        {"step": step, "field": name, "before": before[name], "after": settings[name]}
+        for name in sorted(allowed_changes(settings))
         if before[name] != settings[name]
     ]
 
@@ -84,7 +87,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     before = default_settings(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
     if missing := ", ".join(sorted(settings.keys() - before.keys())):
         raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
-    allowed = allowed_changes(recipe)
+    allowed = allowed_changes(settings)
     for name, value in settings.items():
         if name not in MAY_CHANGE and name not in allowed and before[name] != value:
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"

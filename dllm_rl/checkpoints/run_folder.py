@@ -31,7 +31,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     """
     directory = Path(recipe.directory)
     notes: list[str] = []
-    check_names(recipe)
+    check_names(recipe.settings())
     try:
         if not lock(directory / LOCK):
             notes.append(
@@ -109,8 +109,7 @@ def has_steps(directory: Path) -> bool:
     return not all(row.startswith((b'{"warmup_step"', b'{"resume_from"')) for row in rows)
 
 
-def clear_folder(recipe: Settings) -> None:
-    """Delete the folder's run if `overwrite_output_dir` is set and no run is resumed."""
-    if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        for name in (*RUN_MARKERS, "completions.jsonl", "tensorboard", "training.png", "reference"):
-            remove(Path(recipe.directory) / name)
+def clear_folder(directory: Path) -> None:
+    """Delete the run in a folder."""
+    for name in (*RUN_MARKERS, "completions.jsonl", "tensorboard", "training.png", "reference"):
+        remove(directory / name)

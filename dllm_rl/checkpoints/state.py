@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from dllm_rl.files import read_json
 from dllm_rl.models.base import Policy, frozen_names
-from dllm_rl.settings import Settings
 
 NAME = "state.json"
 
@@ -42,11 +41,11 @@ class TrainingState:
         return self.step - (self.unlogged is not None)
 
     @classmethod
-    def first(cls, recipe: Settings, policy: Policy, **other_fields: Any) -> "TrainingState":
-        """Return the state of a new run with this policy."""
+    def first(cls, settings: dict[str, Any], policy: Policy, **other_fields: Any) -> "TrainingState":
+        """Return the state of a new run with this policy and these settings, as JSON."""
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
         frozen = None if policy.lora else frozen_names(policy.module) or None
-        return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **other_fields)
+        return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=settings, **other_fields)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":

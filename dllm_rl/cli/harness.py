@@ -15,7 +15,7 @@ from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, w
 from lm_eval.api.registry import register_model  # isort: skip
 
 
-RULES: dict[str, Any] = {"rank": Rank, "commit": Commit, "cache": Cache}
+METHODS: dict[str, Any] = {"likelihood": LikelihoodEstimator, "rank": Rank, "commit": Commit, "cache": Cache}
 MAX_NEW_TOKENS = 256  # default of the harness's models, if neither --model_args nor the task sets a length
 
 
@@ -27,20 +27,18 @@ class CommandLineModel(HarnessModel):
 
     Args:
         pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
-        likelihood: Class of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): Causal for a
-            causal model, else ELBO.
         dtype: dtype of the weights; "auto" (default): as stored.
         device: Device of the weights. None (default): the accelerator, if there is one.
         batch_size, greedy, seed: As in `HarnessModel`.
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`, for example
-            commit=Threshold,commit.tau=0.9; and likelihood.NAME.
+            commit=Threshold,commit.tau=0.9; and likelihood, the class of an estimator (default: Causal for a causal
+            model, else ELBO), with its settings as likelihood.NAME=VALUE.
     """
 
     def __init__(
         self,
         pretrained: str,
         *,
-        likelihood: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -54,9 +52,9 @@ class CommandLineModel(HarnessModel):
             model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full"
         )
         policy = open_policy(model_options)
-        likelihood = likelihood or ("Causal" if policy.spec.attention == "causal" else "ELBO")
+        options.setdefault("likelihood", "Causal" if policy.spec.attention == "causal" else "ELBO")
         options.pop("max_batch_size", None)  # the harness always passes it; it is for automatic batch sizes
-        fields: dict[str, dict[str, Any]] = {name: {} for name in ("likelihood", *RULES)}
+        fields: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
         passed: dict[str, Any] = {}
         for name, value in options.items():
             method, _, field = name.partition(".")
@@ -64,13 +62,12 @@ class CommandLineModel(HarnessModel):
                 fields[method][field] = value
             else:
                 passed[name] = value
-        for name, base in RULES.items():
+        for name, base in METHODS.items():
             if fields[name] and name not in passed:
                 raise ValueError(f"{name}.{min(fields[name])} needs {name}, the class with this setting")
             if name in passed:
                 (passed[name],) = read_methods(base, name, [str(passed[name])], fields, prefix="")
-        (estimator,) = read_methods(LikelihoodEstimator, "likelihood", [likelihood], fields, prefix="")
-        assert estimator is not None, "likelihood is not none"
+        estimator = passed.pop("likelihood")
         is_task_length = passed.get("max_new_tokens") is None
         passed["max_new_tokens"] = MAX_NEW_TOKENS if is_task_length else passed["max_new_tokens"]
         super().__init__(

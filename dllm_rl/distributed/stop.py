@@ -112,9 +112,9 @@ class Stop:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
 
-def how_to_continue(recipe: HasFolder) -> str:
-    """Return advice on how to resume a run, for messages."""
-    return f"continue with {as_written(resume_from_checkpoint='latest', output_dir=recipe.directory)}"
+def how_to_continue(directory: str) -> str:
+    """Return advice on how to resume the run in this folder, for messages."""
+    return f"continue with {as_written(resume_from_checkpoint='latest', output_dir=directory)}"
 
 
 @contextmanager

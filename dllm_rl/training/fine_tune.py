@@ -67,7 +67,9 @@ def fine_tune(recipe: SFT) -> Summary:
     optimizer.register_step_pre_hook(count_update)
     log = open_log(recipe, accelerator, peers, saved_state, notes)
     state = (
-        restore(recipe, folder, saved_state, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
+        restore(recipe, folder, saved_state, policy, optimizer, log)
+        if folder
+        else TrainingState.first(recipe.settings(), policy)
     )
     run = Run(
         recipe=recipe,

@@ -91,7 +91,7 @@ def take_steps(
         end_step(run, step, metrics, evaluate)  # on a signal, saves and then ends the process
         if run.control.stop_reason is not None:
             break
-    run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe)}")
+    run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe.directory)}")
     wait_for_checkpoint(run)
 
 

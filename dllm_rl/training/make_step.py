@@ -12,11 +12,10 @@ from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, wi
 from dllm_rl.likelihoods.routing_agreement import routes_comparably
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
-from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
-from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Logprobs, Rollout, Views
 
@@ -56,7 +55,6 @@ def make_step(
     policy: Policy,
     rollout_policy: Policy,
     reference: Policy | None = None,
-    teacher: Policy | None = None,
     features: Sequence[StepFeature] = (),
     **more: Any,
 ) -> StepContext:
@@ -67,12 +65,10 @@ def make_step(
         accelerator: Processes and device.
         policy: The learner.
         rollout_policy: The policy that samples; may be the learner.
-        reference: The policy that RL started from, for the KL term or as a teacher.
-        teacher: The teacher, if it is not the reference.
-        features: Further features: the run's value head, and those given to `train`.
+        reference: The policy that RL started from, for the KL term.
+        features: Further features: the run's teacher and value head, and those given to `train`.
         more: Further fields of StepContext: history (default: empty), log.
     """
-    teacher = reference if recipe.teacher == REFERENCE else teacher
     used: list[StepFeature] = []
     if recipe.zero_mismatch:
         used.append(ZeroMismatch())
@@ -80,8 +76,6 @@ def make_step(
         used.append(AlignedForward())
     if recipe.router_replay is not None:
         used.append(RouterReplay())
-    if teacher is not None:
-        used.append(Teacher(recipe, teacher))
     if accelerator.num_processes > 1:
         used.append(Balance(swaps=not recipe.zero_mismatch))
     return StepContext(

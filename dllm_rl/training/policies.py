@@ -51,7 +51,7 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
         eval_before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
     log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
     return TrainingState.first(
-        recipe, policy, eval_before=eval_before, warmup_steps=warmup_steps, reference=reference_digest
+        recipe.settings(), policy, eval_before=eval_before, warmup_steps=warmup_steps, reference=reference_digest
     )
 
 

@@ -128,7 +128,7 @@ def try_save(recipe: Recipe, policy: Policy) -> None:
     trained = trainable_parameters(policy.module)
     moment_bytes = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
-        state = TrainingState.first(recipe, policy)
+        state = TrainingState.first(recipe.settings(), policy)
         merged = not recipe.saves_only_adapters
         # The last checkpoint also has full weights.
         full_weight_bytes = 0 if merged else checkpoint.weights_size(policy.module)

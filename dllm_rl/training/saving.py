@@ -117,7 +117,7 @@ def save_on_overdue_stop(run: Run[Settings]) -> None:
         if steps_done != run.saved:
             write_checkpoint(run)
     place = "in the step after" if run.state.unlogged is None else "after the update of"
-    run.stop.leave(f"stopped {place} step {steps_done}, which is saved; {how_to_continue(run.recipe)}")
+    run.stop.leave(f"stopped {place} step {steps_done}, which is saved; {how_to_continue(run.recipe.directory)}")
 
 
 def save_on_peer_loss(run: Run[Settings]) -> None:
@@ -167,7 +167,7 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
             note += f" and is not saved; the newest checkpoint is {saved[max(saved)].name if saved else 'missing'}"
     if run.without_state:
         note += f"; the checkpoint has no state of {', '.join(type(feature).__name__ for feature in run.without_state)}"
-    error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
+    error.add_note(f"{note}; fix the cause and {how_to_continue(recipe.directory)}")
 
 
 def _main_process_write(run: Run[Settings], *, copy: bool = False) -> Callable[[], Path | None]:
@@ -314,7 +314,7 @@ def check_folder(run: Run[Settings]) -> None:
     if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
         raise OSError(
             f"output_dir={str(directory)!r} was removed or renamed during the run; step "
-            f"{run.state.step} is saved there anew. Put the folder back, or {how_to_continue(run.recipe)}"
+            f"{run.state.step} is saved there anew. Put the folder back, or {how_to_continue(run.recipe.directory)}"
         )
 
 
@@ -360,5 +360,5 @@ def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
         save(run)
     if signum:
         wait_for_checkpoint(run)
-        run.stop.leave(f"interrupted after step {steps_done}; {how_to_continue(recipe)}")
+        run.stop.leave(f"interrupted after step {steps_done}; {how_to_continue(recipe.directory)}")
     run.log.entered = ""

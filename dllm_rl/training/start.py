@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.resume import changes_since
+from dllm_rl.checkpoints.resume import changes_since, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
@@ -21,7 +21,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.loading import num_parameters
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
@@ -29,6 +29,7 @@ from dllm_rl.step.features import StepFeature
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
+from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.feature_state import check_value_model, load_states
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
@@ -120,16 +121,18 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
+    reference = reference_policy(recipe, policy, accelerator, fresh=resume_folder is None)
+    teacher = reference if recipe.teacher == REFERENCE else teacher
+    used_teacher = [] if teacher is None else [Teacher(recipe, teacher)]
     value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
     step = make_step(
         recipe,
         accelerator=accelerator,
         policy=policy,
         rollout_policy=rollout_policy,
-        reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
-        teacher=teacher,
+        reference=reference,
         history=reward_history(len(recipe.task), resume_folder if recipe.prompt_source.uses_history else None),
-        features=(*value_head, *features),
+        features=(*used_teacher, *value_head, *features),
         log=log,
     )
     if resume_folder is not None:
@@ -193,12 +196,13 @@ def restore(
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
     checkpoint.load_optimizer(folder, policy, optimizer)
-    changes = changes_since(recipe, state)
+    settings = recipe.settings()
+    changes = changes_since(default_settings(type(recipe)) | state.recipe, settings, state.step)
     for change in changes:
         before, after = describe_json(change["before"]), describe_json(change["after"])
         log.say(f"{change['field']} changes after step {state.step}: {before} -> {after}")
         log.write_change(change)
-    return replace(state, recipe=recipe.settings(), changes=[*(state.changes or []), *changes] or None)
+    return replace(state, recipe=settings, changes=[*(state.changes or []), *changes] or None)
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
@@ -215,7 +219,9 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     peers = None
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
-        peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
+        peers = Peers(
+            accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe.directory)}"
+        )
         peers.hear = stop.hear_from_another
         run_exit_stack().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
@@ -233,10 +239,12 @@ def open_log(
     """Open the run's files and trackers, connect `peers` to the log, and print `notes`. The log of a resumed run
     continues at the step of `saved_state`.
     """
-    from_main(partial(clear_folder, recipe), accelerator)
+    directory = Path(recipe.directory)
+    if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
+        from_main(partial(clear_folder, directory), accelerator)
     first_step = saved_state.logged_steps if saved_state else 0
     log = RunLog(
-        Path(recipe.directory),
+        directory,
         start=first_step,
         main=accelerator.is_main_process,
         patient=recipe.on_save_error == "continue",

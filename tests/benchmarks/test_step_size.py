@@ -12,4 +12,4 @@ def test_few_functions_take_a_recipe_or_many_parameters():
     found = step_size.parameters_of_functions()
     assert found[next(where for where in found if where.endswith(" step_memory"))] == ["step"]
     assert 10 < sum("recipe" in names for names in found.values()) <= 65
-    assert sum(len(names) > 6 for names in found.values()) <= 11
+    assert sum(len(names) > 6 for names in found.values()) <= 9

@@ -113,7 +113,7 @@ def test_room_is_needed_for_as_much_as_the_last_checkpoint_took(tmp_path, monkey
     """A tokenizer and a card count too: more than the weights say may not fit."""
     recipe = tiny_recipe(tmp_path)
     policy = recipe.model()
-    state = TrainingState.first(recipe, policy)
+    state = TrainingState.first(recipe.settings(), policy)
     older = tmp_path / "step-000000" / "tokenizer.json"
     older.parent.mkdir()
     with older.open("wb") as file:

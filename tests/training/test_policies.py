@@ -78,7 +78,7 @@ def test_a_resumed_learner_keeps_the_dtype_that_it_was_saved_in(tmp_path):
     policy.module.bfloat16()
     accelerator = Accelerator(cpu=True)
     save_reference(tmp_path, policy, accelerator)
-    state = TrainingState.first(recipe, policy)
+    state = TrainingState.first(recipe.settings(), policy)
     resumed = resumed_policy(recipe, tmp_path / "reference", state, accelerator)
     assert recipe.dtype == "float32" and torch.equal(weights(resumed), weights(policy))
     assert {p.dtype for p in resumed.module.parameters()} == {torch.bfloat16}
