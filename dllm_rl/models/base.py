@@ -149,11 +149,6 @@ def encode_block_causal(
     return encode_base(module, tokens, attention_mask, positions, **cache_kwargs)
 
 
-def output_embeddings(module: Module) -> Any:
-    """Return the layer that projects to the vocabulary, or None if the module does not name it."""
-    return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-
-
 def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """Project hidden states to the vocabulary."""
     return module.get_output_embeddings()(hidden)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded, output_embeddings
+from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded
 from dllm_rl.models.checkpoint.tensors import LazyTensor
 from dllm_rl.rng import keep_mask
 
@@ -147,7 +147,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     if not targets:
         kind = type(module).__name__
         raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
-    head = output_embeddings(module)
+    head = getattr(module, "get_output_embeddings", lambda: None)()
     for path, layer in targets.items():
         if layer is head:  # `float32_head` needs a layer without adapters
             raise ValueError(f"lora.targets names {path!r}, the output layer, which cannot have adapters; leave it out")

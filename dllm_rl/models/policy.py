@@ -24,7 +24,6 @@ from dllm_rl.models.base import (
     States,
     Tokenizer,
     Tokens,
-    output_embeddings,
     position_ids,
 )
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -76,6 +75,9 @@ class _PolicyBase:
                 layer.use_nested_tensor = False
         self.spec = spec
         self.tokenizer = tokenizer
+        self.vocab_size: int = spec.vocab_size or module.config.vocab_size
+        pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id: int = spec.eos_ids[0] if pad_token_id is None else pad_token_id
         self.weights_version = 0
         self.float32_head = True  # copies inherit it, so that learner and rollout policy compute logits in the same way
 
@@ -90,15 +92,6 @@ class _PolicyBase:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
-
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.vocab_size or self.module.config.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
-        return self.spec.eos_ids[0] if pad_token_id is None else pad_token_id
 
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.
@@ -124,7 +117,7 @@ class _PolicyBase:
         """
         if not self.float32_head:
             return self.spec.head(self.module, hidden)
-        output = output_embeddings(self.module)
+        output = getattr(self.module, "get_output_embeddings", lambda: None)()
         kind = type(self.module).__name__
         if output is None and next(self.module.parameters()).dtype in HALF:
             raise ValueError(

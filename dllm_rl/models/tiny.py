@@ -119,16 +119,9 @@ def tiny_moe(
 ) -> Policy:
     """Make a small Qwen3-MoE policy with random weights: bidirectional like LLaDA-MoE, or causal.
 
-    Use it to test code for mixtures of experts. Every block has experts.
+    Use it to test code for mixtures of experts. Every block has experts. The other arguments are those of `tiny_llama`.
 
     Args:
-        characters: All characters of prompts and completions, one token each.
-        causal: True for an autoregressive model, False for a masked-diffusion one.
-        seed: Seed of the weights.
-        hidden_size: Width of the model.
-        num_layers: Number of blocks.
-        max_length: Longest prompt plus completion, in tokens.
-        head_std: Initial standard deviation of the head.
         config: Further fields of transformers' Qwen3MoeConfig. Defaults: num_attention_heads=4, num_experts=8,
             num_experts_per_tok=2, moe_intermediate_size=128 (width between an expert's layers), rope_theta=100.
     """

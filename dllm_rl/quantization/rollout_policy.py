@@ -297,22 +297,32 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tens
 
     The layer's tensors keep their storage.
     """
-    if not isinstance(layer, EmulatedLinear):
+    new: Any = None
+    scale: Any
+    new_scale: Any
+    if isinstance(layer, EmulatedLinear):
+        if layer.config.weight is None:
+            layer.load_(weight)
+            return {}, layer.weight.isfinite().all()
+        codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
+        scale, new_scale = layer.weight_scale.clone(), layer.weight_scale
+        layer.load_(weight)
+        finite = layer.weight.isfinite().all()
+        stats = {"codes_changed": ((layer.codes() != codes).count_nonzero(), codes.numel())}
+    else:
         current: Any = layer.weight
-        new: Any
         new, finite = quantize_weight(weight.to(current.dtype), layer.quantization, like=current)
         stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
-        stats |= scale_change(scales_of(current), scales_of(new))
+        if getattr(current, "scale_and_zero", None) is not None:
+            scale, new_scale = current.scale_and_zero[..., 0], new.scale_and_zero[..., 0]
+        else:  # None if the layout is unknown
+            scale, new_scale = getattr(current, "scale", None), getattr(new, "scale", None)
+    if scale is not None:
+        change = (new_scale.double() - scale.double()).abs() / scale.double().abs().clamp(min=TINY)
+        stats["scale_change"] = change.sum(), scale.numel()
+    if new is not None:
         current.copy_(new)
-        return stats, finite
-    if layer.config.weight is None:
-        layer.load_(weight)
-        return {}, layer.weight.isfinite().all()
-    codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
-    scale = layer.weight_scale.clone()
-    layer.load_(weight)
-    stats = {"codes_changed": ((layer.codes() != codes).count_nonzero(), codes.numel())}
-    return stats | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
+    return stats, finite
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
@@ -329,20 +339,6 @@ def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tens
     if before.is_floating_point():
         is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a change between 0 and -0 does not count
     return is_different.count_nonzero(), a.numel()  # on a CPU, sum() of bools takes twenty times as long
-
-
-def scales_of(packed: Tensor) -> Tensor | None:
-    """Return the scales of torchao's quantized tensor, or None if its layout is unknown."""
-    scale_and_zero = getattr(packed, "scale_and_zero", None)
-    return getattr(packed, "scale", None) if scale_and_zero is None else scale_and_zero[..., 0]
-
-
-def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
-    """Return the metric scale_change: the sum of the relative changes of scales, and the number of scales."""
-    if before is None or after is None:
-        return {}
-    change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
-    return {"scale_change": (change.sum(), before.numel())}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,11 +102,7 @@ class DatasetTask:
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
         costs = dict(zip(COST_ARGUMENTS, (forwards, tokens_per_forward), strict=True))
-        arguments = [
-            _arguments(label, function, columns, costs)
-            for label, function in zip(self._labels, self.reward_funcs, strict=True)
-        ]
-        results = _call_functions(self.reward_funcs, arguments)
+        results = _call_functions(zip(self._labels, self.reward_funcs, strict=True), columns, costs)
         for label, numbers, weight in zip(self._labels, results, self.weights, strict=True):
             for index, number in _numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
@@ -326,30 +322,28 @@ def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float
     return list(map(rows.__getitem__, ranges[0])), list(map(rows.__getitem__, ranges[1]))
 
 
-def _arguments(
-    label: str, function: RewardFunction, columns: dict[str, list[Any]], costs: dict[str, Sequence[Any]]
-) -> dict[str, Any]:
-    """Return the columns that the function accepts, all if it has `**columns`, and the COST_ARGUMENTS that it requests.
+def _call_functions(
+    functions: Iterable[tuple[str, RewardFunction]], columns: dict[str, list[Any]], costs: dict[str, Sequence[Any]]
+) -> list[Any]:
+    """Call the functions, each given with its label, and return their results. Async functions run concurrently.
 
-    Raises ValueError if one of those costs is not available.
+    A function receives the columns that it accepts, all if it has `**columns`, and the COST_ARGUMENTS that it requests.
+    Raises ValueError, before any call, if one of those costs is not available.
     """
-    parameters = inspect.signature(function).parameters
-    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    arguments: dict[str, Any] = {name: columns[name] for name in columns if accepts_all or name in parameters}
-    for name, values in costs.items():
-        if name in parameters:
-            if None in values or not values:
+    calls = []
+    for label, function in functions:
+        parameters = inspect.signature(function).parameters
+        accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        arguments: dict[str, Any] = {name: columns[name] for name in columns if accepts_all or name in parameters}
+        for name in filter(parameters.__contains__, costs):
+            if None in costs[name] or not costs[name]:
                 raise ValueError(
                     f"reward function {label} requests {name}, which only a sampler provides; "
                     f"pass it: task.reward(problem, text, {name}=...)"
                 )
-            arguments[name] = list(values)
-    return arguments
-
-
-def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
-    """Call each function with its arguments and return their results. Async functions run concurrently."""
-    results: list[Any] = [function(**keywords) for function, keywords in zip(functions, arguments, strict=True)]
+            arguments[name] = list(costs[name])
+        calls.append((function, arguments))
+    results: list[Any] = [function(**arguments) for function, arguments in calls]
     awaitable_indices = [index for index, value in enumerate(results) if inspect.isawaitable(value)]
     if awaitable_indices:
         loop = _event_loop()

@@ -147,7 +147,7 @@ def test_ordinary_ids_leave_out_what_ends_masks_and_pads():
     policy.spec = replace(policy.spec, eos_ids=(EOS, 4))
     assert ordinary_ids(policy).tolist() == [3, 5, 6]
     for size, left in ((9, [3, 5, 6]), (6, [3, 5])):  # rows of no token are not drawn, nor tokens without a row
-        policy.spec = replace(policy.spec, vocab_size=size)
+        policy.vocab_size = size
         assert ordinary_ids(policy).tolist() == left
 
 

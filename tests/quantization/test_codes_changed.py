@@ -17,7 +17,6 @@ from dllm_rl.quantization.rollout_policy import (
     quantize_weight,
     quantized_copy,
     quantized_layers,
-    scales_of,
     sync_weights,
 )
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, codes_and_scale
@@ -101,7 +100,7 @@ def held(policy, rollout_policy):
             config = layer.config
             codes, scale = codes_and_scale(sources[name].weight.detach(), config.weight, config.granularity)
         else:
-            codes, scale = layer.weight.qdata.float(), scales_of(layer.weight).float()
+            codes, scale = layer.weight.qdata.float(), layer.weight.scale.float()
         found.append((copy.deepcopy(codes), copy.deepcopy(scale)))
     return found
 
