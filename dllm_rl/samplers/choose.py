@@ -98,11 +98,11 @@ class StepSampler:
         self.rank = rank
         self.commit = commit
         greedy = sampling_params.temperature == 0
-        reads_tokens = "tokens" in rank.reads or "replaceable" in commit.reads
+        self.rank_reads, self.commit_reads = rank.reads, commit.reads  # read once: a compiled step cannot read them
+        reads_tokens = "tokens" in self.rank_reads or "replaceable" in self.commit_reads
         # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
-        self.draws_first = reads_tokens or (greedy and "logits" in rank.reads)
+        self.draws_first = reads_tokens or (greedy and "logits" in self.rank_reads)
         self.depends_on_tokens = reads_tokens and not greedy
-        self.commit_reads = commit.reads  # read once: a compiled step could not cache them
         if commit.revises:
             canvas.events = []
         if rank.adds_gumbel and not commit.takes_highest:
@@ -160,10 +160,13 @@ class StepSampler:
         )
         draws_first = self.draws_first or step is None
         scores, drawn = rank_and_draw(
-            policy, hidden, params, self.rank, rank_uniforms, token_uniforms if draws_first else None
+            policy, hidden, params, self.rank, rank_uniforms, token_uniforms if draws_first else None, self.rank_reads
         )
         assert scores is not None, "there is a rank"
-        commit_scores = at.to_grid(add_gumbel(scores, rank_uniforms) if self.rank.adds_gumbel else scores)
+        noisy_scores = scores
+        if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
+            noisy_scores = (scores - rank_uniforms.clamp(min=1e-300).log().neg().log()).float()
+        commit_scores = at.to_grid(noisy_scores)
         if step is None:
             commit_scores = commit_scores.masked_fill(~at.masked, -torch.inf)
         written.has_nan_scores.logical_or_(commit_scores.isnan().any())
@@ -280,7 +283,7 @@ class StepSampler:
         is_custom = type(self.rank).__module__ != Rank.__module__ or isinstance(self.rank, FunctionRank)
         order = Order(
             block_first_step=block_first_step(written.unmask_step, canvas.block),
-            rank_name=None if is_custom or draws_positions else self.rank.name,
+            rank_name=None if is_custom or draws_positions else type(self.rank).__name__,
             logprobs=written.order_logprobs,
             rank_function=self.rank if draws_positions and self.has_order_logprob else None,
             draw_index=written.draw_index,
@@ -336,11 +339,6 @@ class ConfidenceChange:
         self.written[rows] = chosen
 
 
-def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
-    """Add Gumbel noise to scores, computed from uniform numbers in [0, 1)."""
-    return (scores - uniforms.clamp(min=1e-300).log().neg().log()).float()
-
-
 def rank_and_draw(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
@@ -348,6 +346,7 @@ def rank_and_draw(
     rank: Rank | None = None,
     rank_uniforms: Float[Tensor, " K"] | None = None,
     token_uniforms: Float[Tensor, " K"] | None = None,
+    reads: frozenset[str] | None = None,
 ) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
     """Score K positions, draw a token at each of them, or both.
 
@@ -360,11 +359,13 @@ def rank_and_draw(
         rank: Rank that scores. None (default): no scores.
         rank_uniforms: Random numbers of the rank.
         token_uniforms: Random numbers of the draw. None (default): no draw; the rank must not read tokens then.
+        reads: The rank's `reads`, read before a compiled step. None (default): they are read here.
 
     Returns:
         The scores, at least LOWEST_SCORE, and the draws.
     """
-    reads: frozenset[str] = frozenset() if rank is None else rank.reads
+    if reads is None:
+        reads = frozenset() if rank is None else rank.reads
     available = {"uniforms": rank_uniforms, "hidden": hidden}
     inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head

@@ -5,8 +5,7 @@ docs/methods.md explains the tags [paper] and [ours]. Rules that rewrite a block
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +26,6 @@ REWRITES = COMMIT_INPUTS[:3]
 SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
 
 
-@lru_cache(256)  # a step reads them often; a record keeps no attribute beside its fields
 def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
     parameters = [p for p in inspect.signature(rank).parameters.values() if p.name != "self"]
@@ -39,7 +37,6 @@ def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
-@lru_cache(256)
 def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
     """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of REWRITES."""
     parameters = inspect.signature(commit).parameters.values()
@@ -53,18 +50,18 @@ def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
     return inputs
 
 
-def _check_order(kind: str, name: str, order: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError if `order` is not one of `known`."""
-    if order not in known:
-        raise ValueError(f"order={order!r} of {kind}={name} must be one of {', '.join(known)}")
-
-
 class _Rule:
     """What ranks and commit rules share."""
 
+    inputs_of: Callable[[str, Callable], frozenset[str]]  # `rank_inputs` or `commit_inputs`
+
     def __init_subclass__(cls, **keywords: Any) -> None:
-        if "__call__" in vars(cls) and "order" not in vars(cls) | vars(cls).get("__annotations__", {}):
-            setattr(cls, "order", "unknown")  # noqa: B010  the parent's order is that of other scores
+        own = vars(cls) | vars(cls).get("__annotations__", {})
+        if "__call__" in own:  # the parent's order and inputs are those of other scores
+            if "order" not in own:
+                setattr(cls, "order", "unknown")  # noqa: B010
+            if "reads" not in own:
+                setattr(cls, "reads", cls.inputs_of(cls.__name__, cls.__call__))  # noqa: B010
         super().__init_subclass__(**keywords)
 
     @property
@@ -100,9 +97,10 @@ class Rank(_Rule, Record):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The RANK_INPUTS that `__call__` takes."""
-        return rank_inputs(self.name, type(self).__call__)
+        """The RANK_INPUTS that `__call__` takes. A subclass's are read once, when it is defined."""
+        return frozenset()
 
+    inputs_of = staticmethod(rank_inputs)
     adds_gumbel = False  # whether the sampler adds Gumbel noise to the scores, as for `PlackettLuce`
 
     def __call__(self, *arguments: Any, **inputs: Any) -> PerPosition:
@@ -126,12 +124,11 @@ class FunctionRank(Rank):
 
     Args:
         function: Function that scores positions, with the inputs of `Rank` that it needs.
-        order: "deterministic": the scores are a function of the canvas and the weights. "independent": the scores are
-            random numbers that do not depend on the weights. "unknown" (default): neither is known.
+        order: "deterministic", "independent" or "unknown" (default), see `Rank.order`.
     """
 
     function: Callable[..., Any]
-    order: str = "unknown"
+    order: Literal["unknown", "deterministic", "independent"] = "unknown"
 
     @property
     def reads(self) -> frozenset[str]:
@@ -143,10 +140,6 @@ class FunctionRank(Rank):
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
         return self.function(*arguments, **inputs)
-
-    def check(self) -> None:
-        _check_order("rank", self.name, self.order, ("unknown", "deterministic", "independent"))
-        super().check()
 
 
 class Confidence(Rank):
@@ -315,10 +308,12 @@ class Commit(_Rule, Record):
         """The rank whose scores the rule reads; None: any rank's."""
         return None
 
+    inputs_of = staticmethod(commit_inputs)
+
     @property
     def reads(self) -> frozenset[str]:
-        """The COMMIT_INPUTS that `__call__` takes."""
-        return commit_inputs(self.name, type(self).__call__)
+        """The COMMIT_INPUTS that `__call__` takes. A subclass's are read once, when it is defined."""
+        return frozenset()
 
     @property
     def revises(self) -> bool:
@@ -354,7 +349,7 @@ class FunctionCommit(Commit):
     """
 
     function: Callable[..., Any]
-    order: str = "unknown"
+    order: Literal["unknown", "deterministic"] = "unknown"
     count: Callable[[Tensor, Tensor], Any] | None = None
     adaptive: bool = False
 
@@ -368,10 +363,6 @@ class FunctionCommit(Commit):
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
         return self.function(*arguments, **inputs)
-
-    def check(self) -> None:
-        _check_order("commit", self.name, self.order, ("unknown", "deterministic"))
-        super().check()
 
 
 def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -578,11 +569,7 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
     """Raise ValueError if both hold: there are more steps than positions, and every step commits at least one position.
 
-    Args:
-        diffusion_steps: Number of steps. None: not checked.
-        length: Number of positions.
-        count: Function from (num_masked, steps_left) to the number of positions that the commit rule commits, such as
-            `Schedule.count`. None: the rule has no such function, and is not checked.
+    `length` is the number of positions, and `count` the `Commit.count` of the rule. Without `count` nothing is checked.
     """
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return

@@ -192,7 +192,7 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
     for wrong, message in (
         (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take some of logits"),
         (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take some of logits"),
-        (lambda: FunctionRank(function=mine, order="plackett_luce"), "order='plackett_luce' of rank=mine"),
+        (lambda: FunctionRank(function=mine, order="plackett_luce"), "order='plackett_luce' must be one of 'unknown'"),
         (
             lambda: check(policy, NOISY.replace(base_rank=mine), COMMITS["threshold"]),
             "cannot use the noisy scores of PlackettLuce",

@@ -381,6 +381,28 @@ def test_a_position_whose_score_is_minus_infinity_is_still_written(policy, monke
     assert rollout.completion_mask.sum(-1).tolist() == [20, 20] and rollout.forwards == 12
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": lambda logits: logits[:, 3]},
+        {"rank": rules.PlackettLuce(temperature=1.0, base_rank=lambda hidden: hidden[:, 0])},
+        {"rank": rules.MaxProb()},
+        {"commit": lambda scores, masked, steps_left: masked},
+    ],
+)
+def test_a_compiled_step_reads_no_signature(policy, monkeypatch, options):
+    """torch.compile cannot trace `inspect.signature`."""
+
+    def step(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(rules, "rank_inputs", None)
+            patch.setattr(rules, "commit_inputs", None)
+            return whole_step._step(*arguments)
+
+    monkeypatch.setattr(whole_step, "compiled", lambda: step)
+    assert sample(policy, IDS[:2], [5, 6], compile_step=True, **options).completion_mask.sum() == 40
+
+
 def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():
     policy = tiny_llama(characters="abcdef", causal=False, num_layers=1, max_length=10)
     prompts = Prompts.from_ids([[3], [4, 5, 6, 7]], pad_id=0)
