@@ -77,20 +77,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     raise ValueError(
                         f"{location}: {num_cells} cells under {len(names)} names; put a cell that has a comma in quotes"
                     )
-                for name, cell in row.items():
-                    if "\0" in cell:
-                        raise ValueError(f"{location}: {name}={cell!r} contains a NUL character; remove it")
                 yield location, dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:  # a cell of more than 131,072 characters, a NUL
+        except (csv.Error, UnicodeDecodeError) as error:  # a cell of more than 131,072 characters
             raise ValueError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error}); correct it") from None
 
 
 def check_names(location: str, names: Sequence[str]) -> None:
     """Raise ValueError if a column name is empty or occurs twice: a row would lose one of the values."""
-    stripped_names = [name.strip("\ufeff ") for name in names]
+    stripped_names = [name.strip() for name in names]
     for name in names:
-        if name.startswith("\ufeff"):
-            raise ValueError(f"{location}: {name!r} begins with a second byte order mark; remove it")
         if stripped_names.count(name.strip()) > 1:
             raise ValueError(f"{location}: {name!r} occurs twice; give each column a different name")
         if not name.strip():

@@ -127,9 +127,7 @@ PROGRAM = '"text": "w", "code": "def f(x):\\n    return x"'
         (GSM8K, "a.csv", ",question,answer\n0,a?,5\n", "line 1"),
         (GSM8K, "a.csv", "question;answer\na?;5\n", "line 2"),
         (GSM8K, "a.csv", 'question,answer\n"a?,5\nb?,6\n', "line 1"),  # the quote swallows all
-        (GSM8K, "a.csv", "question,answer\na\0?,5\n", "line 2"),
         (GSM8K, "a.csv", "question,answer\n,5\n", "line 2"),
-        (GSM8K, "a.csv", "\ufeff\ufeffquestion,answer\na?,5\n", "line 1"),
         (GSM8K, "a.csv", "question,answer\n", "no rows"),
         (GSM8K, "a.jsonl", "\ufeff\n", "no rows"),
         (GSM8K, "a.json", "[]", "no rows"),

@@ -152,6 +152,7 @@ class Code(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)
     rules: ClassVar[Mapping[str, Grader]] = {"static": static, "sandbox": sandboxed}
+    prepare = {"sandbox": run_all}
 
     split: Split = "test"
     reward_rule: Literal["static", "sandbox"] = "static"
@@ -160,11 +161,6 @@ class Code(Questions):
         super().__post_init__()
         if self.reward_rule == "sandbox":
             sandbox.require()
-
-    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        if self.reward_rule == "sandbox":
-            run_all([problem.fields for problem in problems], completions)
-        return list(map(self.reward, problems, completions))
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, Any, str]:

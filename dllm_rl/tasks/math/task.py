@@ -1,7 +1,7 @@
 """GSM8K and MATH500: questions of a published file, with a solution and a final answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,9 @@ class Questions(Prompted, ABC):
 
     hub: ClassVar[tuple[str, str | None]]
     rules: ClassVar[Mapping[str, Grader]]  # grader by reward_rule
+    # By reward_rule: a function (fields, completions) -> None that does the slow part of many grades in parallel, and
+    # caches it for the grader.
+    prepare: ClassVar[Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]]] = {}
 
     split: Split = "train"
     path: str | Path | None = None
@@ -54,6 +57,11 @@ class Questions(Prompted, ABC):
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return self.rules[self.reward_rule](problem.fields, self._opened_layout() + completion)
+
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        if self.reward_rule in self.prepare:
+            self.prepare[self.reward_rule]([problem.fields for problem in problems], completions)
+        return list(map(self.reward, problems, completions))
 
     def _opened_layout(self) -> str:
         """Return the part of the opening that is graded with the completion: "<reasoning>" and all after it, or ""."""
@@ -151,6 +159,7 @@ class MATH500(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
     rules: ClassVar[Mapping[str, Grader]] = {"own": graders.math500_strict, "espo": graders.math500_math_verify}
+    prepare = {"espo": graders.compare_all}
 
     split: Split = "test"
     reward_rule: Literal["own", "espo"] = "own"
@@ -161,12 +170,6 @@ class MATH500(Questions):
             raise ValueError(f"split={self.split!r} needs path=: MATH-500 is a test set; give a file of MATH problems")
         if self.reward_rule == "espo":
             require()
-
-    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        if self.reward_rule == "espo":
-            # In parallel; `reward` then reads the cached verdicts.
-            graders.compare_all([problem.fields for problem in problems], completions)
-        return list(map(self.reward, problems, completions))
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
