@@ -192,14 +192,13 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
         if not head.startswith("--") and head != "-h":
             raise ValueError(f"{head!r} is not an option; options are written --name value")
         path, equals, text = head.lstrip("-").partition("=")
+        is_alone = not equals and (not words or words[0].startswith("--"))
         if path in ("h", "help", "print_config"):
             pairs.append(("help" if path == "h" else path, None))
-            continue
-        is_alone = not words or words[0].startswith("--")
-        if not equals and path.endswith(".help") and is_alone:
-            pairs.append((path, None))
-            continue
-        pairs.append((path, text if equals else "true" if is_alone else words.pop(0)))
+        elif is_alone:
+            pairs.append((path, None if path.endswith(".help") else "true"))
+        else:
+            pairs.append((path, text if equals else words.pop(0)))
     return pairs
 
 

@@ -25,7 +25,6 @@ Made = TypeVar("Made", bound="Record")
 SelfRecord = TypeVar("SelfRecord", bound="Record")  # beartype refuses typing.Self
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 
-
 # The numbers that float32, in which losses and distributions are computed, holds with all its digits. A smaller one
 # would count as 0 or lose digits, a larger one as infinity.
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -106,8 +105,7 @@ class Record:
     """Base of all methods and settings. A subclass is a frozen dataclass with keyword arguments only.
 
     The constructor checks each field's type and range, raises ValueError with a line for each wrong one, and calls
-    `check`. A field whose type is a record accepts the
-    values that the record's `convert` knows, such as a plain function.
+    `check`. A field whose type is a record accepts the values that the record's `convert` knows, such as a function.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -275,11 +273,11 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
         if text in (record.__name__ if record.__name__ in known else "", f"{record.__module__}.{record.__qualname__}"):
             return record
     # Classes around a function, which text cannot give, are left out.
-    kinds = {
-        name: [typing.get_origin(kind) for kind in required_settings(record).values()] for name, record in known.items()
-    }
-    names = [name for name, origins in kinds.items() if Callable not in origins]
-    names = names or [*known]
+    names = [
+        name
+        for name, record in known.items()
+        if Callable not in map(typing.get_origin, required_settings(record).values())
+    ] or [*known]
     raise ValueError(f"{name}={text!r} is not known{nearest_hint(text, names)} ({', '.join(names)})")
 
 

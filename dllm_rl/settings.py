@@ -154,9 +154,8 @@ class Settings(Record):
             names[f"metric_for_best_model={self.metric_for_best_model!r}"] = self.best_metric
         for callback in self.callbacks:
             if isinstance(callback, StopBelow | SaveBest) and callback.metric.startswith("eval/"):
-                names[f"callbacks: {type(callback).__name__}({callback.metric!r})"] = callback.metric.removeprefix(
-                    "eval/"
-                )
+                setting = f"callbacks: {type(callback).__name__}({callback.metric!r})"
+                names[setting] = callback.metric.removeprefix("eval/")
         return names
 
     def is_better(self, value: float, best: float | None) -> bool:

@@ -69,18 +69,13 @@ def problems_of(model: str, count: int) -> list[Problem]:
     try:
         name, settings = task_of(model)
     except ValueError:
-        return logged_problems(model)[:count]
+        path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
+        if sampler is None or sampler.max_new_tokens == 0 or not path.is_file():
+            return []
+        prompts = {str(row["prompt"]): row["prompt"] for row in current_rows(path)}  # each once
+        return list(map(Problem, prompts.values()))[:count]
     task = TASKS[name](**settings)
     return [task[i] for i in range(min(count, len(task)))]
-
-
-def logged_problems(model: str) -> list[Problem]:
-    """Return the distinct prompts of a run's completions.jsonl."""
-    path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
-    if sampler is None or sampler.max_new_tokens == 0 or not path.is_file():
-        return []
-    prompts = {str(row["prompt"]): row["prompt"] for row in current_rows(path)}
-    return [Problem(prompt) for prompt in prompts.values()]
 
 
 def form_of_prompts(model: str) -> tuple[bool, str | None]:
