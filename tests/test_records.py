@@ -350,7 +350,7 @@ def test_a_subclass_of_the_users_leaves_the_librarys_class_known():
 
 def test_methods_keep_no_attribute_beside_their_fields():
     """jsonargparse reads the attributes of a record that is another's default as settings. Tasks are never one."""
-    methods = [each for each in subclasses(Record) if not each.__module__.startswith("dllm_rl.tasks")]
+    methods = [each for each in subclasses(Record).values() if not each.__module__.startswith("dllm_rl.tasks")]
     caches = [
         f"{each.__qualname__}.{name}"
         for each in methods

@@ -2,9 +2,9 @@
 
 In the sandbox, this file runs as process 1, which runs the tests. Its child, forked before the tests are read, runs the
 program. The tests call the program's function through pipes and receive plain data, or an exception of the built-in
-class that the function's exception has or is derived from. So the program sees neither the tests nor the token that proves that they passed, and no object of
-the program is compared. Two attacks remain possible: recognizing calls and replying without computing, and a bug of the
-kernel. Each of the two processes may use the full memory limit.
+class that the function's exception has or is derived from. So the program sees neither the tests nor the token that
+proves that they passed, and no object of the program is compared. Two attacks remain possible: recognizing calls and
+replying without computing, and a bug of the kernel. Each of the two processes may use the full memory limit.
 """
 
 import ast
