@@ -273,11 +273,8 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
         if text in (record.__name__ if record.__name__ in known else "", f"{record.__module__}.{record.__qualname__}"):
             return record
     # Classes around a function, which text cannot give, are left out.
-    names = [
-        name
-        for name, record in known.items()
-        if Callable not in map(typing.get_origin, required_settings(record).values())
-    ] or [*known]
+    kinds = {name: map(typing.get_origin, required_settings(record).values()) for name, record in known.items()}
+    names = [name for name, origins in kinds.items() if Callable not in [*origins]] or [*known]
     raise ValueError(f"{name}={text!r} is not known{nearest_hint(text, names)} ({', '.join(names)})")
 
 
