@@ -52,15 +52,9 @@ def tiny_masked_lm(
     """Make a small masked-diffusion policy with random weights: a pre-norm RoBERTa.
 
     Use it for tests and for training in minutes. It learns grids such as Sudoku fastest, thanks to its learned position
-    embeddings. Use `tiny_llama` for a model with the architecture of LLaDA.
+    embeddings. Use `tiny_llama` for a model with the architecture of LLaDA; the other arguments are the same there.
 
     Args:
-        characters: All characters of prompts and completions, one token each.
-        seed: Seed of the weights.
-        hidden_size: Width of the model.
-        num_layers: Number of blocks.
-        max_length: Longest prompt plus completion, in tokens.
-        head_std: Initial standard deviation of the head.
         config: Further fields of transformers' RobertaPreLayerNormConfig. Defaults: num_attention_heads=4,
             intermediate_size=384, no dropout.
     """
