@@ -29,7 +29,7 @@ from dllm_rl.step.update import train_step
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from recipes.async_sudoku import recipe
 
 job = replace(recipe, lr_schedule=ConstantRate())  # also for more steps than it has
@@ -41,7 +41,7 @@ class Turns:
     def __init__(self) -> None:
         self.accelerator = make_accelerator(device=torch.device("cpu"))
         self.policy = build_policy(job, self.accelerator.device)
-        self.engine = resolve_rollout_engine(job)
+        self.engine = job.rollout_engine or RolloutCopy(recipe=job)
         self.rollout_policy = self.engine.load(self.policy)
         self.context = make_step(
             job, accelerator=self.accelerator, policy=self.policy, rollout_policy=self.rollout_policy

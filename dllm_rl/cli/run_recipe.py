@@ -32,7 +32,17 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
     """
     rank = os.environ.get("RANK", "0")
     try:
-        return run(from_command_line(recipe), features, is_first_process=rank == "0")
+        recipe = from_command_line(recipe)
+        if rank == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):  # before the imports, which take seconds
+            warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
+            plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
+            print(escape_controls(f"{plan}; the time left is known from the second step on"), flush=True)
+        from dllm_rl.distributed.stop import started_by_command
+        from dllm_rl.training.fine_tune import fine_tune
+        from dllm_rl.training.trainer import train
+
+        with started_by_command():
+            return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe, features=features)
     except KeyboardInterrupt:
         if interactive():
             raise
@@ -46,17 +56,3 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
             prefix = "" if rank == "0" else f"process {rank}: "
             print(f"error: {prefix}{line_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if is_setting_error else 1) from None
-
-
-def run(recipe: Recipe | SFT, features: "Sequence[StepFeature]" = (), *, is_first_process: bool) -> "Summary":
-    """Call `train` or `fine_tune`; the first process prints the plan before the imports, which take seconds."""
-    if is_first_process and (isinstance(recipe, SFT) or not recipe.dry_run):
-        warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
-        plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
-        print(escape_controls(f"{plan}; the time left is known from the second step on"), flush=True)
-    from dllm_rl.distributed.stop import started_by_command
-    from dllm_rl.training.fine_tune import fine_tune  # imported here: it takes seconds
-    from dllm_rl.training.trainer import train
-
-    with started_by_command():
-        return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe, features=features)

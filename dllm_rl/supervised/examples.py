@@ -56,7 +56,13 @@ def read_examples(
     examples: list[Example] = []
     for index in range(len(dataset)):
         try:
-            read = example(recipe, policy, dataset[index])
+            read = example(
+                policy,
+                dataset[index],
+                completion_length=recipe.completion_length,
+                completion_only_loss=recipe.completion_only_loss,
+                assistant_only_loss=recipe.assistant_only_loss,
+            )
         except (
             ValueError,
             LookupError,
@@ -86,16 +92,23 @@ def prompt_and_answer(policy: Policy, item: Example) -> tuple[list[int], list[in
     return item.tokens[:first].tolist(), item.tokens[first:].tolist()
 
 
-def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
+def example(
+    policy: Policy,
+    row: Mapping[str, Any],
+    *,
+    completion_length: int | None,
+    completion_only_loss: bool,
+    assistant_only_loss: bool,
+) -> Example:
     """Convert a row to an example, up to the end token of its last answer. A causal model does not learn the first
-    token.
+    token. The options are those of `SFT` with the same names.
     """
     row = {name: value for name, value in row.items() if value is not None}  # files with different rows fill in None
     only_answers = True
     if "messages" in row:
-        pieces, only_answers = conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
+        pieces, only_answers = conversation_ids(policy, row["messages"]), assistant_only_loss
     elif "prompt" in row and "completion" in row:
-        pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), recipe.completion_only_loss
+        pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), completion_only_loss
     elif "text" in row:
         pieces = [(text_ids(policy, row["text"]), True)]
     else:
@@ -105,13 +118,13 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     tokens, learned, has_end = _joined(pieces, policy.spec.eos_ids, only_answers=only_answers)
     if tokens:
         num_end_tokens = 0 if has_end else 1
-        if recipe.completion_length is not None and fills_completion:
+        if completion_length is not None and fills_completion:
             # Length of the completion: the learned tokens at the end.
             num_learned = [*reversed(learned), False].index(False)
-            num_end_tokens = recipe.completion_length - num_learned
+            num_end_tokens = completion_length - num_learned
             if num_end_tokens < 0:
                 raise ValueError(
-                    f"its completion has {num_learned} tokens, more than completion_length={recipe.completion_length}"
+                    f"its completion has {num_learned} tokens, more than completion_length={completion_length}"
                 )
         tokens += [policy.spec.eos_ids[0]] * num_end_tokens
         learned += [True] * num_end_tokens

@@ -61,7 +61,14 @@ class Teacher(StepFeature):
             number = group_numbers(samples.group)
             generator = generator_for(recipe.seed, "teacher", samples.batch_number)
             seeds = samples.local(row_seeds(generator, int(number[-1]) + 1)[number], accelerator)
-            reverse_kl = student_teacher_log_ratio(recipe, self.policy, samples.rollout, seeds)
+            reverse_kl = student_teacher_log_ratio(
+                self.policy,
+                samples.rollout,
+                seeds,
+                sampler=recipe.sampler,
+                teacher_substeps=recipe.teacher_substeps,
+                micro_batch_size=recipe.micro_batch_size,
+            )
         (reverse_kl,) = gather_on_host([reverse_kl], accelerator, samples.counts)
         if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
             raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
@@ -74,22 +81,35 @@ class Teacher(StepFeature):
 
 
 def student_teacher_log_ratio(
-    recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " B"]
+    teacher: Policy,
+    rollout: Rollout,
+    seeds: Int[Tensor, " B"],
+    *,
+    sampler: Sampler,
+    teacher_substeps: int,
+    micro_batch_size: int | None,
 ) -> Float[Tensor, " B"]:
-    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` has the seed of each row's order, the same
-    in a group.
+    """Return log q(y) - log p_T(y) of each row, in nats, in fp64.
+
+    Args:
+        teacher: The teacher.
+        rollout: The student's completions.
+        seeds: Seed of each row's order, the same in a group.
+        sampler: The recipe's sampler, which made the rollout.
+        teacher_substeps: The teacher's steps per step of the student.
+        micro_batch_size: Rows per forward; None: all.
 
     Raises:
         ValueError: The teacher cannot score this rollout (`check_rollout`).
     """
-    check_rollout(recipe.sampler, teacher, rollout, recipe.teacher_substeps)
+    check_rollout(sampler, teacher, rollout, teacher_substeps)
     likelihood = Causal() if teacher.spec.attention == "causal" else Trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
-    if recipe.teacher_substeps > 1:
-        rollout = refine_steps(rollout, seeds, num_parts=recipe.teacher_substeps)
+    if teacher_substeps > 1:
+        rollout = refine_steps(rollout, seeds, num_parts=teacher_substeps)
     views = likelihood.draw_views(rollout, unused_generator)
-    teacher_logprobs = likelihood.logprobs(teacher, rollout, views, micro_batch_size=recipe.micro_batch_size)
+    teacher_logprobs = likelihood.logprobs(teacher, rollout, views, micro_batch_size=micro_batch_size)
     return (student_logprobs.double() - teacher_logprobs.double()).sum(-1)
 
 

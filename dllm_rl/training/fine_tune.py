@@ -56,8 +56,13 @@ def fine_tune(recipe: SFT) -> Summary:
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
-    forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
-    eval_interval = evaluation_interval(recipe, len(held_out_views), forwards_per_step)
+    eval_interval = evaluation_interval(
+        recipe.eval_steps,
+        recipe.num_steps,
+        recipe.evaluated_metrics,
+        eval_forwards=len(held_out_views),
+        step_forwards=3 * recipe.train_batch_size,  # a backward counts as two forwards
+    )
     optimizer = make_optimizer(recipe, policy)
 
     def count_update(*_: object) -> None:

@@ -62,12 +62,15 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
     if recipe.lora is None:
         policy = load_from_run_folder(recipe, folder, dtype, device)
         freeze(recipe.model, policy, state.frozen or [])
-        return shard_policy(recipe, policy, accelerator)
-    # Adapters apply to the weights after the warm-up, if there was one.
-    base = Path(recipe.directory) / "reference"
-    policy = load_from_run_folder(recipe, base, dtype, device) if state.warmup_steps else build_policy(recipe, device)
-    load_adapter(policy, folder / "adapter")
-    return shard_policy(recipe, policy, accelerator)
+    else:
+        # Adapters apply to the weights after the warm-up, if there was one.
+        base = Path(recipe.directory) / "reference"
+        is_warmed_up = state.warmup_steps > 0
+        policy = load_from_run_folder(recipe, base, dtype, device) if is_warmed_up else build_policy(recipe, device)
+        load_adapter(policy, folder / "adapter")
+    return shard_policy(
+        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
+    )
 
 
 def build_policy(recipe: Settings, device: torch.device) -> Policy:
@@ -175,7 +178,13 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     else:
         dtype = next(policy.module.parameters()).dtype
         device = loading_device(recipe.shard_size, accelerator)
-        reference = shard_policy(recipe, load_from_run_folder(recipe, folder, dtype, device), accelerator)
+        reference = shard_policy(
+            load_from_run_folder(recipe, folder, dtype, device),
+            accelerator,
+            shard_size=recipe.shard_size,
+            lora=None,
+            timeout=recipe.collective_timeout,
+        )
     reference.module.requires_grad_(False)  # the loss has no gradient with respect to it
     return reference
 
@@ -195,7 +204,7 @@ def save_reference(directory: Path, policy: Policy, accelerator: Accelerator) ->
 
 
 class RolloutCopy(RolloutEngine):
-    """The engine that samples in this process, from a copy of the learner.
+    """The engine of a recipe without `rollout_engine`: it samples in this process, from a copy of the learner.
 
     Args:
         recipe: Settings of the run.
@@ -216,11 +225,6 @@ class RolloutCopy(RolloutEngine):
         return rollout_policy
 
     sync = staticmethod(sync_weights)  # type: ignore[assignment]  # it names its parameters differently
-
-
-def resolve_rollout_engine(recipe: Recipe) -> RolloutEngine:
-    """Return the recipe's rollout engine; by default the engine that samples in this process."""
-    return recipe.rollout_engine or RolloutCopy(recipe=recipe)
 
 
 def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:

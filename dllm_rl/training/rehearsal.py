@@ -25,6 +25,7 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.collect import GradedCompletion, group_sizes, sample_and_grade
+from dllm_rl.step.context import StepContext
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
@@ -36,9 +37,9 @@ from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_advantages
 from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy, make_optimizer
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.types import any_in_group, equal_groups
+from dllm_rl.types import Rollout, any_in_group, equal_groups
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
 
@@ -53,54 +54,65 @@ def rehearse(
     """Run one group per process through a step without the update, and save a checkpoint. Call it before the first
     step, so that a setting that fails is refused early: it raises any error that the step would raise.
     """
+    key = (recipe.seed, "rehearsal")
     with preserve_random_state(), as_trained(policy, recipe.lora) as learner:
-        micro_step(recipe, learner, problem, accelerator, features)
+        reference = learner if recipe.lora is None else learner.reference()
+        value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
+        engine = recipe.rollout_engine or RolloutCopy(recipe=recipe)
+        context = make_step(
+            recipe,
+            accelerator=accelerator,
+            policy=learner,
+            rollout_policy=engine.load(learner),
+            reference=reference if recipe.beta else None,
+            features=(*value_head, *features),
+        )
+        first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
+        group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
+        seeds = row_seeds(generator_for(*key), recipe.num_generations)
+        rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
+        if recipe.sft_warmup_steps:
+            corruption, metric = recipe.sft_warmup_corruption, recipe.sft_warmup_metric
+            check_warmup(learner, answers[0], recipe.max_new_tokens, corruption=corruption, metric=metric)
+        if recipe.teacher is not None:
+            # The student also plays the teacher, which is not loaded yet.
+            student_teacher_log_ratio(
+                learner,
+                rollout,
+                seeds[:1].expand(len(seeds)).to(learner.device),
+                sampler=recipe.sampler,
+                teacher_substeps=recipe.teacher_substeps,
+                micro_batch_size=recipe.micro_batch_size,
+            )
+        compute_gradients(context, rollout)
         with join_uneven_forwards(learner):
-            recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
+            recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(*key))
         if recipe.on_save_error == "stop":
             from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
 
 
-def micro_step(
-    recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator, features: Sequence[StepFeature]
-) -> None:
-    """Run the training step on one group per process, up to the gradients. No weight changes."""
-    key = (recipe.seed, "rehearsal")
-    reference = policy if recipe.lora is None else policy.reference()
-    value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
-    context = make_step(
-        recipe,
-        accelerator=accelerator,
-        policy=policy,
-        rollout_policy=resolve_rollout_engine(recipe).load(policy),
-        reference=reference if recipe.beta else None,
-        features=(*value_head, *features),
-    )
-    first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
-    group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
-    seeds = row_seeds(generator_for(*key), recipe.num_generations)
-    rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
-    if recipe.sft_warmup_steps:
-        corruption, metric = recipe.sft_warmup_corruption, recipe.sft_warmup_metric
-        check_warmup(policy, answers[0], recipe.max_new_tokens, corruption=corruption, metric=metric)
-    if recipe.teacher is not None:
-        # The student also plays the teacher, which is not loaded yet.
-        student_teacher_log_ratio(recipe, policy, rollout, seeds[:1].expand(len(seeds)).to(policy.device))
-
-    counts = (recipe.num_generations,) * accelerator.num_processes
-    group = equal_groups(accelerator.num_processes, recipe.num_generations)
-    all_groups, advantages = made_up_advantages(recipe.advantages, recipe.train_batch_size, recipe.num_generations)
+def compute_gradients(context: StepContext, rollout: Rollout) -> None:
+    """Score this process's group and compute the gradients of its first micro-batch. No weight changes."""
+    settings, processes = context.settings, context.accelerator.num_processes
+    generations = settings.num_generations
+    group = equal_groups(processes, generations)
+    all_groups, advantages = made_up_advantages(settings.advantages, settings.train_batch_size, generations)
     # A group whose advantages are 0 gets advantages of both signs, so that every group has a loss.
-    both_signs = torch.linspace(1, -1, recipe.num_generations).repeat(recipe.train_batch_size)
+    both_signs = torch.linspace(1, -1, generations).repeat(settings.train_batch_size)
     advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
-    samples = Samples(rollout, group, advantages, advantages, torch.ones(len(group), dtype=torch.double), counts)
+    weights = torch.ones(len(group), dtype=torch.double)
+    samples = Samples(rollout, group, advantages, advantages, weights, (generations,) * processes)
     with context.learner_forward():
         scored = score_samples(context, samples, 0)
     with context.learner_forward():
         batch = make_batches(context, scored)[0][0]
-        loss, likelihood, micro_batch_size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
         forward_backward(
-            policy, batch, batch.old_view_logprobs, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
+            context.policy,
+            batch,
+            batch.old_view_logprobs,
+            loss=settings.update_settings(0).loss,
+            likelihood=settings.likelihood,
+            micro_batch_size=settings.micro_batch_size,
         )
 
 

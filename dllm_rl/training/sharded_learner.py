@@ -12,7 +12,7 @@ from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
-from dllm_rl.models.lora import add_lora, host_copy
+from dllm_rl.models.lora import Lora, add_lora, host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
 
@@ -76,16 +76,26 @@ def check_processes(recipe: Settings, processes: int) -> None:
             raise ValueError(f"{name} cannot be combined with shard_size={size}: {reason}; {UNSHARDED_REMEDY}")
 
 
-def shard_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
-    """Shard the policy's weights in place, with its adapters, if the recipe shards the learner; return the policy."""
-    size = processes_per_shard(recipe.shard_size, accelerator.num_processes)
+def shard_policy(
+    policy: Policy, accelerator: Accelerator, *, shard_size: int, lora: Lora | None, timeout: float
+) -> Policy:
+    """Shard the policy's weights in place, with its adapters, if the run shards the learner; return the policy.
+
+    Args:
+        policy: The policy with full weights.
+        accelerator: The processes.
+        shard_size: The recipe's `shard_size`.
+        lora: Adapters to add before, if the policy has none; None: no adapters.
+        timeout: The recipe's `collective_timeout`, in seconds.
+    """
+    size = processes_per_shard(shard_size, accelerator.num_processes)
     module = policy.module
     if size == 1:
         return policy
     check_module(module, size)
-    if recipe.lora is not None and policy.lora is None:  # adapters cannot be added to a sharded layer later
-        add_lora(policy, recipe.lora)
-    shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
+    if lora is not None and policy.lora is None:  # adapters cannot be added to a sharded layer later
+        add_lora(policy, lora)
+    shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=timeout)
     return policy
 
 

@@ -38,11 +38,11 @@ from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
+    RolloutCopy,
     build_policy,
     initialize_run,
     make_optimizer,
     reference_policy,
-    resolve_rollout_engine,
     resumed_policy,
     teacher_policy,
 )
@@ -116,7 +116,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
 
     # 5. Make the other policies. The rollout policy is the learner, or a copy of it; the reference has the weights that
     # RL started from.
-    engine = resolve_rollout_engine(recipe)
+    engine = recipe.rollout_engine or RolloutCopy(recipe=recipe)
     rollout_policy = engine.load(policy)
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
@@ -269,6 +269,8 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
         component_reward_weights(step_settings(recipe))  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
-    policy = shard_policy(recipe, policy, accelerator)
+    policy = shard_policy(
+        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
+    )
     rehearse(recipe, policy, problem, accelerator, features)
     return policy

@@ -1,8 +1,5 @@
 """What a step reads of a recipe."""
 
-from collections.abc import Callable
-from functools import partial
-
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.settings import StepSettings, UpdateSettings
 
@@ -12,6 +9,22 @@ DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the n
 def step_settings(recipe: Recipe) -> StepSettings:
     """Return what a step reads of a recipe."""
     is_unsharded = recipe.shard_size == 1
+    loss = recipe.policy_loss
+    schedule_steps = recipe.lr_schedule_steps or recipe.num_steps
+
+    def update_settings(step: int) -> UpdateSettings:
+        return UpdateSettings(
+            loss=loss,
+            likelihood=recipe.likelihood,
+            learning_rate=recipe.learning_rate * recipe.lr_schedule(step, schedule_steps),
+            max_grad_norm=recipe.max_grad_norm,
+            micro_batch_size=recipe.micro_batch_size,
+            max_staleness=recipe.max_staleness,
+            # Not with an aligned forward: the extra forward of the measurement would quantize the updated weights, and
+            # the next `quantization/codes_changed` would count no change.
+            measure=(step + 1) % DIRECTION_STEPS == 0 and not recipe.corrector.align_forward,
+        )
+
     return StepSettings(
         seed=recipe.seed,
         task=recipe.task,
@@ -40,22 +53,5 @@ def step_settings(recipe: Recipe) -> StepSettings:
         trains_all_groups=bool(recipe.beta or recipe.entropy_coeff or recipe.value_model),
         max_retained_graphs=recipe.max_retained_graphs if is_unsharded else 0,
         autocast_cache=is_unsharded,  # the cache would hold all weights of a sharded model in bf16
-        update_settings=partial(update_settings, recipe, loss=recipe.policy_loss),
-    )
-
-
-def update_settings(recipe: Recipe, step: int, loss: Callable | None = None) -> UpdateSettings:
-    """Return the settings of `step.update.update` at a step. `loss`: the recipe's `policy_loss`, if it is made already;
-    None (default): make it.
-    """
-    return UpdateSettings(
-        loss=loss or recipe.policy_loss,
-        likelihood=recipe.likelihood,
-        learning_rate=recipe.learning_rate * recipe.lr_schedule(step, recipe.lr_schedule_steps or recipe.num_steps),
-        max_grad_norm=recipe.max_grad_norm,
-        micro_batch_size=recipe.micro_batch_size,
-        max_staleness=recipe.max_staleness,
-        # Not with an aligned forward: the extra forward of the measurement would quantize the updated weights, and
-        # the next `quantization/codes_changed` would count no change.
-        measure=(step + 1) % DIRECTION_STEPS == 0 and not recipe.corrector.align_forward,
+        update_settings=update_settings,
     )

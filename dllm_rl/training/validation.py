@@ -1,6 +1,7 @@
 """Evaluations during a run, and how often they happen."""
 
 import math
+from collections.abc import Iterable
 
 from accelerate import Accelerator
 
@@ -8,7 +9,6 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler
-from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import Task
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
@@ -27,26 +27,30 @@ def format_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names)
 
 
-def evaluation_interval(recipe: Settings, eval_forwards: int, step_forwards: int) -> int:
+def evaluation_interval(
+    eval_steps: int | None, num_steps: int, evaluated_metrics: Iterable[str], *, eval_forwards: int, step_forwards: int
+) -> int:
     """Return the number of steps between evaluations, 0 for no evaluations. It is `eval_steps`; if that is None, it is
     the number that limits evaluations to MAX_SHARE of the work.
 
     The work is counted in forwards and not timed, so that a resumed run evaluates at the same steps.
 
     Args:
-        recipe: Settings of the run.
+        eval_steps: The recipe's `eval_steps`.
+        num_steps: Number of training steps.
+        evaluated_metrics: Settings that need a metric of the evaluations.
         eval_forwards: Rows times forwards per row in an evaluation.
         step_forwards: Rows times forwards per row in a training step.
 
     Raises:
         ValueError: A metric of the evaluations that the recipe needs would never be measured.
     """
-    interval = recipe.eval_steps
+    interval = eval_steps
     if interval is None:
         interval = MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
-    for setting in recipe.evaluated_metrics if 0 < recipe.num_steps < interval else ():
+    for setting in evaluated_metrics if 0 < num_steps < interval else ():
         raise ValueError(
-            f"{setting} is measured every {interval} steps, and num_steps={recipe.num_steps}: set a smaller eval_steps"
+            f"{setting} is measured every {interval} steps, and num_steps={num_steps}: set a smaller eval_steps"
         )
     return interval
 
@@ -59,7 +63,13 @@ def validation_interval(recipe: Recipe) -> int:
     if not eval_forwards or not rollout_forwards:  # unknown for one of the samplers: compare rows only
         eval_forwards = rollout_forwards = 1
     rows = recipe.train_batch_size * recipe.num_generations
-    return evaluation_interval(recipe, len(recipe.validation_task) * eval_forwards, rows * rollout_forwards)
+    return evaluation_interval(
+        recipe.eval_steps,
+        recipe.num_steps,
+        recipe.evaluated_metrics,
+        eval_forwards=len(recipe.validation_task) * eval_forwards,
+        step_forwards=rows * rollout_forwards,
+    )
 
 
 def forwards_of(sampler: Sampler) -> int:

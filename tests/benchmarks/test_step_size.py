@@ -11,5 +11,5 @@ def test_a_default_step_enters_no_more_than_it_did():
 def test_few_functions_take_a_recipe_or_many_parameters():
     found = step_size.parameters_of_functions()
     assert found[next(where for where in found if where.endswith(" step_memory"))] == ["step"]
-    assert 10 < sum("recipe" in names for names in found.values()) <= 65
+    assert 10 < sum("recipe" in names for names in found.values()) <= 50
     assert sum(len(names) > 6 for names in found.values()) <= 9

@@ -22,7 +22,7 @@ from dllm_rl.step.score import ScoredSamples, can_retain_graphs, draw_view_sets,
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.step_settings import step_settings, update_settings
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import any_in_group
 from recipes.studies.surrogates import StableDRL
 
@@ -146,7 +146,9 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path):
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
-            metrics = update(step.policy, optimizer, [batch] * 3, step.accelerator, update_settings(step.recipe, 0))
+            metrics = update(
+                step.policy, optimizer, [batch] * 3, step.accelerator, step_settings(step.recipe).update_settings(0)
+            )
         ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
         assert step.forwards == ([True] * 2 if number else [True, *[False, True] * 2])
     (ours, metrics), (theirs, others) = ends

@@ -18,7 +18,7 @@ from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_engine
-from dllm_rl.training.policies import resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy
 from dllm_rl.types import Prompts
 
 SAMPLERS = {
@@ -44,7 +44,7 @@ def checked(engine, attention="full", sampler=None, **options):
 @pytest.mark.parametrize("attention", SAMPLERS)
 def test_this_librarys_copies_pass(tmp_path, attention, scheme):
     checked(
-        resolve_rollout_engine(tiny_recipe(tmp_path, rollout_quantization=scheme)),
+        RolloutCopy(recipe=tiny_recipe(tmp_path, rollout_quantization=scheme)),
         attention,
         bound=0.05 if scheme else 1e-5,
     )
@@ -53,7 +53,7 @@ def test_this_librarys_copies_pass(tmp_path, attention, scheme):
 def test_adapters_and_learned_positions_pass(tmp_path):
     policy = tiny_masked_lm(**SIZES, head_std=0.1)
     add_lora(policy, Lora(r=2))
-    engine = resolve_rollout_engine(tiny_recipe(tmp_path, rollout_quantization=Int8WeightOnly()))
+    engine = RolloutCopy(recipe=tiny_recipe(tmp_path, rollout_quantization=Int8WeightOnly()))
     check_engine(engine, policy, prompts(policy), SAMPLERS["full"], bound=0.05)
 
 

@@ -27,6 +27,11 @@ from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 STATE_ONLY = Unmask(max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
 
 
+def scoring(recipe):
+    """The fields of a recipe with which its teacher scores."""
+    return {name: getattr(recipe, name) for name in ("sampler", "teacher_substeps", "micro_batch_size")}
+
+
 def taught_recipe(directory, **changes):
     given = {"sampler": STATE_ONLY, "rollout_quantization": None, "teacher": "reference", "report_to": None}
     return tiny_recipe(directory, **{**given, **changes})
@@ -91,7 +96,7 @@ def test_the_teachers_probabilities_add_up_to_one(tmp_path, num_parts, seed):
     rollout = student.rollout(tokens, unmask_step=steps)
     recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
     # All completions are of one prompt, with one draw of the order; the rollout's own record is left at 0.
-    found = -student_teacher_log_ratio(recipe, teacher, rollout, torch.full((32,), seed))
+    found = -student_teacher_log_ratio(teacher, rollout, torch.full((32,), seed), **scoring(recipe))
     torch.testing.assert_close(found.exp().sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
     parted = refine_steps(rollout, torch.full((32,), seed), num_parts=num_parts).unmask_step[:, 1:].tolist()
     by_hand = [
@@ -141,7 +146,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     student.weights = [w.requires_grad_() for w in before]
     own = logps(student, rollout)
     recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
-    reward = -student_teacher_log_ratio(recipe, teacher, replace(rollout, logprobs=own.detach()), seeds)
+    reward = -student_teacher_log_ratio(teacher, replace(rollout, logprobs=own.detach()), seeds, **scoring(recipe))
     gradient = torch.einsum("b,btw->w", own.detach().sum(-1).exp() * reward, per_outcome(student, own))
     found = [-(gradient @ direction).item() for direction in directions]
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and max(map(abs, wanted)) > 0.1
@@ -171,7 +176,7 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     train(recipe)
     ((before, after, metrics),) = seen
     seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0)).repeat_interleave(4)
-    apart = student_teacher_log_ratio(recipe, other_model(), before.rollout, seeds)
+    apart = student_teacher_log_ratio(other_model(), before.rollout, seeds, **scoring(recipe))
     torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
     torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards, after.group))
     assert metrics == {"teacher/reverse_kl": pytest.approx(apart.mean().item(), abs=1e-4), "teacher/coeff": 0.25}
@@ -247,7 +252,7 @@ def test_micro_batches_change_nothing(tmp_path):
     prompts = encode(policy, [recipe.task[i] for i in range(4)], num_generations=4, seeds=range(16))
     rollout = recipe.sampler(policy, prompts, torch.Generator())
     whole, parts = (
-        student_teacher_log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, rollout.group)
+        student_teacher_log_ratio(other_model(), rollout, rollout.group, **scoring(recipe) | {"micro_batch_size": size})
         for size in (None, 4)
     )
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)

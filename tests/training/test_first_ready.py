@@ -30,7 +30,7 @@ from dllm_rl.training.late_rollouts.messages import deserialize, trained_weights
 from dllm_rl.training.late_rollouts.ray_pool import RayWorkerPool
 from dllm_rl.training.late_rollouts.schedule import ORDER_FILE, InProcessPool
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
 
 FIRST_READY = {"report_to": None, "log_completions_steps": 0, "rollout_schedule": "first_ready"}
@@ -222,7 +222,7 @@ def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trai
 
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
-    optimizer, engine = make_optimizer(recipe, policy), resolve_rollout_engine(recipe)
+    optimizer, engine = make_optimizer(recipe, policy), RolloutCopy(recipe=recipe)
     fresh = engine.load(policy)
     run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=None)
     kept = [copied(policy)]
@@ -319,7 +319,7 @@ class Lost(Exception):
 def pool(monkeypatch):
     """A pool of two workers whose jobs are futures; `sent` has the jobs that it sends."""
     pool = object.__new__(RayWorkerPool)
-    pool.workers, pool.jobs, pool.recipe = [None, None], {}, SimpleNamespace(collective_timeout=60.0)
+    pool.workers, pool.jobs, pool.timeout = [None, None], {}, 60.0
     names = dict.fromkeys(("RayActorError", "WorkerCrashedError", "ObjectLostError"), Lost)
     pool.ray = SimpleNamespace(exceptions=SimpleNamespace(**names, RayError=KeyError), kill=lambda worker: None)
     pool.actor = SimpleNamespace(remote=lambda: None)

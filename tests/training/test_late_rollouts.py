@@ -44,7 +44,7 @@ from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_bat
 from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
 
 QUIET = {"report_to": None, "log_completions_steps": 0}
@@ -174,7 +174,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     if recipe.lora is not None:
         add_lora(policy, recipe.lora)
     optimizer = make_optimizer(recipe, policy)
-    engine = resolve_rollout_engine(recipe)
+    engine = RolloutCopy(recipe=recipe)
     fresh = engine.load(policy)
     reference = copied(policy) if recipe.beta else None
     run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=reference)
@@ -404,7 +404,7 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
     recipe = late_recipe(tmp_path, callbacks=(callback,))
     check_copies(recipe)
     pool, sent = object.__new__(RayWorkerPool), []
-    pool.ray, pool.recipe, pool.threads, pool.kind = SimpleNamespace(put=sent.append), recipe, 1, "cpu"
+    pool.ray, pool.threads, pool.kind = SimpleNamespace(put=sent.append), 1, "cpu"
     context = SimpleNamespace(log=SimpleNamespace(say=print), policy=build_policy(recipe, torch.device("cpu")))
     pool.set_up(recipe, context)
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(sent[0]))[0].callbacks == ()

@@ -15,9 +15,9 @@ from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.policies import (
+    RolloutCopy,
     build_policy,
     reference_policy,
-    resolve_rollout_engine,
     resumed_policy,
     save_reference,
 )
@@ -61,13 +61,13 @@ def test_the_reference_keeps_the_weights_that_rl_started_from(tmp_path, fresh):
 def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_quantization=None)
     policy = build_policy(recipe, CPU)
-    assert resolve_rollout_engine(recipe).load(policy) is policy
+    assert RolloutCopy(recipe=recipe).load(policy) is policy
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_rollouts_copy_is_in_the_dtype_of_the_runs_products(tmp_path, bf16, dtype):
     recipe = tiny_recipe(tmp_path, bf16=bf16)
-    copy = resolve_rollout_engine(recipe).load(build_policy(recipe, CPU))
+    copy = RolloutCopy(recipe=recipe).load(build_policy(recipe, CPU))
     assert {p.dtype for p in copy.module.parameters()} == {dtype}
 
 

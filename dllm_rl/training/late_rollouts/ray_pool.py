@@ -84,19 +84,25 @@ class RayWorkerPool:
     A worker that dies, or does not return within collective_timeout, is replaced, and its jobs are repeated. The
     constructor starts the actors, so that they import torch and this library while the learner loads its model. Call
     `set_up` before the first job.
+
+    Args:
+        count: Number of actors.
+        placement_group: Ray's reservation of their processors and GPUs.
+        device: Device of the kind that they sample on.
+        timeout: The run's `collective_timeout`, in seconds.
     """
 
-    def __init__(self, recipe: Recipe, placement_group: Any, device: torch.device) -> None:
+    def __init__(self, count: int, placement_group: Any, device: torch.device, *, timeout: float) -> None:
         import ray
 
         self.ray = ray
-        self.recipe = recipe
+        self.timeout = timeout
         self.kind = device.type
         self.threads = torch.get_num_threads()
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group)
         resources = {"num_cpus": self.threads, "num_gpus": int(self.kind != "cpu"), "max_restarts": 0}
         self.actor: Any = ray.remote(Worker).options(**resources, scheduling_strategy=strategy)
-        self.workers: list[Any] = [self.actor.remote() for _ in range(recipe.rollout_workers)]
+        self.workers: list[Any] = [self.actor.remote() for _ in range(count)]
         self.jobs: dict[int, Job] = {}
         self.stored_weights = b""  # the latest weights that were put into Ray's store
         self.stored_weights_ref: Any = None  # Ray's reference to them
@@ -149,7 +155,7 @@ class RayWorkerPool:
 
     def result(self, step: int) -> bytes:
         while True:
-            self._wait(step, self.jobs[step].future, self.recipe.collective_timeout)
+            self._wait(step, self.jobs[step].future, self.timeout)
             if (batch := self._settle(step)) is not None:
                 return batch
 
@@ -166,7 +172,7 @@ class RayWorkerPool:
         except errors.RayError as error:  # the worker could not read its input
             raise RuntimeError(f"rollouts of step {step}: {str(error).strip().splitlines()[-1]}") from None
         except TimeoutError:
-            problem = f"did not return within collective_timeout={self.recipe.collective_timeout:g} s"
+            problem = f"did not return within collective_timeout={self.timeout:g} s"
         else:
             if isinstance(result, bytes):
                 return result
@@ -195,7 +201,7 @@ class RayWorkerPool:
         for step, job in sorted(self.jobs.items()):
             if job.batch_or_none is None:
                 self.check_daemons(step)
-                if job.future.done() or time.monotonic() - job.start_time > self.recipe.collective_timeout:
+                if job.future.done() or time.monotonic() - job.start_time > self.timeout:
                     self._settle(step)
 
     def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> None:
@@ -297,7 +303,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
             f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: "
             "use fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
-    return RayWorkerPool(recipe, placement_group, device)
+    return RayWorkerPool(count, placement_group, device, timeout=recipe.collective_timeout)
 
 
 def start_ray(ray: ModuleType, device: torch.device) -> None:

@@ -33,7 +33,7 @@ from dllm_rl.training.late_rollouts.messages import (
     trained_weights,
 )
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import resolve_rollout_engine
+from dllm_rl.training.policies import RolloutCopy
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.types import group_numbers, group_sizes
 
@@ -65,7 +65,7 @@ class RolloutProducer:
             parameters[name].copy_(tensor)
         policy = self.policy
         policy.weights_version = header["version"]
-        engine = resolve_rollout_engine(self.recipe)
+        engine = self.recipe.rollout_engine or RolloutCopy(recipe=self.recipe)
         if self.context is None:
             rollout_policy = engine.load(policy)
             rollout_policy.weights_version = policy.weights_version

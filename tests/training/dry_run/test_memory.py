@@ -23,7 +23,7 @@ from dllm_rl.step.score import can_retain_graphs
 from dllm_rl.step.update import update
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.step_settings import step_settings, update_settings
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Batch, Prompts
 
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
@@ -137,7 +137,13 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
             num_tokens=ROWS * LENGTH, num_sequences=ROWS,
         )  # fmt: skip
         with autocast():
-            update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, update_settings(recipe, 0))
+            update(
+                policy,
+                optimizer,
+                [batch] * recipe.num_iterations,
+                accelerator,
+                step_settings(recipe).update_settings(0),
+            )
 
     for _ in range(2):  # the second step finds the optimizer's state and the gradients of the first
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())
