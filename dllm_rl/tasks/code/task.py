@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.answers import SPECIAL_TOKENS, cut
-from dllm_rl.tasks.base import Grader, Problem, Reward
+from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.math.task import Questions
 from dllm_rl.tasks.rows import Row, Split, require_field, text_of
@@ -152,7 +152,7 @@ class Code(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)
     rules: ClassVar[Mapping[str, Grader]] = {"static": static, "sandbox": sandboxed}
-    prepare = {"sandbox": run_all}
+    prepare: ClassVar[Mapping[str, Any]] = {"sandbox": run_all}
 
     split: Split = "test"
     reward_rule: Literal["static", "sandbox"] = "static"

@@ -159,7 +159,7 @@ class MATH500(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
     rules: ClassVar[Mapping[str, Grader]] = {"own": graders.math500_strict, "espo": graders.math500_math_verify}
-    prepare = {"espo": graders.compare_all}
+    prepare: ClassVar[Mapping[str, Any]] = {"espo": graders.compare_all}
 
     split: Split = "test"
     reward_rule: Literal["own", "espo"] = "own"
