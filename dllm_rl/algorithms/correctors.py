@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import MAX_LOG, WIDTH, Loss, LossReduction, SequenceMean, TrustBand
+from dllm_rl.algorithms.losses import MAX_LOG, WIDTH, Loss, LossReduction, SequenceMean, TrustBand, exp_ratio
 from dllm_rl.records import Record, option
 
 Level = Literal["token", "sequence"]
@@ -105,13 +105,6 @@ def pooled_log_ratio(
     elif pool != "product":
         raise ValueError(f"pool={pool!r} must be 'product' or 'geometric'")
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
-
-
-def pooled_ratio(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
-) -> Float[Tensor, "B T"]:
-    """Return exp of `pooled_log_ratio`, clamped to +-MAX_LOG before exp."""
-    return pooled_log_ratio(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
 def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
@@ -224,7 +217,7 @@ class TIS(Corrector):
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        weights = pooled_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool)
+        weights = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool))
         # Compared before the clamp: a weight equal to cap is not capped.
         metrics["tis/capped_fraction"] = _fraction(weights > self.cap, finite_mask)
         return TokenWeights(torch.where(finite_mask, weights.clamp(max=self.cap), 1), finite_mask, metrics)
@@ -255,7 +248,7 @@ class MIS(Corrector):
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        weights = pooled_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool)
+        weights = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool))
         out_of_range = (weights < self.min_ratio) | (weights > self.max_ratio)
         # verl's name: is = importance sampling, oob = out of bounds.
         metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(out_of_range, finite_mask)
@@ -393,7 +386,9 @@ class AIS(Corrector):
             reliability = min(1.0, (row_w.sum().square() / (len(row_w) * row_w.square().sum())).item())
             divergence = log_mismatch[finite_mask].double().abs().mean().item()
             variation = (w.std(correction=0) / w.mean()).item()
-        capped = pooled_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool).clamp(max=self.cap)
+        capped = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool)).clamp(
+            max=self.cap
+        )
         lam = min(1.0, max(0.0, self.lambda_fn(reliability, divergence, variation, tau=self.tau)))
         weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact if lambda is 0 or 1
         metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}

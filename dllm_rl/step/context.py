@@ -32,8 +32,10 @@ class StepContext:
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 
     @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'."""
+    def arithmetic(self, *, learner: bool = False) -> Iterator[None]:
+        """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'; for forwards
+        of the learner also what the features need for those.
+        """
         with ExitStack() as stack:
             settings, device = self.settings, self.accelerator.device.type
             stack.enter_context(
@@ -41,12 +43,6 @@ class StepContext:
             )
             for feature in self.features:
                 stack.enter_context(feature.around_forward(self))
-            yield
-
-    @contextmanager
-    def learner_forward(self) -> Iterator[None]:
-        """Set what a forward of the learner needs: the step's arithmetic, and the features'."""
-        with self.arithmetic(), ExitStack() as stack:
-            for feature in self.features:
+            for feature in self.features if learner else ():
                 stack.enter_context(feature.around_learner(self))
             yield

@@ -14,7 +14,7 @@ from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import ScoredSamples, active_rows, restrict_views
+from dllm_rl.step.score import ScoredSamples, active_rows
 from dllm_rl.types import Batch, Logprobs, Views
 
 
@@ -139,9 +139,12 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
     if rollout.loss_weights is not None:
         importance_weights = importance_weights * rollout.loss_weights
     advantages = logps.token_advantages
+    views = logps.views
+    if not rows.is_trained.all():
+        views = views.restrict_to_rows(samples.local(rows.is_trained, accelerator))
     return Batch(
         rollout=rollout,
-        views=restrict_views(logps.views, rows.is_trained, samples, accelerator),
+        views=views,
         advantages=samples.local(samples.advantages, accelerator) if advantages is None else advantages,
         # "rollout" is VeXact's bypass, eq. 4: the ratios are current / rollout, and need no importance weights. Under
         # mismatch, the reward of such a run drops once, while k1 and k3 rise. With recomputed old log-probs and without

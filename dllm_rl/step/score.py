@@ -241,12 +241,7 @@ def draw_view_sets(settings: StepSettings, samples: Samples, step: int, accelera
         views = settings.likelihood.draw_views(samples.rollout, generator_for(settings.seed, "noise", *key))
         views = settings.likelihood.with_advantages(views, advantages)
         is_scored = active_rows(settings, samples) if iteration else samples.metric_weights > 0
-        view_sets.append(restrict_views(views, is_scored, samples, accelerator))
+        if not is_scored.all():  # otherwise the same object, which all policies share
+            views = views.restrict_to_rows(samples.local(is_scored, accelerator))
+        view_sets.append(views)
     return view_sets
-
-
-def restrict_views(views: Views, is_scored: Bool[Tensor, " B"], samples: Samples, accelerator: Accelerator) -> Views:
-    """Return the views without the rows that are not in `is_scored`, which has the rows of all processes."""
-    if is_scored.all():  # return the same object, which all policies share
-        return views
-    return views.restrict_to_rows(samples.local(is_scored, accelerator))

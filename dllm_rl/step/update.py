@@ -38,9 +38,9 @@ MEASURED_VIEWS = 4
 
 def train_step(context: StepContext, samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
     """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
-    with context.log.stage("scoring"), context.learner_forward():
+    with context.log.stage("scoring"), context.arithmetic(learner=True):
         scored = score_samples(context, samples, samples.batch_number)
-    with context.log.stage("update"), context.learner_forward():
+    with context.log.stage("update"), context.arithmetic(learner=True):
         batches, mismatch = make_batches(context, scored)
         batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]
         settings = context.settings.update_settings(step)

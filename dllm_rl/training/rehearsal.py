@@ -102,9 +102,9 @@ def compute_gradients(context: StepContext, rollout: Rollout) -> None:
     advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
     weights = torch.ones(len(group), dtype=torch.double)
     samples = Samples(rollout, group, advantages, advantages, weights, (generations,) * processes)
-    with context.learner_forward():
+    with context.arithmetic(learner=True):
         scored = score_samples(context, samples, 0)
-    with context.learner_forward():
+    with context.arithmetic(learner=True):
         batch = make_batches(context, scored)[0][0]
         forward_backward(
             context.policy,

@@ -67,7 +67,7 @@ CORRECTORS: dict[str, Corrector] = {
 def gradient(run: StepContext, samples: Any, number: int) -> Tensor:
     """Return the gradient of the batch's loss for all trained weights, flat."""
     trained = trainable_parameters(run.policy.module)
-    with run.learner_forward():
+    with run.arithmetic(learner=True):
         scored = score_samples(run, samples, number)
         (batch, *_), _ = make_batches(run, scored)
         settings = run.settings.update_settings(number)

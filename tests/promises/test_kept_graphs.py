@@ -65,7 +65,7 @@ class Step:
         self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
 
     def forward(self):
-        return self.run.learner_forward()
+        return self.run.arithmetic(learner=True)
 
     def batch(self):
         recipe = self.recipe
