@@ -18,13 +18,14 @@ from dllm_rl.settings import Settings
 PUBLIC = {name: getattr(dllm_rl, name) for name in dllm_rl.__all__}  # imports the modules of all records
 
 
-# The methods by name, with the base that fields name: all but the wrappers of a user's function.
+# The methods by name, with the base that fields name: all but the wrappers of a user's function, and the engine that a
+# run makes of its recipe.
 BASES = {
     record: base
     for base in Record.__subclasses__()
     if base.__module__.startswith("dllm_rl.") and not issubclass(base, Settings)
     for record in records.subclasses(base).values()
-    if not record.__name__.startswith("Function")
+    if not record.__name__.startswith("Function") and record.__name__ != "RolloutCopy"
 }
 RECORDS = {record.__name__: record for record in BASES}
 NUMBERS = (0, 1, 2, 3, 16, -1, 0.05, 0.25, 0.5, 0.9, 1.5, 2.5)

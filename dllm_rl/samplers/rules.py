@@ -53,7 +53,7 @@ def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
 class _Rule:
     """What ranks and commit rules share."""
 
-    inputs_of: Callable[[str, Callable], frozenset[str]]  # `rank_inputs` or `commit_inputs`
+    inputs_of = staticmethod(rank_inputs)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         own = vars(cls) | vars(cls).get("__annotations__", {})
@@ -100,7 +100,6 @@ class Rank(_Rule, Record):
         """The RANK_INPUTS that `__call__` takes. A subclass's are read once, when it is defined."""
         return frozenset()
 
-    inputs_of = staticmethod(rank_inputs)
     adds_gumbel = False  # whether the sampler adds Gumbel noise to the scores, as for `PlackettLuce`
 
     def __call__(self, *arguments: Any, **inputs: Any) -> PerPosition:
