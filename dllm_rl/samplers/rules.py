@@ -26,9 +26,9 @@ REWRITES = COMMIT_INPUTS[:3]
 SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
 
 
-def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
+def rank_inputs(name: str, rule: Callable) -> frozenset[str]:
     """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
-    parameters = [p for p in inspect.signature(rank).parameters.values() if p.name != "self"]
+    parameters = [p for p in inspect.signature(rule).parameters.values() if p.name != "self"]
     unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
     if unknown:
         raise ValueError(
@@ -37,9 +37,9 @@ def rank_inputs(name: str, rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
-def commit_inputs(name: str, commit: Callable) -> frozenset[str]:
+def commit_inputs(name: str, rule: Callable) -> frozenset[str]:
     """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of REWRITES."""
-    parameters = inspect.signature(commit).parameters.values()
+    parameters = inspect.signature(rule).parameters.values()
     inputs = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
     rewrites = [kind for kind in REWRITES if kind in inputs]
     if len(rewrites) > 1:
