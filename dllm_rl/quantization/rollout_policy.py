@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -371,7 +372,10 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     counts = Counter[str]()
     finite: FiniteFlags = {}
-    for name, value in merged_tensors(policy.module):
+    learner = policy.module
+    is_plain = all(parameter.requires_grad for parameter in learner.parameters())  # no adapters, no low-bit base
+    own_tensors = chain(learner.named_parameters(), learner.named_buffers()) if is_plain else merged_tensors(learner)
+    for name, value in own_tensors:
         layer_name = name.removesuffix(".weight")
         layer = layers.get(layer_name)
         quantized: dict[str, tuple[Any, Tensor]] = {}
