@@ -160,7 +160,7 @@ class StepSampler:
         )
         draws_first = self.draws_first or step is None
         scores, drawn = rank_and_draw(
-            policy, hidden, params, self.rank, rank_uniforms, token_uniforms if draws_first else None, self.rank_reads
+            policy, hidden, params, self.rank, (rank_uniforms, token_uniforms if draws_first else None), self.rank_reads
         )
         assert scores is not None, "there is a rank"
         noisy_scores = scores
@@ -185,7 +185,7 @@ class StepSampler:
             # A position may stay masked in several steps, whose log-probs are added.
             put(written.order_logprobs, *place, written.order_logprobs[place] + logps, is_scored)
         if drawn is None:  # the tokens of the chosen positions alone
-            _, drawn = rank_and_draw(policy, hidden[places], params, token_uniforms=token_uniforms[places])
+            _, drawn = rank_and_draw(policy, hidden[places], params, uniforms=(None, token_uniforms[places]))
             assert drawn is not None
         else:
             drawn = Drawn(*(values[places] for values in drawn.tensors()))
@@ -344,8 +344,7 @@ def rank_and_draw(
     hidden: Float[Tensor, "K D"],
     sampling_params: SamplingParams,
     rank: Rank | None = None,
-    rank_uniforms: Float[Tensor, " K"] | None = None,
-    token_uniforms: Float[Tensor, " K"] | None = None,
+    uniforms: tuple[Tensor | None, Tensor | None] = (None, None),
     reads: frozenset[str] | None = None,
 ) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
     """Score K positions, draw a token at each of them, or both.
@@ -357,13 +356,13 @@ def rank_and_draw(
         hidden: Hidden states of the positions.
         sampling_params: Settings of the sampling distribution.
         rank: Rank that scores. None (default): no scores.
-        rank_uniforms: Random numbers of the rank.
-        token_uniforms: Random numbers of the draw. None (default): no draw; the rank must not read tokens then.
+        uniforms: Random numbers (K,) of the rank, and of the draw. None: no draw; the rank must not read tokens then.
         reads: The rank's `reads`, read before a compiled step. None (default): they are read here.
 
     Returns:
         The scores, at least LOWEST_SCORE, and the draws.
     """
+    rank_uniforms, token_uniforms = uniforms
     if reads is None:
         reads = frozenset() if rank is None else rank.reads
     available = {"uniforms": rank_uniforms, "hidden": hidden}

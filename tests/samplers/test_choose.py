@@ -127,7 +127,7 @@ def test_the_worked_example():
     ratios = {}
     for u, token in ((0.1, 0), (0.9, 1)):
         uniform = torch.tensor([u], dtype=torch.float64)
-        _, (tokens, logp, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, token_uniforms=uniform)
+        _, (tokens, logp, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, uniforms=(None, uniform))
         assert tokens.tolist() == [token] and kept[:, :3].tolist() == [[0, 1, -1]]
         assert log_mass.exp().item() == pytest.approx(0.8)
         one = torch.ones(1, 1, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_mean_ratios_by_enumeration(name, temperature):
     params = SamplingParams(temperature=temperature, suppress=(size - 1,), **FILTERS[name])
     p, q = 2 * torch.randn(2, 50, size, generator=generator)
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    _, (_, _, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, token_uniforms=uniforms)
+    _, (_, _, _, log_mass, kept) = rank_and_draw(policy, p.clone(), params, uniforms=(None, uniforms))
     unfiltered = replace(params, support="unfiltered")
     for row in range(50):
         # The set and its mass, from the definition: the likeliest, until k of them, or until their mass is top_p.
@@ -324,7 +324,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
     left = torch.isfinite(process(logits, SamplingParams(top_k=1), support_ids=kept))
     assert left.tolist() == [[True, False, True, False, False]]
     params, uniform = SamplingParams(top_k=1, suppress=(4,)), torch.tensor([0.9], dtype=torch.float64)
-    _, (_, logp, _, log_mass, ids) = rank_and_draw(HeadAlone(5), logits.clone(), params, token_uniforms=uniform)
+    _, (_, logp, _, log_mass, ids) = rank_and_draw(HeadAlone(5), logits.clone(), params, uniforms=(None, uniform))
     assert sorted(ids[0, :2].tolist()) == [0, 2] and ids[0, 2] == -1
     assert logp.item() == pytest.approx(math.log(0.5))
     assert log_mass.exp().item() == pytest.approx(2 * math.e**3 / (2 * math.e**3 + math.e + 1))
