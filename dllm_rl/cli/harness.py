@@ -68,6 +68,8 @@ class CommandLineModel(HarnessModel):
             if name in passed:
                 (passed[name],) = read_methods(base, name, [str(passed[name])], fields, prefix="")
         estimator = passed.pop("likelihood")
+        if estimator is None:
+            raise ValueError(f"likelihood={options['likelihood']} scores nothing; name an estimator, such as ELBO")
         is_task_length = passed.get("max_new_tokens") is None
         passed["max_new_tokens"] = MAX_NEW_TOKENS if is_task_length else passed["max_new_tokens"]
         super().__init__(
