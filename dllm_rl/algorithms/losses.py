@@ -588,6 +588,6 @@ def policy_loss(  # noqa: PLR0913
         bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group=batch.rollout.group)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
         metrics["entropy"] = (-at_tokens(logps.detach()).sum(), loss_mask.sum())
-    # This process's share of the loss; `reduce_metrics` adds up the shares.
+    # This process's share of the loss: `step.update` adds up the shares.
     metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))
     return loss.detach(), metrics, gradient

@@ -82,15 +82,18 @@ def sum_over(counts: Tensor, accelerator: "Processes") -> Tensor:
     return counts.cpu()
 
 
-def reduce_metrics(metrics: Metrics, accelerator: "Processes") -> dict[str, float]:
-    """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0. Collective."""
+def reduce_metrics(metrics: Metrics, accelerator: "Processes", *, shares: Sequence[str] = ()) -> dict[str, float]:
+    """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0. Collective.
+
+    The sums of the metrics named in `shares` are each process's share of the value, and are not divided.
+    """
     if not metrics:
         return {}
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
     means = {}
     for name, (total, count) in zip(metrics, sum_over(pairs, accelerator), strict=True):
         if count:
-            means[name] = (total if name == "loss" else total / count).item()  # the loss is already divided
+            means[name] = (total if name in shares else total / count).item()
     return means
 
 

@@ -111,7 +111,8 @@ def update(
         sum_gradients(policy.module, accelerator)
         parameters = trainable_parameters(policy.module)
         norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-        reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
+        metrics["grad_norm"] = (norm, torch.ones_like(norm))
+        reduced = reduce_metrics(metrics, accelerator, shares=("loss",))
         if not math.isfinite(reduced["grad_norm"]):
             problem = f"gradient norm is {reduced['grad_norm']}"
             if not view_logprobs.isfinite().all():

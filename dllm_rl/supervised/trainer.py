@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from dllm_rl.distributed.collectives import Processes, reduce_metrics, sum_gradients
+from dllm_rl.distributed.collectives import Processes, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.models.base import Policy, gather_if_sharded, join_uneven_forwards, trainable_parameters
 from dllm_rl.supervised.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.supervised.examples import Example, prompt_and_answer
@@ -76,7 +76,7 @@ class SupervisedTrainer:
             parameters = trainable_parameters(self.policy.module)
             norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             sums_and_counts = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
-            metrics = reduce_metrics(sums_and_counts, self.processes)
+            metrics = reduce_metrics(sums_and_counts, self.processes, shares=("loss",))
             metrics |= reduce_metrics({"frac_padding": padding}, self.processes)
         if not math.isfinite(metrics["grad_norm"]):
             raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at {place}; the update was not applied")
@@ -112,7 +112,7 @@ class SupervisedTrainer:
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.bf16):
             for rows in micro_batches:
                 loss += self.sum_of_losses(rows).double().cpu()
-        return reduce_metrics({"loss": (loss / divisor, torch.ones_like(loss))}, self.processes)["loss"]
+        return sum_over(loss / divisor, self.processes).item()
 
     def micro_batches(
         self, examples: Sequence[Example], generator: Generator, size: int | None

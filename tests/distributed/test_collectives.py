@@ -69,7 +69,9 @@ def test_an_exchange_waits_as_long_as_the_run_says(monkeypatch, seconds):
 
 def test_the_loss_is_a_sum_of_shares_and_every_other_metric_a_mean():
     pair = (torch.tensor(3.0), torch.tensor(4.0))
-    assert reduce_metrics({"loss": pair, "kl": pair, "none": (pair[0], torch.tensor(0.0))}, OneProcess()) == {
+    assert reduce_metrics(
+        {"loss": pair, "kl": pair, "none": (pair[0], torch.tensor(0.0))}, OneProcess(), shares=["loss"]
+    ) == {
         "loss": 3.0,
         "kl": 0.75,
     }
