@@ -76,8 +76,6 @@ class _PolicyBase:
         self.spec = spec
         self.tokenizer = tokenizer
         self.vocab_size: int = spec.vocab_size or module.config.vocab_size
-        pad_token_id = getattr(tokenizer, "pad_token_id", None)
-        self.pad_id: int = spec.eos_ids[0] if pad_token_id is None else pad_token_id
         self.weights_version = 0
         self.float32_head = True  # copies inherit it, so that learner and rollout policy compute logits in the same way
 
@@ -92,6 +90,11 @@ class _PolicyBase:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        return self.spec.eos_ids[0] if pad_token_id is None else pad_token_id
 
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.

@@ -37,7 +37,7 @@ def opened(monkeypatch):
         found.append((policy.device.type, next(policy.module.parameters()).dtype))
         return policy
 
-    for room in ("main", "evaluate_run"):
+    for room in ("main", "sample", "evaluate_run"):
         monkeypatch.setattr(f"dllm_rl.cli.{room}.open_policy", spy)
     return found
 
