@@ -43,6 +43,10 @@ class StepFeature:
         """Move or reorder the samples between processes."""
         return samples
 
+    def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
+        """Return the advantage of each scored token in place of the row's; None to keep the row's."""
+        return None
+
     def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
         """Change the views before rollout policy and learner score them, and the reference if `changes_views` is set.
         `recorded`: the rollout's log-probs are those that the sampler recorded.
@@ -52,10 +56,6 @@ class StepFeature:
     def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
         """Change the views after the rollout policy has scored them, and before the learner does."""
         return views
-
-    def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
-        """Return the advantage of each scored token in place of the row's; None to keep the row's."""
-        return None
 
     def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
         """Check the scores. Raise RuntimeError to end the run."""
