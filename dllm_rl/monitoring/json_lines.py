@@ -69,8 +69,9 @@ def warmup_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def finite_numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row that are finite. NaN and infinity are null in the file."""
-    return {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+    """Return the numbers of a row that are finite, as floats. NaN and infinity are null in the file."""
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
