@@ -61,26 +61,31 @@ class _Server:
         self.lock = Lock()
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        """Return a verdict per pair; None if two workers ended at it. Raises RuntimeError if the process ends."""
+        """Return a verdict per pair; None if two workers ended at it. Raises RuntimeError if the process ends twice."""
         require()
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = self.start()
-            process = self.process
-            assert process.stdin is not None and process.stdout is not None, "both are pipes"
-            reply = ""
-            try:
-                print(json.dumps(pairs), file=process.stdin, flush=True)
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                pass
-            finally:
-                if not reply:  # it has ended, or this call is interrupted, and its reply would answer a later call
-                    self.stop()
+            reply = self.ask(pairs) or self.ask(pairs)  # a process that was killed meanwhile costs no run
         if not reply:
             raise RuntimeError("the process of math-verify has ended; try: python -c 'import math_verify'")
         verdicts: list[bool | None] = json.loads(reply)
         return verdicts
+
+    def ask(self, pairs: Sequence[tuple[str, str]]) -> str:
+        """Return the reply of the process, which is started if none is running; "" if it ends meanwhile."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = self.start()
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
+        reply = ""
+        try:
+            print(json.dumps(pairs), file=process.stdin, flush=True)
+            reply = process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not reply:  # it has ended, or this call is interrupted, and its reply would answer a later call
+                self.stop()
+        return reply
 
     def start(self) -> "subprocess.Popen[str]":
         return subprocess.Popen(
