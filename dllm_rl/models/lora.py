@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded
+from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded, has_bf16_products
 from dllm_rl.models.checkpoint.tensors import LazyTensor
 from dllm_rl.rng import keep_mask
 
@@ -46,7 +46,7 @@ class LoraLinear(nn.Module):
         self.lora_B = linear_of(torch.zeros(base_layer.out_features, lora.r, device=device), None).requires_grad_()
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        out = self.base_layer(x)
+        out = base_product(self.base_layer, x)
         if not self.active:
             return out
         low_rank = F.linear(self.apply_dropout(x), self.lora_A.weight.to(x.dtype))
@@ -64,6 +64,33 @@ class LoraLinear(nn.Module):
     def merged(self) -> Float[Tensor, "O I"]:
         """Return the weight with the adapter merged. It is differentiable in A and B."""
         return _merged(plain_weight(self.base_layer), self.lora_A.weight, self.lora_B.weight, self.lora)
+
+
+class _Float32Backward(torch.autograd.Function):
+    """The bf16 product of a frozen layer, with a backward that is computed in fp32 and then rounded.
+
+    On a CPU that emulates bf16, torch's bf16 backward would take 60 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        return (grad_output.float() @ weight.float()).to(grad_output.dtype), None, None
+
+
+def base_product(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the output of the layer to which an adapter is added."""
+    weight = layer.weight
+    is_emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
+    if is_emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
+        return _Float32Backward.apply(x, weight, layer.bias)
+    return layer(x)
 
 
 class LoraExperts(nn.Module):

@@ -9,6 +9,7 @@ from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
+from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
@@ -76,7 +77,7 @@ def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:
 
 def bf16_warnings(dtype: str | None, bf16: bool, device: str) -> list[str]:
     """Warn about bf16 on a CPU that has no bf16 products. `dtype`: of weights loaded from a path, else None."""
-    if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() or not (bf16 or dtype == "bfloat16"):
+    if device != "cpu" or has_bf16_products() or not (bf16 or dtype == "bfloat16"):
         return []
     name = "bf16=True" if bf16 else "dtype='bfloat16'"
     return [

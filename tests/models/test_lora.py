@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl import load_policy
+from dllm_rl.models import lora as lora_module
 from dllm_rl.models.checkpoint.adapters import adapter_state, load_adapter, save_adapter
 from dllm_rl.models.lora import (
     STACKS,
@@ -21,6 +22,7 @@ from dllm_rl.models.lora import (
     LoraExperts,
     LoraLinear,
     add_lora,
+    base_product,
     is_stacked,
     linear_of,
     merge_lora,
@@ -256,6 +258,24 @@ def test_products_in_the_inputs_dtype_gradients_in_fp32(dtype):
     assert a.dtype == b.dtype == a.grad.dtype == b.grad.dtype == torch.float32
     expected = 2 * (x.double() @ a.double().T).sum(0).expand(4, 2)  # d sum(y) / dB
     torch.testing.assert_close(b.grad.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.03, atol=0.05)
+
+
+def test_where_bf16_products_are_emulated_the_backward_is_in_fp32(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((24, 16), (24,)))
+    layer = linear_of(weight, nn.Parameter(bias, requires_grad=False))
+    vector = torch.randn(3, 24, generator=generator).bfloat16()
+    found = {}
+    for supported in (True, False):
+        monkeypatch.setattr(lora_module, "has_bf16_products", lambda supported=supported: supported)
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        out = base_product(layer, x)
+        out.backward(vector)
+        found[supported] = out.detach(), x.grad
+        assert (type(out.grad_fn).__name__ == "_Float32BackwardBackward") is not supported
+    assert torch.equal(found[True][0], found[False][0])
+    assert torch.equal(found[False][1], (vector.float() @ layer.weight.float()).bfloat16())
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=2**-7, atol=2**-7)
 
 
 def test_a_merge_equals_its_formula_in_every_dtype():
