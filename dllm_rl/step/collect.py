@@ -116,11 +116,11 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
         metrics["dynamic_sampling/frac_reward_zero_std"] = (~has_unequal_rewards(rewards, group)).double().mean().item()
     component_arguments = {}
     if settings.advantages.takes_component_rewards:
-        weights = torch.tensor(list(component_reward_weights(settings).values()))
-        component_arguments = {"parts": component_rewards[:, 1:].T, "weights": weights}
+        reward_weights = torch.tensor(list(component_reward_weights(settings).values()))
+        component_arguments = {"parts": component_rewards[:, 1:].T, "weights": reward_weights}
     advantages = compute_advantages(settings.advantages, rewards, group, component_arguments)
-    weights = torch.ones(len(rewards), dtype=torch.double)
-    samples = Samples(rollout, group, rewards, advantages, weights, counts, batch_number=step)
+    metric_weights = torch.ones(len(rewards), dtype=torch.double)  # scoring sets them
+    samples = Samples(rollout, group, rewards, advantages, metric_weights, counts, batch_number=step)
     if settings.counts_graphs:
         from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
