@@ -20,7 +20,6 @@ from dllm_rl.samplers import Sampler
 from dllm_rl.serving.settings import check_number_of_steps
 from dllm_rl.types import Prompts, Rollout
 
-SCORE_CHUNK = 256  # prompt positions whose logits are in memory at the same time
 MAX_LENGTH_DIFFERENCE = 32  # tokens between the prompts of a batch, unless the longest is at most twice the shortest
 
 
@@ -80,21 +79,6 @@ class PolicyCall:
 
     function: Callable[[Policy], Any]
     future: "Future[Any]" = field(default_factory=Future)
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """The log-probs of a prompt's tokens under a causal model, in nats.
-
-    Args:
-        logprobs: Log-prob of each token; None for the first, which has no prediction.
-        best: Id and log-prob of the most likely token at each position; None for the first.
-        weights_version: Version of the weights.
-    """
-
-    logprobs: list[float | None]
-    best: list[tuple[int, float] | None]
-    weights_version: int
 
 
 Job = CompletionJob | PolicyCall
@@ -245,19 +229,3 @@ def sample_rows(policy: Policy, completions: Sequence[CompletionJob]) -> list[Ro
     # Every row has its own seed, so the sampler does not use the generator.
     rollout = sampler(policy, prompts, generator_for("unused")).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]
-
-
-@torch.no_grad()
-def score_prompt(policy: Policy, ids: Sequence[int]) -> PromptScores:
-    """Compute the log-probs of a prompt's tokens under a causal model, at temperature 1 and without filters."""
-    tokens = torch.tensor([ids], device=policy.device)
-    hidden = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    logprobs: list[float | None] = [None]
-    best: list[tuple[int, float] | None] = [None]
-    for start in range(1, len(ids), SCORE_CHUNK):  # all logits of a long prompt may not fit in memory
-        chunk = slice(start, start + SCORE_CHUNK)
-        chunk_logprobs = policy.head(hidden[:, chunk])[0].float().log_softmax(-1)
-        logprobs += chunk_logprobs.gather(-1, tokens[0, chunk, None])[:, 0].tolist()
-        best_logprobs, best_ids = chunk_logprobs.max(-1)
-        best += zip(best_ids.tolist(), best_logprobs.tolist(), strict=True)
-    return PromptScores(logprobs, best, policy.weights_version)

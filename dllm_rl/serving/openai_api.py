@@ -15,7 +15,7 @@ from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
-from dllm_rl.serving.batching import PromptScores, Refused
+from dllm_rl.serving.batching import Refused
 from dllm_rl.serving.settings import ServerSettings, known_settings, with_settings
 from dllm_rl.types import Rollout
 
@@ -35,6 +35,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
+    "echo": (False,),
     "suffix": ("",),  # of a chat; completions have it
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -113,8 +114,7 @@ class CompletionFields(Fields):
         description="a text, a list of texts, token ids, or a list of lists of them"
     )
     suffix: str = ""
-    max_tokens: int | None = Field(None, ge=0)
-    echo: bool = False
+    max_tokens: Count | None = None
     logprobs: int | None = Field(None, ge=0)
 
 
@@ -135,15 +135,13 @@ class TextRequest:
         fields: The request's fields.
         prompts: Token ids of each prompt.
         suffix: Token ids of the text after the completion; empty if there is none.
-        texts: Text of each prompt, for `echo`.
-        max_tokens: Largest number of tokens of a completion. 0: the prompt is scored, and nothing is sampled.
+        max_tokens: Largest number of tokens of a completion.
         sampler: Sampler of the completions.
     """
 
     fields: CompletionFields | ChatFields
     prompts: list[list[int]]
     suffix: list[int]
-    texts: list[str]
     max_tokens: int
     sampler: Sampler
 
@@ -153,19 +151,9 @@ class TextRequest:
         return isinstance(self.fields, ChatFields)
 
     @property
-    def echo(self) -> bool:
-        """Whether the response repeats the prompt."""
-        return isinstance(self.fields, CompletionFields) and self.fields.echo
-
-    @property
     def logprobs(self) -> bool:
         """Whether the response has log-probs of the completion."""
         return self.fields.logprobs is not None and self.fields.logprobs is not False
-
-    @property
-    def score_prompt(self) -> bool:
-        """Whether the response also has log-probs of the prompt."""
-        return self.echo and self.logprobs
 
 
 def read_request(
@@ -196,13 +184,16 @@ def read_request(
     suffix: list[int] = []
     if isinstance(fields, ChatFields):
         messages = [message.for_template() for message in fields.messages]
-        prompts, texts = [_tokenized(policy, messages, "messages")], [""]  # no text: a chat has no `echo`
+        prompts = [_tokenized(policy, messages, "messages")]
         max_tokens = fields.max_completion_tokens or fields.max_tokens
     else:
-        prompts, texts = _prompts(fields.prompt, policy)
+        prompts = _prompts(fields.prompt, policy)
         suffix = _suffix_ids(fields, policy)
         max_tokens = fields.max_tokens
-        _check_logprobs(policy, fields, settings.get("temperature", getattr(defaults, "temperature", None)))
+        temperature = settings.get("temperature", getattr(defaults, "temperature", None))
+        if fields.logprobs is not None and (fields.logprobs > 1 or (fields.logprobs == 1 and temperature)):
+            chosen = f"logprobs={fields.logprobs}: the sampler records the log-prob of the chosen token only"
+            raise Refused(400, f"{chosen}; use 0, or 1 at temperature 0", "logprobs")
     longest = max(map(len, prompts)) + len(suffix)
     max_tokens = _checked_length(policy, longest, max_tokens, defaults.max_new_tokens, server)
     if (fields.diffusion_steps or 0) > server.max_tokens:
@@ -212,12 +203,11 @@ def read_request(
         sampler = _sampler(policy, settings, defaults, max_tokens)
     except ValueError as error:
         raise Refused(400, str(error)) from None
-    request = TextRequest(fields, prompts, suffix, texts, max_tokens, sampler)
-    rows = len(prompts) * ((fields.n if max_tokens else 0) + request.score_prompt)
+    rows = len(prompts) * fields.n
     if rows > server.max_waiting:
         count = f"{len(prompts)} prompts x n={fields.n} are {rows} completions"
         raise Refused(400, f"{count}; ask for {server.max_waiting}", "n")
-    return request
+    return TextRequest(fields, prompts, suffix, max_tokens, sampler)
 
 
 def _read_fields(model: type[CompletionFields] | type[ChatFields], data: bytes) -> CompletionFields | ChatFields:
@@ -255,13 +245,12 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _prompts(prompt: str | list[int] | list[str | list[int]], policy: Policy) -> tuple[list[list[int]], list[str]]:
-    """Return the token ids and the text of each prompt of a completions request."""
-    ids, texts = [], []
+def _prompts(prompt: str | list[int] | list[str | list[int]], policy: Policy) -> list[list[int]]:
+    """Return the token ids of each prompt of a completions request."""
+    ids = []
     for item in [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt:
         if isinstance(item, str):
             ids.append(_tokenized(policy, item, "prompt"))
-            texts.append(item)
             continue
         if not all(0 <= token < policy.vocab_size for token in item):
             raise Refused(400, f"prompt: token ids must lie in [0, {policy.vocab_size})", "prompt")
@@ -269,8 +258,7 @@ def _prompts(prompt: str | list[int] | list[str | list[int]], policy: Policy) ->
             mask = f"token {policy.spec.mask_id} is the mask token, which samplers fill in"
             raise Refused(400, f"prompt: {mask}; leave it out, or give the text after it as suffix", "prompt")
         ids.append(item)
-        texts.append(policy.tokenizer.decode(item))
-    return ids, texts
+    return ids
 
 
 def _suffix_ids(fields: CompletionFields, policy: Policy) -> list[int]:
@@ -293,27 +281,6 @@ def _tokenized(policy: Policy, prompt: Any, field: str) -> list[int]:
         return prompt_ids(policy, prompt)
     except ValueError as error:
         raise Refused(400, f"{field}: {error}", field) from None
-
-
-def _check_logprobs(policy: Policy, fields: CompletionFields, temperature: float | None) -> None:
-    """Raise Refused if `logprobs` needs log-probs that the sampler does not record."""
-    count = fields.logprobs
-    if fields.max_tokens == 0 and (count is None or not fields.echo):
-        raise Refused(400, "max_tokens=0 needs echo=true and logprobs=1, to score a prompt; use 1", "max_tokens")
-    if count is None:
-        return
-    if fields.echo and policy.spec.attention != "causal":
-        raise Refused(
-            400,
-            "echo with logprobs: the likelihood of a prompt under a diffusion model is an estimate, which this server "
-            "does not make; use `dllm-rl lm-eval --model dllm_rl`, or leave echo out",
-            "echo",
-        )
-    if count > 1 or (count == 1 and temperature):
-        advice = "use 0, or 1 at temperature 0"
-        raise Refused(
-            400, f"logprobs={count}: the sampler records the log-prob of the chosen token only; {advice}", "logprobs"
-        )
 
 
 def _checked_length(policy: Policy, longest: int, requested: int | None, default: int, server: ServerSettings) -> int:
@@ -348,7 +315,7 @@ def _sampler(policy: Policy, settings: dict[str, Any], defaults: Sampler, max_to
     rounded up, so that the tokens per step stay the same. An encoder-decoder model samples whole canvases:
     `max_new_tokens` is rounded up, and `choice` cuts off the surplus.
     """
-    length = max(1, max_tokens)
+    length = max_tokens
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
     settings = settings | {"max_new_tokens": length}
@@ -386,9 +353,6 @@ class Choice:
     trace: dict[str, Any] | None = None
 
 
-EMPTY = Choice("", [], [0], [], 0, is_ended=False)  # the completion of max_tokens=0
-
-
 def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     """Convert a rollout of one row to a choice.
 
@@ -424,15 +388,13 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     )
 
 
-def token_texts(
-    policy: Policy, ids: Sequence[int], text: str, *, skip_special_tokens: bool = True
-) -> tuple[list[str], list[int]]:
+def token_texts(policy: Policy, ids: Sequence[int], text: str) -> tuple[list[str], list[int]]:
     """Return each token's part of `text`, which is the text of `ids`; where each part begins; and where the last ends.
 
     A character of several tokens is the part of the last of them. A special token that `text` leaves out has its own
     name as text, and ends where it begins.
     """
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
     offsets = [0]
     # A token's text depends on its neighbors. It is therefore decoded after those tokens before it, from `start` to
     # `end`, whose text (`context`) is known to end at a character of `text`.
@@ -456,31 +418,20 @@ def token_texts(
     return parts, offsets
 
 
-def response(
-    policy: Policy, request: TextRequest, completions: Sequence[Choice], scores: Sequence[PromptScores]
-) -> dict[str, Any]:
-    """Return the fields `choices` and `usage` of a response.
-
-    Args:
-        policy: Policy with the tokenizer.
-        request: The request.
-        completions: The completions, `n` per prompt.
-        scores: Log-probs of each prompt; empty if not requested.
-    """
+def response(request: TextRequest, completions: Sequence[Choice]) -> dict[str, Any]:
+    """Return the fields `choices` and `usage` of a response with these completions, `n` per prompt."""
     choices = []
     for index, completion in enumerate(completions):
         reason = "stop" if completion.is_ended else "length"
-        prompt_index = index // request.fields.n
         fields: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if request.is_chat:
             fields["message"] = {"role": "assistant", "content": completion.text}
             if request.logprobs:
                 fields["logprobs"] = {"content": _chat_logprobs(completion)}
         else:
-            fields["text"] = (request.texts[prompt_index] if request.echo else "") + completion.text
+            fields["text"] = completion.text
             if request.logprobs:
-                prompt_scores = scores[prompt_index] if scores else None
-                fields["logprobs"] = _logprobs(policy, completion, request, prompt_index, prompt_scores)
+                fields["logprobs"] = _logprobs(completion)
         if request.fields.trace:
             fields["trace"] = completion.trace
         choices.append(fields)
@@ -504,30 +455,15 @@ def _chat_logprobs(completion: Choice) -> list[dict[str, Any]]:
     return entries
 
 
-def _logprobs(
-    policy: Policy, completion: Choice, request: TextRequest, prompt_index: int, scores: PromptScores | None
-) -> dict[str, Any]:
-    """Return the log-probs of a completion, preceded by those of its prompt if `scores` has them."""
+def _logprobs(completion: Choice) -> dict[str, Any]:
     tokens, values = completion.tokens, completion.logprobs
     tops = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
-    start = len(request.texts[prompt_index]) if request.echo else 0
-    offsets = [start + offset for offset in completion.offsets[:-1]]
-    if scores is not None:
-        ids = request.prompts[prompt_index]
-        prompt_tokens, prompt_offsets = token_texts(
-            policy, ids, policy.tokenizer.decode(ids), skip_special_tokens=False
-        )
-        prompt_tops: list[dict[str, float] | None] = []
-        for token_id, token, value, best in zip(ids, prompt_tokens, scores.logprobs, scores.best, strict=True):
-            if value is None or best is None:
-                prompt_tops.append(None)
-                continue
-            best_token = token if best[0] == token_id else policy.tokenizer.decode([best[0]])
-            # The most likely token overwrites the prompt's token if both have the same text.
-            prompt_tops.append({token: value, best_token: best[1]})
-        tokens, values, tops = prompt_tokens + tokens, scores.logprobs + values, prompt_tops + tops
-        offsets = prompt_offsets[:-1] + offsets
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": completion.offsets[:-1],
+    }
 
 
 def events(complete: dict[str, Any], request: TextRequest) -> list[str]:

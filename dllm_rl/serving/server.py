@@ -21,22 +21,8 @@ import torch
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.screen import escape_controls, line_of
-from dllm_rl.serving.batching import (
-    Batcher,
-    CompletionJob,
-    Job,
-    PolicyCall,
-    Refused,
-    score_prompt,
-)
-from dllm_rl.serving.openai_api import (
-    EMPTY,
-    choice,
-    events,
-    read_request,
-    response,
-)
-from dllm_rl.serving.page import HEADERS, PAGE
+from dllm_rl.serving.batching import Batcher, CompletionJob, Job, PolicyCall, Refused
+from dllm_rl.serving.openai_api import choice, events, read_request, response
 from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.serving.updates import Lease, compute_logits, sample_rollout, update_weights
 
@@ -55,7 +41,7 @@ MAX_ENGINE_BODY_BYTES = 2**28  # largest body of a request for /rollouts or /log
 MAX_WEIGHTS_HEADER_BYTES = 2**24  # a body for /weights may be this much larger than the weights in fp32
 SPARE_REQUESTS = 64  # requests that may be open in addition to a full queue
 CHAT_PATH = "/v1/chat/completions"
-PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing about the model
+HEALTH_PATH = "/health"  # needs no token, because it reveals nothing about the model
 
 
 def error_response(refused: Refused) -> Response:
@@ -82,7 +68,7 @@ def check_access(request: Request, settings: ServerSettings) -> None:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if not is_local(name.strip("[]")):  # DNS rebinding: a web page whose host name resolves to this machine
             raise Refused(403, "without a token only requests to localhost are answered; give the server a token")
-    elif path not in PUBLIC_PATHS:
+    elif path != HEALTH_PATH:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), settings.token.encode()):
             raise Refused(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
@@ -145,11 +131,7 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
     for kind in (Refused, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
 
-    @app.get("/")
-    async def page() -> Response:
-        return Response(PAGE, headers=HEADERS, media_type="text/html")
-
-    @app.get("/health")
+    @app.get(HEALTH_PATH)
     async def health() -> Response:
         return json_response({"status": "ok"})
 
@@ -234,24 +216,18 @@ async def _answer(request: Request, batcher: Batcher, settings: ServerSettings, 
     key = (settings.seed, "request", number) if parsed.fields.seed is None else (parsed.fields.seed,)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.fields.n)]
     seeds = row_seeds(generator_for(*key), len(prompts)).tolist()  # as `dllm-rl sample` draws them
-    jobs: list[Job] = []
-    if parsed.max_tokens:
-        pairs = zip(prompts, seeds, strict=True)
-        jobs += [CompletionJob(ids, seed, parsed.sampler, parsed.suffix) for ids, seed in pairs]
-    num_completions = len(jobs)
-    if parsed.score_prompt:
-        jobs += [PolicyCall(partial(score_prompt, ids=ids)) for ids in parsed.prompts]
-    results = await run_jobs(request, batcher, jobs, settings.timeout)
+    pairs = zip(prompts, seeds, strict=True)
+    jobs = [CompletionJob(ids, seed, parsed.sampler, parsed.suffix) for ids, seed in pairs]
+    rollouts = await run_jobs(request, batcher, jobs, settings.timeout)
 
-    choices = [choice(policy, rollout, parsed) for rollout in results[:num_completions]] or [EMPTY] * len(prompts)
-    versions = sorted({result.weights_version for result in results})  # several if an update came between two batches
+    versions = sorted({rollout.weights_version for rollout in rollouts})  # several if an update came between batches
     complete = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{number}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": settings.name,
         "system_fingerprint": f"weights_version={','.join(map(str, versions))}",
-        **response(policy, parsed, choices, results[num_completions:]),
+        **response(parsed, [choice(policy, rollout, parsed) for rollout in rollouts]),
     }
     if not parsed.fields.stream:
         return json_response(complete)

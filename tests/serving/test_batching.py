@@ -9,16 +9,13 @@ import torch
 from servers import causal, diffusion, held
 
 from dllm_rl.decoding.tokens import completion_token_ids
-from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import Autoregress, Unmask, sampler_for
 from dllm_rl.serving.batching import (
-    SCORE_CHUNK,
     Batcher,
     CompletionJob,
     PolicyCall,
     Refused,
     sample_rows,
-    score_prompt,
 )
 
 SAMPLERS = {kind: kind(max_new_tokens=6, temperature=1.0) for kind in (Unmask, Autoregress)}
@@ -214,27 +211,3 @@ def test_an_idle_thread_holds_no_batch(make):
         gc.collect()
         time.sleep(0.05)
     assert rollout() is None
-
-
-@pytest.fixture(scope="module")
-def long_causal():
-    return tiny_llama(
-        causal=True, characters="0123456789+=", hidden_size=32, num_layers=1, head_std=0.3, max_length=600
-    )
-
-
-@pytest.mark.parametrize("beyond", [0, 1, 2, 3])
-@pytest.mark.parametrize("chunks", [0, 1, 2])
-def test_every_token_of_a_prompt_is_scored_whatever_its_last_chunk(long_causal, chunks, beyond):
-    """Against the model of transformers. The last chunk has 255, 256, 1 or 2 tokens; the first token has none."""
-    length = max(1, chunks * SCORE_CHUNK + beyond)
-    ids = torch.randint(3, 15, (length,), generator=torch.Generator().manual_seed(length))
-    scores = score_prompt(long_causal, ids.tolist())
-    with torch.no_grad():
-        expected = long_causal.module(ids[None]).logits[0, :-1].log_softmax(-1)
-    assert len(scores.logprobs) == len(scores.best) == length and scores.logprobs[0] is scores.best[0] is None
-    chosen = expected.gather(-1, ids[1:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(scores.logprobs[1:]), chosen, rtol=1e-4, atol=1e-5)
-    best = torch.tensor([logprob for _, logprob in scores.best[1:]])
-    torch.testing.assert_close(best, expected.amax(-1), rtol=1e-4, atol=1e-5)
-    assert [token for token, _ in scores.best[1:]] == expected.argmax(-1).tolist()

@@ -98,8 +98,6 @@ def test_openais_client_completes(client, policy):
         ends = choice.logprobs.tokens[-1] == "<eos>"
         assert "".join(choice.logprobs.tokens) == choice.text + "<eos>" * ends
         assert all(value <= 0 for value in choice.logprobs.token_logprobs)
-    echoed = client.completions.create(model="tiny", prompt="1+2=", max_tokens=5, echo=True)
-    assert echoed.choices[0].text.startswith("1+2=")
 
 
 def test_openais_client_chats_with_the_template_of_the_tokenizer(client, server):
@@ -173,72 +171,6 @@ def test_a_trace_is_one_that_check_trace_accepts(policy, server, tmp_path, strea
     assert not report.differs and not report.faults
 
 
-def test_a_causal_models_prompt_is_scored_as_its_logits_say(causal_server):
-    policy = causal_server.batcher.policy
-    answer = causal_server.complete("1+2=3", max_tokens=1, echo=True, logprobs=1)
-    found = answer["choices"][0]["logprobs"]
-    ids = torch.tensor([policy.tokenizer.encode("1+2=3", add_special_tokens=False)])
-    with torch.no_grad():
-        scores = policy.logits(ids, torch.ones_like(ids, dtype=torch.bool))[0].log_softmax(-1)
-    by_hand = [scores[i, ids[0, i]].item() for i in range(1, 5)]
-    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
-    torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:5]), torch.tensor(by_hand))
-    for place in range(1, 5):
-        best = policy.tokenizer.decode([int(scores[place].argmax())])
-        assert max(found["top_logprobs"][place], key=found["top_logprobs"][place].get) == best
-    assert found["tokens"][:5] == [*"1+2=3"] and found["text_offset"] == [*range(len(found["tokens"]))]
-    assert answer["choices"][0]["text"].startswith("1+2=3")
-
-
-def test_a_scored_prompt_is_followed_by_one_token_also_if_that_is_the_end():
-    """lm-eval cuts the last log-prob off, as that of the one token that it has to ask for."""
-    policy = causal()
-    only_end = tuple(i for i in range(policy.vocab_size) if i not in policy.spec.eos_ids)
-    with running(policy, {"suppress": only_end}) as server:
-        answer = server.complete("1+2=3", max_tokens=1, echo=True, logprobs=1)
-    found = answer["choices"][0]["logprobs"]
-    assert found["tokens"] == [*"1+2=3", "<eos>"] and found["token_logprobs"][1:-1] != [0] * 4
-    assert {len(values) for values in found.values()} == {6} and answer["choices"][0]["text"] == "1+2=3"
-
-
-@pytest.mark.parametrize("size", [2, 63, 64])
-def test_a_prompt_is_scored_without_a_completion_up_to_the_models_full_length(causal_server, size):
-    prompt = ("1+2=3" * 13)[:size]
-    fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
-    answer = causal_server.complete([prompt, "4+5="], n=2, **fields)
-    assert [choice["text"] for choice in answer["choices"]] == [prompt, prompt, "4+5=", "4+5="]
-    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
-    assert answer["usage"] == {"prompt_tokens": size + 4, "completion_tokens": 0, "total_tokens": size + 4}
-    found = answer["choices"][0]["logprobs"]
-    assert found["tokens"] == [*prompt] and found["text_offset"] == [*range(size)]
-    if size < 64:
-        longer = causal_server.complete(prompt, max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
-        assert longer["token_logprobs"][:-1] == found["token_logprobs"]
-    for fields["max_tokens"], too_long in ((1, "1" * 64), (0, "1" * 65)):
-        status, refused = causal_server.ask("/v1/completions", {"prompt": too_long, **fields})
-        assert status == 400 and "exceed the model's 64 positions" in refused["error"]["message"]
-
-
-def test_a_prompt_of_ids_keeps_its_special_tokens_in_text_and_offsets(causal_server):
-    answer = causal_server.complete([4, 2, 5, 0], max_tokens=0, echo=True, logprobs=0)
-    (choice,) = answer["choices"]
-    assert choice["text"] == "1<eos>2<pad>"
-    assert choice["logprobs"]["tokens"] == ["1", "<eos>", "2", "<pad>"]
-    assert choice["logprobs"]["text_offset"] == [0, 1, 6, 7]
-
-
-def test_exact_batches_hold_for_scored_prompts_of_other_lengths():
-    prompts = ["1", "123456789012", "12=3", "4+5="]
-    with running(causal(), {"max_new_tokens": 6}, batcher={"exact_batches": True}) as server:
-        settings = {"echo": True, "logprobs": 0, "temperature": 1.0, "seed": 5}
-        together = server.complete(prompts, **settings)["choices"]
-        assert server.complete(prompts[0], **settings)["choices"][0]["logprobs"] == together[0]["logprobs"]
-        plain = server.complete(prompts, **settings | {"echo": False})["choices"]
-    for prompt, scored, unscored in zip(prompts, together, plain, strict=True):
-        written = scored["logprobs"]["token_logprobs"][len(prompt) :]
-        assert written == unscored["logprobs"]["token_logprobs"]
-
-
 def test_special_tokens_have_no_place_in_the_text(policy):
     """A completion with padding in it: its texts leave that out, and so do offsets and the cut at a stop text."""
     with running(policy, {"max_new_tokens": 10, "temperature": 1.5}) as server:
@@ -289,7 +221,7 @@ def made(name, **settings):
         ({"prompt": "1" * 80}, 400, "prompt", "exceed the model's 64 positions"),
         ({"max_tokens": 62}, 400, "max_tokens", "exceed the model's 64 positions; shorten them"),
         ({"max_tokens": 50}, 400, "max_tokens", "max_tokens=50 is above the server's 40"),
-        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 needs echo=true and logprobs=1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 should be greater than or equal to 1"),
         ({"max_tokens": True}, 400, "max_tokens", "max_tokens=true should be a valid integer"),
         ({"temperature": "hot"}, 400, "temperature", 'temperature="hot" should be a valid number'),
         ({"temperature": -1}, 400, "temperature", "temperature=-1 should be greater than or equal to 0"),
@@ -315,7 +247,7 @@ def made(name, **settings):
         ),
         ({"logprobs": 5}, 400, "logprobs", "records the log-prob of the chosen token only; use 0"),
         ({"logprobs": 1, "temperature": 1}, 400, "logprobs", "use 0, or 1 at temperature 0"),
-        ({"logprobs": 1, "echo": True}, 400, "echo", "the likelihood of a prompt under a diffusion model"),
+        ({"echo": True}, 400, "echo", "echo=true is not supported by this server; leave it out"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", 'logit_bias={"5": 1} is not supported by this server'),
         ({"suffix": 3}, 400, "suffix", "suffix=3 should be a valid string"),
         ({"suffix": "word"}, 400, "suffix", "cannot be tokenized"),
@@ -447,8 +379,6 @@ def test_openais_client_inserts_text(client):
     fields = {"model": "tiny", "prompt": ["1+", "12"], "suffix": "=3", "max_tokens": 4, "n": 3, "temperature": 1}
     answer = client.completions.create(**fields, seed=3)
     assert len({choice.text for choice in answer.choices}) > 1
-    echoed = client.completions.create(**fields, seed=3, echo=True)
-    assert echoed.choices[0].text == "1+" + answer.choices[0].text
     other = client.completions.create(**fields | {"suffix": "=9"}, seed=3)
     assert [choice.text for choice in other.choices] != [choice.text for choice in answer.choices]
 
@@ -472,6 +402,7 @@ def test_harmless_fields_and_nulls_change_nothing(server):
         user="me",
         logit_bias={},
         suffix=None,
+        echo=False,
         frequency_penalty=0.0,
         tools=None,
         best_of=1,

@@ -1,7 +1,6 @@
 """Access and limits: who is refused, how soon, and in which words."""
 
 import json
-import re
 import socket
 import threading
 import time
@@ -66,13 +65,6 @@ def test_without_a_token_only_this_machine_is_answered():
         assert status == 403 and "only requests to localhost are answered" in answer["error"]["message"]
         status, answer = server.ask("/v1/completions", {"prompt": "1"}, headers={"Content-Type": "text/plain"})
         assert status == 415 and "send application/json" in answer["error"]["message"]
-
-
-def test_the_page_for_a_browser_asks_this_server_only(guarded):
-    answer = guarded.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode()
-    head, _, page = answer.partition("\r\n\r\n")
-    assert "200 OK" in head and "connect-src 'self'" in head and "<textarea" in page
-    assert not re.search(r"https?://|innerHTML|src=", page)
 
 
 def test_weights_need_a_server_that_allows_updates(guarded):
@@ -170,11 +162,8 @@ def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch):
         release.set()
 
 
-@pytest.mark.parametrize(
-    ("body", "jobs"), [('{"prompt": "1"}', 1), ('{"prompt": ["1", "2"], "n": 3, "echo": true, "logprobs": 0}', 8)]
-)
+@pytest.mark.parametrize(("body", "jobs"), [('{"prompt": "1"}', 1), ('{"prompt": ["1", "2"], "n": 3}', 6)])
 def test_a_client_that_leaves_takes_its_place_with_it(body, jobs):
-    """Also one whose prompts are scored: two prompts, three completions of each, and two scores."""
     with running(causal()) as server:
         with held(server.batcher):
             with socket.create_connection(("127.0.0.1", server.port)) as connection:

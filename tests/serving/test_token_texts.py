@@ -142,9 +142,9 @@ def answer_of(policy, ids, **fields):
         tokens, tokens >= 0, steps >= 0, steps, -torch.arange(len(ids))[None] / 10, group=torch.arange(len(tokens))
     )
     request = TextRequest(
-        CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], ["q"], len(ids), Unmask(max_new_tokens=len(ids))
+        CompletionFields(prompt="q", logprobs=0, **fields), [[5]], [], len(ids), Unmask(max_new_tokens=len(ids))
     )
-    return response(policy, request, [choice(policy, rollout, request)], [])["choices"][0]
+    return response(request, [choice(policy, rollout, request)])["choices"][0]
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_tokens_before_a_stop_text_are_those_of_the_text(bytelevel, text, st
     assert found["token_logprobs"] == pytest.approx([-(place + 1) / 10 for place in range(kept)])
 
 
-def test_a_completion_after_an_echoed_prompt_begins_at_the_prompts_end(bytelevel):
-    answer = answer_of(bytelevel, [5, *byte_ids(bytelevel, "\u00e95".encode()), 2], echo=True)
-    assert answer["text"] == "q\u00e95"
+def test_offsets_count_from_the_completion(bytelevel):
+    answer = answer_of(bytelevel, [5, *byte_ids(bytelevel, "\u00e95".encode()), 2])
+    assert answer["text"] == "\u00e95"
     assert answer["logprobs"]["tokens"] == ["", "\u00e9", "5", "<eos>"]
-    assert answer["logprobs"]["text_offset"] == [1, 1, 2, 3]
+    assert answer["logprobs"]["text_offset"] == [0, 0, 1, 2]
