@@ -1,4 +1,4 @@
-"""Check a trace: replay it under a policy, compare the log-probs, and find what explains a difference.
+"""Check a trace: replay it under a policy, and compare the log-probs.
 
 In this file, d = recorded - replayed log-prob of a token, in nats. docs/engines.md describes the command.
 """
@@ -13,27 +13,17 @@ from rich.table import Table
 from torch import Generator, Tensor
 
 from dllm_rl.diagnostics.traces import has_logprobs
-from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory, recorded
+from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import process
 from dllm_rl.samplers.choose import rank_and_draw
 from dllm_rl.samplers.rules import DETERMINISTIC, Rank
 from dllm_rl.screen import NARROW, literal
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types import Rollout
 
 MAX_PARTS = 6  # rows of the table for steps, and for positions; each is a range
-MAX_TOKENS = 1024  # tokens that explanations are fitted on, at most
-MAX_LOGITS = 2**25  # elements of these tokens' logits, at most
-MIN_TOKENS = 4  # no explanation is fitted on fewer tokens
-# An explanation fits if the mean |d| that it leaves is at most FITS times the mean |d| of the trace, and at most
-# max(bound, SMALL).
-FITS = 0.25
-SMALL = 1e-3  # nats
-# Values to try.
-TOP_K = (*range(1, 11), 16, 20, 32, 40, 50, 64, 100, 128, 256, 512, 1000)
-TOP_P = (*(i / 20 for i in range(1, 20)), 0.975, 0.99, 0.995)  # besides one that the largest d implies
 CHECKS = ("steps", "block", "mask", "order")
+CAUSES = "other weights (stale, quantized), tokens, temperature, top_k or top_p, or of a neighboring position"
 
 
 @dataclass(frozen=True)
@@ -56,15 +46,6 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """A possible cause of the differences. `mean_abs` is the mean |d| in nats that remains if it is the cause."""
-
-    kind: str
-    setting: str
-    mean_abs: float
-
-
-@dataclass(frozen=True)
 class TraceReport:
     """The result of `check_trace`.
 
@@ -75,7 +56,6 @@ class TraceReport:
         total: Differences of all compared tokens. NaN if there is nothing to compare.
         parts: Differences by step, and by position in the completion.
         faults: What is impossible in the trace, by kind: steps, block, mask, order or nonfinite.
-        explanations: Fitted explanations, if the mean |d| is above the bound; the one that leaves least comes first.
         unchecked: Kinds of faults that were not checked, and why.
     """
 
@@ -85,25 +65,12 @@ class TraceReport:
     total: Part
     parts: tuple[Part, ...] = ()
     faults: tuple[Fault, ...] = ()
-    explanations: tuple[Explanation, ...] = ()
     unchecked: tuple[tuple[str, str], ...] = ()
 
     @property
     def differs(self) -> bool:
         """Whether the mean |d| is above the bound. False without log-probs to compare."""
         return self.total.mean_abs > self.bound
-
-    @property
-    def cause(self) -> str | None:
-        """The kind of the best explanation: temperature, filters, shift or, if none fits, weights. None: no cause."""
-        if not self.differs:
-            return None
-        best = self.explanations[0] if self.explanations else None
-        return best.kind if best is not None and self.fits(best) else "weights"
-
-    def fits(self, explanation: Explanation) -> bool:
-        """Return whether an explanation leaves so little difference that it can be the cause."""
-        return explanation.mean_abs <= min(FITS * self.total.mean_abs, max(self.bound, SMALL))
 
     @property
     def ok(self) -> bool:
@@ -114,25 +81,12 @@ class TraceReport:
         """The result of the check in one line."""
         findings = [f"{fault.kind}: {fault.text}" for fault in self.faults]
         if self.differs:
-            size = f"mean |d| {self.total.mean_abs:.3g} nats"
-            if self.cause == "weights":
-                why = "other weights (stale, quantized) or other tokens; no temperature, filter or shift explains them"
-            else:
-                best = self.explanations[0]
-                why = f"{EXPLAINED[best.kind].format(best.setting)}, which leaves {best.mean_abs:.2g}"
-            findings.append(f"{self.cause}: {size}: {why}")
+            findings.append(f"logprobs: mean |d| {self.total.mean_abs:.3g} nats, above {self.bound:g}: {CAUSES}")
         elif self.total.num_tokens:
             findings.append(f"log-probs agree: mean |d| {self.total.mean_abs:.2g} nats, bound {self.bound:g}")
         else:
             findings.append("log-probs were not compared")
         return "; ".join(findings)
-
-
-EXPLAINED = {
-    "temperature": "the log-probs are those of temperature {}",
-    "filters": "the log-probs are those of {}",
-    "shift": "the log-probs stand {}",
-}
 
 
 @torch.no_grad()
@@ -142,7 +96,7 @@ def check_trace(
     """Replay a trace under a policy; report whether its steps are possible and whether its log-probs are the policy's.
 
     Call it for a trace of an engine (`read_trace`) before you train on its rollouts. It computes one forward per step,
-    and a second one to check the order of a deterministic rank, or to explain a difference.
+    and a second one to check the order of a deterministic rank.
 
     Args:
         policy: Policy with the weights that sampled.
@@ -175,19 +129,15 @@ def check_trace(
 
 
 def replayed(
-    policy: Policy, rollout: Rollout, *, include_order: bool = True, micro_batch_size: int | None = None
+    policy: Policy, rollout: Rollout, *, micro_batch_size: int | None = None
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return each position's log-prob as the rollout recorded it, and as a replay under the policy gives it, in nats.
 
-    If the rollout has the log-prob of its order, both include it, unless `include_order` is False.
+    If the rollout has the log-prob of its order, both include it.
     """
-    exact = _exact_estimator(policy, include_order=include_order)
+    exact = Causal() if policy.spec.attention == "causal" else Trajectory()
     views = exact.draw_views(rollout, Generator().manual_seed(0))
     return recorded(rollout, views), exact.logprobs(policy, rollout, views, micro_batch_size=micro_batch_size)
-
-
-def _exact_estimator(policy: Policy, *, include_order: bool) -> LikelihoodEstimator:
-    return Causal() if policy.spec.attention == "causal" else Trajectory(include_order=include_order)
 
 
 def _check_fits(policy: Policy, rollout: Rollout) -> None:
@@ -342,7 +292,7 @@ def _compare(
     has_policy_order: Bool[Tensor, " B"],
     micro_batch_size: int | None,
 ) -> TraceReport:
-    """Add to a report the differences of the log-probs, by step and position, and what explains them.
+    """Add to a report the differences of the log-probs, by step and position.
 
     Rows outside of `has_policy_order` were written in another order than the policy's. If the log-probs of the other
     rows agree, these rows are faulty, and are left out. If they do not agree, other weights may have changed the order
@@ -359,16 +309,7 @@ def _compare(
     step = rollout.unmask_step if policy.spec.attention != "causal" else torch.full_like(rollout.unmask_step, -1)
     position = rollout.completion_mask.long().cumsum(-1) - 1
     parts = [*_parts("step", step, difference, mask), *_parts("position", position, difference, mask)]
-    report = replace(report, total=_part("all", difference[mask]), parts=tuple(parts))
-    rewrites = rollout.events is not None or rollout.renoised is not None
-    if not report.differs or report.total.num_tokens < MIN_TOKENS or rewrites:
-        return report
-    if rollout.order is not None and rollout.order.logprobs is not None:
-        # Explanations are about the tokens' log-probs, without that of the order.
-        record, model = replayed(policy, rollout, include_order=False, micro_batch_size=micro_batch_size)
-    explanations = _shifts(record, model, mask)
-    explanations += _explain(policy, rollout, mask, micro_batch_size)
-    return replace(report, explanations=tuple(sorted(explanations, key=lambda explanation: explanation.mean_abs)))
+    return replace(report, total=_part("all", difference[mask]), parts=tuple(parts))
 
 
 def _part(name: str, difference: Float[Tensor, " N"]) -> Part:
@@ -394,79 +335,8 @@ def _parts(
     return [part for part in parts if part.num_tokens]
 
 
-def _shifts(record: Float[Tensor, "B T"], model: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> list[Explanation]:
-    """Return two explanations: each log-prob is stored one position too late, or one position too early."""
-    explanations = []
-    for offset, setting in ((1, "one position too late"), (-1, "one position too early")):
-        has_both = mask & mask.roll(-offset, -1)
-        has_both[:, -1 if offset == 1 else 0] = False  # a roll wraps around
-        if has_both.any():
-            remainder = (record.roll(-offset, -1) - model)[has_both].abs().mean().item()
-            explanations.append(Explanation("shift", setting, remainder))
-    return explanations
-
-
-def _explain(
-    policy: Policy, rollout: Rollout, mask: Bool[Tensor, "B T"], micro_batch_size: int | None
-) -> list[Explanation]:
-    """Return the best temperature and the best filters, fitted on tokens that are spread evenly over the trace."""
-    limit = min(MAX_TOKENS, max(MIN_TOKENS, MAX_LOGITS // policy.vocab_size))
-    chosen = mask.flatten().nonzero()[:, 0]
-    chosen = chosen[:: -(-len(chosen) // limit)]
-    is_chosen = torch.zeros_like(mask).flatten().index_fill(0, chosen, True).view(mask.shape)
-    views = _exact_estimator(policy, include_order=False).draw_views(rollout, Generator().manual_seed(0))
-    logits, tokens, record = [], [], []
-    for chunk in row_chunks(rollout, views, micro_batch_size):
-        part = chunk.rollout
-        for view in each_view(chunk.views):
-            states = view.run(policy, part, view.scored & is_chosen[chunk.rows][:, chunk.columns])
-            if states is not None:
-                logits.append(policy.head(states.states).float())
-                tokens.append(states.tokens)
-                record.append(part.logprobs.flatten()[states.plan.flat_index])
-    return _fitted(torch.cat(logits), torch.cat(tokens), torch.cat(record), rollout.sampling_params)
-
-
-def _fitted(
-    logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], record: Float[Tensor, " N"], params: SamplingParams
-) -> list[Explanation]:
-    """Return the best temperature, the best top-k without top-p, and the best top-p without top-k.
-
-    If the trace records a filter, the only other filters to try are none. A filter that would have removed a sampled
-    token explains nothing.
-    """
-
-    def difference(tried: SamplingParams, always_keep: Tensor | None = None) -> Float[Tensor, " N"]:
-        logprobs = process(logits, tried, always_keep).log_softmax(-1)
-        return record - logprobs.gather(-1, tokens[:, None])[:, 0]
-
-    def of_temperature(log_temperature: float) -> float:
-        tried = replace(params, temperature=math.exp(log_temperature))
-        return difference(tried, tokens).abs().mean().item()
-
-    low, high = math.log(0.05), math.log(20)
-    for _ in range(4):  # finer grids around the best temperature; the last has steps of 0.0001
-        grid = torch.linspace(low, high, 31, dtype=torch.float64).tolist()
-        best = min(grid, key=of_temperature)
-        low, high = best - (grid[1] - grid[0]), best + (grid[1] - grid[0])
-    fitted = [Explanation("temperature", f"{math.exp(best):.3g}", of_temperature(best))]
-    if params.filters:
-        left = difference(replace(params, top_k=None, top_p=None)).abs().mean().item()
-        return [*fitted, Explanation("filters", "the distribution before the recorded filters", left)]
-    # A filter divides the probability of the tokens that it keeps by their total probability, which is at least top_p.
-    largest = difference(params).max().item()
-    implied_top_p = max(math.exp(-max(largest, 0.0)) * (1 - 1e-6), 1e-6)
-    top_ks = [(f"top_k={k}", replace(params, top_k=k)) for k in TOP_K]
-    top_ps = [(f"top_p={p:.4g}", replace(params, top_p=p)) for p in (*TOP_P, implied_top_p)]
-    for filters in (top_ks, top_ps):
-        left, name = min((difference(tried).abs().mean().item(), name) for name, tried in filters)
-        if math.isfinite(left):
-            fitted.append(Explanation("filters", name, left))
-    return fitted
-
-
 def report_table(report: TraceReport) -> Table:
-    """Return the report as a table: the log-probs, what was tried to explain them, and the checks of the steps."""
+    """Return the report as a table: the log-probs, and the checks of the steps."""
     title = f"trace of {report.num_rows} rows, {report.num_compared} replayed; d = recorded - replayed, nats"
     table = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
     table.add_column("what", no_wrap=True)
@@ -480,11 +350,6 @@ def report_table(report: TraceReport) -> Table:
             finding = f"above {report.bound:g}" if report.differs else f"within {report.bound:g}"
             finding = finding if part.num_tokens else "not compared"
         table.add_row(literal(part.name), str(part.num_tokens), *numbers, finding)
-    for explanation in report.explanations:
-        finding = f"{'explains' if report.fits(explanation) else 'does not explain'} it: {explanation.setting}"
-        table.add_row(explanation.kind, "", f"{explanation.mean_abs:.2e}", "", literal(finding))
-    if report.cause == "weights":
-        table.add_row("weights", "", "", "", "other weights or other tokens: nothing above explains it")
     for kind in (*CHECKS, "nonfinite"):
         faults = [fault for fault in report.faults if fault.kind == kind]
         why = dict(report.unchecked).get(kind)
@@ -497,7 +362,7 @@ def report_table(report: TraceReport) -> Table:
 
 def as_json(report: TraceReport) -> dict[str, Any]:
     """Return the report as a JSON object; the mean and largest |d| of no tokens are null."""
-    values = asdict(report) | {"cause": report.cause, "ok": report.ok, "verdict": report.verdict}
+    values = asdict(report) | {"ok": report.ok, "verdict": report.verdict}
     if not report.total.num_tokens:  # JSON has no NaN
         values["total"] |= {"mean_abs": None, "max_abs": None}
     return values

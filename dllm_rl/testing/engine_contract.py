@@ -86,9 +86,8 @@ def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
     assert rollout.weights_version == learner.weights_version, f"{versions}: load and sync must pass it on"
     report = check_trace(learner, rollout, bound=bound)
     mean = report.total.mean_abs
-    why = report.verdict if report.differs else "are they of other tokens, at another temperature, of other weights?"
     # A NaN fails this assertion too.
-    assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {why}"
+    assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {report.verdict}"
     # Faults of the order are no error: kernels that round differently may choose another order.
     faults = [f"{fault.kind}: {fault.text}" for fault in report.faults if fault.kind != "order"]
     assert not faults, f"the record is impossible: {'; '.join(faults)}"

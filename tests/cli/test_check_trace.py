@@ -39,14 +39,14 @@ def test_a_clean_trace_ends_with_0_and_another_temperature_with_1(folder, capsys
     assert "trace of 4 rows, 4 replayed" in shown and "log-probs agree" in shown and "positions" not in shown.split()
     assert run(folder, "other.jsonl") == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "explains it: 0.7" in shown and "the log-probs are those of temperature 0.7" in shown
-    assert run(folder, "other.jsonl", "--temperature", "0.7") == 0  # the setting that was found
+    assert "above 0.02" in shown and "other weights (stale, quantized), tokens, temperature" in shown
+    assert run(folder, "other.jsonl", "--temperature", "0.7") == 0  # the one that sampled
 
 
 def test_the_report_as_json(folder, capsys):
     assert run(folder, "other.jsonl", "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["cause"] == "temperature" and not found["ok"] and found["total"]["num_tokens"] == 24
+    assert found["verdict"].startswith("logprobs: ") and not found["ok"] and found["total"]["num_tokens"] == 24
     assert [part["name"] for part in found["parts"]][:3] == ["step 0", "step 1", "step 2"]
     assert run(folder, "other.jsonl", "--bound", "9") == 0
 
