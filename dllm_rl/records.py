@@ -136,8 +136,13 @@ class Record:
 
     @classmethod
     def convert(cls, value: Any) -> Any:
-        """Return the record that another value stands for, such as a plain function; None if it is no such value."""
-        return None
+        """Return the record that another value stands for; None if it is no such value.
+
+        A function stands for the `FunctionRecord` among the subclasses, if there is one.
+        """
+        wrapper = next((kind for kind in cls.__subclasses__() if issubclass(kind, FunctionRecord)), None)
+        is_function = callable(value) and not isinstance(value, Record)
+        return wrapper(function=value) if wrapper is not None and is_function else None
 
     def replace(self: SelfRecord, **changes: Any) -> SelfRecord:
         """Return a copy with other values of some fields."""
@@ -145,6 +150,21 @@ class Record:
 
     def __repr__(self) -> str:
         return _format_call(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
+
+
+class FunctionRecord(Record):
+    """Base of a record that a plain function stands for. A call of the record calls the function.
+
+    Derive from it and from the record's own base, as `FunctionLoss` does.
+
+    Args:
+        function: Function to call.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **keywords)
 
 
 _type_hints = functools.cache(typing.get_type_hints)

@@ -6,14 +6,13 @@ docs/methods.md explains the tags [paper] and [digest].
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.records import Record, option
+from dllm_rl.records import FunctionRecord, Record, option
 from dllm_rl.types import group_numbers
 
 
@@ -36,12 +35,8 @@ class Advantages(Record):
         """
         raise TypeError(f"{type(self).__name__} must define __call__(rewards, group)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "Advantages | None":
-        return FunctionAdvantages(function=value) if callable(value) else None
 
-
-class FunctionAdvantages(Advantages):
+class FunctionAdvantages(FunctionRecord, Advantages):
     """Advantages that a function computes.
 
     Args:
@@ -49,17 +44,12 @@ class FunctionAdvantages(Advantages):
             has a parameter `parts`.
     """
 
-    function: Callable[..., Any]
-
     @property
     def takes_component_rewards(self) -> bool:
         try:
             return "parts" in inspect.signature(self.function).parameters
         except ValueError:  # a function of C without a signature
             return False
-
-    def __call__(self, *arguments: Any, **parts: Any) -> Tensor:
-        return self.function(*arguments, **parts)
 
 
 class GroupRelative(Advantages):

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.records import Record, fit, option
+from dllm_rl.records import FunctionRecord, Record, fit, option
 from dllm_rl.types import Batch, group_numbers
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
@@ -52,12 +52,8 @@ class Loss(Record):
         """
         raise TypeError(f"{type(self).__name__} must define __call__(log_ratio, advantages, mask)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "Loss | None":
-        return FunctionLoss(function=value) if callable(value) else None
 
-
-class FunctionLoss(Loss):
+class FunctionLoss(FunctionRecord, Loss):
     """A loss that a function computes.
 
     Args:
@@ -67,8 +63,6 @@ class FunctionLoss(Loss):
     Raises:
         ValueError: The function requires another input.
     """
-
-    function: Callable[..., Any]
 
     def check(self) -> None:
         parameters = list(inspect.signature(self.function).parameters.values())[3:]  # after the three of every loss
@@ -84,9 +78,6 @@ class FunctionLoss(Loss):
     def inputs(self) -> frozenset[str]:
         parameters = list(inspect.signature(self.function).parameters.values())[3:]
         return frozenset(p.name for p in parameters if p.default is p.empty and p.name in SURROGATE_INPUTS)
-
-    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
-        return self.function(*arguments, **inputs)
 
 
 class PPOClip(Loss):
@@ -275,22 +266,13 @@ class KL(Record):
         """Compute the estimate of each token, in nats; `log_ratio` is d."""
         raise TypeError(f"{type(self).__name__} must define __call__(log_ratio)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "KL | None":
-        return FunctionKL(function=value) if callable(value) else None
 
-
-class FunctionKL(KL):
+class FunctionKL(FunctionRecord, KL):
     """A KL estimator that a function computes.
 
     Args:
         function: Function of d (B, T), in nats.
     """
-
-    function: Callable[[Tensor], Any]
-
-    def __call__(self, log_ratio: Tensor) -> Tensor:
-        return self.function(log_ratio)
 
 
 class K1(KL):
@@ -388,22 +370,13 @@ class LossReduction(Record):
         """
         raise TypeError(f"{type(self).__name__} must define __call__(mask, *, num_tokens, num_sequences)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "LossReduction | None":
-        return FunctionReduction(function=value) if callable(value) else None
 
-
-class FunctionReduction(LossReduction):
+class FunctionReduction(FunctionRecord, LossReduction):
     """A reduction that a function computes.
 
     Args:
         function: Function (mask, *, num_tokens, num_sequences) -> coefficients (B, T).
     """
-
-    function: Callable[..., Any]
-
-    def __call__(self, mask: Tensor, *, num_tokens: int, num_sequences: int) -> Tensor:
-        return self.function(mask, num_tokens=num_tokens, num_sequences=num_sequences)
 
 
 class TokenMean(LossReduction):

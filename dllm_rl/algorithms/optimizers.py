@@ -1,12 +1,11 @@
 """Optimizers and learning-rate schedules that a recipe can name."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from torch import Tensor, optim
 
-from dllm_rl.records import Record, option
+from dllm_rl.records import FunctionRecord, Record, option
 
 
 class Optimizer(Record):
@@ -21,19 +20,13 @@ class Optimizer(Record):
         """Make the optimizer of these parameters."""
         raise TypeError(f"{type(self).__name__} must define __call__(parameters, lr, betas, weight_decay)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "Optimizer | None":
-        return FunctionOptimizer(function=value) if callable(value) else None
 
-
-class FunctionOptimizer(Optimizer):
+class FunctionOptimizer(FunctionRecord, Optimizer):
     """An optimizer that a function makes.
 
     Args:
         function: Function (parameters, lr=, betas=, weight_decay=) -> torch.optim.Optimizer.
     """
-
-    function: Callable[..., Any]
 
     def __call__(
         self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
@@ -77,22 +70,13 @@ class LRSchedule(Record):
         """Return the factor on the learning rate at a step, from 0, of a run of `num_steps`."""
         raise TypeError(f"{type(self).__name__} must define __call__(step, num_steps)")
 
-    @classmethod
-    def convert(cls, value: Any) -> "LRSchedule | None":
-        return FunctionSchedule(function=value) if callable(value) else None
 
-
-class FunctionSchedule(LRSchedule):
+class FunctionSchedule(FunctionRecord, LRSchedule):
     """A schedule that a function computes.
 
     Args:
         function: Function (step, num_steps) -> factor on the learning rate.
     """
-
-    function: Callable[[int, int], float]
-
-    def __call__(self, step: int, num_steps: int) -> float:
-        return self.function(step, num_steps)
 
 
 class LinearDecay(LRSchedule):

@@ -3,16 +3,14 @@
 docs/methods.md explains the tag [ours].
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards, to_groups
-from dllm_rl.records import Record, option
+from dllm_rl.records import FunctionRecord, Record, option
 
 
 @dataclass(eq=False)
@@ -89,12 +87,8 @@ class PromptSource(Record):
         """
         return torch.full_like(prompts, num_generations)
 
-    @classmethod
-    def convert(cls, value: Any) -> "PromptSource | None":
-        return FunctionPromptSource(function=value) if callable(value) else None
 
-
-class FunctionPromptSource(PromptSource):
+class FunctionPromptSource(FunctionRecord, PromptSource):
     """A prompt source that a function computes.
 
     Args:
@@ -102,7 +96,6 @@ class FunctionPromptSource(PromptSource):
         uses_history: Whether the function reads `history`. If False, a run records none. Default: True.
     """
 
-    function: Callable[[RewardHistory, int, Generator], Any]
     uses_history: bool = True
 
     def draw(self, history: RewardHistory, count: int, generator: Generator) -> Tensor:

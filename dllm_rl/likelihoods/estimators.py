@@ -14,9 +14,8 @@ is a lower bound of log p(y), where p(y) is the likelihood if the tokens are wri
 docs/methods.md explains the tags [paper] and [ours].
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from dllm_rl.likelihoods.renoising import renoise_views
 from dllm_rl.likelihoods.turns import check_turns, hide_later_columns
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, join_uneven_forwards
-from dllm_rl.records import Record, option
+from dllm_rl.records import FunctionRecord, Record, option
 from dllm_rl.types import Rollout, Views
 
 
@@ -104,10 +103,6 @@ class LikelihoodEstimator(Record):
     def required_block_size(self) -> int | None:
         """Block size that the policy must have, for views that mask complete blocks. None: any."""
         return None
-
-    @classmethod
-    def convert(cls, value: Any) -> "LikelihoodEstimator | None":
-        return FunctionLikelihood(function=value) if callable(value) else None
 
     def view_logprobs(
         self,
@@ -192,14 +187,12 @@ class LikelihoodEstimator(Record):
             )
 
 
-class FunctionLikelihood(LikelihoodEstimator):
+class FunctionLikelihood(FunctionRecord, LikelihoodEstimator):
     """An estimator whose views a function draws.
 
     Args:
         function: Function of the rollout and a generator. It returns the masks and coefficients of every view.
     """
-
-    function: Callable[[Rollout, Generator], Any]
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         return self.function(rollout, generator)

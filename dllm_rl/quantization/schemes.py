@@ -4,7 +4,6 @@ docs/methods.md explains the tags [paper] and [ours].
 """
 
 import copy
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, cast, get_args
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dllm_rl.records import Record, option
+from dllm_rl.records import FunctionRecord, Record, option
 
 # Mantissa bits, smallest normal exponent, largest value.
 FLOAT_FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
@@ -34,19 +33,13 @@ class Scheme(Record):
         """Return the config for `quantized_copy`: torchao's, or the scheme itself if this library computes it."""
         return self
 
-    @classmethod
-    def convert(cls, value: Any) -> "Scheme | None":
-        return FunctionScheme(function=value) if callable(value) else None
 
-
-class FunctionScheme(Scheme):
+class FunctionScheme(FunctionRecord, Scheme):
     """A scheme of torchao that a function makes.
 
     Args:
         function: Function that returns a torchao config.
     """
-
-    function: Callable[[], Any]
 
     def config(self) -> Any:
         return self.function()

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.decoding.order import draw_set
-from dllm_rl.records import Record, describe, option
+from dllm_rl.records import FunctionRecord, Record, describe, option
 from dllm_rl.types import MIN_TEMPERATURE
 
 Logits = Float[Tensor, "K V"]
@@ -113,12 +113,8 @@ class Rank(_Rule, Record):
             names = ", ".join(sorted(contradicting))
             raise ValueError(f"rank={self.name} is declared {self.order}, but reads {names}")
 
-    @classmethod
-    def convert(cls, value: Any) -> "Rank | None":
-        return FunctionRank(function=value) if callable(value) else None
 
-
-class FunctionRank(Rank):
+class FunctionRank(FunctionRecord, Rank):
     """A rank that a function computes.
 
     Args:
@@ -126,7 +122,6 @@ class FunctionRank(Rank):
         order: "deterministic", "independent" or "unknown" (default), see `Rank.order`.
     """
 
-    function: Callable[..., Any]
     order: Literal["unknown", "deterministic", "independent"] = "unknown"
 
     @property
@@ -136,9 +131,6 @@ class FunctionRank(Rank):
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
-
-    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
-        return self.function(*arguments, **inputs)
 
 
 class Confidence(Rank):
@@ -331,12 +323,8 @@ class Commit(_Rule, Record):
     def check(self) -> None:
         self.reads  # noqa: B018  raises if the inputs contradict each other
 
-    @classmethod
-    def convert(cls, value: Any) -> "Commit | None":
-        return FunctionCommit(function=value) if callable(value) else None
 
-
-class FunctionCommit(Commit):
+class FunctionCommit(FunctionRecord, Commit):
     """A commit rule that a function computes.
 
     Args:
@@ -347,7 +335,6 @@ class FunctionCommit(Commit):
         adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes. Default: False.
     """
 
-    function: Callable[..., Any]
     order: Literal["unknown", "deterministic"] = "unknown"
     count: Callable[[Tensor, Tensor], Any] | None = None
     adaptive: bool = False
@@ -359,9 +346,6 @@ class FunctionCommit(Commit):
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", describe(self.function))
-
-    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
-        return self.function(*arguments, **inputs)
 
 
 def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
