@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.likelihoods.estimators import Trajectory
-from dllm_rl.likelihoods.replay import with_sampled_experts
+from dllm_rl.likelihoods.router_replay import with_sampled_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_moe

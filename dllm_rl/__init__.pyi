@@ -38,6 +38,7 @@ from .algorithms.optimizers import AdamW8bit as AdamW8bit
 from .algorithms.prompt_sources import MixedRewardPrompts as MixedRewardPrompts
 from .algorithms.prompt_sources import PromptSource as PromptSource
 from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
+from .algorithms.replay import Replay as Replay
 from .algorithms.triage import Triage as Triage
 from .algorithms.values import ValueModel as ValueModel
 from .callbacks import Callback as Callback

@@ -8,6 +8,7 @@ from dllm_rl.algorithms.advantages import Advantages, GroupRelative
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, is_per_token, policy_loss
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
+from dllm_rl.algorithms.replay import Replay
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
@@ -52,6 +53,10 @@ class Recipe(Settings):
     value_model: ValueModel | None = option(
         default=None,
         help="subtract a learned value from the advantage at each denoising step; None: one advantage per row",
+    )
+    replay: Replay | None = option(
+        default=None,
+        help="train again on earlier right answers after each step's update; None: no answer is used twice",
     )
     loss: Loss | None = option(
         default=None, help="policy-gradient objective; None: the corrector's, if it has one, else PPOClip"
@@ -110,7 +115,9 @@ class Recipe(Settings):
         at_least=1,
     )
     num_steps: int = option(default=180, help="RL steps", at_least=0)
-    num_iterations: int = option(default=1, help="optimizer updates per rollout", at_least=1)
+    num_iterations: int = option(
+        default=1, help="policy-gradient updates per rollout; 0: none, only those of `replay`", at_least=0
+    )
     resample_masks: bool = option(
         default=True, help="draw new masks for each update of num_iterations; False: one set for all"
     )
@@ -120,9 +127,6 @@ class Recipe(Settings):
         default=0.0, help="weight of the KL term to the policy that RL started from; 0: no term", at_least=0
     )
     kl: KL = option(default=K3(), help="per-token estimator of the KL term: K1, K2 or K3")
-    use_bias_correction_kl: bool = option(
-        default=False, help="multiply each token's KL term by its ratio to the rollout, with the ratio's gradient"
-    )
     teacher: Callable[..., Policy] | str | Policy | None = option(
         default=None,
         help="model for on-policy distillation, as `model`, or 'reference': the policy that RL started from",
@@ -215,8 +219,18 @@ class Recipe(Settings):
                 "objectives: use loss=None (--loss none), or a corrector without a loss",
             ),
             (
-                self.use_bias_correction_kl and not self.beta,
-                "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
+                not self.num_iterations and self.replay is None,
+                "num_iterations=0 trains on nothing without replay: set replay=Replay(min_reward=...), or use "
+                "num_iterations=1",
+            ),
+            (
+                not self.num_iterations and bool(self.beta or self.entropy_coeff or self.value_model),
+                "num_iterations=0 has no policy gradient, to which beta, entropy_coeff and value_model belong: leave "
+                "them out, or use num_iterations=1",
+            ),
+            (
+                self.replay is not None and self.teacher is not None,
+                "replay keeps answers by their reward, and with a teacher the reward is not the task's: leave one out",
             ),
             (
                 self.old_logprobs == "rollout" and self.corrector.has_weights,
@@ -408,7 +422,6 @@ class Recipe(Settings):
             loss_reduction=self.resolved_loss_reduction,
             beta=self.beta,
             kl=self.kl,
-            use_bias_correction_kl=self.use_bias_correction_kl,
             entropy=self.entropy_coeff,
         )
 

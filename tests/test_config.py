@@ -259,7 +259,6 @@ def test_a_script_of_the_recipes(recipe):
         ("--beta .inf", "beta=inf must be at least 0, and be finite"),
         ("--corrector tis", "the nearest is TIS"),
         ("--corrector tsi", "the nearest is TIS"),
-        ("--use_bias_correction_kl true", "use_bias_correction_kl=True corrects a KL term, and beta=0 has none"),
         ("--corrector PPOClip", "is not known"),
         ("--rollout_quantization quantized_copy", "is not known"),
         ("--bf16 maybe", "bf16='maybe' is of type str; give bool"),

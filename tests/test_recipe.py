@@ -92,13 +92,13 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     """The rate is that of a schedule of ten steps, whatever the number of the run's own."""
     limits = {"max_grad_norm": 0.25, "micro_batch_size": 8}
     schedule = {"learning_rate": 0.5, "lr_schedule": lambda step, num_steps: step / num_steps, "lr_schedule_steps": 10}
-    terms = {"beta": 0.1, "kl": K2(), "use_bias_correction_kl": True, "entropy_coeff": 0.01}
+    terms = {"beta": 0.1, "kl": K2(bias_correction=True), "entropy_coeff": 0.01}
     given = dict(vars(step_settings(replace(recipe, **limits, **schedule, **terms)).update_settings(3)))
     loss = given.pop("loss").keywords
     late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
     named = {"surrogate": PPOClip(), "loss_reduction": TokenMean(), "beta": 0.1, "entropy": 0.01}
-    assert loss == named | {"kl": K2(), "use_bias_correction_kl": True}
+    assert loss == named | {"kl": K2(bias_correction=True)}
 
 
 @pytest.mark.parametrize(

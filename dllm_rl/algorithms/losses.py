@@ -260,7 +260,13 @@ class KL(Record):
     """An estimator of the KL term from d = logp_reference - logp_current (B, T), in nats.
 
     Where a KL estimator is expected, a plain function of d is one too.
+
+    Args:
+        bias_correction: Whether to multiply each token's term by its ratio to the rollout, with the ratio's gradient
+            (`bias_corrected_kl`). Default: False.
     """
+
+    bias_correction: bool = False
 
     def __call__(self, log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Compute the estimate of each token, in nats; `log_ratio` is d."""
@@ -316,7 +322,7 @@ def bias_corrected_kl(
 ) -> Float[Tensor, "B T"]:
     """Multiply a KL estimate by p_current / p_rollout, and differentiate this ratio too.
 
-    Set `use_bias_correction_kl` to use it in `policy_loss`. The expected gradient is then that of
+    `policy_loss` uses it for a KL estimator with `bias_correction=True`. The expected gradient is then that of
     KL(current || reference) of each token given the tokens before it, even if other weights made the rollouts. For a
     row of one token this is the gradient of the row's KL. For longer rows, how a token changes the KL of later tokens
     is left out, and the tokens before are as frequent as in the rollouts. In an enumerated example of two tokens
@@ -467,7 +473,7 @@ def _rollout_logprobs(batch: Batch, consumer: str) -> Float[Tensor, "B T"]:
     return batch.rollout_logprobs
 
 
-def policy_loss(  # noqa: PLR0913
+def policy_loss(
     logps: Float[Tensor, "B T"],
     batch: Batch,
     *,
@@ -475,7 +481,6 @@ def policy_loss(  # noqa: PLR0913
     loss_reduction: LossReduction | Callable[..., Tensor],
     beta: float,
     kl: KL | Callable[[Tensor], Tensor],
-    use_bias_correction_kl: bool = False,
     entropy: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """Compute this process's share of the loss, its metrics, and d loss / d logps.
@@ -494,7 +499,6 @@ def policy_loss(  # noqa: PLR0913
         loss_reduction: Averaging of tokens, such as TokenMean().
         beta: Coefficient of the KL term; used if the batch has reference log-probs.
         kl: Estimator of the KL term, such as K3().
-        use_bias_correction_kl: Whether to correct the KL term by `bias_corrected_kl`. Default: False.
         entropy: Coefficient of the entropy bonus. Default: 0.
 
     Returns:
@@ -544,8 +548,8 @@ def policy_loss(  # noqa: PLR0913
     }
     if batch.reference_logprobs is not None:
         reference_log_ratio = torch.where(loss_mask, batch.reference_logprobs - logps, 0)
-        if use_bias_correction_kl:
-            rollout_log_ratio = logps - _rollout_logprobs(batch, "use_bias_correction_kl=True")
+        if isinstance(kl, KL) and kl.bias_correction:
+            rollout_log_ratio = logps - _rollout_logprobs(batch, "kl.bias_correction=True")
             penalty = at_tokens(
                 bias_corrected_kl(
                     reference_log_ratio, kl=kl, rollout_log_ratio=torch.where(loss_mask, rollout_log_ratio, 0)

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory, recorded
-from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
+from dllm_rl.likelihoods.router_replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy

@@ -10,6 +10,8 @@ from dllm_rl.step.samples import Samples
 from dllm_rl.types import Logprobs, Rollout, Views
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from dllm_rl.step.context import StepContext
 
 Metrics = dict[str, float]
@@ -60,8 +62,10 @@ class StepFeature:
     def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
         """Check the scores. Raise RuntimeError to end the run."""
 
-    def learn(self, context: "StepContext") -> None:
-        """Update weights that belong to the learner's, before the update counts as done: an error here loses it."""
+    def learn(self, context: "StepContext", optimizer: "Optimizer") -> None:
+        """Update weights that belong to the learner's, or the learner itself with its optimizer, before the update
+        counts as done: an error here loses it.
+        """
 
     def after_update(self, context: "StepContext") -> Metrics:
         """Return metrics of the update, whose gradients are still there. An error here leaves a checkpoint of it."""

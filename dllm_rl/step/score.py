@@ -197,8 +197,10 @@ def can_retain_graphs(settings: StepSettings, policy: Policy, *, num_forwards: i
 
 def active_rows(settings: StepSettings, samples: Samples) -> Bool[Tensor, " B"]:
     """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
-    term or an entropy bonus, or if a value model gives the tokens advantages.
+    term or an entropy bonus, or if a value model gives the tokens advantages. No rows if there is no update.
     """
+    if not settings.num_iterations:
+        return torch.zeros_like(samples.advantages, dtype=torch.bool)
     return any_in_group(samples.advantages != 0, samples.group) | settings.trains_all_groups
 
 

@@ -45,11 +45,15 @@ def train_step(context: StepContext, samples: Samples, step: int, optimizer: tor
         batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]
         settings = context.settings.update_settings(step)
         late = settings.max_staleness + sum(feature.max_staleness for feature in context.features)
-        update_metrics = update(
-            context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
-        )
+        if batches:
+            update_metrics = update(
+                context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
+            )
+        else:  # only features train
+            context.policy.weights_version += 1
+            update_metrics = {"learning_rate": settings.learning_rate}
         for feature in context.features:
-            feature.learn(context)
+            feature.learn(context, optimizer)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 

@@ -141,7 +141,7 @@ class ValueHead(StepFeature):
             torch.where(has_step, values - target, 0).square().sum().backward()
         return values.detach()
 
-    def learn(self, context: StepContext) -> None:
+    def learn(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
         """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
 
         It comes after the learner's update, so that a step that fails leaves both unchanged.

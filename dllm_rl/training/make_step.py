@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
+from dllm_rl.likelihoods.router_replay import record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.likelihoods.routing_agreement import routes_comparably
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward

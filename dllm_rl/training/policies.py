@@ -15,7 +15,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
-from dllm_rl.likelihoods.replay import check_replay
+from dllm_rl.likelihoods.router_replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.forward.blocks import blocks_of

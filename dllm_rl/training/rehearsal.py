@@ -38,6 +38,7 @@ from dllm_rl.training.cautions import made_up_advantages
 from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, make_optimizer
+from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.types import Rollout, any_in_group, equal_groups
 
@@ -85,6 +86,8 @@ def rehearse(
                 micro_batch_size=recipe.micro_batch_size,
             )
         compute_gradients(context, rollout)
+        if recipe.replay is not None:
+            ReplayStore(recipe, recipe.replay).rehearse(context, rollout)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(*key))
         if recipe.on_save_error == "stop":

@@ -48,6 +48,7 @@ from dllm_rl.training.policies import (
 )
 from dllm_rl.training.prompts import check_prompts, reward_history
 from dllm_rl.training.rehearsal import rehearse
+from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import check_lock, install_emergency_saves, make_writer, save
 from dllm_rl.training.sharded_learner import (
@@ -125,6 +126,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     teacher = reference if recipe.teacher == REFERENCE else teacher
     used_teacher = [] if teacher is None else [Teacher(recipe, teacher)]
     value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
+    replay_store = [] if recipe.replay is None else [ReplayStore(recipe, recipe.replay)]
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -132,7 +134,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         rollout_policy=rollout_policy,
         reference=reference,
         history=reward_history(len(recipe.task), resume_folder if recipe.prompt_source.uses_history else None),
-        features=(*used_teacher, *value_head, *features),
+        features=(*used_teacher, *value_head, *replay_store, *features),
         log=log,
     )
     if resume_folder is not None:

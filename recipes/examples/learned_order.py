@@ -42,7 +42,7 @@ class LearnOrder(StepFeature):
         self.optimizer.zero_grad()
         return samples
 
-    def learn(self, context):
+    def learn(self, context, optimizer):
         sum_gradients(head, context.accelerator)  # the loss is divided by the counts of all processes
         self.optimizer.step()
 

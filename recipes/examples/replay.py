@@ -81,7 +81,7 @@ class Replay(StepFeature):
         metrics = {"replay/rows": float(count), "replay/age": ages.mean().item(), "replay/age_max": ages.max().item()}
         return samples.concatenate(replayed, pad_id=pad_id), metrics
 
-    def learn(self, context):
+    def learn(self, context, optimizer):
         self.stored = self.next_stored
 
     def state(self):

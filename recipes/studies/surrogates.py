@@ -152,7 +152,7 @@ class SequenceMasked(Loss):
 
     logp is the current one, so that both what quantization and what the updates since the rollout have moved counts:
     the mean is -mean_t (log_ratio + log_mismatch). Denominators stay. Off-policy sequence masking of DeepSeek-V3.2
-    (arXiv 2512.02556, eq. 9), read in TRL's code [digest]; the paper's KL term: use_bias_correction_kl.
+    (arXiv 2512.02556, eq. 9), read in TRL's code [digest]; the paper's KL term: K3(bias_correction=True).
 
     Args:
         bound: Largest mean, in nats per token, that a row with a negative advantage may have. Default: 0.5.

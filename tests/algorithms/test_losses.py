@@ -409,16 +409,14 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
     options = {"surrogate": PPOClip(), "beta": 1.0}
     weighed = lambda mask, *, num_tokens, num_sequences: q.exp()[:, None]  # noqa: E731
     for corrected in (True, False):
-        _, _, gradient = policy_loss(
-            logp, batch, loss_reduction=weighed, kl=K3(), use_bias_correction_kl=corrected, **options
-        )
+        _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, kl=K3(bias_correction=corrected), **options)
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
         assert torch.allclose(found, exact, atol=1e-12) == corrected
     for kl in (torch.square, lambda log_ratio: log_ratio**2):  # torch's functions have no signature
         policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
-    with pytest.raises(ValueError, match="use_bias_correction_kl=True needs the rollout's log-probs"):
+    with pytest.raises(ValueError, match=r"kl\.bias_correction=True needs the rollout's log-probs"):
         batch = replace(batch, rollout_logprobs=None)
-        policy_loss(logp, batch, loss_reduction=weighed, kl=K3(), use_bias_correction_kl=True, **options)
+        policy_loss(logp, batch, loss_reduction=weighed, kl=K3(bias_correction=True), **options)
 
 
 def pairs_of_tokens(z):

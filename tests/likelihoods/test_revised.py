@@ -21,7 +21,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.likelihoods.replay import with_sampled_experts
+from dllm_rl.likelihoods.router_replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm

@@ -168,7 +168,7 @@ class Counted(StepFeature):
     def __init__(self, fails_at=None):
         self.fails_at, self.updates = fails_at, 0
 
-    def learn(self, context):
+    def learn(self, context, optimizer):
         self.updates += 1
 
     def state(self):

@@ -34,6 +34,7 @@ def views_of(rollout, num_segments=None):
 
 
 CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
+OPTIMIZER = None  # the head has its own
 
 
 def advantages_of(head, policy, rollout, views, target, micro_batch_size=None):
@@ -64,7 +65,7 @@ def test_tokens_get_the_advantage_of_their_step():
     target = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 2.0])
     for _ in range(5):
         found = advantages_of(head, policy, rollout, views, target)
-        head.learn(CONTEXT)
+        head.learn(CONTEXT, OPTIMIZER)
     values = torch.where(rollout.completion_mask, target[:, None] - found, 0)
     for row in range(6):
         for step in range(4):
@@ -81,7 +82,7 @@ def test_a_value_does_not_depend_on_what_its_step_draws():
     head = ValueHead(ValueModel(gae_lambda=1.0), seed=0)
     target = torch.linspace(-1, 1, 6)
     advantages_of(head, policy, rollout, views, target)
-    head.learn(CONTEXT)
+    head.learn(CONTEXT, OPTIMIZER)
     before = advantages_of(head, policy, rollout, views, target)
     last = rollout.unmask_step == 3
     changed = replace(rollout, tokens=torch.where(last, (rollout.tokens + 1) % 4, rollout.tokens))
@@ -105,7 +106,7 @@ def test_it_learns_what_the_states_tell():
     head = ValueHead(ValueModel(), seed=0)
     for _ in range(120):
         advantages_of(head, policy, rollout, views, target)
-        head.learn(CONTEXT)
+        head.learn(CONTEXT, OPTIMIZER)
     found = head.metrics(CONTEXT)
     assert 0.2 < found["value/explained_variance"] < 1
     assert found["value/loss"] < 0.8
@@ -120,7 +121,7 @@ def test_micro_batches_change_nothing():
         head = ValueHead(ValueModel(), seed=0)
         for _ in range(3):
             advantages = advantages_of(head, policy, rollout, views, target, micro_batch_size)
-            head.learn(CONTEXT)
+            head.learn(CONTEXT, OPTIMIZER)
         found.append(advantages)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -132,7 +133,7 @@ def test_its_gradient_is_that_of_the_mean_squared_error():
     views, target = views_of(rollout), torch.linspace(-1, 1, 6)
     head = ValueHead(ValueModel(), seed=0)
     advantages_of(head, policy, rollout, views, target)
-    head.learn(CONTEXT)  # so that the last layer is not 0
+    head.learn(CONTEXT, OPTIMIZER)  # so that the last layer is not 0
     advantages_of(head, policy, rollout, views, target)
     found = [parameter.grad.clone() for parameter in head.layers.parameters()]
     head.layers.zero_grad()

@@ -13,7 +13,7 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.likelihoods.replay import check_replay, record_experts, with_recorded_experts, with_sampled_experts
+from dllm_rl.likelihoods.router_replay import check_replay, record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts, routing_metrics
 from dllm_rl.likelihoods.views import each_view, forward
 from dllm_rl.models.forward import routing

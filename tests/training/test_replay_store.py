@@ -1,0 +1,296 @@
+"""Replay: right answers are kept, and trained on again under fresh masks. Rewards here are a function of the text."""
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from run_outputs import assert_same_weights, metrics_of
+from tiny_recipe import SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
+
+from dllm_rl import Float8WeightOnly, Lora, Replay, tiny_masked_lm, train
+from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.rng import generator_for
+from dllm_rl.supervised import trainer
+from dllm_rl.supervised.examples import Example
+from dllm_rl.tasks import Reward, Sudoku
+from dllm_rl.training import replay_store
+from dllm_rl.training.replay_store import Answer, ReplayStore, examples_of
+
+SMALL = {"min_reward": 1.0, "num_updates": 3, "batch_size": 4}
+
+
+class EvenLength(Wrapped):
+    """A completion is right if its number of digits is even: about half of those of an untrained model."""
+
+    def reward(self, problem, completion):
+        digits = sum(character.isdigit() for character in completion)
+        return Reward(1.0 - digits % 2, True, {"solve_rate": 1.0 - digits % 2})
+
+
+class NeverRight(Wrapped):
+    def reward(self, problem, completion):
+        return Reward(0.5 * (completion[:1] == "1"), True, {"solve_rate": 0.0})
+
+
+def recipe_of(directory, *, recipe=tiny_recipe, task=EvenLength, replay=None, **changes):
+    changes = {"rollout_quantization": None, "corrector": NoCorrection(), "report_to": None} | changes
+    replay = replay or Replay(**SMALL)
+    return recipe(directory, task=task(Sudoku(split="train", size=40)), replay=replay, **changes)
+
+
+class Spy:
+    """What each replay update saw: its examples, the masked canvases, and its learning rate."""
+
+    def __init__(self, monkeypatch):
+        self.examples, self.seen, self.rates = [], [], []
+        step, loss = trainer.SupervisedTrainer.step, trainer.weighted_loss
+
+        def spied_step(made, optimizer, examples, generator, **options):
+            self.examples.append(examples)
+            self.rates.append(options["learning_rate"])
+            return step(made, optimizer, examples, generator, **options)
+
+        def spied_loss(policy, layout, **options):
+            self.seen.append((layout.tokens.clone(), layout.seen.clone(), layout.weight.clone()))
+            return loss(policy, layout, **options)
+
+        monkeypatch.setattr(trainer.SupervisedTrainer, "step", spied_step)
+        monkeypatch.setattr(trainer, "weighted_loss", spied_loss)
+
+
+def store_of(size, **settings):
+    recipe = SimpleNamespace(seed=0)
+    store = ReplayStore(recipe, Replay(min_reward=1.0, **settings))
+    empty = torch.zeros(0)
+    store.answers = [Answer(Example(empty, empty.bool()), step) for step in range(size)]
+    return store
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "updates"),
+    [
+        (0, {}, []),
+        (1, {}, [4]),  # four trainings of the one answer
+        (5, {"max_replays": 2}, [10]),
+        (5, {"max_replays": 2, "batch_size": 4}, [4, 4, 2]),
+        (40, {"num_updates": 2, "batch_size": 16}, [16, 16]),
+        (1000, {}, [64] * 8),
+        (130, {"max_replays": 1, "num_updates": 5}, [64, 64, 2]),
+    ],
+)
+def test_an_answer_comes_again_after_all_others_and_at_most_max_replays_times(size, settings, updates):
+    store = store_of(size, **settings)
+    visits = store.draw()
+    assert [len(batch) for batch in visits] == updates
+    drawn = [i for batch in visits for i in batch]
+    counts = Counter(drawn)
+    assert not drawn or max(counts.values()) <= store.replay.max_replays
+    for start in range(0, len(drawn) - size + 1, size or 1):
+        assert sorted(drawn[start : start + size]) == list(range(size)), "a pass has every answer once"
+    if size > 1:
+        store.step = 1
+        assert store.draw() != visits, "another step has another order"
+
+
+def test_right_answers_alone_are_kept_with_their_steps(tmp_path, monkeypatch):
+    """What is replayed is what the log's completions say is right, and ages are steps since then, by hand."""
+    spy = Spy(monkeypatch)
+    recipe = recipe_of(tmp_path, num_steps=4, log_completions_steps=1, learning_rate=1e-9)
+    stores = []
+    monkeypatch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
+    policy = train(recipe).policy
+    rows, store = metrics_of(tmp_path), stores[-1]
+    per_step = Counter(answer.step for answer in store.answers)
+    assert [per_step[step] for step in range(4)] == [round(16 * row["reward"]) for row in rows]
+    assert [row["replay/size"] for row in rows] == [sum(per_step[s] for s in range(step + 1)) for step in range(4)]
+    for answer in store.answers:
+        written = answer.example.tokens[answer.example.learned].tolist()
+        text = policy.tokenizer.decode(written, skip_special_tokens=False).split("<eos>")[0]
+        assert sum(character.isdigit() for character in text) % 2 == 0
+    step_of = {id(answer.example): answer.step for answer in store.answers}
+    for step, row in enumerate(rows):
+        drawn = [example for batch in spy.examples[3 * step : 3 * step + 3] for example in batch]
+        assert row["replay/updates"] == 3 and row["replay/visits"] == 12 / row["replay/size"]
+        assert row["replay/age"] == pytest.approx(sum(step - step_of[id(e)] for e in drawn) / 12)
+    assert rows[-1]["replay/age"] > 0
+
+
+def keep(made, function):
+    def kept(self, *args):
+        made.append(self)
+        function(self, *args)
+
+    return kept
+
+
+def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    train(recipe_of(tmp_path, num_steps=3, replay=Replay(min_reward=1.0, num_updates=4, batch_size=64)))
+    seen = spy.seen[1:]  # the first is the rehearsal's
+    masks = [
+        {tuple(row.tolist()): (a != b).tolist() for row, a, b in zip(tokens, tokens, visible, strict=True)}
+        for tokens, visible, _ in seen
+    ]
+    again = [(a[row], b[row]) for i, a in enumerate(masks) for b in masks[i + 1 :] for row in a.keys() & b.keys()]
+    assert len(again) > 20 and sum(a != b for a, b in again) > 0.9 * len(again)
+    for tokens, visible, weight in seen:
+        assert ((tokens != visible) == (weight > 0)).all()
+        assert not (tokens != visible)[:, :17].any(), "the prompt of 17 characters"
+
+
+def test_rewards_that_are_lacking_or_too_low_are_not_right():
+    store = ReplayStore(SimpleNamespace(num_generations=2), Replay(min_reward=0.5))
+    rollout = SimpleNamespace(rows=lambda keep: keep)
+    made = []
+    for rewards in ([float("nan"), 0.5, 0.49, 1.0], [float("-inf"), float("nan"), 0.0, -1.0]):
+        samples = SimpleNamespace(rollout=rollout, rewards=torch.tensor(rewards), local=lambda values, _: values)
+        context = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), log=SimpleNamespace(last={}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(replay_store, "examples_of", torch.Tensor.tolist)
+            patch.setattr(replay_store, "gather_objects", lambda found, _: found)
+            store.after_rollout(context, samples, 0)
+        made.append([answer.example for answer in store.new_answers])
+    assert made == [[1, 3], []]
+
+
+def test_the_oldest_answers_leave_first(tmp_path):
+    recipe = recipe_of(tmp_path, num_steps=4, replay=Replay(capacity=6, **SMALL))
+    stores = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
+        train(recipe)
+    assert metrics_of(tmp_path)[-1]["replay/size"] == 6
+    steps = [answer.step for answer in stores[-1].answers]
+    assert steps == sorted(steps) and steps[-1] == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 0}, {"lora": Lora()}], ids=["both", "no_grpo", "lora"])
+def test_a_resume_continues_bit_for_bit(tmp_path, changes):
+    changes = {"save_steps": 2, "num_steps": 4, "lr_schedule_steps": 4, **changes}
+    whole = train(recipe_of(tmp_path / "whole", **changes))
+    parts = recipe_of(tmp_path / "parts", **changes)
+    train(replace(parts, num_steps=2))
+    resumed = train(replace(parts, resume_from_checkpoint="latest"))
+    assert_same_weights(whole, resumed)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    states = [next((tmp_path / name / "checkpoints").glob("*04/ReplayStore.state")) for name in ("whole", "parts")]
+    assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_a_state_is_read_back():
+    store = store_of(0)
+    store.answers = [
+        Answer(Example(torch.tensor([5, 6, 7]), torch.tensor([False, True, True])), 3),
+        Answer(Example(torch.tensor([8]), torch.tensor([True])), 9),
+    ]
+    again = store_of(0)
+    again.load_state(store.state())
+    assert [answer.step for answer in again.answers] == [3, 9]
+    for mine, other in zip(store.answers, again.answers, strict=True):
+        assert torch.equal(mine.example.tokens, other.example.tokens)
+        assert torch.equal(mine.example.learned, other.example.learned)
+    assert store_of(0).state() is None
+
+
+def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
+    """An untrained store changes nothing; otherwise the weights move by replay alone, and the mismatch is measured."""
+    none = train(recipe_of(tmp_path / "none", task=NeverRight, num_iterations=0))
+    first = train(recipe_of(tmp_path / "start", task=NeverRight, num_steps=0))
+    assert_same_weights(none, first)
+    rows = metrics_of(tmp_path / "none")
+    assert all(row["replay/size"] == row["replay/updates"] == 0 and "grad_norm" not in row for row in rows)
+    changes = {"num_iterations": 0, "rollout_quantization": Float8WeightOnly()}
+    train(recipe_of(tmp_path / "some", **changes))
+    for row in metrics_of(tmp_path / "some"):
+        assert row["replay/updates"] == 3 and row["rollout_corr/abs_log_ratio_mean"] > 0
+        assert "grad_norm" not in row and row["quantization/codes_changed"] > 0
+
+
+def test_right_answers_become_likelier(tmp_path):
+    """Without a policy gradient, too: the loss of the answers in the store, under one set of masks."""
+    stores, losses = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
+        summary = train(recipe_of(tmp_path, num_iterations=0, num_steps=12, learning_rate=3e-3))
+    examples = [answer.example for answer in stores[-1].answers]
+    for policy in (tiny_masked_lm(**SIZES), summary.policy):
+        processes = SimpleNamespace(process_index=0, num_processes=1)
+        made = trainer.SupervisedTrainer(policy=policy, processes=processes, like_rollouts=True)
+        losses.append(made.loss(examples, generator_for(1), micro_batch_size=100))
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_run_without_right_answers_says_so(tmp_path, capsys):
+    train(recipe_of(tmp_path, task=NeverRight, num_steps=21, num_iterations=0, train_batch_size=1))
+    said = capsys.readouterr().out
+    assert said.count("replay: no completion of the first 20 steps has a reward of at least 1") == 1
+    assert "with num_iterations=0 no weight has changed" in said
+
+
+def test_a_collapse_is_said_once(tmp_path, capsys):
+    changes = {"num_steps": 4, "num_generations": 8, "train_batch_size": 1}
+    recipe = recipe_of(tmp_path, **changes)
+    train(replace(recipe, sampler=recipe.sampler.replace(temperature=1e-3)))
+    said = capsys.readouterr().out
+    assert said.count("replay: completions/distinct_ratio=0.12") == 1 and "StopBelow" in said
+
+
+@pytest.mark.parametrize("rate", [None, 3e-3])
+def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
+    spy = Spy(monkeypatch)
+    half = lambda step, num_steps: 0.5 ** (step + 1)  # noqa: E731
+    train(recipe_of(tmp_path, learning_rate=1e-3, lr_schedule=half, replay=Replay(learning_rate=rate, **SMALL)))
+    assert spy.rates == pytest.approx([(rate or 1e-3) / 2] * 3 + [(rate or 1e-3) / 4] * 3)
+
+
+def test_bf16_updates_use_the_weights_of_the_update_before(tmp_path):
+    """Autocast keeps bf16 copies of the weights: with and without its cache, the same weights result."""
+    made = []
+    for cache in (True, False):
+        recipe = recipe_of(tmp_path / str(cache), bf16=True, num_steps=1, learning_rate=1e-2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "autocast", autocast(cache))
+            made.append(train(recipe))
+    assert_same_weights(*made, rtol=1e-6, atol=1e-7)
+
+
+def autocast(cache):
+    real = torch.autocast
+
+    def made(*args, **options):
+        return real(*args, **options | {"cache_enabled": cache})
+
+    return made
+
+
+def test_a_causal_model(tmp_path):
+    train(recipe_of(tmp_path, recipe=tiny_recipe_ar, num_steps=2))
+    assert all(row["replay/updates"] == 3 for row in metrics_of(tmp_path))
+
+
+def test_rollouts_of_several_turns_are_refused():
+    rollout = SimpleNamespace(first_step=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="replay cannot train on rollouts of several turns"):
+        examples_of(rollout)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replay": None, "num_iterations": 0}, "num_iterations=0 trains on nothing without replay"),
+        ({"num_iterations": 0, "beta": 0.1}, "num_iterations=0 has no policy gradient"),
+        ({"num_iterations": 0, "entropy_coeff": 0.1}, "num_iterations=0 has no policy gradient"),
+        ({"teacher": "reference"}, "replay keeps answers by their reward"),
+    ],
+)
+def test_settings_that_cannot_be_combined(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_recipe(tmp_path, **{"replay": Replay(min_reward=1.0), **changes})
+
+
+@pytest.mark.parametrize("setting", ["num_updates", "batch_size", "max_replays", "capacity", "learning_rate"])
+def test_settings_below_their_bounds(setting):
+    with pytest.raises(ValueError, match=f"{setting}=0"):
+        Replay(**{"min_reward": 1.0, setting: 0})
