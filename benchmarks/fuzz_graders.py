@@ -40,23 +40,14 @@ FIELDS = {
     "countdown": {"numbers": [3, 4, 5], "target": 17},
     "gsm8k": {"answer": "42"},
     "math500": {"answer": "\\frac{1}{2}"},
-    "reasoning_gym/mini_sudoku": {"puzzle": "2143432134000030", "solution": "2143432134121234"},
-    "reasoning_gym/puzzle24": {"numbers": [1, 3, 5, 9], "target": 24},
-    "reasoning_gym/zebra_puzzles": {"answer": "arnold"},
     "code": {"prelude": "def f(a):\n", "entry_point": "f", "arguments": 1, "tests": "assert f(41) == 42"},
 }
-for name in FIELDS:
-    if name.startswith("reasoning_gym/"):
-        FIELDS[name]["generator"] = name.partition("/")[2]
 TRAINING = {"sudoku": [sudoku_d1_training], "countdown": [countdown_d1_training], "gsm8k": [gsm8k_d1_training]}
 RIGHT = {
     "sudoku": ["1234341221434321", "<answer>\n1234\n3412\n2143\n4321\n</answer>", "<answer>```\n1234341221434321```"],
     "countdown": ["3*4+5", "<answer>5+4*3</answer>", "so \\boxed{3 \\times 4 + 5 = 17}", "(3*4)+5 = 17"],
     "gsm8k": ["\\boxed{42}", "<answer>42</answer>", "The answer is 42.", "#### 42", "<answer>40 + 2 = $42.00</answer>"],
     "math500": ["\\boxed{\\frac12}", "<answer>\\dfrac{1}{2}</answer>", "\\fbox{0.5}", "\\boxed{x = 1/2\\text{ cm}}"],
-    "reasoning_gym/mini_sudoku": ["2143432134121234", "<answer>\n2 1 4 3\n4 3 2 1\n3 4 1 2\n1 2 3 4\n</answer>"],
-    "reasoning_gym/puzzle24": ["<answer>1*3*5 + 9</answer>", "\\boxed{(9 + 5 \\times 3)/1}"],
-    "reasoning_gym/zebra_puzzles": ["<answer>arnold</answer>", "so \\boxed{Arnold}."],
     "code": ["    return a + 1\n", "```python\nimport math\ndef f(a):\n    return math.ceil(a + 0.5)\n```"],
 }
 PIECES = [
@@ -84,20 +75,6 @@ SYMBOLIC = [
     *["|", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\pi", "10^{10^{8}}", "(", ")", "[", "]"],
     *["\\lim_{x \\to 0}", "y", "i"],
 ]
-MAPS = [
-    *[
-        '{"0": 1, "1": 2, "2": 3',
-        ', "3": 1}',
-        "[[" * 2000,
-        '{"0": ' * 900,
-        "9" * 5000,
-        "arnold",
-        "bob",
-        "2, 1, 0",
-        "->",
-    ],
-    *['"', ":", "[", "]", "0", "1", "2", "3", "4", "-1", "1.0", "true", "null", "{}", "Infinity"],
-]
 CODE = ["def f(a):\n", "    return ", "(" * 300, "lambda: " * 200, "eval(", "import os\n", "a.", '"""', "9" * 5000]
 FORBIDDEN = ("exec", "compile", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "code.", "pickle.")
 
@@ -107,8 +84,7 @@ def completion(task: str, rng: Random) -> str:
     if kind < 0.001:
         piece = "".join(rng.choices(PIECES, k=rng.randint(1, 2)))
         return piece * (100_000 // len(piece)) + rng.choice(PIECES)
-    pieces = PIECES + SYMBOLIC if task == "math500" else PIECES + MAPS if "/" in task else PIECES
-    pieces = PIECES + CODE if task == "code" else pieces
+    pieces = PIECES + {"math500": SYMBOLIC, "code": CODE}.get(task, [])
     if kind < 0.5:
         return "".join(rng.choices(pieces, k=rng.randint(0, 24)))
     if kind < 0.75:
@@ -158,7 +134,7 @@ def campaign(task: str, graders: list, count: int, symbolic_count: int, seed: in
             found["first_over_50_ms"] += first > 0.05
             slowest[grader] = max(slowest[grader], (spent, text[:60]))
     return [
-        {"grader": "/".join((grader.__name__, *task.split("/")[1:])), **found}
+        {"grader": grader.__name__, **found}
         | {"slowest_ms": round(slowest[grader][0] * 1e3, 2), "slowest_text": slowest[grader][1]}
         for grader, found in results.items()
     ]
@@ -207,7 +183,7 @@ def main() -> None:
     watch: Counter = Counter()
     sys.addaudithook(partial(observe, watch))
     for task in [] if options.merge else options.tasks:
-        graders = list(dict.fromkeys((*PROTOCOLS[task.partition("/")[0]].values(), *TRAINING.get(task, []))))
+        graders = list(dict.fromkeys((*PROTOCOLS[task].values(), *TRAINING.get(task, []))))
         graders = [grader for grader in graders if grader is not sandboxed]  # tests/tasks/code/test_sandbox.py has it
         results += campaign(task, graders, options.count, options.symbolic_count, options.seed, watch)
     for result in results:

@@ -109,7 +109,6 @@ from .tasks import GSM8K as GSM8K
 from .tasks import MATH500 as MATH500
 from .tasks import Countdown as Countdown
 from .tasks import Problem as Problem
-from .tasks import ReasoningGym as ReasoningGym
 from .tasks import Reward as Reward
 from .tasks import Sudoku as Sudoku
 from .tasks import Task as Task

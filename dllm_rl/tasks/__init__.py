@@ -5,7 +5,6 @@ from dllm_rl.tasks.code import Code
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.datasets import DatasetTask, task_from_dataset
 from dllm_rl.tasks.math import GSM8K, MATH500
-from dllm_rl.tasks.reasoning_gym import ReasoningGym
 from dllm_rl.tasks.sudoku import Sudoku
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Countdown",
     "DatasetTask",
     "Problem",
-    "ReasoningGym",
     "Reward",
     "Sudoku",
     "Task",

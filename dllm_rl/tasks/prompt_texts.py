@@ -69,22 +69,19 @@ class Prompted:
         if not self.compact:
             _ = self._template  # raises for an invalid one
 
-    def render_prompt(self, blanks: str = "", **values: str) -> Prompt:
+    def render_prompt(self, **values: str) -> Prompt:
         """Return the prompt: the template with each `{name}` of `values` replaced.
 
-        If `blanks` is not empty, an answer block that contains it is appended, for infilling. With `chat`, a text
-        template becomes one user message.
+        With `chat`, a text template becomes one user message.
         """
-        block = blanks and f"<answer>\n{blanks}\n</answer>"
         template = self._template
         if isinstance(template, str) and not self.chat:
-            return _replace(template, values) + (block and f"\n\n{block}")
+            return _replace(template, values)
         template_messages = [{"role": "user", "content": template}] if isinstance(template, str) else template
         messages = [
             {"role": message["role"], "content": _replace(message["content"], values)} for message in template_messages
         ]
-        opening = self.opening + block
-        return [*messages, {"role": "assistant", "content": opening}] if opening else messages
+        return [*messages, {"role": "assistant", "content": self.opening}] if self.opening else messages
 
     @cached_property  # a new task reads its file anew
     def _template(self) -> Prompt:

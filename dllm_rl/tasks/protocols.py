@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dllm_rl.tasks import reasoning_gym as gym
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
@@ -36,7 +35,6 @@ TABLE = {
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE),
-    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}

@@ -273,18 +273,16 @@ def test_the_settings_of_a_task_are_checked_together():
         assert make_task(asked).task == Sudoku(split="test", side=9, clues=(50, 60))
 
 
-def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
+def test_a_sudoku_is_filled_in(model, capsys, tmp_path):
     """Its kept completions are whole texts, and `grade` grades them as `evaluate` did."""
-    letters = "".join(map(chr, range(32, 127))) + "\n"
-    tiny_masked_lm(characters=letters, max_length=1024, **SMALL).save_pretrained(tmp_path / "model")
-    options = ("--limit", 3, "--set", "infill=true", "--set", "chat=false")
-    hard = ("--set", 'settings={"min_empty": 4, "max_empty": 4}', "--output_dir", tmp_path, "--json")
-    command = ("evaluate", tmp_path / "model", "--task", "reasoning_gym", *options, *hard)
+    options = ("--limit", 3, "--set", "infill=true", "--set", "clues=12", "--output_dir", tmp_path, "--json")
+    command = ("evaluate", model, "--task", "sudoku", *options)
     found = json.loads(output(capsys, *command))
-    assert (found["task"], found["n"], found["max_new_tokens"]) == ("reasoning_gym", 3, 0)
+    assert (found["task"], found["n"], found["max_new_tokens"]) == ("sudoku", 3, 0)
     rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
-    assert all(re.search(r"<answer>\n(.{4}\n){4}</answer>$", row["completion"]) for row in rows)
-    graded = json.loads(output(capsys, "grade", "--json", "--task", "reasoning_gym", tmp_path / found["completions"]))
+    for row in rows:
+        assert re.fullmatch(row["puzzle"].replace("0", "."), row["completion"], re.DOTALL)
+    graded = json.loads(output(capsys, "grade", "--json", "--task", "sudoku", tmp_path / found["completions"]))
     assert (graded["solve_rate"], graded["parsed"]) == (found["solve_rate"], found["parsed"])
     steps = json.loads(output(capsys, *command, "--diffusion_steps", 2, "--block_size", 2))
     assert (found["diffusion_steps"], steps["diffusion_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
@@ -305,7 +303,6 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         ("--task sudoku --set clue=3", "--set clue=3"),
         ("--task sudoku --set clues=ten", "clues='ten' must be a tuple"),
         ("--task sudoku --path nowhere.csv", "nowhere.csv"),
-        ("--task reasoning_gym --path x.csv", "path='x.csv'"),
         ("--task sudoku --output_dir /dev/null/x", "--output_dir '/dev/null/x'"),
         ("--task sudoku --limit 0", "limit=0"),
         ("--task sudoku --set side=9", "clues=(10, 12)"),

@@ -1,4 +1,4 @@
-"""Data sets with TRL-style functions, reasoning-gym with our graders, and the smallest task."""
+"""Data sets with TRL-style functions, and the smallest task."""
 
 import asyncio
 import multiprocessing

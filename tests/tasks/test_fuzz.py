@@ -22,16 +22,15 @@ from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS
 from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
-# Of the first row of a task, or of a generator.
-FIELDS = {"/".join((row["task"], row.get("generator", ""))): fields_of(row) for row in reversed(GRADED)}
+FIELDS = {row["task"]: fields_of(row) for row in reversed(GRADED)}  # of the first row of a task
 GRADERS = [
-    *((name, grader) for name in FIELDS for grader in dict.fromkeys(PROTOCOLS[name.partition("/")[0]].values())),
-    ("sudoku/", sudoku_d1_training),
-    ("countdown/", countdown_d1_training),
-    ("gsm8k/", gsm8k_d1_training),
+    *((name, grader) for name in FIELDS for grader in dict.fromkeys(PROTOCOLS[name].values())),
+    ("sudoku", sudoku_d1_training),
+    ("countdown", countdown_d1_training),
+    ("gsm8k", gsm8k_d1_training),
 ]
 GRADERS = [each for each in GRADERS if each[1] is not sandboxed]  # it runs what it is given: code/test_sandbox.py
-NAMES = [grader.__name__ + name[name.index("/") :] for name, grader in GRADERS]
+NAMES = [grader.__name__ for _, grader in GRADERS]
 
 PIECES = [
     *["<answer>", "</answer>", "<reasoning>\n", "\n</reasoning>\n", "<|eot_id|>", "<|endoftext|>", "```", "\n", " "],
@@ -138,23 +137,19 @@ def test_a_million_characters_take_linear_time(task: str, grader) -> None:
 NEARLY = {
     "sudoku": ["2143432134121243", "<answer>2143432134211234</answer>"],
     "countdown": ["<answer>7+90</answer>", "\\boxed{(90 - 7) + 8 = 97}", "90+8-1"],
-    "reasoning_gym/mini_sudoku": ["<answer>\n2 1 4 3\n4 3 2 1\n3 4 2 1\n1 2 3 4\n</answer>"],
-    "reasoning_gym/puzzle24": ["<answer>3*5 + 9</answer>", "<answer>1*3*5 + 9 = 24</answer>", "\\boxed{(9+5)*3*1}"],
-    "reasoning_gym/zebra_puzzles": ["<answer>arnold or bob</answer>", "\\boxed{bob}", "arnold"],
 }
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("task", NEARLY)
 def test_none_of_a_thousand_hostile_completions_crashes_or_passes(task: str, monkeypatch) -> None:
-    own = fuzz_graders.FIELDS | {"countdown": {"numbers": [7, 8, 90], "target": 97}}
-    own["sudoku"] = own["reasoning_gym/mini_sudoku"]
+    own = {
+        "countdown": {"numbers": [7, 8, 90], "target": 97},
+        "sudoku": {"puzzle": "2143432134000030", "solution": "2143432134121234"},
+    }
     monkeypatch.setitem(fuzz_graders.FIELDS, task, own[task])
-    for text in fuzz_graders.RIGHT[task] if "/" in task else []:
-        for grader in PROTOCOLS["reasoning_gym"].values():
-            assert grader(fuzz_graders.FIELDS[task], text).value == 1.0
     monkeypatch.setitem(fuzz_graders.RIGHT, task, NEARLY[task])
-    graders = list(dict.fromkeys(PROTOCOLS[task.partition("/")[0]].values()))
+    graders = list(dict.fromkeys(PROTOCOLS[task].values()))
     for found in fuzz_graders.campaign(task, graders, 1000, 0, 1, Counter()):
         counts = {name: found[name] for name in ("count", "exceptions", "out_of_range", "right")}
         assert counts == {"count": 1000, "exceptions": 0, "out_of_range": 0, "right": 0}, found
