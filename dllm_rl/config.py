@@ -294,7 +294,7 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
         text = f"[{text}]"
     is_text = str in kinds or text in [word for kind in kinds for word in typing.get_args(kind)]
     if Callable in origins and str not in kinds:
-        fit(path, annotation, _imported(text, path))
+        fit(path, annotation, import_named(text, path))
         return text
     read = text if is_text else jsonargparse.get_loader("yaml")(text)
     if text or types.NoneType in kinds or issubclass(owner, Record):  # a text of a task may be empty
@@ -316,22 +316,29 @@ def _class_named(base: type[Record], text: str, path: str) -> type[Record]:
     """Return the class that text names: one of the library, or MODULE.NAME, which is imported."""
     if "." not in text:
         return subclass_named(base, text, path)
-    found = _imported(text, path)
+    found = import_named(text, path)
     if isinstance(found, type) and issubclass(found, base):
         return found
     raise ValueError(f"{path}={text!r} is no subclass of {base.__name__}")
 
 
-def _imported(text: str, path: str) -> Any:
-    """Import MODULE.NAME. This runs the module: the text is always of a command line or of its file of settings."""
+def import_named(text: str, path: str) -> Any:
+    """Import the function or class MODULE.NAME or MODULE:NAME. Errors name the option `path`.
+
+    This runs the module: the text is always of a command line or of its file of settings.
+    """
     if os.getcwd() not in sys.path and "" not in sys.path:
         # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
         sys.path.append(os.getcwd())
     try:
-        return pkgutil.resolve_name(text)
+        found = pkgutil.resolve_name(text)
     except (ImportError, ValueError, AttributeError) as error:
-        remedy = "give MODULE.NAME, with the module in the working folder or in PYTHONPATH"
+        form = "MODULE:NAME" if ":" in text else "MODULE.NAME"
+        remedy = f"give {form}, with the module in the working folder or in PYTHONPATH"
         raise ValueError(f"{path}={text!r}: {error}; {remedy}") from None
+    if not callable(found):
+        raise ValueError(f"{path}={text!r} is neither a function nor a class")
+    return found
 
 
 def _refuse(path: str, prefix: str, settable: Mapping[str, Any], owner: type) -> typing.NoReturn:

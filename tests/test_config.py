@@ -269,7 +269,7 @@ def test_a_script_of_the_recipes(recipe):
         ("num_steps 1", "options are written --name value"),
         ("--loss nowhere.at_all.x", "No module named 'nowhere'; give MODULE.NAME"),
         ("--loss .x", "loss='.x': "),
-        ("--loss math.pi", "loss='math.pi' is no subclass of Loss"),
+        ("--loss math.pi", "loss='math.pi' is neither a function nor a class"),
         ("--corrector dllm_rl.likelihoods.estimators.ELBO", "is no subclass of Corrector"),
         (
             "--corrector NoCorrection --corrector.cap 3",

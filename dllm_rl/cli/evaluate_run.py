@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dllm_rl.cli.options import Method, import_function, open_policy, read_methods, read_value
-from dllm_rl.cli.run_settings import sampler_or_note, sampler_with, task_of
-from dllm_rl.config import override, setting_paths
+from dllm_rl.cli.options import Method, open_policy, read_methods, read_value
+from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
+from dllm_rl.config import import_named, override, setting_paths
 from dllm_rl.decoding.tokens import default_max_new_tokens
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
@@ -167,7 +167,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
     is_own = ":" in name
     if name not in TASKS and not is_own:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}, and no MODULE:NAME")
-    make: Callable[..., Task] = import_function("task", name) if is_own else TASKS[name]
+    make: Callable[..., Task] = import_named(name, "--task") if is_own else TASKS[name]
     parameters = inspect.signature(make).parameters
     for option in ("path", "split"):
         if (value := getattr(arguments, option)) and option not in parameters:
@@ -209,7 +209,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     has one step per token.
     """
     sampler_class = sampler_for(policy)
-    run_sampler = sampler_or_note(arguments.models[0]) if len(arguments.models) == 1 else None
+    run_sampler = sampler_of(arguments.models[0]) if len(arguments.models) == 1 else None
     run = run_sampler if isinstance(run_sampler, sampler_class) else None
     temperature = arguments.temperature
     if sampler_class is not Renoise:  # whose schedule sets the temperatures

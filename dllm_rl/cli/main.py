@@ -260,7 +260,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, sampler_with, scheme_of
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, sampler_with, scheme_of
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
     from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
@@ -289,7 +289,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     passed = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
     if arguments.rank is not None:
         (passed["rank"],) = read_methods(Rank, "rank", [arguments.rank], arguments.fields)
-    run_sampler = sampler_or_note(arguments.model, "sampler")
+    run_sampler = sampler_of(arguments.model, "sampler")
     if run_sampler is None and passed["temperature"] is None:
         passed["temperature"] = 1.0
     float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)

@@ -1,10 +1,8 @@
 """The options of every command that opens a model, and the policy that they select."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,23 +93,6 @@ def read_methods(
     return methods
 
 
-def import_function(path: str, text: str) -> Callable:
-    """Import the function that `text`, MODULE:FUNCTION, names; errors name the option `path`."""
-    module_name, _, name = text.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(import_module(module_name), name, None)
-    except (ImportError, ValueError) as error:  # ValueError: an empty name
-        raise ValueError(
-            f"--{path} {text!r}: {error}; give MODULE:FUNCTION, with the module in the working folder or in PYTHONPATH"
-        ) from None
-    if not callable(function):
-        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}, and no class")
-    return function
-
-
 def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:
     maker_help = "function that makes the policy of a custom module; the checkpoint's weights are loaded into it"
     add = sub.add_argument
@@ -162,6 +143,7 @@ def open_policy(
     """
     import torch
 
+    from dllm_rl.config import import_named
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy
     from dllm_rl.models.policy import load_policy, load_weights
@@ -175,7 +157,7 @@ def open_policy(
     if arguments.maker is None:
         policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     else:
-        policy = import_function("model", arguments.maker)()
+        policy = import_named(arguments.maker, "--model")()
         if not isinstance(policy, Policy):
             kind = type(policy).__name__
             raise ValueError(f"--model {arguments.maker!r} makes a {kind} and no policy; return make_policy(...)")

@@ -69,8 +69,8 @@ def problems_of(model: str, count: int) -> list[Problem]:
     try:
         name, settings = task_of(model)
     except ValueError:
-        path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
-        if sampler is None or sampler.max_new_tokens == 0 or not path.is_file():
+        path, sampler = Path(model) / "completions.jsonl", (recipe_of(model) or {}).get("eval_sampler")
+        if not isinstance(sampler, dict) or not sampler["init_args"].get("max_new_tokens") or not path.is_file():
             return []
         prompts = {str(row["prompt"]): row["prompt"] for row in current_rows(path)}  # each once
         return list(map(Problem, prompts.values()))[:count]
@@ -92,7 +92,8 @@ def form_of_prompts(model: str) -> tuple[bool, str | None]:
 def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     """Return the sampler of a run's evaluations, or of its rollouts (field="sampler").
 
-    None if the folder is not a run's, or if the sampler or one of its rules is defined in a script.
+    None if the folder is not a run's, or, with a note on standard error, if only the run's script can make the sampler
+    or one of its rules.
     """
     from dllm_rl.samplers import Sampler
     from dllm_rl.serving.engine import HTTPSampler  # noqa: F401  so that its name is known
@@ -103,18 +104,10 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     try:
         sampler: Sampler = from_json(Sampler, recipe.get(field), field)
     except ValueError:
+        stored = f"{field}={recipe.get(field)}"
+        note = f"note: {stored} is defined in a script; the command uses its default sampler instead"
+        print(escape_controls(note), file=sys.stderr)
         return None
-    return sampler
-
-
-def sampler_or_note(model: str, field: str = "eval_sampler") -> "Sampler | None":
-    """Return `sampler_of`, and print a note if the run has a sampler that only its script can make."""
-    sampler, recipe = sampler_of(model, field), recipe_of(model)
-    if sampler is None and recipe is not None:
-        text = escape_controls(
-            f"note: {field}={recipe.get(field)} is defined in a script; the command uses its default sampler instead"
-        )
-        print(text, file=sys.stderr)
     return sampler
 
 

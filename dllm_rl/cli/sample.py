@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_rl.cli.options import open_policy, read_methods
-from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, sampler_with
+from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of, sampler_with
 from dllm_rl.decoding.tokens import decode, encode, full_texts, written_tokens
 from dllm_rl.device import device_name
 from dllm_rl.models.base import Policy
@@ -29,7 +29,7 @@ from dllm_rl.types import Rollout
 
 def sample_command(arguments: argparse.Namespace) -> None:
     """Complete the prompts, and print the completions, or with --json one JSON object."""
-    run_sampler = sampler_or_note(arguments.model)
+    run_sampler = sampler_of(arguments.model)
     chat, blank = arguments.chat, arguments.blank
     texts: list[Any] = arguments.prompts
     if not texts:

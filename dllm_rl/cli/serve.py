@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from dllm_rl.cli.options import open_policy, read_methods
-from dllm_rl.cli.run_settings import sampler_or_note, sampler_with
+from dllm_rl.cli.run_settings import sampler_of, sampler_with
 from dllm_rl.cli.sample import passed_options
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -45,7 +45,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens == 0:
         raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
     (scheme,) = read_methods(Scheme, "quantization", [arguments.quantization], arguments.fields)
-    run_sampler = sampler_or_note(arguments.model)
+    run_sampler = sampler_of(arguments.model)
     # Before the model is loaded, so that a port in use is known at once.
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     with socket.create_server((arguments.host, arguments.port), family=family) as listener:

@@ -210,10 +210,7 @@ def _column_names(dataset: Any) -> list[str]:
 
     Raises ValueError unless `dataset` is a sequence of rows with a prompt.
     """
-    check_is_rows("dataset", dataset)
-    if not isinstance(dataset, Sized):
-        raise ValueError("dataset has no length (it is streamed): give its first rows, list(itertools.islice(...))")
-    if not len(dataset):
+    if not len(in_memory(dataset)):
         raise ValueError("dataset is empty: give at least one row")
     names = getattr(dataset, "column_names", None)
     if names is None:
@@ -235,25 +232,25 @@ def _column_names(dataset: Any) -> list[str]:
     return list(names)
 
 
-def check_is_rows(name: str, dataset: Any) -> None:
-    """Raise ValueError with advice if `dataset` is text, a path, a dict of columns or splits, or a pandas table."""
+def check_is_rows(dataset: Any) -> None:
+    """Raise ValueError with advice if the data set is text, a path, a dict of columns or splits, or a pandas table."""
     if isinstance(dataset, (*TEXT_TYPES, Path)):
         kind = "a path" if isinstance(dataset, Path) else "text"
         raise ValueError(
-            f"{name}={dataset!r} is {kind}; give rows, for example a list of dicts or datasets.load_dataset(...)"
+            f"dataset={dataset!r} is {kind}; give rows, for example a list of dicts or datasets.load_dataset(...)"
         )
     if isinstance(dataset, Mapping):
         if all(hasattr(split, "column_names") for split in dataset.values()):  # a DatasetDict
             splits = list(dataset)
             raise ValueError(
-                f"{name} has the splits {splits}; give one of them, for example {name}[{(splits or ['train'])[0]!r}]"
+                f"dataset has the splits {splits}; give one of them, for example dataset[{(splits or ['train'])[0]!r}]"
             )
         raise ValueError(
-            f"{name} is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
+            f"dataset is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
             "or a list of dicts"
         )
     if hasattr(dataset, "iterrows"):
-        raise ValueError(f"{name} is a pandas table; give datasets.Dataset.from_pandas(...)")
+        raise ValueError("dataset is a pandas table; give datasets.Dataset.from_pandas(...)")
 
 
 def _row(dataset: Any, index: int) -> Mapping[str, Any]:
@@ -274,7 +271,7 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     Raises:
         ValueError: The data set has no length, and max_rows is None.
     """
-    check_is_rows("dataset", dataset)
+    check_is_rows(dataset)
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:

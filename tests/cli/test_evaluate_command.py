@@ -473,7 +473,8 @@ def text():
         ),
         (("copying:text",), "--task copying:text makes a str, and no task"),
         (("copying:Problem",), "--task copying:Problem needs 'prompt'; give a function without arguments"),
-        (("copying:Absent",), "module 'copying' has no function 'Absent', and no class"),
+        (("copying:Absent",), "module 'copying' has no attribute 'Absent'"),
+        (("copying:__name__",), "--task='copying:__name__' is neither a function nor a class"),
         (("nowhere:Copy",), "No module named 'nowhere'"),
     ):
         assert message in refusal(capsys, *command, "--task", *options)

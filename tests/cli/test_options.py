@@ -88,8 +88,8 @@ def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
 @pytest.mark.parametrize(
     ("maker", "message"),
     [
-        ("no_such_module:f", "--model 'no_such_module:f': No module named 'no_such_module'; give MODULE:FUNCTION"),
-        ("own_module:missing", "module 'own_module' has no function 'missing'"),
+        ("no_such_module:f", "--model='no_such_module:f': No module named 'no_such_module'; give MODULE:NAME"),
+        ("own_module:missing", "module 'own_module' has no attribute 'missing'"),
         ("platform:node", "--model 'platform:node' makes a str and no policy; return make_policy(...)"),
     ],
 )

@@ -10,7 +10,7 @@ from dllm_rl import train
 from dllm_rl.cli import evaluate_run as evaluate_command
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
-from dllm_rl.cli.run_settings import sampler_of, sampler_or_note, sampler_with, task_of
+from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.records import describe, from_json, to_json
@@ -251,10 +251,10 @@ class OwnSampler(Sampler):
     ],
 )
 def test_a_scripts_sampler_is_named_and_the_librarys_is_not(run, monkeypatch, capsys, stored):
-    assert sampler_or_note(str(run)) is not None and sampler_or_note("no run") is None
+    assert sampler_of(str(run)) is not None and sampler_of("no run") is None
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": stored})
-    assert sampler_or_note("runs/mine") is None
+    assert sampler_of("runs/mine") is None
     assert capsys.readouterr().err.startswith(f"note: eval_sampler={stored} ")
 
 
