@@ -18,7 +18,7 @@ from dllm_rl.evaluation.results import (
 )
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
-from dllm_rl.tasks.rows import load_rows, require_field
+from dllm_rl.tasks.rows import load_rows, parse_rows, require_field
 
 PROBLEM_TEXTS = ("prompt", "question", "problem")  # fields with the text of a problem
 PROBLEM_IDS = ("problem_id", "question_id", "task_id", "id")
@@ -29,7 +29,7 @@ class StoredCompletion:
     """A completion from a file, and its row with the fields that the task's graders read."""
 
     location: str  # file and line, for error messages
-    row: Mapping[str, Any]
+    row: dict[str, Any]
     completion: str
 
 
@@ -98,12 +98,9 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 def _read_and_grade(path: str | Path, task: str, protocol: str) -> GradedFile:
     find_grader(task, protocol)
     stored = read_completions(path, task)
-    fields = []
-    for completion in stored:  # all rows before grading, so that a malformed row is reported without delay
-        try:
-            fields.append(TABLE[task].read_fields(completion.row, protocol))
-        except ValueError as error:
-            raise ValueError(f"{completion.location}: {error}") from None
+    # All rows before grading, so that a malformed row is reported without delay.
+    rows = ((completion.location, completion.row) for completion in stored)
+    fields = parse_rows(rows, lambda row: TABLE[task].read_fields(row, protocol))
     rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
     return GradedFile(stored, fields, rewards)
 

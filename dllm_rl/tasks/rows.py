@@ -3,13 +3,14 @@
 import csv
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Row = dict[str, Any]
+Parsed = TypeVar("Parsed")
 Split = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[Split, ...] = ("train", "validation", "test")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -154,10 +155,21 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def parse_rows(rows: Iterable[tuple[str, Row]], parse: Callable[[Row], Parsed]) -> tuple[Parsed, ...]:
+    """Return `parse(row)` for each (location, row), and put the location before the message of its ValueError."""
+    parsed = []
+    for location, row in rows:
+        try:
+            parsed.append(parse(row))
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from None
+    return tuple(parsed)
+
+
 def load_problems(
-    path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
+    path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[Row], tuple]
 ) -> tuple[tuple, ...]:
-    """Return `parse(location, row)`, a tuple whose first item is the question, for each row of the split.
+    """Return `parse(row)`, a tuple whose first item is the question, for each row of the split.
 
     The rows come from the file `path`; from the file in the folder `path` whose name contains the split; or, without a
     path, from the hub's data set (name, configuration). Raises ValueError if there are none.
@@ -165,16 +177,15 @@ def load_problems(
     published_split = "test" if split == "test" else "train"
     if path is not None:
         file = _split_file(Path(path), published_split)
-        problems = [parse(*row) for row in load_rows(file)]
+        problems = parse_rows(load_rows(file), parse)
         if not problems:
             raise ValueError(f"{file} has no rows; give a file of problems")
     else:
-        problems = [parse(*row) for row in _rows_of_hub(*dataset, published_split)]
+        problems = parse_rows(_rows_of_hub(*dataset, published_split), parse)
     if split != "test":  # a hash of the question assigns a tenth of the published train rows to validation
-        problems = [
-            problem for problem in problems if (hashed_split(problem[0]) == "validation") == (split == "validation")
-        ]
-    return tuple(problems)
+        is_validation = split == "validation"
+        return tuple(problem for problem in problems if (hashed_split(problem[0]) == "validation") == is_validation)
+    return problems
 
 
 def _split_file(path: Path, split: str) -> Path:

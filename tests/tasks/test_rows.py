@@ -82,7 +82,7 @@ def test_absent_data_says_what_to_give(tmp_path, monkeypatch) -> None:
     with pytest.raises(
         ValueError, match=r"openai/gsm8k \(split test\) is not on this machine .*Couldn't reach the hub\); set path"
     ):
-        load_problems(None, "test", ("openai/gsm8k", "main"), lambda *row: row)
+        load_problems(None, "test", ("openai/gsm8k", "main"), lambda row: row)
 
 
 def test_published_data_through_datasets(monkeypatch) -> None:
@@ -95,7 +95,7 @@ def test_published_data_through_datasets(monkeypatch) -> None:
         return datasets.Dataset.from_list(TEST)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert [row for _, row in load_problems(None, "test", ("openai/gsm8k", "main"), lambda *row: row)] == TEST
+    assert load_problems(None, "test", ("openai/gsm8k", "main"), lambda row: row) == tuple(TEST)
     assert calls == [("openai/gsm8k", "main", "test")]
 
 

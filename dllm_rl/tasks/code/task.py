@@ -163,7 +163,7 @@ class Code(Questions):
             sandbox.require()
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, Any, str]:
+    def read_row(row: Row) -> tuple[str, Any, str]:
         """Return (question, the grader's fields, solution) of a row."""
         try:
             if "entry_point" in row:
@@ -181,7 +181,7 @@ class Code(Questions):
             functions = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
             function = [node for node in functions if re.search(rf"\b{node.name}\b", calls)][-1]
         except (ValueError, TypeError, KeyError, IndexError, SyntaxError) as error:
-            raise ValueError(f"{place}: no problem in the form of HumanEval or MBPP ({error!r})") from None
+            raise ValueError(f"no problem in the form of HumanEval or MBPP ({error!r})") from None
         fields = {
             "prelude": prelude,
             "entry_point": function.name,

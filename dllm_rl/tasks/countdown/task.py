@@ -10,6 +10,7 @@ from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict, read_fields
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
 from dllm_rl.tasks.rows import (
+    Row,
     Split,
     as_range,
     check_settings,
@@ -17,6 +18,7 @@ from dllm_rl.tasks.rows import (
     draw_number,
     hashed_split,
     load_rows,
+    parse_rows,
 )
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
@@ -110,7 +112,7 @@ class Countdown(Prompted):
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        return () if self.path is None else _read(self.path)
+        return () if self.path is None else parse_rows(load_rows(self.path), _problem_of)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         if self.reward_rule == "d1":
@@ -184,15 +186,9 @@ def write(left: Expression, operator: str, right: Expression) -> Expression:
     return f"{first}{operator}{second}", operator
 
 
-def _read(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
-    problems = []
-    for location, row in load_rows(path):
-        try:
-            fields = read_fields(row, "strict")
-        except ValueError as error:
-            required = "a Countdown problem needs numbers and target, or input and output"
-            raise ValueError(f"{location}: {error}; {required}") from None
-        problems.append((tuple(fields["numbers"]), fields["target"]))
-    if not problems:
-        raise ValueError(f"path={str(path)!r} has no problems")
-    return tuple(problems)
+def _problem_of(row: Row) -> tuple[tuple[int, ...], int]:
+    try:
+        fields = read_fields(row, "strict")
+    except ValueError as error:
+        raise ValueError(f"{error}; a Countdown problem needs numbers and target, or input and output") from None
+    return tuple(fields["numbers"]), fields["target"]

@@ -70,8 +70,8 @@ class Questions(Prompted, ABC):
 
     @staticmethod
     @abstractmethod
-    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
-        """Return (question, the grader's fields, solution or None) of a row. Raises ValueError naming the place."""
+    def read_row(row: Row) -> tuple[str, dict[str, Any], str | None]:
+        """Return (question, the grader's fields, solution or None) of a row. Raises ValueError if it is malformed."""
 
     @cached_property  # a new task reads its file anew
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
@@ -114,15 +114,12 @@ class GSM8K(Questions):
     reward_rule: Literal["own", "d1", "espo"] = "own"
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str]:
+    def read_row(row: Row) -> tuple[str, dict[str, Any], str]:
         question = row.get("question")
         answer = row.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
-            raise ValueError(f"{place}: a GSM8K row needs the texts question and answer")
-        try:
-            graders.reference_number(answer)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError("a GSM8K row needs the texts question and answer")
+        graders.reference_number(answer)  # raises ValueError if it is no number
         working, _, number = answer.rpartition("####")
         number = without_delimiters(number)
         return question, {"answer": number}, SOLUTION.format(working.strip(), number)
@@ -172,7 +169,7 @@ class MATH500(Questions):
             require()
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
+    def read_row(row: Row) -> tuple[str, dict[str, Any], str | None]:
         problem: Any = row.get("problem")
         working: Any = row.get("solution")
         answer: Any = row.get("answer")
@@ -180,9 +177,6 @@ class MATH500(Questions):
             answer = str(int(answer))  # some files write 73 as 73.0
         given: Any = answer or (last_box(working) if isinstance(working, str) else None)
         if not all(isinstance(text, str) and text.strip() for text in (problem, given, working or "none")):
-            raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
-        try:
-            answer = graders.reference_answer(answer) if answer else without_delimiters(given)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError("a MATH row needs texts: problem, and answer or a solution with a box")
+        answer = graders.reference_answer(answer) if answer else without_delimiters(given)
         return problem, {"answer": answer}, SOLUTION.format(working, f"\\boxed{{{answer}}}") if working else None

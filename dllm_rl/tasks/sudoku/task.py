@@ -1,7 +1,7 @@
 """Sudoku: generated puzzles without downloads or leaks, graded against every valid completion."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import isqrt
 from pathlib import Path
 from random import Random
@@ -19,6 +19,7 @@ from dllm_rl.tasks.rows import (
     draw_number,
     hashed_split,
     load_rows,
+    parse_rows,
     text_of,
 )
 from dllm_rl.tasks.sudoku.graders import by_rules, first_cells, score, sudoku_d1_training
@@ -131,7 +132,7 @@ class Sudoku(Prompted):
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[str, str], ...]:
-        return () if self.path is None else _read(self.path)
+        return () if self.path is None else parse_rows(load_rows(self.path), partial(_problem_of, sizes=set()))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grade the first 16 (9x9: 81) non-blank characters; see `score`. Linear in the text's length."""
@@ -200,18 +201,13 @@ def _text(row: Row, name: str) -> str:
     return text_of(row, name if name in row else name.lower())
 
 
-def _read(path: str | Path) -> tuple[tuple[str, str], ...]:
-    problems: list[tuple[str, str]] = []
-    for location, row in load_rows(path):
-        try:
-            puzzle = _text(row, "Puzzle").replace(".", "0")
-            solution = _text(row, "Solution")
-            valid = solution in completions(puzzle)
-        except ValueError as error:
-            raise ValueError(f"{location}: {error}") from None
-        if not valid:
-            raise ValueError(f"{location}: solution={solution!r} is not a completion of puzzle={puzzle!r}")
-        if problems and len(puzzle) != len(problems[0][0]):
-            raise ValueError(f"{location}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
-        problems.append((puzzle, solution))
-    return tuple(problems)
+def _problem_of(row: Row, sizes: set[int]) -> tuple[str, str]:
+    """Return (puzzle, solution) of a row. `sizes` holds the number of cells of the rows before it."""
+    puzzle = _text(row, "Puzzle").replace(".", "0")
+    solution = _text(row, "Solution")
+    if solution not in completions(puzzle):
+        raise ValueError(f"solution={solution!r} is not a completion of puzzle={puzzle!r}")
+    sizes.add(len(puzzle))
+    if len(sizes) > 1:
+        raise ValueError(f"a puzzle of {len(puzzle)} cells among those of another size; give one file for each size")
+    return puzzle, solution
