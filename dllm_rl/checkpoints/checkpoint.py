@@ -31,23 +31,7 @@ _DAMAGE_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-@dataclass(frozen=True)
-class OptimizerCopy:
-    """Copy of an optimizer's state on the host, which `save` can write while training continues.
-
-    Args:
-        state: State of each weight.
-        optimizer_state_dict: The optimizer's `state_dict()`.
-    """
-
-    state: dict[Any, dict[str, Any]]
-    optimizer_state_dict: dict[str, Any]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer_state_dict
-
-
-SavedOptimizer = torch.optim.Optimizer | OptimizerCopy | Part
+SavedOptimizer = torch.optim.Optimizer | Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +40,7 @@ class Checkpoint:
 
     Args:
         policy: Policy to save.
-        optimizer: Optimizer to save, a copy of it, or this process's part of a sharded one.
+        optimizer: Optimizer to save, or this process's part of a sharded one.
         state: State of the run. Its `best_step` names a checkpoint that `save` never deletes.
         base: Folder or id of the base model of the policy's adapters. None (default): unknown.
         merged: Whether to save full weights. False saves only the adapters, and `base` must be known. Default: True.

@@ -416,11 +416,13 @@ def merged_state_dict(module: nn.Module, device: torch.device | str | None = Non
 
 
 @torch.no_grad()
-def host_copy(module: Module, *, keep: bool = True) -> Module | None:
-    """Return a copy of the module on the CPU, with its adapters not merged. With keep=False return None.
+def host_copy(policy: Policy, *, keep: bool = True) -> Policy:
+    """Return a copy of the policy whose module is on the CPU, with its adapters not merged.
 
-    For a sharded module this is a collective: every process must call it. Processes that need no copy pass keep=False.
+    For a sharded module this is a collective: every process must call it. Processes that need no copy pass keep=False,
+    and get the policy itself.
     """
+    module = policy.module
     layers = layers_of(module)
     memo: dict[int, Any] = {}
     tensors = chain(module.parameters(), module.buffers())
@@ -430,9 +432,10 @@ def host_copy(module: Module, *, keep: bool = True) -> Module | None:
         if keep:
             memo[id(layer_tensor)] = _as_same_kind(tensor, value.to("cpu", copy=True))
     if not keep:
-        return None
-    copied = copy.deepcopy(layers, memo)
+        return policy
+    copied = copy.copy(policy)
+    copied.module = copy.deepcopy(layers, memo)
     for path, layer in adapted_layers(module).items():
         # `layers` of a sharded module was made before training, so that its counts are stale.
-        copied.get_submodule(path).calls = layer.calls
+        copied.module.get_submodule(path).calls = layer.calls
     return copied

@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,39 +33,29 @@ class CheckpointWriter:
     """Writes one checkpoint at a time; with `in_thread`, in another thread, whose errors `check` and `wait` raise."""
 
     def __init__(self, *, in_thread: bool, group: Any = None) -> None:
-        self.in_thread = in_thread
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if in_thread else None
         self.group = group  # process group for the collectives of several writing processes
         self.main_only = threading.RLock()  # held while the main process saves without the other processes
-        self._thread: threading.Thread | None = None
+        self._in_progress: Future[Path | None] | None = None
         self._folder: Path | None = None
-        self._error: Exception | None = None
 
     def run(self, write: Callable[[], Path | None]) -> None:
         """Start a write. Call `wait` first, so that the previous write is complete."""
-        if not self.in_thread:
+        if self.thread is None:
             self._folder = write()
-            return
-        self._thread = threading.Thread(target=self._write_in_thread, args=(write,), name="checkpoint")
-        self._thread.start()
-
-    def _write_in_thread(self, write: Callable[[], Path | None]) -> None:
-        try:
-            with torch.no_grad():
-                self._folder = write()
-        except Exception as error:  # of any type: `check` raises it in the main thread
-            self._error = error
+        else:
+            self._in_progress = self.thread.submit(torch.no_grad()(write))
 
     def check(self) -> None:
         """Raise the error of the last write, once, if the write has failed. Does not wait."""
-        if self._error is not None and not (self._thread and self._thread.is_alive()):
-            error = self._error
-            self._error = None  # not raised again
-            raise error
+        if self._in_progress is not None and self._in_progress.done():
+            done, self._in_progress = self._in_progress, None
+            self._folder = done.result()
 
     def wait(self) -> Path | None:
         """Wait for the write in progress; return the last checkpoint's folder, or None if none was written."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._in_progress is not None:
+            wait([self._in_progress])
         self.check()
         return self._folder
 
@@ -72,8 +63,10 @@ class CheckpointWriter:
         """Wait for the write in progress. Called when a run ends, also on errors: prints the write's error instead of
         raising it.
         """
+        if self.thread is not None:
+            self.thread.shutdown()
         try:
-            self.wait()
+            self.check()
         except Exception as error:  # of any type: the run is ending already
             print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
 

@@ -1,5 +1,6 @@
 """Save a run: what a checkpoint contains, which processes write it, and when."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import AllGather, part_of, run_in_lockstep
@@ -60,7 +61,7 @@ def save(run: Run[Settings]) -> None:
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_sharded_write(run))
     else:
-        from_main(lambda: run.writer.run(_main_process_write(run, copy=run.recipe.async_save)), run.accelerator)
+        from_main(lambda: run.writer.run(_main_process_write(run, copies=run.recipe.async_save)), run.accelerator)
     if not run.recipe.async_save:  # with async_save, an error of the write is raised in a later step
         wait_for_checkpoint(run)
         if is_merged(run, run.state) != merged:  # an `on_save` stopped the run: this checkpoint is the last one
@@ -170,11 +171,11 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe.directory)}")
 
 
-def _main_process_write(run: Run[Settings], *, copy: bool = False) -> Callable[[], Path | None]:
-    """Return a function that writes the checkpoint; call it in the main process. With `copy`, copy weights and
+def _main_process_write(run: Run[Settings], *, copies: bool = False) -> Callable[[], Path | None]:
+    """Return a function that writes the checkpoint; call it in the main process. With `copies`, copy weights and
     optimizer state to the host now, so that training can continue during the write.
     """
-    policy, optimizer = copy_to_host(run.policy, run.optimizer) if copy else (run.policy, run.optimizer)
+    policy, optimizer = copy_to_host(run.policy, run.optimizer) if copies else (run.policy, run.optimizer)
     return partial(_try_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
 
 
@@ -198,24 +199,18 @@ def _sharded_write(run: Run[Settings]) -> Callable[[], Path | None]:
 
 
 @torch.no_grad()
-def copy_to_host(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Policy, checkpoint.OptimizerCopy]:
+def copy_to_host(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Policy, torch.optim.Optimizer]:
     """Copy to the host everything that a checkpoint saves."""
-    copies: dict[int, Tensor] = {}
-
-    def copy_tensor(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-        return copies[id(tensor)]
-
-    host_policy: Any = type(policy).__new__(type(policy))
-    host_policy.__dict__ |= policy.__dict__ | {"module": host_copy(policy.module)}
-    optimizer_state_dict = tree_map_only(Tensor, copy_tensor, optimizer.state_dict())
-    host_parameters = dict(zip(policy.module.parameters(), host_policy.module.parameters(), strict=True))
-    state = {
-        host_parameters[parameter]: tree_map_only(Tensor, copy_tensor, moments)
-        for parameter, moments in optimizer.state.items()
-    }
-    return host_policy, checkpoint.OptimizerCopy(state, optimizer_state_dict)
+    host_policy = host_copy(policy)
+    parameters = zip(policy.module.parameters(), host_policy.module.parameters(), strict=True)
+    copies: dict[int, Any] = {id(parameter): host_parameter for parameter, host_parameter in parameters}
+    for value in tree_leaves([*optimizer.state.values()]):
+        if isinstance(value, Tensor):
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+    copied = copy.deepcopy({"state": optimizer.state, "param_groups": optimizer.param_groups}, copies)
+    host_optimizer = type(optimizer).__new__(type(optimizer))
+    host_optimizer.__dict__ |= optimizer.__dict__ | copied
+    return host_policy, host_optimizer
 
 
 def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.SavedOptimizer) -> Write:

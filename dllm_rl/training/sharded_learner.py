@@ -1,8 +1,5 @@
 """A learner whose weights are sharded (FSDP2): check its settings, shard it, and gather its weights for a save."""
 
-import copy
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
@@ -120,6 +117,4 @@ def gather_on_main(policy: Policy, accelerator: Accelerator) -> Policy:
     """
     if sharding_of(policy.module) is None:
         return policy
-    full_policy: Any = copy.copy(policy)  # the learner's sharded module stays unchanged
-    full_policy.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
-    return full_policy
+    return host_copy(policy, keep=accelerator.is_main_process)

@@ -74,13 +74,13 @@ def test_a_copy_on_the_host_shares_no_storage_and_keeps_adapters():
     policy = own_policy()
     add_lora(policy, Lora(r=2))
     policy.module.blocks[0].qkv.calls = 3
-    copied = host_copy(policy.module)
+    copied = host_copy(policy).module
     ours, theirs = policy.module.state_dict(), copied.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not {x.data_ptr() for x in ours.values()} & {x.data_ptr() for x in theirs.values()}
     assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in policy.module.parameters()]
     assert copied.blocks[0].qkv.calls == 3
-    assert host_copy(policy.module, keep=False) is None
+    assert host_copy(policy, keep=False) is policy
 
 
 def test_a_sharded_modules_copy_goes_on_with_the_dropout_masks_of_training():
@@ -91,6 +91,6 @@ def test_a_sharded_modules_copy_goes_on_with_the_dropout_masks_of_training():
     module.sharding = SimpleNamespace(plain=copy.deepcopy(module))
     for number, layer in enumerate(adapted_layers(module).values()):
         layer.calls = 3 + number
-    copied = adapted_layers(host_copy(module))
+    copied = adapted_layers(host_copy(policy).module)
     assert len(copied) > 1
     assert {path: layer.calls for path, layer in copied.items()} == {path: 3 + n for n, path in enumerate(copied)}

@@ -52,7 +52,7 @@ def writing(monkeypatch, before):
 def no_thread_stays(monkeypatch):
     monkeypatch.setattr(plots, "plot", lambda directory: None)
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 
 def contents(folder):

@@ -22,10 +22,11 @@ from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, run_exit_stack
 from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import without_middle
 from dllm_rl.step.context import StepContext
-from dllm_rl.training.late_rollouts.schedule import RolloutProducer, copy_policy_to_host
+from dllm_rl.training.late_rollouts.schedule import RolloutProducer
 
 MAX_ATTEMPTS = 3  # per job; if the cause of a worker's death is permanent, more attempts do not help
 CLUSTER_SECONDS = 30.0  # seconds that a cluster may take to reserve processors for the workers
@@ -51,9 +52,8 @@ class Worker:
                 for name in LAUNCH_VARIABLES:
                     os.environ.pop(name, None)
                 # Copied, because the object in Ray's store is shared and must not change.
-                self.sampler = RolloutProducer(
-                    recipe, copy_policy_to_host(policy), make_accelerator(device=torch.device(device_type))
-                )
+                accelerator = make_accelerator(device=torch.device(device_type))
+                self.sampler = RolloutProducer(recipe, host_copy(policy), accelerator)
             return self.sampler.make(step, weights)
         except Exception as error:  # any exception, from a sampler or a grader
             return type(error).__name__, str(error)
@@ -112,7 +112,7 @@ class RayWorkerPool:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
         self.say = context.log.say
         # The recipe is sent without its callbacks, which run in the learner only.
-        setup = (replace(recipe, callbacks=()), copy_policy_to_host(context.policy), self.threads, self.kind)
+        setup = (replace(recipe, callbacks=()), host_copy(context.policy), self.threads, self.kind)
         try:
             self.setup = self.ray.put(setup)
         except Exception as error:  # any exception, from the code of an object's class

@@ -2,7 +2,6 @@
 worker pools.
 """
 
-import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -97,13 +96,6 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     return replace(samples, rollout_logprobs=rollout_logprobs)
 
 
-def copy_policy_to_host(policy: Policy) -> Policy:
-    """Return a copy of the policy whose module is on the host."""
-    host_policy = copy.copy(policy)
-    host_policy.module = host_copy(policy.module)
-    return host_policy
-
-
 @runtime_checkable
 class Pool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
@@ -164,7 +156,7 @@ class InProcessPool:
     def set_up(self, recipe: Recipe, context: StepContext) -> None:
         if context.accelerator.num_processes > 1:
             raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
-        self.sampler = RolloutProducer(recipe, copy_policy_to_host(context.policy), context.accelerator)
+        self.sampler = RolloutProducer(recipe, host_copy(context.policy), context.accelerator)
         self.num_workers = recipe.rollout_workers
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
