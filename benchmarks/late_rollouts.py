@@ -74,16 +74,23 @@ class Turns:
     def hand_out(self, number: int) -> None:
         self.workers.submit(number, trained_weights(self.policy))
 
+    def batch(self, number: int) -> bytes:
+        """Wait for a batch as the learner of a run does."""
+        while (batch := self.workers.ready(number)) is None:
+            self.workers.wait()
+            self.workers.mend([number])
+        return batch
+
     def overlapped(self, steps: int) -> dict[str, float]:
         """Mean seconds of a step in the long run, and the worker's own median."""
         self.hand_out(self.number)
-        self.workers.result(self.number)
+        self.batch(self.number)
         self.hand_out(self.number + 1)
         began, made = 0.0, []
         for i in range(steps + 2):
             if i == 2:
                 began = time.perf_counter()
-            data = self.workers.result(self.number)
+            data = self.batch(self.number)
             (samples, _, _), spent = deserialize_batch(data, job.sampler.rank, self.accelerator.device)
             made.append(spent)
             self.learn(samples)
@@ -93,7 +100,7 @@ class Turns:
             self.number += 1
         spent = (time.perf_counter() - began) / steps
         for late in (self.number, self.number + 1):  # the other turns have the cores for themselves
-            self.workers.result(late)
+            self.batch(late)
             self.workers.forget(late)
         self.number += 2
         return {"step": spent, "worker's rollout": median(made)}

@@ -80,11 +80,9 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         pool = None  # only the main process talks to the workers
     elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
-    elif recipe.rollout_schedule == "first_ready" and not isinstance(pool, Pool):
-        raise ValueError(
-            f"rollout_schedule='first_ready' needs all methods of Pool, and {type(pool).__name__} lacks some: add them "
-            "(when_free, num_free, wait, mend), or use rollout_schedule='in_order'"
-        )
+    elif not isinstance(pool, Pool):
+        methods = "set_up, submit, ready, forget, when_free, num_free, wait, mend"
+        raise ValueError(f"pool={type(pool).__name__} lacks a method of Pool; it needs {methods}")
     accelerator, stop, peers = launch(recipe)
 
     # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.

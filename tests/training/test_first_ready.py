@@ -59,8 +59,8 @@ class Simulated(InProcessPool):
         super().forget(step)  # during the learner's step
         self.published = self.policy.weights_version
 
-    def result(self, step):
-        return self.jobs[step]
+    def make(self, step):
+        self.made[step] = self.jobs[step]
 
 
 def simulate(duration, *, workers, late, steps, saved=None):
@@ -279,7 +279,7 @@ def test_a_resume_may_change_the_schedule_or_the_bound(tmp_path):
     class Ahead(InProcessPool):
         def submit(self, step, weights):
             super().submit(step, weights)
-            self.result(step)
+            self.make(step)
 
     changes = {"late": 3, "num_steps": 6, "save_steps": 3, "save_total_limit": 9, "rollout_schedule": "in_order"}
     train(first_ready_recipe(tmp_path, **changes), Ahead())
@@ -297,8 +297,9 @@ def test_a_pool_without_the_methods_is_refused_before_any_work(tmp_path):
     class Old:
         set_up = submit = ready = result = forget = None
 
-    with pytest.raises(ValueError, match="rollout_schedule='first_ready' needs all methods of Pool, and Old lacks"):
-        train(first_ready_recipe(tmp_path / "run"), Old())
+    for schedule in ("first_ready", "in_order"):
+        with pytest.raises(ValueError, match=r"pool=Old lacks a method of Pool; it needs .* wait, mend"):
+            train(first_ready_recipe(tmp_path / "run", rollout_schedule=schedule), Old())
     assert not (tmp_path / "run").exists()
 
 
@@ -339,22 +340,24 @@ def test_jobs_of_lost_and_late_workers_are_repeated_with_their_weights(pool):
     pool.submit(0, b"zero")
     pool.submit(1, b"one")
     assert pool.num_free() == 0 and pool.sent == [(0, b"zero", 0), (1, b"one", 1)]
-    pool.mend()
+    pool.mend(pool.jobs)
     assert len(pool.sent) == 2, "nothing to mend"
     pool.jobs[0].future.set_exception(Lost())
     assert pool.num_free() == 0, "the lost worker has a job to repeat"
-    pool.mend()
+    pool.mend(pool.jobs)
     assert pool.sent[2:] == [(0, b"zero", 0)] and "step 0 died" in pool.said[0]
-    pool.jobs[1].start_time -= 61
-    pool.mend()
+    pool.jobs[1].waiting_since -= 61
+    pool.mend(pool.jobs)
     assert pool.sent[3:] == [(1, b"one", 1)] and "step 1 did not return within" in pool.said[1]
-    pool.mend()
+    pool.mend(pool.jobs)
     assert len(pool.sent) == 4, "its time begins again"
     pool.jobs[1].future.set_result(b"a batch")
     assert pool.ready(1) == b"a batch" and pool.num_free() == 1
     pool.jobs[0].future.set_result(("ValueError", "the grader failed"))
+    pool.mend([1])  # in order, an error is raised when the learner needs the batch
+    pool.wait()  # which waits for running jobs only
     with pytest.raises(ValueError, match="the grader failed"):
-        pool.mend()
+        pool.mend(pool.jobs)
 
 
 @pytest.mark.slow

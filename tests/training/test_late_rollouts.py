@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,15 +72,15 @@ def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_r
             seen.append(("submit", step, deserialize(weights)[1]["version"]))
             super().submit(step, weights)
 
-        def result(self, step):
-            seen.append(("result", step))
-            return super().result(step)
+        def make(self, step):
+            seen.append(("make", step))
+            super().make(step)
 
     recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9)
     whole = train(recipe, Watched())
     start = [("submit", 0, 0), ("submit", 1, 0), ("submit", 2, 0)]
-    steps = [("result", 0), ("submit", 3, 1), ("result", 1), ("submit", 4, 2), ("result", 2), ("submit", 5, 3)]
-    end = [("result", 3), ("result", 4), ("result", 5)]
+    steps = [("make", 0), ("submit", 3, 1), ("make", 1), ("submit", 4, 2), ("make", 2), ("submit", 5, 3)]
+    end = [("make", 3), ("make", 4), ("make", 5)]
     assert seen == [*start, *steps, *end]
     rows = metrics_of(tmp_path / "run")
     assert [row["rollout_version"] for row in rows] == [0, 0, 0, 1, 2, 3]
@@ -109,7 +109,7 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     class Ahead(InProcessPool):
         def submit(self, step, weights):
             super().submit(step, weights)
-            self.result(step)
+            self.make(step)
 
     recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9, corrector=AIS())
     weights, rows = weights_of(train(recipe, Ahead())), metrics_of(tmp_path / "run")
@@ -416,27 +416,29 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
 
 def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_path):
     """`_next` gives None after a quarter of collective_timeout, then the pool's batch, or its error."""
-    arrived, failure = Event(), []
+    finished, failure = {}, []
 
     class Slow(InProcessPool):
-        def result(self, step):
-            arrived.wait(60)
+        def ready(self, step):
+            return finished.get(step)
+
+        def wait(self):
+            time.sleep(0.001)
+
+        def mend(self, steps):
             if failure:
                 raise failure.pop()
-            return b"a batch"
 
     two = SimpleNamespace(num_processes=2)
     pending = {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)}
     recipe = late_recipe(tmp_path, collective_timeout=0.02)
     rollouts = AsyncRollouts(recipe, SimpleNamespace(accelerator=two), Slow(), pending)
     assert rollouts._next(0) is None and rollouts._next(0) is None
-    arrived.set()
-    rollouts.pending[0].result.result(60)
+    finished[0] = b"a batch"
     assert rollouts._next(0) == (0, b"a batch")
     failure.append(ValueError("the grader failed"))
     with pytest.raises(ValueError, match="the grader failed"):
-        while rollouts._next(1) is None:
-            pass
+        rollouts._next(1)
 
 
 # --- With Ray: each test starts a cluster, and workers that import the library ----------------------------

@@ -1,7 +1,6 @@
 """The schedule 'first_ready': workers that are free take the newest weights, and a step takes a finished batch."""
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,29 +88,17 @@ class FirstReadyRollouts(AsyncRollouts):
         with self.lock:
             self.is_open = False
 
-    def _next(self, step: int) -> tuple[int, bytes] | None:
-        assert self.pool is not None, "only the main process has the batches"
-        recipe = self.recipe
-        others_wait = self.context.accelerator.num_processes > 1
-        start_time = time.monotonic()
-        while True:
-            with self.lock:
-                self.pool.mend()
-                self.start_jobs()
-                versions = {number: batch.age for number, batch in self.pending.items()}
-                number = choose_batch(versions, self._is_made, self.version, recipe.max_staleness)
-                if number is not None and (batch := self._made(number)) is not None:
-                    self.taken, self.taken_step = number, step
-                    return number, batch
-            if others_wait and time.monotonic() - start_time > recipe.collective_timeout / 4:
+    def _choose(self, step: int, pool: Pool) -> tuple[int, bytes] | None:
+        with self.lock:
+            pool.mend([number for number, batch in self.pending.items() if batch.made is None])
+            self.start_jobs()
+            versions = {number: batch.age for number, batch in self.pending.items()}
+            made = {number: batch for number in self.pending if (batch := self._made(number)) is not None}
+            number = choose_batch(versions, made.__contains__, self.version, self.recipe.max_staleness)
+            if number is None:
                 return None
-            self.pool.wait()
-
-    def _is_made(self, number: int) -> bool:
-        return self._made(number) is not None
-
-    def _made(self, number: int) -> bytes | None:
-        return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
+            self.taken, self.taken_step = number, step
+            return number, made[number]
 
     def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         with self.lock:

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -66,7 +66,7 @@ class Job:
     weights: bytes  # kept so that the job can be repeated if its worker dies
     worker: int
     future: "Future[BatchOrError]"
-    start_time: float  # in seconds, of time.monotonic
+    waiting_since: float | None = None  # when the learner began to wait for it, in seconds of time.monotonic
     attempts: int = 1
 
     @property
@@ -123,7 +123,7 @@ class RayWorkerPool:
         """Give the job to the worker with the fewest open jobs."""
         num_open_jobs = self._num_open_jobs()
         worker = num_open_jobs.index(min(num_open_jobs))
-        self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker), time.monotonic())
+        self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker))
 
     def _num_open_jobs(self) -> list[int]:
         workers = [job.worker for job in self.jobs.values() if job.batch_or_none is None]
@@ -136,7 +136,7 @@ class RayWorkerPool:
         self.on_free = start
 
     def _send_job(self, step: int, weights: bytes, worker: int) -> "Future[BatchOrError]":
-        if dead_daemon(self.ray):  # the learner can complete its step; `result` raises the error later
+        if dead_daemon(self.ray):  # the learner can complete its step; `mend` raises the error later
             return Future()
         if weights is not self.stored_weights:  # jobs with the same weights share them
             self.stored_weights, self.stored_weights_ref = weights, self.ray.put(weights)
@@ -151,17 +151,11 @@ class RayWorkerPool:
 
     def ready(self, step: int) -> bytes | None:
         """Return the batch, or None if its job is still running or has failed."""
-        return self.jobs[step].batch_or_none
+        return self.jobs[step].batch_or_none if step in self.jobs else None
 
-    def result(self, step: int) -> bytes:
-        while True:
-            self._wait(step, self.jobs[step].future, self.timeout)
-            if (batch := self._settle(step)) is not None:
-                return batch
-
-    def _settle(self, step: int) -> bytes | None:
-        """Return the batch of a finished job. If its worker died or takes too long, replace the worker, repeat the job,
-        and return None. Raise the job's error, or RuntimeError after MAX_ATTEMPTS.
+    def _settle(self, step: int) -> None:
+        """Replace the worker of a job if it died or takes too long, and repeat the job. Raise the job's error, or
+        RuntimeError after MAX_ATTEMPTS.
         """
         job = self.jobs[step]
         errors = self.ray.exceptions
@@ -174,8 +168,8 @@ class RayWorkerPool:
         except TimeoutError:
             problem = f"did not return within collective_timeout={self.timeout:g} s"
         else:
-            if isinstance(result, bytes):
-                return result
+            if isinstance(result, bytes):  # finished meanwhile
+                return
             raise error_of(*result)
         if job.attempts == MAX_ATTEMPTS:
             raise RuntimeError(
@@ -185,33 +179,22 @@ class RayWorkerPool:
         job.attempts += 1
         self.say(f"warning: the worker that made the rollouts of step {step} {problem}; another worker repeats the job")
         self._replace(job.worker)
-        return None
 
     def wait(self) -> None:
-        wait(
-            [job.future for job in self.jobs.values() if job.batch_or_none is None],
-            timeout=1.0,
-            return_when=FIRST_COMPLETED,
-        )
+        running = [job.future for job in self.jobs.values() if not job.future.done()]
+        wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
 
-    def mend(self) -> None:
-        """Replace lost workers and repeat their jobs. Raise the error of a failed job, or RuntimeError after
-        MAX_ATTEMPTS.
+    def mend(self, steps: Iterable[int]) -> None:
+        """Replace the workers of these jobs that are lost, and repeat their jobs. Raise the error of a failed job, or
+        RuntimeError after MAX_ATTEMPTS.
         """
-        for step, job in sorted(self.jobs.items()):
+        for step in sorted(steps):
+            job = self.jobs[step]
             if job.batch_or_none is None:
                 self.check_daemons(step)
-                if job.future.done() or time.monotonic() - job.start_time > self.timeout:
+                job.waiting_since = job.waiting_since or time.monotonic()
+                if job.future.done() or time.monotonic() - job.waiting_since > self.timeout:
                     self._settle(step)
-
-    def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> None:
-        """Wait for the future, for at most `timeout` seconds. Raise RuntimeError within a second if a Ray process dies
-        meanwhile.
-        """
-        deadline = time.monotonic() + timeout
-        while (remaining := deadline - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
-            self.check_daemons(step)
-        self.check_daemons(step)
 
     def check_daemons(self, step: int) -> None:
         if (name := dead_daemon(self.ray)) is not None:
@@ -223,7 +206,7 @@ class RayWorkerPool:
         self.workers[worker] = self.actor.remote()
         for step, job in sorted(self.jobs.items()):
             if job.worker == worker and job.batch_or_none is None:
-                job.future, job.start_time = self._send_job(step, job.weights, worker), time.monotonic()
+                job.future, job.waiting_since = self._send_job(step, job.weights, worker), None
 
     @property
     def logs(self) -> str:

@@ -3,12 +3,10 @@ worker pools.
 """
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -101,8 +99,7 @@ class Pool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
-    batch, here `step`. `result` is called with rollout_schedule='in_order', in the order of the steps; `when_free`,
-    `num_free`, `wait` and `mend` are called with 'first_ready'.
+    batch, here `step`. `when_free` and `num_free` are called with rollout_schedule='first_ready' only.
     """
 
     def set_up(self, recipe: Recipe, context: StepContext) -> None:
@@ -112,12 +109,7 @@ class Pool(Protocol):
         """Start to make the batch of a step with these serialized weights. Do not wait."""
 
     def ready(self, step: int) -> bytes | None:
-        """Return the batch of a step, or None if it is not finished. Do not wait and do not raise."""
-
-    def result(self, step: int) -> bytes:
-        """Wait for the batch of a step and return it. Raise the error of its job, or RuntimeError if no worker makes
-        it.
-        """
+        """Return the batch of a step, or None if it is not finished or not submitted. Do not wait and do not raise."""
 
     def forget(self, step: int) -> None:
         """Delete the batch of a step, which the learner has trained on. It had no job if a checkpoint had stored it."""
@@ -131,8 +123,10 @@ class Pool(Protocol):
     def wait(self) -> None:
         """Wait until a job is finished, at most about a second. Do not raise."""
 
-    def mend(self) -> None:
-        """Repeat the jobs of lost workers. Raise the error of a failed job, or RuntimeError if no worker makes it."""
+    def mend(self, steps: Iterable[int]) -> None:
+        """Repeat those of these jobs whose workers are lost. Raise the error of a failed job, or RuntimeError if no
+        worker makes it.
+        """
 
 
 class InProcessPool:
@@ -166,14 +160,13 @@ class InProcessPool:
         self.ends[step] = self.now + self.duration(step)
 
     def ready(self, step: int) -> bytes | None:
-        if self.start is not None and self.ends[step] <= self.now:
-            return self.result(step)
+        if self.start is not None and step not in self.made and self.ends[step] <= self.now:
+            self.make(step)
         return self.made.get(step)
 
-    def result(self, step: int) -> bytes:
-        if step not in self.made:
-            self.made[step] = self.sampler.make(step, self.jobs[step])
-        return self.made[step]
+    def make(self, step: int) -> None:
+        """Make the batch of a job now."""
+        self.made[step] = self.sampler.make(step, self.jobs[step])
 
     def forget(self, step: int) -> None:
         self._advance(self.now + 1)  # the learner's step
@@ -187,9 +180,12 @@ class InProcessPool:
         return self.num_workers - sum(end > self.now for end in self.ends.values())
 
     def wait(self) -> None:
-        self._advance(min(end for end in self.ends.values() if end > self.now))
+        if self.start is None:
+            self.make(min(self.jobs.keys() - self.made.keys()))
+        else:
+            self._advance(min(end for end in self.ends.values() if end > self.now))
 
-    def mend(self) -> None:
+    def mend(self, steps: Iterable[int]) -> None:
         """No worker is lost here."""
 
     def _advance(self, until: float) -> None:
@@ -208,7 +204,6 @@ class PendingBatch:
     weights: bytes  # serialized
     age: int  # number of steps that the weights were trained for; with 'first_ready', the version of the weights
     made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
-    result: "Future[bytes] | None" = None  # the pool's, if a thread waits for it
 
 
 @dataclass(eq=False)
@@ -299,17 +294,24 @@ class AsyncRollouts:
         wait in an exchange.
         """
         assert self.pool is not None, "only the main process has the batches"
-        pending_batch = self.pending[step]
-        if pending_batch.made is not None:
-            return step, pending_batch.made
-        if self.context.accelerator.num_processes == 1:
-            return step, self.pool.result(step)
-        if pending_batch.result is None:
-            pending_batch.result = Future()
-            waiter = partial(_wait_for_result, self.pool, step, pending_batch.result)
-            Thread(target=waiter, daemon=True).start()  # a daemon: it must not keep a run alive that ends
-        wait([pending_batch.result], timeout=self.recipe.collective_timeout / 4)
-        return (step, pending_batch.result.result()) if pending_batch.result.done() else None
+        others_wait = self.context.accelerator.num_processes > 1
+        start_time = time.monotonic()
+        while (found := self._choose(step, self.pool)) is None:
+            if others_wait and time.monotonic() - start_time > self.recipe.collective_timeout / 4:
+                break
+            self.pool.wait()
+        return found
+
+    def _choose(self, step: int, pool: Pool) -> tuple[int, bytes] | None:
+        """Return the number and the bytes of the batch to train on; None if it is not finished."""
+        if self.pending[step].made is None:
+            pool.mend([step])
+        batch = self._made(step)
+        return None if batch is None else (step, batch)
+
+    def _made(self, number: int) -> bytes | None:
+        """Return the batch of this number if it is finished, else None."""
+        return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
 
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
@@ -338,21 +340,12 @@ class AsyncRollouts:
         files = {}
         for number, pending_batch in list(self.pending.items()):  # a copy: another thread may save
             if pending_batch.age < step:  # a newer batch is made with the checkpoint's weights
-                is_submitted = number < self.recipe.num_steps
-                batch = pending_batch.made or (self.pool.ready(number) if self.pool and is_submitted else None)
                 batch_name, weights_name = file_names(number)
-                if batch is not None:
+                if (batch := self._made(number)) is not None:
                     files[batch_name] = batch
                 else:
                     files[weights_name] = pending_batch.weights
         return files
-
-
-def _wait_for_result(pool: Pool, step: int, future: "Future[bytes]") -> None:
-    try:
-        future.set_result(pool.result(step))
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # those that `from_main` sends on
-        future.set_exception(error)
 
 
 ORDER_FILE = "rollouts/order.json"  # in a checkpoint of rollout_schedule='first_ready'
