@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
 from dllm_rl.models.base import FORWARD_COST, block_causal_mask, block_ranks, encode_block_causal, position_ids
-from dllm_rl.models.policy import DiffusionPolicy
+from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import rules, unmask
@@ -102,14 +102,14 @@ def some(scores: Tensor, masked: Tensor, steps_left: Tensor) -> Tensor:
     return masked & ((scores > 2 / 3) | (scores == scores.amax(-1, keepdim=True)))
 
 
-def block_causal(policy: DiffusionPolicy, size: int) -> DiffusionPolicy:
+def block_causal(policy: ModulePolicy, size: int) -> ModulePolicy:
     """The same weights, blocks of `size` seeing themselves and those before; no token ends a completion."""
     changed = replace(policy.spec, attention="block_causal", block_size=size, eos_ids=())
     changed = replace(changed, encode=partial(encode_block_causal, spec=changed))
-    return DiffusionPolicy(policy.module, changed, policy.tokenizer)
+    return ModulePolicy(policy.module, changed, policy.tokenizer)
 
 
-def scored(policy: DiffusionPolicy, tokens: Tensor, prompt: int, group: int, backward: bool) -> Tensor:
+def scored(policy: ModulePolicy, tokens: Tensor, prompt: int, group: int, backward: bool) -> Tensor:
     """States of the completions, of `tokens` (B, T) behind prompts of whole blocks, from one prompt's keys and values a
     group, which scoring does not do; group=1: from one forward of all, as it does. backward: the embedding's gradient
     of the sum of their squares."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dllm_rl.models.policy import DiffusionPolicy, make_policy
+from dllm_rl.models.policy import ModulePolicy, make_policy
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.types import Rollout, SamplingParams
 
@@ -34,7 +34,7 @@ PRESETS = {
 }
 
 
-def make(shape: Shape, device: str, dtype: torch.dtype) -> tuple[DiffusionPolicy, Rollout]:
+def make(shape: Shape, device: str, dtype: torch.dtype) -> tuple[ModulePolicy, Rollout]:
     """A policy with random weights and a rollout of random tokens: half of each completion committed at step 0."""
     tokenizer = char_tokenizer("abcdefgh")
     length = shape.prompt_length + shape.completion_length

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from dllm_rl.models.policy import DiffusionPolicy
+from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.types import Prompts
 
 
 @torch.no_grad()
 def plain(
-    policy: DiffusionPolicy, prompts: Prompts, shape: Any, *, masked_only: bool = False, double: bool = False
+    policy: ModulePolicy, prompts: Prompts, shape: Any, *, masked_only: bool = False, double: bool = False
 ) -> torch.Tensor:
     """LLaDA's generate at temperature 0 as its authors have it: logits everywhere, softmax of them in their own dtype,
     confidence, top k of the block; a batch is padded on the left, and padding is not attended to.
@@ -50,7 +50,7 @@ def plain(
 
 
 @torch.no_grad()
-def plain_cached(policy: DiffusionPolicy, prompts: Prompts, shape: Any, *, dual: bool) -> torch.Tensor:
+def plain_cached(policy: ModulePolicy, prompts: Prompts, shape: Any, *, dual: bool) -> torch.Tensor:
     """Fast-dLLM's caches at temperature 0 as published: a forward of everything at the start of a block, then forwards
     against the keys and values kept from it. The prefix cache keeps those before the block, and all from the block on
     runs in every step; the dual cache keeps those behind it too, and the block runs alone. Logits, softmax and the

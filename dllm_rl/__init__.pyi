@@ -4,12 +4,12 @@ from .algorithms.advantages import Advantages as Advantages
 from .algorithms.advantages import Decoupled as Decoupled
 from .algorithms.advantages import GroupRelative as GroupRelative
 from .algorithms.advantages import LeaveOneOut as LeaveOneOut
-from .algorithms.by_step import ByStep as ByStep
 from .algorithms.correctors import AIS as AIS
 from .algorithms.correctors import MIS as MIS
 from .algorithms.correctors import TBPO as TBPO
 from .algorithms.correctors import TIS as TIS
 from .algorithms.correctors import Aligned as Aligned
+from .algorithms.correctors import ByStep as ByStep
 from .algorithms.correctors import Compose as Compose
 from .algorithms.correctors import Corrector as Corrector
 from .algorithms.correctors import FunctionCorrector as FunctionCorrector
@@ -19,6 +19,7 @@ from .algorithms.correctors import QaRL as QaRL
 from .algorithms.correctors import Reject as Reject
 from .algorithms.correctors import TokenStats as TokenStats
 from .algorithms.correctors import TokenWeights as TokenWeights
+from .algorithms.correctors import Triage as Triage
 from .algorithms.losses import CISPO as CISPO
 from .algorithms.losses import GSPO as GSPO
 from .algorithms.losses import K1 as K1
@@ -39,7 +40,6 @@ from .algorithms.prompt_sources import MixedRewardPrompts as MixedRewardPrompts
 from .algorithms.prompt_sources import PromptSource as PromptSource
 from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
 from .algorithms.replay import Replay as Replay
-from .algorithms.triage import Triage as Triage
 from .algorithms.values import ValueModel as ValueModel
 from .callbacks import Callback as Callback
 from .callbacks import SaveBest as SaveBest

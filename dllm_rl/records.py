@@ -163,6 +163,11 @@ class FunctionRecord(Record):
 
     function: Callable[..., Any]
 
+    @property
+    def name(self) -> str:
+        """Name of the function, for messages."""
+        return getattr(self.function, "__name__", describe(self.function))
+
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.function(*arguments, **keywords)
 

@@ -15,11 +15,12 @@ from likelihood_toys import TablePolicy
 from dllm_rl import Lora, Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.algorithms.correctors import Corrector, ais_lambda
+from dllm_rl.algorithms.optimizers import LRSchedule
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.records import Bound, Record, annotations_of, required_settings, subclasses, union_members
+from dllm_rl.records import Bound, Record, annotations_of, fit, required_settings, subclasses, union_members
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.testing import check_corrector
 from dllm_rl.types import Prompts, SamplingParams, equal_groups
@@ -28,7 +29,7 @@ from recipes.studies import surrogates as published
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
 NUMBERS = {int, float}
 # Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
-ZERO = {"bound", "min_ratio", "threshold", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps"}
+ZERO = {"bound", "min_ratio", "threshold", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps", "gate"}
 REQUIRED = {"block_size": 3, "eta": 0.1, "tau": 0.9, "temperature": 0.5, "f": 1.0, "gamma": 1.0, "rate": 0.1}
 REQUIRED |= {"length": 16, "max_new_tokens": 4}
 
@@ -339,6 +340,41 @@ def test_a_recipe_refuses_what_float32_cannot_hold(value):
         with pytest.raises(ValueError, match=rf"^{name}={value:g}".replace("+", r"\+")):
             field.metadata["bound"].check(name, value)
         field.metadata["bound"].check(name, 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("base", "callable_record"),
+    [
+        (losses.Loss, losses.K1()),
+        (losses.KL, losses.TokenMean()),
+        (rules.Rank, rules.Schedule()),
+        (rules.Commit, rules.MaxProb()),
+        (Corrector, losses.PPOClip()),
+        (estimators.LikelihoodEstimator, advantages.GroupRelative()),
+    ],
+)
+def test_a_record_of_another_kind_is_not_taken_for_a_function(base, callable_record):
+    with pytest.raises(
+        ValueError, match=rf"^setting={type(callable_record).__name__}\(.* is no {base.__name__}; give one"
+    ):
+        fit("setting", base, callable_record)
+
+
+@pytest.mark.parametrize(
+    ("base", "function", "arguments", "result"),
+    [
+        (losses.KL, torch.neg, (2.0,), -2.0),
+        (losses.LossReduction, lambda mask, num_tokens: mask / num_tokens, (4.0,), 2.0),
+        (rules.Commit, lambda scores, masked, steps_left: scores + masked * steps_left, (1.0, 2.0, 3.0), 7.0),
+        (LRSchedule, lambda step, num_steps: step / num_steps, (1, 4), 0.25),
+    ],
+)
+def test_a_plain_function_becomes_a_record_that_calls_it(base, function, arguments, result):
+    record = fit("setting", base, function)
+    named = {"num_tokens": 2.0} if base is losses.LossReduction else {}
+    assert isinstance(record, base) and record.function is function
+    assert float(record(*map(torch.tensor, arguments), **named)) == result
+    assert record.name == ("neg" if function is torch.neg else "<lambda>")
 
 
 def test_a_subclass_of_the_users_leaves_the_librarys_class_known():

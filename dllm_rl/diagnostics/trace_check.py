@@ -51,7 +51,7 @@ class TraceReport:
 
     Attributes:
         num_rows: Completions of the trace.
-        num_compared: Completions whose log-probs were compared; the others have a fault of steps, block, mask or order.
+        num_compared: Completions whose log-probs were compared; the others have a fault.
         bound: Largest mean |d| that rounding may cause, in nats.
         total: Differences of all compared tokens. NaN if there is nothing to compare.
         parts: Differences by step, and by position in the completion.
@@ -294,9 +294,8 @@ def _compare(
 ) -> TraceReport:
     """Add to a report the differences of the log-probs, by step and position.
 
-    Rows outside of `has_policy_order` were written in another order than the policy's. If the log-probs of the other
-    rows agree, these rows are faulty, and are left out. If they do not agree, other weights may have changed the order
-    too, and all rows are compared.
+    Rows outside of `has_policy_order` were written in another order than the policy's. They are left out, unless all
+    rows are among them.
     """
     record, model = replayed(policy, rollout, micro_batch_size=micro_batch_size)
     difference, mask = record - model, rollout.completion_mask
@@ -304,12 +303,12 @@ def _compare(
     faults += _faults([("nonfinite", not_finite, "a log-prob is not a finite number")])
     mask = mask & ~not_finite
     in_order = mask & has_policy_order[:, None]
-    if not has_policy_order.all() and in_order.any() and difference[in_order].abs().mean() <= report.bound:
-        mask, report = in_order, replace(report, num_compared=int(has_policy_order.sum()))
+    mask = in_order if in_order.any() else mask
     step = rollout.unmask_step if policy.spec.attention != "causal" else torch.full_like(rollout.unmask_step, -1)
     position = rollout.completion_mask.long().cumsum(-1) - 1
     parts = [*_parts("step", step, difference, mask), *_parts("position", position, difference, mask)]
-    return replace(report, total=_part("all", difference[mask]), parts=tuple(parts))
+    total, num_compared = _part("all", difference[mask]), int(mask.any(-1).sum())
+    return replace(report, num_compared=num_compared, total=total, parts=tuple(parts))
 
 
 def _part(name: str, difference: Float[Tensor, " N"]) -> Part:

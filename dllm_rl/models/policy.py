@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,11 +52,13 @@ from dllm_rl.models.lora import (
 )
 
 BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
-SelfPolicy = TypeVar("SelfPolicy", bound="_PolicyBase")  # beartype refuses typing.Self
 
 
-class _PolicyBase:
-    """Base class of `DiffusionPolicy` and `AutoregressivePolicy`. It implements the members of `Policy`."""
+class ModulePolicy:
+    """A policy of a transformers module or a custom one. `load_policy` and `make_policy` create it.
+
+    It is a diffusion model or an autoregressive one, as `spec.attention` says.
+    """
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
@@ -177,24 +179,10 @@ class _PolicyBase:
         reference.spec = replace(self.spec, encode=encode, head=head)
         return reference
 
-    def to(self: SelfPolicy, device: torch.device | str) -> SelfPolicy:
+    def to(self, device: torch.device | str) -> "ModulePolicy":
         """Move the module to a device and return the policy."""
         self.module.to(device)
         return self
-
-
-class DiffusionPolicy(_PolicyBase):
-    """A diffusion model: full attention, block-causal attention, or an encoder and a decoder.
-
-    `load_policy` and `make_policy` create it.
-    """
-
-
-class AutoregressivePolicy(_PolicyBase):
-    """A causal model, whose logits at t predict the token AT t from earlier tokens.
-
-    `load_policy` and `make_policy` create it.
-    """
 
 
 def shift_states(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
@@ -206,9 +194,7 @@ def shift_states(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
     return torch.where(has_predecessor[..., None], states.roll(1, dims=1), states)
 
 
-def make_policy(
-    module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None
-) -> DiffusionPolicy | AutoregressivePolicy:
+def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None) -> ModulePolicy:
     """Wrap a module and its tokenizer as a policy.
 
     Call it for a model that you built or loaded yourself; use `load_policy` for a checkpoint. It puts the module into
@@ -224,9 +210,6 @@ def make_policy(
             attention is "causal" or "encoder_decoder", `mask_id`. None: the spec that the library has for the
             transformers class.
 
-    Returns:
-        AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
-
     Raises:
         ValueError: The tokenizer lacks a method, an id is outside the vocabulary, a needed field of the spec is
             missing, or the module's attention differs from the spec's.
@@ -239,8 +222,7 @@ def make_policy(
         )
     spec = _stock_spec(module, tokenizer) if spec is None else spec
     check_spec(module, spec, tokenizer)
-    policy_class = AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy
-    policy = policy_class(module, spec, tokenizer)
+    policy = ModulePolicy(module, spec, tokenizer)
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
         check_attention(policy)
     return policy
@@ -255,7 +237,7 @@ def load_policy(
     quantization: str | None = None,
     lora: Lora | None = None,
     verify_checkpoint: Check = "full",
-) -> DiffusionPolicy | AutoregressivePolicy:
+) -> ModulePolicy:
     """Open a checkpoint with stock transformers classes.
 
     Use it for a checkpoint's folder or id; use `make_policy` for a module that you built yourself. If the folder has
@@ -273,8 +255,8 @@ def load_policy(
             MiB.
 
     Returns:
-        AutoregressivePolicy if the attention is causal, else DiffusionPolicy. It computes logits in fp32; set
-        `policy.float32_head = False` to compute them in 16 bits if the weights have 16.
+        Policy that computes logits in fp32; set `policy.float32_head = False` to compute them in 16 bits if the weights
+        have 16.
 
     Raises:
         ValueError: A file differs from the manifest, the architecture is unknown, tensors are missing or unexpected,
@@ -296,9 +278,7 @@ def load_policy(
     return policy
 
 
-def _load_merged(
-    adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
-) -> DiffusionPolicy | AutoregressivePolicy:
+def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check) -> ModulePolicy:
     """Load the base model of saved adapters, and merge the adapters into it."""
     if options["quantization"] is not None:
         raise ValueError(
@@ -427,7 +407,7 @@ def check_spec(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def check_attention(policy: _PolicyBase) -> None:
+def check_attention(policy: ModulePolicy) -> None:
     """Raise ValueError if the module's attention differs from the spec's.
 
     The check changes one token. The state of the first position must then change if and only if the first position
@@ -460,7 +440,7 @@ def check_attention(policy: _PolicyBase) -> None:
             )
 
 
-def as_causal(policy: Policy) -> AutoregressivePolicy:
+def as_causal(policy: Policy) -> ModulePolicy:
     """Return an autoregressive policy that shares the weights of a diffusion model.
 
     Call it to decode from left to right with a model that was converted from an autoregressive one, or that was trained
@@ -471,7 +451,7 @@ def as_causal(policy: Policy) -> AutoregressivePolicy:
         policy: Diffusion policy of a family with `is_also_causal`.
 
     Returns:
-        AutoregressivePolicy. Training one of the two changes both.
+        Policy with causal attention. Training one of the two changes both.
 
     Raises:
         ValueError: The family's weights cannot be used as an autoregressive model.
@@ -490,13 +470,12 @@ def as_causal(policy: Policy) -> AutoregressivePolicy:
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
     spec = replace(spec, is_also_causal=False)  # it keeps `mask_id`, which `Autoregress` never draws
     causal = make_policy(module, policy.tokenizer, spec)
-    assert isinstance(causal, AutoregressivePolicy), "attention='causal'"
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):
         setattr(causal, name, getattr(policy, name))
     return causal
 
 
-def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
+def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> ModulePolicy:
     """Make a masked-diffusion policy from the weights of a causal checkpoint.
 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
@@ -508,7 +487,7 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
         dtype: Dtype of the weights.
 
     Returns:
-        DiffusionPolicy whose spec has shift=True.
+        Policy whose spec has shift=True.
 
     Raises:
         ValueError: The checkpoint is not causal.
@@ -535,6 +514,4 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     module.config.is_causal = False
     module.config.shifted_head = True  # so that `find_family` recognizes a saved copy
     module.config.mask_token_id = mask_id
-    converted = make_policy(module, tokenizer)
-    assert isinstance(converted, DiffusionPolicy), "config.is_causal=False gives full attention"
-    return converted
+    return make_policy(module, tokenizer)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.decoding.order import draw_set
-from dllm_rl.records import FunctionRecord, Record, describe, option
+from dllm_rl.records import FunctionRecord, Record, option
 from dllm_rl.types import MIN_TEMPERATURE
 
 Logits = Float[Tensor, "K V"]
@@ -127,10 +127,6 @@ class FunctionRank(FunctionRecord, Rank):
     @property
     def reads(self) -> frozenset[str]:
         return rank_inputs(self.name, self.function)
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", describe(self.function))
 
 
 class Confidence(Rank):
@@ -342,10 +338,6 @@ class FunctionCommit(FunctionRecord, Commit):
     @property
     def reads(self) -> frozenset[str]:
         return commit_inputs(self.name, self.function)
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", describe(self.function))
 
 
 def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:

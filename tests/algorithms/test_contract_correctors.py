@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.by_step import ByStep
 from dllm_rl.algorithms.losses import GSPO
-from dllm_rl.algorithms.triage import Triage
 from dllm_rl.testing import check_corrector, make_stats
 
 CORRECTORS = {
@@ -31,10 +29,10 @@ CORRECTORS = {
     "tbpo-wide": c.TBPO(eps_high=0.05, neg_low=0.05, neg_high=0.05),
     "aligned": c.Aligned(),
     "qarl": c.QaRL(),
-    "triage": Triage(),
-    "triage-narrow": Triage(gate=0.3, window=2),
-    "by step": ByStep(),
-    "by step, rejection": ByStep(corrector=c.Reject(threshold=0.1)),
+    "triage": c.Triage(),
+    "triage-narrow": c.Triage(gate=0.3, window=2),
+    "by step": c.ByStep(),
+    "by step, rejection": c.ByStep(corrector=c.Reject(threshold=0.1)),
     "vexact": c.Compose(parts=(c.TIS(), c.Reject())),
     "composed": c.Compose(
         parts=(c.AIS(), c.Reject(threshold=0.2), c.FunctionCorrector(loss=GSPO(epsilon=0.1, epsilon_high=0.1)))

@@ -10,8 +10,6 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.by_step import ByStep
-from dllm_rl.algorithms.triage import Triage
 from dllm_rl.samplers.rules import RandomOrder
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import make_stats
@@ -23,14 +21,14 @@ EVERY = torch.ones(2, 4, dtype=torch.bool)
 def test_triage_damps_unlikely_tokens_of_bad_answers_where_the_gate_is_open():
     """Windows of two tokens: |d| has means 0.3 and 0.05. Only the negative row's first window, and there only d < 0."""
     d = tensor([[-0.5, 0.1, -0.1, 0.0], [-0.5, 0.1, -0.1, 0.0]])
-    weights, keep, metrics = Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
+    weights, keep, metrics = c.Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
     assert_close(weights, tensor([[1.0] * 4, [math.exp(-0.5), 1.0, 1.0, 1.0]]))
     assert keep.all() and metrics["triage/open_fraction"] == 0.5 and metrics["triage/damped_fraction"] == 1 / 8
-    open_everywhere = Triage(gate=0.0, window=64).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
+    open_everywhere = c.Triage(gate=0.0, window=64).weights(make_stats(d, tensor([1.0, -1.0]), EVERY))
     assert_close(open_everywhere[0][1], tensor([math.exp(-0.5), 1.0, math.exp(-0.1), 1.0]))
     # A window counts corrected tokens: without the second, the first two are d = -0.5 and -0.1, of mean 0.3.
     fewer = tensor([[True, False, True, True]]).expand(2, 4)
-    weights = Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), fewer))[0]
+    weights = c.Triage(gate=0.2, window=2).weights(make_stats(d, tensor([1.0, -1.0]), fewer))[0]
     assert_close(weights[1], tensor([math.exp(-0.5), 1.0, math.exp(-0.1), 1.0]))
 
 
@@ -39,15 +37,15 @@ def test_by_step_takes_the_statistics_of_each_step():
     d = tensor([[2.0, 3.0, 0.5, 1.5], [1.0, 4.0, 1.0, 1.0]]).log()
     steps = tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
     stats = make_stats(d, torch.ones(2), EVERY, unmask_step=steps)
-    weights, keep, metrics = ByStep(corrector=c.TIS(cap=4.2, level="sequence")).weights(stats)
+    weights, keep, metrics = c.ByStep(corrector=c.TIS(cap=4.2, level="sequence")).weights(stats)
     assert_close(weights, tensor([[1.0, 4.2, 1.0, 4.2], [4.0, 4.0, 1.0, 1.0]]))
     assert keep.all() and metrics["tis/capped_fraction"] == pytest.approx(2 / 8)  # of 4.5, in two of eight tokens
     for corrector in (c.TIS(), c.IcePop(outside="drop"), c.NoCorrection()):
-        for ours, plain in zip(ByStep(corrector=corrector).weights(stats), corrector.weights(stats), strict=True):
+        for ours, plain in zip(c.ByStep(corrector=corrector).weights(stats), corrector.weights(stats), strict=True):
             same = ours == pytest.approx(plain) if isinstance(ours, dict) else torch.equal(ours, plain)
             assert same, "what has no statistics of more than a token is the same"
     lambdas = [c.AIS().weights(stats.among(steps == step))[2]["ais/lambda"] for step in (0, 1)]
-    assert ByStep().weights(stats)[2]["ais/lambda"] == pytest.approx(sum(lambdas) / 2) and lambdas[0] != lambdas[1]
+    assert c.ByStep().weights(stats)[2]["ais/lambda"] == pytest.approx(sum(lambdas) / 2) and lambdas[0] != lambdas[1]
 
 
 def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for(tmp_path):

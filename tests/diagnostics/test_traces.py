@@ -146,6 +146,13 @@ def test_a_clean_trace_has_no_fault(name):
     assert "log-probs agree" in report.verdict
 
 
+def test_a_row_in_another_order_is_not_compared_unless_all_are():
+    report = check_trace(model(), swapped(sampled()))
+    assert report.num_compared == 5 and report.total.num_tokens == 40 and report.total.max_abs < 1e-4
+    one = check_trace(model(), swapped(sampled().rows(torch.tensor([0]))))
+    assert one.num_compared == 1 and one.total.num_tokens == 8 and one.total.max_abs > 1e-4 and not one.ok
+
+
 def test_other_models_and_rewriting_samplers_have_no_fault():
     causal = tiny_llama(**SIZES, causal=True, head_std=0.15)
     rollout = sampled(causal, Autoregress, max_new_tokens=5, temperature=0.7)

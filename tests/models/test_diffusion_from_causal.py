@@ -7,7 +7,7 @@ from repetitions import slow
 
 from dllm_rl import Float8WeightOnly, Prompts, Unmask, load_policy
 from dllm_rl.likelihoods.estimators import Causal
-from dllm_rl.models.policy import DiffusionPolicy, as_causal, diffusion_from_causal
+from dllm_rl.models.policy import as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
@@ -20,7 +20,6 @@ def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
     causal, state = load_policy(folder), torch.random.get_rng_state()
     policy = diffusion_from_causal(folder)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert type(policy) is DiffusionPolicy
     assert (policy.spec.attention, policy.spec.shift, policy.spec.mask_id) == ("full", True, 39)
     assert policy.tokenizer.convert_tokens_to_ids("<|mask|>") == 39
     before, after = causal.module.state_dict(), policy.module.state_dict()

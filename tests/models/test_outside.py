@@ -162,7 +162,7 @@ class TestAModuleOfOnesOwn:
         assert policy.logits(TOKENS, MASK).dtype == torch.float32
 
     def test_says_what_it_is(self):
-        assert repr(own_policy()) == "DiffusionPolicy(Own, 19,017 parameters, family own)"
+        assert repr(own_policy()) == "ModulePolicy(Own, 19,017 parameters, family own)"
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

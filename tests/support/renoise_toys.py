@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.denoiser import SelfConditioning
-from dllm_rl.models.policy import DiffusionPolicy
+from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.types import Renoised, Rollout
 
 V, C = 3, 3
@@ -46,7 +46,7 @@ class Toy(nn.Module):
         return torch.tanh(self.place + torch.einsum("ij,rjd->rid", self.mix, embedded) + context + soft)
 
 
-def toy(seed: int = 0, strength: float = 1.0) -> DiffusionPolicy:
+def toy(seed: int = 0, strength: float = 1.0) -> ModulePolicy:
     spec = FamilySpec(
         name="toy",
         attention="encoder_decoder",
@@ -56,7 +56,7 @@ def toy(seed: int = 0, strength: float = 1.0) -> DiffusionPolicy:
         encode=lambda module, *args, **kept: module.encode(*args, **kept),
         head=lambda module, states: states @ module.head,
     )
-    return DiffusionPolicy(Toy(seed, strength), spec, tokenizer=None)
+    return ModulePolicy(Toy(seed, strength), spec, tokenizer=None)
 
 
 @dataclass(frozen=True)

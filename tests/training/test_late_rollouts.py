@@ -409,7 +409,7 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
     pool.set_up(recipe, context)
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(sent[0]))[0].callbacks == ()
     context.policy.tokenizer.lock, pool.ray.put = Lock(), ray.cloudpickle.dumps  # as of a maker of one's own
-    with pytest.raises(ValueError, match=r"model=DiffusionPolicy\(.*cannot pickle '_thread.lock'") as error:
+    with pytest.raises(ValueError, match=r"model=ModulePolicy\(.*cannot pickle '_thread.lock'") as error:
         pool.set_up(recipe, context)
     assert "\n" not in str(error.value)
 

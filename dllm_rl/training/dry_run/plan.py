@@ -12,7 +12,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.policy import DiffusionPolicy
+from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
@@ -63,7 +63,7 @@ def meta_policy(recipe: Recipe) -> Policy:
     if not isinstance(recipe.model, str):
         made = recipe.model
         policy = made if isinstance(made, Policy) else call_model_function(made, recipe.seed, dry_run=True)
-        meta = DiffusionPolicy(copy.deepcopy(policy.module).to("meta"), policy.spec, policy.tokenizer)
+        meta = ModulePolicy(copy.deepcopy(policy.module).to("meta"), policy.spec, policy.tokenizer)
     else:
         raw_config = load_config(recipe.model)
         module = build_empty(raw_config)
@@ -73,7 +73,7 @@ def meta_policy(recipe: Recipe) -> Policy:
         spec = replace(find_family(raw_config), max_length=config.max_position_embeddings)
         if spec.attention == "encoder_decoder":
             spec = replace(spec, vocab_size=config.vocab_size, block_size=raw_config["canvas_length"])
-        meta = DiffusionPolicy(module, spec, None)
+        meta = ModulePolicy(module, spec, None)
     apply_compute_settings(recipe, meta)
     if recipe.lora is not None:
         add_lora(meta, recipe.lora)
