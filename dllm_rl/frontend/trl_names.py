@@ -2,10 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Set
-from dataclasses import fields, is_dataclass
 from functools import wraps
-from numbers import Integral
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec
 
 from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
@@ -36,7 +34,7 @@ DR_GRPO = FixedLengthMean(length=1)  # stands for the mean over max_new_tokens, 
 STRING_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "loss_type": (
         "loss_reduction",
-        {"grpo": SequenceMean(), "dapo": TokenMean(), "bnpo": TokenMean(), "dr_grpo": DR_GRPO},
+        {"grpo": SequenceMean(), "dapo": TokenMean(), "dr_grpo": DR_GRPO},
     ),
     # This sets only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=GSPO().
     "importance_sampling_level": ("loss", {"token": PPOClip(), "sequence": GSPO(epsilon=0.2, epsilon_high=None)}),
@@ -90,8 +88,10 @@ NEAREST = {
     "accelerate launch --cpu": "use_cpu",
     "dllm-rl evaluate --samples": "num_generations_eval",
     "the environment's HF_TOKEN": "hub_token",
+    "each of its fields as an argument": "args",
 }
 REMEDIES = {name: remedy for remedy, names in NEAREST.items() for name in names.split()}
+Arguments = ParamSpec("Arguments")
 
 
 def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     # The function's types take precedence: its `model` accepts one more type than Recipe's.
     types = annotations_of(Recipe) | types
     known_names = types.keys() - {"settings"}
+    types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     if "lr_scheduler_type" in keywords:
         targets["warmup_steps"] = "lr_schedule.warmup_steps"
@@ -114,9 +115,9 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         if (name, value) not in (("sync_ref_model", False), ("warmup_steps", 0))
     }
     check_names(keywords, known_names, targets)
-    check_counts(keywords)
-    for name in keywords.keys() & known_names - {"report_to"}:  # report_to is a list in TRL
+    for name in keywords.keys() & types.keys() - {"report_to"}:  # report_to is a list in TRL
         check_scalar(name, union_members(types[name]), keywords[name])
+    check_no_update_is_counted(keywords)
     translated = batch_sizes(keywords)
     for name, value in keywords.items():
         if name in BATCH_SIZES:
@@ -136,18 +137,6 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
     """Raise one ValueError for all keywords that are not settings, and all words of STRING_VALUES without an
     equivalent.
     """
-    if is_dataclass(config := keywords.get("args")):
-        known = known_names | targets.keys() | {*BATCH_SIZES}
-        changed = {
-            field.name: getattr(value := getattr(config, field.name), "value", value)  # of an enum
-            for field in fields(config)
-            if field.name in known and getattr(config, field.name) != field.default
-        }
-        settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-        raise ValueError(
-            f"args is not a setting of grpo, which has other defaults (docs/trl.md): give the fields that you set as "
-            f"arguments, {settings or 'learning_rate=1e-6'}"
-        )
     refused = []
     for name, value in keywords.items():
         if name in STRING_VALUES and value not in list(STRING_VALUES[name][1]):
@@ -160,22 +149,12 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
         raise ValueError(f"not settings of grpo: {', '.join(refused)}; help(dllm_rl.Recipe) lists all")
 
 
-def check_counts(keywords: dict[str, Any]) -> None:
-    """Raise ValueError if one of TRL's counts is not a whole number, or if it counts updates and a step has several
-    updates. Also refuse loss_type='bnpo' for an update of several forwards."""
-    for name in (*BATCH_SIZES, "num_generations", "warmup_steps"):
-        if not isinstance(keywords.get(name, 0), Integral):
-            raise ValueError(f"{name}={keywords[name]!r} must be a whole number")
+def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if a keyword counts updates, and a step has several of them."""
     if keywords.get("num_iterations", 1) > 1:
         for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
             if keywords.get(name, "constant") != "constant":  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
-    forwards = keywords.get("gradient_accumulation_steps", 1) * num_launched()
-    if keywords.get("loss_type") == "bnpo" and forwards > 1:
-        raise ValueError(
-            f"loss_type='bnpo' divides by the tokens of each forward, and an update has {forwards} of them; "
-            "use 'dapo', which divides by the tokens of the batch"
-        )
 
 
 def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -217,14 +196,11 @@ def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:
     settings[name] = record.replace(**{keyword: value})
 
 
-Make = TypeVar("Make", bound=Callable[..., Recipe])
-
-
-def with_trl_names(function: Make) -> Make:
+def with_trl_names(function: Callable[Arguments, Recipe]) -> Callable[Arguments, Recipe]:
     """Decorate `grpo_recipe`, so that it also accepts TRL's names."""
 
     @wraps(function)
-    def call(*arguments: Any, **keywords: Any) -> Recipe:
+    def call(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Recipe:
         return function(*arguments, **translate_trl_names(function, keywords))
 
-    return cast(Make, call)
+    return call
