@@ -356,12 +356,3 @@ def _one_line(message: str) -> str:
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     lines = [line.strip(" -") for line in message.split("\n") if 'Parser key "' not in line]
     return f"{path}: {' '.join(line for line in lines if line)}"
-
-
-def setting_paths(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and the value of each setting of a recipe or another record, and of the records in it."""
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        yield f"{prefix}{field.name}", value
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from setting_paths(value, f"{prefix}{field.name}.")

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dllm_rl.cli.options import Method, open_policy, read_methods, read_value
 from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
-from dllm_rl.config import import_named, override, setting_paths
+from dllm_rl.config import import_named, override
 from dllm_rl.decoding.tokens import default_max_new_tokens
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
@@ -179,11 +179,11 @@ def make_task(arguments: argparse.Namespace) -> Task:
     task = make(**{option: value for option, value in settings.items() if option in parameters})
     if not isinstance(task, Task):
         raise ValueError(f"--task {name} makes a {type(task).__name__}, and no task: see dllm_rl.tasks.Task")
-    fields: dict[str, Any] = dict(setting_paths(task)) if is_dataclass(task) else {}
+    names: list[str] = [field.name for field in fields(task)] if is_dataclass(task) else []
     for text in arguments.set:
         option, equals, _ = text.partition("=")
-        if not equals or option not in fields:
-            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(fields) or 'none'}")
+        if not equals or option not in names:
+            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(names) or 'none'}")
     task = override(task, [f"--{text}" for text in arguments.set]) if arguments.set else task
     check_not_empty("task", task)
     if is_own:
@@ -272,13 +272,13 @@ def swept_methods(base: type[Method], option: str, arguments: argparse.Namespace
 
     `--commit Threshold,Schedule --commit.tau 0.7,0.9` are Threshold(tau=0.7), Threshold(tau=0.9) and Schedule().
     """
-    fields = {
+    values_of = {
         field: [read_value(each) for each in value.split(",")] if isinstance(value, str) else [value]
         for field, value in arguments.fields.get(option, {}).items()
     }
     methods: list[Method | None] = []
-    for values in product(*fields.values()):
-        given = {option: dict(zip(fields, values, strict=True))}
+    for values in product(*values_of.values()):
+        given = {option: dict(zip(values_of, values, strict=True))}
         methods += read_methods(base, option, getattr(arguments, option) or [], given)
     return [*dict.fromkeys(methods)]  # a class without the field is made once
 

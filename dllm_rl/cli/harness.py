@@ -63,10 +63,9 @@ class CommandLineModel(HarnessModel):
             else:
                 passed[name] = value
         for name, base in METHODS.items():
-            if fields[name] and name not in passed:
-                raise ValueError(f"{name}.{min(fields[name])} needs {name}, the class with this setting")
-            if name in passed:
-                (passed[name],) = read_methods(base, name, [str(passed[name])], fields, prefix="")
+            given = [str(passed[name])] if name in passed else []
+            if methods := read_methods(base, name, given, fields, prefix=""):
+                passed[name] = methods[0]
         estimator = passed.pop("likelihood")
         if estimator is None:
             raise ValueError(f"likelihood={options['likelihood']} scores nothing; name an estimator, such as ELBO")

@@ -74,6 +74,8 @@ def read_methods(
     from dllm_rl.records import annotations_of, make_record, required_settings, subclass_named
 
     settings = fields.get(option, {})
+    if settings and not names:
+        raise ValueError(f"{prefix}{option}.{min(settings)} needs {prefix}{option}, the class with this setting")
     classes = [None if name == "none" else subclass_named(base, name, option) for name in names]
     for field in settings:
         if not any(record is not None and field in annotations_of(record) for record in classes):

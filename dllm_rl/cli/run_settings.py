@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.records import annotations_of, from_json, make_record
+from dllm_rl.records import annotations_of, from_json
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
@@ -125,32 +125,22 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
     """
-    from dllm_rl.samplers import Renoise, Unmask, sampler_for
-    from dllm_rl.serving.settings import with_required_rank
+    from dllm_rl.samplers import Renoise, sampler_for
+    from dllm_rl.serving.settings import with_settings
 
     sampler = sampler_for(policy)
     changes = {name: value for name, value in passed.items() if value is not None}
     if sampler is Renoise and not changes.get("temperature"):  # it has a schedule of temperatures
         changes.pop("temperature", None)
-    for name in changes:
-        if name not in annotations_of(sampler):
-            kind = "diffusion models" if policy.spec.attention == "causal" else "other models"
-            raise ValueError(
-                f"{name} is for {kind}; the sampler of {policy.spec.name!r} is {sampler.__name__}: leave it out"
-            )
-    if isinstance(run_sampler, sampler):
-        length, steps = changes.get("max_new_tokens"), getattr(run_sampler, "diffusion_steps", None)
-        if length and steps is not None and "diffusion_steps" not in changes and sampler is not Renoise:
-            changes["diffusion_steps"] = min(steps, length)
-        made: Sampler = run_sampler.replace(**changes)
-    else:
-        defaults: dict[str, Any] = {"max_new_tokens": policy.spec.block_size if sampler is Renoise else 16}
-        if sampler is not Renoise:
-            defaults["temperature"] = 0.0
-        made = make_record(sampler, defaults | changes)
-    if isinstance(made, Unmask) and "commit" in changes and "rank" not in changes:
-        return with_required_rank(made)
-    return made
+    if not isinstance(run_sampler, sampler):
+        defaults: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0}
+        if sampler is Renoise:
+            defaults = {"max_new_tokens": policy.spec.block_size}
+        return with_settings(policy, defaults | changes)
+    length, steps = changes.get("max_new_tokens"), getattr(run_sampler, "diffusion_steps", None)
+    if length and steps is not None and "diffusion_steps" not in changes and sampler is not Renoise:
+        changes["diffusion_steps"] = min(steps, length)
+    return with_settings(policy, changes, run_sampler)
 
 
 def scheme_of(model: str) -> "Scheme | None":

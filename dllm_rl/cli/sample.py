@@ -118,9 +118,8 @@ def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
     bases: dict[str, type[Record]] = {"rank": Rank, "commit": Commit, "cache": Cache}
     for name, base in bases.items():
         text = getattr(arguments, name)
-        if text is None and name in arguments.fields:
-            raise ValueError(f"--{name}.{min(arguments.fields[name])} needs --{name}, the class with this setting")
-        passed[name] = None if text is None else read_methods(base, name, [text], arguments.fields)[0]
+        methods = read_methods(base, name, [] if text is None else [text], arguments.fields)
+        passed[name] = methods[0] if methods else None
     return passed
 
 

@@ -18,7 +18,6 @@ from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, preset_by_size, print_preset, without_batch_settings
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import annotations_of
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
@@ -182,11 +181,6 @@ def grpo_recipe(  # noqa: PLR0913
         greedy_options = {"answer": "argmax"}
     else:
         sampler_class = Unmask
-    if unknown := [option for option in options if option not in annotations_of(sampler_class)]:
-        name = sampler_class.__name__
-        raise ValueError(
-            f"sampler_options: not settings of {name}: {', '.join(map(repr, unknown))}; help(dllm_rl.{name}) lists them"
-        )
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one

@@ -46,7 +46,8 @@ def known_settings(policy: Policy) -> set[str]:
 
 
 def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler | None = None) -> Sampler:
-    """Return the policy's sampler with JSON settings (`records.to_json`), and those of `defaults` for the others.
+    """Return the policy's sampler with settings, which may be JSON (`records.to_json`), and those of `defaults` for the
+    others.
 
     A commit rule without a rank gets the rank that it requires.
 
@@ -60,7 +61,7 @@ def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler
             raise ValueError(
                 f"{name}={value!r} is no setting of {sampler.__name__}, the sampler of this model; leave it out"
             )
-    default_values = {} if defaults is None else {name: getattr(defaults, name) for name in known}
+    default_values = {} if defaults is None else {each.name: getattr(defaults, each.name) for each in fields(defaults)}
     made: Sampler = make_record(sampler, default_values | dict(settings))
     if isinstance(made, Unmask) and "commit" in settings and "rank" not in settings:
         return with_required_rank(made)

@@ -396,12 +396,7 @@ def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any])
 
     Raises ValueError unless there is one finite number or None per completion.
     """
-    if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor or a pandas series
-        if numbers.ndim != 1:
-            shape = tuple(numbers.shape)
-            raise ValueError(
-                f"reward function {label} returned numbers of shape {shape}; give one number per completion"
-            )
+    if hasattr(numbers, "tolist"):  # an array, a tensor or a pandas series
         numbers = numbers.tolist()
     # Not a set, which has no order; a dict would be read as its keys, and text as its characters.
     if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT_TYPES):

@@ -155,7 +155,7 @@ def test_the_names_of_model_args(model, causal_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_step": 2}, "num_step is for other models; the sampler of"),
+        ({"num_step": 2}, "num_step=2 is no setting of Unmask, the sampler of"),
         ({"likelihood": "exact"}, "likelihood='exact' is not known; the nearest is"),
         ({"likelihood": "none"}, "likelihood=none scores nothing; name an estimator, such as ELBO"),
         ({"likelihood": "BlockELBO"}, "likelihood BlockELBO needs likelihood.block_size"),
