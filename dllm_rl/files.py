@@ -155,17 +155,6 @@ def lock(path: Path) -> bool:
     return True
 
 
-def keep_lock(path: Path) -> None:
-    """Lock the file again if it was removed or replaced since `lock`, which ends the protection of the old lock.
-
-    Raises BlockingIOError if another process has locked the new file.
-    """
-    file = _LOCKS.get((os.getpid(), path.resolve()))
-    if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-        unlock(path)
-        lock(path)
-
-
 def unlock(path: Path) -> None:
     """Release the lock of this process, if it has one."""
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)

@@ -1,7 +1,6 @@
 """Compare a recipe with a checkpoint's: which settings may change when a run is resumed."""
 
 import json
-import re
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -71,16 +70,6 @@ def changes_since(before: dict[str, Any], settings: dict[str, Any], step: int) -
     ]
 
 
-def renamed_names(before: Any, now: Any) -> list[tuple[str, str]]:
-    """Return pairs (name before, name now) if two texts differ only in names of scripts or functions, else []."""
-    before, now = json.dumps(before), json.dumps(now)
-    # A name outside of this library is MODULE:NAME; all between such names must be equal.
-    old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
-    if len(old) != len(new) or old[::2] != new[::2]:
-        return []
-    return list(dict.fromkeys(pair for pair in zip(old[1::2], new[1::2], strict=True) if pair[0] != pair[1]))
-
-
 def check_recipe(recipe: Settings, state: TrainingState) -> None:
     """Raise ValueError if a recipe differs from a checkpoint's in a setting that this resume may not change."""
     settings = recipe.settings()
@@ -91,11 +80,6 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     for name, value in settings.items():
         if name not in MAY_CHANGE and name not in allowed and before[name] != value:
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
-            if renamed := renamed_names(before[name], value):
-                raise ValueError(
-                    f"{name} has the name {renamed[0][1]!r} now, and {renamed[0][0]!r} in the checkpoint, and is else "
-                    f"the same; give the script or the function its name again{allow}"
-                )
             remedy = f"resume with the same recipe{allow}"
             now, then = describe_json(value), describe_json(before[name])
             raise ValueError(f"{name}={now} differs from the checkpoint's {then}; {remedy}")

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,12 +24,6 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 LOCK = ".lock"
 _EXIT_STACK: ContextVar[ExitStack] = ContextVar("closes when the run ends")
 _BY_COMMAND: ContextVar[bool] = ContextVar("whether a command line started the run", default=False)
-
-
-@runtime_checkable
-class HasFolder(Protocol):
-    @property
-    def directory(self) -> str: ...
 
 
 Train = TypeVar("Train", bound=Callable[..., Any])
@@ -191,7 +185,7 @@ def leaving_nothing_behind(train: Train) -> Train:
     """
 
     @wraps(train)
-    def wrapped(recipe: HasFolder, *others: Any, **options: Any) -> Any:
+    def wrapped(recipe: Any, *others: Any, **options: Any) -> Any:
         exit_stack = ExitStack()
         outer_run = _EXIT_STACK.set(exit_stack)
         try:

@@ -251,8 +251,8 @@ async def run_jobs(
         ClientDisconnect: The client has closed the connection.
     """
     batcher.submit(jobs, first=first)
-    results = asyncio.ensure_future(_results_of(jobs))
-    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+    results: asyncio.Future[Any] = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    disconnect: asyncio.Future[Any] = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({results, disconnect}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if results.done():
@@ -270,10 +270,6 @@ async def run_jobs(
         disconnect.cancel()
         results.cancel()
         batcher.cancel(jobs)
-
-
-async def _results_of(jobs: Sequence[Job]) -> list[Any]:
-    return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
 
 
 async def _wait_for_disconnect(request: Request) -> None:

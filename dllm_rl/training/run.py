@@ -99,7 +99,6 @@ class Run(Generic[AnySettings]):
     first_step: int = field(init=False)  # index of the first step that this process logs
     control: RunControl = field(init=False)  # what callbacks read, and their requests
     saved: int | None = None  # number of completed steps in the last checkpoint that this process wrote
-    owns_folder: bool = True  # False once another run has locked the folder
     checkpoint: str = ""  # folder of the last checkpoint; before the first save, the one that the run resumed from
 
     def __post_init__(self) -> None:

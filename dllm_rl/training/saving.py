@@ -3,7 +3,7 @@
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,14 +21,13 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
-from dllm_rl.distributed.stop import LOCK, Stopped, how_to_continue, run_exit_stack
-from dllm_rl.files import keep_lock
+from dllm_rl.distributed.stop import Stopped, how_to_continue, run_exit_stack
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
-from dllm_rl.training.feature_state import state_file
+from dllm_rl.step.features import StepFeature
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import CheckpointWriter, Run
@@ -97,14 +96,14 @@ def write_checkpoint(run: Run[Settings]) -> Path | None:
 
 def can_save_without_peers(run: Run[Settings]) -> bool:
     """Return whether this process can save the last complete step without the others: no update has changed the weights
-    since, no aligned forward is active, the learner is not sharded, and the run still owns its folder.
+    since, no aligned forward is active, and the learner is not sharded.
     """
     # An update increments the policy's version before it changes a weight; `run.state` gets the new version when the
     # update is complete.
     is_unchanged = run.policy.weights_version == run.state.version
     # During an aligned forward the layers hold the rollout's weights, which a copy of the module would then contain.
     is_aligned = getattr(run.policy.module, "is_aligned", False)
-    return run.owns_folder and is_unchanged and not is_aligned and sharding_of(run.policy.module) is None
+    return is_unchanged and not is_aligned and sharding_of(run.policy.module) is None
 
 
 def save_on_overdue_stop(run: Run[Settings]) -> None:
@@ -254,6 +253,26 @@ def feature_states(run: Run[Settings]) -> dict[str, bytes]:
     return states
 
 
+def state_file(feature: StepFeature) -> str:
+    """Return the name of a feature's file in a checkpoint."""
+    return f"{type(feature).__name__}.state"
+
+
+def load_states(features: Sequence[StepFeature], folder: Path) -> None:
+    """Load the states of the features that a checkpoint has. A feature that the run had not begins anew.
+
+    Raises:
+        ValueError: A file is damaged, or its feature has other settings.
+    """
+    for feature in features:
+        path = folder / state_file(feature)
+        if path.exists():
+            try:
+                feature.load_state(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be loaded: {error}; or take an earlier checkpoint") from None
+
+
 def base_of_adapters(model: object, warmup_steps: int) -> str | None:
     """Return the location of the base of a recipe's adapters: a hub id or a path; None if a function or a policy is the
     base. After a warm-up it is the run's reference folder, relative to the adapters' folder.
@@ -313,24 +332,6 @@ def check_folder(run: Run[Settings]) -> None:
         )
 
 
-def check_lock(run: Run[Settings]) -> None:
-    """Lock the run's folder again if its lock file was removed.
-
-    Raises:
-        OSError: Another run has locked the folder since. The two runs would overwrite each other's checkpoints.
-    """
-    directory = Path(run.recipe.directory)
-    try:
-        if run.accelerator.is_main_process:
-            keep_lock(directory / LOCK)
-    except BlockingIOError as error:
-        run.owns_folder = False
-        raise OSError(
-            f"output_dir={str(directory)!r}: {LOCK} was removed during the run, and another run now writes the "
-            f"folder, {error.strerror}; this run saves nothing more. Give each its own output_dir"
-        ) from None
-
-
 def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
     """Save a checkpoint after a step, whose metrics are given, if one is due: every save_steps, after the last step or
     a new best step, at a callback's request, and on a stop signal. After a stop signal, end the process with the
@@ -350,7 +351,6 @@ def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
         is_due = True
     run.writer.check()  # raises an error of the writer thread
     check_folder(run)
-    check_lock(run)
     if signum or is_due:
         save(run)
     if signum:

@@ -30,7 +30,6 @@ from dllm_rl.step.value_head import ValueHead
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.distillation import Teacher
-from dllm_rl.training.feature_state import check_value_model, load_states
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
@@ -40,6 +39,7 @@ from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,
+    check_value_model,
     initialize_run,
     make_optimizer,
     reference_policy,
@@ -50,7 +50,7 @@ from dllm_rl.training.prompts import check_prompts, reward_history
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import check_lock, install_emergency_saves, make_writer, save
+from dllm_rl.training.saving import install_emergency_saves, load_states, make_writer, save
 from dllm_rl.training.sharded_learner import (
     check_launch_config,
     check_processes,
@@ -164,7 +164,6 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
 
     # 6. Save the first checkpoint. From now on, there is always a complete step to save if the run ends early.
     if not resume_folder:
-        check_lock(run)
         save(run)
     install_emergency_saves(run, peers)
     before_first_step(run)

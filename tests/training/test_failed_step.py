@@ -1,8 +1,6 @@
 """A failed step: the state before it is saved, so that a resume repeats the step."""
 
-import sys
 from functools import partial
-from subprocess import PIPE, Popen
 
 import pytest
 from run_outputs import assert_same_weights
@@ -10,7 +8,6 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.distributed.stop import LOCK
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.screen import line_of
@@ -167,45 +164,3 @@ def test_a_folder_that_is_renamed_during_the_run_is_missed_after_the_step(tmp_pa
         train(tiny_recipe(folder, task=Moved(folder), num_steps=4, save_steps=9))
     assert len(line_of(raised.value)) <= 390 + len(str(folder))
     assert steps(folder) == [1] and steps(tmp_path / "elsewhere") == [0]
-
-
-LOCKING = "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
-LOCKING += "file.write('process 7 on moon'); file.flush(); print('locked', flush=True); sys.stdin.read()"
-
-
-class Unlocked(Moved):
-    """Its grader removes the lock's file in the first step; where `other`, another process then makes a new one."""
-
-    def __init__(self, folder, *, other):
-        super().__init__(folder)
-        self.other, self.process, self.refused = other, None, False
-
-    def locking(self):
-        return Popen([sys.executable, "-c", LOCKING, str(self.folder / LOCK)], stdin=PIPE, stdout=PIPE, stderr=PIPE)
-
-    def reward(self, problem, completion):
-        self.graded += 1
-        if self.graded == 10:
-            (self.folder / LOCK).unlink()
-            if self.other:
-                self.process = self.locking()
-                assert self.process.stdout.readline() == b"locked\n"
-        if self.graded == 60 and not self.other:
-            with self.locking() as late:
-                self.refused = b"BlockingIOError" in late.communicate()[1]
-        return self.task.reward(problem, completion)
-
-
-def test_a_lock_that_is_removed_is_taken_again_after_the_step(tmp_path):
-    task = Unlocked(tmp_path / "run", other=False)
-    train(tiny_recipe(tmp_path / "run", task=task, num_steps=4, save_steps=1))
-    assert task.refused and steps(tmp_path / "run") == [3, 4]
-
-
-def test_a_run_whose_folder_another_one_has_locked_writes_no_checkpoint_more(tmp_path):
-    task = Unlocked(tmp_path / "run", other=True)
-    said = r"\.lock was removed .* another run now writes the folder, held by process 7 on moon; this"
-    with pytest.raises(OSError, match=said) as raised:
-        train(tiny_recipe(tmp_path / "run", task=task, num_steps=4, save_steps=1))
-    task.process.communicate()
-    assert len(line_of(raised.value)) <= 400 and steps(tmp_path / "run") == [0]

@@ -20,7 +20,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.value_head import ValueHead, rate_scale
-from dllm_rl.training.feature_state import check_value_model, load_states, state_file
+from dllm_rl.training.policies import check_value_model
+from dllm_rl.training.saving import load_states, state_file
 from dllm_rl.training.trainer import train
 
 

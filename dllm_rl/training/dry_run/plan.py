@@ -19,8 +19,7 @@ from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
-from dllm_rl.training.feature_state import check_value_model
-from dllm_rl.training.policies import apply_compute_settings, call_model_function
+from dllm_rl.training.policies import apply_compute_settings, call_model_function, check_value_model
 from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
 
 GB = 1e9
