@@ -8,7 +8,7 @@ in between compute logits in fp32, so that 16-bit heads are a cause of their own
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
-from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory, recorded
+from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
 from dllm_rl.likelihoods.router_replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
@@ -31,11 +31,9 @@ from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.screen import escape_controls, literal
-from dllm_rl.types import Prompts, Rollout, SamplingParams, Views, group_sizes
+from dllm_rl.types import Prompts, Rollout, Views, group_sizes
 
 ADVICE = {
-    "sampling parameters": "score under the rollout's own temperature and filters (rollout.sampling_params)",
-    "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
     "routing": "take the rollout's experts again (router_replay='R3'), correct for it (TIS, AIS), or keep more bits",
@@ -84,7 +82,6 @@ class Report:
     # Shares of first-step positions, and of prompts, whose order is the learner's; log-probs do not show the order.
     order: tuple[float, float] | None = None
     routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner uses too, by layer
-    load: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # tokens by side (rollout, learner), layer and expert
 
     @property
     def worst(self) -> float:
@@ -129,16 +126,13 @@ class Comparison:
         return self.score(policy, self.rollout, self.views if views is None else views)
 
 
-def diagnose(  # noqa: PLR0913
+def diagnose(
     policy: Policy,
     config: Any = None,
     *,
     prompts: Prompts,
     sampler: Callable,
-    likelihood: LikelihoodEstimator | None = None,
     rollout_policy: Policy | None = None,
-    learner_sampling_params: SamplingParams | None = None,
-    share_noise: bool = True,
     micro_batch_size: int | None = None,
     seed: int = 0,
 ) -> Report:
@@ -152,13 +146,10 @@ def diagnose(  # noqa: PLR0913
         config: Quantization of the rollout. None (default): the quantization of rollout_policy, or none.
         prompts: Prompts to sample.
         sampler: Sampler of the rollout, with its settings bound.
-        likelihood: Estimator of the log-probs. None (default): the exact one, `Trajectory` or `Causal`.
         rollout_policy: Policy that samples. Pass a run's rollout policy to detect stale weights or another precision.
             None (default): a new copy of the learner, quantized by `config`.
-        learner_sampling_params: Sampling parameters for the learner's log-probs. None (default): the rollout's.
-        share_noise: Whether both sides use the same masks. Default: True.
         micro_batch_size: Rows per forward. None (default): all rows.
-        seed: Seed of the rollout and the masks. Default: 0.
+        seed: Seed of the rollout. Default: 0.
 
     Returns:
         The causes by mean |d|, the worst layers, and a verdict with advice.
@@ -169,32 +160,23 @@ def diagnose(  # noqa: PLR0913
     config = getattr(rollout_policy, "quantization", None) if config is None else config
     rollout_policy = quantized_copy(policy, config) if rollout_policy is None else rollout_policy
     exact = Causal() if policy.spec.attention == "causal" else Trajectory()
-    likelihood = exact if likelihood is None else likelihood
-    score = partial(likelihood.logprobs, micro_batch_size=micro_batch_size)
+    score = partial(exact.logprobs, micro_batch_size=micro_batch_size)
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
     mask = rollout.completion_mask
-    views = likelihood.draw_views(rollout, Generator().manual_seed(seed))
-    learner_views = views if share_noise else likelihood.draw_views(rollout, Generator().manual_seed(seed + 1))
+    views = exact.draw_views(rollout, Generator())
     both = Comparison(policy, rollout_policy, config, rollout, views, score)
 
-    scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
-    # From the learner's log-probs to the sampler's record, each score differs from the previous one in one thing.
-    learner = score(policy, scored_as, learner_views)
-    same_params = score(policy, rollout, learner_views)
-    same_views = both.logprobs(policy)
+    learner = both.logprobs(policy)
     # With a mixture of experts, scoring with these views also records the rollout's experts.
     recording = record_experts(policy, rollout, views) if moe_layers(policy.module) else views
-    rescored = both.logprobs(rollout_policy, recording)
-    sampled = recorded(rollout, views) if likelihood.exact_for_sampler else rescored
+    replay = both.logprobs(rollout_policy, recording)
+    sampled = recorded(rollout, views) if exact.exact_for_sampler else replay
 
-    steps = {"sampling parameters": learner - same_params, "estimator noise": same_params - same_views}
-    steps |= forward_steps(both, same_views, rescored, with_recorded_experts(recording, rollout))
-    order = exact.draw_views(rollout, Generator())
-    replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
-    # An exact replay runs without a cache: its difference from the sampler's record is due to the cache.
-    steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
+    steps = forward_steps(both, learner, replay, with_recorded_experts(recording, rollout))
+    # The replay runs without a cache: its difference from the sampler's record is due to the cache.
+    steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, views), 0)
     # Padding and batch shape are measured only on the learner.
-    steps["padding"] = same_views - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
+    steps["padding"] = learner - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
     in_one_batch = score(policy, rollout, views, micro_batch_size=None)
     in_small_batches = score(
         policy, rollout, views, micro_batch_size=max(group_sizes(rollout.group))
@@ -203,6 +185,7 @@ def diagnose(  # noqa: PLR0913
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
+    experts = routing_counts(policy, rollout_policy, rollout, views)
     return Report(
         scheme="none" if config is None else repr(config),
         num_tokens=int(mask.sum()),
@@ -210,7 +193,7 @@ def diagnose(  # noqa: PLR0913
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         layers=worst_layers(both),
         order=(shares[0], shares[1]) if shares else None,
-        **same_experts(both),
+        routing=None if experts is None else tuple((experts[:, 0] / experts[:, 1]).tolist()),
     )
 
 
@@ -247,16 +230,6 @@ def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: 
         before = after
     steps["head precision"] = (learner - first) + (last - rollout)
     return steps
-
-
-def same_experts(both: Comparison) -> dict[str, Any]:
-    """Return the fields `routing` and `load` of a report; {} if the model has no experts."""
-    counts = routing_counts(both.policy, both.rollout_policy, both.rollout, both.views)
-    if counts is None:
-        return {}
-    rollout_load, learner_load = counts[:, 2:].chunk(2, 1)
-    load = tuple(map(tuple, rollout_load.tolist())), tuple(map(tuple, learner_load.tolist()))
-    return {"routing": tuple((counts[:, 0] / counts[:, 1]).tolist()), "load": load}
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
@@ -347,13 +320,9 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
         title = "order of the first step, shares that are the learner's own"
         advice = ORDER_ADVICE if prompts < 1 else ""
         all_tables.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
-    if report.routing and report.load:
-        columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
-        lines = []
-        for layer, (share, *loads) in enumerate(zip(report.routing, *report.load, strict=True)):
-            busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
-            lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
-        all_tables.append(("experts, shares that both sides take", columns, lines))
+    if report.routing:
+        lines = [(f"layer {layer}", f"{share:.3f}") for layer, share in enumerate(report.routing)]
+        all_tables.append(("experts, shares that both sides take", ("mixture", "same experts"), lines))
     lines = [(name, f"{error:.2e}") for name, error in report.layers]
     all_tables.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
     return all_tables

@@ -316,22 +316,18 @@ def merged_tensors(module: nn.Module, persistent_only: bool = False) -> Iterator
 
     With `persistent_only`, leave out the buffers that a checkpoint does not store.
     """
-    for path, layer in plain_layers(module):
-        base = base_of(layer)
-        left_out = base._non_persistent_buffers_set if persistent_only else ()
-        for kind, _ in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
-            if kind not in left_out:
-                yield f"{path}.{kind}" if path else kind, merged_tensor(layer, kind)
+    for name, tensor in lazy_merged_tensors(module, persistent_only).items():
+        yield name, tensor.make()
 
 
 @torch.no_grad()
-def lazy_merged_tensors(module: nn.Module) -> dict[str, LazyTensor]:
-    """Return a checkpoint's tensors under the names of `merged_tensors`. They are computed when they are written."""
+def lazy_merged_tensors(module: nn.Module, persistent_only: bool = True) -> dict[str, LazyTensor]:
+    """Return the tensors of `merged_tensors` by name. They are computed when they are written."""
     tensors = {}
     for path, layer in plain_layers(module):
         base = base_of(layer)
         for kind, tensor in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
-            if kind in base._non_persistent_buffers_set:
+            if persistent_only and kind in base._non_persistent_buffers_set:
                 continue
             shape, dtype = tuple(tensor.shape), tensor.dtype
             if kind == "weight" and is_bitsandbytes(base):  # the tensor itself contains integer codes
