@@ -56,19 +56,9 @@ def read_examples(
     examples: list[Example] = []
     for index in range(len(dataset)):
         try:
-            read = example(
-                policy,
-                dataset[index],
-                completion_length=recipe.completion_length,
-                completion_only_loss=recipe.completion_only_loss,
-                assistant_only_loss=recipe.assistant_only_loss,
-            )
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:  # a missing role, a number in place of text, no messages
+            read = example(recipe, policy, dataset[index])
+        # A missing role, a number in place of text, no messages.
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{field}: row {index}: {error}") from None
         if len(read.tokens) <= max_length:  # not truncated, since the model would learn to stop in the middle
             examples.append(read)
@@ -92,23 +82,17 @@ def prompt_and_answer(policy: Policy, item: Example) -> tuple[list[int], list[in
     return item.tokens[:first].tolist(), item.tokens[first:].tolist()
 
 
-def example(
-    policy: Policy,
-    row: Mapping[str, Any],
-    *,
-    completion_length: int | None,
-    completion_only_loss: bool,
-    assistant_only_loss: bool,
-) -> Example:
+def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     """Convert a row to an example, up to the end token of its last answer. A causal model does not learn the first
-    token. The options are those of `SFT` with the same names.
+    token.
     """
+    completion_length = recipe.completion_length
     row = {name: value for name, value in row.items() if value is not None}  # files with different rows fill in None
     only_answers = True
     if "messages" in row:
-        pieces, only_answers = conversation_ids(policy, row["messages"]), assistant_only_loss
+        pieces, only_answers = conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
     elif "prompt" in row and "completion" in row:
-        pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), completion_only_loss
+        pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), recipe.completion_only_loss
     elif "text" in row:
         pieces = [(text_ids(policy, row["text"]), True)]
     else:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from sft_toys import ROWS, example_of, masks, tiny_sft, trainer_of
+from sft_toys import ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.decoding.tokens import encode
@@ -17,7 +17,7 @@ from dllm_rl.monitoring.json_lines import warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.collect import GradedCompletion
-from dllm_rl.supervised.examples import prompt_and_answer, read_examples
+from dllm_rl.supervised.examples import example, prompt_and_answer, read_examples
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.fine_tune import fine_tune
@@ -39,9 +39,9 @@ gemma = partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=4, **SI
 
 def test_an_answer_ends_the_row():
     policy = gemma()
-    one = example_of(tiny_sft(), policy, {"prompt": "12=", "completion": "43"})
+    one = example(tiny_sft(), policy, {"prompt": "12=", "completion": "43"})
     assert prompt_and_answer(policy, one) == ([3, 4, 8], [6, 5, 2])
-    whole = example_of(tiny_sft(), policy, {"text": "12"})  # no state precedes the first token
+    whole = example(tiny_sft(), policy, {"text": "12"})  # no state precedes the first token
     assert prompt_and_answer(policy, whole) == ([3], [4, 2])
 
 

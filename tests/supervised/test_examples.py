@@ -4,11 +4,11 @@ from itertools import product
 
 import pytest
 import torch
-from sft_toys import CHAT, MODELS, ROWS, block_causal, example_of, tiny_sft
+from sft_toys import CHAT, MODELS, ROWS, block_causal, tiny_sft
 from tiny_recipe import SIZES
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.supervised.examples import read_examples
+from dllm_rl.supervised.examples import example, read_examples
 from dllm_rl.supervised.loss import (
     NoisyExample,
     add_noise,
@@ -42,7 +42,7 @@ def test_the_diffusion_loss_by_enumeration_of_masks():
     """Over t and masks, two tokens' loss is the mean of -log p of each, with the other hidden and with it seen, / 2."""
     policy = tiny_masked_lm(**SIZES)
     row = {"prompt": "3=", "completion": "12"}
-    one = example_of(tiny_sft(completion_length=2), policy, row)
+    one = example(tiny_sft(completion_length=2), policy, row)
     assert one.tokens.tolist() == [THREE, EQUALS, ONE, TWO] and one.learned.tolist() == [False, False, True, True]
     found = 0.0
     for t in (0.25, 0.75):  # an integral of what is linear in t, from its two midpoints
@@ -60,7 +60,7 @@ def test_the_diffusion_loss_by_enumeration_of_masks():
 def test_each_row_counts_alike_and_hides_what_lies_below_its_level():
     rows = [{"prompt": "3=", "completion": "12"}, {"prompt": "4=", "completion": "3"}]
     policy = tiny_masked_lm(**SIZES)
-    examples = [example_of(tiny_sft(), policy, row) for row in rows]
+    examples = [example(tiny_sft(), policy, row) for row in rows]
     uniforms = torch.tensor([[0.1, 0.6, 0.4], [0.9, 0.2, 0.0]])
     shown, total = add_noise(policy, examples, (torch.tensor([0.5, 0.25]), uniforms, uniforms))
     assert total == 2
@@ -73,7 +73,7 @@ def test_each_row_counts_alike_and_hides_what_lies_below_its_level():
 def test_a_replaced_token_is_predicted_where_it_stands(kind):
     """Of 1, 2, 3 and three <eos> the model sees 1, 2, another 3, a mask and two <eos>: the loss by hand."""
     policy = {**MODELS, "block": block_causal}[kind]()
-    one = example_of(tiny_sft(completion_length=6), policy, {"prompt": "3=", "completion": "123"})
+    one = example(tiny_sft(completion_length=6), policy, {"prompt": "3=", "completion": "123"})
     drawn = torch.tensor([[0.9, 0.6, 0.7, 0.1, 0.8, 0.9]]), torch.tensor([[0.5, 0.4, 0.1, 0.0, 0.7, 0.6]])
     (shown,), total = add_noise(policy, [one], (torch.tensor([0.5]), *drawn), corruption=0.4)
     # The characters 1234.= are 3 to 8. Noise of 0.1 / 0.4 of five others takes the second behind 3: DOT.
@@ -142,7 +142,7 @@ def test_what_is_learned_of_each_kind_of_row(row, settings, expected):
     row = {name: turns(value) if chat and value else value for name, value in row.items()}
     policy = tiny_masked_lm(**SIZES)
     policy.tokenizer.chat_template = CHAT
-    one = example_of(tiny_sft(**settings), policy, row)
+    one = example(tiny_sft(**settings), policy, row)
     names = {EOS: "e", ONE: "1", TWO: "2", THREE: "3", FOUR: "4", DOT: ".", EQUALS: "="}
     shown = [names[token] + "+" * mine for token, mine in zip(one.tokens.tolist(), one.learned.tolist(), strict=True)]
     assert " ".join(shown) == expected
@@ -150,7 +150,7 @@ def test_what_is_learned_of_each_kind_of_row(row, settings, expected):
 
 def test_a_causal_model_does_not_learn_its_first_token():
     policy = tiny_llama(causal=True, **SIZES)
-    one = example_of(tiny_sft(completion_length=8), policy, {"text": "12"})
+    one = example(tiny_sft(completion_length=8), policy, {"text": "12"})
     assert one.tokens.tolist() == [ONE, TWO, EOS] and one.learned.tolist() == [False, True, True]
 
 
@@ -160,7 +160,7 @@ def test_a_row_without_an_answer_is_refused_whatever_fills_its_completion():
     for row in ({"messages": [{"role": "user", "content": "1"}]}, {"text": ""}):
         for length in (None, 4):
             with pytest.raises(ValueError, match="has nothing to learn"):
-                example_of(tiny_sft(completion_length=length), policy, row)
+                example(tiny_sft(completion_length=length), policy, row)
 
 
 def test_pack_fills_rows_up_to_the_capacity():
@@ -171,7 +171,7 @@ def test_a_block_sees_the_blocks_before_it_without_masks():
     policy = block_causal()
     with pytest.raises(ValueError, match="packing=True cannot be combined with 'toy'"):
         check_packing(policy)
-    one = example_of(tiny_sft(completion_length=2), policy, {"text": "12"})
+    one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
     tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])
     hidden = torch.tensor([True, False, True, True])
     shown = NoisyExample(tokens, tokens.masked_fill(hidden, MASK), hidden.float())
@@ -195,7 +195,7 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
     policy.tokenizer.chat_template = "{{ messages | length }}" + CHAT
     turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(ValueError, match="does not write message 1 as the continuation"):
-        example_of(tiny_sft(), policy, {"messages": turns})
+        example(tiny_sft(), policy, {"messages": turns})
 
 
 def test_padding_states_are_finite():

@@ -10,7 +10,6 @@ from tiny_recipe import SIZES
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
-from dllm_rl.supervised.examples import example
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.training.fine_tune import make_trainer
 
@@ -62,9 +61,3 @@ MODELS = {
     "dream": dream_like,
     "causal": lambda: tiny_llama(causal=True, **SIZES),
 }
-
-
-def example_of(recipe, policy, row):
-    """A row as an example, with the options of a recipe."""
-    names = ("completion_length", "completion_only_loss", "assistant_only_loss")
-    return example(policy, row, **{name: getattr(recipe, name) for name in names})

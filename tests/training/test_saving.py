@@ -1,5 +1,6 @@
 """What a run remembers of its saves."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,27 @@ def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     monkeypatch.setattr(saving, "_try_write", lambda run, step, write: written.append((step, write)))
     saving.save_on_peer_loss(run)
     assert written == ([] if during else [(3, state)])
+
+
+def test_the_copy_of_an_optimizer_is_one_of_the_copied_weights_and_stays_as_it_was():
+    policy = tiny_masked_lm(**SIZES)
+    optimizer = torch.optim.AdamW(policy.module.parameters())
+    optimizer.of_its_class = "kept"
+
+    def step():
+        for parameter in policy.module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    step()
+    before = deepcopy(optimizer.state_dict())
+    host_policy, copied = saving.copy_to_host(policy, optimizer)
+    step()
+    assert set(copied.state) == set(host_policy.module.parameters()) and copied.of_its_class == "kept"
+    after, now = copied.state_dict(), optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+    assert not torch.equal(now["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
 
 
 class Left(BaseException):
