@@ -40,8 +40,15 @@ class Evaluation:
 
     @cached_property
     def sums(self) -> dict[str, Sums]:
-        """Sums of every metric, by its name."""
-        return sums_by_name(self.answers)
+        """`Sums` of every metric by its name, as `metric_fractions` weighs each completion."""
+        sums_by_metric: dict[str, Sums] = {}
+        for answer in self.answers:
+            for name, (value, weight) in metric_fractions(answer.reward).items():
+                sums = sums_by_metric.setdefault(name, {})
+                if weight:  # 0 for a ratio whose denominator is 0
+                    previous = sums.get(answer.problem, (0.0, 0.0))
+                    sums[answer.problem] = previous[0] + value, previous[1] + weight
+        return dict(sorted(sums_by_metric.items()))
 
     @cached_property
     def means(self) -> dict[str, float]:
@@ -113,20 +120,6 @@ class Evaluation:
     def _num_right(self, metric: str) -> Counter[int]:
         """Return the number of right samples of each problem: those whose metric is 1."""
         return Counter(answer.problem for answer in self.answers if answer.reward.breakdown.get(metric) == 1)
-
-
-def sums_by_name(answers: Sequence[GradedAnswer]) -> dict[str, Sums]:
-    """Return the `Sums` of each metric by name. Divisors come from `metric_fractions`: 1 per completion, or the count
-    in a ratio's denominator.
-    """
-    sums_by_metric: dict[str, Sums] = {}
-    for answer in answers:
-        for name, (value, weight) in metric_fractions(answer.reward).items():
-            sums = sums_by_metric.setdefault(name, {})
-            if weight:  # 0 for a ratio whose denominator is 0
-                previous = sums.get(answer.problem, (0.0, 0.0))
-                sums[answer.problem] = previous[0] + value, previous[1] + weight
-    return dict(sorted(sums_by_metric.items()))
 
 
 def sums_and_divisors(sums: Sums) -> Any:

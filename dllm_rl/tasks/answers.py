@@ -116,16 +116,11 @@ def first_boxed_number(text: str) -> float | None:
         if end is None:
             return None
         if end[0] == "}":
-            number = _number(text[start + len("\\boxed{") : end.start()].strip(), last=False)
+            number = number_in(text[start + len("\\boxed{") : end.start()].strip(), 0)
             if number is not None:
                 return number
         start = text.find("\\boxed{", end.start())
     return None
-
-
-def last_number(text: str) -> float | None:
-    """Return the text as a float, else its last number; None if there is no number or the text is too long."""
-    return _number(text, last=True)
 
 
 def to_plain_characters(text: str) -> str:
@@ -168,11 +163,12 @@ def _balanced(text: str, start: int) -> str | None:
     return None
 
 
-def _number(text: str, *, last: bool) -> float | None:
+def number_in(text: str, place: int) -> float | None:
+    """Return the text as a float, else its first (place 0) or last (-1) number; None if it has none or is long."""
     if len(text) > MAX_SEARCH_LENGTH:
         return None
     try:
         return float(text)  # also 1e3, inf and nan, as d1 reads them
     except ValueError:
         numbers = _NUMBER.findall(text)
-        return float(numbers[-1 if last else 0]) if numbers else None
+        return float(numbers[place]) if numbers else None

@@ -79,7 +79,7 @@ def joined(first, second):
 def calculator(text):
     """Return the value of an expression in brackets, or [?]. `evaluate` parses the text within limits, without eval."""
     result = evaluate(text)
-    return "[?]" if result is None else f"[{result.value}]"
+    return "[?]" if result is None else f"[{result}]"
 
 
 class LastTurn(Countdown):
@@ -118,7 +118,7 @@ def lesson(generator):
         a, b, c = (problems[i].fields["numbers"][k] for k in torch.randperm(3, generator=generator).tolist())
         signs = ["+-"[k] for k in torch.randint(2, (2,), generator=generator).tolist()]
         draft = f"{a}{signs[0]}{b}{signs[1]}{c}".ljust(task.width)
-        is_right = evaluate(draft).value == problems[i].fields["target"]
+        is_right = evaluate(draft) == problems[i].fields["target"]
         prompt = problems[i].prompt + draft + calculator(draft)
         problems[i] = Problem(prompt, solution=draft if is_right else problems[i].solution)
     return problems

@@ -20,7 +20,7 @@ from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import fingerprint, merge_parts, read
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean, sums_by_name
+from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers.rules import MaxProb, SoftThreshold
@@ -336,7 +336,7 @@ def test_cells_that_a_protocol_counts_are_summed_before_dividing():
     rows = [
         GradedAnswer(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])
     ]
-    assert sums_by_name(rows)["cell_accuracy"] == {0: (1.0, 2.0), 1: (6.0, 8.0)}
+    assert Evaluation(tuple(rows), {}).sums["cell_accuracy"] == {0: (1.0, 2.0), 1: (6.0, 8.0)}
     assert Evaluation(tuple(rows), {}).means == {"cell_accuracy": 0.7, "parsed": 1.0, "reward": pytest.approx(1.25 / 3)}
 
 

@@ -15,7 +15,7 @@ from dllm_rl.tasks.answers import (
     last_answer,
     last_box,
     last_closed_answer,
-    last_number,
+    number_in,
 )
 
 
@@ -53,8 +53,9 @@ def test_exact_numbers(text: str, value: Fraction | None) -> None:
 
 
 def test_numbers_in_text() -> None:
-    assert last_number("12 and -7.") == -7.0 and last_number("1.2.3") == 3.0 and last_number("1e2") == 100.0
-    assert last_number("none") is None and last_number("1 2" + " " * MAX_SEARCH_LENGTH) is None
+    assert number_in("12 and -7.", -1) == -7.0 and number_in("1.2.3", -1) == 3.0 and number_in("1e2", -1) == 100.0
+    assert number_in("12 and -7.", 0) == 12.0 and number_in("1.2.3", 0) == 1.2
+    assert number_in("none", -1) is None and number_in("1 2" + " " * MAX_SEARCH_LENGTH, -1) is None
     assert first_boxed_number("\\boxed{3 \\boxed{4}") == 3.0
     assert first_boxed_number("\\boxed{x \\boxed{4}") == 4.0
     assert first_boxed_number("\\boxed{3\n\\boxed{4}") == 4.0  # the first is not closed within its line

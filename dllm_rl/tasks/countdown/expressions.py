@@ -8,7 +8,6 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -45,15 +44,7 @@ class OutOfBounds(Exception):
     """The text is too long or too deeply nested, or an intermediate integer is too large."""
 
 
-@dataclass(frozen=True)
-class Value:
-    """The value of an expression, and its integers from left to right."""
-
-    value: Fraction
-    numbers: tuple[int, ...]
-
-
-def evaluate(text: str) -> Value | None:
+def evaluate(text: str) -> Fraction | None:
     """Return the exact value of an expression; None for any other text, a division by zero, or a limit exceeded."""
     # As in Python, an integer has no leading zero. ** and // are not operators; 2(3) is not a product.
     if len(text) > MAX_EXPRESSION_LENGTH:
@@ -62,10 +53,9 @@ def evaluate(text: str) -> Value | None:
     if not _EXACT.fullmatch(text) or _TOO_LONG_OR_ZERO_FIRST.search(text):
         return None
     try:
-        value = _evaluated(text, apply)
+        return Fraction(_evaluated(text, apply))
     except (SyntaxError, ZeroDivisionError, OutOfBounds):
         return None
-    return Value(Fraction(value), tuple(map(int, re.findall("[0-9]+", text))))
 
 
 def python_value(text: str) -> Number | None:

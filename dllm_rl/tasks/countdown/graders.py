@@ -24,10 +24,11 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     "= 24" may follow.
     """
     answer = final_answer(completion)
-    expression = evaluate(_with_ascii_operators(completion if answer is None else answer))
-    if expression is None:
+    expression = _with_ascii_operators(completion if answer is None else answer)
+    value = evaluate(expression)
+    if value is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    return _graded(fields, list(expression.numbers), expression.value == fields["target"])
+    return _graded(fields, expression, value == fields["target"])
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -114,8 +115,7 @@ def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
         return Reward(0.0, False, _ZERO_METRICS | {"undecided": 1.0})
     if value is None:
         return Reward(0.0, False, _ZERO_METRICS)
-    numbers = list(map(int, re.findall(r"\d+", text)))
-    graded = _graded(fields, numbers, _close(value, fields["target"]))
+    graded = _graded(fields, text, _close(value, fields["target"]))
     return Reward(graded.value, True, {**graded.breakdown, "undecided": 0.0})
 
 
@@ -126,8 +126,9 @@ def _close(value: Number, target: int) -> bool:
         return False
 
 
-def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
+def _graded(fields: Mapping[str, Any], expression: str, on_target: bool) -> Reward:
     """Return a reward of 1 if each number is used once, no other number is used, and the target is reached; else 0."""
+    numbers = list(map(int, re.findall("[0-9]+", expression)))
     valid = sorted(numbers) == sorted(fields["numbers"])  # a number that occurs twice in the problem must occur twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
     # The share of the larger multiset, so that additional numbers lower it.

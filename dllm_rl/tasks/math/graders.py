@@ -31,7 +31,7 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     number = answers.first_boxed_number(completion)
     if number is None:
-        number = answers.last_number((first_closed_answer(completion) or "").strip())
+        number = answers.number_in((first_closed_answer(completion) or "").strip(), -1)
     return _compared(number, fields)
 
 
@@ -44,7 +44,7 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
-    return _compared(answers.last_number(_after_last_tag(completion)), fields)
+    return _compared(answers.number_in(_after_last_tag(completion), -1), fields)
 
 
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
