@@ -7,7 +7,7 @@ safetensors header and the first tensors).
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -68,13 +68,12 @@ def read(folder: Path) -> dict[str, Any]:
     return content | {"sha256": stored_digest}
 
 
-def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
+def verify(folder: Path, *, quick: bool = False, unread: str | None = None) -> dict[str, Any]:
     """Return the manifest if all files match it, else raise ValueError.
 
     Args:
         folder: Folder of the checkpoint.
         quick: Whether to read only the first MiB of files over 1 MiB. Default: False.
-        also: Names of files that may be present without being in the manifest. Default: none.
         unread: Pattern of the names of files to check as with `quick`. None (default): no such files.
     """
     content = read(folder)
@@ -84,7 +83,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unrea
         if name not in paths_by_name:
             raise ValueError(f"{folder}: {name} is missing")
     for name, path in paths_by_name.items():  # hidden files are allowed too
-        if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
+        if name not in files and name not in (NAME, CARD) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
     # hashlib releases the GIL, so that four files are read and hashed at a time.
     with ThreadPoolExecutor(4) as pool:

@@ -23,6 +23,7 @@ from dllm_rl.types import Logprobs, Rollout, Views
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
 SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product of the process on a GPU
+TILE = 64  # rows
 
 
 def prepare_workspace() -> None:
@@ -61,11 +62,7 @@ GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_
 
 
 class BatchInvariantOps(TorchFunctionMode):
-    """Runs linear layers in tiles of `tile` rows, the last tile filled with zeros, and attention row by row."""
-
-    def __init__(self, tile: int) -> None:
-        super().__init__()
-        self.tile = tile
+    """Runs linear layers in tiles of TILE rows, the last tile filled with zeros, and attention row by row."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -90,8 +87,8 @@ class BatchInvariantOps(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))  # fill up the last tile
-        out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
+        filled = F.pad(rows, (0, 0, 0, -len(rows) % TILE))  # fill up the last tile
+        out = torch.cat([F.linear(part, weight, bias) for part in filled.split(TILE)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
 
     def grouped(
@@ -115,16 +112,14 @@ class BatchInvariantOps(TorchFunctionMode):
 
 
 @contextmanager
-def batch_invariant(*, tile: int = 64) -> Iterator[None]:
+def batch_invariant() -> Iterator[None]:
     """Use batch-invariant, deterministic and slow arithmetic in the block: on a CPU it runs in one thread.
 
     Every setting is restored after the block. A key-value cache, and inputs with one scale per tensor, still differ.
 
     Raises:
-        ValueError: tile is below 1, or as for `prepare_workspace`.
+        ValueError: As for `prepare_workspace`.
     """
-    if tile < 1:
-        raise ValueError(f"tile={tile} must be at least 1 row")
     cudnn = torch.backends.cudnn
     switches = [
         (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
@@ -144,7 +139,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision("highest")  # also turns TF32 products off
         torch.set_num_threads(1)  # the split of a kernel into threads, and its rounding, depend on the batch
-        with deterministic(), BatchInvariantOps(tile), math_attention:
+        with deterministic(), BatchInvariantOps(), math_attention:
             yield
     finally:
         for (owner, name, _), value in zip(switches, previous_values, strict=True):

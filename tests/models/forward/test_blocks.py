@@ -223,7 +223,7 @@ def test_a_block_that_is_run_again_in_the_backward_runs_in_the_mode_of_its_forwa
             characters="abc", hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=32
         )
         tokens = torch.arange(3, 6).repeat(2, 3)
-        with torch.autocast("cpu", torch.bfloat16), BatchInvariantOps(16):
+        with torch.autocast("cpu", torch.bfloat16), BatchInvariantOps():
             with recomputed_blocks(policy.module) if again else nullcontext():
                 logits = policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
             logits.float().square().mean().backward()
