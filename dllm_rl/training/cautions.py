@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import Advantages
 from dllm_rl.algorithms.correctors import Compose
-from dllm_rl.algorithms.losses import K1, PPOClip
+from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import has_bf16_products
@@ -101,6 +101,12 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
             f"num_iterations={recipe.num_iterations} with rollouts computed in other arithmetic and loss.delta=None: "
             "nothing bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; "
             f"use {bound}"
+        )
+    if recipe.num_iterations > 1 and isinstance(loss, Reinforce):
+        warnings.append(
+            f"num_iterations={recipe.num_iterations} with loss=Reinforce(): nothing bounds how far the later updates "
+            "go, and such runs have collapsed at learning rates of supervised training; use PPOClip(), "
+            "num_iterations=1, or replay"
         )
     is_bounded = recipe.old_logprobs == "rollout" and not bound
     if recipe.max_staleness and not is_bounded and not recipe.corrector.has_weights:

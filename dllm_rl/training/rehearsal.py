@@ -87,7 +87,7 @@ def rehearse(
             )
         compute_gradients(context, rollout)
         if recipe.replay is not None:
-            ReplayStore(recipe, recipe.replay).rehearse(context, rollout)
+            ReplayStore(recipe.replay).rehearse(context, rollout)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(*key))
         if recipe.on_save_error == "stop":

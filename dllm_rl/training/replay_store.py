@@ -9,7 +9,6 @@ from torch import Tensor
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.distributed.collectives import gather_objects
 from dllm_rl.models.tensor_bytes import deserialize, serialize
-from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
@@ -33,8 +32,7 @@ class Answer:
 class ReplayStore(StepFeature):
     """The right answers of all processes, the oldest first, equal in every process."""
 
-    def __init__(self, recipe: Recipe, replay: Replay) -> None:
-        self.recipe = recipe
+    def __init__(self, replay: Replay) -> None:
         self.replay = replay
         self.answers: list[Answer] = []  # those of the last complete step
         self.new_answers: list[Answer] = []
@@ -55,14 +53,15 @@ class ReplayStore(StepFeature):
     def warn(self, context: StepContext) -> None:
         """Say once if no right answer was seen, or if the completions of a prompt are nearly all the same."""
         if self.step + 1 == EMPTY_STEPS and not (self.answers or self.new_answers):
-            lacking = "" if self.recipe.num_iterations else ", and with num_iterations=0 no weight has changed"
+            lacking = "" if context.settings.num_iterations else ", and with num_iterations=0 no weight has changed"
             context.log.say(
                 f"warning: replay: no completion of the first {EMPTY_STEPS} steps has a reward of at least "
                 f"{self.replay.min_reward:g}{lacking}: lower replay.min_reward, or train with GRPO (or SFT) first"
             )
         distinct = context.log.last.get("completions/distinct_ratio")  # of the step before
-        bound = COLLAPSED / self.recipe.num_generations
-        if not self.said_collapse and distinct is not None and distinct < bound and self.recipe.num_generations > 1:
+        group_size = context.settings.num_generations
+        bound = COLLAPSED / group_size
+        if not self.said_collapse and distinct is not None and distinct < bound and group_size > 1:
             self.said_collapse = True
             context.log.say(
                 f"warning: replay: completions/distinct_ratio={distinct:.2f}, so nearly all completions of a prompt "
@@ -72,23 +71,24 @@ class ReplayStore(StepFeature):
 
     def learn(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
         """Add the step's right answers to the store, and take supervised steps on answers drawn from it."""
-        replay, recipe = self.replay, self.recipe
+        replay, settings = self.replay, context.settings
         self.answers = [*self.answers, *self.new_answers][-replay.capacity :]
         size = len(self.answers)
-        visits = self.draw()
+        visits = self.draw(settings.seed)
         self.last_metrics = {"replay/size": float(size), "replay/updates": float(len(visits))}
         if not visits:
             return
         optimizer.zero_grad(set_to_none=True)  # the policy gradient of this step
-        base_rate = replay.learning_rate or recipe.learning_rate
-        rate = base_rate * recipe.lr_schedule(self.step, recipe.lr_schedule_steps or recipe.num_steps)
+        rate = settings.update_settings(self.step).learning_rate
+        if replay.learning_rate is not None:
+            rate *= replay.learning_rate / settings.learning_rate
         trainer = self.trainer(context)
         for k, batch in enumerate(visits):
             torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             metrics = trainer.step(
                 optimizer,
                 [self.answers[i].example for i in batch],
-                generator_for(recipe.seed, "replay", self.step, k),
+                generator_for(settings.seed, "replay", self.step, k),
                 learning_rate=rate,
                 place=f"replay update {k} of step {self.step}",
             )
@@ -99,26 +99,26 @@ class ReplayStore(StepFeature):
             "replay/age": mean(ages),
         }
 
-    def draw(self) -> list[list[int]]:
+    def draw(self, seed: int) -> list[list[int]]:
         """Draw the answers of each update of this step: an answer comes again only after all others, and at most
         `max_replays` times.
         """
         replay, size = self.replay, len(self.answers)
         count = min(replay.num_updates * replay.batch_size, replay.max_replays * size)
-        generator = generator_for(self.recipe.seed, "replayed answers", self.step)
+        generator = generator_for(seed, "replayed answers", self.step)
         passes = [torch.randperm(size, generator=generator) for _ in range(-(-count // size) if size else 0)]
         drawn = torch.cat(passes)[:count] if passes else torch.zeros(0, dtype=torch.long)
         return [batch.tolist() for batch in drawn.split(replay.batch_size) if len(batch)]
 
     def trainer(self, context: StepContext) -> SupervisedTrainer:
-        recipe = self.recipe
+        settings = context.settings
         return SupervisedTrainer(
             policy=context.policy,
             processes=context.accelerator,
-            micro_batch_size=recipe.micro_batch_size,
-            bf16=recipe.bf16,
+            micro_batch_size=settings.micro_batch_size,
+            bf16=settings.bf16,
             like_rollouts=True,
-            max_grad_norm=recipe.max_grad_norm,
+            max_grad_norm=settings.update_settings(self.step).max_grad_norm,
         )
 
     def rehearse(self, context: StepContext, rollout: Rollout) -> None:
@@ -126,7 +126,7 @@ class ReplayStore(StepFeature):
         count = -(-self.replay.batch_size // len(rollout.tokens))
         examples = (examples_of(rollout) * count)[: self.replay.batch_size]
         with context.arithmetic(learner=True):
-            self.trainer(context).add_gradients(examples, generator_for(self.recipe.seed, "replay rehearsal"))
+            self.trainer(context).add_gradients(examples, generator_for(context.settings.seed, "replay rehearsal"))
 
     def after_update(self, context: StepContext) -> dict[str, float]:
         return self.last_metrics

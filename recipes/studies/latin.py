@@ -44,6 +44,7 @@ from typing import Any
 import torch
 
 from dllm_rl import Callback, Float8WeightOnly, Policy, Trajectory, load_policy
+from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.evaluate import evaluate
@@ -90,7 +91,9 @@ LOOKS = 6
 drawn = partial(in_steps, temperature=1.0)  # by the number of parallel steps
 
 
-base = replace(recipe, name="latin", report_to=None, eval_steps=0, save_steps=10**6, log_completions_steps=0)
+segments = Trajectory(num_segments=2)  # what `dllm_rl.grpo` takes for four steps
+unquantized = replace(recipe, rollout_quantization=None, corrector=NoCorrection(), replay=None, likelihood=segments)
+base = replace(unquantized, name="latin", report_to=None, eval_steps=0, save_steps=10**6, log_completions_steps=0)
 
 
 def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[[int], None]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import LeaveOneOut
 from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
-from dllm_rl.algorithms.losses import K1, K2, PPOClip
+from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
 from dllm_rl.models.lora import Lora
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
@@ -136,6 +136,14 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
         {"rollout_quantization": None},
     ):
         assert cautions(replace(several, **changes)) == []
+
+
+def test_several_updates_of_a_loss_without_any_bound():
+    changes = {"rollout_quantization": None, "corrector": NoCorrection()}
+    (said,) = cautions(tiny_recipe("x", loss=Reinforce(), num_iterations=4, **changes))
+    assert said.startswith("num_iterations=4 with loss=Reinforce()") and "\n" not in said
+    for fine in ({"loss": Reinforce()}, {"loss": CISPO(), "num_iterations": 4}, {"num_iterations": 4}):
+        assert cautions(tiny_recipe("x", **fine, **changes)) == []
 
 
 def test_late_rollouts_whose_lag_nothing_bounds():

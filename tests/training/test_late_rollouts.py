@@ -402,7 +402,7 @@ def test_workers_need_no_copy_of_a_callback(ray, tmp_path):
     callback = Callback()
     callback.lock = Lock()
     recipe = late_recipe(tmp_path, callbacks=(callback,))
-    check_copies(recipe)
+    check_copies(vars(recipe))
     pool, sent = object.__new__(RayWorkerPool), []
     pool.ray, pool.threads, pool.kind = SimpleNamespace(put=sent.append), 1, "cpu"
     context = SimpleNamespace(log=SimpleNamespace(say=print), policy=build_policy(recipe, torch.device("cpu")))

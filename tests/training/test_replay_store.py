@@ -61,8 +61,7 @@ class Spy:
 
 
 def store_of(size, **settings):
-    recipe = SimpleNamespace(seed=0)
-    store = ReplayStore(recipe, Replay(min_reward=1.0, **settings))
+    store = ReplayStore(Replay(min_reward=1.0, **settings))
     empty = torch.zeros(0)
     store.answers = [Answer(Example(empty, empty.bool()), step) for step in range(size)]
     return store
@@ -82,7 +81,7 @@ def store_of(size, **settings):
 )
 def test_an_answer_comes_again_after_all_others_and_at_most_max_replays_times(size, settings, updates):
     store = store_of(size, **settings)
-    visits = store.draw()
+    visits = store.draw(seed=0)
     assert [len(batch) for batch in visits] == updates
     drawn = [i for batch in visits for i in batch]
     counts = Counter(drawn)
@@ -91,7 +90,7 @@ def test_an_answer_comes_again_after_all_others_and_at_most_max_replays_times(si
         assert sorted(drawn[start : start + size]) == list(range(size)), "a pass has every answer once"
     if size > 1:
         store.step = 1
-        assert store.draw() != visits, "another step has another order"
+        assert store.draw(seed=0) != visits, "another step has another order"
 
 
 def test_right_answers_alone_are_kept_with_their_steps(tmp_path, monkeypatch):
@@ -141,12 +140,14 @@ def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch
 
 
 def test_rewards_that_are_lacking_or_too_low_are_not_right():
-    store = ReplayStore(SimpleNamespace(num_generations=2), Replay(min_reward=0.5))
+    store = ReplayStore(Replay(min_reward=0.5))
     rollout = SimpleNamespace(rows=lambda keep: keep)
     made = []
     for rewards in ([float("nan"), 0.5, 0.49, 1.0], [float("-inf"), float("nan"), 0.0, -1.0]):
         samples = SimpleNamespace(rollout=rollout, rewards=torch.tensor(rewards), local=lambda values, _: values)
-        context = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), log=SimpleNamespace(last={}))
+        context = SimpleNamespace(
+            accelerator=None, log=SimpleNamespace(last={}), settings=SimpleNamespace(num_generations=2)
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replay_store, "examples_of", torch.Tensor.tolist)
             patch.setattr(replay_store, "gather_objects", lambda found, _: found)

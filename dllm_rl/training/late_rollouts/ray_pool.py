@@ -6,9 +6,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -226,21 +226,20 @@ def error_of(kind: str, text: str) -> Exception:
     return error_types[kind](text) if kind in error_types else RuntimeError(f"{kind}: {text}")
 
 
-def check_copies(recipe: Recipe) -> None:
-    """Raise ValueError if the workers cannot get copies of the recipe's functions and data.
+def check_copies(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if the workers cannot get copies of a recipe's functions and data.
 
     Call it before Ray starts, because Ray would say so after the model is loaded, in thousands of characters.
     """
     from ray import cloudpickle
 
     with open(os.devnull, "wb") as sink:
-        for field in fields(recipe):
-            value = getattr(recipe, field.name)
+        for name, value in settings.items():
             try:
-                if field.name != "callbacks":
+                if name != "callbacks":
                     cloudpickle.dump(value, sink)
             except Exception as error:  # any exception, from the code of an object's class
-                raise ValueError(refusal(field.name, value, error)) from None
+                raise ValueError(refusal(name, value, error)) from None
 
 
 def refusal(name: str, value: Any, error: BaseException | None) -> str:
@@ -266,7 +265,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
     import ray
 
-    check_copies(recipe)
+    check_copies(vars(recipe))
     device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else find_device()
     if not ray.is_initialized():
         start_ray(ray, device)
