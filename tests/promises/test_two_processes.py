@@ -43,6 +43,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
 FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mismatch_groups", "1"]
 COUPLED = ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE]
 LATE = ["--rollout_workers", "2", "--max_staleness", "1"]
+REPLAY = ["--replay", "Replay", "--replay.min_reward", "1", "--replay.batch_size", "10", "--replay.num_updates", "2"]
 TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff", "0.5"]
 
 
@@ -59,6 +60,7 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
         pytest.param("sudoku_unique", TEACHER, marks=pytest.mark.nightly),
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
         ("sudoku_unique", LATE),
+        ("sudoku_unique", REPLAY),
         ("sudoku_unique", ["--value_model", "ValueModel", "--value_model.gae_lambda", "0.5"]),
         pytest.param("sudoku_unique", [*LATE, "--likelihood", "Coupled"], marks=pytest.mark.nightly),
     ],
@@ -80,6 +82,8 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
             moved = ("reward", "advantage", "mismatch")
             numbers = [[math.nan if row[name] is None else row[name] for name in moved] for row in (main, alone)]
             assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=1e-4, nan_ok=True)
+    if "--replay" in more:
+        assert [row["replay/updates"] for row in one] == [2, 2, 2]
     if "--max_num_gen_batches" in more:
         assert one[0]["dynamic_sampling/draws"] > 1
 
