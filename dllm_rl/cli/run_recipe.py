@@ -36,6 +36,9 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
         if rank == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):  # before the imports, which take seconds
             warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
             plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
+            if isinstance(recipe, Recipe) and recipe.rollout_quantization is not None:
+                names = [type(part).__name__ for part in (recipe.rollout_quantization, recipe.corrector)]
+                plan += f"; rollouts in {names[0]}, corrector {names[1]}"
             print(escape_controls(f"{plan}; the time left is known from the second step on"), flush=True)
         from dllm_rl.distributed.stop import started_by_command
         from dllm_rl.training.fine_tune import fine_tune

@@ -20,6 +20,7 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 ESS = "rollout_corr/ess"
+MISMATCH = "rollout_corr/abs_log_ratio_mean"
 
 
 class ProgressDisplay:
@@ -89,6 +90,8 @@ def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: fl
     loss = {} if "reward" in metrics else {"loss": "loss"}  # the loss of RL does not show progress
     labels = loss | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     texts = [f"{short} {metrics[name]:.3g}" for name, short in labels.items() if name in metrics]
+    if metrics.get(MISMATCH):  # not 0, as without a quantized copy
+        texts.append(f"mismatch {metrics[MISMATCH]:.2g} nats, ESS {metrics[ESS]:.4f}")
     if verdict := health(metrics, direction=direction, first_ess=first_ess):
         word, reason = verdict
         subject = "updates" if word == "backwards" else "mismatch"

@@ -83,9 +83,8 @@ def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--sft_warmup_steps", "2"])
     main(small(tmp_path / "run"))
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(
-        f"tiny, seed 0: up to 2 warm-up steps, then 1 steps, into {tmp_path / 'run'}; the time left"
-    )
+    plan = f"tiny, seed 0: up to 2 warm-up steps, then 1 steps, into {tmp_path / 'run'}"
+    assert first.startswith(f"{plan}; rollouts in Float8WeightOnly, corrector AIS; the time left")
 
 
 @pytest.mark.slow

@@ -70,6 +70,14 @@ def test_estimated_ratios_have_no_bounds():
     assert health(GOOD | {"off_policy/old/contribution_positive": 1.0}, first_ess=0.7)[0] == "backfiring"
 
 
+def test_the_size_of_the_mismatch_stands_in_the_line():
+    line = one_line({"reward": 1.0, "rollout_corr/ess": 0.99853, "rollout_corr/abs_log_ratio_mean": 0.01234})
+    assert line == "reward 1  mismatch 0.012 nats, ESS 0.9985  healthy"
+    assert one_line({"reward": 1.0, "rollout_corr/ess": 1.0, "rollout_corr/abs_log_ratio_mean": 0.0}).endswith(
+        "1  healthy"
+    )
+
+
 def test_without_mismatch_metrics_nothing_is_said():
     assert health({"loss": 1.0}) is None and one_line({"reward": 1.0}) == "reward 1"
     assert health({"rollout_corr/ess": 1.0}) == ("healthy", "ESS 1")
