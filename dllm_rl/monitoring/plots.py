@@ -134,7 +134,7 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> A
     warmup = warmup_rows(directory / "metrics.jsonl")
     panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or panel.drawn(rows)]
     count = len(panels) + bool(warmup)
-    figure = Figure(figsize=(3.75 * count, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.75 * count, 4.0), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
     if warmup:
@@ -147,7 +147,7 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> A
         for name, level in (levels or {}).items() if panel is SOLVED_PANEL else ():
             axis.axhline(level, color="black", linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
         if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend(fontsize="small", framealpha=0.5)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")  # hides no point there
         axis.set(title=panel.title, xlabel="RL step" if is_rl else "step", ylabel=panel.unit)
     for axis in axes[0]:
         axis.grid(alpha=0.3)

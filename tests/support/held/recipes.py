@@ -35,6 +35,14 @@ def one_file():
     yield PAGE, f"before→after 100 RL steps, seeds 0, 1, 2: {rates}."
 
 
+def the_main_job():
+    for arm in RESULTS["latin_sudoku"]["rows"]:
+        rates = [(f"{b:.3f}", f"{a:.3f}") for b, a in zip(arm["before"], arm["after"], strict=True)]
+        ess = f"{mean(arm['ESS']):.3f}; {min(arm['least ESS']):.3f}"
+        cells = (f"{mean(arm['mismatch']):.3f}", ess, arrows(rates, arm["rollouts"].startswith("FP8")))
+        yield "README.md", row(arm["rollouts"], *cells)
+
+
 def sudoku_with_one_solution():
     for recipe, name, bold, seconds in (
         ("sudoku_unique", "sudoku_unique", True, "65, 66; 117 beside other work"),
