@@ -27,6 +27,7 @@ from dllm_rl.models.base import (
     position_ids,
 )
 from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.checkpoint.families import FAMILY_FIELD
 from dllm_rl.models.checkpoint.loading import (
     adapter_folder,
     base_of_adapter,
@@ -464,6 +465,7 @@ def as_causal(policy: Policy) -> ModulePolicy:
     tensors = [*policy.module.parameters(), *policy.module.buffers()]
     module = copy.deepcopy(policy.module, {id(tensor): tensor for tensor in tensors})  # new layers, the same tensors
     module.config.is_causal = True
+    vars(module.config).pop(FAMILY_FIELD, None)
     for layer in module.modules():
         if hasattr(layer, "is_causal"):
             layer.is_causal = True
@@ -512,6 +514,7 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
         for table in (module.get_input_embeddings(), module.get_output_embeddings()):
             table.weight[~has_token] = table.weight[has_token].mean(0)
     module.config.is_causal = False
+    vars(module.config).pop(FAMILY_FIELD, None)
     module.config.shifted_head = True  # so that `find_family` recognizes a saved copy
     module.config.mask_token_id = mask_id
     return make_policy(module, tokenizer)

@@ -25,6 +25,9 @@ from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_he
 from dllm_rl.models.checkpoint.rope import rope_parameters
 from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 
+# Field of a stock config that names the family of the checkpoint that it was converted from. transformers saves it, so
+# that what other tools save (`Trainer`, `module.save_pretrained`) is opened with the family's attention and shift.
+FAMILY_FIELD = "diffusion_family"
 # Fields that a checkpoint's config and the stock config have in common.
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -363,6 +366,11 @@ def stock_class(raw: dict) -> Any:
 
 def find_family(raw: dict) -> FamilySpec:
     """Return the family of a checkpoint's config fields. Raise ValueError for an unknown one."""
+    if (name := raw.get(FAMILY_FIELD)) is not None:  # a copy in the stock class's layout
+        for family in FAMILIES:
+            if family.name == name:
+                return replace(family, stock_model=None, tensor_names=(), fused_qkv=None)
+        raise ValueError(f"{FAMILY_FIELD}={name!r} is not a known family; pass its FamilySpec to register_family first")
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
         # A checkpoint's custom class may also be called ...ForCausalLM.

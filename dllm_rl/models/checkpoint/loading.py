@@ -34,7 +34,7 @@ from dllm_rl.models.base import (
     is_finite,
     mlm_head,
 )
-from dllm_rl.models.checkpoint.families import find_family, stock_class
+from dllm_rl.models.checkpoint.families import FAMILY_FIELD, find_family, stock_class
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
     FLOAT_DTYPES,
@@ -141,7 +141,11 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
     """Return a family's stock class, and its config from a checkpoint's fields."""
     if family.stock_model is not None:
-        return family.stock_model(without_implementation_fields(raw))
+        cls, config = family.stock_model(without_implementation_fields(raw))
+        setattr(config, FAMILY_FIELD, family.name)
+        if family.attention == "block_causal":
+            config.block_size = raw.get("block_size") or family.block_size
+        return cls, config
     cls = stock_class(raw)
     return cls, cls.config_class.from_dict(without_implementation_fields(raw))
 

@@ -11,9 +11,10 @@ from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, ll
 from repetitions import few
 from safetensors.torch import load_file
 
-from dllm_rl import Prompts, Trajectory, Unmask, load_policy, register_family
+from dllm_rl import Prompts, Trajectory, Unmask, load_policy, make_policy, register_family
 from dllm_rl.models.checkpoint import families, rope
 from dllm_rl.models.checkpoint.loading import find_eos_ids
+from dllm_rl.models.policy import as_causal, diffusion_from_causal
 from dllm_rl.samplers.rules import MaxProb
 
 EVERY = [*ORIGINAL, *STOCK]
@@ -74,6 +75,54 @@ def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
     before, after = tensors(source), tensors(tmp_path / "saved")
     assert before.keys() - after.keys() <= {"bert.pooler.dense.weight", "cls.seq_relationship.bias"} | aliases(family)
     assert all(torch.equal(before[k], after[k]) for k in after)
+
+
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_what_other_tools_save_is_reopened_with_the_familys_attention_and_shift(tmp_path, policies, family):
+    """`Trainer.save_model` calls the module's own save_pretrained, which writes the stock class's layout."""
+    policy = policies(family)
+    policy.module.save_pretrained(tmp_path / "stock")
+    policy.tokenizer.save_pretrained(tmp_path / "stock")
+    tokens = ids(13)
+    expected = policy.logits(tokens, ones(tokens))
+    reopened = load_policy(tmp_path / "stock")
+    reopened.save_pretrained(tmp_path / "again")
+    for other in (reopened, load_policy(tmp_path / "again"), make_policy(policy.module, policy.tokenizer)):
+        for fact in ("name", "attention", "shift", "block_size", "causal_context", "float32_rope", "mask_id", "eos_ids"):
+            assert getattr(other.spec, fact) == getattr(policy.spec, fact), fact
+        assert torch.equal(other.logits(tokens, ones(tokens)), expected)
+
+
+def test_a_chosen_block_size_stays_in_the_stock_layout(tmp_path):
+    policy = load_policy(published(tmp_path / "source", "sdar"), block_size=8)
+    policy.module.save_pretrained(tmp_path / "stock")
+    policy.tokenizer.save_pretrained(tmp_path / "stock")
+    assert load_policy(tmp_path / "stock").spec.block_size == 8
+    assert load_policy(tmp_path / "stock", block_size=2).spec.block_size == 2
+
+
+def test_a_model_made_causal_or_diffusion_is_reopened_as_what_it_became(tmp_path):
+    autoregressive = load_policy(published(tmp_path / "ar", "nemotron_ar"))
+    autoregressive.tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    autoregressive.save_pretrained(tmp_path / "masked")
+    diffusion = diffusion_from_causal(tmp_path / "masked")
+    assert (diffusion.spec.name, diffusion.spec.attention) == ("shifted_diffusion_lm", "full")
+    causal = as_causal(load_policy(published(tmp_path / "both", "nemotron")))
+    causal.module.save_pretrained(tmp_path / "causal")
+    causal.tokenizer.save_pretrained(tmp_path / "causal")
+    reopened = load_policy(tmp_path / "causal")
+    assert (reopened.spec.attention, reopened.spec.shift) == ("causal", True)
+    tokens = ids(9)
+    assert torch.equal(reopened.logits(tokens, ones(tokens)), causal.logits(tokens, ones(tokens)))
+
+
+def test_a_stock_copy_of_a_family_that_is_not_registered_is_refused(tmp_path):
+    policy = load_policy(published(tmp_path / "source", "dream"))
+    policy.module.config.diffusion_family = "mine"
+    policy.module.save_pretrained(tmp_path / "stock")
+    policy.tokenizer.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"diffusion_family='mine' is not a known family.*register_family"):
+        load_policy(tmp_path / "stock")
 
 
 def aliases(family: str) -> set[str]:
