@@ -210,9 +210,16 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
 
 
+def is_of_peft(layer: Any) -> bool:
+    """Return whether peft put the module into a model."""
+    return type(layer).__module__.startswith("peft.")
+
+
 def base_of(layer: Any) -> Any:
-    """Return the layer to which adapters were added, or the layer itself if it has no adapters."""
-    return layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
+    """Return the layer to which adapters were added, here or by peft, or the layer itself if it has no adapters."""
+    if isinstance(layer, LoraLinear | LoraExperts):
+        return layer.base_layer
+    return getattr(layer, "base_layer", layer) if is_of_peft(layer) else layer
 
 
 def is_adapted_or_low_bit(layer: nn.Module) -> bool:
@@ -284,10 +291,18 @@ def has_adapted_or_low_bit(module: nn.Module) -> bool:
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and layers. A layer with adapters appears once, without its inner layers."""
+    """Yield names and layers. A layer with adapters appears once, without its inner layers.
+
+    Raise ValueError for a part of peft that is not an adapter on a plain linear layer.
+    """
     inner = None  # start of the names inside the last layer with adapters, which come right after it
     for name, layer in module.named_modules():
         if inner is None or not name.startswith(inner):
+            if is_of_peft(layer) and type(base_of(layer)) is not nn.Linear:
+                raise ValueError(
+                    f"{name or type(module).__name__} is peft's {type(layer).__name__}, not an adapter on a plain "
+                    "nn.Linear, so that it cannot be merged here; use model.merge_and_unload()"
+                )
             yield name, layer
             if base_of(layer) is not layer:
                 inner = f"{name}." if name else ""
@@ -301,10 +316,15 @@ def layers_of(module: Module) -> Module:
 def merged_tensor(layer: Any, kind: str) -> Tensor:
     """Return the layer's parameter or buffer `kind`, with adapters merged and bitsandbytes weights dequantized.
 
-    It is differentiable in the adapters.
+    It is differentiable in the adapters of this library.
     """
     if isinstance(layer, LoraExperts):
         return layer.merged(kind)
+    if is_of_peft(layer):  # merged by peft, in a copy: of DoRA and other kinds only peft knows how
+        merged = copy.deepcopy(layer)
+        if not layer.disable_adapters:
+            merged.merge()
+        return getattr(merged.base_layer, kind).detach()
     if kind == "weight" and isinstance(layer, LoraLinear):
         return layer.merged()
     return plain_weight(layer) if kind == "weight" and is_bitsandbytes(layer) else getattr(base_of(layer), kind)
@@ -379,7 +399,15 @@ def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
     """
     if isinstance(layer, LoraExperts):
         return layer.plain(memo)
-    return linear_of(merged_tensor(layer, "weight"), copy.deepcopy(base_of(layer).bias, memo))
+    return linear_of(merged_tensor(layer, "weight"), merged_bias(layer, memo))
+
+
+def merged_bias(layer: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of the bias of a linear layer, with adapters merged; None without one. `memo` is of deepcopy."""
+    bias = base_of(layer).bias
+    if bias is not None and is_of_peft(layer):  # peft may have an adapter on it
+        bias = nn.Parameter(merged_tensor(layer, "bias"), requires_grad=False)
+    return copy.deepcopy(bias, memo)
 
 
 def _as_same_kind(tensor: Tensor, value: Tensor) -> Tensor:

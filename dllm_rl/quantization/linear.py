@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
-from dllm_rl.models.lora import LoraLinear, base_of, is_stacked, plain_layers
+from dllm_rl.models.lora import base_of, is_stacked, plain_layers
 from dllm_rl.quantization.schemes import EmulatedLinear
 
 
@@ -130,7 +130,7 @@ def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) ->
 def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield names and layers: linear layers and stacks of experts, with or without adapters."""
     for name, layer in plain_layers(module):
-        if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
+        if isinstance(base_of(layer), nn.Linear) or is_stacked(layer):
             yield name, layer
 
 

@@ -28,13 +28,13 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8
 from dllm_rl.models.base import Module, Policy, gather_if_sharded
 from dllm_rl.models.lora import (
     STACKS,
-    LoraLinear,
     base_of,
     forget_quantizer,
     has_adapted_or_low_bit,
     is_stacked,
     layers_of,
     linear_of,
+    merged_bias,
     merged_tensor,
     merged_tensors,
 )
@@ -209,7 +209,7 @@ def quantize_layer(
             stacks[weight_name.split(".")[-2]].append(expert)
         return {id(layer): UnstackedExperts(**stacks, act_fn=base_of(source).act_fn)}, finite
     [(_, weight)] = gathered_weights(name, source, dtype)
-    bias = copy.deepcopy(base_of(layer).bias, memo)
+    bias = merged_bias(layer, memo)
     if config is None:
         return {id(layer): linear_of(weight, bias)}, {}
     new_layer, finite[name] = quantized_linear(weight, bias, config)
@@ -224,7 +224,7 @@ def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = No
 
     The weights are gathered if sharded, merged with adapters, and split by expert.
     """
-    if isinstance(layer, nn.Linear | LoraLinear):
+    if not is_stacked(layer):
         yield name, gather_if_sharded(merged_tensor(layer, "weight")).to(dtype)
         return
     for stack in STACKS:
@@ -373,8 +373,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     counts = Counter[str]()
     finite: FiniteFlags = {}
     learner = policy.module
-    is_plain = all(parameter.requires_grad for parameter in learner.parameters())  # no adapters, no low-bit base
-    own_tensors = chain(learner.named_parameters(), learner.named_buffers()) if is_plain else merged_tensors(learner)
+    is_merged = has_adapted_or_low_bit(learner)
+    own_tensors = merged_tensors(learner) if is_merged else chain(learner.named_parameters(), learner.named_buffers())
     for name, value in own_tensors:
         layer_name = name.removesuffix(".weight")
         layer = layers.get(layer_name)

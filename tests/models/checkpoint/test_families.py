@@ -88,7 +88,16 @@ def test_what_other_tools_save_is_reopened_with_the_familys_attention_and_shift(
     reopened = load_policy(tmp_path / "stock")
     reopened.save_pretrained(tmp_path / "again")
     for other in (reopened, load_policy(tmp_path / "again"), make_policy(policy.module, policy.tokenizer)):
-        for fact in ("name", "attention", "shift", "block_size", "causal_context", "float32_rope", "mask_id", "eos_ids"):
+        for fact in (
+            "name",
+            "attention",
+            "shift",
+            "block_size",
+            "causal_context",
+            "float32_rope",
+            "mask_id",
+            "eos_ids",
+        ):
             assert getattr(other.spec, fact) == getattr(policy.spec, fact), fact
         assert torch.equal(other.logits(tokens, ones(tokens)), expected)
 
