@@ -234,6 +234,8 @@ class Prompts(BatchRecord):
             generator.
         infill_mask: Positions inside the prompts that the policy fills in. They count as completion. None (default): no
             such positions.
+        reads_order: Whether the log-prob of the order (`Order.logprobs`) is read. If not, samplers do not record it,
+            which under `Confidence` takes a second product of the model's head in every step. Default: True.
     """
 
     tokens: Int[Tensor, "B S"]
@@ -241,6 +243,7 @@ class Prompts(BatchRecord):
     group: Int[Tensor, " B"]
     seeds: Int[Tensor, " B"] | None = None
     infill_mask: Bool[Tensor, "B S"] | None = None
+    reads_order: bool = True
 
     @classmethod
     def from_ids(
@@ -376,8 +379,8 @@ class Order(BatchRecord):
         block_first_step: First step of the position's block; -1 outside the completion.
         rank_name: Name of the sampler's rank, the class of a rank of `samplers.rules`. None: another rank.
         logprobs: Log-probability, in nats, that the position stayed masked in the earlier steps of its block; under
-            `PlackettLuce`, that its step drew the position; 0 elsewhere. None if the order is not random or its
-            probability is unknown.
+            `PlackettLuce`, that its step drew the position; 0 elsewhere. None if the order is not random, its
+            probability is unknown, or the prompts have reads_order=False.
         probability: Status of the order's probability, as `samplers.rules.order_probability` returns it.
         rank_function: Rank by whose scores the positions were drawn: the `PlackettLuce`, or `MaxProb` under
             `SoftThreshold`. None if the positions were not drawn, or if their scores depend on the tokens.

@@ -90,7 +90,7 @@ def complete(
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    prompts = encode(policy, problems, num_generations=num_generations)
+    prompts = encode(policy, problems, num_generations=num_generations, reads_order=False)
     texts = [shown_prompt(problem) for problem in problems for _ in range(num_generations)]
     start_time = time.perf_counter()  # the encoding of the prompts is not timed
     if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others have no on_step

@@ -5,6 +5,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import compress, zip_longest
 from typing import Any
@@ -31,18 +32,20 @@ def encode(
     *,
     num_generations: int | Sequence[int] = 1,
     seeds: Sequence[int] | None = None,
+    reads_order: bool = True,
 ) -> Prompts:
     """Tokenize the prompts of problems, each in `num_generations` rows: one number, or one for each problem.
 
     Chat messages are rendered with the chat template; plain text gets no special tokens. Each blank becomes one mask
-    token, which the sampler fills in.
+    token, which the sampler fills in. `reads_order` is explained in `Prompts`.
     """
     tokenized = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids = [row_ids for row_ids, _ in tokenized]
     blanks = [row_blanks for _, row_blanks in tokenized]
-    return Prompts.from_ids(
+    prompts = Prompts.from_ids(
         ids, pad_id=policy.pad_id, num_generations=num_generations, seeds=seeds, open_positions=blanks
     )
+    return replace(prompts, reads_order=reads_order)
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:

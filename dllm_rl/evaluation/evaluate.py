@@ -116,7 +116,8 @@ def complete(
     """Sample `samples` completions of every problem in one batch; return them as rows."""
     keys = list(product(problems, range(samples)))
     start_time = time.perf_counter()
-    prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=row_seeds(seed, keys))
+    seeds = row_seeds(seed, keys)
+    prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=seeds, reads_order=False)
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")

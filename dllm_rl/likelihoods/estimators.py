@@ -100,6 +100,11 @@ class LikelihoodEstimator(Record):
         return False
 
     @property
+    def reads_order(self) -> bool:
+        """Whether `draw_views` reads `Order.logprobs`. If not, the rollouts of a run do not record it."""
+        return True
+
+    @property
     def required_block_size(self) -> int | None:
         """Block size that the policy must have, for views that mask complete blocks. None: any."""
         return None
@@ -217,6 +222,7 @@ class Causal(LikelihoodEstimator):
 
     supported_attention = ("causal",)
     is_random = False
+    reads_order = False
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         scored = rollout.completion_mask[None]
@@ -237,6 +243,8 @@ class OneStep(LikelihoodEstimator):
     """
 
     prompt_mask: float = option(default=0.15, at_least=0, below=1)
+
+    reads_order = False
 
     @property
     def is_random(self) -> bool:
@@ -278,6 +286,8 @@ class ELBO(LikelihoodEstimator):
     stratified: bool = True
     antithetic: bool = False
     informed_masking: float | None = option(default=None, above=0, at_most=1000)
+
+    reads_order = False
 
     def check(self) -> None:
         if self.antithetic and self.num_samples % 2:
@@ -331,6 +341,8 @@ class Coupled(LikelihoodEstimator):
     num_samples: int = option(default=1, at_least=1)
     informed_masking: float | None = option(default=None, above=0, at_most=1000)
 
+    reads_order = False
+
     @property
     def reads_confidence_change(self) -> bool:
         return self.informed_masking is not None
@@ -363,6 +375,8 @@ class Quadrature(LikelihoodEstimator):
     """
 
     nodes: int = option(default=3, at_least=1)
+
+    reads_order = False
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask
@@ -397,6 +411,8 @@ class BlockELBO(LikelihoodEstimator):
 
     block_size: int = option(at_least=1)
     num_samples: int = option(default=2, at_least=1)
+
+    reads_order = False
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask
@@ -441,6 +457,10 @@ class _FromBase(LikelihoodEstimator):
     @property
     def reads_confidence_change(self) -> bool:
         return self.base.reads_confidence_change
+
+    @property
+    def reads_order(self) -> bool:
+        return self.base.reads_order
 
     @property
     def required_block_size(self) -> int | None:
@@ -582,6 +602,10 @@ class Trajectory(LikelihoodEstimator):
         return self.num_sampled_steps is not None
 
     @property
+    def reads_order(self) -> bool:  # type: ignore[override]
+        return self.include_order and self.exact_for_sampler  # a merged segment is not a step of the sampler
+
+    @property
     def required_block_size(self) -> int | None:  # type: ignore[override]
         return self.block_size
 
@@ -617,6 +641,6 @@ class Trajectory(LikelihoodEstimator):
         elif rollout.first_step is not None and self.num_segments is None:  # a merged segment has several steps
             views = hide_later_columns(rollout, views)
         has_order = rollout.order is not None and rollout.order.logprobs is not None
-        if has_order and self.include_order and self.exact_for_sampler:  # a merged segment is not a step of the sampler
+        if has_order and self.reads_order:
             views = add_order_logprobs(rollout, views)
         return views

@@ -110,7 +110,7 @@ class StepSampler:
                 f"commit={commit.name} cannot use the noisy scores of {rank.name}; use Schedule() or LateSchedule()"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
-        self.has_order_logprob = self.order_probability in SCORED_ORDERS
+        self.has_order_logprob = canvas.prompts.reads_order and self.order_probability in SCORED_ORDERS
         self.soft_threshold_params = None  # tau and temperature
         if isinstance(commit, SoftThreshold):
             self.soft_threshold_params = (float(commit.tau), float(commit.temperature))

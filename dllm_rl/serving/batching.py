@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -227,5 +227,5 @@ def sample_rows(policy: Policy, completions: Sequence[CompletionJob]) -> list[Ro
     else:
         prompts = Prompts.from_ids([job.ids for job in completions], pad_id=policy.pad_id, seeds=seeds)
     # Every row has its own seed, so the sampler does not use the generator.
-    rollout = sampler(policy, prompts, generator_for("unused")).to("cpu")
+    rollout = sampler(policy, replace(prompts, reads_order=False), generator_for("unused")).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]

@@ -208,8 +208,9 @@ class HTTPSampler(Unmask):
         tensors = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "group")} | {"seeds": seeds}
         if prompts.infill_mask is not None:
             tensors["infill_mask"] = prompts.infill_mask
+        header = {"settings": self._settings_of(policy), "reads_order": prompts.reads_order}
         rollout_tensors, rollout_json = client.post(
-            "/rollouts", tensors, weights_version=policy.weights_version, settings=self._settings_of(policy)
+            "/rollouts", tensors, weights_version=policy.weights_version, **header
         )
         return record_from_json(rollout_json, rollout_tensors, self.rank).to(policy.device)
 

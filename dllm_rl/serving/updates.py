@@ -100,8 +100,8 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
 
     Args:
         lease: The server's lease.
-        data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version` and `settings`
-            (`with_settings`). The server's sampler defaults do not apply.
+        data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version`, `settings`
+            (`with_settings`) and `reads_order`. The server's sampler defaults do not apply.
         policy: The server's policy.
 
     Raises:
@@ -113,7 +113,7 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
     required = {"tokens", "attention_mask", "group", "seeds"}
     if not required <= tensors.keys() <= required | {"infill_mask"}:
         raise ValueError(f"tensors {sorted(tensors)} are not those of prompts with seeds")
-    prompts = Prompts(**tensors)
+    prompts = Prompts(**tensors, reads_order=header["reads_order"])
     tokens = prompts.tokens
     vectors = {(len(values),) == values.shape == tokens.shape[:1] for values in (prompts.group, tensors["seeds"])}
     if tokens.dim() != 2 or tokens.shape != prompts.attention_mask.shape or vectors != {True}:

@@ -178,7 +178,8 @@ def sample_and_grade(
     settings, rollout_policy = context.settings, context.rollout_policy
     row_problems = [problem for problem, size in zip(problems, sizes, strict=True) for _ in range(size)]
     with context.log.stage("rollout"), context.arithmetic():
-        prompts = encode(rollout_policy, problems, num_generations=sizes, seeds=seeds.tolist())
+        reads_order = settings.likelihood.reads_order
+        prompts = encode(rollout_policy, problems, num_generations=sizes, seeds=seeds.tolist(), reads_order=reads_order)
         # Each row has its own seed, so that the split into batches does not change the result. The generator is for
         # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
         batches = prompts.split(settings.rollout_batch_size or len(seeds))

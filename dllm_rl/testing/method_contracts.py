@@ -257,7 +257,8 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
     What the estimator declares must hold: with `exact_for_sampler` the contributions are what the sampler recorded,
     with `replays_steps` a view hides what was hidden when its tokens were written, without `is_random` another seed
-    gives the same masks, and without `reads_confidence_change` the masks do not depend on it.
+    gives the same masks, and without `reads_confidence_change` or `reads_order` the masks do not depend on what these
+    name.
 
     Args:
         estimator: Estimator to check.
@@ -336,6 +337,9 @@ def _check_declared(
     if not estimator.reads_confidence_change and rollout.confidence_change is not None:
         changed = draw(replace(rollout, confidence_change=-rollout.confidence_change))
         assert _same_noise(changed, views), "the masks depend on confidence_change: set reads_confidence_change=True"
+    if not estimator.reads_order and rollout.order is not None:
+        changed = draw(replace(rollout, order=replace(rollout.order, logprobs=None)))
+        assert _same_noise(changed, views), "the views depend on the order's log-probs: set reads_order=True"
     if estimator.replays_steps and rollout.events is None and rollout.renoised is None:
         last = rollout.unmask_step.max()
         previous = torch.full_like(rollout.unmask_step[:, :1], -1)

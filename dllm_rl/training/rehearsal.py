@@ -89,7 +89,7 @@ def rehearse(
         if recipe.replay is not None:
             ReplayStore(recipe.replay).rehearse(context, rollout)
         with join_uneven_forwards(learner):
-            recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(*key))
+            recipe.eval_sampler(learner, encode(learner, [problem], reads_order=False), generator_for(*key))
         if recipe.on_save_error == "stop":
             from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
 

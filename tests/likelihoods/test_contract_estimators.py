@@ -163,3 +163,5 @@ def test_contract_of_orders(name):
     inputs = made(confidence_radius=None, **ORDERS[name])
     for likelihood in (lik.Trajectory(), lik.Trajectory(include_order=False)):
         check_estimator(likelihood, *inputs)
+    with pytest.raises(AssertionError, match="reads_order=True"):
+        check_estimator(overriding(of_steps(lambda views: views), reads_order=False), *inputs)
