@@ -44,12 +44,14 @@ class Spy:
     """What each replay update saw: its examples, the masked canvases, and its learning rate."""
 
     def __init__(self, monkeypatch):
-        self.examples, self.seen, self.rates = [], [], []
+        self.examples, self.seen, self.rates, self.noise = [], [], [], []
         step, loss = trainer.SupervisedTrainer.step, trainer.weighted_loss
 
         def spied_step(made, optimizer, examples, generator, **options):
             self.examples.append(examples)
             self.rates.append(options["learning_rate"])
+            self.noise.append(generator.get_state().tolist())
+            assert all(p.grad is None for p in made.policy.module.parameters()), "that of the policy gradient is gone"
             return step(made, optimizer, examples, generator, **options)
 
         def spied_loss(policy, layout, **options):
@@ -134,8 +136,10 @@ def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch
     ]
     again = [(a[row], b[row]) for i, a in enumerate(masks) for b in masks[i + 1 :] for row in a.keys() & b.keys()]
     assert len(again) > 20 and sum(a != b for a, b in again) > 0.9 * len(again)
+    assert all(a != b for i, a in enumerate(spy.noise) for b in spy.noise[i + 1 :])
     for tokens, visible, weight in seen:
         assert ((tokens != visible) == (weight > 0)).all()
+        assert (weight[weight > 0] >= 1).all(), "1 / t: every token counts alike, in short answers and in long ones"
         assert not (tokens != visible)[:, :17].any(), "the prompt of 17 characters"
 
 
@@ -224,7 +228,7 @@ def test_right_answers_become_likelier(tmp_path):
 
 
 def test_a_run_without_right_answers_says_so(tmp_path, capsys):
-    train(recipe_of(tmp_path, task=NeverRight, num_steps=21, num_iterations=0, train_batch_size=1))
+    train(recipe_of(tmp_path, task=NeverRight, num_steps=20, num_iterations=0, train_batch_size=1))
     said = capsys.readouterr().out
     assert said.count("replay: no completion of the first 20 steps has a reward of at least 1") == 1
     assert "with num_iterations=0 no weight has changed" in said
