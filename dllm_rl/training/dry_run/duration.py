@@ -53,8 +53,12 @@ def stage_seconds(step: PlannedStep) -> dict[str, float]:
     # A forward and the gradients of inputs; the gradients of weights; and the forwards that checkpointing runs again.
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing
     update = recipe.num_iterations * duration(view_tokens, BACKWARD_SHARE, step.num_forwards, passes)
-    if step.num_graphs:  # the first update reuses the forward of scoring
+    if step.num_graphs and recipe.num_iterations:  # the first update reuses the forward of scoring
         update -= duration(view_tokens, BACKWARD_SHARE, step.num_forwards)
+    if recipe.replay is not None:
+        rows, count = step.replayed_rows, recipe.replay.num_updates
+        forwards = count * math.ceil(rows / step.micro_rows)
+        update += duration(count * rows * step.row_tokens, BACKWARD_SHARE, forwards, passes)
     return {
         "rollout": duration(rollout_tokens, share, rollout_batches * step.sampler_steps),
         "scoring": scoring * recipe.num_mask_sets,

@@ -88,8 +88,14 @@ class PlannedStep:
 
     @property
     def micro_rows(self) -> int:
-        """Rows of a forward of scoring and update."""
-        return min(self.recipe.micro_batch_size or self.rows, self.rows)
+        """Largest number of rows of a forward of scoring and update."""
+        rows = max(self.rows, self.replayed_rows)
+        return min(self.recipe.micro_batch_size or rows, rows)
+
+    @property
+    def replayed_rows(self) -> int:
+        """Rows of a replay update in a process."""
+        return 0 if self.recipe.replay is None else math.ceil(self.recipe.replay.batch_size / self.processes)
 
     @property
     def canvas(self) -> int:

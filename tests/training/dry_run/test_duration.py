@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dllm_rl.algorithms.replay import Replay
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.quantization.schemes import Float8Dynamic, Float8WeightOnly
@@ -132,6 +133,23 @@ def test_stages_by_hand(policy):
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
     cached = replace(sudoku, sampler=sudoku.sampler.replace(cache=PrefixCache()))
     assert seconds_of(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+
+
+def test_replay_by_hand(policy):
+    """Three updates on 16 rows, of which a forward takes 6; without a policy gradient, these alone."""
+    changes = {
+        "lora": None,
+        "gradient_checkpointing": False,
+        "replay": Replay(min_reward=1.0, num_updates=3, batch_size=16),
+    }
+    with_both = replace(sudoku, **changes)
+    alone = replace(with_both, num_iterations=0, beta=0.0)
+    replayed = 3 * 3 * 2 * WEIGHTS * 16 * 512 / PEAK_FLOPS / 0.2
+    assert seconds_of(alone, policy, 256)["update"] == pytest.approx(replayed)
+    updates = seconds_of(replace(with_both, replay=None), policy, 256)["update"]
+    assert seconds_of(with_both, policy, 256)["update"] == pytest.approx(updates + replayed)
+    step = PlannedStep(replace(alone, micro_batch_size=None, train_batch_size=1), policy, 256)
+    assert (step.micro_rows, step.rows) == (16, alone.num_generations)
 
 
 def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
