@@ -83,7 +83,7 @@ def add_token_options(sub: argparse.ArgumentParser) -> None:
     add("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
     add("--top_p", type=float, help=top_p_help)
-    add("--suppress", type=_token_ids, help="token ids that are never sampled, e.g. 0,2, or none (default: the run's)")
+    add("--suppress", type=_tokens, help="tokens that are never sampled, e.g. 0,<eos>, or none (default: the run's)")
 
 
 def add_sampler_options(sub: argparse.ArgumentParser) -> None:
@@ -190,12 +190,11 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
-def _token_ids(text: str) -> tuple[int, ...]:
-    if text == "none":
-        return ()
-    if not all(word.strip().isdecimal() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, such as 0,2, or none")
-    return tuple(map(int, text.split(",")))
+def _tokens(text: str) -> tuple[int | str, ...]:
+    words = [] if text == "none" else [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"{text!r} must be tokens, such as 0,<eos>, or none")
+    return tuple(int(word) if word.isdecimal() else word for word in words)
 
 
 def _split_names(text: str) -> list[str]:

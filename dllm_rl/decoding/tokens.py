@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import compress, zip_longest
 from typing import Any
 
@@ -302,11 +302,12 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             "texts between whole characters"
         )
     tokenizer = policy.tokenizer
-    parts = [(text, special)]
+    symbols = _symbols(tokenizer)
+    parts = [(text if symbols is None else " ".join(filter(str.strip, symbols.split(text))), special)]
     if not special and not getattr(tokenizer, "is_fast", True):
         # A tokenizer written in Python splits its other unsplittable tokens too, if it splits special tokens: ESM's
         # residues would become <unk>. Only the special tokens' own texts are split.
-        split = re.split(f"({_any_of(special_texts(tokenizer)).pattern})", text)
+        split = re.split(f"({_any_of(special_texts(tokenizer)).pattern})", parts[0][0])
         parts = [(part, i % 2 == 0) for i, part in enumerate(split)]
     ids: list[int] = []
     try:
@@ -340,9 +341,55 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     return ids
 
 
+@lru_cache(maxsize=16)
+def _symbols(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Return a pattern that matches each token of a vocabulary of symbols, such as residues; None for other tokenizers.
+
+    Such a tokenizer writes spaces between its tokens, and they mean nothing: every token is a single character, or the
+    tokenizer reads its tokens without spaces too, as one of 6-mers does.
+    """
+    if not hasattr(tokenizer, "all_special_ids"):  # a tokenizer that is not of transformers
+        return None
+    special_ids = {*tokenizer.all_special_ids}
+    ids = [token for token in range(len(tokenizer)) if token not in special_ids]
+    pair = [tokenizer.decode([token]) for token in ids[:2]]
+    if len(pair) < 2 or tokenizer.decode(ids[:2]) != " ".join(pair):
+        return None
+    texts = [tokenizer.decode([token]) for token in ids]
+    is_read = all(len(text) == 1 for text in texts) or tokenizer.encode("".join(texts), add_special_tokens=False) == ids
+    if not is_read or not all(map(str.strip, texts)):
+        return None
+    by_length = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({_any_of([*special_texts(tokenizer), *by_length]).pattern})")
+
+
+def text_of(policy: Policy, ids: Sequence[int]) -> str:
+    """Return the text of token ids, without special tokens, and without the spaces between symbols (`_symbols`)."""
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    return text if _symbols(policy.tokenizer) is None else "".join(text.split())
+
+
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches each of the texts; without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def suppressed_ids(policy: Policy, suppress: Sequence[int | str]) -> tuple[int, ...]:
+    """Return the ids of a sampler's `suppress`, whose tokens are ids or texts of the vocabulary.
+
+    Raises:
+        ValueError: A text is not a token of the vocabulary.
+    """
+    if not any(isinstance(token, str) for token in suppress):
+        return tuple(map(int, suppress))
+    vocabulary = policy.tokenizer.get_vocab()
+    for token in suppress:
+        if isinstance(token, str) and token not in vocabulary:
+            raise ValueError(
+                f"suppress={token!r} is not a token of the vocabulary; give the text "
+                "that tokenizer.get_vocab() has, or the id"
+            )
+    return tuple(int(vocabulary.get(token, token)) for token in suppress)
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
@@ -363,7 +410,7 @@ def special_texts(tokenizer: Tokenizer) -> list[str]:
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
     """Return each row's completion as text: the tokens up to the first end token, without special tokens."""
     ids = completion_token_ids(rollout)
-    return [policy.tokenizer.decode(before_end(policy, row_ids), skip_special_tokens=True) for row_ids in ids]
+    return [text_of(policy, before_end(policy, row_ids)) for row_ids in ids]
 
 
 def texts_to_grade(
@@ -376,8 +423,7 @@ def texts_to_grade(
     texts = full_texts(policy, rollout) if has_blanks else [""] * len(problems)
     for row, problem in enumerate(problems):
         if problem.blank is None:
-            ids = before_end(policy, completion_ids[row])
-            texts[row] = policy.tokenizer.decode(ids, skip_special_tokens=True)
+            texts[row] = text_of(policy, before_end(policy, completion_ids[row]))
     return texts
 
 
@@ -393,7 +439,7 @@ def full_texts(policy: Policy, rollout: Rollout) -> list[str]:
         # An end token in a blank does not end the text, which continues at least to the prompt's last token.
         after_prompt = len(ids) - in_completion[::-1].index(False) if False in in_completion else 0
         full_ids = [*ids[:after_prompt], *before_end(policy, ids[after_prompt:])]
-        texts.append(policy.tokenizer.decode(full_ids, skip_special_tokens=True))
+        texts.append(text_of(policy, full_ids))
     return texts
 
 

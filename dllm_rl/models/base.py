@@ -32,6 +32,7 @@ States = Float[Tensor, "B T D"]
 # The keyword of transformers' forwards for the keys and values of earlier columns, which transformers 5.24 renamed.
 CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 
+ESM_VISIBLE = 1 - 0.15 * 0.8  # share of tokens that ESM-2 saw in its training
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 # The fixed cost of a forward (Python, kernel launches, reading weights), as a number of positions. An H200 takes the
@@ -115,6 +116,31 @@ def encode_roberta(
     `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
     """
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache_kwargs)
+
+
+def encode_esm(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
+    """Encode with ESM, which counts positions as RoBERTa does, and may scale embeddings by the share of visible tokens.
+
+    transformers divides by that share, which is 0 in a row of masks alone; their embeddings are 0 here at any scale.
+    """
+    config = module.config
+    if not config.token_dropout:
+        return encode_roberta(module, tokens, attention_mask, positions, **cache_kwargs)
+    if attention_mask.dim() > 2:
+        raise ValueError(
+            f"{type(module).__name__} with token_dropout=True scales a whole row: it needs one text per row"
+        )
+    is_mask = tokens == config.mask_token_id
+    num_visible = (attention_mask & ~is_mask).sum(-1).clamp(min=1)
+    scale = ESM_VISIBLE * attention_mask.sum(-1) / num_visible
+    embeddings = module.get_input_embeddings()(tokens).masked_fill(is_mask[..., None], 0)
+    embeddings = module.base_model.embeddings(
+        inputs_embeds=(embeddings * scale[:, None, None]).to(embeddings.dtype),
+        attention_mask=attention_mask,
+        position_ids=positions + config.pad_token_id + 1,
+    )
+    inputs = {"attention_mask": attention_mask, "position_ids": positions}
+    return module.base_model(inputs_embeds=embeddings, **inputs).last_hidden_state
 
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:

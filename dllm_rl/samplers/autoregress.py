@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.decoding.support import filter_support, make_filter_support
-from dllm_rl.decoding.tokens import NEEDS_TOKEN
+from dllm_rl.decoding.tokens import NEEDS_TOKEN, suppressed_ids
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.records import option
@@ -31,14 +31,15 @@ class Autoregress(Sampler):
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
-        suppress: Token ids that are never sampled. The mask token is always excluded.
+        suppress: Tokens that are never sampled, as ids or as texts of the vocabulary. The mask token is always
+            excluded.
     """
 
     max_new_tokens: int = option(at_least=1)
     temperature: float = option(default=1.0, at_least=0)
     top_k: int | None = option(default=None, at_least=1)
     top_p: float | None = option(default=None, above=0, at_most=1)
-    suppress: tuple[int, ...] = ()
+    suppress: tuple[int | str, ...] = ()
 
     def check(self) -> None:
         SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
@@ -68,7 +69,7 @@ class Autoregress(Sampler):
             row = int(has_token.long().argmin())
             raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
         mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
-        suppress = self.suppress if mask_id is None else (*self.suppress, mask_id)
+        suppress = suppressed_ids(policy, self.suppress) + (() if mask_id is None else (mask_id,))
         check_fits(policy, prompts, self.max_new_tokens, suppress)
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
         device = policy.device

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
+from dllm_rl.decoding.tokens import suppressed_ids
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
@@ -57,7 +58,8 @@ class Unmask(Sampler):
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
-        suppress: Token ids that are never sampled. The mask token is always excluded.
+        suppress: Tokens that are never sampled, as ids or as texts of the vocabulary, such as "<eos>" if a completion
+            must have a fixed length. The mask token is always excluded.
         rank: Function that scores positions; the highest scores come first. `samplers.rules` explains its inputs.
         commit: Rule that chooses the positions that a step writes, see `samplers.rules`. The rules of `samplers.revise`
             also rewrite tokens, and record each rewrite.
@@ -81,7 +83,7 @@ class Unmask(Sampler):
     temperature: float = option(default=0.0, at_least=0)
     top_k: int | None = option(default=None, at_least=1)
     top_p: float | None = option(default=None, above=0, at_most=1)
-    suppress: tuple[int, ...] = ()
+    suppress: tuple[int | str, ...] = ()
     rank: Rank = MaxProb()
     commit: Commit = Schedule()
     cache: Cache | None = None
@@ -122,8 +124,9 @@ class Unmask(Sampler):
         spec = policy.spec
         block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
         assert spec.mask_id is not None, "a diffusion model has a mask token"
-        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, (*self.suppress, spec.mask_id))
-        check_fits(policy, prompts, self.max_new_tokens, sampling_params.suppress)
+        suppress = (*suppressed_ids(policy, self.suppress), spec.mask_id)
+        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
+        check_fits(policy, prompts, self.max_new_tokens, suppress)
         if prompts.infill_mask is None:
             check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
         else:

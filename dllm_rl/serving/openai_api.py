@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_of
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
@@ -364,7 +364,7 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
     logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
-    text = policy.tokenizer.decode(before, skip_special_tokens=True)
+    text = text_of(policy, before)
     tokens, offsets = token_texts(policy, ids, text)
     stops = [request.fields.stop] if isinstance(request.fields.stop, str) else request.fields.stop
     stop_positions = [position for stop in stops if (position := text.find(stop)) >= 0]
@@ -394,7 +394,7 @@ def token_texts(policy: Policy, ids: Sequence[int], text: str) -> tuple[list[str
     A character of several tokens is the part of the last of them. A special token that `text` leaves out has its own
     name as text, and ends where it begins.
     """
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=True)
+    decode = partial(text_of, policy)
     offsets = [0]
     # A token's text depends on its neighbors. It is therefore decoded after those tokens before it, from `start` to
     # `end`, whose text (`context`) is known to end at a character of `text`.

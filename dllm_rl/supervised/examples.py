@@ -13,6 +13,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
 
+DEFAULT_MAX_LENGTH = 1024  # of a model of more positions
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
 # Settings that do not apply to a model whose noise is random tokens, and why.
 NOT_FOR_DENOISING = {
@@ -45,14 +46,10 @@ def read_examples(
     Raises:
         ValueError: A row is invalid, or all rows are too long.
     """
-    max_length = recipe.max_length
+    longest = max_length(recipe, policy)
     for setting, reason in NOT_FOR_DENOISING.items() if policy.spec.attention == "encoder_decoder" else ():
         if value := getattr(recipe, setting):
             raise ValueError(f"{setting}={value} is not for {policy.spec.name!r}: {reason}; leave it out")
-    if policy.spec.max_length is not None and max_length > policy.spec.max_length:
-        raise ValueError(
-            f"max_length={max_length} is more than the model's {policy.spec.max_length} positions; lower it"
-        )
     examples: list[Example] = []
     for index in range(len(dataset)):
         try:
@@ -60,13 +57,23 @@ def read_examples(
         # A missing role, a number in place of text, no messages.
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{field}: row {index}: {error}") from None
-        if len(read.tokens) <= max_length:  # not truncated, since the model would learn to stop in the middle
+        if len(read.tokens) <= longest:  # not truncated, since the model would learn to stop in the middle
             examples.append(read)
     if not examples:
-        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than max_length={max_length}; raise it")
+        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than max_length={longest}; raise it")
     if num_longer := len(dataset) - len(examples):
-        say(f"{field}: {num_longer} of {len(dataset)} rows are longer than max_length={max_length} and left out")
+        say(f"{field}: {num_longer} of {len(dataset)} rows are longer than max_length={longest} and left out")
     return examples
+
+
+def max_length(recipe: SFT, policy: Policy) -> int:
+    """Return the most tokens of a row. Raises ValueError if the recipe's number is above the model's positions."""
+    positions = policy.spec.max_length
+    if recipe.max_length is None:
+        return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
+    if positions is not None and recipe.max_length > positions:
+        raise ValueError(f"max_length={recipe.max_length} is more than the model's {positions} positions; lower it")
+    return recipe.max_length
 
 
 def prompt_and_answer(policy: Policy, item: Example) -> tuple[list[int], list[int]]:

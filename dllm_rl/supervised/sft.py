@@ -20,8 +20,11 @@ class SFT(Settings):
         help="rows of dataset to hold out: a share below 1, or a number; None: a tenth, at most 256",
         above=0,
     )
-    max_length: int = option(
-        default=1024, help="rows of more tokens are left out; with packing also the length of a packed row", at_least=2
+    max_length: int | None = option(
+        default=None,
+        help="rows of more tokens are left out; with packing also the length of a packed row; None: the model's "
+        "positions, at most 1024",
+        at_least=2,
     )
     completion_length: int | None = option(
         default=None,

@@ -285,6 +285,8 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
 def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float | None = None) -> tuple[Any, Any]:
     """Return the rows to train on, and the held-out rows: `eval_dataset`, or without it the last of `rows`.
 
+    A single row is returned as both.
+
     Args:
         rows: Data set with a length.
         eval_dataset: Held-out rows. None (default): split them off.
@@ -292,9 +294,10 @@ def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float
             MAX_HELD_OUT.
 
     Raises:
-        ValueError: Both eval_dataset and eval_split are passed, there are fewer than 2 rows, or one part would be
-            empty.
+        ValueError: Both eval_dataset and eval_split are passed, there are no rows, or one part would be empty.
     """
+    if not len(rows):
+        raise ValueError("dataset is empty: give at least one row")
     if eval_dataset is not None:
         if eval_split is not None:
             raise ValueError(
@@ -302,8 +305,8 @@ def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float
                 "out"
             )
         return rows, eval_dataset
-    if len(rows) < 2:
-        raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
+    if len(rows) == 1 and eval_split is None:
+        return rows, rows
     num_held_out: float = min(MAX_HELD_OUT, len(rows) // 10 or 1)
     if eval_split is not None:
         num_held_out = round(eval_split * len(rows)) if 0 < eval_split < 1 else eval_split

@@ -17,7 +17,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.lora import add_lora
 from dllm_rl.rng import generator_for
-from dllm_rl.supervised.examples import Example, read_examples
+from dllm_rl.supervised.examples import Example, max_length, read_examples
 from dllm_rl.supervised.loss import check_packing
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
@@ -124,10 +124,7 @@ def read_datasets(dataset: Any, eval_dataset: Any, eval_split: float | None) -> 
     """Return the rows of training and the held-out rows, in memory: of data sets, or of the files at these paths.
     Without eval_dataset, the last rows of dataset are held out.
     """
-    rows = _rows(dataset)
-    if not len(rows):
-        raise ValueError("dataset is empty: give at least two rows")
-    return training_and_held_out(rows, None if eval_dataset is None else _rows(eval_dataset), eval_split)
+    return training_and_held_out(_rows(dataset), None if eval_dataset is None else _rows(eval_dataset), eval_split)
 
 
 def _rows(dataset: Any) -> Any:
@@ -175,7 +172,7 @@ def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
         processes=run.accelerator,
         micro_batch_size=recipe.micro_batch_size,
         corruption=recipe.corruption,
-        packed_length=recipe.max_length if recipe.packing else None,
+        packed_length=max_length(recipe, run.policy) if recipe.packing else None,
         bf16=recipe.bf16,
         max_grad_norm=recipe.max_grad_norm,
         stage=run.log.stage,

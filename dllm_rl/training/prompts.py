@@ -54,10 +54,10 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     training_length, eval_length = recipe.sampler.max_new_tokens, recipe.eval_sampler.max_new_tokens
     longest_completion = max(training_length, eval_length)
-    if longest_completion >= max_positions:
+    if longest_completion > max_positions:
         raise ValueError(
-            f"max_new_tokens={longest_completion} leaves no space for a prompt in the model's {max_positions} "
-            "positions; lower it in sampler and eval_sampler"
+            f"max_new_tokens={longest_completion} is more than the model's {max_positions} positions; lower it in "
+            "sampler and eval_sampler"
         )
     max_prompt_length = recipe.max_prompt_length
     if max_prompt_length is not None and max_prompt_length + training_length > max_positions:
@@ -100,8 +100,10 @@ def _longest_prompt(
         except ValueError as error:
             raise ValueError(f"{field}: problem {index}: {error}") from None
         if length + completion_length > max_positions:
-            setting = as_written(max_prompt_length=max_positions - completion_length)
-            remedy = f"{setting} replaces it by another prompt" if field == "task" else "shorten it"
+            remedy = "lower max_new_tokens"
+            if completion_length < max_positions:
+                setting = as_written(max_prompt_length=max_positions - completion_length)
+                remedy = f"{setting} replaces it by another prompt" if field == "task" else "shorten it"
             raise ValueError(
                 f"{field}: the prompt of problem {index} has {length} tokens and its completion {completion_length}, "
                 f"more than the model's {max_positions} positions; {remedy}"

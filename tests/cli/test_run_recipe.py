@@ -36,7 +36,7 @@ def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         main(small(tmp_path / "run"))
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: max_new_tokens=900 leaves no space for a prompt in the model's 64 positions; lower")
+    assert line.startswith("error: max_new_tokens=900 is more than the model's 64 positions; lower")
     assert not any(tmp_path.iterdir()), "a refused run leaves nothing: the corrected command starts"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):

@@ -126,7 +126,9 @@ class TestEvaluatePlans:
             ):
                 self.plans(monkeypatch, Renoise(max_new_tokens=8), option, self.RENOISE)
 
-    @pytest.mark.parametrize(("text", "kept"), [("3", (3,)), ("1,4", (1, 4)), ("none", ())])
+    @pytest.mark.parametrize(
+        ("text", "kept"), [("3", (3,)), ("1,4", (1, 4)), ("none", ()), ("3,<eos>", (3, "<eos>")), ("A,2", ("A", 2))]
+    )
     def test_suppressed_tokens_replace_the_runs(self, monkeypatch, text, kept):
         ((row, sampler),) = self.plans(monkeypatch, self.UNMASK, f"--suppress {text}")
         assert row["suppress"] == sampler.suppress == kept

@@ -1,5 +1,6 @@
 """Rows as tokens, what is hidden of them, and their loss: by enumeration of masks, and by transformers' own."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -188,6 +189,21 @@ def test_longer_rows_are_left_out_and_counted():
     policy = tiny_masked_lm(**SIZES)
     kept = read_examples(tiny_sft(max_length=5), policy, ROWS, "dataset", say=said.append)
     assert len(kept) == 10 and said == ["dataset: 6 of 16 rows are longer than max_length=5 and left out"]
+
+
+@pytest.mark.parametrize(
+    ("positions", "most"), [(8, 8), (64, 64), (1024, 1024), (1025, 1024), (4096, 1024), (None, 1024)]
+)
+def test_rows_are_by_default_as_long_as_the_model_at_most_1024(positions, most):
+    policy = tiny_masked_lm(**SIZES)
+    policy.spec = replace(policy.spec, max_length=positions)
+    rows = [{"text": "1" * (most - 1)}, {"text": "1" * most}]  # each with its end token
+    recipe = tiny_sft(max_length=None)
+    assert [len(read.tokens) for read in read_examples(recipe, policy, rows, "dataset")] == [most]
+    if positions:
+        above = recipe.replace(max_length=positions + 1)
+        with pytest.raises(ValueError, match=f"max_length={positions + 1} is more than the model's {positions} pos"):
+            read_examples(above, policy, rows, "dataset")
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused():

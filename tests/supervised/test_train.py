@@ -219,7 +219,6 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
         ({"dataset": [{"prompt": "1", "completion": []}] * 3}, "dataset: row 0: list index out of range"),
         ({"dataset": []}, "dataset is empty"),
-        ({"dataset": ROWS[:1]}, "2 rows, one of them held out, and has 1;"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
         ({"completion_length": 1}, "its completion has 2 tokens, more than completion_length=1"),

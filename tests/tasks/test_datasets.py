@@ -179,6 +179,19 @@ def test_eval_split_is_a_share_or_a_number(split: float, held: int) -> None:
         training_and_held_out([1], [2], split)
 
 
+@pytest.mark.parametrize(
+    "rows", [[7], (7,), range(7, 8), datasets.Dataset.from_list(ROWS[:1])], ids=lambda rows: type(rows).__name__
+)
+def test_a_single_row_is_also_the_one_to_evaluate(rows) -> None:
+    assert [list(part) for part in training_and_held_out(rows)] == [list(rows)] * 2
+    assert training_and_held_out(rows, [1], None) == (rows, [1])
+    with pytest.raises(ValueError, match=r"eval_split=0\.5 of 1 rows is not possible"):
+        training_and_held_out(rows, eval_split=0.5)
+    for held_out in (None, [1]):
+        with pytest.raises(ValueError, match="dataset is empty: give at least one row"):
+            training_and_held_out([], held_out)
+
+
 def test_bad_functions_and_data_sets_are_refused() -> None:
     def endless(completions, **_):
         return [float("nan")]

@@ -56,6 +56,25 @@ def test_the_longest_prompt_is_one_of_the_training_task(tmp_path):
     assert check_prompts(recipe, tiny_masked_lm(**SIZES)) == 1
 
 
+@pytest.mark.parametrize("length", [1, 16, 63, 64])
+def test_a_completion_may_take_the_positions_that_the_prompt_leaves(tmp_path, length):
+    """All of them after an empty prompt; one token more is refused, and what the message advises is not."""
+    policy = tiny_masked_lm(**SIZES)
+    recipe = partial(tiny_recipe, tmp_path, sampler=tiny_recipe(tmp_path).sampler.replace(max_new_tokens=length))
+
+    def check(text):
+        task = Listed(Problem(text))
+        sampler = recipe().sampler
+        return check_prompts(recipe(task=task, validation_task=task, eval_task=task, eval_sampler=sampler), policy)
+
+    assert check("1" * (64 - length)) == 0
+    remedy = "lower max_new_tokens" if length == 64 else "shorten it"
+    with pytest.raises(
+        ValueError, match=f"validation_task: the prompt of problem 0 has {65 - length} tokens .* {remedy}$"
+    ):
+        check("1" * (65 - length))
+
+
 def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")

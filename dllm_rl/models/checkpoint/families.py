@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_esm, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint.rope import rope_parameters
 from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 
@@ -311,6 +311,7 @@ ROBERTA = replace(
     architectures=("*RobertaForMaskedLM", "RobertaPreLayerNormForMaskedLM", "CamembertForMaskedLM"),
     encode=encode_roberta,
 )
+ESM = replace(MASKED_LM, name="esm", architectures=("EsmForMaskedLM",), encode=encode_esm)
 DIFFUSION_LM = FamilySpec(
     name="diffusion_lm",  # a stock causal class whose config says is_causal=False
     attention="full",
@@ -329,7 +330,7 @@ CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, archite
 # The first family that matches a config is used: specific families come first.
 FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
 FAMILIES += [NEMOTRON_AR, NEMOTRON, DIFFUSION_GEMMA]
-FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
+FAMILIES += [ROBERTA, ESM, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
 def register_family(spec: FamilySpec) -> None:

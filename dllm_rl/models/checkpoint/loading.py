@@ -30,6 +30,7 @@ from dllm_rl.models.base import (
     Policy,
     Tokenizer,
     encode_block_causal,
+    encode_esm,
     encode_roberta,
     is_finite,
     mlm_head,
@@ -340,7 +341,7 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.encode is encode_roberta:  # RoBERTa counts positions from pad_token_id + 1
+    if family.encode in (encode_roberta, encode_esm):  # they count positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
@@ -383,10 +384,14 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
 def find_eos_ids(
     config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None
 ) -> tuple[int, ...]:
-    """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's."""
+    """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's; of
+    a masked language model without any, its separator, [SEP].
+    """
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
     for eos_ids in (generation_eos_ids, config.eos_token_id):  # each an id, a list of ids or None
         ids = [*(eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]), *ids]
+    if family.head is mlm_head and not any(token is not None for token in ids):
+        ids = [getattr(tokenizer, "sep_token_id", None)]
     return tuple(dict.fromkeys(token for token in ids if token is not None and token < config.vocab_size))
 
 

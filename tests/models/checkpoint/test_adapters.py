@@ -36,7 +36,7 @@ from dllm_rl.quantization.schemes import Int8WeightOnly
 FAMILIES = {
     "llada": 14, "illada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
     "rnd1": 8, "stable_diffcoder": 14, "a2d_qwen2": 14, "a2d_blocks": 14, "nemotron": 14, "nemotron_ar": 14,
-    "bert": 12, "roberta": 12, "modernbert": 8, "llama": 14, "qwen3": 14, "smollm2": 14,
+    "bert": 12, "roberta": 12, "esm2": 12, "modernbert": 8, "llama": 14, "qwen3": 14, "smollm2": 14,
 }  # fmt: skip
 
 

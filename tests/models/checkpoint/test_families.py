@@ -139,6 +139,8 @@ def aliases(family: str) -> set[str]:
     return {
         "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"},
         "roberta": {"lm_head.decoder.weight", "lm_head.decoder.bias"},
+        "esm2": {"lm_head.decoder.weight"},
+        "esm1b": {"lm_head.decoder.weight"},
         "modernbert": {"decoder.weight"},
     }.get(family, set())
 
@@ -162,6 +164,8 @@ def aliases(family: str) -> set[str]:
         ("nemotron_ar", "causal", True, None),
         ("bert", "full", False, None),
         ("roberta", "full", False, None),
+        ("esm2", "full", False, None),
+        ("esm1b", "full", False, None),
         ("modernbert", "full", False, None),
         ("llama", "causal", True, None),
         ("qwen3", "causal", True, None),
@@ -173,7 +177,7 @@ def test_what_a_family_is(policies, family, attention, shift, block):
     assert (policy.spec.attention, policy.spec.shift, policy.spec.block_size) == (attention, shift, block)
     assert policy.spec.mask_id == (None if attention == "causal" else MASK)
     assert policy.spec.eos_ids == (2,)
-    assert policy.spec.max_length == {"roberta": 62, "llada2": 128}.get(family, 64)
+    assert policy.spec.max_length == {"roberta": 62, "esm2": 62, "esm1b": 62, "llada2": 128}.get(family, 64)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -235,7 +239,7 @@ def test_a_shifted_head_is_hidden(policies, family):
     torch.testing.assert_close(got[:, 0], raw[:, 0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llada", "bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("family", ["llada", "bert", "roberta", "esm2", "esm1b", "modernbert"])
 def test_an_unshifted_head_is_the_modules(policies, family):
     policy, tokens = policies(family), ids(9)
     got = policy.logits(tokens, ones(tokens))
@@ -243,6 +247,37 @@ def test_an_unshifted_head_is_the_modules(policies, family):
     marked = torch.zeros_like(tokens, dtype=torch.bool)
     marked[0, [2, 5]] = True
     torch.testing.assert_close(policy.logits(tokens, ones(tokens), marked), got[0, [2, 5]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_masks", [0, 1, 5, 8])
+@pytest.mark.parametrize("family", ["bert", "esm2", "esm1b"])
+def test_masked_logits_are_those_of_transformers(policies, family, num_masks):
+    """Also with padding, which ESM's scale of the visible tokens leaves out."""
+    policy, tokens = policies(family), ids(9)
+    tokens[0, :num_masks] = MASK
+    expected = policy.module(input_ids=tokens, attention_mask=ones(tokens).long()).logits
+    padded = torch.nn.functional.pad(tokens, (4, 0), value=1)
+    for given, mask in ((tokens, ones(tokens)), (padded, torch.nn.functional.pad(ones(tokens), (4, 0)))):
+        torch.testing.assert_close(policy.logits(given, mask)[:, -9:], expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("given", [[], [5]])
+def test_esm_completes_a_prompt_of_masks_alone(policies, given, length):
+    """transformers itself divides by the number of visible tokens there: its logits are NaN."""
+    policy = policies("esm2")
+    tokens = torch.full((1, length), MASK)
+    assert policy.module(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.isnan().all()
+    zeros = policy.module(
+        inputs_embeds=torch.zeros(1, length, policy.module.config.hidden_size),
+        position_ids=torch.arange(length)[None],
+        attention_mask=torch.ones_like(tokens),
+    )
+    torch.testing.assert_close(policy.logits(tokens, ones(tokens)), zeros.logits, rtol=1e-5, atol=1e-5)
+    prompts = Prompts.from_ids([given], pad_id=policy.pad_id, num_generations=2)
+    rollout = Unmask(max_new_tokens=length, temperature=1.0)(policy, prompts, torch.Generator().manual_seed(0))
+    scored = Trajectory().logprobs(policy, rollout, Trajectory().draw_views(rollout, torch.Generator()))
+    torch.testing.assert_close(scored, rollout.logprobs, rtol=0, atol=1e-5)
 
 
 def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
