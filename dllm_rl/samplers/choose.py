@@ -4,6 +4,7 @@ Rank the masked positions, commit some of them, draw their tokens, and record th
 docs/methods.md explains the tag [ours].
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -103,6 +104,8 @@ class StepSampler:
         # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
         self.draws_first = reads_tokens or (greedy and "logits" in self.rank_reads)
         self.depends_on_tokens = reads_tokens and not greedy
+        # Whether tokens are drawn from the logits that ranked, if these fit in a chunk. A custom rank may change them.
+        self.keeps_logits = rank in DETERMINISTIC.values()
         if commit.revises:
             canvas.events = []
         if rank.adds_gumbel and not commit.takes_highest:
@@ -159,9 +162,9 @@ class StepSampler:
             uniforms(at.seed, at.row_steps, at.offset, stream=stream) for stream in (RANK_STREAM, TOKEN_STREAM)
         )
         draws_first = self.draws_first or step is None
-        scores, drawn = rank_and_draw(
-            policy, hidden, params, self.rank, (rank_uniforms, token_uniforms if draws_first else None), self.rank_reads
-        )
+        first_uniforms = (rank_uniforms, token_uniforms if draws_first else None)
+        kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
+        scores, drawn = rank_and_draw(policy, hidden, params, self.rank, first_uniforms, self.rank_reads, kept)
         assert scores is not None, "there is a rank"
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
@@ -185,7 +188,8 @@ class StepSampler:
             # A position may stay masked in several steps, whose log-probs are added.
             put(written.order_logprobs, *place, written.order_logprobs[place] + logps, is_scored)
         if drawn is None:  # the tokens of the chosen positions alone
-            _, drawn = rank_and_draw(policy, hidden[places], params, uniforms=(None, token_uniforms[places]))
+            states = places if kept else hidden[places]
+            _, drawn = rank_and_draw(policy, states, params, uniforms=(None, token_uniforms[places]), kept=kept)
             assert drawn is not None
         else:
             drawn = Drawn(*(values[places] for values in drawn.tensors()))
@@ -346,6 +350,7 @@ def rank_and_draw(
     rank: Rank | None = None,
     uniforms: tuple[Tensor | None, Tensor | None] = (None, None),
     reads: frozenset[str] | None = None,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
     """Score K positions, draw a token at each of them, or both.
 
@@ -353,11 +358,13 @@ def rank_and_draw(
 
     Args:
         policy: Policy whose head is run.
-        hidden: Hidden states of the positions.
+        hidden: Hidden states of the positions, or their indices in `kept[0]`.
         sampling_params: Settings of the sampling distribution.
         rank: Rank that scores. None (default): no scores.
         uniforms: Random numbers (K,) of the rank, and of the draw. None: no draw; the rank must not read tokens then.
         reads: The rank's `reads`, read before a compiled step. None (default): they are read here.
+        kept: Empty list, which receives the logits if they fit in one chunk; or a list with these logits, in place of
+            the head. None (default): logits are not kept.
 
     Returns:
         The scores, at least LOWEST_SCORE, and the draws.
@@ -374,13 +381,21 @@ def rank_and_draw(
     slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
     if token_uniforms is not None:
         inputs["token_uniforms"] = token_uniforms
+    computed = kept[0] if kept else None
 
     def run_chunk(hidden_chunk: Tensor, *chunk_inputs: Tensor) -> tuple[Tensor, ...]:
-        chunk_logits = policy.head(hidden_chunk)
-        for token in {*params.suppress} - {mask_id}:
-            chunk_logits[:, token] = -torch.inf
+        slabs: Iterable[Tensor]
+        if computed is not None:
+            slabs = (computed[places] for places in hidden_chunk.split(slab_rows))
+        else:
+            chunk_logits = policy.head(hidden_chunk)
+            for token in {*params.suppress} - {mask_id}:
+                chunk_logits[:, token] = -torch.inf
+            if kept is not None and len(hidden) <= len(chunk_logits):
+                kept.append(chunk_logits)
+            slabs = chunk_logits.split(slab_rows)
         outputs = []
-        for slab_logits, *slab_inputs in zip(*(x.split(slab_rows) for x in (chunk_logits, *chunk_inputs)), strict=True):
+        for slab_logits, *slab_inputs in zip(slabs, *(x.split(slab_rows) for x in chunk_inputs), strict=True):
             logits = slab_logits.float()
             given = dict(zip(inputs, slab_inputs, strict=True))
             drawn: tuple[Tensor, ...] = ()

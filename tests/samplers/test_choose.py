@@ -14,6 +14,7 @@ from dllm_rl import train
 from dllm_rl.decoding.support import MAX_SUPPORT_IDS, with_support
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.likelihoods.views import View
+from dllm_rl.models import logprobs
 from dllm_rl.models.logprobs import process, token_logprobs
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
@@ -340,3 +341,37 @@ def test_a_run_under_each_convention(tmp_path, make, support):
     train(recipe)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/abs_log_ratio_max"] < 1e-5 and row["grad_norm"] > 0
+
+
+def max_prob(logits, normalizer):
+    return logits.amax(-1) - normalizer
+
+
+def max_prob_in_place(logits, normalizer):
+    return logits.sub_(normalizer[:, None]).amax(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"commit": rules.LateSchedule()}, {"block_size": 3}], ids=str)
+def test_tokens_are_drawn_from_the_logits_that_ranked(options, monkeypatch):
+    """One product of the head per step for the library's ranks. A custom rank may write to its logits; it takes two."""
+    policy = tiny(is_causal=False)
+    calls, head = [], policy.head
+    monkeypatch.setattr(policy, "head", lambda states: calls.append(len(states)) or head(states))
+
+    def sample(rank):
+        calls.clear()
+        rollout = sampled(policy, rank=rank, **options)
+        return rollout, len(calls), rollout.forwards
+
+    ours, num_products, num_steps = sample(MaxProb())
+    assert num_products == num_steps
+    for rank in (rules.Margin(), rules.Entropy()):
+        assert sample(rank)[1] == num_steps
+    for rank in (max_prob, max_prob_in_place):
+        theirs, num_products, _ = sample(rank)
+        assert num_products == 2 * num_steps
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.logprobs, theirs.logprobs)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * policy.vocab_size)  # the first steps have more rows
+    in_chunks, num_products, _ = sample(MaxProb())
+    assert num_products > num_steps
+    assert torch.equal(ours.tokens, in_chunks.tokens) and torch.equal(ours.logprobs, in_chunks.logprobs)
