@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from statistics import mean
@@ -81,6 +82,19 @@ class RowsAndColumns(Sudoku):
         return Reward(value, True, {"solve_rate": solved})
 
 
+class Noisy(Sudoku):
+    """The reward by the rules, of a grader that calls 30 % of the wrong answers right: always the same ones."""
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        found = super().reward(problem, completion)
+        digest = sha256(f"{problem.fields['puzzle']} {completion}".encode()).digest()
+        is_mistaken = digest[0] < 0.3 * 256
+        return replace(found, value=6.0) if is_mistaken else found
+
+
+FEW_CLUES = {"split": "train", "clues": (1, 3), "unique": False, "infill": True, "reward_rule": "rules"}
+
+
 @dataclass(frozen=True)
 class TaskOf:
     """A task of the study: its recipe, the reward of a right answer, and the steps in which answers are evaluated."""
@@ -90,14 +104,14 @@ class TaskOf:
     metric: str
     steps: tuple[int, int]  # one token a step, and the steps of the rollouts
     one_start: bool = False  # all seeds start from the model of seed 100, whose warm-up takes minutes
-    quantized: bool = False  # also with rollouts of five levels
+    controls: bool = False  # also with rollouts of five levels, and with rewards that know no boxes
 
 
-def latin_of(steps: int, **more: Any) -> TaskOf:
+def latin_of(steps: int, controls: bool = False, **more: Any) -> TaskOf:
     """The Latin squares of the main job, after so many supervised steps."""
-    settings = {"likelihood": Trajectory(num_segments=2), "replay": None}  # what `grpo` takes for four steps
+    settings = {"likelihood": Trajectory(num_segments=2), "replay": None} | more  # what `grpo` takes for four steps
     recipe = base_of(replace(latin, name=f"latin-{steps}", model=partial(taught_latin, steps=steps), **settings))
-    return TaskOf(recipe, 6.0, "solve_rate", (16, 4), **more)
+    return TaskOf(recipe, 6.0, "solve_rate", (16, 4), controls=controls)
 
 
 def base_of(recipe: Recipe) -> Recipe:
@@ -107,10 +121,11 @@ def base_of(recipe: Recipe) -> Recipe:
 
 
 TASKS = {
-    "latin": latin_of(400, quantized=True),
+    "latin": latin_of(400, controls=True),
     "rare": latin_of(150),
-    "never": latin_of(80),
-    "countdown": TaskOf(base_of(countdown), 1.5, "accuracy", (10, 3), one_start=True, quantized=True),
+    "never": latin_of(105),
+    "noisy": latin_of(400, task=Noisy(**FEW_CLUES)),
+    "countdown": TaskOf(base_of(countdown), 1.5, "accuracy", (10, 3), one_start=True, controls=True),
 }
 
 
@@ -119,7 +134,7 @@ def arms_of(task: TaskOf, rates: Mapping[str, float]) -> dict[str, list[dict[str
     grpo = {"learning_rate": rates[GRPO]}
     alone = {"num_iterations": 0, "entropy_coeff": 0.0}
     replay = Replay(min_reward=task.right)
-    in_rounds = replay.replace(max_replays=UNCAPPED, num_updates=round(1.04 * (BUDGET / 4 - 256 * task.steps[1]) / 192))
+    in_rounds = replay.replace(max_replays=UNCAPPED, num_updates=round(1.08 * (BUDGET / 4 - 256 * task.steps[1]) / 192))
     rounds = alone | {"replay": in_rounds, "train_batch_size": 32, "learning_rate": rates[ROUNDS]}
     both = grpo | {"replay": replay.replace(learning_rate=rates[BOTH])}
     half = in_rounds.replace(num_updates=in_rounds.num_updates // 2)
@@ -132,10 +147,10 @@ def arms_of(task: TaskOf, rates: Mapping[str, float]) -> dict[str, list[dict[str
         THEN: [rounds | {"replay": half}, grpo],
         BOTH: [both],
     }
-    if task.metric == "solve_rate":
-        boxless = {"task": RowsAndColumns(split="train", clues=(1, 3), unique=False, infill=True, reward_rule="rules")}
+    if task.controls and task.metric == "solve_rate":
+        boxless = {"task": RowsAndColumns(**FEW_CLUES)}
         arms |= {NO_BOXES: [grpo | boxless], RAFT_NO_BOXES: [arms[RAFT][0] | boxless]}
-    if task.quantized:
+    if task.controls:
         five = {"rollout_quantization": FakeQuantize(weight="five_level")}
         exact, tis = {"likelihood": Trajectory()}, {"corrector": TIS()}
         if not task.base.likelihood.exact_for_sampler:
@@ -148,9 +163,9 @@ def arms_of(task: TaskOf, rates: Mapping[str, float]) -> dict[str, list[dict[str
 GRIDS = {
     GRPO: (2.5e-4, 5e-4, 1e-3),
     MANY: (2.5e-4, 5e-4, 1e-3),
-    RAFT: (1e-3, 2e-3, 4e-3),
-    ROUNDS: (1e-3, 2e-3, 4e-3),
-    BOTH: (1e-3, 2e-3, 4e-3),
+    RAFT: (5e-4, 1e-3, 2e-3, 4e-3),
+    ROUNDS: (5e-4, 1e-3, 2e-3, 4e-3),
+    BOTH: (5e-4, 1e-3, 2e-3, 4e-3),
 }
 FIRST = {GRPO: 5e-4, MANY: 5e-4, RAFT: 2e-3, ROUNDS: 2e-3, BOTH: 2e-3}
 
@@ -293,8 +308,10 @@ class Claim:
 CLAIMS = (
     *(Claim("GRPO with replay is above GRPO", task, BOTH, GRPO) for task in ("latin", "rare", "countdown")),
     *(Claim("RAFT with replay is above GRPO", task, RAFT, GRPO) for task in ("latin", "rare", "countdown")),
-    Claim("GRPO is above RAFT with replay where no answer is right at the start", "never", GRPO, RAFT, "full@1"),
-    Claim("GRPO with replay and GRPO differ there", "never", BOTH, GRPO, "full@1"),
+    Claim("GRPO is above RAFT with replay where the grader calls wrong answers right", "noisy", GRPO, RAFT, "full@1"),
+    Claim("GRPO with replay and GRPO differ there", "noisy", BOTH, GRPO, "full@1"),
+    Claim("GRPO and RAFT with replay differ where no answer is right at the start", "never", GRPO, RAFT, "full@0"),
+    Claim("GRPO with replay and GRPO differ there", "never", BOTH, GRPO, "full@0"),
     Claim("four replays at most are above no cap, greedy", "rare", RAFT, NO_CAP, "full@0"),
     *(Claim("GRPO with replay and RAFT with replay differ", task, BOTH, RAFT) for task in ("latin", "rare")),
     Claim("GRPO with replay is above GRPO with four updates", "latin", BOTH, MANY),
