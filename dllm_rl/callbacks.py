@@ -34,8 +34,8 @@ class RunControl:
     save_requested: bool = field(default=False, init=False)
 
     def stop(self, reason: str) -> None:
-        """Request the end of the run after this step. The run saves, evaluates and writes its summary, which contains
-        `reason`.
+        """Request the end of the run after this step; in `on_start` or `load_state`, before the next step. The run
+        saves, evaluates and writes its summary, which contains `reason`.
         """
         self.stop_reason = self.stop_reason or reason
 

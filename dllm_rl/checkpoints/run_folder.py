@@ -111,5 +111,6 @@ def has_steps(directory: Path) -> bool:
 
 def clear_folder(directory: Path) -> None:
     """Delete the run in a folder."""
-    for name in (*RUN_MARKERS, "completions.jsonl", "tensorboard", "training.png", "reference"):
+    logs = ("completions.jsonl", "oracle.jsonl", "best.jsonl")
+    for name in (*RUN_MARKERS, *logs, "tensorboard", "training.png", "reference"):
         remove(directory / name)

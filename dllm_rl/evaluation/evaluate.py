@@ -65,8 +65,8 @@ def evaluate(  # noqa: PLR0913
         The graded completions of all processes, with means and summary.
 
     Raises:
-        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; no completion has a reward;
-            or the file has completions that were made with other weights, quantization, seed, sampler or problems.
+        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; or the file has completions
+            that were made with other weights, quantization, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -96,10 +96,6 @@ def evaluate(  # noqa: PLR0913
             answers += grade_rows(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
-    if gathered and all(answer.reward.value is None for answer in gathered):
-        raise ValueError(
-            f"no completion of task {task.name!r} has a reward: every reward function returned None for each"
-        )
     # Merge the files of all processes into one file, and add the grades.
     store.merge_parts(gathered, facts["protocol"])
     return Evaluation(tuple(gathered), facts)

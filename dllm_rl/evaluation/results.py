@@ -50,14 +50,24 @@ class Evaluation:
                     sums[answer.problem] = previous[0] + value, previous[1] + weight
         return dict(sorted(sums_by_metric.items()))
 
+    @property
+    def _has_rewards(self) -> bool:
+        return any(answer.reward.value is not None for answer in self.answers)
+
     @cached_property
     def means(self) -> dict[str, float]:
-        """Means over all completions: reward, parsed, and every metric of the breakdown."""
-        return {name: mean(*sums_and_divisors(sums)) for name, sums in self.sums.items()}
+        """Means over all completions: reward, parsed, and every metric of the breakdown; {} if none has a reward."""
+        return {name: mean(*sums_and_divisors(sums)) for name, sums in self.sums.items()} if self._has_rewards else {}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Settings, numbers of problems and samples, every mean and pass@k with its interval, and costs, as JSON."""
+        """Settings, numbers of problems and samples, every mean and pass@k with its interval, and costs, as JSON.
+
+        Raises ValueError if no completion has a reward.
+        """
+        if not self._has_rewards:
+            task = f"task {self.facts.get('task')!r}"
+            raise ValueError(f"no completion of {task} has a reward: every reward function returned None for each")
         num_problems = len({answer.problem for answer in self.answers})
         num_samples = len(self.answers) // num_problems
         sums = dict(self.sums)

@@ -25,6 +25,7 @@ from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
+from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
@@ -142,11 +143,18 @@ def grpo_recipe(  # noqa: PLR0913
     with name_field_in_error("eval_dataset"):
         eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
     training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
-    make_task = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights, blank=blank)
+    make_task = partial(task_from_dataset, weights=reward_weights, blank=blank)
+    functions: Any = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    eval_functions: Any = reward_funcs
+    if oracles := [each for each in functions if isinstance(each, Oracle)]:
+        if len(oracles) > 1 or settings.get("rollout_workers"):
+            raise ValueError("reward_funcs: a run takes one Oracle, and no rollout_workers; wrap one function")
+        settings["callbacks"] = [*settings.get("callbacks", ()), *oracles]
+        eval_functions = [each.without_calls() if each in oracles else each for each in functions]
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
-    task = make_task(training_rows, name=name)
+    task = make_task(training_rows, reward_funcs=reward_funcs, name=name)
     with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
-        eval_task = make_task(held_out_rows, name=f"{name}-held-out")
+        eval_task = make_task(held_out_rows, reward_funcs=eval_functions, name=f"{name}-held-out")
     if isinstance(model, str):
         config = load_config(model)  # only the config, not the weights
         spec: FamilySpec = find_family(config)

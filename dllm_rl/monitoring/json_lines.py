@@ -51,7 +51,7 @@ class JsonLines:
 def current_rows(path: Path) -> list[dict[str, Any]]:
     """Read the valid rows of a log: skip incomplete lines, and rows that a later resume has replaced."""
     rows: list[dict[str, Any]] = []
-    for row in _objects(path):
+    for row in json_objects(path):
         if "resume_from" in row:
             rows = [earlier for earlier in rows if earlier["step"] < row["resume_from"]]
         elif "step" in row:
@@ -62,7 +62,7 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
 def warmup_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of the last warm-up."""
     rows: list[dict[str, Any]] = []
-    for row in _objects(path):
+    for row in json_objects(path):
         if "warmup_step" in row:
             rows = [*rows, row] if row["warmup_step"] else [row]  # step 0 begins a new warm-up
     return rows
@@ -74,7 +74,7 @@ def finite_numbers(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file; skip all other lines."""
     for line in path.read_bytes().split(b"\n"):
         try:

@@ -104,7 +104,7 @@ class DatasetTask:
         costs = dict(zip(COST_ARGUMENTS, (forwards, tokens_per_forward), strict=True))
         results = _call_functions(zip(self._labels, self.reward_funcs, strict=True), columns, costs)
         for label, numbers, weight in zip(self._labels, results, self.weights, strict=True):
-            for index, number in _numbers_by_completion(label, numbers, shown_completions).items():
+            for index, number in numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
                 values[index] += weight * number
         return [
@@ -394,7 +394,7 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
             loop.run_forever()
 
 
-def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) -> dict[int, float]:
+def numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) -> dict[int, float]:
     """Return a reward function's numbers by index of the completion, without those that are None.
 
     Raises ValueError unless there is one finite number or None per completion.

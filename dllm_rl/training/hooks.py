@@ -32,11 +32,12 @@ def before_first_step(run: Run[Settings]) -> None:
             hint = nearest_hint(name, metrics, "{!r}")
             raise ValueError(f"{setting} is not one of {', '.join(sorted(metrics))}{hint}")
     if recipe.callbacks:
-        run.state = replace(run.state, callbacks=from_main(partial(start_callbacks, run), run.accelerator))
+        states, run.control.stop_reason = from_main(partial(start_callbacks, run), run.accelerator)
+        run.state = replace(run.state, callbacks=states)
 
 
-def start_callbacks(run: Run[Settings]) -> list[list[Any]]:
-    """Call the callbacks before the first step, in the main process; return their states."""
+def start_callbacks(run: Run[Settings]) -> tuple[list[list[Any]], str | None]:
+    """Call the callbacks before the first step, in the main process; return their states, and why one stops the run."""
     saved = list(run.state.callbacks or [])
     start_anew = []
     for callback in run.recipe.callbacks:
@@ -57,7 +58,7 @@ def start_callbacks(run: Run[Settings]) -> list[list[Any]]:
             f"callbacks that start anew, since the checkpoint has no state of theirs: {', '.join(start_anew)}; "
             "Callback.state and load_state would save it"
         )
-    return callback_states(run)
+    return callback_states(run), run.control.stop_reason
 
 
 def callback_states(run: Run[Settings]) -> list[list[Any]]:
@@ -84,13 +85,13 @@ def take_steps(
         evaluate: Function that returns the metrics of an evaluation after a step; {} if none is due.
     """
     for step in range(run.state.logged_steps, run.recipe.num_steps):
+        if run.control.stop_reason is not None:
+            break
         # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
         metrics = run.state.unlogged
         if metrics is None:
             metrics = take_step(step)
         end_step(run, step, metrics, evaluate)  # on a signal, saves and then ends the process
-        if run.control.stop_reason is not None:
-            break
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe.directory)}")
     wait_for_checkpoint(run)
 

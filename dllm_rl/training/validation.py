@@ -24,7 +24,7 @@ def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accel
 def format_metrics(metrics: dict[str, float]) -> str:
     """Format the main metrics of an evaluation for one line of the screen."""
     names = ("solve_rate", "cell_accuracy", "accuracy", "reward")
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names)
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names) or "no reward"
 
 
 def evaluation_interval(

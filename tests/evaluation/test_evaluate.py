@@ -476,4 +476,4 @@ def test_a_completion_without_a_reward_is_stored_and_not_counted(policy, tmp_pat
     assert again.means == found.means
     nothing = task_from_dataset(rows, reward_funcs=lambda completions, **_: [None] * len(completions))
     with pytest.raises(ValueError, match="no completion of task 'dataset' has a reward"):
-        evaluate(policy, nothing, SAMPLER)
+        _ = evaluate(policy, nothing, SAMPLER).summary

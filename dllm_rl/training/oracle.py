@@ -1,0 +1,145 @@
+"""A reward whose calls cost money or hours: each text is paid for once, and a budget ends the run."""
+
+import copy
+import inspect
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dllm_rl.callbacks import Callback, RunControl
+from dllm_rl.files import as_json, write_text
+from dllm_rl.monitoring.json_lines import JsonLines, json_objects
+from dllm_rl.records import Bound, describe
+from dllm_rl.tasks.datasets import RewardFunction, numbers_by_completion
+
+
+class Oracle(Callback):
+    """A reward function that is expensive to call, such as a simulation or an assay.
+
+    Wrap the function and pass the oracle to `grpo` in its place. In a recipe that you wrote yourself, pass the oracle
+    to the training task and to `callbacks`, and `oracle.without_calls()` to the tasks of the evaluations.
+
+        grpo(model, rows, Oracle(binding_energy, budget=5000))
+
+    Only training steps call the function. The rehearsal and the evaluations give a known text its reward, and other
+    texts none. Each call is written to oracle.jsonl in the run's folder before its reward is used, so that a resume
+    calls no text again, also after the process was killed. best.jsonl has the best texts. The metrics are oracle/calls,
+    oracle/frac_repeated (share of the step's texts without a call), oracle/best, and oracle/top (mean of the best).
+
+    Args:
+        function: Reward function, f(completions, **columns) -> one number or None per completion; not async. A text is
+            known if all arguments that the function accepts are the same; without `**columns` only the text counts.
+        budget: Number of texts to call the function for. The run then ends with a checkpoint, which a larger budget
+            continues. None (default): no limit.
+        cache: Whether a known text gets the reward of its first call. False: each text is called again, also by a
+            resume. Default: True.
+        top_k: Number of texts in best.jsonl. Default: 10.
+        batch_size: Texts per call. A killed process loses the call that it was waiting for. Default: 1.
+
+    Raises:
+        ValueError: The function is async or no function, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        *,
+        budget: int | None = None,
+        cache: bool = True,
+        top_k: int = 10,
+        batch_size: int = 1,
+    ) -> None:
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise ValueError(f"function={describe(function)} of Oracle must be a function that is not async")
+        for name, value in {"budget": budget, "top_k": top_k, "batch_size": batch_size}.items():
+            Bound(at_least=1).check(name, value)
+        self.function, self.cache, self.top_k, self.batch_size = function, cache, top_k, batch_size
+        self.budget = budget
+        self.calls = 0  # texts that the run has called the function for
+        self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self._known: dict[str, float | None] = {}  # reward by the arguments, as JSON
+        self._asked = self._repeated = 0  # texts since the last step
+        self._run: RunControl | None = None
+        self._log: JsonLines | None = None  # None: the function is not called
+
+    def __repr__(self) -> str:
+        return f"Oracle({describe(self.function)})"  # without the numbers, which a resume may change
+
+    def without_calls(self) -> "Oracle":
+        """Return a reward function that gives the texts known to this oracle their rewards, and other texts none."""
+        reader = copy.copy(self)  # what is known is shared
+        reader._log = None
+        return reader
+
+    def __call__(self, **arguments: Any) -> list[float | None]:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("Oracle counts the calls of one process: start the run without a launcher")
+        rows = [dict(zip(arguments, values, strict=True)) for values in zip(*arguments.values(), strict=True)]
+        keys = [json.dumps(as_json(row), sort_keys=True) for row in rows]
+        fresh: dict[int, float | None] = {}
+        if self._log is not None:
+            to_call = [*range(len(rows))]
+            if self.cache:
+                first = {key: index for index, key in reversed([*enumerate(keys)])}
+                to_call = sorted(index for key, index in first.items() if key not in self._known)
+            to_call = to_call[: None if self.budget is None else max(0, self.budget - self.calls)]
+            for start in range(0, len(to_call), self.batch_size):
+                batch = to_call[start : start + self.batch_size]
+                fresh |= zip(batch, self._call([rows[i] for i in batch], [keys[i] for i in batch]), strict=True)
+            self._asked += len(rows)
+            self._repeated += len(rows) - len(to_call)
+        return [fresh.get(index, self._known.get(key)) for index, key in enumerate(keys)]
+
+    def _call(self, rows: list[dict[str, Any]], keys: list[str]) -> list[float | None]:
+        """Call the function, and store the rewards on disk before they are used."""
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        numbers = numbers_by_completion(self.__name__, self.function(**columns), keys)
+        rewards = [numbers.get(index) for index in range(len(rows))]
+        assert self._log is not None and self._run is not None, "`on_start` sets both"
+        for key, reward in zip(keys, rewards, strict=True):
+            self._log.append({"step": self._run.step, "reward": reward, "arguments": json.loads(key)})
+            self._known[key] = reward
+        self._log.flush()
+        self.calls += len(rows)
+        return rewards
+
+    def on_start(self, run: RunControl) -> None:
+        """Read the calls of a resumed run; from now on the function is called."""
+        path = run.directory / "oracle.jsonl"
+        self._run, self._log, self.calls = run, JsonLines(path, start=run.step), 0
+        self._known.clear()
+        for row in json_objects(path):
+            if "arguments" in row:
+                self._known[json.dumps(row["arguments"], sort_keys=True)] = row["reward"]
+                self.calls += 1
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._stop_if_spent(state["calls"])  # of the checkpoint: a killed step is repeated with the rewards it paid for
+
+    def state(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> dict[str, float]:
+        rewards = {key: reward for key, reward in self._known.items() if reward is not None}
+        best = sorted(rewards, key=rewards.__getitem__, reverse=True)[: self.top_k]
+        lines = [json.dumps({"reward": rewards[key], "arguments": json.loads(key)}) + "\n" for key in best]
+        write_text(run.directory / "best.jsonl", "".join(lines))
+        self._stop_if_spent(self.calls)
+        logged = {"oracle/calls": float(self.calls), "oracle/frac_repeated": self._repeated / max(1, self._asked)}
+        self._asked = self._repeated = 0
+        if best:
+            top = math.fsum(rewards[key] for key in best) / len(best)
+            logged |= {"oracle/best": rewards[best[0]], "oracle/top": top}
+        return logged
+
+    def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._log = None
+
+    def _stop_if_spent(self, calls: int) -> None:
+        if self._run is not None and self.budget is not None and calls >= self.budget:
+            self._run.stop(f"the budget of {self.budget} calls of {self.__name__} is spent; a larger one continues")

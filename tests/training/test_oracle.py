@@ -1,0 +1,275 @@
+"""A paid oracle: who calls it, what is remembered, how its budget ends a run, and that a killed run pays for no text
+twice.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import transformers
+from run_outputs import metrics_of
+
+from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, task_from_dataset, tiny_masked_lm, train
+from dllm_rl.callbacks import RunControl
+
+SPECIAL = ["<eos>", "<pad>", "<mask>"]
+OPTIONS = {"num_steps": 6, "train_batch_size": 2, "num_generations": 8, "report_to": "none", "max_new_tokens": 3}
+ROWS = [{"prompt": ""}]
+
+
+def model():
+    return tiny_masked_lm(characters="ACD", hidden_size=32, num_layers=1)
+
+
+def design(folder, reward, rows=ROWS, **settings):
+    settings = OPTIONS | {"output_dir": str(folder), "sampler_options": {"suppress": SPECIAL}} | settings
+    return grpo(model(), rows, reward, **settings)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Counted:
+    """A reward function that counts the texts of its calls."""
+
+    def __init__(self):
+        self.__name__ = "share_of_a"
+        self.texts, self.sizes = [], []
+
+    def __call__(self, completions):
+        self.texts += completions
+        self.sizes.append(len(completions))
+        return [text.count("A") / 3 for text in completions]
+
+
+def started(folder, function, **settings):
+    folder.mkdir(exist_ok=True)
+    oracle = Oracle(function, **settings)
+    oracle.on_start(RunControl(folder, 0, 10))
+    return oracle
+
+
+def test_only_training_steps_call_and_each_text_once(tmp_path):
+    """Not the rehearsal, the evaluations before, during and after the run; unwrapped, each of them calls."""
+    plain, wrapped = Counted(), Counted()
+    design(tmp_path / "plain", plain, eval_steps=2)
+    assert len(plain.texts) == 8 + 1 + 6 * 16 + 3 + 1
+    oracle = Oracle(wrapped)
+    summary = design(tmp_path / "run", oracle, eval_steps=2)
+    rows = metrics_of(tmp_path / "run")
+    assert Counter(wrapped.texts).most_common(1)[0][1] == 1 and {*wrapped.texts} <= {*plain.texts}
+    assert rows[-1]["oracle/calls"] == len(wrapped.texts) == oracle.calls and set(wrapped.sizes) == {1}
+    assert [row["reward"] for row in rows] == [row["reward"] for row in metrics_of(tmp_path / "plain")]
+    known = len(wrapped.texts)
+    assert rows[0]["oracle/frac_repeated"] == 1 - rows[0]["oracle/calls"] / 16 and known < 6 * 16
+    assert summary["eval_before"] == {}  # nothing is known yet
+    texts = lines(tmp_path / "run" / "oracle.jsonl")
+    assert [row["arguments"]["completions"] for row in texts] == wrapped.texts
+    assert all(row["reward"] == row["arguments"]["completions"].count("A") / 3 for row in texts)
+
+
+def test_the_best_texts_are_kept_and_their_mean_is_logged(tmp_path):
+    counted = Counted()
+    design(tmp_path, Oracle(counted, top_k=4))
+    best = lines(tmp_path / "best.jsonl")
+    rewards = sorted((text.count("A") / 3 for text in counted.texts), reverse=True)[:4]
+    assert [row["reward"] for row in best] == rewards
+    last = metrics_of(tmp_path)[-1]
+    assert last["oracle/best"] == rewards[0] and last["oracle/top"] == pytest.approx(sum(rewards) / 4)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 19])
+def test_the_budget_ends_the_run_with_a_checkpoint_that_a_larger_one_continues(tmp_path, budget):
+    counted = Counted()
+    summary = design(tmp_path, Oracle(counted, budget=budget))
+    assert len(counted.texts) == budget == metrics_of(tmp_path)[-1]["oracle/calls"]
+    stopped = summary["stopped"]
+    assert stopped["reason"] == f"the budget of {budget} calls of share_of_a is spent; a larger one continues"
+    assert Path(summary["checkpoint"]).name == f"step-{stopped['step']:06d}" and stopped["step"] < 6
+    again = design(tmp_path, Oracle(counted, budget=budget), resume_from_checkpoint="latest")
+    assert again["stopped"] == stopped and len(counted.texts) == budget  # no further step
+    design(tmp_path, Oracle(counted, budget=budget + 3), resume_from_checkpoint="latest")
+    assert len(counted.texts) == len({*counted.texts}) == budget + 3
+    assert len(metrics_of(tmp_path)) > stopped["step"]
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5]), (64, [5])])
+def test_texts_are_called_in_batches_without_repeats(tmp_path, size, sizes):
+    counted = Counted()
+    oracle = started(tmp_path, counted, batch_size=size)
+    assert oracle(completions=[*"ACADEFA"]) == [1 / 3, 0, 1 / 3, 0, 0, 0, 1 / 3]
+    assert counted.sizes == sizes and counted.texts == [*"ACDEF"]
+    assert oracle(completions=["A", "E"]) == [1 / 3, 0] and counted.sizes == sizes
+
+
+def test_what_the_function_does_not_accept_does_not_distinguish_texts(tmp_path):
+    seen = []
+
+    def of_text(completions):
+        return [float(len(seen) or 1) for text in completions]
+
+    def of_all(completions, **columns):
+        seen.append(columns)
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": "A", "target": 1}, {"prompt": "C", "target": 2}]
+    for function, calls in ((of_text, 1), (of_all, 2)):
+        oracle = started(tmp_path / function.__name__, function)
+        task = task_from_dataset(rows, reward_funcs=oracle)
+        assert [reward.value for reward in task.rewards([task[0], task[1], task[0]], ["D"] * 3)] == [1.0] * 3
+        assert oracle.calls == calls
+    assert seen == [{"prompts": ["A"], "target": [1]}, {"prompts": ["C"], "target": [2]}]
+
+
+def test_a_noisy_function_is_called_for_each_text_up_to_its_budget(tmp_path):
+    numbers = iter(range(100))
+    oracle = started(tmp_path, lambda completions: [float(next(numbers)) for _ in completions], cache=False, budget=5)
+    assert oracle(completions=[*"AAC"]) == [0, 1, 2] and oracle(completions=[*"ACDD"]) == [3, 4, None, None]
+    assert oracle.calls == 5 and len(lines(tmp_path / "oracle.jsonl")) == 5
+
+
+@pytest.mark.parametrize("value", [None, 0.5, -2, True])
+def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
+    """Also with columns that JSON writes otherwise: tuples, numbers as keys, NaN; and after an incomplete line."""
+    calls = []
+
+    def reward(completions, extra):
+        calls.append(extra)
+        return [value] * len(completions)
+
+    arguments = {"completions": ["Ä\n", "b"], "extra": [{1: (2, float("nan"))}, None]}
+    first = started(tmp_path, reward)
+    given = first(**arguments)
+    assert given == [value] * 2 and first(**arguments) == given and first.without_calls()(**arguments) == given
+    first.on_end(first._run, {})
+    with (tmp_path / "oracle.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    second = started(tmp_path, reward)
+    assert second(**arguments) == given and second.calls == 2 and len(calls) == 2
+    second(completions=["c"], extra=[1])
+    assert started(tmp_path, reward).calls == 3
+
+
+def test_without_its_run_nothing_is_called(tmp_path):
+    counted = Counted()
+    oracle = Oracle(counted)
+    assert oracle(completions=["A"]) == oracle.without_calls()(completions=["A"]) == [None] and not counted.texts
+    oracle.on_start(RunControl(tmp_path, 0, 1))
+    reader = oracle.without_calls()
+    assert reader(completions=["A"]) == [None] and oracle(completions=["A"]) == [1 / 3]
+    assert reader(completions=["A", "C"]) == [1 / 3, None] and counted.texts == ["A"]
+    oracle.on_end(oracle._run, {})
+    assert oracle(completions=["A", "C"]) == [1 / 3, None] and counted.texts == ["A"]
+
+
+def test_a_recipe_takes_it_as_a_callback(tmp_path):
+    counted = Counted()
+    recipe = grpo_recipe(
+        model(), ROWS, lambda completions: [0.0] * len(completions), output_dir=str(tmp_path), **OPTIONS
+    )
+    oracle = Oracle(counted, budget=9)
+    tasks = [task_from_dataset(ROWS, reward_funcs=each) for each in (oracle, oracle.without_calls())]
+    train(recipe.replace(task=tasks[0], validation_task=tasks[1], eval_task=tasks[1], callbacks=[oracle]))
+    assert len(counted.texts) == 9
+
+
+async def later(completions):
+    return [0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "function=None of Oracle must be a function"),
+        ((later,), "later of Oracle must be a function that is not async"),
+        ((len, "budget"), "budget=0 must be at least 1"),
+        ((len, "top_k"), "top_k=0 must be at least 1"),
+        ((len, "batch_size"), "batch_size=0 must be at least 1"),
+    ],
+)
+def test_what_is_no_oracle_is_refused(arguments, message):
+    function, *names = arguments
+    with pytest.raises(ValueError, match=message):
+        Oracle(function, **dict.fromkeys(names, 0))
+
+
+def test_a_run_that_could_not_count_its_calls_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="a run takes one Oracle"):
+        design(tmp_path, [Oracle(Counted()), Oracle(Counted())])
+    with pytest.raises(ValueError, match="no rollout_workers"):
+        design(tmp_path, Oracle(Counted()), rollout_workers=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start the run without a launcher"):
+        Oracle(Counted())(completions=["A"])
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from test_oracle import OPTIONS, design
+from dllm_rl import Oracle
+
+folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+
+def assay(completions):
+    done = folder.with_suffix(".paid")
+    if done.exists() and len(done.read_text().split()) + 1 == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with done.open("a") as file:
+        file.write("".join(text + "\\n" for text in completions))
+    return [text.count("A") / 3 for text in completions]
+
+resume = {"resume_from_checkpoint": "latest"} if folder.exists() else {}
+design(folder, Oracle(assay, budget=22), save_steps=2, **resume)
+"""
+
+
+def child(folder, kill_at):
+    command = [sys.executable, "-c", CHILD, str(folder), str(kill_at)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_run_pays_for_no_text_twice_and_gives_the_same_result(tmp_path):
+    """SIGKILL between two calls of a step, twice: the resumed run's calls are those of a run that was never killed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert child(whole, 0).returncode == 0
+    for kill_at in (5, 14, 21):
+        assert child(killed, kill_at).returncode == -signal.SIGKILL
+    done = child(killed, 0)
+    assert done.returncode == 0, done.stderr
+    paid = [folder.with_suffix(".paid").read_text().split() for folder in (whole, killed)]
+    assert paid[0] == paid[1] and len({*paid[1]}) == len(paid[1]) == 22
+    assert (whole / "best.jsonl").read_text() == (killed / "best.jsonl").read_text()
+    rewards = [[row["reward"] for row in metrics_of(folder)] for folder in (whole, killed)]
+    assert rewards[0] == rewards[1] and len(rewards[0]) > 1
+
+
+def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
+    """Its code as it is printed, with a small ESM-2 and two steps: every sequence keeps its scaffold and its length."""
+    page = (Path(__file__).parents[2] / "docs" / "protein-dna.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
+    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.EsmConfig(
+        **sizes, vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=34, token_dropout=True
+    )
+    config.position_embedding_type = "rotary"
+    tokenizer = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    make_policy(transformers.EsmForMaskedLM(config), tokenizer).save_pretrained(tmp_path / "esm")
+    monkeypatch.chdir(tmp_path)
+    for old, new in (("facebook/esm2_t12_35M_UR50D", "esm"), ("num_steps=100", "num_steps=2, output_dir='run'")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    paid = [row["arguments"]["completions"][0]["content"] for row in lines(tmp_path / "run" / "oracle.jsonl")]
+    assert len(paid) == len({*paid}) == metrics_of(tmp_path / "run")[-1]["oracle/calls"] > 1
+    assert all(re.fullmatch("MKTAY[ACDEFGHIKLMNPQRSTVWY]{4}KQRLV", text) for text in paid)
