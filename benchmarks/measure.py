@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -132,10 +133,17 @@ def trained(metrics: Sequence[Mapping[str, float]], rows: int) -> dict[str, Any]
     return {"grad_norm": [float(f"{norm:.4g}") for norm in norms], "trained_rows": counts}
 
 
+def _processor() -> str:
+    """Model of the CPU, where the system names it."""
+    path = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     cuda = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if cuda else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {"device": name, "threads": torch.get_num_threads(), **versions}
 

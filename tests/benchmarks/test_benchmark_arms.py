@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import learner, measure, scoring
+from benchmarks import learner, limit, measure, scoring
 
 SMOKE = {"preset": "smoke", "device": "cpu", "dtype": "float32", "repeats": 1}
 
@@ -47,6 +48,23 @@ def test_speed_up_on_the_cpu_is_of_the_work():
 
 def test_table_is_markdown():
     assert measure.table([{"a": 1, "b": 2.5}]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
+
+
+def test_the_products_of_a_step_are_those_of_all_its_forwards_and_backwards(tmp_path):
+    """The update runs the two views' forwards again, or goes back through the graphs of scoring."""
+    example = limit.readme_example()
+    products = [
+        limit.started(replace(example, max_retained_graphs=number), str(tmp_path / str(number)))[1].calls
+        for number in (0, limit.ALL_GRAPHS)
+    ]
+    names = [[function.__name__ for function, *_ in calls] for calls in products]
+    blocks = 3
+    attention = [
+        [sum("dot_product" in x and ("backward" in x) == back for x in each) for back in (False, True)]
+        for each in names
+    ]
+    steps, views = 2, 2  # a sampler's step writes one of the two tokens, and a view scores it
+    assert attention == [[blocks * (steps + 2 * views), blocks * views], [blocks * (steps + views), blocks * views]]
 
 
 @pytest.mark.nightly

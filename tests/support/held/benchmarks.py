@@ -183,6 +183,13 @@ def each_saving():
     yield PAGE, told("a prompt of 256 run once for 8 completions, `BlockCache()`", once)
 
 
+def a_step_against_its_products():
+    ratios = [each["ratio"] for each in stored(f"{RESULTS}/limit-cpu")["rows"]]
+    example = "README's example / with all graphs kept / with FP8 rollouts"
+    yield PAGE, row(example, " / ".join(map(str, ratios[:3])))
+    yield PAGE, row("the main job without replay", ratios[3])
+
+
 def the_learners_step():
     rows = stored(f"{RESULTS}/update-cpu")["published"]
     found = {(each["step"], each["arm"]): f"{each['ratio']:.2f}" for each in rows}
