@@ -117,7 +117,10 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     Raise ValueError for a method other than LoRA, or for tensors that do not fit.
     """
     directory = Path(directory)
-    config, state, metadata = read_adapter(directory)
+    config, saved_state, metadata = read_adapter(directory)
+    # peft on a module in the stock class's layout has saved the stock class's names.
+    names = stock_to_original(policy.spec)
+    state = {_original_name(name, names): tensor for name, tensor in saved_state.items()}
     for field, value in PEFT_SETTINGS.items():
         if config.get(field) not in (value, None):
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
@@ -151,6 +154,12 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         layer.calls = int(metadata.get("dropout_calls", 0))
         if isinstance(layer, LoraExperts):
             layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
+
+
+def _original_name(name: str, names: Any) -> str:
+    """Return the name of an adapter's tensor in the original checkpoint; an original name is unchanged."""
+    path, separator, matrix = name.removeprefix(PREFIX).partition(".lora_")
+    return PREFIX + rename_tensor(f"{path}.weight", names).removesuffix(".weight") + separator + matrix
 
 
 def _adapted_paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,405 @@
+"""`DiffusionGRPOTrainer` trains as this library's own learner does, in TRL's trainer."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from accelerate import Accelerator
+from datasets import Dataset
+from layouts import checkpoint
+from peft import LoraConfig
+from ranks import run_ranks
+from repetitions import slow
+from trl_runs import ROWS, Watched, trainer
+
+from dllm_rl import (
+    AIS,
+    CISPO,
+    ELBO,
+    GSPO,
+    K3,
+    TBPO,
+    TIS,
+    VESPO,
+    Causal,
+    Coupled,
+    FixedLengthMean,
+    Float8WeightOnly,
+    IcePop,
+    Int8WeightOnly,
+    NoCorrection,
+    OneStep,
+    PPOClip,
+    QaRL,
+    Reinforce,
+    Reject,
+    SequenceMean,
+    Trajectory,
+    Unmask,
+    grpo_recipe,
+    load_policy,
+    quantized_copy,
+    tiny_llama,
+)
+from dllm_rl import trl as ours
+from dllm_rl.step.samples import Samples
+from dllm_rl.step.update import train_step
+from dllm_rl.training.make_step import make_step
+
+LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
+CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]
+SCHEMES = [None, Int8WeightOnly(), Float8WeightOnly()]
+# Every pair of an estimator, a corrector and a scheme occurs; the other combinations run in the slow part.
+CASES = [(a, b, c) for a in LIKELIHOODS for b in CORRECTORS for c in SCHEMES]
+FAST = [
+    (a, b, c)
+    for i, a in enumerate(LIKELIHOODS)
+    for j, b in enumerate(CORRECTORS)
+    for k, c in enumerate(SCHEMES)
+    if (i + j + k) % 3 == 0 and (j + k) % 2 == i % 2
+]
+
+
+class Recorder(torch.optim.SGD):
+    """Each step keeps the gradients, and gives the module the weights that TRL's optimizer made."""
+
+    def __init__(self, module, weights):
+        super().__init__(module.parameters(), lr=1.0)
+        self.module, self.weights, self.gradients = module, weights, []
+
+    def step(self):
+        named = self.module.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        self.module.load_state_dict(self.weights[min(len(self.gradients), len(self.weights) - 1)])
+
+
+def learner(run, **settings):
+    """Losses and gradients of this library's learner for the run's first rollout."""
+    batches, advantages = run.first
+    rollout = batches[0].rollout
+    policy, module = run._policy, run._policy.module
+    module.load_state_dict(run.weights[0])
+    module.eval()
+    recipe = grpo_recipe(
+        policy,
+        ROWS,
+        lambda completions: [0.0] * len(completions),
+        preset="none",
+        max_new_tokens=4,
+        num_generations=4,
+        num_iterations=2,
+        max_grad_norm=1e9,
+        seed=run.args.seed,
+        **settings,
+    )
+    scheme = settings.get("rollout_quantization")
+    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme)
+    reference = run._context.reference if settings.get("beta") else None
+    context = make_step(
+        recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=rollout_policy, reference=reference
+    )
+    group = torch.arange(len(advantages)) // 4
+    weights = torch.ones(len(advantages), dtype=torch.double)
+    samples = Samples(rollout, group, advantages, advantages, weights, (len(advantages),))
+    recorder = Recorder(module, run.weights)
+    rollout_version = policy.weights_version
+    rollout = dataclasses.replace(rollout, weights_version=rollout_version)
+    result = train_step(context, dataclasses.replace(samples, rollout=rollout), 0, recorder)
+    return result, recorder.gradients
+
+
+def difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None, **more):
+    run = trainer(
+        tmp_path,
+        kind=Watched,
+        lora=lora,
+        likelihood=likelihood,
+        corrector=corrector,
+        rollout_quantization=scheme,
+        settings={"num_iterations": 2} | (settings or {}),
+        **more,
+    )
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("likelihood", "corrector", "scheme"), [case if case in FAST else slow(*case) for case in CASES]
+)
+def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
+    run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
+    result, gradients = learner(run, likelihood=likelihood, corrector=corrector, rollout_quantization=scheme)
+    assert len(gradients) == len(run.gradients) == 2
+    for own, trls in zip(gradients, run.gradients, strict=True):
+        assert max(x.abs().max() for x in own.values()) > 1e-3
+        assert difference(own, trls) < 1e-6
+    assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("field", ["importance_weights", "loss_mask", "old_logprobs", "advantages", "views", "rollout"])
+def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch, field):
+    rows_of = ours.rows_of
+
+    def moved(batch, rows, share):
+        other = rows_of(batch, (rows + 1) % len(batch.loss_mask), share)
+        return dataclasses.replace(rows_of(batch, rows, share), **{field: getattr(other, field)})
+
+    monkeypatch.setattr(ours, "rows_of", moved)
+    given = {"likelihood": Trajectory(), "corrector": Reject(threshold=1e-5)}
+    if field == "importance_weights":
+        given["corrector"] = TIS()
+    run = run_of(tmp_path, scheme=Int8WeightOnly(), **given)
+    _, gradients = learner(run, rollout_quantization=Int8WeightOnly(), **given)
+    assert max(difference(own, trls) for own, trls in zip(gradients, run.gradients, strict=True)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("trls", "own"),
+    [
+        ({"beta": 0.1}, {"beta": 0.1}),
+        ({"beta": 0.1, "use_bias_correction_kl": False}, {"beta": 0.1, "kl": K3()}),
+        ({"loss_type": "grpo"}, {"loss_reduction": SequenceMean()}),
+        ({"loss_type": "dr_grpo"}, {"loss_reduction": FixedLengthMean(length=4)}),
+        ({"epsilon": 0.01, "epsilon_high": 0.02}, {"loss": PPOClip(epsilon=0.01, epsilon_high=0.02)}),
+        ({"importance_sampling_level": "sequence"}, {"loss": GSPO(epsilon=0.2, epsilon_high=None)}),
+    ],
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
+    own = ({"kl": K3(bias_correction=True)} if "beta" in own else {}) | own
+    if "kl" in own and trls.get("use_bias_correction_kl") is False:
+        own["kl"] = K3()
+    result, gradients = learner(run, likelihood=Trajectory(), **own)
+    assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
+    assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
+def test_losses_of_the_library(tmp_path, loss):
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
+    _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
+    assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
+
+
+def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
+    """At equal weights, the mean of the gradients of the two halves is the gradient of all rows."""
+    settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 0.0, "num_iterations": 1}
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings | {"loss_type": "grpo"})
+    _, gradients = learner(run, likelihood=Trajectory(), loss_reduction=SequenceMean())
+    halves = {name: (x + run.gradients[1][name]) / 2 for name, x in run.gradients[0].items()}
+    assert difference(halves, gradients[0]) < 1e-6
+    assert difference(run.gradients[0], gradients[0]) > 1e-4
+
+
+def weights_of(run):
+    return {name: x.detach().clone() for name, x in run._policy.module.named_parameters() if x.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations):
+    """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
+    later epoch from where it stands.
+    """
+    given = {
+        "lora": lora,
+        "rollout_quantization": Int8WeightOnly(),
+        "corrector": TIS(),
+        "likelihood": ELBO(num_samples=2),
+    }
+    settings = {
+        "num_iterations": num_iterations,
+        "max_steps": 8,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+    }
+    settings |= {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
+    whole = trainer(tmp_path / "a", settings=settings, rows=ROWS * 4, eval_rows=ROWS[:4], **given)
+    whole.train()
+    resumed = trainer(tmp_path / "b", settings=settings, rows=ROWS * 4, eval_rows=ROWS[:4], **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-4"))
+    expected, weights = weights_of(whole), weights_of(resumed)
+    assert expected.keys() == weights.keys() and all(torch.equal(expected[name], x) for name, x in weights.items())
+    logs = [[log["eval_reward"] for log in run.state.log_history if "eval_reward" in log] for run in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+RANK = """
+import sys, torch
+from dllm_rl import Coupled, Int8WeightOnly, TIS
+from trl_runs import Watched, trainer
+run = trainer(sys.argv[1], kind=Watched, lora=sys.argv[2] == "True", likelihood=Coupled(), corrector=TIS(cap=1.01),
+              rollout_quantization=Int8WeightOnly(), settings={"num_iterations": 2, "gradient_accumulation_steps": 2,
+              "per_device_train_batch_size": 16 // int(sys.argv[3]), "num_generations": int(sys.argv[4])})
+run.train()
+torch.save((run.gradients, [log["loss"] for log in run.state.log_history if "loss" in log],
+            run.state.log_history[0]["trained/rollout_is_max"]),
+           f"{sys.argv[1]}/{sys.argv[3]}-{run.accelerator.process_index}.pt")
+"""
+
+
+@pytest.mark.parametrize(("lora", "generations"), [(False, 8), (True, 32)])
+def test_two_processes_equal_one(tmp_path, lora, generations):
+    """With 32 completions a prompt, the two processes share its group."""
+    for processes in (1, 2):
+        run_ranks(RANK, processes, tmp_path, lora, processes, generations)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for alone, left, right in zip(one[0], first[0], second[0], strict=True):
+        assert difference(left, right) == 0
+        assert difference(alone, left) < 1e-6
+        assert max(x.abs().max() for x in alone.values()) > 1e-3
+    assert first[1] == second[1] or second[1] == []
+    assert one[1] == pytest.approx(first[1], abs=2e-6) and one[2] == pytest.approx(first[2], rel=1e-5) != 1
+
+
+MODELS = ["llada", "dream", "sdar", "llada2", "bert", "nemotron"]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_is_saved_is_reopened(tmp_path, family):
+    """A run's checkpoint, in the stock class's layout, and `save_model`, in the published one."""
+    source = checkpoint(tmp_path / "source", family)
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
+    rows = [{"prompt": text} for text in ("ab", "cde", "fgh", "ij")]
+    run = trainer(tmp_path / "out", model=str(source), rows=rows, settings=settings)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    tokens = torch.randint(3, 38, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    policy = run._policy
+    policy.module.eval()
+    expected = policy.logits(tokens, mask)
+    assert not torch.equal(expected, load_policy(source).logits(tokens, mask))
+    for folder in (tmp_path / "out/checkpoint-1", tmp_path / "saved"):
+        reopened = load_policy(folder)
+        assert torch.equal(reopened.logits(tokens, mask), expected)
+        assert (reopened.spec.attention, reopened.spec.shift, reopened.spec.block_size) == (
+            policy.spec.attention,
+            policy.spec.shift,
+            policy.spec.block_size,
+        )
+    config = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "saved")]
+    assert config[0]["architectures"] == config[1]["architectures"]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bert"])
+def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
+    source = checkpoint(tmp_path / "source", family)
+    names = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
+    rows = [{"prompt": text} for text in ("ab", "cde", "fgh", "ij")]
+    lora = LoraConfig(r=4, target_modules=names, init_lora_weights="gaussian")
+    run = trainer(tmp_path / "out", model=str(source), rows=rows, settings=settings, peft_config=lora)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    tokens = torch.randint(3, 38, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    run._policy.module.eval()
+    expected = run._policy.logits(tokens, mask)
+    for folder in (tmp_path / "out/checkpoint-1", tmp_path / "saved"):
+        torch.testing.assert_close(load_policy(folder).logits(tokens, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
+    settings = {"loss_type": "sapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True}
+    with pytest.raises(ValueError, match="has no use for") as refused:
+        trainer(tmp_path, settings=settings, tools=[print], peft_config=LoraConfig(lora_dropout=0.1))
+    for part in (
+        "loss_type='sapo'",
+        "entropy_coef=0.1",
+        "top_entropy_quantile=0.5",
+        "min_p=0.1",
+        "fp16=True",
+        "tools",
+        "lora_dropout=0.1",
+    ):
+        assert part in str(refused.value)
+
+
+def whitened(log_ratio, advantages, mask, sum_over_processes):
+    return log_ratio * sum_over_processes(advantages.sum())
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"sampler.max_new_tokens=3 is not GRPOConfig's \(4\)", {"sampler": Unmask(max_new_tokens=3)}),
+        (r"sampler.top_k=2 is not GRPOConfig's \(None\)", {"sampler": Unmask(max_new_tokens=4, top_k=2)}),
+        (r"sampler.temperature=0.5 is not", {"sampler": Unmask(max_new_tokens=4, temperature=0.5)}),
+        (
+            r"corrector=QaRL.*does not work by micro-batches of TRL; use grpo",
+            {"corrector": QaRL(), "rollout_quantization": Int8WeightOnly()},
+        ),
+        (r"loss=.*does not work by micro-batches", {"loss": whitened}),
+        (r"two objectives", {"corrector": TBPO(), "loss": GSPO()}),
+        (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
+        (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(tmp_path, message, arguments):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("version", ["1.7.1", "1.17.0", "2.0.0", "0.29.0"])
+def test_a_trl_that_was_not_tried_is_refused(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(ours.trl, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"TRL {version} was not tried; install TRL 1.8 to 1.16"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ours.OVERRIDDEN)
+def test_a_trl_with_other_methods_is_refused(tmp_path, monkeypatch, name):
+    def other(self, batch):
+        raise AssertionError
+
+    monkeypatch.setattr(ours.GRPOTrainer, name, other)
+    with pytest.raises(RuntimeError, match=rf"GRPOTrainer.{name}\('self', 'batch'\) should be {name}"):
+        trainer(tmp_path)
+
+
+def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    monkeypatch.setattr(
+        ours.GRPOTrainer, "compute_loss", lambda self, model, inputs, **_: torch.zeros(()).requires_grad_()
+    )
+    with pytest.raises(RuntimeError, match="did not call _compute_loss"):
+        run.train()
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "trl-trainer.md"
+
+
+def test_the_script_of_the_page_runs_and_keeps_the_best_model(tmp_path, monkeypatch):
+    """TRL's own features: two rewards, one of them async, a callback, a tracker, evaluations, the best model, LoRA."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    diff = re.search(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].splitlines()
+    assert [sum(line.startswith(sign) for line in diff) for sign in "-+"] == [2, 2]
+    source = "\n".join(line[2:] for line in diff if not line.startswith("-"))
+    checkpoint(tmp_path / "SDAR", "sdar")
+    rows = [{"prompt": text} for text in ("ab", "c1e", "fgh", "9j", "k", "lmn", "3p", "q")]
+    script = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:4])}
+    tracker = "wandb" if importlib.util.find_spec("wandb") else "none"
+    source = source.replace('report_to="wandb"', f'report_to="{tracker}", use_cpu=True, bf16=False')
+    exec(compile(source, "script.py", "exec"), script)
+    run = script["trainer"]
+    assert script["seen"] and run.state.best_model_checkpoint is not None
+    history = run.state.log_history
+    assert any("eval_rewards/digits/mean" in log and "eval_rewards/length/mean" in log for log in history)
+    assert any("eval_reward" in log for log in history)
+    load_policy(tmp_path / "sums" / "best")
