@@ -1,9 +1,8 @@
 """TRL's `GRPOTrainer` for masked diffusion language models: `DiffusionGRPOTrainer`.
 
-TRL draws prompts, calls the rewards, computes advantages, and runs the optimizer, callbacks and checkpoints. Everything
-between is this library's step: the sampler, scoring (`step.score`), the corrector (`step.correct`), the loss and its
-gradient (`step.update.forward_backward`). A row of TRL's batch carries the number of its row in the rollout, which TRL
-shuffles and splits with its tensors, so that steps, masks and weights stay with their rows.
+TRL draws prompts, calls the rewards, computes advantages, and runs the optimizer, callbacks and checkpoints; between,
+this library takes its own step. A row of TRL's batch carries its number in the rollout, which TRL shuffles and splits
+with its tensors, so that steps, masks and weights stay with their rows.
 """
 
 import copy
@@ -22,7 +21,6 @@ from transformers import GenerationConfig
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, Loss
-from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import grpo_recipe, wrap_model
@@ -33,13 +31,12 @@ from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.step.context import StepContext
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
+from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
 
 try:
@@ -65,19 +62,17 @@ UNUSED_FIELDS = (
     *("cast_lm_head_to_fp32", "router_aux_loss_coef", "fp16", "deepspeed", "fsdp", "auto_find_batch_size"),
 )
 UNUSED_ARGUMENTS = ("tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes")
+SAME_FIELDS = ("num_generations", "num_iterations", "beta", "seed", "bf16", "gradient_checkpointing")  # as a Recipe's
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
-NO_ROWS = [{"prompt": ""}] * 2  # of the recipe's task, which nothing reads: TRL draws prompts and grades
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
     """GRPO of a masked diffusion language model in TRL's trainer.
 
-    Use it if you have a script for `trl.GRPOTrainer`; use `grpo` otherwise (docs/trl-trainer.md compares them). The
-    module stays in eval mode, without dropout, in all forwards.
+    Use it if you have a script for `trl.GRPOTrainer`; use `grpo` otherwise. Forwards have no dropout.
 
     Args:
-        model: A checkpoint's folder or hub id, a transformers model (with processing_class), or a policy, which is
-            trained in place.
+        model: A checkpoint's folder or hub id, a transformers model, or a policy, which is trained in place.
         reward_funcs: As in GRPOTrainer.
         args: GRPOConfig. max_completion_length, temperature, top_k and top_p are the sampler's; loss_type, epsilon and
             delta choose the loss as in `grpo`.
@@ -127,9 +122,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         apply_compute_settings(recipe, policy)
         self._policy, self._recipe = policy, recipe
         reference = copied(policy) if recipe.beta and trainer_arguments.get("peft_config") is None else None
-        self._generated: tuple[Rollout, int] | None = None  # of the generation batch in progress, and its number
-        self._num_eval_batches = 0
-        self._has_loss = False
+        self._generated: tuple[Rollout, int, int]  # of the batch in progress, its number, its completions per prompt
+        self._num_eval_batches, self._has_loss = 0, False
         module = policy.module
         if getattr(module, "generation_config", None) is None:  # TRL writes to it
             module.generation_config = GenerationConfig(eos_token_id=list(policy.spec.eos_ids))
@@ -142,14 +136,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             reference.module.to(self.accelerator.device).requires_grad_(False)
         elif recipe.beta:
             reference = without_adapters(policy, self.accelerator.unwrap_model(self.model))
-        self._context = StepContext(
-            settings=step_settings(recipe),
-            accelerator=self.accelerator,
-            policy=policy,
-            rollout_policy=policy,
-            reference=reference,
-            history=RewardHistory(len(recipe.task)),
-        )
+        policies = {"policy": policy, "rollout_policy": policy, "reference": reference}
+        self._context = make_step(recipe, accelerator=self.accelerator, **policies)
+        self._context.features = ()  # without load balancing, which moves rows to other processes
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as TRL does, with the same random numbers at each evaluation."""
@@ -162,45 +151,30 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         The checkpoints of a run have the stock class's layout, which a resume reads. `load_policy` opens both.
         """
         super().save_model(output_dir, _internal_call)
-        is_final = output_dir is None or not _internal_call
-        adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
-        if is_final and self.args.should_save and not adapted:
+        is_final = (output_dir is None or not _internal_call) and self.args.should_save
+        if is_final and not hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
             self._policy.save_pretrained(output_dir or self.args.output_dir)
 
     @contextmanager
-    def _arithmetic(self, *, learner: bool) -> Iterator[None]:
+    def _arithmetic(self) -> Iterator[None]:
         """Put the module into eval mode and set what the step's forwards need."""
         module = self._policy.module
         was_training = module.training
         module.eval()
         try:
-            with self._context.arithmetic(learner=learner):
+            with self._context.arithmetic(learner=True):
                 yield
         finally:
             module.train(was_training)
-
-    @property
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _log(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
-    def _sync(self) -> None:
-        """Give the policy that samples the learner's weights, if it has older ones."""
-        context = self._context
-        self._policy.weights_version = self.state.global_step
-        if self._recipe.rollout_quantization is None:
-            return
-        if context.rollout_policy is self._policy:
-            context.rollout_policy = RolloutCopy(recipe=self._recipe).load(self._policy)
-        elif context.rollout_policy.weights_version != self.state.global_step:
-            self._log("train", sync_weights(self._policy, context.rollout_policy))
-
     def _sample(self, prompts: list) -> dict[str, Any]:
         """Complete the prompts of this process, one row each."""
-        is_training, policy = self.model.training, self._policy
+        is_training, policy, context = self.model.training, self._policy, self._context
+        policy.weights_version = self.state.global_step
         if is_training:  # a function of the global step, so that a resumed run draws the same numbers
             accumulation = self.args.gradient_accumulation_steps
             number = self.state.global_step * accumulation + self._step % accumulation
@@ -209,44 +183,41 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             number = -self._num_eval_batches
         first_row = self.accelerator.process_index * len(prompts)
         rows = first_row + torch.arange(len(prompts))
-        group = rows // self._group_size
+        size = self.num_generations if is_training else self.num_generations_eval
+        group = rows // size
         ids = [prompt_ids(policy, prompts[row]) for row in starts_group(group).nonzero()[:, 0].tolist()]
         sizes = group_sizes(group)
         key = (self.args.seed, "rollout" if is_training else "evaluation", number)
         seeds = row_seeds(generator_for(*key), first_row + len(prompts))[first_row:]  # those of any number of processes
         batch = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=sizes, seeds=seeds.tolist())
-        with torch.no_grad(), self._arithmetic(learner=False):
-            self._sync()
-            rollout = self._recipe.sampler(self._context.rollout_policy, batch, generator_for(*key))
+        with torch.no_grad(), self._arithmetic():
+            if self._recipe.rollout_quantization is not None and context.rollout_policy is policy:
+                context.rollout_policy = RolloutCopy(recipe=self._recipe).load(policy)
+            elif context.rollout_policy.weights_version != policy.weights_version:
+                self._log("train", sync_weights(policy, context.rollout_policy))
+            rollout = self._recipe.sampler(context.rollout_policy, batch, generator_for(*key))
         if not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
-                f"the rollout's logits are not finite at step {self.state.global_step}: the weights have diverged; use "
-                f"a learning_rate below {self.args.learning_rate:g}, or an earlier checkpoint"
+                f"the rollout's logits are not finite at step {self.state.global_step}; use a "
+                f"learning_rate below {self.args.learning_rate:g}, or an earlier checkpoint"
             )
-        self._generated = replace(rollout, batch_row=rows.to(rollout.tokens.device)), number
+        self._generated = replace(rollout, batch_row=rows.to(rollout.tokens.device)), number, size
         end = [policy.tokenizer.eos_token_id]  # TRL's, whichever of the model's end tokens it was
-        completions = []
-        for row_ids in completion_token_ids(rollout):
-            answer = before_end(policy, row_ids)
-            completions.append(answer + end if len(answer) < len(row_ids) else answer)
-        prompt_of_row = [ids[number] for number, size in enumerate(sizes) for _ in range(size)]
+        answers = [(before_end(policy, row), row) for row in completion_token_ids(rollout)]
+        completions = [answer + end if len(answer) < len(row) else answer for answer, row in answers]
+        prompt_of_row = [row for row, repeats in zip(ids, sizes, strict=True) for _ in range(repeats)]
         return {"prompt_ids": prompt_of_row, "completion_ids": completions, "logprobs": None}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        output = super()._generate_and_score_completions(inputs)  # calls `sample`
-        assert self._generated is not None, "TRL has called rollout_func"
-        rollout, number = self._generated
-        self._generated = None
+        output = super()._generate_and_score_completions(inputs)  # calls `_sample`
+        rollout, number, size = self._generated
         counts = (len(rollout.tokens),) * self.accelerator.num_processes
         (advantages,) = gather_on_host([output["advantages"]], self.accelerator, counts)
-        group = torch.arange(len(advantages)) // self._group_size
-        rewards, metric_weights = (
-            advantages,
-            torch.ones(len(advantages), dtype=torch.double),
-        )  # scoring reads no rewards
-        samples = Samples(rollout, group, rewards, advantages, metric_weights, counts, batch_number=number)
-        with self._arithmetic(learner=True):
+        group = torch.arange(len(advantages)) // size
+        weights = torch.ones(len(advantages), dtype=torch.double)  # scoring sets them, and reads no rewards
+        samples = Samples(rollout, group, advantages, advantages, weights, counts, batch_number=number)
+        with self._arithmetic():
             scored = score_samples(self._context, samples, number)
             batches, metrics = make_batches(self._context, scored)
         self._log(mode, metrics)
@@ -270,7 +241,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 return recipe.policy_loss(batch.old_logprobs, batch)[0]
         update = self._step // steps % self.num_iterations
         batch = rows_of(batches[update % len(batches)], rows, self.current_gradient_accumulation_steps / steps)
-        with self._arithmetic(learner=True):
+        with self._arithmetic():
             view_logprobs = batch.old_view_logprobs
             if batch.rollout.weights_version != self.state.global_step:  # an update since the rows were scored
                 view_logprobs = recipe.likelihood.view_logprobs(self._policy, batch.rollout, batch.views)
@@ -311,19 +282,14 @@ def make_recipe(policy: Policy, args: Any, **choices: Any) -> Recipe:
         choices["loss_type"] = args.loss_type
     return grpo_recipe(
         policy,
-        NO_ROWS,
+        [{"prompt": ""}] * 2,  # nothing reads the recipe's task: TRL draws prompts and grades
         lambda completions: [0.0] * len(completions),
         preset="none",
         sampler_options=drawing if sampler is None else None,
-        num_generations=args.num_generations,
-        num_iterations=args.num_iterations,
         micro_batch_size=args.per_device_train_batch_size,
         max_retained_graphs=0,
-        beta=args.beta,
         kl=K3(bias_correction=args.use_bias_correction_kl),
-        seed=args.seed,
-        bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
+        **{name: getattr(args, name) for name in SAME_FIELDS},
         **choices,
     )
 
@@ -335,8 +301,7 @@ def without_adapters(policy: Policy, model: Any) -> Policy:
         with model.disable_adapter():
             return function(*args, **kwargs)
 
-    reference = copy.copy(policy)
-    spec = policy.spec
+    reference, spec = copy.copy(policy), policy.spec
     reference.spec = replace(spec, encode=partial(call, spec.encode), head=partial(call, spec.head))
     return reference
 
@@ -357,18 +322,14 @@ def rows_of(batch: Batch, rows: Int[Tensor, " R"], share: float = 1.0) -> Batch:
 
 def check_trl() -> None:
     """Raise RuntimeError for a TRL that was not tried, or whose methods changed: it would train causal log-probs."""
-    version = tuple(map(int, trl.__version__.split(".")[:2]))
-    oldest, newest = (".".join(map(str, number)) for number in VERSIONS)
-    if not VERSIONS[0] <= version <= VERSIONS[1]:
-        raise RuntimeError(f"TRL {trl.__version__} was not tried; install TRL {oldest} to {newest}")
+    found = tuple(map(int, trl.__version__.split(".")[:2]))
+    problem = "" if VERSIONS[0] <= found <= VERSIONS[1] else " was not tried"
     for name, expected in OVERRIDDEN.items():
-        method = getattr(GRPOTrainer, name, None)
-        found = () if method is None else tuple(inspect.signature(method).parameters)[: len(expected)]
-        if found != expected:
-            raise RuntimeError(
-                f"TRL {trl.__version__}: GRPOTrainer.{name}{found} should be {name}{expected}; install TRL {oldest} to "
-                f"{newest}"
-            )
+        parameters = tuple(inspect.signature(getattr(GRPOTrainer, name, lambda: None)).parameters)[: len(expected)]
+        if parameters != expected:
+            problem = problem or f": GRPOTrainer.{name}{parameters} should be {name}{expected}"
+    if problem:
+        raise RuntimeError(f"TRL {trl.__version__}{problem}; install TRL {'{}.{} to {}.{}'.format(*sum(VERSIONS, ()))}")
 
 
 def check_unused(args: Any, trainer_arguments: dict[str, Any]) -> None:
@@ -378,13 +339,10 @@ def check_unused(args: Any, trainer_arguments: dict[str, Any]) -> None:
     refused = [f"{name}={x!r}" for name, x in values.items() if x != defaults[name] and (x or defaults[name])]
     refused += [name for name in UNUSED_ARGUMENTS if trainer_arguments.get(name) is not None]
     if args.loss_type not in LOSS_TYPES:
-        refused.append(
-            f"loss_type={args.loss_type!r} (not one of {', '.join(LOSS_TYPES)}; pass loss=, as loss=CISPO())"
-        )
+        refused.append(f"loss_type={args.loss_type!r} (it is {', '.join(LOSS_TYPES)}; others: loss=CISPO() ...)")
     if others := set(args.model_init_kwargs or {}) - {"dtype"}:
         refused.append(f"model_init_kwargs {sorted(others)} (only dtype)")
-    dropout = getattr(trainer_arguments.get("peft_config"), "lora_dropout", 0.0)
-    if dropout:
+    if dropout := getattr(trainer_arguments.get("peft_config"), "lora_dropout", 0.0):
         refused.append(f"lora_dropout={dropout} (forwards have no dropout; set it to 0)")
     if refused:
         raise ValueError(f"DiffusionGRPOTrainer has no use for {'; '.join(refused)}; leave them out")

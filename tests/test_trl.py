@@ -169,7 +169,7 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("trls", "own"),
     [
-        ({"beta": 0.1}, {"beta": 0.1}),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, {"beta": 0.1, "kl": K3(bias_correction=True)}),
         ({"beta": 0.1, "use_bias_correction_kl": False}, {"beta": 0.1, "kl": K3()}),
         ({"loss_type": "grpo"}, {"loss_reduction": SequenceMean()}),
         ({"loss_type": "dr_grpo"}, {"loss_reduction": FixedLengthMean(length=4)}),
@@ -180,9 +180,6 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
 @pytest.mark.parametrize("lora", [False, True])
 def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
-    own = ({"kl": K3(bias_correction=True)} if "beta" in own else {}) | own
-    if "kl" in own and trls.get("use_bias_correction_kl") is False:
-        own["kl"] = K3()
     result, gradients = learner(run, likelihood=Trajectory(), **own)
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
     assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
@@ -369,6 +366,14 @@ def test_a_trl_with_other_methods_is_refused(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(ours.GRPOTrainer, name, other)
     with pytest.raises(RuntimeError, match=rf"GRPOTrainer.{name}\('self', 'batch'\) should be {name}"):
+        trainer(tmp_path)
+
+
+def test_a_trl_without_a_method_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(ours.GRPOTrainer, "_compute_loss")
+    with pytest.raises(
+        RuntimeError, match=r"GRPOTrainer._compute_loss\(\) should be _compute_loss\('self', 'model', 'inputs'"
+    ):
         trainer(tmp_path)
 
 
