@@ -303,16 +303,9 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
         )
     tokenizer = policy.tokenizer
     symbols = _symbols(tokenizer)
-    parts = [(text if symbols is None else " ".join(filter(str.strip, symbols.split(text))), special)]
-    if not special and not getattr(tokenizer, "is_fast", True):
-        # A tokenizer written in Python splits its other unsplittable tokens too, if it splits special tokens: ESM's
-        # residues would become <unk>. Only the special tokens' own texts are split.
-        split = re.split(f"({_any_of(special_texts(tokenizer)).pattern})", parts[0][0])
-        parts = [(part, i % 2 == 0) for i, part in enumerate(split)]
-    ids: list[int] = []
+    written = text if symbols is None else " ".join(filter(str.strip, symbols.split(text)))
     try:
-        for part, keeps_special in parts:
-            ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=not keeps_special)
+        ids: list[int] = tokenizer.encode(written, add_special_tokens=False, split_special_tokens=not special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -372,24 +365,6 @@ def text_of(policy: Policy, ids: Sequence[int]) -> str:
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches each of the texts; without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def suppressed_ids(policy: Policy, suppress: Sequence[int | str]) -> tuple[int, ...]:
-    """Return the ids of a sampler's `suppress`, whose tokens are ids or texts of the vocabulary.
-
-    Raises:
-        ValueError: A text is not a token of the vocabulary.
-    """
-    if not any(isinstance(token, str) for token in suppress):
-        return tuple(map(int, suppress))
-    vocabulary = policy.tokenizer.get_vocab()
-    for token in suppress:
-        if isinstance(token, str) and token not in vocabulary:
-            raise ValueError(
-                f"suppress={token!r} is not a token of the vocabulary; give the text "
-                "that tokenizer.get_vocab() has, or the id"
-            )
-    return tuple(int(vocabulary.get(token, token)) for token in suppress)
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:

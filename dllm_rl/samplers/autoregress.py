@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.decoding.support import filter_support, make_filter_support
-from dllm_rl.decoding.tokens import NEEDS_TOKEN, suppressed_ids
+from dllm_rl.decoding.tokens import NEEDS_TOKEN
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.records import option
@@ -69,8 +69,8 @@ class Autoregress(Sampler):
             row = int(has_token.long().argmin())
             raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
         mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
-        suppress = suppressed_ids(policy, self.suppress) + (() if mask_id is None else (mask_id,))
-        check_fits(policy, prompts, self.max_new_tokens, suppress)
+        suppressed = self.suppress if mask_id is None else (*self.suppress, mask_id)
+        suppress = check_fits(policy, prompts, self.max_new_tokens, suppressed)
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
         device = policy.device
         num_rows = len(prompts.tokens)

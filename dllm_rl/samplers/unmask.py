@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from dllm_rl.decoding.tokens import suppressed_ids
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
@@ -124,9 +123,8 @@ class Unmask(Sampler):
         spec = policy.spec
         block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
         assert spec.mask_id is not None, "a diffusion model has a mask token"
-        suppress = (*suppressed_ids(policy, self.suppress), spec.mask_id)
+        suppress = check_fits(policy, prompts, self.max_new_tokens, (*self.suppress, spec.mask_id))
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
-        check_fits(policy, prompts, self.max_new_tokens, suppress)
         if prompts.infill_mask is None:
             check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
         else:
@@ -298,10 +296,13 @@ def _check_infilling(
         raise ValueError(f"max_new_tokens=0, and row {complete_rows[0]} has no open position: there is nothing to fill")
 
 
-def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: tuple[int, ...] = ()) -> None:
-    """Raise ValueError if the longest completion does not fit in the model, or `suppress` in its vocabulary.
+def check_fits(
+    policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: tuple[int | str, ...] = ()
+) -> tuple[int, ...]:
+    """Return the ids of `suppress`, whose tokens are ids or texts of the vocabulary.
 
-    Suppressed ids must be in the vocabulary, and leave a token to sample.
+    Raise ValueError if the longest completion does not fit in the model, if `suppress` has a token that the vocabulary
+    lacks, or if it leaves no token to sample.
     """
     longest = int(prompts.attention_mask.sum(-1).max())
     limit = policy.spec.max_length
@@ -311,10 +312,16 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: 
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
             f"positions; {advice} shorter prompts (a recipe's max_prompt_length)"
         )
-    unknown = sorted(token for token in suppress if not 0 <= token < policy.vocab_size)
-    if unknown:
-        raise ValueError(f"suppress={unknown[0]} is not one of the {policy.vocab_size} token ids; leave it out")
-    if len(set(suppress)) == policy.vocab_size:
+    vocabulary = policy.tokenizer.get_vocab() if str in map(type, suppress) else {}
+    ids = []
+    for token in suppress:
+        number = vocabulary.get(token, -1) if isinstance(token, str) else int(token)
+        if not 0 <= number < policy.vocab_size:
+            texts = " or their texts" if isinstance(token, str) else ""
+            raise ValueError(f"suppress={token!r} is not one of the {policy.vocab_size} token ids{texts}; leave it out")
+        ids.append(number)
+    if len(set(ids)) == policy.vocab_size:
         raise ValueError(
             f"suppress and the mask token exclude all {policy.vocab_size} tokens; remove one from suppress"
         )
+    return tuple(ids)

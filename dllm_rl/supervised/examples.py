@@ -46,7 +46,7 @@ def read_examples(
     Raises:
         ValueError: A row is invalid, or all rows are too long.
     """
-    longest = max_length(recipe, policy)
+    longest = most_tokens(recipe.max_length, policy)
     for setting, reason in NOT_FOR_DENOISING.items() if policy.spec.attention == "encoder_decoder" else ():
         if value := getattr(recipe, setting):
             raise ValueError(f"{setting}={value} is not for {policy.spec.name!r}: {reason}; leave it out")
@@ -66,14 +66,12 @@ def read_examples(
     return examples
 
 
-def max_length(recipe: SFT, policy: Policy) -> int:
-    """Return the most tokens of a row. Raises ValueError if the recipe's number is above the model's positions."""
+def most_tokens(max_length: int | None, policy: Policy) -> int:
+    """Return the most tokens of a row. Raises ValueError if `max_length` is above the model's positions."""
     positions = policy.spec.max_length
-    if recipe.max_length is None:
-        return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
-    if positions is not None and recipe.max_length > positions:
-        raise ValueError(f"max_length={recipe.max_length} is more than the model's {positions} positions; lower it")
-    return recipe.max_length
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ValueError(f"max_length={max_length} is more than the model's {positions} positions; lower it")
+    return max_length or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
 
 
 def prompt_and_answer(policy: Policy, item: Example) -> tuple[list[int], list[int]]:

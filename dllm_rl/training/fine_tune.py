@@ -17,7 +17,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.lora import add_lora
 from dllm_rl.rng import generator_for
-from dllm_rl.supervised.examples import Example, max_length, read_examples
+from dllm_rl.supervised.examples import Example, most_tokens, read_examples
 from dllm_rl.supervised.loss import check_packing
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
@@ -172,7 +172,7 @@ def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
         processes=run.accelerator,
         micro_batch_size=recipe.micro_batch_size,
         corruption=recipe.corruption,
-        packed_length=max_length(recipe, run.policy) if recipe.packing else None,
+        packed_length=most_tokens(recipe.max_length, run.policy) if recipe.packing else None,
         bf16=recipe.bf16,
         max_grad_norm=recipe.max_grad_norm,
         stage=run.log.stage,
