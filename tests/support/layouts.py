@@ -378,7 +378,11 @@ def stock(directory: Path, family: str) -> Path:
             transformers.EsmForMaskedLM,
             {"mask_token_id": MASK, "position_embedding_type": "rotary", "token_dropout": True},
         ),
-        "esm1b": (transformers.EsmForMaskedLM, {"mask_token_id": MASK, "emb_layer_norm_before": True}),
+        "esm1b": (
+            transformers.EsmForMaskedLM,
+            {"mask_token_id": MASK, "emb_layer_norm_before": True, "token_dropout": True},
+        ),
+        "esm_plain": (transformers.EsmForMaskedLM, {"mask_token_id": MASK, "emb_layer_norm_before": True}),
         "modernbert": (
             transformers.ModernBertForMaskedLM,
             {"cls_token_id": 2, "sep_token_id": 2, "local_attention": 8},
@@ -401,7 +405,7 @@ def stock(directory: Path, family: str) -> Path:
     return write(directory, config, {k: v.clone() for k, v in state.items()}, mask=cls.__name__.endswith("MaskedLM"))
 
 
-STOCK = ("bert", "roberta", "esm2", "esm1b", "modernbert", "llama", "qwen3", "smollm2")
+STOCK = ("bert", "roberta", "esm2", "esm1b", "esm_plain", "modernbert", "llama", "qwen3", "smollm2")
 
 
 def checkpoint(directory: Path, family: str) -> Path:

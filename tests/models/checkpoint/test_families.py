@@ -141,6 +141,7 @@ def aliases(family: str) -> set[str]:
         "roberta": {"lm_head.decoder.weight", "lm_head.decoder.bias"},
         "esm2": {"lm_head.decoder.weight"},
         "esm1b": {"lm_head.decoder.weight"},
+        "esm_plain": {"lm_head.decoder.weight"},
         "modernbert": {"decoder.weight"},
     }.get(family, set())
 
@@ -166,6 +167,7 @@ def aliases(family: str) -> set[str]:
         ("roberta", "full", False, None),
         ("esm2", "full", False, None),
         ("esm1b", "full", False, None),
+        ("esm_plain", "full", False, None),
         ("modernbert", "full", False, None),
         ("llama", "causal", True, None),
         ("qwen3", "causal", True, None),
@@ -177,7 +179,9 @@ def test_what_a_family_is(policies, family, attention, shift, block):
     assert (policy.spec.attention, policy.spec.shift, policy.spec.block_size) == (attention, shift, block)
     assert policy.spec.mask_id == (None if attention == "causal" else MASK)
     assert policy.spec.eos_ids == (2,)
-    assert policy.spec.max_length == {"roberta": 62, "esm2": 62, "esm1b": 62, "llada2": 128}.get(family, 64)
+    assert policy.spec.max_length == {"roberta": 62, "esm2": 62, "esm1b": 62, "esm_plain": 62, "llada2": 128}.get(
+        family, 64
+    )
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -239,7 +243,7 @@ def test_a_shifted_head_is_hidden(policies, family):
     torch.testing.assert_close(got[:, 0], raw[:, 0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llada", "bert", "roberta", "esm2", "esm1b", "modernbert"])
+@pytest.mark.parametrize("family", ["llada", "bert", "roberta", "esm2", "esm1b", "esm_plain", "modernbert"])
 def test_an_unshifted_head_is_the_modules(policies, family):
     policy, tokens = policies(family), ids(9)
     got = policy.logits(tokens, ones(tokens))
@@ -250,7 +254,7 @@ def test_an_unshifted_head_is_the_modules(policies, family):
 
 
 @pytest.mark.parametrize("num_masks", [0, 1, 5, 8])
-@pytest.mark.parametrize("family", ["bert", "esm2", "esm1b"])
+@pytest.mark.parametrize("family", ["bert", "esm2", "esm1b", "esm_plain"])
 def test_masked_logits_are_those_of_transformers(policies, family, num_masks):
     """Also with padding, which ESM's scale of the visible tokens leaves out."""
     policy, tokens = policies(family), ids(9)
