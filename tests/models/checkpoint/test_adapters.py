@@ -499,3 +499,25 @@ def test_dropout_with_an_aligned_forward_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges adapters; set it to 0"):
         recipe(tmp_path, "run", **dropped, rollout_quantization=int3_emulated)
     recipe(tmp_path, "run", **dropped, rollout_quantization=None)  # nothing is quantized, nothing merged
+
+
+@pytest.mark.parametrize("family", ["llada", "llada2", "dream", "sdar", "nemotron", "llada_moe"])
+def test_what_peft_saves_of_the_stock_module_is_read(tmp_path, family):
+    """Its adapters have the stock class's names, and not the original checkpoint's."""
+    peft = pytest.importorskip("peft")
+    source = checkpoint(tmp_path / "source", family)
+    policy = load_policy(source)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights="gaussian")
+    model = peft.get_peft_model(policy.module, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "adapter")
+    opened = load_policy(source)
+    load_adapter(opened, tmp_path / "adapter")
+    tokens = torch.randint(3, 38, (2, 9), generator=generator)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    expected = policy.logits(tokens, mask)
+    assert not torch.allclose(load_policy(source).logits(tokens, mask), expected, atol=1e-3)
+    torch.testing.assert_close(opened.logits(tokens, mask), expected, rtol=1e-4, atol=1e-5)
