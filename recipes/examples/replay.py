@@ -4,6 +4,8 @@ A bounded store holds the completions whose reward was above their group's mean.
 them to its samples. A replayed row keeps the log-probs of the weights that sampled it, so that the corrector sees how
 far the learner has moved since. Every process has the whole store and takes its share of the drawn rows.
 
+The setting `replay=Replay(...)` is another method: it trains on right answers by supervised updates, without ratios.
+
 python -m recipes.examples.replay
 """
 
