@@ -64,7 +64,7 @@ class Spy:
 
 def store_of(size, **settings):
     store = ReplayStore(Replay(min_reward=1.0, **settings))
-    empty = torch.zeros(0)
+    empty = torch.zeros(0, dtype=torch.long)
     store.answers = [Answer(Example(empty, empty.bool()), step) for step in range(size)]
     return store
 
