@@ -378,7 +378,10 @@ def rank_and_draw(
         return rank(**inputs).float().clamp(min=LOWEST_SCORE), None
     params, mask_id = sampling_params, policy.spec.mask_id
     is_untempered = params.temperature in (0, 1) and not params.filters
-    slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
+    slab_elements = SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"])
+    if kept:
+        slab_elements //= 2  # because a slab of them is copied
+    slab_rows = max(1, slab_elements // policy.vocab_size)
     if token_uniforms is not None:
         inputs["token_uniforms"] = token_uniforms
     computed = kept[0] if kept else None
