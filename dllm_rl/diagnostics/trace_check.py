@@ -275,7 +275,7 @@ def _worse_choices(
             if states is None:
                 continue
             scores = torch.full(left_masked.shape, torch.nan, device=policy.device).flatten()
-            written_scores, _ = rank_and_draw(policy, states.states, part.sampling_params, rank)
+            written_scores, _ = rank_and_draw(policy, states.states, part.sampling_params, (rank, rank.reads))
             assert written_scores is not None, "there is a rank"
             scores[states.plan.flat_index] = written_scores
             scores = scores.view(left_masked.shape)

@@ -373,8 +373,10 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     counts = Counter[str]()
     finite: FiniteFlags = {}
     learner = policy.module
-    is_merged = has_adapted_or_low_bit(learner)
-    own_tensors = merged_tensors(learner) if is_merged else chain(learner.named_parameters(), learner.named_buffers())
+    parameters = dict(learner.named_parameters())
+    # No frozen base, as of adapters or low-bit weights, and no adapters that are trained with their base.
+    is_plain = all(p.requires_grad and ".base_layer." not in name for name, p in parameters.items())
+    own_tensors = chain(parameters.items(), learner.named_buffers()) if is_plain else merged_tensors(learner)
     for name, value in own_tensors:
         layer_name = name.removesuffix(".weight")
         layer = layers.get(layer_name)

@@ -133,8 +133,8 @@ def _rollout(
 ) -> Rollout:
     """Build the rollout from the draws of each step, and the rows that were unfinished in it."""
     is_drawn = torch.stack([is_unfinished for _, is_unfinished in steps], dim=1)
-    fields = zip(*(drawn.tensors() for drawn, _ in steps), strict=True)
-    drawn = Drawn(*(torch.stack(field_of_steps, dim=1) for field_of_steps in fields))
+    fields = zip(*(drawn for drawn, _ in steps), strict=True)
+    drawn = Drawn._make(None if values[0] is None else torch.stack(values, dim=1) for values in fields)
     tokens = torch.where(is_drawn, drawn.tokens, policy.pad_id)
     prompt_tokens = prompts.tokens.to(policy.device)
     prompt_width = prompt_tokens.shape[1]

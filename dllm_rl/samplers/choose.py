@@ -72,9 +72,6 @@ class Drawn(NamedTuple):
     log_mass: Float[Tensor, " K"] | None = None
     support: Int[Tensor, "K C"] | None = None
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(values for values in self if values is not None)
-
 
 class StepSampler:
     """Sampler of one denoising step. A call ranks the positions, commits some and draws their tokens.
@@ -164,7 +161,7 @@ class StepSampler:
         draws_first = self.draws_first or step is None
         first_uniforms = (rank_uniforms, token_uniforms if draws_first else None)
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
-        scores, drawn = rank_and_draw(policy, hidden, params, self.rank, first_uniforms, self.rank_reads, kept)
+        scores, drawn = rank_and_draw(policy, hidden, params, (self.rank, self.rank_reads), first_uniforms, kept)
         assert scores is not None, "there is a rank"
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
@@ -192,7 +189,7 @@ class StepSampler:
             _, drawn = rank_and_draw(policy, states, params, uniforms=(None, token_uniforms[places]), kept=kept)
             assert drawn is not None
         else:
-            drawn = Drawn(*(values[places] for values in drawn.tensors()))
+            drawn = Drawn._make(None if values is None else values[places] for values in drawn)
         if decision.remasked is not None:
             self.canvas.remask(*(x[decision.remasked] for x in (at.canvas_row, at.offset, at.row_steps)))
         put(written.tokens, rows, at.column[places], drawn.tokens, keep)
@@ -347,9 +344,8 @@ def rank_and_draw(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
     sampling_params: SamplingParams,
-    rank: Rank | None = None,
+    rank_and_reads: tuple[Rank | None, frozenset[str]] = (None, frozenset()),
     uniforms: tuple[Tensor | None, Tensor | None] = (None, None),
-    reads: frozenset[str] | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
     """Score K positions, draw a token at each of them, or both.
@@ -360,18 +356,15 @@ def rank_and_draw(
         policy: Policy whose head is run.
         hidden: Hidden states of the positions, or their indices in `kept[0]`.
         sampling_params: Settings of the sampling distribution.
-        rank: Rank that scores. None (default): no scores.
+        rank_and_reads: Rank that scores, and its `reads`, which a compiled step cannot read. None (default): no scores.
         uniforms: Random numbers (K,) of the rank, and of the draw. None: no draw; the rank must not read tokens then.
-        reads: The rank's `reads`, read before a compiled step. None (default): they are read here.
         kept: Empty list, which receives the logits if they fit in one chunk; or a list with these logits, in place of
             the head. None (default): logits are not kept.
 
     Returns:
         The scores, at least LOWEST_SCORE, and the draws.
     """
-    rank_uniforms, token_uniforms = uniforms
-    if reads is None:
-        reads = frozenset() if rank is None else rank.reads
+    (rank, reads), (rank_uniforms, token_uniforms) = rank_and_reads, uniforms
     available = {"uniforms": rank_uniforms, "hidden": hidden}
     inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head
@@ -413,7 +406,7 @@ def rank_and_draw(
                     normalizer = draws.normalizer.logaddexp(mask_logits) if is_untempered else logits.logsumexp(-1)
                     draws = draws._replace(normalizer=normalizer)
                 given |= {"tokens": draws.tokens, "normalizer": draws.normalizer}
-                drawn = draws.tensors()
+                drawn = tuple(values for values in draws if values is not None)
             elif "normalizer" in reads:
                 given["normalizer"] = logits.logsumexp(-1)
             given["logits"] = logits
@@ -472,7 +465,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
         attention_mask = attention_mask & (rollout.first_step[first_rows] == 0)
     states = policy.hidden(tokens, attention_mask)[in_first_block]
     scores = torch.full(in_first_block.shape, -torch.inf, device=in_first_block.device)
-    first_scores, _ = rank_and_draw(policy, states, rollout.sampling_params, rank)
+    first_scores, _ = rank_and_draw(policy, states, rollout.sampling_params, (rank, rank.reads))
     assert first_scores is not None, "there is a rank"
     scores[in_first_block] = first_scores
     chosen = highest(scores, in_first_block, count=committed.sum(-1)) & in_first_block

@@ -67,11 +67,17 @@ def test_the_head_has_the_gradient_of_the_log_probability(policy, diffusion_step
 def weights_after(directory, stops):
     """The head after a run that ends and is resumed after these steps."""
     torch.nn.init.zeros_(head.weight)
-    small = {"sft_warmup_steps": 0, "train_batch_size": 2, "validation_task": None, "report_to": None}
-    small |= {"eval_task": replace(recipe.eval_task, size=8), "output_dir": directory, "save_steps": 1}
+    small = {"sft_warmup_steps": 0, "train_batch_size": 2, "report_to": None}
+    small |= {
+        "eval_task": replace(recipe.eval_task, size=8),
+        "eval_steps": 0,
+        "lr_schedule_steps": 4,
+        "output_dir": directory,
+        "save_steps": 1,
+    }
     for stop in stops:
         feature = LearnOrder(learning_rate=1.0)
-        train(replace(recipe, **small, num_steps=stop, resume="auto"), features=(feature,))
+        train(replace(recipe, **small, num_steps=stop, resume_from_checkpoint="latest"), features=(feature,))
         final = head.weight.detach().clone()
         torch.nn.init.zeros_(head.weight)  # a new process begins with zeros
     return final
