@@ -16,7 +16,6 @@ from datasets import Dataset
 from layouts import checkpoint
 from peft import LoraConfig
 from ranks import run_ranks
-from repetitions import slow
 from trl_runs import ROWS, Watched, trainer
 
 from dllm_rl import (
@@ -56,7 +55,7 @@ from dllm_rl.training.make_step import make_step
 LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
 CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]
 SCHEMES = [None, Int8WeightOnly(), Float8WeightOnly()]
-# Every pair of an estimator, a corrector and a scheme occurs; the other combinations run in the slow part.
+# Every pair of an estimator, a corrector and a scheme occurs; the other combinations run in the nightly part.
 CASES = [(a, b, c) for a in LIKELIHOODS for b in CORRECTORS for c in SCHEMES]
 FAST = [
     (a, b, c)
@@ -137,7 +136,8 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
-    ("likelihood", "corrector", "scheme"), [case if case in FAST else slow(*case) for case in CASES]
+    ("likelihood", "corrector", "scheme"),
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.nightly) for case in CASES],
 )
 def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
     run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
