@@ -342,7 +342,7 @@ class ConfidenceChange:
 
 def rank_and_draw(
     policy: Policy,
-    hidden: Float[Tensor, "K D"],
+    hidden: Float[Tensor, "K D"] | Int[Tensor, " K"],
     sampling_params: SamplingParams,
     rank_and_reads: tuple[Rank | None, frozenset[str]] = (None, frozenset()),
     uniforms: tuple[Tensor | None, Tensor | None] = (None, None),
