@@ -87,7 +87,7 @@ def rehearse(
             )
         compute_gradients(context, rollout)
         if recipe.replay is not None:
-            ReplayStore(recipe.replay).rehearse(context, rollout)
+            ReplayStore(recipe.replay, recipe.num_steps).rehearse(context, rollout)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem], reads_order=False), generator_for(*key))
         if recipe.on_save_error == "stop":

@@ -13,6 +13,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
+from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.supervised.examples import Example
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.types import Rollout
@@ -32,8 +33,9 @@ class Answer:
 class ReplayStore(StepFeature):
     """The right answers of all processes, the oldest first, equal in every process."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, num_steps: int) -> None:
         self.replay = replay
+        self.num_steps = num_steps  # of the run
         self.answers: list[Answer] = []  # those of the last complete step
         self.new_answers: list[Answer] = []
         self.step = 0
@@ -47,15 +49,18 @@ class ReplayStore(StepFeature):
         found = [Answer(example, step) for example in examples_of(samples.rollout.rows(right))]
         self.new_answers = gather_objects(found, context.accelerator)
         self.step = step
+        # Before the update: its schedule may be the user's function, and an error in it must lose no update.
+        self.update_settings = context.settings.update_settings(step)
         self.warn(context)
         return samples, {}
 
     def warn(self, context: StepContext) -> None:
         """Say once if no right answer was seen, or if the completions of a prompt are nearly all the same."""
-        if self.step + 1 == EMPTY_STEPS and not (self.answers or self.new_answers):
+        num_empty = min(EMPTY_STEPS, self.num_steps)
+        if self.step + 1 == num_empty and not (self.answers or self.new_answers):
             lacking = "" if context.settings.num_iterations else ", and with num_iterations=0 no weight has changed"
             context.log.say(
-                f"warning: replay: no completion of the first {EMPTY_STEPS} steps has a reward of at least "
+                f"warning: replay: no completion of the first {num_empty} steps has a reward of at least "
                 f"{self.replay.min_reward:g}{lacking}: lower replay.min_reward, or train with GRPO (or SFT) first"
             )
         distinct = context.log.last.get("completions/distinct_ratio")  # of the step before
@@ -79,10 +84,10 @@ class ReplayStore(StepFeature):
         if not visits:
             return
         optimizer.zero_grad(set_to_none=True)  # the policy gradient of this step
-        rate = settings.update_settings(self.step).learning_rate
+        rate = self.update_settings.learning_rate
         if replay.learning_rate is not None:
             rate *= replay.learning_rate / settings.learning_rate
-        trainer = self.trainer(context)
+        trainer = self.trainer(context, self.update_settings)
         for k, batch in enumerate(visits):
             torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             metrics = trainer.step(
@@ -110,15 +115,14 @@ class ReplayStore(StepFeature):
         drawn = torch.cat(passes)[:count] if passes else torch.zeros(0, dtype=torch.long)
         return [batch.tolist() for batch in drawn.split(replay.batch_size) if len(batch)]
 
-    def trainer(self, context: StepContext) -> SupervisedTrainer:
-        settings = context.settings
+    def trainer(self, context: StepContext, settings: UpdateSettings) -> SupervisedTrainer:
         return SupervisedTrainer(
             policy=context.policy,
             processes=context.accelerator,
             micro_batch_size=settings.micro_batch_size,
-            bf16=settings.bf16,
+            bf16=context.settings.bf16,
             like_rollouts=True,
-            max_grad_norm=settings.update_settings(self.step).max_grad_norm,
+            max_grad_norm=settings.max_grad_norm,
         )
 
     def rehearse(self, context: StepContext, rollout: Rollout) -> None:
@@ -126,7 +130,8 @@ class ReplayStore(StepFeature):
         count = -(-self.replay.batch_size // len(rollout.tokens))
         examples = (examples_of(rollout) * count)[: self.replay.batch_size]
         with context.arithmetic(learner=True):
-            self.trainer(context).add_gradients(examples, generator_for(context.settings.seed, "replay rehearsal"))
+            trainer = self.trainer(context, context.settings.update_settings(0))
+            trainer.add_gradients(examples, generator_for(context.settings.seed, "replay rehearsal"))
 
     def after_update(self, context: StepContext) -> dict[str, float]:
         return self.last_metrics

@@ -124,7 +124,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     teacher = reference if recipe.teacher == REFERENCE else teacher
     used_teacher = [] if teacher is None else [Teacher(recipe, teacher)]
     value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
-    replay_store = [] if recipe.replay is None else [ReplayStore(recipe.replay)]
+    replay_store = [] if recipe.replay is None else [ReplayStore(recipe.replay, recipe.num_steps)]
     step = make_step(
         recipe,
         accelerator=accelerator,

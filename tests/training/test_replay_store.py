@@ -63,7 +63,7 @@ class Spy:
 
 
 def store_of(size, **settings):
-    store = ReplayStore(Replay(min_reward=1.0, **settings))
+    store = ReplayStore(Replay(min_reward=1.0, **settings), num_steps=9)
     empty = torch.zeros(0, dtype=torch.long)
     store.answers = [Answer(Example(empty, empty.bool()), step) for step in range(size)]
     return store
@@ -144,13 +144,15 @@ def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch
 
 
 def test_rewards_that_are_lacking_or_too_low_are_not_right():
-    store = ReplayStore(Replay(min_reward=0.5))
+    store = ReplayStore(Replay(min_reward=0.5), num_steps=9)
     rollout = SimpleNamespace(rows=lambda keep: keep)
     made = []
     for rewards in ([float("nan"), 0.5, 0.49, 1.0], [float("-inf"), float("nan"), 0.0, -1.0]):
         samples = SimpleNamespace(rollout=rollout, rewards=torch.tensor(rewards), local=lambda values, _: values)
         context = SimpleNamespace(
-            accelerator=None, log=SimpleNamespace(last={}), settings=SimpleNamespace(num_generations=2)
+            accelerator=None,
+            log=SimpleNamespace(last={}),
+            settings=SimpleNamespace(num_generations=2, update_settings=str),
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replay_store, "examples_of", torch.Tensor.tolist)
@@ -227,11 +229,28 @@ def test_right_answers_become_likelier(tmp_path):
     assert losses[1] < 0.9 * losses[0]
 
 
-def test_a_run_without_right_answers_says_so(tmp_path, capsys):
-    train(recipe_of(tmp_path, task=NeverRight, num_steps=20, num_iterations=0, train_batch_size=1))
+@pytest.mark.parametrize(("num_steps", "told"), [(20, 20), (22, 20), (3, 3)])
+def test_a_run_without_right_answers_says_so(tmp_path, capsys, num_steps, told):
+    train(recipe_of(tmp_path, task=NeverRight, num_steps=num_steps, num_iterations=0, train_batch_size=1))
     said = capsys.readouterr().out
-    assert said.count("replay: no completion of the first 20 steps has a reward of at least 1") == 1
+    assert said.count(f"replay: no completion of the first {told} steps has a reward of at least 1") == 1
     assert "with num_iterations=0 no weight has changed" in said
+
+
+def test_a_schedule_that_fails_is_called_before_the_update(tmp_path):
+    """It is the user's function: after the update its error would lose the update."""
+    calls = []
+
+    def schedule(step, num_steps):
+        calls.append(step)
+        return 1.0
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = trainer.SupervisedTrainer.step
+        patch.setattr(trainer.SupervisedTrainer, "step", lambda *a, **k: (seen.append(len(calls)), step(*a, **k))[1])
+        train(recipe_of(tmp_path, num_steps=1, lr_schedule=schedule))
+    assert len(seen) == 3 and set(seen) == {len(calls)}, "no call between the updates or after them"
 
 
 def test_a_collapse_is_said_once(tmp_path, capsys):

@@ -20,7 +20,7 @@ from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.samples import Samples, StepResult
+from dllm_rl.step.samples import Samples, StepResult, rows_of_processes
 from dllm_rl.step.score import draw_view_sets, metric_weights
 from dllm_rl.training.late_rollouts.messages import (
     Collected,
@@ -276,8 +276,7 @@ class AsyncRollouts:
                 found = from_main(partial(self._next, step), run.accelerator)
         number, batch = found
         (samples, answers, metrics), seconds = deserialize_batch(batch, self.rank, run.accelerator.device)
-        sizes = torch.tensor(group_sizes(samples.group))
-        counts = tuple(int(part.sum()) for part in sizes.chunk(run.accelerator.num_processes))
+        counts = rows_of_processes(torch.tensor(group_sizes(samples.group)), run.accelerator.num_processes)
         samples = replace(samples, counts=counts)
         rows = torch.arange(len(answers)).split(list(counts))[run.accelerator.process_index]
         if len(rows) < len(answers):
