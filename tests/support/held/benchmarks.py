@@ -41,9 +41,8 @@ def a_run_on_an_h200():
         chances.append((abs(after[0] - after[1]), half))
         speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
     (rollout, step), (rollout_2, step_2) = speeds
-    yield PAGE, f"the rollouts of sums take {rollout:.2f} times as long as with bf16"
-    yield PAGE, f"but the whole steps take {step:.2f} times as long."
-    yield PAGE, f"On Countdown the two numbers are {rollout_2:.2f} and {step_2:.2f}."
+    yield PAGE, f"on sums they take {rollout:.2f} of the time, on Countdown {rollout_2:.2f}."
+    yield PAGE, f"on sums they take {step:.2f} times as long, on Countdown {step_2:.2f} times."
     steps = f"but its steps take {step:.2f} to {step_2:.2f} times as long"
     yield f"{DOCS}/quantization.md", f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, {steps}"
     yield (
