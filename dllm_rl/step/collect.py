@@ -29,7 +29,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.samples import Samples
+from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
 from dllm_rl.types import Rollout
@@ -63,8 +63,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     indices = prompt_indices(settings, history, step)
     sizes = group_sizes(settings, history, indices, step)
     group = torch.arange(len(sizes)).repeat_interleave(sizes)
-    # Rows of each process: each has as many of the groups, in order.
-    counts = tuple(int(part.sum()) for part in sizes.chunk(accelerator.num_processes))
+    counts = rows_of_processes(sizes, accelerator.num_processes)
     draw = partial(draw_and_grade, context, step, sizes=sizes)
     local_group = group.split(list(counts))[accelerator.process_index]
     rollout, graded, local_rewards, num_too_long = draw(0, indices, local_group.unique())

@@ -13,6 +13,11 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.types import Logprobs, Rollout
 
 
+def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int, ...]:
+    """Return the number of rows of each process. Each has as many of the P groups, whose sizes are given, in order."""
+    return tuple(int(part.sum()) for part in sizes.chunk(num_processes))
+
+
 @dataclass(frozen=True)
 class Samples:
     """Data of one training step. `rollout` has this process's rows. `group`, `rewards`, `advantages` and

@@ -22,7 +22,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.samples import Samples
+from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.types import Batch, Views, equal_groups, group_sizes, pack_groups
 from recipes.examples.unequal_groups import EqualPrompts, MoreWhereMixed
 
@@ -84,7 +84,7 @@ def test_rows_are_packed_in_whole_groups():
     group = torch.tensor([0, 0, 0, 5, 5, 2, 7, 7, 7, 7])
     sizes = [list(map(len, pack_groups(torch.arange(10), group, size))) for size in (4, 5, 2, 100)]
     assert sizes == [[3, 3, 4], [5, 5], [2, 1, 2, 1, 2, 2], [10]]
-    assert group_sizes(group) == [3, 2, 1, 4]
+    assert rows_of_processes(torch.tensor([1, 5, 2, 6]), 2) == (6, 8) and group_sizes(group) == [3, 2, 1, 4]
 
 
 @pytest.mark.parametrize("model", ["full", "cached", "causal"])
