@@ -45,7 +45,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; dllm_rl.trl needs TRL: pip install 'dllm_rl[trl]'") from None
 
-VERSIONS = ((1, 8), (1, 16))  # oldest and newest TRL that were tried
+VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
 # TRL's methods that are overridden, and the names of their first parameters.
 OVERRIDDEN = {
     "_generate_and_score_completions": ("self", "inputs"),

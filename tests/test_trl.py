@@ -352,10 +352,10 @@ def test_what_cannot_be_combined_is_refused(tmp_path, message, arguments):
         trainer(tmp_path, **arguments)
 
 
-@pytest.mark.parametrize("version", ["1.7.1", "1.17.0", "2.0.0", "0.29.0"])
+@pytest.mark.parametrize("version", ["1.7.1", "1.14.2", "1.17.0", "2.0.0", "0.29.0"])
 def test_a_trl_that_was_not_tried_is_refused(tmp_path, monkeypatch, version):
     monkeypatch.setattr(ours.trl, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"TRL {version} was not tried; install TRL 1.8 to 1.16"):
+    with pytest.raises(RuntimeError, match=rf"TRL {version} was not tried; install TRL 1.15 to 1.16"):
         trainer(tmp_path)
 
 
