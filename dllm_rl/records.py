@@ -172,12 +172,11 @@ class FunctionRecord(Record):
         return self.function(*arguments, **keywords)
 
 
-_type_hints = functools.cache(typing.get_type_hints)
-
-
+@functools.cache
 def annotations_of(record: Any) -> dict[str, Any]:
     """Return the types of a record's fields by name."""
-    return _type_hints(record)
+    types_by_name = typing.get_type_hints(record)
+    return {name: kind for name, kind in types_by_name.items() if typing.get_origin(kind) is not typing.ClassVar}
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import pytest
 import dllm_rl
 from dllm_rl import records
 from dllm_rl.algorithms.correctors import ais_lambda
-from dllm_rl.records import Record, annotations_of, from_json, required_settings, to_json, union_members
+from dllm_rl.records import Record, annotations_of, from_json, make_record, required_settings, to_json, union_members
 from dllm_rl.settings import Settings
 
 PUBLIC = {name: getattr(dllm_rl, name) for name in dllm_rl.__all__}  # imports the modules of all records
@@ -127,3 +127,11 @@ def test_a_record_takes_keywords_of_the_right_type_only(name):
             continue
         with pytest.raises(ValueError, match=rf"^{setting}="):
             first.replace(**{setting: object()})
+
+
+def test_a_class_attribute_is_no_setting():
+    assert "inputs" not in annotations_of(dllm_rl.PPOClip)
+    for record in RECORDS.values():
+        assert list(annotations_of(record)) == [field.name for field in dataclasses.fields(record)]
+    with pytest.raises(ValueError, match="inputs=.* is no setting of PPOClip"):
+        make_record(dllm_rl.PPOClip, {"inputs": []})
