@@ -172,11 +172,15 @@ class FunctionRecord(Record):
         return self.function(*arguments, **keywords)
 
 
-@functools.cache
 def annotations_of(record: Any) -> dict[str, Any]:
     """Return the types of a record's fields by name."""
-    types_by_name = typing.get_type_hints(record)
-    return {name: kind for name, kind in types_by_name.items() if typing.get_origin(kind) is not typing.ClassVar}
+    return _types_of_fields(record)
+
+
+@functools.cache
+def _types_of_fields(record: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(record)
+    return {name: kind for name, kind in hints.items() if typing.get_origin(kind) is not typing.ClassVar}
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
