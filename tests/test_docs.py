@@ -42,26 +42,14 @@ def pages(nav):
 
 def test_every_page_has_its_place_and_every_place_its_page():
     nav = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())["nav"]
-    assert sorted(pages(nav)) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert sorted(pages(nav)) == sorted([*written, *hooks.reference()])
 
 
 def test_every_public_name_is_in_the_reference_once():
-    """Further names, such as functions that a public one is explained by, exist."""
-    listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
-    stub = (DOCS.parent / "dllm_rl" / "__init__.pyi").read_text()
-    public = {f"dllm_rl{module}.{name}" for module, name in re.findall(r"^from (\S+) import (\w+)", stub, re.MULTILINE)}
-    assert len(public) == len(dllm_rl.__all__)
-    assert len(listed) == len(set(listed)) and public <= set(listed)
-    for name in set(listed) - public:
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
-
-
-def test_what_correctors_are_explained_by_is_in_the_reference():
-    page = (DOCS / "reference" / "algorithms.md").read_text()
-    named = set(re.findall(r"[Ss]ee `(\w+)`", page))
-    assert named >= {"generalized_advantages"}
-    assert [name for name in named if not re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE)] == []
+    listed = re.findall(r"^::: (\S+)$", "\n".join(hooks.reference().values()), re.MULTILINE)
+    assert len(listed) == len(set(listed)) == len(dllm_rl.__all__)
+    assert {name.rpartition(".")[2] for name in listed} == set(dllm_rl.__all__)
 
 
 def test_the_public_names_are_few():
@@ -77,29 +65,16 @@ def test_the_table_of_a_recipes_fields_is_whole():
     assert [row.split("`")[1] for row in rows] == [field.name for field in dataclasses.fields(dllm_rl.Recipe)]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
     assert "| `num_generations` | `8` | completions per prompt (G) |" in rows
-    assert f"{hooks.MARK}\n\n{hooks.recipe_fields()}\n" in (DOCS / "reference" / "training.md").read_text()
-
-
-def test_the_reference_has_the_signatures_of_the_code(monkeypatch):
-    """Readers of the Markdown see them; the site shows mkdocstrings' instead. Written by docs/site/signatures.py."""
-    monkeypatch.syspath_prepend(DOCS / "site")
-    signatures = importlib.import_module("signatures")
-    for page in (DOCS / "reference").glob("*.md"):
-        assert signatures.with_signatures(page.read_text()) == page.read_text(), f"{page.name}: run signatures.py"
-    for told in ("class NoCorrection(Corrector):", "class TIS(Corrector):", "    cap: float = option(default=2.0"):
-        assert told in (DOCS / "reference" / "algorithms.md").read_text()
-    page = (DOCS / "reference" / "algorithms.md").read_text()
-    assert "pyi" not in hooks.PYI.sub("", page)
-    assert set(re.findall(r"^```pyi\n(\w+)", hooks.FUNCTION.sub("", page), re.MULTILINE)) == {"class"}
+    assert hooks.recipe_fields() in hooks.reference()["reference/training.md"]
 
 
 def test_links_lead_to_where_files_lie_in_the_site():
     root = DOCS.parent
     for source, link, becomes in [
-        ("docs/running.md", "[a](../README.md)", "[a](repository/README.md)"),
-        ("docs/reference/training.md", "[a](../../README.md#x)", "[a](../repository/README.md#x)"),
-        ("docs/running.md", "[a](models.md#b)", "[a](models.md#b)"),
-        ("docs/running.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
+        ("docs/train.md", "[a](../README.md)", "[a](repository/README.md)"),
+        ("docs/train.md", "[a](../README.md#x)", "[a](repository/README.md#x)"),
+        ("docs/train.md", "[a](models.md#b)", "[a](models.md#b)"),
+        ("docs/train.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
         ("README.md", "![a](recipes/latin_sudoku.png)", "![a](recipes/latin_sudoku.png)"),
         ("README.md", "[a](docs/models.md)", "[a](../models.md)"),
         ("README.md", "[a](docs)", "[a]"),
@@ -221,7 +196,7 @@ def test_the_index_lists_every_page():
 
 def test_every_page_begins_with_the_question_that_it_answers():
     root = DOCS.parent
-    places = ("docs/*.md", "docs/reference/*.md", "recipes/README.md", "recipes/accelerate/README.md")
+    places = ("docs/*.md", "recipes/README.md", "recipes/accelerate/README.md")
     pages = [path for place in (*places, "benchmarks/README.md") for path in root.glob(place)]
     begins = {path.relative_to(root).as_posix(): path.read_text().split("\n\n")[1] for path in pages}
     assert len(pages) > 30

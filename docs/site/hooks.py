@@ -1,5 +1,4 @@
-"""What mkdocs needs besides: pages of the repository that docs link to. And the table of a recipe's fields, which
-signatures.py writes into its page."""
+"""What mkdocs needs besides docs/: pages of the repository that docs link to, and the reference of the public names."""
 
 import ast
 import os
@@ -10,10 +9,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
-PYI = re.compile(r"\n```pyi\n.*?\n```\n", re.DOTALL)  # a signature of signatures.py
-FUNCTION = re.compile(r"\n```pyi\n(?:async )?def .*?\n```\n", re.DOTALL)  # for which the site has mkdocstrings' own
-MARK = "<!-- recipe fields -->"
-TABLE = re.compile(rf"{MARK}\n(?:\n(?:\|.*\n)+)?")
+STUB = re.compile(r"^from \.(\S+) import (\w+)", re.MULTILINE)
+# Pages of the reference: the packages whose public names each one has.
+REFERENCE = {
+    "Training": ("frontend", "recipe", "training", "supervised", "callbacks", "cli", "step"),
+    "Tasks": ("tasks",),
+    "Models": ("models",),
+    "Samplers": ("samplers",),
+    "Quantization": ("quantization",),
+    "Likelihoods": ("likelihoods",),
+    "Algorithms": ("algorithms",),
+    "Evaluation": ("evaluation", "testing"),
+    "Records": ("records", "types"),
+}
 
 
 def place(path: Path) -> str:
@@ -68,16 +76,33 @@ def recipe_fields() -> str:
     return "\n".join(["| field | default | what it is |", "| --- | --- | --- |", *rows.values()])
 
 
+def reference() -> dict[str, str]:
+    """The pages of the reference, by path: all public names with their signatures and docstrings."""
+    stub = (ROOT / "dllm_rl" / "__init__.pyi").read_text(encoding="utf-8")
+    names = [(module, f"::: dllm_rl.{module}.{name}") for module, name in STUB.findall(stub)]
+    pages = {}
+    for title, packages in REFERENCE.items():
+        lines = [line for module, line in names if module.partition(".")[0] in packages]
+        if title == "Training":
+            place = lines.index("::: dllm_rl.recipe.Recipe")
+            lines[place] += "\n    options:\n      members: []"
+            lines.insert(place + 1, recipe_fields())
+        pages[f"reference/{title.lower()}.md"] = "\n\n".join([f"# {title}", *lines])
+    return pages
+
+
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    for path in linked(sorted(DOCS.rglob("*.md"))):
-        added = File.generated(config, place(path), abs_src_path=str(path))
+    for source in linked(sorted(DOCS.rglob("*.md"))):
+        added = File.generated(config, place(source), abs_src_path=str(source))
         added.inclusion = type(added.inclusion).NOT_IN_NAV
         files.append(added)
+    for path, text in reference().items():
+        files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    # Of a class mkdocstrings shows no field with its comment, so its block stays.
-    return FUNCTION.sub("", relinked(markdown, Path(page.file.abs_src_path)))
+    source = page.file.abs_src_path
+    return relinked(markdown, Path(source)) if source else markdown
