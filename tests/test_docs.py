@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from layouts import checkpoint
 from markdown.extensions.toc import slugify
 from readme import example
 from servers import TOKEN, running
@@ -186,6 +187,23 @@ def test_own_rows_are_evaluated(tmp_path, monkeypatch):
     kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     right = sum(row["completion"] == row["answer"] for row in kept)
     assert len(kept) == result.summary["n"] == 16 and result.means["accuracy"] == right / 16
+
+
+@pytest.mark.parametrize(("family", "shift"), [("llada", 0), ("dream", 1)])
+def test_the_loop_without_the_library_writes_what_the_sampler_writes(tmp_path, monkeypatch, family, shift):
+    policy = dllm_rl.load_policy(checkpoint(tmp_path / "published", family))
+    generator = torch.Generator().manual_seed(0)
+    for weight in (each.data for each in policy.module.parameters() if each.ndim == 2):
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    for part in (policy.module, policy.tokenizer):
+        part.save_pretrained(tmp_path / "stock")
+    monkeypatch.chdir(tmp_path)
+    text = example("Generate without this library").replace("64, 32, 0 ", f"12, 4, {shift} ")
+    Path("loop.py").write_text(text.replace("What is 17 + 25?", "3a1b"))
+    made = runpy.run_path("loop.py")
+    prompts = dllm_rl.Prompts.from_ids(made["prompt"].tolist(), pad_id=policy.pad_id, seeds=[0])
+    rollout = dllm_rl.Unmask(max_new_tokens=12, diffusion_steps=12, block_size=4)(policy, prompts, torch.Generator())
+    assert torch.equal(made["row"], rollout.tokens) and len(rollout.tokens.unique()) > 6
 
 
 def test_the_index_lists_every_page():

@@ -57,7 +57,7 @@ def test_d1s_countdown_problems() -> None:
 
 
 def test_what_the_8b_recipes_training_problems_share_with_them() -> None:
-    """docs/d1.md has these numbers: a grid learned by heart solves some of d1's puzzles."""
+    """docs/evaluate.md has the first number: a grid learned by heart solves some of d1's puzzles."""
     from recipes import llada_8b_countdown, llada_8b_sudoku
 
     published, ours = Sudoku(path=stored(SUDOKU), prompt_format="text"), llada_8b_sudoku.recipe.task

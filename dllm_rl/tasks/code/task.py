@@ -127,7 +127,8 @@ GRADERS: dict[str, Grader] = {"strict": static, "sandbox": sandboxed}
 class Code(Questions):
     """Python functions to write, as in HumanEval or MBPP.
 
-    Use it to train or evaluate on programs.
+    Use it to train or evaluate on programs. Metrics: parses, signature (defines the function), names (all are defined)
+    and allowed (imports only harmless modules); with the sandbox also accuracy, programs that pass all tests.
 
     Args:
         path: File of rows with `prompt`, `entry_point`, `canonical_solution`, `test` (HumanEval's), or with `text` or

@@ -36,7 +36,8 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 class Countdown(Prompted):
     """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
 
-    Use it for arithmetic with many right answers, without downloads.
+    Use it for arithmetic with many right answers, without downloads. Metrics: accuracy (expressions that use each
+    number once and reach the target), valid (each number used once) and numbers_used (share of the numbers in common).
 
     Args:
         split: "train" (default), "validation" or "test". Splits share no set of numbers: 70, 10 and 20 in 100, by a

@@ -40,7 +40,9 @@ _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, 
 class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
-    Use it as a first task: no downloads, a dense reward, and completions of a fixed length.
+    Use it as a first task: no downloads, a dense reward, and completions of a fixed length. Metrics: solve_rate (grids
+    with all givens that keep the rules), cell_accuracy (right cells / empty cells: against the nearest right grid,
+    under a paper's protocol against the file's solution) and givens_kept.
 
     Args:
         split: "train" (default), "validation" or "test". Splits share no solution grid, for any seeds; with

@@ -68,7 +68,7 @@ def one_h200():
     for way, name in zip(ways, names, strict=True):
         yield PAGE, row(name, *(speed[way, batch] for batch in (1, 8, 64)))
     above = {(each["what"], each["batch"]): each["peak GiB"] for each in parts["sampler"]}["exact", 64]
-    yield f"{DOCS}/evaluating.md", f"above them {above:.1f} GiB for 64 rows of 192 tokens"
+    yield f"{DOCS}/evaluate.md", f"above them {above:.1f} GiB for 64 rows of 192 tokens"
     fp8 = {each["what"]: each["tokens/s"] for each in parts["fp8"]}
     yield PAGE, f"| FP8 products (`Float8Dynamic`), eager | | {fp8['FP8 products, eager']:.0f} | |"
     yield PAGE, f"| FP8 products, compiled (bf16 above: eager) | | **{fp8['FP8 products, compiled']:.0f}** | |"
