@@ -368,7 +368,7 @@ def stored_rows(name: str) -> list[dict[str, str]]:
 
 
 def above_the_default() -> str:
-    """The table of docs/leaderboard.md: by league, which rows are shown to be above the default of its time."""
+    """A table of league.md: by league, which rows are shown to be above the default of its time."""
     rows = []
     for name, league in LEAGUES.items():
         others = [row for row in stored_rows(name) if row["method"] != league.default]

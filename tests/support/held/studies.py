@@ -124,7 +124,6 @@ def speed_as_a_reward():
     before, speed = (fast.frontier_rows(results)[-1][arm].split(" in ") for arm in (fast.BEFORE, fast.SPEED))
     yield page, f"take {speed[1]} forwards instead of {before[1]}, and solve {speed[0]} instead of {before[0]}."
     yield page, f"models might solve more than {speed[0]}."
-    yield "recipes/README.md", f"it solves {more} more than with the reward for accuracy alone"
 
 
 def some_of_the_steps():
@@ -165,7 +164,3 @@ def a_teacher():
     for difference, words in ((apart[1], "lies between {}"), (apart[3], "(between {})"), (apart[4], "(between {})")):
         center, half = map(float, difference.split("±"))
         yield page, words.format(f"{center - half:.3f} and {center + half:+.3f}")
-    yield (
-        "recipes/README.md",
-        f"It reaches {alone} without any reward, where the reward reaches {reward} in about the same",
-    )
