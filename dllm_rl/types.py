@@ -448,8 +448,8 @@ class Renoised(BatchRecord):
 class Rollout(BatchRecord):
     """The completions that a sampler produced, with the data that scoring them needs.
 
-    A custom sampler fills the fields without a default, `weights_version` and `sampling_params`; docs/samplers.md says
-    what the others are for.
+    A custom sampler fills the fields without a default, `weights_version` and `sampling_params`, and `events` if it
+    rewrites tokens (recipes/examples/sampler_at_once.py).
 
     Args:
         tokens: Prompt and completion token ids.

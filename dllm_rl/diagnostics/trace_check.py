@@ -1,6 +1,6 @@
 """Check a trace: replay it under a policy, and compare the log-probs.
 
-In this file, d = recorded - replayed log-prob of a token, in nats. docs/engines.md describes the command.
+In this file, d = recorded - replayed log-prob of a token, in nats.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""An order of your own with a probability: a score with Gumbel noise (docs/samplers.md).
+"""An order of your own with a probability: a score with Gumbel noise (docs/extend.md).
 
 python -m recipes.examples.noisy_order
 """

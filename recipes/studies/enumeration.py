@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats
+from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.algorithms.values import generalized_advantages
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
@@ -303,6 +303,12 @@ def gradient_table(
         found = [_measure(case, corrector, sigma, batch, moved, draws) for case in cases]
         table.append(GradientRow(kind, sigma, batch, *map(median, zip(*found, strict=True))))
     return table
+
+
+def corrects(corrector: Corrector) -> bool:
+    """Whether it lowers the bias of each row of `gradient_table` to 0.9 or less, and efficiencies by 0.01 at most."""
+    pairs = zip(gradient_table(corrector), gradient_table(NoCorrection()), strict=True)
+    return all(row.bias <= 0.9 * none.bias and row.efficiency >= none.efficiency - 0.01 for row, none in pairs)
 
 
 @dataclass(frozen=True)
