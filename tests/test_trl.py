@@ -386,16 +386,67 @@ def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch
         run.train()
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "trl-trainer.md"
+PAGE = Path(__file__).parents[1] / "docs" / "trl.md"
+STOCK_SCRIPT = """
+from trl import GRPOTrainer
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+seen = []
 
 
-def test_the_script_of_the_page_runs_and_keeps_the_best_model(tmp_path, monkeypatch):
+def length(completions, **columns):
+    return [len(text) / 10 for text in completions]
+
+
+async def digits(completions, **columns):
+    return [sum(map(str.isdigit, text)) for text in completions]
+
+
+class Watch(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        seen.append(logs)
+
+
+args = GRPOConfig(
+    output_dir="sums",
+    max_completion_length=8,
+    num_generations=4,
+    per_device_train_batch_size=8,
+    gradient_accumulation_steps=2,
+    max_steps=4,
+    learning_rate=1e-3,
+    eval_strategy="steps",
+    eval_steps=2,
+    save_steps=2,
+    load_best_model_at_end=True,
+    metric_for_best_model="eval_reward",
+    report_to="wandb",
+)
+trainer = GRPOTrainer(
+    "SDAR",
+    [length, digits],
+    args,
+    train_dataset=train_dataset,
+    eval_dataset=eval_dataset,
+    callbacks=[Watch()],
+    peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+)
+trainer.train()
+trainer.save_model("sums/best")
+"""
+
+
+def test_the_two_lines_of_the_page_change_a_script_of_trls(tmp_path, monkeypatch):
     """TRL's own features: two rewards, one of them async, a callback, a tracker, evaluations, the best model, LoRA."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     diff = re.search(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].splitlines()
-    assert [sum(line.startswith(sign) for line in diff) for sign in "-+"] == [2, 2]
-    source = "\n".join(line[2:] for line in diff if not line.startswith("-"))
+    source = STOCK_SCRIPT
+    for before, after in zip(diff[::2], diff[1::2], strict=True):
+        assert (before[:2], after[:2]) == ("- ", "+ ") and source.count(f"\n{before[2:]}\n") == 1
+        source = source.replace(before[2:], after[2:])
     checkpoint(tmp_path / "SDAR", "sdar")
     rows = [{"prompt": text} for text in ("ab", "c1e", "fgh", "9j", "k", "lmn", "3p", "q")]
     script = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:4])}

@@ -1,4 +1,4 @@
-"""Translate TRL's names for settings into those of `grpo_recipe`. docs/trl.md has the tables."""
+"""Translate TRL's names for settings into those of `grpo_recipe`. docs/trl.md has the names."""
 
 import inspect
 from collections.abc import Callable, Mapping, Set
