@@ -112,7 +112,9 @@ def test_every_link_leads_to_a_file_and_a_heading():
 
 
 def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
-    (tmp_path / "sort_digits.py").write_text(example("2. Write the reward").replace("num_steps=200", "num_steps=2"))
+    (tmp_path / "sort_digits.py").write_text(
+        example("Your first reward in ten minutes").replace("num_steps=200", "num_steps=2")
+    )
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path("sort_digits.py")
     assert made["summary"]["eval_problems"] == 51 and (tmp_path / "runs/sort/training.png").is_file()
@@ -216,7 +218,7 @@ def test_every_page_begins_with_the_question_that_it_answers():
     places = ("docs/*.md", "recipes/README.md", "recipes/accelerate/README.md")
     pages = [path for place in (*places, "benchmarks/README.md") for path in root.glob(place)]
     begins = {path.relative_to(root).as_posix(): path.read_text().split("\n\n")[1] for path in pages}
-    assert len(pages) > 30
+    assert len(pages) > 9
     assert [name for name, line in begins.items() if not line.startswith("*This page answers: ")] == []
 
 
@@ -517,10 +519,25 @@ def test_engines_of_ones_own_keep_the_contract():
 
 
 def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
-    made = run_example("Your data", tmp_path, monkeypatch)
+    rows = [json.dumps({"prompt": f"{a}+{a}=", "answer": str(a + a)}) + "\n" for a in range(40)]
+    (tmp_path / "problems.jsonl").write_text("".join(rows))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    made = run_example("Your data: rows, chats, held-out rows, curricula", tmp_path, monkeypatch)
     assert made["rows"].column_names == ["prompt", "answer"] and len(made["rows"]) == 40
     task = dllm_rl.task_from_dataset(made["rows"], reward_funcs=lambda completions, answer, **_: [1.0] * len(answer))
     assert task[3].prompt == "3+3=" and task[3].fields == {"answer": "6"}
+
+
+@pytest.mark.nightly  # the shapes of 8 billion weights: 10 s
+def test_the_plan_of_llada_8b_has_the_lines_that_the_page_shows(tmp_path, monkeypatch, capsys):
+    given = "rows = [{'prompt': str(i)} for i in range(20)]\n\n\ndef reward(completions, **_):\n    return [0.0]\n\n\n"
+    (tmp_path / "plan.py").write_text(given + example("Train LLaDA-8B on one GPU"))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("plan.py")
+    printed = capsys.readouterr().out
+    told = (DOCS / "train.md").read_text().partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
+    lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
+    assert len(lines) > 8 and [line for line in lines if line not in printed] == []
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ import torch
 from readme import PAGES, README, example
 from safetensors.torch import load_file
 
-FILES = README.parent / "docs" / "files-and-commands.md"
+FILES = README.parent / "docs" / "train.md"
 
 
 def test_ci_runs_the_readmes_test_command():

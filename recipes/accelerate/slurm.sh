@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 # Of the host, for all weights in fp32: each process reads 32 GB of LLaDA-8B before it shards them, and the main one gathers
-# as much to save (docs/llada-8b.md, estimates). With adapters in bf16 less is enough: nobody has measured how much.
+# as much to save (estimates). With adapters in bf16 less is enough: nobody has measured how much.
 #SBATCH --mem-per-gpu=40G
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@600

@@ -3,7 +3,7 @@
 #   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 2 --max_staleness 1 $CLIP $PLAIN
 # A node of eight GPUs has seven for workers. N workers need a lag of N - 1 to be busy, and a lag costs something from 2
 # on (recipes/studies/late_rollouts.md); lags above 8 were not studied. Against the lag:
-#   CLIP='--old_logprobs rollout --loss ppo_clip --loss.delta 1.2'
+#   CLIP='--old_logprobs rollout --loss PPOClip --loss.delta 1.2'
 # For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
 #   PLAIN='--torch_compile false --rollout_quantization none'
 # Their likelihood is none with which a lag was studied: keep it at 1 there. Nodes with other than eight GPUs: change the

@@ -161,7 +161,7 @@ def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
     if not fits[GPU_SIZES[0]]:
         lines.append(
             "to reduce memory      --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
-            "--lora Lora, --optim AdamW8bit, --base_quantization nf4, or --shard_size on several GPUs"
+            "--lora Lora --lora.r 16, --optim AdamW8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
 

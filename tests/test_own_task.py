@@ -1,11 +1,11 @@
-"""The README's example of a new task, executed as it stands there."""
+"""recipes/examples/own_task.py: a task of one's own trains."""
 
 import json
 import runpy
 import sys
 
 import pytest
-from readme import example
+from readme import README
 
 from dllm_rl import Reward
 from dllm_rl.monitoring.json_lines import current_rows
@@ -14,10 +14,8 @@ SHORT = "--sft_warmup_steps 5 --num_steps 2 --train_batch_size 8 --num_generatio
 
 
 @pytest.fixture
-def program(tmp_path):
-    path = tmp_path / "example.py"
-    path.write_text(example("Define a task"))
-    return str(path)
+def program():
+    return str(README.parent / "recipes/examples/own_task.py")
 
 
 @pytest.mark.slow
