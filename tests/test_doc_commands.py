@@ -68,10 +68,10 @@ def test_options_of_recipes_are_fields_of_theirs():
 
 @pytest.mark.slow
 def test_published_methods_are_options():
-    """The options of docs/methods.md's table of methods, on a recipe of 4x4 Sudoku."""
-    told = (ROOT / "docs" / "methods.md").read_text().partition("## Published methods, by options")[2]
+    """The options of docs/method.md's table of methods, on a recipe of 4x4 Sudoku."""
+    told = (ROOT / "docs" / "method.md").read_text().partition("## Published methods as options")[2]
     rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", told.partition("\n#")[0], re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 14
     for options in rows:
         try:
             from_command_line(recipe_of("RECIPE.py"), shlex.split(options))

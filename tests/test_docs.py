@@ -576,6 +576,38 @@ def test_a_control_variate_keeps_the_contract():
     made["check_estimator"](OfTheBatch(), made["policy"], rollout)  # as the page says, it does not see this
 
 
+def test_coupled_grpo_has_its_authors_estimate():
+    """(log p_i with everything masked + log p_i in the mask that hides i, over the mask's share) / 2, from the logits
+    of three canvases; shares between 0.2 and 0.8; and in the mean over shares and masks each token's weight is 1 1/2."""
+    made = runpy.run_path(str(EXAMPLES / "coupled_grpo.py"), run_name="__main__")
+    policy, rollout, estimator = made["policy"], made["rollout"], made["CoupledGRPO"]()
+    views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
+    start, rows = rollout.tokens.shape[1] - 6, torch.arange(len(rollout.tokens))
+    everything, first, second = views.masked[:, :, start:]
+    assert everything.all() and (first ^ second).all() and not views.masked[..., :start].any()
+    scores = []
+    for masked in (everything, first, second):
+        canvas = rollout.tokens.clone()
+        canvas[:, start:][masked] = policy.spec.mask_id
+        logits = policy.logits(canvas, torch.ones_like(canvas, dtype=torch.bool))[:, start:].detach()
+        logits[..., policy.spec.mask_id] = -torch.inf  # never drawn
+        scores.append(logits.log_softmax(-1).gather(-1, rollout.tokens[:, start:, None])[..., 0])
+    for row in rows:
+        shares = [(0.5 / views.coefficients[n, row][views.masked[n, row]]).tolist() for n in (1, 2)]
+        share = shares[0][0] if shares[0] else 1 - shares[1][0]
+        assert shares[0] == pytest.approx([share] * len(shares[0]))
+        assert shares[1] == pytest.approx([1 - share] * len(shares[1]))
+        hidden = torch.where(first[row], scores[1][row] / share, scores[2][row] / (1 - share))
+        found = estimator.logprobs(policy, rollout, views)[row, start:]
+        torch.testing.assert_close(found, (scores[0][row] + hidden) / 2)
+    many = dataclasses.replace(rollout, batch_row=None).rows(torch.zeros(4000, dtype=torch.long))
+    coefficients = estimator.draw_views(many, torch.Generator().manual_seed(1)).coefficients[..., start:]
+    shares = 0.5 / coefficients[1][coefficients[1] > 0]
+    assert 0.199 < shares.min() < 0.21 and 0.79 < shares.max() < 0.801
+    weight = coefficients.sum(0)
+    assert (weight.mean(0) - 1.5).abs().max() < 4 * weight.std() / 4000**0.5
+
+
 def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outside():
     """A window as wide as the row is no window; under a narrow one no token's log-prob depends on the far ones."""
     made = runpy.run_path(str(EXAMPLES / "attention_window.py"), run_name="__main__")

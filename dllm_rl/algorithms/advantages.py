@@ -2,7 +2,7 @@
 
 NaN marks a completion without a reward: no mean counts it, and its advantage is 0.
 
-docs/methods.md explains the tags [paper] and [digest].
+docs/method.md explains the tags [paper] and [digest].
 """
 
 import inspect

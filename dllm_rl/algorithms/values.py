@@ -1,6 +1,6 @@
 """Value model: a baseline for each denoising step, and advantages by GAE over the steps.
 
-docs/methods.md explains the tags [paper] and [ours].
+docs/method.md explains the tags [paper] and [ours].
 """
 
 import torch

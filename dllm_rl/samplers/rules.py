@@ -1,6 +1,6 @@
 """Ranks, which score the masked positions, and commit rules, which choose the positions that a step writes.
 
-docs/methods.md explains the tags [paper] and [ours]. Rules that rewrite a block's tokens are in `revise`.
+docs/method.md explains the tags [paper] and [ours]. Rules that rewrite a block's tokens are in `revise`.
 """
 
 import inspect
@@ -446,7 +446,7 @@ class SoftThreshold(Commit):
     """Commit each masked position independently, with a probability that rises around tau (`decoding.order`).
 
     Use it in place of `Threshold` for training: `Trajectory` also computes the log-prob of the set of positions that
-    each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `Threshold` writes
+    each step of this rule wrote (docs/method.md), and this log-prob has a gradient. Which positions `Threshold` writes
     depends on the weights too, but has no gradient.
 
     The rule needs rank=MaxProb(). A position is written with probability sigmoid((logit p - logit tau) / temperature),

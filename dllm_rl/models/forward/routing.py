@@ -2,7 +2,7 @@
 
 If two scores of a router are almost equal, rounding decides which expert is chosen. Replay reuses the recorded choice.
 The experts' weights still come from the scores of the policy that replays. M is the number of MoE layers, E the number
-of experts per token. docs/methods.md explains the tag [paper].
+of experts per token. docs/method.md explains the tag [paper].
 """
 
 from collections.abc import Callable, Sequence

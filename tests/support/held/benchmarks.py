@@ -17,12 +17,12 @@ def on_an_h100():
             note = " (approximate)" if name.endswith("cache") and "FP8" not in name else ""
             yield "benchmarks/README.md", f"| {name}{note} | {cells}"
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]
-    yield "docs/quantization.md", f"as fast as compiled bf16 ({ratio:.2f} times on an H100,"
+    yield "docs/train.md", f"as fast as compiled bf16 ({ratio:.2f} times on an H100,"
 
 
 def a_run_on_an_h200():
     parts = stored(f"{RESULTS}/gpu-h200")["parts"]
-    speeds, ess = [], []
+    speeds, nats, ess = [], [], []
     for task in ("sums", "countdown"):
         rows = {r["what"].split()[-1]: r for r in parts[f"run {task}"]["rows"]}
         for arm, each in rows.items():
@@ -30,16 +30,14 @@ def a_run_on_an_h200():
             cells.append(f"{each['mean abs d, nats']:.3f}")
             yield PAGE, row(f"{task}, {arm}", *cells, f"{each['ESS']:.3f}", f"{each['least ESS']:.3f}")
         ess.append(f"{rows['FP8']['ESS']:.3f}")
+        nats.append(f"{rows['FP8']['mean abs d, nats']:.3f}")
         speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
     (rollout, step), (rollout_2, step_2) = speeds
     yield PAGE, f"on sums they take {rollout:.2f} of the time, on Countdown {rollout_2:.2f}."
     yield PAGE, f"on sums they take {step:.2f} times as long, on Countdown {step_2:.2f} times."
     steps = f"but its steps take {step:.2f} to {step_2:.2f} times as long"
-    yield f"{DOCS}/quantization.md", f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, {steps}"
-    yield (
-        f"{DOCS}/mismatch.md",
-        f"FP8 products](../benchmarks/README.md#a-run-on-one-h200): {' and '.join(ess)} on average",
-    )
+    yield f"{DOCS}/train.md", f"in {rollout:.2f} to {rollout_2:.2f} of bf16's time, {steps}"
+    yield f"{DOCS}/method.md", f"| {' and '.join(nats)} | | {' and '.join(ess)} |"
     yield PAGE, f"8B weights took {parts['sync']['rows'][0]['sync, s']:.2f} s in the same minutes"
 
 
@@ -56,10 +54,9 @@ def one_h200():
     times = [f"{step_8b[f'{stage}, s']:.3g} s" for stage in ("rollout", "scoring", "sync", "step")]
     yield PAGE, row("measured", *times, f"{step_8b['peak GiB, all']:.1f} GiB")
     of = {name: f"{speed / fp8['bf16, exact']:.2f}" for name, speed in fp8.items()}
-    schemes = f"{DOCS}/quantization.md"
+    schemes = f"{DOCS}/train.md"
     yield schemes, f"| {of['FP8 weights, compiled']} compiled, {of['FP8 weights, eager']} eager |"
     yield schemes, f"| {of['FP8 products, compiled']} compiled, {of['FP8 products, eager']} eager |"
-    yield schemes, f"part of the {of['FP8 products, compiled']}."
 
 
 EIGHT_BILLION = {

@@ -4,7 +4,7 @@ from held import DOCS, row, runs_of, span_of, stored
 from recipes.studies import order, paired, revise
 from recipes.studies.schemes import SCHEMES
 
-MISMATCH, QUANTIZATION = "recipes/studies/mismatch.md", f"{DOCS}/quantization.md"
+MISMATCH, METHOD = "recipes/studies/mismatch.md", f"{DOCS}/method.md"
 
 
 def schemes():
@@ -15,7 +15,7 @@ def schemes():
         parts = " / ".join(f"{each[part]:.4f}" if each[part] > 1e-6 else "0" for part in ("weights", "activations"))
         note = "`Float8DynamicEmulated` (W8A8)" if name == "Float8DynamicEmulated" else f"`{name}`"
         yield MISMATCH, row(note, nats, parts, f"{each['max_abs']:.2f}", f"{each['k3']:.4f}", ess)
-        yield QUANTIZATION, f"| `{name}` | {nats} | {each['k3']:.4f} | {ess} |"
+        yield METHOD, f"| `{name}` | {nats} | {each['k3']:.4f} | {ess} |"
         assert each["largest other cause"] < 1e-7
     steps, solved, tokens = found["RL steps"], f"{found['solved']:.3f}", f"{found['rows'][0]['tokens']:,}"
     yield MISMATCH, f"after {steps} RL steps (seed {found['seed']}, {solved} solved; {tokens} tokens"

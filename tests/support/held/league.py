@@ -35,7 +35,7 @@ def tables():
 
 
 def settings_of_the_methods():
-    """The table, and where it is not what the options of docs/methods.md or the defaults are."""
+    """The table, and where it is not what the options of docs/method.md or the defaults are."""
     yield PAGE, league.settings()
     beta, psi = league.METHODS["SPG"]["likelihood"].beta, league.METHODS["GDSD"]["loss"].psi
     told = f"`beta` is {beta} here, as in its Sudoku runs, and {Sandwich().beta} by default;"

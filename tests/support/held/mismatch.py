@@ -74,7 +74,7 @@ def rounding_as_small_as_a_kernels():
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
     told = f"({after} against {against} unquantized; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
-    yield f"{DOCS}/quantization.md", f"| INT8, emulated (`FakeQuantize`), in a longer study | {nats} | | {ess} |"
+    yield f"{DOCS}/method.md", f"| INT8, emulated (`FakeQuantize`), in a longer study | {nats} | | {ess} |"
 
 
 def real_fp8():
@@ -146,10 +146,6 @@ def one_rate_for_all():
     spans = (span_of([-each for each in loss(at, "FP8")]).removeprefix("between ") for at in (low, high))
     yield PAGE, "**Under FP8 we saw no harm**: between {} at 2.5e-4, {} at 5e-4 (ESS {}).".format(*spans, fp8)
     yield PAGE, f"it loses {cost} there, although its ESS is {int4}"
-    yield (
-        f"{DOCS}/mismatch.md",
-        f"INT4 [lost {cost}](../recipes/studies/mismatch.md#at-each-arms-own-learning-rate) at an ESS of {int4}",
-    )
     yield PAGE, f"(2.5e-4: ESS {lower}, a loss of {fewer})"
     yield PAGE, f"int3 loses {more['int3']} more at 5e-4 than at 2.5e-4, five levels {more['five levels']} more"
     higher = paired.interval(paired.paired(runs, high["unquantized"], low["unquantized"]))

@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from held import DOCS, STUDIES, stored
+from held import STUDIES, stored
 from recipes.studies.order_flips import ORDERS, SEEDS, Model, alone_rows, bias, claim_rows, copy_rows, order_rows, over
 from recipes.studies.paired import interval, markdown
 
@@ -49,9 +49,3 @@ def flipped_orders():
     assert max(value for order, value in biases("answer").items() if order != "max_prob") < 1e-6, "unbiased"
     assert abs(biases("answer")["max_prob"] - biases("tis")["max_prob"]) < 0.01, "as biased"
     assert max(model["flips"]["kernel"] for model in models) == 0
-    flipped = over(models, lambda model: model["flips"]["INT4"])
-    yield f"{DOCS}/order.md", f"INT4 [flips a share of {flipped} of all steps]"
-    both = [
-        over(models, lambda model, order=order: bias(model, order, "INT4", "tis")) for order in ("max_prob", "random")
-    ]
-    yield f"{DOCS}/mismatch.md", f"[a bias of {both[0]} under `MaxProb` and {both[1]} in random order]"

@@ -86,7 +86,7 @@ def edits():
     yield page, "In plain arms it beats `ELBO()` by as much: {}, {} and {}.".format(*plain)
     lost = [f"{mean(gain('plain', n)):.2f}" for n in (2, 4)]
     forwards = "at 2 and 4 forwards, and not clearly below at 8"
-    yield "docs/which-likelihood.md", f"`ELBO` ended {lost[0]} and {lost[1]} below `Trajectory()` {forwards}"
+    yield "docs/method.md", f"`ELBO` ended {lost[0]} and {lost[1]} below `Trajectory()` {forwards}"
     middles_and_widths = [[float(number) for number in each.split("±")] for each in plain]
     assert [middle > width for middle, width in middles_and_widths] == [True, True, False]
     apart = []
