@@ -578,7 +578,7 @@ def test_a_control_variate_keeps_the_contract():
 
 def test_coupled_grpo_has_its_authors_estimate():
     """(log p_i with everything masked + log p_i in the mask that hides i, over the mask's share) / 2, from the logits
-    of three canvases; shares between 0.2 and 0.8; and in the mean over shares and masks each token's weight is 1 1/2."""
+    of three canvases; shares between 0.2 and 0.8; in the mean over shares and masks each token's weight is 1 1/2."""
     made = runpy.run_path(str(EXAMPLES / "coupled_grpo.py"), run_name="__main__")
     policy, rollout, estimator = made["policy"], made["rollout"], made["CoupledGRPO"]()
     views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
