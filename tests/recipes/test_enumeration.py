@@ -10,11 +10,14 @@ import torch
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, EUBO, FunctionLikelihood, Sandwich, Trajectory
+from recipes.studies import enumeration
 from recipes.studies.enumeration import (
     CLAIMS,
+    GradientRow,
     ToyPolicy,
     against,
     contributions,
+    corrects,
     estimator_table,
     gradient_table,
     of_batches,
@@ -281,3 +284,22 @@ def test_values_are_a_baseline():
     assert found["exact", 0.0].bias < 1e-6 and found["exact", 0.95].bias < 1e-6
     assert found["exact", 0.0].rmse < found["exact", 0.95].rmse < found["exact", 1.0].rmse < found["none", 1.0].rmse
     assert 0.1 < found["none", 0.0].bias < found["noisy", 0.0].bias
+
+
+@pytest.mark.parametrize(
+    ("bias", "efficiency", "passes"),
+    [
+        ((0.36, 0.45), (0.8, 0.7), True),
+        ((0.1, 0.1), (0.795, 0.695), True),
+        ((0.4, 0.5), (0.8, 0.7), False),  # no corrector
+        ((0.1, 0.46), (0.9, 0.9), False),  # the bias, in one row
+        ((0.1, 0.1), (0.9, 0.68), False),  # the efficiency, in one row
+    ],
+)
+def test_a_corrector_passes_by_its_bias_and_its_efficiency_in_every_row(monkeypatch, bias, efficiency, passes):
+    def rows(biases, efficiencies):
+        return [GradientRow("early", 0.1, 128, b, 1, e, 1, 1) for b, e in zip(biases, efficiencies, strict=True)]
+
+    tables = {c.NoCorrection(): rows((0.4, 0.5), (0.8, 0.7)), c.TIS(): rows(bias, efficiency)}
+    monkeypatch.setattr(enumeration, "gradient_table", tables.get)
+    assert corrects(c.TIS()) == passes
