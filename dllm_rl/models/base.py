@@ -192,27 +192,42 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 class FamilySpec:
     """Facts and functions of one family of checkpoints.
 
-    Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture.
+    Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture. Fields
+    that are not listed here are for checkpoints.
+
+    Args:
+        name: Name of the family.
+        attention: "full", "causal", "block_causal" (blocks of `block_size` tokens, counted from a row's first token) or
+            "encoder_decoder" (a decoder that denoises blocks of random tokens and reads an encoder's cache).
+        shift: Whether the state at t - 1 predicts token t. The library shifts the states. Default: False.
+        block_size: Positions of a block. None (default): no blocks.
+        mask_id: Id of the mask token. None (default): the model has none.
+        eos_ids: Ids that end a completion.
+        max_length: Longest sequence in tokens. None (default): any.
+        vocab_size: Number of logits. None (default): that of the module's config.
+        encode: Function (module, tokens (B, T), attention_mask, positions (B, T)) -> last hidden states (B, T, D). The
+            mask is (B, T), False on padding; a block-causal module also gets (B, 1, T, T), which it uses unchanged.
+        head: Function (module, hidden states of any leading shape) -> logits.
+        lora_targets: Names of the linear layers that get adapters.
+        architectures: Values of the config's `architectures` that belong to the family; `*` for any text.
     """
 
     name: str
-    # "block_causal": blocks of `block_size` tokens, counted from a row's first token. "encoder_decoder": a decoder that
-    # denoises blocks of random tokens, and reads an encoder's cache (`models.denoiser`).
     attention: Attention
-    shift: bool = False  # the state at t-1 predicts position t
-    block_size: int | None = None  # positions of a block; None without blocks
+    shift: bool = False
+    block_size: int | None = None
     causal_context: bool = False  # "block_causal": attention within a block without mask tokens is causal
     is_also_causal: bool = False  # the weights also work as an autoregressive model (`as_causal`)
-    mask_id: int | None = None  # token id of the mask; None for models without one
+    mask_id: int | None = None
     mask_vocabulary: int | None = None  # `mask_id` is used only for a checkpoint with this vocabulary size
     mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
-    eos_ids: tuple[int, ...] = ()  # ids that end a completion
-    max_length: int | None = None  # longest sequence in tokens
-    vocab_size: int | None = None  # number of logits; None: from the module's config
-    encode: Callable = encode_base  # module, tokens, attention mask, positions -> hidden states
-    head: Callable = linear_head  # module, hidden states -> logits
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # layers that LoRA adapts by default
-    architectures: tuple[str, ...] = ()  # values of the config's `architectures` field; `*` for any text
+    eos_ids: tuple[int, ...] = ()
+    max_length: int | None = None
+    vocab_size: int | None = None
+    encode: Callable = encode_base
+    head: Callable = linear_head
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS
+    architectures: tuple[str, ...] = ()
     config_test: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
     # Config fields -> (stock class, its config). None: the checkpoint's class is a stock class.
     stock_model: Callable[[dict], tuple] | None = None
