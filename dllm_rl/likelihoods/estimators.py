@@ -232,9 +232,10 @@ class Causal(LikelihoodEstimator):
 class OneStep(LikelihoodEstimator):
     """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
 
-    Use it if cost matters most: it takes one forward, and with prompt_mask=0 all completions of a prompt share one
-    masked input. The estimate is the sum of l_i with all of y masked; each prompt token is masked too, with probability
-    `prompt_mask`. It is biased, because it treats the tokens as independent.
+    Use it if cost matters most: all completions of a prompt share one masked input, and so one forward. The estimate is
+    the sum of l_i with all of y masked; each prompt token is masked too, with probability `prompt_mask`. It is biased,
+    because it treats the tokens as independent. The prompt's mask is drawn once per group [ours]: d1 draws it for each
+    completion, with the same mean, and one forward per completion.
 
     Args:
         prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
@@ -253,7 +254,8 @@ class OneStep(LikelihoodEstimator):
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask
         prompt = rollout.attention_mask & ~completion
-        hidden_prompt = masks.uniforms_at(prompt, masks.row_generators(rollout, generator)) < self.prompt_mask
+        generators = masks.row_generators(rollout, generator, per_group=True)
+        hidden_prompt = masks.uniforms_at(prompt, generators) < self.prompt_mask
         return Views((hidden_prompt | completion)[None], completion[None].float())
 
 

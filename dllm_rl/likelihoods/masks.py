@@ -10,12 +10,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.rng import row_seeds
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import Rollout, Views, group_numbers, starts_group
 
 
-def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    """Return one generator per row, so that a row's masks depend neither on other rows nor on padding."""
+def row_generators(rollout: Rollout, generator: Generator, *, per_group: bool = False) -> list[Generator]:
+    """Return one generator per row, so that a row's masks depend neither on other rows nor on padding.
+
+    With `per_group` the generators of a group's rows have the same seed, so that their draws are equal.
+    """
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
+    if per_group:
+        group = rollout.group.cpu()
+        rows = rows[starts_group(group)][group_numbers(group)]
     # A row's seed depends on its index in the global batch, not on the process that has the row.
     seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

@@ -249,6 +249,18 @@ def test_one_step_is_the_product_of_marginals_and_masks_only_prompts():
     assert not lik.OneStep(prompt_mask=0.0).draw_views(rollout, seeded(0)).masked[0, :, :20].any()
 
 
+def test_a_group_shares_one_prompt_mask_and_each_row_has_the_law_of_its_own():
+    """Of two prompt tokens each is hidden with probability 0.3, apart from the other and from other groups."""
+    rollout = replace(TOY.rollout([COMPLETION] * 6000, prompt=2), group=torch.arange(6000) // 3)
+    hidden = lik.OneStep(prompt_mask=0.3).draw_views(rollout, seeded(0)).masked[0, :, :2].view(2000, 3, 2)
+    assert (hidden == hidden[:, :1]).all()
+    patterns = (2 * hidden[:, 2, 0].long() + hidden[:, 2, 1].long()).bincount(minlength=4)
+    for count, chance in zip(patterns.tolist(), (0.49, 0.21, 0.21, 0.09), strict=True):
+        assert abs(count - 2000 * chance) < 4 * math.sqrt(2000 * chance * (1 - chance))
+    apart = (hidden[:-1, 0] & hidden[1:, 0]).double().mean().item()
+    assert abs(apart - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 2000)
+
+
 def test_trajectory_by_hand():
     """Tokens 2, 0, 1 committed at steps 1, 0, 0 and, merged into one segment, all at once."""
     steps = torch.tensor([[-1, 1, 0, 0]])
