@@ -233,7 +233,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Add the gradient of a micro-batch's loss to the parameters, and return the loss without a graph."""
         batches, _ = inputs["dllm_rl"][0]
-        rows = torch.tensor([row for _, row in inputs["dllm_rl"]], device=self.accelerator.device)
+        # Sorted: a view runs one row for a group of equal rows, if they follow each other, and TRL shuffles them.
+        rows = torch.tensor(sorted(row for _, row in inputs["dllm_rl"]), device=self.accelerator.device)
         recipe, steps = self._recipe, self.args.steps_per_generation
         if not self.model.training:
             batch = rows_of(batches[0], rows)

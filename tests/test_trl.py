@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,10 @@ pytest.importorskip("trl")
 from accelerate import Accelerator
 from datasets import Dataset
 from layouts import checkpoint
+from live_bytes import LiveBytes
 from peft import LoraConfig
 from ranks import run_ranks
-from trl_runs import ROWS, Watched, trainer
+from trl_runs import ROWS, Watched, tiny, trainer
 
 from dllm_rl import (
     AIS,
@@ -200,6 +205,49 @@ def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
     halves = {name: (x + run.gradients[1][name]) / 2 for name, x in run.gradients[0].items()}
     assert difference(halves, gradients[0]) < 1e-6
     assert difference(run.gradients[0], gradients[0]) > 1e-4
+
+
+@pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
+def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
+    """A rollout's first step reads the same masks in every row of a group, and TRL shuffles the rows."""
+    counts = [0]
+
+    def count(module, inputs, given):
+        counts[-1] += len(given["input_ids"]) * torch.is_grad_enabled()
+
+    model = tiny()
+    model.module.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    settings = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+    run = run_of(tmp_path, likelihood, NoCorrection(), None, model=model, settings=settings)
+    counts.append(0)
+    learner(run, likelihood=likelihood)
+    num_views = len(run.first[0][0].views.masked)
+    assert counts[0] == counts[1] < 2 * num_views * len(run.first[1])
+
+
+@pytest.mark.parametrize(("likelihood", "lora"), [(ELBO, False), (Coupled, True)])
+def test_memory_does_not_grow_with_the_number_of_views(tmp_path, likelihood, lora):
+    """The peak of a whole run's tensors, against that of the same run with a graph through all views."""
+
+    def peak(num_samples, loss=None):
+        settings = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_steps": 1}
+        run = trainer(
+            tmp_path, settings=settings, rows=ROWS * 2, likelihood=likelihood(num_samples=num_samples), lora=lora
+        )
+        if loss is not None:
+            run._compute_loss = partial(loss, run)
+        with LiveBytes() as memory:
+            run.train()
+        return memory.peak
+
+    def through_all_views(run, model, inputs):
+        (batch, *_), _ = inputs["dllm_rl"][0]
+        run._has_loss = True
+        return run._recipe.likelihood.view_logprobs(run._policy, batch.rollout, batch.views, retain_graphs=True).sum()
+
+    one, several, through_all = peak(1), peak(8), peak(8, through_all_views)
+    assert several < 1.5 * one  # a view has its own rows and positions
+    assert through_all > 3 * several
 
 
 def weights_of(run):
@@ -386,7 +434,34 @@ def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch
         run.train()
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "trl.md"
+ROOT = Path(__file__).parents[1]
+OLDEST, NEWEST = ours.VERSIONS
+
+
+def test_the_extra_takes_the_versions_that_were_tried():
+    wanted = f'trl = ["trl>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}", '
+    assert wanted in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(f"=={OLDEST[0]}.{OLDEST[1]}.*", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.nightly)],
+)
+def test_the_oldest_and_the_newest_trl_pass_the_tests_of_this_file(tmp_path, version):
+    """TRL comes from the package index, without which this fails. CI's default part has the newest of the range."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"trl{version}"]
+    install = subprocess.run(command, capture_output=True, text=True)
+    assert install.returncode == 0, f"pip did not get trl{version}: {install.stderr}"
+    program = "import sys, pytest, trl; assert sys.argv[1] in trl.__file__; sys.exit(pytest.main(sys.argv[2:]))"
+    arguments = [str(tmp_path), "-n", "0", "-p", "no:cacheprovider", "-m", "not slow and not nightly", __file__]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+PAGE = ROOT / "docs" / "trl.md"
 STOCK_SCRIPT = """
 from trl import GRPOTrainer
 from peft import LoraConfig
@@ -450,7 +525,7 @@ def test_the_two_lines_of_the_page_change_a_script_of_trls(tmp_path, monkeypatch
     checkpoint(tmp_path / "SDAR", "sdar")
     rows = [{"prompt": text} for text in ("ab", "c1e", "fgh", "9j", "k", "lmn", "3p", "q")]
     script = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:4])}
-    tracker = "wandb" if importlib.util.find_spec("wandb") else "none"
+    tracker = "wandb" if importlib.util.find_spec("wandb") else "tensorboard"
     source = source.replace('report_to="wandb"', f'report_to="{tracker}", use_cpu=True, bf16=False')
     exec(compile(source, "script.py", "exec"), script)
     run = script["trainer"]

@@ -20,11 +20,12 @@ def test_plain_and_chunked_scoring_agree(task):
 
 
 @pytest.mark.parametrize("masks", [1, 4])
-def test_plain_and_constant_memory_gradients_agree(masks):
-    plain, constant = (
-        learner.arm(name=name, masks=masks, micro_batch_size=2, **SMOKE) for name in ("plain", "constant")
-    )
-    assert plain["gradient_norm"] == pytest.approx(constant["gradient_norm"], rel=1e-5)
+@pytest.mark.parametrize("name", ["constant", "checkpointed", "trl"])
+def test_the_learners_gradients_agree(masks, name):
+    if name == "trl":
+        pytest.importorskip("trl")
+    plain, other = (learner.arm(name=arm, masks=masks, micro_batch_size=2, **SMOKE) for arm in ("plain", name))
+    assert plain["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
 
 
 def write_beside_what_is_held(device, repeats):
