@@ -77,7 +77,7 @@ def trl_trainer(policy: Policy, likelihood: LikelihoodEstimator, rows: int) -> A
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from dllm_rl.trl import DiffusionGRPOTrainer
+    import dllm_rl.trl
 
     prompts = Dataset.from_list([{"prompt": "a"}] * rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def trl_trainer(policy: Policy, likelihood: LikelihoodEstimator, rows: int) -> A
             gradient_checkpointing=False,
             report_to="none",
         )
-        trainer = DiffusionGRPOTrainer(
+        trainer = dllm_rl.trl.DiffusionGRPOTrainer(
             policy, lambda completions, **_: [0.0], args, train_dataset=prompts, likelihood=likelihood
         )
     trainer.model.train()
