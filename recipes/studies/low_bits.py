@@ -20,11 +20,12 @@ which ones are in the tables depends on nothing else. `unquantized`, with the cl
 finish: only late_pretrained.py measures what int4 costs at this rate.
 
     python recipes/smollm2_diffusion_sft.py
-    python -m recipes.studies.low_bits            run what is missing, low_bits.json, the tables
+    python -m recipes.studies.low_bits            run what is missing, low_bits.json, the tables, low_bits.png
 """
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from dllm_rl import TIS, Int4WeightOnly, NoCorrection
@@ -32,7 +33,8 @@ from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
-from recipes.studies.paired import Contrast, Study, keep, main, result_path, train_one
+from recipes.studies.mismatch_report import line, rates
+from recipes.studies.paired import Contrast, Results, Study, keep, main, result_path, train_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
 COLUMNS = ("quantized", "ess", "reward")
@@ -91,5 +93,28 @@ def steps_of(root: Path, name: str, seed: int) -> dict[str, list[float]]:
     return {metric: values for metric, values in steps.items() if values}
 
 
+def picture(results: Results, path: Path) -> None:
+    """By arm the accuracy of the learner and of its INT4 copy: a dot a seed, the mean and its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 1.9), layout="constrained", sharex=True, sharey=True)
+    for axis, (column, title) in zip(axes, {"after": "learner", "quantized": "its INT4 copy"}.items(), strict=True):
+        for place, arm in enumerate(ARMS):
+            line(axis, -place, rates(results, arm, column), "#1f77b4")
+        axis.set_yticks([-place for place in range(len(ARMS))], list(ARMS))
+        axis.set_ylim(0.6 - len(ARMS), 0.6)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel(f"accuracy after {STUDY.num_steps} steps")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_title("learner (dotted: where RL began)", loc="left", fontsize=10)
+    axes[0].axvline(mean(rates(results, "int4", "before")), color="grey", linewidth=0.8, linestyle=":")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    main(STUDY, __doc__, ("before", "after", "quantized"), STORED, run=run_with_steps)
+    found = main(STUDY, __doc__, ("before", "after", "quantized"), STORED, run=run_with_steps)
+    picture(found, STORED.with_suffix(".png"))

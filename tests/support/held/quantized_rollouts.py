@@ -1,0 +1,151 @@
+"""What is known of quantized rollouts: the page's sentences and tables, from the data of its studies."""
+
+from statistics import median
+
+from held import DOCS, STUDIES, by_arm, row, runs_of, stored
+from held.mismatch import rounded_runs, two_digits
+from recipes.studies import ess, low_bits, low_bits_gradients, low_bits_tuned, order_flips, rates
+from recipes.studies.order_flips import bias, over
+from recipes.studies.paired import contrast_rows, interval, paired
+
+PAGE, METHOD = f"{STUDIES}/quantized_rollouts.md", f"{DOCS}/method.md"
+P = "Holm's p"
+MODELS, TRAINED = stored("order_flips"), runs_of("low_bits")
+COSINES = {}
+for line in low_bits_gradients.table(stored("low_bits_gradients")).splitlines()[2:]:
+    arm, _, cosine, *_ = line.strip("| ").split(" | ")
+    COSINES[arm] = cosine
+
+
+def left(order: str, weights: str, *part: str) -> str:
+    """The bias under INT4."""
+    return over(MODELS, lambda model: bias(model, order, "INT4", weights, *part))
+
+
+def flips(copy: str) -> str:
+    return over(MODELS, lambda model: model["flips"][copy])
+
+
+def training_claims() -> tuple[str, str, str]:
+    """The gain of TIS over no corrector and over its permuted weights, and the p that both have."""
+    none, permuted = contrast_rows(low_bits.STUDY, TRAINED)
+    assert none[P] == permuted[P]
+    return none["difference, 95 %"], permuted["difference, 95 %"], none[P]
+
+
+def the_three_sentences():
+    gain, _, p = training_claims()
+    for page in (PAGE, METHOD):
+        yield (
+            page,
+            (
+                "**Order:** in `MaxProb` order an INT4 copy writes another position than the learner in "
+                f"{flips('INT4')} of the steps, and truncated importance sampling (TIS) leaves a bias of "
+                f"{left('max_prob', 'tis')} of the gradient's length; in random order it leaves "
+                f"{left('random', 'tis')}."
+            ),
+        )
+        yield (
+            page,
+            (
+                "**Gradient:** INT4 rollouts turn the first policy gradient of a pretrained diffusion model (cosine "
+                f"{COSINES['int4']} with that of its own rollouts), and TIS turns it back ({COSINES['int4, tis']}); "
+                f"training with TIS ended {gain} higher on six seeds, too few for an exact test (Holm's p {p})."
+            ),
+        )
+        yield (
+            page,
+            (
+                "**ESS:** a low effective sample size marks runs that end badly where nothing bounds the ratio, no "
+                "better than the lag times the learning rate does, and between seeds of one setting it told nothing "
+                "that we saw."
+            ),
+        )
+    found = {name: ess.auc_row(trials) for name, trials in ess.groups().items()}
+    free = found["- bound: none"]
+    assert free["ESS"] == free["known before"] == "1.00"
+
+
+def order():
+    share, less, lost = order_flips.claim_rows(MODELS)
+    value, test = "found, 95 %", "Holm's p of a difference"
+    exact = ("max_prob", "INT4", "exact")
+    above = sum(bias(model, *exact, "no flips") < bias(model, *exact) / 2 for model in MODELS)
+    yield PAGE, f"the share is {share[value]}, above a half in {above} of 10 models (Holm's p {share[test]})."
+    _, bound = lost["stated before the runs"].split(" is below ")
+    yield PAGE, f"`PlackettLuce` at 0.1 removes most of it for less than {bound} of reward."
+    below = sum(bias(model, "plackett_luce 0.1", "INT4", "exact") < bias(model, *exact) / 2 for model in MODELS)
+    yield PAGE, f"below half of `MaxProb`'s in {below} of 10 models, for {lost[value]} of reward."
+    assert float(less[test]) > 0.05
+    held, free = left("max_prob", "exact", "no flips"), left("max_prob", "exact")
+    yield PAGE, f"exact token weights leave {held} instead of {free}."
+    for each in ("max_prob", "plackett_luce 0.1", "random"):
+        yield PAGE, row(each, *(left(each, weights) for weights in ("none", "tis", "ais")))
+    assert max(model["flips"]["kernel"] for model in MODELS) == 0
+    yield PAGE, f"FP8 flips {flips('FP8')} of the steps; another attention kernel none."
+    none = [model["settings"]["max_prob, INT4, none"] for model in MODELS]
+    noise, squared = median(each["noise"] / 64 for each in none), median(each["bias"] ** 2 for each in none)
+    yield PAGE, f"more noise (median {noise:.2f} squared lengths) than squared bias ({squared:.2f}, `MaxProb`,"
+    coarse = rounded_runs("mismatch")
+    apart = two_digits(interval(paired(coarse, "random: TIS", "one: TIS")))
+    yield PAGE, f"With five levels a weight and TIS, random order ended no higher: {apart} ([data]"
+    yield f"{STUDIES}/order_flips.md", f"and TIS it ended no higher in random order: {apart}."
+    yield f"{STUDIES}/order_flips.md", f"AIS leaves {left('random', 'ais')}. As an order"
+
+
+def pretrained():
+    gain, placebo, p = training_claims()
+    yield PAGE, f"TIS is {gain} above no corrector and {placebo} above its permuted weights, both with Holm's p {p},"
+
+    def after(arm: str) -> str:
+        return interval([run["after"] for (name, _), run in TRAINED.items() if name == arm])
+
+    (before,) = {run["before"] for run in TRAINED.values()}
+    yield PAGE, f"accuracy, from {before:.3f}"
+    for name, measured, arm in (
+        ("no corrector", "int4", "int4"),
+        ("TIS", "int4, tis", "int4, tis"),
+        ("permuted weights (AIS; TIS)", "int4, permuted ais", "int4, permuted tis"),
+    ):
+        yield PAGE, row(name, COSINES[measured], after(arm))
+    for name, measured in (("AIS", "int4, ais"), ("aligned forward", "int4, aligned")):
+        yield PAGE, row(name, COSINES[measured], "-")
+    earned = paired(TRAINED, "int4, tis", "int4", "reward")
+    assert len(earned) == 6 and max(earned) < 0
+    yield PAGE, f"the copy's rollouts earned less reward with TIS in all six seeds ({interval(earned)})."
+    yield f"{STUDIES}/low_bits.md", f"its rollouts earn {interval(earned)} reward (less in all six seeds; not claimed)."
+    tuned = stored("low_bits_tuned")
+    assert not tuned["runs"] and {"unquantized", "FP8", low_bits_tuned.HALF} < low_bits_tuned.STUDY.arms.keys()
+    assert len({run["seed"] for run in tuned["tuning"]}) == 1
+    yield f"{STUDIES}/low_bits.md", f"and not run but for {len(tuned['tuning'])} trials of one seed."
+    in_bf16 = paired(runs_of("late_pretrained"), "FP8", "int4")
+    assert len(in_bf16) == 2
+    yield PAGE, f"Two seeds in bf16 had INT4 below FP8 by {interval(in_bf16)}"
+
+
+def ess_and_harm():
+    found = ess.groups()
+    for name, group in (
+        ("lags, no bound", "- bound: none"),
+        ("lags, two-sided clip", "- bound: two-sided clip"),
+        ("lag 4, TIS, ten seeds", "- one setting, ten seeds: lag 4, TIS"),
+        ("formats, no lag", "4x4 Sudoku, formats, no corrector"),
+    ):
+        trials, aucs = found[group], ess.auc_row(found[group])
+        harmed = f"{sum(trial.harmed for trial in trials)} of {len(trials)}"
+        yield PAGE, row(name, harmed, aucs["ESS"], aucs["known before"], aucs["reward less the twin's"])
+
+
+def toys_and_formats():
+    late = {each["row"]: each["late 0.5"].split("/") for each in stored("gradients")["corrector, n = 128"]}
+    none, tis, answers = late["none"], late["TIS, tokens, cap 2"], late["sequence IS, no cap"]
+    yield PAGE, f"the bias is {none[0]} without a corrector, {tis[0]} with TIS, {answers[0]} with weights of answers,"
+    yield PAGE, f"whose error is largest ({answers[1]} against {none[1]} and {tis[1]})."
+    parts = stored("rates")
+    tuning, results, more = (by_arm(parts[part]) for part in ("tuning", "runs", "equal"))
+    found = rates.at_equal_rates(results, more, rates.best(tuning))
+    losses = ", ".join(f"{each['minus unquantized at the same rate, 95 %']} {each['0.0005']}" for each in found)
+    yield PAGE, f"minus unquantized at 5e-4: {losses}."
+    shown = {each["stated before the runs"] for each in contrast_rows(rates.study, results) if float(each[P]) < 0.05}
+    assert {claim for claim in shown if claim.endswith("harms")} == {"int3 harms", "five levels harms"}
+    assert not [claim for claim in shown if claim.startswith("token TIS helps")]
