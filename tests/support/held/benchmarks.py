@@ -54,6 +54,7 @@ def one_h200():
     times = {stage: f"{step_8b[f'{stage}, s']:.3g} s" for stage in ("rollout", "scoring", "step")}
     told = f"took {times['step']} on the H200, {times['scoring']} of them scoring and {times['rollout']} rollouts"
     yield PAGE, f"{told}, with a peak of {step_8b['peak GiB, all']:.1f} GiB"
+    yield PAGE, f"an estimated likelihood the ESS was {step_8b['ESS']:.3f}."
     of = {name: f"{speed / fp8['bf16, exact']:.2f}" for name, speed in fp8.items()}
     schemes = f"{DOCS}/train.md"
     yield schemes, f"| {of['FP8 weights, compiled']} compiled, {of['FP8 weights, eager']} eager |"
