@@ -150,6 +150,7 @@ def grpo_recipe(  # noqa: PLR0913
         if len(oracles) > 1 or settings.get("rollout_workers"):
             raise ValueError("reward_funcs: a run takes one Oracle, and no rollout_workers; wrap one function")
         settings["callbacks"] = [*settings.get("callbacks", ()), *oracles]
+        settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
         eval_functions = [each.without_calls() if each in oracles else each for each in functions]
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = make_task(training_rows, reward_funcs=reward_funcs, name=name)

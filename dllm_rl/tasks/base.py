@@ -103,9 +103,10 @@ class Task(Protocol):
     Implement it for problems that no other task covers; use `task_from_dataset` for rows with reward functions. Change
     `version` whenever a grade may change.
 
-    Optional members: rewards(problems, completions) grades many completions together; reward_weights maps names in the
-    breakdown to weights. A grader may request COST_ARGUMENTS, as in reward(problem, completion, forwards), or
-    rewards(problems, completions, forwards) with a list.
+    Optional members: rewards(problems, completions) grades many completions together; if it raises, they are graded
+    again one by one, unless graded_once is true. reward_weights maps names in the breakdown to weights. A grader may
+    request COST_ARGUMENTS, as in reward(problem, completion, forwards), or rewards(problems, completions, forwards)
+    with a list.
     """
 
     @property
@@ -249,11 +250,12 @@ def _grade_one_by_one(
     """Grade each completion by a separate call, after begin(its index).
 
     Raises RuntimeError that names the completion for which the grader raises; or all, if only grading them together
-    raised, with `error_together`.
+    raised, with `error_together`, or if that is not to be repeated (`graded_once`).
     """
+    once = error_together is not None and getattr(task, "graded_once", False)
     requested = requested_costs(task.reward, costs)
     rewards = []
-    for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
+    for index, (problem, completion) in enumerate(() if once else zip(problems, completions, strict=True)):
         begin(index)
         try:
             arguments = {name: values[index] for name, values in requested.items()}

@@ -42,6 +42,11 @@ class DatasetTask:
         """Weight of each reward function, by its name."""
         return dict(zip(self._labels, self.weights, strict=True))
 
+    @property
+    def graded_once(self) -> bool:
+        """Whether no function may be called again after an exception, because a call is paid (`Oracle`)."""
+        return any(getattr(function, "graded_once", False) for function in self.reward_funcs)
+
     @cached_property
     def _labels(self) -> list[str]:
         functions = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial

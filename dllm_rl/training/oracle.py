@@ -25,22 +25,28 @@ class Oracle(Callback):
 
     Only training steps call the function. The rehearsal and the evaluations give a known text its reward, and other
     texts none. Each call is written to oracle.jsonl in the run's folder before its reward is used, so that a resume
-    calls no text again, also after the process was killed. best.jsonl has the best texts. The metrics are oracle/calls,
-    oracle/frac_repeated (share of the step's texts without a call), oracle/best, and oracle/top (mean of the best).
+    calls no known text again, also after the process was killed. An exception ends the run without a further call.
+    best.jsonl has the best texts. The metrics are oracle/calls, oracle/frac_repeated (share of the step's texts without
+    a call), oracle/best, and oracle/top (mean of the best). `grpo` sets no `reward_timeout`, which would limit all
+    calls of a step together: in a recipe of your own, set it to None.
 
     Args:
-        function: Reward function, f(completions, **columns) -> one number or None per completion; not async. A text is
-            known if all arguments that the function accepts are the same; without `**columns` only the text counts.
+        function: Reward function, f(completions, **columns) -> one number or None per completion; not async. None, not
+            a substitute, says that a measurement failed: it counts as a call, and the text is called again when it is
+            sampled again. A text is known if all arguments that the function accepts are the same; without `**columns`
+            only the text counts.
         budget: Number of texts to call the function for. The run then ends with a checkpoint, which a larger budget
             continues. None (default): no limit.
         cache: Whether a known text gets the reward of its first call. False: each text is called again, also by a
             resume. Default: True.
         top_k: Number of texts in best.jsonl. Default: 10.
-        batch_size: Texts per call. A killed process loses the call that it was waiting for. Default: 1.
+        batch_size: Texts per call, such as a plate's. What raises, or is killed, loses its whole call. Default: 1.
 
     Raises:
         ValueError: The function is async or no function, or a number is below 1.
     """
+
+    graded_once = True  # after an exception the texts are not graded again one by one
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class Oracle(Callback):
         self.calls = 0  # texts that the run has called the function for
         self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
         self.__name__ = getattr(function, "__name__", type(function).__name__)
-        self._known: dict[str, float | None] = {}  # reward by the arguments, as JSON
+        self._known: dict[str, float] = {}  # reward by the arguments, as JSON
         self._asked = self._repeated = 0  # texts since the last step
         self._run: RunControl | None = None
         self._log: JsonLines | None = None  # None: the function is not called
@@ -96,15 +102,23 @@ class Oracle(Callback):
     def _call(self, rows: list[dict[str, Any]], keys: list[str]) -> list[float | None]:
         """Call the function, and store the rewards on disk before they are used."""
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        numbers = numbers_by_completion(self.__name__, self.function(**columns), keys)
+        try:
+            returned = self.function(**columns)
+        except Exception as error:
+            raise RuntimeError(f"{self.__name__} raised {error!r} on {', '.join(keys)}") from error
+        numbers = numbers_by_completion(self.__name__, returned, keys)
         rewards = [numbers.get(index) for index in range(len(rows))]
         assert self._log is not None and self._run is not None, "`on_start` sets both"
         for key, reward in zip(keys, rewards, strict=True):
             self._log.append({"step": self._run.step, "reward": reward, "arguments": json.loads(key)})
-            self._known[key] = reward
+            self._remember(key, reward)
         self._log.flush()
         self.calls += len(rows)
         return rewards
+
+    def _remember(self, key: str, reward: float | None) -> None:
+        if reward is not None:  # None is no measurement: the text is called again
+            self._known[key] = reward
 
     def on_start(self, run: RunControl) -> None:
         """Read the calls of a resumed run; from now on the function is called."""
@@ -113,7 +127,7 @@ class Oracle(Callback):
         self._known.clear()
         for row in json_objects(path):
             if "arguments" in row:
-                self._known[json.dumps(row["arguments"], sort_keys=True)] = row["reward"]
+                self._remember(json.dumps(row["arguments"], sort_keys=True), row["reward"])
                 self.calls += 1
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -123,7 +137,7 @@ class Oracle(Callback):
         return {"calls": self.calls}
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> dict[str, float]:
-        rewards = {key: reward for key, reward in self._known.items() if reward is not None}
+        rewards = self._known
         best = sorted(rewards, key=rewards.__getitem__, reverse=True)[: self.top_k]
         lines = [json.dumps({"reward": rewards[key], "arguments": json.loads(key)}) + "\n" for key in best]
         write_text(run.directory / "best.jsonl", "".join(lines))
