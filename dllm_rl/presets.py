@@ -22,8 +22,6 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import escape_controls
 
 LARGE_MODEL = 1_000_000_000  # models with at least this many parameters get a preset by default
-# These settings must fit each other: a caller who sets one of them gets none of them from a preset.
-BATCH_SETTINGS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")
 
 
 @dataclass(frozen=True)
@@ -98,19 +96,6 @@ def preset_by_size(attention: str, parameters: int) -> str | None:
     if parameters < LARGE_MODEL:
         return None
     return {"full": "large", "block_causal": "large-blocks"}.get(attention, "large-causal")
-
-
-def without_batch_settings(settings: Mapping[str, Any], caller_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a preset's settings, without BATCH_SETTINGS if the caller set one of them.
-
-    If the preset has micro_batch_size, the result has the caller's value, or else num_generations.
-    """
-    omitted = BATCH_SETTINGS if caller_settings.keys() & set(BATCH_SETTINGS) else ()
-    remaining = {name: value for name, value in settings.items() if name not in omitted}
-    if "micro_batch_size" in settings:
-        generations = caller_settings.get("num_generations", remaining.get("num_generations", Recipe.num_generations))
-        remaining["micro_batch_size"] = caller_settings.get("micro_batch_size", generations)
-    return remaining
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:

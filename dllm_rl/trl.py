@@ -43,7 +43,7 @@ try:
     import trl
     from trl import GRPOConfig, GRPOTrainer
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; dllm_rl.trl needs TRL: pip install 'dllm_rl[trl]'") from None
+    raise ModuleNotFoundError(f"{error}; dllm_rl.trl needs TRL: pip install -e '.[trl]'") from None
 
 VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
 # TRL's methods that are overridden, and the names of their first parameters.

@@ -47,13 +47,29 @@ def test_what_is_given_replaces_a_presets(capsys):
     recipe = grpo_recipe(LLADA, ROWS, nothing, num_generations=4, sampler_options={"block_size": 16}, **given)
     assert (recipe.learning_rate, recipe.lora, recipe.dtype) == (1e-5, Lora(), "bfloat16")
     assert (recipe.num_generations, recipe.micro_batch_size) == (4, 4)  # a forward has whole groups
-    assert recipe.train_batch_size == Recipe.train_batch_size
     sampler = recipe.sampler
     assert (sampler.block_size, sampler.diffusion_steps, sampler.temperature) == (16, 48, 0.7)
     assert "learning_rate" not in capsys.readouterr().out
     recipe = grpo_recipe(LLADA, ROWS, nothing, per_device_train_batch_size=16)  # TRL's groups of eight
-    assert (recipe.micro_batch_size, recipe.num_generations) == (16, 8)
+    assert (recipe.micro_batch_size, recipe.num_generations, recipe.train_batch_size) == (16, 8, 2)
     assert grpo_recipe(LLADA, ROWS, nothing, preset="none").learning_rate == Recipe.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),  # prompts, completions per prompt, completions per forward
+    [
+        ({"num_generations": 8}, (8, 8, 8)),
+        ({"num_generations": 4}, (8, 4, 4)),
+        ({"train_batch_size": 4}, (4, 6, 6)),
+        ({"micro_batch_size": 3}, (8, 6, 3)),
+        ({"num_generations": 16, "micro_batch_size": 4}, (8, 16, 4)),
+        ({"rollout_batch_size": 12}, (8, 6, 6)),
+        ({"per_device_train_batch_size": 12, "num_generations": 6}, (2, 6, 12)),
+    ],
+)
+def test_a_batch_setting_leaves_the_presets_other_batch_settings(given, sizes):
+    recipe = grpo_recipe(LLADA, ROWS, nothing, **given)
+    assert (recipe.train_batch_size, recipe.num_generations, recipe.micro_batch_size) == sizes
 
 
 def test_a_small_model_keeps_the_defaults(capsys):

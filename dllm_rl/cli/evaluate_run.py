@@ -26,7 +26,7 @@ from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, headline, with_bounds
 from dllm_rl.evaluation.sweep import plot_curve, varying
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Scheme
@@ -120,7 +120,7 @@ def check_arguments(task: Task, arguments: argparse.Namespace) -> None:
 
 def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
     if arguments.output_dir:
-        write_json(Path(arguments.output_dir) / "results.json", rows)
+        add_results(Path(arguments.output_dir) / "results.json", rows)
     if arguments.json:
         print("\n".join(map(json.dumps, rows)))
     else:
@@ -130,6 +130,17 @@ def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
     if arguments.plot:
         plot_curve(Path(arguments.plot), rows)
+
+
+def add_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a results.json. They replace the rows of the same completions under the same protocol."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, Any]:
+        return row["completions"], row["protocol"]
+
+    new = set(map(key, rows))
+    earlier = read_json(path) if path.is_file() else []
+    write_json(path, [*(row for row in earlier if key(row) not in new), *rows])
 
 
 def dtype_of(policy: Policy) -> str:

@@ -9,7 +9,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
+    raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install -e '.[harness]'") from error
 
 from dllm_rl.decoding.tokens import as_rollout, decode, prompt_ids, text_ids
 from dllm_rl.evaluation.evaluate import row_seeds

@@ -16,7 +16,7 @@ from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
-from dllm_rl.presets import find_preset, preset_by_size, print_preset, without_batch_settings
+from dllm_rl.presets import find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.autoregress import Autoregress
@@ -217,7 +217,8 @@ def apply_preset(
         The sampler's options and the recipe's fields.
     """
     fields, keywords = find_preset(preset, task)
-    fields = without_batch_settings(fields, settings)
+    if "micro_batch_size" in fields:  # a forward has one whole group, of the caller's size
+        fields["micro_batch_size"] = settings.get("num_generations", fields["num_generations"])
     if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]

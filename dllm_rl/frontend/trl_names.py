@@ -158,7 +158,9 @@ def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
 
 
 def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them.
+    """Return the settings for TRL's BATCH_SIZES; {} without them.
+
+    They are micro_batch_size (completions), train_batch_size (prompts) and num_generations, by default TRL's.
 
     Raises:
         ValueError: The completions of a step are no complete groups.
@@ -175,7 +177,8 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
             f"per_device_train_batch_size={rows} gives {completions} completions per step, no multiple of "
             f"num_generations={generations}; use a multiple, or train_batch_size, in prompts"
         )
-    return {"micro_batch_size": rows, "train_batch_size": completions // generations}
+    sizes = {"micro_batch_size": rows, "train_batch_size": completions // generations}
+    return sizes if "num_generations" in keywords else sizes | {"num_generations": generations}
 
 
 def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:

@@ -22,7 +22,7 @@ from dllm_rl.types import Rollout
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
 except ModuleNotFoundError as error:
-    raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
+    raise ImportError(f"dllm-rl serve needs {error.name}: pip install -e '.[serve]'") from None
 
 MAX_COMPLETIONS = 128  # per prompt, as in OpenAI's API
 MAX_STOP_TEXTS = 4

@@ -34,7 +34,7 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Receive, Scope, Send
 except ModuleNotFoundError as error:
-    raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
+    raise ImportError(f"dllm-rl serve needs {error.name}: pip install -e '.[serve]'") from None
 
 ENGINE_PATHS = {"/weights": update_weights, "/rollouts": sample_rollout, "/logits": compute_logits}
 MAX_ENGINE_BODY_BYTES = 2**28  # largest body of a request for /rollouts or /logits

@@ -1,14 +1,15 @@
 """The tasks by name, and their graders by protocol (the grading rules of a paper)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown import graders as countdown
+from dllm_rl.tasks.countdown.task import PROMPTS
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.math import graders as math
 from dllm_rl.tasks.sudoku import Sudoku
@@ -27,12 +28,14 @@ class Entry:
     # By protocol: a function (fields, completions) -> None that computes the slow part of many grades in parallel, and
     # caches it for the grader.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
+    # By protocol: the prompt that replaces the built-in one, whose answers the grader would not find.
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 # SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does.
 TABLE = {
     "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
-    "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
+    "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields, prompts=PROMPTS),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
@@ -72,7 +75,7 @@ class UnderProtocol:
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
-    """Return the task, graded by a protocol.
+    """Return the task, graded by a protocol. prompt_format="text" then asks for the form that the protocol reads.
 
     Raises the errors of find_grader, and ValueError if the problems do not fit the protocol.
     """
@@ -83,6 +86,9 @@ def under_protocol(task: Task, protocol: str) -> UnderProtocol:
             TABLE[task.name].read_fields(task[index].fields, protocol)
         except ValueError as error:
             raise ValueError(f"problem {index} of {task.name} does not fit protocol={protocol!r}: {error}") from None
+    prompts = TABLE[task.name].prompts
+    if protocol in prompts and getattr(task, "prompt_format", None) == "text":
+        task = replace(cast("Any", task), prompt_format=prompts[protocol])
     return UnderProtocol(task, protocol)
 
 

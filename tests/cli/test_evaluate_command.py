@@ -105,6 +105,20 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     assert [json.loads(line)["max_new_tokens"] for line in lines] == [8, 12]
 
 
+def test_a_folder_keeps_the_rows_of_every_command(model, capsys, tmp_path):
+    def rows(*options):
+        output(capsys, "evaluate", model, *words("--task sudoku --limit 2 --output_dir"), tmp_path, *options)
+        found = json.loads((tmp_path / "results.json").read_text())
+        return [(row["max_new_tokens"], row["protocol"], row["n"]) for row in found]
+
+    assert rows("--max_new_tokens", 8) == [(8, "strict", 2)]
+    rows("--max_new_tokens", 12)
+    three = [(8, "strict", 2), (12, "strict", 2), (16, "strict", 2)]
+    assert rows("--max_new_tokens", 16) == three
+    assert rows("--max_new_tokens", 8, "--limit", 3) == [*three[1:], (8, "strict", 3)]  # the same evaluation, continued
+    assert rows("--max_new_tokens", 12, "--protocol", "d1") == [*three[1:], (8, "strict", 3), (12, "d1", 2)]
+
+
 def test_tokens_are_counted_by_completion_not_by_problem():
     result = {"task": "t", "version": "1", "protocol": "own", "split": "", "seed": 0, "model": "m", "seconds": 1.0}
     result |= {"n": 5, "samples": 2, "tokens": 34, "forwards": 7, "max_new_tokens": 4}

@@ -126,4 +126,4 @@ def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
     for name in ("dllm_rl.cli.harness", "dllm_rl.evaluation.lm_eval"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["lm-eval", "--model", "dllm_rl", "--tasks", "gsm8k"]) == 2
-    assert "pip install 'dllm_rl[harness]'" in capsys.readouterr().err
+    assert "pip install -e '.[harness]'" in capsys.readouterr().err

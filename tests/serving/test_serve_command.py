@@ -118,7 +118,7 @@ def test_without_the_extra_it_says_what_to_install(missing, monkeypatch, capsys)
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["serve", "no-model"]) == 2
-    assert capsys.readouterr().err == f"error: dllm-rl serve needs {missing}: pip install 'dllm_rl[serve]'\n"
+    assert capsys.readouterr().err == f"error: dllm-rl serve needs {missing}: pip install -e '.[serve]'\n"
 
 
 @pytest.mark.slow

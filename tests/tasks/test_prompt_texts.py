@@ -1,8 +1,15 @@
 """Prompts from templates, and the opening of the assistant's turn."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from readme import example
 
 from dllm_rl.tasks.countdown import Countdown
+from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.sudoku import Sudoku
 
 
@@ -31,3 +38,37 @@ def test_templates(tmp_path) -> None:
         Sudoku(prompt_format=tmp_path / "bad.txt")
     with pytest.raises(ValueError, match="neither a template"):
         Sudoku(prompt_format="no such file")
+
+
+def test_the_prompts_and_puzzles_that_the_page_writes_are_d1s(tmp_path, monkeypatch) -> None:
+    """In a stand-in for d1's folder: its modules have an instruction each, and prompts are joined as in its code."""
+    names = {"sudoku": "SUDOKU", "countdown": "CTD", "gsm8k": "GSM", "math500": "MATH500"}
+    words = {name: f"\nDo {name} in \\boxed{{}}. \n" for name in names}
+    for name, constant in names.items():
+        module = SimpleNamespace(**{f"{constant}_SYSTEM_PROMPT": words[name]})
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "dataset").mkdir()
+    monkeypatch.chdir(tmp_path / "eval")
+    puzzles = [problem.fields for problem in Sudoku(size=500)]
+    lines = [f"{each['puzzle']},{each['solution']}" for each in puzzles]
+    (tmp_path / "dataset" / "4x4_test_sudoku.csv").write_text("\n".join(["Puzzle,Solution", *lines]))
+    exec(example("Against d1"), {})
+
+    task = Sudoku(path="sudoku.csv", prompt_format="sudoku.txt", opening="<reasoning>")
+    np.random.seed(42)  # as d1's evaluation draws
+    drawn = np.random.choice(500, 256, replace=False)
+    assert [each.fields for each in task] == [puzzles[i] for i in drawn]
+    puzzle = puzzles[drawn[0]]["puzzle"]
+    asked = f"{words['sudoku']}\n\nSolve the following Sudoku puzzle: {puzzle}\n"
+    assert task[0].prompt == [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": "<reasoning>"},
+    ]
+    Path("one.jsonl").write_text('{"input": "30,100,93", "output": "23"}')
+    (asked,) = Countdown(path="one.jsonl", prompt_format="countdown.txt")[0].prompt
+    assert asked["content"] == f"{words['countdown']}\n\nNumbers: {[30, 100, 93]}\nTarget: 23"
+    Path("one.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2", "problem": "1 + 2?"}')
+    for name, task, question in (("gsm8k", GSM8K, "1 + 1?"), ("math500", MATH500, "1 + 2?")):
+        (asked,) = task(path="one.jsonl", split="test", prompt_format=f"{name}.txt")[0].prompt
+        assert asked["content"] == f"{words[name]}\n\n{question}"

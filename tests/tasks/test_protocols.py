@@ -51,12 +51,34 @@ def test_unknown_names_are_refused_with_those_that_exist() -> None:
 def test_a_task_under_a_protocol() -> None:
     task = under_protocol(Countdown(size=5, prompt_format="text"), "d1")
     assert (task.name, task.version, len(task)) == ("countdown", Countdown.version, 5)
-    assert task[3] == Countdown(size=5, prompt_format="text")[3]
+    assert task[3].fields == Countdown(size=5, prompt_format="text")[3].fields
     assert task.reward(task[3], task[3].solution).value == 0.0  # its tags; d1 wants a box
     expression = task[3].solution.removeprefix("<answer>").removesuffix("</answer>")
     assert task.reward(task[3], f"\\boxed{{{expression}}}").value == 1.0
     grid = under_protocol(Sudoku(size=5), "strict")
     assert grid.reward(grid[0], grid[0].solution).breakdown["solve_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("protocol", "asked", "answer"),
+    [
+        ("strict", "between <answer> and </answer>.", "<answer>(9-3)*4</answer>"),
+        ("d1", "in \\boxed{}, between <answer> and </answer>.", "<answer>\\boxed{(9-3)*4}</answer>"),
+        ("spg", "in \\boxed{}, between <answer> and </answer>.", "<answer>\\boxed{(9-3)*4}</answer>"),
+        ("espo", "in \\boxed{}, between <answer> and </answer>.", "<answer>\\boxed{(9-3)*4}</answer>"),
+        ("dream", "in one line without spaces, such as 86+28=114,114-18=96.", "9-3=6,6*4=24"),
+    ],
+)
+def test_the_built_in_prompt_of_countdown_asks_for_what_the_protocol_reads(tmp_path, protocol, asked, answer):
+    (tmp_path / "one.jsonl").write_text('{"input": "3,9,4", "output": "24"}')
+    task = under_protocol(Countdown(path=tmp_path / "one.jsonl", prompt_format="text"), protocol)
+    (message,) = task[0].prompt
+    assert message["content"].endswith(asked)
+    assert "exactly 24" in message["content"] and "3, 9, 4" in message["content"]
+    assert task.reward(task[0], answer).value == 1.0
+    mine = under_protocol(Countdown(prompt_format="{numbers} to {target}"), protocol)
+    assert "<answer>" not in mine[0].prompt[0]["content"]  # a prompt of the user's stays
+    assert under_protocol(Countdown(), protocol)[0] == Countdown()[0]
 
 
 def test_no_task_imports_torch(monkeypatch) -> None:

@@ -21,11 +21,17 @@ from dllm_rl.tasks.rows import (
     parse_rows,
 )
 
-TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
+RULES = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.
 
-Think it through first if you like, then write the expression alone, without an equals sign, between <answer> and \
-</answer>."""
+"""
+ALONE = RULES + "Think it through first if you like, then write the expression alone, without an equals sign, "
+TEXT = ALONE + "between <answer> and </answer>."
+# The prompts of the protocols that read another form.
+PROMPTS = dict.fromkeys(("d1", "spg", "espo"), ALONE + "in \\boxed{}, between <answer> and </answer>.")
+PROMPTS["dream"] = RULES + (
+    "Write only its steps, each with two numbers, in one line without spaces, such as 86+28=114,114-18=96."
+)
 
 # The text of an expression and its top-level operator, "" for a single number.
 Expression = tuple[str, str]

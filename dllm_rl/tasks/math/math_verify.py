@@ -21,7 +21,7 @@ MAX_CACHED = 65536  # cached verdicts
 def require() -> None:
     """Raise ImportError if math-verify is not installed."""
     if find_spec("math_verify") is None:
-        raise ImportError("grading by math-verify needs the math-verify package: pip install 'dllm_rl[math]'")
+        raise ImportError("grading by math-verify needs the math-verify package: pip install -e '.[math]'")
 
 
 def equal(reference: str, answer: str) -> bool | None:

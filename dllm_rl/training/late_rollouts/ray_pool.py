@@ -262,7 +262,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     if not count:
         return None
     if find_spec("ray") is None:
-        raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
+        raise ValueError(f"rollout_workers={count} needs Ray: pip install -e '.[ray]', or set rollout_workers=0")
     import ray
 
     check_copies(vars(recipe))
