@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,14 @@ def test_the_table_lists_every_package_and_stands_on_eight_floors():
     assert entries == set(MAY_IMPORT)
     assert max(floors().values()) <= 8
     assert len(entries) <= 33
+
+
+def test_each_package_is_in_a_row_above_all_that_it_imports():
+    table = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text().partition("| package |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)(?:\.py)?`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    row = {package: number for number, packages in enumerate(rows) for package in packages}
+    assert sum(map(len, rows)) == len(row) and row.keys() == MAY_IMPORT.keys()
+    assert not [(a, b) for a, below in MAY_IMPORT.items() for b in below.split() if row[b] < row[a]]
 
 
 def test_every_module_keeps_to_the_table():

@@ -1,4 +1,4 @@
-"""The README's worked example of a corrector runs as it is printed, and does what it says."""
+"""The worked example of a corrector in docs/extend.md runs as it is printed, and does what it says."""
 
 import math
 import runpy

@@ -78,7 +78,7 @@ class LikelihoodEstimator(Record):
 
     @property
     def exact_for_sampler(self) -> bool:
-        """Whether scoring under the rollout policy equals the sampler's record (`recorded`). It is then reused."""
+        """Whether scoring under the rollout policy equals the sampler's record (`recorded`), which then replaces it."""
         return False
 
     @property

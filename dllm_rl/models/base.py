@@ -192,8 +192,9 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 class FamilySpec:
     """Facts and functions of one family of checkpoints.
 
-    Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture. Fields
-    that are not listed here are for checkpoints.
+    Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture; only
+    these need the fields from `architectures` on. A checkpoint's class must be one of transformers, or be converted to
+    one by `stock_model`.
 
     Args:
         name: Name of the family.
@@ -201,7 +202,8 @@ class FamilySpec:
             "encoder_decoder" (a decoder that denoises blocks of random tokens and reads an encoder's cache).
         shift: Whether the state at t - 1 predicts token t. The library shifts the states. Default: False.
         block_size: Positions of a block. None (default): no blocks.
-        mask_id: Id of the mask token. None (default): the model has none.
+        mask_id: Id of the mask token. None (default): the model has none. For a checkpoint it holds only if the
+            vocabulary has `mask_vocabulary` tokens, and config and tokenizer name no mask.
         eos_ids: Ids that end a completion.
         max_length: Longest sequence in tokens. None (default): any.
         vocab_size: Number of logits. None (default): that of the module's config.
@@ -209,7 +211,12 @@ class FamilySpec:
             mask is (B, T), False on padding; a block-causal module also gets (B, 1, T, T), which it uses unchanged.
         head: Function (module, hidden states of any leading shape) -> logits.
         lora_targets: Names of the linear layers that get adapters.
-        architectures: Values of the config's `architectures` that belong to the family; `*` for any text.
+        architectures: Values of the config's `architectures` that belong to the family; `*` for any text. The first
+            family that matches is used: a registered one, then the published ones in the order of `FAMILIES`.
+        config_test: Further test of the config's fields, for families that share an architecture.
+        stock_model: Function of the config's fields -> (class of transformers, its config). None (default): the
+            checkpoint's class is one of transformers.
+        tensor_names: Pairs (name in the checkpoint, name in that class) that differ; `*` for a number.
     """
 
     name: str
@@ -219,7 +226,7 @@ class FamilySpec:
     causal_context: bool = False  # "block_causal": attention within a block without mask tokens is causal
     is_also_causal: bool = False  # the weights also work as an autoregressive model (`as_causal`)
     mask_id: int | None = None
-    mask_vocabulary: int | None = None  # `mask_id` is used only for a checkpoint with this vocabulary size
+    mask_vocabulary: int | None = None
     mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
@@ -228,10 +235,9 @@ class FamilySpec:
     head: Callable = linear_head
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
     architectures: tuple[str, ...] = ()
-    config_test: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
-    # Config fields -> (stock class, its config). None: the checkpoint's class is a stock class.
+    config_test: Callable[[dict], bool] = lambda config: True
     stock_model: Callable[[dict], tuple] | None = None
-    tensor_names: tuple[tuple[str, str], ...] = ()  # (checkpoint's, stock) names that differ; `*` for a number
+    tensor_names: tuple[tuple[str, str], ...] = ()
     fused_qkv: str | None = None  # the checkpoint's module whose weight has query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 for every dtype of weights
     ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors

@@ -354,7 +354,7 @@ def test_a_killed_run_pays_for_no_text_twice_and_gives_the_same_result(tmp_path)
 
 
 def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
-    """Its code as it is printed, with a small ESM-2 and two steps: every sequence keeps its scaffold and its length."""
+    """Its code as it is printed, with a small ESM-2 and two steps: sequences keep scaffold and length, 4 x 8 a step."""
     page = (Path(__file__).parents[2] / "docs" / "protein-dna.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0]
     words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
@@ -367,10 +367,14 @@ def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
     tokenizer = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
     make_policy(transformers.EsmForMaskedLM(config), tokenizer).save_pretrained(tmp_path / "esm")
     monkeypatch.chdir(tmp_path)
-    for old, new in (("facebook/esm2_t12_35M_UR50D", "esm"), ("num_steps=100", "num_steps=2, output_dir='run'")):
+    steps = ('"num_steps": 60', '"num_steps": 2, "output_dir": "run"')
+    for old, new in (("facebook/esm2_t12_35M_UR50D", "esm"), steps):
         assert old in code
         code = code.replace(old, new)
     exec(code, {})
+    first = metrics_of(tmp_path / "run")[0]
+    assert first["oracle/calls"] == 4 * 8 * (1 - first["oracle/frac_repeated"])
+    assert re.search(r"'reward': [\d.]+", capsys.readouterr().out.splitlines()[-1])  # of held-out scaffolds, after it
     paid = [row["arguments"]["completions"][0]["content"] for row in lines(tmp_path / "run" / "oracle.jsonl")]
     assert len(paid) == len({*paid}) == metrics_of(tmp_path / "run")[-1]["oracle/calls"] > 1
     assert all(re.fullmatch("MKTAY[ACDEFGHIKLMNPQRSTVWY]{4}KQRLV", text) for text in paid)

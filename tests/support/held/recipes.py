@@ -89,6 +89,16 @@ def pretrained():
     yield PAGE, f"over three seeds, as claimed, the gain is not significant: {interval(gains[:3])}."
 
 
+def antibody_loops():
+    """Naturalness and likeness of the loops, of the pretrained model and of each seed."""
+    told = []
+    for name, digits in (("pseudo-log-likelihood, nats a residue", " nats"), ("identity of pairs", "")):
+        before, *after = (f"{float(each[name]):.2f}" for each in RESULTS["antibody_loops"])
+        told.append(f"from {before}{digits} to {', '.join(after[:-1])} and {after[-1]}")
+    likelihood, identity = told
+    yield "docs/protein-dna.md", f"of a loop's residue went {likelihood}, the identity of two loops {identity}"
+
+
 def memory_of_real_models():
     """Estimates of the dry run, which were stored."""
     found = {each["recipe"]: each for each in RESULTS["memory_gb"]}
