@@ -237,8 +237,7 @@ def run_one(name: str, root: Path, arm: str, rates: Mapping[str, float], seed: i
 
     task = TASKS[name]
     folder = root / "runs" / f"{key}_{seed}"
-    start = 100 if task.one_start else seed
-    policy = load_policy(str(warm_up(task.base, start, root / "warm" / str(start))))
+    policy = load_policy(str(start_of(task, seed, root)))
     kept: dict[str, Any] = {"task": name, "arm": arm, "seed": seed, "rates": dict(rates)}
     phases = arms_of(task, rates)[arm]
     few = replace(task.base.eval_task, size=8)  # the trainer evaluates before and after: not used here
@@ -378,6 +377,12 @@ def jobs_of(which: str, name: str, root: Path, seeds: Sequence[int], results: Re
                 yield f"{name} {key} {seed}", partial(run_one, name, root / name, arm, used, seed, key)
 
 
+def start_of(task: TaskOf, seed: int, root: Path) -> Path:
+    """The checkpoint that all arms of a seed start from."""
+    first = 100 if task.one_start else seed
+    return warm_up(task.base, first, root / "warm" / str(first))
+
+
 def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The stored runs, and those below `root`, by task, arm (or trial) and seed."""
     runs = read_json(STORED) if STORED.exists() else []
@@ -404,8 +409,10 @@ def main() -> None:
         seeds = options.seeds or (TUNED_ON if which == "tune" else SEEDS)
         for seed in seeds:  # seed by seed, so that every finished seed has all arms of all tasks
             results = load(root)
-            jobs = [job for name in options.tasks for job in jobs_of(which, name, root, [seed], results)]
-            paired.run_all(jobs, root, options.workers)
+            jobs = {name: list(jobs_of(which, name, root, [seed], results)) for name in options.tasks}
+            starts = [(f"{name} start {seed}", partial(start_of, TASKS[name], seed, root / name)) for name in jobs]
+            paired.run_all([start for start in starts if jobs[start[0].split()[0]]], root, options.workers)
+            paired.run_all([job for each in jobs.values() for job in each], root, options.workers)
             write_json(STORED, list(load(root).values()))
     results = load(root)
     for name in options.tasks:
