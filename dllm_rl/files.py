@@ -130,8 +130,12 @@ _LOCKS: dict[tuple[int, Path], IO[str]] = {}
 def lock(path: Path) -> bool:
     """Lock the file until `unlock` or the end of the process; return False if the file system has no locks.
 
+    A network file system may keep the lock of a node that failed. SLURM starts a job again only after its earlier start
+    has ended, so a later start of the same job takes the lock over.
+
     Raises BlockingIOError, which names the process that holds the lock.
     """
+    job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return fcntl is not None
@@ -141,15 +145,19 @@ def lock(path: Path) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder, *lines = file.read().splitlines() or ["another process"]
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
+            if lines in [[f"SLURM job {job}, start {earlier}"] for earlier in range(start)]:
+                path.unlink()  # the next file has a lock of its own
+                return lock(path)
             raise BlockingIOError(error.errno, f"held by {holder}") from None
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
         raise
     file.truncate(0)  # erase the name of an earlier process
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    of_job = f"SLURM job {job}, start {start}\n" if job else ""
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{of_job}")
     file.flush()
     _LOCKS[os.getpid(), path] = file
     return True

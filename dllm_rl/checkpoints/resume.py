@@ -9,6 +9,9 @@ from dllm_rl.distributed.stop import as_written
 from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json
 from dllm_rl.settings import Settings
 
+# Fields that trade memory for time. A resume may change them, and says that numbers then differ by rounding.
+MEMORY_SETTINGS = ("micro_batch_size", "rollout_batch_size", "gradient_checkpointing", "max_retained_graphs")
+
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
@@ -19,6 +22,7 @@ MAY_CHANGE = {
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
     *("rollout_workers", "callbacks", "allow_changed"),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    *MEMORY_SETTINGS,
 }
 
 # Fields that no resume can change: the stored weights or moments depend on them.
@@ -56,7 +60,7 @@ def allowed_changes(settings: dict[str, Any]) -> set[str]:
 
 
 def changes_since(before: dict[str, Any], settings: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """Return the changes of the fields in `allow_changed`, one dict per field, with the step before the change.
+    """Return the changes of MEMORY_SETTINGS and of `allow_changed`'s fields, one dict per field, with the step before.
 
     Args:
         before: Settings of the checkpoint.
@@ -65,7 +69,7 @@ def changes_since(before: dict[str, Any], settings: dict[str, Any], step: int) -
     """
     return [
         {"step": step, "field": name, "before": before[name], "after": settings[name]}
-        for name in sorted(allowed_changes(settings))
+        for name in sorted(allowed_changes(settings).union(MEMORY_SETTINGS) & settings.keys())
         if before[name] != settings[name]
     ]
 

@@ -40,8 +40,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             )
     except BlockingIOError as error:
         raise ValueError(
-            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give "
-            "another output_dir"
+            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, give another "
+            f"output_dir, or delete {str(directory / LOCK)!r} if that machine has crashed"
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None

@@ -17,7 +17,8 @@ from dllm_rl.screen import escape_controls
 def stop_command(arguments: argparse.Namespace) -> int:
     """Signal the run that writes a folder to stop, and wait until it has ended, at most for --timeout seconds.
 
-    The run finishes its step (at most its `stop_seconds` long), saves a checkpoint, and exits with status 143.
+    The run finishes its step (at most its `stop_seconds` long), saves a checkpoint, and exits with status 130, as after
+    Ctrl-C: recipes/accelerate/slurm.sh does not queue it again. A second call loses the step.
 
     Returns:
         0 once the run has ended, 1 if it has not ended within --timeout.
@@ -27,7 +28,7 @@ def stop_command(arguments: argparse.Namespace) -> int:
     """
     directory = Path(arguments.path)
     process = _writing_process(directory)
-    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.SIGINT)
     print(f"asked process {process} to stop after its current step")
     deadline = time.monotonic() + arguments.timeout
     while True:
@@ -37,7 +38,7 @@ def stop_command(arguments: argparse.Namespace) -> int:
         except ValueError:  # the run has ended and released its lock
             break
         if time.monotonic() > deadline:
-            print(f"process {process} still runs after {arguments.timeout:g} s; wait, or see its output")
+            print(f"process {process} still runs after {arguments.timeout:g} s; wait; a second stop loses its step")
             return 1
     steps = checkpoint.list_checkpoints(directory / "checkpoints")
     saved = f"the last checkpoint is {steps[-1][1]}" if steps else "it has saved no checkpoint"

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.resume import changes_since, default_settings
+from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
@@ -199,7 +199,8 @@ def restore(
     changes = changes_since(default_settings(type(recipe)) | state.recipe, settings, state.step)
     for change in changes:
         before, after = describe_json(change["before"]), describe_json(change["after"])
-        log.say(f"{change['field']} changes after step {state.step}: {before} -> {after}")
+        rounds = "; from here on the run's numbers round otherwise" if change["field"] in MEMORY_SETTINGS else ""
+        log.say(f"{change['field']} changes after step {state.step}: {before} -> {after}{rounds}")
         log.write_change(change)
     return replace(state, recipe=settings, changes=[*(state.changes or []), *changes] or None)
 

@@ -25,12 +25,12 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     file = tmp_path / "checkpoints/step-000001/state.json"
     state = json.loads(file.read_text())
-    del state["recipe"]["gradient_checkpointing"]
+    del state["recipe"]["max_grad_norm"]
     file.write_text(json.dumps(state))
     manifest.write(file.parent, step=1, processes=1, versions={})
     again = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
-        train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 differs from the checkpoint's 1\.0"):
+        train(tiny_recipe(tmp_path, **again, max_grad_norm=0.5))
     # What does not touch training may be another one.
     state = TrainingState.read(file.parent)
     check_recipe(tiny_recipe(tmp_path, **again, num_mismatch_groups=3, eval_steps=1), state)
@@ -46,6 +46,7 @@ MAY_CHANGE = {
     **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": None, "push_to_hub": "me/it"},
     **{"stop_seconds": 1.0, "reward_timeout": None, "collective_timeout": 60.0, "peer_timeout": 60.0},
     **{"num_steps": 9, "lr_schedule_steps": 5, "max_prompt_length": 20, "shard_size": 0},
+    **{"micro_batch_size": 1, "rollout_batch_size": 1, "gradient_checkpointing": True, "max_retained_graphs": 0},
 }
 
 

@@ -217,6 +217,40 @@ sys.stdin.read()
             other.send_signal(signal.SIGKILL)
         train(small(tmp_path, num_steps=1, overwrite_output_dir=True))
 
+    @pytest.mark.parametrize(
+        ("held", "now", "taken"),
+        [
+            ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+            (
+                {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+                {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "12"},
+                True,
+            ),
+            ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # two runs of one job
+            ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, False),
+            ({"SLURM_JOB_ID": "7"}, {}, False),
+            ({}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
+        ],
+    )
+    def test_a_job_queued_again_takes_the_lock_that_its_failed_node_left(self, tmp_path, monkeypatch, held, now, taken):
+        for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+            monkeypatch.delenv(name, raising=False)
+        path, environment = tmp_path / ".lock", os.environ | held
+        for name, value in now.items():
+            monkeypatch.setenv(name, value)
+        command = [sys.executable, "-c", self.HOLD, str(path)]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **streams) as node:  # the file server still has its lock
+            assert node.stdout.readline() == "held\n"
+            if taken:
+                assert files.lock(path)
+                files.unlock(path)
+            else:
+                with pytest.raises(BlockingIOError, match=f"held by process {node.pid} on "):
+                    files.lock(path)
+                assert node.pid == int(path.read_text().split()[1])
+            node.kill()
+
 
 def test_after_a_run_the_signals_are_as_before(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]

@@ -474,6 +474,21 @@ def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
         run(tmp_path, num_steps=4, lr_scheduler_type="constant", resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch_size": 2}, {"rollout_batch_size": 3}, {"gradient_checkpointing": True}, {"max_retained_graphs": 0}],
+    ids=str,
+)
+def test_a_resume_may_save_memory_and_says_so(tmp_path, capsys, change):
+    """What an OOM asks for changes no meaning of the run: it needs no `allow_changed`, and is recorded."""
+    run(tmp_path, num_steps=1)
+    summary = run(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest", **change)
+    ((name, value),) = change.items()
+    (recorded,) = summary["changes"]
+    assert (recorded["step"], recorded["field"], recorded["after"]) == (1, name, value)
+    assert f"{name} changes after step 1:" in (out := capsys.readouterr().out) and "numbers round otherwise" in out
+
+
 def test_what_no_resume_can_change_is_refused_by_name(tmp_path):
     run(tmp_path, num_steps=1)
     for names, wrong in (("learning_rat", "learning_rat"), ("lora", "lora"), ("seed,model", "model")):

@@ -135,7 +135,8 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
         (tmp_path / name).chmod(0o755)
     names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "120007"}
     names |= {"SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "8"}
-    for status, again in (("138", ["requeue 120007"]), ("143", ["requeue 120007"]), ("1", []), ("75", [])):
+    again_after = {"138": ["requeue 120007"], "143": ["requeue 120007"], "130": [], "1": [], "75": []}  # 130: stopped
+    for status, again in again_after.items():
         command = ["bash", str(ROOT / "recipes/accelerate/slurm.sh"), str(tmp_path / "task.py"), "--seed", status]
         done = subprocess.run(command, env=os.environ | names, cwd=tmp_path, capture_output=True, text=True)
         said = [f"{i + 8} {i} 16 first 20007 8 yes --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]

@@ -29,11 +29,14 @@ def stage_seconds(step: PlannedStep) -> dict[str, float]:
     recipe, attention = step.recipe, step.policy.spec.attention
     layers = list(token_layers(step.policy))
     weights = sum(map(math.prod, layers))
+    head = weights - sum(map(math.prod, token_layers(step.policy, with_head=False)))
 
-    def duration(tokens: int, share: float, forwards: int, passes: int = 1) -> float:
+    def duration(tokens: float, share: float, forwards: int, passes: int = 1) -> float:
         return passes * max(2 * weights * tokens / (share * PEAK_FLOPS), forwards * len(layers) * HOST_SECONDS)
 
-    view_tokens = step.num_views * step.rows * step.row_tokens
+    # The head scores every completion, also where completions of a prompt share a row.
+    copied_tokens = (step.rows - step.scored_rows) * step.written_tokens * head / weights
+    view_tokens = step.num_views * (step.scored_rows * step.row_tokens + copied_tokens)
     forward_tokens = step.row_tokens  # tokens of a row in one forward of a rollout
     if attention == "causal":
         forward_tokens = 1

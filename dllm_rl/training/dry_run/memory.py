@@ -22,7 +22,7 @@ from dllm_rl.samplers import Renoise
 from dllm_rl.step.score import can_retain_graphs
 from dllm_rl.training.sharded_learner import processes_per_shard
 from dllm_rl.training.step_settings import step_settings
-from dllm_rl.types import Rollout
+from dllm_rl.types import Rollout, Views
 
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
 BYTES_OF_ADAMW8BIT = 2 + 8 / 256  # per weight: two moments of a byte, and two fp32 scales per 256 weights
@@ -88,7 +88,7 @@ class PlannedStep:
 
     @property
     def micro_rows(self) -> int:
-        """Largest number of rows of a forward of scoring and update."""
+        """Largest number of completions of a forward of scoring and update."""
         rows = max(self.rows, self.replayed_rows)
         return min(self.recipe.micro_batch_size or rows, rows)
 
@@ -110,15 +110,39 @@ class PlannedStep:
         return steps * (sampler.max_new_tokens // self.canvas) if isinstance(sampler, Renoise) else steps
 
     @cached_property
-    def num_views(self) -> int:
-        """Forwards in which the likelihood scores a completion that is written from left to right."""
-        if isinstance(self.recipe.sampler, Renoise):
-            return self.sampler_steps
+    def views(self) -> Views:
+        """The masked versions in which the likelihood scores a completion that is written from left to right."""
         length = self.written_tokens
         tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
         unmask_step = torch.arange(length)[None] * self.sampler_steps // length
         rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), torch.zeros(1, dtype=torch.long))
-        return len(self.recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)
+        return self.recipe.likelihood.draw_views(rollout, torch.Generator())
+
+    @property
+    def num_views(self) -> int:
+        """Forwards in which the likelihood scores a completion."""
+        return self.sampler_steps if isinstance(self.recipe.sampler, Renoise) else len(self.views.coefficients)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether one row is scored for all completions of a prompt: if every view masks the whole completion."""
+        recipe = self.recipe
+        has_own_rows = isinstance(recipe.sampler, Renoise) or recipe.router_replay is not None
+        return not has_own_rows and bool(self.views.masked.all())
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows of one process that go through the model in a view."""
+        if not self.shares_rows:
+            return self.rows
+        return max(self.rows // self.recipe.num_generations, math.ceil(self.rows / self.micro_rows))
+
+    @property
+    def forward_rows(self) -> int:
+        """Largest number of rows that go through the model in a forward of scoring and update."""
+        if not self.shares_rows:
+            return self.micro_rows
+        return max(math.ceil(self.micro_rows / self.recipe.num_generations), min(self.micro_rows, self.replayed_rows))
 
     @property
     def num_forwards(self) -> int:
@@ -165,7 +189,7 @@ def step_memory(step: PlannedStep) -> Memory:
         copies = gathered = 2 * sum(map(math.prod, shapes)) * (recipe.bf16 and step.dtype == torch.float32)
 
     packed = recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
-    tokens = step.micro_rows * (step.row_tokens + step.canvas + packed * recipe.max_new_tokens)
+    tokens = step.forward_rows * (step.row_tokens + step.canvas + packed * recipe.max_new_tokens)
     head = logits_bytes(step, step.micro_rows * step.written_tokens)
     kept, recomputed = kept_bytes(step, tokens)
     graphs = max(1, step.num_graphs) * kept

@@ -26,6 +26,9 @@ from dllm_rl.training.dry_run.plan import meta_policy
 from recipes.llada_8b_sudoku import recipe as sudoku
 
 PARTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "gpu.json").read_text())["parts"]
+# The measurements had a row per completion, as a mask of its own gives it; one-step rows of a group are one row since.
+ROW_EACH = replace(sudoku, likelihood=lik.ELBO(num_samples=1))
+HEAD = 126464 * 4096
 WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 126464 * 4096  # the head too; embeddings are looked up
 
 
@@ -78,7 +81,7 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
 def test_an_update_takes_what_the_h200_took(policy, what, changes):
     """8 rows of 128 + 256 tokens; the rate is that of the slowest case."""
     recipe = replace(
-        sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, max_retained_graphs=0, **changes
+        ROW_EACH, train_batch_size=1, num_generations=8, micro_batch_size=8, max_retained_graphs=0, **changes
     )
     recipe = replace(recipe, num_iterations=1)
     assert (
@@ -89,7 +92,7 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
 def test_a_step_takes_what_the_h200_took(policy):
     """32 denoising steps; the rollout is planned at the rate of fewer rows. No backward was measured: equal rewards."""
     (row,) = PARTS["step"]["rows"]
-    planned = seconds_of(replace(sudoku, sampler=sudoku.sampler.replace(diffusion_steps=32)), policy, 256)
+    planned = seconds_of(replace(ROW_EACH, sampler=sudoku.sampler.replace(diffusion_steps=32)), policy, 256)
     assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
     assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
 
@@ -117,7 +120,7 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
 def test_stages_by_hand(policy):
     weights, layers = count_weights(policy)
     assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
-    found = seconds_of(sudoku, policy, 256)
+    found = seconds_of(ROW_EACH, policy, 256)
     step = 2 * weights * 48 * 512 / PEAK_FLOPS
     assert found["rollout"] == pytest.approx(128 * step / 0.84)
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
@@ -128,11 +131,32 @@ def test_stages_by_hand(policy):
     found = seconds_of(coupled, policy, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD_SHARE)
     assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)
-    once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
+    once = replace(ROW_EACH, num_iterations=1, lora=None, micro_batch_size=None)
     one = seconds_of(once, meta_policy(once), 256)
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
     cached = replace(sudoku, sampler=sudoku.sampler.replace(cache=PrefixCache()))
     assert seconds_of(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+
+
+def test_completions_of_a_prompt_that_share_a_row_by_hand(policy):
+    """One step: 48 completions of 8 prompts are 8 rows, and the head scores each completion's 256 tokens."""
+    once = replace(sudoku, micro_batch_size=None, beta=0.0, resample_masks=False, rollout_quantization=None)
+    copied = 40 * 256 * HEAD
+    products = 2 * (WEIGHTS * 8 * 512 + copied) / PEAK_FLOPS
+    found = seconds_of(once, policy, 256)
+    assert found["scoring"] == pytest.approx(products / FORWARD_SHARE)
+    for size, rows in ((12, 8), (6, 8), (4, 12), (1, 48)):  # completions per forward; a group is cut, or is whole
+        step = PlannedStep(replace(once, micro_batch_size=size), policy, 256)
+        assert step.shares_rows and (step.scored_rows, step.forward_rows) == (rows, max(1, size // 6)), size
+    hosts = seconds_of(replace(once, micro_batch_size=1), policy, 256)["scoring"]
+    assert hosts == pytest.approx(max(48 * 225 * HOST_SECONDS, 2 * WEIGHTS * 48 * 512 / PEAK_FLOPS / FORWARD_SHARE))
+    apart = (lik.ELBO(num_samples=1), lik.Trajectory(num_segments=2), lik.Coupled())
+    changes = [{"likelihood": each} for each in apart]
+    for changed in [*changes, {"num_generations": 2, "likelihood": lik.Trajectory()}]:
+        step = PlannedStep(replace(once, **changed), policy, 256)
+        assert not step.shares_rows and step.scored_rows == step.rows
+    replay = Replay(min_reward=1.0, num_updates=1, batch_size=16)  # a row per stored answer
+    assert PlannedStep(replace(once, micro_batch_size=12, replay=replay), policy, 256).forward_rows == 12
 
 
 def test_replay_by_hand(policy):
