@@ -4,6 +4,7 @@
 # SLURM itself starts one process a GPU. USR1 warns them before the limit; they save, end with 138, and the job is queued
 # again. So it is if they end with 143, after a SIGTERM of their own: of a node that is taken away, or of whatever preempts.
 # scancel, and a preemption by SLURM, end this script too: then only SLURM's own setting (PreemptMode=REQUEUE) queues again.
+# To save and end the run:   scancel --signal=INT JOBID   (status 130)
 #SBATCH --job-name=dllm-rl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Late rollouts on several nodes of SLURM, one learner and Ray workers. Not tried on a cluster.
 #   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 2 --max_staleness 1 $CLIP $PLAIN
-# A node of eight GPUs has seven for workers. N workers need a lag of N - 1 to be busy, and a lag costs something from 2
-# on (recipes/studies/late_rollouts.md); lags above 8 were not studied. Against the lag:
+# A node of eight GPUs has seven for workers. N workers need a lag of at least N - 1, and of N to be busy while the learner
+# learns. A lag costs something from 2 on (recipes/studies/late_rollouts.md); lags above 8 were not studied. Against it:
 #   CLIP='--old_logprobs rollout --loss PPOClip --loss.delta 1.2'
 # For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
 #   PLAIN='--torch_compile false --rollout_quantization none'
@@ -26,13 +26,13 @@ export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 RAY_AUTH_MODE=token  # th
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_ADDRESS=$first:6379
 one=(--overlap --nodes=1 --ntasks=1 --nodelist="$first")
-# USR1 is for the learner, which saves; Ray must live until it has saved.
-srun "${one[@]}" bash -c 'trap "" USR1; CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES#*,} exec ray start --head \
+# USR1 and INT are for the learner, which saves; Ray must live until it has saved.
+srun "${one[@]}" bash -c 'trap "" USR1 INT; CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES#*,} exec ray start --head \
     --port=6379 --num-gpus=$((SLURM_GPUS_ON_NODE - 1)) --include-dashboard=false --disable-usage-stats --block' &
 srun "${one[@]}" bash -c 'until ray health-check --address "$RAY_ADDRESS"; do sleep 2; done'
 if [ "$SLURM_NNODES" -gt 1 ]; then
     srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$first" \
-        bash -c 'trap "" USR1; exec ray start --address="$RAY_ADDRESS" --disable-usage-stats --block' &
+        bash -c 'trap "" USR1 INT; exec ray start --address="$RAY_ADDRESS" --disable-usage-stats --block' &
     sleep 30  # until the others have joined: the run is refused where the workers find no room
 fi
 srun "${one[@]}" python "$@" --resume_from_checkpoint latest
