@@ -313,7 +313,7 @@ def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
     assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
+    with pytest.raises(ValueError, match=r"needs Ray: pip install -e '.\[ray\]'"):
         train(recipe)
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
 

@@ -185,7 +185,7 @@ def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch, tmp_
     """Before any work: when the task is made, and when a protocol is named."""
     monkeypatch.setattr(math_check, "find_spec", lambda name: None)
     (tmp_path / "rows.jsonl").write_text('{"completion": "\\\\boxed{x+x}", "answer": "2x"}\n')
-    with pytest.raises(ImportError, match=r"pip install 'dllm_rl\[math\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[math\]'"):
         MATH500(path="unused.jsonl", reward_rule="espo")
     for protocol in ("math-verify", "espo"):
         with pytest.raises(ImportError, match="math-verify"):
