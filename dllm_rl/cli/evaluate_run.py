@@ -17,15 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import Method, open_policy, read_methods, read_value
-from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
+from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_named
 from dllm_rl.config import import_named, override
 from dllm_rl.decoding.tokens import default_max_new_tokens
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
-from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, headline, with_bounds
-from dllm_rl.evaluation.sweep import plot_curve, varying
+from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, with_bounds
+from dllm_rl.evaluation.sweep import metric_of, plot_curve, varying
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -166,15 +166,17 @@ def completions_file(
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
-    """Return the task of --task, or of the run, with --split, --path and --set, graded by --protocol.
+    """Return the task of --task, or of the first run, with --split, --path and --set, graded by --protocol.
+
+    If --task names a run's task, it keeps the run's settings.
 
     The default protocol is strict, or sandbox for a task with reward_rule="sandbox". A task of the user's, given as
     MODULE:NAME of a function or class that makes it, grades by its own rules.
     """
-    name = arguments.task
-    settings: dict[str, Any] = {"split": "test"}
-    if name is None:  # a run names its task
-        name, settings = task_of(arguments.models[0] if arguments.models else "")
+    name, of_run = task_named(arguments.models, arguments.task)
+    if arguments.path:  # all rows of the file, and not those that the run would take
+        of_run = {field: value for field, value in of_run.items() if field not in ("split", "size")}
+    settings: dict[str, Any] = {"split": "test"} | of_run
     is_own = ":" in name
     if name not in TASKS and not is_own:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}, and no MODULE:NAME")
@@ -340,8 +342,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a table with one row per setting: the settings that differ, the headline metric, and the cost."""
-    metric = headline(rows[0])
+    """Return a table with one row per setting: the settings that differ, `metric_of`, and the cost."""
+    metric = metric_of(rows[0])
     against = next((row["against"] for row in rows if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
     names = varying(rows)

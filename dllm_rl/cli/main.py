@@ -134,7 +134,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     add = sub.add_argument
     add("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's)")
+    add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's, whose settings it also keeps)")
     names = _join_names(protocol_names(), default="strict")
     add("--protocol", help=f"how completions are graded: {names}")
     add("--split", choices=("train", "validation", "test"), help="default: test")
@@ -259,7 +259,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, sampler_with, scheme_of
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, sampler_with, scheme_of, task_named
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
     from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
@@ -273,7 +273,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     if recipe is not None and arguments.task is None:
         problems = problems_of(arguments.model, arguments.num_prompts)
     elif name in TASKS:
-        task = TASKS[name]()
+        task = TASKS[name](**task_named([arguments.model], name)[1])
         problems = [task[i] for i in range(min(arguments.num_prompts, len(task)))]
     else:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")

@@ -1,7 +1,8 @@
 """Read the task, samplers and quantization scheme of a run, for commands called without options for them."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,28 @@ def task_of(model: str) -> tuple[str, dict[str, Any]]:
                 return name, settings
     remedy = "give --task, also as MODULE:NAME, or call dllm_rl.evaluate in the script"
     raise ValueError(f"{model}: a script defines its task, {stored}; {remedy}")
+
+
+def task_named(models: Sequence[str], name: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of a command's task, which are those of the first run with this task.
+
+    Args:
+        models: The command's models, runs or not.
+        name: The task that --task names. Without a run of this task, its settings are {}. None: that of the first run.
+
+    Raises:
+        ValueError: There is no name and no run, the first run's task is defined in a script, or a run has no complete
+            checkpoint.
+    """
+    runs = [model for model in models if recipe_of(model) is not None]
+    if name is None:
+        return task_of((*runs, *models, "")[0])
+    for run in runs:
+        with suppress(ValueError):  # a script defines its task
+            found = task_of(run)
+            if found[0] == name:
+                return found
+    return name, {}
 
 
 def _tuples(value: Any) -> Any:

@@ -213,6 +213,18 @@ def test_a_model_against_itself_differs_by_nothing(model, capsys):
     assert first["solve_rate"] == second["solve_rate"]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "metric"),
+    [("strict", "solve_rate"), ("d1", "cell_accuracy"), ("spg", "cell_accuracy"), ("espo", "cell_accuracy")],
+)
+def test_a_comparison_shows_the_metric_of_the_protocol(model, capsys, tmp_path, protocol, metric):
+    command = ("evaluate", model, model, "--task", "sudoku", "--limit", 3, "--diffusion_steps", 1, "--output_dir")
+    table = " ".join(output(capsys, *command, tmp_path, "--protocol", protocol).split())
+    first = json.loads((tmp_path / "results.json").read_text())[0]
+    assert f" {metric} " in table and f"difference: {metric} minus that of" in table
+    assert f"best {metric}: {first[metric]:.3f} " in table
+
+
 def test_a_run_without_a_checkpoint(capsys, tmp_path, runs):
     (tmp_path / "checkpoints").mkdir()
     assert "is a run's folder without a checkpoint yet" in refusal(capsys, "evaluate", tmp_path, "--task", "sudoku")
@@ -283,7 +295,7 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
 
 def test_the_settings_of_a_task_are_checked_together():
     for settings in (["side=9", "clues=50,60"], ["clues=50,60", "side=9"]):
-        asked = Namespace(task="sudoku", split=None, path=None, protocol=None, set=settings)
+        asked = Namespace(models=[], task="sudoku", split=None, path=None, protocol=None, set=settings)
         assert make_task(asked).task == Sudoku(split="test", side=9, clues=(50, 60))
 
 

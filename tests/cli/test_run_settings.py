@@ -1,6 +1,7 @@
 """What commands read from a run's folder, and that nothing of its text is executed."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.tasks import Sudoku
+from dllm_rl.tasks import Countdown, Sudoku
 
 
 def made(name, **settings):
@@ -61,6 +62,64 @@ def store(monkeypatch, **settings):
     """Let any model be a run with these settings, as a checkpoint stores them."""
     stored = json.loads(json.dumps({name: to_json(value) for name, value in settings.items()}))
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: stored)
+
+
+OWN = Sudoku(split="validation", clues=8, size=3, seed=5, prompt_format="text")
+RUNS = {
+    "own": {"eval_task": OWN},
+    "numbers": {"eval_task": Countdown(split="test", count=4)},
+    "script": {"eval_task": "mine:Words"},
+}
+
+
+def task_for(monkeypatch, command):
+    """The task of `evaluate COMMAND`, before a protocol grades it, where only the names of RUNS are runs."""
+    stored = {name: {"eval_task": to_json(recipe["eval_task"])} for name, recipe in RUNS.items()}
+    monkeypatch.setattr(run_settings, "recipe_of", stored.get)
+    made = []
+    monkeypatch.setattr(
+        "dllm_rl.cli.evaluate_run.evaluate_command", lambda given: made.append(evaluate_command.make_task(given))
+    )
+    assert main(["evaluate", *command.split()]) == 0
+    return made[0].task
+
+
+@pytest.mark.parametrize(
+    ("command", "task"),
+    [
+        ("own --task sudoku", OWN),
+        ("base own --task sudoku", OWN),
+        ("base own", OWN),
+        ("base other numbers own --task sudoku", OWN),
+        ("script own --task sudoku", OWN),
+        ("own --task sudoku --set clues=9", replace(OWN, clues=9)),
+        ("own --task sudoku --split test", replace(OWN, split="test")),
+        ("numbers own", RUNS["numbers"]["eval_task"]),
+        ("own --task countdown", Countdown(split="test")),
+        ("base --task sudoku", Sudoku(split="test")),
+        ("script --task sudoku", Sudoku(split="test")),
+    ],
+)
+def test_the_task_of_the_first_run_that_has_it_keeps_its_settings(monkeypatch, command, task):
+    assert task_for(monkeypatch, command) == task
+
+
+@pytest.mark.parametrize("option", ["", "--task sudoku "])
+def test_all_rows_of_a_file_are_asked_as_the_run_asks(monkeypatch, tmp_path, option):
+    rows = [{"Puzzle": "1234341221430000", "Solution": "1234341221434321"}] * 5
+    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = task_for(monkeypatch, f"own {option}--path {tmp_path}/own.jsonl")
+    assert len(task) == 5 and (task.split, task.prompt_format) == ("test", "text")
+
+
+@pytest.mark.parametrize(
+    ("models", "message"), [("base other", "task is not given, and 'base'"), ("base script own", "script: a script")]
+)
+def test_without_an_option_the_first_run_decides(monkeypatch, models, message):
+    with pytest.raises(AssertionError):
+        task_for(monkeypatch, models)
+    with pytest.raises(ValueError, match=message):
+        run_settings.task_named(models.split(), None)
 
 
 class TestEvaluatePlans:
@@ -229,6 +288,23 @@ def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, opt
     assert seen["group"] == [0, 0, 1, 1, 2, 2]
     assert seen["sampler"] == (sampler.replace(temperature=0.5) if options else sampler)
     assert seen["scheme"] == (None if options else Int8WeightOnly())
+
+
+def test_a_doctor_asked_for_the_runs_task_samples_the_runs_problems(run, monkeypatch):
+    seen = []
+
+    def encode(policy, problems, **_):
+        seen.append([problem.prompt for problem in problems])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dllm_rl.decoding.tokens.encode", encode)
+    task = Sudoku(split="test", clues=8)
+    stored = run_settings.recipe_of(str(run)) | {"eval_task": to_json(task)}
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: stored)
+    for options in ((), ("--task", "sudoku"), ("--task", "countdown")):
+        assert main(["doctor", str(run), "--num_prompts", "3", *options]) == 2
+    own = [task[i].prompt for i in range(3)]
+    assert seen == [own, own, [Countdown()[i].prompt for i in range(3)]]
 
 
 def own_rank(uniforms):

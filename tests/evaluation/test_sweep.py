@@ -36,6 +36,20 @@ def test_a_number_without_an_interval_has_no_band():
     assert not any(len(path.vertices) for band in axis.collections for path in band.get_paths())
 
 
+@pytest.mark.parametrize(
+    ("facts", "metric"),
+    [
+        ({"protocol": "d1", "cell_accuracy": 0.25, "cell_accuracy_interval": None}, "cell_accuracy"),
+        ({"protocol": "strict", "cell_accuracy": 0.25}, "accuracy"),
+        ({"protocol": "own", "cell_accuracy": 0.25}, "accuracy"),
+        ({"protocol": "d1"}, "accuracy"),
+    ],
+)
+def test_a_curve_is_of_the_metric_that_the_protocol_reports(facts, metric):
+    axis = draw_sweep([result(2, 0.5) | facts]).axes[0]
+    assert axis.get_ylabel() == metric and axis.lines[0].get_ydata().tolist() == [{**result(2, 0.5), **facts}[metric]]
+
+
 def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path):
     """The numbers of an adaptive rule are points of one line; nothing in a label is a formula."""
     found = [
