@@ -134,7 +134,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     add = sub.add_argument
     add("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's; a run's keeps its settings)")
+    add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's, with its settings)")
     names = _join_names(protocol_names(), default="strict")
     add("--protocol", help=f"how completions are graded: {names}")
     add("--split", choices=("train", "validation", "test"), help="default: test")

@@ -33,7 +33,7 @@ def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
-    """Return a matplotlib Figure: `metric_of` the results, with 95 % intervals, against forwards and seconds per answer,
+    """Return a matplotlib Figure: `metric_of` results, with 95 % intervals, against forwards and seconds per answer,
     with a line per sampler. It is not one of pyplot's figures.
     """
     from matplotlib.figure import Figure
