@@ -139,7 +139,7 @@ class Recipe(Settings):
     )
     entropy_coeff: float = option(default=0.0, help="weight of the entropy bonus; 0: no bonus", at_least=0)
     torch_compile: bool = option(
-        default=False, help="compile the blocks of the policy that samples; speeds up FP8 on a GPU"
+        default=False, help="compile the blocks of the policy that samples; speeds up bf16 and FP8 on a GPU"
     )
     shard_size: int = option(
         default=1, help="processes that share the learner's weights (FSDP2); 0: all; 1: no sharding", at_least=0

@@ -103,8 +103,8 @@ def grpo_recipe(  # noqa: PLR0913
 
     Call it to print or to change the recipe before you pass it to `train`. TRL's names are accepted if they mean the
     same (docs/trl.md). A sampler of at most 3 steps is scored exactly, and so is the commit rule `SoftThreshold`; a
-    sampler of more steps is scored in 2 to 8 segments, one for every four steps. For a block-causal model the steps of
-    one block count, and one forward scores all blocks.
+    sampler of more steps is scored in one segment for every four steps, at least 2 and at most 8. For a block-causal
+    model the steps of one block count, and one forward scores all blocks.
 
     Args:
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and may

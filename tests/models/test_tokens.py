@@ -329,6 +329,16 @@ def test_a_template_whose_answer_begins_at_the_prompts_end_needs_no_more(policy,
     assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])) == text
 
 
+@pytest.mark.parametrize(("flag", "written"), [("false", "<think><think>"), ("true", ""), ("none", "")])
+@pytest.mark.parametrize("test", ["thinks is defined and thinks is false", "thinks == false"])
+def test_a_line_at_the_top_of_a_template_sets_what_trl_passes_as_a_keyword(policy, monkeypatch, flag, written, test):
+    template = f"{TEMPLATE}{{% if add_generation_prompt and {test} %}}<think><think>{{% endif %}}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])) == "<user>hi<eos><assistant>"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", f"{{% set thinks = {flag} %}}{template}")
+    assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])) == f"<user>hi<eos><assistant>{written}"
+
+
 class Letters:
     """Policy-like: the vocabulary is all that `text_ids` reads of a model."""
 

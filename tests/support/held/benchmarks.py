@@ -17,7 +17,9 @@ def on_an_h100():
             note = " (approximate)" if name.endswith("cache") and "FP8" not in name else ""
             yield "benchmarks/README.md", f"| {name}{note} | {cells}"
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]
-    yield "docs/train.md", f"as fast as compiled bf16 ({ratio:.2f} times on an H100,"
+    yield "docs/train.md", f"compiled FP8 as fast as compiled bf16 ({ratio:.2f} times),"
+    ratio = speeds[8]["exact, compiled"] / speeds[8]["exact"]
+    yield "docs/train.md", f"compiled bf16 was {ratio:.2f} times as fast as eager"
 
 
 def a_run_on_an_h200():

@@ -25,7 +25,8 @@ from dllm_rl.training.dry_run.memory import PlannedStep, token_layers
 from dllm_rl.training.dry_run.plan import meta_policy
 from recipes.llada_8b_sudoku import recipe as sudoku
 
-PARTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "gpu.json").read_text())["parts"]
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+PARTS = json.loads((RESULTS / "gpu.json").read_text())["parts"]
 # The measurements had a row per completion, as a mask of its own gives it; one-step rows of a group are one row since.
 ROW_EACH = replace(sudoku, likelihood=lik.ELBO(num_samples=1))
 HEAD = 126464 * 4096
@@ -68,6 +69,22 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
     assert seconds_of(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [8, 48])
+@pytest.mark.parametrize("lora", [sudoku.lora, None])
+@pytest.mark.parametrize("likelihood", [lik.OneStep(), lik.Coupled()])
+def test_compiled_bf16_is_planned_at_the_ratio_that_the_h100_measured(policy, rows, lora, likelihood):
+    speeds = {
+        row["what"]: row["tokens/s"]
+        for row in json.loads((RESULTS / "gpu-h100.json").read_text())["parts"]["sampler 8"]["rows"]
+    }
+    recipe = replace(sudoku, rollout_quantization=None, likelihood=likelihood, lora=lora, train_batch_size=rows // 8)
+    recipe = replace(recipe, num_generations=8, torch_compile=False)
+    eager, compiled = (seconds_of(each, policy, 64) for each in (recipe, replace(recipe, torch_compile=True)))
+    ratio = speeds["exact, compiled"] / speeds["exact"]
+    assert eager["rollout"] / compiled["rollout"] == pytest.approx(ratio, rel=0.01)
+    assert {**eager, "rollout": 0} == {**compiled, "rollout": 0}  # of which none is counted as compiled
 
 
 @pytest.mark.parametrize(
