@@ -261,10 +261,11 @@ def in_the_guide(printed):
 @pytest.mark.nightly
 def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
-    assert capsys.readouterr().out.split() == ["deterministic", "unknown"]
+    assert capsys.readouterr().out.split() == ["deterministic", "confidence", "unknown"]
     with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
         FunctionRank(function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic")
-    assert dllm_rl.check_order(dllm_rl.Confidence(), made["Halves"]()) == "unknown"
+    noisy = dllm_rl.PlackettLuce(temperature=0.3, base_rank=made["LogOdds"]())
+    assert dllm_rl.check_order(noisy, made["Halves"]()) == "plackett_luce"
 
 
 @pytest.mark.nightly

@@ -107,7 +107,8 @@ class StepSampler:
             canvas.events = []
         if rank.adds_gumbel and not commit.takes_highest:
             raise ValueError(
-                f"commit={commit.name} cannot use the noisy scores of {rank.name}; use Schedule() or LateSchedule()"
+                f"commit={commit.name} cannot use the noisy scores of {rank.name}; use a rule with `count`, such as "
+                "Schedule()"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = canvas.prompts.reads_order and self.order_probability in SCORED_ORDERS

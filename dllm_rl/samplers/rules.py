@@ -203,8 +203,8 @@ class RandomOrder(Rank):
 class PlackettLuce(Rank):
     """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
-    Use it to train the order together with the tokens: `Trajectory` computes the log-probs of both. It needs the
-    commit rule `Schedule` or `LateSchedule`.
+    Use it to train the order together with the tokens: `Trajectory` computes the log-probs of both. It needs a
+    commit rule with `Commit.count`, such as `Schedule`.
 
     With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy score, with probability
     (Plackett-Luce [paper])

@@ -1,20 +1,21 @@
-"""Does a corrector of yours learn more? 4x4 Sudoku, rollouts of five levels per weight (an ESS of about 0.6).
+"""Does a corrector of yours learn more? 4x4 Sudoku in four denoising steps, rollouts of five levels per weight
+(an ESS of about 0.6): there TIS ended above no corrector (recipes/studies/mismatch.md, "Length or conditioning?").
 
 python -m recipes.examples.corrector_study tune     each arm's learning rate, on seeds and puzzles that the study lacks
 python -m recipes.examples.corrector_study run      the missing runs, then the tables
 
-A run takes a quarter to half a minute of one core: 30 trials and 60 runs. Copy the file, put your corrector in the
-place of `damped`, and the rates that the trials chose into RATES.
+A run takes about 40 seconds of one core: 30 trials and 60 runs. Copy the file, put your corrector in the place
+of `damped`, and the rates that the trials chose into RATES.
 """
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dllm_rl import AIS, TIS, FunctionCorrector, NoCorrection, TokenWeights
+from dllm_rl import AIS, TIS, FunctionCorrector, TokenWeights
 from dllm_rl.algorithms.correctors import drop_nonfinite
 from recipes.studies.controls import Shuffled
-from recipes.studies.mismatch import arm, base
+from recipes.studies.lengths import DIFFUSION, arms_of
 from recipes.studies.paired import Contrast, Study, main, tune, which
 
 
@@ -24,16 +25,18 @@ def damped(stats, *, power):
     return TokenWeights(log_mismatch.exp().clamp(max=2.0) ** power, keep, metrics)
 
 
+base, four = DIFFUSION.base, arms_of("4 steps")
+none = four["4 steps: none"]
 mine = FunctionCorrector(
     function=partial(damped, power=0.5)
-)  # of functions that can be imported: each run is a process
+)  # of functions that can be imported: runs are in other processes
 ARMS = {
-    "unquantized": arm(NoCorrection(), None),
-    "none": arm(NoCorrection()),
-    "TIS": arm(TIS()),
-    "AIS": arm(AIS()),
-    "mine": arm(mine),
-    "mine, shuffled": arm(Shuffled(corrector=mine)),  # the same weights on other tokens: must be worse
+    "unquantized": four["4 steps: unquantized"],
+    "none": none,
+    "TIS": none | {"corrector": TIS()},
+    "AIS": none | {"corrector": AIS()},
+    "mine": none | {"corrector": mine},
+    "mine, shuffled": none | {"corrector": Shuffled(corrector=mine)},  # these weights on other tokens: must be worse
 }
 RATES = dict.fromkeys(ARMS, 5e-4)  # what the trials chose
 

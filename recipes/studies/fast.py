@@ -44,7 +44,7 @@ TAUS = (0.3, 0.35, 0.4, 0.45, 0.48, 0.5, 0.6, 0.7, 0.8, 0.9)
 PUZZLES = 400
 BUDGET = 1.5  # forwards per puzzle
 BEFORE, ACCURACY, SPEED = "before", "accuracy", "speed"
-ARMS: dict[str, dict[str, Any]] = {BEFORE: {}, ACCURACY: {"task": recipe.task.task}, SPEED: {}}
+ARMS: dict[str, dict[str, Any]] = {BEFORE: {"num_steps": 0}, ACCURACY: {"task": recipe.task.task}, SPEED: {}}
 CLAIMS = (
     Contrast("the speed reward raises what is solved in 1.5 forwards", SPEED, BEFORE),
     Contrast("by more than accuracy alone does", SPEED, ACCURACY),

@@ -49,7 +49,7 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
-from recipes.studies.paired import T, interval, markdown
+from recipes.studies.paired import interval, markdown, student_t
 
 STORED = Path(__file__).with_suffix(".json")
 BATCHES = range(32, 64)
@@ -110,7 +110,7 @@ def jackknife(statistic: Callable[[list[int]], float], num_batches: int) -> tupl
     every = list(range(num_batches))
     without = torch.tensor([statistic([i for i in every if i != left]) for left in every], dtype=torch.float64)
     deviation = ((num_batches - 1) / num_batches * (without - without.mean()).square().sum()).sqrt().item()
-    return statistic(every), T[num_batches] * deviation
+    return statistic(every), student_t(num_batches) * deviation
 
 
 def mean_product(products: Tensor, batches: list[int]) -> float:

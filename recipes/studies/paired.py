@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from itertools import product
+from math import cos, pi, sin, tan
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import rmtree
@@ -29,8 +30,6 @@ from dllm_rl.files import read_json, write_json
 if TYPE_CHECKING:
     from dllm_rl.training.late_rollouts.schedule import Pool
 
-# Student's t, 95 %, by the number of seeds (32: of the batches of low_bits_gradients.py).
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 32: 2.040}
 TUNED_ON = (100, 101)  # seeds of trials, which no study takes
 Results = Mapping[tuple[str, int], dict[str, Any]]  # (arm, seed) -> what its run left
 
@@ -50,7 +49,7 @@ class Study:
     """What is compared.
 
     base       the recipe, which also says how a seed's model is warmed up.
-    arms       changes to it, by name.
+    arms       changes to it, by name; "features": the arm's `StepFeature`s.
     against    an arm -> the one that its seeds are compared with in the table.
     metrics    of a run's steps, by column: their mean over the run is in the table too.
     fewer      arms that take the first so many seeds alone.
@@ -91,6 +90,17 @@ def result_path(root: Path, arm: str, seed: int) -> Path:
     return root / "results" / f"{''.join(c for c in arm if c not in ',:').replace(' ', '-')}_{seed}.json"
 
 
+def steps_of(study: Study, arm: str, num_steps: int) -> int:
+    """The steps of an arm's run, which the arm may set itself."""
+    return study.arms[arm].get("num_steps", num_steps)
+
+
+def has_steps(study: Study, run: Mapping[str, Any], num_steps: int) -> bool:
+    """Whether a finished run is of as many steps; always, if no number is stored."""
+    asked = steps_of(study, run["arm"], num_steps)
+    return run.get("num_steps", asked) == asked
+
+
 def capability() -> str:
     import torch
 
@@ -124,10 +134,12 @@ def train_one(
     }
     if by_seed(study.base):
         settings["model"] = str(warm_up(study.base, seed, root / "warm" / str(seed)))
-    kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
+    kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": steps_of(study, arm, num_steps), "diverged": False}
     policy = None
+    settings |= study.arms[arm]
+    features = settings.pop("features", ())
     try:
-        summary = train(replace(study.base, **(settings | study.arms[arm])), pool)
+        summary = train(replace(study.base, **settings), pool, features)
     except FloatingPointError as error:
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantized": 0.0}
@@ -156,11 +168,28 @@ def keep(root: Path, kept: Mapping[str, Any]) -> None:
             rmtree(folder / part)
 
 
+def student_t(n: int) -> float:
+    """The half-width of n values' 95 % interval in standard errors, to three digits: Student's t, n - 1 degrees.
+
+    P(|t| < x) is a finite sum of powers of the cosine of arctan(x / sqrt(n - 1)) (Abramowitz & Stegun 26.7.3, 26.7.4).
+    """
+    degrees, low, high = n - 1, 0.0, pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        term, total = cos(angle) ** (degrees % 2), 0.0
+        for power in range(degrees % 2, degrees - 1, 2):
+            total += term
+            term *= cos(angle) ** 2 * (power + 1) / (power + 2)
+        inside = (angle + total * sin(angle)) * 2 / pi if degrees % 2 else total * sin(angle)
+        low, high = (angle, high) if inside < 0.95 else (low, angle)
+    return round(degrees**0.5 * tan(low), 3)
+
+
 def interval(values: Sequence[float]) -> str:
     """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
     if len(values) < 2:
         return f"{mean(values):.3f}"
-    return f"{mean(values):.3f}±{T[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{mean(values):.3f}±{student_t(len(values)) * stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def share(results: Results, arm: str, against: str, whole: str) -> str:
@@ -169,7 +198,7 @@ def share(results: Results, arm: str, against: str, whole: str) -> str:
     "not shown" where the interval of the whole loss includes 0: then no share is bounded."""
     part, loss = paired(results, arm, against), paired(results, whole, against)
     n = len(loss)
-    t = T[n] ** 2 / n
+    t = student_t(n) ** 2 / n
     a = mean(loss) ** 2 - t * variance(loss)
     b = mean(part) * mean(loss) - t * covariance(part, loss)
     c = mean(part) ** 2 - t * variance(part)
@@ -283,7 +312,7 @@ def single_thread() -> None:
 
 
 def run_all(jobs: Iterable[tuple[str, Callable[[], object]]], root: Path, workers: int | None) -> None:
-    """Every job in a process of one thread, `workers` at a time; failures are said."""
+    """Every job in one of `workers` processes of one thread each; failures are said."""
     with ProcessPoolExecutor(workers, get_context("spawn"), single_thread) as pool:
         waiting = [pool.submit(work, job, root / "logs" / f"{name}.txt") for name, job in jobs]
         for failure in filter(None, (job.result() for job in waiting)):
@@ -300,8 +329,18 @@ def run_missing(
     run: Callable[[Study, Path, int, str, int], None] = run_one,
 ) -> None:
     """Those (arm, seed) that have left no result below `root`, an arm for its number of steps; first the models that
-    they start from. `run` takes what `run_one` takes, and leaves the result."""
-    missing = [(arm, seed) for arm, seed in runs if not result_path(root, arm, seed).exists()]
+    they start from. `run` takes what `run_one` takes, and leaves the result. Results of other numbers of steps, such as
+    a rehearsal's, end the study."""
+    missing, results = [], load(root)
+    for arm, seed in runs:
+        if (arm, seed) not in results:
+            missing.append((arm, seed))
+        elif not has_steps(study, run := results[arm, seed], num_steps(arm)):
+            asked = steps_of(study, arm, num_steps(arm))
+            raise SystemExit(
+                f"{result_path(root, arm, seed)} has num_steps={run['num_steps']}, not {asked}: choose another "
+                "--output_dir, or delete it"
+            )
     starts = dict.fromkeys(seed for _, seed in missing if by_seed(study.base))
     warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
     run_all(warm, root, workers)
@@ -357,8 +396,9 @@ def trial_rows(study: Study, results: Results, head: str) -> list[dict[str, str]
 def store(path: Path, study: Study, results: Results) -> None:
     """Write every run, once all runs of the study are there."""
     expected = {(arm, seed) for arm in study.arms for seed in range(study.fewer.get(arm, study.seeds))}
-    if missing := len(expected - results.keys()):
-        print(f"{path.name} is not written: {missing} of {len(expected)} runs are missing")
+    missing = [key for key in expected if key not in results or not has_steps(study, results[key], study.num_steps)]
+    if missing:
+        print(f"{path.name} is not written: {len(missing)} of {len(expected)} runs are missing")
     else:
         write_json(path, list(results.values()))
 

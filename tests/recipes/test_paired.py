@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dllm_rl import TIS, NoCorrection
+from dllm_rl import TIS, NoCorrection, StepFeature
 from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Contrast, Study
@@ -38,20 +38,69 @@ def test_a_share_of_the_harm_by_hand():
     assert paired.share(results | whole, "TIS", "none", "whole") == expected == "0.01 [-0.03, 0.04]"
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        *zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), strict=True),
+        *((11, 2.228), (12, 2.201), (20, 2.093), (31, 2.042), (32, 2.040), (121, 1.980), (1001, 1.962)),
+    ],
+)
+def test_students_t_is_that_of_printed_tables(values, expected):
+    assert paired.student_t(values) == expected
+
+
+def test_an_interval_of_twelve_values():
+    """Six times 0 and 1: the standard deviation is sqrt(3/11), and 2.201 * sqrt(3/11/12) is 0.332."""
+    assert paired.interval([0, 1] * 6) == "0.500±0.332"
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "stored", "asked"),
+    [("none", {}, 5, 180), ("tis", {}, 181, 180), ("none", {"num_steps": 0}, 180, 0), ("tis", {"num_steps": 7}, 6, 7)],
+)
+def test_a_result_of_other_numbers_of_steps_is_refused_before_any_run(arm, changes, stored, asked, tmp_path):
+    """Such as a rehearsal's; nor does it count among the runs of the finished study."""
+    of_one = dataclasses.replace(study, arms={arm: study.arms[arm] | changes}, seeds=1)
+
+    def run(*_):
+        raise AssertionError
+
+    def go():
+        paired.run_missing(of_one, tmp_path, [(arm, 0)], num_steps=lambda _: 180, workers=1, run=run)
+        paired.store(tmp_path / "stored.json", of_one, paired.load(tmp_path))
+
+    paired.keep(tmp_path, {"arm": arm, "seed": 0, "num_steps": stored})
+    with pytest.raises(SystemExit, match=rf"{arm}_0.json has num_steps={stored}, not {asked}: choose another"):
+        go()
+    paired.store(tmp_path / "stored.json", of_one, paired.load(tmp_path))
+    assert not (tmp_path / "stored.json").exists()
+    for steps in ({"num_steps": asked}, {}):  # a study's own runs may store none
+        paired.keep(tmp_path, {"arm": arm, "seed": 0} | steps)
+        go()
+        assert len(read_json(tmp_path / "stored.json")) == 1
+
+
+class Seen(StepFeature):
+    def metrics(self, context):
+        return {"seen": 1.0}
+
+
 def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     few = {"sft_warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
     few |= {name: dataclasses.replace(getattr(recipe, name), size=8) for name in ("validation_task", "eval_task")}
-    short = dataclasses.replace(study, base=dataclasses.replace(recipe, **few))
+    base, arms = dataclasses.replace(recipe, **few), study.arms | {"tis": study.arms["tis"] | {"features": (Seen(),)}}
+    short = dataclasses.replace(study, base=base, arms=arms, metrics=study.metrics | {"seen": "seen"})
     for arm in short.arms:
         paired.run_one(short, tmp_path, 1, arm, seed=0)
     assert not list(tmp_path.glob("runs/*/checkpoints"))
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
     results = paired.main(short, None, stored=tmp_path / "stored.json")
     assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
+    assert results["tis", 0]["seen"] == 1 and "seen" not in results["none", 0]
     printed = capsys.readouterr().out
     assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
-    assert "stored.json is not written: 8 of 10 runs are missing" in printed
-    paired.store(tmp_path / "stored.json", dataclasses.replace(short, seeds=1), results)
+    assert "stored.json is not written: 10 of 10 runs are missing" in printed
+    paired.store(tmp_path / "stored.json", dataclasses.replace(short, seeds=1, num_steps=1), results)
     assert read_json(tmp_path / "stored.json") == list(results.values())
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path / "nothing")])
     assert paired.main(short, None, stored=tmp_path / "stored.json") == results

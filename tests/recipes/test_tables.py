@@ -18,7 +18,7 @@ def test_the_intervals_are_those_of_the_seeds(name):
         rounded = 0.5 * 10 ** -len(row["each seed"].split(", ")[0].split(".")[1]) + 0.0006
         assert len(seeds) == int(row["seeds"])
         assert center == pytest.approx(mean(seeds), abs=rounded)
-        width = paired.T[len(seeds)] / len(seeds) ** 0.5
+        width = paired.student_t(len(seeds)) / len(seeds) ** 0.5
         assert half == pytest.approx(
             width * stdev(seeds), abs=0.0006 + width * rounded * (len(seeds) / (len(seeds) - 1)) ** 0.5
         )
