@@ -151,8 +151,10 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
 
 def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
     """Raise ValueError if a keyword counts updates, and a step has several of them."""
-    if keywords.get("num_iterations", 1) > 1:
-        for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
+    if (updates := keywords.get("num_iterations", 1)) > 1:
+        schedule = type(STRING_VALUES["lr_scheduler_type"][1][keywords.get("lr_scheduler_type", "constant")]).__name__
+        remedies = {"max_steps": f"num_steps (max_steps / {updates})", "lr_scheduler_type": f"lr_schedule={schedule!r}"}
+        for name, remedy in remedies.items():
             if keywords.get(name, "constant") != "constant":  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
 

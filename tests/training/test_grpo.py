@@ -346,7 +346,8 @@ def test_none_is_a_value_where_a_setting_takes_it(name):
         ({"block_length": 32}, r"block_length \(the nearest is sampler_options.block_size\)"),
         ({"zyx": 1}, r"^not settings of grpo: zyx; help\(dllm_rl.Recipe\) lists all"),
         ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
-        ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),
+        ({"max_steps": 3, "num_iterations": 2}, r"max_steps counts updates, .* give num_steps \(max_steps / 2\)$"),
+        ({"max_steps": 8, "num_iterations": 4}, r"give num_steps \(max_steps / 4\)$"),
         (
             {"advantages": Decoupled(), "scale_rewards": True},
             "scale_rewards=True is not a setting of advantages=Decoupled",
@@ -578,7 +579,15 @@ def test_a_reference_that_stays_is_the_only_one():
             {"warmup_steps": 3},
             r"warmup_steps \(the nearest is lr_scheduler_type\)",
         ),
-        ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
+        (
+            {"lr_scheduler_type": "linear", "num_iterations": 2},
+            "counts updates, .* give lr_schedule='LinearWithWarmup'",
+        ),
+        ({"lr_scheduler_type": "cosine", "num_iterations": 3}, "give lr_schedule='CosineWithWarmup'$"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "num_iterations": 2},
+            "give lr_schedule='ConstantWithWarmup'$",
+        ),
         ({"sync_ref_model": True}, r"sync_ref_model \(the nearest is beta\)"),
         ({"per_device_train_batch_size": 12}, "=12 gives 12 completions per step, no multiple of num_generations=8"),
         ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' is of type str; give int"),
