@@ -16,7 +16,7 @@ from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
-from dllm_rl.training.cautions import learning_rate_warnings
+from dllm_rl.training.cautions import cautions, learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.policies import apply_compute_settings, call_model_function, check_value_model
@@ -112,6 +112,7 @@ def model_lines(step: PlannedStep) -> list[str]:
     layers, weights, skipped = count_quantized(step)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
+    warnings = [*cautions(recipe), *learning_rate_warnings(recipe.learning_rate, parameters)]
     engine_line = "rollout engine        not counted: memory and time below are for sampling in the learner's process"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
@@ -121,7 +122,7 @@ def model_lines(step: PlannedStep) -> list[str]:
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         f"corrector             {recipe.corrector}",
         *([engine_line] if recipe.rollout_engine is not None else []),
-        *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, parameters)),
+        *(f"warning: {caution}" for caution in warnings),
     ]
 
 

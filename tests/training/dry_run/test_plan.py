@@ -11,7 +11,7 @@ import transformers
 from repetitions import few
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import train
+from dllm_rl import TIS, train
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep
@@ -287,11 +287,12 @@ def test_fields_that_cannot_be(changes, words):
 
 
 @pytest.mark.usefixtures("one_layer")
-def test_too_long_a_completion():
+@pytest.mark.usefixtures("one_layer")
+def test_a_plan_warns_as_the_run_would():
     recipe = recipe_of("llada_8b_sudoku")
-    long = replace(recipe, sampler=recipe.sampler.replace(max_new_tokens=4000))
-    with pytest.raises(ValueError, match="max_new_tokens=4000 after 256 tokens exceeds the model's 4096 positions"):
-        plan(long)
+    assert "warning" not in plan(recipe)
+    warned = [line for line in plan(replace(recipe, corrector=TIS())).splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1 and "likelihood='OneStep' gives no likelihood ratios" in warned[0]
 
 
 @pytest.mark.usefixtures("one_layer")
