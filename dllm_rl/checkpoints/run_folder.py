@@ -26,7 +26,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
 
     Raises:
         ValueError: The folder is in use by another run; it contains a run, and the recipe neither resumes it nor
-            overwrites it; no checkpoint is complete; or it is of another recipe.
+            overwrites it, or would overwrite paid rewards; no checkpoint is complete; or it is of another recipe.
         OSError: The folder cannot be written.
     """
     directory = Path(recipe.directory)
@@ -49,6 +49,13 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     remove(directory / REHEARSAL)  # an interrupted run leaves it
     existing_files = [name for name in RUN_MARKERS if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
+        calls = directory / "oracle.jsonl"
+        if recipe.overwrite_output_dir and calls.exists() and calls.stat().st_size:
+            raise ValueError(
+                f"output_dir={str(directory)!r} has rewards that were paid for, in oracle.jsonl, and "
+                f"{as_written(overwrite_output_dir=True)} would delete them; move or delete that file, or give another "
+                "output_dir"
+            )
         if existing_files and not recipe.overwrite_output_dir and not has_steps(directory):
             checkpoint.recover_all(directory / "checkpoints")  # removes an incompletely written checkpoint
             notes.append("the run of this folder was stopped before its first step: starting from the beginning")
@@ -111,6 +118,6 @@ def has_steps(directory: Path) -> bool:
 
 def clear_folder(directory: Path) -> None:
     """Delete the run in a folder."""
-    logs = ("completions.jsonl", "oracle.jsonl", "best.jsonl")
+    logs = ("completions.jsonl", "best.jsonl")
     for name in (*RUN_MARKERS, *logs, "tensorboard", "training.png", "reference"):
         remove(directory / name)

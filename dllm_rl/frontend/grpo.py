@@ -151,6 +151,7 @@ def grpo_recipe(  # noqa: PLR0913
             raise ValueError("reward_funcs: a run takes one Oracle, and no rollout_workers; wrap one function")
         settings["callbacks"] = [*settings.get("callbacks", ()), *oracles]
         settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
+        settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
         eval_functions = [each.without_calls() if each in oracles else each for each in functions]
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = make_task(training_rows, reward_funcs=reward_funcs, name=name)

@@ -143,6 +143,9 @@ def _joined(
     """Join the pieces up to the end token of the last answer; return the tokens, which of them are learned, and whether
     there is such an end token.
     """
+    if not only_answers and not any(is_answer for _, is_answer in pieces):  # a chat without an assistant's message
+        everything = [token for ids, _ in pieces for token in ids]
+        return everything, [True] * len(everything), not {*everything}.isdisjoint(end_tokens)
     while pieces and not pieces[-1][1]:
         pieces = pieces[:-1]  # drop what follows the last answer
     tokens: list[int] = []

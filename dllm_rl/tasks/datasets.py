@@ -45,7 +45,7 @@ class DatasetTask:
     @property
     def graded_once(self) -> bool:
         """Whether no function may be called again after an exception, because a call is paid (`Oracle`)."""
-        return any(getattr(function, "graded_once", False) for function in self.reward_funcs)
+        return any(map(_is_graded_once, self.reward_funcs))
 
     @cached_property
     def _labels(self) -> list[str]:
@@ -87,7 +87,8 @@ class DatasetTask:
         tokens_per_forward: Sequence[float | None] = (),
     ) -> list[Reward]:
         """Grade completions, with one call per reward function. The value of a completion is the weighted sum of the
-        numbers that the functions return for it; a completion for which all return None has no reward (value None).
+        numbers that the functions return for it; a completion for which all, or an `Oracle`, return None has no reward
+        (value None).
 
         Raises:
             ValueError: A function returns too few numbers or a number that is not finite, or requests a cost that is
@@ -112,6 +113,8 @@ class DatasetTask:
             for index, number in numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
                 values[index] += weight * number
+        required = {label for label, each in zip(self._labels, self.reward_funcs, strict=True) if _is_graded_once(each)}
+        breakdowns = [breakdown if required <= breakdown.keys() else {} for breakdown in breakdowns]
         return [
             Reward(value, True, breakdown) if breakdown else Reward(None, False)
             for value, breakdown in zip(values, breakdowns, strict=True)
@@ -162,6 +165,10 @@ def task_from_dataset(
     for label, function in zip(task._labels, functions, strict=True):
         _check_parameters(label, function, dataset, column_names)
     return task
+
+
+def _is_graded_once(function: RewardFunction) -> bool:
+    return bool(getattr(function, "graded_once", False))
 
 
 def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:

@@ -27,8 +27,10 @@ class Oracle(Callback):
     texts none. Each call is written to oracle.jsonl in the run's folder before its reward is used, so that a resume
     calls no known text again, also after the process was killed. An exception ends the run without a further call.
     best.jsonl has the best texts. The metrics are oracle/calls, oracle/frac_repeated (share of the step's texts without
-    a call), oracle/best, and oracle/top (mean of the best). `grpo` sets no `reward_timeout`, which would limit all
-    calls of a step together: in a recipe of your own, set it to None.
+    a call), oracle/best, and oracle/top (mean of the best). A completion without a reward of the oracle, as after a
+    failed measurement or beyond the budget, is skipped whatever other reward functions return. `grpo` sets no
+    `reward_timeout`, which would limit all calls of a step together, and saves each step, since a repeated one may
+    sample other texts: in a recipe of your own, set reward_timeout=None and save_steps=1.
 
     Args:
         function: Reward function, f(completions, **columns) -> one number or None per completion; not async. None, not
@@ -46,7 +48,8 @@ class Oracle(Callback):
         ValueError: The function is async or no function, or a number is below 1.
     """
 
-    graded_once = True  # after an exception the texts are not graded again one by one
+    # After an exception the texts are not graded again one by one; a text without a number has no reward at all.
+    graded_once = True
 
     def __init__(
         self,

@@ -131,6 +131,9 @@ def test_the_causal_loss_is_that_of_transformers():
         ({"messages": "u1 a2 u3 a4"}, {}, "1 e . = 2+ e+ . 3 e . = 4+ e+"),
         ({"messages": "u1 a2 u3"}, {}, "1 e . = 2+ e+"),
         ({"messages": "u1 a2"}, {"assistant_only_loss": False}, "1+ e+ .+ =+ 2+ e+"),
+        ({"messages": "u1"}, {"assistant_only_loss": False}, "1+ e+ .+"),
+        ({"messages": "u12 u3"}, {"assistant_only_loss": False}, "1+ 2+ e+ .+ 3+ e+ .+"),
+        ({"messages": "u1"}, {"assistant_only_loss": False, "completion_length": 4}, "1+ e+ .+ e+"),
         ({"prompt": "u1 a2 u3", "completion": "a4"}, {}, "1 e . = 2 e . 3 e . = 4+ e+"),
     ],
 )

@@ -251,11 +251,54 @@ def test_an_exception_of_another_reward_calls_no_text_again(tmp_path):
     assert len(counted.texts) == 16
 
 
-@pytest.mark.parametrize(("settings", "limit"), [({}, None), ({"reward_timeout": 7.0}, 7.0)])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize(("settings", "measured"), [({}, "AD"), ({"budget": 3}, "A"), ({"budget": 1}, "A")])
+def test_without_a_measurement_another_reward_trains_nothing(tmp_path, at, weight, settings, measured):
+    """A failed one or one beyond the budget leaves no reward, in training and in evaluations; other None do not."""
+    oracle = started(tmp_path, lambda completions: [None if text == "C" else 5.0 for text in completions], **settings)
+
+    def penalty(completions):
+        return [None if text == "A" else -1.0 for text in completions]
+
+    for reader in (oracle, oracle.without_calls()):
+        functions, weights = [penalty], [2.0]
+        functions.insert(at, reader)
+        weights.insert(at, weight)
+        task = task_from_dataset(ROWS, reward_funcs=functions, weights=weights)
+        rewards = dict(zip("ACED", task.rewards([task[0]] * 4, [*"ACED"]), strict=True))
+        assert rewards["A"].value == 5 * weight and {name for name in "ACD" if rewards[name].parsed} == {*measured}
+        assert rewards["C"].value is None and not rewards["C"].breakdown
+        assert rewards["D"].value == (5 * weight - 2 if "D" in measured else None)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reward_timeout": 7.0}, {"save_steps": 20}])
 @pytest.mark.parametrize("wrapped", [[Oracle(Counted())], [Counted(), Oracle(Counted())]])
-def test_a_step_of_many_slow_calls_has_no_time_limit(settings, limit, wrapped):
-    assert grpo_recipe(model(), ROWS, wrapped, **settings).reward_timeout == limit
-    assert grpo_recipe(model(), ROWS, Counted()).reward_timeout == 600.0
+def test_a_paid_step_has_no_time_limit_and_is_saved(settings, wrapped):
+    recipe = grpo_recipe(model(), ROWS, wrapped, **settings)
+    expected = {"reward_timeout": None, "save_steps": 1} | settings
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    plain = grpo_recipe(model(), ROWS, Counted())
+    assert (plain.reward_timeout, plain.save_steps) == (600.0, 50)
+
+
+def test_paid_rewards_are_not_overwritten(tmp_path):
+    counted = Counted()
+    design(tmp_path, Oracle(counted, budget=5))
+    paid = tmp_path / "oracle.jsonl"
+    before = paid.read_bytes()
+    for reward in (Oracle(counted), counted):
+        with pytest.raises(ValueError, match=r"oracle\.jsonl, and overwrite_output_dir=True would delete them; move"):
+            design(tmp_path, reward, overwrite_output_dir=True)
+    assert paid.read_bytes() == before and len(counted.texts) == 5
+    design(tmp_path, Oracle(counted, budget=7), overwrite_output_dir=True, resume_from_checkpoint="latest")
+    assert len(counted.texts) == 7
+    paid.write_text("")  # as a run leaves it that was stopped before its first call
+    design(tmp_path, Oracle(counted, budget=5), overwrite_output_dir=True)
+    assert len(counted.texts) == 12
+    paid.rename(tmp_path.with_suffix(".moved"))
+    design(tmp_path, Oracle(counted, budget=5), overwrite_output_dir=True)
+    assert len(counted.texts) == 17
 
 
 def test_without_its_run_nothing_is_called(tmp_path):

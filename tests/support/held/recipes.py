@@ -96,7 +96,7 @@ def antibody_loops():
         before, *after = (f"{float(each[name]):.2f}" for each in RESULTS["antibody_loops"])
         told.append(f"from {before}{digits} to {', '.join(after[:-1])} and {after[-1]}")
     likelihood, identity = told
-    yield "docs/protein-dna.md", f"of a loop's residue went {likelihood}, the identity of two loops {identity}"
+    yield "docs/protein-dna.md", f"loops went {likelihood}, the share of equal residues in two loops {identity}"
 
 
 def memory_of_real_models():
