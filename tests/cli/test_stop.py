@@ -12,8 +12,8 @@ HOLDER = """
 import signal, sys, time
 from pathlib import Path
 from dllm_rl.files import lock
-if sys.argv[2] == "deaf":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# A shell's background process would ignore it otherwise; a run sets a handler of its own.
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2] == "deaf" else signal.SIG_DFL)
 lock(Path(sys.argv[1]) / ".lock")
 print("locked", flush=True)
 time.sleep(600)
