@@ -388,6 +388,14 @@ class Recipe(Settings):
         return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
 
     @property
+    def num_scored_mask_sets(self) -> int:
+        """Number of sets of masks whose log-probs are computed before the first update: not those of the later updates
+        if nothing reads them.
+        """
+        is_read = self.resolved_loss.reads_ratio or self.corrector != NoCorrection() or self.beta or self.router_replay
+        return self.num_mask_sets if is_read else 1
+
+    @property
     def has_separate_rollout_policy(self) -> bool:
         """Whether a policy other than the learner samples: a quantized copy, or an external engine."""
         return self.rollout_quantization is not None or self.rollout_engine is not None

@@ -539,6 +539,7 @@ class Logprobs:
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
     token_advantages: Float[Tensor, "B T"] | None = None  # advantages of a value model, if the recipe has one
     retains_graphs: bool = False  # whether old_view_logprobs has the autograd graphs of the trained rows
+    is_scored: bool = True  # False: no policy scored these views, since no update reads the log-probs, which are 0
 
 
 def single_process_sum(total: Tensor) -> Tensor:
@@ -563,6 +564,7 @@ class Batch:
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
     sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
     retains_graphs: bool = False  # whether the log-probs of an update have autograd graphs, for its backward
+    is_scored: bool = True  # False: the log-probs before the update are 0, which the loss does not read
 
 
 @dataclass(frozen=True)

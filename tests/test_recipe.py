@@ -11,8 +11,8 @@ from peft import IA3Config, LoraConfig
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import TIS
-from dllm_rl.algorithms.losses import GSPO, K2, PPOClip, SequenceMean, TokenMean, TrustBand
+from dllm_rl.algorithms.correctors import TIS, NoCorrection
+from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.lora import Lora
@@ -106,6 +106,22 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
 )
 def test_masks_are_drawn_anew_where_another_draw_gives_others(recipe, likelihood, fresh, draws):
     assert replace(recipe, likelihood=likelihood, num_iterations=3, resample_masks=fresh).num_mask_sets == draws
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({}, 1),
+        ({"loss": CISPO()}, 3),
+        ({"corrector": TIS()}, 3),
+        ({"beta": 0.1}, 3),
+        ({"router_replay": "R3"}, 3),
+        ({"likelihood": Trajectory()}, 1),
+    ],
+)
+def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(recipe, changes, scored):
+    settings = {"corrector": NoCorrection(), "likelihood": OneStep(), "num_iterations": 3, "loss": Reinforce()}
+    assert replace(recipe, **(settings | changes)).num_scored_mask_sets == scored
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class Loss(Record):
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset()  # the SURROGATE_INPUTS that `__call__` takes by name
+    reads_ratio: ClassVar[bool] = True  # whether the gradient depends on the old log-probs
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Float[Tensor, "B T"]:
         """Return the objective of each token (B, T).
@@ -229,8 +230,11 @@ class VESPO(Loss):
 class Reinforce(Loss):
     """A log_ratio, whose gradient is the plain policy gradient A grad log p, without a ratio or a clip.
 
-    Nothing bounds the change over several updates per rollout. The old policy is scored all the same, for metrics.
+    Nothing bounds the change over several updates per rollout. Without a corrector, the masks of the later updates are
+    not scored before the first one, and these updates have no metrics off_policy/* and ratio/mean.
     """
+
+    reads_ratio = False
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
         return advantages[:, None] * log_ratio
@@ -541,8 +545,9 @@ def policy_loss(
         "clip_ratio/high_mean": ((clipped & positive).sum(), count),
         "band/positive": ((counted & ~clipped & positive).sum(), num_positive),
         "band/negative": ((counted & ~clipped & ~positive).sum(), count - num_positive),
-        "ratio/mean": (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum()),
     }
+    if batch.is_scored:
+        metrics["ratio/mean"] = (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum())
     if batch.reference_logprobs is not None:
         reference_log_ratio = torch.where(loss_mask, batch.reference_logprobs - logps, 0)
         if isinstance(kl, KL) and kl.bias_correction:

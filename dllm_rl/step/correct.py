@@ -160,4 +160,5 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
         num_sequences=len(loss_mask),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
+        is_scored=logps.is_scored,
     )

@@ -73,8 +73,12 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         for feature in context.features:
             given = feature.token_advantages(context, samples, views[k])
             token_advantages = token_advantages if given is None else given
-        retain_graphs = is_trained_row if k == 0 else False
-        scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
+        if k < settings.num_scored_mask_sets:
+            retain_graphs = is_trained_row if k == 0 else False
+            scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
+        else:
+            view_zeros = torch.zeros(views[k].coefficients.shape, device=rollout.tokens.device)
+            scores = Logprobs(view_zeros[0], view_zeros, view_zeros[0], None, views[k], is_scored=False)
         logps.append(replace(scores, token_advantages=token_advantages))
     return ScoredSamples(samples, logps[::-1], order, routing)
 

@@ -67,6 +67,7 @@ class StepSettings:
     old_logprobs: Literal["recompute", "rollout"]
     trains_all_groups: bool  # whether a group without advantage is trained too
     num_mask_sets: int
+    num_scored_mask_sets: int
     num_mismatch_groups: int
     micro_batch_size: int | None
     max_retained_graphs: int  # 0 for a sharded learner: it must run each backward before the next forward

@@ -96,7 +96,8 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     view_logprobs = batches[0].old_view_logprobs
-    update_metrics = {"learning_rate": learning_rate}
+    reduced: dict[str, float] = {}
+    numbered = {}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
         if iteration:
@@ -128,10 +129,10 @@ def update(
             # Before the optimizer step: if the step fails halfway, the changed weights already have the new version.
             policy.weights_version += 1
         optimizer.step()
-        update_metrics |= reduced
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
-                update_metrics[f"{name}/iteration_{iteration}"] = value
+                numbered[f"{name}/iteration_{iteration}"] = value
+    update_metrics = {"learning_rate": learning_rate} | reduced | numbered
     if settings.measure:
         torch.clear_autocast_cache()
         update_metrics |= update_direction(policy, batches[0], accelerator, likelihood, micro_batch_size)
@@ -198,9 +199,9 @@ def forward_backward(
     logps = likelihood.combine(view_leaves, batch.views)
     _, metrics, loss_gradient = loss(logps.detach(), batch)
     (grad_outputs,) = torch.autograd.grad(logps, view_leaves, loss_gradient)
-    metrics |= off_policy_metrics(
-        logps.detach(), batch, old=likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
-    )
+    if batch.is_scored:
+        old_logprobs = likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
+        metrics |= off_policy_metrics(logps.detach(), batch, old=old_logprobs)
     if not batch.retains_graphs:
         likelihood.backward(policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size)
     elif view_logprobs.requires_grad:  # it does not if no row of this process is trained

@@ -42,6 +42,7 @@ def step_settings(recipe: Recipe) -> StepSettings:
         beta=recipe.beta,
         old_logprobs=recipe.old_logprobs,
         num_mask_sets=recipe.num_mask_sets,
+        num_scored_mask_sets=recipe.num_scored_mask_sets,
         num_mismatch_groups=recipe.num_mismatch_groups,
         micro_batch_size=recipe.micro_batch_size,
         bf16=recipe.bf16,

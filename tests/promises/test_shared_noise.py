@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from repetitions import few
-from run_outputs import metrics_of
+from run_outputs import assert_same_weights, metrics_of
 
-from dllm_rl.algorithms.correctors import TIS
+from dllm_rl.algorithms.correctors import TIS, NoCorrection
+from dllm_rl.algorithms.losses import Reinforce
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -23,6 +24,7 @@ from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step import update
 from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 
@@ -101,6 +103,34 @@ def test_ratios_of_every_inner_update_divide_by_the_same_masks(estimator, tmp_pa
     assert row["ratio/mean"] == pytest.approx(1, abs=1e-6)  # of the last update
     norms = {row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)}
     assert len(norms) == (1 if isinstance(estimator, lik.Trajectory) else 3)
+
+
+class ReadsRatio(Reinforce):
+    """The same objective, declared to read the old log-probs."""
+
+    reads_ratio = True
+
+
+@pytest.mark.parametrize("late", [{}, {"rollout_workers": 1, "max_staleness": 1}], ids=["same_step", "late"])
+def test_a_loss_without_a_ratio_scores_no_masks_of_later_updates(late, tmp_path, monkeypatch):
+    """It learns the same, to the bit, from fewer forwards, and logs no ratio that it did not measure."""
+    settings = {"corrector": NoCorrection(), "beta": 0.0, "num_iterations": 3, "num_steps": 2, **late}
+    made, scored = [], []
+    scores = LikelihoodEstimator.logprobs
+    monkeypatch.setattr(LikelihoodEstimator, "logprobs", lambda *a, **k: (scored.append(0), scores(*a, **k))[1])
+    for name, loss in (("scored", ReadsRatio()), ("not", Reinforce())):
+        scored.clear()
+        pool = InProcessPool() if late else None
+        made.append(train(recipe(tmp_path / name, lik.OneStep(), loss=loss, **settings), pool))
+        made.append(len(scored))
+        made.append(metrics_of(tmp_path / name / "run")[-1])
+    (first, sets, row), (second, one_set, less) = made[:3], made[3:]
+    assert_same_weights(first, second)
+    assert sets - one_set == 6, "two sets of the rollout policy, in the rehearsal and in two steps"
+    lacking = row.keys() - less.keys()
+    assert {name.split("/")[0] for name in lacking} == {"off_policy", "ratio"} and "ratio/mean" in lacking
+    assert not any(name.endswith(("iteration_1", "iteration_2")) for name in less if "off_policy" in name)
+    assert all(row[name] == less[name] for name in less if name.startswith(("grad_norm", "rollout_corr")))
 
 
 def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):

@@ -1,5 +1,7 @@
 """Replay: right answers are kept, and trained on again under fresh masks. Rewards here are a function of the text."""
 
+import os
+import signal
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,8 +12,11 @@ from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import Float8WeightOnly, Lora, Replay, tiny_masked_lm, train
-from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.algorithms.correctors import TIS, NoCorrection
+from dllm_rl.checkpoints.checkpoint import list_checkpoints
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.rng import generator_for
+from dllm_rl.step import update
 from dllm_rl.supervised import trainer
 from dllm_rl.supervised.examples import Example
 from dllm_rl.tasks import Reward, Sudoku
@@ -173,7 +178,12 @@ def test_the_oldest_answers_leave_first(tmp_path):
     assert steps == sorted(steps) and steps[-1] == 3
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_iterations": 0}, {"lora": Lora()}], ids=["both", "no_grpo", "lora"])
+FP8 = {"rollout_quantization": Float8WeightOnly(), "corrector": TIS(), "likelihood": Trajectory()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_iterations": 0}, {"lora": Lora()}, FP8], ids=["both", "no_grpo", "lora", "fp8"]
+)
 def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     changes = {"save_steps": 2, "num_steps": 4, "lr_schedule_steps": 4, **changes}
     whole = train(recipe_of(tmp_path / "whole", **changes))
@@ -184,6 +194,44 @@ def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     states = [next((tmp_path / name / "checkpoints").glob("*04/ReplayStore.state")) for name in ("whole", "parts")]
     assert states[0].read_bytes() == states[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "calls", "save_steps"),
+    [
+        (trainer.SupervisedTrainer, "step", 8, 1),  # the second of three updates of the third step
+        (update, "score_samples", 3, 4),  # after the rollout of the third step: the error saves the second
+    ],
+    ids=["killed", "error"],
+)
+def test_a_run_that_ends_within_a_step_continues_bit_for_bit(tmp_path, module, name, calls, save_steps):
+    """What the step has added to the store is gone with the step."""
+    changes = {"save_steps": save_steps, "num_steps": 4}
+    whole = train(recipe_of(tmp_path / "whole", **changes))
+    seen, function = [], getattr(module, name)
+
+    def ends(*args, **options):
+        seen.append(name)
+        if len(seen) == calls:
+            if name == "step":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("ends here")
+        return function(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, ends)
+        if name == "step":
+            if not (child := os.fork()):
+                train(recipe_of(tmp_path / "parts", **changes))
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        else:
+            with pytest.raises(ValueError, match="ends here"):
+                train(recipe_of(tmp_path / "parts", **changes))
+    assert max(step for step, _ in list_checkpoints(tmp_path / "parts" / "checkpoints")) == 2
+    resumed = train(recipe_of(tmp_path / "parts", **changes, resume_from_checkpoint="latest"))
+    assert_same_weights(whole, resumed)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
 
 
 def test_a_state_is_read_back():

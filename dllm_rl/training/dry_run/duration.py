@@ -68,6 +68,6 @@ def stage_seconds(step: PlannedStep) -> dict[str, float]:
         update += duration(count * rows * step.row_tokens, BACKWARD_SHARE, forwards, passes)
     return {
         "rollout": duration(rollout_tokens, share, rollout_batches * step.sampler_steps),
-        "scoring": scoring * recipe.num_mask_sets,
+        "scoring": scoring * recipe.num_scored_mask_sets,
         "update": update,
     }

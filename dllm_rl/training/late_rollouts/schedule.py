@@ -89,7 +89,8 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     with context.arithmetic():
         view_sets = draw_view_sets(settings, weighted_samples, step, context.accelerator)
         rollout_logprobs = tuple(
-            compute_logprobs(views, micro_batch_size=settings.micro_batch_size) for views in view_sets
+            compute_logprobs(views, micro_batch_size=settings.micro_batch_size)
+            for views in view_sets[: settings.num_scored_mask_sets]
         )
     return replace(samples, rollout_logprobs=rollout_logprobs)
 
