@@ -1,11 +1,9 @@
 """How the sampler's cost grows: with batch, length, steps, vocabulary and raggedness, one at a time.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling-cpu.json --figure benchmarks/results/scaling.png
-    python -m benchmarks.scaling --drawn benchmarks/results/update-cpu.json --figure benchmarks/results/growth.png
 
 Processor seconds of a rollout in LLaDA's layout with random weights, best of `--repeats`, the arms by turns: the plain
-published algorithm, the exact sampler, and the dual cache. The second command measures nothing: it draws what a file
-has, the sampler's numbers or the growth of the learner's gradient with masks, rows and tokens (benchmarks.update).
+published algorithm, the exact sampler, and the dual cache. `--drawn FILE` measures nothing: it draws what a file has.
 """
 
 import argparse
@@ -39,10 +37,8 @@ ARMS = {
     "plain": ("plain", "s--"),
     "exact": ("exact", "o-"),
     "dual cache": ("dual cache", "^-"),
-    "constant, s": ("constant memory", "o-"),
-    "kept, s": ("kept graphs", "s--"),
 }
-IN_PROPORTION = ("batch", "length", "steps", "masks", "rows", "tokens")  # axes with a line to compare the growth with
+IN_PROPORTION = ("batch", "length", "steps")  # axes with a line to compare the growth with
 
 
 def measure(shape: Shape, repeats: int) -> dict[str, float]:
@@ -106,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.drawn:
         found = json.loads(arguments.drawn.read_text())
-        draw(found["growth"] if "growth" in found else found["rows"], arguments.figure)
+        draw(found["rows"], arguments.figure)
         return
     torch.set_num_threads(1)
     base, axes = BASE, AXES

@@ -45,7 +45,7 @@ class DatasetTask:
     @property
     def graded_once(self) -> bool:
         """Whether no function may be called again after an exception, because a call is paid (`Oracle`)."""
-        return any(map(_is_graded_once, self.reward_funcs))
+        return any(getattr(function, "graded_once", False) for function in self.reward_funcs)
 
     @cached_property
     def _labels(self) -> list[str]:
@@ -113,7 +113,8 @@ class DatasetTask:
             for index, number in numbers_by_completion(label, numbers, shown_completions).items():
                 breakdowns[index][label] = number
                 values[index] += weight * number
-        required = {label for label, each in zip(self._labels, self.reward_funcs, strict=True) if _is_graded_once(each)}
+        functions = zip(self._labels, self.reward_funcs, strict=True)
+        required = {label for label, function in functions if getattr(function, "required", False)}
         breakdowns = [breakdown if required <= breakdown.keys() else {} for breakdown in breakdowns]
         return [
             Reward(value, True, breakdown) if breakdown else Reward(None, False)
@@ -165,10 +166,6 @@ def task_from_dataset(
     for label, function in zip(task._labels, functions, strict=True):
         _check_parameters(label, function, dataset, column_names)
     return task
-
-
-def _is_graded_once(function: RewardFunction) -> bool:
-    return bool(getattr(function, "graded_once", False))
 
 
 def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:

@@ -48,8 +48,8 @@ class Oracle(Callback):
         ValueError: The function is async or no function, or a number is below 1.
     """
 
-    # After an exception the texts are not graded again one by one; a text without a number has no reward at all.
-    graded_once = True
+    graded_once = True  # after an exception the texts are not graded again one by one
+    required = True  # a text without a number has no reward, whatever other functions return
 
     def __init__(
         self,

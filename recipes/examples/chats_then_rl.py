@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from dllm_rl import Float8Dynamic, Lora, grpo, sft
+from dllm_rl import Lora, grpo, sft
 
 START = "GSAI-ML/LLaDA-8B-Instruct"  # has a chat template; a Base model needs prompt and completion as text
 TUNED = "runs/mine-sft-seed0/checkpoints/step-000500"
@@ -48,8 +48,7 @@ else:  # 2. RL. A row of problems.jsonl: {"prompt": [{"role": "user", "content":
         right,
         name="mine-rl",
         max_new_tokens=LENGTH,
-        rollout_quantization=Float8Dynamic(),
-        torch_compile=True,
+        torch_compile=True,  # compiled bf16 rollouts
         num_steps=1000,
         save_steps=10,
         eval_steps=100,

@@ -424,7 +424,9 @@ def main(
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", type=int, default=study.seeds)
-    parser.add_argument("--num_steps", type=int, default=study.num_steps)
+    parser.set_defaults(num_steps=study.num_steps)
+    if study.num_steps:  # of a study of 0 steps each arm has its own
+        parser.add_argument("--num_steps", type=int)
     parser.add_argument("--arms", nargs="+", choices=study.arms, default=list(study.arms), metavar="ARM")
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of the runs that are there")
     options = parser.parse_args()
