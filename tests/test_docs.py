@@ -77,7 +77,8 @@ def test_links_lead_to_where_files_lie_in_the_site():
         ("docs/train.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
         ("README.md", "![a](recipes/latin_sudoku.png)", "![a](recipes/latin_sudoku.png)"),
         ("README.md", "[a](docs/models.md)", "[a](../models.md)"),
-        ("README.md", "[a](docs)", "[a]"),
+        ("README.md", "see [a](docs), [b](docs/trl.md)", "see a, [b](../trl.md)"),
+        ("README.md", "[![a](recipes/ess.png)](docs/x.jsonl)", "[![a](recipes/ess.png)](../x.jsonl)"),
     ]:
         assert hooks.relinked(link, root / source) == becomes
     outside = hooks.linked(sorted(DOCS.rglob("*.md")))
@@ -702,6 +703,9 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run([*command, "-d", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'id="dllm_rl.recipe.Recipe"' in (tmp_path / "reference/training/index.html").read_text()
+    samplers = (tmp_path / "reference/samplers/index.html").read_text()
+    assert "<code>MaxProb()</code>" in samplers, "the default of a record's field"
+    assert "&lt;eos&gt;" in samplers and "<blockquote>" not in samplers, "docstrings are text"
 
 
 def test_the_drawings_are_made_by_their_script():

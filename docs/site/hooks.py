@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(\[[^][]*)?\]\(([^)#\s]+)(#[^)\s]*)?\)")  # text, target, anchor
 STUB = re.compile(r"^from \.(\S+) import (\w+)", re.MULTILINE)
 # Pages of the reference: the packages whose public names each one has.
 REFERENCE = {
@@ -31,7 +31,7 @@ def place(path: Path) -> str:
 
 def targets(page: Path) -> list[Path]:
     """The files of the repository that a page links to."""
-    found = [match[1] for match in LINK.finditer(page.read_text(encoding="utf-8")) if "://" not in match[1]]
+    found = [match[2] for match in LINK.finditer(page.read_text(encoding="utf-8")) if "://" not in match[2]]
     return [path for path in (Path(os.path.normpath(page.parent / target)) for target in found) if path.is_file()]
 
 
@@ -50,12 +50,13 @@ def relinked(text: str, source: Path) -> str:
     here = Path(place(source)).parent
 
     def rewrite(match: re.Match[str]) -> str:
-        if "://" in match[1]:
+        text, given, anchor = (part or "" for part in match.groups())
+        if "://" in given:
             return match[0]
-        target = Path(os.path.normpath(source.parent / match[1]))
+        target = Path(os.path.normpath(source.parent / given))
         if target.is_dir():
-            return "]"
-        return f"]({Path(os.path.relpath(place(target), here)).as_posix()}{match[2] or ''})"
+            return text[1:]
+        return f"{text}]({Path(os.path.relpath(place(target), here)).as_posix()}{anchor})"
 
     return LINK.sub(rewrite, text)
 
