@@ -346,7 +346,9 @@ def test_a_run_samples_on_a_server(tmp_path, monkeypatch):
     policy.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("DLLM_RL_TOKEN", TOKEN)
     with running(dllm_rl.load_policy(tmp_path / "model"), token=TOKEN, allow_updates=True) as server:
-        text = example("Rollouts of a run").replace("num_steps=100", "num_steps=2")
+        given = 'rows = [{"prompt": f"{a}="} for a in "1234"] * 4\n'
+        given += "def reward(completions, **_):\n    return [float(text[:1] == '1') for text in completions]\n"
+        text = given + example("Rollouts of a run").replace("num_steps=100", "num_steps=2")
         text = text.replace("CHECKPOINT", str(tmp_path / "model")).replace(
             "HTTPEngine()", f"HTTPEngine(url={server.url!r})"
         )
