@@ -1,6 +1,7 @@
 """Run all jobs on one thread, which owns the policy, and batch completions with equal settings and similar prompts.
 
-The oldest job always runs next. A job that arrives while a batch runs can only join a later batch.
+The oldest job always runs next. A job that arrives while a batch runs can only join a later batch (`benchmarks.waiting`
+measures the wait): samplers take all rows of a batch through the same block and step.
 """
 
 import threading

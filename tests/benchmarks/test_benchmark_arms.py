@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import learner, limit, measure, scoring
+from benchmarks import learner, limit, measure, scoring, waiting
 
 SMOKE = {"preset": "smoke", "device": "cpu", "dtype": "float32", "repeats": 1}
 
@@ -75,3 +76,18 @@ def test_every_benchmark_runs(name):
         pytest.importorskip("ray", reason="Ray is an optional extra")
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--smoke"], capture_output=True, text=True)
     assert (done.returncode == 0 and done.stdout.count("|") > 10) or "steps" in done.stdout, done.stderr
+
+
+def test_the_waits_of_a_server_by_hand(monkeypatch):
+    """Batches of a second each: the second has both requests that came during the first, the third none that waited."""
+    clock, batches = [0.0], []
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(process_time=lambda: clock[0]))
+
+    def sample(policy, jobs):
+        batches.append(len(jobs))
+        clock[0] += 1
+
+    monkeypatch.setattr(waiting, "sample_rows", sample)
+    waits, totals = waiting.latencies(None, [0.0, 0.25, 0.75, 5.0])
+    assert batches == [1, 2, 1]
+    assert waits == [0, 0.75, 0.25, 0] and totals == [1, 1.75, 1.25, 1]

@@ -114,6 +114,25 @@ def a_step_against_its_products():
     yield PAGE, told.format(ratios[0], *ratios[2:])
 
 
+def two_processes():
+    rows = {each["part"]: each for each in stored(f"{RESULTS}/two-processes-cpu")["rows"]}
+    step, repeated = rows["step"], rows["corrector and metrics of all rows"]["two"]
+    names = ("step", "rollouts and rewards", "scoring", "gradients")
+    told = "does {:.2f} times the work of each of two: {:.2f} in rollouts and rewards, {:.2f} in scoring and {:.2f} in"
+    yield PAGE, told.format(*(rows[name]["ratio"] for name in names))
+    shared = step["one"] / (step["two"] - repeated / 2)
+    share = f"{100 * repeated / step['two']:.1f} %"
+    yield PAGE, f"{share} of its step: shared out, they would make it at most {shared:.2f},"
+
+
+def the_wait_at_a_server():
+    rows = {each["requests"]: each for each in stored(f"{RESULTS}/waiting-cpu")["rows"]}
+    few, many = rows[0.5], rows[2.0]
+    told = "at 0.5 requests within the time of one alone, an answer takes {:.1f} times that time on average and {:.1f}"
+    yield f"{DOCS}/serving.md", told.format(few["mean"], few["worst"])
+    yield f"{DOCS}/serving.md", f"at 2 requests {many['mean']:.1f} and {many['worst']:.1f}"
+
+
 def the_learners_step():
     rows = stored(f"{RESULTS}/update-cpu")["published"]
     found = {(each["step"], each["arm"]): f"{each['ratio']:.2f}" for each in rows}
