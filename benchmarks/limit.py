@@ -2,8 +2,9 @@
 
     python -m benchmarks.limit --json benchmarks/results/limit-cpu.json
 
-Processor seconds of whole steps (rollout, rewards, scoring, update, sync) and of the matrix products of one of them
-alone, all in turns, one thread, the fastest of `--repeats`. Rewards are made to differ, so that all rows train.
+Processor seconds of whole steps (rollout, rewards, scoring, update, sync), of all operators of one of them that return
+a new tensor, without Python and autograd, and of its matrix products alone; all in turns, one thread, the fastest of
+`--repeats`. Rewards are made to differ, so that all rows train.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from dllm_rl.training.trainer import take_step
 from recipes import latin_sudoku
 
 ALL_GRAPHS = 99
-PARTS = ("step", "products")
+PARTS = ("step", "operators", "products")
 
 
 def readme_example() -> Recipe:
@@ -50,27 +51,30 @@ def jobs() -> dict[str, Recipe]:
     }
 
 
-def started(recipe: Recipe, folder: str) -> tuple[Callable[[], object], Kept]:
-    """A function that takes the next step of a run, and the products of one step."""
+def started(recipe: Recipe, folder: str) -> tuple[Callable[[], object], Kept, Kept]:
+    """A function that takes the next step of a run, and the operators and products of one step."""
     changes = {"task": Varied(recipe.task), "output_dir": folder, "num_steps": 10**6, "report_to": "none"}
     run = start(replace(recipe, **changes, log_completions_steps=0), None, ())
     step = map(partial(take_step, run), count()).__next__
     step()  # the first one also allocates the optimizer's state
+    with Kept("") as operators:
+        step()
     with Kept(*PRODUCTS) as products:
         step()
-    return step, products
+    return step, operators, products
 
 
 def measured(recipes: dict[str, Recipe], repeats: int) -> list[dict[str, Any]]:
-    """For each arm the seconds of a step and of its products, their ratio, and the number of products."""
+    """For each arm the seconds of a step, of its operators and its products, the ratios, and the number of products."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: started(recipe, f"{folder}/{i}") for i, (name, recipe) in enumerate(recipes.items())}
-        turns = {(name, part): run for name, pair in runs.items() for part, run in zip(PARTS, pair, strict=True)}
+        turns = {(name, part): run for name, each in runs.items() for part, run in zip(PARTS, each, strict=True)}
         seconds = fastest(turns, repeats)
     rows = []
-    for name, (_, products) in runs.items():
-        step, alone = (seconds[name, part] for part in PARTS)
-        row = {"arm": name, "step, s": round(step, 4), "products, s": round(alone, 4), "ratio": round(step / alone, 2)}
+    for name, (*_, products) in runs.items():
+        step, operators, alone = (seconds[name, part] for part in PARTS)
+        row = {"arm": name} | {f"{part}, s": round(seconds[name, part], 4) for part in PARTS}
+        row |= {"ratio": round(step / alone, 2), "operators / products": round(operators / alone, 2)}
         rows.append(row | {"products": len(products.calls)})
     return rows
 

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,21 @@ class Varied:
         return replace(problem, prompt="x" * self.ahead + problem.prompt)
 
     def reward(self, problem: Any, completion: str) -> Any:
-        return replace(self.task.reward(problem, completion), value=next(self.turns) % 7 / 7)
+        return self._varied(self.task.reward(problem, completion))
+
+    @property
+    def rewards(self) -> Callable[..., list[Any]]:
+        """The task's grader of many completions, if it has one, as its runs call it."""
+        grader = self.task.rewards
+
+        @wraps(grader)
+        def rewards(*completions: Any, **costs: Any) -> list[Any]:
+            return list(map(self._varied, grader(*completions, **costs)))
+
+        return rewards
+
+    def _varied(self, reward: Any) -> Any:
+        return replace(reward, value=next(self.turns) % 7 / 7)
 
 
 def trained(metrics: Sequence[Mapping[str, float]], rows: int) -> dict[str, Any]:

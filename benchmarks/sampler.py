@@ -246,7 +246,8 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
 
 
 class Kept(TorchDispatchMode):
-    """Keeps the operations of these names that run inside of it, in their order; calling it runs them alone.
+    """Keeps the operations of these names that run inside of it, in their order; calling it runs them alone. Views, and
+    operations that write in place, are left out.
 
     Activations of like shape are one tensor, as kernels do not look at values; weights and indices are themselves.
     """
@@ -258,7 +259,7 @@ class Kept(TorchDispatchMode):
         self.stand_ins: dict[tuple, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and any(name in func.__name__ for name in self.names):
+        if not (func.is_view or func._schema.is_mutable) and any(name in func.__name__ for name in self.names):
             self.calls.append((func, [self._stand_in(arg) for arg in args], kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -292,14 +292,17 @@ def symptom_metrics(
 
 def repeated_trigrams(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Return the tokens of the mask that belong to a trigram which has occurred earlier in the same row."""
-    is_repeated = torch.zeros(mask.shape, dtype=torch.bool)
-    for row, (row_tokens, row_mask) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-        columns = row_mask.nonzero()[:, 0]
-        token_ids = row_tokens[row_mask].tolist()
-        seen = set[tuple[int, ...]]()
-        for start in range(len(token_ids) - 2):
-            trigram = tuple(token_ids[start : start + 3])
-            if trigram in seen:
-                is_repeated[row, columns[start : start + 3]] = True
-            seen.add(trigram)
-    return is_repeated.to(mask.device)
+    is_repeated = torch.zeros_like(mask)
+    rows, columns = mask.nonzero(as_tuple=True)
+    starts = (rows[:-2] == rows[2:]).nonzero()[:, 0]  # places of the trigrams among the tokens of the mask
+    if not len(starts):
+        return is_repeated
+    ids = tokens[rows, columns]
+    number = rows[starts]  # of the row, then of the row and the trigram's first token, then with its second and third
+    for offset in range(3):
+        number = (number * (ids.max() + 1) + ids[starts + offset]).unique(return_inverse=True)[1]
+    number, order = number.sort(stable=True)  # equal trigrams stay in the order of their places
+    again = starts[order[1:][number[1:] == number[:-1]]]
+    for offset in range(3):
+        is_repeated[rows[again + offset], columns[again + offset]] = True
+    return is_repeated

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import compress, zip_longest
 from typing import Any
 
@@ -86,9 +86,10 @@ def ids_and_blanks(
         pieces = chat.pieces(text)
     ids: list[int] = []
     blanks: list[bool] = []
+    read = cache(partial(text_ids, policy))  # a prompt with many blanks has equal pieces, such as empty ones
     for piece, special in pieces:
         if piece is not None:
-            piece_ids = text_ids(policy, piece, special=special)
+            piece_ids = read(piece, special=special)
         else:
             assert policy.spec.mask_id is not None, "a blank was refused"
             piece_ids = [policy.spec.mask_id]

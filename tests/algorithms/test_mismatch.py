@@ -377,3 +377,25 @@ def test_repetition_behind_a_prompt():
     mask = tensor([[False] + [True] * 7, [False] * 3 + [True] * 5])
     assert [row.nonzero()[:, 0].tolist() for row in repeated_trigrams(tokens, mask)] == [[4, 5, 6], []]
     assert symptom_metrics(tokens, mask, tensor([1.0, -1.0]))["symptoms/repetition_positive"] == pytest.approx(3 / 7)
+
+
+def trigrams_one_by_one(ids):
+    """The places of a list's tokens in a trigram that the list has had before."""
+    places, seen = set(), set()
+    for start in range(len(ids) - 2):
+        if ids[start : start + 3] in seen:
+            places |= {start, start + 1, start + 2}
+        seen.add(ids[start : start + 3])
+    return places
+
+
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 40, 2), (7, 30, 3), (50, 4, 2), (3, 2, 1), (0, 5, 2)])
+def test_repeated_trigrams_are_those_found_one_by_one(rows, width, vocabulary):
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(vocabulary, (rows, width), generator=generator) * 126_463  # large ids
+    mask = torch.rand(rows, width, generator=generator) < 0.8
+    found = repeated_trigrams(tokens, mask)
+    for row_tokens, row_mask, row_found in zip(tokens, mask, found, strict=True):
+        columns = row_mask.nonzero()[:, 0].tolist()
+        places = trigrams_one_by_one(tuple(row_tokens[row_mask].tolist()))
+        assert row_found.nonzero()[:, 0].tolist() == sorted(columns[place] for place in places)

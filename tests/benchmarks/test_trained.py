@@ -6,8 +6,10 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from benchmarks import eight_billion, gpu
-from benchmarks.measure import trained
+from benchmarks.measure import Varied, trained
 from dllm_rl.monitoring.plots import read_metrics
+from dllm_rl.tasks.base import grade
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 
@@ -67,3 +69,17 @@ def test_random_ids_have_texts_and_rewards_of_their_own():
     assert len(set(rewards)) == 5 and all(0 <= reward < 1 for reward in rewards)
     prompt = eight_billion.ROWS[0]["prompt"]
     assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
+
+
+def test_varied_grades_many_completions_in_one_call_where_its_task_does():
+    calls = []
+
+    def length(completions, **columns):
+        calls.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    task = Varied(task_from_dataset([{"prompt": "a"}], reward_funcs=length))
+    rewards = grade(task, [task[0]] * 3, ["x", "xy", "xyz"])
+    assert calls == [3]
+    assert [reward.value for reward in rewards] == [0, 1 / 7, 2 / 7]
+    assert not hasattr(Varied(Sudoku(size=8)), "rewards")

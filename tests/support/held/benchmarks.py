@@ -109,9 +109,30 @@ def against_the_published_ones():
 
 
 def a_step_against_its_products():
-    ratios = [each["ratio"] for each in stored(f"{RESULTS}/limit-cpu")["rows"]]
-    told = "takes {} times the time of its own matrix products in README's example, {} with FP8 rollouts, and {} in the"
-    yield PAGE, told.format(ratios[0], *ratios[2:])
+    found = stored(f"{RESULTS}/limit-cpu")
+    assert "Intel(R) Xeon(R)" in found["machine"]["device"]
+    ratios, bounds = ([each[name] for each in found["rows"]] for name in ("ratio", "operators / products"))
+    told = "takes {:.2f} times the time of its own matrix products in README's example, {:.2f} with FP8 rollouts, and "
+    yield PAGE, (told + "{:.2f} in the main job").format(ratios[0], *ratios[2:])
+    yield PAGE, "without Python and autograd, take {:.2f}, {:.2f} and {:.2f} times".format(bounds[0], *bounds[2:])
+
+
+def against_d1():
+    found = stored(f"{RESULTS}/peers-cpu")
+    assert "Intel(R) Xeon(R)" in found["machine"]["device"]
+    assert all(each["log-probs apart, nats"] <= 1e-4 for each in found["rows"])
+
+    def least_and_most(what, *sizes):
+        ratios = [each[f"d1 / ours, {what}"] for each in found["rows"] if each["vocabulary"] in sizes]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    small, large = 2048, 32768
+    told = f"is {least_and_most('step', small)} times as fast at a vocabulary of 2,048 and "
+    told += f"{least_and_most('step', large)} at 32,768 "
+    yield PAGE, f"{told}(greedy: {least_and_most('step, greedy', small)}, {least_and_most('step, greedy', large)})"
+    yield PAGE, f"Learning alone is {least_and_most('learning', small, large)} times as fast"
+    theirs = least_and_most("learning, d1's masks", small, large)
+    yield PAGE, f"with d1's masks, {theirs}."
 
 
 def two_processes():
