@@ -102,7 +102,8 @@ def test_claims_are_of_instances_and_numbers_that_both_arms_have():
     rows = {row["stated before the runs"]: row for row in study.claim_rows(results)}
     row = rows["infilling GRPO's area is above that of the genetic algorithm"]
     assert row["runs"] == "3" and row["above 0"] == "3 of 3" and row["each instance"] == "0.011, 0.020"
-    assert row["difference, 95 %"].startswith("0.015±")
+    # Of two means 0.011 and 0.020: 0.0155, and 12.706, Student's t of one degree, times half of their distance.
+    assert row["difference, 95 %"] == "0.016±0.057"
     assert rows["infilling GRPO's area is above that of feasible elite search"]["runs"] == "0"
 
 
