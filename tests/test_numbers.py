@@ -35,7 +35,6 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "docs/trl.md": ("`adam_beta2` 0.99 (0.999)",),
     "recipes/studies/distillation.md": ("`teacher_coeff` 0.02", "the coefficient (of 0.02 and 0.06)"),
     "recipes/studies/few_clues.md": ("entropy bonus 0.05,",),
-    "recipes/studies/latin.md": ("entropy bonus 0.05,",),
     "recipes/studies/fast.md": ("exact p of three seeds is 0.25 at best", "an entropy bonus of 0.05"),
     "recipes/studies/LOG.md": ("torch 2.13",),
     "recipes/studies/league.md": ("Holm's p below 0.05",),

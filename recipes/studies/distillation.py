@@ -37,8 +37,8 @@ from dllm_rl import Recipe
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from recipes.studies.few_clues import diversity, in_steps
-from recipes.studies.latin import Clock
 from recipes.studies.paired import (
+    Clock,
     Contrast,
     Results,
     Study,
@@ -136,7 +136,7 @@ def cost(arm: str, root: Path) -> None:
     timed |= {"eval_task": replace(base.eval_task, size=8), "output_dir": str(root / "timed" / arm.replace(" ", "-"))}
     train(replace(made, callbacks=[clock], **timed))
     root.joinpath("costs").mkdir(parents=True, exist_ok=True)
-    write_json(root / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.plain[2:])})
+    write_json(root / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.seconds[2:])})
 
 
 def tables(results: Results) -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from shutil import rmtree
 from statistics import covariance, mean, stdev, variance
 from typing import TYPE_CHECKING, Any
 
-from dllm_rl import Policy, Recipe
+from dllm_rl import Callback, Policy, Recipe
 from dllm_rl.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -99,6 +100,19 @@ def has_steps(study: Study, run: Mapping[str, Any], num_steps: int) -> bool:
     """Whether a finished run is of as many steps; always, if no number is stored."""
     asked = steps_of(study, run["arm"], num_steps)
     return run.get("num_steps", asked) == asked
+
+
+class Clock(Callback):
+    """Processor seconds of a run's steps: `seconds` has one number for each."""
+
+    def on_start(self, run: Any) -> None:
+        self.last = time.process_time()
+        self.seconds: list[float] = []
+
+    def on_step(self, run: Any, metrics: Mapping[str, float]) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self.last)
+        self.last = now
 
 
 def capability() -> str:

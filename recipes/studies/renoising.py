@@ -40,8 +40,7 @@ from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views
 from recipes.renoise_sudoku import recipe, renoise_in_four
-from recipes.studies.latin import Clock
-from recipes.studies.paired import Contrast, Study, arm_rows, contrast_rows, load, markdown, run_all, run_missing
+from recipes.studies.paired import Clock, Contrast, Study, arm_rows, contrast_rows, load, markdown, run_all, run_missing
 
 STORED = Path(__file__).with_suffix(".json")  # costs and every run
 SEEDS = range(10, 20)
@@ -119,7 +118,7 @@ def cost(arm: str, folder: Path) -> None:
     timed |= {"eval_task": replace(base.eval_task, size=8), "output_dir": str(folder / "timed" / arm.replace(" ", "-"))}
     train(replace(made, callbacks=[clock], overwrite_output_dir=True, **timed))
     folder.joinpath("costs").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.plain[2:])})
+    write_json(folder / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.seconds[2:])})
 
 
 def main() -> None:

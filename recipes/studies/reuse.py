@@ -65,6 +65,7 @@ NO_BOXES, RAFT_NO_BOXES = "GRPO, no boxes in the reward", "RAFT with replay, no 
 EXACT = "GRPO, exact likelihood"  # without segments: what TIS needs, and the control of five levels
 FIVE, FIVE_TIS = "five levels, GRPO", "five levels, GRPO with TIS"
 FIVE_BOTH, FIVE_BOTH_TIS = "five levels, GRPO with replay", "five levels, GRPO with replay and TIS"
+COMPARED = (GRPO, MANY, RAFT, NO_CAP, ROUNDS, THEN, BOTH)
 UNCAPPED = 10**6
 
 
@@ -335,16 +336,69 @@ def claim_rows(results: Results) -> list[dict[str, str]]:
 
 
 def arm_rows(results: Results, name: str) -> list[dict[str, str]]:
-    """The arms of a task, with the rates that a reader compares."""
+    """The arms of a task: their rates, and what they solve more than GRPO at equal diversity."""
     rows = []
     for arm in arms_of(TASKS[name], FIRST):
-        runs = [results[key] for key in sorted(results) if key[:2] == (name, arm) and key[2] in SEEDS]
+        runs = runs_of(results, name, arm)
         if runs:
             row = {"arm": arm, "seeds": str(len(runs))}
             for column in COLUMNS:
                 row[column] = interval([run[column] for run in runs])
-            rows.append(row | {"seconds": f"{mean(run['seconds'] for run in runs):.0f}"})
+            for of in ("full", "few"):
+                more = Claim("", name, arm, GRPO, of).differences(results)
+                row[f"{of}, less GRPO's"] = interval(more) if more and arm != GRPO else "-"
+            rows.append(row)
     return rows
+
+
+def runs_of(results: Results, name: str, arm: str) -> list[dict[str, Any]]:
+    return [results[key] for key in sorted(results) if key[:2] == (name, arm) and key[2] in SEEDS]
+
+
+def winner_rows(results: Results) -> list[dict[str, str]]:
+    """Of each task the arm with the highest mean difference from GRPO at equal diversity, one token a step, and its
+    margins. Arms with other rewards or rollouts do not count."""
+    rows = []
+    for name in TASKS:
+        means = {arm: mean(Claim("", name, arm, GRPO).differences(results)) for arm in COMPARED}
+        winner, second = sorted(means, key=means.__getitem__, reverse=True)[:2]
+        row = {"task": name, "winner": winner}
+        for text, against, of in (("less GRPO's", GRPO, "full"), ("less GRPO's, few steps", GRPO, "few")):
+            row[text] = interval(Claim("", name, winner, against, of).differences(results)) if winner != GRPO else "-"
+        margin = interval(Claim("", name, winner, second).differences(results))
+        rows.append(row | {"second": second, "less the second's": margin})
+    return rows
+
+
+def rate_rows(results: Results) -> list[dict[str, str]]:
+    """The rates that won, by tuned arm and task."""
+    best = {name: best_rates(results, name) for name in TASKS}
+    return [{"tuned": arm} | {name: f"{rates[arm]:g}" for name, rates in best.items()} for arm in GRIDS]
+
+
+def picture(results: Results, path: Path) -> None:
+    """Solve rate against diversity, one token a step: of each task a panel, of each arm its means by temperature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in TASKS if name != "never"]  # there all arms solve almost nothing
+    figure, axes = plt.subplots(1, len(names), figsize=(13, 3.6), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        for place, arm in enumerate(COMPARED):
+            means = [
+                [mean(run[f"{of}@{t:g}"] for run in runs_of(results, name, arm)) for of in ("answers", "full")]
+                for t in TEMPERATURES
+            ]
+            shown = [point for point in means if point[1] > 0.02]  # with fewer, `answers` is of a few problems
+            axis.plot(*zip(*shown, strict=True), ".-", color=f"C{place}", label=arm)
+        axis.set(title=name, xlabel="answers: different right ones", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("solved")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def best_rates(results: Results, name: str) -> dict[str, float]:
@@ -415,9 +469,12 @@ def main() -> None:
             paired.run_all([job for each in jobs.values() for job in each], root, options.workers)
             write_json(STORED, list(load(root).values()))
     results = load(root)
+    print(markdown(rate_rows(results)))
+    print(markdown(winner_rows(results)))
     for name in options.tasks:
-        print(f"\n{name}: rates {best_rates(results, name)}\n{markdown(arm_rows(results, name))}")
+        print(f"{name}\n\n{markdown(arm_rows(results, name))}")
     print(markdown(claim_rows(results)))
+    picture(results, STORED.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Does a value model help? A value head against GRPO in equal time, on the task of latin.py. Results: values.md.
+"""Does a value model help? A value head against GRPO in equal time, on Latin squares. Results: values.md.
 
-Every arm of a seed starts from the model of latin.py and goes on for about the same processor time: a step with values
-costs 1.2 times as much, so that these arms take 82 steps and GRPO takes 100. Rollouts have four steps, scored as two
-segments.
+Every arm of a seed starts from the model of the main job (400 supervised steps on Latin squares) and goes on for about
+the same processor time: a step with values costs 1.2 times as much, so that these arms take 82 steps, and GRPO 100.
+Rollouts have four steps, scored as two segments.
 
 Arms, besides GRPO with the group's mean:
 
@@ -18,8 +18,8 @@ Claims, written before the runs of the study's seeds (two-sided tests, Holm's co
 3. The value head is above GRPO in four parallel steps.
 
 Lambda and the learning rate of `value head` and of `discount` are the best of lambda 0.5 and 0.95 with the rates 5e-4
-and 1e-3, tried on seed 100, and the better two on seed 101, as in latin.py (400 validation puzzles). GRPO has its rate
-of latin.py (5e-4, the best of four on the same seeds); lambda 1 has the rate of `value head`. Before these trials one
+and 1e-3, tried on seed 100, and the better two on seed 101 (400 validation puzzles). GRPO has 5e-4, the best of four
+rates on the same seeds; lambda 1 has the rate of `value head`. Before these trials one
 run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0.95 0.675, 0.5 0.792, 0 0.568.
 
     python -m recipes.studies.values tune            the trials
@@ -28,14 +28,18 @@ run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms.values import ValueModel
+from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
-from recipes.studies import paired
-from recipes.studies.latin import base, run_one
+from recipes.studies import paired, reuse
+from recipes.studies.few_clues import in_steps
 from recipes.studies.paired import (
+    TUNED_ON,
+    Clock,
     Contrast,
     Results,
     Study,
@@ -43,6 +47,8 @@ from recipes.studies.paired import (
     contrast_rows,
     main,
     markdown,
+    result_path,
+    warm_up,
     which,
 )
 
@@ -71,7 +77,30 @@ CHOSEN = {VALUE: (0.95, 1e-3), DISCOUNT: (0.95, 5e-4)}  # lambda and rate, by `t
 
 def study(name: str, arms: Mapping[str, dict[str, Any]], **more: Any) -> Study:
     against = {other: GRPO for other in arms if other != GRPO}
-    return Study(name, base, dict(arms), against, {}, 10, 0, **more)
+    return Study(name, reuse.TASKS["latin"].base, dict(arms), against, {}, 10, 0, **more)
+
+
+def run_one(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """Train an arm of a seed, and evaluate it; leaves `root`/results/....json.
+
+    seconds   of the processor, one thread, behind the common start
+    after     solve rate, one cell a step, temperature 1; the others: greedy, and in four steps
+    """
+    from dllm_rl.training.trainer import train
+
+    path, clock = result_path(root, name, seed), Clock()
+    settings = {"name": f"values-{path.stem}", "model": str(warm_up(study.base, seed, root / "warm" / str(seed)))}
+    settings |= {"seed": seed, "eval_task": replace(study.base.eval_task, size=8), "callbacks": [clock]}
+    settings |= {"output_dir": str(root / "runs" / path.stem), "overwrite_output_dir": True} | study.arms[name]
+    policy = train(replace(study.base, **settings)).policy
+    policy.module.eval()
+    problems = replace(study.base.eval_task, split="validation" if seed in TUNED_ON else "test", size=400)
+    kept = {"arm": name, "seed": seed, "num_steps": len(clock.seconds), "seconds": sum(clock.seconds)}
+    for metric, steps, temperature in (("after", 16, 1.0), ("four", 4, 1.0), ("greedy", 16, 0.0)):
+        sampler = in_steps(steps, temperature=temperature)
+        kept[metric] = evaluate(policy, problems, sampler, batch_size=512).means["solve_rate"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept)
 
 
 TUNING = study(

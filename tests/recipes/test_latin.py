@@ -1,7 +1,6 @@
-"""The limit of labels that show Latin squares, against other ways to count; what the study's arms train on."""
+"""The limit of labels that show Latin squares, against other ways to count."""
 
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from small_sudoku import GRID
 
 from dllm_rl.tasks.sudoku.solver import SOLVED, completions
 from recipes.latin_sudoku import recipe, taught_latin
-from recipes.studies import latin
 from recipes.studies.latin_limit import LATIN, SUDOKU, fitting, greedy_limit, limit
 
 CYCLIC = "1234234134124123"  # rows and columns hold every digit; the first box holds 2 twice
@@ -75,59 +73,6 @@ def test_greedy_probabilities_against_draws(puzzle):
     found = sum(greedily(squares, generator) for _ in range(400)) / 400
     exact = float(greedy_limit([puzzle]))
     assert abs(found - exact) < 0.1 and (found == exact or 0 < exact < 1)  # four standard errors
-
-
-def test_filtered_labels_are_right_and_a_round_adds_to_them(monkeypatch):
-    taken, rounds = [], []
-
-    def written(policy, count, seed, purpose, sampler):
-        rounds.append(count)
-        return [("1" + "0" * 15, GRID), ("1" + "0" * 15, CYCLIC)]
-
-    def watched(policy, problems, **options):
-        taken.extend(problem.solution for problem in problems)
-        return solution_examples(policy, problems, **options)
-
-    solution_examples = latin.solution_examples
-    monkeypatch.setattr(latin, "written", written)
-    monkeypatch.setattr(latin, "solution_examples", watched)
-    policy = taught_latin(steps=0)
-    arm = {"steps": 4, "learning_rate": 1e-3, "answers": 10, "sampler": None, "rounds": 2}
-    looked = []
-    told = latin.on_labels(policy, 0, arm | {"filtered": True}, looked.append)
-    assert set(taken) == {GRID} and rounds == [5, 5] and looked == [1, 2, 3, 4]
-    assert told == {"right, first": 0.5, "right, last": 0.5, "labels": 2}
-    taken.clear()
-    latin.on_labels(policy, 0, arm, looked.append)
-    assert set(taken) == {GRID, CYCLIC}
-
-
-def test_the_higher_mean_of_two_seeds_is_the_best_rate():
-    tried = latin.RATES[latin.ONE]
-
-    def reached(*rates):
-        first = {
-            (latin.at_rate(latin.ONE, rate), 100): {"after": each} for rate, each in zip(tried, rates, strict=True)
-        }
-        return first | {(latin.at_rate(latin.ONE, rate), 101): {"after": 0.5} for rate in tried}
-
-    assert latin.better_two(reached(0.1, 0.3, 0.2), latin.ONE) == [2e-3, 4e-3]
-    assert latin.best(reached(0.1, 0.3, 0.2), latin.ONE) == 2e-3
-    equal = reached(0.1, 0.3, 0.2)
-    equal[latin.at_rate(latin.ONE, 4e-3), 101] = {"after": 0.6}
-    assert latin.best(equal, latin.ONE) == 2e-3  # of equal ones the lower
-    equal[latin.at_rate(latin.ONE, 4e-3), 101] = {"after": 0.7}
-    assert latin.best(equal, latin.ONE) == 4e-3
-
-
-def test_the_clock_leaves_evaluations_out(monkeypatch):
-    times = iter([0.0, 1.0, 9.0, 10.0])
-    monkeypatch.setattr(latin, "time", SimpleNamespace(process_time=lambda: next(times)))
-    clock = latin.Clock()
-    clock.on_start(None)
-    for step, metrics in enumerate(({}, {"eval/solve_rate": 0.5}, {}), start=1):
-        clock.on_step(SimpleNamespace(step=step), metrics)
-    assert clock.plain == [1.0, 1.0] and clock.rates == [(2, 0.5)]
 
 
 def test_the_job_shows_latin_squares_and_pays_by_the_rules():

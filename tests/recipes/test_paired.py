@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +107,16 @@ def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, 
     assert paired.main(short, None, stored=tmp_path / "stored.json") == results
     assert (tables := capsys.readouterr().out) and tables in printed.partition("stored.json is not written")[0]
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_clock_counts_each_step(monkeypatch):
+    times = iter([0.0, 1.0, 9.0, 10.0])
+    monkeypatch.setattr(paired, "time", SimpleNamespace(process_time=lambda: next(times)))
+    clock = paired.Clock()
+    clock.on_start(None)
+    for _ in range(3):
+        clock.on_step(None, {})
+    assert clock.seconds == [1.0, 8.0, 1.0]
 
 
 def test_a_study_of_several_is_named_first(monkeypatch, capsys):
