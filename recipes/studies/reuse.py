@@ -346,7 +346,7 @@ def arm_rows(results: Results, name: str) -> list[dict[str, str]]:
                 row[column] = interval([run[column] for run in runs])
             for of in ("full", "few"):
                 more = Claim("", name, arm, GRPO, of).differences(results)
-                row[f"{of}, less GRPO's"] = interval(more) if more and arm != GRPO else "-"
+                row[f"{of}, over GRPO"] = interval(more) if more and arm != GRPO else "-"
             rows.append(row)
     return rows
 
@@ -363,10 +363,10 @@ def winner_rows(results: Results) -> list[dict[str, str]]:
         means = {arm: mean(Claim("", name, arm, GRPO).differences(results)) for arm in COMPARED}
         winner, second = sorted(means, key=means.__getitem__, reverse=True)[:2]
         row = {"task": name, "winner": winner}
-        for text, against, of in (("less GRPO's", GRPO, "full"), ("less GRPO's, few steps", GRPO, "few")):
+        for text, against, of in (("over GRPO", GRPO, "full"), ("over GRPO, few steps", GRPO, "few")):
             row[text] = interval(Claim("", name, winner, against, of).differences(results)) if winner != GRPO else "-"
         margin = interval(Claim("", name, winner, second).differences(results))
-        rows.append(row | {"second": second, "less the second's": margin})
+        rows.append(row | {"second": second, "over the second": margin})
     return rows
 
 
