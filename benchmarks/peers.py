@@ -133,7 +133,7 @@ class Peers:
         self.optimizer.step()
 
     def our_learning(self, rollout: Rollout, views: Views) -> None:
-        step(self.policy, None, rollout, views, self.optimizer, likelihood=LIKELIHOOD, retain_graphs=True)
+        step(self.policy, None, rollout, views, self.optimizer, likelihood=LIKELIHOOD, keep=True)
 
     def their_masks(self, rollout: Rollout) -> Views:
         in_prompt = torch.arange(rollout.tokens.shape[1]) < self.shape.prompt

@@ -29,7 +29,7 @@ from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.step.update import forward_backward, update
-from dllm_rl.types import Batch, Rollout, Views
+from dllm_rl.types import Batch, RetainedGraphs, Rollout, Views
 
 BETA = 0.04
 SHAPES = {"growth": Shape(128, 2, 4, 352, 1_000, 16, 32, 32), "smoke": PRESETS["smoke"]}
@@ -55,16 +55,14 @@ def step(
     optimizer: torch.optim.Optimizer,
     *,
     likelihood: LikelihoodEstimator,
-    retain_graphs: bool,
+    keep: bool,
     iterations: int = 1,
 ) -> None:
     """The library's: reference and learner are scored, then `update`."""
     anchor = None if reference is None else likelihood.logprobs(reference, rollout, noise)
-    scores, mask = (
-        likelihood.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs),
-        rollout.completion_mask,
-    )
-    old = likelihood.combine(scores.detach(), noise)
+    graphs, mask = graphs_of(rollout, keep), rollout.completion_mask
+    scores = likelihood.view_logprobs(policy, rollout, noise, graphs=graphs)
+    old = likelihood.combine(scores, noise)
     count, ones = int(mask.sum()), torch.ones_like(old)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
@@ -72,8 +70,12 @@ def step(
         losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=beta, kl=losses.K3()
     )
     settings = UpdateSettings(loss=loss, likelihood=likelihood, learning_rate=0.0)
-    batches = [replace(batch, rollout=at(rollout, policy), retains_graphs=retain_graphs)] * iterations
+    batches = [replace(batch, rollout=at(rollout, policy), graphs=graphs)] * iterations
     update(policy, optimizer, batches, Accelerator(cpu=True), settings)
+
+
+def graphs_of(rollout: Rollout, keep: bool) -> RetainedGraphs:
+    return RetainedGraphs(rollout.completion_mask.any(-1), 999 if keep else 0)
 
 
 def at(rollout: Rollout, policy: Policy) -> Rollout:
@@ -130,8 +132,8 @@ def published(shape: Shape, repeats: int) -> list[dict]:
         ours = partial(step, *given, likelihood=likelihood, iterations=iterations)
         arms = {
             "published": partial(published_step, *given, iterations=iterations),
-            "constant memory": partial(ours, retain_graphs=False),
-            "kept graphs": partial(ours, retain_graphs=True),
+            "constant memory": partial(ours, keep=False),
+            "kept graphs": partial(ours, keep=True),
         }
         for run in arms.values():  # warmed up, and seen to compute the same
             run()
@@ -144,11 +146,12 @@ def published(shape: Shape, repeats: int) -> list[dict]:
 def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator, *, keep: bool) -> None:
     """Scoring and one gradient."""
     policy.module.zero_grad()
-    scores, mask = estimator.view_logprobs(policy, rollout, noise, retain_graphs=keep), rollout.completion_mask
-    old = estimator.combine(scores.detach(), noise)
+    graphs, mask = graphs_of(rollout, keep), rollout.completion_mask
+    scores = estimator.view_logprobs(policy, rollout, noise, graphs=graphs)
+    old = estimator.combine(scores, noise)
     weights = torch.ones_like(old)
     given = rollout, noise, advantages_of(rollout), old, scores, weights, mask, None
-    batch = Batch(*given, num_tokens=1, num_sequences=1, retains_graphs=keep)
+    batch = Batch(*given, num_tokens=1, num_sequences=1, graphs=graphs)
     loss = partial(losses.policy_loss, surrogate=PPOClip(), loss_reduction=losses.TokenMean(), beta=0.0, kl=losses.K3())
     forward_backward(policy, batch, scores, loss=loss, likelihood=estimator)
 

@@ -89,9 +89,10 @@ class Recipe(Settings):
     micro_batch_size: int | None = option(
         default=None, help="completions per forward of scoring and update; None: all", at_least=1
     )
-    max_retained_graphs: int = option(
-        default=1,
-        help="scoring forwards whose autograd graphs the first update may reuse: faster, more memory",
+    max_retained_graphs: int | None = option(
+        default=None,
+        help="scoring forwards whose autograd graphs an update may reuse: faster, more memory; None: one, and more "
+        "while all graphs have at most 256 MiB",
         at_least=0,
     )
     old_logprobs: Literal["recompute", "rollout"] = option(

@@ -7,6 +7,7 @@ of a group are adjacent, and groups may have different sizes.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -538,8 +539,58 @@ class Logprobs:
     views: "Views"  # with the experts that the learner replays, if any
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
     token_advantages: Float[Tensor, "B T"] | None = None  # advantages of a value model, if the recipe has one
-    retains_graphs: bool = False  # whether old_view_logprobs has the autograd graphs of the trained rows
     is_scored: bool = True  # False: no policy scored these views, since no update reads the log-probs, which are 0
+
+
+class RetainedGraphs:
+    """Autograd graphs of the forwards that score a rollout, so that an update does not run these forwards again.
+
+    `LikelihoodEstimator.view_logprobs` adds graphs while there is room, and `LikelihoodEstimator.backward` frees them.
+
+    Args:
+        rows: Rows whose graphs are retained: those that the update trains on.
+        limit: Largest number of forwards whose graphs are retained. None (default): one, and more while all graphs
+            together keep at most about `MAX_BYTES`.
+    """
+
+    MAX_BYTES = 2**28
+
+    def __init__(self, rows: Bool[Tensor, " B"], limit: int | None = None) -> None:
+        self.rows = rows
+        self.limit = limit
+        self.logprobs: dict[Any, Tensor] = {}
+        self.bytes_of: dict[int, int] = {}  # bytes of each storage that the graphs keep
+        self.largest = 0  # most bytes that one graph added
+
+    def has_room(self, num_forwards: int = 1) -> bool:
+        """Return whether the graph of a view of so many forwards may be retained."""
+        if self.limit is not None:
+            return (len(self.logprobs) + 1) * num_forwards <= self.limit
+        # A view of several forwards (`Renoise`) has all their graphs: only a limit allows it.
+        has_bytes = not self.logprobs or sum(self.bytes_of.values()) + self.largest <= self.MAX_BYTES
+        return has_bytes and num_forwards == 1
+
+    def add(self, key: Any, score: Callable[[], Tensor], module: Any) -> Tensor:
+        """Retain the graph of the log-probs `score()`, and return them without it. `module` has the weights, whose
+        bytes do not count.
+        """
+        if self.limit is None and not self.logprobs:
+            self.bytes_of = {weight.untyped_storage().data_ptr(): 0 for weight in module.parameters()}
+            self.largest = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            self.bytes_of.setdefault(storage.data_ptr(), storage.nbytes())
+            return tensor.detach()  # the tensor itself may hold the graph that holds it
+
+        before = sum(self.bytes_of.values())
+        counted = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with torch.enable_grad(), counted if self.limit is None else nullcontext():
+            logprobs = score()
+        self.largest = max(self.largest, sum(self.bytes_of.values()) - before)
+        if logprobs.requires_grad:  # it does not if nothing is scored
+            self.logprobs[key] = logprobs
+        return logprobs.detach()
 
 
 def single_process_sum(total: Tensor) -> Tensor:
@@ -563,7 +614,7 @@ class Batch:
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
     sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
-    retains_graphs: bool = False  # whether the log-probs of an update have autograd graphs, for its backward
+    graphs: RetainedGraphs | None = None  # of the forwards that scored it, and of those of later updates
     is_scored: bool = True  # False: the log-probs before the update are 0, which the loss does not read
 
 

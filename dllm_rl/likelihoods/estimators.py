@@ -14,12 +14,14 @@ is a lower bound of log p(y), where p(y) is the likelihood if the tokens are wri
 docs/method.md explains the tags [paper] and [ours].
 """
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import masks
@@ -28,10 +30,10 @@ from dllm_rl.likelihoods.order_logprobs import add_order_logprobs
 from dllm_rl.likelihoods.packed import Packed, steps_in_blocks
 from dllm_rl.likelihoods.renoising import renoise_views
 from dllm_rl.likelihoods.turns import check_turns, hide_later_columns
-from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.likelihoods.views import each_forward
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import RetainedGraphs, Rollout, Views
 
 
 class LikelihoodEstimator(Record):
@@ -116,33 +118,41 @@ class LikelihoodEstimator(Record):
         views: Views,
         *,
         micro_batch_size: int | None = None,
-        retain_graphs: bool | Bool[Tensor, " B"] = False,
+        retain_graphs: bool = False,
+        graphs: RetainedGraphs | None = None,
     ) -> Float[Tensor, "N B T"]:
         """Return log p(y_t | view n) in nats where view n scores t, and 0 elsewhere.
 
-        Call it with `retain_graphs` to differentiate the result; call `logprobs` if no gradient is needed.
+        Call it with `retain_graphs` to differentiate the result, or with `graphs` before `backward`; call `logprobs` if
+        no gradient is needed.
 
         Args:
             policy: Policy to score under.
             rollout: Rollout to score, of B rows.
             views: Views of `draw_views`.
             micro_batch_size: Number of rows per forward. None: all.
-            retain_graphs: Rows whose autograd graphs are retained until their backward: all (True), the marked rows
-                of a mask (B,), or none (False), so that the result has no gradient.
+            retain_graphs: Whether the result can be differentiated. Default: False.
+            graphs: Where to keep the autograd graphs that `backward` reuses, while there is room. None (default): none.
         """
         self.check_policy(policy)
         if rollout.first_step is not None:
             check_turns(policy, views)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
-        passes = [(views, retain_graphs is True)]
-        if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows
-            passes = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
-        for pass_views, with_grad in passes:
-            # Processes may have different numbers of rows: see `join_uneven_forwards`.
-            with torch.set_grad_enabled(with_grad), join_uneven_forwards(policy):
-                for chunk in row_chunks(rollout, pass_views, micro_batch_size):
-                    for n, view in enumerate(each_view(chunk.views)):
-                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, chunk.rollout)
+        if graphs is not None:
+            is_scored = torch.zeros(views.coefficients.shape[:2], dtype=torch.bool, device=out.device)
+            num_forwards = math.prod(feature.num_forwards for feature in views.features)
+            # No backward would free the graphs of the other rows.
+            for key, chunk, view in each_forward(rollout, views.restrict_to_rows(graphs.rows), micro_batch_size):
+                if not graphs.has_room(num_forwards):
+                    break
+                score, n = partial(view.logprobs, policy, chunk.rollout), key[1]
+                out[n, chunk.rows, chunk.columns] = graphs.add(key, score, policy.module)
+                is_scored[n, chunk.rows] = True
+            views = replace(views, coefficients=views.coefficients * ~is_scored[..., None])
+        # Processes may have different numbers of rows: see `join_uneven_forwards`.
+        with torch.set_grad_enabled(retain_graphs), join_uneven_forwards(policy):
+            for (_, n), chunk, view in each_forward(rollout, views, micro_batch_size):
+                out[n, chunk.rows, chunk.columns] += view.logprobs(policy, chunk.rollout)
         return out
 
     def backward(
@@ -153,16 +163,23 @@ class LikelihoodEstimator(Record):
         vectors: Float[Tensor, "N B T"],
         *,
         micro_batch_size: int | None = None,
+        graphs: RetainedGraphs | None = None,
     ) -> None:
-        """Compute `view_logprobs(...).backward(vectors)` without retained graphs.
+        """Compute `view_logprobs(...).backward(vectors)`, one forward at a time.
 
-        Every forward runs again and is differentiated immediately, so that memory does not grow with the number of
-        views. `vectors` is the gradient of the loss with respect to `view_logprobs(...)`.
+        A forward whose graph is in `graphs`, which `view_logprobs` with the same `micro_batch_size` filled, is not run
+        again; every other is, and is differentiated immediately, so that memory does not grow with the number of views.
+        `vectors` is the gradient of the loss with respect to `view_logprobs(...)`. The parameters' gradients do not
+        depend on which graphs are retained, except for rounding where one view runs the head several times.
         """
+        retained = {} if graphs is None else graphs.logprobs
         with join_uneven_forwards(policy, backward=True):
-            for chunk in row_chunks(rollout, views, micro_batch_size):
-                for view, grad_output in zip(each_view(chunk.views), vectors, strict=True):
-                    view.backward(policy, chunk.rollout, grad_output[chunk.rows][:, chunk.columns])
+            for key, chunk, view in each_forward(rollout, views, micro_batch_size):
+                grad_output = vectors[key[1], chunk.rows][:, chunk.columns]
+                if key in retained:
+                    retained.pop(key).backward(grad_output)
+                else:
+                    view.backward(policy, chunk.rollout, grad_output)
 
     def logprobs(
         self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None

@@ -220,6 +220,15 @@ def each_view(views: Views) -> Iterator[View]:
         yield view
 
 
+def each_forward(
+    rollout: Rollout, views: Views, micro_batch_size: int | None
+) -> Iterator[tuple[tuple[int, int], Chunk, View]]:
+    """Yield the views of each chunk, with the numbers of chunk and view."""
+    for number, chunk in enumerate(row_chunks(rollout, views, micro_batch_size)):
+        for n, view in enumerate(each_view(chunk.views)):
+            yield (number, n), chunk, view
+
+
 def plan_view(
     rollout: Rollout,
     tokens: Int[Tensor, "B T"],

@@ -32,7 +32,7 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
         if not batches:
             metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
         batch = make_batch(context, samples, logps, rows, weights)
-        batches.append(replace(batch, retains_graphs=scored.logps[0].retains_graphs))
+        batches.append(replace(batch, graphs=scored.graphs))
     # After scoring: a collective before it would make the processes wait for each other.
     order = reduce_metrics(scored.order_agreement, accelerator)
     metrics |= {PREFIX + name: value for name, value in order.items()}

@@ -2,7 +2,6 @@
 policy and reference, in the same views.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +21,7 @@ from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Logprobs, Rollout, Views, any_in_group, group_numbers, starts_group
+from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,14 @@ class ScoredSamples:
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
         order_agreement: (sum, count) pairs of this process: how often the learner commits the rollout's positions.
         routing_counts: Choices of experts in this process (`routing_counts`). None: no experts are compared.
+        graphs: Graphs of the first set's forwards, for the first update. None (default): the update runs them again.
     """
 
     samples: Samples
     logps: list[Logprobs]
     order_agreement: Metrics
     routing_counts: Tensor | None
+    graphs: RetainedGraphs | None = None
 
 
 def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSamples:
@@ -54,7 +55,6 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     for feature in context.features:
         samples = feature.before_scoring(context, samples)
     rollout = samples.rollout
-    is_trained_row = samples.local(active_rows(settings, samples), context.accelerator)
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator)
     order: Metrics = {}
@@ -67,6 +67,8 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             if context.compares_experts:
                 routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
+    is_trained_row = samples.local(active_rows(settings, samples), context.accelerator)
+    graphs = retained_graphs(settings, context.policy, is_trained_row)
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         token_advantages = None
@@ -74,13 +76,13 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             given = feature.token_advantages(context, samples, views[k])
             token_advantages = token_advantages if given is None else given
         if k < settings.num_scored_mask_sets:
-            retain_graphs = is_trained_row if k == 0 else False
-            scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
+            retained = graphs if k == 0 else None
+            scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], graphs=retained)
         else:
             view_zeros = torch.zeros(views[k].coefficients.shape, device=rollout.tokens.device)
             scores = Logprobs(view_zeros[0], view_zeros, view_zeros[0], None, views[k], is_scored=False)
         logps.append(replace(scores, token_advantages=token_advantages))
-    return ScoredSamples(samples, logps[::-1], order, routing)
+    return ScoredSamples(samples, logps[::-1], order, routing, graphs)
 
 
 def rollout_logprob_source(
@@ -100,7 +102,7 @@ def score(
     views: Views,
     *,
     rollout_logprobs: Float[Tensor, "B T"] | None = None,
-    retain_graphs: bool | Bool[Tensor, " B"] = False,
+    graphs: RetainedGraphs | None = None,
 ) -> Logprobs:
     """Compute the log-probs of the rollout's rows under learner, rollout policy and reference, in the same views.
 
@@ -110,8 +112,7 @@ def score(
         views: The set of views.
         rollout_logprobs: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
             memory. None (default): take them from `rollout_logprob_source`.
-        retain_graphs: Rows whose autograd graphs the first update reuses. No graph is retained unless
-            `can_retain_graphs`. Default: no row.
+        graphs: Where to keep the autograd graphs that the first update reuses. None (default): none.
 
     Returns:
         Log-probs in nats, each (B, T).
@@ -137,15 +138,10 @@ def score(
         rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
         for feature in context.features:
             views = feature.views_to_learn(rollout, views)
-    num_forwards = len(views.coefficients) * math.prod(feature.num_forwards for feature in views.features)
-    if not can_retain_graphs(settings, policy, num_forwards=num_forwards, rows=len(rollout.tokens)):
-        retain_graphs = False
     entropy = token_entropy(policy, rollout, views, micro_batch_size) if settings.corrector.needs_entropy else None
     # Last: the memory of retained graphs and of another forward would add up.
-    view_logprobs = likelihood.view_logprobs(
-        policy, rollout, views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
-    )
-    old_logprobs = likelihood.combine(view_logprobs.detach(), views)
+    view_logprobs = likelihood.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size, graphs=graphs)
+    old_logprobs = likelihood.combine(view_logprobs, views)
     logps = Logprobs(
         old_logprobs=old_logprobs,
         old_view_logprobs=view_logprobs,
@@ -153,7 +149,6 @@ def score(
         reference_logprobs=reference_logprobs,
         views=views,
         entropy=entropy,
-        retains_graphs=retain_graphs is not False,
     )
     for feature in context.features:
         feature.check_scores(context, rollout, logps)
@@ -189,14 +184,11 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     return total / count.clamp(min=1)
 
 
-def can_retain_graphs(settings: StepSettings, policy: Policy, *, num_forwards: int, rows: int) -> bool:
-    """Return whether the first update can reuse the autograd graphs of scoring, one per micro-batch and view.
-
-    It can if their number is at most `max_retained_graphs`, and the learner has no dropout.
-    """
-    num_graphs = num_forwards * math.ceil(rows / (settings.micro_batch_size or rows))
+def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, " B"]) -> RetainedGraphs | None:
+    """Return where scoring keeps the autograd graphs of these rows; None if no update can reuse them."""
     has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
-    return num_graphs <= settings.max_retained_graphs and not has_dropout
+    limit = 0 if has_dropout else settings.max_retained_graphs
+    return None if limit == 0 else RetainedGraphs(rows, limit)
 
 
 def active_rows(settings: StepSettings, samples: Samples) -> Bool[Tensor, " B"]:

@@ -70,7 +70,7 @@ class StepSettings:
     num_scored_mask_sets: int
     num_mismatch_groups: int
     micro_batch_size: int | None
-    max_retained_graphs: int  # 0 for a sharded learner: it must run each backward before the next forward
+    max_retained_graphs: int | None  # 0 for a sharded learner: it must run each backward before the next forward
     bf16: bool
     autocast_cache: bool
 

@@ -103,11 +103,7 @@ def update(
         if iteration:
             torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             view_logprobs = likelihood.view_logprobs(
-                policy,
-                batch.rollout,
-                batch.views,
-                micro_batch_size=micro_batch_size,
-                retain_graphs=batch.retains_graphs,
+                policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, graphs=batch.graphs
             )
         metrics = forward_backward(
             policy, batch, view_logprobs, loss=settings.loss, likelihood=likelihood, micro_batch_size=micro_batch_size
@@ -166,7 +162,7 @@ def update_direction(
     views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
     is_scored = views.coefficients != 0
-    change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double()
+    change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs, 0).double()
     if is_per_row:
         change = change.sum((0, 2))
         advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
@@ -192,18 +188,17 @@ def forward_backward(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters and return (sum, count) metrics.
 
-    The loss and its derivative use `view_logprobs`. Without `batch.retains_graphs`, `likelihood.backward` runs the
-    forwards again, only to carry the gradient back to the parameters.
+    The loss and its derivative use `view_logprobs`. `likelihood.backward` then carries the gradient back to the
+    parameters: through `batch.graphs`, and through forwards that it runs again.
     """
     view_leaves = view_logprobs.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(view_leaves, batch.views)
     _, metrics, loss_gradient = loss(logps.detach(), batch)
     (grad_outputs,) = torch.autograd.grad(logps, view_leaves, loss_gradient)
     if batch.is_scored:
-        old_logprobs = likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
+        old_logprobs = likelihood.combine(batch.old_view_logprobs, batch.views)
         metrics |= off_policy_metrics(logps.detach(), batch, old=old_logprobs)
-    if not batch.retains_graphs:
-        likelihood.backward(policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size)
-    elif view_logprobs.requires_grad:  # it does not if no row of this process is trained
-        view_logprobs.backward(grad_outputs)  # frees the graphs; no forward runs
+    likelihood.backward(
+        policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size, graphs=batch.graphs
+    )
     return metrics

@@ -18,7 +18,7 @@ from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
-from dllm_rl.types import Batch, Order, Prompts, SamplingParams
+from dllm_rl.types import Batch, Order, Prompts, RetainedGraphs, SamplingParams
 
 GENERATOR = torch.Generator()
 SCORES = {
@@ -120,11 +120,13 @@ def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **o
     """sum of P A grad log P over the rows, as an update makes it."""
     estimator = lik.Trajectory(**options)
     noise = estimator.draw_views(rollout, GENERATOR)
-    scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
-    old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
+    mask = rollout.completion_mask
+    graphs = RetainedGraphs(mask.any(-1), 999 if retain_graphs else 0)
+    scores = estimator.view_logprobs(policy, rollout, noise, micro_batch_size=64, graphs=graphs)
+    old = estimator.combine(scores, noise)
     weights = chances[:, None].expand(mask.shape)
     given = rollout, noise, rewards, old, scores, weights, mask, None
-    batch = Batch(*given, num_tokens=1, num_sequences=1, retains_graphs=retain_graphs)
+    batch = Batch(*given, num_tokens=1, num_sequences=1, graphs=graphs)
     surrogate, aggregate = PPOClip(epsilon=0.2), FixedLengthMean(length=1)
     loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=K2())
     policy.table.grad = None

@@ -25,7 +25,7 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
 from dllm_rl.training.make_step import make_step
-from dllm_rl.types import Batch, Prompts
+from dllm_rl.types import Batch, Prompts, RetainedGraphs
 
 SMALL = {
     "characters": "abcdefgh",
@@ -97,8 +97,8 @@ def test_the_gradient_is_that_of_the_padded_batch():
             for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                 view.backward(policy, rollout, vector * weight)
         else:
-            made = replace(batch, retains_graphs=update == "kept")
-            given = estimator.view_logprobs(policy, rollout, noise, retain_graphs=made.retains_graphs)
+            made = replace(batch, graphs=RetainedGraphs(mask.any(-1), 99 if update == "kept" else 0))
+            given = estimator.view_logprobs(policy, rollout, noise, graphs=made.graphs)
             forward_backward(policy, made, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
         found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters()]))
     for ours in found[1:]:

@@ -18,7 +18,6 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import (
     active_rows,
-    can_retain_graphs,
     inverse_sampling_weights,
     metric_weights,
     rollout_logprob_source,
@@ -97,16 +96,6 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     assert rollout_logprob_source(recipe.likelihood, policy, rollout_policy) == rollout
     step = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=rollout_policy)
     assert any(isinstance(feature, AlignedForward) for feature in step.features) == aligned
-
-
-@pytest.mark.parametrize(
-    ("views", "rows", "size", "forwards"),
-    [(2, 20, 8, 6), (2, 16, 8, 4), (1, 20, 4, 5), (3, 20, None, 3), (3, 4, 8, 3)],  # the last forward may have fewer
-)
-def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
-    for allowed, kept in ((forwards - 1, False), (forwards, True)):
-        recipe = tiny_recipe(tmp_path, micro_batch_size=size, max_retained_graphs=allowed)
-        assert can_retain_graphs(step_settings(recipe), recipe.model(), num_forwards=views, rows=rows) == kept
 
 
 def test_weights_of_groups():

@@ -61,7 +61,8 @@ def stage_seconds(step: PlannedStep) -> dict[str, float]:
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing
     update = recipe.num_iterations * duration(view_tokens, BACKWARD_SHARE, step.num_forwards, passes)
     if step.num_graphs and recipe.num_iterations:  # the first update reuses the forward of scoring
-        update -= duration(view_tokens, BACKWARD_SHARE, step.num_forwards)
+        tokens = view_tokens * step.num_graphs / step.num_forwards
+        update -= duration(tokens, BACKWARD_SHARE, step.num_graphs)
     if recipe.replay is not None:
         rows, count = step.replayed_rows, recipe.replay.num_updates
         forwards = count * math.ceil(rows / step.micro_rows)

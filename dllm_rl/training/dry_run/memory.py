@@ -19,7 +19,7 @@ from dllm_rl.quantization.linear import quantizable_layers, skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
-from dllm_rl.step.score import can_retain_graphs
+from dllm_rl.step.score import retained_graphs
 from dllm_rl.training.sharded_learner import processes_per_shard
 from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Rollout, Views
@@ -151,10 +151,22 @@ class PlannedStep:
 
     @property
     def num_graphs(self) -> int:
-        """Autograd graphs of scoring that the first update reuses."""
-        settings = step_settings(self.recipe)
-        retains = can_retain_graphs(settings, self.policy, num_forwards=self.num_views, rows=self.rows)
-        return self.num_forwards if retains else 0
+        """Forwards of scoring whose autograd graphs the first update reuses."""
+        graphs = retained_graphs(step_settings(self.recipe), self.policy, torch.zeros(0, dtype=torch.bool))
+        if graphs is None:
+            return 0
+        in_a_view = self.sampler_steps if isinstance(self.recipe.sampler, Renoise) else 1
+        room = graphs.limit
+        if room is None:
+            fitting = graphs.MAX_BYTES // max(1, kept_bytes(self, self.forward_tokens)[0])
+            room = max(1, fitting) if in_a_view == 1 else 0
+        return min(self.num_forwards, room // in_a_view * in_a_view)
+
+    @property
+    def forward_tokens(self) -> int:
+        """Largest number of tokens of a forward of scoring and update."""
+        packed = self.recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
+        return self.forward_rows * (self.row_tokens + self.canvas + packed * self.recipe.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -188,19 +200,19 @@ def step_memory(step: PlannedStep) -> Memory:
         shapes = [shape for _, layer in quantizable_layers(step.policy.module) for shape in shapes_of(layer)]
         copies = gathered = 2 * sum(map(math.prod, shapes)) * (recipe.bf16 and step.dtype == torch.float32)
 
-    packed = recipe.likelihood.required_block_size is not None  # clean and noisy columns share one forward
-    tokens = step.forward_rows * (step.row_tokens + step.canvas + packed * recipe.max_new_tokens)
+    tokens = step.forward_tokens
     head = logits_bytes(step, step.micro_rows * step.written_tokens)
     kept, recomputed = kept_bytes(step, tokens)
-    graphs = max(1, step.num_graphs) * kept
-    backward = graphs + max(head, recomputed)
-    # The only backward of an update has no gradients of an earlier one: its own grow while the graph is freed.
-    freed = min(persistent["gradients"], backward) if step.num_graphs or step.num_forwards == 1 else 0
+    # The first backward of an update has no gradients of an earlier one: its own grow while the graph is freed.
+    first = max(1, step.num_graphs) * kept + max(head, recomputed)
+    first -= min(persistent["gradients"], first)
+    num_later = max(step.num_graphs - 1, step.num_forwards > max(1, step.num_graphs))  # graphs beside gradients
+    later = num_later * kept + max(head, recomputed) * bool(num_later)
     peaks = {
         # A rollout policy of its own has weights that are neither cast nor gathered.
         "rollout": base + copies * ("rollout copy" not in persistent) + rollout_bytes(step),
-        "scoring": base + copies + graphs * bool(step.num_graphs) + max(live_bytes(step, tokens), head),
-        "update": base + gathered + backward - freed,
+        "scoring": base + copies + step.num_graphs * kept + max(live_bytes(step, tokens), head),
+        "update": base + gathered + max(first, later),
     }
     return Memory(persistent, peaks)
 

@@ -133,7 +133,7 @@ def batch_lines(step: PlannedStep) -> list[str]:
     graphs_text = "none: an update runs every forward again, one at a time"
     if step.num_graphs:
         graphs_text = (
-            f"{step.num_graphs} from scoring, which the first update uses instead of running these forwards again "
+            f"{step.num_graphs} of scoring's {step.num_forwards} forwards, which the first update does not run again "
             "(max_retained_graphs)"
         )
     return [

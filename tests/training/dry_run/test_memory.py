@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.score import can_retain_graphs
+from dllm_rl.step.score import retained_graphs
 from dllm_rl.step.update import update
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
@@ -107,11 +108,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    keep = can_retain_graphs(
-        step_settings(recipe), policy, num_forwards=1 if recipe.likelihood.name != "Trajectory" else 2, rows=ROWS
-    )
-    runs_again = ("adapters", "adapters, recomputed", "micro-batches", "constant memory", "renoise")
-    assert keep == (case not in runs_again)
+    graphs_of_step = retained_graphs(step_settings(recipe), policy, torch.ones(ROWS, dtype=torch.bool))
 
     def autocast():
         return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)
@@ -124,17 +121,19 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
         with autocast():
             noise = kept["noise"] = recipe.likelihood.draw_views(kept["rollout"], generator_for(1))
             kept["scores"] = recipe.likelihood.view_logprobs(
-                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size, retain_graphs=keep
+                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size, graphs=graphs_of_step
             )
+            in_a_view = prod(feature.num_forwards for feature in noise.features)
+            kept["graphs"] = 0 if graphs_of_step is None else in_a_view * len(graphs_of_step.logprobs)
 
     def learn():
         rollout, noise, scores = kept["rollout"], kept["noise"], kept["scores"]
-        old = recipe.likelihood.combine(scores.detach(), noise)
+        old = recipe.likelihood.combine(scores, noise)
         batch = Batch(
             rollout=replace(rollout, weights_version=policy.weights_version), views=noise, advantages=torch.randn(ROWS),
             old_logprobs=old, old_view_logprobs=scores, importance_weights=torch.ones_like(old),
             loss_mask=rollout.completion_mask, reference_logprobs=None,
-            num_tokens=ROWS * LENGTH, num_sequences=ROWS,
+            num_tokens=ROWS * LENGTH, num_sequences=ROWS, graphs=graphs_of_step,
         )  # fmt: skip
         with autocast():
             update(
@@ -152,6 +151,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
         measured = {"rollout": weights + state + gradients + sampling, "scoring": weights + state + gradients + scoring}
         optimizer.zero_grad(set_to_none=True)  # as the update does when it begins
         measured["update"] = weights + state + graphs + profiled(learn)[0]
+    assert PlannedStep(recipe, policy, PROMPT).num_graphs == kept["graphs"]
     held = planned.persistent
     print({k: (v, planned.peaks.get(k), round(planned.peaks.get(k) / v, 3)) for k, v in measured.items()}, held)
     assert held["weights"] + held.get("adapters", 0) == pytest.approx(weights, rel=0.001)

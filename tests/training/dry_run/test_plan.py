@@ -219,8 +219,10 @@ def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
     train(replace(recipe, max_retained_graphs=3))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
-    assert "autograd graphs kept  3 from scoring, which the first update uses instead of running" in out
-    train(replace(recipe, max_retained_graphs=2))  # of 3 views, as a run does
+    assert "autograd graphs kept  3 of scoring's 3 forwards, which the first update does not run again" in out
+    train(replace(recipe, max_retained_graphs=2))
+    assert "autograd graphs kept  2 of scoring's 3 forwards" in capsys.readouterr().out
+    train(replace(recipe, max_retained_graphs=0))
     assert "autograd graphs kept  none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 
