@@ -220,7 +220,7 @@ def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
     settings = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
     run = run_of(tmp_path, likelihood, NoCorrection(), None, model=model, settings=settings)
     counts.append(0)
-    learner(run, likelihood=likelihood)
+    learner(run, likelihood=likelihood, max_retained_graphs=0)
     num_views = len(run.first[0][0].views.masked)
     assert counts[0] == counts[1] < 2 * num_views * len(run.first[1])
 
