@@ -96,7 +96,14 @@ def mutations(best: Sequence[str], count: int, masked: int, generator: Generator
 
 
 def infilling(
-    instance: int, model: Any, *, budget: int = BUDGET, masked: int = 8, seed: int = 0, **settings: Any
+    instance: int,
+    model: Any,
+    *,
+    budget: int = BUDGET,
+    masked: int = 8,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **settings: Any,
 ) -> Recipe:
     """The recipe of an instance of the functions and a model that has learned natural sequences."""
 
@@ -106,6 +113,7 @@ def infilling(
     oracle = Oracle(measured, budget=budget, batch_size=64)
     elites = Elites(oracle, chat, length=LENGTH, masked=masked, seed=seed)
     whole = Elites(oracle.without_calls(), chat, length=LENGTH, size=1)  # evaluations call for no sequence
+    sampler = in_four.replace(temperature=temperature)
     fields = {
         "name": "elites",
         "model": model,
@@ -113,8 +121,8 @@ def infilling(
         "validation_task": whole,
         "eval_task": whole,
         "callbacks": [oracle, elites],
-        "sampler": in_four,
-        "eval_sampler": in_four,
+        "sampler": sampler,
+        "eval_sampler": sampler,
         "likelihood": Trajectory(),
         "train_batch_size": 16,
         "max_retained_graphs": 4,
