@@ -68,7 +68,7 @@ class Elites(Callback):
         return [Reward(value, value is not None) for value in self.oracle(completions=list(completions))]
 
     def on_step(self, run: RunControl, metrics: Any) -> None:
-        calls = [row for row in json_objects(run.directory / "oracle.jsonl") if row["reward"] is not None]
+        calls = [row for row in json_objects(run.directory / "oracle.jsonl") if row.get("reward") is not None]
         calls.sort(key=lambda row: -row["reward"])  # of equal ones the older first
         best = list(dict.fromkeys(row["arguments"]["completions"] for row in calls))[: self.elites]
         generator = generator_for(self.seed, "elites", run.step)

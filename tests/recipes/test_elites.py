@@ -31,9 +31,9 @@ def test_the_best_calls_of_the_run_become_the_prompts(tmp_path):
     elites = Elites(oracle, str, length=4, size=50, elites=2, masked=1)
     assert {elites[i].prompt for i in range(50)} == {"____"}
     run = RunControl(tmp_path, 1, 10)
+    oracle.on_start(run)
     elites.on_step(run, {})
     assert elites[0].prompt == "____"  # nothing is measured yet
-    oracle.on_start(run)
     assert [each.value for each in elites.rewards([elites[0]] * 5, [*rewards])] == [*rewards.values()]
     elites.on_step(run, {})
     prompts = {elites[i].prompt for i in range(50)}
