@@ -139,11 +139,12 @@ def two_processes():
     rows = {each["part"]: each for each in stored(f"{RESULTS}/two-processes-cpu")["rows"]}
     step, repeated = rows["step"], rows["corrector and metrics of all rows"]["two"]
     names = ("step", "rollouts and rewards", "scoring", "gradients")
-    told = "does {:.2f} times the work of each of two: {:.2f} in rollouts and rewards, {:.2f} in scoring and {:.2f} in"
-    yield PAGE, told.format(*(rows[name]["ratio"] for name in names))
+    whole, rollouts, scoring, gradients = (f"{rows[name]['ratio']:.2f}" for name in names)
+    yield PAGE, f"does {whole} times the work of each of two in a step of `sudoku_unique`: {rollouts} in rollouts and "
+    yield PAGE, f"{rollouts} in rollouts and rewards, {scoring} in scoring, {gradients} in gradients."
     shared = step["one"] / (step["two"] - repeated / 2)
     share = f"{100 * repeated / step['two']:.1f} %"
-    yield PAGE, f"{share} of its step: shared out, they would make it at most {shared:.2f},"
+    yield PAGE, f"are {share} of a step; shared out, they would make it at most {shared:.2f}."
 
 
 def the_wait_at_a_server():
