@@ -9,7 +9,8 @@ class Replay(Record):
     Use it as `replay` if rewards can be verified. GRPO uses a completion once, and rollouts are most of its time; a
     right answer stays right, and supervised updates on it cost no rollout. An answer is kept as tokens without
     log-probs: no ratio is needed, and it does not matter which weights or which quantized copy wrote it. The same text,
-    sampled again, is one more answer. With `num_iterations=0` there is no policy gradient, and the run is expert iteration (RAFT).
+    sampled again, is one more answer. With `num_iterations=0` there is no policy gradient, and the run is expert
+    iteration (RAFT).
 
     It logs replay/size (answers in the store), replay/loss (nats per token, of the last update), replay/updates,
     replay/visits (trainings per answer in this step) and replay/age (mean age, in steps, of the answers trained on).
