@@ -18,8 +18,11 @@ def grade_command(arguments: argparse.Namespace) -> None:
     """Print the grades, with --against also the differences from that file; or with --protocol all a table of all
     protocols. With --json, print one JSON object in place of a table.
     """
-    file, protocol, against = arguments.file, arguments.protocol, arguments.against
-    task = arguments.task or recorded_task(Path(file))
+    file, against = arguments.file, arguments.against
+    recorded = recorded_row(Path(file))
+    task, protocol = arguments.task or recorded.get("task"), arguments.protocol or recorded.get("protocol", "strict")
+    if task is None:
+        raise ValueError(f"task=None, and no results.json beside {file!r} names it; give --task")
     if against is not None:
         if protocol == "all":
             raise ValueError("--against compares under one protocol: give it in place of --protocol all")
@@ -39,18 +42,14 @@ def grade_command(arguments: argparse.Namespace) -> None:
             console.print(literal(f"not graded under {name}: {why}"), soft_wrap=True)
 
 
-def recorded_task(file: Path) -> str:
-    """Return the task of completions that `dllm-rl evaluate --output_dir` stored, from results.json in their folder.
-
-    Raises:
-        ValueError: No results.json in the folder names the task of this file.
+def recorded_row(file: Path) -> dict[str, Any]:
+    """Return the newest row of these completions in the results.json that `dllm-rl evaluate --output_dir` left beside
+    them; an empty one if there is none.
     """
     results = file.parent / "results.json"
     rows = read_json(results) if results.is_file() else []
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and row.get("completions") == file.name and isinstance(row.get("task"), str):
-            return row["task"]
-    raise ValueError(f"task=None, and no results.json beside {str(file)!r} names it; give --task")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return next((row for row in reversed(rows) if row.get("completions") == file.name), {})
 
 
 def heading(graded: dict[str, Any], file: str) -> Any:

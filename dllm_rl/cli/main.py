@@ -137,7 +137,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--task", help=f"{_join_names(TASKS)}, or MODULE:NAME of yours (default: the run's, with its settings)")
     names = _join_names(protocol_names(), default="strict")
     add("--protocol", help=f"how completions are graded: {names}")
-    add("--split", choices=("train", "validation", "test"), help="default: test")
+    add("--split", choices=("train", "validation", "test"), help="default: the run's, else test")
     add("--path", help="a file or folder with the problems")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
     max_new_tokens_help = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
@@ -217,10 +217,10 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     file_help = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
     add = sub.add_argument
     add("file", help=file_help)
-    add("--task", help=f"{_join_names(PROTOCOLS)} (default: the task in the results.json beside the file)")
-    names = _join_names([*protocol_names(), "all"], default="strict")
+    add("--task", help=f"{_join_names(PROTOCOLS)} (default: as in the results.json beside the file)")
+    names = _join_names([*protocol_names(), "all"])
     protocol_help = f"{names}: every protocol and every way to extract the answer, and the rows on which they differ"
-    add("--protocol", default="strict", help=protocol_help)
+    add("--protocol", help=f"{protocol_help} (default: as in the results.json beside the file, else strict)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add(
         "--against",

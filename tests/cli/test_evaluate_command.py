@@ -138,6 +138,8 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
         graded = json.loads(output(capsys, *grading))  # the task is that of results.json
         assert graded["protocol"] == protocol and graded.pop("problems") == again["n"]
         assert {name: again[name] for name in graded} == graded
+    newest = json.loads(output(capsys, "grade", "--json", tmp_path / found["completions"]))
+    assert newest["protocol"] == "d1", "without --protocol that of the newest row"
     assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
 
 

@@ -59,7 +59,7 @@ _DAMAGED = (
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
-LOAD_ADAPTER_HINT = "open the base, and call load_adapter with it and this folder"
+LOAD_ADAPTER_HINT = "open the base, and call dllm_rl.models.checkpoint.adapters.load_adapter with it and this folder"
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
 # Fields of a config that choose an implementation of attention or experts.
 IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
