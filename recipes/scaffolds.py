@@ -27,8 +27,11 @@ LENGTH, GIVEN = 32, 8
 
 @cache
 def ehrlich(instance: int) -> Any:
-    """The function of a random seed. Raises ModuleNotFoundError without pytorch-holo."""
-    from holo.test_functions.closed_form import Ehrlich  # here: it takes seconds, and --help needs none
+    """The function of a random seed. Raises ValueError without pytorch-holo."""
+    try:
+        from holo.test_functions.closed_form import Ehrlich  # here: it takes seconds, and --help needs none
+    except ModuleNotFoundError as error:
+        raise ValueError(f"Ehrlich functions need pytorch-holo ({error}): pip install pytorch-holo==0.0.5") from error
 
     return Ehrlich(
         num_states=len(RESIDUES), dim=LENGTH, num_motifs=2, motif_length=4, quantization=4, random_seed=instance
@@ -57,9 +60,9 @@ def text_of(row: Tensor) -> str:
 
 def natural(instance: int, count: int, generator: Generator) -> Tensor:
     """(count, 32) natural sequences: walks of the function's Markov chain."""
+    function = ehrlich(instance)
     from holo.test_functions.elemental import sample_dmp
 
-    function = ehrlich(instance)
     start = function.stationary_dist.squeeze(-1)
     return sample_dmp(start, function.transition_matrix, LENGTH, count, generator)
 
@@ -133,6 +136,7 @@ recipe = Recipe(
     sampler=in_four,
     eval_sampler=in_four,
     likelihood=Trajectory(),
+    learning_rate=3e-3,
     train_batch_size=64,
     max_retained_graphs=4,
     num_steps=40,

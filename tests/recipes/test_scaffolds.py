@@ -3,6 +3,7 @@
 What needs pytorch-holo is skipped without it."""
 
 import random
+import sys
 from itertools import pairwise, product
 
 import pytest
@@ -31,6 +32,13 @@ def by_hand(function, text):
         starts = range(LENGTH - places[-1])
         value *= max(sum(numbers[s + p] == m for p, m in zip(places, motif.tolist(), strict=True)) for s in starts) / 4
     return value
+
+
+def test_without_the_package_its_name_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "holo.test_functions.closed_form", None)
+    scaffolds.ehrlich.cache_clear()
+    with pytest.raises(ValueError, match=r"need pytorch-holo \(.*\): pip install pytorch-holo==0.0.5"):
+        scaffolds.Scaffolds(0, "train", 1)[0]
 
 
 def test_scores_by_hand(function):
