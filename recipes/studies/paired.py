@@ -349,10 +349,10 @@ def run_missing(
     for arm, seed in runs:
         if (arm, seed) not in results:
             missing.append((arm, seed))
-        elif not has_steps(study, run := results[arm, seed], num_steps(arm)):
+        elif not has_steps(study, stored := results[arm, seed], num_steps(arm)):
             asked = steps_of(study, arm, num_steps(arm))
             raise SystemExit(
-                f"{result_path(root, arm, seed)} has num_steps={run['num_steps']}, not {asked}: choose another "
+                f"{result_path(root, arm, seed)} has num_steps={stored['num_steps']}, not {asked}: choose another "
                 "--output_dir, or delete it"
             )
     starts = dict.fromkeys(seed for _, seed in missing if by_seed(study.base))
