@@ -225,9 +225,8 @@ def test_every_page_begins_with_the_question_that_it_answers():
     assert [name for name, line in begins.items() if not line.startswith("*This page answers: ")] == []
 
 
-def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once(tmp_path):
-    (tmp_path / "halves.py").write_text(example("Write a likelihood estimator"))
-    made = runpy.run_path(str(tmp_path / "halves.py"))
+def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once():
+    made = runpy.run_path(str(EXAMPLES / "own_estimator.py"))
     views = made["halves"].draw_views(made["rollout"], torch.Generator())
     assert torch.equal(views.coefficients.sum(0), made["rollout"].completion_mask.float())
     assert torch.equal(views.masked, views.coefficients > 0)
@@ -260,8 +259,8 @@ def in_the_guide(printed):
 
 
 @pytest.mark.nightly
-def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
-    made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
+def test_a_rank_of_ones_own_keeps_the_contract(capsys):
+    made = runpy.run_path(str(EXAMPLES / "own_order.py"))
     assert capsys.readouterr().out.split() == ["deterministic", "confidence", "unknown"]
     with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
         FunctionRank(function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic")
@@ -320,8 +319,8 @@ def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_
         made["check_engine"](made["engine"], made["policy"], made["prompts"], sampler)
 
 
-def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch, capsys):
-    made = run_example("Write a loss", tmp_path, monkeypatch)
+def test_a_loss_of_ones_own_is_checked_three_times(capsys):
+    made = runpy.run_path(str(EXAMPLES / "own_loss.py"))
     ratio = torch.tensor([[0.0, 0.3]]).exp().log()
     value = made["SoftClip"]()(ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
     moved = 0.3498588  # exp(0.3) - 1

@@ -37,7 +37,7 @@ def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatc
 
 
 def test_trls_users_are_served_in_twelve_lines(tmp_path, monkeypatch):
-    block = example("Coming from TRL")
+    block = example("In `grpo`")
     assert len([line for line in block.splitlines() if line]) <= 12
     (tmp_path / "from_trl.py").write_text(block.replace("num_steps=100", "num_steps=2"))
     monkeypatch.chdir(tmp_path)

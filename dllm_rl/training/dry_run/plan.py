@@ -202,5 +202,5 @@ def time_lines(step: PlannedStep) -> list[str]:
         f"below of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, or from {HOST_SECONDS * 1e6:.0f} us of host time per linear layer "
         "if that takes longer",
         *(f"  {name:15}  {seconds[name]:8.1f} s at {share:.0%}" for name, share in shares.items()),
-        f"  {'run':15}  {hours:8.1f} h for num_steps={num_steps}, without evaluations and waiting times",
+        f"  {'run':15}  {hours:8.1f} h for num_steps={num_steps}, without evaluations, saves and waiting times",
     ]
