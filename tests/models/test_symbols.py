@@ -166,3 +166,35 @@ def test_grpo_designs_sequences_of_a_saved_model_of_residues(tmp_path, name):
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["completions/mean_length"] == 4 and summary["eval_problems"] == 1
     assert load_policy(summary["checkpoint"]).spec.eos_ids == policy.spec.eos_ids
+
+
+@pytest.mark.parametrize("special", [[], ["<eos>"]])
+@pytest.mark.parametrize("mask_id", [2, 1])
+def test_the_default_end_of_esm_is_no_end_where_it_is_the_mask(tmp_path, special, mask_id):
+    """As in Nucleotide Transformer: its mask is EsmConfig's default of an end, and no file names an end."""
+    words = ["<unk>", "<pad>", "<mask>", "<cls>", *special, "ATCGAT", *"ATCGN"]
+    words[mask_id], words[2] = words[2], words[mask_id]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"), eos_token=special[0] if special else None)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ids = {"pad_token_id": words.index("<pad>"), "mask_token_id": mask_id}
+    config = transformers.EsmConfig(vocab_size=len(words), max_position_embeddings=32, **sizes, **ids)
+    transformers.EsmForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    policy = load_policy(tmp_path)
+    end = (words.index(special[0]) if special else words.index("<cls>"),)
+    assert policy.spec.mask_id == mask_id
+    assert policy.spec.eos_ids == (end if mask_id == 2 else (2, *(end if special else ())))
+    policy.save_pretrained(tmp_path / "saved")  # the file then has the default
+    assert load_policy(tmp_path / "saved").spec.eos_ids == policy.spec.eos_ids
+
+
+def test_an_end_that_a_config_gives_may_not_be_the_mask(tmp_path):
+    policy_of(bert(tmp_path, RESIDUES)).save_pretrained(tmp_path / "model")
+    raw = json.loads((tmp_path / "model" / "config.json").read_text()) | {"eos_token_id": 4, "mask_token_id": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"mask_id=4 .* is also one of eos_ids=\(4,\)"):
+        load_policy(tmp_path / "model")

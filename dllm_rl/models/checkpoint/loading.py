@@ -325,14 +325,12 @@ def family_spec(
     generation_eos_ids = getattr(generation, "eos_token_id", None)
     if folder and (generation_file := folder / "generation_config.json").exists():
         generation_eos_ids = json.loads(generation_file.read_text()).get("eos_token_id")
-    changes = {
-        "eos_ids": find_eos_ids(config, tokenizer, family, generation_eos_ids),
-        "max_length": config.max_position_embeddings,
-    }
+    changes: dict[str, Any] = {"max_length": config.max_position_embeddings}
     if family.attention == "encoder_decoder":
         changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
     elif family.attention != "causal":
         changes["mask_id"] = find_mask_id(config, tokenizer, family)
+    changes["eos_ids"] = find_eos_ids(config, tokenizer, family, generation_eos_ids, mask_id=changes.get("mask_id"))
     if family.attention == "block_causal":
         changes["block_size"] = block_size or raw.get("block_size") or family.block_size
         changes["encode"] = partial(encode_block_causal, spec=replace(family, **changes))
@@ -382,16 +380,27 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
 
 
 def find_eos_ids(
-    config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None
+    config: Any,
+    tokenizer: Tokenizer,
+    family: FamilySpec,
+    generation_eos_ids: Any = None,
+    *,
+    mask_id: int | None = None,
 ) -> tuple[int, ...]:
     """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's; of
-    a masked language model without any, its separator, [SEP].
+    a masked language model without any, its separator, [SEP], or, without that, its first token, [CLS].
     """
+    config_eos_ids = config.eos_token_id
+    # A config without the id has its class's default, which in another vocabulary may be the mask: 2 of EsmConfig is
+    # the mask of Nucleotide Transformer. transformers saves the default as if it had been given.
+    if mask_id is not None and config_eos_ids == mask_id == getattr(type(config), "eos_token_id", None):
+        config_eos_ids = None
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
-    for eos_ids in (generation_eos_ids, config.eos_token_id):  # each an id, a list of ids or None
+    for eos_ids in (generation_eos_ids, config_eos_ids):  # each an id, a list of ids or None
         ids = [*(eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]), *ids]
     if family.head is mlm_head and not any(token is not None for token in ids):
-        ids = [getattr(tokenizer, "sep_token_id", None)]
+        separators = (getattr(tokenizer, name, None) for name in ("sep_token_id", "cls_token_id"))
+        ids = [next((token for token in separators if token is not None), None)]
     return tuple(dict.fromkeys(token for token in ids if token is not None and token < config.vocab_size))
 
 

@@ -46,12 +46,14 @@ class PlannedStep:
         policy: Policy with the adapters. Only the shapes of its weights are used.
         prompt_tokens: Tokens of a prompt.
         processes: Number of processes, one per GPU, that share the batch.
+        blanks: Tokens of a prompt that are to be filled in.
     """
 
     recipe: Recipe
     policy: Policy
     prompt_tokens: int
     processes: int = 1
+    blanks: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from dataclasses import replace
 
-from dllm_rl.decoding.tokens import prompt_ids
+from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
@@ -39,14 +39,15 @@ def plan(recipe: Recipe) -> str:
     policy = meta_policy(recipe)
     # Without a tokenizer, the tokens of a prompt cannot be counted. The task is then not opened, because its data may
     # not be on this machine.
-    prompt_tokens = recipe.max_prompt_length or ASSUMED_PROMPT
+    prompt_tokens, blanks = recipe.max_prompt_length or ASSUMED_PROMPT, 0
     if policy.tokenizer is not None:
         check_not_empty("task", recipe.task)
         problem = recipe.task[0]
-        prompt_tokens = len(prompt_ids(policy, problem.prompt, problem.blank))
+        is_blank = ids_and_blanks(policy, problem.prompt, problem.blank)[1]
+        prompt_tokens, blanks = len(is_blank), sum(is_blank)
     # More processes than were launched, if `shard_size` needs more.
     processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
-    step = PlannedStep(recipe, policy, prompt_tokens, processes)
+    step = PlannedStep(recipe, policy, prompt_tokens, processes, blanks)
     check_step(step)
     memory = step_memory(step)
     lines = [*model_lines(step), *batch_lines(step), *memory_lines(step, memory), *save_lines(step, memory)]
@@ -143,7 +144,8 @@ def batch_lines(step: PlannedStep) -> list[str]:
         f"update batch          {step.micro_rows} rows per forward of a process, {recipe.num_iterations} updates per "
         "step",
         f"autograd graphs kept  {graphs_text}",
-        f"tokens per step       {rows * recipe.max_new_tokens:,} sampled, {rows * step.row_tokens:,} with the prompts",
+        f"tokens per step       {rows * (step.blanks + recipe.max_new_tokens):,} sampled, "
+        f"{rows * step.row_tokens:,} with the prompts",
     ]
 
 
