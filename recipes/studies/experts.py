@@ -20,8 +20,8 @@ study = Study(
     name="experts",
     base=recipe,
     arms={
-        "FP8": {"rollout_quantization": Float8WeightOnly},
-        "FP8, R3": {"rollout_quantization": Float8WeightOnly, "router_replay": "R3"},
+        "FP8": {"rollout_quantization": Float8WeightOnly()},
+        "FP8, R3": {"rollout_quantization": Float8WeightOnly(), "router_replay": "R3"},
         "int3": {"rollout_quantization": INT3},
         "int3, R3": {"rollout_quantization": INT3, "router_replay": "R3"},
     },

@@ -39,7 +39,7 @@ from recipes.studies.paired import Results, Study, interval, main, markdown
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
-INT4 = {"rollout_quantization": Int4WeightOnly}
+INT4 = {"rollout_quantization": Int4WeightOnly()}
 RATE = {"learning_rate": recipe.learning_rate}
 STUDY = Study(
     name="late-pretrained",

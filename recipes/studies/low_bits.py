@@ -38,7 +38,7 @@ from recipes.studies.paired import Contrast, Results, Study, keep, main, result_
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
 COLUMNS = ("quantized", "ess", "reward")
-INT4 = {"rollout_quantization": Int4WeightOnly}
+INT4 = {"rollout_quantization": Int4WeightOnly()}
 STORED_METRICS = (
     "reward",
     "rewards/accuracy/mean",

@@ -147,7 +147,7 @@ def evaluated(policy: Policy, study: Study, name: str, seed: int) -> dict[str, f
     greedy, drawn = study.base.eval_sampler, study.base.sampler
     found = {"sampled": rate(policy, drawn)}
     if scheme := study.arms[name]["rollout_quantization"]:
-        found["quantized, sampled"] = rate(quantized_copy(policy, scheme()), drawn)
+        found["quantized, sampled"] = rate(quantized_copy(policy, scheme), drawn)
     else:
         found["quantized, sampled"] = found["sampled"]
     return found | {"int4 weights": rate(quantized_copy(policy, Int4WeightOnly()), greedy)}

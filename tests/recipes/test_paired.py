@@ -81,18 +81,6 @@ def test_a_result_of_other_numbers_of_steps_is_refused_before_any_run(arm, chang
         assert len(read_json(tmp_path / "stored.json")) == 1
 
 
-def left_by(study, root, num_steps, arm, seed):
-    paired.keep(root, {"arm": arm, "seed": seed, "num_steps": num_steps})
-
-
-def test_what_is_missing_beside_finished_runs_is_run(tmp_path):
-    plain = dataclasses.replace(study, base=dataclasses.replace(recipe, model="a model", sft_warmup_steps=0))
-    left_by(plain, tmp_path, 180, "none", 0)
-    pairs = [("none", 0), ("tis", 0), ("none", 1)]
-    paired.run_missing(plain, tmp_path, pairs, num_steps=lambda _: 180, workers=1, run=left_by)
-    assert paired.load(tmp_path).keys() == set(pairs)
-
-
 class Seen(StepFeature):
     def metrics(self, context):
         return {"seen": 1.0}
