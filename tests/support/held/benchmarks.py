@@ -113,9 +113,10 @@ def against_the_published_ones():
 def a_step_against_its_products():
     found = stored(f"{RESULTS}/limit-cpu")
     assert "Intel(R) Xeon(R)" in found["machine"]["device"]
-    ratios = [each["ratio"] for each in found["rows"]]
+    ratios, bounds = ([each[name] for each in found["rows"]] for name in ("ratio", "operators / products"))
     told = "takes {:.2f} times the time of its own matrix products in README's example, {:.2f} with FP8 rollouts, and "
     yield PAGE, (told + "{:.2f} in the main job").format(ratios[0], *ratios[2:])
+    yield PAGE, "without Python and autograd, take {:.2f}, {:.2f} and {:.2f} times".format(bounds[0], *bounds[2:])
 
 
 def against_d1():
@@ -129,7 +130,8 @@ def against_d1():
 
     small, large = 2048, 32768
     told = f"is {least_and_most('step', small)} times as fast at a vocabulary of 2,048 and "
-    yield PAGE, f"{told}{least_and_most('step', large)} at 32,768"
+    told += f"{least_and_most('step', large)} at 32,768 "
+    yield PAGE, f"{told}(greedy: {least_and_most('step, greedy', small)}, {least_and_most('step, greedy', large)})"
     yield PAGE, f"Learning alone is {least_and_most('learning', small, large)} times as fast"
     theirs = least_and_most("learning, d1's masks", small, large)
     yield PAGE, f"with d1's masks, {theirs}."
@@ -137,10 +139,14 @@ def against_d1():
 
 def two_processes():
     rows = {each["part"]: each for each in stored(f"{RESULTS}/two-processes-cpu")["rows"]}
+    step, repeated = rows["step"], rows["corrector and metrics of all rows"]["two"]
     names = ("step", "rollouts and rewards", "scoring", "gradients")
     whole, rollouts, scoring, gradients = (f"{rows[name]['ratio']:.2f}" for name in names)
     yield PAGE, f"does {whole} times the work of each of two in a step of `sudoku_unique`: {rollouts} in rollouts and "
     yield PAGE, f"{rollouts} in rollouts and rewards, {scoring} in scoring, {gradients} in gradients."
+    shared = step["one"] / (step["two"] - repeated / 2)
+    share = f"{100 * repeated / step['two']:.1f} %"
+    yield PAGE, f"are {share} of a step; shared out, they would make it at most {shared:.2f}."
 
 
 def the_wait_at_a_server():
