@@ -88,16 +88,6 @@ def exact_arithmetic():
 DOCUMENTS = ("tests/test_doc", "tests/test_numbers.py")
 STUDIES = ("tests/recipes/", "tests/benchmarks/")
 OF_THE_LIBRARY = "defaults elites enumeration launches one_file studies surrogates trees turns".split()
-    "defaults",
-    "elites",
-    "enumeration",
-    "launches",
-    "one_file",
-    "studies",
-    "surrogates",
-    "trees",
-    "turns",
-)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
