@@ -87,7 +87,7 @@ def exact_arithmetic():
 # the library.
 DOCUMENTS = ("tests/test_doc", "tests/test_numbers.py")
 STUDIES = ("tests/recipes/", "tests/benchmarks/")
-OF_THE_LIBRARY = "defaults elites enumeration launches one_file studies surrogates trees turns".split()
+OF_LIBRARY = ("defaults", "elites", "enumeration", "launches", "one_file", "studies", "surrogates", "trees", "turns")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config, items):
             raise pytest.UsageError(f"{item.nodeid}: an address differs from process to process; give ids")
         if item.nodeid.startswith(DOCUMENTS) and not item.get_closest_marker("nightly"):
             item.add_marker("slow")
-        if item.nodeid.startswith(STUDIES) and item.path.stem.removeprefix("test_") not in OF_THE_LIBRARY:
+        if item.nodeid.startswith(STUDIES) and item.path.stem.removeprefix("test_") not in OF_LIBRARY:
             item.add_marker("nightly")
         if config.getoption("other_cpu") and "tests/cuda/" in item.nodeid:
             item.add_marker(pytest.mark.skip(reason="the simulated GPU rounds as this CPU does"))

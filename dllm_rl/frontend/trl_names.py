@@ -27,6 +27,7 @@ TRL_NAMES = {
     "epsilon_high": "loss.epsilon_high",
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
+    "warmup_steps": "lr_schedule.warmup_steps",
 }
 DR_GRPO = FixedLengthMean(length=1)  # stands for the mean over max_new_tokens, which `grpo_recipe` knows
 # From TRL's names whose values are strings to keywords of grpo_recipe, and their values for the strings that have an
@@ -66,7 +67,7 @@ NEAREST = {
     "float32_head": "cast_lm_head_to_fp32",
     "likelihood": "p_mask_prompt",
     "log_completions_steps": "log_completions",
-    "lr_scheduler_type": "lr_scheduler_kwargs warmup_ratio warmup_steps",
+    "lr_scheduler_type": "lr_scheduler_kwargs",
     "num_iterations": "steps_per_generation",
     "num_steps": "num_train_epochs",
     "optim": "adam_epsilon optim_args",
@@ -84,6 +85,7 @@ NEAREST = {
     "seed": "data_seed",
     "shard_size": "deepspeed fsdp",
     "top_p": "min_p",
+    "warmup_steps": "warmup_ratio",
     "train_batch_size": "generation_batch_size",
     "accelerate launch --cpu": "use_cpu",
     "dllm-rl evaluate --samples": "num_generations_eval",
@@ -106,14 +108,11 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     known_names = types.keys() - {"settings"}
     types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
-    if "lr_scheduler_type" in keywords:
-        targets["warmup_steps"] = "lr_schedule.warmup_steps"
     # Defaults of TRL that change nothing.
-    keywords = {
-        name: value
-        for name, value in keywords.items()
-        if (name, value) not in (("sync_ref_model", False), ("warmup_steps", 0))
-    }
+    unused = [("sync_ref_model", False)]
+    if keywords.get("lr_scheduler_type") == "constant":
+        unused.append(("warmup_steps", 0))
+    keywords = {name: value for name, value in keywords.items() if (name, value) not in unused}
     check_names(keywords, known_names, targets)
     for name in keywords.keys() & types.keys() - {"report_to"}:  # report_to is a list in TRL
         check_scalar(name, union_members(types[name]), keywords[name])
@@ -154,8 +153,9 @@ def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
     if (updates := keywords.get("num_iterations", 1)) > 1:
         schedule = type(STRING_VALUES["lr_scheduler_type"][1][keywords.get("lr_scheduler_type", "constant")]).__name__
         remedies = {"max_steps": f"num_steps (max_steps / {updates})", "lr_scheduler_type": f"lr_schedule={schedule!r}"}
+        remedies["warmup_steps"] = "a schedule with it as lr_schedule, such as LinearDecay(warmup_steps=2)"
         for name, remedy in remedies.items():
-            if keywords.get(name, "constant") != "constant":  # a constant rate does not count updates
+            if keywords.get(name) not in (None, "constant", 0):  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
 
 

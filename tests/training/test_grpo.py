@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
+from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import encode_block_causal
@@ -550,6 +551,13 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
     assert recipe.sft_warmup_steps == 0, "Recipe's counts supervised steps"
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_warmup_alone_is_that_of_the_default_schedule(warmup):
+    schedule = recipe_of(warmup_steps=warmup).lr_schedule
+    assert schedule == LinearDecay(warmup_steps=warmup)
+    assert recipe_of(warmup_steps=0, num_iterations=2).lr_schedule == LinearDecay(warmup_steps=0)
+
+
 def test_a_reference_that_stays_is_the_only_one():
     assert recipe_of(sync_ref_model=False, beta=0.1).beta == 0.1
 
@@ -575,9 +583,10 @@ def test_a_reference_that_stays_is_the_only_one():
             r"lr_scheduler_type='polynomial' \(not one of 'constant', .*'cosine'; for",
         ),
         ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 is of type float; give int"),
+        ({"warmup_ratio": 0.1}, r"warmup_ratio \(the nearest is warmup_steps\)"),
         (
-            {"warmup_steps": 3},
-            r"warmup_steps \(the nearest is lr_scheduler_type\)",
+            {"warmup_steps": 3, "num_iterations": 2},
+            "warmup_steps counts updates, and num_iterations of them are one step",
         ),
         (
             {"lr_scheduler_type": "linear", "num_iterations": 2},
