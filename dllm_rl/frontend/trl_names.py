@@ -109,10 +109,10 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     # Defaults of TRL that change nothing.
-    unused = [("sync_ref_model", False)]
+    unused = {"sync_ref_model": False}
     if keywords.get("lr_scheduler_type") == "constant":
-        unused.append(("warmup_steps", 0))
-    keywords = {name: value for name, value in keywords.items() if (name, value) not in unused}
+        unused["warmup_steps"] = 0
+    keywords = {name: value for name, value in keywords.items() if name not in unused or value != unused[name]}
     check_names(keywords, known_names, targets)
     for name in keywords.keys() & types.keys() - {"report_to"}:  # report_to is a list in TRL
         check_scalar(name, union_members(types[name]), keywords[name])
