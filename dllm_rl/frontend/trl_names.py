@@ -109,7 +109,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     # Defaults of TRL that change nothing.
-    unused = {"sync_ref_model": False}
+    unused: dict[str, object] = {"sync_ref_model": False}
     if keywords.get("lr_scheduler_type") == "constant":
         unused["warmup_steps"] = 0
     keywords = {name: value for name, value in keywords.items() if name not in unused or value != unused[name]}
