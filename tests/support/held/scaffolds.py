@@ -3,7 +3,13 @@
 from statistics import mean
 
 from held import DOCS, STUDIES, stored
-from recipes.studies.scaffolds import ELITE, GENETIC, INFILL, POLICY
+from recipes.studies.scaffolds import ARMS, ELITE, GENETIC, INFILL, NUMBERS, POLICY
+
+
+def missing():
+    done, all_runs = len(stored("scaffolds")), len(ARMS) * len(NUMBERS)
+    if done < all_runs:
+        yield f"{STUDIES}/scaffolds.md", f"**{done} of {all_runs} runs are there, and no claim is decided.**"
 
 
 def tuning():
