@@ -305,7 +305,7 @@ def test_two_processes_equal_one(tmp_path, lora, generations):
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for alone, left, right in zip(one[0], first[0], second[0], strict=True):
         assert difference(left, right) == 0
-        assert difference(alone, left) < 1e-6
+        assert difference(alone, left) < 5e-6
         assert max(x.abs().max() for x in alone.values()) > 1e-3
     assert first[1] == second[1] or second[1] == []
     assert one[1] == pytest.approx(first[1], abs=2e-6) and one[2] == pytest.approx(first[2], rel=1e-5) != 1
