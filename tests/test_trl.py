@@ -289,7 +289,8 @@ from dllm_rl import Coupled, Int8WeightOnly, TIS
 from trl_runs import Watched, trainer
 run = trainer(sys.argv[1], kind=Watched, lora=sys.argv[2] == "True", likelihood=Coupled(), corrector=TIS(cap=1.01),
               rollout_quantization=Int8WeightOnly(), settings={"num_iterations": 2, "gradient_accumulation_steps": 2,
-              "per_device_train_batch_size": 16 // int(sys.argv[3]), "num_generations": int(sys.argv[4])})
+              "adam_epsilon": 1e-3, "per_device_train_batch_size": 16 // int(sys.argv[3]),
+              "num_generations": int(sys.argv[4])})
 run.train()
 torch.save((run.gradients, [log["loss"] for log in run.state.log_history if "loss" in log],
             run.state.log_history[0]["trained/rollout_is_max"]),
@@ -299,13 +300,14 @@ torch.save((run.gradients, [log["loss"] for log in run.state.log_history if "los
 
 @pytest.mark.parametrize(("lora", "generations"), [(False, 8), (True, 32)])
 def test_two_processes_equal_one(tmp_path, lora, generations):
-    """With 32 completions a prompt, the two processes share its group."""
+    """With 32 completions a prompt, the two processes share its group. With its small eps Adam would turn rounding into
+    steps."""
     for processes in (1, 2):
         run_ranks(RANK, processes, tmp_path, lora, processes, generations)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for alone, left, right in zip(one[0], first[0], second[0], strict=True):
         assert difference(left, right) == 0
-        assert difference(alone, left) < 5e-6
+        assert difference(alone, left) < 1e-6
         assert max(x.abs().max() for x in alone.values()) > 1e-3
     assert first[1] == second[1] or second[1] == []
     assert one[1] == pytest.approx(first[1], abs=2e-6) and one[2] == pytest.approx(first[2], rel=1e-5) != 1
