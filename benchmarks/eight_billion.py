@@ -260,7 +260,7 @@ def export(root: Path, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     policy = load_policy(newest(root), dtype="auto", verify_checkpoint="quick")
     with timed(found, "export"):
-        policy.module.save_pretrained(root / "stock")
+        policy.save_pretrained(root / "stock", stock=True)
     adapter = newest(root) / "adapter"
     found["peft"] = {"r": PeftConfig.from_pretrained(str(adapter)).r, "tensors": len(load_peft_weights(str(adapter)))}
     return found | {"stock class": AutoConfig.from_pretrained(root / "stock").architectures}

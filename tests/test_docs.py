@@ -199,8 +199,7 @@ def test_the_loop_without_the_library_writes_what_the_sampler_writes(tmp_path, m
     generator = torch.Generator().manual_seed(0)
     for weight in (each.data for each in policy.module.parameters() if each.ndim == 2):
         weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    for part in (policy.module, policy.tokenizer):
-        part.save_pretrained(tmp_path / "stock")
+    policy.save_pretrained(tmp_path / "stock", stock=True)
     monkeypatch.chdir(tmp_path)
     text = example("Generate without this library").replace("64, 32, 0 ", f"12, 4, {shift} ")
     Path("loop.py").write_text(text.replace("What is 17 + 25?", "3a1b"))

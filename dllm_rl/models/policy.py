@@ -155,18 +155,19 @@ class ModulePolicy:
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
+    def save_pretrained(self, directory: str | Path, *, stock: bool = False) -> None:
         """Write weights (adapters merged), config and tokenizer in the layout of the checkpoint that was loaded.
 
-        `load_policy` opens the folder. For a custom module, only weights and tokenizer are written, and `load_weights`
-        reads the weights. Raise ValueError for a quantized copy.
+        With `stock`, write the layout of the module's transformers class, which transformers opens without remote code.
+        `load_policy` opens both. For a custom module, only weights and tokenizer are written, and `load_weights` reads
+        the weights. Raise ValueError for a quantized copy.
         """
         if self.quantization is not None:
             raise ValueError(
                 f"quantization={self.quantization!r}: a quantized copy's weights are rounded; save the policy that it "
                 "was made from"
             )
-        save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
+        save_module(self.module, self.tokenizer, self.spec, directory, stock=stock)
 
     def reference(self) -> Policy:
         """Return a policy that shares the weights, and whose forwards do not use the adapters: the one before training.

@@ -46,7 +46,7 @@ class TablePolicy:
     def to(self, device):
         return self
 
-    def save_pretrained(self, directory, *, max_shard_size=None):
+    def save_pretrained(self, directory, *, stock=False):
         raise NotImplementedError
 
     def reference(self):

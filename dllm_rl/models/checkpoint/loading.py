@@ -39,6 +39,7 @@ from dllm_rl.models.checkpoint.families import FAMILY_FIELD, find_family, stock_
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
     FLOAT_DTYPES,
+    MAX_FILE_SIZE,
     SUFFIXES,
     LazyTensor,
     check_regular,
@@ -497,22 +498,20 @@ def check_hub_id(path_or_id: str | Path) -> None:
         raise ValueError(f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them")
 
 
-def save_module(
-    module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
-) -> None:
-    """Write the weights, with adapters merged, the config and the tokenizer in the checkpoint's layout."""
+def save_module(module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, stock: bool) -> None:
+    """Write the weights, with adapters merged, config and tokenizer in the checkpoint's layout or the class's."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
-            write_tensors(merged_state_dict(module, device="cpu"), directory, max_shard_size=max_shard_size)
-        elif spec.stock_model is None:
+            write_tensors(merged_state_dict(module, device="cpu"), directory, max_shard_size=MAX_FILE_SIZE)
+        elif stock or spec.stock_model is None:
             merged = merged_copy(module, device="cpu") if has_adapted_or_low_bit(module) else module
-            merged.save_pretrained(directory, max_shard_size=max_shard_size)
+            merged.save_pretrained(directory, max_shard_size=MAX_FILE_SIZE)
         else:
             assert spec.original_config is not None, "the spec is of a checkpoint, not of a family"
             state = lazy_merged_tensors(module)
-            write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
+            write_tensors(to_original(state, spec, module.config), directory, max_shard_size=MAX_FILE_SIZE)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original_config] or ["torch_dtype"]
             fields = spec.original_config | dict.fromkeys(keys, dtype)

@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 ATTENTION = "model.layers.*.self_attn"
 QKV = ("q_proj", "k_proj", "v_proj")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_FILE_SIZE = 5 * 10**9  # bytes of a file of weights; a save has one file at a time in memory
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # files of a checkpoint that the libraries open
 
 

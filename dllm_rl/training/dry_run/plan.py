@@ -11,6 +11,7 @@ from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config
+from dllm_rl.models.checkpoint.tensors import MAX_FILE_SIZE
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.recipe import Recipe
@@ -25,7 +26,6 @@ from dllm_rl.training.sharded_learner import check_module, check_processes, proc
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
-MAX_FILE_SIZE = 5 * GB  # largest file of weights; `save_pretrained` has one file at a time in memory
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
 ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
 

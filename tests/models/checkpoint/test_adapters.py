@@ -14,7 +14,7 @@ from repetitions import few, slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
 
-from dllm_rl import load_policy, quantized_copy, train
+from dllm_rl import grpo, load_policy, quantized_copy, train
 from dllm_rl.algorithms.correctors import Aligned, QaRL
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
@@ -169,6 +169,37 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
     merged = load_policy(tmp_path / "theirs")
     torch.testing.assert_close(merged.logits(*batch()), policy.logits(*batch()), rtol=0, atol=1e-4)
     assert (load_policy(tmp_path / "base").logits(*batch()) - merged.logits(*batch())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["weights", "lora"])
+@pytest.mark.parametrize("family", ["llada", "esm2", "qwen3"])
+def test_transformers_opens_what_was_trained(tmp_path, family, lora):
+    """The policy that `grpo` returned and the run's checkpoint are written as the same stock folder."""
+    base = checkpoint(tmp_path / "base", family)
+    settings = {"max_new_tokens": 4, "num_steps": 2, "warmup_steps": 0, "learning_rate": 0.1, "report_to": "none"}
+    rows = [{"prompt": text} for text in ("ab", "cd", "ef")]
+
+    def reward(completions):
+        return [float(sum(map(ord, text)) % 7) for text in completions]
+
+    summary = grpo(str(base), rows, reward, lora=lora, output_dir=str(tmp_path / "run"), **settings)
+    folders = {"policy": summary.policy, "checkpoint": load_policy(summary["checkpoint"])}
+    for name, policy in folders.items():
+        policy.save_pretrained(tmp_path / name, stock=True)
+    states = [load_file(tmp_path / name / "model.safetensors") for name in folders]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    kind = transformers.AutoModelForMaskedLM if family == "esm2" else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(tmp_path / "policy", dtype="float32").eval()
+    tokens, mask = batch()
+    with torch.no_grad():
+        opened = model(tokens, attention_mask=mask.long()).logits
+        trained = summary.policy.logits(tokens, mask)
+    if summary.policy.spec.shift:
+        opened, trained = opened[:, :-1], trained[:, 1:]  # the state at t-1 predicts the token at t
+    torch.testing.assert_close(opened, trained, rtol=0, atol=1e-4)
+    assert (load_policy(base).logits(tokens, mask) - summary.policy.logits(tokens, mask)).abs().max() > 0.1
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "policy").get_vocab() == policy.tokenizer.get_vocab()
 
 
 def test_adapters_of_llada_bear_the_authors_names(tmp_path):

@@ -104,8 +104,7 @@ def test_what_other_tools_save_is_reopened_with_the_familys_attention_and_shift(
 
 def test_a_chosen_block_size_stays_in_the_stock_layout(tmp_path):
     policy = load_policy(published(tmp_path / "source", "sdar"), block_size=8)
-    policy.module.save_pretrained(tmp_path / "stock")
-    policy.tokenizer.save_pretrained(tmp_path / "stock")
+    policy.save_pretrained(tmp_path / "stock", stock=True)
     assert load_policy(tmp_path / "stock").spec.block_size == 8
     assert load_policy(tmp_path / "stock", block_size=2).spec.block_size == 2
 
@@ -117,8 +116,7 @@ def test_a_model_made_causal_or_diffusion_is_reopened_as_what_it_became(tmp_path
     diffusion = diffusion_from_causal(tmp_path / "masked")
     assert (diffusion.spec.name, diffusion.spec.attention) == ("shifted_diffusion_lm", "full")
     causal = as_causal(load_policy(published(tmp_path / "both", "nemotron")))
-    causal.module.save_pretrained(tmp_path / "causal")
-    causal.tokenizer.save_pretrained(tmp_path / "causal")
+    causal.save_pretrained(tmp_path / "causal", stock=True)
     reopened = load_policy(tmp_path / "causal")
     assert (reopened.spec.attention, reopened.spec.shift) == ("causal", True)
     tokens = ids(9)
@@ -128,8 +126,7 @@ def test_a_model_made_causal_or_diffusion_is_reopened_as_what_it_became(tmp_path
 def test_a_stock_copy_of_a_family_that_is_not_registered_is_refused(tmp_path):
     policy = load_policy(published(tmp_path / "source", "dream"))
     policy.module.config.diffusion_family = "mine"
-    policy.module.save_pretrained(tmp_path / "stock")
-    policy.tokenizer.save_pretrained(tmp_path / "stock")
+    policy.save_pretrained(tmp_path / "stock", stock=True)
     with pytest.raises(ValueError, match=r"diffusion_family='mine' is not a known family.*register_family"):
         load_policy(tmp_path / "stock")
 

@@ -10,6 +10,7 @@ from repetitions import slow
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
+from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint import tensors as module
 from dllm_rl.models.checkpoint.tensors import (
     INDEX,
@@ -27,10 +28,11 @@ def tensors(directory) -> dict:
 
 
 @pytest.mark.parametrize("family", [slow("llada_tied"), "llada2", slow("sdar_moe"), "smollm2"])
-def test_shards_hold_what_one_file_held(tmp_path, family):
+def test_shards_hold_what_one_file_held(tmp_path, family, monkeypatch):
+    monkeypatch.setattr(loading, "MAX_FILE_SIZE", 8000)
     source = checkpoint(tmp_path / "source", family)
     policy = load_policy(source)
-    policy.save_pretrained(tmp_path / "saved", max_shard_size=8000)
+    policy.save_pretrained(tmp_path / "saved")
     saved = tmp_path / "saved"
     assert len(list(saved.glob("*.safetensors"))) > 2
     assert tensors(saved).keys() == tensors(source).keys()
@@ -43,6 +45,7 @@ def test_shards_hold_what_one_file_held(tmp_path, family):
     tokens = torch.randint(3, 38, (1, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     assert torch.equal(again.logits(tokens, mask), policy.logits(tokens, mask))
+    monkeypatch.undo()
     policy.save_pretrained(saved)  # one file replaces the shards
     assert [f.name for f in saved.glob("*.safetensors")] == ["model.safetensors"]
 
