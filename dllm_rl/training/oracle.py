@@ -5,7 +5,9 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import update_wrapper
 from typing import Any
 
 from dllm_rl.callbacks import Callback, RunControl
@@ -31,6 +33,10 @@ class Oracle(Callback):
     failed measurement or beyond the budget, is skipped whatever other reward functions return. `grpo` sets no
     `reward_timeout`, which would limit all calls of a step together, and saves each step, since a repeated one may
     sample other texts: in a recipe of your own, set reward_timeout=None and save_steps=1.
+
+    Repeated texts cost no call, but they teach little. `novelty` is a second reward function, against them:
+
+        grpo(model, rows, [oracle, oracle.novelty], reward_weights=[1.0, 0.05])
 
     Args:
         function: Reward function, f(completions, **columns) -> one number or None per completion; not async. None, not
@@ -70,6 +76,7 @@ class Oracle(Callback):
         self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self._known: dict[str, float] = {}  # reward by the arguments, as JSON
+        self._first_step: dict[str, int] = {}  # step that measured it first
         self._asked = self._repeated = 0  # texts since the last step
         self._run: RunControl | None = None
         self._log: JsonLines | None = None  # None: the function is not called
@@ -83,11 +90,25 @@ class Oracle(Callback):
         reader._log = None
         return reader
 
+    @property
+    def novelty(self) -> RewardFunction:
+        """Reward function of how new a text is: 0 if an earlier step measured it, else 1 / its copies in the batch.
+
+        The copies share one reward (fitness sharing, Goldberg and Richardson 1987), so that the mean over a step is the
+        share of new texts. A repeated step, as after a kill, gives the same numbers.
+        """
+
+        def novelty(**arguments: Sequence[Any]) -> list[float]:
+            keys = _rows_and_keys(arguments)[1]
+            copies, step = Counter(keys), 0 if self._run is None else self._run.step
+            return [0.0 if self._first_step.get(key, step) < step else 1 / copies[key] for key in keys]
+
+        return update_wrapper(novelty, self.function, assigned=(), updated=())  # it accepts the same arguments
+
     def __call__(self, **arguments: Any) -> list[float | None]:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("Oracle counts the calls of one process: start the run without a launcher")
-        rows = [dict(zip(arguments, values, strict=True)) for values in zip(*arguments.values(), strict=True)]
-        keys = [json.dumps(as_json(row), sort_keys=True) for row in rows]
+        rows, keys = _rows_and_keys(arguments)
         fresh: dict[int, float | None] = {}
         if self._log is not None:
             to_call = [*range(len(rows))]
@@ -114,23 +135,25 @@ class Oracle(Callback):
         assert self._log is not None and self._run is not None, "`on_start` sets both"
         for key, reward in zip(keys, rewards, strict=True):
             self._log.append({"step": self._run.step, "reward": reward, "arguments": json.loads(key)})
-            self._remember(key, reward)
+            self._remember(key, reward, self._run.step)
         self._log.flush()
         self.calls += len(rows)
         return rewards
 
-    def _remember(self, key: str, reward: float | None) -> None:
+    def _remember(self, key: str, reward: float | None, step: int) -> None:
         if reward is not None:  # None is no measurement: the text is called again
             self._known[key] = reward
+            self._first_step.setdefault(key, step)
 
     def on_start(self, run: RunControl) -> None:
         """Read the calls of a resumed run; from now on the function is called."""
         path = run.directory / "oracle.jsonl"
         self._run, self._log, self.calls = run, JsonLines(path, start=run.step), 0
         self._known.clear()
+        self._first_step.clear()
         for row in json_objects(path):
             if "arguments" in row:
-                self._remember(json.dumps(row["arguments"], sort_keys=True), row["reward"])
+                self._remember(json.dumps(row["arguments"], sort_keys=True), row["reward"], row["step"])
                 self.calls += 1
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -160,3 +183,9 @@ class Oracle(Callback):
     def _stop_if_spent(self, calls: int) -> None:
         if self._run is not None and self.budget is not None and calls >= self.budget:
             self._run.stop(f"the budget of {self.budget} calls of {self.__name__} is spent; a larger one continues")
+
+
+def _rows_and_keys(arguments: Mapping[str, Sequence[Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return each text's arguments, also as JSON."""
+    rows = [dict(zip(arguments, values, strict=True)) for values in zip(*arguments.values(), strict=True)]
+    return rows, [json.dumps(as_json(row), sort_keys=True) for row in rows]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from run_outputs import metrics_of
 
-from dllm_rl import Oracle, Recipe, Trajectory, Unmask, tiny_masked_lm, train
+from dllm_rl import Oracle, Recipe, Trajectory, Unmask, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
 from recipes.elites import Elites, mutations
 
@@ -91,3 +91,17 @@ def test_a_resume_mutates_the_same_elites_and_pays_for_no_call_twice(tmp_path, s
     rewards = [[row["reward"] for row in metrics_of(tmp_path / name)] for name in ("whole", "stopped")]
     assert rewards[0] == rewards[1] and len(rewards[0]) > 4
     assert rewards[0][-1] > rewards[0][0] + 0.15  # parents are better than what the model writes at first
+
+
+def test_a_recipe_of_ones_own_model_takes_elites_as_task_and_callback(tmp_path):
+    """As docs/protein-dna.md says: the score gets texts, and its best become prompts."""
+    oracle = Oracle(lambda completions: [text.count("A") / 6 for text in completions], budget=90)
+    elites = Elites(oracle, str, length=6, size=8, elites=4, masked=2)
+    model = tiny_masked_lm(characters="ACDE", hidden_size=32, num_layers=1)
+    options = {"suppress": ["<pad>", "<eos>", "<mask>"], "diffusion_steps": 2}
+    sizes = {"train_batch_size": 2, "num_steps": 12, "report_to": None, "output_dir": str(tmp_path)}
+    recipe = grpo_recipe(model, [{"prompt": "_" * 6}], oracle, blank="_", sampler_options=options, **sizes)
+    train(recipe.replace(task=elites, callbacks=[oracle, elites]))
+    rewards = [row["reward"] for row in metrics_of(tmp_path)]
+    assert oracle.calls == 90 and rewards[-1] > rewards[0] + 0.15
+    assert all(len(prompt) == 6 and prompt.count("_") == 2 for prompt in elites.masked_texts)

@@ -157,6 +157,58 @@ def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
     assert started(tmp_path, reward).calls == 3
 
 
+def test_novelty_by_hand(tmp_path):
+    """1 / copies of what no earlier step measured, before and after the oracle's call; failed ones stay new."""
+    oracle = started(tmp_path, lambda completions: [None if text == "D" else 1.0 for text in completions])
+    batch = [*"AACD"]
+    before = oracle.novelty(completions=batch)
+    oracle(completions=batch)
+    assert before == oracle.novelty(completions=batch) == [0.5, 0.5, 1, 1]
+    oracle._run.step = 1
+    assert oracle.novelty(completions=[*"ACDEDE"]) == [0, 0, 0.5, 0.5, 0.5, 0.5]
+    oracle(completions=["E"])
+    oracle.on_end(oracle._run, {})
+    for step, e in ((1, 1), (2, 0)):  # a resume that repeats step 1, and one after it
+        again = Oracle(Counted())
+        again.on_start(RunControl(tmp_path, step, 10))
+        assert again.novelty(completions=[*"ADE"]) == [0, 1, e]
+
+
+def of_the_text(completions):
+    return [1.0] * len(completions)
+
+
+def of_the_row(completions, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(("function", "new"), [(of_the_text, [1 / 3] * 3), (of_the_row, [1, 0.5, 0.5])])
+def test_novelty_tells_apart_what_the_function_does(tmp_path, function, new):
+    oracle = started(tmp_path, function)
+    rows = [{"prompt": "A", "target": 1}, {"prompt": "C", "target": 2}]
+    task = task_from_dataset(rows, reward_funcs=[oracle, oracle.novelty], weights=[1.0, 0.5])
+    graded = task.rewards([task[1], task[0], task[0]], ["D"] * 3)
+    assert [reward.breakdown["novelty"] for reward in graded] == new
+    assert [reward.value for reward in graded] == [1 + 0.5 * number for number in new]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_novelty_is_logged_and_only_trains(tmp_path, at):
+    """Its mean is the share of new texts, in each order of the functions; an evaluation's reward is the oracle's."""
+    oracle = Oracle(Counted())
+    functions, weights = [oracle], [1.0]
+    functions.insert(at, oracle.novelty)
+    weights.insert(at, 0.5)
+    design(tmp_path, functions, reward_weights=weights, eval_steps=2)
+    rows = metrics_of(tmp_path)
+    repeated = [row["oracle/frac_repeated"] for row in rows]
+    assert [row["rewards/novelty/mean"] for row in rows] == pytest.approx([1 - share for share in repeated])
+    means = [row["rewards/share_of_a/mean"] + 0.5 * row["rewards/novelty/mean"] for row in rows]
+    assert [row["reward"] for row in rows] == pytest.approx(means) and 0 < repeated[1] < 1
+    evaluated = [row["eval/reward"] for row in rows if "eval/reward" in row]
+    assert evaluated and all(reward * 3 in range(4) for reward in evaluated)
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_a_failed_measurement_is_counted_and_called_again(tmp_path, cache, size):
@@ -371,7 +423,8 @@ def assay(completions):
     return [text.count("A") / 3 for text in completions]
 
 resume = {"resume_from_checkpoint": "latest"} if folder.exists() else {}
-design(folder, Oracle(assay, budget=22), save_steps=2, **resume)
+oracle = Oracle(assay, budget=22)
+design(folder, [oracle, oracle.novelty], reward_weights=[1.0, 0.2], save_steps=2, **resume)
 """
 
 

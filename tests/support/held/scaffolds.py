@@ -12,6 +12,19 @@ def missing():
         yield f"{STUDIES}/scaffolds.md", f"**{done} of {all_runs} runs are there, and no claim is decided.**"
 
 
+def novelty():
+    """The shares of new sequences on one wild type, without and with it, and that the ten best were no better."""
+    runs = [run for run in stored("novelty") if run["arm"] == "wild type"]
+    by_weight = {weight: [run for run in runs if run["weight"] == weight] for weight in (0.0, 0.05)}
+    without, with_it = ([round(100 * run["new"]) for run in of] for of in by_weight.values())
+    yield (
+        f"{DOCS}/protein-dna.md",
+        f"{min(with_it)} to {max(with_it)} % of sequences were new, not {min(without)} to {max(without)} %",
+    )
+    tops = [[run["top"] for run in of] for of in by_weight.values()]
+    assert len(tops[0]) == len(tops[1]) == 3 and max(tops[1]) <= min(tops[0])
+
+
 def tuning():
     runs = stored("scaffolds_tuned")
     policy = next(run for run in runs if run["arm"] == f"policy {POLICY['learning_rate']:g}, 40 x 64")
