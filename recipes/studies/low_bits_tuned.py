@@ -176,9 +176,9 @@ def rated(rates: Mapping[str, float]) -> Study:
     return at_rates(STUDY, {**rates, HALF: rates["int4"] / 2})
 
 
-def go_on(root: Path) -> None:
-    """Run what is missing, one run after the other."""
-    rates, _ = tune(TUNING, root / "tuning", 1, run_evaluated)
+def go_on(root: Path, workers: int) -> None:
+    """Run what is missing, `workers` at a time."""
+    rates, _ = tune(TUNING, root / "tuning", workers, run_evaluated)
     write_json(root / "rates.json", rates)
     study, machine = rated(rates), here()
     for seed in count(FIRST_SEED):
@@ -193,7 +193,7 @@ def go_on(root: Path) -> None:
             root,
             [(arm, seed) for arm in study.arms],
             num_steps=lambda _: study.num_steps,
-            workers=1,
+            workers=workers,
             run=run_evaluated,
         )
         if any((arm, seed) not in load(root) for arm in study.arms):
@@ -204,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
     parser.add_argument("--stored", type=Path, default=STORED, help="the finished runs; --report alone writes it")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, of one thread and 5 GiB each")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     root, parts = options.output_dir, {"tuning": options.output_dir / "tuning", "runs": options.output_dir}
@@ -213,7 +214,7 @@ def main() -> None:
             for run in stored[part]:
                 if not result_path(folder, run["arm"], run["seed"]).exists():
                     keep(folder, run)
-        go_on(root)
+        go_on(root, options.workers)
         return
     for part, folder in parts.items():
         runs = {(run["arm"], run["seed"]): run for run in stored[part]} | load(folder)

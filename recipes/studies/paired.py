@@ -199,11 +199,12 @@ def student_t(n: int) -> float:
     return round(degrees**0.5 * tan(low), 3)
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], digits: int = 3) -> str:
     """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
     if len(values) < 2:
-        return f"{mean(values):.3f}"
-    return f"{mean(values):.3f}±{student_t(len(values)) * stdev(values) / len(values) ** 0.5:.3f}"
+        return f"{mean(values):.{digits}f}"
+    half = student_t(len(values)) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.{digits}f}±{half:.{digits}f}"
 
 
 def share(results: Results, arm: str, against: str, whole: str) -> str:

@@ -353,25 +353,61 @@ def claim_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def arm_rows(results: Results) -> list[dict[str, str]]:
-    """By arm and column: the mean over the runs."""
-    rows = []
-    for arm in dict.fromkeys(arm for arm, _ in results):
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
-        for column in (
-            "pretrained_one",
-            "pretrained_best",
-            "search",
-            "one",
-            *(f"one@{temperature:g}" for temperature in TEMPERATURES),
-            "worth",
-            "area",
-            "top",
-            "cpu_s",
-        ):
-            if values := [run[column] for run in runs if column in run]:
-                rows.append({"arm": arm, "of": column, "runs": str(len(runs)), "mean": f"{fmean(values):.3f}"})
-    return rows
+def values_of(results: Results, arm: str, column: str, instance: int) -> list[float]:
+    return [results[arm, n][column] for n in NUMBERS if n // 10 == instance and (arm, n) in results]
+
+
+# By claim: the column of its table, and the arm and the column of the results that it shows.
+SHOWN: dict[str, dict[str, tuple[str, str]]] = {
+    "A": {
+        "pretrained, one sample": ("policy", "pretrained_one"),
+        f"pretrained, best of {OF_PRETRAINED}": ("policy", "pretrained_best"),
+        "trained, one sample": ("policy", "one"),
+        f"elite search, {CALLS} calls": ("policy", "search"),
+        "one sample is worth, calls": ("policy", "worth"),
+    },
+    "B": {arm: (arm, "area") for arm in ("infilling", "no learning", "elite search", "genetic")},
+}
+
+
+def instance_rows(results: Results, claim: str) -> list[dict[str, str]]:
+    """By instance: the mean over its seeds; last the mean over the instances with its interval."""
+    shown = SHOWN[claim]
+    places = {n // 10 for n in NUMBERS if all((arm, n) in results for arm, _ in shown.values())}
+    means = {name: {i: fmean(values_of(results, *of, i)) for i in sorted(places)} for name, of in shown.items()}
+    digits = {name: 0 if column == "worth" else 3 for name, (_, column) in shown.items()}
+    rows = [
+        {"instance": str(i), **{name: f"{means[name][i]:.{digits[name]}f}" for name in shown}} for i in sorted(places)
+    ]
+    last = {name: interval([*values.values()], digits[name]) for name, values in means.items()}
+    return [*rows, {"instance": "mean, 95 %"} | last]
+
+
+def picture(results: Results, path: Path) -> None:
+    """By instance a dot a seed, beside it the mean: the columns of A that are scores, and the areas of B."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.0), layout="constrained")
+    titles = {"A": "A: a held-out scaffold", "B": f"B: one function, area at {BUDGET:,} calls"}
+    for axis, (claim, title) in zip(axes, titles.items(), strict=True):
+        shown = [(name, of) for name, of in SHOWN[claim].items() if of[1] != "worth"]
+        for place, (name, of) in enumerate(shown):
+            for instance in range(1, 6):
+                values = values_of(results, *of, instance)
+                x = instance + 0.18 * (place - (len(shown) - 1) / 2)
+                axis.plot([x] * len(values), values, ".", color=f"C{place}", markersize=4, alpha=0.5)
+                axis.plot(x, fmean(values), "_", color=f"C{place}", label=name if instance == 1 else None)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("instance of the function")
+        axis.set_ylim(0, 1.05 if claim == "B" else 0.48)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=7, ncols=2, loc="upper left" if claim == "A" else "lower left")
+    axes[0].set_ylabel("score")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -395,9 +431,11 @@ def main() -> None:
     elif stored.exists():
         results = {(each["arm"], each["seed"]): each for each in read_json(stored)}
     print(f"{len(results)} of {len(runs)} runs\n")
-    print(markdown(arm_rows(results)))
     if not tuning:
+        for claim in SHOWN:
+            print(markdown(instance_rows(results, claim)))
         print(markdown(claim_rows(results)))
+        picture(results, stored.with_suffix(".png"))
 
 
 if __name__ == "__main__":

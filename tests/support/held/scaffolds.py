@@ -1,42 +1,82 @@
-"""The study of scaffolds: what the tuning on instance 0 showed."""
+"""The study of scaffolds: its tables, its findings, and what the tuning on instance 0 showed."""
 
-from statistics import mean
+from statistics import fmean, mean
 
 from held import DOCS, STUDIES, stored
-from recipes.studies.scaffolds import ARMS, ELITE, GENETIC, INFILL, NUMBERS, POLICY
+from recipes.studies.paired import interval, markdown
+from recipes.studies.scaffolds import (
+    ARMS,
+    ELITE,
+    GENETIC,
+    INFILL,
+    NUMBERS,
+    POLICY,
+    SHOWN,
+    claim_rows,
+    claims,
+    instance_rows,
+    values_of,
+)
+
+PAGE, PROTEIN = f"{STUDIES}/scaffolds.md", f"{DOCS}/protein-dna.md"
+RUNS = {(run["arm"], run["seed"]): run for run in stored("scaffolds")}
 
 
-def missing():
-    done, all_runs = len(stored("scaffolds")), len(ARMS) * len(NUMBERS)
-    if done < all_runs:
-        yield f"{STUDIES}/scaffolds.md", f"**{done} of {all_runs} runs are there, and no claim is decided.**"
+def by_instance(arm, column):
+    return [fmean(values_of(RUNS, arm, column, instance)) for instance in range(1, 6)]
 
 
-def novelty():
-    """The shares of new sequences on one wild type, without and with it, and that the ten best were no better."""
-    runs = [run for run in stored("novelty") if run["arm"] == "wild type"]
-    by_weight = {weight: [run for run in runs if run["weight"] == weight] for weight in (0.0, 0.05)}
-    without, with_it = ([round(100 * run["new"]) for run in of] for of in by_weight.values())
+def tables():
+    assert {*RUNS} == {(arm, number) for arm in ARMS for number in NUMBERS}
+    for claim in SHOWN:
+        yield PAGE, markdown(instance_rows(RUNS, claim))
+    yield PAGE, markdown(claim_rows(RUNS))
+
+
+def findings():
+    best, search, frozen, elite, genetic = claim_rows(RUNS)
+    differences = [row["difference, 95 %"] for row in (best, search, frozen, elite, genetic)]
+    assert len(claims()) == 5
+    for text in differences:  # none holds: no interval is above 0
+        value, half = map(float, text.split("±"))
+        assert value < half
+    one, before = interval(by_instance("policy", "one")), interval(by_instance("policy", "pretrained_one"))
+    yield PAGE, f"takes one sample from {before} to {one}, about the pretrained model's best of 32: above it by"
+    yield PAGE, f"above it by {differences[0]}, in {best['above 0']} runs"
+    assert search["above 0"] == "0 of 25"
+    worth = interval(by_instance("policy", "worth"), 0)
+    by = [round(value) for value in by_instance("policy", "worth")]
+    (calls,) = {run["calls"] for (arm, _), run in RUNS.items() if arm == "policy"}
+    pays = round(calls / mean(by_instance("policy", "worth")), -2)
+    for page, text in (
+        (PAGE, f"one of its samples was worth {worth} calls of elite search, after {calls:,} calls"),
+        (PAGE, f"is worth {worth} calls of search, by instance from {min(by)} to {max(by)}"),
+        (PAGE, f"{calls:,} calls of training are paid back from about {pays:g} scaffolds on"),
+        (PROTEIN, f"after {calls:,} calls, one sample on a new scaffold was worth {worth} calls of search"),
+        (PROTEIN, f"pays from about {pays:g} scaffolds on"),
+    ):
+        yield page, text
+    yield PAGE, f"without learning by {differences[2]} ({frozen['above 0']} runs)"
+    above = differences[3].removeprefix("-")
+    assert above != differences[3]
+    yield PAGE, f"exactly what is feasible, is above it by {above};"
+    yield PROTEIN, f"above infilling by GRPO by {above} (area"
+    value, half = map(float, differences[4].split("±"))
+    assert value < 0 < value + half
+    solved = {arm: sum(RUNS[arm, n]["solved"] is not None for n in NUMBERS) for arm in ARMS if arm != "policy"}
     yield (
-        f"{DOCS}/protein-dna.md",
-        f"{min(with_it)} to {max(with_it)} % of sequences were new, not {min(without)} to {max(without)} %",
+        PAGE,
+        f"elite search in {solved['elite search']} of 25 runs, by the genetic algorithm in {solved['genetic']}, by "
+        f"infilling GRPO in {solved['infilling']}, and without learning in {solved['no learning']}.",
     )
-    tops = [[run["top"] for run in of] for of in by_weight.values()]
-    assert len(tops[0]) == len(tops[1]) == 3 and max(tops[1]) <= min(tops[0])
 
 
 def tuning():
     runs = stored("scaffolds_tuned")
     policy = next(run for run in runs if run["arm"] == f"policy {POLICY['learning_rate']:g}, 40 x 64")
     worth = policy["worth"]
-    yield f"{STUDIES}/scaffolds.md", f"one sample was worth about {worth} calls of search,"
-    yield f"{STUDIES}/scaffolds.md", f"at most {policy['calls']:,} calls"
-    scaffolds = round(policy["calls"] / worth, -2)
-    yield (
-        f"{DOCS}/protein-dna.md",
-        f"after {policy['calls']:,} calls, one sample on a new scaffold was worth about {worth}",
-    )
-    yield f"{DOCS}/protein-dna.md", f"pays from about {scaffolds:g} scaffolds on"
+    yield PAGE, f"one sample was worth about {worth} calls of search,"
+    yield PAGE, f"at most {policy['calls']:,} calls"
     assert policy["pretrained_best"] < policy["one"] < policy["search"]
 
     areas = {}
