@@ -53,6 +53,7 @@ def findings():
         (PAGE, f"is worth {worth} calls of search, by instance from {min(by)} to {max(by)}"),
         (PAGE, f"{calls:,} calls of training are paid back from about {pays:g} scaffolds on"),
         (PROTEIN, f"after {calls:,} calls, one sample on a new scaffold was worth {worth} calls of search"),
+        ("README.md", f"one sample was worth {worth} calls of search per new scaffold;"),
         (PROTEIN, f"pays from about {pays:g} scaffolds on"),
     ):
         yield page, text
