@@ -24,7 +24,7 @@ def evaluate(  # noqa: PLR0913
     sampler: Callable[..., Rollout],
     *,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 32,
     samples: int = 1,
     limit: int | None = None,
     completions: str | Path | None = None,
@@ -46,7 +46,7 @@ def evaluate(  # noqa: PLR0913
         sampler: `Unmask`, `Autoregress` or `Renoise` with its settings.
         seed: Seed of the random numbers. Default: 0.
         batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
-            of a problem, even if `samples` exceeds `batch_size`. Default: 256.
+            of a problem, even if `samples` exceeds `batch_size`. Default: 32.
         samples: Completions per problem. Default: 1.
         limit: Number of problems to evaluate, from the first problem on. None (default): all problems.
         completions: Path of a .jsonl file that stores every completion. If the file exists, its completions are graded

@@ -51,7 +51,7 @@ def one_h200():
     told = "the exact sampler writes {} tokens a second, the published algorithm {}, the dual cache {}."
     yield PAGE, told.format(*many)
     above = {(each["what"], each["batch"]): each["peak GiB"] for each in parts["sampler"]}["exact", 64]
-    yield f"{DOCS}/evaluate.md", f"above them {above:.1f} GiB for 64 rows of 192 tokens"
+    yield f"{DOCS}/evaluate.md", f"above them, of LLaDA-8B, {above:.1f} GiB for 64 rows of 192 tokens"
     fp8 = {each["what"]: each["tokens/s"] for each in parts["fp8"]}
     (step_8b,) = parts["step"]
     times = {stage: f"{step_8b[f'{stage}, s']:.3g} s" for stage in ("rollout", "scoring", "step")}
