@@ -36,7 +36,7 @@ def uniforms(
     They are fp64 with 53 random bits, from two rounds of SplitMix64 (Steele, Lea, Flood 2014). `positions` count from
     the completion's start, so that padding changes nothing.
     """
-    state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
+    state = _mix(seeds + (2 * steps + (stream + 1)) * GAMMA)
     bits = (_mix(state + (positions + 1) * GAMMA) >> 11) & (2**53 - 1)  # fp64 has 53 bits
     return bits.double() * 2.0**-53
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -114,7 +113,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f`, which maps rows to a tuple of per-row tensors, to chunks of `chunk_rows` rows."""
-    chunk_size = chunk_rows(policy.vocab_size, policy.device)
+    chunk_size = chunk_rows(policy.vocab_size, rows[0].device)
     num_rows = len(rows[0])
     # The last chunk is padded with rows of zeros.
     last_size = num_rows - (num_rows - 1) // chunk_size * chunk_size
@@ -176,7 +175,7 @@ def backward_chunked(
     Returns:
         The gradient of `hidden`; f's other outputs.
     """
-    chunk_size = chunk_rows(policy.vocab_size, policy.device)
+    chunk_size = chunk_rows(policy.vocab_size, hidden.device)
     gradients = [torch.zeros_like(hidden[:0])]  # so that an empty batch has a gradient without rows
     other_outputs = []
     chunks = zip(*(x.split(chunk_size) for x in (hidden, grad_output, *rows)), strict=True)
@@ -203,20 +202,22 @@ def invert_cdf(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int
     token of this group. The probabilities are exact up to fp32 rounding.
     """
     size = mass.shape[-1]
-    num_full = size // SEARCH_GROUP
-    group_mass = rearrange(mass[:, : num_full * SEARCH_GROUP], "k (n v) -> k n v", v=SEARCH_GROUP).sum(-1)
-    last_mass = mass[:, num_full * SEARCH_GROUP :].sum(-1, keepdim=True)
-    group_sums = torch.cat([group_mass, last_mass], dim=-1).double().cumsum(-1)
-    total = group_sums[:, -1:]
+    width = min(SEARCH_GROUP, size)
+    num_full = size // width
+    group_mass = mass[:, : num_full * width].unflatten(-1, (num_full, width)).sum(-1)
+    last_mass = mass[:, num_full * width :].sum(-1, keepdim=True)
+    zero = torch.zeros_like(last_mass)
+    sums = torch.cat([zero, group_mass, last_mass], dim=-1).double().cumsum(-1)  # before each group, and the total
+    total = sums[:, -1:]
     # The product may round up to the total, and the search would then end after the last token with mass.
-    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    group = torch.searchsorted(group_sums, point, right=True)
-    point = point - torch.where(group > 0, group_sums.gather(-1, (group - 1).clamp(min=0)), 0.0)
+    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, sums[:, :1]))
+    group = torch.searchsorted(sums, point, right=True) - 1
+    point = point - sums.gather(-1, group)
 
-    tokens = group * SEARCH_GROUP + torch.arange(SEARCH_GROUP, device=mass.device)
+    tokens = group * width + torch.arange(width, device=mass.device)
     token_sums = mass.gather(-1, tokens.clamp(max=size - 1)).masked_fill(tokens >= size, 0).double().cumsum(-1)
     total = token_sums[:, -1:]
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    point = torch.minimum(point, torch.nextafter(total, sums[:, :1]))
     # With NaN masses the search ends after the last token. The drawn token's log-prob is then NaN too.
     offset = torch.searchsorted(token_sums, point, right=True)
-    return (group * SEARCH_GROUP + offset).clamp(max=size - 1)[:, 0]
+    return (group * width + offset).clamp(max=size - 1)[:, 0]

@@ -377,12 +377,15 @@ class BlockTracker:
     ) -> Int[Tensor, " C"]:
         """Record a step, and return the rows whose block is now complete. `Decision` explains the arguments."""
         at = (step.rows, step.blocks)
-        self.num_masked[at] -= net_unmasked
+        num_masked = step.num_masked - net_unmasked
+        self.num_masked[at] = num_masked
         self.steps_left[at] -= 1
         self.row_steps[step.rows] += 1
         if stays_open is not None:
-            self.stays_open[at] = stays_open & (self.steps_left[at] > 0)
-        return step.rows[(self.num_masked[at] == 0) & ~self.stays_open[at]]
+            stays_open = stays_open & (self.steps_left[at] > 0)
+            self.stays_open[at] = stays_open
+        is_complete = num_masked == 0 if stays_open is None else (num_masked == 0) & ~stays_open
+        return step.rows[is_complete]
 
     def finish_rows(self, rows: Int[Tensor, " C"]) -> None:
         """Remove rows that ended early from all later steps."""

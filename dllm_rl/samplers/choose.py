@@ -97,6 +97,7 @@ class StepSampler:
         self.commit = commit
         greedy = sampling_params.temperature == 0
         self.rank_reads, self.commit_reads = rank.reads, commit.reads  # read once: a compiled step cannot read them
+        self.reads_uniforms = rank.adds_gumbel or "uniforms" in self.rank_reads | self.commit_reads
         reads_tokens = "tokens" in self.rank_reads or "replaceable" in self.commit_reads
         # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
         self.draws_first = reads_tokens or (greedy and "logits" in self.rank_reads)
@@ -156,16 +157,16 @@ class StepSampler:
             experts: Experts (K, M, E) of the positions, if the policy records them.
         """
         policy, params = self.policy, self.sampling_params
-        rank_uniforms, token_uniforms = (
-            uniforms(at.seed, at.row_steps, at.offset, stream=stream) for stream in (RANK_STREAM, TOKEN_STREAM)
-        )
+        key = (at.seed, at.row_steps, at.offset)
+        rank_uniforms = uniforms(*key, stream=RANK_STREAM) if self.reads_uniforms else None
         draws_first = self.draws_first or step is None
-        first_uniforms = (rank_uniforms, token_uniforms if draws_first else None)
+        first_uniforms = (rank_uniforms, uniforms(*key, stream=TOKEN_STREAM) if draws_first else None)
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
         scores, drawn = rank_and_draw(policy, hidden, params, (self.rank, self.rank_reads), first_uniforms, kept)
         assert scores is not None, "there is a rank"
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
+            assert rank_uniforms is not None, "a rank with noise reads uniform numbers"
             noisy_scores = (scores - rank_uniforms.clamp(min=1e-300).log().neg().log()).float()
         commit_scores = at.to_grid(noisy_scores)
         if step is None:
@@ -187,14 +188,15 @@ class StepSampler:
             put(written.order_logprobs, *place, written.order_logprobs[place] + logps, is_scored)
         if drawn is None:  # the tokens of the chosen positions alone
             states = places if kept else hidden[places]
-            _, drawn = rank_and_draw(policy, states, params, uniforms=(None, token_uniforms[places]), kept=kept)
+            token_uniforms = uniforms(at.seed[places], steps, offsets, stream=TOKEN_STREAM)
+            _, drawn = rank_and_draw(policy, states, params, uniforms=(None, token_uniforms), kept=kept)
             assert drawn is not None
         else:
             drawn = Drawn._make(None if values is None else values[places] for values in drawn)
         if decision.remasked is not None:
             self.canvas.remask(*(x[decision.remasked] for x in (at.canvas_row, at.offset, at.row_steps)))
         put(written.tokens, rows, at.column[places], drawn.tokens, keep)
-        put(written.masked, rows, offsets, torch.zeros_like(rows), keep)
+        put(written.masked, rows, offsets, written.masked.new_zeros(()), keep)
         put(written.unmask_step, rows, offsets, steps, keep)
         put(written.logprobs, rows, offsets, drawn.logprobs, keep)
         if written.log_mass is not None and written.support_ids is not None:
@@ -213,7 +215,7 @@ class StepSampler:
         self,
         at: StepPositions,
         scores: Float[Tensor, "R L"],
-        rank_uniforms: Float[Tensor, " K"],
+        rank_uniforms: Float[Tensor, " K"] | None,
         drawn: Drawn | None,
         step: StepRows | None,
     ) -> Decision:
@@ -221,6 +223,7 @@ class StepSampler:
         commit = self.commit
         inputs = {"steps": at.total_steps} if "steps" in self.commit_reads else {}
         if "uniforms" in self.commit_reads:
+            assert rank_uniforms is not None, "they are drawn if the rule reads them"
             inputs["uniforms"] = at.to_grid(rank_uniforms.float())
         if self.canvas.events is not None:
             assert step is not None, "a compiled step does not rewrite"
@@ -372,7 +375,7 @@ def rank_and_draw(
         return rank(**inputs).float().clamp(min=LOWEST_SCORE), None
     params, mask_id = sampling_params, policy.spec.mask_id
     is_untempered = params.temperature in (0, 1) and not params.filters
-    slab_elements = SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"])
+    slab_elements = SLAB_ELEMENTS.get(hidden.device.type, SLAB_ELEMENTS["cuda"])
     if kept:
         slab_elements //= 2  # because a slab of them is copied
     slab_rows = max(1, slab_elements // policy.vocab_size)
@@ -425,9 +428,13 @@ def rank_and_draw(
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:
     """Draw one token per row of `logits` from the sampling distribution."""
     sampling_params = replace(sampling_params, suppress=())  # suppressed ids are already at -inf
-    unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
-    logits = process(logits, sampling_params)
-    support = filter_support(unfiltered, logits) if sampling_params.filters else ()
+    support: tuple[Tensor, ...] = ()
+    if sampling_params.filters:
+        unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
+        logits = process(logits, sampling_params)
+        support = filter_support(unfiltered, logits)
+    else:
+        logits = process(logits, sampling_params)
     if sampling_params.temperature == 0:
         best, tokens = logits.max(-1)  # with ties the first token
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)

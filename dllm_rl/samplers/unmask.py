@@ -144,7 +144,8 @@ class Unmask(Sampler):
         rows_end_early = spec.attention == "block_causal" or self.approximate_early_exit
         while (step := tracker.next_rows()) is not None:
             net_unmasked, stays_open = run_step(step)  # ranks the positions, picks some, draws and writes their tokens
-            if ((step.steps_left == 1) & (step.num_masked > 0) & (net_unmasked == 0)).any():
+            chose_none = net_unmasked == 0
+            if chose_none.any() and (chose_none & (step.steps_left == 1) & (step.num_masked > 0)).any():
                 raise ValueError(
                     f"commit={self.commit.name} chose nothing in the last step of a block, where it must choose a "
                     "position: does it need the scores of another rank?"
@@ -184,24 +185,19 @@ class RaggedSteps:
         """Run a step of these rows. Return `Decision.net_unmasked` and `stays_open`."""
         canvas = self.step_sampler.canvas
         at = positions_of(canvas, step)
-        row_buckets = self.bucket_of_row[step.rows]
-        numbers = row_buckets.unique().tolist()
-        if len(numbers) == 1:
-            outputs = self._forward(numbers[0], step, step.rows, at.row_index, at.column)
+        if len(self.buckets) == 1:
+            outputs = self._forward(0, step, step.rows, at.row_index, at.column)
         else:
-            outputs = self._forward_buckets(numbers, row_buckets, step, at)
+            outputs = self._forward_buckets(step, at)
         canvas.forwards += 1
         hidden, experts = outputs if len(outputs) > 1 else (outputs[0], None)
         decision = self.step_sampler(at, hidden, canvas.written, step, experts)
         return decision.net_unmasked, decision.stays_open
 
-    def _forward_buckets(
-        self, numbers: list[int], row_buckets: Int[Tensor, " R"], step: StepRows, at: StepPositions
-    ) -> list[Tensor]:
-        """Run each bucket separately, and return results in the order of the step's positions.
-
-        `row_buckets` has the bucket of each row, on the host.
-        """
+    def _forward_buckets(self, step: StepRows, at: StepPositions) -> list[Tensor]:
+        """Run each bucket separately, and return results in the order of the step's positions."""
+        row_buckets = self.bucket_of_row[step.rows]  # on the host
+        numbers = row_buckets.unique().tolist()
         bucket_rows = [(row_buckets == number).nonzero()[:, 0] for number in numbers]
         row_in_bucket = torch.empty_like(step.rows)
         for rows in bucket_rows:
@@ -236,7 +232,7 @@ class RaggedSteps:
         tokens = canvas.written.tokens[:, first_column:]
         with Routing(policy.module) if policy.records_experts else nullcontext() as routing:
             if cached is None:
-                (index,) = copy_to_device(policy.device, run)
+                (index,) = copy_to_device(tokens.device, run)
                 hidden = policy.hidden(tokens[index], canvas.attention_mask[index, first_column:])
             else:  # all rows are in the same block
                 begin, end = (bound - first_column for bound in canvas.bounds[int(step.blocks[0])])

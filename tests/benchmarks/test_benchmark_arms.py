@@ -57,7 +57,7 @@ def test_the_products_of_a_step_are_those_of_all_its_forwards_and_backwards(tmp_
     example = limit.readme_example()
     products = [
         limit.started(replace(example, max_retained_graphs=number), str(tmp_path / str(number)))[-1].calls
-        for number in (0, limit.ALL_GRAPHS)
+        for number in (0, None)
     ]
     names = [[function.__name__ for function, *_ in calls] for calls in products]
     blocks = 3

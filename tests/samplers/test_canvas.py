@@ -129,7 +129,8 @@ def test_a_held_row_stays_in_its_block_while_steps_last():
     tracker.steps_left[1, 0] = 2
     held = torch.tensor([True])
     assert tracker.record(step, torch.tensor([1]), held).tolist() == []
-    assert tracker.next_rows().blocks.tolist() == [0]
+    step = tracker.next_rows()
+    assert step.blocks.tolist() == [0]
     assert tracker.record(step, zero, held).tolist() == [1]
 
 

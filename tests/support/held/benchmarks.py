@@ -115,8 +115,19 @@ def a_step_against_its_products():
     assert "Intel(R) Xeon(R)" in found["machine"]["device"]
     ratios, bounds = ([each[name] for each in found["rows"]] for name in ("ratio", "operators / products"))
     told = "takes {:.2f} times the time of its own matrix products in README's example, {:.2f} with FP8 rollouts, and "
-    yield PAGE, (told + "{:.2f} in the main job").format(ratios[0], *ratios[2:])
-    yield PAGE, "without Python and autograd, take {:.2f}, {:.2f} and {:.2f} times".format(bounds[0], *bounds[2:])
+    yield PAGE, (told + "{:.2f} in the main job").format(*ratios)
+    yield PAGE, "without Python and autograd, take {:.2f}, {:.2f} and {:.2f} times".format(*bounds)
+    peaks = [(each["ratio"], each["default, MiB"] - each["one graph, MiB"]) for each in found["memory"]]
+    assert all(more <= 256 for _, more in peaks)
+    told = "{:.2f} times (+{:.0f} MiB) in README's example, {:.2f} (+{:.0f}) in the main job, {:.2f} (+{:.0f}) at 32k"
+    yield PAGE, told.format(*(number for peak in peaks for number in peak))
+    apart = {(each["model"], each["rank"]): each["outside, ms"] for each in found["outside"]}
+    told = "with `MaxProb` {:.2f} ms (README's model) and {:.2f} ms (the main job's), with `Confidence` {:.2f} and "
+    example, main_job = "README's example", "main job"
+    pairs = [(model, rank) for rank in ("MaxProb", "Confidence") for model in (example, main_job)]
+    yield PAGE, (told + "{:.2f}").format(*(apart[pair] for pair in pairs))
+    unrecorded = [apart[model, "Confidence, without the order's log-probs"] for model in (example, main_job)]
+    yield PAGE, "{:.2f} and {:.2f} where the order's log-probs are not recorded".format(*unrecorded)
 
 
 def against_d1():
