@@ -3,7 +3,8 @@
     python -m benchmarks.limit --json benchmarks/results/limit-cpu.json
 
 Processor seconds of whole steps (rollout, rewards, scoring, update, sync), of all operators of one of them that return
-a new tensor, without Python and autograd, and of its matrix products alone; all in turns, one thread, the fastest of
+a new tensor, without Python and autograd, and of its matrix products alone; and of whole steps whose blocks, the
+learner's too, inductor compiles, so that elementwise operators are fused. All in turns, one thread, the fastest of
 `--repeats`. Rewards are made to differ, so that all rows train.
 
 `memory` is the peak of a step above what is held before it, each in a process of its own: with one graph of scoring
@@ -26,13 +27,14 @@ from benchmarks.measure import Varied, fastest, in_fresh_process, machine, secon
 from benchmarks.sampler import PRODUCTS, Kept
 from dllm_rl import Confidence, Float8WeightOnly, MaxProb, Policy, Recipe, Unmask, tiny_masked_lm
 from dllm_rl.frontend.grpo import grpo_recipe
+from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import take_step
 from dllm_rl.types import Prompts
 from recipes import latin_sudoku
 
 STEPS = 16
-PARTS = ("step", "operators", "products")
+PARTS = ("step", "operators", "products", "step, compiled")
 
 
 def readme_example(more_characters: str = "", max_new_tokens: int = 2) -> Recipe:
@@ -65,12 +67,17 @@ def memory_jobs() -> dict[str, Recipe]:
     return {name: timed[name] for name in ("README's example", "the main job without replay")} | {"32k tokens": large}
 
 
-def taking_steps(recipe: Recipe, folder: str) -> Callable[[], object]:
-    """A function that takes the next step of a run, whose first step was taken."""
+def taking_steps(recipe: Recipe, folder: str, *, compiled: bool = False) -> Callable[[], object]:
+    """A function that takes the next step of a run, whose first step was taken; `compiled`: the first four."""
     changes = {"task": Varied(recipe.task), "output_dir": folder, "num_steps": 10**6, "report_to": "none"}
     run = start(replace(recipe, **changes, log_completions_steps=0), None, ())
     step = map(partial(take_step, run), count()).__next__
-    step()  # the first one also allocates the optimizer's state
+    if compiled:  # with gradients, too, which `torch_compile` leaves eager
+        for module in {run.policy.module, run.rollout_policy.module}:
+            for block in blocks_of(module, "compiled"):
+                block.compile(dynamic=True)
+    for _ in range(4 if compiled else 1):
+        step()  # the first one also allocates the optimizer's state
     return step
 
 
@@ -87,15 +94,18 @@ def started(recipe: Recipe, folder: str) -> tuple[Callable[[], object], Kept, Ke
 def measured(recipes: dict[str, Recipe], repeats: int) -> list[dict[str, Any]]:
     """For each arm the seconds of a step, of its operators and its products, the ratios, and the number of products."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: started(recipe, f"{folder}/{i}") for i, (name, recipe) in enumerate(recipes.items())}
+        runs = {
+            name: (*started(recipe, f"{folder}/{i}"), taking_steps(recipe, f"{folder}/compiled-{i}", compiled=True))
+            for i, (name, recipe) in enumerate(recipes.items())
+        }
         turns = {(name, part): run for name, each in runs.items() for part, run in zip(PARTS, each, strict=True)}
         seconds = fastest(turns, repeats)
     rows = []
-    for name, (*_, products) in runs.items():
-        step, operators, alone = (seconds[name, part] for part in PARTS)
+    for name, (_, _, products, _) in runs.items():
+        step, operators, alone, fused = (seconds[name, part] for part in PARTS)
         row = {"arm": name} | {f"{part}, s": round(seconds[name, part], 4) for part in PARTS}
         row |= {"ratio": round(step / alone, 2), "operators / products": round(operators / alone, 2)}
-        rows.append(row | {"products": len(products.calls)})
+        rows.append(row | {"ratio, compiled": round(fused / alone, 2), "products": len(products.calls)})
     return rows
 
 

@@ -21,6 +21,8 @@ def grade_command(arguments: argparse.Namespace) -> None:
     file, against = arguments.file, arguments.against
     recorded = recorded_row(Path(file))
     task, protocol = arguments.task or recorded.get("task"), arguments.protocol or recorded.get("protocol", "strict")
+    if protocol == "sandbox" != arguments.protocol:
+        raise ValueError(f"the results.json beside {file!r} asks to run its programs; give --protocol sandbox to do so")
     if task is None:
         raise ValueError(f"task=None, and no results.json beside {file!r} names it; give --task")
     if against is not None:

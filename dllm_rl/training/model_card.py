@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.optimizer_shards import PATTERN
-from dllm_rl.monitoring.health import health
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe_json
 from dllm_rl.screen import escape_controls
@@ -69,8 +68,6 @@ def _evaluation_tables(evaluations: dict[str, dict[str, float]]) -> list[str]:
 
 def _last_step(metrics: dict[str, float]) -> str:
     rows = [(name, _number(metrics[name])) for name in SHOWN_METRICS if name in metrics]
-    if verdict := health(metrics):
-        rows.append(("mismatch", _code(f"{verdict[0]}: {verdict[1]}")))
     return _table(("metric", ""), rows) if rows else "None was taken."
 
 

@@ -233,6 +233,14 @@ def test_a_run_without_a_checkpoint(capsys, tmp_path, runs):
     assert main(["sample", str(runs[0]), "1234", "--max_new_tokens", "4"]) == 0
 
 
+def test_a_recorded_protocol_runs_no_program_unasked(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"completion": "1", "test": "", "entry_point": "f"}) + "\n")
+    recorded = {"task": "code", "protocol": "sandbox", "completions": "rows.jsonl"}
+    (tmp_path / "results.json").write_text(json.dumps([recorded]))
+    said = refusal(capsys, "grade", tmp_path / "rows.jsonl")
+    assert "asks to run its programs; give --protocol sandbox" in said
+
+
 def test_grade_by_hand(capsys, tmp_path):
     path = tmp_path / "theirs.jsonl"
     rows = [

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from dataclasses import replace
 
+from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.models.base import Policy
@@ -162,11 +163,22 @@ def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
     fits_text = ", ".join(f"{size} GB: {'yes' if is_enough else 'no'}" for size, is_enough in fits.items())
     lines.append(f"fits                  {fits_text}")
     if not fits[GPU_SIZES[0]]:
-        lines.append(
-            "to reduce memory      --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
-            "--lora Lora --lora.r 16, --optim AdamW8bit, --base_quantization nf4, or --shard_size on several GPUs"
-        )
+        lines.append(f"to reduce memory      {', or '.join(memory_remedies(step))}")
     return lines
+
+
+def memory_remedies(step: PlannedStep) -> list[str]:
+    """Return the settings that need less memory, without those that the recipe has."""
+    recipe, sharded = step.recipe, step.shard_size > 1
+    remedies = {
+        "--gradient_checkpointing": not recipe.gradient_checkpointing,
+        "a smaller --micro_batch_size or --rollout_batch_size": True,
+        "--lora Lora --lora.r 16": recipe.lora is None or recipe.lora.r > 16,
+        "--base_quantization nf4": recipe.lora is not None and recipe.base_quantization is None,
+        "--optim AdamW8bit": not sharded and recipe.optim != AdamW8bit(),
+        "on several GPUs --shard_size 0 --optim AdamW": not sharded,
+    }
+    return [remedy for remedy, helps in remedies.items() if helps]
 
 
 def save_lines(step: PlannedStep, memory: Memory) -> list[str]:

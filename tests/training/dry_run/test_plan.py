@@ -12,7 +12,7 @@ from repetitions import few
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import TIS, train
-from dllm_rl.algorithms.optimizers import AdamW8bit
+from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep
 from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
@@ -211,7 +211,28 @@ def test_the_gpus_that_a_plan_fits(monkeypatch):
     ):
         text = plan(recipe)
         assert f"fits                  {said}" in text
-        assert ("--gradient_checkpointing, a smaller" in text) == (peak > 72 * 10**9)
+        assert ("to reduce memory" in text) == (peak > 72 * 10**9)
+
+
+@pytest.mark.slow
+def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
+    monkeypatch.setattr(dry_run, "step_memory", lambda _: Memory({"weights": 1}, {"update": 10**12}))
+
+    def remedies(recipe):
+        return plan(recipe).split("to reduce memory      ")[1].split("\n")[0]
+
+    smaller = "a smaller --micro_batch_size or --rollout_batch_size"
+    full = recipe_of("llada_8b_sudoku_full")
+    assert full.gradient_checkpointing and full.optim == AdamW8bit()
+    assert remedies(full) == f"{smaller}, or --lora Lora --lora.r 16, or on several GPUs --shard_size 0 --optim AdamW"
+    adapters = recipe_of("llada_8b_sudoku")
+    small = replace(adapters, lora=replace(adapters.lora, r=16, alpha=8), optim=AdamW8bit())
+    rest = "--base_quantization nf4, or on several GPUs --shard_size 0 --optim AdamW"
+    assert remedies(small) == f"--gradient_checkpointing, or {smaller}, or {rest}"
+    assert remedies(adapters).count("or --") == 4  # rank, base, optimizer, and --rollout_batch_size
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sharded = replace(full, optim=AdamW(), shard_size=0)
+    assert remedies(sharded) == f"{smaller}, or --lora Lora --lora.r 16"
 
 
 def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
