@@ -117,6 +117,9 @@ def a_step_against_its_products():
     told = "takes {:.2f} times the time of its own matrix products in README's example, {:.2f} with FP8 rollouts, and "
     yield PAGE, (told + "{:.2f} in the main job").format(*ratios)
     yield PAGE, "without Python and autograd, take {:.2f}, {:.2f} and {:.2f} times".format(*bounds)
+    compiled = [each["ratio, compiled"] for each in found["rows"]]
+    assert all(now > 0.97 * before for now, before in zip(compiled, ratios, strict=True))
+    yield PAGE, "also for gradients, bring no gain: {:.2f}, {:.2f} and {:.2f}.".format(*compiled)
     peaks = [(each["ratio"], each["default, MiB"] - each["one graph, MiB"]) for each in found["memory"]]
     assert all(more <= 256 for _, more in peaks)
     told = "{:.2f} times (+{:.0f} MiB) in README's example, {:.2f} (+{:.0f}) in the main job, {:.2f} (+{:.0f}) at 32k"

@@ -48,8 +48,9 @@ def the_three_sentences():
         yield (
             page,
             (
-                "**Gradient:** INT4 rollouts turn the first policy gradient of a pretrained diffusion model (cosine "
-                f"{COSINES['int4']} with that of its own rollouts), and TIS turns it back ({COSINES['int4, tis']}); "
+                "**Gradient:** INT4 rollouts turn the first policy gradient of a pretrained diffusion model, in random "
+                f"order (estimated cosine {COSINES['int4']} with that of its own rollouts), and TIS turns it back "
+                f"({COSINES['int4, tis']}); "
                 f"training with TIS ended {gain} higher on six seeds, too few for an exact test (Holm's p {p})."
             ),
         )

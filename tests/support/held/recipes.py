@@ -108,7 +108,7 @@ def memory_of_real_models():
     larger = {recipe for recipe, size in least.items() if size > 80 and not recipe.startswith("the same")}
     assert {recipe.split()[0] for recipe in larger} == {"llada_8b_sudoku_full", "diffusion_gemma_countdown"}
     assert {least[recipe] for recipe in larger} == {141}
-    yield PAGE, "(all weights) and `diffusion_gemma_countdown` fit 141 GB."
+    yield PAGE, "(all weights, on one GPU) and `diffusion_gemma_countdown` 141 GB."
 
 
 def puzzles_of_the_main_job():
