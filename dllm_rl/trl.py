@@ -60,6 +60,7 @@ UNUSED_FIELDS = (
     *("repetition_penalty", "generation_kwargs", "chat_template_kwargs", "mask_truncated_completions"),
     *("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold", "sync_ref_model"),
     *("cast_lm_head_to_fp32", "router_aux_loss_coef", "fp16", "deepspeed", "fsdp", "auto_find_batch_size"),
+    "torch_compile",
 )
 UNUSED_ARGUMENTS = ("tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes")
 SAME_FIELDS = ("num_generations", "num_iterations", "beta", "seed", "bf16", "gradient_checkpointing")  # as a Recipe's

@@ -25,7 +25,7 @@ from dllm_rl.training.policies import apply_compute_settings, call_model_functio
 from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
 
 GB = 1e9
-GPU_SIZES = (80, 96, 141, 192)  # GB of memory
+GPU_SIZES = (24, 48, 80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
 ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
