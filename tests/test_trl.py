@@ -362,7 +362,8 @@ def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
 
 
 def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
-    settings = {"loss_type": "sapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True, "torch_compile": True}
+    settings = {"loss_type": "sapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True}
+    settings |= {"torch_compile": True}
     with pytest.raises(ValueError, match="has no use for") as refused:
         trainer(tmp_path, settings=settings, tools=[print], peft_config=LoraConfig(lora_dropout=0.1))
     for part in (
