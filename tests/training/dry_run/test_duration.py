@@ -131,7 +131,7 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
         found = seconds_of(replace(recipe, likelihood=estimator), policy, 256)
         (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}")]
         assert f"{found['scoring']:.1f} + {found['update']:.1f} |" in line, row
-        assert f"the rollout takes {found['rollout']:.1f} s." in told
+        assert f"the rollout (compiled FP8) takes {found['rollout']:.1f} s." in told
 
 
 def test_stages_by_hand(policy):
