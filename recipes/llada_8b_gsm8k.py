@@ -1,4 +1,4 @@
-"""LLaDA-8B-Instruct learns GSM8K: d1's settings, 12 updates per rollout. Not run yet: no results."""
+"""LLaDA-8B-Instruct learns GSM8K: most of d1's settings, 12 updates per rollout. Not run yet: no results."""
 
 from dataclasses import replace
 from functools import partial

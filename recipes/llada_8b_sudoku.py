@@ -1,4 +1,4 @@
-"""LLaDA-8B-Instruct learns 4x4 Sudoku: d1's settings (arXiv 2504.12216), FP8 rollouts.
+"""LLaDA-8B-Instruct learns 4x4 Sudoku: most of d1's settings (arXiv 2504.12216), FP8 rollouts.
 
 Written for one GPU of 80 GB or more. --dry_run counts 33 GB at most (with a copy in FP8, and the row of 512 tokens that
 a prompt's completions share kept for its backward; 31 with --gradient_checkpointing), and at rates that parts of it

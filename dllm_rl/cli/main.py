@@ -89,7 +89,11 @@ def add_token_options(sub: argparse.ArgumentParser) -> None:
 def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
-    add("--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    add(
+        "--diffusion_steps",
+        type=int,
+        help="unmasking steps (default: the run's, or one per token)",
+    )
     add_token_options(sub)
     rank_help = "Confidence, MaxProb, Margin, Entropy, RandomOrder or PlackettLuce (default: chosen by --commit)"
     add("--rank", help=rank_help)
@@ -219,7 +223,7 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     add("file", help=file_help)
     add("--task", help=f"{_join_names(PROTOCOLS)} (default: as in the results.json beside the file)")
     names = _join_names([*protocol_names(), "all"])
-    protocol_help = f"{names}: every protocol and every way to extract the answer, and the rows on which they differ"
+    protocol_help = f"{names}: a line for every protocol"
     add("--protocol", help=f"{protocol_help} (default: as in the results.json beside the file, else strict)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add(
@@ -246,7 +250,11 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     add("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
     add("--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)")
     add("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
-    add("--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    add(
+        "--diffusion_steps",
+        type=int,
+        help="unmasking steps (default: the run's, or one per token)",
+    )
     add("--temperature", type=float, help="default: the run's, or 1")
     add("--rank", help="default: the run's, or MaxProb, which is the default of grpo")
     add_model_options(sub)

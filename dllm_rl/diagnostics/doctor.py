@@ -37,16 +37,16 @@ ADVICE = {
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
     "routing": "take the rollout's experts again (router_replay='R3'), correct for it (TIS, AIS), or keep more bits",
-    "quantized weights": "with an exact likelihood correct for it (TIS), else align the forward, or keep more bits",
-    "quantized activations": "with an exact likelihood correct for it (TIS), else align the forward",
+    "quantized weights": "below an ESS of 0.95 keep more bits, or correct (TIS, exact likelihood)",
+    "quantized activations": "below an ESS of 0.95 quantize weights alone, or correct (TIS, exact likelihood)",
     "stale weights": "call sync_weights after every update",
     "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
     "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
 }
 ORDER_ADVICE = (
-    "no weight corrects it: roll out in an order that does not depend on the weights (rank=RandomOrder()), in one "
-    "whose probability Trajectory scores (rank=Confidence()), align the forward (QaRL), or keep more bits"
+    "no weight corrects it (recipes/studies/order_flips.md): roll out in an order that does not depend on the weights "
+    "(rank=RandomOrder()), or keep more bits"
 )
 NUM_LAYERS = 5  # in a report
 PADDING = 3  # columns that are added on the left to measure the effect of padding

@@ -109,7 +109,7 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
             "num_iterations=1, or replay"
         )
     is_bounded = recipe.old_logprobs == "rollout" and not bound
-    if recipe.max_staleness and not is_bounded and not recipe.corrector.has_weights:
+    if recipe.max_staleness > 1 and not is_bounded and not recipe.corrector.has_weights:
         rollout = as_written(old_logprobs="rollout")
         warnings.append(
             f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector with "

@@ -10,8 +10,8 @@ the mean |log ratio| of the start is TARGET on seeds 100 to 102 (`tune` prints i
     python -m recipes.studies.lengths tune            print SHARES
 """
 
+import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -163,7 +163,9 @@ def told(results: Results) -> str:
 
 def main() -> None:
     root = Path("runs") / study.name
-    if sys.argv[1:] == ["tune"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="?", choices=("tune", "study"), default="study")
+    if parser.parse_args().which == "tune":
         for name in SHARES:
             part = CAUSAL if name == "causal" else DIFFUSION
             print(name, tuned(part, name, root / part.base.name))

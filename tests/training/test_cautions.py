@@ -160,6 +160,7 @@ def test_late_rollouts_whose_lag_nothing_bounds():
         {"old_logprobs": "rollout", "loss": gspo_of_a_row},
         {"corrector": TIS()},
         {"max_staleness": 0},
+        {"max_staleness": 1},
     ):
         assert cautions(replace(late, **changes)) == []
 
