@@ -61,7 +61,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint and show each step")
     add = sub.add_argument
-    add("model", help="a checkpoint's or a run's folder")
+    add("model", help="a checkpoint's or a run's folder, or a hub's id")
     prompts_help = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
     add("prompts", nargs="*", metavar="PROMPT", help=prompts_help)
     add_sampler_options(sub)
