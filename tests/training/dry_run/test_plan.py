@@ -88,7 +88,7 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     assert f"parameters            {parameters:,}\n" in printed
     assert f"quantized layers      {layers} with" in printed
     assert "trainable parameters" in printed
-    assert "fits                  80 GB: " in printed
+    assert "fits                  24 GB: " in printed
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
 
 
