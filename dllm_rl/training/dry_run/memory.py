@@ -117,7 +117,8 @@ class PlannedStep:
         length = self.written_tokens
         tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
         unmask_step = torch.arange(length)[None] * self.sampler_steps // length
-        rollout = Rollout(tokens, mask, mask, unmask_step, torch.zeros(1, length), torch.zeros(1, dtype=torch.long))
+        zeros, group = torch.zeros(1, length), torch.zeros(1, dtype=torch.long)
+        rollout = Rollout(tokens, mask, mask, unmask_step, zeros, group, confidence_change=zeros)
         return self.recipe.likelihood.draw_views(rollout, torch.Generator())
 
     @property
