@@ -118,7 +118,7 @@ def pretrained():
     tuned = stored("low_bits_tuned")
     assert not tuned["runs"] and {"unquantized", "FP8", low_bits_tuned.HALF} < low_bits_tuned.STUDY.arms.keys()
     assert len({run["seed"] for run in tuned["tuning"]}) == 1
-    yield f"{STUDIES}/low_bits.md", f"and not run but for {len(tuned['tuning'])} trials of one seed."
+    yield f"{STUDIES}/low_bits.md", f"and not run but for {len(tuned['tuning'])} trials of two seeds."
     in_bf16 = paired(runs_of("late_pretrained"), "FP8", "int4")
     assert len(in_bf16) == 2
     yield PAGE, f"Two seeds in bf16 had INT4 below FP8 by {interval(in_bf16)}"
