@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, copied, trainable_parameters
+from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.models.lora import Lora, add_lora, has_adapted_or_low_bit, merge_lora
 from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
@@ -144,7 +145,7 @@ def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
 def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
     with TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
-        if (Path(folder) / "config.json").exists():
+        if has_known_family(Path(folder)):
             loaded: Policy = load_policy(folder, dtype="auto", device=policy.device, block_size=policy.spec.block_size)
             loaded.float32_head = policy.float32_head
         else:

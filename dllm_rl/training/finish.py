@@ -9,6 +9,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import machine
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
+from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
@@ -98,12 +99,16 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
     return Summary(summary, run.policy)
 
 
+def has_custom_module(run: Run[Settings]) -> bool:
+    """Return whether only `load_weights` opens the run's checkpoint, into the module that the user makes."""
+    return not isinstance(run.recipe.model, str) and not has_known_family(Path(run.checkpoint))
+
+
 def _next_command(run: Run[Recipe]) -> str:
     """Return the command that samples the first held-out problem as the run's evaluation does."""
     recipe = run.recipe
-    is_transformers_model = isinstance(recipe.model, str) or (Path(run.checkpoint) / "config.json").exists()
     # For a custom module, the user fills in the function that makes it.
-    model_option = "" if is_transformers_model else " --model MODULE:FUNCTION"
+    model_option = " --model MODULE:FUNCTION" if has_custom_module(run) else ""
     problem = recipe.eval_task[0]
     text = shown_prompt(problem)
     options = "" if isinstance(problem.prompt, str) else " --chat"

@@ -19,6 +19,7 @@ from dllm_rl.files import replacing
 from dllm_rl.likelihoods.router_replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import load_policy, load_weights
@@ -122,11 +123,11 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load the policy from a folder of this run. If the module is not a transformers model, the
-    recipe builds it first.
+    """Load the policy from a folder of this run. If the module's class is not in transformers, the recipe builds it
+    first.
     """
     # A folder of this run was verified when the run's folder was opened, or it was written after that.
-    if (folder / "config.json").exists():
+    if has_known_family(folder):
         return apply_compute_settings(
             recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick")
         )

@@ -5,18 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import int8_emulated
-from own_module import own_policy
+from own_module import own_policy, pretrained
 from run_outputs import metrics_of, weights_of
+from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import NoCorrection, tiny_masked_lm
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.policy import load_weights
+from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 
 
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def with_a_config(seed=0):
+    return own_policy(seed=seed, kind=pretrained)
 
 
 def recipe_of(directory, **changes):
@@ -28,8 +34,20 @@ def recipe_of(directory, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"beta": 0.1}, {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1}],
-    ids=["all weights", "adapters after a warm-up"],
+    [
+        {"beta": 0.1},
+        {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1},
+        {"beta": 0.1, "model": with_a_config},
+        {"lora": Lora(r=2), "model": with_a_config},
+        {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1, "model": with_a_config},
+    ],
+    ids=[
+        "all weights",
+        "adapters after a warm-up",
+        "all weights of a class with a config",
+        "adapters on it",
+        "adapters on it after a warm-up",
+    ],
 )
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same(tmp_path, changes):
@@ -68,6 +86,17 @@ def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     parts = train(replace(recipe, lr_schedule_steps=4, resume_from_checkpoint="latest"))
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
     assert same(weights_of(whole), weights_of(parts))
+
+
+@pytest.mark.parametrize("model", [own_policy, with_a_config], ids=["plain", "with a config"])
+def test_sft_of_it_resumes_and_tells_how_rl_starts_from_its_weights(tmp_path, capsys, model):
+    whole = fine_tune(tiny_sft(tmp_path / "whole", model=model, num_steps=2))
+    fine_tune(tiny_sft(tmp_path / "parts", model=model, num_steps=1, lr_schedule_steps=2))
+    recipe = tiny_sft(tmp_path / "parts", model=model, num_steps=2, lr_schedule_steps=2)
+    parts = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
+    assert same(weights_of(whole), weights_of(parts))
+    said = "".join(capsys.readouterr().out.split())
+    assert f"RLfromit:load_weights(policy,'{''.join(parts['checkpoint'].split())}')inthefunction" in said
 
 
 def without_weights(seed=0, dry_run=False):

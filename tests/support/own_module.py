@@ -1,9 +1,13 @@
-"""A backbone that is nobody's but its author's: no transformers, no config, no method but forward."""
+"""Backbones that are nobody's but their author's: one of plain torch, and one of a class that transformers lacks."""
+
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.policy import make_policy
@@ -45,7 +49,51 @@ class Own(nn.Module):
         return self.norm(x)
 
 
-def own_policy(*, seed: int = 0, characters: str = "1234.=", kind: type = Own, **spec):
+class OwnConfig(PretrainedConfig):
+    model_type = "own-of-the-tests"
+
+    def __init__(self, vocab_size: int = 8, **fields) -> None:
+        super().__init__(**fields)
+        self.vocab_size = vocab_size
+
+
+class OwnPretrained(PreTrainedModel):
+    """A class that is not in transformers, with a config. The tied output layer is saved as the embedding, which is the
+    second of its names here."""
+
+    config_class = OwnConfig
+    _tied_weights_keys: ClassVar = {"vocabulary.weight": "net.embed.weight"}
+    causal = False
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.vocabulary, self.net = nn.Linear(32, config.vocab_size, bias=False), Own(config.vocab_size)
+        self.vocabulary.weight = self.net.embed.weight
+        self.net.vocabulary = None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.net.embed
+
+    def get_output_embeddings(self):
+        return self.vocabulary
+
+    def states(self, tokens, attention_mask, positions):
+        return self.net.states(tokens, attention_mask, positions)
+
+
+def pretrained(vocab_size: int) -> OwnPretrained:
+    return OwnPretrained(OwnConfig(vocab_size, tie_word_embeddings=True))
+
+
+def with_remote_code(vocab_size: int) -> OwnPretrained:
+    """As a module of a checkpoint whose config names the file of its class."""
+    module = pretrained(vocab_size)
+    module.config.auto_map = {"AutoModel": "modeling_own.OwnPretrained"}
+    return module
+
+
+def own_policy(*, seed: int = 0, characters: str = "1234.=", kind: Callable = Own, **spec):
     tokenizer = char_tokenizer(characters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

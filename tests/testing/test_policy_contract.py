@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from own_module import Own, own_policy
+from own_module import Own, own_policy, pretrained, with_remote_code
 from torch import nn
 
 from dllm_rl import check_policy
 from dllm_rl.models import policy as own
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.lora import Lora, add_lora
 
 
 class Causal(Own):
@@ -108,6 +109,15 @@ def test_a_weight_that_is_not_saved(monkeypatch):
         monkeypatch.setattr(module, "merged_state_dict", lambda m, **_: {"norm.bias": everything(m)["norm.bias"]})
     with pytest.raises(AssertionError, match="neither a parameter nor a lasting buffer"):
         check_policy(own_policy())
+
+
+@pytest.mark.parametrize("kind", [pretrained, with_remote_code], ids=["of a script", "of remote code"])
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["weights", "adapters"])
+def test_a_class_that_transformers_lacks_keeps_its_promises(kind, lora):
+    policy = own_policy(kind=kind)
+    if lora is not None:
+        add_lora(policy, lora)
+    check_policy(policy)
 
 
 def test_what_is_missing_is_listed():

@@ -183,6 +183,22 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     return raw if block_size is None else raw | {"block_size": block_size}
 
 
+def has_known_family(folder: Path) -> bool:
+    """Return whether `load_policy` opens a folder with full weights.
+
+    It does not open the folder of a custom module, from which `load_weights` reads: of a class that is not in
+    transformers, with a config.json, or of a module without a config.
+    """
+    if not (folder / "config.json").exists():
+        return False
+    raw = read_config(folder)
+    try:
+        find_family(raw)
+    except ValueError:
+        return False
+    return True
+
+
 def adapter_folder(folder: Path) -> Path | None:
     """Return the folder of the adapters, for a folder with only adapters (a run's checkpoint, or peft's).
 
