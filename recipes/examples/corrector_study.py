@@ -69,7 +69,7 @@ trials = replace(
 )
 
 if __name__ == "__main__":
-    if which(("tune", "run")) == "tune":
+    if which(("run", "tune")) == "tune":
         tune(trials, Path("runs/corrector-study-tuning"))
     else:
         main(study, __doc__, stored=Path("corrector_study.json"))

@@ -57,7 +57,7 @@ trials = replace(
 )
 
 if __name__ == "__main__":
-    if which(("tune", "run")) == "tune":
+    if which(("run", "tune")) == "tune":
         tune(trials, Path("runs/paired-study-tuning"))
     else:
         main(study, __doc__, stored=Path("paired_study.json"))

@@ -7,6 +7,7 @@ gradient along the line should be the same number. "threshold" is `SoftThreshold
 set is left to chance, and its gradient is that of the tokens alone, as `Trajectory()` has it for `Threshold`.
 
     python -m recipes.studies.commits                 write commits.json; about a minute of one core
+    python -m recipes.studies.commits --report        the table of commits.json
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.types import Order, Rollout
@@ -94,10 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=12)
     parser.add_argument("--points", type=int, default=40, help="of the line, at which the gradient is taken")
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the table of {STORED.name}")
     options = parser.parse_args()
-    found = measured(options.networks, options.points)
-    write_json(STORED, found)
-    print(markdown(found))
+    if not options.report:
+        write_json(STORED, measured(options.networks, options.points))
+    print(markdown(read_json(STORED)))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from recipes.studies.paired import (
     Results,
     Study,
     arm_rows,
+    by_arm,
     capability,
     contrast_rows,
     load,
@@ -161,7 +162,7 @@ def main() -> None:
     root = options.output_dir
     if options.report:
         stored = read_json(STORED)
-        costs, results = stored["seconds of a step"], {(run["arm"], run["seed"]): run for run in stored["runs"]}
+        costs, results = stored["seconds of a step"], by_arm(stored["runs"])
     else:
         untimed = [arm for arm in ARMS if not (root / "costs" / f"{arm}.json").exists()]
         run_all(((f"cost-{arm}", partial(cost, arm, root)) for arm in untimed), root, workers=1)

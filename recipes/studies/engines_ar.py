@@ -7,6 +7,7 @@ A seed draws the prompts, the adapters and the completions. The contrasts were w
     python -m recipes.studies.engines_ar              run what is missing, then print the tables
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,5 +42,6 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    weights.smollm2()  # before the workers, which would all write its folder
+    if "--report" not in sys.argv:
+        weights.smollm2()  # before the workers, which would all write its folder
     main(study, __doc__, ("after", "quantized"), STORED)

@@ -34,7 +34,18 @@ import numpy as np
 
 from dllm_rl import Policy, Threshold, evaluate, load_policy
 from dllm_rl.files import read_json, write_json
-from recipes.studies.paired import Contrast, Results, Study, load, markdown, result_path, run_missing, tables, warm_up
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    by_arm,
+    load,
+    markdown,
+    result_path,
+    run_missing,
+    tables,
+    warm_up,
+)
 from recipes.sudoku_fast import fill, recipe
 
 STORED = Path(__file__).with_suffix(".json")
@@ -135,7 +146,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of fast.json")
     options = parser.parse_args()
     if options.report:
-        results = {(each["arm"], each["seed"]): each for each in read_json(STORED)}
+        results = by_arm(read_json(STORED))
     else:
         runs = list(product(ARMS, SEEDS))  # "before" first, which teaches
         for arm in ARMS:

@@ -29,7 +29,7 @@ from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.sudoku.solver import completions
 from recipes.perfect import ceiling
-from recipes.studies.paired import holm, interval, markdown, sign_flip
+from recipes.studies.paired import by_arm, holm, interval, markdown, sign_flip
 from recipes.sudoku_tiny import NO_DIGITS, few_clues, learn, taught
 from recipes.sudoku_tiny import recipe as base
 
@@ -265,7 +265,7 @@ def main() -> None:
     results = options.output_dir / "results"
     results.mkdir(parents=True, exist_ok=True)
     found = [*read_json(STORED)["runs"], *map(read_json, sorted(results.glob("*.json")))]
-    runs = {(run["arm"], run["seed"]): run for run in found}
+    runs = by_arm(found)
     missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in runs]
     for arm, seed in missing if not options.report else ():
         runs[arm, seed] = run_one(arm, seed, options.output_dir)

@@ -8,6 +8,7 @@ unquantized, none, TIS and AIS had run. `half`: the same at half the learning ra
     python -m recipes.studies.fp8_sums half
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -59,5 +60,6 @@ def told(by_rate: Mapping[str, Results]) -> str:
 
 if __name__ == "__main__":
     rate = which(STUDIES)
-    weights.smollm2()  # before the workers, which would all write its folder
+    if "--report" not in sys.argv:
+        weights.smollm2()  # before the workers, which would all write its folder
     main(STUDIES[rate], __doc__, ("after", "quantized"), STORED[rate])

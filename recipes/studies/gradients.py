@@ -6,6 +6,7 @@ weights depend on the batch, 64 batches. Every number is a median over 8 network
 `recipes.studies.enumeration.gradient_table(corrector)`. About eight minutes of one core. The reading is gradients.md.
 
     python -m recipes.studies.gradients                    write gradients.json and gradients.png
+    python -m recipes.studies.gradients --report           the tables of gradients.json
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.types import Order, Rollout
@@ -292,13 +293,8 @@ def plot(rows: dict[str, list[GradientRow]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=64, help="real batches, where weights depend on the batch")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
-    networks, draws = options.networks, options.draws
+def measure(networks: int, draws: int, folder: Path) -> None:
+    """Write gradients.json and gradients.png."""
     of_batches = partial(of_correctors, BATCHES)
     many = of_correctors(CORRECTORS, networks=networks)
     few = of_correctors(CORRECTORS, networks=networks, batch=16)
@@ -321,9 +317,20 @@ def main() -> None:
         "rank confidence, n = 128": table(with_none, of_orders(networks)),
         "12 lines: change/missed/wrong sign": table(list(KINDS), of_lines(12)),
     }
-    write_json(options.output_dir / "gradients.json", tables)
-    plot(many, options.output_dir / "gradients.png")
-    for title, rows in tables.items():
+    write_json(folder / "gradients.json", tables)
+    plot(many, folder / "gradients.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=64, help="real batches, where weights depend on the batch")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of gradients.json")
+    options = parser.parse_args()
+    if not options.report:
+        measure(options.networks, options.draws, options.output_dir)
+    for title, rows in read_json(options.output_dir / "gradients.json").items():
         print(f"{title}\n\n{markdown(rows)}")
 
 

@@ -9,6 +9,7 @@ mismatch.md.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from dllm_rl.quantization.schemes import FakeQuantize
 from recipes.studies.mismatch import base
@@ -28,4 +29,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantized"))
+    main(study, __doc__, ("after", "quantized"), Path(__file__).with_suffix(".json"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dllm_rl.files import read_json, write_json
 from recipes.studies import late_rollouts
-from recipes.studies.paired import Contrast, load, run_missing, tables
+from recipes.studies.paired import Contrast, by_arm, load, run_missing, tables
 
 STORED = Path(__file__).with_suffix(".json")
 RATES = {"lag 0": 5e-4, "lag 2": 1.25e-4, "lag 2 at 2.5e-4": 2.5e-4}
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of lag_two.json")
     options = parser.parse_args()
     if options.report:
-        results = {(each["arm"], each["seed"]): each for each in read_json(STORED)}
+        results = by_arm(read_json(STORED))
     else:
         runs = [(arm, seed) for seed, arm in product(range(STUDY.seeds), STUDY.arms)]
         run_missing(

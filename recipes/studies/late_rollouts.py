@@ -43,6 +43,7 @@ from recipes.studies.paired import (
     Contrast,
     Study,
     arm_rows,
+    by_arm,
     contrast_rows,
     load,
     markdown,
@@ -202,7 +203,7 @@ def main(study: Study, stored: Path, about: str | None) -> None:
     root = options.output_dir
     if options.report:
         kept = read_json(stored)
-        results = {(run["arm"], run["seed"]): run for run in kept["runs"]}
+        results = by_arm(kept["runs"])
         study = at_rates(study, kept["rates"])
     else:
         rates, tuning = tune(study, root / "tuning", options.workers)

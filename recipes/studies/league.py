@@ -30,6 +30,7 @@ and DAPO's differs by the groups that it draws again. `Trajectory(num_segments=1
 
     python -m recipes.studies.league sudoku            costs, tuning, runs, league_sudoku.json, the table and the figure
     python -m recipes.studies.league countdown         or another of LEAGUES
+    python -m recipes.studies.league sudoku --report   the table of league_sudoku.json
 """
 
 import argparse
@@ -60,6 +61,7 @@ from recipes.studies.paired import (
     Contrast,
     Results,
     Study,
+    by_arm,
     contrast_rows,
     interval,
     load,
@@ -364,7 +366,7 @@ def settings() -> str:
 
 def stored_rows(name: str) -> list[dict[str, str]]:
     """`rows_of` the runs that are committed."""
-    return rows_of(name, {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]})
+    return rows_of(name, by_arm(read_json(STORED[name])["runs"]))
 
 
 def above_the_default() -> str:
@@ -421,7 +423,11 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--restore", action="store_true", help="take the committed runs: only new methods run")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--report", action="store_true", help="run nothing: the table of the committed runs")
     options = parser.parse_args()
+    if options.report:
+        print(markdown(stored_rows(options.league)))
+        return
     root = options.output_dir or Path("runs") / f"league-{options.league}"
     study = study_of(options.league)
     trials = replace(study, base=replace(study.base, eval_task=study.base.validation_task))

@@ -8,6 +8,7 @@ the mean |log ratio| of the start is TARGET on seeds 100 to 102 (`tune` prints i
 
     python -m recipes.studies.lengths                 run what is missing, then print the tables
     python -m recipes.studies.lengths tune            print SHARES
+    python -m recipes.studies.lengths --report        the tables of lengths.json
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 
 from dllm_rl import TIS, NoCorrection
 from dllm_rl.decoding.tokens import encode
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
@@ -37,6 +38,7 @@ from recipes.studies.paired import (
     Contrast,
     Results,
     Study,
+    by_arm,
     contrast_rows,
     interval,
     markdown,
@@ -161,21 +163,30 @@ def told(results: Results) -> str:
     return markdown(rows)
 
 
-def main() -> None:
-    root = Path("runs") / study.name
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=("tune", "study"), default="study")
-    if parser.parse_args().which == "tune":
-        for name in SHARES:
-            part = CAUSAL if name == "causal" else DIFFUSION
-            print(name, tuned(part, name, root / part.base.name))
-        return
+def go_on(root: Path) -> None:
+    """Run what is missing, and write every run."""
     for part in (DIFFUSION, CAUSAL):
         runs = [(arm, seed) for seed, arm in product(range(study.seeds), part.arms) if seed < part.fewer.get(arm, 10)]
         steps = part.num_steps
         run_missing(part, root / part.base.name, runs, num_steps=lambda _, steps=steps: steps, workers=os.cpu_count())
     results = load_results(root / DIFFUSION.base.name) | load_results(root / CAUSAL.base.name)
     write_json(STORED, list(results.values()))
+
+
+def main() -> None:
+    root = Path("runs") / study.name
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="?", choices=("tune", "study"), default="study")
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
+    options = parser.parse_args()
+    if options.which == "tune" and not options.report:
+        for name in SHARES:
+            part = CAUSAL if name == "causal" else DIFFUSION
+            print(name, tuned(part, name, root / part.base.name))
+        return
+    if not options.report:
+        go_on(root)
+    results = by_arm(read_json(STORED))
     print(tables(study, results, "mean abs log-ratio", "ESS"), told(results), sep="\n")
 
 

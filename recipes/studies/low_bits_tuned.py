@@ -62,6 +62,7 @@ from recipes.studies.paired import (
     Results,
     Study,
     arm_rows,
+    by_arm,
     capability,
     contrast_rows,
     keep,
@@ -217,12 +218,12 @@ def main() -> None:
         go_on(root, options.workers)
         return
     for part, folder in parts.items():
-        runs = {(run["arm"], run["seed"]): run for run in stored[part]} | load(folder)
+        runs = by_arm(stored[part]) | load(folder)
         stored[part] = [run for _, run in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0]))]
     if (root / "rates.json").exists():
         stored["rates"] = read_json(root / "rates.json")
     write_json(options.stored, stored)
-    results = whole({(run["arm"], run["seed"]): run for run in stored["runs"]})
+    results = whole(by_arm(stored["runs"]))
     print(f"{len(stored['tuning'])} trials, {len(stored['runs'])} runs, rates {stored['rates']}")
     print(markdown(arm_rows(STUDY, results, COLUMNS)), markdown(contrast_rows(STUDY, results)), sep="\n")
 

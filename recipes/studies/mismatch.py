@@ -11,8 +11,8 @@ order. The contrasts below were written before the runs, but after an earlier st
 mismatch.json also has the arms "AIS error" and "SNIS", and two contrasts with them. Their correctors
 did not help and were removed from the library (formulas: gradients.md). Results that are written again lack these rows.
 
-    python -m recipes.studies.mismatch                 run what is missing, then write results and figure
-    python -m recipes.studies.mismatch --report        write both from what is there
+    python -m recipes.studies.mismatch                 run what is missing, then write every run and the figure
+    python -m recipes.studies.mismatch --report        the tables of mismatch.json
 """
 
 from dataclasses import replace
@@ -28,6 +28,7 @@ from recipes.studies.controls import Shuffled, fixed_lambda
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_unique import recipe
 
+STORED = Path(__file__).with_suffix(".json")  # the tables; every run, once it runs again
 FIVE_LEVELS = FakeQuantize(weight="five_level", activation="e4m3")
 INT3 = FakeQuantize(weight="int3", activation="e4m3")
 
@@ -124,5 +125,5 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    found = main(study, __doc__, ("after", "quantized"))
-    mismatch_report.write(study, found, Path(__file__).parent)
+    if found := main(study, __doc__, ("after", "quantized"), STORED):
+        mismatch_report.draw(study, found, STORED.with_suffix(".png"))

@@ -8,6 +8,7 @@ before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.quantization.schemes import FakeQuantize
@@ -37,4 +38,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantized"))
+    main(study, __doc__, ("after", "quantized"), Path(__file__).with_suffix(".json"))

@@ -1,28 +1,16 @@
-"""Results and figure of the mismatch study, from its results alone."""
+"""The figure of the mismatch study, from its results alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.files import read_json
-from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, markdown, write_rows
+from recipes.studies.paired import Results, Study, interval
 
 SETTINGS = {
     "one": "one update a rollout",
     "two": "two updates, a dual clip at 1.2 but where it says no clip",
     "random": "one update, rollouts in random order",
 }
-
-
-def write(study: Study, results: Results, folder: Path) -> None:
-    """`folder`/mismatch.json and mismatch.png; where no run is left, print the tables of mismatch.json."""
-    if not results:
-        for rows in read_json(folder / "mismatch.json").values():
-            print(markdown(rows))
-        return
-    arms = arm_rows(study, results, ("after", "quantized"))
-    write_rows(folder / "mismatch.json", arms=arms, contrasts=contrast_rows(study, results))
-    draw(study, results, folder / "mismatch.png")
 
 
 def rates(results: Results, arm: str, column: str) -> list[float]:

@@ -365,8 +365,12 @@ def run_missing(
 
 def load(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The finished runs below a folder."""
-    stored = (read_json(path) for path in sorted((root / "results").glob("*.json")))
-    return {(each["arm"], each["seed"]): each for each in stored}
+    return by_arm(map(read_json, sorted((root / "results").glob("*.json"))))
+
+
+def by_arm(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Runs, such as the stored ones of a study, by arm and seed."""
+    return {(run["arm"], run["seed"]): run for run in runs}
 
 
 def tune(study: Study, root: Path) -> None:
@@ -419,11 +423,9 @@ def store(path: Path, study: Study, results: Results) -> None:
 
 
 def which(names: Iterable[str]) -> str:
-    """The command line's first word, which is one of the names; it is taken off."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("which", choices=names)
-    found, sys.argv[1:] = parser.parse_known_args()
-    return found.which
+    """The command line's first word, which is taken off if it is one of the names; else the first name."""
+    names = list(names)
+    return sys.argv.pop(1) if sys.argv[1:] and sys.argv[1] in names else names[0]
 
 
 def main(
@@ -434,7 +436,8 @@ def main(
     run: Callable[[Study, Path, int, str, int], None] = run_one,
 ) -> Results:
     """Run what is missing, print the tables, write the runs of a finished study to `stored`, and return the results.
-    `run` is that of `run_missing`."""
+    `run` is that of `run_missing`. With `--report` and no runs the tables are those of `stored`, which has the runs, or
+    the tables themselves if a study kept no more; then no results are returned."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -450,16 +453,17 @@ def main(
         fewest = {arm: study.fewer.get(arm, study.seeds) for arm in options.arms}
         runs = [(arm, seed) for seed, arm in product(seeds, options.arms) if seed < fewest[arm]]
         run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers, run=run)
-    results = load(root)
-    is_stored = False
-    if options.report and not results and stored is not None and stored.exists():
-        is_stored = True
-        results = {(each["arm"], each["seed"]): each for each in read_json(stored)}
+    results, kept = load(root), None
+    if options.report and not results and stored is not None:
+        if not stored.exists():
+            parser.error(f"--report: no runs below {root}, and no {stored}")
+        kept = read_json(stored)
+        results = {} if isinstance(kept, dict) else by_arm(kept)
     tables = {"arms": arm_rows(study, results, columns), "contrasts": contrast_rows(study, results)}
-    for rows in filter(None, tables.values()):
+    for rows in filter(None, (kept if isinstance(kept, dict) else tables).values()):
         print(markdown(rows))
-    if results and not is_stored:
+    if results and kept is None:
         write_rows(root / "tables.json", **tables)
-    if stored is not None and not is_stored:
+    if stored is not None and kept is None:
         store(stored, study, results)
     return results

@@ -9,6 +9,7 @@ Trials of three seeds hardly tell two rates apart. So unquantized rollouts and e
 at EQUAL rates on seeds 10 to 19; this was added after the runs, and nothing is claimed of it.
 
     python -m recipes.studies.rates                   run what is missing, then print the tables
+    python -m recipes.studies.rates --report          the tables of rates.json
 """
 
 import argparse
@@ -21,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 from dllm_rl import AIS, TIS, Aligned, NoCorrection
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.schemes import FakeQuantize
 from recipes.studies import mismatch
 from recipes.studies.paired import (
@@ -29,6 +30,7 @@ from recipes.studies.paired import (
     Results,
     Study,
     arm_rows,
+    by_arm,
     contrast_rows,
     interval,
     load,
@@ -132,13 +134,10 @@ def told(results: Results, more: Results, rates: dict[str, float]) -> str:
     return f"{markdown(rows_of(results))}\n{claims}\n{markdown(at_equal_rates(results, more, rates))}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    root, trial_root = options.output_dir, options.output_dir / "tuning"
-    run = partial(run_missing, num_steps=lambda _: study.num_steps, workers=options.workers)
+def go_on(root: Path, workers: int) -> None:
+    """Run what is missing, and write every run."""
+    trial_root = root / "tuning"
+    run = partial(run_missing, num_steps=lambda _: study.num_steps, workers=workers)
     run(trials, trial_root, product(trials.arms, TUNED_ON))
     tuning = load(trial_root)
     rates = best(tuning)
@@ -151,6 +150,19 @@ def main() -> None:
     more = load(root / "equal")
     parts = {"tuning": tuning, "runs": results, "equal": more}
     write_json(STORED, {name: list(part.values()) for name, part in parts.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
+    options = parser.parse_args()
+    if not options.report:
+        go_on(options.output_dir, options.workers)
+    stored = read_json(STORED)
+    tuning, results, more = (by_arm(stored[part]) for part in ("tuning", "runs", "equal"))
+    rates = best(tuning)
     print(markdown(arm_rows(study, results, ("after", "quantized"))), rates, told(results, more, rates), sep="\n")
 
 

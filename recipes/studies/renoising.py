@@ -40,7 +40,18 @@ from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views
 from recipes.renoise_sudoku import recipe, renoise_in_four
-from recipes.studies.paired import Clock, Contrast, Study, arm_rows, contrast_rows, load, markdown, run_all, run_missing
+from recipes.studies.paired import (
+    Clock,
+    Contrast,
+    Study,
+    arm_rows,
+    by_arm,
+    contrast_rows,
+    load,
+    markdown,
+    run_all,
+    run_missing,
+)
 
 STORED = Path(__file__).with_suffix(".json")  # costs and every run
 SEEDS = range(10, 20)
@@ -130,7 +141,7 @@ def main() -> None:
     root = options.output_dir
     if options.report:
         stored = read_json(STORED)
-        costs, results = stored["seconds of a step"], {(run["arm"], run["seed"]): run for run in stored["runs"]}
+        costs, results = stored["seconds of a step"], by_arm(stored["runs"])
     else:
         untimed = [arm for arm in ARMS if not (root / "costs" / f"{arm}.json").exists()]
         run_all(((f"cost-{arm}", partial(cost, arm, root)) for arm in untimed), root, workers=1)

@@ -5,7 +5,7 @@ costs 1 and one with its backward costs 3. They are counted on the model's first
 
     python -m recipes.studies.reuse tune             the rates of the arms that are tuned
     python -m recipes.studies.reuse study            run what is missing, seed by seed, then print the tables
-    python -m recipes.studies.reuse study --report   the tables of the stored runs
+    python -m recipes.studies.reuse --report         the tables of the stored runs
 """
 
 import argparse
@@ -450,7 +450,7 @@ def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def main() -> None:
-    which = paired.which(("tune", "study"))
+    which = paired.which(("study", "tune"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reuse"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))

@@ -2,7 +2,7 @@
 
     python -m recipes.studies.scaffolds tune             instance 0, which no claim uses
     python -m recipes.studies.scaffolds study            run what is missing, then print the tables
-    python -m recipes.studies.scaffolds study --report   the tables of the stored runs
+    python -m recipes.studies.scaffolds --report         the tables of the stored runs
 
 A run's number is 10 times the instance of the function plus the seed.
 """
@@ -28,7 +28,7 @@ from dllm_rl.tasks import Problem
 from recipes import scaffolds
 from recipes.elites import BUDGET, infilling, mutations
 from recipes.scaffolds import LENGTH, Scaffolds, ehrlich, in_four, natural, score, taught, text_of
-from recipes.studies.paired import Results, interval, load, markdown, result_path, run_all
+from recipes.studies.paired import Results, by_arm, interval, load, markdown, result_path, run_all
 
 NUMBERS = [10 * instance + seed for instance in range(1, 6) for seed in range(5)]
 TUNING = [0, 1]  # numbers of instance 0; policies and infilling, which take longer, on 0 alone
@@ -412,7 +412,7 @@ def picture(results: Results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("tune", "study"))
+    parser.add_argument("which", nargs="?", choices=("tune", "study"), default="study")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/scaffolds_study"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of the runs that are there")
@@ -429,7 +429,7 @@ def main() -> None:
     if results:
         write_json(stored, [results[run] for run in runs if run in results])
     elif stored.exists():
-        results = {(each["arm"], each["seed"]): each for each in read_json(stored)}
+        results = by_arm(read_json(stored))
     print(f"{len(results)} of {len(runs)} runs\n")
     if not tuning:
         for claim in SHOWN:

@@ -24,7 +24,7 @@ run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0
 
     python -m recipes.studies.values tune            the trials
     python -m recipes.studies.values study           run what is missing, `--workers` at a time, then print the tables
-    python -m recipes.studies.values study --report  the tables of the stored runs below --output_dir
+    python -m recipes.studies.values --report        the tables of the stored runs
 """
 
 from collections.abc import Mapping
@@ -44,6 +44,7 @@ from recipes.studies.paired import (
     Results,
     Study,
     arm_rows,
+    by_arm,
     contrast_rows,
     main,
     markdown,
@@ -139,12 +140,12 @@ def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
 
 if __name__ == "__main__":
     stored = read_json(STORED) if STORED.exists() else []
-    tuning = which(("tune", "study")) == "tune"
+    tuning = which(("study", "tune")) == "tune"
     fresh = (
         paired.tune_in_two_rounds(TUNING, Path("runs") / TUNING.name, TRIALS.values(), run_one)
         if tuning
         else main(STUDY, __doc__, run=run_one)
     )
-    results = {(run["arm"], run["seed"]): run for run in stored} | dict(fresh)
+    results = by_arm(stored) | dict(fresh)
     print(*map(markdown, tables(results)), sep="\n")
     write_json(STORED, list(results.values()))

@@ -12,7 +12,7 @@ def test_the_parts_of_a_scheme_of_weights_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(schemes, "load_policy", lambda path: schemes.recipe.model())
     monkeypatch.setattr(schemes, "SCHEMES", {"int4_weight_only": schemes.SCHEMES["int4_weight_only"]})
     monkeypatch.setattr(schemes, "STORED", tmp_path / "schemes.json")
-    schemes.main(tmp_path)
+    schemes.measure(tmp_path)
     stored = read_json(tmp_path / "schemes.json")
     (row,) = stored["rows"]
     assert (stored["RL steps"], stored["solved"], row["tokens"]) == (7, 0.5, 64 * 2 * 16)

@@ -1,8 +1,14 @@
-"""Studies can go on: each arm is a recipe of today, and what is missing beside finished runs is run."""
+"""Studies can go on, as each arm is a recipe of today and what is missing beside finished runs is run; and they print
+what they stored."""
 
 import dataclasses
+import re
+import shutil
+import sys
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
+from runpy import run_path
 
 import pytest
 
@@ -47,3 +53,28 @@ def test_every_arm_of_every_study_is_a_recipe():
             except ValueError as error:
                 wrong.append(f"{name}, {arm}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+FOLDER = Path(recipes.studies.__path__[0])
+# Of these only pages tell: arms that were removed, and what came before a study's own runs.
+OF_PAGES = {"gradients_removed", "league_countdown_first", "low_bits_first", "mismatch_first", "values_toy"}
+
+
+def reports():
+    """By stored JSON: its study, and the word that chooses it there, if it is not named as the study."""
+    for stem in sorted({path.stem for path in FOLDER.glob("*.json")} - OF_PAGES):
+        parents = ("_".join(stem.split("_")[:end]) for end in range(stem.count("_") + 1, 0, -1))
+        study = next((name for name in parents if (FOLDER / f"{name}.py").exists()), stem)
+        word = "tune" if stem == "scaffolds_tuned" else stem[len(study) + 1 :]
+        yield pytest.param(study, [word] if word else [], id=stem)
+
+
+@pytest.mark.parametrize(("study", "words"), list(reports()))
+def test_a_report_needs_the_study_and_its_json_alone(study, words, tmp_path, monkeypatch, capsys):
+    for path in (FOLDER / f"{study}.py", *FOLDER.glob(f"{study}*.json")):
+        shutil.copy(path, tmp_path)  # a report also draws the study's picture beside it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr(sys, "argv", [study, *words, "--report"])
+    run_path(str(tmp_path / f"{study}.py"), run_name="__main__")
+    assert re.search(r"\d\.\d|[1-9]\d* (of|trials)", capsys.readouterr().out)

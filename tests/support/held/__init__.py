@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies.paired import interval
+from recipes.studies.paired import by_arm, interval
 
 ROOT = Path(__file__).parents[3]
 STUDIES, DOCS = "recipes/studies", "docs"
@@ -19,10 +19,6 @@ def stored(name: str) -> Any:
     """A JSON of results: a study's, "recipes/results" or "benchmarks/results/..."."""
     folder = ROOT if "/" in name else ROOT / STUDIES
     return json.loads((folder / f"{name}.json").read_text())
-
-
-def by_arm(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
-    return {(run["arm"], run["seed"]): run for run in runs}
 
 
 def runs_of(name: str) -> dict[tuple[str, int], Mapping[str, Any]]:
