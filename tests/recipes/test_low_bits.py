@@ -91,10 +91,10 @@ def made(monkeypatch):
 
 def test_the_driver_goes_on_seed_by_seed_and_repeats_nothing(tmp_path, made):
     keep(tmp_path, a_run("int4", FIRST_SEED))
-    go_on(tmp_path)
+    go_on(tmp_path, workers=1)
     every = [(arm, seed) for seed in range(FIRST_SEED, FIRST_SEED + 10) for arm in STUDY.arms]
     assert made == [each for each in every if each != ("int4", FIRST_SEED)]
-    go_on(tmp_path)
+    go_on(tmp_path, workers=1)
     assert len(made) == 79
 
 
@@ -102,7 +102,7 @@ def test_a_seed_begun_on_another_machine_waits_for_it(tmp_path, made):
     keep(tmp_path, a_run("int4", FIRST_SEED, "other"))
     for arm in STUDY.arms:
         keep(tmp_path, a_run(arm, FIRST_SEED + 1, "other"))
-    go_on(tmp_path)
+    go_on(tmp_path, workers=1)
     assert {seed for _, seed in made} == set(range(FIRST_SEED + 2, FIRST_SEED + 11)), "nine, beside the whole one"
     assert {seed for _, seed in whole(load(tmp_path))} == set(range(FIRST_SEED + 1, FIRST_SEED + 11))
 
@@ -110,7 +110,7 @@ def test_a_seed_begun_on_another_machine_waits_for_it(tmp_path, made):
 def test_a_failed_run_ends_the_driver(tmp_path, made, monkeypatch):
     monkeypatch.setattr(low_bits_tuned, "run_missing", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="seed 10 failed"):
-        go_on(tmp_path)
+        go_on(tmp_path, workers=1)
 
 
 def test_stored_runs_are_taken_over_and_new_ones_added(tmp_path, made, monkeypatch, capsys):

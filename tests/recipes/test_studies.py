@@ -56,7 +56,7 @@ def test_every_arm_of_every_study_is_a_recipe():
 
 
 FOLDER = Path(recipes.studies.__path__[0])
-# Of these only pages tell: arms that were removed, and what came before a study's own runs.
+# No command makes these any more; only pages tell of them.
 OF_PAGES = {"gradients_removed", "league_countdown_first", "low_bits_first", "mismatch_first", "values_toy"}
 
 
