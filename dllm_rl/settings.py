@@ -130,6 +130,7 @@ class Settings(Record):
     log_completions_steps = 0
     torch_compile = False
     router_replay = cast(Any, None)
+    teacher = cast(Any, None)
     push_to_hub = cast("str | None", None)
 
     @property

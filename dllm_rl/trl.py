@@ -111,6 +111,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if isinstance(policy, str):
             policy = load_policy(policy, dtype=(args.model_init_kwargs or {}).get("dtype", torch.float32))
             policy.module.name_or_path = str(model)  # peft writes it as the base of its adapters
+        elif args.model_init_kwargs:
+            raise ValueError(
+                f"model_init_kwargs={args.model_init_kwargs} is for a checkpoint that is loaded, and model is not its "
+                "folder or id: leave it out"
+            )
         if policy.spec.attention == "causal":
             raise ValueError(f"model is causal ({policy.spec.name}); use TRL's GRPOTrainer, or grpo")
         choices = {"sampler": sampler, "likelihood": likelihood, "corrector": corrector, "loss": loss}

@@ -395,6 +395,7 @@ def whitened(log_ratio, advantages, mask, sum_over_processes):
         ),
         (r"loss=.*does not work by micro-batches", {"loss": whitened}),
         (r"two objectives", {"corrector": TBPO(), "loss": GSPO()}),
+        (r"model_init_kwargs=.*bfloat16.* leave it out", {"settings": {"model_init_kwargs": {"dtype": "bfloat16"}}}),
         (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
         (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
     ],

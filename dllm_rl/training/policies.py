@@ -107,8 +107,10 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
     """Set the recipe's compute settings (fp32 logits, checkpointing) on the policy and return it.
 
     Raises:
-        ValueError: The policy does not support a setting.
+        ValueError: The policy does not support a setting, or the setting is only for a checkpoint that is loaded.
     """
+    if not isinstance(recipe.model, str):
+        check_given_weights(recipe, policy)
     policy.float32_head = recipe.float32_head
     policy.gradient_checkpointing = recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
@@ -120,6 +122,22 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
                 )
     check_replay(policy, recipe.router_replay)
     return policy
+
+
+def check_given_weights(recipe: Settings, policy: Policy) -> None:
+    """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function."""
+    if recipe.base_quantization is not None:
+        raise ValueError(
+            f"base_quantization={recipe.base_quantization!r} quantizes a checkpoint while it is loaded, and model is "
+            "not its folder or id: leave base_quantization out, or give the checkpoint as model"
+        )
+    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
+    is_of_teacher = isinstance(recipe.teacher, str) and recipe.teacher != REFERENCE
+    if recipe.dtype not in (Settings.dtype, "auto", dtype) and not is_of_teacher:
+        raise ValueError(
+            f"dtype={recipe.dtype!r} is for a checkpoint that is loaded, and the weights of this model are in {dtype}: "
+            f"cast them before, policy.module.to(torch.{recipe.dtype}), or leave dtype out"
+        )
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
@@ -238,6 +256,8 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     if recipe.teacher in (None, REFERENCE):
         return None
     teacher_settings: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
+    if not isinstance(recipe.teacher, str):  # its weights have their dtype
+        teacher_settings["dtype"] = "auto"
     teacher = build_policy(replace(recipe, **teacher_settings), accelerator.device)
     check_teacher(policy, teacher)
     teacher.module.requires_grad_(False)

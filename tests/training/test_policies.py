@@ -2,25 +2,31 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
+from sft_toys import tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import manifest, tiny_masked_lm
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.models.base import Lora
 from dllm_rl.quantization.schemes import Float8Dynamic
 from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,
     reference_policy,
     resumed_policy,
     save_reference,
+    teacher_policy,
 )
+from dllm_rl.training.trainer import train
 
 CPU = torch.device("cpu")
 
@@ -95,6 +101,52 @@ def test_of_the_model_that_a_recipe_names_the_rest_of_large_files_may_be_left_un
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
         build_policy(replace(recipe, model=str(file.parent)), CPU)
     build_policy(replace(recipe, model=str(file.parent), verify_checkpoint="quick"), CPU)
+
+
+def in_bf16():
+    policy = tiny_masked_lm(**SIZES)
+    policy.module.bfloat16()
+    return policy
+
+
+NF4 = {"base_quantization": "nf4", "lora": Lora(r=2)}
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "model", [tiny_masked_lm(**SIZES), partial(tiny_masked_lm, **SIZES)], ids=["policy", "function"]
+)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (NF4, "base_quantization='nf4' quantizes a checkpoint while it is loaded, .*: leave base_quantization out"),
+        (NF4 | {"base_quantization": "int8"}, "base_quantization='int8' quantizes"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' .* are in float32: cast .*torch.bfloat16.*, or leave dtype out"),
+        ({"dtype": "float16", "lora": Lora(r=2)}, "dtype='float16' .* are in float32"),
+    ],
+)
+def test_what_acts_while_a_checkpoint_is_loaded_is_refused_of_a_given_model(tmp_path, changes, model, dry_run, said):
+    with pytest.raises(ValueError, match=said):
+        train(tiny_recipe(tmp_path / "rl", model=model, dry_run=dry_run, **changes))
+    with pytest.raises(ValueError, match=said):
+        fine_tune(tiny_sft(tmp_path / "sft", model=model, **changes))
+    assert not [*tmp_path.glob("*/metrics.jsonl")], "before a file is written"
+
+
+def test_the_dtype_that_a_given_model_has_or_that_is_its_teachers_is_taken(tmp_path):
+    for dtype in ("float32", "auto", "bfloat16"):  # float32 is the default
+        policy = build_policy(tiny_recipe(tmp_path, model=in_bf16, dtype=dtype), CPU)
+        assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
+    folder = tmp_path / "teacher"
+    tiny_masked_lm(**SIZES).save_pretrained(folder)
+    recipe = tiny_recipe(tmp_path, teacher=str(folder), dtype="bfloat16")
+    policy = build_policy(recipe, CPU)
+    teacher = teacher_policy(recipe, policy, Accelerator(cpu=True))
+    assert {p.dtype for p in policy.module.parameters()} == {torch.float32}
+    assert teacher is not None and {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
+    given = tiny_recipe(tmp_path, model=str(folder), teacher=tiny_masked_lm(**SIZES), dtype="bfloat16")
+    teacher = teacher_policy(given, build_policy(given, CPU), Accelerator(cpu=True))
+    assert teacher is not None and {p.dtype for p in teacher.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
