@@ -141,6 +141,10 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
         if name in STRING_VALUES and value not in list(STRING_VALUES[name][1]):
             words = ", ".join(map(repr, STRING_VALUES[name][1]))
             refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {targets[name]})")
+        elif "." in name:
+            head, _, field = name.partition(".")
+            given = f"sampler_options={{{field!r}: ...}}" if head == "sampler" else f"{head}=...({field}=...)"
+            refused.append(f"{name} (an option of the command line: in a call give {given})")
         elif name not in BATCH_SIZES and targets.get(name, name).partition(".")[0] not in known_names:
             remedy = f"{name} (the nearest is {REMEDIES[name]})" if name in REMEDIES else ""
             refused.append(remedy or with_nearest(name, known_names | targets.keys()))

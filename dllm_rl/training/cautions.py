@@ -116,6 +116,12 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
             "weights: the loss does not bound how far the learner is from the weights that sampled; use "
             f"{f'{rollout} and {bound}' if bound else rollout}"
         )
+    if recipe.max_staleness > 1 and not recipe.likelihood.exact_ratios:
+        warnings.append(
+            f"max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood ratio "
+            f"says how far the learner is from the weights that sampled; use {as_written(max_staleness=1)}, or "
+            "likelihood=Trajectory()"
+        )
     return warnings
 
 

@@ -39,10 +39,9 @@ class Oracle(Callback):
         grpo(model, rows, [oracle, oracle.novelty], reward_weights=[1.0, 0.05])
 
     Args:
-        function: Reward function, f(completions, **columns) -> one number or None per completion; not async. None, not
-            a substitute, says that a measurement failed: it counts as a call, and the text is called again when it is
-            sampled again. A text is known if all arguments that the function accepts are the same; without `**columns`
-            only the text counts.
+        function: Reward function, f(completions, column, ...) -> a number or None per completion; not async. None,
+            not a substitute, says that a measurement failed: it counts as a call, and the text is called again when it
+            is sampled again. A text is known if all arguments that the function names are the same.
         budget: Number of texts to call the function for. The run then ends with a checkpoint, which a larger budget
             continues. None (default): no limit.
         cache: Whether a known text gets the reward of its first call. False: each text is called again, also by a
@@ -51,7 +50,8 @@ class Oracle(Callback):
         batch_size: Texts per call, such as a plate's. What raises, or is killed, loses its whole call. Default: 1.
 
     Raises:
-        ValueError: The function is async or no function, or a number is below 1.
+        ValueError: The function is async, no function, or accepts `**columns`, whatever it reads of them; or a number
+            is below 1.
     """
 
     graded_once = True  # after an exception the texts are not graded again one by one
@@ -68,12 +68,17 @@ class Oracle(Callback):
     ) -> None:
         if not callable(function) or inspect.iscoroutinefunction(function):
             raise ValueError(f"function={describe(function)} of Oracle must be a function that is not async")
+        self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.__signature__.parameters.values()):
+            raise ValueError(
+                f"function={describe(function)} of Oracle accepts every column, and would be paid again for a known "
+                "text of another prompt: name the columns that it reads, as in score(completions)"
+            )
         for name, value in {"budget": budget, "top_k": top_k, "batch_size": batch_size}.items():
             Bound(at_least=1).check(name, value)
         self.function, self.cache, self.top_k, self.batch_size = function, cache, top_k, batch_size
         self.budget = budget
         self.calls = 0  # texts that the run has called the function for
-        self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self._known: dict[str, float] = {}  # reward by the arguments, as JSON
         self._first_step: dict[str, int] = {}  # step that measured it first

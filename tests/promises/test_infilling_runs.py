@@ -113,8 +113,8 @@ def test_an_evaluation_grades_and_keeps_the_whole_text(tmp_path):
 def test_memory_and_lengths_are_known_before(tmp_path):
     recipe = recipe_of(tmp_path / "run")
     text, rows = plan(recipe), recipe.train_batch_size * recipe.num_generations
-    assert f"{rows} rows x (4 assumed prompt + 0 new) tokens" in text
-    assert f"{3 * rows} sampled, {4 * rows} with the prompts" in text  # the first prompt is "__2_"
+    assert f"{rows} rows x (5 longest prompt + 0 new) tokens" in text
+    assert f"{3 * rows} sampled, {5 * rows} with the prompts" in text  # the longest of "__2_", "1__45", ...
     policy = recipe.model()
     policy.spec = replace(policy.spec, max_length=4)
     with pytest.raises(ValueError, match="has 5 tokens and its completion 0"):

@@ -165,6 +165,22 @@ def test_late_rollouts_whose_lag_nothing_bounds():
         assert cautions(replace(late, **changes)) == []
 
 
+@pytest.mark.parametrize("likelihood", [OneStep(), ELBO(), Trajectory(num_segments=2)])
+def test_late_rollouts_whose_likelihood_gives_no_ratio(likelihood):
+    late = tiny_recipe(
+        "x",
+        rollout_workers=1,
+        max_staleness=2,
+        corrector=NoCorrection(),
+        old_logprobs="rollout",
+        loss=PPOClip(delta=1.2),
+        likelihood=likelihood,
+    )
+    (said,) = (line for line in cautions(late) if line.startswith("max_staleness=2"))
+    assert f" with likelihood={likelihood.name!r}: " in said and "use max_staleness=1, or" in said
+    assert not any("max_staleness" in line for line in cautions(replace(late, max_staleness=1)))
+
+
 def gspo_of_a_row(log_ratio, advantages, mask):
     return log_ratio.exp().clamp(max=2) * advantages[:, None]
 

@@ -115,8 +115,8 @@ def test_what_the_function_does_not_accept_does_not_distinguish_texts(tmp_path):
     def of_text(completions):
         return [float(len(seen) or 1) for text in completions]
 
-    def of_all(completions, **columns):
-        seen.append(columns)
+    def of_all(completions, prompts, target):
+        seen.append({"prompts": prompts, "target": target})
         return [1.0] * len(completions)
 
     rows = [{"prompt": "A", "target": 1}, {"prompt": "C", "target": 2}]
@@ -126,6 +126,17 @@ def test_what_the_function_does_not_accept_does_not_distinguish_texts(tmp_path):
         assert [reward.value for reward in task.rewards([task[0], task[1], task[0]], ["D"] * 3)] == [1.0] * 3
         assert oracle.calls == calls
     assert seen == [{"prompts": ["A"], "target": [1]}, {"prompts": ["C"], "target": [2]}]
+
+
+class Takes:
+    def __call__(self, completions, target=None, **rest):
+        return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [Takes(), lambda **columns: [0.0], lambda completions, *, a, **b: [0.0]])
+def test_a_function_of_every_column_is_refused(function):
+    with pytest.raises(ValueError, match=r"of Oracle accepts every column, .*: name the columns that it reads"):
+        Oracle(function)
 
 
 def test_a_noisy_function_is_called_for_each_text_up_to_its_budget(tmp_path):
@@ -178,7 +189,7 @@ def of_the_text(completions):
     return [1.0] * len(completions)
 
 
-def of_the_row(completions, **columns):
+def of_the_row(completions, prompts):
     return [1.0] * len(completions)
 
 

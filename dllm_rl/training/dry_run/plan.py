@@ -29,6 +29,7 @@ GPU_SIZES = (24, 48, 80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
 ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
+READ_PROMPTS = 100  # the longest of them is the prompt, if a task is opened
 
 
 def plan(recipe: Recipe) -> str:
@@ -43,9 +44,10 @@ def plan(recipe: Recipe) -> str:
     prompt_tokens, blanks = recipe.max_prompt_length or ASSUMED_PROMPT, 0
     if policy.tokenizer is not None:
         check_not_empty("task", recipe.task)
-        problem = recipe.task[0]
-        is_blank = ids_and_blanks(policy, problem.prompt, problem.blank)[1]
-        prompt_tokens, blanks = len(is_blank), sum(is_blank)
+        problems = [recipe.task[index] for index in range(min(READ_PROMPTS, len(recipe.task)))]
+        is_blank = [ids_and_blanks(policy, problem.prompt, problem.blank)[1] for problem in problems]
+        prompt_tokens, blanks = max(map(len, is_blank)), max(map(sum, is_blank))
+        prompt_tokens = min(prompt_tokens, recipe.max_prompt_length or prompt_tokens)  # longer ones are skipped
     # More processes than were launched, if `shard_size` needs more.
     processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
     step = PlannedStep(recipe, policy, prompt_tokens, processes, blanks)
@@ -115,7 +117,8 @@ def model_lines(step: PlannedStep) -> list[str]:
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     warnings = [*cautions(recipe), *learning_rate_warnings(recipe.learning_rate, parameters)]
-    engine_line = "rollout engine        not counted: memory and time below are for sampling in the learner's process"
+    others = "workers" if recipe.rollout_workers else "engine"
+    elsewhere = f"{f'rollout {others}':22}not counted: memory and time below are for sampling in the learner's process"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
@@ -123,7 +126,7 @@ def model_lines(step: PlannedStep) -> list[str]:
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         f"corrector             {recipe.corrector}",
-        *([engine_line] if recipe.rollout_engine is not None else []),
+        *([elsewhere] if recipe.rollout_workers or recipe.rollout_engine is not None else []),
         *(f"warning: {caution}" for caution in warnings),
     ]
 
@@ -138,9 +141,10 @@ def batch_lines(step: PlannedStep) -> list[str]:
             f"{step.num_graphs} of scoring's {step.num_forwards} forwards, which the first update does not run again "
             "(max_retained_graphs)"
         )
+    prompt = "assumed prompt" if step.policy.tokenizer is None else "longest prompt"
     return [
         f"processes             {step.processes} assumed; put WORLD_SIZE=N in front of the command to plan for N",
-        f"rollout batch         {rows} rows x ({step.prompt_tokens} assumed prompt + {recipe.max_new_tokens} new) "
+        f"rollout batch         {rows} rows x ({step.prompt_tokens} {prompt} + {recipe.max_new_tokens} new) "
         f"tokens: {recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {step.micro_rows} rows per forward of a process, {recipe.num_iterations} updates per "
         "step",

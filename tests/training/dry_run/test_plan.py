@@ -11,7 +11,7 @@ import transformers
 from repetitions import few
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import TIS, train
+from dllm_rl import TIS, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep
@@ -331,6 +331,20 @@ def test_a_prompt_is_as_long_as_the_run_would_take_it():
     recipe = replace(recipe_of("llada_8b_sudoku"), max_prompt_length=3900)
     with pytest.raises(ValueError, match="max_new_tokens=256 after 3900 tokens exceeds the model's 4096 positions"):
         plan(recipe)
+
+
+def test_the_prompt_of_a_plan_is_the_longest_of_the_rows():
+    rows, nothing = [{"prompt": "1" * length} for length in (3, 17, 5)], lambda completions: [0.0 for _ in completions]
+    settings = {"max_new_tokens": 4, "eval_dataset": rows}
+    for changes, length in (({}, 17), ({"max_prompt_length": 9}, 9)):
+        recipe = grpo_recipe(tiny_masked_lm(characters="1"), rows, nothing, **settings, **changes)
+        assert f" rows x ({length} longest prompt + 4 new) tokens" in plan(recipe)
+
+
+def test_a_plan_says_that_workers_are_not_counted():
+    recipe = replace(recipe_of("llada_8b_sudoku"), rollout_workers=2, max_staleness=1, torch_compile=False)
+    text = plan(replace(recipe, rollout_quantization=None))
+    assert "\nrollout workers       not counted: memory and time" in text
 
 
 @pytest.mark.slow
