@@ -26,7 +26,7 @@ class StepFeature:
     step to step goes through `state` and `load_state`, or is gone after a resume.
     """
 
-    max_staleness: int = 0  # updates by which the rollout's weights may be older, if `syncs` returns False
+    max_staleness: int = 0  # steps by which the rollout's weights may be older, if `syncs` returns False
     changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
 
     def around_forward(self, context: "StepContext") -> AbstractContextManager:

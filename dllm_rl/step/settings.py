@@ -25,7 +25,7 @@ class UpdateSettings:
         learning_rate: Learning rate of the step.
         max_grad_norm: Norm to which gradients are clipped. Default: 1.
         micro_batch_size: Rows per forward. None (default): all.
-        max_staleness: Largest number of updates by which the rollout's weights may be older. Default: 0.
+        max_staleness: Largest number of steps by which the rollout's weights may be older. Default: 0.
         measure: Whether to measure `update_direction` after the updates. Default: False.
     """
 

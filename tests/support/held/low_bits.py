@@ -37,6 +37,11 @@ def low_bits_training():
     yield PAGE, f"the least Holm's p that six seeds and two claims can give is {least:.3f}"
     (before,) = {run["before"] for run in results.values()}
     yield PAGE, f"it starts at {before:.3f}."
+    known = {run["arm"].split(" at ")[0]: f"{run['after']:.3f}" for run in stored("low_bits_first")}
+    told = f"unquantized {known['unquantized']}, INT4 {known['int4']}, TIS {known['int4, tis']}"
+    yield PAGE, f"of another seed at half the rate ({told}) and"
+    told = f"({known['unquantized']}; {known['int4']}, {known['int4, tis']})"
+    yield f"{STUDIES}/quantized_rollouts.md", f"whose unquantized run ended below both {told}."
     copies = paired(results, "int4, tis", "int4", "quantized")
     yield PAGE, f"the quantized copy's accuracy changes by {interval(copies)}"
 

@@ -30,7 +30,7 @@ def rounded_runs(name):
 
 
 def tables_with_two_digits():
-    claims, _, _, _, causal, *_ = tables_of(PAGE)
+    _, claims, _, _, _, causal, *_ = tables_of(PAGE)
     for told, found in zip(claims, stored("mismatch")["contrasts"], strict=True):
         yield PAGE, row(told["claim"], two_digits(found[DIFFERENCE]), p_value(found[PS]))
     arms, contrasts = (stored("mismatch_ar")[part] for part in ("arms", "contrasts"))
@@ -54,6 +54,9 @@ def the_first_study():
     yield PAGE, f"A dual clip at 1.2 alone undoes {undone} of it"
     undone = paired.share(runs, "one: TIS", "one: none", "one: unquantized")
     yield PAGE, f"it undoes {undone} of the harm"
+    harm = [paired.paired(runs, f"{order}: unquantized", f"{order}: none") for order in ("random", "one")]
+    more = two_digits(paired.interval([a - b for a, b in zip(*harm, strict=True)]))
+    yield PAGE, f"in random order lose {more} more against unquantized ones in their own order"
     for arm, against, sentence in (
         ("one: TIS shuffled", "one: none", "between shuffled weights and none ({})"),
         ("one: TIS", "one: lambda 0.5", "TIS beats a fixed lambda of 0.5 by {}"),
@@ -66,6 +69,10 @@ def the_claims_were_stated_after_an_earlier_study():
     arms = stored("mismatch_first")["arms"]
     assert {each["seeds"] for each in arms} == {"5"} == {str(len(each["each seed"].split(", "))) for each in arms}
     yield PAGE, f"after {5 * len(arms)} runs of [an earlier study](mismatch_first.json) on seeds 0 to 4"
+    after = {(each["setting"], each["arm"]): each["after"] for each in arms}
+    for setting, name in (("diffusion, int3", "int3"), ("diffusion, five_level", "five levels")):
+        columns = ("none", "tis", "icepop", "tbpo", "aligned", "qarl")
+        yield PAGE, row(name, *(after[setting, arm] for arm in columns))
 
 
 def rounding_as_small_as_a_kernels():
@@ -85,7 +92,7 @@ def real_fp8():
     ess = mean(run["ESS"] for (arm, _), run in by_rate["full"].items() if arm == "none")
     yield f"{DOCS}/method.md", f"at ESS {ess:.3f} |"
     (begun,) = {run["before"] for runs in by_rate.values() for run in runs.values()}
-    yield PAGE, f"FP8 weights, 12 steps from {begun:.2f} at 5e-4 (full)"
+    yield PAGE, f"in the learner's dtype), 12 steps from {begun:.2f} at 5e-4 (full)"
 
     def both(arm, against):
         pairs = (paired.paired(runs, arm, against) for runs in by_rate.values())

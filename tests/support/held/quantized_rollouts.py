@@ -39,10 +39,11 @@ def the_three_sentences():
         yield (
             page,
             (
-                "**Order:** in `MaxProb` order an INT4 copy writes another position than the learner in "
-                f"{flips('INT4')} of the steps, and truncated importance sampling (TIS) leaves a bias of "
-                f"{left('max_prob', 'tis')} of the gradient's length; in random order it leaves "
-                f"{left('random', 'tis')}."
+                "**Order:** on ten small supervised models of 4x4 Sudoku an INT4 copy in `MaxProb` order writes another "
+                f"position than the learner in {flips('INT4')} of the steps, and truncated importance sampling (TIS) "
+                f"leaves a bias of {left('max_prob', 'tis')} of the gradient's length, from "
+                f"{left('max_prob', 'none')}; in random order it leaves {left('random', 'tis')}, from "
+                f"{left('random', 'none')}."
             ),
         )
         yield (
