@@ -131,8 +131,6 @@ def a_step_against_its_products():
     example, main_job = "README's example", "main job"
     pairs = [(model, rank) for rank in ("MaxProb", "Confidence") for model in (example, main_job)]
     yield PAGE, (told + "{:.2f}").format(*(apart[pair] for pair in pairs))
-    unrecorded = [apart[model, "Confidence, without the order's log-probs"] for model in (example, main_job)]
-    yield PAGE, "{:.2f} and {:.2f} where the order's log-probs are not recorded".format(*unrecorded)
 
 
 def against_d1():
@@ -155,14 +153,10 @@ def against_d1():
 
 def two_processes():
     rows = {each["part"]: each for each in stored(f"{RESULTS}/two-processes-cpu")["rows"]}
-    step, repeated = rows["step"], rows["corrector and metrics of all rows"]["two"]
     names = ("step", "rollouts and rewards", "scoring", "gradients")
     whole, rollouts, scoring, gradients = (f"{rows[name]['ratio']:.2f}" for name in names)
     yield PAGE, f"does {whole} times the work of each of two in a step of `sudoku_unique`: {rollouts} in rollouts and "
     yield PAGE, f"{rollouts} in rollouts and rewards, {scoring} in scoring, {gradients} in gradients."
-    shared = step["one"] / (step["two"] - repeated / 2)
-    share = f"{100 * repeated / step['two']:.1f} %"
-    yield PAGE, f"are {share} of a step; shared out, they would make it at most {shared:.2f}."
 
 
 def the_wait_at_a_server():
@@ -176,12 +170,15 @@ def the_wait_at_a_server():
 def the_learners_step():
     rows = stored(f"{RESULTS}/update-cpu")["published"]
     found = {(each["step"], each["arm"]): f"{each['ratio']:.2f}" for each in rows}
-    for step, name in (
-        ("d1's estimator, one inner iteration", "d1's estimator, one inner iteration (kept: the default)"),
-        ("d1's estimator, two inner iterations and KL", "the same, two inner iterations and KL"),
-        ("ESPO's coupled masks, 4 views", "ESPO's coupled masks, 4 views (kept: `--max_retained_graphs 4`)"),
-    ):
-        yield PAGE, row(name, found[step, "constant memory"], f"**{found[step, 'kept graphs']}**")
+    steps = (
+        "d1's estimator, one inner iteration",
+        "d1's estimator, two inner iterations and KL",
+        "ESPO's coupled masks, 4 views",
+    )
+    one, two, espo = (found[step, "kept graphs"] for step in steps)
+    yield PAGE, f"{one} for d1's estimator with one inner iteration, {two} with two and KL, {espo} for ESPO's"
+    one, two, espo = (found[step, "constant memory"] for step in steps)
+    yield PAGE, f"(`--max_retained_graphs 0`) {one}, {two} and {espo}."
     last = {each["arm"]: each for each in stored(f"{RESULTS}/learner-cpu")["rows"] if each["masks"] == 16}
     constant, plain = (last[arm]["memory_against_fewest_masks"] for arm in ("constant", "plain"))
     yield PAGE, f"peaks at {constant:.2f} times the memory of one mask (all graphs kept: {plain:.0f} times)"
