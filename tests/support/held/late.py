@@ -106,7 +106,8 @@ def staleness() -> str:
     times = average("lag 4", "k3 of staleness") / average("lag 4", "k3 of quantization")
     return (
         "The mismatch is the staleness's more than the quantization's (no arm with a lag was unquantized): at a lag of "
-        f"4 without a correction the k3 divergence of staleness is {times:.0f} times that of FP8 (`mismatch_split/*`, one group a step)."
+        f"4 without a correction the k3 divergence of staleness is {times:.0f} times that of FP8 "
+        "(`mismatch_split/*`, one group a step)."
     )
 
 
