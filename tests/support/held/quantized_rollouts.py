@@ -40,8 +40,8 @@ def the_three_sentences():
             page,
             (
                 "**Order:** on ten small supervised models of 4x4 Sudoku an INT4 copy in `MaxProb` order writes "
-                f"another position than the learner in {flips('INT4')} of the steps, and truncated importance sampling (TIS) "
-                f"leaves a bias of {left('max_prob', 'tis')} of the gradient's length, from "
+                f"another position than the learner in {flips('INT4')} of the steps, and truncated importance "
+                f"sampling (TIS) leaves a bias of {left('max_prob', 'tis')} of the gradient's length, from "
                 f"{left('max_prob', 'none')}; in random order it leaves {left('random', 'tis')}, from "
                 f"{left('random', 'none')}."
             ),
