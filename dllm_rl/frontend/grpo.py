@@ -18,6 +18,7 @@ from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import annotations_of, fit
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
@@ -125,6 +126,8 @@ def grpo_recipe(  # noqa: PLR0913
         temperature: Temperature of the sampler. Default: 1, or the preset's. `Renoise` has t_max and t_min instead.
         sampler_options: Fields of `Unmask`, `Autoregress` or `Renoise`, such as diffusion_steps (unmasking steps, by
             default one per token) or top_p. Its max_new_tokens and temperature override the arguments of these names.
+            A `sampler` among the settings has its own fields instead. `eval_sampler` is by default the sampler at
+            temperature 0.
         max_rows: Number of rows to read of a data set without a length, such as a streamed one.
         preset: Name of the preset (`dllm_rl.presets`) whose settings replace the defaults: "d1", "large" ... None
             (default): chosen by the model's size, from a billion parameters on. "none": no preset.
@@ -168,16 +171,21 @@ def grpo_recipe(  # noqa: PLR0913
         spec = path_or_policy.spec
         block_size = spec.block_size
     attention = spec.attention
-    if max_new_tokens is None:
-        max_new_tokens = 0 if num_blanks(task[0]) else 256
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
-    if temperature is not None:
-        options.setdefault("temperature", temperature)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options = {field: value for field, value in options.items() if value is not None} | (sampler_options or {})
+    if "sampler" in settings:
+        settings["sampler"] = given = fit("sampler", Sampler, settings["sampler"], None)
+        for field, value in options.items():
+            if getattr(given, field, None) != value:
+                raise ValueError(
+                    f"{field}={value!r} is not what sampler={type(given).__name__} has: set it there, or leave it out"
+                )
+        options = {"max_new_tokens": given.max_new_tokens}
+    options.setdefault("max_new_tokens", 0 if num_blanks(task[0]) else 256)
     preset = preset_by_size(attention, num_parameters(path_or_policy)) if preset is None else preset
     if preset not in (None, "none"):
         options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
-    greedy_options: dict[str, Any] = {"temperature": 0.0}
     sampler_class: type[Sampler]
     if attention == "causal":  # an autoregressive model
         sampler_class = Autoregress
@@ -188,12 +196,13 @@ def grpo_recipe(  # noqa: PLR0913
             )
         sampler_class = Renoise
         options = {"answer": "drawn", **options}
-        greedy_options = {"answer": "argmax"}
     else:
         sampler_class = Unmask
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
+    # Evaluations run in this process, where the sampler of an engine that decodes by itself cannot.
+    is_of_engine = settings.get("rollout_engine") and type(used_sampler) not in (Unmask, Autoregress, Renoise)
     if settings.get("loss_reduction") == DR_GRPO:
         settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
     fields: dict[str, Any] = {
@@ -203,10 +212,26 @@ def grpo_recipe(  # noqa: PLR0913
         "validation_task": eval_task,
         "eval_task": eval_task,
         "sampler": sampler,
-        "eval_sampler": sampler.replace(**greedy_options),
+        "eval_sampler": settings.get("eval_sampler") or greedy(sampler if is_of_engine else used_sampler),
         "likelihood": default_likelihood(spec, block_size, used_sampler, num_blanks(task[0])),
     }
     return Recipe(**fields | settings)
+
+
+def greedy(sampler: Sampler) -> Sampler:
+    """Return the sampler that evaluates what a sampler trains: at temperature 0, or itself if it has no temperature.
+
+    Raises:
+        ValueError: It cannot have the temperature 0.
+    """
+    if isinstance(sampler, Renoise):
+        return sampler.replace(answer="argmax")
+    if "temperature" not in annotations_of(type(sampler)):
+        return sampler
+    try:
+        return sampler.replace(temperature=0.0)
+    except ValueError as error:
+        raise ValueError(f"eval_sampler is not given, and {type(sampler).__name__} cannot be greedy: {error}") from None
 
 
 def apply_preset(

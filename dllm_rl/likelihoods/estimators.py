@@ -632,6 +632,11 @@ class Trajectory(LikelihoodEstimator):
         if rollout.renoised is not None:
             return renoise_views(rollout, full=self.self_conditioning == "full")
         last_step = first_step = rollout.unmask_step
+        if bool((rollout.completion_mask & (last_step < 0)).any()):
+            raise ValueError(
+                f"likelihood={self.name!r} replays the steps in which a completion's tokens were written, and this "
+                "sampler records none for some (unmask_step=-1); record them, or use OneStep(), ELBO() or Coupled()"
+            )
         if rollout.events is not None:
             last_step, first_step = last_and_first_step(rollout, self.num_segments)
         start: Tensor | int = 0  # the first step of each position's block, if the blocks are replayed together

@@ -55,8 +55,9 @@ def last_and_first_step(rollout: Rollout, num_segments: int | None) -> tuple[Int
     """
     if num_segments is not None:
         raise ValueError(
-            f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
-            "of them (remask, soft_edit): leave num_segments at None; num_sampled_steps scores some of the steps"
+            f"num_segments={num_segments} merges steps, and this rollout rewrites tokens: a position may be written in "
+            "several of them; use likelihood=Trajectory(), which scores every step, or "
+            "Trajectory(num_sampled_steps=...), which scores some"
         )
     events = recorded_events(rollout)
     return events.step.amax(-1).to(rollout.unmask_step), events.step[..., 0].to(rollout.unmask_step)

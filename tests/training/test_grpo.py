@@ -22,18 +22,19 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
-from dllm_rl.likelihoods.estimators import Causal, Trajectory
+from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.records import describe
+from dllm_rl.records import describe, option
 from dllm_rl.samplers import Renoise
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.revise import Remask, SoftEdit
 from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshold
-from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.step_settings import step_settings
 
@@ -451,7 +452,7 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
     assert segments(sampler=Unmask(max_new_tokens=3)) is None
-    assert segments(max_new_tokens=4, sampler=Unmask(max_new_tokens=64, diffusion_steps=16)) == 4
+    assert segments(max_new_tokens=64, sampler=Unmask(max_new_tokens=64, diffusion_steps=16)) == 4
     rule = Threshold(tau=0.9)
     assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
     assert segments(max_new_tokens=64, sampler_options={"commit": SoftThreshold(tau=0.9)}) is None
@@ -471,6 +472,110 @@ def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
 def test_the_samplers_own_temperature_is_kept():
     recipe = recipe_of(max_new_tokens=4, sampler_options={"temperature": 0.5})
     assert recipe.sampler.temperature == 0.5 and recipe.eval_sampler.temperature == 0.0
+
+
+class Plain(Sampler):
+    """A sampler of one's own, of one draw by the library's, without a temperature."""
+
+    def __call__(self, policy, prompts, generator):
+        drawn = Unmask(max_new_tokens=self.max_new_tokens, temperature=getattr(self, "temperature", 1.0))
+        return drawn(policy, prompts, generator)
+
+
+class Warm(Plain):
+    temperature: float = option(default=1.0, at_least=0)
+
+
+class NeverGreedy(Plain):
+    temperature: float = option(default=1.0, above=0)
+
+
+class Rewriting(Plain):
+    def __call__(self, policy, prompts, generator):
+        rule = {"rank": RandomOrder(), "commit": Remask(eta=0.5)}
+        return Unmask(max_new_tokens=self.max_new_tokens, temperature=1.0, **rule)(policy, prompts, generator)
+
+
+class Stepless(Plain):
+    def __call__(self, policy, prompts, generator):
+        rollout = super().__call__(policy, prompts, generator)
+        return replace(rollout, unmask_step=torch.where(rollout.unmask_step == 0, -1, rollout.unmask_step))
+
+
+FUNCTION = FunctionSampler(function=lambda *_: None, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (Plain(max_new_tokens=4), Plain(max_new_tokens=4)),
+        (Warm(max_new_tokens=4, temperature=0.7), Warm(max_new_tokens=4, temperature=0.0)),
+        (FUNCTION, FUNCTION),
+        (
+            Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7, top_k=5),
+            Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.0, top_k=5),
+        ),
+        (Renoise(max_new_tokens=4, answer="drawn"), Renoise(max_new_tokens=4, answer="argmax")),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_evaluations_take_the_given_sampler_at_temperature_0(sampler, expected):
+    assert recipe_of(sampler=sampler).eval_sampler == expected
+    own = Unmask(max_new_tokens=2)
+    assert recipe_of(sampler=sampler, eval_sampler=own).eval_sampler == own
+
+
+def test_a_sampler_that_cannot_be_greedy_needs_one_for_evaluations():
+    sampler = NeverGreedy(max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"eval_sampler is not given, .*NeverGreedy.* must be above 0"):
+        recipe_of(sampler=sampler)
+    assert recipe_of(sampler=sampler, eval_sampler=Warm(max_new_tokens=4)).sampler == sampler
+
+
+def test_the_sampler_of_an_engine_that_decodes_does_not_evaluate():
+    """It would need the engine's policy; one of the library's decodes any engine's logits."""
+    decoding = HTTPSampler(max_new_tokens=6, temperature=0.7)
+    recipe = recipe_of(sampler=decoding, rollout_engine=HTTPEngine())
+    assert recipe.sampler == decoding and recipe.eval_sampler == Unmask(max_new_tokens=6, temperature=0.0)
+    ours = Unmask(max_new_tokens=6, diffusion_steps=2, temperature=0.7)
+    assert recipe_of(sampler=ours, rollout_engine=HTTPEngine()).eval_sampler == ours.replace(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 8}, "max_new_tokens=8 is not what sampler=Warm has: set it there, or leave it out"),
+        ({"temperature": 0.5}, "temperature=0.5 is not what sampler=Warm has"),
+        ({"sampler_options": {"diffusion_steps": 2}}, "diffusion_steps=2 is not what sampler=Warm has"),
+        ({"sampler": lambda *_: None}, "sampler=.* is no Sampler"),
+    ],
+)
+def test_a_given_samplers_fields_are_its_own(changes, said):
+    with pytest.raises(ValueError, match=said):
+        recipe_of(**{"sampler": Warm(max_new_tokens=4)} | changes)
+    recipe_of(sampler=Warm(max_new_tokens=4), max_new_tokens=4, temperature=1.0)
+
+
+@pytest.mark.parametrize("sampler", [Plain(max_new_tokens=4), Warm(max_new_tokens=4)], ids=["plain", "warm"])
+def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampler(tmp_path, sampler):
+    """Nothing says how long its texts may be: 256 tokens, the default of `Unmask`, would be too many."""
+    given = options(tmp_path, sampler=sampler, rollout_quantization=None)
+    assert "right" in grpo(partial(own_policy, max_length=None), ROWS, right, **given)["eval_after"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Rewriting, r"num_segments=2 merges steps.*; use likelihood=Trajectory\(\), which scores every step"),
+        (Stepless, r"records none for some .*; record them, or use OneStep\(\)"),
+    ],
+)
+def test_a_sampler_that_the_default_cannot_score_is_refused_before_anything_is_written(tmp_path, kind, said):
+    given = options(tmp_path / "run", sampler=kind(max_new_tokens=4), rollout_quantization=None, num_steps=1)
+    with pytest.raises(ValueError, match=said):
+        grpo(own_policy, ROWS, right, **given)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    grpo(own_policy, ROWS, right, **given, likelihood=Trajectory() if kind is Rewriting else OneStep())
 
 
 @pytest.mark.parametrize("how", ["grpo_recipe", "grpo", "dry_run"])
