@@ -171,7 +171,7 @@ def grpo_recipe(  # noqa: PLR0913
         spec = path_or_policy.spec
         block_size = spec.block_size
     attention = spec.attention
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options = {field: value for field, value in options.items() if value is not None} | (sampler_options or {})
     if "sampler" in settings:
         settings["sampler"] = given = fit("sampler", Sampler, settings["sampler"], None)
