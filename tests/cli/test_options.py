@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from own_module import own_policy
+from own_module import own_policy, pretrained_policy
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl.cli import options
@@ -64,15 +64,18 @@ def test_a_device_is_one_that_the_machine_has():
                 find_device(name)
 
 
+@pytest.mark.parametrize("maker", [own_policy, pretrained_policy], ids=["plain", "with a config"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_opens_a_custom_modules_checkpoint(command, opened, tmp_path, capsys):
-    own_policy(seed=1).save_pretrained(tmp_path)
-    options = [*COMMANDS[command], "--model", "own_module:own_policy"]
+def test_every_command_opens_a_custom_modules_checkpoint(command, maker, opened, tmp_path, capsys):
+    maker(seed=1).save_pretrained(tmp_path)
+    options = [*COMMANDS[command], "--model", f"own_module:{maker.__name__}"]
     assert main([command, str(tmp_path), *options]) == 0, capsys.readouterr().err
     assert opened == [("cpu", torch.float32)]
     capsys.readouterr()
     assert main([command, str(tmp_path), *COMMANDS[command]]) == 2
-    assert "name the function that makes its policy, --model MODULE:FUNCTION" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--model MODULE:FUNCTION" in said and "(serve and check-trace: --make_model)" in said
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import int8_emulated
-from own_module import own_policy, pretrained
+from own_module import own_policy, pretrained_policy
 from run_outputs import metrics_of, weights_of
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
@@ -21,10 +21,6 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def with_a_config(seed=0):
-    return own_policy(seed=seed, kind=pretrained)
-
-
 def recipe_of(directory, **changes):
     return tiny_recipe(
         directory,
@@ -37,9 +33,9 @@ def recipe_of(directory, **changes):
     [
         {"beta": 0.1},
         {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1},
-        {"beta": 0.1, "model": with_a_config},
-        {"lora": Lora(r=2), "model": with_a_config},
-        {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1, "model": with_a_config},
+        {"beta": 0.1, "model": pretrained_policy},
+        {"lora": Lora(r=2), "model": pretrained_policy},
+        {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1, "model": pretrained_policy},
     ],
     ids=[
         "all weights",
@@ -88,7 +84,7 @@ def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     assert same(weights_of(whole), weights_of(parts))
 
 
-@pytest.mark.parametrize("model", [own_policy, with_a_config], ids=["plain", "with a config"])
+@pytest.mark.parametrize("model", [own_policy, pretrained_policy], ids=["plain", "with a config"])
 def test_sft_of_it_resumes_and_tells_how_rl_starts_from_its_weights(tmp_path, capsys, model):
     whole = fine_tune(tiny_sft(tmp_path / "whole", model=model, num_steps=2))
     fine_tune(tiny_sft(tmp_path / "parts", model=model, num_steps=1, lr_schedule_steps=2))

@@ -111,3 +111,7 @@ def own_policy(*, seed: int = 0, characters: str = "1234.=", kind: Callable = Ow
         "lora_targets": ("qkv", "out", "up", "down"),
     }
     return make_policy(module, tokenizer, FamilySpec(**fields | spec))
+
+
+def pretrained_policy(*, seed: int = 0):
+    return own_policy(seed=seed, kind=pretrained)

@@ -387,5 +387,6 @@ def find_family(raw: dict) -> FamilySpec:
     code = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
     raise ValueError(
         f"architectures={architecture!r} is not known{code}; known are {known}; "
-        "pass a FamilySpec to register_family, or wrap its module with make_policy"
+        "pass a FamilySpec to register_family, or wrap its module with make_policy: dllm-rl takes the function that "
+        "does, --model MODULE:FUNCTION (serve and check-trace: --make_model)"
     )

@@ -172,7 +172,8 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
         if weight_files(folder):
             raise ValueError(
                 f"{folder} has weights without a config.json, as saved from a custom module: name the function "
-                "that makes its policy, --model MODULE:FUNCTION of dllm-rl, or use load_weights(policy, folder)"
+                "that makes its policy, --model MODULE:FUNCTION of dllm-rl (serve and check-trace: --make_model), or "
+                "use load_weights(policy, folder)"
             ) from None
         raise ValueError(f"{folder} has no config.json: it is not a checkpoint; give a checkpoint's folder") from None
     except ValueError:  # neither UTF-8 nor JSON
