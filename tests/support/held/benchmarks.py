@@ -108,7 +108,7 @@ def against_the_published_ones():
         found[each["way"], each["vocabulary"], each["batch"]] = f"{each['ratio']:.2f}"
         assert each["same tokens"] == 1
     small, large = ([found["exact", size, batch] for batch in (1, 8)] for size in (16384, 126464))
-    told = "the exact sampler is {} to {} times as fast at a vocabulary of 16,384 and {} to {} at 126,464"
+    told = "it is {} to {} times as fast at a vocabulary of 16,384 and {} to {} at 126,464"
     yield PAGE, told.format(*small, *large)
 
 
@@ -156,15 +156,14 @@ def two_processes():
     names = ("step", "rollouts and rewards", "scoring", "gradients")
     whole, rollouts, scoring, gradients = (f"{rows[name]['ratio']:.2f}" for name in names)
     yield PAGE, f"does {whole} times the work of each of two in a step of `sudoku_unique`: {rollouts} in rollouts and "
-    yield PAGE, f"{rollouts} in rollouts and rewards, {scoring} in scoring, {gradients} in gradients."
+    yield PAGE, f"{rollouts} in rollouts and rewards, {scoring} in scoring, {gradients} in gradients"
 
 
 def the_wait_at_a_server():
     rows = {each["requests"]: each for each in stored(f"{RESULTS}/waiting-cpu")["rows"]}
-    few, many = rows[0.5], rows[2.0]
-    told = "at 0.5 requests within the time of one alone, an answer takes {:.1f} times that time on average and {:.1f}"
-    yield f"{DOCS}/serving.md", told.format(few["mean"], few["worst"])
-    yield f"{DOCS}/serving.md", f"at 2 requests {many['mean']:.1f} and {many['worst']:.1f}"
+    told = "at 2 requests within the time of one alone, an answer takes {mean:.1f} times that time on average and "
+    told += "{worst:.1f} at worst"
+    yield f"{DOCS}/serving.md", told.format(**rows[2.0])
 
 
 def the_learners_step():

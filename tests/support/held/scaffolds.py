@@ -64,7 +64,7 @@ def findings():
     least, most = (round(calls / (value + sign * half), -2) for sign in (1, -1))
     yield PROTEIN, f"fewer than some {pays:g} scaffolds (by the interval {least:g} to {most:,g})"
     yield PAGE, f"about {pays:g} scaffolds or more (by the interval {least:g} to {most:,g})"
-    yield "README.md", f"after {calls:,} calls one sample for a new scaffold was worth {worth} calls of search."
+    yield "README.md", f"on a toy they pay from some {pays:g} scaffolds (fixed"
     value, half = map(float, differences[4].split("±"))
     assert value < 0 < value + half
     solved = {arm: sum(RUNS[arm, n]["solved"] is not None for n in NUMBERS) for arm in ARMS if arm != "policy"}
