@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dllm_rl.manifest import Check, verify_if_present
 from dllm_rl.models.base import (
@@ -24,6 +25,7 @@ from dllm_rl.models.base import (
     States,
     Tokenizer,
     Tokens,
+    encode_block_causal,
     position_ids,
 )
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -66,6 +68,7 @@ class ModulePolicy:
     lora: Lora | None = None
     quantization: Any = None
     quantization_report: Any = None
+    library_spec: FamilySpec | None = None  # the spec that the library found for the module; None: the caller gave one
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         # The module stays in eval mode: with dropout, two forwards of the same tokens would differ.
@@ -160,14 +163,16 @@ class ModulePolicy:
 
         With `stock`, write the layout of the module's transformers class, which transformers opens without remote code.
         `load_policy` opens both. For a custom module, only weights and tokenizer are written, and `load_weights` reads
-        the weights. Raise ValueError for a quantized copy.
+        the weights. `load_weights` also reads what a policy writes whose spec is not its family's, in the layout of the
+        module's class; `load_policy` refuses it. Raise ValueError for a quantized copy.
         """
         if self.quantization is not None:
             raise ValueError(
                 f"quantization={self.quantization!r}: a quantized copy's weights are rounded; save the policy that it "
                 "was made from"
             )
-        save_module(self.module, self.tokenizer, self.spec, directory, stock=stock)
+        custom = self.spec is not self.library_spec and _is_custom(self.module, self.spec, self.tokenizer)
+        save_module(self.module, self.tokenizer, self.spec, directory, stock=stock, custom=custom)
 
     def reference(self) -> Policy:
         """Return a policy that shares the weights, and whose forwards do not use the adapters: the one before training.
@@ -222,9 +227,12 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
             f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
             "train new adapters, set lora in the recipe or in grpo"
         )
-    spec = _stock_spec(module, tokenizer) if spec is None else spec
+    library_spec = None
+    if spec is None:
+        spec = library_spec = _stock_spec(module, tokenizer)
     check_spec(module, spec, tokenizer)
     policy = ModulePolicy(module, spec, tokenizer)
+    policy.library_spec = library_spec
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
         check_attention(policy)
     return policy
@@ -275,6 +283,7 @@ def load_policy(
         # A config value of a wrong type may raise an error only in the first forward, which make_policy runs.
         with name_in_errors(folder):
             policy = make_policy(module, tokenizer, spec)
+            policy.library_spec = spec
     if lora is not None:
         add_lora(policy, lora)
     return policy
@@ -304,9 +313,10 @@ def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_ch
 
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
-    """Load into a policy's custom module the weights that `save_pretrained` wrote.
+    """Load into a policy's module the weights that `save_pretrained` wrote.
 
-    Use it for a module whose class is not in transformers; `load_policy` opens all other checkpoints.
+    Use it for a module whose class is not in transformers, and for a policy whose spec is not its family's;
+    `load_policy` opens all other checkpoints.
 
     Args:
         policy: Policy whose module receives the tensors. It must have no adapters.
@@ -351,6 +361,35 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
         )
     prepare_in_place(module, spec)
     return spec
+
+
+# Fields of a spec that its policy uses. The other fields say how a checkpoint is recognized and read.
+POLICY_FIELDS = ("attention", "shift", "block_size", "causal_context", "is_also_causal", "mask_id", "eos_ids")
+POLICY_FIELDS += ("max_length", "vocab_size", "encode", "head", "lora_targets", "float32_rope")
+
+
+def _is_custom(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> bool:
+    """Return whether a policy's saved config would be opened with another spec than its own."""
+    if not isinstance(module, PreTrainedModel):
+        return False  # no config is saved
+    raw = module.config.to_dict() | {"architectures": [type(module).__name__]}
+    folder = spec.checkpoint_folder and Path(spec.checkpoint_folder)
+    try:
+        check_tokenizer(tokenizer, stock=True)
+        generation = getattr(module, "generation_config", None)
+        family = family_spec(module.config, tokenizer, raw=raw, folder=folder or None, generation=generation)
+    except (ValueError, AttributeError):  # no family, or the config lacks what its family reads: a mask, a length
+        return True
+    own, opened = (
+        replace(
+            each,
+            vocab_size=each.vocab_size or module.config.vocab_size,
+            # The encoder of a block-causal family is a `partial` with the family's spec.
+            encode=encode_block_causal if getattr(each.encode, "func", None) is encode_block_causal else each.encode,
+        )
+        for each in (spec, family)
+    )
+    return any(getattr(own, name) != getattr(opened, name) for name in POLICY_FIELDS)
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
@@ -476,6 +515,7 @@ def as_causal(policy: Policy) -> ModulePolicy:
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
     spec = replace(spec, is_also_causal=False)  # it keeps `mask_id`, which `Autoregress` never draws
     causal = make_policy(module, policy.tokenizer, spec)
+    causal.library_spec = spec  # `load_policy` opens it as a causal model, which has no mask
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):
         setattr(causal, name, getattr(policy, name))
     return causal

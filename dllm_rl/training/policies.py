@@ -141,8 +141,8 @@ def check_given_weights(recipe: Settings, policy: Policy) -> None:
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load the policy from a folder of this run. If the module's class is not in transformers, the recipe builds it
-    first.
+    """Load the policy from a folder of this run. If only `load_weights` opens the folder, the recipe builds the policy
+    first, with its own spec.
     """
     # A folder of this run was verified when the run's folder was opened, or it was written after that.
     if has_known_family(folder):

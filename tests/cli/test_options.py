@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from own_module import own_policy, pretrained_policy
+from own_module import own_policy, pretrained_policy, shifted_llama
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl.cli import options
@@ -64,7 +64,9 @@ def test_a_device_is_one_that_the_machine_has():
                 find_device(name)
 
 
-@pytest.mark.parametrize("maker", [own_policy, pretrained_policy], ids=["plain", "with a config"])
+@pytest.mark.parametrize(
+    "maker", [own_policy, pretrained_policy, shifted_llama], ids=["plain", "with a config", "with another spec"]
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_opens_a_custom_modules_checkpoint(command, maker, opened, tmp_path, capsys):
     maker(seed=1).save_pretrained(tmp_path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import int8_emulated
-from own_module import own_policy, pretrained_policy
+from own_module import own_policy, pretrained_policy, shifted_llama
 from run_outputs import metrics_of, weights_of
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
@@ -36,6 +36,9 @@ def recipe_of(directory, **changes):
         {"beta": 0.1, "model": pretrained_policy},
         {"lora": Lora(r=2), "model": pretrained_policy},
         {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1, "model": pretrained_policy},
+        {"beta": 0.1, "model": shifted_llama},
+        {"beta": 0.1, "model": shifted_llama()},
+        {"lora": Lora(r=2), "sft_warmup_steps": 2, "beta": 0.1, "model": shifted_llama},
     ],
     ids=[
         "all weights",
@@ -43,6 +46,9 @@ def recipe_of(directory, **changes):
         "all weights of a class with a config",
         "adapters on it",
         "adapters on it after a warm-up",
+        "all weights of a transformers class with another spec than its family's",
+        "a policy of it",
+        "adapters on it after a warm-up, with another spec",
     ],
 )
 @pytest.mark.slow
@@ -84,7 +90,11 @@ def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     assert same(weights_of(whole), weights_of(parts))
 
 
-@pytest.mark.parametrize("model", [own_policy, pretrained_policy], ids=["plain", "with a config"])
+@pytest.mark.parametrize(
+    "model",
+    [own_policy, pretrained_policy, shifted_llama, shifted_llama()],
+    ids=["plain", "with a config", "with another spec", "policy with another spec"],
+)
 def test_sft_of_it_resumes_and_tells_how_rl_starts_from_its_weights(tmp_path, capsys, model):
     whole = fine_tune(tiny_sft(tmp_path / "whole", model=model, num_steps=2))
     fine_tune(tiny_sft(tmp_path / "parts", model=model, num_steps=1, lr_schedule_steps=2))

@@ -1,6 +1,7 @@
 """Backbones that are nobody's but their author's: one of plain torch, and one of a class that transformers lacks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.policy import make_policy
-from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama
 
 
 class Block(nn.Module):
@@ -115,3 +116,14 @@ def own_policy(*, seed: int = 0, characters: str = "1234.=", kind: Callable = Ow
 
 def pretrained_policy(*, seed: int = 0):
     return own_policy(seed=seed, kind=pretrained)
+
+
+def with_spec(policy, **spec):
+    """A policy of the same module, with a spec of the caller's own."""
+    return make_policy(policy.module, policy.tokenizer, replace(policy.spec, **spec))
+
+
+def shifted_llama(*, seed: int = 0):
+    """A class of transformers, whose family has neither this shift nor this length."""
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return with_spec(tiny_llama(characters="1234.=", causal=False, seed=seed, **sizes), shift=True, max_length=40)

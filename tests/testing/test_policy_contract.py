@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from own_module import Own, own_policy, pretrained, with_remote_code
+from own_module import Own, own_policy, pretrained, shifted_llama, with_remote_code
 from torch import nn
 
 from dllm_rl import check_policy
@@ -115,6 +115,14 @@ def test_a_weight_that_is_not_saved(monkeypatch):
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["weights", "adapters"])
 def test_a_class_that_transformers_lacks_keeps_its_promises(kind, lora):
     policy = own_policy(kind=kind)
+    if lora is not None:
+        add_lora(policy, lora)
+    check_policy(policy)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["weights", "adapters"])
+def test_a_transformers_class_with_another_spec_than_its_familys_keeps_its_promises(lora):
+    policy = shifted_llama()
     if lora is not None:
         add_lora(policy, lora)
     check_policy(policy)

@@ -28,6 +28,12 @@ from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 # Field of a stock config that names the family of the checkpoint that it was converted from. transformers saves it, so
 # that what other tools save (`Trainer`, `module.save_pretrained`) is opened with the family's attention and shift.
 FAMILY_FIELD = "diffusion_family"
+# Field of a saved config that names a policy's own FamilySpec, if opening the folder by name would take another one.
+CUSTOM_SPEC_FIELD = "custom_spec"
+CUSTOM_HINT = (  # how to open a folder whose policy only its author's code can make
+    "name the function that makes its policy, --model MODULE:FUNCTION of dllm-rl (serve and check-trace: "
+    "--make_model), or use load_weights(policy, folder)"
+)
 # Fields that a checkpoint's config and the stock config have in common.
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -366,7 +372,12 @@ def stock_class(raw: dict) -> Any:
 
 
 def find_family(raw: dict) -> FamilySpec:
-    """Return the family of a checkpoint's config fields. Raise ValueError for an unknown one."""
+    """Return the family of a checkpoint's config fields. Raise ValueError for an unknown one, and for a custom spec."""
+    if (name := raw.get(CUSTOM_SPEC_FIELD)) is not None:
+        raise ValueError(
+            f"{CUSTOM_SPEC_FIELD}={name!r} in config.json: the checkpoint was saved with a FamilySpec that only its "
+            f"author's code has: {CUSTOM_HINT}"
+        )
     if (name := raw.get(FAMILY_FIELD)) is not None:  # a copy in the stock class's layout
         for family in FAMILIES:
             if family.name == name:

@@ -35,7 +35,13 @@ from dllm_rl.models.base import (
     is_finite,
     mlm_head,
 )
-from dllm_rl.models.checkpoint.families import FAMILY_FIELD, find_family, stock_class
+from dllm_rl.models.checkpoint.families import (
+    CUSTOM_HINT,
+    CUSTOM_SPEC_FIELD,
+    FAMILY_FIELD,
+    find_family,
+    stock_class,
+)
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
     FLOAT_DTYPES,
@@ -171,9 +177,7 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
         if weight_files(folder):
             raise ValueError(
-                f"{folder} has weights without a config.json, as saved from a custom module: name the function "
-                "that makes its policy, --model MODULE:FUNCTION of dllm-rl (serve and check-trace: --make_model), or "
-                "use load_weights(policy, folder)"
+                f"{folder} has weights without a config.json, as saved from a custom module: {CUSTOM_HINT}"
             ) from None
         raise ValueError(f"{folder} has no config.json: it is not a checkpoint; give a checkpoint's folder") from None
     except ValueError:  # neither UTF-8 nor JSON
@@ -187,8 +191,8 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
 def has_known_family(folder: Path) -> bool:
     """Return whether `load_policy` opens a folder with full weights.
 
-    It does not open the folder of a custom module, from which `load_weights` reads: of a class that is not in
-    transformers, with a config.json, or of a module without a config.
+    It does not open the folder of a custom module or spec, from which `load_weights` reads: of a class that is not in
+    transformers, of a module without a config, or of a policy whose spec is not the family's.
     """
     if not (folder / "config.json").exists():
         return False
@@ -515,16 +519,27 @@ def check_hub_id(path_or_id: str | Path) -> None:
         raise ValueError(f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them")
 
 
-def save_module(module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, stock: bool) -> None:
-    """Write the weights, with adapters merged, config and tokenizer in the checkpoint's layout or the class's."""
+def save_module(
+    module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, stock: bool, custom: bool
+) -> None:
+    """Write the weights, with adapters merged, config and tokenizer in the checkpoint's layout or the class's.
+
+    With `custom`, write the tensors under the module's names, as `load_weights` reads them, and the spec's name into
+    config.json, so that `find_family` refuses it.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
             write_tensors(merged_state_dict(module, device="cpu"), directory, max_shard_size=MAX_FILE_SIZE)
-        elif stock or spec.stock_model is None:
+        elif stock or custom or spec.stock_model is None:
             merged = merged_copy(module, device="cpu") if has_adapted_or_low_bit(module) else module
-            merged.save_pretrained(directory, max_shard_size=MAX_FILE_SIZE)
+            layout = {"save_original_format": False} if custom else {}
+            merged.save_pretrained(directory, max_shard_size=MAX_FILE_SIZE, **layout)
+            if custom:
+                config = directory / "config.json"
+                fields = json.loads(config.read_text()) | {CUSTOM_SPEC_FIELD: spec.name}
+                config.write_text(json.dumps(fields, indent=2) + "\n")
         else:
             assert spec.original_config is not None, "the spec is of a checkpoint, not of a family"
             state = lazy_merged_tensors(module)
