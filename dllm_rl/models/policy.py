@@ -364,8 +364,10 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
 
 
 # Fields of a spec that its policy uses. The other fields say how a checkpoint is recognized and read.
-POLICY_FIELDS = ("attention", "shift", "block_size", "causal_context", "is_also_causal", "mask_id", "eos_ids")
-POLICY_FIELDS += ("max_length", "vocab_size", "encode", "head", "lora_targets", "float32_rope")
+POLICY_FIELDS = (
+    *("attention", "shift", "block_size", "causal_context", "is_also_causal", "mask_id", "eos_ids", "max_length"),
+    *("vocab_size", "encode", "head", "lora_targets", "float32_rope"),
+)
 
 
 def _is_custom(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> bool:
@@ -373,11 +375,11 @@ def _is_custom(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> bool:
     if not isinstance(module, PreTrainedModel):
         return False  # no config is saved
     raw = module.config.to_dict() | {"architectures": [type(module).__name__]}
-    folder = spec.checkpoint_folder and Path(spec.checkpoint_folder)
+    folder = Path(spec.checkpoint_folder) if spec.checkpoint_folder else None
     try:
         check_tokenizer(tokenizer, stock=True)
         generation = getattr(module, "generation_config", None)
-        family = family_spec(module.config, tokenizer, raw=raw, folder=folder or None, generation=generation)
+        family = family_spec(module.config, tokenizer, raw=raw, folder=folder, generation=generation)
     except (ValueError, AttributeError):  # no family, or the config lacks what its family reads: a mask, a length
         return True
     own, opened = (
