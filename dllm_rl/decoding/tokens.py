@@ -461,16 +461,17 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
 
 def default_max_new_tokens(policy: Policy, problems: Task | Sequence[Problem]) -> int:
-    """Return the default number of new tokens: the length of the first problem's solution, or 256 if unknown.
+    """Return the default number of new tokens: the longest solution of the first 100 problems, or 256 if unknown.
 
     It is 256 for chat prompts, and 0 for problems with blanks, where only the blanks are filled in.
     """
     problem = problems[0]
     if problem.blank is not None:
         return 0
-    if isinstance(problem.prompt, str) and problem.solution is not None:
-        return len(text_ids(policy, problem.solution))
-    return 256
+    if not isinstance(problem.prompt, str):
+        return 256
+    solutions = [problems[index].solution for index in range(min(100, len(problems)))]
+    return max((len(text_ids(policy, solution)) for solution in solutions if solution is not None), default=256)
 
 
 def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rollout:

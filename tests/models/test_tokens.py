@@ -169,6 +169,8 @@ def test_a_completion_is_usually_as_long_as_a_solution(policy):
         (Problem("a_", blank="_", solution="b"), 0),
     ):
         assert default_max_new_tokens(policy, Problems([problem])) == length
+    longer = [Problem("ab", solution="c"), Problem("ab", solution="cdefghi"), Problem("ab")]
+    assert default_max_new_tokens(policy, Problems(longer)) == 7
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
