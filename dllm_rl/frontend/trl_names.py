@@ -114,6 +114,8 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         unused["warmup_steps"] = 0
     keywords = {name: value for name, value in keywords.items() if name not in unused or value != unused[name]}
     check_names(keywords, known_names, targets)
+    if keywords.get("resume_from_checkpoint") is True:
+        keywords["resume_from_checkpoint"] = "latest"
     for name in keywords.keys() & types.keys() - {"report_to"}:  # report_to is a list in TRL
         check_scalar(name, union_members(types[name]), keywords[name])
     check_no_update_is_counted(keywords)

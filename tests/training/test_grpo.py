@@ -333,6 +333,12 @@ def test_trls_names_set_what_they_mean():
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
 
 
+def test_trls_true_resumes_from_the_latest_checkpoint():
+    assert recipe_of(resume_from_checkpoint=True).resume_from_checkpoint == "latest"
+    with pytest.raises(ValueError, match="resume_from_checkpoint=False"):
+        recipe_of(resume_from_checkpoint=False)
+
+
 @pytest.mark.parametrize("name", ["eval_steps", "micro_batch_size", "output_dir", "reward_timeout", "eval_split"])
 def test_none_is_a_value_where_a_setting_takes_it(name):
     assert getattr(recipe_of(**{name: None}), name, None) is None
