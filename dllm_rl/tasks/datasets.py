@@ -408,6 +408,13 @@ def numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) 
 
     Raises ValueError unless there is one finite number or None per completion.
     """
+    listed = one_per_completion(label, numbers, completions)
+    found = (finite_or_none(label, *pair) for pair in zip(listed, completions, strict=True))
+    return {index: number for index, number in enumerate(found) if number is not None}
+
+
+def one_per_completion(label: str, numbers: Any, completions: Sequence[Any]) -> Sequence[Any]:
+    """Return what a reward function returned as a sequence. Raises ValueError unless it has one item per completion."""
     if hasattr(numbers, "tolist"):  # an array, a tensor or a pandas series
         numbers = numbers.tolist()
     # Not a set, which has no order; a dict would be read as its keys, and text as its characters.
@@ -421,16 +428,18 @@ def numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) 
             f"reward function {label} returned {len(numbers)} numbers for {len(completions)} texts; give one number "
             "per completion, or None where it does not apply"
         )
-    rewards = {}
-    for index, number in enumerate(numbers):
-        if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # a NumPy scalar or a tensor
-            number = number.item()
-        if number is None:  # the function does not apply to this completion
-            continue
-        if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:  # type: ignore[operator]
-            raise ValueError(
-                f"reward function {label} returned {number!r:.80} for completion {completions[index]!r}; give a "
-                "finite number, or None"
-            )
-        rewards[index] = float(number)
-    return rewards
+    return numbers
+
+
+def finite_or_none(label: str, number: Any, completion: Any) -> float | None:
+    """Return a completion's number, or None if the function does not apply to it. Raises ValueError for all else."""
+    if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # a NumPy scalar or a tensor
+        number = number.item()
+    if number is None:
+        return None
+    if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:  # type: ignore[operator]
+        raise ValueError(
+            f"reward function {label} returned {number!r:.80} for completion {completion!r}; give a finite number, or "
+            "None"
+        )
+    return float(number)

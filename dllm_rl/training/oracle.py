@@ -14,7 +14,7 @@ from dllm_rl.callbacks import Callback, RunControl
 from dllm_rl.files import as_json, write_text
 from dllm_rl.monitoring.json_lines import JsonLines, json_objects
 from dllm_rl.records import Bound, describe
-from dllm_rl.tasks.datasets import RewardFunction, numbers_by_completion
+from dllm_rl.tasks.datasets import RewardFunction, finite_or_none, one_per_completion
 
 
 class Oracle(Callback):
@@ -135,14 +135,22 @@ class Oracle(Callback):
             returned = self.function(**columns)
         except Exception as error:
             raise RuntimeError(f"{self.__name__} raised {error!r} on {', '.join(keys)}") from error
-        numbers = numbers_by_completion(self.__name__, returned, keys)
-        rewards = [numbers.get(index) for index in range(len(rows))]
+        rewards: list[float | None] = []
+        refused: ValueError | None = None
         assert self._log is not None and self._run is not None, "`on_start` sets both"
-        for key, reward in zip(keys, rewards, strict=True):
+        for key, number in zip(keys, one_per_completion(self.__name__, returned, keys), strict=True):
+            try:
+                reward = finite_or_none(self.__name__, number, key)
+            except ValueError as error:  # raised when the others, which are paid for, are stored
+                refused = refused or error
+                continue
+            rewards.append(reward)
             self._log.append({"step": self._run.step, "reward": reward, "arguments": json.loads(key)})
             self._remember(key, reward, self._run.step)
         self._log.flush()
-        self.calls += len(rows)
+        self.calls += len(rewards)
+        if refused:
+            raise refused
         return rewards
 
     def _remember(self, key: str, reward: float | None, step: int) -> None:

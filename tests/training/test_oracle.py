@@ -168,6 +168,19 @@ def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
     assert started(tmp_path, reward).calls == 3
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "0.5"])
+def test_a_number_that_is_refused_loses_none_of_the_others(tmp_path, bad):
+    numbers = {"A": 1.0, "C": bad, "D": None, "E": 2.0}
+    oracle = started(tmp_path, lambda completions: [numbers[text] for text in completions], batch_size=4)
+    with pytest.raises(ValueError, match="give a finite number, or None"):
+        oracle(completions=[*"ACDE"])
+    stored = [(row["arguments"]["completions"], row["reward"]) for row in lines(tmp_path / "oracle.jsonl")]
+    assert stored == [("A", 1.0), ("D", None), ("E", 2.0)] and oracle.calls == 3
+    numbers["C"] = 0.5
+    again = started(tmp_path, lambda completions: [numbers[text] for text in completions], batch_size=4)
+    assert again(completions=[*"ACE"]) == [1.0, 0.5, 2.0] and again.calls == 4
+
+
 def test_novelty_by_hand(tmp_path):
     """1 / copies of what no earlier step measured, before and after the oracle's call; failed ones stay new."""
     oracle = started(tmp_path, lambda completions: [None if text == "D" else 1.0 for text in completions])

@@ -106,6 +106,7 @@ def real_fp8():
             assert min(apart) > 0
     cost, tis, aligned, ais, tbpo = told.values()
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
+    yield PAGE, f"on an autoregressive SmolLM2 they cost {cost[0].removeprefix('-')}, and TIS added {tis[0]} ([neither"
     yield f"{DOCS}/method.md", f"TIS added {tis[0]} to an autoregressive SmolLM2 with FP8"
     yield PAGE, f"`Aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]

@@ -52,7 +52,7 @@ def findings():
         (PAGE, f"one of its samples was worth {worth} calls of elite search, after {calls:,} calls"),
         (PAGE, f"is worth {worth} calls of search, by instance from {min(by)} to {max(by)}"),
         (PAGE, f"{calls:,} calls of training are paid back from about {pays:g} scaffolds on"),
-        (PROTEIN, f"one sample was worth {worth} calls of search on a new scaffold, after {calls:,} calls"),
+        (PROTEIN, f"after {calls:,} calls, one sample was worth {worth} calls of search on a new scaffold"),
     ):
         yield page, text
     yield PAGE, f"without learning by {differences[2]} ({frozen['above 0']} runs)"
@@ -62,9 +62,9 @@ def findings():
     yield PROTEIN, f"above infilling by GRPO by {above} (area"
     value, half = map(float, worth.split("±"))
     least, most = (round(calls / (value + sign * half), -2) for sign in (1, -1))
-    yield PROTEIN, f"fewer than some {pays:g} scaffolds (by the interval {least:g} to {most:,g})"
+    yield PROTEIN, f"it took some {pays:g} scaffolds (by the interval {least:g} to {most:,g})"
     yield PAGE, f"about {pays:g} scaffolds or more (by the interval {least:g} to {most:,g})"
-    yield "README.md", f"on a toy they pay from some {pays:g} scaffolds (fixed"
+    yield "README.md", f"on a toy training pays from some {pays:g} scaffolds on;"
     value, half = map(float, differences[4].split("±"))
     assert value < 0 < value + half
     solved = {arm: sum(RUNS[arm, n]["solved"] is not None for n in NUMBERS) for arm in ARMS if arm != "policy"}
