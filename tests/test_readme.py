@@ -9,6 +9,8 @@ import torch
 from readme import PAGES, README, example
 from safetensors.torch import load_file
 
+import dllm_rl
+
 FILES = README.parent / "docs" / "train.md"
 
 
@@ -36,13 +38,24 @@ def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatc
     assert saved.keys() == now.keys() and all(torch.equal(saved[name], now[name]) for name in saved)
 
 
-def test_trls_users_are_served_in_twelve_lines(tmp_path, monkeypatch):
-    block = example("In `grpo`")
-    assert len([line for line in block.splitlines() if line]) <= 12
-    (tmp_path / "from_trl.py").write_text(block.replace("num_steps=100", "num_steps=2"))
+def test_trls_users_call_grpo_as_its_page_does(tmp_path, monkeypatch):
+    """Rows, reward functions, of which one is async, and TRL's names."""
+    page = README.with_name("docs").joinpath("trl.md").read_text()
+    (call,) = [line.strip() for line in page.splitlines() if line.startswith("    grpo(")]
+
+    def accuracy(completions, answer, **columns):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    async def length(completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
+    names = {"grpo": dllm_rl.grpo, "model": dllm_rl.tiny_masked_lm(characters="12345678=")}
+    names |= {"rows": rows, "accuracy": accuracy, "length": length}
+    (tmp_path / "call.py").write_text("summary = " + call.replace("=256", "=2").replace("=100", "=2"))
     monkeypatch.chdir(tmp_path)
-    summary = runpy.run_path(str(tmp_path / "from_trl.py"))["summary"]
-    assert summary["eval_problems"] == 6 and summary["eval_after"].keys() >= {"reward", "turned"}
+    summary = runpy.run_path("call.py", names)["summary"]
+    assert summary["eval_problems"] == 6 and summary["eval_after"].keys() >= {"reward", "accuracy", "length"}
 
 
 def test_every_file_it_links_to_is_there():

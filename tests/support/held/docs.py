@@ -14,7 +14,7 @@ def schemes():
     for each in found["rows"]:
         name = study_of_schemes.SCHEMES[each["scheme"]].__name__
         nats, ess = f"{each['mean_abs']:.4f}", f"{each['ess']:.4f}"
-        yield METHOD, f"| `{name}` | {nats} | {each['k3']:.4f} | {ess} |"
+        yield METHOD, f"- `{name}`: {nats}, {each['k3']:.4f}, {ess}"
         assert each["largest other cause"] < 1e-7
     steps, solved, tokens = found["RL steps"], f"{found['solved']:.3f}", f"{found['rows'][0]['tokens']:,}"
     yield MISMATCH, f"after {steps} RL steps (seed {found['seed']}, {solved} solved; {tokens} tokens"

@@ -81,7 +81,6 @@ def rounding_as_small_as_a_kernels():
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
     told = f"({after} against {against} unquantized; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
-    yield f"{DOCS}/method.md", f"| INT8, emulated (`FakeQuantize`), in a longer study | {nats} | | {ess} |"
 
 
 def real_fp8():
@@ -90,7 +89,7 @@ def real_fp8():
     assert {rate: len(runs) for rate, runs in by_rate.items()} == {"full": 60, "half": 60}
     yield PAGE, fp8_sums.told(by_rate)
     ess = mean(run["ESS"] for (arm, _), run in by_rate["full"].items() if arm == "none")
-    yield f"{DOCS}/method.md", f"at ESS {ess:.3f} |"
+    yield f"{DOCS}/method.md", f"at ESS {ess:.3f}."
     (begun,) = {run["before"] for runs in by_rate.values() for run in runs.values()}
     yield PAGE, f"in the learner's dtype), 12 steps from {begun:.2f} at 5e-4 (full)"
 

@@ -129,8 +129,8 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
         ("`OneStep(prompt_mask=0.15)`", lik.OneStep(prompt_mask=0.0)),
     ):
         found = seconds_of(replace(recipe, likelihood=estimator), policy, 256)
-        (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}")]
-        assert f"{found['scoring']:.1f} + {found['update']:.1f} |" in line, row
+        (line,) = [line for line in told.splitlines() if line.startswith(f"- {row}: ")]
+        assert line.endswith(f"; {found['scoring']:.1f} + {found['update']:.1f}"), row
         assert f"the rollout (compiled FP8) takes {found['rollout']:.1f} s." in told
 
 
