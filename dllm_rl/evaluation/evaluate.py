@@ -43,7 +43,7 @@ def evaluate(  # noqa: PLR0913
     Args:
         policy: Policy to evaluate.
         task: Problems and their grader.
-        sampler: `Unmask`, `Autoregress` or `Renoise` with its settings.
+        sampler: `Unmask`, `Autoregress`, `Renoise`, or your own with its settings.
         seed: Seed of the random numbers. Default: 0.
         batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
             of a problem, even if `samples` exceeds `batch_size`. Default: 32.

@@ -69,10 +69,14 @@ def the_claims_were_stated_after_an_earlier_study():
     arms = stored("mismatch_first")["arms"]
     assert {each["seeds"] for each in arms} == {"5"} == {str(len(each["each seed"].split(", "))) for each in arms}
     yield PAGE, f"after {5 * len(arms)} runs of [an earlier study](mismatch_first.json) on seeds 0 to 4"
-    after = {(each["setting"], each["arm"]): each["after"] for each in arms}
+    after, copies = (
+        {(each["setting"], each["arm"]): each[column] for each in arms} for column in ("after", "quantized")
+    )
     for setting, name in (("diffusion, int3", "int3"), ("diffusion, five_level", "five levels")):
-        columns = ("none", "tis", "icepop", "tbpo", "aligned", "qarl")
+        columns = ("none", "tis", "tis-reject", "icepop", "tbpo", "aligned", "qarl")
         yield PAGE, row(name, *(after[setting, arm] for arm in columns))
+        aligned, qarl = (copies[setting, arm] for arm in ("aligned", "qarl"))
+        yield PAGE, f"{aligned} and {qarl} ({name})"
 
 
 def rounding_as_small_as_a_kernels():
@@ -168,6 +172,10 @@ def length_or_conditioning():
     results = runs_of("lengths")
     assert len(results) == 98 and {arm for arm, _ in results} == set(lengths.study.arms)
     yield PAGE, lengths.told(results)
+    claims = {each["stated before the runs"]: each for each in paired.contrast_rows(lengths.study, results)}
+    four = claims["TIS helps: 4 steps"]
+    yield f"{DOCS}/method.md", f"it added [{four[DIFFERENCE]}]"
+    yield f"{DOCS}/method.md", f"at four steps (Holm's p {four[PS]})"
     apart = [
         f"{mean(results[f'{name}: none', seed]['mean abs log-ratio'] for seed in range(10)):.2f}"
         for name in lengths.SHARES
