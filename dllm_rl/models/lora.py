@@ -168,7 +168,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
-        raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
+        raise ValueError("lora: the policy has adapters already; merge them first (dllm_rl.models.lora.merge_lora)")
     linear_layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     targets = {path: layer for path, layer in linear_layers.items() if is_target(path, names)}
     if not targets:

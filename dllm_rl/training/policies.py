@@ -87,8 +87,8 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
     if policy.lora is not None:  # a checkpoint of the run would mix these adapters with the run's own
         raise ValueError(
-            f"model has adapters of rank {policy.lora.r} already; merge them first, merge_lora(policy), and give lora "
-            "to train new ones"
+            f"model has adapters of rank {policy.lora.r} already; merge them first, "
+            "dllm_rl.models.lora.merge_lora(policy), and give lora to train new ones"
         )
     return apply_compute_settings(recipe, policy)
 

@@ -13,9 +13,9 @@ def on_an_h100():
     for name in speeds[1]:
         if not name.endswith(", compiled") and name not in ("prefix cache", "FP8, dual cache"):
             found = [speeds[batch].get(name + suffix) for batch in (1, 8) for suffix in ("", ", compiled")]
-            cells = " | ".join("" if speed is None else f"{speed:.0f}" for speed in found).replace("  ", " ").strip()
+            cells = ", ".join(f"{speed:.0f}" for speed in found if speed is not None)
             note = " (approximate)" if name.endswith("cache") and "FP8" not in name else ""
-            yield "benchmarks/README.md", f"| {name}{note} | {cells}"
+            yield "benchmarks/README.md", f"- {name}{note}: {cells}"
     ratio = speeds[8]["FP8"] / speeds[8]["exact"]
     yield "docs/train.md", f"on an H100 `Float8Dynamic` has {ratio:.2f})."
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]

@@ -3,13 +3,17 @@
 from statistics import mean
 
 from dllm_rl.tasks.sudoku.solver import completions
-from held import row, stored
+from held import stored
 from recipes.studies import few_clues
 from recipes.studies.paired import interval
 
 PAGE = "recipes/README.md"
 RESULTS = stored("recipes/results")
 SOLVED = "solve rate before -> after (quantized net)"
+
+
+def item(name, *cells):
+    return f"- {name}: {'; '.join(cells)}"
 
 
 def seeds_of(part, recipe):
@@ -30,7 +34,7 @@ def the_main_job():
         rates = [(f"{b:.3f}", f"{a:.3f}") for b, a in zip(arm["before"], arm["after"], strict=True)]
         ess = f"{mean(arm['ESS']):.3f}; {min(arm['least ESS']):.3f}"
         cells = (f"{mean(arm['mismatch']):.3f}", ess, arrows(rates, arm["rollouts"].startswith("FP8")))
-        yield PAGE, row(arm["rollouts"], *cells)
+        yield PAGE, item(arm["rollouts"], *cells)
         if arm["rollouts"].startswith("FP8"):
             mismatch, ess, solved = cells
             yield "README.md", f"mismatch {mismatch} nats, ESS {ess.replace('; ', ' (least ')}), solved {solved}."
@@ -47,16 +51,16 @@ def sudoku_with_one_solution():
         took = sorted(int(run["seconds in all"]) for run in runs)
         told = [int(word) for word in seconds.replace(",", "").replace(";", "").split() if word.isdigit()]
         assert len(runs) == 3 and (told == took or told == [took[0], took[-1]])
-        yield PAGE, row(name, arrows(map(rates_of, runs), bold), seconds)
+        yield PAGE, item(name, arrows(map(rates_of, runs), bold), seconds)
     experts = RESULTS["sudoku_tiny_moe"]
     pairs = [
         (f"{before:.3f}", f"{after:.3f}") for before, after in zip(experts["before"], experts["after"], strict=True)
     ]
-    yield PAGE, f"| sudoku_tiny_moe (8 experts, 2 per token)* | {arrows(pairs, False)} | |"
+    yield PAGE, item("sudoku_tiny_moe (8 experts, 2 per token)*", arrows(pairs, False))
     cpp = RESULTS["llama_cpp_sudoku"]
     pairs = zip(cpp["before"], cpp["Q8_0, 1800 steps: after"], strict=True)
     pairs = [(f"{before:.3f}", f"{after:.3f}") for before, after in pairs]
-    yield PAGE, f"| engines/llama_cpp_sudoku, `Q8_0`* | {arrows(pairs, True)} | |"
+    yield PAGE, item("engines/llama_cpp_sudoku, `Q8_0`*", arrows(pairs, True))
 
 
 def supervised_alone():
@@ -71,21 +75,21 @@ def countdown():
     runs = RESULTS["countdown"]
     took = sorted(int(run["seconds, two threads, idle machine"].split(",")[0]) for run in runs)
     rates = arrows((run["accuracy before -> after"].split(" -> ") for run in runs), True)
-    yield PAGE, row("countdown_tiny", rates, f"{took[0]} to {took[-1]}")
+    yield PAGE, item("countdown_tiny", rates, f"{took[0]} to {took[-1]}")
 
 
 def pretrained():
     for recipe, name in (("antibody_cdr3", "antibody_cdr3*"), ("smollm2_arithmetic", "smollm2_arithmetic*")):
         runs = seeds_of("pretrained", recipe)
         took = sorted(int(run["seconds"]) for run in runs)
-        yield PAGE, row(name, arrows(map(rates_of, runs), True), f"{took[0]} to {took[-1]}")
+        yield PAGE, item(name, arrows(map(rates_of, runs), True), f"{took[0]} to {took[-1]}")
     runs = seeds_of("pretrained", "smollm2_diffusion_sft, then smollm2_diffusion")
     words = [run[SOLVED].replace(";", "").split() for run in runs]
     (start,), after = {each[1] for each in words}, [each[4] for each in words]
     first, then = zip(*(map(int, run["seconds"].split(" + ")) for run in runs), strict=True)
     told = f"{start}→{', '.join(after)}"
     took = f"{first[0]} + {min(then)} to {max(then)}"
-    yield PAGE, row("smollm2_diffusion* (after SFT; seeds 0 to 4)", told, took)
+    yield PAGE, item("smollm2_diffusion* (after SFT; seeds 0 to 4)", told, took)
     gains = [float(rate) - float(start) for rate in after]
     yield PAGE, f"over three seeds, as claimed, the gain is not significant: {interval(gains[:3])}."
 
@@ -97,8 +101,8 @@ def antibody_loops():
     assert min(after) > before
     yield "docs/protein-dna.md", "stayed likely"
     before, *after = (f"{float(each['identity of pairs']):.2f}" for each in rows)
-    told = f"from {before} to {', '.join(after[:-1])} and {after[-1]}"
-    yield "docs/protein-dna.md", f"the share of equal residues in two went {told}"
+    told = f"shared {before} of their residues before, and {', '.join(after[:-1])} and {after[-1]} after."
+    yield "docs/protein-dna.md", f"two loops {told}"
 
 
 def memory_of_real_models():
