@@ -128,7 +128,7 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
         sampler: Sampler = from_json(Sampler, recipe.get(field), field)
     except ValueError:
         stored = f"{field}={recipe.get(field)}"
-        note = f"note: {stored} is defined in a script; the command uses its default sampler instead"
+        note = f"note: {stored} is not of the library, so the command uses its default; evaluate(...) takes yours"
         print(escape_controls(note), file=sys.stderr)
         return None
     return sampler
