@@ -42,6 +42,7 @@ from dllm_rl.tasks.protocols import SOURCES, TASKS, under_protocol
 from dllm_rl.versions import versions
 
 Plan = tuple[dict[str, Any], Sampler]  # settings by name as recorded, and the sampler with them
+IN_HEADINGS = {"model", "max_new_tokens", "diffusion_steps"}  # settings that `results_table` shows
 NUM_GENERATED = 500  # problems to evaluate, without --limit, of a task that can generate any number
 
 
@@ -58,7 +59,9 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     source = SOURCES.get(getattr(task, "protocol", ""), arguments.task)  # a task of the user's has no protocol
     facts: dict[str, Any] = {"protocol_source": source, "versions": versions()}
     rows: list[dict[str, Any]] = []
-    first_results: dict[str, Evaluation] = {}  # of the first model, by its settings
+    # By the other settings: the first model, or a single model's first quantization, and its results.
+    baselines: dict[str, tuple[str, Evaluation]] = {}
+    is_one_model = len(arguments.models) == 1
     for position, model in enumerate(arguments.models):
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
@@ -88,10 +91,12 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                     )
                 row = {**result.summary, **result.majority(arguments.majority), **settings, **facts}
                 row |= {"completions": file.name} if file else {}
-                if position == 0:
-                    first_results[str(settings)] = result
-                elif str(settings) in first_results:
-                    row |= compared_with(arguments.models[0], result, first_results[str(settings)])
+                others = str(plan_settings if is_one_model else settings)
+                if scheme is schemes[0] if is_one_model else position == 0:
+                    baselines[others] = (f"quantization {quantization}" if is_one_model else str(model), result)
+                elif others in baselines:
+                    against, baseline = baselines[others]
+                    row |= compared_with(against, result, baseline)
                 rows.append(row)
     if processes.is_main_process:
         show_results(rows, arguments)
@@ -124,7 +129,7 @@ def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
     if arguments.json:
         print("\n".join(map(json.dumps, rows)))
     else:
-        is_small = len(rows) <= 3 and len(arguments.models) == 1
+        is_small = len(rows) <= 3 and len(arguments.models) == 1 and {*varying(rows)} <= IN_HEADINGS
         Console().print(results_table(rows) if is_small else sweep_table(rows))
         if arguments.output_dir:
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
@@ -329,8 +334,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=heading(first_row, split), caption=literal(". ".join(captions), style="table.caption"))
     table.add_column("")
     for row in rows:
-        steps = f", {row['diffusion_steps']} steps" if row.get("diffusion_steps") else ""
-        table.add_column(f"{row['max_new_tokens']} tokens{steps}", justify="right")
+        sizes = {"tokens": row["max_new_tokens"], "steps": row.get("diffusion_steps")}  # 0 tokens: blanks are filled
+        title = ", ".join(f"{size} {unit}" for unit, size in sizes.items() if size)
+        table.add_column(title, justify="right")
     for name in (name for name in first_row if f"{name}_interval" in first_row):
         cells = [with_bounds(row[name], row[f"{name}_interval"], separator="  ") for row in rows]
         table.add_row(literal(name), *map(literal, cells))

@@ -200,7 +200,11 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
     if Path(path).suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path} must be a .jsonl file (an object a line), or a .json file (a list of objects)")
     steps_and_rows: list[tuple[int, StoredCompletion]] = []
+    first_filter = None
     for location, row in load_rows(path):
+        first_filter = first_filter or row.get("filter")
+        if "resps" in row and row.get("filter") != first_filter:
+            continue  # lm-evaluation-harness writes a sample once for each of its filters
         if isinstance(start := row.get("resume_from"), int):
             # A resumed run repeats the steps from `start` on: drop their earlier rows.
             steps_and_rows = [earlier for earlier in steps_and_rows if earlier[0] < start]

@@ -208,6 +208,18 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     assert str(runs[1]) in "".join(cells)
 
 
+def test_quantizations_of_one_model_are_compared_with_the_first(model, capsys):
+    options = words("--task sudoku --limit 6 --diffusion_steps 1,4 --temperature 1 --quantization Int8WeightOnly,none")
+    found = [json.loads(line) for line in output(capsys, "evaluate", model, *options, "--json").splitlines()]
+    assert [row.get("against") for row in found] == [None, None, *["quantization Int8WeightOnly()"] * 2]
+    for before, after in zip(found[:2], found[2:], strict=True):
+        for name, (less, *_) in after["difference"].items():
+            assert less == pytest.approx(after[name] - before[name])
+    text = output(capsys, "evaluate", model, *options[:-4], *options[-2:])
+    assert "minus that of quantization Int8WeightOnly" in " ".join(text.split())
+    assert "none" in text, "a table of two rows names their quantization, too"
+
+
 def test_a_model_against_itself_differs_by_nothing(model, capsys):
     command = ("evaluate", model, model, "--task", "sudoku", "--limit", 5, "--diffusion_steps", 2, "--json")
     first, second = (json.loads(line) for line in output(capsys, *command).splitlines())

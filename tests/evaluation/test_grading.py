@@ -131,10 +131,11 @@ def test_an_interval_is_over_problems_and_not_over_their_samples(tmp_path, num_s
         for sample in range(num_samples)
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    harness = [{"doc_id": row["evaluation"]["problem"], "filter": row["evaluation"]["sample"]} for row in rows]
+    samples = [[f"#### {int(problem != 1)}"] * num_samples for problem in range(3)]
     harness = [
-        names | {"doc": {"answer": "1"}, "resps": [[row["completion"]]]}
-        for names, row in zip(harness, rows, strict=True)
+        {"doc_id": problem, "doc": {"answer": "1"}, "resps": [samples[problem]], "filter": name}
+        for name in ("strict-match", "flexible-extract")  # the harness writes a row of each sample for every filter
+        for problem in range(3)
     ]
     for each in (path, write(tmp_path / "b.jsonl", harness)):
         found = grade_file(each, task="gsm8k", protocol="espo")
@@ -157,6 +158,7 @@ def test_samples_of_the_harness_are_paired_by_doc_id(tmp_path) -> None:
             write(tmp_path / f"now{place}.jsonl", now),
             write(tmp_path / f"before{place}.jsonl", [sample(*each) for each in before]),
         ]
+        assert grade_file(paths[0], task="gsm8k", protocol="espo")["n"] == 3  # a sample of each problem, not two
         assert compare_files(*paths, task="gsm8k", protocol="espo")["difference"]["accuracy"][0] == -0.5
         assert compare_files(*paths[::-1], task="gsm8k", protocol="espo")["difference"]["accuracy"][0] == 0.5
     same_answers = [sample(problem, 5) | {"doc": {"answer": "5"}} for problem in (8, 9)]
