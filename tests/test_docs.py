@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import transformers
 import yaml
 from layouts import checkpoint
 from markdown.extensions.toc import slugify
@@ -541,6 +542,44 @@ def test_the_plan_of_llada_8b_has_the_lines_that_the_page_shows(tmp_path, monkey
     told = (DOCS / "train.md").read_text().partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
     assert len(lines) > 8 and [line for line in lines if line not in printed] == []
+
+
+@pytest.mark.nightly  # as above
+def test_the_plan_of_the_page_for_trls_users_has_its_numbers(capsys):
+    peft = pytest.importorskip("peft")
+    page = (DOCS / "trl.md").read_text()
+    code = page.partition("```python\n")[2].partition("\n\n")[0]  # up to the plan, before the trainer
+    names = {"grpo": dllm_rl.grpo, "LoraConfig": peft.LoraConfig, "model": "GSAI-ML/LLaDA-8B-Instruct"}
+    names |= {"rows": [{"prompt": str(i)} for i in range(20)], "reward": lambda completions, **_: [0.0]}
+    exec(code, names)
+    printed = capsys.readouterr().out
+    peak, hours = (
+        float(re.search(rf"\n  {line} +([\d.]+) {unit}", printed)[1]) for line, unit in (("peak", "GB"), ("run", "h"))
+    )
+    assert f"# prints {peak:.1f} GB, and {hours:.1f} h on an H100\n" in f"{code}\n"
+
+
+@pytest.mark.nightly  # the shapes of 650 million weights
+def test_the_memory_of_a_large_esm_is_that_of_the_page(tmp_path, capsys):
+    words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
+    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
+    sizes = {"hidden_size": 1280, "num_hidden_layers": 33, "num_attention_heads": 20, "intermediate_size": 5120}
+    ids = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}
+    config = transformers.EsmConfig(**sizes, **ids, max_position_embeddings=1026, architectures=["EsmForMaskedLM"])
+    config.position_embedding_type = "rotary"
+    config.save_pretrained(tmp_path)
+
+    def gigabytes(**settings):
+        options = {"train_batch_size": 4, "num_generations": 8, "lora": dllm_rl.Lora(), "beta": 0.05, "dry_run": True}
+        options |= {"sampler_options": {"diffusion_steps": 2}, "blank": "_"}
+        dllm_rl.grpo(str(tmp_path), [{"prompt": "M____"}] * 20, lambda completions: [], **options, **settings)
+        printed = capsys.readouterr().out
+        assert " 32 rows x (256 assumed prompt + 0 new) tokens" in printed
+        return float(re.search(r"\n  peak +([\d.]+) GB", printed)[1])
+
+    before, after = gigabytes(), gigabytes(micro_batch_size=8, gradient_checkpointing=True)
+    told = f"(650M in float32, LoRA, 32 rows of 256 tokens: {before:.0f} to {after:.0f} GB)"
+    assert told in (DOCS / "protein-dna.md").read_text()
 
 
 @pytest.mark.nightly

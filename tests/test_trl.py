@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from layouts import checkpoint
 from live_bytes import LiveBytes
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from ranks import run_ranks
-from trl_runs import ROWS, Watched, tiny, trainer
+from trl import GRPOConfig
+from trl_runs import ROWS, Watched, reward, tiny, trainer
 
 from dllm_rl import (
     AIS,
@@ -47,6 +48,7 @@ from dllm_rl import (
     SequenceMean,
     Trajectory,
     Unmask,
+    grpo,
     grpo_recipe,
     load_policy,
     quantized_copy,
@@ -255,10 +257,10 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("num_iterations", [1, 2])
-def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations):
+@pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
+def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
-    later epoch from where it stands.
+    later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
     """
     given = {
         "lora": lora,
@@ -268,6 +270,7 @@ def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations):
     }
     settings = {
         "num_iterations": num_iterations,
+        "steps_per_generation": steps_per_generation,
         "max_steps": 8,
         "lr_scheduler_type": "linear",
         "save_strategy": "steps",
@@ -359,6 +362,9 @@ def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
     expected = run._policy.logits(tokens, mask)
     for folder in (tmp_path / "out/checkpoint-1", tmp_path / "saved"):
         torch.testing.assert_close(load_policy(folder).logits(tokens, mask), expected, atol=1e-5, rtol=1e-4)
+        base = load_policy(source)
+        PeftModel.from_pretrained(base.module, folder)  # it changes the module
+        torch.testing.assert_close(base.logits(tokens, mask), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
@@ -476,8 +482,9 @@ from trl import GRPOConfig
 seen = []
 
 
-def length(completions, **columns):
-    return [len(text) / 10 for text in completions]
+def length(completions, completion_ids, trainer_state, **columns):
+    assert trainer_state.max_steps == 4
+    return [len(ids) / 10 for ids in completion_ids]
 
 
 async def digits(completions, **columns):
@@ -500,6 +507,7 @@ args = GRPOConfig(
     eval_strategy="steps",
     eval_steps=2,
     save_steps=2,
+    log_completions=True,
     load_best_model_at_end=True,
     metric_for_best_model="eval_reward",
     report_to="wandb",
@@ -538,4 +546,50 @@ def test_the_two_lines_of_the_page_change_a_script_of_trls(tmp_path, monkeypatch
     history = run.state.log_history
     assert any("eval_rewards/digits/mean" in log and "eval_rewards/length/mean" in log for log in history)
     assert any("eval_reward" in log for log in history)
+    assert any("eval_rollout_corr/ess" in log for log in history) and list((tmp_path / "sums/completions").iterdir())
+    assert not [name for log in history for name in log if name.startswith(("time/", "memory/"))]
+    assert not list(tmp_path.rglob("metrics.jsonl"))
     load_policy(tmp_path / "sums" / "best")
+
+
+class Kept(ours.DiffusionGRPOTrainer):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        runs.append(self)
+
+
+runs = []
+
+
+def test_the_block_of_the_page_plans_the_batch_that_it_trains(tmp_path, monkeypatch, capsys):
+    """On a small LLaDA. tests/test_docs.py has the plan's numbers for the large one."""
+    monkeypatch.chdir(tmp_path)
+    runs.clear()
+    block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    for old, new in (
+        ("=256", "=8"),
+        ("diffusion_steps=128", "diffusion_steps=4"),
+        ("block_size=32", "block_size=4"),
+        ("max_steps=1000", "max_steps=1"),
+        ("dry_run=True", "dry_run=True, max_prompt_length=8"),
+        ('{"dtype": "bfloat16"}, ', '{"dtype": "bfloat16"}, use_cpu=True, bf16=False, report_to="none", '),
+    ):
+        assert old in block
+        block = block.replace(old, new)
+    names = {"LoraConfig": LoraConfig, "GRPOConfig": GRPOConfig, "DiffusionGRPOTrainer": Kept, "grpo": grpo}
+    names |= {"Unmask": Unmask, "model": str(checkpoint(tmp_path / "llada", "llada")), "reward": reward}
+    names["rows"] = Dataset.from_list([{"prompt": text} for text in "abcdefghijklmnop"])
+    exec(compile(block, "block.py", "exec"), names)
+    assert "64 rows x " in (printed := capsys.readouterr().out) and "8 prompts x 8 completions" in printed
+    (run,) = runs
+    rollout, _, completions = run._generated
+    assert len(rollout.tokens) == 64 and completions == 8 and run.state.global_step == 1
+    adapters = {name: x for name, x in weights_of(run).items() if "lora_B" in name}
+    assert adapters and all(x.abs().max() > 0 for x in adapters.values())
+
+
+def test_the_page_names_what_is_refused():
+    told = re.search(r"\*\*Refused at the start.*", PAGE.read_text())[0]
+    names = {*re.findall(r"`(\w+)`", told)} - {"loss_type"}
+    assert len(names) > 8 and names <= {*ours.UNUSED_FIELDS, *ours.UNUSED_ARGUMENTS, *ours.LOSS_TYPES}
+    assert names >= {*ours.LOSS_TYPES}

@@ -25,9 +25,10 @@ class Oracle(Callback):
 
         grpo(model, rows, Oracle(binding_energy, budget=5000))
 
-    Only training steps call the function. The rehearsal and the evaluations give a known text its reward, and other
-    texts none. Each call is written to oracle.jsonl in the run's folder before its reward is used, so that a resume
-    calls no known text again, also after the process was killed. An exception ends the run without a further call.
+    A call is one text that the function measures; the function is given texts in batches. Only training steps call it.
+    The rehearsal and the evaluations give a known text its reward, and other texts none. Each call is written to
+    oracle.jsonl in the run's folder before its reward is used, so that a resume calls no known text again, also after
+    the process was killed. An exception ends the run without a further call.
     best.jsonl has the best texts. The metrics are oracle/calls, oracle/frac_repeated (share of the step's texts without
     a call), oracle/best, and oracle/top (mean of the best). A completion without a reward of the oracle, as after a
     failed measurement or beyond the budget, is skipped whatever other reward functions return. `grpo` sets no
@@ -41,13 +42,15 @@ class Oracle(Callback):
     Args:
         function: Reward function, f(completions, column, ...) -> a number or None per completion; not async. None,
             not a substitute, says that a measurement failed: it counts as a call, and the text is called again when it
-            is sampled again. A text is known if all arguments that the function names are the same.
-        budget: Number of texts to call the function for. The run then ends with a checkpoint, which a larger budget
-            continues. None (default): no limit.
+            is sampled again. A text that the function rejects without a measurement is a call too: return a low number
+            for it. A text is known if all arguments that the function names are the same.
+        budget: Number of calls. The run then ends with a checkpoint, which a larger budget continues. None (default):
+            no limit.
         cache: Whether a known text gets the reward of its first call. False: each text is called again, also by a
             resume. Default: True.
         top_k: Number of texts in best.jsonl. Default: 10.
-        batch_size: Texts per call, such as a plate's. What raises, or is killed, loses its whole call. Default: 1.
+        batch_size: Largest number of texts in a batch, such as a plate's. What raises, or is killed, loses its whole
+            batch. Default: 1.
 
     Raises:
         ValueError: The function is async, no function, or accepts `**columns`, whatever it reads of them; or a number

@@ -101,7 +101,7 @@ def antibody_loops():
     assert min(after) > before
     yield "docs/protein-dna.md", "stayed likely"
     before, *after = (f"{float(each['identity of pairs']):.2f}" for each in rows)
-    told = f"shared {before} of their residues before, and {', '.join(after[:-1])} and {after[-1]} after."
+    told = f"shared {before} of their residues before, and {min(after)} to {max(after)} after."
     yield "docs/protein-dna.md", f"two loops {told}"
 
 

@@ -59,14 +59,17 @@ def findings():
     above = differences[3].removeprefix("-")
     assert above != differences[3]
     yield PAGE, f"exactly what is feasible, is above it by {above};"
-    yield PROTEIN, f"above infilling by GRPO by {above} (mean over calls"
+    value, half = map(float, differences[3].split("±"))
+    assert value + half < 0
+    yield PROTEIN, "Infilling by GRPO lost to search that mutates and crosses the best"
     value, half = map(float, worth.split("±"))
     least, most = (round(calls / (value + sign * half), -2) for sign in (1, -1))
-    yield PROTEIN, f"it took some {pays:g} scaffolds (by the interval {least:g} to {most:,g})"
+    yield PROTEIN, f"training paid only if some {pays:g} new scaffolds (by the interval {least:g} to {most:,g})"
     yield PAGE, f"about {pays:g} scaffolds or more (by the interval {least:g} to {most:,g})"
     yield "README.md", f"on a toy, training pays from about {pays:g} templates"
     value, half = map(float, differences[4].split("±"))
     assert value < 0 < value + half
+    yield PROTEIN, "It was not shown to be worse than the genetic algorithm, or better than without learning."
     solved = {arm: sum(RUNS[arm, n]["solved"] is not None for n in NUMBERS) for arm in ARMS if arm != "policy"}
     yield (
         PAGE,
