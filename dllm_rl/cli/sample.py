@@ -22,6 +22,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank
+from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem, shown_prompt
 from dllm_rl.types import Rollout
@@ -86,7 +87,7 @@ def complete(
         seconds_per_step: Show each step on the terminal, and wait for this time. None (default): show nothing.
 
     Raises:
-        ValueError: There are no problems, or the sampler is not for the policy.
+        ValueError: There are no problems, or the sampler is not for the policy or leaves blanks unfilled.
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
@@ -104,6 +105,7 @@ def complete(
 
             rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
     seconds = time.perf_counter() - start_time
+    check_rollout(sampler, policy, prompts, rollout)
     record = to_record(policy, rollout, texts, seconds=seconds, has_blanks=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"

@@ -14,6 +14,7 @@ from dllm_rl.evaluation.results import Evaluation, GradedAnswer
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
+from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
 
@@ -65,8 +66,9 @@ def evaluate(  # noqa: PLR0913
         The graded completions of all processes, with means and summary.
 
     Raises:
-        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; or the file has completions
-            that were made with other weights, quantization, seed, sampler or problems.
+        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; the sampler lacks rows or
+            does not fill the blanks; or the file has completions that were made with other weights, quantization, seed,
+            sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -115,6 +117,7 @@ def complete(
     seeds = row_seeds(seed, keys)
     prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=seeds, reads_order=False)
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
+    check_rollout(sampler, policy, prompts, rollout)
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     completion_ids = completion_token_ids(rollout)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Generator
 
 from dllm_rl.models.base import Policy
-from dllm_rl.records import Record, option
+from dllm_rl.records import Record, describe, option
 from dllm_rl.types import Prompts, Rollout
 
 
@@ -39,3 +39,24 @@ class FunctionSampler(Sampler):
 
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator, **keywords: Any) -> Rollout:
         return self.function(policy, prompts, generator, **keywords)
+
+
+def check_rollout(sampler: Callable[..., Rollout], policy: Policy, prompts: Prompts, rollout: Rollout) -> None:
+    """Raise ValueError if a rollout lacks a row of the prompts that a sampler got, or a position to fill in.
+
+    Call it after each sampler that a user may have written. The message names the sampler.
+    """
+    rows, width = prompts.tokens.shape
+    if len(rollout.tokens) != rows:
+        raise ValueError(
+            f"sampler={describe(sampler)} must return one row for each row of its prompts; it returned "
+            f"{len(rollout.tokens)} for {rows}"
+        )
+    if prompts.infill_mask is None:
+        return
+    is_filled = rollout.completion_mask[:, :width] & (rollout.tokens[:, :width] != policy.spec.mask_id)
+    if num_left := int((prompts.infill_mask & ~is_filled.to(prompts.infill_mask.device)).sum()):
+        raise ValueError(
+            f"sampler={describe(sampler)} did not fill {num_left} of {int(prompts.infill_mask.sum())} blanks; write "
+            "the positions of prompts.infill_mask, and set completion_mask there, or give rows without blanks"
+        )

@@ -28,6 +28,7 @@ from dllm_rl.distributed.collectives import (
 from dllm_rl.models.base import Policy
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
@@ -172,7 +173,7 @@ def sample_and_grade(
         `component_reward_weights`.
 
     Raises:
-        ValueError: The sampler returns other groups than those of its prompts.
+        ValueError: The sampler lacks rows, or does not fill the blanks.
         FloatingPointError: The rollout's log-probs are not finite.
     """
     settings, rollout_policy = context.settings, context.rollout_policy
@@ -184,8 +185,8 @@ def sample_and_grade(
         # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
         batches = prompts.split(settings.rollout_batch_size or len(seeds))
         rollouts = [settings.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
-        if any(len(made.tokens) != len(batch.tokens) for made, batch in zip(rollouts, batches, strict=True)):
-            raise ValueError("the recipe's sampler must return one row for each row of its prompts")
+        for batch, made in zip(batches, rollouts, strict=True):
+            check_rollout(settings.sampler, rollout_policy, batch, made)
         rollouts = [with_support(made, settings.sampling_support) for made in rollouts]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
         rollout = replace(rollout, group=copy_to_device(rollout.tokens.device, prompts.group)[0])

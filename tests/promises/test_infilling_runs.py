@@ -6,16 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.cli.main import main
+from dllm_rl.cli.sample import complete
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.records import option
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.examples import solution_examples
@@ -23,6 +26,7 @@ from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.prompts import check_prompts
 from dllm_rl.training.trainer import train
+from recipes.examples.sampler_at_once import AtOnce
 
 DIGITS = "0123456789"
 
@@ -131,3 +135,42 @@ def test_what_cannot_be_infilled_is_refused():
     prompts = encode(policy, [Missing()[0]])
     with pytest.raises(ValueError, match="cannot fill in"):
         Autoregress(max_new_tokens=1)(causal, prompts, torch.Generator())
+
+
+class AfterThePrompt(AtOnce):
+    """Marks `marked` of the blanks as completion, and replaces the masks of `written` of them."""
+
+    marked: int = option(default=0)
+    written: int = option(default=0)
+
+    def __call__(self, policy, prompts, generator):
+        rollout = super().__call__(policy, prompts, generator)
+        places = F.pad(prompts.infill_mask, (0, self.max_new_tokens))
+        number = places.flatten().cumsum(0).view(places.shape)
+        chosen = rollout.completion_mask | places & (number <= self.marked)
+        tokens = rollout.tokens.masked_fill(places & (number <= self.written), policy.tokenizer.encode("7")[0])
+        return replace(rollout, tokens=tokens, completion_mask=chosen, unmask_step=chosen.long() - 1)
+
+
+UNFILLED = r"^sampler=.*AfterThePrompt\(.*\) did not fill {} of {} blanks; write the positions of prompts.infill_mask"
+
+
+@pytest.mark.parametrize(("marked", "written"), [(0, 0), (0, 10), (10, 0), (9, 10), (10, 9)])
+def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
+    policy, own = tiny_masked_lm(**SIZES | {"characters": DIGITS}), AfterThePrompt(max_new_tokens=1)
+    own = own.replace(marked=marked, written=written)  # of the ten blanks of four problems
+    with pytest.raises(ValueError, match=UNFILLED.format(10 - min(marked, written), 10)):
+        evaluate(policy, Missing(), own, limit=4)
+    with pytest.raises(ValueError, match=UNFILLED.format(10 - min(marked, written), 10)):
+        complete(policy, [Missing()[i] for i in range(4)], own)
+    with pytest.raises(ValueError, match=UNFILLED.format(r"\d+", r"\d+")):
+        train(replace(recipe_of(tmp_path / "run", num_steps=1, likelihood=OneStep()), sampler=own))
+
+
+def test_a_sampler_of_ones_own_may_fill_blanks(tmp_path):
+    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
+    own = AfterThePrompt(max_new_tokens=1, marked=1000, written=1000)
+    assert {answer.reward.parsed for answer in evaluate(policy, Missing(), own, limit=4).answers} == {False}
+    (row,) = complete(policy, [Missing()[1]], own)["rows"]
+    assert row["completion"].startswith("17745")
+    train(replace(recipe_of(tmp_path / "run", num_steps=1, likelihood=OneStep()), sampler=own))
