@@ -24,6 +24,7 @@ from dllm_rl.algorithms.losses import K3, Loss
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import grpo_recipe, wrap_model
+from dllm_rl.frontend.trl_names import OFF
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.policy import load_policy
@@ -55,13 +56,7 @@ OVERRIDDEN = {
     "save_model": ("self", "output_dir", "_internal_call"),
 }
 # Fields of GRPOConfig that this trainer does not read, or with which it was not tried: they stay at their defaults.
-UNUSED_FIELDS = (
-    *("use_vllm", "use_liger_kernel", "use_transformers_continuous_batching", "cache_implementation", "min_p"),
-    *("repetition_penalty", "generation_kwargs", "chat_template_kwargs", "mask_truncated_completions"),
-    *("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold", "sync_ref_model"),
-    *("cast_lm_head_to_fp32", "router_aux_loss_coef", "fp16", "deepspeed", "fsdp", "auto_find_batch_size"),
-    "torch_compile",
-)
+UNUSED_FIELDS = (*OFF, "cast_lm_head_to_fp32", "torch_compile")
 UNUSED_ARGUMENTS = ("tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes")
 SAME_FIELDS = ("num_generations", "num_iterations", "beta", "seed", "bf16", "gradient_checkpointing")  # as a Recipe's
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from layouts import checkpoint
 from live_bytes import LiveBytes
 from peft import LoraConfig, PeftModel
 from ranks import run_ranks
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl_runs import ROWS, Watched, reward, tiny, trainer
 
 from dllm_rl import (
@@ -55,6 +56,7 @@ from dllm_rl import (
     tiny_llama,
 )
 from dllm_rl import trl as ours
+from dllm_rl.frontend.trl_names import unused_defaults
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.make_step import make_step
@@ -365,6 +367,14 @@ def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
         base = load_policy(source)
         PeftModel.from_pretrained(base.module, folder)  # it changes the module
         torch.testing.assert_close(base.logits(tokens, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_defaults_that_grpo_accepts_are_trls():
+    fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    parameters = inspect.signature(GRPOTrainer.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()} | fields
+    accepted = unused_defaults({})
+    assert {name: defaults[name] for name in accepted} == accepted
 
 
 def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):

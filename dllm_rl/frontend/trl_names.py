@@ -92,6 +92,52 @@ NEAREST = {
     "the environment's HF_TOKEN": "hub_token",
     "each of its fields as an argument": "args",
 }
+# Fields of GRPOConfig that neither `grpo` nor `DiffusionGRPOTrainer` has, and TRL's defaults, which turn them off.
+OFF: dict[str, object] = {
+    "auto_find_batch_size": False,
+    "cache_implementation": None,
+    "chat_template_kwargs": None,
+    "deepspeed": None,
+    "entropy_coef": 0.0,
+    "fp16": False,
+    "fsdp": None,
+    "generation_kwargs": None,
+    "mask_truncated_completions": False,
+    "min_p": None,
+    "off_policy_mask_threshold": None,
+    "repetition_penalty": 1.0,
+    "router_aux_loss_coef": None,
+    "sync_ref_model": False,
+    "top_entropy_quantile": 1.0,
+    "use_adaptive_entropy": False,
+    "use_liger_kernel": False,
+    "use_transformers_continuous_batching": False,
+    "use_vllm": False,
+}
+# TRL's defaults of more names that mean what `grpo` does without them.
+SAME: dict[str, object] = {
+    "adam_epsilon": 1e-8,
+    "args": None,
+    "data_seed": None,
+    "generation_batch_size": None,
+    "hub_token": None,
+    "lr_scheduler_kwargs": None,
+    "model_init_kwargs": None,
+    "num_generations_eval": None,
+    "optim": "adamw_torch_fused",
+    "optim_args": None,
+    "quantization_config": None,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "remove_unused_columns": False,
+    "reward_processing_classes": None,
+    "run_name": None,
+    "save_strategy": "steps",
+    "shuffle_dataset": True,
+    "steps_per_generation": None,
+    "trust_remote_code": False,
+    "use_cpu": False,
+}
 REMEDIES = {name: remedy for remedy, names in NEAREST.items() for name in names.split()}
 Arguments = ParamSpec("Arguments")
 
@@ -108,10 +154,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     known_names = types.keys() - {"settings"}
     types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
-    # Defaults of TRL that change nothing.
-    unused: dict[str, object] = {"sync_ref_model": False}
-    if keywords.get("lr_scheduler_type") == "constant":
-        unused["warmup_steps"] = 0
+    unused = unused_defaults(keywords)
     keywords = {name: value for name, value in keywords.items() if name not in unused or value != unused[name]}
     check_names(keywords, known_names, targets)
     if keywords.get("resume_from_checkpoint") is True:
@@ -134,6 +177,23 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     return translated
 
 
+def unused_defaults(keywords: Mapping[str, Any]) -> dict[str, object]:
+    """Return the defaults of TRL that change nothing beside these keywords."""
+    unused = OFF | SAME
+    for name, default in {"top_k": 0, "top_p": 1.0}.items():  # no filter, unless the sampler has one
+        if getattr(keywords.get("sampler"), name, None) is None:
+            unused[name] = default
+    if keywords.get("lr_scheduler_type") == "constant":
+        unused["warmup_steps"] = 0
+    if keywords.get("hub_model_id") is None:
+        unused["push_to_hub"] = False
+    if keywords.get("per_device_train_batch_size") is None:
+        unused["gradient_accumulation_steps"] = 1
+    if keywords.get("advantages") is None:
+        unused["multi_objective_aggregation"] = "sum_then_normalize"
+    return unused
+
+
 def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Mapping[str, str]) -> None:
     """Raise one ValueError for all keywords that are not settings, and all words of STRING_VALUES without an
     equivalent.
@@ -142,7 +202,8 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
     for name, value in keywords.items():
         if name in STRING_VALUES and value not in list(STRING_VALUES[name][1]):
             words = ", ".join(map(repr, STRING_VALUES[name][1]))
-            refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {targets[name]})")
+            setting = targets[name] + (", or loss=CISPO() ..." if name == "loss_type" else "")
+            refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {setting})")
         elif "." in name:
             head, _, field = name.partition(".")
             given = f"sampler_options={{{field!r}: ...}}" if head == "sampler" else f"{head}=...({field}=...)"

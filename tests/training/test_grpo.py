@@ -21,7 +21,7 @@ from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
-from dllm_rl.frontend.trl_names import REMEDIES, STRING_VALUES, TRL_NAMES, translate_trl_names
+from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
@@ -676,12 +676,55 @@ def test_a_reference_that_stays_is_the_only_one():
     assert recipe_of(sync_ref_model=False, beta=0.1).beta == 0.1
 
 
+# TRL's defaults that change nothing; tests/test_trl.py compares them with TRL.
+NEUTRAL = OFF | SAME | {"top_k": 0, "top_p": 1.0, "push_to_hub": False, "gradient_accumulation_steps": 1}
+NEUTRAL |= {"multi_objective_aggregation": "sum_then_normalize"}
+
+
+def test_trls_defaults_that_change_nothing_are_accepted():
+    plain = recipe_of().settings()
+    assert recipe_of(**NEUTRAL).settings() == plain
+    for name, value in NEUTRAL.items():
+        assert recipe_of(**{name: value}).settings() == plain, name
+    causal = tiny_llama(causal=True, **SMALL)
+    assert grpo_recipe(causal, ROWS, right, **NEUTRAL).settings() == grpo_recipe(causal, ROWS, right).settings()
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_another_value_of_them_is_refused_or_sets_it(name):
+    other = {"top_k": 5, "top_p": 0.5, "run_name": "b", "push_to_hub": "me/b", "optim": "AdamW8bit"}
+    if name in other:
+        assert recipe_of(**{name: other[name]}).settings() != recipe_of().settings()
+        return
+    with pytest.raises(ValueError, match=name):
+        recipe_of(**{name: 2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0, "sampler": Unmask(max_new_tokens=2, top_k=5)}, "top_k=0 is not what sampler=Unmask has"),
+        ({"top_p": 1.0, "sampler": Unmask(max_new_tokens=2, top_p=0.5)}, "top_p=1.0 is not what sampler=Unmask has"),
+        ({"push_to_hub": False, "hub_model_id": "me/b"}, "push_to_hub=False is of type bool; give str"),
+        ({"multi_objective_aggregation": "sum_then_normalize", "advantages": Decoupled()}, "the nearest is advantages"),
+    ],
+)
+def test_a_default_of_trl_beside_its_opposite_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(**settings)
+
+
+def test_a_sampler_of_ones_own_takes_trls_filters_that_are_off():
+    sampler = Unmask(max_new_tokens=2)
+    assert recipe_of(sampler=sampler, top_k=0, top_p=1.0).sampler == sampler
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
             {"loss_type": "cispo"},
-            r"loss_type='cispo' \(not one of 'grpo', .*; for others give Recipe's loss_reduction\)",
+            r"='cispo' \(not one of 'grpo', .*; for others give Recipe's loss_reduction, or loss=CISPO\(\) \.\.\.\)",
         ),
         ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] \(not one of"),
         (
@@ -689,6 +732,7 @@ def test_a_reference_that_stays_is_the_only_one():
             "loss_reduction is set twice, once by TRL's name",
         ),
         ({"loss_type": "bnpo"}, r"loss_type='bnpo' \(not one of 'grpo', 'dapo', 'dr_grpo'"),
+        ({"loss_type": "sapo"}, r"or loss=CISPO\(\) \.\.\.\)"),
         ({"importance_sampling_level": "sequence_token"}, r"='sequence_token' \(not one of 'token', 'sequence'; for"),
         ({"importance_sampling_level": "sequence", "loss": GSPO()}, "loss is set twice"),
         ({"importance_sampling_level": "sequence", "delta": 4.0}, r"delta=4.0 is not a setting of loss=GSPO\("),
@@ -763,7 +807,7 @@ def test_every_name_of_trls_config_is_taken_or_refused_by_its_name():
     refused = [name for name in GRPO_CONFIG if name not in known]
     assert len(GRPO_CONFIG) == 79 and REMEDIES.keys() & {*GRPO_CONFIG} <= {*refused}
     with pytest.raises(ValueError, match=r"^not settings of grpo: ") as caught:
-        translate_trl_names(grpo_recipe, dict.fromkeys(GRPO_CONFIG))
+        translate_trl_names(grpo_recipe, dict.fromkeys(GRPO_CONFIG, object()))
     named = {part.split()[0] for part in str(caught.value).removeprefix("not settings of grpo: ").split(", ")}
     assert {*refused} <= {name.split(";")[0] for name in named} and "\n" not in str(caught.value)
 
@@ -790,8 +834,8 @@ def test_each_remedy_is_a_setting_or_says_what_else():
         ),
         (
             {"loss_type": "cispo", "fp16": True},
-            "loss_type='cispo' (not one of 'grpo', 'dapo', 'dr_grpo'; for others give Recipe's loss_reduction)"
-            ", fp16 (the nearest is dtype)",
+            "loss_type='cispo' (not one of 'grpo', 'dapo', 'dr_grpo'; for others give Recipe's loss_reduction, "
+            "or loss=CISPO() ...), fp16 (the nearest is dtype)",
         ),
         # Names come before values: a wrong value does not hide a further name.
         ({"learning_rate": "fast", "zyx": 1, "xyz": 1}, "zyx, xyz"),
