@@ -174,13 +174,15 @@ def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
 def memory_remedies(step: PlannedStep) -> list[str]:
     """Return the settings that need less memory, without those that the recipe has."""
     recipe, sharded = step.recipe, step.shard_size > 1
+    # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.
+    shards_well = recipe.lora is None or recipe.rollout_quantization is not None
     remedies = {
         "--gradient_checkpointing": not recipe.gradient_checkpointing,
         "a smaller --micro_batch_size or --rollout_batch_size": True,
         "--lora Lora --lora.r 16": recipe.lora is None or recipe.lora.r > 16,
-        "--base_quantization nf4": recipe.lora is not None and recipe.base_quantization is None,
+        "--base_quantization nf4": not sharded and recipe.lora is not None and recipe.base_quantization is None,
         "--optim AdamW8bit": not sharded and recipe.optim != AdamW8bit(),
-        "on several GPUs --shard_size 0 --optim AdamW": not sharded,
+        "on several GPUs --shard_size 0 --optim AdamW": not sharded and shards_well,
     }
     return [remedy for remedy, helps in remedies.items() if helps]
 

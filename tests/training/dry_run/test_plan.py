@@ -231,9 +231,13 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     rest = "--base_quantization nf4, or on several GPUs --shard_size 0 --optim AdamW"
     assert remedies(small) == f"--gradient_checkpointing, or {smaller}, or {rest}"
     assert remedies(adapters).count("or --") == 4  # rank, base, optimizer, and --rollout_batch_size
+    # Unquantized, a sharded learner of adapters has a full copy to sample with: nothing is saved.
+    assert "--shard_size" not in remedies(replace(small, rollout_quantization=None))
     monkeypatch.setenv("WORLD_SIZE", "8")
     sharded = replace(full, optim=AdamW(), shard_size=0)
     assert remedies(sharded) == f"{smaller}, or --lora Lora --lora.r 16"
+    sharded = replace(small, optim=AdamW(), shard_size=0)  # bitsandbytes' weights cannot be sharded
+    assert remedies(sharded) == f"--gradient_checkpointing, or {smaller}"
 
 
 def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
