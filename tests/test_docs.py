@@ -27,10 +27,12 @@ import dllm_rl
 from dllm_rl.config import from_command_line
 from dllm_rl.samplers.rules import FunctionRank
 from dllm_rl.training.cautions import cautions
+from dllm_rl.training.dry_run.plan import plan
 from recipes.latin_sudoku import taught_latin
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS.parent / "recipes" / "examples"
+STAGES = ("rollout", "scoring", "update")
 hooks = importlib.util.module_from_spec(importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py"))
 hooks.__spec__.loader.exec_module(hooks)
 
@@ -131,19 +133,35 @@ def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
     assert len(logged) > 80 and unsaid == set()
 
 
-def test_a_script_for_slurm_reads_the_options_that_slurm_sh_adds(tmp_path, monkeypatch):
-    make, tiny = dllm_rl.grpo_recipe, dllm_rl.tiny_masked_lm(characters="0123456789+=?")
+def all_weights():
+    """The options of `$ALL` of docs/train.md, in words."""
+    return re.search(r'^    ALL="(.*)"$', (DOCS / "train.md").read_text(), re.MULTILINE)[1].split()
+
+
+def mine(folder, monkeypatch):
+    """What mine.py of docs/train.md leaves, with 400 problems."""
     rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(400)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.chdir(folder)
+    (folder / "mine.py").write_text(example("Train LLaDA-8B on one GPU"))
+    return runpy.run_path("mine.py")
+
+
+def test_a_script_of_ones_own_reads_the_options_of_its_launches(tmp_path, monkeypatch):
+    make, tiny = dllm_rl.grpo_recipe, dllm_rl.tiny_masked_lm(characters="0123456789+=?")
     monkeypatch.setattr(
         dllm_rl, "grpo_recipe", lambda model, *given, **more: make(tiny, *given, preset="large", **more)
     )
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(example("Your rows and reward on eight GPUs"))
-    given = {"rows": rows, "reward": lambda completions: [0.0 for _ in completions]}
-    recipe = runpy.run_path("mine.py", given)["recipe"]
-    given = from_command_line(recipe, ["--save_steps", "10", "--resume_from_checkpoint", "latest"])
+    made = mine(tmp_path, monkeypatch)
+    recipe, task = made["recipe"], made["recipe"].task
+    given = from_command_line(recipe, ["--save_steps", "10", "--resume_from_checkpoint", "latest"])  # slurm.sh's
     assert (given.save_steps, given.resume_from_checkpoint, given.directory) == (10, "latest", "runs/mine-seed0")
-    assert recipe.train_batch_size % 8 == 0 and cautions(recipe) == [] and len(recipe.task) == 360
+    assert recipe.train_batch_size % 8 == 0 and cautions(recipe) == [] and len(task) == 360
+    assert made["rows"].column_names == ["prompt", "answer"]
+    assert [task.reward(task[3], text).value for text in ("It is 3", "33", "")] == [1.0, 0.0, 0.0]
+    given = from_command_line(recipe, all_weights())
+    assert given.lora is None and given.shard_size == 0 and cautions(given) == []
 
 
 def test_own_rows_in_an_8b_recipe_change_the_tasks_alone():
@@ -522,26 +540,28 @@ def test_engines_of_ones_own_keep_the_contract():
     assert len(skipped) == 3 and len(report.quantized) == len(made["layers"](made["policy"].module)) - 3
 
 
-def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
-    rows = [json.dumps({"prompt": f"{a}+{a}=", "answer": str(a + a)}) + "\n" for a in range(40)]
-    (tmp_path / "problems.jsonl").write_text("".join(rows))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    made = run_example("Your data: rows, chats, held-out rows, curricula", tmp_path, monkeypatch)
-    assert made["rows"].column_names == ["prompt", "answer"] and len(made["rows"]) == 40
-    task = dllm_rl.task_from_dataset(made["rows"], reward_funcs=lambda completions, answer, **_: [1.0] * len(answer))
-    assert task[3].prompt == "3+3=" and task[3].fields == {"answer": "6"}
-
-
-@pytest.mark.nightly  # the shapes of 8 billion weights: 10 s
-def test_the_plan_of_llada_8b_has_the_lines_that_the_page_shows(tmp_path, monkeypatch, capsys):
-    given = "rows = [{'prompt': str(i)} for i in range(20)]\n\n\ndef reward(completions, **_):\n    return [0.0]\n\n\n"
-    (tmp_path / "plan.py").write_text(given + example("Train LLaDA-8B on one GPU"))
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path("plan.py")
-    printed = capsys.readouterr().out
-    told = (DOCS / "train.md").read_text().partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
+@pytest.mark.nightly  # the shapes of 8 billion weights: 10 s for each plan
+def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypatch, capsys):
+    recipe, page = mine(tmp_path, monkeypatch)["recipe"], (DOCS / "train.md").read_text()
+    made, before = {}, ""
+    for gpus, options, *numbers in re.findall(
+        r"^- (\d+)(?:, (.*`)(?: \(.*\))?)?: (\d+) GB, (\d+) s, ([\d.]+) h$", page, re.MULTILINE
+    ):
+        words = " ".join(re.findall(r"`([^`]*)`", options.split(" (")[0])).replace("$ALL", " ".join(all_weights()))
+        before = f"{before} {words}" if options.startswith("the same") else words
+        monkeypatch.setenv("WORLD_SIZE", gpus)
+        text = made[gpus, options] = plan(from_command_line(recipe, before.split()))
+        peak, *seconds, hours = (
+            float(re.search(rf"^  {name} +([\d.]+) {unit}", text, re.MULTILINE)[1])
+            for name, unit in (("peak", "GB"), *((stage, "s at") for stage in STAGES), ("run", "h for"))
+        )
+        rounded = [round(peak), round(sum(seconds)), pytest.approx(hours, rel=0.02)]
+        assert [*map(float, numbers)] == rounded, (gpus, options)
+    assert len(made) == 10
+    told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
-    assert len(lines) > 8 and [line for line in lines if line not in printed] == []
+    printed = made["1", ""] + capsys.readouterr().out
+    assert len(lines) > 5 and [line for line in lines if line not in printed] == []
 
 
 @pytest.mark.nightly  # as above

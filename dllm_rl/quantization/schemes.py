@@ -217,7 +217,7 @@ def _unsupported_reason(config: Any, device: torch.device, dtype: torch.dtype) -
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
             return (
                 f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9, which dynamic FP8 needs; "
-                "use Int8Dynamic or Float8WeightOnly"
+                "use no quantization, or, for memory alone, Int8Dynamic or Float8WeightOnly"
             )
         if dtype != torch.bfloat16 and isinstance(config.granularity[0], _torchao().PerRow):
             return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
