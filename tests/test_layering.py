@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
     "supervised": "records types tasks distributed models decoding settings likelihoods",
     # floor 6
-    "testing": "types algorithms models decoding quantization likelihoods samplers diagnostics",
+    "testing": "records types algorithms models decoding quantization likelihoods samplers diagnostics",
     "serving": "rng screen records types models decoding quantization samplers diagnostics",
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats, TokenWeights
-from dllm_rl.algorithms.losses import K2, PPOClip, SequenceMean, policy_loss
+from dllm_rl.algorithms.correctors import Corrector, FunctionCorrector, NoCorrection, TokenStats, TokenWeights
+from dllm_rl.algorithms.losses import K2, Loss, PPOClip, SequenceMean, policy_loss
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
+from dllm_rl.records import fit
 from dllm_rl.types import Batch, Rollout, Views, group_sizes
 
 
-def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
-    """Check that a corrector fulfills its contract.
+def check_corrector(method: Corrector | Loss | Callable[[TokenStats], TokenWeights], *, seed: int = 0) -> None:
+    """Check that a corrector, or a loss, fulfills its contract.
 
-    Call it in a test of a custom corrector.
+    Call it in a test of a custom corrector or loss.
 
     `weights` must return a `TokenWeights`, and read the entropy only if the corrector sets `needs_entropy`. If every
     log-ratio is exactly 0, the corrector must equal NoCorrection() bit for bit. Weights are finite, >= 0 and
@@ -27,12 +28,16 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     without tokens, and a batch without tokens must work.
 
     Args:
-        corrector: Corrector to check.
+        method: Corrector to check, a function as its `weights`, or a loss, which is checked without weights.
         seed: Seed of the random batches.
 
     Raises:
         AssertionError: A requirement is violated. The message says which.
+        ValueError: `method` is none of these.
     """
+    corrector: Corrector = fit(
+        "corrector", Corrector, FunctionCorrector(loss=method) if isinstance(method, Loss) else method
+    )
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):  # a statistic over one row must not divide by 0
         mask = torch.rand(rows, length, generator=generator) < 0.8

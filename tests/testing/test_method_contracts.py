@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms.losses import K3, Loss, PPOClip
 from dllm_rl.testing import check_corrector
 
 
@@ -73,6 +74,30 @@ def test_contract_notices(promise):
 def test_what_reads_the_entropy_and_says_so_passes():
     check_corrector(by_entropy(lambda stats: stats.entropy, needs_entropy=True))
     check_corrector(by_entropy(lambda stats: torch.zeros(()) if stats.entropy is None else stats.entropy))
+
+
+class Halved(Loss):
+    def __call__(self, log_ratio, advantages, mask):
+        return 0.5 * (log_ratio + 1) * advantages[:, None]
+
+
+def test_a_loss_is_checked_as_that_of_a_corrector_without_weights():
+    check_corrector(PPOClip())
+    for made in (Halved(), c.FunctionCorrector(loss=Halved())):
+        with pytest.raises(AssertionError, match=r"the loss must be that of NoCorrection\(\) bit for bit: "):
+            check_corrector(made)
+
+
+def test_a_plain_function_is_checked_as_weights():
+    check_corrector(c.NoCorrection().weights)
+    with pytest.raises(AssertionError, match="must be exactly 1"):
+        check_corrector(lambda stats: c.NoCorrection().weights(stats)._replace(importance_weights=2.0 * stats.mask))
+
+
+@pytest.mark.parametrize("value", [None, K3(), 3])
+def test_what_is_neither_is_refused_in_a_line(value):
+    with pytest.raises(ValueError, match=r"^corrector=.* is no Corrector"):
+        check_corrector(value)
 
 
 def test_an_error_that_the_entropy_does_not_cause_stays_what_it_is():
