@@ -49,7 +49,7 @@ class CommandLineModel(HarnessModel):
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         model_options = Namespace(
-            model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full"
+            model=str(pretrained), make_model=None, dtype=dtype, device=device, verify_checkpoint="full"
         )
         policy = open_policy(model_options)
         options.setdefault("likelihood", "Causal" if policy.spec.attention == "causal" else "ELBO")

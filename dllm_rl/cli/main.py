@@ -125,7 +125,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
     client_timeout_help = "seconds in which a client must send the body of a request (default 30)"
     add("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
-    add_model_options(sub, maker="--make_model")
+    add_model_options(sub)
     add("--seed", type=int, default=0, help="seed of requests without one (default 0)")
     sub.set_defaults(run="dllm_rl.cli.serve:serve_command")
 
@@ -326,7 +326,7 @@ def add_check_trace(commands: argparse._SubParsersAction) -> None:
     bound_help = "largest mean |difference of log-probs| to accept, in nats (default 0.02)"
     add("--bound", type=float, default=0.02, help=bound_help)
     add("--batch_size", type=int, default=32, help="completions at a time (default 32)")
-    add_model_options(sub, maker="--make_model")
+    add_model_options(sub)
     add("--json", action="store_true", help="one JSON object instead of a table")
     sub.set_defaults(run="dllm_rl.cli.check_trace:check_trace_command")
 

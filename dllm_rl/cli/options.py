@@ -95,10 +95,10 @@ def read_methods(
     return methods
 
 
-def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:
+def add_model_options(sub: argparse.ArgumentParser) -> None:
     maker_help = "function that makes the policy of a custom module; the checkpoint's weights are loaded into it"
     add = sub.add_argument
-    add(maker, dest="maker", metavar="MODULE:FUNCTION", help=maker_help)
+    add("--make_model", metavar="MODULE:FUNCTION", help=maker_help)
     dtypes = ("float32", "bfloat16", "float16", "auto")
     add("--dtype", default="auto", choices=dtypes, help="dtype of the weights (default auto: as stored)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
@@ -156,13 +156,14 @@ def open_policy(
     arguments.checkpoint = folder
     # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == model else "quick"
-    if arguments.maker is None:
+    if arguments.make_model is None:
         policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     else:
-        policy = import_named(arguments.maker, "--model")()
+        policy = import_named(arguments.make_model, "--make_model")()
         if not isinstance(policy, Policy):
             kind = type(policy).__name__
-            raise ValueError(f"--model {arguments.maker!r} makes a {kind} and no policy; return make_policy(...)")
+            name = arguments.make_model
+            raise ValueError(f"--make_model {name!r} makes a {kind} and no policy; return make_policy(...)")
         load_weights(policy, folder, verify_checkpoint=check)
         if arguments.dtype != "auto":
             policy.module.to(getattr(torch, arguments.dtype))

@@ -108,7 +108,7 @@ def _next_command(run: Run[Recipe]) -> str:
     """Return the command that samples the first held-out problem as the run's evaluation does."""
     recipe = run.recipe
     # For a custom module, the user fills in the function that makes it.
-    model_option = " --model MODULE:FUNCTION" if has_custom_module(run) else ""
+    model_option = " --make_model MODULE:FUNCTION" if has_custom_module(run) else ""
     problem = recipe.eval_task[0]
     text = shown_prompt(problem)
     options = "" if isinstance(problem.prompt, str) else " --chat"

@@ -70,20 +70,30 @@ def test_a_device_is_one_that_the_machine_has():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_opens_a_custom_modules_checkpoint(command, maker, opened, tmp_path, capsys):
     maker(seed=1).save_pretrained(tmp_path)
-    options = [*COMMANDS[command], "--model", f"own_module:{maker.__name__}"]
+    options = [*COMMANDS[command], "--make_model", f"own_module:{maker.__name__}"]
     assert main([command, str(tmp_path), *options]) == 0, capsys.readouterr().err
     assert opened == [("cpu", torch.float32)]
     capsys.readouterr()
     assert main([command, str(tmp_path), *COMMANDS[command]]) == 2
     said = capsys.readouterr().err
-    assert "--model MODULE:FUNCTION" in said and "(serve and check-trace: --make_model)" in said
+    assert "--make_model MODULE:FUNCTION" in said
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "serve", "check-trace"])
+def test_the_function_that_makes_a_model_has_one_name(command, capsys):
+    """`--model` is a folder of weights, where a command has it."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage = " ".join(capsys.readouterr().out.split())
+    assert "[--make_model MODULE:FUNCTION]" in usage and usage.count("MODULE:FUNCTION") == 2
+    assert usage.count("--model ") == 2 * (command == "check-trace")
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
     own_policy(seed=1).save_pretrained(tmp_path)
-    asked = Namespace(model=str(tmp_path), maker="own_module:own_policy", dtype=dtype, device="cpu")
+    asked = Namespace(model=str(tmp_path), make_model="own_module:own_policy", dtype=dtype, device="cpu")
     asked.verify_checkpoint = "full"
     found = options.open_policy(asked, float32_head=False)
     weights, saved = (policy.module.state_dict() for policy in (found, own_policy(seed=1)))
@@ -93,12 +103,12 @@ def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
 @pytest.mark.parametrize(
     ("maker", "message"),
     [
-        ("no_such_module:f", "--model='no_such_module:f': No module named 'no_such_module'; give MODULE:NAME"),
+        ("no_such_module:f", "--make_model='no_such_module:f': No module named 'no_such_module'; give MODULE:NAME"),
         ("own_module:missing", "module 'own_module' has no attribute 'missing'"),
-        ("platform:node", "--model 'platform:node' makes a str and no policy; return make_policy(...)"),
+        ("platform:node", "--make_model 'platform:node' makes a str and no policy; return make_policy(...)"),
     ],
 )
 def test_what_makes_no_policy_is_refused_in_one_line(maker, message, tmp_path, capsys):
-    assert main(["sample", str(tmp_path), "1=", "--model", maker]) == 2
+    assert main(["sample", str(tmp_path), "1=", "--make_model", maker]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1

@@ -60,9 +60,9 @@ def test_the_next_command_is_the_runs_own_and_quotes_the_prompt_for_a_shell(tmp_
     recipe = tiny_recipe(tmp_path)
     first = recipe.eval_task[0].prompt
     command = f"Sample:     dllm-rl sample {tmp_path}"
-    assert command_of(recipe, tmp_path) == f"{command} {first} --model MODULE:FUNCTION"
+    assert command_of(recipe, tmp_path) == f"{command} {first} --make_model MODULE:FUNCTION"
     (tmp_path / "config.json").write_text('{"architectures": ["OwnPretrained"]}')
-    assert command_of(recipe, tmp_path) == f"{command} {first} --model MODULE:FUNCTION"
+    assert command_of(recipe, tmp_path) == f"{command} {first} --make_model MODULE:FUNCTION"
     (tmp_path / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
     assert command_of(recipe, tmp_path) == f"{command} {first}"
     line = command_of(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), tmp_path)

@@ -31,8 +31,8 @@ FAMILY_FIELD = "diffusion_family"
 # Field of a saved config that names a policy's own FamilySpec, if opening the folder by name would take another one.
 CUSTOM_SPEC_FIELD = "custom_spec"
 CUSTOM_HINT = (  # how to open a folder whose policy only its author's code can make
-    "name the function that makes its policy, --model MODULE:FUNCTION of dllm-rl (serve and check-trace: "
-    "--make_model), or use load_weights(policy, folder)"
+    "name the function that makes its policy, --make_model MODULE:FUNCTION of dllm-rl, or use "
+    "load_weights(policy, folder)"
 )
 # Fields that a checkpoint's config and the stock config have in common.
 _SAME = (
@@ -399,5 +399,5 @@ def find_family(raw: dict) -> FamilySpec:
     raise ValueError(
         f"architectures={architecture!r} is not known{code}; known are {known}; "
         "pass a FamilySpec to register_family, or wrap its module with make_policy: dllm-rl takes the function that "
-        "does, --model MODULE:FUNCTION (serve and check-trace: --make_model)"
+        "does, --make_model MODULE:FUNCTION"
     )
