@@ -171,10 +171,10 @@ GRIDS = {
 # Past the ends of grids where the best rate was an end, of what the first page cites: tried after the claims were read.
 # They do not change the tuned rates. Of an arm whose mean score they raise, the better rate's ten seeds are run, too.
 BEYOND = {
-    ("noisy", GRPO): (1.25e-4,),
+    ("noisy", GRPO): (1.25e-4, 6.25e-5),
     ("noisy", RAFT): (2.5e-4, 1.25e-4, 6.25e-5),
     ("noisy", BOTH): (2.5e-4, 1.25e-4, 6.25e-5),
-    ("countdown", GRPO): (2e-3,),
+    ("countdown", GRPO): (2e-3, 4e-3, 8e-3),
 }
 FIRST = {GRPO: 5e-4, MANY: 5e-4, RAFT: 2e-3, ROUNDS: 2e-3, BOTH: 2e-3}
 
