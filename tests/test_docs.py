@@ -352,6 +352,13 @@ def test_a_loss_of_ones_own_is_checked_three_times(capsys):
         made["check_corrector"](Halved())
 
 
+@pytest.mark.slow
+def test_a_loop_of_ones_own_learns():
+    """Four of four digits right, from a quarter."""
+    rewards = runpy.run_path(str(EXAMPLES / "own_loop.py"))["rewards_by_step"]
+    assert rewards[0] < 0.3 and rewards[-1] > 0.9
+
+
 def test_the_first_request_of_the_serving_page_fits_the_run_that_it_serves():
     text = (DOCS / "serving.md").read_text()
     assert text.index("dllm-rl serve runs/latin-sudoku-seed0") < text.index("curl ")
