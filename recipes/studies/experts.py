@@ -10,6 +10,7 @@ say: experts.md.
 
 from pathlib import Path
 
+from dllm_rl import AIS
 from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
 from recipes.studies.paired import Study, main
 from recipes.sudoku_tiny_moe import recipe
@@ -18,7 +19,7 @@ INT3 = FakeQuantize(weight="int3", activation="e4m3")
 
 study = Study(
     name="experts",
-    base=recipe,
+    base=recipe.replace(corrector=AIS()),
     arms={
         "FP8": {"rollout_quantization": Float8WeightOnly()},
         "FP8, R3": {"rollout_quantization": Float8WeightOnly(), "router_replay": "R3"},
