@@ -84,7 +84,7 @@ def common_answers():
     yield PAGE, f"Exact probabilities of the labels solve {exact}"
     yield (
         METHOD,
-        f"At equal computation and diversity GRPO with replay solved {gain} more of the main job's puzzles than GRPO",
+        f"In equal computation GRPO with replay solved {gain} more of the main job's puzzles than GRPO, a mean over",
     )
     shown = {"GRPO, reward without boxes": NO_BOXES, "GRPO": GRPO}
     shown |= {arm: arm for arm in (RAFT, BOTH)}
@@ -155,4 +155,5 @@ def the_rest():
         sorted(s for name, s in spent if (name == "countdown") == is_countdown) for is_countdown in (False, True)
     )
     seconds = f"{squares[0]:.0f} to {squares[-1]:.0f} CPU seconds per run"
-    yield PAGE, f"took {seconds}, on Countdown {numbers[0]:.0f} to {numbers[-1]:.0f}."
+    yield PAGE, f"took {seconds}, on Countdown {numbers[0]:.0f} to {numbers[-1]:.0f} (means of arms)."
+    yield PAGE, f"all took {sum(run['seconds'] for run in RUNS.values()) / 3600:.0f} CPU hours of training"
