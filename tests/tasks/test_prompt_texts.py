@@ -1,16 +1,19 @@
 """Prompts from templates, and the opening of the assistant's turn."""
 
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from readme import example
+from readme import README
 
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.sudoku import Sudoku
+
+EXAMPLES = README.parent / "recipes" / "examples"
 
 
 def test_opening_begins_the_assistants_turn() -> None:
@@ -53,7 +56,8 @@ def test_the_prompts_and_puzzles_that_the_page_writes_are_d1s(tmp_path, monkeypa
     puzzles = [problem.fields for problem in Sudoku(size=500)]
     lines = [f"{each['puzzle']},{each['solution']}" for each in puzzles]
     (tmp_path / "dataset" / "4x4_test_sudoku.csv").write_text("\n".join(["Puzzle,Solution", *lines]))
-    exec(example("Against d1"), {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(EXAMPLES / "d1_prompts.py"))
 
     task = Sudoku(path="sudoku.csv", prompt_format="sudoku.txt", opening="<reasoning>")
     np.random.seed(42)  # as d1's evaluation draws

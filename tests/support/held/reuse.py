@@ -52,7 +52,7 @@ def tables():
     for name in TASKS:
         best = reuse.best_rates(RUNS, name)
         for (task, arm, seed), run in RUNS.items():
-            if task == name and seed in reuse.SEEDS:
+            if task == name and seed in reuse.SEEDS and " at " not in arm:
                 assert run["arm"] == arm and run["rates"] == best
 
 
@@ -118,7 +118,6 @@ def other_tasks():
 
 def five_levels():
     lost, not_lost = above("latin", EXACT, FIVE), apart("countdown", GRPO, FIVE)
-    yield "recipes/README.md", f"Without replay five levels cost GRPO with exact likelihood {lost}"
     yield (
         PAGE,
         f"they cost GRPO with exact likelihood {lost} on latin and nothing that is shown on Countdown ({not_lost}).",
