@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from held import DOCS, STUDIES, row, stored
+from held import STUDIES, row, stored
 from recipes.studies import lag_two, late_pretrained, late_rollouts, paired, several_updates
 
 PAGE = f"{STUDIES}/late_rollouts.md"
@@ -181,8 +181,6 @@ def pretrained():
     yield PAGE, f"TIS, with its token weights up to 2, ends at {ends('lag 4, tis')}"
     yield PAGE, f"One seed at a quarter of the rate, without a correction, ends at {ends('lag 4, slow')}."
     yield PAGE, f"**int4 is another matter than FP8**: {ends('int4')}, with TIS {ends('int4, tis')}"
-    told = mean(run["ess"] for (arm, _), run in runs.items() if arm == "int4")
-    yield f"{DOCS}/method.md", f"SmolLM2-135M as a diffusion model: ESS {told:.3f}, [learned less]"
     yield PAGE, f"the three seeds end at {ends('FP8')}, and the one unquantized seed ends at {ends('unquantized')}."
     quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
     yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."
