@@ -56,6 +56,14 @@ def tables():
                 assert run["arm"] == arm and run["rates"] == best
 
 
+def past_the_ends():
+    yield PAGE, markdown(reuse.beyond_rows(RUNS))
+    more = apart("noisy", reuse.trial(GRPO, 1.25e-4), reuse.trial(RAFT, 6.25e-5), "full@1")
+    raft = apart("countdown", RAFT, reuse.trial(GRPO, 2e-3))
+    yield PAGE, f"GRPO solves {more} more than RAFT with replay at temperature 1, and on Countdown RAFT with replay is "
+    yield PAGE, f"RAFT with replay is {raft} above GRPO."
+
+
 def above(task, arm, against, of="full"):
     """The difference of two arms, and that the claim of it held: its p is the least that 22 claims can have."""
     (claim,) = [
