@@ -23,13 +23,21 @@ source .venv/bin/activate  # the environment, on every node; put your own line h
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take --cpus-per-task from sbatch (SLURM 22.05 on)
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))  # of the learner, and so of each worker
 export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 RAY_AUTH_MODE=token  # the token: ~/.ray/auth_token, a shared home
+ray get-auth-token > /dev/null || exit 1  # without a token its line says how to make one
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_ADDRESS=$first:6379
 one=(--overlap --nodes=1 --ntasks=1 --nodelist="$first")
 # USR1 and INT are for the learner, which saves; Ray must live until it has saved.
 srun "${one[@]}" bash -c 'trap "" USR1 INT; CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES#*,} exec ray start --head \
     --port=6379 --num-gpus=$((SLURM_GPUS_ON_NODE - 1)) --include-dashboard=false --disable-usage-stats --block' &
-srun "${one[@]}" bash -c 'until ray health-check --address "$RAY_ADDRESS"; do sleep 2; done'
+head=$! tries=0
+until srun "${one[@]}" ray health-check --address "$RAY_ADDRESS"; do
+    if ! kill -0 "$head" 2> /dev/null || [ $((tries += 1)) -eq 30 ]; then
+        echo "slurm_ray.sh: Ray's head on $first has ended or does not answer; its error is above" >&2
+        exit 1
+    fi
+    sleep 2
+done
 if [ "$SLURM_NNODES" -gt 1 ]; then
     srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$first" \
         bash -c 'trap "" USR1 INT; exec ray start --address="$RAY_ADDRESS" --disable-usage-stats --block' &

@@ -114,6 +114,28 @@ def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
     run_ranks("import sharded; sharded.plan_and_allocator(['full, recomputed', 'adapters'])", 2)
 
 
+def on_slurm(folder, script, *arguments, **programs):
+    """Run a script of recipes/accelerate with these programs (bash) beside a `scontrol` and a `.venv`; return exit
+    status, lines, and errors. What a script leaves in the background ends when the file `over` is there.
+    """
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").write_text("export ACTIVATED=yes\n")
+    programs["scontrol"] = '[ "$1" = show ] && echo first && echo second || echo "$@"'
+    for name, lines in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    names = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "120007"}
+    names |= {"SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "8", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    command = ["bash", str(ROOT / "recipes/accelerate" / script), *arguments]
+    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:  # the background would hold pipes open
+        try:
+            done = subprocess.run(command, env=os.environ | names, cwd=folder, stdout=out, stderr=err, timeout=60)
+        finally:
+            (folder / "over").touch()
+        out.seek(0), err.seek(0)
+        return done.returncode, out.read().splitlines(), err.read()
+
+
 def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warning(tmp_path):
     """srun runs two tasks; after SIGUSR1 or SIGTERM they end with 138 or 143, else with what they end with."""
     (tmp_path / "task.py").write_text(
@@ -123,24 +145,58 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
         "print(*(os.environ[name] for name in names), *sys.argv[1:])\n"
         "sys.exit(int(sys.argv[2]))\n"
     )
-    (tmp_path / "srun").write_text(
-        "#!/bin/bash\nshift\nfor i in 0 1; do\n"
-        'SLURM_PROCID=$((i + 8)) SLURM_LOCALID=$i "$@"; status=$?\ndone\nexit $status\n'
-    )
-    (tmp_path / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo first && echo second || echo "$@"\n')
-    (tmp_path / "python").symlink_to(sys.executable)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").write_text("export ACTIVATED=yes\n")
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "120007"}
-    names |= {"SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "8"}
-    again_after = {"138": ["requeue 120007"], "143": ["requeue 120007"], "130": [], "1": [], "75": []}  # 130: stopped
-    for status, again in again_after.items():
-        command = ["bash", str(ROOT / "recipes/accelerate/slurm.sh"), str(tmp_path / "task.py"), "--seed", status]
-        done = subprocess.run(command, env=os.environ | names, cwd=tmp_path, capture_output=True, text=True)
+    python = f'exec {sys.executable} "$@"'
+    srun = 'shift\nfor i in 0 1; do\nSLURM_PROCID=$((i + 8)) SLURM_LOCALID=$i "$@"; status=$?\ndone\nexit $status'
+    for status, again in AGAIN_AFTER.items():
+        found = on_slurm(tmp_path / status, "slurm.sh", "../task.py", "--seed", status, srun=srun, python=python)
         said = [f"{i + 8} {i} 16 first 20007 8 yes --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]
-        assert done.stdout.splitlines() == said + again and done.returncode == int(status), done.stderr
+        assert found[1] == said + again and found[0] == int(status), found[2]
+
+
+AGAIN_AFTER = {"138": ["requeue 120007"], "143": ["requeue 120007"], "130": [], "1": [], "75": []}  # 130: stopped
+SRUN = 'while [[ $1 == --* ]]; do shift; done\nexec "$@"'
+LEARNER = 'until [ "$(wc -l < started)" -eq 2 ]; do /bin/sleep 0.05; done\n'
+LEARNER += 'echo "learns on $RAY_ADDRESS $RAY_AUTH_MODE $*"\nexit $2'
+HEALTHY_AT_THIRD = 'echo x >> asked; [ "$(wc -l < asked)" -ge 3 ]'
+
+
+def fake_ray(*, token="true", start="until [ -e over ]; do /bin/sleep 0.05; done", health=HEALTHY_AT_THIRD):
+    """A `ray` whose commands do this; `start` is that of all nodes."""
+    cases = {"get-auth-token": token, "start": f'echo "$@" >> started\n{start}', "health-check": health}
+    return "\n".join(['case "$1" in', *(f"{name})\n{lines}\n;;" for name, lines in cases.items()), "esac"])
+
+
+def test_slurm_starts_ray_before_the_learner_and_waits_for_it(tmp_path):
+    for status, again in AGAIN_AFTER.items():
+        folder = tmp_path / status
+        programs = {"srun": SRUN, "ray": fake_ray(), "python": LEARNER, "sleep": "exit 0"}
+        ended, said, errors = on_slurm(folder, "slurm_ray.sh", "task.py", status, **programs)
+        assert said == [f"learns on first:6379 token task.py {status} --resume_from_checkpoint latest", *again], errors
+        assert ended == int(status) and len((folder / "asked").read_text().split()) == 3
+        head, others = sorted((folder / "started").read_text().splitlines(), key=lambda line: "--head" not in line)
+        assert "--head" in head and "--num-gpus=7" in head and others.startswith("start --address=first:6379")
+
+
+NO_TOKEN = "echo 'Error: No authentication token found. Use ray get-auth-token' >&2; exit 1"
+ENDED = "slurm_ray.sh: Ray's head on first has ended or does not answer; its error is above"
+
+
+@pytest.mark.parametrize(
+    ("commands", "last", "asked"),
+    [
+        ({"token": NO_TOKEN}, "Error: No authentication token found. Use ray get-auth-token", range(1)),
+        ({"start": "exit 3", "health": "echo x >> asked; /bin/sleep 0.5; exit 1"}, ENDED, range(1, 30)),
+        ({"start": "exit 0", "health": "echo x >> asked; /bin/sleep 0.5; exit 1"}, ENDED, range(1, 30)),
+        ({"health": "echo x >> asked; exit 1"}, ENDED, range(30, 31)),
+    ],
+    ids=["no token", "the head fails", "the head ends", "no answer"],
+)
+def test_slurm_gives_its_gpus_back_where_ray_does_not_start(tmp_path, commands, last, asked):
+    programs = {"srun": SRUN, "ray": fake_ray(**commands), "python": LEARNER, "sleep": "exit 0"}
+    ended, said, errors = on_slurm(tmp_path, "slurm_ray.sh", "task.py", "0", **programs)
+    assert (ended, said) == (1, []) and errors.splitlines()[-1] == last
+    found = (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
+    assert len(found) in asked and (tmp_path / "started").exists() == bool(found)
 
 
 @pytest.mark.parametrize(
