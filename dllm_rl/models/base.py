@@ -181,11 +181,19 @@ def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor,
 
 
 def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """Compute logits with a BERT-type head, which transforms the states before it projects them."""
+    """Compute logits with a BERT-type head, which transforms the states before it projects them.
+
+    Raise ValueError if the module has none of the known ones.
+    """
     if hasattr(module, "decoder"):  # ModernBERT
         return module.decoder(module.head(hidden))
-    name = next(name for name in ("cls", "lm_head", "predictions") if hasattr(module, name))  # BERT, RoBERTa, ALBERT
-    return getattr(module, name)(hidden)
+    for name in ("cls", "lm_head", "predictions"):  # BERT, RoBERTa, ALBERT
+        if hasattr(module, name):
+            return getattr(module, name)(hidden)
+    raise ValueError(
+        f"{type(module).__name__} has none of the output layers decoder, cls, lm_head and predictions; pass "
+        "make_policy a FamilySpec with its encode and head"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dllm_rl.models.base import (
     Tokenizer,
     Tokens,
     encode_block_causal,
+    mlm_head,
     position_ids,
 )
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -219,7 +220,8 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
 
     Raises:
         ValueError: The tokenizer lacks a method, an id is outside the vocabulary, a needed field of the spec is
-            missing, or the module's attention differs from the spec's.
+            missing, the module's attention differs from the spec's, or a masked language model of transformers has
+            another output layer, or counts positions in another way, than the spec.
     """
     check_tokenizer(tokenizer, stock=spec is None)
     if any(type(layer).__module__.startswith("peft.") for layer in module.modules()):
@@ -235,6 +237,7 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
     policy.library_spec = library_spec
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
         check_attention(policy)
+        check_logits(policy)
     return policy
 
 
@@ -484,6 +487,28 @@ def check_attention(policy: ModulePolicy) -> None:
                 f"{position} {'did not change' if expected else 'changed'} the first position's state; "
                 + (upgrade if expected else "load it as a diffusion model")
             )
+
+
+@torch.no_grad()
+def check_logits(policy: ModulePolicy) -> None:
+    """Raise ValueError if the policy of a masked language model of transformers computes other logits than its class.
+
+    The classes of one family share an output layer and the way to count positions, which training would not reveal.
+    """
+    module, spec = policy.module, policy.spec
+    if spec.head is not mlm_head or not isinstance(module, PreTrainedModel):
+        return
+    # In RoBERTa's classes, a padding token has no position.
+    ids = [token for token in range(policy.vocab_size) if token not in (policy.pad_id, spec.mask_id)][:8]
+    tokens = torch.tensor([[policy.pad_id] * 2 + ids], device=policy.device)
+    mask = torch.arange(tokens.shape[1], device=policy.device)[None] >= 2
+    expected = module(input_ids=tokens[:, 2:], attention_mask=mask[:, 2:].long()).logits.float()
+    found = policy.logits(tokens, mask)[:, 2:].float()
+    if not (found - expected).norm() <= 0.02 * expected.norm():  # 16 bits round; other positions change more
+        raise ValueError(
+            f"{type(module).__name__} computes other logits than its family {spec.name!r}: another output layer, "
+            "other positions, or padding that is not masked; pass make_policy a FamilySpec with its encode and head"
+        )
 
 
 def as_causal(policy: Policy) -> ModulePolicy:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from layouts import checkpoint, published, stock
 from own_module import own_policy
 from transformers import (
@@ -77,9 +78,58 @@ def test_a_registered_family_of_a_class_in_the_auto_registry(tmp_path, own_famil
     assert torch.equal(load_policy(tmp_path / "b").logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
 
 
-def test_a_class_in_the_auto_registry_whose_name_a_family_knows(tmp_path):
-    policy = load_policy(renamed_checkpoint(tmp_path, "roberta", "EggForMaskedLM", "egg-of-the-tests"))
-    assert type(policy.module) is EggForMaskedLM
+def test_a_class_in_the_auto_registry_whose_name_a_family_knows(tmp_path, own_families):
+    """It counts positions as RoBERTa's classes do, and the family of its name as BERT's do."""
+    folder = renamed_checkpoint(tmp_path, "roberta", "EggForMaskedLM", "egg-of-the-tests")
+    with pytest.raises(ValueError, match="EggForMaskedLM computes other logits than its family 'masked_lm'"):
+        load_policy(folder)
+    register_family(replace(families.ROBERTA, name="egg", architectures=("EggForMaskedLM",)))
+    assert type(load_policy(folder).module) is EggForMaskedLM
+
+
+TINY = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+TINY |= {"pad_token_id": 0, "max_position_embeddings": 64, "embedding_size": 16}
+
+
+def masked_lm(name, **fields):
+    kind = getattr(transformers, f"{name}ForMaskedLM")
+    return kind(kind.config_class(**TINY | fields)).eval()
+
+
+@pytest.mark.parametrize("name", ["Electra", "DistilBert", "ConvBert"])
+def test_a_masked_lm_whose_output_layer_is_not_known_is_refused(name):
+    fields = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16} if name == "DistilBert" else {}
+    message = rf"^{name}ForMaskedLM has none of the output layers decoder, .* pass make_policy a FamilySpec with its"
+    with pytest.raises(ValueError, match=message):
+        make_policy(masked_lm(name, **fields), char_tokenizer("1234"))
+
+
+@pytest.mark.parametrize("name", ["MPNet", "IBert", "XLMRobertaXL", "Nystromformer", "FNet"])
+def test_a_masked_lm_of_other_logits_than_its_familys_is_refused(name):
+    """The first count positions as RoBERTa does, Nystromformer from 2, and FNet mixes padding in."""
+    with pytest.raises(ValueError, match=f"^{name}ForMaskedLM computes other logits than its family 'masked_lm': "):
+        make_policy(masked_lm(name), char_tokenizer("1234"))
+
+
+def test_a_masked_lm_without_a_largest_length_is_no_error_of_python():
+    """FunnelConfig has none; its policy does not mask padding as the class does."""
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1, 1]}
+    module = transformers.FunnelForMaskedLM(transformers.FunnelConfig(vocab_size=9, pad_token_id=0, **sizes)).eval()
+    with pytest.raises(ValueError, match=r"^FunnelForMaskedLM computes other logits than its family"):
+        make_policy(module, char_tokenizer("1234"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in ("Bert", "MobileBert", "RoCBert")), ("Roberta", torch.bfloat16)],
+)
+def test_a_masked_lm_computes_what_its_class_does(name, dtype):
+    """The configs of MobileBert and RoCBert have no eos_token_id."""
+    module = masked_lm(name).to(dtype)
+    policy = make_policy(module, char_tokenizer("1234"))
+    with torch.no_grad():
+        expected = module(input_ids=TOKENS, attention_mask=MASK.long()).logits.float()
+        torch.testing.assert_close(policy.logits(TOKENS, MASK), expected, rtol=0.02, atol=0.02)
 
 
 def test_a_family_is_replaced_under_its_name_and_comes_first(own_families):

@@ -347,7 +347,7 @@ def family_spec(
     generation_eos_ids = getattr(generation, "eos_token_id", None)
     if folder and (generation_file := folder / "generation_config.json").exists():
         generation_eos_ids = json.loads(generation_file.read_text()).get("eos_token_id")
-    changes: dict[str, Any] = {"max_length": config.max_position_embeddings}
+    changes: dict[str, Any] = {"max_length": getattr(config, "max_position_embeddings", None)}
     if family.attention == "encoder_decoder":
         changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
     elif family.attention != "causal":
@@ -412,7 +412,7 @@ def find_eos_ids(
     """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's; of
     a masked language model without any, its separator, [SEP], or, without that, its first token, [CLS].
     """
-    config_eos_ids = config.eos_token_id
+    config_eos_ids = getattr(config, "eos_token_id", None)
     # A config without the id has its class's default, which in another vocabulary may be the mask: 2 of EsmConfig is
     # the mask of Nucleotide Transformer. transformers saves the default as if it had been given.
     if mask_id is not None and config_eos_ids == mask_id == getattr(type(config), "eos_token_id", None):
