@@ -225,7 +225,7 @@ def diversity_rows(runs: Runs) -> list[dict[str, str]]:
     return rows
 
 
-def picture(runs: Runs, ceilings: Mapping[int, float]) -> None:
+def picture(runs: Runs, ceilings: Mapping[int, float], path: Path) -> None:
     """Solve rates against the number of parallel steps: the arms' means, and each run as a point."""
     import matplotlib
 
@@ -246,7 +246,7 @@ def picture(runs: Runs, ceilings: Mapping[int, float]) -> None:
     axis.set(xlabel="parallel steps", ylabel="held-out puzzles solved", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", title="arm (seeds)", framealpha=0.5)
-    figure.savefig(STORED.with_suffix(".png"), dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -259,22 +259,24 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/few_clues"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of few_clues.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = options.output_dir / "results"
-    results.mkdir(parents=True, exist_ok=True)
     found = [*read_json(STORED)["runs"], *map(read_json, sorted(results.glob("*.json")))]
     runs = by_arm(found)
     missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in runs]
     for arm, seed in missing if not options.report else ():
         runs[arm, seed] = run_one(arm, seed, options.output_dir)
+        results.mkdir(parents=True, exist_ok=True)
         write_json(results / f"{arm.replace(' ', '-')}_{seed}.json", runs[arm, seed])
     ceilings = {steps: ceiling(puzzles(), steps) for steps in STEPS}
     for rows in (arm_rows(runs, ceilings), claim_rows(runs, ceilings), diversity_rows(runs)):
         print(markdown(rows))
-    picture(runs, ceilings)
-    write_json(STORED, {"ceiling": {str(steps): rate for steps, rate in ceilings.items()}, "runs": list(runs.values())})
+    if not options.report:
+        picture(runs, ceilings, STORED.with_suffix(".png"))
+        stored = {"ceiling": {str(steps): rate for steps, rate in ceilings.items()}, "runs": list(runs.values())}
+        write_json(STORED, stored)
 
 
 if __name__ == "__main__":

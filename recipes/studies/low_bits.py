@@ -116,5 +116,4 @@ def picture(results: Results, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    found = main(STUDY, __doc__, ("before", "after", "quantized"), STORED, run=run_with_steps)
-    picture(found, STORED.with_suffix(".png"))
+    main(STUDY, __doc__, ("before", "after", "quantized"), STORED, run=run_with_steps, draw=picture)

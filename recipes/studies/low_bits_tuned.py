@@ -217,12 +217,14 @@ def main() -> None:
                     keep(folder, run)
         go_on(root, options.workers)
         return
-    for part, folder in parts.items():
-        runs = by_arm(stored[part]) | load(folder)
+    fresh = {part: load(folder) for part, folder in parts.items()}
+    for part, added in fresh.items():
+        runs = by_arm(stored[part]) | added
         stored[part] = [run for _, run in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0]))]
     if (root / "rates.json").exists():
         stored["rates"] = read_json(root / "rates.json")
-    write_json(options.stored, stored)
+    if any(fresh.values()):
+        write_json(options.stored, stored)
     results = whole(by_arm(stored["runs"]))
     print(f"{len(stored['tuning'])} trials, {len(stored['runs'])} runs, rates {stored['rates']}")
     print(markdown(arm_rows(STUDY, results, COLUMNS)), markdown(contrast_rows(STUDY, results)), sep="\n")

@@ -16,6 +16,7 @@ did not help and were removed from the library (formulas: gradients.md). Results
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,5 +126,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    if found := main(study, __doc__, ("after", "quantized"), STORED):
-        mismatch_report.draw(study, found, STORED.with_suffix(".png"))
+    main(study, __doc__, ("after", "quantized"), STORED, draw=partial(mismatch_report.draw, study))

@@ -590,7 +590,8 @@ def main() -> None:
             write_json(STORED, models)
     for rows in (order_rows, copy_rows, alone_rows, claim_rows):
         print(markdown(rows(models)))
-    picture(models, STORED.with_suffix(".png"))
+    if not options.report:
+        picture(models, STORED.with_suffix(".png"))
 
 
 if __name__ == "__main__":

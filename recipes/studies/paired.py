@@ -434,10 +434,12 @@ def main(
     columns: Sequence[str] = ("after",),
     stored: Path | None = None,
     run: Callable[[Study, Path, int, str, int], None] = run_one,
+    draw: Callable[[Results, Path], None] | None = None,
 ) -> Results:
     """Run what is missing, print the tables, write the runs of a finished study to `stored`, and return the results.
-    `run` is that of `run_missing`. With `--report` and no runs the tables are those of `stored`, which has the runs, or
-    the tables themselves if a study kept no more; then no results are returned."""
+    `run` is that of `run_missing`, and `draw` draws the figure beside `stored`. With `--report` nothing is written; if
+    there are no runs the tables are those of `stored`, which has the runs, or the tables themselves if a study kept no
+    more; then no results are returned."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -462,8 +464,12 @@ def main(
     tables = {"arms": arm_rows(study, results, columns), "contrasts": contrast_rows(study, results)}
     for rows in filter(None, (kept if isinstance(kept, dict) else tables).values()):
         print(markdown(rows))
-    if results and kept is None:
+    if options.report:
+        return results
+    if results:
         write_rows(root / "tables.json", **tables)
-    if stored is not None and kept is None:
+    if stored is not None:
         store(stored, study, results)
+        if draw is not None:
+            draw(results, stored.with_suffix(".png"))
     return results

@@ -426,16 +426,17 @@ def main() -> None:
     if not options.report:
         run_missing(root, runs, options.workers)
     results, stored = load(root), STORED[options.which]
-    if results:
+    if results and not options.report:
         write_json(stored, [results[run] for run in runs if run in results])
-    elif stored.exists():
+    elif not results and stored.exists():
         results = by_arm(read_json(stored))
     print(f"{len(results)} of {len(runs)} runs\n")
     if not tuning:
         for claim in SHOWN:
             print(markdown(instance_rows(results, claim)))
         print(markdown(claim_rows(results)))
-        picture(results, stored.with_suffix(".png"))
+        if not options.report:
+            picture(results, stored.with_suffix(".png"))
 
 
 if __name__ == "__main__":

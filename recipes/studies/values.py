@@ -27,6 +27,7 @@ run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0
     python -m recipes.studies.values --report        the tables of the stored runs
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -140,12 +141,13 @@ def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
 
 if __name__ == "__main__":
     stored = read_json(STORED) if STORED.exists() else []
-    tuning = which(("study", "tune")) == "tune"
+    tuning, is_report = which(("study", "tune")) == "tune", "--report" in sys.argv
     fresh = (
         paired.tune_in_two_rounds(TUNING, Path("runs") / TUNING.name, TRIALS.values(), run_one)
-        if tuning
+        if tuning and not is_report
         else main(STUDY, __doc__, run=run_one)
     )
     results = by_arm(stored) | dict(fresh)
     print(*map(markdown, tables(results)), sep="\n")
-    write_json(STORED, list(results.values()))
+    if not is_report:
+        write_json(STORED, list(results.values()))

@@ -94,18 +94,25 @@ def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, 
     for arm in short.arms:
         paired.run_one(short, tmp_path, 1, arm, seed=0)
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+    capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
     results = paired.main(short, None, stored=tmp_path / "stored.json")
     assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
     assert results["tis", 0]["seen"] == 1 and "seen" not in results["none", 0]
     printed = capsys.readouterr().out
     assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
-    assert "stored.json is not written: 10 of 10 runs are missing" in printed
+    assert not (tmp_path / "stored.json").exists() and not (tmp_path / "tables.json").exists()
+    drawn = []
+    monkeypatch.setattr("sys.argv", ["study.py", "--seeds", "0", "--output_dir", str(tmp_path)])
+    stored = {"stored": tmp_path / "stored.json", "draw": lambda *given: drawn.append(given)}
+    assert paired.main(short, None, **stored) == results
+    assert capsys.readouterr().out == f"{printed}stored.json is not written: 10 of 10 runs are missing\n"
+    assert drawn == [(results, tmp_path / "stored.png")] and (tmp_path / "tables.json").exists()
     paired.store(tmp_path / "stored.json", dataclasses.replace(short, seeds=1, num_steps=1), results)
     assert read_json(tmp_path / "stored.json") == list(results.values())
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path / "nothing")])
-    assert paired.main(short, None, stored=tmp_path / "stored.json") == results
-    assert (tables := capsys.readouterr().out) and tables in printed.partition("stored.json is not written")[0]
+    assert paired.main(short, None, **stored) == results
+    assert capsys.readouterr().out == printed and len(drawn) == 1
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(SystemExit):
         paired.main(short, None, stored=tmp_path / "no.json")

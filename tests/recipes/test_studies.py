@@ -13,6 +13,7 @@ from runpy import run_path
 import pytest
 
 import recipes.studies
+from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Study
 from recipes.sudoku_unique import recipe
@@ -60,6 +61,26 @@ FOLDER = Path(recipes.studies.__path__[0])
 OF_PAGES = {"gradients_removed", "league_countdown_first", "low_bits_first", "mismatch_first", "values_toy"}
 
 
+WRITES = {"reuse"}  # whose report still draws its picture
+# By study, how its picture is drawn from its JSON. Other tests draw those of league.py and mismatch.py.
+PICTURES = {
+    "estimators": lambda made, kept, path: made.draw(kept["measured"], path),
+    "fast": lambda made, kept, path: made.plot(paired.by_arm(kept), path),
+    "few_clues": lambda made, kept, path: made.picture(
+        paired.by_arm(kept["runs"]), {int(steps): rate for steps, rate in kept["ceiling"].items()}, path
+    ),
+    "low_bits": lambda made, kept, path: made.picture(paired.by_arm(kept), path),
+    "order_flips": lambda made, kept, path: made.picture(kept, path),
+    "scaffolds": lambda made, kept, path: made.picture(made.by_arm(kept), path),
+}
+
+
+def files_below(folder):
+    """By path, what changes where a file is written or a folder is made."""
+    found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in found if path.is_dir() or path.suffix != ".pyc"}
+
+
 def reports():
     """By stored JSON: its study, and the word that chooses it there, if it is not named as the study."""
     for stem in sorted({path.stem for path in FOLDER.glob("*.json")} - OF_PAGES):
@@ -72,9 +93,20 @@ def reports():
 @pytest.mark.parametrize(("study", "words"), list(reports()))
 def test_a_report_needs_the_study_and_its_json_alone(study, words, tmp_path, monkeypatch, capsys):
     for path in (FOLDER / f"{study}.py", *FOLDER.glob(f"{study}*.json")):
-        shutil.copy(path, tmp_path)  # a report also draws the study's picture beside it
+        shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
+    before = files_below(tmp_path) | files_below(FOLDER)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr(sys, "argv", [study, *words, "--report"])
     run_path(str(tmp_path / f"{study}.py"), run_name="__main__")
     assert re.search(r"\d\.\d|[1-9]\d* (of|trials)", capsys.readouterr().out)
+    if study not in WRITES:
+        assert files_below(tmp_path) | files_below(FOLDER) == before
+
+
+@pytest.mark.parametrize(("study", "draw"), list(PICTURES.items()))
+def test_a_picture_is_drawn_from_the_stored_runs(study, draw, tmp_path):
+    """Only a run draws it."""
+    module = import_module(f"recipes.studies.{study}")
+    draw(module, read_json(FOLDER / f"{study}.json"), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
