@@ -5,6 +5,7 @@ costs 1 and one with its backward costs 3. They are counted on the model's first
 
     python -m recipes.studies.reuse tune             the rates of the arms that are tuned
     python -m recipes.studies.reuse study            run what is missing, seed by seed, then print the tables
+    python -m recipes.studies.reuse grids            three arms of latin again, whose grids are counted
     python -m recipes.studies.reuse --report         the tables of the stored runs
 """
 
@@ -213,6 +214,7 @@ def measure(task: TaskOf, policy: Policy, split: str, folder: Path) -> dict[str,
 
     answers   the share of a problem's right answers that differ from each other, of problems with several
     distinct  the number of right answers that differ from each other, over all answers
+    texts     the number of different texts among the right answers of all problems (of Sudoku: grids, of 288)
     """
     problems = replace(task.base.eval_task, split=split, size=400)
     path = folder / "answers.jsonl"
@@ -237,6 +239,7 @@ def measure(task: TaskOf, policy: Policy, split: str, folder: Path) -> dict[str,
                 shares = [len(set(texts)) / len(texts) for texts in right.values() if len(texts) > 1]
                 found[f"answers@{temperature:g}"] = mean(shares) if shares else 0.0
                 found[f"distinct@{temperature:g}"] = sum(len(set(texts)) for texts in right.values()) / 400
+                found[f"texts@{temperature:g}"] = len(set().union(*right.values()))
     return found
 
 
@@ -449,6 +452,16 @@ def beyond_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def grid_rows(results: Results) -> list[dict[str, str]]:
+    """Of latin's arms whose grids were counted: right answers at temperature 1, and the different grids among them."""
+    rows = []
+    for arm in (GRPO, RAFT, BOTH):
+        if runs := runs_of(results, "latin", f"{arm}, grids counted"):
+            counts = {name: interval([run[f"{name}@1"] for run in runs]) for name in ("full", "answers", "texts")}
+            rows.append({"arm": arm, "seeds": str(len(runs)), **counts})
+    return rows
+
+
 def trial(arm: str, rate: float) -> str:
     return f"{arm} at {rate:g}"
 
@@ -460,6 +473,8 @@ def jobs_of(which: str, name: str, root: Path, seeds: Sequence[int], results: Re
         if which == "tune":  # the other arms' rates do not matter to an arm but GRPO's to GRPO with replay
             grids = {arm: grid + BEYOND.get((name, arm), ()) for arm, grid in GRIDS.items()}
             wanted = [(trial(arm, rate), arm, rates | {arm: rate}) for arm, grid in grids.items() for rate in grid]
+        elif which == "grids":
+            wanted = [(f"{arm}, grids counted", arm, rates) for arm in (GRPO, RAFT, BOTH) if name == "latin"]
         else:
             wanted = [(arm, arm, rates) for arm in arms_of(TASKS[name], rates)]
             better = better_beyond(results, name)
@@ -486,7 +501,7 @@ def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def main() -> None:
-    which = paired.which(("study", "tune"))
+    which = paired.which(("study", "tune", "grids"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reuse"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -511,6 +526,7 @@ def main() -> None:
         print(f"{name}\n\n{markdown(arm_rows(results, name))}")
     print(markdown(claim_rows(results)))
     print(markdown(beyond_rows(results)))
+    print(markdown(grid_rows(results)))
     if not options.report:
         picture(results, STORED.with_suffix(".png"))
 
