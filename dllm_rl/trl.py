@@ -38,6 +38,7 @@ from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings
+from dllm_rl.training.sharded_learner import launch_engine
 from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
 
 try:
@@ -344,6 +345,8 @@ def check_unused(args: Any, trainer_arguments: dict[str, Any]) -> None:
         refused.append(f"loss_type={args.loss_type!r} (it is {', '.join(LOSS_TYPES)}; others: loss=CISPO() ...)")
     if others := set(args.model_init_kwargs or {}) - {"dtype"}:
         refused.append(f"model_init_kwargs {sorted(others)} (only dtype)")
+    if engine := launch_engine():
+        refused.append(f"distributed_type={engine} in the launch's config (only MULTI_GPU or MULTI_CPU)")
     if dropout := getattr(trainer_arguments.get("peft_config"), "lora_dropout", 0.0):
         refused.append(f"lora_dropout={dropout} (forwards have no dropout; set it to 0)")
     if refused:

@@ -51,7 +51,7 @@ recipe = replace(
     model=partial(taught_latin, steps=400),
     sampler=write.replace(diffusion_steps=4),
     eval_sampler=write.replace(diffusion_steps=16),  # one cell a step
-    likelihood=Trajectory(),  # exact ratios, which TIS needs
+    likelihood=Trajectory(),  # ratios exact given the order, which TIS needs
     rollout_quantization=Float8WeightOnly(),
     corrector=TIS(),
     replay=Replay(min_reward=6.0, num_updates=4, learning_rate=2e-3),  # 6: all rules hold

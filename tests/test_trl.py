@@ -395,6 +395,15 @@ def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_of_the_launch_is_refused(tmp_path, monkeypatch, engine):
+    made = partial(trainer, tmp_path)
+    made()
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"no use for distributed_type={engine} in the launch's config"):
+        made()
+
+
 def whitened(log_ratio, advantages, mask, sum_over_processes):
     return log_ratio * sum_over_processes(advantages.sum())
 

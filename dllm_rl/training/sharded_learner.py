@@ -31,13 +31,17 @@ def check_launch_config() -> None:
     """Raise ValueError if the launch requests DeepSpeed or FSDP. On a CPU, Accelerate would silently
     ignore the request.
     """
-    for name in ("DEEPSPEED", "FSDP"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
-                f"distributed_type={name} in the launch's config: such an engine would wrap the model, whose layers "
-                "the weight sync and the constant-memory update access one by one; use MULTI_GPU, and "
-                f"{as_written(shard_size=0)} to shard the weights (torch's FSDP2)"
-            )
+    if name := launch_engine():
+        raise ValueError(
+            f"distributed_type={name} in the launch's config: such an engine would wrap the model, whose layers "
+            "the weight sync and the constant-memory update access one by one; use MULTI_GPU, and "
+            f"{as_written(shard_size=0)} to shard the weights (torch's FSDP2)"
+        )
+
+
+def launch_engine() -> str | None:
+    """Return the engine that the launch requests, DEEPSPEED or FSDP; None: neither."""
+    return next((name for name in ("DEEPSPEED", "FSDP") if parse_flag_from_env(f"ACCELERATE_USE_{name}")), None)
 
 
 def check_processes(recipe: Settings, processes: int) -> None:

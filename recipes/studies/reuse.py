@@ -46,11 +46,12 @@ from dllm_rl.step.context import StepContext
 from dllm_rl.tasks import Problem
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.sudoku.graders import first_cells, units
+from dllm_rl.versions import versions
 from recipes.countdown_tiny import recipe as countdown
 from recipes.latin_sudoku import recipe as latin
 from recipes.latin_sudoku import taught_latin
 from recipes.studies import paired
-from recipes.studies.paired import TUNED_ON, holm, interval, markdown, result_path, sign_flip, warm_up
+from recipes.studies.paired import TUNED_ON, capability, holm, interval, markdown, result_path, sign_flip, warm_up
 
 STORED = Path(__file__).with_suffix(".json")
 BUDGET = 80_000  # row-forwards: about 100 steps of GRPO, whose groups without an advantage are not scored
@@ -270,7 +271,7 @@ def run_one(name: str, root: Path, arm: str, rates: Mapping[str, float], seed: i
         }
         policy = train(replace(task.base, **(settings | changes)), features=(clock,)).policy
         kept |= {f"used, {phase}": clock.used, f"steps, {phase}": clock.steps}
-    kept["seconds"] = time.process_time() - began
+    kept |= {"seconds": time.process_time() - began, "cpu": capability(), "versions": versions()}
     kept |= measure(task, policy, "validation" if seed in TUNED_ON else "test", folder)
     result_path(root, key, seed).parent.mkdir(parents=True, exist_ok=True)
     write_json(result_path(root, key, seed), kept)

@@ -113,7 +113,7 @@ GOOD = {
     "countdown": {"completion": "1+2", "numbers": [1, 2], "target": 3},
     "gsm8k": {"completion": "1", "answer": "1"},
     "math500": {"completion": "1", "answer": "1"},
-    "code": {"completion": "1", "prelude": "", "entry_point": "f", "arguments": 1, "tests": ""},
+    "code": {"completion": "1", "prelude": "", "entry_point": "f", "arguments": 1, "tests": "assert f(1)"},
 }
 
 
@@ -139,6 +139,7 @@ GOOD = {
         ("gsm8k", {"answer": [1]}, "must be a number or a text"),
         ("code", {"arguments": True}, "arguments=True must be an integer"),
         ("code", {"tests": ["assert f(1)"]}, "tests must be text, not list"),
+        ("code", {"tests": "A = 1\n\ndef check(f):\n    assert f(1)"}, "tests have no assert and no call outside"),
         ("math500", {"answer": " "}, "must be a number or a text that is not empty"),
     ],
 )

@@ -109,7 +109,22 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """Read the fields of a stored row. Raises ValueError if they are malformed."""
     if type(require_field(row, "arguments")) is not int:  # not isinstance: True is an int
         raise ValueError(f"arguments={row['arguments']!r} must be an integer")
-    return {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")} | {"arguments": row["arguments"]}
+    fields = {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")}
+    if not _tests_anything(fields["tests"]):
+        raise ValueError(
+            "tests have no assert and no call outside of functions, so that every program would pass; after "
+            f"HumanEval's test write check({fields['entry_point']})"
+        )
+    return fields | {"arguments": row["arguments"]}
+
+
+def _tests_anything(tests: str) -> bool:
+    try:
+        body = ast.parse(tests).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True  # the sandbox grades it wrong
+    run = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign)]
+    return any(isinstance(part, ast.Assert | ast.Call | ast.Raise) for node in run for part in ast.walk(node))
 
 
 def _texts(row: Mapping[str, Any], name: str) -> list[str]:

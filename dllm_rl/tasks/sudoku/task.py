@@ -45,8 +45,9 @@ class Sudoku(Prompted):
     under a paper's protocol against the file's solution) and givens_kept.
 
     Args:
-        split: "train" (default), "validation" or "test". Splits share no solution grid, for any seeds; with
-            unique=False they share no puzzle either, except the empty one.
+        split: "train" (default), "validation" or "test". Splits share no grid that a puzzle is made from, for any
+            seeds; with unique=False they share no puzzle either, except the empty one, but other right answers of a
+            puzzle may be grids of another split.
         clues: Number of clues, or an inclusive range that each problem draws from; 9x9 needs at least 26. Default: (10,
             12).
         unique: Whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number of
