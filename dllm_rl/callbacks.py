@@ -92,7 +92,7 @@ class StopBelow(Callback):
     `StopBelow("eval/reward", 0.2, steps=3)`. Steps without the metric are ignored.
 
     Args:
-        metric: Name of a metric in metrics.jsonl. Default: effective sample size of the rollout's weights.
+        metric: Name of a metric in metrics.jsonl. Default: the effective sample size.
         bound: Number below which the metric counts as low. A non-finite metric counts as low too. Default: 0.5.
         steps: Number of consecutive low steps that ends the run, at least 1. Default: 20.
 
@@ -100,7 +100,7 @@ class StopBelow(Callback):
         ValueError: steps is below 1.
     """
 
-    metric: str = "rollout_corr/rollout_is_eff_sample_size"
+    metric: str = "rollout_corr/ess"
     bound: float = 0.5
     steps: int = 20
     _low: int = field(default=0, init=False, repr=False)

@@ -2,9 +2,9 @@
 
 For one GPU of 48 GB or more: --dry_run counts 33 GB at most (with a copy in FP8, and the row of 512 tokens that
 a prompt's completions share kept for its backward; 31 with --gradient_checkpointing), and at rates that parts of it
-reached on an H200 57 s for a step's rollout, compiled and in FP8, 4 s for scoring and 6 s for 8 updates. Two steps with
-random weights and a quarter of the denoising steps ran there: benchmarks/README.md. Not run yet with published weights:
-no results.
+reached on an H200 57 s for a step's rollout, compiled and in FP8, 4 s for scoring and 6 s for 8 updates. A step of an
+older version, with random weights and a quarter of the denoising steps, ran there (33.5 s, part `step` of
+benchmarks/results/gpu.json). Not run yet with published weights: no results.
 """
 
 from functools import partial

@@ -8,8 +8,7 @@ torch's AdamW 48. A step takes an H200 71 s, the update 12 of them. Not run yet:
 
 from dataclasses import replace
 
-from dllm_rl import AdamW8bit, train
-from dllm_rl.config import from_command_line
+from dllm_rl import AdamW8bit, main
 from recipes.llada_8b_sudoku import recipe as base
 
 recipe = replace(
@@ -25,4 +24,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -219,7 +219,7 @@ def test_the_loop_without_the_library_writes_what_the_sampler_writes(tmp_path, m
         weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
     policy.save_pretrained(tmp_path / "stock", stock=True)
     monkeypatch.chdir(tmp_path)
-    text = example("Generate without this library").replace("64, 32, 0 ", f"12, 4, {shift} ")
+    text = (EXAMPLES / "generate_alone.py").read_text().replace("64, 32, 0 ", f"12, 4, {shift} ")
     Path("loop.py").write_text(text.replace("What is 17 + 25?", "3a1b"))
     made = runpy.run_path("loop.py")
     prompts = dllm_rl.Prompts.from_ids(made["prompt"].tolist(), pad_id=policy.pad_id, seeds=[0])
@@ -454,10 +454,8 @@ def test_what_the_librarys_losses_do_in_these_checks():
 
 
 @pytest.mark.nightly
-def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_corrector.py").write_text(example("Write a corrector"))
-    monkeypatch.syspath_prepend(tmp_path)
-    made = run_example("Does my corrector correct?", tmp_path, monkeypatch)
+def test_a_corrector_of_ones_own_has_one_mark_to_pass(capsys):
+    made = runpy.run_path(str(EXAMPLES / "own_corrector.py"), run_name="__main__")
     assert capsys.readouterr().out == "True False\n"
     correctors = importlib.import_module("dllm_rl.algorithms.correctors")
     for corrector, passes in (
@@ -471,7 +469,6 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch, cap
         (correctors.Reject(threshold=0.1), False),
     ):
         assert made["corrects"](corrector) == passes
-    sys.modules.pop("my_corrector")
 
 
 @pytest.mark.nightly  # it checks a policy: 4 s

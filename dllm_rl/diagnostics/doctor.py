@@ -235,7 +235,7 @@ def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
     """Summarize a difference of log-probs (nats) over the marked tokens."""
     metrics = mismatch_metrics(d, mask)
-    keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "rollout_is_eff_sample_size")
+    keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "ess")
     return Cause(name, *(metrics[f"rollout_corr/{key}"] for key in keys))
 
 

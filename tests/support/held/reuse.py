@@ -2,6 +2,7 @@
 
 from statistics import mean
 
+from dllm_rl.tasks.sudoku.solver import SPLITS
 from held import DOCS, STUDIES, stored
 from recipes.studies import reuse
 from recipes.studies.latin_limit import limit
@@ -74,6 +75,23 @@ def past_the_ends():
         if rate in (reuse.GRIDS[arm][0], reuse.GRIDS[arm][-1])
     }
     assert edges == {"rare", "never", "noisy", "countdown"}
+
+
+def grids():
+    yield PAGE, markdown(reuse.grid_rows(RUNS))
+    (texts, solved), (texts_2, solved_2) = (
+        [rate("latin", f"{arm}, grids counted", f"{of}@1.5") for of in ("texts", "full")] for arm in (RAFT, BOTH)
+    )
+    yield PAGE, f"as GRPO at temperature 1 ({texts}), and solves {solved}; GRPO with replay writes {texts_2}"
+    yield PAGE, f"GRPO with replay writes {texts_2} and solves {solved_2}."
+    grids = [grid for split in SPLITS.values() for grid in split]
+    task = TASKS["latin"].base.eval_task
+    left, used = {task[i].fields["puzzle"] for i in range(400)}, 0
+    fit = {g: {p for p in left if all(c in ("0", d) for c, d in zip(p, g, strict=True))} for g in grids}
+    while left:  # greedy
+        left -= max(fit.values(), key=lambda puzzles: len(puzzles & left))
+        used += 1
+    yield PAGE, f"there are {len(grids)} grids, all among the labels, and {used} of them solve all test puzzles"
 
 
 def above(task, arm, against, of="full"):

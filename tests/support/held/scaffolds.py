@@ -65,8 +65,8 @@ def findings():
     value, half = map(float, worth.split("±"))
     least, most = (round(calls / (value + sign * half), -2) for sign in (1, -1))
     yield PROTEIN, f"training paid only if some {pays:g} new scaffolds (by the interval {least:g} to {most:,g})"
-    yield PAGE, f"about {pays:g} scaffolds or more (by the interval {least:g} to {most:,g})"
-    yield "README.md", f"on a toy, training paid from some {pays:g} ({least:g} to {most:,g}) new scaffolds on"
+    yield PAGE, f"about {pays:g} new scaffolds or more, one sample each (by the interval {least:g} to {most:,g})"
+    yield "README.md", f"on a toy, training paid from some {pays:g} new scaffolds ({least:g} to {most:,g})"
     value, half = map(float, differences[4].split("±"))
     assert value < 0 < value + half
     yield PROTEIN, "It was not shown to be worse than the genetic algorithm, or better than without learning."
