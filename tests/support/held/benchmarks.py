@@ -39,8 +39,6 @@ def a_run_on_an_h200():
     yield PAGE, f"on sums they take {rollout:.2f} of the time, on Countdown {rollout_2:.2f}."
     yield PAGE, f"on sums they take {step:.2f} times as long, on Countdown {step_2:.2f} times."
     yield f"{DOCS}/train.md", f"FP8 made steps of SmolLM2-135M {step:.2f} to {step_2:.2f} times as long."
-    told = f"took {rollout:.2f} and {rollout_2:.2f} of bf16's time, but their sync made steps {step:.2f} and "
-    yield f"{DOCS}/results-and-limits.md", f"{told}{step_2:.2f} times as long"
     (_, bf16), (_, bf16_2) = nats
     yield "recipes/studies/mismatch.md", f"Compiled bf16 rollouts on an H200 had [{bf16} and {bf16_2}]"
     yield PAGE, f"8B weights took {parts['sync']['rows'][0]['sync, s']:.2f} s in the same minutes"
