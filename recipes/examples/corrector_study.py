@@ -1,4 +1,4 @@
-"""Does a corrector of yours learn more? 4x4 Sudoku in four denoising steps, rollouts of five levels per weight
+"""Does a corrector of yours learn more? 4x4 Sudoku in four denoising steps, rollouts near five levels per weight
 (an ESS of about 0.6): there TIS ended above no corrector (recipes/studies/mismatch.md, "Length or conditioning?").
 
 python -m recipes.examples.corrector_study tune     each arm's learning rate, on seeds and puzzles that the study lacks

@@ -36,7 +36,7 @@ from recipes.sudoku_tiny import recipe as base
 STORED = Path(__file__).with_suffix(".json")
 STEPS = (1, 2, 4, 8, 16)
 SEEDS = range(10, 20)  # the settings were chosen on seed 0
-LONGER = 1700  # supervised steps that take at least the processor time of RL
+LONGER = 1700  # supervised steps that take about the processor time of RL
 RL, RL_4, TAUGHT, CHOSEN, CAUSAL = "RL in two", "RL in four", "supervision", "a solver's answers", "autoregressive RL"
 OWN = "own answers"  # not planned: a review ran three seeds, and kept their rates in two and four steps alone
 Runs = Mapping[tuple[str, int], Mapping[str, Any]]  # (arm, seed) -> what its run left

@@ -1,8 +1,8 @@
 """Does mismatch as small as a kernel's rounding do harm over hundreds of steps?
 
 VeXact's claim, at our size: rollouts differ from the learner by rounding alone, and nothing corrects it. Rounding to 8
-bits a row (int8, weights and inputs, emulated) is the noise, somewhat more than bf16's; two updates a rollout, no clip,
-which is where heavier mismatch does the most harm. Stated before the runs: it does none. The numbers:
+bits a row (int8, weights and inputs, emulated) is the noise, somewhat more than bf16's; two updates a rollout, no dual
+clip, which is where heavier mismatch does the most harm. Stated before the runs: it does none. The numbers:
 mismatch.md.
 
     python -m recipes.studies.kernel_noise                 run what is missing, then print the table

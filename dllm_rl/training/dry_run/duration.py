@@ -1,4 +1,4 @@
-"""Estimate a step's duration on a GPU, from its matrix products and from speeds that were measured on one H200."""
+"""Estimate a step's duration on a GPU, from its matrix products and from speeds measured on an H200 and an H100."""
 
 import math
 

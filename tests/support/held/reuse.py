@@ -155,6 +155,7 @@ def other_tasks():
     yield PAGE, f"end at {rate('rare', ROUNDS)} and {rate('rare', THEN)}."
     grpo, raft = (rate("never", arm, "full@0") for arm in (GRPO, RAFT))
     yield PAGE, f"greedy, GRPO ends at {grpo}, RAFT with replay at {raft},"
+    yield PAGE, f"GRPO with replay is {apart('never', BOTH, GRPO, 'few')} above GRPO)."
     assert all(mean(r[c] for r in reuse.runs_of(RUNS, "never", arm)) < 0.1 for arm in COMPARED for c in COLUMNS[:4])
     above("noisy", GRPO, RAFT, "full@1")
     above("noisy", BOTH, GRPO, "full@1")

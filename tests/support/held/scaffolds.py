@@ -64,7 +64,10 @@ def findings():
     yield PROTEIN, "Infilling by GRPO lost to search that mutates and crosses the best"
     value, half = map(float, worth.split("±"))
     least, most = (round(calls / (value + sign * half), -2) for sign in (1, -1))
-    yield PROTEIN, f"training was worth its calls only if some {pays:g} new scaffolds (by the interval {least:g} to {most:,g})"
+    yield (
+        PROTEIN,
+        f"training was worth its calls only if some {pays:g} new scaffolds (by the interval {least:g} to {most:,g})",
+    )
     yield PAGE, f"about {pays:g} new scaffolds or more, one sample each (by the interval {least:g} to {most:,g})"
     yield "README.md", f"training was worth its calls from some {pays:g} new scaffolds ({least:g} to {most:,g})"
     value, half = map(float, differences[4].split("±"))
