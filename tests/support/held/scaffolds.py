@@ -69,7 +69,10 @@ def findings():
         f"training was worth its calls only if some {pays:g} new scaffolds (by the interval {least:g} to {most:,g})",
     )
     yield PAGE, f"about {pays:g} new scaffolds or more, one sample each (by the interval {least:g} to {most:,g})"
-    yield "README.md", f"training was worth its calls from some {pays:g} new scaffolds ({least:g} to {most:,g})"
+    yield (
+        "README.md",
+        f"training was worth its calls from some {pays:g} new scaffolds ({least:g} to {most:,g}, unplanned)",
+    )
     value, half = map(float, differences[4].split("±"))
     assert value < 0 < value + half
     yield PROTEIN, "Nor was it shown to be better than the same loop without learning."
