@@ -150,6 +150,12 @@ def test_a_malformed_row_is_refused_by_its_line(tmp_path, task: str, change: dic
     assert message in str(caught.value)
 
 
+@pytest.mark.filterwarnings("error")
+def test_tests_with_an_unknown_escape_are_read_without_a_warning(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD["code"] | {"tests": r'assert f("\d")'}])
+    assert grade_file(path, task="code")["n"] == 1
+
+
 @pytest.mark.parametrize("task", GOOD)
 def test_a_missing_field_is_named(tmp_path, task: str) -> None:
     for name in GOOD[task]:

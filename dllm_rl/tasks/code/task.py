@@ -120,8 +120,9 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 def _tests_anything(tests: str) -> bool:
     try:
-        body = ast.parse(tests).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        with warnings.catch_warnings(action="ignore"):
+            body = ast.parse(tests).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return True  # the sandbox grades it wrong
     run = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign)]
     return any(isinstance(part, ast.Assert | ast.Call | ast.Raise) for node in run for part in ast.walk(node))
