@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import learner, limit, measure, scoring, waiting
+from benchmarks import limit, measure, scoring, waiting
 
 SMOKE = {"preset": "smoke", "device": "cpu", "dtype": "float32", "repeats": 1}
 
@@ -18,15 +18,6 @@ def test_plain_and_chunked_scoring_agree(task):
     plain, chunked = (scoring.arm(name=name, task=task, **SMOKE) for name in ("plain", "chunked"))
     assert plain["result"] == pytest.approx(chunked["result"], rel=1e-5)
     assert plain["seconds"] > 0 and plain["cpu_seconds"] > 0
-
-
-@pytest.mark.parametrize("masks", [1, 4])
-@pytest.mark.parametrize("name", ["constant", "checkpointed", "trl"])
-def test_the_learners_gradients_agree(masks, name):
-    if name == "trl":
-        pytest.importorskip("trl")
-    plain, other = (learner.arm(name=arm, masks=masks, micro_batch_size=2, **SMOKE) for arm in ("plain", name))
-    assert plain["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
 
 
 def write_beside_what_is_held(device, repeats):
@@ -70,7 +61,7 @@ def test_the_products_of_a_step_are_those_of_all_its_forwards_and_backwards(tmp_
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["late_rollouts", "late_schedules", "learner", "linear", "scoring", "sync"])
+@pytest.mark.parametrize("name", ["late_rollouts", "late_schedules", "linear", "scoring", "sync"])
 def test_every_benchmark_runs(name):
     if name.startswith("late"):
         pytest.importorskip("ray", reason="Ray is an optional extra")
