@@ -68,10 +68,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_the_documents_speak_of_the_version_that_the_package_has():
-    """The changelog's first section and SECURITY.md are of the package's own version, so that what is installed can be
-    told from the last release."""
+    """The changelog's first section is of the package's own version, so that what is installed can be told from the
+    last release."""
     present = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert dllm_rl.__version__ == sections[0] == present
-    (told,) = re.findall(r"The present version is ([\w.]+),", (ROOT / "docs" / "SECURITY.md").read_text())
-    assert told == present

@@ -263,7 +263,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = options.output_dir / "results"
-    found = [*read_json(STORED)["runs"], *map(read_json, sorted(results.glob("*.json")))]
+    stored_runs = read_json(STORED)["runs"] if STORED.exists() else []
+    found = [*stored_runs, *map(read_json, sorted(results.glob("*.json")))]
     runs = by_arm(found)
     missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in runs]
     for arm, seed in missing if not options.report else ():

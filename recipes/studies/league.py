@@ -226,8 +226,8 @@ LEAGUES = {
         methods=tuple(each for each in ALL if each not in ("ESPO", "SPG", "StableDRL", "JustGRPO")),
     ),
 }
-# The commit that added a league's runs; a run's record has no commit of its own.
-STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}  # every run
+# Every run. Most records have no commit: it is the one that added them.
+STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}
 
 GRID: dict[str, dict[str, Any]] = {
     f"one update, {rate}": {"learning_rate": float(rate), "num_iterations": 1} for rate in ("2e-4", "5e-4", "1e-3")

@@ -371,7 +371,8 @@ def winner_rows(results: Results) -> list[dict[str, str]]:
     """Of each task the arm with the highest mean difference from GRPO at equal diversity, one token a step, and its
     margins. Arms with other rewards or rollouts do not count."""
     rows = []
-    for name in TASKS:
+    studied = {task for task, _, seed in results if seed in SEEDS}  # none after `tune` alone
+    for name in (each for each in TASKS if each in studied):
         means = {arm: mean(Claim("", name, arm, GRPO).differences(results)) for arm in COMPARED}
         winner, second = sorted(means, key=means.__getitem__, reverse=True)[:2]
         row = {"task": name, "winner": winner}

@@ -31,7 +31,7 @@ from recipes.scaffolds import LENGTH, Scaffolds, ehrlich, in_four, natural, scor
 from recipes.studies.paired import Results, by_arm, interval, load, markdown, result_path, run_all
 
 NUMBERS = [10 * instance + seed for instance in range(1, 6) for seed in range(5)]
-TUNING = [0, 1]  # numbers of instance 0; policies and infilling, which take longer, on 0 alone
+TUNING = [0, 1]  # numbers of instance 0; policies, infilling and A's search, on 0 alone
 HELD_OUT, OF_PRETRAINED, OF_TRAINED = 100, 32, 8  # scaffolds; samples of each of them
 CALLS = 50  # of elite search, for each scaffold
 LONGEST = 200  # calls of elite search up to which "one sample is worth" is counted

@@ -19,7 +19,7 @@ def on_an_h100():
     ratio = speeds[8]["FP8"] / speeds[8]["exact"]
     yield "docs/train.md", f"on an H100 `Float8Dynamic` has {ratio:.2f})."
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]
-    yield "docs/train.md", f"compiled FP8 as fast as compiled bf16 ({ratio:.2f} times),"
+    yield "docs/train.md", f"compiled FP8 as fast as compiled bf16 ({ratio:.2f} times)."
     ratio = speeds[8]["exact, compiled"] / speeds[8]["exact"]
     yield "docs/train.md", f"compiled bf16 was {ratio:.2f} times as fast as eager"
 
@@ -96,25 +96,12 @@ def the_sampler():
     assert timed[trick]["speedup"] > timed[exact]["speedup"]
 
 
-def against_the_published_ones():
-    found = {}
-    for each in stored(f"{RESULTS}/sampler-against-float32")["rows"]:
-        found[each["way"], each["vocabulary"], each["batch"]] = f"{each['ratio']:.2f}"
-        assert each["same tokens"] == 1
-    small, large = ([found["exact", size, batch] for batch in (1, 8)] for size in (16384, 126464))
-    told = "it is {} to {} times as fast at a vocabulary of 16,384 and {} to {} at 126,464"
-    yield PAGE, told.format(*small, *large)
-
-
 def a_step_against_its_products():
     found = stored(f"{RESULTS}/limit-cpu")
     assert "Intel(R) Xeon(R)" in found["machine"]["device"]
     ratios = [each["ratio"] for each in found["rows"]]
     told = "takes {:.2f} times the time of its own matrix products in README's example, {:.2f} with FP8 rollouts, and "
     yield PAGE, (told + "{:.2f} in the main job").format(*ratios)
-    compiled = [each["ratio, compiled"] for each in found["rows"]]
-    assert all(now > 0.97 * before for now, before in zip(compiled, ratios, strict=True))
-    yield PAGE, "Compiled blocks bring no gain: {:.2f}, {:.2f} and {:.2f}.".format(*compiled)
 
 
 def against_d1():

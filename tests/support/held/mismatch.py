@@ -92,8 +92,6 @@ def real_fp8():
     by_rate = {rate: runs_of(f"fp8_sums_{rate}") for rate in fp8_sums.STUDIES}
     assert {rate: len(runs) for rate, runs in by_rate.items()} == {"full": 60, "half": 60}
     yield PAGE, fp8_sums.told(by_rate)
-    ess = mean(run["ESS"] for (arm, _), run in by_rate["full"].items() if arm == "none")
-    yield f"{DOCS}/method.md", f"at ESS {ess:.3f}."
     (begun,) = {run["before"] for runs in by_rate.values() for run in runs.values()}
     yield PAGE, f"in the learner's dtype), 12 steps from {begun:.2f} at 5e-4 (full)"
 

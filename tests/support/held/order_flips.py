@@ -25,6 +25,7 @@ def flipped_orders():
     few = [model for model in models if model["flips"]["INT4"] < 0.1]
     assert all(each > 0.5 for each, flip in zip(shares, flips, strict=True) if flip >= 0.1)
     yield PAGE, f"in the {10 - len(few)} models in which a tenth of the steps or more flip, it is above a half in all"
+    assert mean(bias(model, "plackett_luce 0.1", "INT4", "exact") / bias(model, *exact) for model in models) > 1
     without = over(models, lambda model: bias(model, *exact, "no flips"))
     yield PAGE, f"Over all models the bias falls from {over(models, lambda model: bias(model, *exact))} to {without}"
     yield PAGE, f"it costs {lost['found, 95 %']} of reward"

@@ -43,7 +43,7 @@ def the_three_sentences():
                 f"another position than the learner in {flips('INT4')} of the steps, and truncated importance "
                 f"sampling (TIS) leaves a bias of {left('max_prob', 'tis')} of the gradient's length, from "
                 f"{left('max_prob', 'none')}; in random order it leaves {left('random', 'tis')}, from "
-                f"{left('random', 'none')}."
+                f"{left('random', 'none')} (not claimed; no planned claim was shown)."
             ),
         )
         yield (
@@ -78,7 +78,7 @@ def order():
     yield PAGE, f"`PlackettLuce` at 0.1 removes most of it for less than {bound} of reward."
     below = sum(bias(model, "plackett_luce 0.1", "INT4", "exact") < bias(model, *exact) / 2 for model in MODELS)
     yield PAGE, f"below half of `MaxProb`'s in {below} of 10 models, for {lost[value]} of reward."
-    assert float(less[test]) > 0.05
+    assert min(float(share[test]), float(less[test])) > 0.05
     held, free = left("max_prob", "exact", "no flips"), left("max_prob", "exact")
     yield PAGE, f"exact token weights leave {held} instead of {free}."
     for each in ("max_prob", "plackett_luce 0.1", "random"):
