@@ -197,7 +197,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 context.rollout_policy = RolloutCopy(recipe=self._recipe).load(policy)
             elif context.rollout_policy.weights_version != policy.weights_version:
                 self._log("train", sync_weights(policy, context.rollout_policy))
-            rollout = self._recipe.sampler(context.rollout_policy, batch, generator_for(*key))
+            rollout = self._recipe.sampler(context.rollout_policy, batch, generator_for(*key, int(seeds[0])))
         if not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
                 f"the rollout's logits are not finite at step {self.state.global_step}; use a "

@@ -116,7 +116,7 @@ def complete(
     start_time = time.perf_counter()
     seeds = row_seeds(seed, keys)
     prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=seeds, reads_order=False)
-    rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
+    rollout = sampler(policy, prompts, generator_for(seed, "evaluate", seeds[0]))
     check_rollout(sampler, policy, prompts, rollout)
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")

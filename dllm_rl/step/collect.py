@@ -182,9 +182,10 @@ def sample_and_grade(
         reads_order = settings.likelihood.reads_order
         prompts = encode(rollout_policy, problems, num_generations=sizes, seeds=seeds.tolist(), reads_order=reads_order)
         # Each row has its own seed, so that the split into batches does not change the result. The generator is for
-        # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
+        # user-defined samplers that ignore the seeds; it is another one for each batch, of every process.
         batches = prompts.split(settings.rollout_batch_size or len(seeds))
-        rollouts = [settings.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        generators = [generator_for(*key, int(seeds[0]), number) for number in range(len(batches))]
+        rollouts = list(map(partial(settings.sampler, rollout_policy), batches, generators))
         for batch, made in zip(batches, rollouts, strict=True):
             check_rollout(settings.sampler, rollout_policy, batch, made)
         rollouts = [with_support(made, settings.sampling_support) for made in rollouts]

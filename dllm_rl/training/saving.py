@@ -258,8 +258,11 @@ def state_file(feature: StepFeature) -> str:
     return f"{type(feature).__name__}.state"
 
 
-def load_states(features: Sequence[StepFeature], folder: Path) -> None:
+def load_states(features: Sequence[StepFeature], folder: Path) -> list[str]:
     """Load the states of the features that a checkpoint has. A feature that the run had not begins anew.
+
+    Returns:
+        The classes whose states the checkpoint has and that are not among the features.
 
     Raises:
         ValueError: A file is damaged, or its feature has other settings.
@@ -271,6 +274,7 @@ def load_states(features: Sequence[StepFeature], folder: Path) -> None:
                 feature.load_state(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{path} cannot be loaded: {error}; or take an earlier checkpoint") from None
+    return sorted({path.stem for path in folder.glob("*.state")} - {type(feature).__name__ for feature in features})
 
 
 def base_of_adapters(model: object, warmup_steps: int) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.algorithms.losses import is_per_token
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
@@ -22,7 +23,7 @@ from dllm_rl.models.checkpoint.loading import num_parameters
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import REFERENCE, Recipe
-from dllm_rl.records import describe_json
+from dllm_rl.records import describe, describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.features import StepFeature
@@ -71,7 +72,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     # immediately.
     if recipe.zero_mismatch:
         prepare_workspace()
-    check_features(features, recipe.rollout_workers)
+    check_features(features, recipe)
     check_hub(recipe.push_to_hub)
     for field in ("task", "validation_task", "eval_task"):
         check_not_empty(field, getattr(recipe, field))
@@ -135,8 +136,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         features=(*used_teacher, *value_head, *replay_store, *features),
         log=log,
     )
-    if resume_folder is not None:
-        load_states(step.features, resume_folder)
+    if resume_folder is not None and (unused := load_states(step.features, resume_folder)):
+        log.say(f"warning: no feature of this run takes the checkpoint's state of {', '.join(unused)}: was it renamed?")
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -170,18 +171,30 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     return run
 
 
-def check_features(features: Sequence[StepFeature], rollout_workers: int) -> None:
-    """Raise ValueError for two features of one name, whose states would be one file, or for a feature that rollout
-    workers, which do not call it, would contradict.
+def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
+    """Raise ValueError for two features of one name, whose states would be one file, for advantages of tokens under a
+    loss of rows, or for a feature that rollout workers, which do not call it, would contradict.
     """
+
+    def overrides(feature: StepFeature, method: str) -> bool:
+        return getattr(type(feature), method) is not getattr(StepFeature, method)
+
     names = [type(feature).__name__ for feature in features]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
-    for feature in features if rollout_workers else ():
-        if feature.changes_views or feature.max_staleness:
+    for feature in features:
+        name, loss = type(feature).__name__, recipe.resolved_loss
+        if overrides(feature, "token_advantages") and not is_per_token(loss):
             raise ValueError(
-                f"features: {type(feature).__name__} changes what is scored or when weights are synced, and workers "
-                f"(rollout_workers={rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
+                f"features: {name} gives each token its advantage, and loss={describe(loss)} treats a row's tokens "
+                "together: use PPOClip, CISPO or Reinforce, or leave it out"
+            )
+        if recipe.rollout_workers and (
+            feature.changes_views or feature.max_staleness or overrides(feature, "around_forward")
+        ):
+            raise ValueError(
+                f"features: {name} changes forwards, what is scored or when weights are synced, and workers "
+                f"(rollout_workers={recipe.rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
             )
 
 

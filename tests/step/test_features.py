@@ -1,5 +1,6 @@
 """Parts of a step that no setting has, each built as a user would: in a class of a few lines, given to `train`."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import ELBO, StepFeature, Trajectory, train
 from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.algorithms.losses import CISPO, GSPO, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
 
@@ -142,10 +144,35 @@ def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
     assert again["step"] == 3 and again["grad_norm"] == whole["grad_norm"] and again["reward"] == whole["reward"]
 
 
-@pytest.mark.parametrize("feature", [SyncEvery(4), DropSmallViews(least=6)])
+class Watches(StepFeature):
+    """Has a context for each forward."""
+
+    def around_forward(self, context):
+        return nullcontext()
+
+
+class Halves(StepFeature):
+    """Gives the later tokens of a row half of its advantage."""
+
+    def token_advantages(self, context, samples, views):
+        rows = samples.local(samples.advantages, context.accelerator)[:, None]
+        late = samples.rollout.unmask_step > samples.rollout.unmask_step.amax(-1, keepdim=True) / 2
+        return torch.where(late, rows / 2, rows)
+
+
+def test_advantages_of_tokens_need_a_loss_of_tokens(tmp_path):
+    recipe = tiny_recipe(tmp_path, num_steps=1, loss_reduction=SequenceMean())
+    with pytest.raises(ValueError, match="features: Halves gives each token its advantage, and loss=GSPO"):
+        train(replace(recipe, loss=GSPO()), features=(Halves(),))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    train(replace(recipe, loss=CISPO()), features=(Halves(),))
+    assert metrics_of(tmp_path)[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("feature", [SyncEvery(4), DropSmallViews(least=6), Watches()])
 def test_what_workers_would_contradict_is_refused(feature, tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_workers=1, max_staleness=1)
-    with pytest.raises(ValueError, match=f"features: {type(feature).__name__} changes what is scored"):
+    with pytest.raises(ValueError, match=f"features: {type(feature).__name__} changes forwards, what is scored"):
         train(recipe, features=(feature,))
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -197,3 +224,19 @@ def test_an_error_of_a_state_loses_no_step(tmp_path, async_save):
     assert [row["loss"] for row in mine] == [row["loss"] for row in other]
     last = dict(list_checkpoints(tmp_path / "whole" / "checkpoints"))[3]
     assert (last / "Counted.state").read_bytes() == b"3"
+
+
+def test_a_state_that_no_feature_takes_is_named(tmp_path, capsys):
+    class Renamed(Counted):
+        """Another name for the same state."""
+
+    settings = {"num_steps": 1, "save_steps": 1, "lr_schedule_steps": 3}
+    train(tiny_recipe(tmp_path, **settings), features=(Counted(),))
+    more = settings | {"resume_from_checkpoint": "latest"}
+    capsys.readouterr()
+    train(tiny_recipe(tmp_path, **more | {"num_steps": 2}), features=(Counted(),))
+    assert "takes the checkpoint's state" not in capsys.readouterr().out
+    renamed = Renamed()
+    train(tiny_recipe(tmp_path, **more | {"num_steps": 3}), features=(renamed,))
+    assert renamed.updates == 1, "it began anew"
+    assert "no feature of this run takes the checkpoint's state of Counted" in capsys.readouterr().out

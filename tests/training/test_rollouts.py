@@ -155,6 +155,24 @@ def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
     assert first and again and not first & again
 
 
+def test_a_sampler_that_ignores_the_seeds_draws_other_numbers_in_every_batch(tmp_path):
+    drawn, plain = [], Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
+
+    def without_seeds(policy, prompts, generator):
+        drawn.append(torch.rand(3, generator=generator).tolist())
+        return plain(policy, dataclasses.replace(prompts, seeds=None), generator)
+
+    def sampled_by(name):
+        drawn.clear()
+        sampler = FunctionSampler(function=without_seeds, max_new_tokens=16)
+        train(tiny_recipe(tmp_path / name, sampler=sampler, rollout_batch_size=2))
+        return list(map(tuple, drawn))
+
+    first = sampled_by("first")
+    assert len(set(first[-16:])) == 16, "two steps of eight batches"
+    assert first == sampled_by("again")
+
+
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
 def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(tmp_path, make):
     """With dynamic sampling, whose later draws count too. What the sampler was asked and returned is counted here."""
