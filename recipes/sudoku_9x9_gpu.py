@@ -1,7 +1,6 @@
 """A model of 85 million weights in LLaDA's layout, made here, learns 9x9 Sudoku with compiled FP8 rollouts on a GPU.
 
-Products in FP8 need compute capability 8.9 or newer. recipes/studies/fp8_sudoku.py compares these rollouts with bf16
-ones. Not run yet: no results.
+Products in FP8 need compute capability 8.9 or newer. Not run yet: no results.
 """
 
 from dataclasses import replace

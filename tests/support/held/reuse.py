@@ -179,7 +179,7 @@ def other_tasks():
         for column in ("full@1", "full@0")
     }
     greedy = ", ".join(each.split("±")[0] for each in wide["full@0"])
-    yield README, f"it solves {wide['full@1'][0]}, GRPO {wide['full@1'][1]} (greedy {greedy}): it is off by default."
+    yield README, f"it solves {wide['full@1'][0]}, GRPO {wide['full@1'][1]} (greedy {greedy}; at later rates): it is"
 
 
 def five_levels():
@@ -198,8 +198,8 @@ def five_levels():
     warm = f"at temperature 1 it solves {warm.removeprefix('-')} less (not claimed; {fewer} of 10 seeds)"
     yield PAGE, f"{shown} {warm}, and greedily {greedy} more. With replay it adds {added} and {elsewhere}."
     less = apart("latin", FIVE_TIS, FIVE, "full@1").removeprefix("-")
-    yield METHOD, f"shown ({apart('latin', FIVE_TIS, FIVE)} at equal diversity; at temperature 1 it solved {less} less"
-    yield METHOD, f"less than no corrector, greedily {greedy} more, [not claimed]"
+    equal = f"[{apart('latin', FIVE_TIS, FIVE)}](../recipes/studies/reuse.md) at equal diversity"
+    yield METHOD, f"{equal} (not claimed: {less} less at temperature 1)."
     puzzles = [TASKS["latin"].base.eval_task[i].prompt for i in range(400)]
     yield PAGE, f"the 400 test puzzles ({len(set(puzzles))} differ) are solved greedily, and the first 100"
     yield PAGE, f"the first 100 ({len(set(puzzles[:100]))} differ) four times each"
