@@ -24,6 +24,7 @@ from dllm_rl.records import (
     Bound,
     Record,
     annotations_of,
+    describe,
     fit,
     nearest_hint,
     record_type,
@@ -58,12 +59,40 @@ def from_command_line(recipe: Settings, argv: list[str] | None = None) -> Settin
         SystemExit: After `--help` or `--print_config` (status 0), or on an error (status 2).
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
+    if not arguments:
+        return recipe
     try:
-        return override(recipe, arguments) if arguments else recipe
+        changed = override(recipe, arguments)
     except ValueError as error:
         for line in str(error).split("\n"):
             print(f"error: {escape_controls(line)}", file=sys.stderr)
         raise SystemExit(2) from None
+    if os.environ.get("RANK", "0") == "0":
+        for line in kept_settings(changed, arguments):
+            print(escape_controls(line))
+    return changed
+
+
+def kept_settings(changed: Any, arguments: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each class that an option names and whose settings are the recipe's, not the class's defaults.
+
+    Args:
+        changed: What `override` returned.
+        arguments: Command-line arguments.
+    """
+    options = _with_files(_options(arguments))
+    for path, text in options:
+        part = changed
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        if text is None or "{" in text or not isinstance(part, Record):
+            continue
+        given = {other[len(path) + 1 :].split(".")[0] for other, _ in options if other.startswith(f"{path}.")}
+        defaults = {f.name: f.default for f in dataclasses.fields(part) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+        kept = [name for name, value in defaults.items() if name not in given and getattr(part, name) != value]
+        if kept:
+            values = ", ".join(f"{name}={describe(getattr(part, name))}" for name in kept)
+            yield f"--{path} {text} keeps the recipe's {values}; another value: --{path}.{kept[0]}"
 
 
 def override(recipe: Settings, arguments: Sequence[str]) -> Settings:

@@ -413,3 +413,15 @@ NAMES = [name for name in NAMES if name not in ("__init__", "weights", "antibody
 def test_no_recipe_is_what_the_cautions_warn_of(name):
     recipe = import_module(f"recipes.{name}").recipe
     assert isinstance(recipe, SFT) or cautions(recipe) == []
+
+
+def test_what_a_named_class_keeps_of_the_recipe_is_said(recipe, capsys):
+    clipped = replace(recipe, loss=losses.PPOClip(epsilon=0.2, epsilon_high=0.3), corrector=correctors.TIS())
+    given = from_command_line(clipped, ["--loss", "GSPO", "--loss.epsilon", "3e-4", "--corrector", "TIS"])
+    assert given.loss == losses.GSPO(epsilon=3e-4, epsilon_high=0.3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "--loss GSPO keeps the recipe's epsilon_high=0.3; another value: --loss.epsilon_high"
+    from_command_line(replace(recipe, likelihood=Trajectory(num_segments=8)), ["--likelihood=Trajectory"])
+    assert "--likelihood Trajectory keeps the recipe's num_segments=8;" in capsys.readouterr().out
+    from_command_line(recipe, ["--sampler.rank", "RandomOrder", "--loss", "GSPO", "--loss.epsilon_high", "4e-4"])
+    assert capsys.readouterr().out == ""
