@@ -11,7 +11,7 @@ from dllm_rl.screen import silence_import_noise
 
 silence_import_noise()  # before the libraries that log this noise are imported
 
-__version__ = "0.3.0"
+__version__ = "0.4.0.dev0"
 
 _import_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names of __init__.pyi
 

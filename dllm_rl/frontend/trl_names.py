@@ -91,6 +91,7 @@ NEAREST = {
     "dllm-rl evaluate --samples": "num_generations_eval",
     "the environment's HF_TOKEN": "hub_token",
     "each of its fields as an argument": "args",
+    "train(grpo_recipe(...), features=...)": "features",
 }
 # Fields of GRPOConfig that neither `grpo` nor `DiffusionGRPOTrainer` has, and TRL's defaults, which turn them off.
 OFF: dict[str, object] = {

@@ -41,7 +41,7 @@ class Stored:
         return Stored(Rollout.concatenate([p.rollout for p in parts], pad_id=pad_id), *map(torch.cat, tensors))
 
 
-class Replay(StepFeature):
+class ReplayRows(StepFeature):
     def __init__(self, *, capacity, num_rows, seed=0):
         self.capacity, self.num_rows, self.seed = capacity, num_rows, seed
         self.stored = self.next_stored = None
@@ -112,4 +112,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    main(recipe, features=(Replay(capacity=256, num_rows=32),))
+    main(recipe, features=(ReplayRows(capacity=256, num_rows=32),))

@@ -13,7 +13,7 @@ from dllm_rl import TIS, OneStep, Prompts, Rollout, Trajectory, Unmask, train
 from dllm_rl.algorithms.prompt_sources import UniformPrompts
 from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
-from recipes.examples.replay import Replay
+from recipes.examples.replay import ReplayRows
 from recipes.examples.unequal_groups import EqualPrompts
 
 SIZES = (1, 5, 2, 6)
@@ -37,7 +37,7 @@ def unequal(directory, **changes):
 
 
 def replay():
-    return Replay(capacity=12, num_rows=6)
+    return ReplayRows(capacity=12, num_rows=6)
 
 
 def run(directory, **changes):

@@ -820,6 +820,7 @@ def test_each_remedy_is_a_setting_or_says_what_else():
         "dllm-rl evaluate --samples",
         "each of its fields as an argument",
         "the environment's HF_TOKEN",
+        "train(grpo_recipe(...), features=...)",
     }
     options = {remedy.partition(".")[2] for remedy in REMEDIES.values() if remedy.startswith("sampler_options.")}
     assert options <= inspect.signature(Unmask).parameters.keys()

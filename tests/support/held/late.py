@@ -116,7 +116,7 @@ def whole_runs():
     found = stored("benchmarks/results/late-runs-cpu")
     _, two, late = (each["steps / one thread"] for each in found["arms"])
     told = f"take {two:.3f} of the time with two threads and {late:.3f} with a worker that has the second core"
-    yield "benchmarks/README.md", told
+    yield f"{STUDIES}/late_rollouts.md", told
     assert len({run["seed"] for run in found["runs"]}) == 3
     apart = [run["after"] for run in found["runs"] if run["arm"] == "late"]
     others = [run["after"] for run in found["runs"] if run["arm"] == "one thread"]
@@ -148,7 +148,7 @@ def updates():
     ]
     yield (
         PAGE,
-        f"**We saw no difference** between no correction and the dual clip ({apart[0]}), TBPO with its published band "
+        f"**We saw no difference** between no correction and the dual clip ({apart[0]}), TBPO with its digest's band "
         f"({apart[1]}), with a wide one ({apart[2]}) and QaRL with a wide one ({apart[3]}).",
     )
     shares = [

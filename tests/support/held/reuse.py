@@ -179,7 +179,7 @@ def other_tasks():
         for column in ("full@1", "full@0")
     }
     greedy = ", ".join(each.split("±")[0] for each in wide["full@0"])
-    yield README, f"it solves {wide['full@1'][0]}, GRPO {wide['full@1'][1]} (greedy {greedy}; at later rates): it is"
+    yield README, f"it solves {wide['full@1'][0]}, GRPO {wide['full@1'][1]} (greedy {greedy}; rates tried"
 
 
 def five_levels():
