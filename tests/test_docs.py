@@ -381,7 +381,7 @@ def test_a_run_samples_on_a_server(tmp_path, monkeypatch):
         )
         (tmp_path / "served.py").write_text(text)
         monkeypatch.chdir(tmp_path)
-        runpy.run_path("served.py")
+        assert runpy.run_path("served.py")["sampler"].temperature == 1, "completions differ"
         assert server.batcher.policy.weights_version == 2
 
 

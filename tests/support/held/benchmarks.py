@@ -36,8 +36,8 @@ def a_run_on_an_h200():
         nats.append([f"{rows[arm]['mean abs d, nats']:.3f}" for arm in ("FP8", "bf16")])
         speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
     (rollout, step), (rollout_2, step_2) = speeds
-    yield PAGE, f"on sums they take {rollout:.2f} of the time, on Countdown {rollout_2:.2f}."
-    yield PAGE, f"on sums they take {step:.2f} times as long, on Countdown {step_2:.2f} times."
+    yield PAGE, f"FP8 rollouts take {rollout:.2f} of the time on sums, {rollout_2:.2f} on Countdown;"
+    yield PAGE, f"whole steps, because of the sync, {step:.2f} and {step_2:.2f} times as long."
     yield f"{DOCS}/train.md", f"FP8 made steps of SmolLM2-135M {step:.2f} to {step_2:.2f} times as long."
     (_, bf16), (_, bf16_2) = nats
     yield "recipes/studies/mismatch.md", f"Compiled bf16 rollouts on an H200 had [{bf16} and {bf16_2}]"
