@@ -16,6 +16,13 @@ def on_an_h100():
             cells = ", ".join(f"{speed:.0f}" for speed in found if speed is not None)
             note = " (approximate)" if name.endswith("cache") and "FP8" not in name else ""
             yield "benchmarks/README.md", f"- {name}{note}: {cells}"
+    parts = stored(f"{RESULTS}/gpu")["parts"]["sampler"]["rows"]
+    seconds = {(each["what"], each["batch"]): each["seconds"] for each in parts}
+    plain = "plain: the published algorithm"
+    found = [f"{seconds['exact', batch] / seconds[plain, batch]:.2f}" for batch in (1, 8)]
+    found += [f"{speeds[batch][plain] / speeds[batch]['exact']:.2f}" for batch in (1, 8)]
+    told = "at 8B on an H200 {} of it for one row and {} for 8, on an H100 {} and {}."
+    yield "docs/results-and-limits.md", told.format(*found)
     ratio = speeds[8]["FP8"] / speeds[8]["exact"]
     yield "docs/train.md", f"on an H100 `Float8Dynamic` has {ratio:.2f})."
     ratio = speeds[8]["FP8, compiled"] / speeds[8]["exact, compiled"]
