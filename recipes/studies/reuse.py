@@ -5,7 +5,7 @@ costs 1 and one with its backward costs 3. They are counted on the model's first
 
     python -m recipes.studies.reuse tune             the rates of the arms that are tuned
     python -m recipes.studies.reuse study            run what is missing, seed by seed, then print the tables
-    python -m recipes.studies.reuse grids            three arms of latin again, whose grids are counted
+    python -m recipes.studies.reuse grids            arms of latin again, whose grids are counted, two without the bonus
     python -m recipes.studies.reuse --report         the tables of the stored runs
 """
 
@@ -67,6 +67,8 @@ NO_BOXES, RAFT_NO_BOXES = "GRPO, no boxes in the reward", "RAFT with replay, no 
 EXACT = "GRPO, exact likelihood"  # without segments: what TIS needs, and the control of five levels
 FIVE, FIVE_TIS = "five levels, GRPO", "five levels, GRPO with TIS"
 FIVE_BOTH, FIVE_BOTH_TIS = "five levels, GRPO with replay", "five levels, GRPO with replay and TIS"
+PLAIN, BOTH_PLAIN = "GRPO, no entropy bonus", "GRPO with replay, no entropy bonus"  # asked after the claims
+COUNTED = (GRPO, RAFT, BOTH, PLAIN, BOTH_PLAIN)  # of latin, again, with their grids counted
 COMPARED = (GRPO, MANY, RAFT, NO_CAP, ROUNDS, THEN, BOTH)
 UNCAPPED = 10**6
 
@@ -153,6 +155,8 @@ def arms_of(task: TaskOf, rates: Mapping[str, float]) -> dict[str, list[dict[str
     if task.controls and task.metric == "solve_rate":
         boxless = {"task": RowsAndColumns(**FEW_CLUES)}
         arms |= {NO_BOXES: [grpo | boxless], RAFT_NO_BOXES: [arms[RAFT][0] | boxless]}
+        plain = {"entropy_coeff": 0.0}
+        arms |= {PLAIN: [grpo | plain], BOTH_PLAIN: [both | plain]}
     if task.controls:
         five = {"rollout_quantization": FakeQuantize(weight="five_level")}
         exact, tis = {"likelihood": Trajectory()}, {"corrector": TIS()}
@@ -457,7 +461,7 @@ def beyond_rows(results: Results) -> list[dict[str, str]]:
 def grid_rows(results: Results) -> list[dict[str, str]]:
     """Of latin's arms whose grids were counted: right answers at temperature 1, and the different grids among them."""
     rows = []
-    for arm in (GRPO, RAFT, BOTH):
+    for arm in COUNTED:
         if runs := runs_of(results, "latin", f"{arm}, grids counted"):
             counts = {name: interval([run[f"{name}@1"] for run in runs]) for name in ("full", "answers", "texts")}
             rows.append({"arm": arm, "seeds": str(len(runs)), **counts})
@@ -476,9 +480,9 @@ def jobs_of(which: str, name: str, root: Path, seeds: Sequence[int], results: Re
             grids = {arm: grid + BEYOND.get((name, arm), ()) for arm, grid in GRIDS.items()}
             wanted = [(trial(arm, rate), arm, rates | {arm: rate}) for arm, grid in grids.items() for rate in grid]
         elif which == "grids":
-            wanted = [(f"{arm}, grids counted", arm, rates) for arm in (GRPO, RAFT, BOTH) if name == "latin"]
+            wanted = [(f"{arm}, grids counted", arm, rates) for arm in COUNTED if name == "latin"]
         else:
-            wanted = [(arm, arm, rates) for arm in arms_of(TASKS[name], rates)]
+            wanted = [(arm, arm, rates) for arm in arms_of(TASKS[name], rates) if arm not in (PLAIN, BOTH_PLAIN)]
             better = better_beyond(results, name)
             wanted += [(trial(arm, rate), arm, rates | {arm: rate}) for arm, rate in better.items()]
         for key, arm, used in wanted:
