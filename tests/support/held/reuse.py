@@ -105,6 +105,12 @@ def grids():
     yield PAGE, f"there are {len(grids)} grids, all among the labels, and {used} of them solve all test puzzles"
 
 
+def the_bonus():
+    assert TASKS["countdown"].base.entropy_coeff == 0
+    (bonus,) = {task.base.entropy_coeff for name, task in TASKS.items() if name != "countdown"}
+    yield PAGE, f"the policy gradient has the entropy bonus of `sudoku_tiny` ({bonus})"
+
+
 def above(task, arm, against, of="full"):
     """The difference of two arms, and that the claim of it held: its p is the least that 22 claims can have."""
     (claim,) = [
