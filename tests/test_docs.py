@@ -243,7 +243,7 @@ def test_every_page_begins_with_the_question_that_it_answers():
 
 
 def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once():
-    made = runpy.run_path(str(EXAMPLES / "own_estimator.py"))
+    made = runpy.run_path(str(EXAMPLES / "own_estimator.py"), run_name="__main__")
     views = made["halves"].draw_views(made["rollout"], torch.Generator())
     assert torch.equal(views.coefficients.sum(0), made["rollout"].completion_mask.float())
     assert torch.equal(views.masked, views.coefficients > 0)
@@ -337,7 +337,7 @@ def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_
 
 
 def test_a_loss_of_ones_own_is_checked_three_times(capsys):
-    made = runpy.run_path(str(EXAMPLES / "own_loss.py"))
+    made = runpy.run_path(str(EXAMPLES / "own_loss.py"), run_name="__main__")
     ratio = torch.tensor([[0.0, 0.3]]).exp().log()
     value = made["SoftClip"]()(ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
     moved = 0.3498588  # exp(0.3) - 1

@@ -23,4 +23,6 @@ halves = Halves()
 policy = tiny_masked_lm(characters="1234.=")
 prompts = Prompts.from_ids([[3, 4, 5], [6, 5, 4]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
 rollout = Unmask(max_new_tokens=6, temperature=1.0)(policy, prompts, torch.Generator())
-check_estimator(halves, policy, rollout)
+
+if __name__ == "__main__":
+    check_estimator(halves, policy, rollout)

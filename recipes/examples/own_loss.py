@@ -20,11 +20,12 @@ class SoftClip(Loss):
         return (1 + change / (1 + change.abs() / self.width)) * advantages[:, None]
 
 
-check_corrector(SoftClip())
-ratios = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-signs, everywhere = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
-torch.autograd.gradcheck(lambda x: SoftClip()(x, signs, everywhere), ratios)
-few = {"policies": ("early",), "sigmas": (0.3,), "networks": 2}  # leave out for numbers to report
-for loss in (PPOClip(), SoftClip()):
-    (row,) = gradient_table(FunctionCorrector(loss=loss), moved="old", **few)
-    print(f"{type(loss).__name__}: bias {row.bias:.2f}, error {row.rmse:.2f}")
+if __name__ == "__main__":
+    check_corrector(SoftClip())
+    ratios = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    signs, everywhere = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
+    torch.autograd.gradcheck(lambda x: SoftClip()(x, signs, everywhere), ratios)
+    few = {"policies": ("early",), "sigmas": (0.3,), "networks": 2}  # leave out for numbers to report
+    for loss in (PPOClip(), SoftClip()):
+        (row,) = gradient_table(FunctionCorrector(loss=loss), moved="old", **few)
+        print(f"{type(loss).__name__}: bias {row.bias:.2f}, error {row.rmse:.2f}")
