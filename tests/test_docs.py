@@ -277,7 +277,7 @@ def in_the_guide(printed):
 
 @pytest.mark.nightly
 def test_a_rank_of_ones_own_keeps_the_contract(capsys):
-    made = runpy.run_path(str(EXAMPLES / "own_order.py"))
+    made = runpy.run_path(str(EXAMPLES / "own_order.py"), run_name="__main__")
     assert capsys.readouterr().out.split() == ["deterministic", "confidence", "unknown"]
     with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
         FunctionRank(function=lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], order="deterministic")

@@ -30,7 +30,7 @@ OF_RESULTS = re.compile(r"\d[\d.]*±\d+(\.\d+)?|(?<![\d.])\d+\.\d{2,}(?![\de])")
 
 NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may show
     "benchmarks/README.md": ("torch 2.11",),
-    "docs/method.md": ("(group's standard deviation + 0.0001)",),
+    "docs/method.md": ("(group's sample standard deviation + 0.0001)",),
     "docs/metrics.md": ("contributions above 0.005",),
     "docs/trl.md": ("`adam_beta2` 0.99 (0.999)",),
     "recipes/studies/distillation.md": ("`teacher_coeff` 0.02", "the coefficient (of 0.02 and 0.06)"),

@@ -229,7 +229,7 @@ class MIS(Corrector):
     """Masked importance sampling: w = rho inside [min_ratio, max_ratio], and 0 outside.
 
     rho is the ratio of `TIS`. Use it instead of `TIS` if tokens with an extreme ratio should not contribute a gradient.
-    It logs rollout_corr/rollout_is_oob_ratio, the share outside the range.
+    It logs rollout_is_oob_ratio, the share outside the range.
 
     Args:
         min_ratio: Smallest ratio that contributes, in [0, 1]. Default: 0.5.

@@ -87,3 +87,8 @@ class StepFeature:
 
     def load_state(self, state: bytes) -> None:
         """Continue from the state of a checkpoint. Called before the first step of a resumed run."""
+
+
+def overrides(feature: StepFeature, *methods: str) -> bool:
+    """Return whether the feature's class has one of the methods of its own."""
+    return any(getattr(type(feature), name) is not getattr(StepFeature, name) for name in methods)

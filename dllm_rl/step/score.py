@@ -19,6 +19,7 @@ from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.step.context import StepContext
+from dllm_rl.step.features import overrides
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
@@ -69,13 +70,15 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     is_trained_row = samples.local(active_rows(settings, samples), context.accelerator)
     graphs = retained_graphs(settings, context.policy, is_trained_row)
+    changed = any(overrides(feature, "views_to_score", "views_to_learn") for feature in context.features)
+    num_scored = len(views) if changed and not samples.rollout_logprobs else settings.num_scored_mask_sets
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         token_advantages = None
         for feature in context.features:
             given = feature.token_advantages(context, samples, views[k])
             token_advantages = token_advantages if given is None else given
-        if k < settings.num_scored_mask_sets:
+        if k < num_scored:  # the features change the views of what is scored
             retained = graphs if k == 0 else None
             scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], graphs=retained)
         else:

@@ -26,7 +26,7 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.features import StepFeature, overrides
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
@@ -175,10 +175,6 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
     """Raise ValueError for two features of one name, whose states would be one file, for advantages of tokens under a
     loss of rows, or for a feature that rollout workers, which do not call it, would contradict.
     """
-
-    def overrides(feature: StepFeature, method: str) -> bool:
-        return getattr(type(feature), method) is not getattr(StepFeature, method)
-
     names = [type(feature).__name__ for feature in features]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")

@@ -3,6 +3,13 @@
 In `eval` of a copy of github.com/dllm-reasoning/d1 (its modules run):
 
     python REPOSITORY/recipes/examples/d1_prompts.py
+
+d1 reports of LLaDA-8B-Instruct at 128, 256 and 512 tokens, in percent (arXiv 2504.12216):
+
+    Sudoku, `cell_accuracy`   11.7   6.7   5.5
+    Countdown, `accuracy`     20.7  19.5  16.0
+    GSM8K, `accuracy`         68.7  76.7  78.2
+    MATH500, `accuracy`       26.0  32.4  36.2
 """
 
 import importlib

@@ -24,10 +24,11 @@ class Halves(Commit):
     def count(num_masked, steps_left):  # (B,), (B,) -> (B,): half of what is left
         return torch.where(steps_left == 1, num_masked, (num_masked + 1) // 2)
 
-    def __call__(self, scores, masked, steps_left):  # (B, L), (B, L), (B,) -> (B, L)
+    def __call__(self, scores, masked, steps_left):  # (B, M), (B, M), (B,) -> (B, M)
         return highest(scores, masked, count=self.count(masked.sum(-1), steps_left))
 
 
-print(check_order(LogOdds(), Halves()))  # deterministic
-print(check_order(Confidence(), Halves()))  # confidence; without `count` unknown
-print(check_order(LogOdds().__call__, Halves()))  # unknown: a plain function declares nothing
+if __name__ == "__main__":
+    print(check_order(LogOdds(), Halves()))  # deterministic
+    print(check_order(Confidence(), Halves()))  # confidence; without `count` unknown
+    print(check_order(LogOdds().__call__, Halves()))  # unknown: a plain function declares nothing

@@ -518,6 +518,10 @@ def main() -> None:
     root = options.output_dir
     if not options.report:
         seeds = options.seeds or (TUNED_ON if which == "tune" else SEEDS)
+        tuned = load(root)
+        untuned = [n for n in options.tasks if not all(scores_of(tuned, n, arm, grid) for arm, grid in GRIDS.items())]
+        if which != "tune" and untuned:
+            raise SystemExit(f"no rates of {', '.join(untuned)}: run `python -m recipes.studies.reuse tune` first")
         for seed in seeds:  # seed by seed, so that every finished seed has all arms of all tasks
             results = load(root)
             jobs = {name: list(jobs_of(which, name, root, [seed], results)) for name in options.tasks}

@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import ELBO, StepFeature, Trajectory, train
 from dllm_rl.algorithms.correctors import NoCorrection
-from dllm_rl.algorithms.losses import CISPO, GSPO, SequenceMean
+from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
 
@@ -167,6 +167,15 @@ def test_advantages_of_tokens_need_a_loss_of_tokens(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
     train(replace(recipe, loss=CISPO()), features=(Halves(),))
     assert metrics_of(tmp_path)[0]["grad_norm"] > 0
+
+
+def test_views_are_changed_for_every_update_also_if_nothing_reads_a_ratio(tmp_path):
+    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "num_iterations": 3}
+    recipe = tiny_recipe(tmp_path, likelihood=ELBO(num_samples=2), loss=Reinforce(), **changes)
+    train(recipe, features=(DropSmallViews(least=10**6),))
+    (row,) = metrics_of(tmp_path)
+    norms = [value for name, value in row.items() if name.startswith("grad_norm")]
+    assert norms == [0, 0, 0, 0], "each update's, and the last one's"
 
 
 @pytest.mark.parametrize("feature", [SyncEvery(4), DropSmallViews(least=6), Watches()])
