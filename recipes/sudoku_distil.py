@@ -6,7 +6,7 @@ other are unlikely then, and no rule of the game is needed to say so. The task's
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 2 recipes/sudoku_distil.py
 
-The teacher beside the reward, which did harm: --teacher_coeff 0.02. One cell at a time, sixteen steps:
+The teacher beside the reward, which ended lower: --teacher_coeff 0.02. One cell at a time, sixteen steps:
 --teacher_substeps 8. What each of them reaches: recipes/studies/distillation.md.
 """
 

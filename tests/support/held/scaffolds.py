@@ -104,5 +104,5 @@ def tuning():
     assert search == max(means.values()) and genetic == max(v for arm, v in means.items() if arm.startswith("genetic"))
     assert search > learned == max(v for arm, v in means.items() if "infilling 0" in arm)
     first = areas[f"genetic {GENETIC['mutation']:g}"][0]
-    told = f"had ({learned:.3f} against {first:.3f}; the genetic algorithm's mean of two seeds is {genetic:.3f})"
-    yield PAGE, f"the next three did not, and the fifth held on the one seed that both arms {told}"
+    told = f"had, {learned:.3f} against {first:.3f}, and not by the genetic algorithm's mean of two, {genetic:.3f})"
+    yield PAGE, f"(the fifth held on the one seed that both arms {told}"
