@@ -73,7 +73,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
         # (B, K): the reward of each completion, then its components.
         (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
     if component_rewards[:, 0].isnan().all():  # on every process: a single None skips its completion
-        raise ValueError(f"no completion of step {step} has a reward: every reward function returned None for each")
+        raise RuntimeError(f"no completion of step {step} has a reward: every reward function returned None for each")
     if settings.prompt_source.uses_history:
         history.add(step, indices, component_rewards, group)
     metrics = reward_metrics(component_rewards[:, 0], group, graded, local_group, accelerator)

@@ -269,14 +269,14 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
     assert all((row["reward"] is None) == (row["parts"] == {}) for row in logged)
 
 
-def test_a_step_without_any_reward_ends_the_run_with_a_line(tmp_path):
+def test_a_step_without_any_reward_ends_the_run_with_an_error(tmp_path):
     calls = []
 
     def outage(completions, **_):
         calls.append(len(completions))
         return [1.0 if len(calls) < 3 else None for _ in completions]
 
-    with pytest.raises(ValueError, match=r"no completion of step \d has a reward: every reward function returned None"):
+    with pytest.raises(RuntimeError, match=r"no completion of step \d has a reward: every reward function returned None"):
         train(judged_recipe(tmp_path, outage))
 
 
