@@ -186,7 +186,7 @@ def length_or_conditioning():
     claims = {each["stated before the runs"]: each for each in paired.contrast_rows(lengths.study, results)}
     four = claims["TIS helps: 4 steps"]
     yield f"{DOCS}/method.md", f"it added [{four[DIFFERENCE]}]"
-    yield f"{DOCS}/method.md", f"at four steps (Holm's p {four[PS]})"
+    yield f"{DOCS}/method.md", f"at four steps (Holm's p {four[PS]};"
     apart = [
         f"{mean(results[f'{name}: none', seed]['mean abs log-ratio'] for seed in range(10)):.2f}"
         for name in lengths.SHARES

@@ -37,7 +37,8 @@ def the_main_job():
         yield PAGE, item(arm["rollouts"], *cells)
         if arm["rollouts"].startswith("FP8"):
             mismatch, ess, solved = cells
-            told = f"nats, ESS {ess.replace('; ', ' (least ')}), solved {solved}."
+            link = "(docs/method.md#do-i-need-an-importance-sampling-correction)"
+            told = f"nats, [ESS]{link} {ess.replace('; ', ' (least ')}), solved {solved}."
             yield "README.md", f"mean abs log-ratio {mismatch} {told}"
 
 
