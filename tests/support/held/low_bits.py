@@ -43,7 +43,7 @@ def low_bits_training():
     told = f"unquantized {known['unquantized']}, INT4 {known['int4']}, TIS {known['int4, tis']}"
     yield PAGE, f"of another seed at half the rate with half the prompts ({told}) and"
     told = f"({known['unquantized']}; {known['int4']}, {known['int4, tis']})"
-    yield f"{STUDIES}/quantized_rollouts.md", f"(half the rate and prompts) the unquantized run ended below both {told}."
+    yield f"{STUDIES}/quantized_rollouts.md", f"(half the rate and prompts) the unquantized run ended below both {told}"
     copies = paired(results, "int4, tis", "int4", "quantized")
     yield PAGE, f"the quantized copy's accuracy changes by {interval(copies)}"
 
