@@ -276,7 +276,8 @@ def test_a_step_without_any_reward_ends_the_run_with_an_error(tmp_path):
         calls.append(len(completions))
         return [1.0 if len(calls) < 3 else None for _ in completions]
 
-    with pytest.raises(RuntimeError, match=r"no completion of step \d has a reward: every reward function"):
+    told = r"no completion of step \d has a reward: every reward function returned None"
+    with pytest.raises(RuntimeError, match=told):
         train(judged_recipe(tmp_path, outage))
 
 
