@@ -346,6 +346,11 @@ class Recipe(Settings):
                 "leave one out",
             ),
             (
+                bool(workers) and getattr(self.task, "graded_once", False),
+                f"rollout_workers={workers} grade with copies of the task and repeat a batch that fails, and an Oracle "
+                "(graded_once) knows no copy's calls: use rollout_workers=0",
+            ),
+            (
                 bool(workers) and self.router_replay is not None,
                 f"rollout_workers={workers} with router_replay='R3' was not tried: leave one out",
             ),

@@ -56,6 +56,18 @@ def test_what_is_given_replaces_a_presets(capsys):
 
 
 @pytest.mark.parametrize(
+    ("length", "block_size", "steps"),
+    [(256, 32, 128), (300, 32, 150), (33, 32, 17), (1000, 48, 500), (41, 2, 21), (5, 1, 5), (1, 32, 1)],
+)
+def test_a_presets_steps_are_one_per_two_tokens_for_any_length(length, block_size, steps):
+    options = {"block_size": block_size}
+    recipe = grpo_recipe(LLADA, ROWS, nothing, max_new_tokens=length, sampler_options=options)
+    assert recipe.sampler.diffusion_steps == steps
+    for name in ("inclusionAI/LLaDA2.0-mini", LLADA):
+        assert grpo_recipe(name, ROWS, nothing, max_new_tokens=length).sampler.diffusion_steps == -(-length // 2)
+
+
+@pytest.mark.parametrize(
     ("given", "sizes"),  # prompts, completions per prompt, completions per forward
     [
         ({"num_generations": 8}, (8, 8, 8)),

@@ -5,7 +5,6 @@ NaN marks a completion without a reward: no mean counts it, and its advantage is
 docs/method.md explains the tags [paper] and [digest].
 """
 
-import inspect
 from typing import Any, Literal
 
 import torch
@@ -19,15 +18,12 @@ from dllm_rl.types import group_numbers
 class Advantages(Record):
     """A rule that computes the advantages of a step's completions from their rewards.
 
-    Subclass it for a custom rule. Where advantages are expected, a plain function of rewards and group is one too; a
-    parameter named `parts` gets each reward function's rewards, as `Decoupled` does. `to_groups` and `to_rows` help
-    with groups of different sizes.
+    Subclass it for a custom rule. Where advantages are expected, a plain function of rewards and group is one too.
+    `to_groups` and `to_rows` help with groups of different sizes. A class with `takes_component_rewards = True` also
+    gets `parts` (K, B) and `weights` (K,) by name, the task's K rewards and their weights, as `Decoupled` does.
     """
 
-    @property
-    def takes_component_rewards(self) -> bool:
-        """Whether the call takes `parts` (K, B) and `weights` (K,), the task's K rewards and their weights."""
-        return False
+    takes_component_rewards = False
 
     def __call__(self, *arguments: Any, **parts: Any) -> Float[Tensor, " B"]:
         """Return the advantages (B,) of `arguments`: rewards (B,) and group (B,), the group of each completion. The
@@ -40,16 +36,8 @@ class FunctionAdvantages(FunctionRecord, Advantages):
     """Advantages that a function computes.
 
     Args:
-        function: Function (rewards, group) -> advantages, each (B,). It also gets `parts` and `weights` by name if it
-            has a parameter `parts`.
+        function: Function (rewards, group) -> advantages, each (B,).
     """
-
-    @property
-    def takes_component_rewards(self) -> bool:
-        try:
-            return "parts" in inspect.signature(self.function).parameters
-        except ValueError:  # a function of C without a signature
-            return False
 
 
 class GroupRelative(Advantages):

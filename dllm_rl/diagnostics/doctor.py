@@ -42,7 +42,7 @@ ADVICE = {
     "stale weights": "call sync_weights after every update",
     "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
-    "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
+    "batch shape": "kernels depend on the batch's shape: set zero_mismatch=True, or accept it as noise",
 }
 ORDER_ADVICE = (
     "no weight corrects it (recipes/studies/order_flips.md): roll out in an order that does not depend on the weights "

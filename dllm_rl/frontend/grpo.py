@@ -150,8 +150,8 @@ def grpo_recipe(  # noqa: PLR0913
     functions: Any = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     eval_functions: Any = reward_funcs
     if oracles := [each for each in functions if isinstance(each, Oracle)]:
-        if len(oracles) > 1 or settings.get("rollout_workers"):
-            raise ValueError("reward_funcs: a run takes one Oracle, and no rollout_workers; wrap one function")
+        if len(oracles) > 1:
+            raise ValueError("reward_funcs: a run takes one Oracle; wrap one function")
         settings["callbacks"] = [*settings.get("callbacks", ()), *oracles]
         settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
         settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
@@ -249,8 +249,9 @@ def apply_preset(
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
     block_size = options.get("block_size", keywords.get("block_size"))
-    if keywords and length and "diffusion_steps" not in keywords and length % (block_size or TOKENS_PER_STEP) == 0:
-        keywords["diffusion_steps"] = length // TOKENS_PER_STEP
+    if keywords and length and "diffusion_steps" not in keywords:
+        num_blocks = -(-length // (block_size or length))
+        keywords["diffusion_steps"] = max(-(-length // TOKENS_PER_STEP), num_blocks)
     if "sampler" in settings:  # the caller's sampler replaces the preset's sampler
         keywords = {}
     fields = {field: value for field, value in fields.items() if field not in settings}

@@ -557,10 +557,10 @@ class Trajectory(LikelihoodEstimator):
     `self_conditioning` applies to rollouts of `Renoise` only.
 
     If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
-    log-probability of the order, it is added (`include_order`). With the sampler setting rank=confidence, every
+    log-probability of the order, it is added (`include_order`). With the sampler setting rank=Confidence(), every
     position that a step leaves masked adds the log-probability that a token drawn there has a lower confidence than all
-    tokens that the step wrote (`decoding.order` [ours]). With rank=PlackettLuce, a step adds the log-probability of
-    its draw of positions. With commit=SoftThreshold, it adds the log-probability of the positions that it wrote. The
+    tokens that the step wrote (`decoding.order` [ours]). With rank=PlackettLuce(), a step adds the log-probability of
+    its draw of positions. With commit=SoftThreshold(), it adds the log-probability of the positions that it wrote. The
     row's sum is then the exact log-probability of tokens AND order. With other settings whose order depends on the
     drawn tokens, the order is left out, and a run prints a warning.
 
@@ -576,8 +576,9 @@ class Trajectory(LikelihoodEstimator):
             of every block. The likelihood is the same, and num_segments is the number of segments of a block. None: a
             forward replays one step (or segment) of each row.
         include_order: Add the order's log-probability if the rollout recorded one, and num_segments and
-            num_sampled_steps are None. A rollout records it with (a) rank=confidence or plackett_luce together with
-            commit=schedule or late_schedule, or (b) commit=soft_threshold.
+            num_sampled_steps are None. A rollout records it with (a) rank=Confidence() or PlackettLuce() and a
+            commit rule that writes a number of tokens known before the step, as Schedule() does, or (b)
+            rank=MaxProb() and commit=SoftThreshold().
         num_sampled_steps: Number of steps (or segments) of each row that are scored. They are drawn without
             replacement, and weighted so that the estimate of the row's sum and, on-policy, of its gradient is unbiased
             [ours]. None: all steps.

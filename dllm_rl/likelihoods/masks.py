@@ -65,7 +65,7 @@ def mask_keys(
     if change is None:
         raise ValueError(
             f"informed_masking={informed_masking} needs the rollout's confidence_change: sample with "
-            "unmask(confidence_radius=10), or leave informed_masking at None"
+            "Unmask(confidence_radius=10), or leave informed_masking at None"
         )
     largest = change.masked_fill(~completion, -torch.inf).amax(-1, keepdim=True)
     smallest = change.masked_fill(~completion, torch.inf).amin(-1, keepdim=True)

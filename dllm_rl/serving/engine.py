@@ -96,7 +96,8 @@ class Client:
         """Send tensors with a header, and return the tensors and the header of the response.
 
         Raises:
-            ValueError: The server refuses, is not reachable, or does not respond in time.
+            ValueError: The server refuses.
+            ConnectionError: The server is not reachable, or does not respond in time.
         """
         url = self.engine.url
         parts = urlsplit(url)
@@ -111,7 +112,7 @@ class Client:
             response = connection.getresponse()
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(
+            raise ConnectionError(
                 f"rollout_engine: {url}{path}: {type(error).__name__} {error}; is `dllm-rl serve` running there?"
             ) from error
         finally:

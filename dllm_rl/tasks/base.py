@@ -199,9 +199,8 @@ def grade(
         One reward per completion.
 
     Raises:
-        RuntimeError: The grader raises or exits.
-        ValueError: The grader does not return a `Reward`, a number is not finite in fp32, or the numbers of problems
-            and completions differ.
+        RuntimeError: The grader raises or exits, does not return a `Reward`, or a number is not finite in fp32.
+        ValueError: The numbers of problems and completions differ.
     """
     if len(problems) != len(completions):
         raise ValueError(f"{len(problems)} problems for {len(completions)} completions: give the problem of each")
@@ -231,7 +230,7 @@ def grade(
             rewards = _grade_one_by_one(task, problems, completions, costs or (), begin, error_together)
         for problem, completion, reward in zip(problems, completions, rewards, strict=True):
             if reason := invalid_reason(reward):
-                raise ValueError(f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}")
+                raise RuntimeError(f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}")
     return rewards
 
 

@@ -49,7 +49,7 @@ STUDY = Study(
     contrasts=(
         Contrast("the dual clip is above no corrector", "dual clip", "none"),
         Contrast("TBPO with a wide band is above no corrector", "wide tbpo", "none"),
-        Contrast("TBPO with a wide band is above TBPO with the published one", "wide tbpo", "tbpo"),
+        Contrast("TBPO with a wide band is above TBPO with the digest's", "wide tbpo", "tbpo"),
         Contrast("an aligned forward adds to TBPO with a wide band", "wide qarl", "wide tbpo"),
         Contrast("the dual clip is above TBPO with a wide band", "dual clip", "wide tbpo"),
     ),

@@ -184,21 +184,23 @@ def test_nan_is_never_taken_for_a_number():
         assert not function(tensor([nan, nan]), torch.zeros(2).long()).any()
 
 
-def test_objects_and_partials_may_take_each_reward_separately():
-    class Separate:
-        def __call__(self, rewards, group, *, parts, weights):
-            return rewards
+def test_a_class_that_says_so_takes_each_reward_separately():
+    class Separate(Advantages):
+        takes_component_rewards = True
 
-    class Total:
+        def __call__(self, rewards, group, *, parts, weights):
+            return (weights[:, None] * parts).sum(0)
+
+    class Total(Advantages):
         def __call__(self, rewards, group):
             return rewards
 
     def takes_components(advantages):
         return fit("advantages", Advantages, advantages).takes_component_rewards
 
-    assert takes_components(Separate()) and takes_components(partial(Separate(), weights=1))
-    assert takes_components(Decoupled(eps=0.1)) and not takes_components(Total())
-    assert not takes_components(GroupRelative()) and not takes_components(torch.zeros_like)
+    assert takes_components(Separate()) and takes_components(Decoupled(eps=0.1))
+    assert not takes_components(Total()) and not takes_components(GroupRelative())
+    assert not takes_components(torch.zeros_like) and not takes_components(partial(Total()))
 
 
 NAN = math.nan

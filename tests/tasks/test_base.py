@@ -72,7 +72,7 @@ def odd(value: Any, parsed: Any = True, breakdown: Any = ()) -> Reward:
     ],
 )
 def test_what_is_no_reward_is_refused_in_one_line(result, said):
-    with pytest.raises(ValueError, match=rf"grader of task 'odd' {said}.*prompt='2\+2='.*completion '5'") as raised:
+    with pytest.raises(RuntimeError, match=rf"grader of task 'odd' {said}.*prompt='2\+2='.*completion '5'") as raised:
         grade(Returning(result), [Problem("2+2=")], ["5"])
     assert "\n" not in str(raised.value)
 

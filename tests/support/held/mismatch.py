@@ -51,7 +51,7 @@ def the_first_study():
     yield PAGE, f"one warmed-up model: {two_digits(arms['start']['after'])} (ten seeds)"
     yield PAGE, f"AIS's mean lambda is {two_digits(arms['one: AIS alarm']['lambda'])},"
     undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantized")
-    yield PAGE, f"A dual clip at 1.2 alone undoes {undone} of it"
+    yield PAGE, f"A dual clip at 1.2 alone undoes {undone} (Fieller's interval) of the gap to unquantized rollouts with that clip"
     undone = paired.share(runs, "one: TIS", "one: none", "one: unquantized")
     yield PAGE, f"it undoes {undone} of the harm"
     harm = [paired.paired(runs, f"{order}: unquantized", f"{order}: none") for order in ("random", "one")]
