@@ -230,7 +230,9 @@ def grade(
             rewards = _grade_one_by_one(task, problems, completions, costs or (), begin, error_together)
         for problem, completion, reward in zip(problems, completions, rewards, strict=True):
             if reason := invalid_reason(reward):
-                raise RuntimeError(f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}")
+                raise RuntimeError(
+                    f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}"
+                )
     return rewards
 
 

@@ -312,7 +312,9 @@ def test_the_sampler_needs_the_engine():
 
 
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
-    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
+    with pytest.raises(
+        ConnectionError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"
+    ):
         HTTPEngine(url="http://127.0.0.1:9").load(diffusion())
     with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is not the address of a server; give http://HOST:PORT"):
         HTTPEngine(url="127.0.0.1:8000").load(diffusion())

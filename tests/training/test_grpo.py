@@ -87,9 +87,10 @@ def test_a_reward_may_ask_for_speed(tmp_path):
 def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     seen = []
 
-    def spy(rewards, group, *, parts, weights):
-        seen.append((rewards, parts, weights))
-        return Decoupled()(rewards, group, parts=parts, weights=weights)
+    class Spy(Decoupled):
+        def __call__(self, rewards, group, *, parts, weights):
+            seen.append((rewards, parts, weights))
+            return super().__call__(rewards, group, parts=parts, weights=weights)
 
     def rows_with(advantages):
         folder = tmp_path / describe(advantages).partition("(")[0].rpartition(":")[2]
@@ -97,7 +98,7 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
         grpo(tiny_masked_lm(**SMALL), ROWS, [right, short], **options(folder, **given))
         return read_metrics(folder)
 
-    (row,) = rows_with(spy)
+    (row,) = rows_with(Spy())
     assert len(seen) == 3 and seen[2][1].shape == (2, 16)  # rehearsal and cautions ask once each
     together, parts, weights = seen[2]
     torch.testing.assert_close((weights[:, None] * parts).sum(0), together)

@@ -426,9 +426,9 @@ def test_a_run_that_could_not_count_its_calls_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"rollout_workers=2 grade with copies .* use rollout_workers=0"):
         design(tmp_path, Oracle(Counted()), rollout_workers=2, max_staleness=1)
     with pytest.raises(ValueError, match="rollout_workers=1 grade with copies"):  # as on a recipe's command line
-        grpo_recipe(tiny_masked_lm("ab"), [{"prompt": "a"}] * 9, Oracle(Counted()), max_new_tokens=2).replace(
-            rollout_workers=1, max_staleness=1
-        )
+        grpo_recipe(
+            tiny_masked_lm(characters="ab"), [{"prompt": "a"}] * 9, Oracle(Counted()), max_new_tokens=2
+        ).replace(rollout_workers=1, max_staleness=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start the run without a launcher"):
         Oracle(Counted())(completions=["A"])

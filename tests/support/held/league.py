@@ -6,6 +6,7 @@ from dllm_rl.likelihoods.estimators import Sandwich
 from held import STUDIES, by_arm, stored
 from recipes.studies import league, paired
 from recipes.studies.surrogates import GDSD
+from recipes.sudoku_tiny import recipe as few_clues
 
 PAGE = f"{STUDIES}/league.md"
 DEFAULT, METHOD = league.DEFAULT, league.method_of
@@ -22,6 +23,7 @@ def apart(name, arm, against):
 
 def tables():
     """Each table, where RL began, and that each method ran in the setting that its trials chose."""
+    yield PAGE, f"entropy bonus (few clues: {few_clues.entropy_coeff}) of the task's recipe"
     for name in league.LEAGUES:
         parts, seconds = stored(f"league_{name}"), league.LEAGUES[name].seconds
         results, tuning = by_arm(parts["runs"]), by_arm(parts["tuning"])

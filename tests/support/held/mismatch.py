@@ -51,7 +51,8 @@ def the_first_study():
     yield PAGE, f"one warmed-up model: {two_digits(arms['start']['after'])} (ten seeds)"
     yield PAGE, f"AIS's mean lambda is {two_digits(arms['one: AIS alarm']['lambda'])},"
     undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantized")
-    yield PAGE, f"A dual clip at 1.2 alone undoes {undone} (Fieller's interval) of the gap to unquantized rollouts with that clip"
+    gap = "of the gap to unquantized rollouts with that clip"
+    yield PAGE, f"A dual clip at 1.2 alone undoes {undone} (Fieller's interval) {gap}"
     undone = paired.share(runs, "one: TIS", "one: none", "one: unquantized")
     yield PAGE, f"it undoes {undone} of the harm"
     harm = [paired.paired(runs, f"{order}: unquantized", f"{order}: none") for order in ("random", "one")]
@@ -107,7 +108,10 @@ def real_fp8():
             assert min(apart) > 0
     cost, tis, aligned, ais, tbpo = told.values()
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
-    yield PAGE, f"on an autoregressive SmolLM2 they cost {cost[0].removeprefix('-')}, and TIS added {tis[0]} ([neither"
+    yield (
+        PAGE,
+        f"on an autoregressive SmolLM2 they cost {cost[0].removeprefix('-')}, and TIS added {tis[0]} ([both pooled",
+    )
     yield f"{DOCS}/method.md", f"TIS added {tis[0]} to an autoregressive SmolLM2 with FP8"
     yield PAGE, f"`Aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]

@@ -214,6 +214,7 @@ def five_levels():
     shown = f"TIS brings back {back}, which is not shown to differ from 0;"
     warm, greedy = (apart("latin", FIVE_TIS, FIVE, f"full@{temperature}") for temperature in (1, 0))
     fewer = sum(value < 0 for value in Claim("", "latin", FIVE_TIS, FIVE, "full@1").differences(RUNS))
+    yield f"{DOCS}/results-and-limits.md", f"a loss not claimed ({warm.removeprefix('-')}, [five levels]"
     warm = f"at temperature 1 it solves {warm.removeprefix('-')} less (not claimed; {fewer} of 10 seeds)"
     yield PAGE, f"{shown} {warm}, and greedily {greedy} more. With replay it adds {added} and {elsewhere}."
     less = apart("latin", FIVE_TIS, FIVE, "full@1").removeprefix("-")

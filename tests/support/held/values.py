@@ -1,13 +1,15 @@
 """The study of value models: its tables and its findings."""
 
 from held import STUDIES, row, runs_of, stored
-from recipes.studies import paired, values
+from recipes.studies import paired, reuse, values
 
 PAGE, HOLM = f"{STUDIES}/values.md", "Holm's p"
 RUNS = runs_of("values")
 
 
 def the_page():
+    bonus = reuse.TASKS["latin"].base.entropy_coeff
+    yield PAGE, f"four denoising steps in two segments, entropy bonus {bonus}."
     for table in values.tables(RUNS):
         yield PAGE, paired.markdown(table)
     for arm, (gae_lambda, rate) in values.CHOSEN.items():
