@@ -47,6 +47,7 @@ class Stop:
         self.received = 0  # number of the signal that this process has received; 0: none
         self.last_words: str | None = None  # if set, a signal ends the process at once, and prints this
         self.overdue: Callable[[], None] = lambda: None  # called by a timer, once a second from then on
+        self.is_leaving = False  # the run does not wait for the step any more; another Ctrl-C does not wait for a save
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -58,7 +59,11 @@ class Stop:
         is_second_ctrl_c = self.received == number == signal.SIGINT
         if self.last_words is not None or is_second_ctrl_c:
             self.received = number
-            self.leave(self.last_words or "stopped at once by a second Ctrl-C: the current step was not saved")
+            if self.last_words is None and not self.is_leaving:
+                self.is_leaving = True
+                self.disarm()
+                self.overdue()
+            self.leave(self.last_words or "stopped at once by Ctrl-C: nothing after the newest checkpoint was saved")
         if not self.received:
             self.received = number
             self._say(f"{signal.Signals(number).name}: stopping after the current step")

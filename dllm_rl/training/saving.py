@@ -107,10 +107,13 @@ def can_save_without_peers(run: Run[Settings]) -> bool:
 
 
 def save_on_overdue_stop(run: Run[Settings]) -> None:
-    """Save the last complete step and end the process. Called if a step does not end in time after a stop signal."""
+    """Save the last complete step and end the process. Called if a step does not end in time after a stop signal, and
+    on a second Ctrl-C; another one during the save ends the process at once.
+    """
     if not can_save_without_peers(run):
         return
     run.stop.disarm()
+    run.stop.is_leaving = True
     steps_done = run.state.step
     if run.accelerator.is_main_process:
         run.writer.wait()

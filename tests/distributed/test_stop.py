@@ -80,6 +80,29 @@ def test_a_ctrl_c_after_another_signal_waits_for_the_step(stop, first):
     assert stop.received == first
 
 
+def test_a_second_ctrl_c_saves_the_last_step_and_a_third_does_not_wait_for_the_save(stop):
+    asked = []
+
+    def save():
+        asked.append(signal.getitimer(signal.ITIMER_REAL))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop.overdue = save
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not asked
+    with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert asked == [(0.0, 0.0)]  # once, and the timer was off
+
+
+def test_a_ctrl_c_during_the_save_of_a_step_that_is_overdue_does_not_wait_for_it(stop):
+    stop.is_leaving = True
+    stop.overdue = lambda: pytest.fail("saved again")
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("last_words", [None, OVER])
 def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words):
     stop.last_words = last_words

@@ -51,7 +51,7 @@ def stops(tmp_path_factory) -> dict:
         ("overdue, LoRA", 129, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("overdue, grading", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("Ctrl-C, grading", 130, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
-        ("second Ctrl-C", 130, [0], "stopped at once by a second Ctrl-C: the current step was not saved"),
+        ("second Ctrl-C", 130, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("two processes", 143, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
         ("two processes, overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
     ],

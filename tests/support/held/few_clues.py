@@ -32,7 +32,7 @@ def tables():
     for rows in (ARMS, few_clues.claim_rows(RUNS, CEILINGS), few_clues.diversity_rows(RUNS)):
         yield PAGE, markdown(rows)
     two, random_ties = RATES[RL]["2"], f"{CEILINGS[2]:.3f}"
-    yield RECIPES, f"Ten seeds solve {two}, where the exact probabilities of all cells solve {random_ties}"
+    yield RECIPES, f"Ten seeds solve {two}, where exact probabilities with ties at random solve {random_ties}"
     assert len(few_clues.of(RUNS, RL, 2)) == len(few_clues.of(RUNS, RL_4, 4)) == 10
 
 
