@@ -80,6 +80,12 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     before = default_settings(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
     if missing := ", ".join(sorted(settings.keys() - before.keys())):
         raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
+    if getattr(recipe, "needs_reference_policy", False) and recipe.lora is None and state.reference is None:
+        needs = "teacher='reference'" if before["beta"] == settings["beta"] else f"beta={settings['beta']:g}"
+        raise ValueError(
+            f"{needs} needs the model that RL started from, which this run did not store: start a new run with "
+            f"{as_written(model='CHECKPOINT')}"
+        )
     allowed = allowed_changes(settings)
     for name, value in settings.items():
         if name not in MAY_CHANGE and name not in allowed and before[name] != value:

@@ -107,8 +107,19 @@ class ModulePolicy:
         """Return the backbone's states at each token, not shifted.
 
         `positions` are the position ids of the tokens; in `logits`, `positions` is a boolean mask. `cache_kwargs` are
-        `cache` and `use_cache`, as in `encode_base`.
+        `cache` and `use_cache`, as in `encode_base`. A module without a config of transformers does not get them: the
+        cache then stores the tokens, and the whole row runs again.
+
+        Raises:
+            ValueError: A sampler's cache needs the keys and values of such a module.
         """
+        cache = cache_kwargs.get("cache")
+        if cache is not None and not hasattr(getattr(self.module, "config", None), "get_text_config"):
+            if attention_mask.dim() != 2:
+                raise ValueError(f"policy {self.spec.name!r} keeps no keys and values: set the sampler's cache=None")
+            new = tokens[:, None, :, None]
+            row = cache.update(new, new, 0)[0][:, 0, :, 0]
+            return self.encode(row, attention_mask, position_ids(attention_mask))[:, -tokens.shape[1] :]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
             # The family makes its attention mask from a padding mask (B, T). A mask with four axes is passed unchanged.

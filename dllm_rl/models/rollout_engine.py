@@ -73,11 +73,10 @@ def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
     engine_policy = copy.copy(policy)
     engine_policy.spec = replace(
         policy.spec,
-        encode=lambda module, *inputs, **cache_kwargs: forward(*inputs, **cache_kwargs),
+        encode=lambda module, *inputs: forward(*inputs),
         head=lambda module, logits: logits,
     )
     engine_policy.module = nn.Module()  # without layers: no weight is stored twice
-    engine_policy.module.config = getattr(policy.module, "config", None)
     # `Policy.device` is the device of the first parameter, so there must be one.
     engine_policy.module.place = nn.Parameter(torch.zeros((), device=policy.device), requires_grad=False)
     engine_policy.lora = None

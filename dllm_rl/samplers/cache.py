@@ -84,7 +84,7 @@ def empty_cache(policy: Policy) -> "KVCache":
     """Return an empty cache of keys and values for a policy's module."""
     from dllm_rl.samplers.kv_cache import KVCache
 
-    return KVCache(config=policy.module.config)
+    return KVCache(config=getattr(policy.module, "config", None))
 
 
 class CachedForward:

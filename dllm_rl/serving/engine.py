@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import adapted_layers, merged_state_dict
 from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
 from dllm_rl.models.tensor_bytes import deserialize, record_from_json, serialize
@@ -122,23 +122,16 @@ class Client:
         return deserialize(data)
 
     def logits(
-        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **cache_kwargs: Any
+        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T V"]:
         """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
         if attention_mask.dim() != 2:
             raise ValueError(
                 "rollout_engine=HTTPEngine computes whole rows: set the sampler's cache=None, or use HTTPSampler"
             )
-        width = tokens.shape[1]
-        if cache_kwargs:
-            # `Autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the
-            # cache stores token ids in place of keys and values, and the whole row is sent.
-            new = tokens[:, None, :, None]
-            tokens = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
-            positions = position_ids(attention_mask)
         inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
         tensors, _ = self.post("/logits", inputs)
-        return tensors["logits"][:, -width:].to(tokens.device)
+        return tensors["logits"].to(tokens.device)
 
     def _token(self) -> str:
         if self.engine.token_file is not None:

@@ -108,13 +108,12 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     if tokens:
         num_end_tokens = 0 if has_end else 1
         if completion_length is not None and fills_completion:
-            # Length of the completion: the learned tokens at the end.
-            num_learned = [*reversed(learned), False].index(False)
-            num_end_tokens = completion_length - num_learned
+            # The completion is the last answer, also if the prompt is learned; a chat without an answer is one itself.
+            is_answer = _joined(pieces, policy.spec.eos_ids, only_answers=True)[1] or learned
+            length = [*reversed(is_answer), False].index(False)
+            num_end_tokens = completion_length - length
             if num_end_tokens < 0:
-                raise ValueError(
-                    f"its completion has {num_learned} tokens, more than completion_length={completion_length}"
-                )
+                raise ValueError(f"its completion has {length} tokens, more than completion_length={completion_length}")
         tokens += [policy.spec.eos_ids[0]] * num_end_tokens
         learned += [True] * num_end_tokens
         learned[0] = learned[0] and fills_completion  # a causal model or encoder has no state before the first token

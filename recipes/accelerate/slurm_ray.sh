@@ -6,8 +6,8 @@
 #   CLIP='--old_logprobs rollout --loss PPOClip --loss.delta 1.2'
 # For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
 #   PLAIN='--torch_compile false --rollout_quantization none'
-# Their likelihood is none with which a lag was studied: keep it at 1 there. Nodes with other than eight GPUs: change the
-# 8 of OMP_NUM_THREADS below, and give sbatch --gpus-per-node and --mem.
+# Their likelihood is none with which a lag was studied: keep it at 1 there. Nodes with other than eight GPUs: give
+# sbatch --gpus-per-node, --cpus-per-task and --mem.
 # The first node's first GPU is the learner's; Ray gives all other GPUs, of all nodes, to the workers, one each.
 # As slurm.sh does, it goes on by itself after its time limit.
 #SBATCH --job-name=dllm-rl
@@ -21,7 +21,7 @@
 #SBATCH --open-mode=append
 source .venv/bin/activate  # the environment, on every node; put your own line here
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take --cpus-per-task from sbatch (SLURM 22.05 on)
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))  # of the learner, and so of each worker
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))  # of the learner, and so of each worker
 export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 RAY_AUTH_MODE=token  # the token: ~/.ray/auth_token, a shared home
 ray get-auth-token > /dev/null || exit 1  # without a token its line says how to make one
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

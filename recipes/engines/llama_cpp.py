@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl import Policy
-from dllm_rl.models.base import position_ids
 from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
 from dllm_rl.records import option
 from recipes.engines.gguf_file import Format, write_gguf
@@ -160,39 +158,29 @@ class Llama:
             raise ValueError(f"llama.cpp has no memory for {self.rows} rows of {width} tokens: sample shorter ones")
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **kept: Any
+        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T V"]:
-        """Logits at each token; 0 at padding. Raises ValueError under a sampler's cache of keys and values."""
+        """Logits at each token; 0 at padding. Raises ValueError in packed scoring."""
         if attention_mask.dim() != 2:
-            raise ValueError("rollout_engine=LlamaCpp() computes whole rows: set the sampler's cache=None")
-        width = tokens.shape[1]
-        if kept:  # autoregress: a row's tokens are kept where its keys and values would be
-            new = tokens[:, None, :, None]
-            tokens = kept["cache"].update(new, new, 0)[0][:, 0, :, 0]
-            positions = position_ids(attention_mask)
+            raise ValueError("rollout_engine=LlamaCpp() computes whole rows, one text each")
         given = [x.cpu() for x in (tokens, attention_mask, positions)]
         longest = int(given[1].sum(-1).max())
         self.fit(longest)
         parts = [x.split(min(self.rows, max(1, TOKENS // longest))) for x in given]
-        return torch.cat([self.batch(*part, width) for part in zip(*parts, strict=True)]).to(tokens.device)
+        return torch.cat([self.batch(*part) for part in zip(*parts, strict=True)]).to(tokens.device)
 
-    def batch(self, tokens: Tensor, mask: Tensor, positions: Tensor, width: int) -> Float[Tensor, "b W V"]:
-        """`forward` of a few rows, each of which sees its own tokens alone: logits of the last `width` columns."""
-        out = torch.zeros(len(tokens), width, self.vocab_size)
-        asked = mask[:, -width:]
-        if not asked.any():  # every row has ended
-            return out
+    def batch(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "b T V"]:
+        """`forward` of a few rows, each of which sees its own tokens alone."""
+        out = torch.zeros(*tokens.shape, self.vocab_size)
         if memory := self.lib.llama_get_memory(self.context):  # causal architectures keep keys and values
             self.lib.llama_memory_clear(memory, True)
         count = int(mask.sum())
         token, pos, row = (x.int().contiguous().numpy() for x in (tokens[mask], positions[mask], mask.nonzero()[:, 0]))
         pointers = row.ctypes.data + 4 * np.arange(count, dtype=np.uintp)
-        # The head is the costliest product of a small model: no other column goes through it.
-        flags = F.pad(asked, (tokens.shape[1] - width, 0))[mask].numpy().astype(np.int8)
-        held = (token, None, pos, np.ones(count, np.int32), pointers, flags)
+        held = (token, None, pos, np.ones(count, np.int32), pointers, np.ones(count, np.int8))
         code = self.lib.llama_decode(self.context, Batch(count, *(x if x is None else x.ctypes.data for x in held)))
         if code:
             raise RuntimeError(f"llama_decode ended with {code}")
-        found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (int(flags.sum()), self.vocab_size))
-        out[asked] = torch.from_numpy(found)
+        found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (count, self.vocab_size))
+        out[mask] = torch.from_numpy(found)
         return out

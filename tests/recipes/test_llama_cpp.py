@@ -202,9 +202,9 @@ def test_a_model_that_closes_last_ends_the_process_well():
 
 
 @needs_wheel
-def test_a_samplers_cache_is_refused():
+def test_packed_rows_are_refused():
     rollout_policy = LlamaCpp().load(llama())
-    with pytest.raises(ValueError, match="set the sampler's cache=None"):
+    with pytest.raises(ValueError, match="whole rows, one text each"):
         rollout_policy.encode(torch.ones(1, 2).long(), torch.ones(1, 1, 2, 2).bool(), torch.ones(1, 2).long())
 
 

@@ -7,9 +7,12 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
+from own_module import Own, own_policy
 
-from dllm_rl import Autoregress, Prompts, load_policy
+from dllm_rl import Autoregress, PrefixCache, Prompts, Unmask, load_policy
+from dllm_rl.models.base import copied
 from dllm_rl.models.logprobs import process
+from dllm_rl.models.rollout_engine import with_forward
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.types import SamplingParams
 
@@ -27,6 +30,45 @@ def gen(seed: int = 0) -> torch.Generator:
 
 def prompts(ids=PROMPTS, **more) -> Prompts:
     return Prompts.from_ids(ids, pad_id=1, **more)
+
+
+class OwnCausal(Own):
+    causal = True
+
+
+def plain_forward(policy):
+    """A policy of a function of tokens, mask and positions, as an engine of one's own makes it."""
+    engine = copied(policy)
+    return with_forward(policy, lambda *inputs: engine.head(engine.encode(*inputs)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: own_policy(kind=OwnCausal),
+        lambda: plain_forward(own_policy(kind=OwnCausal)),
+        lambda: plain_forward(tiny_llama(characters="1234.=", causal=True)),
+    ],
+    ids=["module", "engine of a module", "engine"],
+)
+def test_a_model_that_keeps_no_keys_and_values_runs_whole_rows(make):
+    """Its log-probs are those of one forward of the completed rows."""
+    policy = make()
+    ids = [[3, 5, 4], [7], [6, 3, 3, 4, 5]]
+    rollout = Autoregress(max_new_tokens=5)(policy, prompts(ids, num_generations=2), gen())
+    with torch.no_grad():
+        logits = policy.logits(rollout.tokens, rollout.attention_mask)
+    expected = logits.log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
+    done = rollout.completion_mask
+    torch.testing.assert_close(rollout.logprobs[done].float(), expected[done].float(), atol=1e-5, rtol=1e-4)
+    assert len(done) == 6 and (done.sum(-1) > 1).any()
+
+
+def test_a_samplers_cache_needs_keys_and_values():
+    policy = own_policy()
+    sampler = Unmask(max_new_tokens=4, block_size=2, cache=PrefixCache())
+    with pytest.raises(ValueError, match=r"policy 'own' keeps no keys and values: set the sampler's cache=None"):
+        sampler(policy, prompts([[3, 4]]), gen())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

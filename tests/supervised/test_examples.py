@@ -128,6 +128,11 @@ def test_the_causal_loss_is_that_of_transformers():
         ({"prompt": "1=", "completion": "2"}, {}, "1 = 2+ e+"),
         ({"prompt": "1=", "completion": "2", "text": None}, {"completion_only_loss": False}, "1+ =+ 2+ e+"),
         ({"prompt": "1=", "completion": "2"}, {"completion_length": 4}, "1 = 2+ e+ e+ e+"),
+        (
+            {"prompt": "123=", "completion": "2"},
+            {"completion_length": 3, "completion_only_loss": False},
+            "1+ 2+ 3+ =+ 2+ e+ e+",
+        ),
         ({"messages": "u1 a2 u3 a4"}, {}, "1 e . = 2+ e+ . 3 e . = 4+ e+"),
         ({"messages": "u1 a2 u3"}, {}, "1 e . = 2+ e+"),
         ({"messages": "u1 a2"}, {"assistant_only_loss": False}, "1+ e+ .+ =+ 2+ e+"),

@@ -494,3 +494,12 @@ def test_what_no_resume_can_change_is_refused_by_name(tmp_path):
     for names, wrong in (("learning_rat", "learning_rat"), ("lora", "lora"), ("seed,model", "model")):
         with pytest.raises(ValueError, match=f"allow_changed.*{wrong}"):
             run(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest", allow_changed=names)
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.1}, {"teacher": "reference"}], ids=str)
+def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, change):
+    run(tmp_path, num_steps=1)
+    resume = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest", **change}
+    for allowed in (None, next(iter(change))):
+        with pytest.raises(ValueError, match=r"needs the model that RL started from, which this run did not store"):
+            run(tmp_path, **resume, allow_changed=allowed)

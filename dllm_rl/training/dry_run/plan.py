@@ -173,14 +173,17 @@ def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
 
 def memory_remedies(step: PlannedStep) -> list[str]:
     """Return the settings that need less memory, without those that the recipe has."""
-    recipe, sharded = step.recipe, step.shard_size > 1
+    recipe, sharded, lora = step.recipe, step.shard_size > 1, step.recipe.lora
+    is_decoder = step.policy.spec.attention != "encoder_decoder"  # its weights and cache take neither of two settings
+    smaller = "--lora Lora --lora.r 16" if lora is None else f"--lora.r 16 --lora.alpha {16 * lora.alpha / lora.r:g}"
+    can_quantize = is_decoder and isinstance(recipe.model, str) and not sharded and lora is not None
     # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.
-    shards_well = recipe.lora is None or recipe.rollout_quantization is not None
+    shards_well = lora is None or recipe.rollout_quantization is not None
     remedies = {
-        "--gradient_checkpointing": not recipe.gradient_checkpointing,
+        "--gradient_checkpointing": is_decoder and not recipe.gradient_checkpointing,
         "a smaller --micro_batch_size or --rollout_batch_size": True,
-        "--lora Lora --lora.r 16": recipe.lora is None or recipe.lora.r > 16,
-        "--base_quantization nf4": not sharded and recipe.lora is not None and recipe.base_quantization is None,
+        smaller: lora is None or lora.r > 16,
+        "--base_quantization nf4": can_quantize and recipe.base_quantization is None,
         "--optim AdamW8bit": not sharded and recipe.optim != AdamW8bit(),
         "on several GPUs --shard_size 0 --optim AdamW": not sharded and shards_well,
     }

@@ -96,6 +96,8 @@ def tuning():
     for run in runs:
         if "area" in run:
             areas.setdefault(run["arm"], []).append(run["area"])
+    natural, even = ("{:.3f} and {:.3f}".format(*areas[f"elites {chain}, 8"]) for chain in ("natural", "uniform"))
+    yield PAGE, f"(at natural frequencies its area was {natural}, not {even}, on two seeds of instance 0)"
     means = {arm: mean(values) for arm, values in areas.items()}
     learned, frozen = (means[f"infilling {rate}, {INFILL['masked']}, 1"] for rate in ("0.001", "1e-12"))
     assert abs(learned - frozen) < 0.01

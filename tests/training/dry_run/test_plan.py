@@ -231,6 +231,11 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     rest = "--base_quantization nf4, or on several GPUs --shard_size 0 --optim AdamW"
     assert remedies(small) == f"--gradient_checkpointing, or {smaller}, or {rest}"
     assert remedies(adapters).count("or --") == 4  # rank, base, optimizer, and --rollout_batch_size
+    assert "or --lora.r 16 --lora.alpha 8, or" in remedies(adapters)  # alpha / rank stays
+    assert (adapters.lora.r, adapters.lora.alpha) == (128, 64)
+    shared = remedies(recipe_of("diffusion_gemma_countdown"))  # refuses both: its encoder and decoder share weights
+    assert "--gradient_checkpointing" not in shared and "--base_quantization" not in shared
+    assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
     # Unquantized, a sharded learner of adapters has a full copy to sample with: nothing is saved.
     assert "--shard_size" not in remedies(replace(small, rollout_quantization=None))
     monkeypatch.setenv("WORLD_SIZE", "8")
