@@ -113,12 +113,11 @@ class ModulePolicy:
         Raises:
             ValueError: A sampler's cache needs the keys and values of such a module.
         """
-        cache = cache_kwargs.get("cache")
-        if cache is not None and not hasattr(getattr(self.module, "config", None), "get_text_config"):
+        if cache_kwargs.get("use_cache") and not hasattr(getattr(self.module, "config", None), "get_text_config"):
             if attention_mask.dim() != 2:
                 raise ValueError(f"policy {self.spec.name!r} keeps no keys and values: set the sampler's cache=None")
             new = tokens[:, None, :, None]
-            row = cache.update(new, new, 0)[0][:, 0, :, 0]
+            row = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
             return self.encode(row, attention_mask, position_ids(attention_mask))[:, -tokens.shape[1] :]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
