@@ -22,6 +22,7 @@ from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.base import Task
 
+EXACT = "Trajectory(num_segments=None, block_size=None)"  # in full: an option keeps the recipe's other fields
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
 
@@ -246,7 +247,7 @@ class Recipe(Settings):
             (
                 self.zero_mismatch and not is_quantized and not self.likelihood.exact_for_sampler,
                 f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
-                "with themselves: that estimator does not replay the sampler; use Trajectory(), or zero_mismatch=False",
+                f"with themselves: that estimator does not replay the sampler; use {EXACT}, or zero_mismatch=False",
             ),
             (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
@@ -266,7 +267,7 @@ class Recipe(Settings):
                 (
                     not self.likelihood.replays_steps,
                     f"value_model needs a likelihood whose views are the sampler's steps, and {self.likelihood.name!r} "
-                    "has others: use Trajectory() without block_size (diffusion models only), or value_model=None",
+                    f"has others: use {EXACT} (diffusion models only), or value_model=None",
                 ),
                 (
                     not is_per_token(self.resolved_loss),
@@ -333,7 +334,7 @@ class Recipe(Settings):
             (
                 bool(max_staleness) and self.teacher is not None and not self.likelihood.exact_for_sampler,
                 f"teacher with {staleness} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
-                "rewards differ, and the teacher changes the rewards afterwards: use Trajectory(), or max_staleness=0",
+                f"rewards differ, and the teacher changes the rewards afterwards: use {EXACT}, or max_staleness=0",
             ),
             (
                 bool(workers) and self.prompt_source.uses_history,

@@ -249,7 +249,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     add("--quantization", help="a scheme, or none (default: the run's, or Float8WeightOnly)")
     add("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
     add("--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)")
-    add("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
+    add("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or the task's)")
     add(
         "--diffusion_steps",
         type=int,

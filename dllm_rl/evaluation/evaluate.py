@@ -46,8 +46,7 @@ def evaluate(  # noqa: PLR0913
         task: Problems and their grader.
         sampler: `Unmask`, `Autoregress`, `Renoise`, or your own with its settings.
         seed: Seed of the random numbers. Default: 0.
-        batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
-            of a problem, even if `samples` exceeds `batch_size`. Default: 32.
+        batch_size: Largest number of completions per call of the sampler in each process. Default: 32.
         samples: Completions per problem. Default: 1.
         limit: Number of problems to evaluate, from the first problem on. None (default): all problems.
         completions: Path of a .jsonl file that stores every completion. If the file exists, its completions are graded
@@ -93,7 +92,9 @@ def evaluate(  # noqa: PLR0913
             if len(rows) < len(problems) * samples:
                 # Sample the full batch even if part of it is stored, so that an interrupted evaluation gives the same
                 # results. Stored rows replace the new ones.
-                rows = complete(policy, problems, sampler, seed, samples, facts) | rows
+                for first_sample in range(0, samples, batch_size):
+                    some = range(first_sample, min(first_sample + batch_size, samples))
+                    rows = complete(policy, problems, sampler, seed, some, facts) | rows
                 store.append(rows)
             answers += grade_rows(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
@@ -108,14 +109,14 @@ def complete(
     problems: dict[int, Problem],
     sampler: Callable[..., Rollout],
     seed: int,
-    samples: int,
+    samples: range,
     facts: dict[str, Any],
 ) -> Rows:
-    """Sample `samples` completions of every problem in one batch; return them as rows."""
-    keys = list(product(problems, range(samples)))
+    """Sample the completions of these numbers of every problem in one batch; return them as rows."""
+    keys = list(product(problems, samples))
     start_time = time.perf_counter()
     seeds = row_seeds(seed, keys)
-    prompts = encode(policy, list(problems.values()), num_generations=samples, seeds=seeds, reads_order=False)
+    prompts = encode(policy, list(problems.values()), num_generations=len(samples), seeds=seeds, reads_order=False)
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate", seeds[0]))
     check_rollout(sampler, policy, prompts, rollout)
     if not rollout.logprobs.isfinite().all():

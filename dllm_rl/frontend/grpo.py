@@ -18,7 +18,7 @@ from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import annotations_of, fit
+from dllm_rl.records import fit
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
@@ -201,7 +201,7 @@ def grpo_recipe(  # noqa: PLR0913
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
-    # Evaluations run in this process, where the sampler of an engine that decodes by itself cannot.
+    # Evaluations of the learner run in this process, where the sampler of an engine that decodes by itself cannot.
     is_of_engine = settings.get("rollout_engine") and type(used_sampler) not in (Unmask, Autoregress, Renoise)
     if settings.get("loss_reduction") == DR_GRPO:
         settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
@@ -219,17 +219,9 @@ def grpo_recipe(  # noqa: PLR0913
 
 
 def greedy(sampler: Sampler) -> Sampler:
-    """Return the sampler that evaluates what a sampler trains: at temperature 0, or itself if it has no temperature.
-
-    Raises:
-        ValueError: It cannot have the temperature 0.
-    """
-    if isinstance(sampler, Renoise):
-        return sampler.replace(answer="argmax")
-    if "temperature" not in annotations_of(type(sampler)):
-        return sampler
+    """Return the sampler that evaluates what a sampler trains, or raise ValueError that names `eval_sampler`."""
     try:
-        return sampler.replace(temperature=0.0)
+        return sampler.greedy()
     except ValueError as error:
         raise ValueError(f"eval_sampler is not given, and {type(sampler).__name__} cannot be greedy: {error}") from None
 

@@ -9,7 +9,7 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
-from dllm_rl.presets import PRESETS
+from dllm_rl.presets import PRESETS, find_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members, with_nearest
 
@@ -219,8 +219,9 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
 
 def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
     """Raise ValueError if a keyword counts updates, and a step has several of them, also by a preset."""
-    preset = PRESETS.get(keywords.get("preset") or "none")
-    default = preset.settings.get("num_iterations", 1) if preset else 1
+    preset = keywords.get("preset")
+    fields = find_preset(preset, keywords.get("name", ""))[0] if preset in PRESETS else {}
+    default = fields.get("num_iterations", 1)
     if (updates := keywords.get("num_iterations", default)) > 1:
         schedule = type(STRING_VALUES["lr_scheduler_type"][1][keywords.get("lr_scheduler_type", "constant")]).__name__
         remedies = {"max_steps": f"num_steps (max_steps / {updates})", "lr_scheduler_type": f"lr_schedule={schedule!r}"}

@@ -68,6 +68,9 @@ class Renoise(Sampler):
     confidence_threshold: float | None = option(default=0.005, at_least=0)
     answer: Literal["argmax", "drawn"] = "argmax"
 
+    def greedy(self) -> "Renoise":
+        return self.replace(answer="argmax")
+
     def check(self) -> None:
         if self.t_min > self.t_max:
             raise ValueError(f"t_min={self.t_min} must be at most t_max={self.t_max}")

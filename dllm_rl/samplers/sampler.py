@@ -6,7 +6,7 @@ from typing import Any
 from torch import Generator
 
 from dllm_rl.models.base import Policy
-from dllm_rl.records import Record, describe, option
+from dllm_rl.records import Record, annotations_of, describe, option
 from dllm_rl.types import Prompts, Rollout
 
 
@@ -25,6 +25,14 @@ class Sampler(Record):
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
         """Complete every row of the prompts; `generator` draws one seed per row."""
         raise TypeError(f"{type(self).__name__} must define __call__(policy, prompts, generator)")
+
+    def greedy(self) -> "Sampler":
+        """Return the sampler for evaluations: at temperature 0, or itself if it has no temperature.
+
+        Raises:
+            ValueError: It cannot have the temperature 0.
+        """
+        return self.replace(temperature=0.0) if "temperature" in annotations_of(type(self)) else self
 
 
 class FunctionSampler(Sampler):

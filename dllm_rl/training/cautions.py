@@ -117,10 +117,11 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
             f"{f'{rollout} and {bound}' if bound else rollout}"
         )
     if recipe.max_staleness > 1 and not recipe.likelihood.exact_ratios:
+        fewer = as_written(max_staleness=1, **({"rollout_workers": 2} if recipe.rollout_workers > 2 else {}))
         warnings.append(
             f"max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood ratio "
-            f"says how far the learner is from the weights that sampled; use {as_written(max_staleness=1)}, or "
-            "likelihood=Trajectory()"
+            f"says how far the learner is from the weights that sampled; use "
+            f"{fewer}, or likelihood=Trajectory()"
         )
     return warnings
 

@@ -12,6 +12,10 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.renoise import Renoise
+from dllm_rl.samplers.sampler import Sampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
 from dllm_rl.training.hooks import best_folder, load_best
@@ -32,7 +36,8 @@ def finish(run: Run[Recipe]) -> Summary:
         eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
         eval_after_quantized = eval_after
         if run.rollout_policy is not run.policy:
-            eval_after_quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
+            rollout_recipe = recipe.replace(eval_sampler=_sampler_of_rollouts(recipe))
+            eval_after_quantized = evaluate_with(rollout_recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
     evaluations = {"before RL": eval_before, "after": eval_after, "after, quantized": eval_after_quantized}
     card_path = Path(run.checkpoint) / CARD
     # There is no card to update if no checkpoint was saved, or if its folder was deleted.
@@ -52,6 +57,16 @@ def finish(run: Run[Recipe]) -> Summary:
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
         advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint was saved",
     )
+
+
+def _sampler_of_rollouts(recipe: Recipe) -> Sampler:
+    """Return the sampler that evaluates the rollout policy: that of an engine which decodes by itself is its own."""
+    if recipe.rollout_engine is None or type(recipe.sampler) in (Unmask, Autoregress, Renoise):
+        return recipe.eval_sampler
+    try:
+        return recipe.sampler.greedy()
+    except ValueError:  # it has no temperature 0
+        return recipe.sampler
 
 
 def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, advice: str) -> Summary:

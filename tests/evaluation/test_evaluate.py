@@ -371,7 +371,7 @@ def test_ratios_of_sums():
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_batch_size_counts_completions(policy):
+def test_batch_size_counts_completions(policy, tmp_path):
     seen = []
 
     def counting(*arguments):
@@ -381,6 +381,10 @@ def test_batch_size_counts_completions(policy):
 
     evaluate(policy, sudoku(6), counting, samples=2, batch_size=4)
     assert seen == [4, 4, 4]
+    seen.clear()
+    found = evaluate(policy, sudoku(2), counting, samples=5, batch_size=2, completions=tmp_path / "parts.jsonl")
+    assert seen == [2, 2, 1] * 2 and len(found.answers) == 10
+    assert texts(tmp_path / "parts.jsonl").keys() == {(problem, sample) for problem in range(2) for sample in range(5)}
 
 
 def test_counts_below_one_are_refused(policy):

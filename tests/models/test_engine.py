@@ -11,12 +11,13 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
 from dllm_rl.algorithms.correctors import TIS, Aligned, NoCorrection
-from dllm_rl.likelihoods.estimators import Coupled
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.rollout_engine import FunctionEngine, with_forward
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.quantization.schemes import Float8WeightOnly
+from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import plan
 
@@ -158,3 +159,39 @@ def test_a_run_is_cautioned_and_planned_as_one_whose_rollouts_differ(tmp_path):
     said = cautions(recipe)
     assert len(said) == 2 and "loss.delta" in said[0] and "no likelihood ratios" in said[1]
     assert "rollout engine        not counted" in plan(recipe)
+
+
+class Elsewhere(Sampler):
+    """Decodes in an engine: this process has no forward of its weights."""
+
+    temperature: float = 1.0
+
+    def __call__(self, policy, prompts, generator):
+        (inner,) = policy.module.inner
+        drawn = Unmask(max_new_tokens=self.max_new_tokens, diffusion_steps=3, temperature=self.temperature)
+        return drawn(inner, prompts, generator)
+
+
+def no_forward(*_):
+    raise AssertionError("the engine computes no logits")
+
+
+def decoding():
+    def load(policy):
+        rollout_policy = with_forward(policy, no_forward)
+        rollout_policy.module.inner = [copied(policy)]
+        return rollout_policy
+
+    def sync(policy, rollout_policy):
+        rollout_policy.module.inner[0].module.load_state_dict(policy.module.state_dict())
+        rollout_policy.weights_version = policy.weights_version
+        return {}
+
+    return FunctionEngine(load_fn=load, sync_fn=sync)
+
+
+def test_an_engine_that_decodes_by_itself_is_evaluated_by_its_own_sampler(tmp_path):
+    given = {"rollout_quantization": None, "rollout_engine": decoding(), "sampler": Elsewhere(max_new_tokens=16)}
+    given |= {"eval_sampler": Unmask(max_new_tokens=16, diffusion_steps=3), "corrector": NoCorrection()}
+    summary = train(tiny_recipe(tmp_path, **given, likelihood=Trajectory(), num_steps=1))
+    assert summary["eval_after_quantized"] == summary["eval_after"]  # greedy, of the weights that it was last sent

@@ -179,6 +179,9 @@ def test_late_rollouts_whose_likelihood_gives_no_ratio(likelihood):
     (said,) = (line for line in cautions(late) if line.startswith("max_staleness=2"))
     assert f" with likelihood={likelihood.name!r}: " in said and "use max_staleness=1, or" in said
     assert not any("max_staleness" in line for line in cautions(replace(late, max_staleness=1)))
+    several = replace(late, rollout_workers=3)
+    (said,) = (line for line in cautions(several) if line.startswith("max_staleness=2"))
+    assert "use max_staleness=1, rollout_workers=2, or" in said  # three workers need a lag of two
 
 
 def gspo_of_a_row(log_ratio, advantages, mask):

@@ -361,6 +361,7 @@ def test_none_is_a_value_where_a_setting_takes_it(name):
         ({"max_steps": 3, "num_iterations": 2}, r"max_steps counts updates, .* give num_steps \(max_steps / 2\)$"),
         ({"max_steps": 8, "num_iterations": 4}, r"give num_steps \(max_steps / 4\)$"),
         ({"max_steps": 8, "preset": "d1"}, r"give num_steps \(max_steps / 8\)$"),
+        ({"max_steps": 8, "preset": "d1", "name": "gsm8k"}, r"give num_steps \(max_steps / 12\)$"),
         (
             {"advantages": Decoupled(), "scale_rewards": True},
             "scale_rewards=True is not a setting of advantages=Decoupled",

@@ -211,7 +211,7 @@ def test_settings_that_cannot_be_combined(tmp_path):
     plain = tiny_recipe(tmp_path)
     for changes, message in [
         ({"likelihood": Coupled()}, "likelihood whose views are the sampler's steps"),
-        ({"likelihood": Trajectory(block_size=4)}, "without block_size"),
+        ({"likelihood": Trajectory(block_size=4)}, r"use Trajectory\(num_segments=None, block_size=None\)"),
         ({"loss": GSPO()}, r"loss=GSPO\("),
         ({"loss": None, "corrector": TBPO()}, r"loss=TrustBand\("),
     ]:

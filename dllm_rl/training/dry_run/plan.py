@@ -177,15 +177,17 @@ def memory_remedies(step: PlannedStep) -> list[str]:
     is_decoder = step.policy.spec.attention != "encoder_decoder"  # its weights and cache take neither of two settings
     smaller = "--lora Lora --lora.r 16" if lora is None else f"--lora.r 16 --lora.alpha {16 * lora.alpha / lora.r:g}"
     can_quantize = is_decoder and isinstance(recipe.model, str) and not sharded and lora is not None
+    can_quantize = can_quantize and not recipe.async_save
     # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.
     shards_well = lora is None or recipe.rollout_quantization is not None
+    shards_well = shards_well and not (recipe.base_quantization or recipe.load_best_model_at_end)
     remedies = {
         "--gradient_checkpointing": is_decoder and not recipe.gradient_checkpointing,
         "a smaller --micro_batch_size or --rollout_batch_size": True,
         smaller: lora is None or lora.r > 16,
         "--base_quantization nf4": can_quantize and recipe.base_quantization is None,
         "--optim AdamW8bit": not sharded and recipe.optim != AdamW8bit(),
-        "on several GPUs --shard_size 0 --optim AdamW": not sharded and shards_well,
+        "on several GPUs --shard_size 0 --optim AdamW": not sharded and shards_well and not recipe.zero_mismatch,
     }
     return [remedy for remedy, helps in remedies.items() if helps]
 

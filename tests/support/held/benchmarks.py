@@ -33,15 +33,17 @@ def on_an_h100():
 
 def a_run_on_an_h200():
     parts = stored(f"{RESULTS}/gpu-h200")["parts"]
-    speeds, nats = [], []
+    speeds, nats, ess = [], [], []
     for task in ("sums", "countdown"):
         rows = {r["what"].split()[-1]: r for r in parts[f"run {task}"]["rows"]}
         for arm, each in rows.items():
             cells = [f"{each[when] + 1e-9:.3f}" for when in ("before", "after")]
             cells.append(f"{each['mean abs d, nats']:.3f}")
             yield PAGE, f"- {task}, {arm}: {', '.join(cells)}, {each['ESS']:.3f}, {each['least ESS']:.3f}"
+        ess.append(f"{rows['FP8']['ESS']:.3f}")
         nats.append([f"{rows[arm]['mean abs d, nats']:.3f}" for arm in ("FP8", "bf16")])
         speeds.append([rows["FP8"][name] / rows["bf16"][name] for name in ("rollout, s a step", "step, s")])
+    yield f"{DOCS}/method.md", f"`Float8Dynamic` [{', '.join(ess)}](../benchmarks/README.md#a-run-on-one-h200)"
     (rollout, step), (rollout_2, step_2) = speeds
     yield PAGE, f"FP8 rollouts take {rollout:.2f} of the time on sums, {rollout_2:.2f} on Countdown;"
     yield PAGE, f"whole steps, because of the sync, {step:.2f} and {step_2:.2f} times as long."

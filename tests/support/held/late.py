@@ -165,6 +165,8 @@ def pretrained():
     columns = ("arm", "after", "ess", "least ess", "difference, 95 %")
     yield PAGE, paired.markdown(paired.arm_rows(study, runs, ["after", "least ess"]), columns)
     yield PAGE, paired.markdown(late_pretrained.quarters(runs))
+    least = min(run["least ess"] for (arm, _), run in runs.items() if arm == "FP8")
+    yield f"{STUDIES}/mismatch.md", f"(a step of a later run fell to {least:.3f})"
     (begun,) = {run["before"] for run in runs.values()}
 
     def after(arm):

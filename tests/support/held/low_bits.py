@@ -1,6 +1,8 @@
 """The study of four-bit rollouts: its table and its sentences."""
 
-from held import STUDIES, stored
+from statistics import mean
+
+from held import DOCS, STUDIES, stored
 from recipes.studies.low_bits import COLUMNS, STUDY
 from recipes.studies.low_bits_gradients import lost_reward, table
 from recipes.studies.paired import holm, interval, paired, sign_flip, tables
@@ -30,6 +32,8 @@ def low_bits():
 def low_bits_training():
     results = {(run["arm"], run["seed"]): run for run in stored("low_bits")}
     yield PAGE, tables(STUDY, results, *COLUMNS).strip()
+    ess = mean(run["ess"] for (arm, _), run in results.items() if arm == "int4")
+    yield f"{DOCS}/method.md", f"`Int4WeightOnly` [{ess:.3f}](../recipes/studies/low_bits.md)"
     for other, words in (("int4", "without a corrector"), ("int4, permuted tis", "with its weights on other tokens")):
         apart = paired(results, "int4, tis", other)
         yield PAGE, f"{interval(apart)} above the end {words} ({sum(x > 0 for x in apart)} of {len(apart)} seeds)"

@@ -112,7 +112,8 @@ def real_fp8():
         PAGE,
         f"on an autoregressive SmolLM2 they cost {cost[0].removeprefix('-')}, and TIS added {tis[0]} ([both pooled",
     )
-    yield f"{DOCS}/method.md", f"TIS added {tis[0]} to an autoregressive SmolLM2 with FP8"
+    costs = f"FP8 cost an autoregressive SmolLM2 {cost[0].removeprefix('-')}, and TIS added {tis[0]}"
+    yield f"{DOCS}/method.md", costs
     yield PAGE, f"`Aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]
     loss, gain = paired.paired(half, "unquantized", "none"), paired.paired(half, "TIS", "none")

@@ -236,6 +236,9 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     shared = remedies(recipe_of("diffusion_gemma_countdown"))  # refuses both: its encoder and decoder share weights
     assert "--gradient_checkpointing" not in shared and "--base_quantization" not in shared
     assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
+    assert "--base_quantization" not in remedies(replace(small, async_save=True))
+    best = {"metric_for_best_model": "solve_rate", "load_best_model_at_end": True}
+    assert "--shard_size" not in remedies(replace(small, **best))
     # Unquantized, a sharded learner of adapters has a full copy to sample with: nothing is saved.
     assert "--shard_size" not in remedies(replace(small, rollout_quantization=None))
     monkeypatch.setenv("WORLD_SIZE", "8")
