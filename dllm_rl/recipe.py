@@ -10,7 +10,7 @@ from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, Toke
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.algorithms.values import ValueModel
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
 from dllm_rl.models.rollout_engine import RolloutEngine
@@ -22,7 +22,6 @@ from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.base import Task
 
-EXACT = "Trajectory(num_segments=None, block_size=None)"  # in full: an option keeps the recipe's other fields
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
 

@@ -35,6 +35,8 @@ from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import FunctionRecord, Record, option
 from dllm_rl.types import RetainedGraphs, Rollout, Views
 
+EXACT = "Trajectory(num_segments=None, block_size=None)"  # in full: an option keeps the recipe's other fields
+
 
 class LikelihoodEstimator(Record):
     """An estimate of log p(completion | prompt): pure functions that draw the views and combine their log-probs.
@@ -201,7 +203,7 @@ class LikelihoodEstimator(Record):
             raise ValueError(
                 f"likelihood={self.name!r} is for {' or '.join(self.supported_attention)} attention, but the policy's "
                 f"is {policy.spec.attention!r}; "
-                f"use {'Causal()' if policy.spec.attention == 'causal' else 'Trajectory()'}"
+                f"use {'Causal()' if policy.spec.attention == 'causal' else EXACT}"
             )
         if self.required_block_size not in (None, policy.spec.block_size):
             raise ValueError(

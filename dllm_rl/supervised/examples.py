@@ -34,7 +34,8 @@ class Example:
 def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
-    """Convert the rows of a data set to examples. Leave out rows longer than max_length, and report their number.
+    """Convert the rows of a data set to examples. Leave out rows longer than max_length, or whose completion is longer
+    than completion_length, and report their number.
 
     Args:
         recipe: Recipe with the options for rows.
@@ -54,16 +55,25 @@ def read_examples(
     for index in range(len(dataset)):
         try:
             read = example(recipe, policy, dataset[index])
+        except CompletionTooLong:
+            continue
         # A missing role, a number in place of text, no messages.
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{field}: row {index}: {error}") from None
         if len(read.tokens) <= longest:  # not truncated, since the model would learn to stop in the middle
             examples.append(read)
+    limits = f"max_length={longest}"
+    if recipe.completion_length is not None:
+        limits += f", or their completion than completion_length={recipe.completion_length},"
     if not examples:
-        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than max_length={longest}; raise it")
+        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than {limits.rstrip(',')}; raise it")
     if num_longer := len(dataset) - len(examples):
-        say(f"{field}: {num_longer} of {len(dataset)} rows are longer than max_length={longest} and left out")
+        say(f"{field}: {num_longer} of {len(dataset)} rows are longer than {limits} and left out")
     return examples
+
+
+class CompletionTooLong(ValueError):
+    """The completion of a row has more tokens than `completion_length`."""
 
 
 def most_tokens(max_length: int | None, policy: Policy) -> int:
@@ -113,7 +123,7 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
             length = [*reversed(is_answer), False].index(False)
             num_end_tokens = completion_length - length
             if num_end_tokens < 0:
-                raise ValueError(f"its completion has {length} tokens, more than completion_length={completion_length}")
+                raise CompletionTooLong(f"its completion has {length} tokens, not {completion_length} at most")
         tokens += [policy.spec.eos_ids[0]] * num_end_tokens
         learned += [True] * num_end_tokens
         learned[0] = learned[0] and fills_completion  # a causal model or encoder has no state before the first token

@@ -28,7 +28,8 @@ class SFT(Settings):
     )
     completion_length: int | None = option(
         default=None,
-        help="fill a diffusion model's completions with end tokens to this length (RL's max_new_tokens); None: one",
+        help="fill a diffusion model's completions with end tokens to this length (RL's max_new_tokens), and "
+        "leave out rows with a longer one; None: one",
         at_least=1,
     )
     completion_only_loss: bool = option(

@@ -8,7 +8,7 @@ from dllm_rl.algorithms.advantages import Advantages
 from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
+from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
@@ -121,7 +121,7 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             f"max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood ratio "
             f"says how far the learner is from the weights that sampled; use "
-            f"{fewer}, or likelihood=Trajectory()"
+            f"{fewer}, or likelihood={EXACT}"
         )
     return warnings
 
@@ -151,12 +151,12 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
-            "and they need not bring the gradient nearer to the learner's own; use Trajectory(), or no corrector"
+            f"and they need not bring the gradient nearer to the learner's own; use {EXACT}, or no corrector"
         )
     if not has_exact_ratios and cache is not None and cache.kind != "block" and cache.refresh != 1:
         warnings.append(
             f"sampler.cache={cache.kind!r} is approximate, and likelihood={likelihood.name!r} does not replay the "
-            "sampler: what the cache changes enters neither loss nor metrics; use Trajectory(), or no cache"
+            f"sampler: what the cache changes enters neither loss nor metrics; use {EXACT}, or no cache"
         )
     return warnings
 

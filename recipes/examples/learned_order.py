@@ -28,7 +28,7 @@ class Learned(Rank):
     order = "deterministic"  # of the canvas and the weights: no random number, no drawn token
 
     def __call__(self, logits, normalizer, hidden):
-        return logits.amax(-1) - normalizer + head(hidden.to(head.weight))[:, 0]
+        return logits.amax(-1) - normalizer + head(hidden.to(head.weight))[:, 0].to(logits.device)
 
 
 class LearnOrder(StepFeature):

@@ -23,14 +23,16 @@ class AtOnce(Sampler):
     def __call__(self, policy, prompts, generator):
         max_new_tokens, temperature = self.max_new_tokens, self.temperature
         start, mask_id = prompts.tokens.shape[1], policy.spec.mask_id
-        before = prompts.tokens  # (B, S), a row for each completion
+        before = prompts.tokens.to(policy.device)  # (B, S), a row for each completion
         canvas = F.pad(before, (0, max_new_tokens), value=mask_id)  # (B, T)
-        attention_mask = F.pad(prompts.attention_mask, (0, max_new_tokens), value=True)
+        attention_mask = F.pad(prompts.attention_mask.to(policy.device), (0, max_new_tokens), value=True)
         params = SamplingParams(temperature=temperature, suppress=(mask_id,))  # the learner uses the same
         logits = process(policy.logits(canvas, attention_mask)[:, start:].flatten(0, 1), params)  # (B * new tokens, V)
         seeds = row_seeds(generator, len(before)) if prompts.seeds is None else prompts.seeds
         uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-        drawn = logits.argmax(-1) if temperature == 0 else sample(logits, torch.cat(uniforms).double())
+        drawn = (
+            logits.argmax(-1) if temperature == 0 else sample(logits, torch.cat(uniforms).double().to(logits.device))
+        )
         logprobs = logits.log_softmax(-1).gather(-1, drawn[:, None]).view(len(before), max_new_tokens)
         completion_mask = F.pad(torch.ones_like(logprobs, dtype=torch.bool), (start, 0))
         return Rollout(

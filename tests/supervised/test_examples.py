@@ -197,6 +197,10 @@ def test_longer_rows_are_left_out_and_counted():
     policy = tiny_masked_lm(**SIZES)
     kept = read_examples(tiny_sft(max_length=5), policy, ROWS, "dataset", say=said.append)
     assert len(kept) == 10 and said == ["dataset: 6 of 16 rows are longer than max_length=5 and left out"]
+    rows, said = [{"prompt": "1", "completion": text} for text in ("2", "22", "2222")], []
+    kept = read_examples(tiny_sft(max_length=9, completion_length=2), policy, rows, "dataset", say=said.append)
+    limits = "max_length=9, or their completion than completion_length=2,"
+    assert len(kept) == 2 and said == [f"dataset: 1 of 3 rows are longer than {limits} and left out"]
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,10 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
         ({"dataset": []}, "dataset is empty"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
-        ({"completion_length": 1}, "its completion has 2 tokens, more than completion_length=1"),
+        (
+            {"dataset": [{"prompt": "1", "completion": "23"}] * 3, "completion_length": 1},
+            r"all of 3 rows are longer than max_length=\d+, or their completion than completion_length=1; raise it",
+        ),
         ({"dataset": [{"messages": [{"role": "user", "content": "1"}]}] * 3}, "has no chat template"),
     ],
 )
