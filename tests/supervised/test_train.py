@@ -223,7 +223,7 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
         (
             {"dataset": [{"prompt": "1", "completion": "23"}] * 3, "completion_length": 1},
-            r"all of 3 rows are longer than max_length=\d+, or their completion than completion_length=1; raise it",
+            r"all of 2 rows are longer than max_length=\d+, or their completion than completion_length=1; raise it",
         ),
         ({"dataset": [{"messages": [{"role": "user", "content": "1"}]}] * 3}, "has no chat template"),
     ],
