@@ -19,7 +19,7 @@ from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import fit
-from dllm_rl.samplers import Sampler
+from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import SoftThreshold
@@ -202,7 +202,7 @@ def grpo_recipe(  # noqa: PLR0913
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
     # Evaluations of the learner run in this process, where the sampler of an engine that decodes by itself cannot.
-    is_of_engine = settings.get("rollout_engine") and type(used_sampler) not in (Unmask, Autoregress, Renoise)
+    is_of_engine = settings.get("rollout_engine") and decodes_in_engine(used_sampler)
     if settings.get("loss_reduction") == DR_GRPO:
         settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
     fields: dict[str, Any] = {

@@ -6,7 +6,7 @@ from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 
-__all__ = ["Autoregress", "Renoise", "Sampler", "Unmask", "sampler_for"]
+__all__ = ["Autoregress", "Renoise", "Sampler", "Unmask", "decodes_in_engine", "sampler_for"]
 
 
 def sampler_for(policy: Policy) -> type[Unmask] | type[Autoregress] | type[Renoise]:
@@ -14,3 +14,8 @@ def sampler_for(policy: Policy) -> type[Unmask] | type[Autoregress] | type[Renoi
     if policy.spec.attention == "encoder_decoder":
         return Renoise
     return Autoregress if policy.spec.attention == "causal" else Unmask
+
+
+def decodes_in_engine(sampler: Sampler) -> bool:
+    """Return whether a sampler beside a rollout engine is the engine's own: others decode the logits of any policy."""
+    return type(sampler) not in (Unmask, Autoregress, Renoise)

@@ -12,10 +12,7 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.autoregress import Autoregress
-from dllm_rl.samplers.renoise import Renoise
-from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
 from dllm_rl.training.hooks import best_folder, load_best
@@ -61,7 +58,7 @@ def finish(run: Run[Recipe]) -> Summary:
 
 def _sampler_of_rollouts(recipe: Recipe) -> Sampler:
     """Return the sampler that evaluates the rollout policy: that of an engine which decodes by itself is its own."""
-    if recipe.rollout_engine is None or type(recipe.sampler) in (Unmask, Autoregress, Renoise):
+    if recipe.rollout_engine is None or not decodes_in_engine(recipe.sampler):
         return recipe.eval_sampler
     try:
         return recipe.sampler.greedy()
