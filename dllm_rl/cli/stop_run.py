@@ -18,8 +18,8 @@ def stop_command(arguments: argparse.Namespace) -> int:
     """Signal the run that writes a folder to stop, and wait until it has ended, at most for --timeout seconds.
 
     The run finishes its step (at most its `stop_seconds` long), saves a checkpoint, and exits with status 130, as after
-    Ctrl-C: recipes/accelerate/slurm.sh does not queue it again. A second call
-    gives up the step and saves the last complete one, unless updates have begun or the learner is sharded.
+    Ctrl-C: recipes/accelerate/slurm.sh does not queue it again. A second call gives up
+    the step and saves the last complete one, unless updates have begun or the learner is sharded.
 
     Returns:
         0 once the run has ended, 1 if it has not ended within --timeout.

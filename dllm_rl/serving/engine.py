@@ -126,9 +126,7 @@ class Client:
     ) -> Float[Tensor, "B T V"]:
         """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
         if attention_mask.dim() != 2:
-            raise ValueError(
-                "rollout_engine=HTTPEngine computes whole rows: set the sampler's cache=None, or use HTTPSampler"
-            )
+            raise ValueError("rollout_engine=HTTPEngine computes whole rows, one text each")
         inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
         tensors, _ = self.post("/logits", inputs)
         return tensors["logits"].to(tokens.device)

@@ -120,8 +120,7 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
         fewer = as_written(max_staleness=1, **({"rollout_workers": 2} if recipe.rollout_workers > 2 else {}))
         warnings.append(
             f"max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood ratio "
-            f"says how far the learner is from the weights that sampled; use "
-            f"{fewer}, or likelihood={EXACT}"
+            f"says how far the learner is from the weights that sampled; use {fewer}, or likelihood={EXACT}"
         )
     return warnings
 
