@@ -99,7 +99,10 @@ def test_causal_is_transformers_cross_entropy(sampling_params):
 
 def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
     rollout = sampled(DIFFUSION["llada"])
-    message = r"likelihood='Causal' is for causal attention, but the policy's is 'full'; use Trajectory\(\)"
+    message = (
+        r"likelihood='Causal' is for causal attention, but the policy's is 'full'; "
+        r"use Trajectory\(num_segments=None, block_size=None\)"
+    )
     with pytest.raises(ValueError, match=message):
         lik.Causal().logprobs(DIFFUSION["llada"], rollout, lik.Causal().draw_views(rollout, seeded()))
     with pytest.raises(ValueError, match=r"likelihood='ELBO' .* 'causal'; use Causal\(\)"):
