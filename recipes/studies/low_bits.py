@@ -93,23 +93,25 @@ def steps_of(root: Path, name: str, seed: int) -> dict[str, list[float]]:
     return {metric: values for metric, values in steps.items() if values}
 
 
-def picture(results: Results, path: Path) -> None:
-    """By arm the accuracy of the learner and of its INT4 copy: a dot a seed, the mean and its interval."""
+def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its INT4 copy") -> None:
+    """By arm the accuracy of the learner and of the copy that sampled: a dot a seed, the mean and its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9.0, 1.9), layout="constrained", sharex=True, sharey=True)
-    for axis, (column, title) in zip(axes, {"after": "learner", "quantized": "its INT4 copy"}.items(), strict=True):
-        for place, arm in enumerate(ARMS):
+    arms = list(study.arms)
+    size = (9.0, 1.0 + 0.3 * len(arms))
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharex=True, sharey=True)
+    titles = {"after": "learner (dotted: where RL began)", "quantized": copy}
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for place, arm in enumerate(arms):
             line(axis, -place, rates(results, arm, column), "#1f77b4")
-        axis.set_yticks([-place for place in range(len(ARMS))], list(ARMS))
-        axis.set_ylim(0.6 - len(ARMS), 0.6)
+        axis.set_yticks([-place for place in range(len(arms))], arms)
+        axis.set_ylim(0.6 - len(arms), 0.6)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel(f"accuracy after {STUDY.num_steps} steps")
+        axis.set_xlabel(f"accuracy after {study.num_steps} steps")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_title("learner (dotted: where RL began)", loc="left", fontsize=10)
     axes[0].axvline(mean(rates(results, "int4", "before")), color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -34,7 +34,7 @@ What order the runs have depends on no result: all trials, then seed by seed all
 
     python recipes/smollm2_diffusion_sft.py
     python -m recipes.studies.low_bits_tuned              go on: run what neither --output_dir nor --stored has
-    python -m recipes.studies.low_bits_tuned --report     run nothing: add what --output_dir has to --stored; tables
+    python -m recipes.studies.low_bits_tuned --report     no run: --output_dir goes to --stored; tables, picture
 """
 
 import argparse
@@ -201,6 +201,19 @@ def go_on(root: Path, workers: int) -> None:
             raise SystemExit(f"a run of seed {seed} failed; see {root / 'logs'}")
 
 
+def tables(stored: Mapping[str, Any]) -> str:
+    """The arms at their rates, and the claims, over the seeds that have all arms."""
+    results, rates = whole(by_arm(stored["runs"])), rated(stored["rates"]).arms
+    arms = [row | {"rate": f"{rates[row['arm']]['learning_rate']:g}"} for row in arm_rows(STUDY, results, COLUMNS)]
+    heads = ("arm", "rate", *COLUMNS, "difference, 95 %")
+    claims = ("stated before the runs", "difference, 95 %", "above 0", "Holm's p")
+    return f"{markdown(arms, heads)}\n{markdown(contrast_rows(STUDY, results), claims)}"
+
+
+def picture(stored: Mapping[str, Any], path: Path) -> None:
+    low_bits.picture(whole(by_arm(stored["runs"])), path, STUDY, "the weights of its rollouts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
@@ -225,9 +238,11 @@ def main() -> None:
         stored["rates"] = read_json(root / "rates.json")
     if any(fresh.values()):
         write_json(options.stored, stored)
-    results = whole(by_arm(stored["runs"]))
-    print(f"{len(stored['tuning'])} trials, {len(stored['runs'])} runs, rates {stored['rates']}")
-    print(markdown(arm_rows(STUDY, results, COLUMNS)), markdown(contrast_rows(STUDY, results)), sep="\n")
+    print(f"{len(stored['tuning'])} trials, {len(stored['runs'])} runs")
+    if whole(by_arm(stored["runs"])):
+        print(tables(stored))
+        if any(fresh.values()):
+            picture(stored, options.stored.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def test_half_the_rate_is_half_of_that_of_no_corrector():
 
 
 def a_run(arm, seed, machine="this"):
-    return {"arm": arm, "seed": seed, "machine": machine, "after": 0.5, "quantized": 0.4}
+    measured = {"before": 0.4, "after": 0.5, "quantized": 0.4, "ess": 0.6}
+    return {"arm": arm, "seed": seed, "machine": machine} | measured
 
 
 @pytest.fixture
@@ -124,4 +125,6 @@ def test_stored_runs_are_taken_over_and_new_ones_added(tmp_path, made, monkeypat
     low_bits_tuned.main()
     kept = read_json(stored)
     assert len(kept["runs"]) == 80 and kept["rates"]["int4"] == 5e-4
-    assert "0 trials, 80 runs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 trials, 80 runs" in printed and "| int4 at half the rate | 0.00025 |" in printed
+    assert stored.with_suffix(".png").exists()

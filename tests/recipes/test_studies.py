@@ -70,6 +70,7 @@ PICTURES = {
         paired.by_arm(kept["runs"]), {int(steps): rate for steps, rate in kept["ceiling"].items()}, path
     ),
     "low_bits": lambda made, kept, path: made.picture(paired.by_arm(kept), path),
+    "low_bits_tuned": lambda made, kept, path: made.picture(kept, path),
     "order_flips": lambda made, kept, path: made.picture(kept, path),
     "scaffolds": lambda made, kept, path: made.picture(made.by_arm(kept), path),
 }
