@@ -137,8 +137,7 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
 def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mapping[str, Any]) -> "Sampler":
     """Return the sampler of a command: a run's, or the default of the policy's class, with the passed settings.
 
-    If max_new_tokens is passed without diffusion_steps, the run's number of steps is capped at max_new_tokens, except
-    for `Renoise`, whose steps are those of a canvas.
+    If max_new_tokens is passed without diffusion_steps, the run's number of steps is scaled with it (`with_settings`).
 
     Args:
         policy: Policy that samples.
@@ -160,9 +159,6 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
         if sampler is Renoise:
             defaults = {"max_new_tokens": policy.spec.block_size}
         return with_settings(policy, defaults | changes)
-    length, steps = changes.get("max_new_tokens"), getattr(run_sampler, "diffusion_steps", None)
-    if length and steps is not None and "diffusion_steps" not in changes and sampler is not Renoise:
-        changes["diffusion_steps"] = min(steps, length)
     return with_settings(policy, changes, run_sampler)
 
 

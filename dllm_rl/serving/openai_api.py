@@ -16,7 +16,7 @@ from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
 from dllm_rl.serving.batching import Refused
-from dllm_rl.serving.settings import ServerSettings, known_settings, with_settings
+from dllm_rl.serving.settings import ServerSettings, with_settings
 from dllm_rl.types import Rollout
 
 try:
@@ -311,23 +311,12 @@ def _checked_length(policy: Policy, longest: int, requested: int | None, default
 def _sampler(policy: Policy, settings: dict[str, Any], defaults: Sampler, max_tokens: int) -> Sampler:
     """Return the sampler of a request's completions.
 
-    If the request sets a length but no `diffusion_steps`, the server's `diffusion_steps` are scaled with the length and
-    rounded up, so that the tokens per step stay the same. An encoder-decoder model samples whole canvases:
-    `max_new_tokens` is rounded up, and `choice` cuts off the surplus.
+    An encoder-decoder model samples whole canvases: `max_new_tokens` is rounded up, and `choice` cuts off the surplus.
     """
     length = max_tokens
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
-    settings = settings | {"max_new_tokens": length}
-    default_steps, default_length = getattr(defaults, "diffusion_steps", None), defaults.max_new_tokens
-    is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"
-    if is_scaled and "diffusion_steps" not in settings and default_steps is not None and length != default_length:
-        block_size = (
-            settings.get("block_size") or getattr(defaults, "block_size", None) or policy.spec.block_size or length
-        )
-        num_blocks = math.ceil(length / block_size)  # a block needs at least one step
-        settings["diffusion_steps"] = max(math.ceil(length * default_steps / default_length), num_blocks)
-    return with_settings(policy, settings, defaults)
+    return with_settings(policy, settings | {"max_new_tokens": length}, defaults)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The settings of a server, and the samplers of requests: a policy's sampler with a request's settings as JSON."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -49,7 +50,8 @@ def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler
     """Return the policy's sampler with settings, which may be JSON (`records.to_json`), and those of `defaults` for the
     others.
 
-    A commit rule without a rank gets the rank that it requires.
+    A commit rule without a rank gets the rank that it requires. At another length without `diffusion_steps`, those of
+    `defaults` are scaled with the length (`scaled_steps`), except for `Renoise`, whose steps are those of a canvas.
 
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
@@ -62,10 +64,28 @@ def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler
                 f"{name}={value!r} is no setting of {sampler.__name__}, the sampler of this model; leave it out"
             )
     default_values = {} if defaults is None else {each.name: getattr(defaults, each.name) for each in fields(defaults)}
-    made: Sampler = make_record(sampler, default_values | dict(settings))
+    values = default_values | dict(settings)
+    if issubclass(sampler, Unmask) and "diffusion_steps" not in settings and default_values.get("diffusion_steps"):
+        steps, length = default_values["diffusion_steps"], values["max_new_tokens"]
+        block_size = values.get("block_size") or policy.spec.block_size
+        values["diffusion_steps"] = scaled_steps(steps, default_values["max_new_tokens"], length, block_size)
+    made: Sampler = make_record(sampler, values)
     if isinstance(made, Unmask) and "commit" in settings and "rank" not in settings:
         return with_required_rank(made)
     return made
+
+
+def scaled_steps(steps: int, length: int, new_length: int, block_size: int | None = None) -> int:
+    """Return the `diffusion_steps` at a new length: with as many tokens per step, rounded up.
+
+    They are at least one per block, and at most one per token. At the same length, and at 0 (a sampler that fills in
+    the blanks of prompts), the steps stay the same.
+    """
+    if new_length in (length, 0):
+        return steps
+    scaled = math.ceil(new_length * steps / length) if length else steps
+    num_blocks = math.ceil(new_length / (block_size or new_length))
+    return min(max(scaled, num_blocks), new_length)
 
 
 def with_required_rank(sampler: Unmask) -> Unmask:

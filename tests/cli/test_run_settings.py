@@ -154,8 +154,8 @@ class TestEvaluatePlans:
             ("--temperature 0", {"temperature": 0.0}),
             ("--temperature 1.5", {"temperature": 1.5}),
             ("--rank RandomOrder", {"rank": rules.RandomOrder()}),
-            ("--max_new_tokens 4", {"max_new_tokens": 4, "diffusion_steps": 4}),  # a step writes at least one token
-            ("--max_new_tokens 16", {"max_new_tokens": 16}),
+            ("--max_new_tokens 4", {"max_new_tokens": 4, "diffusion_steps": 3}),  # as many tokens per step
+            ("--max_new_tokens 16", {"max_new_tokens": 16, "diffusion_steps": 12}),
             ("--block_size 8", {"block_size": 8}),
             ("--cache DualCache --cache.refresh 2", {"cache": DualCache(refresh=2)}),
             ("--samples 3", {}),
@@ -336,6 +336,26 @@ def test_a_scripts_sampler_is_named_and_the_librarys_is_not(run, monkeypatch, ca
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": stored})
     assert sampler_of("runs/mine") is None
     assert capsys.readouterr().err.startswith(f"note: eval_sampler={stored} ")
+
+
+@pytest.mark.parametrize(
+    ("run", "length", "steps"),
+    [
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, 8, 2),  # four tokens per step
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, 9, 3),
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, 64, 16),
+        ({"max_new_tokens": 16, "diffusion_steps": 4, "block_size": 4}, 20, 5),
+        ({"max_new_tokens": 16, "diffusion_steps": 2, "block_size": 8}, 32, 4),
+        ({"max_new_tokens": 16, "diffusion_steps": 2, "block_size": 8}, 33, 5),  # a block needs one
+        ({"max_new_tokens": 0, "diffusion_steps": 8}, 4, 4),  # blanks, whose number is not known
+        ({"max_new_tokens": 0, "diffusion_steps": 8}, 16, 8),
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, 0, 4),
+        ({"max_new_tokens": 16}, 8, None),  # one per token
+    ],
+)
+def test_another_length_keeps_the_tokens_per_step(run, length, steps):
+    expected = Unmask(**run).replace(max_new_tokens=length, diffusion_steps=steps)
+    assert sampler_with(tiny_masked_lm(**SIZES), Unmask(**run), {"max_new_tokens": length}) == expected
 
 
 def test_a_shorter_completion_takes_fewer_steps_and_the_runs_own_length_does_not():

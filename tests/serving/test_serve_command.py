@@ -82,7 +82,7 @@ def test_steps_that_do_not_fit_the_length_are_refused_at_the_start(checkpoint, c
 
 
 def test_a_runs_sampler_becomes_the_servers():
-    """Without what no request could change, and with at most one step for each token of a shorter length."""
+    """Without what no request could change, and with as many tokens per step at a shorter length."""
     sampler = Unmask(max_new_tokens=16, diffusion_steps=8, compile_step=True, confidence_radius=3)
 
     def served(sampler, *options):
@@ -93,7 +93,7 @@ def test_a_runs_sampler_becomes_the_servers():
     commands = argparse.ArgumentParser().add_subparsers()
     add_serve(commands)
     assert served(sampler) == Unmask(max_new_tokens=16, diffusion_steps=8)
-    assert served(sampler, "--max_new_tokens", "4") == Unmask(max_new_tokens=4, diffusion_steps=4)
+    assert served(sampler, "--max_new_tokens", "4") == Unmask(max_new_tokens=4, diffusion_steps=2)
     filled_in = Unmask(max_new_tokens=0, diffusion_steps=8, temperature=0.5)  # of blanks, which no request has
     assert served(filled_in) == Unmask(max_new_tokens=16, temperature=0.5)
     assert served(None) == Unmask(max_new_tokens=16)
