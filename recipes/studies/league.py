@@ -25,8 +25,9 @@ A second task for 12 to 31 steps, stated before its runs: few clues in sixteen s
 (after the recipe's 400 nothing is left to learn). If two segments end significantly above four there as well, `grpo`
 takes two segments up to 31 steps; else it goes on with a segment for every four steps, and that is the advice.
 
-Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
-and DAPO's differs by the groups that it draws again. `Trajectory(num_segments=1)` is `OneStep(prompt_mask=0)`.
+Each row is another gradient. With one update those of TraceRL without its value model, GSPO and DAPO are one: "every
+step" stands for TraceRL and GSPO, and DAPO's row differs by the groups that it draws again.
+`Trajectory(num_segments=1)` is `OneStep(prompt_mask=0)`.
 
     python -m recipes.studies.league sudoku            costs, tuning, runs, league_sudoku.json, the table and the figure
     python -m recipes.studies.league countdown         or another of LEAGUES
@@ -75,7 +76,7 @@ from recipes.studies.surrogates import GDSD, StableDRL
 
 TUNED_ON = (100, 101, 102)
 SEEDS = 10
-DEFAULT = "TraceRL (the default)"
+DEFAULT = "every step"
 SPG_BOUNDS = lik.Sandwich(beta=1.0, mix=0.5, base=lik.Coupled())  # beta: of SPG's Sudoku runs
 
 centered = GroupRelative(scale_rewards="none")
