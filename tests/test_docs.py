@@ -606,7 +606,7 @@ def test_the_memory_of_a_large_esm_is_that_of_the_page(tmp_path, capsys):
         return float(re.search(r"\n  peak +([\d.]+) GB", printed)[1])
 
     before, after = gigabytes(), gigabytes(micro_batch_size=8, gradient_checkpointing=True)
-    told = f"(650M in float32, LoRA, 32 rows of 256 tokens: {before:.0f} to {after:.0f} GB)"
+    told = f"(650M in float32, LoRA, 32 rows of 256 tokens: from {before:.0f} GB down to {after:.0f})"
     assert told in (DOCS / "protein-dna.md").read_text()
 
 
