@@ -18,8 +18,14 @@ A first run, of the batches 0 to 31, had bias 1.8±2.2 without a corrector, 0.00
 store what differences need. This run has the batches 32 to 63. Claims before it: the cosines of TIS and of AIS are
 above that of no corrector; those of permuted AIS and of the aligned forward are not.
 
+Two more cases, with the same claims before their runs:
+
+    after_rl   after 24 steps of RL with unquantized rollouts (seed 100, 5e-4), not at RL's start
+    max_prob   at the start, sampled in `MaxProb` order, which an int4 copy changes, instead of random order
+
     python recipes/smollm2_diffusion_sft.py
     python -m recipes.studies.low_bits_gradients             25 minutes of a core, low_bits_gradients.json, the table
+    python -m recipes.studies.low_bits_gradients after_rl    or max_prob: low_bits_gradients_after_rl.json
     python -m recipes.studies.low_bits_gradients --report    the table of low_bits_gradients.json
 """
 
@@ -33,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl import AIS, TIS, Aligned, Int4WeightOnly, NoCorrection
+from dllm_rl import AIS, TIS, Aligned, Int4WeightOnly, MaxProb, NoCorrection, Recipe
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.files import read_json, write_json
@@ -47,11 +53,12 @@ from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
+from dllm_rl.training.trainer import train
 from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
-from recipes.studies.paired import interval, markdown, student_t
+from recipes.studies.paired import interval, markdown, student_t, which
 
-STORED = Path(__file__).with_suffix(".json")
+CASES = ("start", "after_rl", "max_prob")
 BATCHES = range(32, 64)
 BASELINE = "int4"
 OWN = "learner's own completions"
@@ -78,9 +85,26 @@ def gradient(run: StepContext, samples: Any, number: int) -> Tensor:
     return flat
 
 
-def measure(numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+def stored_path(case: str) -> Path:
+    path = Path(__file__).with_suffix(".json")
+    return path if case == CASES[0] else path.with_stem(f"{path.stem}_{case}")
+
+
+def recipe_of(case: str) -> Recipe:
+    """The settings whose first step is measured."""
+    base = STUDY.base
+    if case == "after_rl":
+        changes = {"num_steps": 24, "seed": 100, "save_merged": True, "rollout_quantization": None}
+        folder = f"runs/low-bits-gradients-{case}"
+        summary = train(replace(base, **changes, eval_steps=0, output_dir=folder, overwrite_output_dir=True))
+        base = replace(base, model=summary["checkpoint"])
+    elif case == "max_prob":
+        base = replace(base, sampler=base.sampler.replace(rank=MaxProb()))
+    return replace(base, seed=0, train_batch_size=4)
+
+
+def measure(recipe: Recipe, numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """By arm the gradients (M, D) of the batches, and by sampler their mean rewards."""
-    recipe = replace(STUDY.base, seed=0, train_batch_size=4)
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
     add_lora(policy, recipe.lora())
@@ -176,24 +200,25 @@ def lost_reward(stored: dict[str, Any]) -> str:
     return interval([after - before for after, before in zip(int4, unquantized, strict=True)])
 
 
-def report() -> None:
+def report(case: str) -> None:
     """Print the table and the lost reward of the stored run."""
-    stored = read_json(STORED)
+    stored = read_json(stored_path(case))
     print(table(stored))
     print("reward", lost_reward(stored))
 
 
-def main() -> None:
+def main(case: str) -> None:
     torch.set_num_threads(1)
-    gradients, rewards = measure(BATCHES)
+    gradients, rewards = measure(recipe_of(case), BATCHES)
     own = gradients[OWN]
     kept = {
         "products": {arm: rounded(each @ each.T) for arm, each in gradients.items()},
         "cross": {arm: rounded(each @ own.T) for arm, each in gradients.items()},
     }
-    write_json(STORED, {"batches": [BATCHES.start, BATCHES.stop], "rewards": rewards} | kept)
-    report()
+    write_json(stored_path(case), {"batches": [BATCHES.start, BATCHES.stop], "rewards": rewards} | kept)
+    report(case)
 
 
 if __name__ == "__main__":
-    report() if "--report" in sys.argv else main()
+    case = which(CASES)
+    report(case) if "--report" in sys.argv else main(case)

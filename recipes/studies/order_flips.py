@@ -68,7 +68,7 @@ from recipes.sudoku_tiny import NO_DIGITS, any_grids, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, and by order, copy and weights: bias and noise
 SEEDS, PUZZLES, DIRECTIONS, PART = range(10), 3, 4, 40
-BLANKS, DIGITS, CAP = 5, 4, 2.0
+BLANKS, CAP = 5, 2.0
 ORDERS = ("max_prob", "confidence", "plackett_luce 0.05", "plackett_luce 0.1", "plackett_luce 0.3", "random")
 COPIES = ("INT4", "FP8", "kernel")
 WEIGHTS = ("none", "tis", "ais", "exact", "answer", "aligned")
@@ -78,9 +78,10 @@ Events = Float[Tensor, "S J V"]  # a number for each state, blank and digit
 
 @dataclass(frozen=True)
 class Canvases:
-    """All ways to have filled some of a puzzle's blanks; a state's number has a digit to base 5 for each blank."""
+    """All ways to have filled some of a puzzle's blanks; a state's number has a digit to base V + 1 for each blank."""
 
     tokens: Int[Tensor, "S T"]
+    choices: Int[Tensor, " V"]  # the tokens that may fill a blank
     cells: Int[Tensor, " J"]  # where the blanks are
     masked: Bool[Tensor, "S J"]
     following: Int[Tensor, "S J V"]  # the state after an event; itself where the blank is filled
@@ -93,27 +94,34 @@ class Canvases:
         return [(filled == number).nonzero()[:, 0] for number in range(self.masked.shape[1] + 1)]
 
 
-def canvases(puzzle: str, policy: Policy) -> Canvases:
-    """Of a puzzle of 16 digits, 0 for a blank."""
-    ids = torch.tensor([policy.spec.mask_id, *(policy.tokenizer.convert_tokens_to_ids(digit) for digit in "1234")])
-    cells = torch.tensor([cell for cell, digit in enumerate(puzzle) if digit == "0"])
-    blanks = len(cells)
-    filled = torch.tensor(list(product(range(DIGITS + 1), repeat=blanks)))  # the last blank counts ones
-    place = (DIGITS + 1) ** torch.arange(blanks - 1, -1, -1)
-    digits = torch.tensor([int(digit) for digit in puzzle]).repeat(len(filled), 1)
-    digits[:, cells] = filled
-    step = place[:, None] * torch.arange(1, DIGITS + 1)
+def canvases(
+    puzzle: str, policy: Policy, choices: str = "1234", is_right: Callable[[str, str], bool] = is_completion
+) -> Canvases:
+    """Of a puzzle, a character a token, 0 for a blank, filled with one of `choices`; `is_right`(puzzle, answer)."""
+    ids = torch.tensor(policy.tokenizer.convert_tokens_to_ids(list(choices)))
+    template = [0 if character == "0" else policy.tokenizer.convert_tokens_to_ids(character) for character in puzzle]
+    cells = torch.tensor([cell for cell, character in enumerate(puzzle) if character == "0"])
+    blanks, number = len(cells), len(choices) + 1
+    filled = torch.tensor(list(product(range(number), repeat=blanks)))  # the last blank counts ones
+    tokens = torch.tensor(template).repeat(len(filled), 1)
+    tokens[:, cells] = torch.cat([torch.tensor([policy.spec.mask_id]), ids])[filled]
+    step = number ** torch.arange(blanks - 1, -1, -1)[:, None] * torch.arange(1, number)
     here = torch.arange(len(filled))[:, None, None]
     following = torch.where((filled == 0)[..., None], here + step, here)
-    reward = [float(min(row) > 0 and is_completion(puzzle, "".join(map(str, row)))) for row in digits.tolist()]
-    return Canvases(ids[digits], cells, filled == 0, following, torch.tensor(reward, dtype=torch.float64))
+    reward = torch.zeros(len(filled), dtype=torch.float64)
+    for state in (filled > 0).all(-1).nonzero()[:, 0].tolist():
+        written = iter(choices[index - 1] for index in filled[state].tolist())
+        answer = "".join(next(written) if character == "0" else character for character in puzzle)
+        reward[state] = float(is_right(puzzle, answer))
+    return Canvases(tokens, ids, cells, filled == 0, following, reward)
 
 
 def token_logits(policy: Policy, at: Canvases) -> Float[Tensor, "S J V"]:
     """The logits of the blanks, untempered, suppressed ids at -inf; without a row for full canvases."""
     unfinished = at.tokens[at.masked.any(-1)]
-    logits = policy.logits(unfinished, torch.ones_like(unfinished, dtype=torch.bool))[:, at.cells]
-    return logits.double().index_fill(-1, torch.tensor(NO_DIGITS), -torch.inf)
+    logits = policy.logits(unfinished, torch.ones_like(unfinished, dtype=torch.bool))[:, at.cells].double()
+    allowed = torch.cat([torch.tensor([policy.spec.mask_id]), at.choices])
+    return torch.full_like(logits, -torch.inf).index_copy(-1, allowed, logits[..., allowed])
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class Law:
 
     def chances(self, at: Canvases) -> Events:
         """Their probabilities in all states; 0 where nothing can happen."""
-        every = torch.zeros((*at.masked.shape, DIGITS), dtype=torch.float64)
+        every = torch.zeros(at.following.shape, dtype=torch.float64)
         unfinished = at.masked.any(-1)
         log_probs = (self.tokens + self.order).detach()
         every[unfinished] = torch.where(at.masked[unfinished][..., None], log_probs.exp(), 0.0)
@@ -140,8 +148,7 @@ def law(policy: Policy, at: Canvases, rank: str) -> Law:
 def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
     """The law from the logits of `token_logits`."""
     masked = at.masked[at.masked.any(-1)]
-    ids = torch.tensor([policy.tokenizer.convert_tokens_to_ids(digit) for digit in "1234"])
-    drawn = logits.index_fill(-1, torch.tensor([policy.spec.mask_id]), -torch.inf).log_softmax(-1)[..., ids]
+    drawn = logits.index_fill(-1, torch.tensor([policy.spec.mask_id]), -torch.inf).log_softmax(-1)[..., at.choices]
     scores = MaxProb()(logits.flatten(0, 1), logits.logsumexp(-1).flatten()).view(masked.shape)
     scores = scores.masked_fill(~masked, -torch.inf)
     name, _, temperature = rank.partition(" ")
@@ -154,7 +161,9 @@ def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
     elif name == "plackett_luce":
         order = (scores / float(temperature)).log_softmax(-1)
     else:
-        level = (logits - logits.logsumexp(-1, keepdim=True))[..., ids].detach()  # the mask's logit counts, as in ranks
+        level = (logits - logits.logsumexp(-1, keepdim=True))[
+            ..., at.choices
+        ].detach()  # the mask's logit counts, as in ranks
         return Law(drawn, log_stay(drawn, level, masked))
     return Law(drawn, order[..., None].expand_as(drawn))
 
@@ -225,6 +234,10 @@ class Sampled:
     scored: bool
     flips: bool = True
 
+    def detached(self) -> "Sampled":
+        """The same without the learner's graph."""
+        return replace(self, ours=Law(self.ours.tokens.detach(), self.ours.order.detach()))
+
     @property
     def chances(self) -> Events:
         return (self.theirs if self.flips else Law(self.theirs.tokens, self.ours.order)).chances(self.at)
@@ -237,7 +250,7 @@ class Sampled:
     @property
     def log_ratio(self) -> Events:
         """log p - log q of the events, of the order too where it is scored."""
-        found = torch.zeros((*self.at.masked.shape, DIGITS), dtype=torch.float64)
+        found = torch.zeros(self.at.following.shape, dtype=torch.float64)
         apart = self.ours.tokens - self.theirs.tokens
         if self.scored:
             apart = apart + self.ours.order - self.theirs.order
@@ -278,7 +291,7 @@ def weighted(sampled: Sampled, weights: str) -> tuple[Events, Events]:
 
 def expanded(events: Tensor, at: Canvases) -> Events:
     """The numbers of unfinished states among those of all states; 0 where nothing can happen."""
-    found = torch.zeros((*at.masked.shape, DIGITS), dtype=torch.float64)
+    found = torch.zeros(at.following.shape, dtype=torch.float64)
     unfinished = at.masked.any(-1)
     found[unfinished] = torch.where(at.masked[unfinished][..., None], events, 0.0)
     return found
@@ -399,34 +412,44 @@ class Puzzle:
         return found
 
 
-def measured(policy: Policy, copies: dict[str, Policy], puzzles: list[str]) -> dict[str, Any]:
-    """Of one model: expected rewards by order, shares of flipped positions, and each setting's bias and noise."""
-    every = []
-    for puzzle in puzzles:
-        at = canvases(puzzle, policy)
+def measured(
+    policy: Policy,
+    copies: dict[str, Policy],
+    every: Sequence[Canvases],
+    chosen: Sequence[Setting] | None = None,
+    directions: int = DIRECTIONS,
+) -> dict[str, Any]:
+    """Of one model: expected rewards by order, shares of flipped positions, and the bias of each chosen setting (None:
+    of all) and, with `directions`, its noise."""
+    chosen = list(settings() if chosen is None else chosen)
+    orders, share = list(dict.fromkeys(setting.order for setting in chosen)), 1 / len(every)
+    zero = torch.zeros(sum(weight.numel() for weight in policy.module.parameters()), dtype=torch.float64)
+    truths = {order: zero.clone() for order in orders}
+    means = {setting: zero.clone() for setting in chosen}
+    rollouts: dict[Setting, list[Sampled]] = {setting: [] for setting in chosen if setting.weights == "ais"}
+    reward, flips, noise = dict.fromkeys(orders, 0.0), dict.fromkeys(copies, 0.0), dict[str, float]()
+    for number, at in enumerate(every):
         with torch.no_grad():
             theirs = {name: token_logits(copied, at) for name, copied in copies.items()}
-        every.append(Puzzle(at, policy, copies, token_logits(policy, at), theirs))
-
-    def total(of: Callable[[Puzzle], Tensor]) -> Tensor:
-        return torch.stack([of(each) for each in every]).mean(0)
-
-    truths = {order: total(lambda each, order=order: each.truth(order)) for order in ORDERS}
-    means, lams = {}, {}
-    for setting in settings():
-        if setting.weights == "ais":  # a mixture of two others
-            lams[setting] = lam_of([each.sampled(setting) for each in every])
-        else:
-            means[setting] = total(lambda each, setting=setting: each.mean_gradient(setting))
-    for setting, lam in lams.items():
+        puzzle = Puzzle(at, policy, copies, token_logits(policy, at), theirs)
+        for order in orders:
+            truths[order] += share * puzzle.truth(order)
+            reward[order] += share * float(values(puzzle.own(order).chances(at), at, 0.0)[0])
+        for name in copies:
+            flips[name] += share * flipped(puzzle.sampled(Setting("max_prob", name, "none")))
+        for setting in chosen:
+            if setting in rollouts:  # a mixture of two others
+                rollouts[setting].append(puzzle.sampled(setting).detached())
+            else:
+                means[setting] += share * puzzle.mean_gradient(setting)
+        for direction in range(directions):
+            for name, value in puzzle.variances(direction * len(every) + number).items():
+                noise[name] = noise.get(name, 0.0) + value * share / directions
+    for setting, sampled in rollouts.items():
         none, tis = (means[replace(setting, weights=weights)] for weights in ("none", "tis"))
-        means[setting] = none + lam * (tis - none)
-    noise: dict[str, float] = {}
-    for number, each in product(range(DIRECTIONS), range(len(every))):
-        for name, value in every[each].variances(number * len(every) + each).items():
-            noise[name] = noise.get(name, 0.0) + value / (DIRECTIONS * len(every))
+        means[setting] = none + lam_of(sampled) * (tis - none)
     found = {}
-    for setting in settings():
+    for setting in chosen:
         mean_gradient, truth = means[setting], truths[setting.order]
         found[str(setting)] = {
             "bias": float((mean_gradient - truth).norm() / truth.norm()),
@@ -434,11 +457,6 @@ def measured(policy: Policy, copies: dict[str, Policy], puzzles: list[str]) -> d
         }
         if str(setting) in noise:
             found[str(setting)]["noise"] = noise[str(setting)] / float(truth.norm()) ** 2
-    reward = {
-        order: mean(float(values(each.own(order).chances(each.at), each.at, 0.0)[0]) for each in every)
-        for order in ORDERS
-    }
-    flips = {name: mean(flipped(each.sampled(Setting("max_prob", name, "none"))) for each in every) for name in copies}
     return {"reward": reward, "flips": flips, "settings": found}
 
 
@@ -474,8 +492,8 @@ def run_model(seed: int) -> dict[str, Any]:
     """Train the model of a seed, and measure it on puzzles of its own."""
     policy, steps = trained(seed)
     task = few_clues(split="test", clues=(11, 11), unique=True, size=PUZZLES * len(SEEDS))
-    puzzles = [task[PUZZLES * seed + i].fields["puzzle"] for i in range(PUZZLES)]
-    return {"seed": seed, "steps": steps, **measured(policy, copies_of(policy), puzzles)}
+    every = [canvases(task[PUZZLES * seed + i].fields["puzzle"], policy) for i in range(PUZZLES)]
+    return {"seed": seed, "steps": steps, **measured(policy, copies_of(policy), every)}
 
 
 def bias(model: Model, *setting: str) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from recipes.studies import ess_early
 from recipes.studies.ess import Trial, auc, late_trials
 
 
@@ -36,3 +37,36 @@ def test_a_twin_has_the_seed_and_the_rate_and_no_lag():
     assert (found.arm, found.kind, found.ess, found.known) == ("tis", "lag 4", 0.6, 4e-3)
     assert found.loss == pytest.approx(0.2) and found.harmed
     assert (found.reward, found.twins) == (2.0, 3.0)
+
+
+def early_runs(ends):
+    """A cell's runs: by lag the end, and an ESS of the first steps that falls with it; later steps are not read."""
+    runs = {}
+    for name in ess_early.ARMS:
+        lag = int(name[4])
+        for seed in ess_early.SEEDS:
+            steps = [1 - lag / 10] * 10 + [0.0] * 70
+            runs[name, seed] = {
+                "arm": name, "seed": seed, "after": ends[lag], "ess of steps": steps, "reward of first steps": 1.0,
+            }  # fmt: skip
+    return runs
+
+
+def test_early_trials_stand_beside_their_twins():
+    runs = early_runs({0: 0.7, 2: 0.69, 4: 0.65, 8: 0.2})
+    found = ess_early.trials(runs)
+    assert len(found) == 72 and sum(trial.harmed for trial in found) == 24, "the lag of 8"
+    assert {(trial.kind, round(trial.ess, 3)) for trial in found} == {("lag 2", 0.8), ("lag 4", 0.6), ("lag 8", 0.2)}
+    stored = {"a": list(runs.values()), "b": list(runs.values())}
+    warns, more = ess_early.claim_rows(stored)
+    assert (warns["found, 95 %"], warns["above 0"], warns["Holm's p"]) == ("0.500±0.000", "8 of 8", "0.016")
+    # 8 x 5e-4 is 4 x 1e-3: of a cell's 6 x 12 pairs 3 x 3 tie, so that lag times rate has an AUC of 1 - 4.5 / 72
+    assert (more["found, 95 %"], more["above 0"]) == ("0.062±0.000", "8 of 8")
+    marks = ess_early.threshold_rows(stored)[0]
+    assert (marks["ESS below 0.70, harmed"], marks["ESS below 0.70, others"]) == ("48 of 48", "48 of 96")
+    assert marks["ESS below 0.95, others"] == "96 of 96"
+
+
+def test_a_cell_without_harm_has_no_auc():
+    runs = early_runs({0: 0.7, 2: 0.7, 4: 0.7, 8: 0.7})
+    assert ess_early.auc_rows({"a": list(runs.values())})[0]["ESS"] == "-"

@@ -12,6 +12,7 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
+from recipes.studies import order_flips_controls as controls
 from recipes.studies.order_flips import (
     ORDERS,
     Law,
@@ -179,10 +180,57 @@ def test_a_planted_flip_biases_answer_weights(policy, rollouts):
     assert float((gradient(own, counts, rollouts.at, False, policy) - truth).norm()) < 1e-4 * float(truth.norm())
 
 
-def test_a_copy_with_the_learners_weights_leaves_no_bias(policy, monkeypatch):
-    monkeypatch.setattr("recipes.studies.order_flips.DIRECTIONS", 1)
+def test_a_copy_with_the_learners_weights_leaves_no_bias(policy):
     same = dict.fromkeys(("INT4", "FP8", "kernel"), quantized_copy(policy, None))
-    found = measured(policy, same, [PUZZLE])
+    found = measured(policy, same, [canvases(PUZZLE, policy)], directions=1)
     every = {name: each["bias"] for name, each in found["settings"].items() if "alone" not in name}
     assert max(every.values()) < 1e-4 and set(found["flips"].values()) == {0.0}
     assert found["settings"]["confidence, INT4, exact, alone"]["bias"] > 0.01, "the order's part is in the truth"
+
+
+def test_noise_is_as_long_as_the_copys_error(policy):
+    quantized = quantized_copy(policy, Int4WeightOnly())
+    made, changed = controls.noisy(policy, quantized, seed=0), 0
+    for name, weight in policy.module.named_parameters():
+        noise = made.module.get_parameter(name) - weight
+        theirs = quantized.module.get_parameter(name)
+        if type(theirs.data) is not torch.Tensor:
+            error = theirs.dequantize() - weight
+            assert float(noise.detach().norm()) == pytest.approx(float(error.detach().norm()), rel=1e-4)
+            assert float((noise * error).detach().sum().abs()) < 0.2 * float(error.detach().norm()) ** 2
+            changed += 1
+        else:
+            assert not noise.any()
+    assert changed == 6, "query, key, value, output and the two of the MLP"
+
+
+def test_countdowns_problems_and_their_right_answers():
+    answers, (seen, held_out) = controls.sums(), controls.parts()
+    assert set(seen) | set(held_out) == set(answers) and not {"".join(sorted(p[:8:3])) for p in seen} & {
+        "".join(sorted(p[:8:3])) for p in held_out
+    }
+    assert answers["1, 2, 4> 3=00000"] == ["1+4-2", "1-2+4", "4+1-2", "4-2+1"]
+    policy = tiny_masked_lm(characters=controls.CHOICES + "56789,>= ", hidden_size=32, num_layers=1)
+    at = canvases("1, 2, 4> 3=00000", policy, controls.CHOICES, controls.is_right_sum)
+    assert len(at.reward) == 7**5 and at.following.shape[-1] == 6
+    right = {"".join(policy.tokenizer.convert_ids_to_tokens(row[-5:])) for row in at.tokens[at.reward > 0].tolist()}
+    assert right == set(answers["1, 2, 4> 3=00000"])
+
+
+def test_the_claims_of_the_controls_by_hand():
+    def settings(*values):
+        names = (("max_prob", "tis"), ("random", "tis"), ("max_prob", "exact"), ("max_prob", "exact", "no flips"))
+        found = {str(Setting(each[0], "INT4", *each[1:])): {"bias": v} for each, v in zip(names, values, strict=True)}
+        return found | {str(Setting("max_prob", "noise", "tis")): {"bias": 0.1}}
+
+    stored = [
+        {"case": case, "seed": seed, "settings": settings(0.5 + shift, 0.2, 0.4, 0.1)}
+        for case, shift in (("fresh", 0.0), ("after RL", 0.25), ("Countdown", 0.0))
+        for seed in range(2)
+    ]
+    found = controls.claims(stored)
+    assert len(found) == 8
+    assert found["fresh: TIS leaves less bias in random order"] == pytest.approx([0.3, 0.3])
+    assert found["after RL: the bias is more than twice that without flips"] == pytest.approx([0.2, 0.2])
+    assert found["noise of INT4's size leaves another bias (INT4 less noise)"] == pytest.approx([0.4, 0.4])
+    assert found["RL changes the bias of TIS (after less before)"] == pytest.approx([0.25, 0.25])

@@ -1,0 +1,274 @@
+"""Does what order_flips.py found hold for other models, after RL and on Countdown, and is INT4's error like noise?
+
+All is as there (exact sums, one token a step, `measured`), on three cases of ten models, under `max_prob` and random
+order:
+
+fresh      models of 4x4 Sudoku with other seeds (10 to 19), on eight other puzzles each instead of three
+after RL   the same models after 60 steps of GRPO (`after_rl`: unquantized, `MaxProb`, every step scored), on the same
+           puzzles
+Countdown  models that write five tokens: three numbers of 1 to 4, added or subtracted, make a target (four problems
+           each). They have learned right expressions until they solve half of the problems.
+
+noise is a copy of fresh models whose linear layers have, in place of INT4's error, Gaussian noise of the same length
+in each layer; under `max_prob` alone.
+
+The claims, two-sided, sign flips over ten models, Holm's correction over all eight. In each case under INT4:
+
+1. in random order TIS leaves less bias than in `max_prob` order (order_flips.py: 0.266±0.261 less, not claimed there);
+2. most of the bias that exact token weights leave under `max_prob` comes from flips: it is more than twice the bias of
+   the same copy in the learner's order (there: 8 of 10 models, as a mean of shares not shown).
+
+And two open questions: does Gaussian noise leave another bias than INT4 (fresh, `max_prob`, TIS), and is TIS's bias
+under `max_prob` another one after RL than before?
+
+Known before the runs: order_flips.json.
+
+    python -m recipes.studies.order_flips_controls            run what is missing, order_flips_controls.json, the tables
+    python -m recipes.studies.order_flips_controls --report   run nothing
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy, deepcopy
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from dllm_rl import Int4WeightOnly, MaxProb, Policy, Recipe, Trajectory, Unmask, evaluate, task_from_dataset
+from dllm_rl.files import read_json, write_json
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.countdown.graders import countdown_strict
+from dllm_rl.training.trainer import train
+from recipes.studies.order_flips import BLANKS, PART, Canvases, Model, Setting, bias, canvases, measured, trained
+from recipes.studies.paired import holm, interval, markdown, sign_flip
+from recipes.sudoku_tiny import NO_DIGITS, few_clues, learn
+
+STORED = Path(__file__).with_suffix(".json")  # a line a case and model
+MODELS = 10
+PUZZLES = {"fresh": 8, "after RL": 8, "Countdown": 4}
+CHOICES = "1234+-"  # of Countdown's answers
+ONE_A_STEP = Unmask(max_new_tokens=0, diffusion_steps=BLANKS, rank=MaxProb(), temperature=1.0)
+
+
+ROWS = (("max_prob", "INT4"), ("random", "INT4"), ("max_prob", "noise"))  # order and copy
+WEIGHTS = ("none", "tis", "ais", "exact")
+
+
+def copies_of(policy: Policy, case: str, seed: int) -> dict[str, Policy]:
+    """INT4, and of fresh models Gaussian noise of its size."""
+    quantized = quantized_copy(policy, Int4WeightOnly())
+    return {"INT4": quantized} | ({"noise": noisy(policy, quantized, seed)} if case == "fresh" else {})
+
+
+def measure(policy: Policy, case: str, seed: int, every: Sequence[Canvases]) -> dict[str, Any]:
+    copies = copies_of(policy, case, seed)
+    rows = [(order, copied) for order, copied in ROWS if copied in copies]
+    chosen = [Setting(*row, weights) for row, weights in product(rows, WEIGHTS)]
+    chosen += [Setting("max_prob", copied, "exact", "no flips") for copied in copies]
+    return measured(policy, copies, every, chosen, directions=0)
+
+
+@torch.no_grad()
+def noisy(policy: Policy, quantized: Policy, seed: int) -> Policy:
+    """The policy with noise: in each weight as long as the quantized copy's error."""
+    made = copy(policy)
+    made.module = deepcopy(policy.module)
+    for name, weight in made.module.named_parameters():
+        theirs = quantized.module.get_parameter(name)
+        if type(theirs.data) is not torch.Tensor:  # torchao's
+            noise = torch.randn(weight.shape, generator=generator_for(seed, "noise", name))
+            error = theirs.dequantize().to(weight.dtype) - weight
+            weight.add_(noise * (error.norm() / noise.norm()))
+    return made
+
+
+def after_rl(policy: Policy, seed: int, folder: Path) -> Policy:
+    """The model after 60 steps of GRPO."""
+    task = few_clues(split="train", clues=(11, 11), unique=True)
+    sampler = ONE_A_STEP.replace(suppress=NO_DIGITS)
+    recipe = Recipe(
+        name="order-flips-rl", model=lambda: deepcopy(policy), task=task, sampler=sampler,
+        likelihood=Trajectory(), eval_steps=0, num_steps=60, train_batch_size=32, seed=seed,
+        output_dir=str(folder), overwrite_output_dir=True, report_to=None,
+    )  # fmt: skip
+    learner = train(recipe).policy
+    learner.module.eval()
+    return learner
+
+
+def solve_rate(policy: Policy, puzzles: Sequence[str], is_right: Any) -> float:
+    rows = [{"prompt": puzzle.replace("0", "_"), "puzzle": puzzle} for puzzle in puzzles]
+
+    def right(completions: list[str], puzzle: list[str], **_: Any) -> list[float]:
+        return [float(is_right(*each)) for each in zip(puzzle, completions, strict=True)]
+
+    task = task_from_dataset(rows, reward_funcs=right, blank="_")
+    others = set(range(len(policy.tokenizer))) - set(policy.tokenizer.convert_tokens_to_ids(list(CHOICES)))
+    sampler = ONE_A_STEP.replace(suppress=tuple(sorted(others - {policy.spec.mask_id})))
+    return evaluate(policy, task, sampler, batch_size=200).means["right"]
+
+
+def sums() -> dict[str, list[str]]:
+    """Countdown's problems, as a prompt of eleven tokens and five blanks, and the right answers of each."""
+    found: dict[str, list[str]] = {}
+    for a, first, b, second, c in product("1234", "+-", "1234", "+-", "1234"):
+        target = int(a) + (int(b) if first == "+" else -int(b)) + (int(c) if second == "+" else -int(c))
+        if 1 <= target <= 9:
+            answer = a + first + b + second + c
+            for x, y, z in sorted({(a, b, c), (b, c, a), (c, a, b), (a, c, b), (b, a, c), (c, b, a)}):
+                found.setdefault(f"{x}, {y}, {z}> {target}=" + "0" * BLANKS, []).append(answer)
+    return found
+
+
+def is_right_sum(puzzle: str, answer: str) -> bool:
+    """By the library's grader."""
+    prompt, written = answer[:-BLANKS], answer[-BLANKS:]
+    numbers = [int(number) for number in prompt.split(">")[0].split(",")]
+    fields = {"numbers": numbers, "target": int(prompt.split(">")[1].rstrip("="))}
+    return countdown_strict(fields, written).breakdown["accuracy"] == 1
+
+
+def parts() -> tuple[list[str], list[str]]:
+    """Countdown's problems to learn from, and the others, which have other sets of numbers."""
+    problems = sorted(sums())
+    sets = sorted({"".join(sorted(problem[:8:3])) for problem in problems})
+    order = torch.randperm(len(sets), generator=generator_for(0, "sets")).tolist()
+    held_out = {sets[i] for i in order[:4]}
+    apart: tuple[list[str], list[str]] = ([], [])
+    for problem in problems:
+        apart["".join(sorted(problem[:8:3])) in held_out].append(problem)
+    return apart
+
+
+def trained_on_sums(seed: int) -> tuple[Policy, int]:
+    """A model that solves half of the problems that it has not seen, and the supervised steps that this took."""
+    policy = tiny_masked_lm(
+        characters=CHOICES + "56789,>= ", seed=seed, hidden_size=64, num_layers=2, intermediate_size=192
+    )
+    answers, (seen, held_out) = sums(), parts()
+
+    def lesson(generator: Generator) -> tuple[list[str], list[str]]:
+        def pick(of: list[str]) -> str:
+            return of[int(torch.randint(len(of), (), generator=generator))]
+
+        problems = [pick(seen) for _ in range(64)]
+        return problems, [problem[:-BLANKS] + pick(answers[problem]) for problem in problems]
+
+    for part in range(1, 26):
+        policy.module.train()
+        learn(policy, PART, 1000 * seed + part, lesson)
+        policy.module.eval()
+        if solve_rate(policy, held_out, is_right_sum) >= 0.5:
+            return policy, PART * part
+    raise ValueError(f"seed {seed} does not solve half of the problems after {25 * PART} steps")
+
+
+def run_sudoku(seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A fresh model, before and after RL."""
+    policy, steps = trained(seed)
+    number = PUZZLES["fresh"]
+    task = few_clues(split="test", clues=(11, 11), unique=True, size=1000)
+    puzzles = [task[500 + number * (seed - MODELS) + i].fields["puzzle"] for i in range(number)]
+    for case in ("fresh", "after RL"):
+        policy = policy if case == "fresh" else after_rl(policy, seed, folder)
+        every = [canvases(puzzle, policy) for puzzle in puzzles]
+        yield {"case": case, "seed": seed, "steps": steps, **measure(policy, case, seed, every)}
+
+
+def run_countdown(seed: int) -> Iterator[dict[str, Any]]:
+    policy, steps = trained_on_sums(seed)
+    _, held_out = parts()
+    order = torch.randperm(len(held_out), generator=generator_for(seed, "problems")).tolist()
+    puzzles = [held_out[i] for i in order[: PUZZLES["Countdown"]]]
+    every = [canvases(puzzle, policy, CHOICES, is_right_sum) for puzzle in puzzles]
+    yield {"case": "Countdown", "seed": seed, "steps": steps, **measure(policy, "Countdown", seed, every)}
+
+
+def of_case(stored: Sequence[Model], case: str) -> list[Model]:
+    return [model for model in stored if model["case"] == case]
+
+
+def case_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
+    """By case, order and copy: the expected reward, the share of flipped steps, and the bias of each of the weights."""
+    rows = []
+    for case, (order, copied) in product(PUZZLES, ROWS):
+        models = of_case(stored, case)
+        if copied not in models[0]["flips"]:
+            continue
+        row = {"case": case, "order": order, "copy": copied}
+        row["reward"] = interval([model["reward"][order] for model in models])
+        row["flipped"] = interval([model["flips"][copied] for model in models]) if order == "max_prob" else "-"
+        for weights in WEIGHTS:
+            row[weights] = interval([bias(model, order, copied, weights) for model in models])
+        held = [bias(model, order, copied, "exact", "no flips") for model in models] if order == "max_prob" else []
+        rows.append(row | {"exact, no flips": interval(held) if held else "-"})
+    return rows
+
+
+def claims(stored: Sequence[Model]) -> Mapping[str, list[float]]:
+    """By claim the number of each model that is above 0 where it holds."""
+    found = {}
+    for case in PUZZLES:
+        models = of_case(stored, case)
+        found[f"{case}: TIS leaves less bias in random order"] = [
+            bias(model, "max_prob", "INT4", "tis") - bias(model, "random", "INT4", "tis") for model in models
+        ]
+        found[f"{case}: the bias is more than twice that without flips"] = [
+            bias(model, "max_prob", "INT4", "exact") - 2 * bias(model, "max_prob", "INT4", "exact", "no flips")
+            for model in models
+        ]
+    fresh, later = of_case(stored, "fresh"), of_case(stored, "after RL")
+    tis = ("max_prob", "INT4", "tis")
+    found["noise of INT4's size leaves another bias (INT4 less noise)"] = [
+        bias(model, *tis) - bias(model, "max_prob", "noise", "tis") for model in fresh
+    ]
+    found["RL changes the bias of TIS (after less before)"] = [
+        bias(after, *tis) - bias(before, *tis) for after, before in zip(later, fresh, strict=True)
+    ]
+    return found
+
+
+def claim_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
+    every = claims(stored)
+    tests = holm([sign_flip(values) for values in every.values()])
+    return [
+        {
+            "stated before the runs": claim,
+            "found, 95 %": interval(values),
+            "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
+            "Holm's p": f"{p:.3f}",
+        }
+        for (claim, values), p in zip(every.items(), tests, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/order-flips-controls"), help="of RL's runs")
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of order_flips_controls.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    stored = read_json(STORED) if STORED.exists() else []
+    there = {(model["case"], model["seed"]) for model in stored}
+    for i in range(0 if options.report else MODELS):
+        missing = []
+        if ("after RL", MODELS + i) not in there:
+            missing.append(run_sudoku(MODELS + i, options.output_dir / f"seed{MODELS + i}"))
+        if ("Countdown", i) not in there:
+            missing.append(run_countdown(i))
+        for runs in missing:
+            stored += list(runs)
+            write_json(STORED, stored)
+    if len(stored) == len(PUZZLES) * MODELS:
+        print(markdown(case_rows(stored)), markdown(claim_rows(stored)), sep="\n")
+    else:
+        print(f"{len(stored)} of {len(PUZZLES) * MODELS} models are there")
+
+
+if __name__ == "__main__":
+    main()
