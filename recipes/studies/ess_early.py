@@ -1,41 +1,43 @@
 """Does the ESS of the first ten steps warn of harm, before it is done? Claims before the runs.
 
 ess.py has the mean over the whole run, of trials that others had chosen. Here every trial is made for the question: 4x4
-Sudoku as in late_rollouts.py and Countdown (recipes/countdown_tiny.py), FP8 rollouts, 80 steps of one update, fresh
-seeds (20 to 23). In each cell, a task and a seed, all start from one warmed-up model:
+Sudoku as in late_rollouts.py (80 steps) and Countdown (recipes/countdown_tiny.py, 120 steps), FP8 rollouts, one update
+a step, fresh seeds (20 to 23). In each cell, a task and a seed, all start from one warmed-up model:
 
-    lags    2, 4, 8
-    rates   5e-4, 1e-3
+    lags    2, 8
+    rates   2.5e-4, 5e-4, 1e-3
     bounds  none        no corrector; the ratio of one update is 1
             one-sided   ratios against the rollout itself, and PPO's clip
             two-sided   the same, and a dual clip at 1.2
 
-A trial is harmed if it ends more than 0.1 below its twin, the run of its cell without a lag at the same rate. Numbers
-of the first ten steps warn; what they must beat is known before the run (lag times rate), or is on every run's screen:
+A trial is harmed if it ends more than 0.1 below its twin, the run of its cell without a lag at the same rate and bound.
+What the first ten steps say, in which late batches come from the warmed-up model up to step 2 or 8:
 
-    ESS      mean of `rollout_corr/ess` over steps 0 to 9, in which late batches begin with step 1
-    known    lag times learning rate
-    reward   the mean reward of these steps less the twin's
+    ESS      mean of `rollout_corr/ess` over these steps; also over the last five of them
+    known    a control: lag times learning rate, known before the run
+    reward   a control on every run's screen: their mean reward less the twin's
 
-The claims, two-sided, on the eight cells by flipping the signs of their numbers, Holm's correction over both; a cell's
-number is its AUC (a harmed and an unharmed trial: how often the harmed one has the lower ESS), less:
+AUC is over pairs of a harmed and an unharmed trial of one bound, as the bound is known, too: how often the harmed one
+has the lower ESS. The claims, two-sided, by flipping the signs of the cells' numbers (those with such a pair), Holm's
+correction over both:
 
-1. a half: the ESS warns;
-2. the AUC of what is known: the ESS warns of more than was known.
+1. the AUC of the ESS is above a half: it warns;
+2. it is above the AUC of what is known: it warns of more.
 
 Without a test: how many harmed and unharmed trials have an ESS below 0.70 and 0.95, the bounds that the library prints
-(fixed before), and the AUCs by bound, over all cells.
+(fixed before); AUCs by task and bound; and the ESS's AUC over pairs of seeds that share task, bound, lag and rate.
 
-Known before the runs: late_rollouts.json, and ess.md, in which the ESS over the whole run separates harmed from other
-trials where nothing bounds the ratio, no better than lag times rate.
+Known before the runs: late_rollouts.json (of which seed 100 tried this grid without a bound and under the dual clip:
+harmed 6 of 6, and 2 of 6), and ess.md, in which the ESS over the whole run separates harmed from other trials where
+nothing bounds the ratio, no better than lag times rate.
 
     python -m recipes.studies.ess_early            run what is missing, ess_early.json, the tables
     python -m recipes.studies.ess_early --report   run nothing
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -46,115 +48,132 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.monitoring.plots import read_metrics
 from recipes import countdown_tiny
 from recipes.studies import late_rollouts
-from recipes.studies.ess import FIRST, HARM, Trial, auc
+from recipes.studies.ess import FIRST, HARM
 from recipes.studies.late_rollouts import QUIET, run_late
 from recipes.studies.paired import Study, by_arm, holm, interval, load, markdown, result_path, run_missing, sign_flip
 
 STORED = Path(__file__).with_suffix(".json")  # by task its runs
-SEEDS, LAGS, RATES, THRESHOLDS = range(20, 24), (2, 4, 8), (5e-4, 1e-3), (0.70, 0.95)
+SEEDS, LAGS, RATES, THRESHOLDS = range(20, 24), (2, 8), (2.5e-4, 5e-4, 1e-3), (0.70, 0.95)
 BOUNDS: dict[str, dict[str, Any]] = {
     "none": {"corrector": NoCorrection()},
     "one-sided": {"corrector": NoCorrection(), "old_logprobs": "rollout", "loss": PPOClip()},
     "two-sided": {"corrector": NoCorrection(), "old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
 }
+METRICS = {"ess of steps": "rollout_corr/ess", "reward of steps": "reward"}
 Run = Mapping[str, Any]
-Trials = Sequence[Trial]
 
 
 def name_of(lag: int, bound: str, rate: float) -> str:
-    return f"lag {lag}, {bound} at {rate:g}" if lag else f"lag 0 at {rate:g}"
+    return f"lag {lag}, {bound} at {rate:g}"
 
 
-ARMS = {name_of(0, "", rate): {"learning_rate": rate} for rate in RATES} | {
-    name_of(lag, bound, rate): BOUNDS[bound] | {"rollout_workers": 1, "max_staleness": lag, "learning_rate": rate}
-    for lag, bound, rate in product(LAGS, BOUNDS, RATES)
-}
+def arm(lag: int, bound: str, rate: float) -> dict[str, Any]:
+    late = {"rollout_workers": 1, "max_staleness": lag} if lag else {}
+    return late | BOUNDS[bound] | {"learning_rate": rate}
+
+
+ARMS = {name_of(*each): arm(*each) for each in product((0, *LAGS), BOUNDS, RATES)}
 SUDOKU = replace(late_rollouts.STUDY, name="ess-early-sudoku", arms=ARMS, against={}, fewer={}, contrasts=())
-STUDIES = {
-    "4x4 Sudoku": SUDOKU,
-    "Countdown": replace(
-        SUDOKU, name="ess-early-countdown", base=replace(countdown_tiny.recipe, **QUIET), metric="accuracy"
-    ),
+COUNTDOWN = {"base": replace(countdown_tiny.recipe, **QUIET), "num_steps": 120, "metric": "accuracy"}
+STUDIES = {"4x4 Sudoku": SUDOKU, "Countdown": replace(SUDOKU, name="ess-early-countdown", **COUNTDOWN)}
+
+
+def with_steps(root: Path, name: str, seed: int) -> dict[str, Any]:
+    """A finished run's result with the metrics of its steps, which its folder has."""
+    path = result_path(root, name, seed)
+    steps = read_metrics(root / "runs" / path.stem)
+    return read_json(path) | {
+        key: [round(row[metric], 4) for row in steps if metric in row] for key, metric in METRICS.items()
+    }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One late run beside its twin."""
+
+    task: str
+    seed: int
+    bound: str
+    lag: int
+    rate: float
+    ess: float
+    later: float  # the ESS of the last five of the first steps
+    gained: float  # the mean reward of the first steps less the twin's
+    loss: float
+
+    @property
+    def harmed(self) -> bool:
+        return self.loss > HARM + 1e-9  # rates are multiples of 1/400
+
+
+SCORES: dict[str, Callable[[Trial], float]] = {
+    "ESS": lambda trial: trial.ess,
+    "ESS of steps 5 to 9": lambda trial: trial.later,
+    "known before": lambda trial: -trial.lag * trial.rate,
+    "reward less the twin's": lambda trial: trial.gained,
 }
 
 
-def run(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
-    """One run, with the ESS of its steps, and the rewards of the first."""
-    run_late(study, root, num_steps, name, seed)
-    path = result_path(root, name, seed)
-    steps = read_metrics(root / "runs" / path.stem)[:FIRST]
-    write_json(path, read_json(path) | {"reward of first steps": mean(row["reward"] for row in steps)})
-
-
-def trials(runs: Mapping[tuple[str, int], Run]) -> list[Trial]:
-    """The late runs of a task beside their twins; a run that diverged was harmed."""
+def trials(stored: Mapping[str, Sequence[Run]]) -> list[Trial]:
+    """The late runs of all tasks. A run that diverged ended at 0."""
     found = []
-    for lag, bound, rate in product(LAGS, BOUNDS, RATES):
-        for seed in SEEDS:
-            late, twin = (runs[name_of(which, bound, rate), seed] for which in (lag, 0))
-            found.append(
-                Trial(
-                    arm=bound,
-                    kind=f"lag {lag}",
-                    seed=seed,
-                    ess=mean(late["ess of steps"][:FIRST]),
-                    loss=twin["after"] - late["after"],
-                    known=lag * rate,
-                    reward=late["reward of first steps"],
-                    twins=twin["reward of first steps"],
-                )
-            )
+    for task, runs in stored.items():
+        results = by_arm(runs)
+        for seed, lag, bound, rate in product(SEEDS, LAGS, BOUNDS, RATES):
+            late, twin = (results[name_of(which, bound, rate), seed] for which in (lag, 0))
+            ess = late["ess of steps"][:FIRST]
+            rewards = [mean(run["reward of steps"][:FIRST]) for run in (late, twin)]
+            loss = twin["after"] - late["after"]
+            found.append(Trial(task, seed, bound, lag, rate, mean(ess), mean(ess[5:]), rewards[0] - rewards[1], loss))
     return found
 
 
-SCORES = {
-    "ESS": lambda trial: trial.ess,
-    "known before": lambda trial: -trial.known,
-    "reward less the twin's": lambda trial: trial.reward - trial.twins,
-}
+def auc(every: Sequence[Trial], score: str, same: Callable[[Trial], Any] = lambda trial: trial.bound) -> float | None:
+    """The share of pairs, one trial harmed and one not, of the same kind, in which the harmed one has the lower score;
+    ties are half. None without such a pair."""
+    pairs = [
+        (SCORES[score](one), SCORES[score](other))
+        for one, other in product(every, every)
+        if one.harmed and not other.harmed and same(one) == same(other)
+    ]
+    return mean((one < other) + (one == other) / 2 for one, other in pairs) if pairs else None
 
 
-def cells(stored: Mapping[str, Sequence[Run]]) -> dict[tuple[str, int], Trials]:
-    """The trials of each task and seed."""
-    every = {task: trials(by_arm(runs)) for task, runs in stored.items()}
-    return {(task, seed): [trial for trial in every[task] if trial.seed == seed] for task in every for seed in SEEDS}
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
-def auc_rows(stored: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
+def auc_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
     """By task and bound, over all seeds: how many trials are harmed, and each score's AUC."""
     rows = []
-    for task, runs in stored.items():
-        every = trials(by_arm(runs))
-        for bound in ("all", *BOUNDS):
-            those = [trial for trial in every if bound in ("all", trial.arm)]
-            harmed = sum(trial.harmed for trial in those)
-            row = {"task": task, "bound": bound, "harmed": f"{harmed} of {len(those)}"}
-            for name, score in SCORES.items():
-                value = auc(those, score)
-                row[name] = "-" if value is None else f"{value:.2f}"
-            rows.append(row)
+    for task, bound in product(STUDIES, ("all", *BOUNDS)):
+        those = [trial for trial in every if trial.task == task and bound in ("all", trial.bound)]
+        row = {"task": task, "bound": bound, "harmed": f"{sum(trial.harmed for trial in those)} of {len(those)}"}
+        row |= {score: shown(auc(those, score)) for score in SCORES}
+        between = auc(those, "ESS", lambda trial: (trial.bound, trial.lag, trial.rate))
+        rows.append(row | {"ESS between seeds": shown(between)})
     return rows
 
 
-def threshold_rows(stored: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
-    """By bound, over both tasks: of harmed and of unharmed trials, how many the thresholds mark."""
-    every = [trial for runs in stored.values() for trial in trials(by_arm(runs))]
+def threshold_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
+    """By bound, over both tasks: of harmed and of other trials, how many the thresholds mark."""
     rows = []
     for bound in ("all", *BOUNDS):
         row = {"bound": bound}
         for threshold, harmed in product(THRESHOLDS, (True, False)):
-            those = [trial for trial in every if bound in ("all", trial.arm) and trial.harmed is harmed]
+            those = [trial for trial in every if bound in ("all", trial.bound) and trial.harmed is harmed]
             marked = sum(trial.ess < threshold for trial in those)
-            row[f"ESS below {threshold:.2f}, {'harmed' if harmed else 'others'}"] = f"{marked} of {len(those)}"
+            row[f"below {threshold:.2f}, {'harmed' if harmed else 'others'}"] = f"{marked} of {len(those)}"
         rows.append(row)
     return rows
 
 
-def claim_rows(stored: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
-    """The claims, on the cells that have harmed and other trials."""
-    found: dict[str, list[float]] = {"the ESS warns (AUC less a half)": [], "more than was known (AUC less AUC)": []}
-    for cell in cells(stored).values():
-        ess, known = (auc(cell, SCORES[name]) for name in ("ESS", "known before"))
+def claim_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
+    """The claims, on the cells that have a pair."""
+    found: dict[str, list[float]] = {"the ESS warns (AUC less a half)": [], "of more than was known (AUC less AUC)": []}
+    for task, seed in product(STUDIES, SEEDS):
+        cell = [trial for trial in every if (trial.task, trial.seed) == (task, seed)]
+        ess, known = auc(cell, "ESS"), auc(cell, "known before")
         if ess is not None and known is not None:
             for values, value in zip(found.values(), (ess - 0.5, ess - known), strict=True):
                 values.append(value)
@@ -162,7 +181,7 @@ def claim_rows(stored: Mapping[str, Sequence[Run]]) -> list[dict[str, str]]:
     return [
         {
             "stated before the runs": claim,
-            "found, 95 %": interval(values),
+            "found, 95 %": interval(values) if len(values) > 1 else "-",
             "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
             "Holm's p": f"{p:.3f}",
         }
@@ -179,19 +198,22 @@ def main() -> None:
     if options.report:
         stored = read_json(STORED)
     else:
-        stored = {}
-        for task, study in STUDIES.items():
-            root = options.output_dir / study.name
-            pairs = [(name, seed) for seed, name in product(SEEDS, study.arms)]
-            run_missing(study, root, pairs, num_steps=lambda _: SUDOKU.num_steps, workers=options.workers, run=run)
-            stored[task] = list(load(root).values())
-        missing = len(STUDIES) * len(SEEDS) * len(ARMS) - sum(map(len, stored.values()))
-        if missing:
-            raise SystemExit(f"{missing} runs failed; see {options.output_dir}")
+        stored = {task: complete(study, options.output_dir, options.workers) for task, study in STUDIES.items()}
         write_json(STORED, stored)
+    every = trials(stored)
+    print(f"{len(every)} trials; harmed: more than {HARM} below the twin\n")
     for rows in (auc_rows, threshold_rows, claim_rows):
-        print(markdown(rows(stored)))
-    print(f"harmed: more than {HARM} below the twin")
+        print(markdown(rows(every)))
+
+
+def complete(study: Study, folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Run what is missing of a task, and return all of its runs."""
+    root = folder / study.name
+    pairs = [(name, seed) for seed, name in product(SEEDS, study.arms)]
+    run_missing(study, root, pairs, num_steps=lambda _: study.num_steps, workers=workers, run=run_late)
+    if failed := len(set(pairs) - load(root).keys()):
+        raise SystemExit(f"{failed} runs failed; see {root / 'logs'}")
+    return [with_steps(root, name, seed) for name, seed in pairs]
 
 
 if __name__ == "__main__":

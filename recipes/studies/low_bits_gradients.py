@@ -18,15 +18,23 @@ A first run, of the batches 0 to 31, had bias 1.8±2.2 without a corrector, 0.00
 store what differences need. This run has the batches 32 to 63. Claims before it: the cosines of TIS and of AIS are
 above that of no corrector; those of permuted AIS and of the aligned forward are not.
 
-Two more cases, with the same claims before their runs:
+More cases, of the same batches, whose claims were written before their runs:
 
-    after_rl   after 24 steps of RL with unquantized rollouts (seed 100, 5e-4), not at RL's start
-    max_prob   at the start, sampled in `MaxProb` order, which an int4 copy changes, instead of random order
+    again          the start once more, on the machine and from the checkpoint of the cases below (another machine made
+                   `start`, and another checkpoint)
+    after_rl       after 48 steps of RL with unquantized rollouts, seed 100, at the rate that low_bits_tuned.py chose
+                   for them; after_rl_101 is seed 101
+    max_prob       at the start, sampled in `MaxProb` order, which an int4 copy changes, instead of random order
+
+In each of these the cosines of TIS and of AIS are above that of no corrector; and TIS's cosine is lower in max_prob
+than in `again`. Nine claims, whose intervals (`CLAIMED`) are those of Bonferroni's correction over nine. Stored with
+them: how often the learner would have unmasked the copy's positions first (`order_agreement`), and accuracy around RL.
 
     python recipes/smollm2_diffusion_sft.py
     python -m recipes.studies.low_bits_gradients             25 minutes of a core, low_bits_gradients.json, the table
-    python -m recipes.studies.low_bits_gradients after_rl    or max_prob: low_bits_gradients_after_rl.json
+    python -m recipes.studies.low_bits_gradients again       or another case: low_bits_gradients_again.json
     python -m recipes.studies.low_bits_gradients --report    the table of low_bits_gradients.json
+    python -m recipes.studies.low_bits_gradients claims      those of the other cases, from their files
 """
 
 import sys
@@ -56,10 +64,14 @@ from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
 from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY
+from recipes.studies.low_bits_tuned import STORED as TUNED
+from recipes.studies.low_bits_tuned import here
 from recipes.studies.paired import interval, markdown, student_t, which
 
-CASES = ("start", "after_rl", "max_prob")
+CASES = ("start", "again", "after_rl", "after_rl_101", "max_prob")
+CLAIMED = 2.981 / 2.040  # half-widths of Bonferroni's 1 - 0.05 / 9 over those of 95 %: Student's t with 31 degrees
 BATCHES = range(32, 64)
+AGREEMENT = "rollout_corr/order_agreement"
 BASELINE = "int4"
 OWN = "learner's own completions"
 CORRECTORS: dict[str, Corrector] = {
@@ -71,18 +83,18 @@ CORRECTORS: dict[str, Corrector] = {
 }
 
 
-def gradient(run: StepContext, samples: Any, number: int) -> Tensor:
-    """Return the gradient of the batch's loss for all trained weights, flat."""
+def gradient(run: StepContext, samples: Any, number: int) -> tuple[Tensor, dict[str, float]]:
+    """Return the gradient of the batch's loss for all trained weights, flat, and the metrics of its mismatch."""
     trained = trainable_parameters(run.policy.module)
     with run.arithmetic(learner=True):
         scored = score_samples(run, samples, number)
-        (batch, *_), _ = make_batches(run, scored)
+        (batch, *_), metrics = make_batches(run, scored)
         settings = run.settings.update_settings(number)
         forward_backward(run.policy, batch, batch.old_view_logprobs, loss=settings.loss, likelihood=settings.likelihood)
     flat = torch.cat([weight.grad.flatten() for weight in trained if weight.grad is not None])
     for weight in trained:
         weight.grad = None
-    return flat
+    return flat, metrics
 
 
 def stored_path(case: str) -> Path:
@@ -90,27 +102,37 @@ def stored_path(case: str) -> Path:
     return path if case == CASES[0] else path.with_stem(f"{path.stem}_{case}")
 
 
-def recipe_of(case: str) -> Recipe:
-    """The settings whose first step is measured."""
-    base = STUDY.base
-    if case == "after_rl":
-        changes = {"num_steps": 24, "seed": 100, "save_merged": True, "rollout_quantization": None}
-        folder = f"runs/low-bits-gradients-{case}"
-        summary = train(replace(base, **changes, eval_steps=0, output_dir=folder, overwrite_output_dir=True))
+def recipe_of(case: str) -> tuple[Recipe, dict[str, Any]]:
+    """The settings whose first step is measured, and what to store of how they were made."""
+    base, made = STUDY.base, {"machine": here()}
+    if case.startswith("after_rl"):
+        summary = train(
+            replace(
+                base,
+                rollout_quantization=None,
+                learning_rate=read_json(TUNED)["rates"]["unquantized"],
+                seed=101 if case.endswith("101") else 100,
+                save_merged=True,
+                output_dir=f"runs/low-bits-gradients-{case}",
+                overwrite_output_dir=True,
+            )
+        )
+        made |= {when: summary[when][STUDY.metric] for when in ("eval_before", "eval_after")}
         base = replace(base, model=summary["checkpoint"])
     elif case == "max_prob":
         base = replace(base, sampler=base.sampler.replace(rank=MaxProb()))
-    return replace(base, seed=0, train_batch_size=4)
+    return replace(base, seed=0, train_batch_size=4), made
 
 
-def measure(recipe: Recipe, numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """By arm the gradients (M, D) of the batches, and by sampler their mean rewards."""
+def measure(recipe: Recipe, numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float]]:
+    """By arm the gradients (M, D) of the batches, by sampler their mean rewards, and the order's agreement by batch."""
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
     add_lora(policy, recipe.lora())
     int4 = quantized_copy(policy, Int4WeightOnly())
     gradients: dict[str, list[Tensor]] = {arm: [] for arm in (OWN, *CORRECTORS)}
     rewards: dict[str, list[float]] = {OWN: [], "int4": []}
+    agreement = []
 
     def context(sampler: Any, **changes: Any) -> StepContext:
         return make_step(replace(recipe, **changes), accelerator=accelerator, policy=policy, rollout_policy=sampler)
@@ -119,14 +141,16 @@ def measure(recipe: Recipe, numbers: range) -> tuple[dict[str, Tensor], dict[str
         own = context(policy, rollout_quantization=None)
         samples, _, _ = collect(own, number)
         rewards[OWN].append(samples.rewards.mean().item())
-        gradients[OWN].append(gradient(own, samples, number))
+        gradients[OWN].append(gradient(own, samples, number)[0])
         samples, _, _ = collect(context(int4, rollout_quantization=Int4WeightOnly()), number)
         rewards["int4"].append(samples.rewards.mean().item())
         for arm, corrector in CORRECTORS.items():
             run = context(int4, rollout_quantization=Int4WeightOnly(), corrector=corrector)
-            gradients[arm].append(gradient(run, samples, number))
+            flat, metrics = gradient(run, samples, number)
+            gradients[arm].append(flat)
+        agreement += [metrics[AGREEMENT]] if AGREEMENT in metrics else []  # a random order has none
         print(f"batch {number}", flush=True)
-    return {arm: torch.stack(each) for arm, each in gradients.items()}, rewards
+    return {arm: torch.stack(each) for arm, each in gradients.items()}, rewards, agreement
 
 
 def jackknife(statistic: Callable[[list[int]], float], num_batches: int) -> tuple[float, float]:
@@ -142,6 +166,12 @@ def mean_product(products: Tensor, batches: list[int]) -> float:
     chosen = products[batches][:, batches]
     n = len(batches)
     return ((chosen.sum() - chosen.diagonal().sum()) / (n * (n - 1))).item()
+
+
+def cosine_of(products: dict[str, Tensor], cross: dict[str, Tensor], arm: str, batches: list[int]) -> float:
+    """The cosine of an arm's mean gradient with the learner's own; NaN if a product of different batches is below 0."""
+    lengths = mean_product(products[arm], batches) * mean_product(products[OWN], batches)
+    return mean_product(cross[arm], batches) / lengths**0.5 if lengths > 0 else float("nan")
 
 
 def rows_of(products: dict[str, Tensor], cross: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -164,8 +194,7 @@ def rows_of(products: dict[str, Tensor], cross: dict[str, Tensor]) -> list[dict[
         return (mean_square - mean_product(products[arm], batches)) / scale(batches)
 
     def cosine(arm: str, batches: list[int]) -> float:
-        lengths = mean_product(products[arm], batches) * scale(batches)
-        return mean_product(cross[arm], batches) / max(lengths, 1e-300) ** 0.5
+        return cosine_of(products, cross, arm, batches)
 
     def gain(arm: str, batches: list[int]) -> float:
         return cosine(arm, batches) - cosine(BASELINE, batches)
@@ -185,13 +214,37 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value[0]:.2f}±{value[1]:.2f}"
 
 
-def table(stored: dict[str, Any]) -> str:
-    """Return the table of a stored run."""
+def matrices(stored: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The products and cross products of a stored run."""
     products, cross = (
         {arm: torch.tensor(matrix, dtype=torch.float64) for arm, matrix in stored[kind].items()}
         for kind in ("products", "cross")
     )
-    return markdown([{key: shown(value) for key, value in row.items()} for row in rows_of(products, cross)])
+    return products, cross
+
+
+def table(stored: dict[str, Any]) -> str:
+    """Return the table of a stored run."""
+    return markdown([{key: shown(value) for key, value in row.items()} for row in rows_of(*matrices(stored))])
+
+
+def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The claims of the cases behind `start`, from their stored runs, with Bonferroni's intervals."""
+    found = {}
+    for case in CASES[1:]:
+        gains = {row["arm"]: row["gain"] for row in rows_of(*matrices(stored[case]))}
+        found |= {f"{case}: {arm} above no corrector": gains[arm] for arm in ("int4, tis", "int4, ais")}
+    random, deterministic = matrices(stored["again"]), matrices(stored["max_prob"])
+
+    def lower(batches: list[int]) -> float:
+        return cosine_of(*random, "int4, tis", batches) - cosine_of(*deterministic, "int4, tis", batches)
+
+    found["int4, tis: again above max_prob"] = jackknife(lower, len(BATCHES))
+    return [
+        {"stated before the runs": claim, "difference, corrected": shown((value, CLAIMED * half))}
+        | {"holds": "yes" if value > CLAIMED * half else "no"}
+        for claim, (value, half) in found.items()
+    ]
 
 
 def lost_reward(stored: dict[str, Any]) -> str:
@@ -205,20 +258,27 @@ def report(case: str) -> None:
     stored = read_json(stored_path(case))
     print(table(stored))
     print("reward", lost_reward(stored))
+    if stored.get("agreement"):
+        print("order agreement", interval(stored["agreement"]))
 
 
 def main(case: str) -> None:
     torch.set_num_threads(1)
-    gradients, rewards = measure(recipe_of(case), BATCHES)
+    recipe, made = recipe_of(case)
+    gradients, rewards, agreement = measure(recipe, BATCHES)
     own = gradients[OWN]
     kept = {
         "products": {arm: rounded(each @ each.T) for arm, each in gradients.items()},
         "cross": {arm: rounded(each @ own.T) for arm, each in gradients.items()},
     }
-    write_json(stored_path(case), {"batches": [BATCHES.start, BATCHES.stop], "rewards": rewards} | kept)
+    numbers = {"batches": [BATCHES.start, BATCHES.stop], "rewards": rewards, "agreement": agreement}
+    write_json(stored_path(case), made | numbers | kept)
     report(case)
 
 
 if __name__ == "__main__":
-    case = which(CASES)
-    report(case) if "--report" in sys.argv else main(case)
+    case = which((*CASES, "claims"))
+    if case == "claims":
+        print(markdown(claim_rows({case: read_json(stored_path(case)) for case in CASES[1:]})))
+    else:
+        report(case) if "--report" in sys.argv else main(case)

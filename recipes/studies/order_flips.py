@@ -457,7 +457,8 @@ def measured(
         }
         if str(setting) in noise:
             found[str(setting)]["noise"] = noise[str(setting)] / float(truth.norm()) ** 2
-    return {"reward": reward, "flips": flips, "settings": found}
+    lengths = {order: float(truth.norm()) for order, truth in truths.items()}
+    return {"reward": reward, "length": lengths, "flips": flips, "settings": found}
 
 
 def flipped(rollouts: Sampled) -> float:

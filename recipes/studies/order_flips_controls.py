@@ -1,25 +1,27 @@
 """Does what order_flips.py found hold for other models, after RL and on Countdown, and is INT4's error like noise?
 
-All is as there (exact sums, one token a step, `measured`), on three cases of ten models, under `max_prob` and random
-order:
+All is as there (exact sums, one token a step, `measured`), under `max_prob` and random order, in four cases:
 
-fresh      models of 4x4 Sudoku with other seeds (10 to 19), on eight other puzzles each instead of three
-after RL   the same models after 60 steps of GRPO (`after_rl`: unquantized, `MaxProb`, every step scored), on the same
-           puzzles
-Countdown  models that write five tokens: three numbers of 1 to 4, added or subtracted, make a target (four problems
-           each). They have learned right expressions until they solve half of the problems.
+fresh             twenty models of 4x4 Sudoku with other seeds (10 to 29), on five other puzzles each instead of three
+after RL          the first ten of them after 60 steps of GRPO (`after_rl`: unquantized, `MaxProb`, every step scored),
+                  on the same puzzles
+after RL, random  the same, trained in random order
+Countdown         ten models that write five tokens: three numbers of 1 to 4, added or subtracted, make a target, on
+                  three problems each. They have learned right expressions until they solve half of the problems whose
+                  numbers they have not seen; a seed that does not in 1000 steps is left out, and counted.
 
-noise is a copy of fresh models whose linear layers have, in place of INT4's error, Gaussian noise of the same length
-in each layer; under `max_prob` alone.
+noise is a copy of fresh models whose linear layers have, in place of INT4's error, Gaussian noise of the same length in
+each layer. It has no claim: its bias stands beside INT4's with the interval of the difference.
 
-The claims, two-sided, sign flips over ten models, Holm's correction over all eight. In each case under INT4:
+The claims, two-sided, by flipping the signs of the models' numbers. In a case, under INT4:
 
 1. in random order TIS leaves less bias than in `max_prob` order (order_flips.py: 0.266±0.261 less, not claimed there);
 2. most of the bias that exact token weights leave under `max_prob` comes from flips: it is more than twice the bias of
-   the same copy in the learner's order (there: 8 of 10 models, as a mean of shares not shown).
+   the same copy in the learner's order (there: 8 of 10 models; as a mean of shares not shown).
 
-And two open questions: does Gaussian noise leave another bias than INT4 (fresh, `max_prob`, TIS), and is TIS's bias
-under `max_prob` another one after RL than before?
+Holm's correction over the two claims of the fresh models, which replicate, and apart from these over the six of the
+other cases. Biases are in lengths of the true gradient of their case and order, which RL makes shorter: the lengths are
+in the table, so that distances can be compared, too.
 
 Known before the runs: order_flips.json.
 
@@ -30,18 +32,31 @@ Known before the runs: order_flips.json.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Generator
 
-from dllm_rl import Int4WeightOnly, MaxProb, Policy, Recipe, Trajectory, Unmask, evaluate, task_from_dataset
+from dllm_rl import (
+    Int4WeightOnly,
+    MaxProb,
+    Policy,
+    RandomOrder,
+    Recipe,
+    Trajectory,
+    Unmask,
+    evaluate,
+    task_from_dataset,
+)
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
+from dllm_rl.samplers.rules import Rank
 from dllm_rl.tasks.countdown.graders import countdown_strict
 from dllm_rl.training.trainer import train
 from recipes.studies.order_flips import BLANKS, PART, Canvases, Model, Setting, bias, canvases, measured, trained
@@ -49,13 +64,20 @@ from recipes.studies.paired import holm, interval, markdown, sign_flip
 from recipes.sudoku_tiny import NO_DIGITS, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # a line a case and model
-MODELS = 10
-PUZZLES = {"fresh": 8, "after RL": 8, "Countdown": 4}
+MODELS, SKIPPED = 10, 1000  # of a case that is trained further, or on sums; steps of a seed that is left out
+SEEDS = {
+    "fresh": range(10, 30),
+    "after RL": range(10, 20),
+    "after RL, random": range(10, 20),
+    "Countdown": range(20),  # until ten have learned it
+}
+RANKS = {"after RL": MaxProb(), "after RL, random": RandomOrder()}
+PUZZLES, PROBLEMS = 5, 3
 CHOICES = "1234+-"  # of Countdown's answers
 ONE_A_STEP = Unmask(max_new_tokens=0, diffusion_steps=BLANKS, rank=MaxProb(), temperature=1.0)
 
 
-ROWS = (("max_prob", "INT4"), ("random", "INT4"), ("max_prob", "noise"))  # order and copy
+ROWS = tuple(product(("max_prob", "random"), ("INT4", "noise")))  # order and copy
 WEIGHTS = ("none", "tis", "ais", "exact")
 
 
@@ -70,6 +92,7 @@ def measure(policy: Policy, case: str, seed: int, every: Sequence[Canvases]) -> 
     rows = [(order, copied) for order, copied in ROWS if copied in copies]
     chosen = [Setting(*row, weights) for row, weights in product(rows, WEIGHTS)]
     chosen += [Setting("max_prob", copied, "exact", "no flips") for copied in copies]
+    chosen += [Setting("max_prob", "INT4", weights, "no flips") for weights in ("none", "tis")]
     return measured(policy, copies, every, chosen, directions=0)
 
 
@@ -87,15 +110,26 @@ def noisy(policy: Policy, quantized: Policy, seed: int) -> Policy:
     return made
 
 
-def after_rl(policy: Policy, seed: int, folder: Path) -> Policy:
-    """The model after 60 steps of GRPO."""
-    task = few_clues(split="train", clues=(11, 11), unique=True)
-    sampler = ONE_A_STEP.replace(suppress=NO_DIGITS)
+def after_rl(policy: Policy, rank: Rank, seed: int, folder: Path, num_steps: int = 60) -> Policy:
+    """The model after steps of GRPO."""
+    puzzles = partial(few_clues, clues=(11, 11), unique=True)
+    sampler = ONE_A_STEP.replace(suppress=NO_DIGITS, rank=rank)
     recipe = Recipe(
-        name="order-flips-rl", model=lambda: deepcopy(policy), task=task, sampler=sampler,
-        likelihood=Trajectory(), eval_steps=0, num_steps=60, train_batch_size=32, seed=seed,
-        output_dir=str(folder), overwrite_output_dir=True, report_to=None,
-    )  # fmt: skip
+        name="order-flips-rl",
+        model=lambda: deepcopy(policy),
+        task=puzzles(split="train"),
+        validation_task=puzzles(split="validation", size=200),
+        eval_task=puzzles(split="validation", size=200),
+        sampler=sampler,
+        eval_sampler=sampler,
+        likelihood=Trajectory(),
+        num_steps=num_steps,
+        eval_steps=0,
+        seed=seed,
+        output_dir=str(folder),
+        overwrite_output_dir=True,
+        report_to=None,
+    )
     learner = train(recipe).policy
     learner.module.eval()
     return learner
@@ -146,7 +180,8 @@ def parts() -> tuple[list[str], list[str]]:
 
 
 def trained_on_sums(seed: int) -> tuple[Policy, int]:
-    """A model that solves half of the problems that it has not seen, and the supervised steps that this took."""
+    """A model that solves half of the problems that it has not seen, and the supervised steps that this took; SKIPPED
+    if it does not."""
     policy = tiny_masked_lm(
         characters=CHOICES + "56789,>= ", seed=seed, hidden_size=64, num_layers=2, intermediate_size=192
     )
@@ -159,91 +194,107 @@ def trained_on_sums(seed: int) -> tuple[Policy, int]:
         problems = [pick(seen) for _ in range(64)]
         return problems, [problem[:-BLANKS] + pick(answers[problem]) for problem in problems]
 
-    for part in range(1, 26):
+    for steps in range(PART, SKIPPED, PART):
         policy.module.train()
-        learn(policy, PART, 1000 * seed + part, lesson)
+        learn(policy, PART, 1000 * seed + steps // PART, lesson)
         policy.module.eval()
         if solve_rate(policy, held_out, is_right_sum) >= 0.5:
-            return policy, PART * part
-    raise ValueError(f"seed {seed} does not solve half of the problems after {25 * PART} steps")
+            return policy, steps
+    return policy, SKIPPED
 
 
 def run_sudoku(seed: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A fresh model, before and after RL."""
     policy, steps = trained(seed)
-    number = PUZZLES["fresh"]
     task = few_clues(split="test", clues=(11, 11), unique=True, size=1000)
-    puzzles = [task[500 + number * (seed - MODELS) + i].fields["puzzle"] for i in range(number)]
-    for case in ("fresh", "after RL"):
-        policy = policy if case == "fresh" else after_rl(policy, seed, folder)
-        every = [canvases(puzzle, policy) for puzzle in puzzles]
-        yield {"case": case, "seed": seed, "steps": steps, **measure(policy, case, seed, every)}
+    puzzles = [task[500 + PUZZLES * seed + i].fields["puzzle"] for i in range(PUZZLES)]
+    for case in ("fresh", *RANKS):
+        if seed in SEEDS[case]:
+            learner = after_rl(policy, RANKS[case], seed, folder / case) if case in RANKS else policy
+            every = [canvases(puzzle, learner) for puzzle in puzzles]
+            yield {"case": case, "seed": seed, "steps": steps, **measure(learner, case, seed, every)}
 
 
 def run_countdown(seed: int) -> Iterator[dict[str, Any]]:
     policy, steps = trained_on_sums(seed)
     _, held_out = parts()
     order = torch.randperm(len(held_out), generator=generator_for(seed, "problems")).tolist()
-    puzzles = [held_out[i] for i in order[: PUZZLES["Countdown"]]]
-    every = [canvases(puzzle, policy, CHOICES, is_right_sum) for puzzle in puzzles]
-    yield {"case": "Countdown", "seed": seed, "steps": steps, **measure(policy, "Countdown", seed, every)}
+    every = [canvases(held_out[i], policy, CHOICES, is_right_sum) for i in order[:PROBLEMS]]
+    found = measure(policy, "Countdown", seed, every) if steps < SKIPPED else {}
+    yield {"case": "Countdown", "seed": seed, "steps": steps, **found}
 
 
 def of_case(stored: Sequence[Model], case: str) -> list[Model]:
-    return [model for model in stored if model["case"] == case]
+    """Its models that have learned their task."""
+    return [model for model in stored if model["case"] == case and model["steps"] < SKIPPED]
 
 
 def case_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
-    """By case, order and copy: the expected reward, the share of flipped steps, and the bias of each of the weights."""
+    """By case, order and copy: the expected reward, the median length of the true gradient, the share of flipped steps,
+    and the bias of each of the weights, in lengths."""
     rows = []
-    for case, (order, copied) in product(PUZZLES, ROWS):
+    for case, (order, copied) in product(SEEDS, ROWS):
         models = of_case(stored, case)
         if copied not in models[0]["flips"]:
             continue
-        row = {"case": case, "order": order, "copy": copied}
+        row = {"case": case, "order": order, "copy": copied, "models": str(len(models))}
         row["reward"] = interval([model["reward"][order] for model in models])
+        row["length"] = f"{median(model['length'][order] for model in models):.3g}"
         row["flipped"] = interval([model["flips"][copied] for model in models]) if order == "max_prob" else "-"
         for weights in WEIGHTS:
             row[weights] = interval([bias(model, order, copied, weights) for model in models])
-        held = [bias(model, order, copied, "exact", "no flips") for model in models] if order == "max_prob" else []
-        rows.append(row | {"exact, no flips": interval(held) if held else "-"})
+        for weights in ("tis", "exact"):
+            key = str(Setting("max_prob", copied, weights, "no flips"))
+            there = order == "max_prob" and key in models[0]["settings"]
+            held = [model["settings"][key]["bias"] for model in models] if there else []
+            row[f"{weights}, no flips"] = interval(held) if held else "-"
+        rows.append(row)
     return rows
 
 
-def claims(stored: Sequence[Model]) -> Mapping[str, list[float]]:
+def claims(stored: Sequence[Model], case: str) -> Mapping[str, list[float]]:
     """By claim the number of each model that is above 0 where it holds."""
-    found = {}
-    for case in PUZZLES:
-        models = of_case(stored, case)
-        found[f"{case}: TIS leaves less bias in random order"] = [
+    models = of_case(stored, case)
+    exact = ("max_prob", "INT4", "exact")
+    return {
+        f"{case}: TIS leaves less bias in random order": [
             bias(model, "max_prob", "INT4", "tis") - bias(model, "random", "INT4", "tis") for model in models
-        ]
-        found[f"{case}: the bias is more than twice that without flips"] = [
-            bias(model, "max_prob", "INT4", "exact") - 2 * bias(model, "max_prob", "INT4", "exact", "no flips")
-            for model in models
-        ]
-    fresh, later = of_case(stored, "fresh"), of_case(stored, "after RL")
-    tis = ("max_prob", "INT4", "tis")
-    found["noise of INT4's size leaves another bias (INT4 less noise)"] = [
-        bias(model, *tis) - bias(model, "max_prob", "noise", "tis") for model in fresh
-    ]
-    found["RL changes the bias of TIS (after less before)"] = [
-        bias(after, *tis) - bias(before, *tis) for after, before in zip(later, fresh, strict=True)
-    ]
-    return found
+        ],
+        f"{case}: the bias is more than twice that without flips": [
+            bias(model, *exact) - 2 * bias(model, *exact, "no flips") for model in models
+        ],
+    }
 
 
 def claim_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
-    every = claims(stored)
-    tests = holm([sign_flip(values) for values in every.values()])
+    """The two families of claims."""
+    rows = []
+    for family in (("fresh",), tuple(case for case in SEEDS if case != "fresh")):
+        every = {claim: values for case in family for claim, values in claims(stored, case).items()}
+        tests = holm([sign_flip(values) for values in every.values()])
+        rows += [
+            {
+                "stated before the runs": claim,
+                "found, 95 %": interval(values),
+                "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
+                "Holm's p": f"{p:.3f}",
+            }
+            for (claim, values), p in zip(every.items(), tests, strict=True)
+        ]
+    return rows
+
+
+def noise_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
+    """The bias under INT4 less that under noise of its size, without a claim."""
+    models = of_case(stored, "fresh")
     return [
-        {
-            "stated before the runs": claim,
-            "found, 95 %": interval(values),
-            "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
-            "Holm's p": f"{p:.3f}",
+        {"order": order, "weights": weights}
+        | {
+            "INT4 less noise, 95 %": interval(
+                [bias(model, order, "INT4", weights) - bias(model, order, "noise", weights) for model in models]
+            )
         }
-        for (claim, values), p in zip(every.items(), tests, strict=True)
+        for order, weights in product(("max_prob", "random"), WEIGHTS)
     ]
 
 
@@ -254,20 +305,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     stored = read_json(STORED) if STORED.exists() else []
-    there = {(model["case"], model["seed"]) for model in stored}
-    for i in range(0 if options.report else MODELS):
-        missing = []
-        if ("after RL", MODELS + i) not in there:
-            missing.append(run_sudoku(MODELS + i, options.output_dir / f"seed{MODELS + i}"))
-        if ("Countdown", i) not in there:
-            missing.append(run_countdown(i))
-        for runs in missing:
-            stored += list(runs)
-            write_json(STORED, stored)
-    if len(stored) == len(PUZZLES) * MODELS:
-        print(markdown(case_rows(stored)), markdown(claim_rows(stored)), sep="\n")
-    else:
-        print(f"{len(stored)} of {len(PUZZLES) * MODELS} models are there")
+    if not options.report:
+        there = {(model["case"], model["seed"]) for model in stored}
+        for seed in SEEDS["fresh"]:
+            if any((case, seed) not in there for case in SEEDS if case != "Countdown" and seed in SEEDS[case]):
+                stored = [model for model in stored if model["seed"] != seed or model["case"] == "Countdown"]
+                for found in run_sudoku(seed, options.output_dir / f"seed{seed}"):
+                    stored.append(found)
+                    write_json(STORED, stored)
+        for seed in SEEDS["Countdown"]:
+            if ("Countdown", seed) not in there and len(of_case(stored, "Countdown")) < MODELS:
+                stored += run_countdown(seed)
+                write_json(STORED, stored)
+    for rows in (case_rows, claim_rows, noise_rows):
+        print(markdown(rows(stored)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The study of ESS and harm: the AUC by hand, and which trials have which twin."""
 
+import dataclasses
+import json
+from itertools import product
+
 import pytest
 
 from recipes.studies import ess_early
 from recipes.studies.ess import Trial, auc, late_trials
+from recipes.studies.paired import keep, result_path
 
 
 def trial(ess, loss):
@@ -40,33 +45,55 @@ def test_a_twin_has_the_seed_and_the_rate_and_no_lag():
 
 
 def early_runs(ends):
-    """A cell's runs: by lag the end, and an ESS of the first steps that falls with it; later steps are not read."""
-    runs = {}
-    for name in ess_early.ARMS:
+    """All runs of a task: by lag the end, and the ESS of the first steps, which falls with it."""
+    runs = []
+    for name, seed in product(ess_early.ARMS, ess_early.SEEDS):
         lag = int(name[4])
-        for seed in ess_early.SEEDS:
-            steps = [1 - lag / 10] * 10 + [0.0] * 70
-            runs[name, seed] = {
-                "arm": name, "seed": seed, "after": ends[lag], "ess of steps": steps, "reward of first steps": 1.0,
-            }  # fmt: skip
+        steps = {"ess of steps": [1 - lag / 10] * 10 + [0.0] * 70, "reward of steps": [1.0] * 80}
+        runs.append({"arm": name, "seed": seed, "after": ends[lag]} | steps)
     return runs
 
 
 def test_early_trials_stand_beside_their_twins():
-    runs = early_runs({0: 0.7, 2: 0.69, 4: 0.65, 8: 0.2})
-    found = ess_early.trials(runs)
-    assert len(found) == 72 and sum(trial.harmed for trial in found) == 24, "the lag of 8"
-    assert {(trial.kind, round(trial.ess, 3)) for trial in found} == {("lag 2", 0.8), ("lag 4", 0.6), ("lag 8", 0.2)}
-    stored = {"a": list(runs.values()), "b": list(runs.values())}
-    warns, more = ess_early.claim_rows(stored)
+    runs = early_runs({0: 0.7, 2: 0.65, 8: 0.2})
+    found = ess_early.trials(dict.fromkeys(ess_early.STUDIES, runs))
+    assert len(found) == 2 * 72 and sum(trial.harmed for trial in found) == 72, "those of the lag of 8"
+    assert {(round(trial.ess, 3), trial.harmed, trial.gained) for trial in found} == {
+        (0.8, False, 0.0),
+        (0.2, True, 0.0),
+    }
+    warns, more = ess_early.claim_rows(found)
     assert (warns["found, 95 %"], warns["above 0"], warns["Holm's p"]) == ("0.500±0.000", "8 of 8", "0.016")
-    # 8 x 5e-4 is 4 x 1e-3: of a cell's 6 x 12 pairs 3 x 3 tie, so that lag times rate has an AUC of 1 - 4.5 / 72
-    assert (more["found, 95 %"], more["above 0"]) == ("0.062±0.000", "8 of 8")
-    marks = ess_early.threshold_rows(stored)[0]
-    assert (marks["ESS below 0.70, harmed"], marks["ESS below 0.70, others"]) == ("48 of 48", "48 of 96")
-    assert marks["ESS below 0.95, others"] == "96 of 96"
+    # 8 x 2.5e-4 is 2 x 1e-3: of the 3 x 3 pairs of a cell and a bound one ties, so that what is known has 8.5 / 9.
+    assert (more["found, 95 %"], more["above 0"]) == ("0.056±0.000", "8 of 8")
+    marks = ess_early.threshold_rows(found)[0]
+    assert (marks["below 0.70, harmed"], marks["below 0.70, others"]) == ("72 of 72", "0 of 72")
+    assert marks["below 0.95, others"] == "72 of 72"
+    row = ess_early.auc_rows(found)[0]
+    assert (row["harmed"], row["ESS"], row["known before"], row["reward less the twin's"]) == (
+        "36 of 72", "1.00", "0.94", "0.50",
+    )  # fmt: skip
 
 
-def test_a_cell_without_harm_has_no_auc():
-    runs = early_runs({0: 0.7, 2: 0.7, 4: 0.7, 8: 0.7})
-    assert ess_early.auc_rows({"a": list(runs.values())})[0]["ESS"] == "-"
+def test_pairs_are_of_one_bound():
+    late = {"task": "4x4 Sudoku", "seed": 20, "lag": 2, "rate": 5e-4, "later": 0.0, "gained": 0.0}
+    harmed = ess_early.Trial(bound="none", ess=0.1, loss=0.3, **late)
+    other = ess_early.Trial(bound="two-sided", ess=0.9, loss=0.0, **late)
+    assert ess_early.auc([harmed, other], "ESS") is None
+    assert ess_early.auc([harmed, other, dataclasses.replace(other, bound="none", ess=0.05)], "ESS") == 0
+
+
+def test_without_harm_there_is_no_auc():
+    every = ess_early.trials(dict.fromkeys(ess_early.STUDIES, early_runs(dict.fromkeys((0, 2, 8), 0.7))))
+    assert ess_early.auc_rows(every)[0]["ESS"] == "-"
+    assert ess_early.claim_rows(every)[0]["above 0"] == "0 of 0"
+
+
+def test_the_steps_of_a_run_are_read_from_its_folder(tmp_path):
+    keep(tmp_path, {"arm": "lag 2, none at 0.001", "seed": 20, "after": 0.5})
+    folder = tmp_path / "runs" / result_path(tmp_path, "lag 2, none at 0.001", 20).stem
+    folder.mkdir(parents=True)
+    rows = [{"step": 0, "reward": 1.0, "rollout_corr/ess": 0.9}, {"step": 1, "reward": 2.0, "rollout_corr/ess": 0.8}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = ess_early.with_steps(tmp_path, "lag 2, none at 0.001", 20)
+    assert (found["after"], found["ess of steps"], found["reward of steps"]) == (0.5, [0.9, 0.8], [1.0, 2.0])

@@ -1,5 +1,7 @@
 """The studies of four-bit rollouts: statistics of gradients by hand, their control, and which runs count."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,16 @@ from dllm_rl.testing import make_stats
 from recipes.smollm2_diffusion import recipe
 from recipes.studies import low_bits_tuned
 from recipes.studies.controls import Permuted
-from recipes.studies.low_bits_gradients import BASELINE, OWN, jackknife, mean_product, rows_of
+from recipes.studies.low_bits_gradients import (
+    BASELINE,
+    CASES,
+    OWN,
+    claim_rows,
+    cosine_of,
+    jackknife,
+    mean_product,
+    rows_of,
+)
 from recipes.studies.low_bits_tuned import FIRST_SEED, HALF, STUDY, TUNED, TUNING, go_on, rated, whole
 from recipes.studies.paired import interval, keep, load
 
@@ -43,6 +54,31 @@ def test_noise_is_the_variance_of_a_batch():
     own = torch.tensor([[1.0], [3.0], [1.0], [3.0]], dtype=torch.float64)
     (row,) = rows_of({OWN: own @ own.T, BASELINE: own @ own.T}, {OWN: own @ own.T, BASELINE: own @ own.T})[:1]
     assert row["noise"][0] == pytest.approx((5 - 11 / 3) / (11 / 3))
+
+
+def test_a_mean_that_points_nowhere_has_no_cosine():
+    own = torch.tensor([[1.0], [1.0], [1.0], [1.0]], dtype=torch.float64)
+    around = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    products, cross = {OWN: own @ own.T, "around": around @ around.T}, {"around": around @ own.T}
+    assert math.isnan(cosine_of(products, cross, "around", [0, 1, 2, 3]))
+
+
+def test_the_claims_of_other_cases():
+    """The own gradient (1, 0); without a corrector at a right angle; TIS and AIS along it, in `max_prob` halfway."""
+    own = torch.tensor([[1.0, 0.0]] * 32, dtype=torch.float64)
+
+    def stored(along):
+        arms = {OWN: own, "int4": torch.tensor([[0.0, 1.0]] * 32, dtype=torch.float64)}
+        arms |= dict.fromkeys(("int4, tis", "int4, ais"), torch.tensor([along] * 32, dtype=torch.float64))
+        kinds = {"products": {arm: each @ each.T for arm, each in arms.items()}}
+        kinds["cross"] = {arm: each @ own.T for arm, each in arms.items()}
+        return {kind: {arm: each.tolist() for arm, each in of.items()} for kind, of in kinds.items()}
+
+    rows = claim_rows({case: stored([3.0, 4.0] if case == "max_prob" else [2.0, 0.0]) for case in CASES[1:]})
+    found = {row["stated before the runs"]: (row["difference, corrected"], row["holds"]) for row in rows}
+    assert len(found) == 9 and found["again: int4, tis above no corrector"] == ("1.00±0.00", "yes")
+    assert found["max_prob: int4, ais above no corrector"] == ("0.60±0.00", "yes")
+    assert found["int4, tis: again above max_prob"] == ("0.40±0.00", "yes")
 
 
 def test_permuted_weights_are_those_of_ais_elsewhere():

@@ -12,6 +12,7 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
+from recipes.studies import int4_orders
 from recipes.studies import order_flips_controls as controls
 from recipes.studies.order_flips import (
     ORDERS,
@@ -217,20 +218,48 @@ def test_countdowns_problems_and_their_right_answers():
     assert right == set(answers["1, 2, 4> 3=00000"])
 
 
-def test_the_claims_of_the_controls_by_hand():
-    def settings(*values):
-        names = (("max_prob", "tis"), ("random", "tis"), ("max_prob", "exact"), ("max_prob", "exact", "no flips"))
-        found = {str(Setting(each[0], "INT4", *each[1:])): {"bias": v} for each, v in zip(names, values, strict=True)}
-        return found | {str(Setting("max_prob", "noise", "tis")): {"bias": 0.1}}
+def a_model(case, seed, later):
+    """Biases under INT4 with TIS in both orders, of exact weights with flips and without, and under noise."""
+    settings = {}
+    for order, copied, weights in product(("max_prob", "random"), ("INT4", "noise"), controls.WEIGHTS):
+        settings[str(Setting(order, copied, weights))] = {"bias": 0.4 if order == "max_prob" else 0.2}
+    settings[str(Setting("max_prob", "INT4", "tis"))] = {"bias": 0.5 + later}
+    for copied, weights in (("INT4", "none"), ("INT4", "tis"), ("INT4", "exact"), ("noise", "exact")):
+        settings[str(Setting("max_prob", copied, weights, "no flips"))] = {"bias": 0.1}
+    by_order, flips = {"max_prob": 0.6, "random": 0.5}, {"INT4": 0.1, "noise": 0.2}
+    steps = {"steps": 80, "reward": by_order, "length": by_order, "flips": flips, "settings": settings}
+    return {"case": case, "seed": seed, **steps}
 
-    stored = [
-        {"case": case, "seed": seed, "settings": settings(0.5 + shift, 0.2, 0.4, 0.1)}
-        for case, shift in (("fresh", 0.0), ("after RL", 0.25), ("Countdown", 0.0))
-        for seed in range(2)
-    ]
-    found = controls.claims(stored)
-    assert len(found) == 8
-    assert found["fresh: TIS leaves less bias in random order"] == pytest.approx([0.3, 0.3])
-    assert found["after RL: the bias is more than twice that without flips"] == pytest.approx([0.2, 0.2])
-    assert found["noise of INT4's size leaves another bias (INT4 less noise)"] == pytest.approx([0.4, 0.4])
-    assert found["RL changes the bias of TIS (after less before)"] == pytest.approx([0.25, 0.25])
+
+def test_the_claims_of_the_controls_by_hand():
+    stored = [a_model(case, seed, 0.25 * (case != "fresh")) for case, seeds in controls.SEEDS.items() for seed in seeds]
+    stored[-10:] = [{"case": "Countdown", "seed": seed, "steps": controls.SKIPPED} for seed in range(10, 20)]
+    rows = controls.claim_rows(stored)
+    assert [row["found, 95 %"] for row in rows] == ["0.300±0.000", "0.200±0.000"] + ["0.550±0.000", "0.200±0.000"] * 3
+    # Twenty, and ten, models of one sign: 2 / 2^20 and 2 / 2^10, times the two and six claims of their families.
+    assert [row["Holm's p"] for row in rows] == ["0.000"] * 2 + ["0.012"] * 6
+    assert {row["above 0"] for row in rows} == {"20 of 20", "10 of 10"}
+    assert controls.noise_rows(stored)[1] == {
+        "order": "max_prob",
+        "weights": "tis",
+        "INT4 less noise, 95 %": "0.100±0.000",
+    }
+    table = controls.case_rows(stored)
+    assert len(table) == 16 and {row["models"] for row in table} == {"20", "10"}
+    assert (table[0]["tis, no flips"], table[1]["tis, no flips"], table[2]["exact, no flips"]) == (
+        "0.100±0.000",
+        "-",
+        "-",
+    )
+
+
+def test_the_claims_of_training_in_both_orders_by_hand():
+    ends = {"unquantized": 0.9, "int4": 0.7, "int4, tis": 0.8}
+    runs = {}
+    for (order, arm), seed in product(product(int4_orders.ORDERS, ends), range(10)):
+        gain = 0.05 if (order, arm) == ("random", "int4, tis") else 0.0
+        runs[f"{order}: {arm}", seed] = {"after": ends[arm] + gain}
+    assert {arm for arm, _ in runs} == set(int4_orders.STUDY.arms)
+    found = [row["difference, 95 %"] for row in int4_orders.claim_rows(runs)]
+    assert found == ["0.050±0.000", "0.200±0.000", "0.100±0.000", "0.150±0.000"]
+    assert int4_orders.claim_rows(runs)[0]["Holm's p"] == "0.008", "2 / 2^10 times the four claims"

@@ -52,7 +52,6 @@ def a_run_on_an_h200():
     yield f"{DOCS}/train.md", f"FP8 made steps of SmolLM2-135M {step:.2f} to {step_2:.2f} times as long."
     (_, bf16), (_, bf16_2) = nats
     yield "recipes/studies/mismatch.md", f"Compiled bf16 rollouts on an H200 had [{bf16} and {bf16_2}]"
-    yield PAGE, f"8B weights took {parts['sync']['rows'][0]['sync, s']:.2f} s in the same minutes"
 
 
 def one_h200():
