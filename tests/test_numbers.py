@@ -37,6 +37,8 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "recipes/studies/few_clues.md": ("entropy bonus 0.05,",),
     "recipes/studies/fast.md": ("exact p of three seeds is 0.25 at best", "an entropy bonus of 0.05"),
     "recipes/studies/LOG.md": ("torch 2.13",),
+    "recipes/studies/low_bits.md": ("less FP8 lies within 0.05 of 0.",),
+    "recipes/studies/quantized_rollouts.md": ("(predicted: an interval within 0.05 of 0)",),
     "recipes/studies/league.md": ("Holm's p below 0.05",),
     "recipes/studies/reuse.md": ("a warm-up to 0.08;", "lies within ±0.03.", "within ±0.03, is not shown"),
     "recipes/studies/scaffolds.md": ("(arXiv 2407.00236)", "survival 0.02,"),

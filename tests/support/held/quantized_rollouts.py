@@ -3,8 +3,9 @@
 from statistics import median
 
 from held import DOCS, STUDIES, by_arm, row, runs_of, stored
+from held import low_bits as tuned
 from held.mismatch import rounded_runs, two_digits
-from recipes.studies import ess, low_bits, low_bits_gradients, low_bits_tuned, order_flips, rates
+from recipes.studies import ess, low_bits, low_bits_gradients, order_flips, rates
 from recipes.studies.order_flips import bias, over
 from recipes.studies.paired import contrast_rows, interval, paired
 
@@ -26,15 +27,7 @@ def flips(copy: str) -> str:
     return over(MODELS, lambda model: model["flips"][copy])
 
 
-def training_claims() -> tuple[str, str, str]:
-    """The gain of TIS over no corrector and over its permuted weights, and the p that both have."""
-    none, permuted = contrast_rows(low_bits.STUDY, TRAINED)
-    assert none[P] == permuted[P]
-    return none["difference, 95 %"], permuted["difference, 95 %"], none[P]
-
-
 def the_three_sentences():
-    gain, _, p = training_claims()
     for page in (PAGE, METHOD):
         yield (
             page,
@@ -52,7 +45,8 @@ def the_three_sentences():
                 "**Gradient:** INT4 rollouts turn the first policy gradient of a pretrained diffusion model, in random "
                 f"order (estimated cosine {COSINES['int4']} with that of its own rollouts), and TIS turns it back "
                 f"({COSINES['int4, tis']}; an estimate may exceed 1); "
-                f"training with TIS ended {gain} higher on six seeds, too few for an exact test (Holm's p {p})."
+                f"after training INT4 rollouts cost {tuned.COST[tuned.DIFFERENCE]}, and TIS brought back "
+                f"{tuned.GAIN[tuned.DIFFERENCE]} (planned, ten seeds; greedy: at temperature 1 not)."
             ),
         )
         yield (
@@ -96,35 +90,38 @@ def order():
 
 
 def pretrained():
-    gain, placebo, p = training_claims()
-    yield PAGE, f"TIS is {gain} above no corrector and {placebo} above its permuted weights, both with Holm's p {p},"
-
-    def after(arm: str) -> str:
-        return interval([run["after"] for (name, _), run in TRAINED.items() if name == arm])
-
-    (before,) = {run["before"] for run in TRAINED.values()}
-    yield PAGE, f"accuracy, from {before:.3f}"
+    first, _ = contrast_rows(low_bits.STUDY, TRAINED)
+    told = f"(TIS {first['difference, 95 %']} above no corrector, Holm's p {first[P]})"
+    yield PAGE, f"[six seeds](low_bits.md#the-first-study-six-seeds-at-one-rate) at one rate {told}."
+    (before,) = {run["before"] for run in tuned.RUNS.values()}
+    yield PAGE, f"learner, from {before:.3f}"
     for name, measured, arm in (
-        ("no corrector", "int4", "int4"),
+        ("unquantized", None, "unquantized"),
+        ("FP8", None, "FP8"),
+        ("INT4, no corrector", "int4", "int4"),
         ("TIS", "int4, tis", "int4, tis"),
+        ("AIS", "int4, ais", "int4, ais"),
         ("permuted weights (AIS; TIS)", "int4, permuted ais", "int4, permuted tis"),
+        ("aligned forward", "int4, aligned", "int4, aligned"),
+        ("half the rate", None, "int4 at half the rate"),
     ):
-        yield PAGE, row(name, COSINES[measured], after(arm))
-    for name, measured in (("AIS", "int4, ais"), ("aligned forward", "int4, aligned")):
-        yield PAGE, row(name, COSINES[measured], "-")
+        cosine = COSINES[measured] if measured else "-"
+        yield PAGE, row(name, cosine, tuned.level(arm), tuned.level(arm, "int4 weights"))
+    cost, *gains, ais, aligned = ((each[tuned.DIFFERENCE], each[P]) for each in tuned.CLAIMS.values())
+    told = "INT4 costs {} (Holm's p {});".format(*cost)
+    others = ("no corrector", "its permuted weights", "half the rate")
+    told += " TIS is above " + ", ".join(f"{name} by {d} ({p})" for name, (d, p) in zip(others, gains, strict=True))
+    told += "; AIS by {} ({}); the aligned forward's INT4 weights by {} ({}).".format(*ais, *aligned)
+    yield PAGE, told
+    sampled, copies = (tuned.apart("int4, tis", "int4", column) for column in ("sampled", "quantized"))
+    yield (
+        PAGE,
+        f"at temperature 1 TIS is {sampled} above no corrector; the INT4 weights that sampled end {copies} lower",
+    )
+    yield PAGE, f"what FP8 costs: {tuned.apart('unquantized', 'FP8')} (predicted:"
     earned = paired(TRAINED, "int4, tis", "int4", "reward")
     assert len(earned) == 6 and max(earned) < 0
-    yield PAGE, f"the copy's rollouts earned less reward with TIS in all six seeds ({interval(earned)})."
     yield f"{STUDIES}/low_bits.md", f"its rollouts earn {interval(earned)} reward (less in all six seeds; not claimed)."
-    tuned = stored("low_bits_tuned")
-    study, runs = low_bits_tuned.STUDY, len(tuned["runs"])
-    planned = len(study.arms) * study.seeds
-    assert runs < planned and {"unquantized", "FP8", low_bits_tuned.HALF} < study.arms.keys()
-    trials = len(tuned["tuning"])
-    yield f"{STUDIES}/low_bits.md", f"{trials} trials chose the rates, and {runs} of {planned} runs are there"
-    in_bf16 = paired(runs_of("late_pretrained"), "FP8", "int4")
-    assert len(in_bf16) == 2
-    yield PAGE, f"Two seeds in bf16 had INT4 below FP8 by {interval(in_bf16)}"
 
 
 def ess_and_harm():
