@@ -575,7 +575,7 @@ def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampl
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (Rewriting, r"num_segments=2 merges steps.*; use likelihood=Trajectory\(\), which scores every step"),
+        (Rewriting, r"num_segments=2 merges steps.*; use likelihood=Trajectory\(num_segments=None\), which scores"),
         (Stepless, r"records none for some .*; record them, or use OneStep\(\)"),
     ],
 )
