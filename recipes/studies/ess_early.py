@@ -50,7 +50,15 @@ from recipes import countdown_tiny
 from recipes.studies import late_rollouts
 from recipes.studies.ess import FIRST, HARM
 from recipes.studies.late_rollouts import QUIET, run_late
-from recipes.studies.paired import Study, by_arm, holm, interval, load, markdown, result_path, run_missing, sign_flip
+from recipes.studies.paired import (
+    Study,
+    by_arm,
+    claimed_rows,
+    load,
+    markdown,
+    result_path,
+    run_missing,
+)
 
 STORED = Path(__file__).with_suffix(".json")  # by task its runs
 SEEDS, LAGS, RATES, THRESHOLDS = range(20, 24), (2, 8), (2.5e-4, 5e-4, 1e-3), (0.70, 0.95)
@@ -177,16 +185,7 @@ def claim_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
         if ess is not None and known is not None:
             for values, value in zip(found.values(), (ess - 0.5, ess - known), strict=True):
                 values.append(value)
-    tests = holm([sign_flip(values) for values in found.values()])
-    return [
-        {
-            "stated before the runs": claim,
-            "found, 95 %": interval(values) if len(values) > 1 else "-",
-            "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
-            "Holm's p": f"{p:.3f}",
-        }
-        for (claim, values), p in zip(found.items(), tests, strict=True)
-    ]
+    return claimed_rows(found)
 
 
 def main() -> None:

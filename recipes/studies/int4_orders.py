@@ -36,15 +36,13 @@ from recipes.studies.paired import (
     Study,
     arm_rows,
     by_arm,
-    holm,
-    interval,
+    claimed_rows,
     load,
     markdown,
     paired,
     result_path,
     run_missing,
     run_one,
-    sign_flip,
 )
 from recipes.sudoku_unique import recipe
 
@@ -98,17 +96,7 @@ def claims(results: Results) -> Mapping[str, list[float]]:
 
 
 def claim_rows(results: Results) -> list[dict[str, str]]:
-    found = claims(results)
-    tests = holm([sign_flip(values) for values in found.values()])
-    return [
-        {
-            "stated before the runs": claim,
-            "difference, 95 %": interval(values),
-            "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
-            "Holm's p": f"{p:.3f}",
-        }
-        for (claim, values), p in zip(found.items(), tests, strict=True)
-    ]
+    return claimed_rows(claims(results))
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ from dllm_rl.samplers.rules import Rank
 from dllm_rl.tasks.countdown.graders import countdown_strict
 from dllm_rl.training.trainer import train
 from recipes.studies.order_flips import BLANKS, PART, Canvases, Model, Setting, bias, canvases, measured, trained
-from recipes.studies.paired import holm, interval, markdown, sign_flip
+from recipes.studies.paired import claimed_rows, interval, markdown
 from recipes.sudoku_tiny import NO_DIGITS, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # a line a case and model
@@ -271,16 +271,7 @@ def claim_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
     rows = []
     for family in (("fresh",), tuple(case for case in SEEDS if case != "fresh")):
         every = {claim: values for case in family for claim, values in claims(stored, case).items()}
-        tests = holm([sign_flip(values) for values in every.values()])
-        rows += [
-            {
-                "stated before the runs": claim,
-                "found, 95 %": interval(values),
-                "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
-                "Holm's p": f"{p:.3f}",
-            }
-            for (claim, values), p in zip(every.items(), tests, strict=True)
-        ]
+        rows += claimed_rows(every)
     return rows
 
 

@@ -284,6 +284,21 @@ def contrast_rows(study: Study, results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def claimed_rows(found: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
+    """By claim, whose numbers are above 0 where it holds: their mean with its interval, how many are above 0, and the p
+    of Holm's correction over all claims."""
+    tests = holm([sign_flip(values) for values in found.values()])
+    return [
+        {
+            "stated before the runs": claim,
+            "found, 95 %": interval(values) if len(values) > 1 else "-",
+            "above 0": f"{sum(value > 0 for value in values)} of {len(values)}",
+            "Holm's p": f"{p:.3f}",
+        }
+        for (claim, values), p in zip(found.items(), tests, strict=True)
+    ]
+
+
 def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = None) -> str:
     """The rows as a table: all columns of the first row, or those named."""
     heads = list(columns or rows[0]) if rows else []

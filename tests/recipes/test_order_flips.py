@@ -260,6 +260,6 @@ def test_the_claims_of_training_in_both_orders_by_hand():
         gain = 0.05 if (order, arm) == ("random", "int4, tis") else 0.0
         runs[f"{order}: {arm}", seed] = {"after": ends[arm] + gain}
     assert {arm for arm, _ in runs} == set(int4_orders.STUDY.arms)
-    found = [row["difference, 95 %"] for row in int4_orders.claim_rows(runs)]
+    found = [row["found, 95 %"] for row in int4_orders.claim_rows(runs)]
     assert found == ["0.050±0.000", "0.200±0.000", "0.100±0.000", "0.150±0.000"]
     assert int4_orders.claim_rows(runs)[0]["Holm's p"] == "0.008", "2 / 2^10 times the four claims"
