@@ -14,9 +14,10 @@ steps, which could warn. The other two files have the mean over the whole run, w
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from dllm_rl.files import read_json
 from recipes.studies.paired import markdown
@@ -58,9 +59,19 @@ class Trial:
         return self.loss > HARM + 1e-9  # rates are multiples of 1/400 and 1/100
 
 
-def auc(trials: Sequence[Trial], score: Callable[[Trial], float]) -> float | None:
-    """The share of pairs, one trial harmed and one not, in which the harmed one has the lower score; ties are half."""
-    pairs = [(score(one), score(other)) for one in trials if one.harmed for other in trials if not other.harmed]
+T = TypeVar("T", bound=Trial)
+
+
+def auc(
+    trials: Sequence[T], score: Callable[[T], float], same: Callable[[T], object] = lambda trial: None
+) -> float | None:
+    """The share of pairs of the same kind, one trial harmed and one not, in which the harmed one has the lower score;
+    ties are half. None without such a pair."""
+    pairs = [
+        (score(one), score(other))
+        for one, other in product(trials, trials)
+        if one.harmed and not other.harmed and same(one) == same(other)
+    ]
     return mean((one < other) + (one == other) / 2 for one, other in pairs) if pairs else None
 
 

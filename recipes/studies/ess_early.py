@@ -47,8 +47,8 @@ from dllm_rl import NoCorrection, PPOClip
 from dllm_rl.files import read_json, write_json
 from dllm_rl.monitoring.plots import read_metrics
 from recipes import countdown_tiny
-from recipes.studies import late_rollouts
-from recipes.studies.ess import FIRST, HARM
+from recipes.studies import ess, late_rollouts
+from recipes.studies.ess import FIRST, HARM, Trial, auc
 from recipes.studies.late_rollouts import QUIET, run_late
 from recipes.studies.paired import (
     Study,
@@ -96,94 +96,89 @@ def with_steps(root: Path, name: str, seed: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One late run beside its twin."""
+class Early(Trial):
+    """One late run beside its twin: `arm` is the bound, and ESS and rewards are means over the first steps.
+
+    later  the ESS of the last five of these.
+    """
 
     task: str
-    seed: int
-    bound: str
-    lag: int
-    rate: float
-    ess: float
-    later: float  # the ESS of the last five of the first steps
-    gained: float  # the mean reward of the first steps less the twin's
-    loss: float
-
-    @property
-    def harmed(self) -> bool:
-        return self.loss > HARM + 1e-9  # rates are multiples of 1/400
+    later: float
 
 
-SCORES: dict[str, Callable[[Trial], float]] = {
-    "ESS": lambda trial: trial.ess,
+SCORES: dict[str, Callable[[Early], float]] = {
+    "ESS": ess.SCORES["ESS"],
     "ESS of steps 5 to 9": lambda trial: trial.later,
-    "known before": lambda trial: -trial.lag * trial.rate,
-    "reward less the twin's": lambda trial: trial.gained,
+    **{name: ess.SCORES[name] for name in ("known before", "reward less the twin's")},
 }
 
 
-def trials(stored: Mapping[str, Sequence[Run]]) -> list[Trial]:
+def trials(stored: Mapping[str, Sequence[Run]]) -> list[Early]:
     """The late runs of all tasks. A run that diverged ended at 0."""
     found = []
     for task, runs in stored.items():
         results = by_arm(runs)
         for seed, lag, bound, rate in product(SEEDS, LAGS, BOUNDS, RATES):
             late, twin = (results[name_of(which, bound, rate), seed] for which in (lag, 0))
-            ess = late["ess of steps"][:FIRST]
-            rewards = [mean(run["reward of steps"][:FIRST]) for run in (late, twin)]
-            loss = twin["after"] - late["after"]
-            found.append(Trial(task, seed, bound, lag, rate, mean(ess), mean(ess[5:]), rewards[0] - rewards[1], loss))
+            rewards = (mean(run["reward of steps"][:FIRST]) for run in (late, twin))
+            found.append(
+                Early(
+                    bound,
+                    f"lag {lag}",
+                    seed,
+                    mean(late["ess of steps"][:FIRST]),
+                    twin["after"] - late["after"],
+                    lag * rate,
+                    *rewards,
+                    task=task,
+                    later=mean(late["ess of steps"][5:FIRST]),
+                )
+            )
     return found
 
 
-def auc(every: Sequence[Trial], score: str, same: Callable[[Trial], Any] = lambda trial: trial.bound) -> float | None:
-    """The share of pairs, one trial harmed and one not, of the same kind, in which the harmed one has the lower score;
-    ties are half. None without such a pair."""
-    pairs = [
-        (SCORES[score](one), SCORES[score](other))
-        for one, other in product(every, every)
-        if one.harmed and not other.harmed and same(one) == same(other)
-    ]
-    return mean((one < other) + (one == other) / 2 for one, other in pairs) if pairs else None
+def auc_of(every: Sequence[Early], score: str) -> float | None:
+    """The AUC over pairs of one bound."""
+    return auc(every, SCORES[score], lambda trial: trial.arm)
 
 
 def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def auc_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
+def auc_rows(every: Sequence[Early]) -> list[dict[str, str]]:
     """By task and bound, over all seeds: how many trials are harmed, and each score's AUC."""
     rows = []
     for task, bound in product(STUDIES, ("all", *BOUNDS)):
-        those = [trial for trial in every if trial.task == task and bound in ("all", trial.bound)]
+        those = [trial for trial in every if trial.task == task and bound in ("all", trial.arm)]
         row = {"task": task, "bound": bound, "harmed": f"{sum(trial.harmed for trial in those)} of {len(those)}"}
-        row |= {score: shown(auc(those, score)) for score in SCORES}
-        between = auc(those, "ESS", lambda trial: (trial.bound, trial.lag, trial.rate))
+        row |= {score: shown(auc_of(those, score)) for score in SCORES}
+        between = auc(those, SCORES["ESS"], lambda trial: (trial.arm, trial.kind, trial.known))
         rows.append(row | {"ESS between seeds": shown(between)})
     return rows
 
 
-def threshold_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
+def threshold_rows(every: Sequence[Early]) -> list[dict[str, str]]:
     """By bound, over both tasks: of harmed and of other trials, how many the thresholds mark."""
     rows = []
     for bound in ("all", *BOUNDS):
         row = {"bound": bound}
         for threshold, harmed in product(THRESHOLDS, (True, False)):
-            those = [trial for trial in every if bound in ("all", trial.bound) and trial.harmed is harmed]
+            those = [trial for trial in every if bound in ("all", trial.arm) and trial.harmed is harmed]
             marked = sum(trial.ess < threshold for trial in those)
             row[f"below {threshold:.2f}, {'harmed' if harmed else 'others'}"] = f"{marked} of {len(those)}"
         rows.append(row)
     return rows
 
 
-def claim_rows(every: Sequence[Trial]) -> list[dict[str, str]]:
+def claim_rows(every: Sequence[Early]) -> list[dict[str, str]]:
     """The claims, on the cells that have a pair."""
     found: dict[str, list[float]] = {"the ESS warns (AUC less a half)": [], "of more than was known (AUC less AUC)": []}
     for task, seed in product(STUDIES, SEEDS):
         cell = [trial for trial in every if (trial.task, trial.seed) == (task, seed)]
-        ess, known = auc(cell, "ESS"), auc(cell, "known before")
-        if ess is not None and known is not None:
-            for values, value in zip(found.values(), (ess - 0.5, ess - known), strict=True):
+        here, known = auc_of(cell, "ESS"), auc_of(cell, "known before")
+        if here is not None and known is not None:
+            for values, value in zip(found.values(), (here - 0.5, here - known), strict=True):
                 values.append(value)
     return claimed_rows(found)
 

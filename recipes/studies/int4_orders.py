@@ -40,7 +40,6 @@ from recipes.studies.paired import (
     load,
     markdown,
     paired,
-    result_path,
     run_missing,
     run_one,
 )
@@ -69,13 +68,6 @@ STUDY = Study(
     seeds=10,
     num_steps=180,
 )
-
-
-def run(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
-    """One run, with its rate."""
-    run_one(study, root, num_steps, name, seed)
-    path = result_path(root, name, seed)
-    write_json(path, read_json(path) | {"learning_rate": study.arms[name]["learning_rate"]})
 
 
 def claims(results: Results) -> Mapping[str, list[float]]:
@@ -110,10 +102,10 @@ def main() -> None:
         kept = read_json(STORED)
     else:
         trials = replace(STUDY, base=replace(STUDY.base, eval_task=STUDY.base.validation_task))
-        rates, tuning = tune(trials, root / "tuning", workers, run)
+        rates, tuning = tune(trials, root / "tuning", workers, run_one)
         pairs = [(arm, seed) for seed, arm in product(range(STUDY.seeds), STUDY.arms)]
         rated = at_rates(STUDY, rates)
-        run_missing(rated, root, pairs, num_steps=lambda _: STUDY.num_steps, workers=workers, run=run)
+        run_missing(rated, root, pairs, num_steps=lambda _: STUDY.num_steps, workers=workers)
         kept = {"rates": rates, "tuning": tuning, "runs": list(load(root).values())}
         if len(kept["runs"]) < len(pairs):
             raise SystemExit(f"{len(pairs) - len(kept['runs'])} runs failed; see {root / 'logs'}")

@@ -58,7 +58,7 @@ def test_early_trials_stand_beside_their_twins():
     runs = early_runs({0: 0.7, 2: 0.65, 8: 0.2})
     found = ess_early.trials(dict.fromkeys(ess_early.STUDIES, runs))
     assert len(found) == 2 * 72 and sum(trial.harmed for trial in found) == 72, "those of the lag of 8"
-    assert {(round(trial.ess, 3), trial.harmed, trial.gained) for trial in found} == {
+    assert {(round(trial.ess, 3), trial.harmed, trial.reward - trial.twins) for trial in found} == {
         (0.8, False, 0.0),
         (0.2, True, 0.0),
     }
@@ -76,11 +76,11 @@ def test_early_trials_stand_beside_their_twins():
 
 
 def test_pairs_are_of_one_bound():
-    late = {"task": "4x4 Sudoku", "seed": 20, "lag": 2, "rate": 5e-4, "later": 0.0, "gained": 0.0}
-    harmed = ess_early.Trial(bound="none", ess=0.1, loss=0.3, **late)
-    other = ess_early.Trial(bound="two-sided", ess=0.9, loss=0.0, **late)
-    assert ess_early.auc([harmed, other], "ESS") is None
-    assert ess_early.auc([harmed, other, dataclasses.replace(other, bound="none", ess=0.05)], "ESS") == 0
+    late = {"task": "4x4 Sudoku", "seed": 20, "kind": "lag 2", "known": 1e-3, "later": 0.0, "reward": 0.0, "twins": 0.0}
+    harmed = ess_early.Early(arm="none", ess=0.1, loss=0.3, **late)
+    other = ess_early.Early(arm="two-sided", ess=0.9, loss=0.0, **late)
+    assert ess_early.auc_of([harmed, other], "ESS") is None
+    assert ess_early.auc_of([harmed, other, dataclasses.replace(other, arm="none", ess=0.05)], "ESS") == 0
 
 
 def test_without_harm_there_is_no_auc():
