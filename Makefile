@@ -1,13 +1,16 @@
 # What one runs by hand; the virtual environment is made as README says.
 PYTHON = .venv/bin/python
 
+# 10 processor minutes, without a network.
 test:
 	$(PYTHON) -m pytest
 
+# 22 processor minutes: documents and their numbers, several processes, a simulated GPU. Of TRL the oldest version is
+# installed from the package index.
 slow:
 	$(PYTHON) -m pytest -m "slow and not nightly"
 
-# Where bits of one row are compared between batches: every matrix product rounds by its number of rows, as processors
+# 8 processor minutes. Where bits of one row are compared between batches: every matrix product rounds by its number of rows, as processors
 # differ. With run-time checks of types and shapes, which make calls twice as slow.
 CHECKED = --jaxtyping-packages=dllm_rl,beartype.beartype
 BITS = diagnostics/test_batch_invariance likelihoods/test_likelihoods_models likelihoods/test_revised \
@@ -17,10 +20,11 @@ BITS = diagnostics/test_batch_invariance likelihoods/test_likelihoods_models lik
 other_cpu:
 	$(PYTHON) -m pytest --other-cpu $(CHECKED) $(BITS:%=tests/%.py)
 
-# Hours: campaigns, studies, documents' numbers, and everything else on the other CPU, with checks of types and shapes.
+# Hours: campaigns, the code of studies and benchmarks in a few steps each (their stored numbers are not repeated), and
+# more on the other CPU. The first command prints what it skipped: install the extras harness and llamacpp, and holo
+# (in another environment: it needs an older numpy), and run `python -m recipes.weights antiberty rxnfp smollm2` first.
 nightly:
-	$(PYTHON) -m pytest -m nightly
-	$(PYTHON) -m pytest -m "not nightly" $(CHECKED)
+	$(PYTHON) -m pytest -rs -m nightly
 	$(PYTHON) -m pytest -m "not nightly" --other-cpu tests/algorithms tests/diagnostics tests/likelihoods tests/models \
 		tests/promises tests/quantization tests/samplers tests/training
 

@@ -7,6 +7,7 @@ with its tensors, so that steps, masks and weights stay with their rows.
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -27,6 +28,7 @@ from dllm_rl.frontend.grpo import grpo_recipe, wrap_model
 from dllm_rl.frontend.trl_names import OFF
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.policy import load_policy
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
@@ -36,6 +38,7 @@ from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
+from dllm_rl.training.cautions import cautions
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings
 from dllm_rl.training.sharded_learner import launch_engine
@@ -57,7 +60,7 @@ OVERRIDDEN = {
     "save_model": ("self", "output_dir", "_internal_call"),
 }
 # Fields of GRPOConfig that this trainer does not read, or with which it was not tried: they stay at their defaults.
-UNUSED_FIELDS = (*OFF, "cast_lm_head_to_fp32", "torch_compile")
+UNUSED_FIELDS = (*OFF, "cast_lm_head_to_fp32", "torch_compile", "trust_remote_code")
 UNUSED_ARGUMENTS = ("tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes")
 SAME_FIELDS = ("num_generations", "num_iterations", "beta", "seed", "bf16", "gradient_checkpointing")  # as a Recipe's
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
@@ -123,7 +126,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             raise ValueError(f"{name}={getattr(recipe, name)!r} does not work by micro-batches of TRL; use grpo")
         apply_compute_settings(recipe, policy)
         self._policy, self._recipe = policy, recipe
-        reference = copied(policy) if recipe.beta and trainer_arguments.get("peft_config") is None else None
+        adapters = trainer_arguments.get("peft_config")
+        reference = copied(policy) if recipe.beta and adapters is None else None
+        warned = replace(
+            recipe, learning_rate=args.learning_rate or recipe.learning_rate, lora=None if adapters is None else Lora()
+        )
         self._generated: tuple[Rollout, int, int]  # of the batch in progress, its number, its completions per prompt
         self._num_eval_batches, self._has_loss = 0, False
         module = policy.module
@@ -140,6 +147,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             reference = without_adapters(policy, self.accelerator.unwrap_model(self.model))
         policies = {"policy": policy, "rollout_policy": policy, "reference": reference}
         self._context = make_step(recipe, accelerator=self.accelerator, **policies)
+        for caution in cautions(warned) if self.accelerator.is_main_process else []:
+            warnings.warn(caution, stacklevel=2)
         self._context.features = ()  # without load balancing, which moves rows to other processes
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -72,4 +72,5 @@ def test_the_documents_speak_of_the_version_that_the_package_has():
     last release."""
     present = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert dllm_rl.__version__ == sections[0] == present
+    (cited,) = re.findall(r"version = \{\{?(.+?)\}", (ROOT / "README.md").read_text())
+    assert dllm_rl.__version__ == sections[0] == cited == present

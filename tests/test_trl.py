@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -380,6 +381,8 @@ def test_the_defaults_that_grpo_accepts_are_trls():
 def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
     settings = {"loss_type": "sapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True}
     settings |= {"torch_compile": True}
+    if "trust_remote_code" in {field.name for field in dataclasses.fields(GRPOConfig)}:
+        settings |= {"trust_remote_code": True}
     with pytest.raises(ValueError, match="has no use for") as refused:
         trainer(tmp_path, settings=settings, tools=[print], peft_config=LoraConfig(lora_dropout=0.1))
     for part in (
@@ -393,6 +396,23 @@ def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
         "lora_dropout=0.1",
     ):
         assert part in str(refused.value)
+    assert ("trust_remote_code=True" in str(refused.value)) is ("trust_remote_code" in settings)
+
+
+def test_the_warnings_of_grpo_are_given(tmp_path):
+    """With the learning rate of GRPOConfig, and peft's adapters as adapters."""
+    with pytest.warns(UserWarning, match=r"likelihood=.*gives no likelihood ratios: the mean of the corrector's"):
+        trainer(tmp_path, likelihood=OneStep(), corrector=TIS(), rollout_quantization=Int8WeightOnly())
+    coarse = tiny()
+    coarse.module.bfloat16()
+    rate = {"learning_rate": 1e-6}
+    with pytest.warns(UserWarning, match=r"a policy in bf16 without lora and learning_rate=1e-06"):
+        trainer(tmp_path, model=coarse, settings=rate)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        trainer(tmp_path, model=coarse, settings=rate, lora=True)
+        trainer(tmp_path)
+    assert not [each for each in given if "without lora" in str(each.message)]
 
 
 def test_an_engine_of_the_launch_is_refused(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, Trajectory
-from dllm_rl.models.base import has_bf16_products
+from dllm_rl.models.base import Policy, has_bf16_products, trainable_parameters
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
@@ -34,12 +34,13 @@ def cautions(recipe: Recipe) -> list[str]:
         )
     # AdamW changes a weight by about the learning rate. In bf16, the change is lost if the weight is above this value.
     largest_updated_weight = recipe.learning_rate * BF16_RELATIVE_STEPS
-    trains_bf16_weights = recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
-    if trains_bf16_weights and largest_updated_weight < TYPICAL_WEIGHT:
+    if recipe.lora is None and trains_bf16_weights(recipe) and largest_updated_weight < TYPICAL_WEIGHT:
+        weights, fp32 = "dtype='bfloat16'", as_written(dtype="float32", bf16=True)
+        if isinstance(recipe.model, Policy):
+            weights, fp32 = "a policy in bf16", "one in fp32, and bf16=True"
         warnings.append(
-            f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above "
-            f"{largest_updated_weight:.1g} round such updates away; use "
-            f"{as_written(dtype='float32', bf16=True)}: fp32 weights, bf16 products"
+            f"{weights} without lora and learning_rate={recipe.learning_rate}: bf16 weights above "
+            f"{largest_updated_weight:.1g} round such updates away; use {fp32}: fp32 weights, bf16 products"
         )
     if recipe.beta and recipe.kl == K1():
         warnings.append(
@@ -63,6 +64,13 @@ def cautions(recipe: Recipe) -> list[str]:
             "which teach nothing; use at least 2"
         )
     return warnings
+
+
+def trains_bf16_weights(recipe: Recipe) -> bool:
+    """Return whether the weights to train are in bf16, as far as is known before a checkpoint is loaded."""
+    if isinstance(recipe.model, Policy):
+        return any(weight.dtype == torch.bfloat16 for weight in trainable_parameters(recipe.model.module))
+    return isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
 
 
 def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:

@@ -12,6 +12,7 @@ from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrec
 from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
 from dllm_rl.models.lora import Lora
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import Autoregress
@@ -92,6 +93,19 @@ def test_weights_that_are_too_coarse_for_their_updates():
     assert "bf16 weights above 0.0005 round such updates away; use dtype='float32', bf16=True" in said
     for changes in ({"dtype": "float32", "bf16": True}, {"lora": Lora()}, {"learning_rate": 1e-4}):
         assert cautions(replace(full, **changes)) == []
+
+
+def test_a_policy_in_bf16_that_is_too_coarse_for_its_updates():
+    policy = tiny_masked_lm(characters="12")
+    policy.module.bfloat16()
+    full = tiny_recipe("x", model=policy, learning_rate=1e-6)
+    (said,) = cautions(full)
+    assert said.startswith("a policy in bf16 without lora") and "use one in fp32, and bf16=True" in said
+    assert cautions(replace(full, lora=Lora())) == []
+    policy.module.requires_grad_(False)
+    next(policy.module.parameters()).data = next(policy.module.parameters()).data.float()
+    next(policy.module.parameters()).requires_grad_(True)  # an adapter of one's own
+    assert cautions(full) == []
 
 
 def test_a_run_says_it_once(tmp_path, capsys):
