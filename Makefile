@@ -28,7 +28,7 @@ nightly:
 	$(PYTHON) -m pytest -m "not nightly" --other-cpu tests/algorithms tests/diagnostics tests/likelihoods tests/models \
 		tests/promises tests/quantization tests/samplers tests/training
 
-# Which of the changes in tests/mutations.py the default suite notices, each with the tests of its area: half an hour.
+# Which of the changes in tests/mutations.txt the default suite notices, each with the tests of its area: half an hour.
 mutations:
 	$(PYTHON) tests/mutations.py
 

@@ -1,5 +1,7 @@
 """Warnings, of one line each, about settings with which a run learns nothing or learns badly."""
 
+import os
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -81,6 +83,15 @@ def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:
         f"learning_rate={learning_rate:g} for {parameters / 1e9:.1f} billion parameters suits a small model: published "
         "runs of models of this size take 1e-6 to 1e-5 (3e-6 with adapters)"
     ]
+
+
+def launch_warnings(dtype: str | None, bf16: bool) -> list[str]:
+    """Warn about a launch's `mixed_precision`, which a run does not read. `dtype`: of weights loaded from a path."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by Accelerate's launcher
+    if precision == "no" or (precision == "bf16" and (bf16 or dtype == "bfloat16")):
+        return []
+    remedy = f"for bf16 products use {as_written(bf16=True)}"
+    return [f"mixed_precision={precision} of the launch's config is not read: set it to no; {remedy}"]
 
 
 def bf16_warnings(dtype: str | None, bf16: bool, device: str) -> list[str]:

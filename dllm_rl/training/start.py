@@ -29,7 +29,7 @@ from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.features import StepFeature, overrides
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.tasks.base import check_not_empty
-from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
+from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
@@ -95,7 +95,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
     log = open_log(recipe, accelerator, peers, saved_state, notes)
     weights_dtype = recipe.dtype if isinstance(recipe.model, str) else None
-    for caution in [*cautions(recipe), *bf16_warnings(weights_dtype, recipe.bf16, accelerator.device.type)]:
+    bf16 = bf16_warnings(weights_dtype, recipe.bf16, accelerator.device.type)
+    for caution in [*cautions(recipe), *bf16, *launch_warnings(weights_dtype, recipe.bf16)]:
         log.say(f"warning: {caution}")
 
     # 4. Set up the state before the first step. A resumed run reads all of it from one checkpoint: weights, adapters,

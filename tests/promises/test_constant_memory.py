@@ -59,6 +59,7 @@ LOSSES = {
     "ppo": losses.PPOClip(epsilon=0.2),
     "gspo": losses.GSPO(epsilon=0.05, epsilon_high=0.05),
     "cispo": losses.CISPO(),
+    "vespo": losses.VESPO(),
     "reinforce": losses.Reinforce(),
 }
 AGGREGATIONS = {

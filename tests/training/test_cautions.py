@@ -27,7 +27,7 @@ from dllm_rl.samplers.rules import (
     Threshold,
 )
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.training.cautions import cautions, learning_rate_warnings
+from dllm_rl.training.cautions import cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.trainer import train
 
 
@@ -108,9 +108,33 @@ def test_a_policy_in_bf16_that_is_too_coarse_for_its_updates():
     assert cautions(full) == []
 
 
-def test_a_run_says_it_once(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("requested", "dtype", "bf16", "warns"),
+    [
+        (None, None, False, False),
+        ("no", None, False, False),
+        ("bf16", None, True, False),
+        ("bf16", "bfloat16", False, False),
+        ("bf16", "float32", False, True),
+        ("bf16", None, False, True),
+        ("fp16", None, True, True),
+        ("fp8", "bfloat16", False, True),
+    ],
+)
+def test_the_precision_of_a_launch_is_not_read(monkeypatch, requested, dtype, bf16, warns):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if requested is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", requested)
+    said = launch_warnings(dtype, bf16)
+    assert len(said) == warns
+    assert not warns or f"mixed_precision={requested} of the launch's config is not read: set it to no" in said[0]
+
+
+def test_a_run_says_it_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(tiny_recipe(tmp_path, num_generations=1))
-    assert capsys.readouterr().out.count("warning: num_generations=1") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("warning: num_generations=1") == printed.count("warning: mixed_precision=bf16 of") == 1
 
 
 def test_equal_rewards_for_many_steps(tmp_path, capsys):
