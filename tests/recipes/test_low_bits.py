@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from tiny_recipe import tiny_recipe
 
-from dllm_rl import AIS
+from dllm_rl import AIS, Lora, MaxProb, NoCorrection, RandomOrder, Trajectory
 from dllm_rl.files import read_json, write_json
 from dllm_rl.testing import make_stats
 from recipes.smollm2_diffusion import recipe
@@ -19,6 +20,7 @@ from recipes.studies.low_bits_gradients import (
     cosine_of,
     jackknife,
     mean_product,
+    measure,
     rows_of,
 )
 from recipes.studies.low_bits_tuned import FIRST_SEED, HALF, STUDY, TUNED, TUNING, go_on, rated, whole
@@ -54,6 +56,18 @@ def test_noise_is_the_variance_of_a_batch():
     own = torch.tensor([[1.0], [3.0], [1.0], [3.0]], dtype=torch.float64)
     (row,) = rows_of({OWN: own @ own.T, BASELINE: own @ own.T}, {OWN: own @ own.T, BASELINE: own @ own.T})[:1]
     assert row["noise"][0] == pytest.approx((5 - 11 / 3) / (11 / 3))
+
+
+def test_each_batch_has_a_gradient_of_each_arm(tmp_path):
+    """In a random order there is none to agree on; learner and copy may draw the same completions."""
+    settings = {"lora": Lora(r=2), "likelihood": Trajectory(), "corrector": NoCorrection(), "report_to": None}
+    tiny = tiny_recipe(tmp_path, **settings, train_batch_size=2)
+    for rank, has_order in ((RandomOrder(), False), (MaxProb(), True)):
+        gradients, rewards, agreement = measure(tiny.replace(sampler=tiny.sampler.replace(rank=rank)), range(2))
+        assert {len(each) for each in gradients.values()} == {2} and {len(each) for each in rewards.values()} == {2}
+        assert len({each.shape for each in gradients.values()}) == 1 and len(agreement) == 2 * has_order
+        assert all(each.isfinite().all() for each in gradients.values())
+        assert all((gradients[arm] - gradients[BASELINE]).norm() > 0 for arm in ("int4, tis", "int4, aligned"))
 
 
 def test_a_mean_that_points_nowhere_has_no_cosine():
