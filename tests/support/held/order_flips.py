@@ -3,6 +3,7 @@
 from statistics import mean, median
 
 from held import STUDIES, stored
+from recipes.studies import order_flips_controls as controls
 from recipes.studies.order_flips import ORDERS, SEEDS, Model, alone_rows, bias, claim_rows, copy_rows, order_rows, over
 from recipes.studies.paired import interval, markdown
 
@@ -51,3 +52,41 @@ def flipped_orders():
     assert max(value for order, value in biases("answer").items() if order != "max_prob") < 1e-6, "unbiased"
     assert abs(biases("answer")["max_prob"] - biases("tis")["max_prob"]) < 0.01, "as biased"
     assert max(model["flips"]["kernel"] for model in models) == 0
+
+
+def other_models_after_rl_countdown_and_noise():
+    models = stored("order_flips_controls")
+    cases = {case: controls.of_case(models, case) for case in controls.SEEDS}
+    assert {case: len(each) for case, each in cases.items()} == {
+        "fresh": 20,
+        "after RL": 10,
+        "after RL, random": 10,
+        "Countdown": 10,
+    }
+    assert len(models) == 50, "no seed was left out"
+    for rows in (controls.case_rows, controls.claim_rows, controls.noise_rows):
+        yield PAGE, markdown(rows(models)).strip()
+
+    def left(case: str, order: str, weights: str, *, distance: bool = False) -> str:
+        scale = (lambda model: model["length"][order]) if distance else (lambda model: 1.0)
+        return interval([bias(model, order, "INT4", weights) * scale(model) for model in cases[case]])
+
+    found = {
+        row["stated before the runs"]: (row["found, 95 %"], row["Holm's p"]) for row in controls.claim_rows(models)
+    }
+    less, twice = (
+        {case: found[f"{case}: {claim}"] for case in controls.SEEDS}
+        for claim in ("TIS leaves less bias in random order", "the bias is more than twice that without flips")
+    )
+    assert less["fresh"][1] == twice["fresh"][1] == "0.000"
+    yield PAGE, f"In random order TIS leaves {less['fresh'][0]} less bias than under `MaxProb`, where it leaves"
+    yield PAGE, f"{left('fresh', 'max_prob', 'tis')}, from {left('fresh', 'max_prob', 'none')} without it."
+    yield PAGE, f"the second not (Holm's p {less['Countdown'][1]} and {twice['Countdown'][1]})."
+    trained = [case for case in controls.SEEDS if case.startswith("after")]
+    (missed,) = {less[case][1] for case in trained}
+    yield PAGE, f"(Holm's p {missed} twice), the second is ({' and '.join(twice[case][1] for case in trained)})."
+    under, random = (left("after RL", order, "tis", distance=True) for order in ("max_prob", "random"))
+    yield PAGE, f"as distances TIS leaves {under} under `MaxProb` and {random} in random order (trained under"
+    for row in controls.noise_rows(models):
+        value, half = row["INT4 less noise, 95 %"].split("±")
+        assert abs(float(value)) < float(half)
