@@ -297,7 +297,7 @@ def make_recipe(policy: Policy, args: Any, **choices: Any) -> Recipe:
         [{"prompt": ""}] * 2,  # nothing reads the recipe's task: TRL draws prompts and grades
         lambda completions: [0.0] * len(completions),
         preset="none",
-        sampler_options=drawing if sampler is None else None,
+        sampler_options=None if sampler else {name: value for name, value in drawing.items() if value is not None},
         micro_batch_size=args.per_device_train_batch_size,
         max_retained_graphs=0,
         kl=K3(bias_correction=args.use_bias_correction_kl),

@@ -47,6 +47,7 @@ from dllm_rl import (
     QaRL,
     Reinforce,
     Reject,
+    Renoise,
     SequenceMean,
     Trajectory,
     Unmask,
@@ -58,6 +59,7 @@ from dllm_rl import (
 )
 from dllm_rl import trl as ours
 from dllm_rl.frontend.trl_names import unused_defaults
+from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.make_step import make_step
@@ -200,6 +202,16 @@ def test_losses_of_the_library(tmp_path, loss):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
     _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
+
+
+def test_diffusion_gemma_by_default(tmp_path):
+    """Its noise is random tokens: sampler and likelihood are those of `grpo`."""
+    model = tiny_diffusion_gemma(characters="12345678=", canvas_length=4, hidden_size=32)
+    run = run_of(tmp_path, None, None, None, model=model, settings={"num_iterations": 1, "max_steps": 1})
+    assert isinstance(run._recipe.sampler, Renoise) and run.state.log_history[0]["rollout_corr/ess"] == 1
+    _, gradients = learner(run)
+    assert max(x.abs().max() for x in gradients[0].values()) > 1e-3
+    assert difference(run.gradients[0], gradients[0]) < 1e-5
 
 
 def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
