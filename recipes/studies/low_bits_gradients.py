@@ -150,7 +150,8 @@ def measure(recipe: Recipe, numbers: range) -> tuple[dict[str, Tensor], dict[str
             run = context(int4, rollout_quantization=Int4WeightOnly(), corrector=corrector)
             flat, metrics = gradient(run, samples, number)
             gradients[arm].append(flat)
-        agreement += [metrics[AGREEMENT]] if AGREEMENT in metrics else []  # a random order has none
+            if arm == BASELINE and AGREEMENT in metrics:  # a random order has none; the aligned forward's is the copy's
+                agreement.append(metrics[AGREEMENT])
         print(f"batch {number}", flush=True)
     return {arm: torch.stack(each) for arm, each in gradients.items()}, rewards, agreement
 
@@ -249,6 +250,20 @@ def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+def case_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """By case the cosine of each arm, and what was stored with it."""
+    rows = []
+    for case in CASES[1:]:
+        cosines = {row["arm"]: shown(row["cosine"]) for row in rows_of(*matrices(stored[case]))}
+        agreement = stored[case]["agreement"]
+        rows.append(
+            {"case": case}
+            | {arm: cosines[arm] for arm in CORRECTORS}
+            | {"reward": lost_reward(stored[case]), "order agreement": interval(agreement) if agreement else "-"}
+        )
+    return rows
+
+
 def lost_reward(stored: dict[str, Any]) -> str:
     """Return the mean reward of the int4 completions less that of the learner's own, with its interval."""
     int4, unquantized = stored["rewards"]["int4"], stored["rewards"][OWN]
@@ -281,6 +296,7 @@ def main(case: str) -> None:
 if __name__ == "__main__":
     case = which((*CASES, "claims"))
     if case == "claims":
-        print(markdown(claim_rows({case: read_json(stored_path(case)) for case in CASES[1:]})))
+        for rows in (case_rows, claim_rows):
+            print(markdown(rows({case: read_json(stored_path(case)) for case in CASES[1:]})))
     else:
         report(case) if "--report" in sys.argv else main(case)

@@ -3,10 +3,10 @@
 from statistics import mean
 
 from held import DOCS, STUDIES, stored
-from recipes.studies import low_bits_tuned
+from recipes.studies import low_bits_gradients, low_bits_tuned
 from recipes.studies.low_bits import COLUMNS, STUDY
 from recipes.studies.low_bits_gradients import lost_reward, table
-from recipes.studies.paired import by_arm, contrast_rows, holm, interval, paired, sign_flip, tables
+from recipes.studies.paired import by_arm, contrast_rows, holm, interval, markdown, paired, sign_flip, tables
 
 PAGE = f"{STUDIES}/low_bits.md"
 TUNED = stored("low_bits_tuned")
@@ -96,6 +96,29 @@ def low_bits():
     yield PAGE, f"whose cosine with the learner's {aligned}"
     yield PAGE, f"the INT4 copy's completions get {lost_reward(kept)} reward."
     assert max(abs(float(cosine[a].split("±")[0]) - b) for a, b in FIRST.items()) < 0.3
+
+
+def gradients_of_further_cases():
+    kept = {case: stored(f"low_bits_gradients_{case}") for case in low_bits_gradients.CASES[1:]}
+    assert len({str(each["machine"]) for each in kept.values()}) == 1
+    for rows in (low_bits_gradients.case_rows, low_bits_gradients.claim_rows):
+        yield PAGE, markdown(rows(kept)).strip()
+    assert {row["holds"] for row in low_bits_gradients.claim_rows(kept)} == {"no"}, "none of the nine is shown"
+    rows = {
+        case: {row.pop("arm"): row for row in low_bits_gradients.rows_of(*low_bits_gradients.matrices(each))}
+        for case, each in kept.items()
+    }
+    tis = {case: low_bits_gradients.shown(each["int4, tis"]["gain"]) for case, each in rows.items()}
+    told = "TIS's gains are {again} (`again`), {max_prob} (`max_prob`) and {after_rl_101} (`after_rl_101`)."
+    yield PAGE, told.format(**tis)
+    assert [case for case, each in rows.items() if each["int4, tis"]["gain"][0] < each["int4, tis"]["gain"][1]] == [
+        "after_rl"
+    ]
+    none, mended = (low_bits_gradients.shown(rows["after_rl"][arm]["cosine"]) for arm in ("int4", "int4, tis"))
+    yield PAGE, f"the cosine is {none} without a corrector, {mended} with TIS."
+    (before,) = {each["eval_before"] for each in kept.values() if "eval_before" in each}
+    after = [f"{kept[case]['eval_after']:.3f}" for case in ("after_rl", "after_rl_101")]
+    yield PAGE, f"(seeds 100 and 101, accuracy {before:.3f} to {after[0]} and to {after[1]})"
 
 
 def low_bits_training():
