@@ -232,10 +232,6 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     temperature = arguments.temperature
     if sampler_class is not Renoise:  # whose schedule sets the temperatures
         temperature = getattr(run_sampler, "temperature", 0.0) if temperature is None else temperature
-        if arguments.samples > 1 and temperature == 0:
-            raise ValueError(
-                f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
-            )
     filters = {name: getattr(arguments, name) for name in ("top_k", "top_p", "suppress")}
     shared = {"temperature": temperature, "block_size": arguments.block_size} | filters
     lengths = arguments.max_new_tokens or [default_length(policy, task, run_sampler)]
@@ -259,6 +255,10 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
             sampler = sampler.replace(cache=None)
         # Check here, before the first forward, instead of in the middle of a sweep.
         check_number_of_steps(sampler)
+        if arguments.samples > 1 and draws_nothing(sampler):
+            raise ValueError(
+                f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
+            )
         if isinstance(sampler, Unmask) and sampler.block_size and length:
             steps_per_block(sampler.diffusion_steps, [sampler.block_size] * -(-length // sampler.block_size))
         names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature")
@@ -271,6 +271,15 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         if (settings, sampler) not in plans:  # an adaptive rule is the same plan for every number of steps
             plans.append((settings, sampler))
     return plans
+
+
+def draws_nothing(sampler: Sampler) -> bool:
+    """Return whether the sampler completes a prompt in one way alone: greedily, in an order without chance."""
+    if getattr(sampler, "temperature", 1.0) != 0:
+        return False
+    if not isinstance(sampler, Unmask):
+        return True
+    return not (sampler.rank.adds_gumbel or "uniforms" in sampler.rank.reads | sampler.commit.reads)
 
 
 def default_length(policy: Policy, task: Task, run_sampler: Sampler | None) -> int:
@@ -337,8 +346,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
         sizes = {"tokens": row["max_new_tokens"], "steps": row.get("diffusion_steps")}  # 0 tokens: blanks are filled
         title = ", ".join(f"{size} {unit}" for unit, size in sizes.items() if size)
         table.add_column(title, justify="right")
-    for name in (name for name in first_row if f"{name}_interval" in first_row):
-        cells = [with_bounds(row[name], row[f"{name}_interval"], separator="  ") for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row if f"{name}_interval" in row):
+        cells = [with_bounds(row[name], row[f"{name}_interval"], separator="  ") if name in row else "" for row in rows]
         table.add_row(literal(name), *map(literal, cells))
     completions = first_row["n"] * first_row["samples"]
     table.add_row("tokens per completion", *(f"{row['tokens'] / completions:.1f}" for row in rows))
@@ -349,11 +358,13 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one row per setting: the settings that differ, `metric_of`, and the cost."""
-    metric = metric_of(rows[0])
+    metric = metric_of(rows)
     against = next((row["against"] for row in rows if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
     names = varying(rows)
-    values_and_labels = [(row[metric], ", ".join(str(row[name]) for name in names if name in row)) for row in rows]
+    values_and_labels = [
+        (row[metric], ", ".join(str(row[name]) for name in names if name in row)) for row in rows if metric in row
+    ]
     captions = [
         *[text] * bool(against),
         best_of(values_and_labels, metric),
@@ -368,7 +379,7 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(literal(name), justify="right", no_wrap=True)
     separator = "\n" if against else " "  # a line break leaves space for the names of models
     for row in rows:
-        cells = [with_bounds(row[metric], row[f"{metric}_interval"], separator=separator)]
+        cells = [with_bounds(row[metric], row[f"{metric}_interval"], separator=separator) if metric in row else ""]
         if against is not None:
             difference = row.get("difference", {}).get(metric)
             cells.append(with_bounds(difference[0], difference[1:], sign="+", separator="\n") if difference else "")

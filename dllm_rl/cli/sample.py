@@ -62,9 +62,11 @@ def sample_command(arguments: argparse.Namespace) -> None:
 def lines_of_input() -> list[str]:
     """Read prompts from standard input, one per line."""
     try:
-        return [line.removesuffix("\n") for line in sys.stdin]
+        sys.stdin.reconfigure(newline=None)  # type: ignore[union-attr]  # Python leaves \r\n as it is on Linux
+        lines = [line.removesuffix("\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else []  # a byte order mark
 
 
 def complete(

@@ -45,7 +45,10 @@ class GradedFile:
     def problems(self) -> list[int | str]:
         """What identifies each row's problem (see `_problem`); the number of the row if nothing does."""
         keys = [_problem(completion.row, fields) for completion, fields in zip(self.stored, self.fields, strict=True)]
-        return [place if key is None else key for place, key in enumerate(keys)]
+        places = {
+            location: place for place, location in enumerate(dict.fromkeys(each.location for each in self.stored))
+        }
+        return [places[each.location] if key is None else key for each, key in zip(self.stored, keys, strict=True)]
 
     def evaluation(self, problems: Sequence[int | str]) -> Evaluation:
         """Return the grades as an evaluation in which a problem has the number of its place in `problems`."""

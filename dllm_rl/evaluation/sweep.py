@@ -18,12 +18,13 @@ def varying(results: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in SETTINGS if len({str(row[name]) for row in results if name in row}) > 1] or ["model"]
 
 
-def metric_of(result: dict[str, Any]) -> str:
-    """Return the metric that the protocol of a result reports: cell_accuracy for Sudoku under a paper's, else the
-    headline.
+def metric_of(results: Sequence[dict[str, Any]]) -> str:
+    """Return the metric that the protocol of some results reports: cell_accuracy for Sudoku under a paper's, else the
+    headline. Of a grader that may return None, some of the results may lack it.
     """
-    is_published = result.get("protocol") not in (None, "own", "strict")
-    return "cell_accuracy" if is_published and "cell_accuracy" in result else headline(result)
+    names = {name for result in results for name in result}
+    is_published = results[0].get("protocol") not in (None, "own", "strict")
+    return "cell_accuracy" if is_published and "cell_accuracy" in names else headline(names)
 
 
 def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -38,7 +39,8 @@ def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    metric = metric_of(results[0])
+    metric = metric_of(results)
+    results = [row for row in results if metric in row]
     names_differing = [name for name in varying(results) if name != "diffusion_steps"]  # steps are on the axis
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in results:

@@ -12,6 +12,7 @@ from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.countdown.task import PROMPTS
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.math import graders as math
+from dllm_rl.tasks.math.task import Questions
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku import graders as sudoku
 
@@ -68,10 +69,20 @@ class UnderProtocol:
         return self.task[index]
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return PROTOCOLS[self.name][self.protocol](problem.fields, completion)
+        return PROTOCOLS[self.name][self.protocol](problem.fields, self._opened + completion)
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        return grade_all(self.name, self.protocol, [problem.fields for problem in problems], completions)
+        return grade_all(
+            self.name,
+            self.protocol,
+            [problem.fields for problem in problems],
+            [self._opened + each for each in completions],
+        )
+
+    @property
+    def _opened(self) -> str:
+        """The part of the task's opening that is graded with a completion."""
+        return self.task.opened_layout() if isinstance(self.task, Questions) else ""
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:

@@ -526,3 +526,35 @@ def text():
         (("nowhere:Copy",), "No module named 'nowhere'"),
     ):
         assert message in refusal(capsys, *command, "--task", *options)
+
+
+def test_greedy_samples_differ_in_random_order_alone(model, capsys):
+    options = ["--task", "sudoku", "--limit", "2", "--samples", "3", "--diffusion_steps", "16", "--json"]
+    assert main(["evaluate", model, *options]) == 2
+    assert "--samples 3 at --temperature 0 would all be equal" in capsys.readouterr().err
+    for order in (["--rank", "RandomOrder"], ["--rank", "PlackettLuce", "--rank.temperature", "0.3"]):
+        assert main(["evaluate", model, *options, *order]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["samples"] == 3
+
+
+def test_a_setting_without_a_metric_leaves_its_cell_empty(model, capsys, tmp_path, monkeypatch):
+    """The own metric is None for short texts, so that one length has none of it."""
+    (tmp_path / "judged.py").write_text("""
+from dllm_rl import task_from_dataset
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def accuracy(completions, **columns):
+    return [None if len(text) < 3 else 1.0 for text in completions]
+
+def held():
+    return task_from_dataset([{"prompt": f"{i}="} for i in range(1, 5)], reward_funcs=[length, accuracy])
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for lengths in ("2,8", "8,2"):
+        options = ["--task", "judged:held", "--max_new_tokens", lengths]
+        for more in ([], ["--diffusion_steps", "1,2"], ["--plot", str(tmp_path / "plot.png")]):
+            assert main(["evaluate", model, *options, *more]) == 0
+            assert "accuracy" in capsys.readouterr().out

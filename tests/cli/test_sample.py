@@ -166,9 +166,9 @@ def test_prompts_that_are_no_text_are_named(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: standard input is not utf-8 at byte 3; convert the prompts\n"
 
 
-@pytest.mark.parametrize("raw", [b"12=\r\n34=\r\n", b"12=\n34=", b"12=\r34=\r"], ids=repr)
+@pytest.mark.parametrize("raw", [b"12=\r\n34=\r\n", b"12=\n34=", b"12=\r34=\r", b"\xef\xbb\xbf12=\r\n34="], ids=repr)
 def test_line_ends_are_no_part_of_a_prompt(checkpoint, capsys, monkeypatch, raw):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", newline="\n"))  # as Python's
     assert cli.main(["sample", checkpoint, "--max_new_tokens", "2", "--json"]) == 0
     assert [row["prompt"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["12=", "34="]
 

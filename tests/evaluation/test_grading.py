@@ -207,6 +207,9 @@ def test_the_samples_of_a_problem_are_known_by_its_text_or_fields(tmp_path, task
 def test_rows_that_name_no_problem_are_problems_each_unless_an_id_repeats(tmp_path) -> None:
     rows = [{"answer": "5", "completion": text} for text in ("<answer>5</answer>", "no", "no", "no")]
     assert grade_file(write(tmp_path / "a.jsonl", rows), task="gsm8k")["problems"] == 4
+    (several,) = [{"answer": "5", "completion": [row["completion"] for row in rows]}]
+    found = grade_file(write(tmp_path / "a.jsonl", [several, several]), task="gsm8k")  # a row's texts are its samples
+    assert (found["n"], found["problems"], found["pass@1"], found["pass@4"]) == (8, 2, 0.25, 1.0)
     for name in ("id", "task_id", "question_id", "problem_id", "doc_id"):
         named = [row | {name: f"test/{place // 2}"} for place, row in enumerate(rows)]
         found = grade_file(write(tmp_path / "b.jsonl", named), task="gsm8k")

@@ -31,7 +31,7 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
     Without such a block, the first block that begins with white space, else the first nonblank block, is appended to
     the prelude as the function's body.
     """
-    blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
+    blocks = [re.sub(r"^[\w+.{}-]*[ \t\r]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"

@@ -53,17 +53,18 @@ class Questions(Prompted, ABC):
             raise IndexError(f"problem {index} of {len(self)}")
         question, fields, solution = self._rows[index]
         prompt = self.render_prompt(**{self.placeholders[0]: question})
-        return Problem(prompt, fields, solution and solution.removeprefix(self._opened_layout() or self.opening))
+        return Problem(prompt, fields, solution and solution.removeprefix(self.opened_layout() or self.opening))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return self.rules[self.reward_rule](problem.fields, self._opened_layout() + completion)
+        return self.rules[self.reward_rule](problem.fields, self.opened_layout() + completion)
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
         if self.reward_rule in self.prepare:
-            self.prepare[self.reward_rule]([problem.fields for problem in problems], completions)
+            opened = [self.opened_layout() + completion for completion in completions]
+            self.prepare[self.reward_rule]([problem.fields for problem in problems], opened)
         return list(map(self.reward, problems, completions))
 
-    def _opened_layout(self) -> str:
+    def opened_layout(self) -> str:
         """Return the part of the opening that is graded with the completion: "<reasoning>" and all after it, or ""."""
         _, tag, rest = self.opening.partition("<reasoning>")
         return tag + rest

@@ -91,6 +91,10 @@ def test_a_row_of_another_form_is_refused_by_its_line(tmp_path, drop) -> None:
         ("Sure:\n```python\n    return 1\n```", "    return 1\n"),  # the sentence before the fence is no code
         ("    return 1\n<|endoftext|>def f(a): return 2", "    return 1\n"),
         ("    return fg\nprint(f(1))", "    return fg"),
+        ("```python \ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
+        ("```python\r\ndef f(a): return 1\r\n```", "\ndef f(a): return 1\r\n"),
+        ("```python3.11\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
+        ("```{python}\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
         ("", ""),
         ("``````", ""),
     ],

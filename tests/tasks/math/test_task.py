@@ -90,6 +90,18 @@ def test_gsm8k_prompts(tmp_path) -> None:
     assert opened.solution.startswith("40 + 2")  # the opening is the prompt's, not the completion's
 
 
+@pytest.mark.parametrize("protocol", ["strict", "d1"])
+def test_a_protocol_grades_what_the_opening_began(tmp_path, protocol) -> None:
+    """As the task itself does in training."""
+    path = write_lines(tmp_path / "test.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
+    task = GSM8K(split="test", path=path, opening="<reasoning>\n</reasoning>\n<answer>\n")
+    graded = under_protocol(task, protocol)
+    assert task.reward(task[0], "2\n</answer>").breakdown["accuracy"] == 1
+    for completion, right in (("2\n</answer>", 1), ("3\n</answer>", 0)):
+        (together,) = graded.rewards([graded[0]], [completion])
+        assert graded.reward(graded[0], completion).breakdown["accuracy"] == together.breakdown["accuracy"] == right
+
+
 @pytest.mark.parametrize("opening", ["", "<reasoning>", "<reasoning>\n", "<think>\n\n</think>\n\n<reasoning>"])
 def test_a_solution_has_the_full_reward_of_d1_whatever_opens_the_turn(tmp_path, opening) -> None:
     path = tmp_path / "test.jsonl"
