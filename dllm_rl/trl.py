@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, Loss
@@ -117,6 +117,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             )
         if policy.spec.attention == "causal":
             raise ValueError(f"model is causal ({policy.spec.name}); use TRL's GRPOTrainer, or grpo")
+        if not isinstance(policy.module, PreTrainedModel):
+            kind = type(policy.module).__name__
+            raise ValueError(f"model's module, {kind}, is none of transformers' models, which TRL needs; use grpo")
         choices = {"sampler": sampler, "likelihood": likelihood, "corrector": corrector, "loss": loss}
         choices = {name: choice for name, choice in choices.items() if choice is not None}
         recipe = make_recipe(policy, args, rollout_quantization=rollout_quantization, **choices)
@@ -204,8 +207,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         with torch.no_grad(), self._arithmetic():
             if self._recipe.rollout_quantization is not None and context.rollout_policy is policy:
                 context.rollout_policy = RolloutCopy(recipe=self._recipe).load(policy)
-            elif context.rollout_policy.weights_version != policy.weights_version:
-                self._log("train", sync_weights(policy, context.rollout_policy))
+            elif context.rollout_policy is not policy and (is_training or number == -1):
+                # Before each evaluation, too: the trainer may have loaded other weights since the last rollout.
+                metrics = sync_weights(policy, context.rollout_policy)
+                self._log("train", metrics if is_training else {})
             rollout = self._recipe.sampler(context.rollout_policy, batch, generator_for(*key, int(seeds[0])))
         if not rollout.logprobs.isfinite().all():
             raise FloatingPointError(

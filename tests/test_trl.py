@@ -214,6 +214,23 @@ def test_diffusion_gemma_by_default(tmp_path):
     assert difference(run.gradients[0], gradients[0]) < 1e-5
 
 
+def test_an_evaluation_samples_from_a_copy_of_the_weights_that_are_there(tmp_path):
+    """The trainer may load the best weights at the end, at the same step."""
+    settings = {"max_steps": 1}
+    run = trainer(tmp_path, settings=settings, rollout_quantization=Int8WeightOnly(), eval_rows=ROWS[:2])
+    run.train()
+    with torch.no_grad():
+        for weight in run._policy.module.parameters():
+            weight.mul_(0.5)
+    run.evaluate()
+    tokens = torch.tensor([[3, 4, 5]])
+    there, fresh = (
+        policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        for policy in (run._context.rollout_policy, quantized_copy(run._policy, Int8WeightOnly()))
+    )
+    assert torch.equal(there, fresh)
+
+
 def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
     """At equal weights, the mean of the gradients of the two halves is the gradient of all rows."""
     settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 0.0, "num_iterations": 1}
@@ -434,6 +451,18 @@ def test_an_engine_of_the_launch_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path)
 
 
+class Own(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def own_policy():
+    policy = tiny()
+    policy.module = Own(policy.module)
+    return policy
+
+
 def whitened(log_ratio, advantages, mask, sum_over_processes):
     return log_ratio * sum_over_processes(advantages.sum())
 
@@ -452,6 +481,7 @@ def whitened(log_ratio, advantages, mask, sum_over_processes):
         (r"two objectives", {"corrector": TBPO(), "loss": GSPO()}),
         (r"model_init_kwargs=.*bfloat16.* leave it out", {"settings": {"model_init_kwargs": {"dtype": "bfloat16"}}}),
         (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
+        (r"model's module, Own, is none of transformers' models, which TRL needs; use grpo", {"model": own_policy()}),
         (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
     ],
 )

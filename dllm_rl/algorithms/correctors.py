@@ -600,7 +600,7 @@ class ByStep(Corrector):
             loss_mask |= result.loss_mask
             for name, value in result.metrics.items():
                 weighted_sums[name] = weighted_sums.get(name, 0.0) + value * count
-        if not weighted_sums:  # no tokens: return the corrector's result for an empty mask
+        if not len(steps):  # no tokens: return the corrector's result for an empty mask
             return self.corrector.weights(stats)
         num_tokens = stats.mask.sum().item()
         return TokenWeights(weights, loss_mask, {name: total / num_tokens for name, total in weighted_sums.items()})

@@ -100,6 +100,7 @@ def update(
     numbered = {}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
+        policy.module.zero_grad(set_to_none=True)  # of weights that the optimizer does not train
         if iteration:
             torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             view_logprobs = likelihood.view_logprobs(

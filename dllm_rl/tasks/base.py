@@ -145,7 +145,7 @@ def metric_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
     """
     if reward.value is None:
         return {"reward": (0.0, 0.0), "parsed": (0.0, 0.0)}
-    fractions = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
+    fractions = {"reward": (float(reward.value), 1.0), "parsed": (float(reward.parsed), 1.0)}
     components = component_fractions(reward)
     if components.keys() == {"reward"}:
         return fractions
@@ -156,7 +156,7 @@ def component_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
     """Return numerator and denominator of each metric of the breakdown: (value, 1), or the two counts of
     RATIO_METRICS.
     """
-    fractions = {name: (value, 1.0) for name, value in reward.breakdown.items()}
+    fractions = {name: (float(value), 1.0) for name, value in reward.breakdown.items()}
     for name, counts in RATIO_METRICS.items():
         if name in fractions and all(count in fractions for count in counts):
             # The mean of a single count is not shown: it has no meaning without the other count.

@@ -70,3 +70,16 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
     # In expectation over draws entropy is the mean of -log p.
     assert entropy.mean().item() == pytest.approx(-asked.old_logprobs[mask].mean().item(), rel=0.15)
     assert metrics_of(tmp_path)[0]["rollout_corr/kl"] == metrics_of(tmp_path / "plain")[0]["rollout_corr/kl"]
+
+
+def test_by_step_of_a_corrector_without_metrics():
+    """One weight for all tokens that it is given, e^-2 and e^-0.1 by step."""
+
+    def share(stats):
+        mean = stats.log_mismatch[stats.mask].exp().mean()
+        return c.TokenWeights(torch.where(stats.mask, mean, 1.0), stats.mask, {})
+
+    d = tensor([[-2.0, -2.0, -0.1, -0.1]]).expand(2, 4)
+    stats = make_stats(d, torch.ones(2), EVERY, unmask_step=tensor([[0, 0, 1, 1]]).expand(2, 4))
+    weights = c.ByStep(corrector=c.FunctionCorrector(function=share)).weights(stats).importance_weights
+    assert_close(weights, d.exp())

@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import ELBO, StepFeature, Trajectory, train
+from dllm_rl import ELBO, Int8WeightOnly, StepFeature, Trajectory, evaluate, quantized_copy, train
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
@@ -249,3 +249,28 @@ def test_a_state_that_no_feature_takes_is_named(tmp_path, capsys):
     train(tiny_recipe(tmp_path, **more | {"num_steps": 3}), features=(renamed,))
     assert renamed.updates == 1, "it began anew"
     assert "no feature of this run takes the checkpoint's state of Counted" in capsys.readouterr().out
+
+
+def test_the_last_evaluation_of_the_copy_has_the_last_weights(tmp_path):
+    """Although the feature skipped the last sync."""
+    recipe = tiny_recipe(tmp_path, num_steps=3, learning_rate=0.05, rollout_quantization=Int8WeightOnly())
+    run = train(recipe, features=(SyncEvery(2),))
+    copied = evaluate(quantized_copy(run.policy, Int8WeightOnly()), recipe.eval_task, recipe.eval_sampler, batch_size=8)
+    assert run["eval_after_quantized"]["reward"] == pytest.approx(copied.means["reward"])
+
+
+def last_weights(parameters, *, lr, betas, weight_decay):
+    return torch.optim.SGD(list(parameters)[-2:], lr=lr)
+
+
+def all_weights(parameters, *, lr, betas, weight_decay):
+    return torch.optim.SGD(list(parameters), lr=lr)
+
+
+def test_gradients_of_weights_that_are_not_optimized_do_not_add_up(tmp_path):
+    """At a rate of about 0 the norms are those of an optimizer of all weights."""
+    norms = []
+    for name, optim in (("some", last_weights), ("all", all_weights)):
+        train(tiny_recipe(tmp_path / name, num_steps=3, learning_rate=1e-9, optim=optim))
+        norms.append([row["grad_norm"] for row in metrics_of(tmp_path / name)])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 3

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from dllm_rl.tasks import base, task_from_dataset
 from dllm_rl.tasks.base import (
@@ -257,3 +259,10 @@ def test_the_last_resort_is_armed_at_most_once_a_second_and_moves_with_the_work(
             clock[0] += 0.25
             restart()
     assert armed == [(100.0 + second, 7.0 + GRACE) for second in range(11)]
+
+
+def test_numbers_of_torch_and_numpy_become_pythons():
+    for kind in (numpy.float32, numpy.int64, torch.tensor):
+        added = metric_fractions(Reward(kind(2), True, {"good": kind(1)}))
+        assert added == {"reward": (2.0, 1.0), "parsed": (1.0, 1.0), "good": (1.0, 1.0)}
+        assert {type(number) for pair in added.values() for number in pair} == {float}
