@@ -191,6 +191,6 @@ def made_up_advantages(
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """Return the groups of a batch, and the advantages of artificial rewards that are all different."""
     group = equal_groups(num_prompts, num_generations)
-    rewards = torch.linspace(0, 1, len(group))
+    rewards = torch.arange(float(len(group)))
     components = {"parts": rewards[None], "weights": torch.ones(1)} if advantages.takes_component_rewards else {}
     return group, compute_advantages(advantages, rewards, group, components)
