@@ -10,8 +10,8 @@ test:
 slow:
 	$(PYTHON) -m pytest -m "slow and not nightly"
 
-# 8 processor minutes. Where bits of one row are compared between batches: every matrix product rounds by its number of rows, as processors
-# differ. With run-time checks of types and shapes, which make calls twice as slow.
+# 8 processor minutes. Where bits of one row are compared between batches: every matrix product rounds by its number of
+# rows, as processors differ. With run-time checks of types and shapes, which make calls twice as slow.
 CHECKED = --jaxtyping-packages=dllm_rl,beartype.beartype
 BITS = diagnostics/test_batch_invariance likelihoods/test_likelihoods_models likelihoods/test_revised \
 	likelihoods/test_scoring promises/test_golden promises/test_kept_graphs promises/test_loop_numbers \
