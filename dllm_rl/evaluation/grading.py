@@ -104,7 +104,8 @@ def _read_and_grade(path: str | Path, task: str, protocol: str) -> GradedFile:
     # All rows before grading, so that a malformed row is reported without delay.
     rows = ((completion.location, completion.row) for completion in stored)
     fields = parse_rows(rows, lambda row: TABLE[task].read_fields(row, protocol))
-    rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
+    prompts = [completion.row.get("prompt") for completion in stored]
+    rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored], prompts)
     return GradedFile(stored, fields, rewards)
 
 

@@ -52,6 +52,7 @@ class Prompted:
     text: ClassVar[str]  # the instruction of prompt_format="text"
     placeholders: ClassVar[tuple[str, ...]]  # that a template must contain, in braces; "a|b": one of the two
     has_compact: ClassVar[bool] = False  # whether the task also has a format "compact"
+    opened_tags: ClassVar[tuple[str, ...]] = ("<answer>",)  # see opened_layout
 
     prompt_format: str | Path
     chat: bool
@@ -63,9 +64,16 @@ class Prompted:
         return self.has_compact and self.prompt_format == "compact"
 
     def check_prompt(self) -> None:
-        """Raise ValueError if the opening has no assistant turn to begin, or if the template is invalid."""
+        """Raise ValueError if the opening has no assistant turn to begin, if the reward would be 0 for every
+        completion, or if the template is invalid.
+        """
         if self.opening and (not self.chat or self.compact):
             raise ValueError(f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and text")
+        if self.compact and self.reward_rule == "d1":
+            raise ValueError(
+                "reward_rule='d1' reads an <answer> block, which prompt_format='compact' does not ask for: it would be "
+                "0 for every completion; use prompt_format='text'"
+            )
         if not self.compact:
             _ = self._template  # raises for an invalid one
 
@@ -82,6 +90,17 @@ class Prompted:
             {"role": message["role"], "content": _replace(message["content"], values)} for message in template_messages
         ]
         return [*messages, {"role": "assistant", "content": self.opening}] if self.opening else messages
+
+    @classmethod
+    def opened_layout(cls, prompt: object) -> str:
+        """Return what is graded before the completion: the assistant's turn that the prompt begins, from the first of
+        `opened_tags` on; "" if it has none.
+        """
+        match prompt:
+            case [*_, {"role": "assistant", "content": str(opening)}]:
+                starts = [opening.index(tag) for tag in cls.opened_tags if tag in opening]
+                return opening[min(starts) :] if starts else ""
+        return ""
 
     @cached_property  # a new task reads its file anew
     def _template(self) -> Prompt:

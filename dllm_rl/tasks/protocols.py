@@ -12,7 +12,6 @@ from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.countdown.task import PROMPTS
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.math import graders as math
-from dllm_rl.tasks.math.task import Questions
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku import graders as sudoku
 
@@ -69,20 +68,12 @@ class UnderProtocol:
         return self.task[index]
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return PROTOCOLS[self.name][self.protocol](problem.fields, self._opened + completion)
+        (reward,) = self.rewards([problem], [completion])
+        return reward
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        return grade_all(
-            self.name,
-            self.protocol,
-            [problem.fields for problem in problems],
-            [self._opened + each for each in completions],
-        )
-
-    @property
-    def _opened(self) -> str:
-        """The part of the task's opening that is graded with a completion."""
-        return self.task.opened_layout() if isinstance(self.task, Questions) else ""
+        fields = [problem.fields for problem in problems]
+        return grade_all(self.name, self.protocol, fields, completions, [problem.prompt for problem in problems])
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
@@ -115,10 +106,18 @@ def find_grader(task: str, protocol: str) -> Grader:
 
 
 def grade_all(
-    task: str, protocol: str, fields: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    task: str,
+    protocol: str,
+    fields: Sequence[Mapping[str, Any]],
+    completions: Sequence[str],
+    prompts: Sequence[object],
 ) -> list[Reward]:
-    """Grade completions by a protocol. Raises the errors of find_grader."""
+    """Grade completions by a protocol, each after what its prompt opens (see `Prompted.opened_layout`). Raises the
+    errors of find_grader.
+    """
     grader = find_grader(task, protocol)
+    opened = TABLE[task].task.opened_layout
+    completions = [opened(prompt) + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
     return [grader(*pair) for pair in zip(fields, completions, strict=True)]

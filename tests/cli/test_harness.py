@@ -23,7 +23,7 @@ GRADES = """
 from dllm_rl.tasks.protocols import grade_all
 
 def process_results(doc, results):
-    (reward,) = grade_all("sudoku", "strict", [doc], results)
+    (reward,) = grade_all("sudoku", "strict", [doc], results, [doc["text"]])
     return {"cell_accuracy": reward.breakdown["cell_accuracy"], "givens_kept": reward.breakdown["givens_kept"]}
 """
 ROWS = """

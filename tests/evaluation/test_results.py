@@ -196,7 +196,11 @@ def test_cell_accuracy_is_one_number_under_every_reward() -> None:
     """3 of 4 empty cells and 1 of 1: 4 of 5 of the set, where the mean of the puzzles' shares is 7/8."""
     rows = [(PUZZLE, GRID[:8] + "3" + GRID[9:]), (EASY, GRID)]
     problems = [Problem("", {"puzzle": puzzle, "solution": GRID}) for puzzle, _ in rows]
-    tasks = [Sudoku(), Sudoku(reward_rule="d1"), *(under_protocol(Sudoku(), name) for name in ("strict", "d1"))]
+    tasks = [
+        Sudoku(),
+        Sudoku(reward_rule="d1", prompt_format="text"),
+        *(under_protocol(Sudoku(), name) for name in ("strict", "d1")),
+    ]
     for task in tasks:
         answers = [
             GradedAnswer(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))

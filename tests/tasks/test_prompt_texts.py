@@ -1,5 +1,7 @@
 """Prompts from templates, and the opening of the assistant's turn."""
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from readme import README
 
+from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.math import GSM8K, MATH500
+from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.tasks.sudoku import Sudoku
 
 EXAMPLES = README.parent / "recipes" / "examples"
@@ -22,6 +26,53 @@ def test_opening_begins_the_assistants_turn() -> None:
     for without_turn in ({"prompt_format": "text", "chat": False}, {"prompt_format": "compact"}):
         with pytest.raises(ValueError, match="opening"):
             Countdown(opening="<reasoning>", **without_turn)
+
+
+METRICS = {Sudoku: "solve_rate", Countdown: "accuracy"}
+PROTOCOLS = {Sudoku: ("strict", "d1"), Countdown: ("strict",)}  # d1 reads Countdown's expression in a box
+
+
+@pytest.mark.parametrize(
+    "opening", ["", "<reasoning>", "<answer>", "<answer>\n", "<reasoning>\n</reasoning>\n<answer>\n"]
+)
+@pytest.mark.parametrize("rule", ["own", "d1"])
+@pytest.mark.parametrize("kind", METRICS)
+def test_what_an_opening_began_is_graded_in_training_evaluation_and_from_a_file(kind, rule, opening, tmp_path) -> None:
+    """A solution, without what the opening has of it, is right; the same with other digits is not."""
+    task = kind(prompt_format="text", opening=opening, reward_rule=rule, size=1)
+    problem = task[0]
+    right = problem.solution
+    if "<answer>" in opening:  # what a model writes behind it
+        right = right.removeprefix("<answer>").lstrip("\n")
+    wrong = re.sub(r"\d", "4", right)
+    metric = METRICS[kind]
+    for completion, solved in ((right, 1.0), (wrong, 0.0)):
+        assert task.reward(problem, completion).breakdown[metric] == solved
+        row = problem.fields | {"prompt": problem.prompt, "completion": completion}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        for protocol in PROTOCOLS[kind]:
+            under = under_protocol(task, protocol)
+            assert under.reward(problem, completion).breakdown[metric] == solved
+            assert grade_file(tmp_path / "rows.jsonl", task=task.name, protocol=protocol)[metric] == solved
+
+
+def test_an_opened_turn_may_be_in_the_template(tmp_path) -> None:
+    """A prompt of messages counts, whether `opening` or the template has them."""
+    messages = [{"role": "user", "content": "{puzzle}"}, {"role": "assistant", "content": "<answer>"}]
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+    task = Sudoku(prompt_format=tmp_path / "chat.json")
+    assert task.reward(task[0], f"{task[0].fields['solution']}</answer>").breakdown["solve_rate"] == 1
+    for prompt in ("<answer>", [], None, ["<answer>"], messages[:1], [*messages, messages[0]], [{"role": "assistant"}]):
+        assert Sudoku.opened_layout(prompt) == ""
+
+
+@pytest.mark.parametrize("kind", [Sudoku, Countdown])
+def test_d1s_reward_of_compact_answers_is_refused(kind) -> None:
+    """It would be 0 for the solution, too."""
+    with pytest.raises(ValueError, match=r"prompt_format='compact'.*use prompt_format='text'"):
+        kind(reward_rule="d1")
+    task = kind(reward_rule="d1", prompt_format="text", size=1)
+    assert task.reward(task[0], task[0].solution).value == 1
 
 
 def test_templates(tmp_path) -> None:

@@ -204,14 +204,14 @@ def test_a_rule_that_does_not_fit_the_file_is_refused_when_the_task_is_made(tmp_
     nine.write_text(f"Puzzle,Solution\n0{NINE[1:]},{NINE}\n")
     four.write_text(f"Puzzle,Solution\n0{GRID[1:]},{GRID}\n{'0' * 16},{GRID}\n")  # the second has 288 completions
     with pytest.raises(ValueError, match="reward_rule"):
-        Sudoku(path=str(nine), reward_rule="d1")
+        Sudoku(path=str(nine), reward_rule="d1", prompt_format="text")
     with pytest.raises(ValueError, match="protocol"):
         under_protocol(Sudoku(path=str(nine)), "d1")
     with pytest.raises(ValueError, match=r"problem 1 .*protocol"):
         under_protocol(Sudoku(path=str(four)), "spg")
     with pytest.raises(ValueError, match="protocol"):
         under_protocol(Sudoku(side=9, clues=60), "espo")
-    assert under_protocol(Sudoku(path=str(four), reward_rule="d1"), "d1").protocol == "d1"
+    assert under_protocol(Sudoku(path=str(four), reward_rule="d1", prompt_format="text"), "d1").protocol == "d1"
 
 
 HUMAN_EVAL = {

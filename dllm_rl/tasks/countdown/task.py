@@ -113,15 +113,18 @@ class Countdown(Prompted):
             raise IndexError(f"problem {index} of {len(self)}")
         numbers, target, expression = self._generate(index) if self.path is None else (*self._stored[index], None)
         fields = {"numbers": list(numbers), "target": target}
+        prompt = self._prompt(numbers, target)
         if expression is not None:
             expression = expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
-        return Problem(self._prompt(numbers, target), fields, expression)
+            expression = expression.removeprefix(self.opened_layout(prompt))
+        return Problem(prompt, fields, expression)
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[tuple[int, ...], int], ...]:
         return () if self.path is None else parse_rows(load_rows(self.path), _problem_of)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
+        completion = self.opened_layout(problem.prompt) + completion
         if self.reward_rule == "d1":
             return countdown_d1_training(problem.fields, completion)
         graded = countdown_strict(problem.fields, completion)

@@ -25,6 +25,7 @@ SOLUTION = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"
 class Questions(Prompted, ABC):
     """Base of tasks whose problems are the rows of a file, or of the hub's data set `hub` (name, configuration)."""
 
+    opened_tags: ClassVar[tuple[str, ...]] = ("<reasoning>", "<answer>")
     hub: ClassVar[tuple[str, str | None]]
     rules: ClassVar[Mapping[str, Grader]]  # grader by reward_rule
     # By reward_rule: a function (fields, completions) -> None that does the slow part of many grades in parallel, and
@@ -53,21 +54,17 @@ class Questions(Prompted, ABC):
             raise IndexError(f"problem {index} of {len(self)}")
         question, fields, solution = self._rows[index]
         prompt = self.render_prompt(**{self.placeholders[0]: question})
-        return Problem(prompt, fields, solution and solution.removeprefix(self.opened_layout() or self.opening))
+        return Problem(prompt, fields, solution and solution.removeprefix(self.opened_layout(prompt) or self.opening))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return self.rules[self.reward_rule](problem.fields, self.opened_layout() + completion)
+        return self.rules[self.reward_rule](problem.fields, self.opened_layout(problem.prompt) + completion)
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
         if self.reward_rule in self.prepare:
-            opened = [self.opened_layout() + completion for completion in completions]
+            pairs = zip(problems, completions, strict=True)
+            opened = [self.opened_layout(problem.prompt) + completion for problem, completion in pairs]
             self.prepare[self.reward_rule]([problem.fields for problem in problems], opened)
         return list(map(self.reward, problems, completions))
-
-    def opened_layout(self) -> str:
-        """Return the part of the opening that is graded with the completion: "<reasoning>" and all after it, or ""."""
-        _, tag, rest = self.opening.partition("<reasoning>")
-        return tag + rest
 
     @staticmethod
     @abstractmethod

@@ -130,8 +130,9 @@ class Sudoku(Prompted):
         fields = {"puzzle": puzzle, "solution": solution}
         if self.infill:
             return Problem(puzzle.replace("0", BLANK), fields, blank=BLANK)
+        prompt = self._prompt(puzzle)
         answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
-        return Problem(self._prompt(puzzle), fields, answer)
+        return Problem(prompt, fields, answer.removeprefix(self.opened_layout(prompt)))
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[str, str], ...]:
@@ -139,6 +140,7 @@ class Sudoku(Prompted):
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grade the first 16 (9x9: 81) non-blank characters; see `score`. Linear in the text's length."""
+        completion = self.opened_layout(problem.prompt) + completion
         if self.reward_rule == "d1":
             return sudoku_d1_training(problem.fields, completion)
         puzzle = problem.fields["puzzle"]

@@ -29,7 +29,7 @@ FIELDS = {"puzzle": "1234341200430021", "solution": "1234341221434321"}
 def test_d1s_sudoku_training_reward(completion: str, value: float, parsed: bool) -> None:
     for graded in (
         sudoku_d1_training(FIELDS, completion),
-        Sudoku(reward_rule="d1").reward(Problem("", FIELDS), completion),
+        Sudoku(reward_rule="d1", prompt_format="text").reward(Problem("", FIELDS), completion),
     ):
         assert (graded.value, graded.parsed) == (value, parsed)
 
