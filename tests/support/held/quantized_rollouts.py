@@ -53,17 +53,6 @@ def the_three_sentences():
                 f"{tuned.GAIN[tuned.DIFFERENCE]} (planned, ten seeds; greedy: at temperature 1 not)."
             ),
         )
-        yield (
-            page,
-            (
-                "**ESS:** a low effective sample size marks runs that end badly where nothing bounds the ratio, no "
-                "better than the lag times the learning rate does, and between seeds of one setting it told nothing "
-                "that we saw."
-            ),
-        )
-    found = {name: ess.auc_row(trials) for name, trials in ess.groups().items()}
-    free = found["- bound: none"]
-    assert free["ESS"] == free["known before"] == "1.00"
 
 
 def order():
