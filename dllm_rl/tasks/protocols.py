@@ -68,8 +68,8 @@ class UnderProtocol:
         return self.task[index]
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        (reward,) = self.rewards([problem], [completion])
-        return reward
+        opened = TABLE[self.name].task.opened_layout(problem.prompt)
+        return PROTOCOLS[self.name][self.protocol](problem.fields, opened + completion)
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
         fields = [problem.fields for problem in problems]
