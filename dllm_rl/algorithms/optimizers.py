@@ -25,7 +25,8 @@ class FunctionOptimizer(FunctionRecord, Optimizer):
     """An optimizer that a function makes.
 
     Args:
-        function: Function (parameters, lr=, betas=, weight_decay=) -> torch.optim.Optimizer.
+        function: Function (parameters, lr=, betas=, weight_decay=) -> torch.optim.Optimizer. Its parameter groups may
+            have different rates: the schedule scales each.
     """
 
     def __call__(
@@ -58,6 +59,19 @@ class AdamW8bit(Optimizer):
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
 
         return BitsAndBytesAdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def keep_rate_ratios(optimizer: optim.Optimizer, learning_rate: float) -> None:
+    """Store the ratio of each parameter group's rate to `learning_rate`, which `set_learning_rate` then keeps."""
+    for group in optimizer.param_groups:
+        if group.get("lr") is not None:  # an optimizer may choose its rate itself
+            group["lr_scale"] = group["lr"] / learning_rate
+
+
+def set_learning_rate(optimizer: optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of every parameter group, times the group's ratio if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 class LRSchedule(Record):

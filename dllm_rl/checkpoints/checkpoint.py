@@ -352,7 +352,8 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         # state there.
         groups = optimizer.state_dict()["param_groups"]
         if not isinstance(optimizer, torch.optim.AdamW):
-            groups = [own | stored for own, stored in zip(groups, state["param_groups"], strict=True)]
+            for own, stored in zip(groups, state["param_groups"], strict=True):
+                own |= {name: value for name, value in stored.items() if name != "lr_scale"}
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None

@@ -174,8 +174,12 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         translated[target] = STRING_VALUES[name][1][value] if name in STRING_VALUES else value
     if isinstance(translated.get("report_to"), list):
         translated["report_to"] = ",".join(translated["report_to"]) or "none"
+    fields: dict[str, dict[str, Any]] = {}
     for target in [target for target in translated if "." in target]:
-        bind_keyword(translated, target, translated.pop(target))
+        name, _, field = target.partition(".")
+        fields.setdefault(name, {})[field] = translated.pop(target)
+    for name, values in fields.items():
+        set_fields(translated, name, values)
     return translated
 
 
@@ -255,22 +259,22 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     return sizes if "num_generations" in keywords else sizes | {"num_generations": generations}
 
 
-def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:
-    """Set the argument of a setting's function, or an entry of `sampler_options`. `target` is NAME.ARGUMENT, as in
-    TRL_NAMES.
+def set_fields(settings: dict[str, Any], name: str, values: dict[str, Any]) -> None:
+    """Set fields of the record in a setting, all at once because it may check them together, or entries of
+    `sampler_options`.
     """
-    name, _, keyword = target.partition(".")
     if name == "sampler_options":
-        settings[name] = {**(settings.get(name) or {}), keyword: value}
+        settings[name] = {**(settings.get(name) or {}), **values}
         return
     default = {"loss": PPOClip(), "advantages": GroupRelative(), "lr_schedule": optimizers.LinearDecay()}[name]
     given = settings.get(name) or default
     record = fit(name, annotations_of(Recipe)[name], given)  # which may be given by its name
-    if not hasattr(record, keyword):
-        raise ValueError(f"{keyword}={value!r} is not a setting of {name}={describe(record)}; leave one of them out")
-    if isinstance(value, bool):  # scale_rewards of earlier TRL versions
-        value = "group" if value else "none"
-    settings[name] = record.replace(**{keyword: value})
+    for field, value in values.items():
+        if not hasattr(record, field):
+            raise ValueError(f"{field}={value!r} is not a setting of {name}={describe(record)}; leave one of them out")
+        if isinstance(value, bool):  # scale_rewards of earlier TRL versions
+            values[field] = "group" if value else "none"
+    settings[name] = record.replace(**values)
 
 
 def with_trl_names(function: Callable[Arguments, Recipe]) -> Callable[Arguments, Recipe]:

@@ -67,6 +67,9 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     counts = rows_of_processes(sizes, accelerator.num_processes)
     draw = partial(draw_and_grade, context, step, sizes=sizes)
     local_group = group.split(list(counts))[accelerator.process_index]
+    reward_weights = component_reward_weights(settings)
+    # The reward, and the components that have a weight: the others give no group an advantage.
+    counted = torch.tensor([True, *map(bool, reward_weights.values())])
     rollout, graded, local_rewards, num_too_long = draw(0, indices, local_group.unique())
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = wait_metrics_of("rollout", accelerator)
@@ -75,7 +78,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     if component_rewards[:, 0].isnan().all():  # on every process: a single None skips its completion
         raise RuntimeError(f"no completion of step {step} has a reward: every reward function returned None for each")
     if settings.prompt_source.uses_history:
-        history.add(step, indices, component_rewards, group)
+        history.add(step, indices, component_rewards[:, counted], group)
     metrics = reward_metrics(component_rewards[:, 0], group, graded, local_group, accelerator)
     metrics |= reduce_metrics(wait_metrics, accelerator)
     if settings.max_prompt_length is not None:
@@ -87,7 +90,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     num_tokens = sum(item.num_tokens for item in graded)
     while (
         num_draws < settings.max_num_gen_batches
-        and not (is_mixed := has_unequal_rewards(component_rewards, group)).all()
+        and not (is_mixed := has_unequal_rewards(component_rewards[:, counted], group)).all()
     ):
         indices = prompt_indices(settings, history, step, num_draws)
         redrawn = (~is_mixed).nonzero()[:, 0]
@@ -104,7 +107,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
         (component_rewards,) = gather_on_host([local_rewards], accelerator, counts)
         if settings.prompt_source.uses_history:
             rows = torch.isin(group, redrawn)
-            history.add(step, indices[redrawn], component_rewards[rows], group[rows])
+            history.add(step, indices[redrawn], component_rewards[rows][:, counted], group[rows])
         num_draws += 1
     rewards = component_rewards[:, 0]
     # The total of the earlier steps is in the log's last row. After a resume, only the main process has that row. The
@@ -115,11 +118,8 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     if settings.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(num_draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = (~has_unequal_rewards(rewards, group)).double().mean().item()
-    component_arguments = {}
-    if settings.advantages.takes_component_rewards:
-        reward_weights = torch.tensor(list(component_reward_weights(settings).values()))
-        component_arguments = {"parts": component_rewards[:, 1:].T, "weights": reward_weights}
-    advantages = compute_advantages(settings.advantages, rewards, group, component_arguments)
+    components = component_arguments(component_rewards[:, 1:].T, reward_weights)
+    advantages = compute_advantages(settings.advantages, rewards, group, components)
     metric_weights = torch.ones(len(rewards), dtype=torch.double)  # scoring sets them
     samples = Samples(rollout, group, rewards, advantages, metric_weights, counts, batch_number=step)
     if settings.counts_graphs:
@@ -201,7 +201,7 @@ def sample_and_grade(
         completions = texts_to_grade(rollout_policy, rollout, row_problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
         row_rewards = grade(settings.task, row_problems, completions, costs, timeout=settings.reward_timeout)
-    component_names = component_reward_weights(settings) if settings.advantages.takes_component_rewards else {}
+    component_names = list(component_reward_weights(settings))
     graded = []
     reward_rows = []
     for row, (completion, reward, prompt_length) in enumerate(
@@ -229,15 +229,15 @@ def compute_advantages(
     function: Advantages,
     rewards: Float[Tensor, " B"],
     group: Int[Tensor, " B"],
-    component_arguments: dict[str, Tensor],
+    components: dict[str, Tensor],
 ) -> Float[Tensor, " B"]:
-    """Compute the advantages, by default (R - mean) / (std + 1e-4).
+    """Compute the advantages, by default (R - mean) / (std + 1e-4). `components` are `component_arguments`.
 
     Raises:
         ValueError: The advantages have another shape than the rewards or are not finite. The message names the
             function.
     """
-    advantages = function(rewards, group, **component_arguments)
+    advantages = function(rewards, group, **components)
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
@@ -249,12 +249,19 @@ def compute_advantages(
     return advantages
 
 
+def component_arguments(parts: Float[Tensor, "K B"], weights: dict[str, float]) -> dict[str, Tensor]:
+    """Return what advantages take beside rewards and groups: {} if `component_reward_weights` gives no weights."""
+    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
+
+
 def component_reward_weights(settings: StepSettings) -> dict[str, float]:
-    """Return the task's reward weights by name, for `advantages` that take component rewards.
+    """Return the task's reward weights by name, if `advantages` take component rewards; {} otherwise.
 
     Raises:
         ValueError: The task has no reward weights.
     """
+    if not settings.advantages.takes_component_rewards:
+        return {}
     task = settings.task
     weights = getattr(task, "reward_weights", None)
     if not weights:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import off_policy_metrics
+from dllm_rl.algorithms.optimizers import set_learning_rate
 from dllm_rl.distributed.collectives import (
     Metrics,
     reduce_metrics,
@@ -93,8 +94,7 @@ def update(
     """
     likelihood, learning_rate, micro_batch_size = settings.likelihood, settings.learning_rate, settings.micro_batch_size
     check_staleness(batches[0].rollout, policy, max_staleness=settings.max_staleness)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     view_logprobs = batches[0].old_view_logprobs
     reduced: dict[str, float] = {}
     numbered = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from dllm_rl.algorithms.optimizers import set_learning_rate
 from dllm_rl.distributed.collectives import Processes, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.models.base import Policy, gather_if_sharded, join_uneven_forwards, trainable_parameters
 from dllm_rl.supervised.denoising import Noise, denoising_examples, denoising_loss
@@ -81,8 +82,7 @@ class SupervisedTrainer:
         if not math.isfinite(metrics["grad_norm"]):
             raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at {place}; the update was not applied")
         with self.stage("update"):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             self.policy.module.zero_grad(set_to_none=True)  # frees memory for an evaluation
         return metrics

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import Advantages
 from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
@@ -17,7 +16,9 @@ from dllm_rl.records import describe
 from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.collect import compute_advantages
+from dllm_rl.step.collect import component_arguments, component_reward_weights, compute_advantages
+from dllm_rl.step.settings import StepSettings
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import equal_groups
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
@@ -59,7 +60,7 @@ def cautions(recipe: Recipe) -> list[str]:
             )
     corrects_mismatch = corrector.has_weights and recipe.has_separate_rollout_policy
     warnings += likelihood_warnings(recipe.likelihood, recipe.sampler, corrects_mismatch=corrects_mismatch)
-    if not made_up_advantages(recipe.advantages, recipe.train_batch_size, recipe.num_generations)[1].any():
+    if not made_up_advantages(step_settings(recipe))[1].any():
         name = describe(recipe.advantages)
         warnings.append(
             f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "
@@ -186,11 +187,12 @@ def order_depends_on_tokens(sampler: Sampler) -> bool:
     return "tokens" in sampler.rank.reads or order_probability(sampler.rank, sampler.commit) in SCORED_ORDERS
 
 
-def made_up_advantages(
-    advantages: Advantages, num_prompts: int, num_generations: int
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return the groups of a batch, and the advantages of artificial rewards that are all different."""
-    group = equal_groups(num_prompts, num_generations)
-    rewards = torch.arange(float(len(group)))
-    components = {"parts": rewards[None], "weights": torch.ones(1)} if advantages.takes_component_rewards else {}
-    return group, compute_advantages(advantages, rewards, group, components)
+def made_up_advantages(settings: StepSettings) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return the groups of a step, and the advantages of artificial rewards in [0, 1) that are all different. Each
+    component reward, if the advantages take them, is the artificial reward too.
+    """
+    group = equal_groups(settings.train_batch_size, settings.num_generations)
+    rewards = torch.arange(len(group)) / len(group)
+    weights = component_reward_weights(settings)
+    components = component_arguments(rewards.expand(len(weights), -1), weights)
+    return group, compute_advantages(settings.advantages, rewards, group, components)

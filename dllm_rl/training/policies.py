@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl import manifest
+from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
@@ -175,7 +176,9 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
     """Make the recipe's optimizer of the policy's trainable parameters."""
     trainable = trainable_parameters(policy.module)
     betas = (recipe.adam_beta1, recipe.adam_beta2)
-    return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    optimizer = recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    keep_rate_ratios(optimizer, recipe.learning_rate)
+    return optimizer
 
 
 def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:

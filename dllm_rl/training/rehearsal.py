@@ -99,7 +99,7 @@ def compute_gradients(context: StepContext, rollout: Rollout) -> None:
     settings, processes = context.settings, context.accelerator.num_processes
     generations = settings.num_generations
     group = equal_groups(processes, generations)
-    all_groups, advantages = made_up_advantages(settings.advantages, settings.train_batch_size, generations)
+    all_groups, advantages = made_up_advantages(settings)
     # A group whose advantages are 0 gets advantages of both signs, so that every group has a loss.
     both_signs = torch.linspace(1, -1, generations).repeat(settings.train_batch_size)
     advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]

@@ -275,8 +275,7 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
     policy = build_policy(recipe, loading_device(recipe.shard_size, accelerator))
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe.value_model, policy)
-    if recipe.advantages.takes_component_rewards:
-        component_reward_weights(step_settings(recipe))  # raises ValueError if they are missing
+    component_reward_weights(step_settings(recipe))  # raises ValueError if the advantages take them and there are none
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
     policy = shard_policy(

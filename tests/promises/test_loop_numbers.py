@@ -266,7 +266,7 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
     steps = iter([A.flatten(), torch.zeros(A.numel())])
 
     def advantages(rewards, group):  # a run also tries them on made-up rewards, before its first step
-        made_up = torch.equal(rewards, torch.arange(float(len(rewards))))
+        made_up = torch.equal(rewards, torch.arange(len(rewards)) / len(rewards))
         return torch.ones_like(rewards) if made_up else next(steps)
 
     planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=K2(), advantages=advantages)

@@ -5,6 +5,7 @@ import inspect
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
@@ -105,6 +106,43 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
     (plain,) = rows_with(Decoupled())
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
+
+
+def test_ones_own_advantages_may_read_any_component_and_expect_shares(tmp_path):
+    """A run first tries them on artificial rewards, which have as many components, in [0, 1]."""
+
+    class OfTheSecond(Decoupled):
+        def __call__(self, rewards, group, *, parts, weights):
+            assert weights.tolist() == [1.0, 0.5] and parts.min() >= 0 and parts.max() <= 1
+            return torch.logit(parts[1], eps=0.1)
+
+    advantages = OfTheSecond()
+    grpo(
+        tiny_masked_lm(**SMALL), ROWS, [right, ends_in_1], reward_weights=[1.0, 0.5], advantages=advantages,
+        **options(tmp_path, num_steps=1),
+    )  # fmt: skip
+
+
+def ends_in_1(completions, **_):
+    return [float(text.endswith("1")) for text in completions]
+
+
+@pytest.mark.parametrize(("weight", "draws"), [(0.0, 3), (1.0, 1)])
+def test_a_reward_without_weight_makes_no_group_worth_keeping(weight, draws, tmp_path):
+    """Of two rewards only the second differs, and it counts by its weight."""
+
+    def never(completions, **_):
+        return [0.0] * len(completions)
+
+    def numbers(completions, **_):
+        return [float(number % 4) for number in range(len(completions))]
+
+    grpo(
+        tiny_masked_lm(**SMALL), ROWS, [never, numbers], reward_weights=[1.0, weight], advantages=Decoupled(),
+        max_num_gen_batches=3, **options(tmp_path, num_steps=1),
+    )  # fmt: skip
+    (row,) = read_metrics(tmp_path)
+    assert row["dynamic_sampling/draws"] == draws
 
 
 @pytest.mark.parametrize("name", ["reward", "parsed"])
@@ -332,6 +370,13 @@ def test_trls_names_set_what_they_mean():
     assert recipe.sampler == Unmask(max_new_tokens=4, diffusion_steps=2, top_p=0.9, top_k=5, temperature=1.0)
     assert recipe_of(loss=GSPO(), epsilon=0.1).loss == GSPO(epsilon=0.1)
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
+
+
+@pytest.mark.parametrize("order", list(permutations(("epsilon", "epsilon_high", "delta"))))
+def test_a_losss_fields_may_come_in_any_order(order):
+    """Each is right beside the others; delta alone would be below 1 + the default epsilon."""
+    clip = {"epsilon": 0.05, "epsilon_high": 0.1, "delta": 1.15}
+    assert recipe_of(**{name: clip[name] for name in order}).loss == PPOClip(**clip)
 
 
 def test_trls_true_resumes_from_the_latest_checkpoint():

@@ -15,6 +15,7 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, FunctionCorrector, NoCorrection
 from dllm_rl.algorithms.losses import K1, K2, FixedLengthMean, SequenceMean, TokenMean
+from dllm_rl.algorithms.optimizers import LinearWithWarmup
 from dllm_rl.decoding.tokens import decode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
@@ -182,6 +183,26 @@ def test_dynamic_sampling_with_nothing_to_replace_changes_nothing(tmp_path):
 
 def descent(parameters, lr, betas, weight_decay):
     return torch.optim.SGD(parameters, lr=lr)
+
+
+def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
+    """Also if the run is resumed with another rate. AdamW's state is loaded in one way, any other's in another."""
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        rates = []
+
+        def two_groups(parameters, lr, betas, weight_decay, optimizer=optimizer, rates=rates):
+            first, *others = parameters
+            made = optimizer([{"params": [first], "lr": 3 * lr}, {"params": others, "lr": 0.002}], lr=lr)
+            made.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in made.param_groups]))
+            return made
+
+        changes = {"optim": two_groups, "lr_schedule": LinearWithWarmup(), "lr_schedule_steps": 2}
+        folder = tmp_path / optimizer.__name__
+        train(tiny_recipe(folder, num_steps=1, learning_rate=1e-3, **changes))
+        changes |= {"learning_rate": 1e-2, "allow_changed": "learning_rate", "resume_from_checkpoint": "latest"}
+        train(tiny_recipe(folder, num_steps=2, **changes))
+        assert [row["learning_rate"] for row in metrics_of(folder)] == pytest.approx([1e-3, 0.5e-2])
+        assert rates[0] == pytest.approx([3e-3, 2e-3]) and rates[-1] == pytest.approx([1.5e-2, 1e-3])
 
 
 def one_live_group(rewards, group):
