@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files rng screen records types tasks distributed models decoding quantization likelihoods samplers",
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
-    "supervised": "records types tasks distributed models decoding settings likelihoods",
+    "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
     "testing": "records types algorithms models decoding quantization likelihoods samplers diagnostics",
     "serving": "rng screen records types models decoding quantization samplers diagnostics",
