@@ -391,7 +391,7 @@ class Recipe(Settings):
 
         The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the first set.
         """
-        return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
+        return max(1, self.num_iterations) if self.resample_masks and self.likelihood.is_random else 1
 
     @property
     def num_scored_mask_sets(self) -> int:

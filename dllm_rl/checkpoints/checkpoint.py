@@ -27,6 +27,7 @@ from dllm_rl.models.lora import layers_of, lazy_merged_tensors
 from dllm_rl.versions import versions
 
 # Errors that torch's loader raises on a damaged file.
+RECIPE_SETTINGS = ("betas", "weight_decay", "lr_scale")  # of an optimizer's parameter groups
 _DAMAGE_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -349,11 +350,11 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         for index, weight_state in state["state"].items():
             weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
         # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep
-        # state there.
+        # state there, beside these settings.
         groups = optimizer.state_dict()["param_groups"]
         if not isinstance(optimizer, torch.optim.AdamW):
             for own, stored in zip(groups, state["param_groups"], strict=True):
-                own |= {name: value for name, value in stored.items() if name != "lr_scale"}
+                own |= {name: value for name, value in stored.items() if name not in RECIPE_SETTINGS}
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None

@@ -203,7 +203,7 @@ def grpo_recipe(  # noqa: PLR0913
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
     # Evaluations of the learner run in this process, where the sampler of an engine that decodes by itself cannot.
     is_of_engine = settings.get("rollout_engine") and decodes_in_engine(used_sampler)
-    if settings.get("loss_reduction") == DR_GRPO:
+    if settings.get("loss_reduction") is DR_GRPO:
         settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
     fields: dict[str, Any] = {
         "name": name,

@@ -48,11 +48,21 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     """Compute the log-probs of a step's samples under learner, rollout policy and reference.
 
     Call it before the step's first update. `step` is the number of the samples' batch.
+
+    Raises:
+        ValueError: The update trains on rows that the worker of late rollouts did not score.
     """
     settings = context.settings
-    # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
-    # estimate the metrics of all groups.
-    samples = replace(samples, metric_weights=metric_weights(settings, samples, step))
+    if not samples.rollout_logprobs:
+        # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
+        # estimate the metrics of all groups.
+        samples = replace(samples, metric_weights=metric_weights(settings, samples, step))
+    elif (active_rows(settings, samples) & (samples.metric_weights == 0)).any():
+        raise ValueError(
+            "the update trains on groups whose rollout log-probs their worker did not compute, because a feature or a "
+            "changed setting made them count: use a likelihood that is exact for the sampler, such as Trajectory(), or "
+            "max_staleness=0"
+        )
     for feature in context.features:
         samples = feature.before_scoring(context, samples)
     rollout = samples.rollout

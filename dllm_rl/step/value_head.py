@@ -103,7 +103,8 @@ class ValueHead(StepFeature):
                 "steps (by an order's probability, or after rewriting): use Trajectory(include_order=False) or another "
                 "rank or commit rule, or value_model=None"
             )
-        is_step = (views.coefficients != 0).any(-1)
+        has_reward = samples.local(~samples.rewards.isnan(), context.accelerator)
+        is_step = (views.coefficients != 0).any(-1) & has_reward  # a completion without a reward teaches nothing
         values = torch.zeros(is_step.shape, device=advantages.device)
         with join_uneven_forwards(policy):
             for chunk in row_chunks(rollout, views, micro_batch_size):
@@ -113,8 +114,8 @@ class ValueHead(StepFeature):
                     forward = view.run(policy, rows, rows.completion_mask & has_step[:, None])
                     if forward is not None:
                         row_index = forward.plan.flat_index // rows.tokens.shape[1]
-                        target = advantages[chunk.rows]
-                        values[n, chunk.rows] = self._predict(forward.states, row_index, target, has_step)
+                        target, is_learned = advantages[chunk.rows], has_step & has_reward[chunk.rows]
+                        values[n, chunk.rows] = self._predict(forward.states, row_index, target, is_learned)
         num_values = is_step.sum()
         self.num_values += num_values.item()
         errors = torch.where(is_step, values - advantages, 0).double().square().sum()
@@ -129,16 +130,18 @@ class ValueHead(StepFeature):
         states: Float[Tensor, "K D"],
         row_index: Int[Tensor, " K"],
         target: Float[Tensor, " R"],
-        has_step: Bool[Tensor, " R"],
+        is_learned: Bool[Tensor, " R"],
     ) -> Float[Tensor, " R"]:
-        """Return the values of a chunk's rows, detached, and add the gradient of their squared errors to the layers."""
+        """Return the values of a chunk's rows, detached, and add to the layers the gradient of the squared errors of
+        the learned rows.
+        """
         layers = self.layers or self.build(states.shape[-1], states.device)
         with torch.autocast(states.device.type, enabled=False):
             at_positions = layers(states.detach().float())[:, 0]
             totals = torch.zeros_like(target).index_add(0, row_index, at_positions)
             counts = torch.zeros_like(target).index_add(0, row_index, torch.ones_like(at_positions))
             values = totals / counts.clamp(min=1)
-            torch.where(has_step, values - target, 0).square().sum().backward()
+            torch.where(is_learned, values - target, 0).square().sum().backward()
         return values.detach()
 
     def learn(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:

@@ -13,6 +13,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.models.base import Policy
+from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
 from dllm_rl.training.run import Run
@@ -27,7 +28,9 @@ def before_first_step(run: Run[Settings]) -> None:
         ValueError: The evaluations do not measure one of these metrics.
     """
     recipe, metrics = run.recipe, run.state.eval_before
-    for setting, name in recipe.evaluated_metrics.items():
+    # Metrics of another validation_task are checked in the rehearsal.
+    is_measured = not isinstance(recipe, Recipe) or recipe.validation_task is recipe.eval_task
+    for setting, name in recipe.evaluated_metrics.items() if is_measured else ():
         if name not in metrics:
             hint = nearest_hint(name, metrics, "{!r}")
             raise ValueError(f"{setting} is not one of {', '.join(sorted(metrics))}{hint}")

@@ -178,6 +178,9 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     optimizer = recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
     keep_rate_ratios(optimizer, recipe.learning_rate)
+    # Some optimizers write weights in ways that autograd does not count, and an aligned forward quantizes the weights
+    # anew when their counts change.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trainable))
     return optimizer
 
 

@@ -33,7 +33,7 @@ from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.supervised.examples import solution_examples
-from dllm_rl.tasks.base import Problem, metric_fractions
+from dllm_rl.tasks.base import Cost, Problem, grade, metric_fractions
 from dllm_rl.training.cautions import made_up_advantages
 from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.make_step import make_step
@@ -73,8 +73,8 @@ def rehearse(
         seeds = row_seeds(generator_for(*key), recipe.num_generations)
         rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
         if recipe.sft_warmup_steps:
-            corruption, metric = recipe.sft_warmup_corruption, recipe.sft_warmup_metric
-            check_warmup(learner, answers[0], recipe.max_new_tokens, corruption=corruption, metric=metric)
+            check_warmup(learner, answers[0].problem, recipe.max_new_tokens, corruption=recipe.sft_warmup_corruption)
+        check_validation_metrics(recipe, answers[0])
         if recipe.teacher is not None:
             # The student also plays the teacher, which is not loaded yet.
             student_teacher_log_ratio(
@@ -119,22 +119,37 @@ def compute_gradients(context: StepContext, rollout: Rollout) -> None:
         )
 
 
-def check_warmup(
-    policy: Policy, answer: GradedCompletion, max_new_tokens: int, *, corruption: float, metric: str
-) -> None:
-    """Raise ValueError if the problem has no solution to learn from, its grader has no `metric`, or the policy cannot
-    be trained with `corruption`.
+def check_warmup(policy: Policy, problem: Problem, max_new_tokens: int, *, corruption: float) -> None:
+    """Raise ValueError if the problem has no solution to learn from, or the policy cannot be trained with
+    `corruption`.
     """
-    solution_examples(policy, [answer.problem], max_new_tokens=max_new_tokens)
+    solution_examples(policy, [problem], max_new_tokens=max_new_tokens)
     if corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
             f"sft_warmup_corruption={corruption} replaces tokens beside masks, and the noise of "
             f"{policy.spec.name!r} is replaced tokens already; use 0"
         )
-    metrics = metric_fractions(answer.reward)
-    if metric not in metrics:
-        known = ", ".join(sorted(metrics))
-        raise ValueError(f"sft_warmup_metric={metric!r} is not one of the task's metrics: {known}; use one of these")
+
+
+def check_validation_metrics(recipe: Recipe, answer: GradedCompletion) -> None:
+    """Raise ValueError if evaluations on `validation_task` lack a metric that the recipe names: it grades a completion.
+    If that has no reward, nothing is known.
+    """
+    names = {f"sft_warmup_metric={recipe.sft_warmup_metric!r}": recipe.sft_warmup_metric}
+    if not recipe.sft_warmup_steps:
+        names = {}
+    task = recipe.validation_task
+    if task is not recipe.eval_task:  # otherwise the evaluation before training tells
+        names |= recipe.evaluated_metrics
+    if not names:
+        return
+    cost = Cost(answer.forwards, answer.length)
+    (reward,) = grade(task, [task[0]], [answer.completion], [cost], timeout=recipe.reward_timeout)
+    measured = metric_fractions(reward)
+    for setting, name in names.items() if reward.value is not None else ():
+        if name not in measured:
+            known = ", ".join(sorted(measured))
+            raise ValueError(f"{setting} is not one of the metrics of validation_task: {known}; use one of these")
 
 
 def try_save(recipe: Recipe, policy: Policy) -> None:

@@ -353,13 +353,20 @@ def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
     is_due |= run.control.save_requested
     run.control.save_requested = False
     value = metrics.get(f"eval/{recipe.best_metric}")
-    if value is not None and recipe.is_better(value, run.state.best_value):
+    former_step, former_value = run.state.best_step, run.state.best_value
+    is_best = value is not None and recipe.is_better(value, run.state.best_value)
+    if is_best:
         run.state = replace(run.state, best_step=steps_done, best_value=value)
         is_due = True
     run.writer.check()  # raises an error of the writer thread
     check_folder(run)
     if signum or is_due:
         save(run)
+    if is_best and recipe.on_save_error == "continue":
+        wait_for_checkpoint(run)
+        folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", steps_done)
+        if run.checkpoint != str(folder):  # the save failed: the best step is the best one of those that are saved
+            run.state = replace(run.state, best_step=former_step, best_value=former_value)
     if signum:
         wait_for_checkpoint(run)
         run.stop.leave(f"interrupted after step {steps_done}; {how_to_continue(recipe.directory)}")

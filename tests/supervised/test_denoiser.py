@@ -16,9 +16,8 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.monitoring.json_lines import warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers import Renoise
-from dllm_rl.step.collect import GradedCompletion
 from dllm_rl.supervised.examples import example, prompt_and_answer, read_examples
-from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.rehearsal import check_warmup
@@ -123,6 +122,5 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
 
 def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
     recipe = renoising_recipe(tmp_path)
-    answer = GradedCompletion(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1)
     with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
-        check_warmup(recipe.model(), answer, recipe.max_new_tokens, corruption=0.1, metric="solve_rate")
+        check_warmup(recipe.model(), recipe.task[0], recipe.max_new_tokens, corruption=0.1)

@@ -372,6 +372,12 @@ def test_trls_names_set_what_they_mean():
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
 
 
+def test_a_loss_reduction_of_length_one_stays():
+    """TRL's dr_grpo divides by max_completion_length, and is told apart from the reduction that it is made with."""
+    assert recipe_of(loss_reduction=FixedLengthMean(length=1)).loss_reduction == FixedLengthMean(length=1)
+    assert recipe_of(loss_type="dr_grpo", max_completion_length=8).loss_reduction == FixedLengthMean(length=8)
+
+
 @pytest.mark.parametrize("order", list(permutations(("epsilon", "epsilon_high", "delta"))))
 def test_a_losss_fields_may_come_in_any_order(order):
     """Each is right beside the others; delta alone would be below 1 + the default epsilon."""

@@ -22,7 +22,7 @@ from ranks import run_ranks
 from ray_processes import named, of_ray, workers
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import SIZES, Wrapped, tiny_recipe
+from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
@@ -37,6 +37,7 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
+from dllm_rl.step.features import StepFeature
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.late_rollouts import ray_pool
@@ -209,6 +210,45 @@ def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_
 def test_late_rollouts_go_with_correctors(corrector, tmp_path):
     train_here(late_recipe(tmp_path, late=2, num_steps=4, corrector=corrector, num_iterations=2))
     assert metrics_of(tmp_path)[-1]["staleness"] == 2
+
+
+class EveryGroup(StepFeature):
+    """Give every group advantages, also those of equal rewards."""
+
+    def after_rollout(self, context, samples, step):
+        signs = torch.arange(len(samples.advantages)) % 2 * 2.0 - 1
+        return replace(samples, advantages=signs), {}
+
+
+def test_a_feature_cannot_train_on_what_a_worker_did_not_score(tmp_path):
+    changes = {"task": OddPuzzles(), "likelihood": Coupled(), "num_mismatch_groups": 1, "train_batch_size": 8}
+    recipe = late_recipe(tmp_path / "coupled", num_steps=1, **changes)
+    with pytest.raises(ValueError, match=r"whose rollout log-probs their worker did not compute.*Trajectory"):
+        train(recipe, InProcessPool(), features=(EveryGroup(),))
+    exact = late_recipe(tmp_path / "exact", num_steps=1, **changes | {"likelihood": Trajectory()})
+    train(exact, InProcessPool(), features=(EveryGroup(),))
+
+
+class StopAfterTwo(Callback):
+    def on_step(self, run, metrics):
+        if run.step == 2:
+            run.stop("enough")
+
+
+def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
+    """A resume that compares more groups reads a log-prob of 0 for none of them: the copy is unquantized, so that
+    learner and rollout agree.
+    """
+    changes = {"task": OddPuzzles(), "likelihood": Coupled(), "train_batch_size": 8, "num_steps": 4}
+    changes |= {"rollout_schedule": "first_ready", "rollout_quantization": None, "learning_rate": 1e-6}
+    few = late_recipe(tmp_path, workers=2, late=2, num_mismatch_groups=1, callbacks=[StopAfterTwo()], **changes)
+    train(few, InProcessPool(lambda _: 0.5))
+    (*_, last) = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert list((last / "rollouts").iterdir())
+    more = replace(few, num_mismatch_groups=8, callbacks=[], resume_from_checkpoint="latest")
+    train(more, InProcessPool(lambda _: 0.5))
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 4 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
 
 
 def test_a_batch_survives_its_bytes(tmp_path):

@@ -11,7 +11,7 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import MaxProb, Prompts, Unmask, tiny_masked_lm
-from dllm_rl.algorithms.correctors import NoCorrection
+from dllm_rl.algorithms.correctors import Aligned, NoCorrection
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.step.update import update_direction
@@ -43,6 +43,30 @@ def test_an_update_makes_weights_of_the_next_version(tmp_path):
     assert summary.policy.weights_version == 2
     states = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
     assert [json.loads(path.read_text())["version"] for path in states] == [0, 1, 2]
+
+
+class Uncounted(torch.optim.SGD):
+    """SGD that changes weights as bitsandbytes does: autograd's version counters do not count it."""
+
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            if weight.grad is not None:
+                weight.data.add_(weight.grad, alpha=-self.param_groups[0]["lr"])
+
+
+def test_an_aligned_forward_sees_every_update_also_of_an_optimizer_that_autograd_does_not_count(tmp_path):
+    rows = []
+    for optimizer in (torch.optim.SGD, Uncounted):
+
+        def optim(parameters, lr, betas, weight_decay, optimizer=optimizer):
+            return optimizer(parameters, lr=lr)
+
+        changes = {"optim": optim, "corrector": Aligned(), "rollout_quantization": int3_emulated, "num_iterations": 3}
+        train(tiny_recipe(tmp_path / optimizer.__name__, learning_rate=0.5, num_steps=1, **changes))
+        rows += metrics_of(tmp_path / optimizer.__name__)
+    counted, uncounted = rows
+    for name in ("off_policy/old/m2/iteration_2", "quantization/codes_changed", "grad_norm"):
+        assert uncounted[name] == pytest.approx(counted[name], rel=1e-4) and counted[name] > 0
 
 
 def test_logits_that_are_not_finite_are_named(tmp_path):

@@ -186,23 +186,30 @@ def descent(parameters, lr, betas, weight_decay):
 
 
 def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
-    """Also if the run is resumed with another rate. AdamW's state is loaded in one way, any other's in another."""
+    """Also if the run is resumed with another rate and weight decay. AdamW's state is loaded in one way, any other's in
+    another.
+    """
     for optimizer in (torch.optim.SGD, torch.optim.AdamW):
-        rates = []
+        used = []  # both rates, and the weight decay, in each update
 
-        def two_groups(parameters, lr, betas, weight_decay, optimizer=optimizer, rates=rates):
+        def two_groups(parameters, lr, betas, weight_decay, optimizer=optimizer, used=used):
             first, *others = parameters
-            made = optimizer([{"params": [first], "lr": 3 * lr}, {"params": others, "lr": 0.002}], lr=lr)
-            made.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in made.param_groups]))
+            groups = [{"params": [first], "lr": 3 * lr}, {"params": others, "lr": 0.002}]
+            made = optimizer(groups, lr=lr, weight_decay=weight_decay)
+
+            def record(*_):
+                used.append([group["lr"] for group in made.param_groups] + [made.param_groups[0]["weight_decay"]])
+
+            made.register_step_pre_hook(record)
             return made
 
         changes = {"optim": two_groups, "lr_schedule": LinearWithWarmup(), "lr_schedule_steps": 2}
         folder = tmp_path / optimizer.__name__
-        train(tiny_recipe(folder, num_steps=1, learning_rate=1e-3, **changes))
-        changes |= {"learning_rate": 1e-2, "allow_changed": "learning_rate", "resume_from_checkpoint": "latest"}
-        train(tiny_recipe(folder, num_steps=2, **changes))
+        train(tiny_recipe(folder, num_steps=1, learning_rate=1e-3, weight_decay=0.0, **changes))
+        changes |= {"allow_changed": "learning_rate,weight_decay", "resume_from_checkpoint": "latest"}
+        train(tiny_recipe(folder, num_steps=2, learning_rate=1e-2, weight_decay=0.3, **changes))
         assert [row["learning_rate"] for row in metrics_of(folder)] == pytest.approx([1e-3, 0.5e-2])
-        assert rates[0] == pytest.approx([3e-3, 2e-3]) and rates[-1] == pytest.approx([1.5e-2, 1e-3])
+        assert used[0] == pytest.approx([3e-3, 2e-3, 0.0]) and used[-1] == pytest.approx([1.5e-2, 1e-3, 0.3])
 
 
 def one_live_group(rewards, group):

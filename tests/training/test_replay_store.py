@@ -14,7 +14,7 @@ from tiny_recipe import SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
 from dllm_rl import Float8WeightOnly, Lora, Replay, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
-from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.step import update
 from dllm_rl.supervised import trainer
@@ -335,6 +335,11 @@ def autocast(cache):
         return real(*args, **options | {"cache_enabled": cache})
 
     return made
+
+
+def test_without_a_policy_gradient_a_likelihood_that_draws_masks_works_too(tmp_path):
+    train(recipe_of(tmp_path, num_iterations=0, num_steps=2, likelihood=Coupled()))
+    assert all(row["replay/updates"] == 3 and "grad_norm" not in row for row in metrics_of(tmp_path))
 
 
 def test_a_causal_model(tmp_path):

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
+from dllm_rl.callbacks import StopBelow
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.training.start import start
-from dllm_rl.training.trainer import validate
+from dllm_rl.training.trainer import train, validate
 from dllm_rl.training.validation import evaluate_with, format_metrics, validation_interval
 
 
@@ -79,3 +80,32 @@ def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_nee
 
 def test_a_line_shows_what_a_task_is_judged_by():
     assert format_metrics({"solve_rate": 0.25, "seconds": 3.0, "reward": 1.5}) == "solve_rate 0.250, reward 1.500"
+
+
+class Mine(Wrapped):
+    """Sudoku whose only metric beside the reward is `mine`."""
+
+    def reward(self, problem, completion):
+        return replace(self.task.reward(problem, completion), breakdown={"mine": 1.0})
+
+
+NAMED = {
+    "best": lambda name: {"metric_for_best_model": name},
+    "callback": lambda name: {"callbacks": [StopBelow(f"eval/{name}", 0.0)]},
+    "warm-up": lambda name: {"sft_warmup_metric": name, "sft_warmup_steps": 1, "sft_warmup_eval_steps": 1},
+}
+
+
+@pytest.mark.parametrize("named", NAMED.values(), ids=NAMED)
+def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path):
+    """On validation_task: its metrics are enough, and those of eval_task or task do not count."""
+
+    def of(folder, name, **tasks):
+        return tiny_recipe(tmp_path / folder, num_steps=1, eval_steps=1, **named(name), **tasks)
+
+    few, some = Mine(Sudoku(split="test", size=4)), Mine(Sudoku(split="train", size=8))
+    train(of("a", "solve_rate", task=some, eval_task=few))
+    train(of("b", "mine", validation_task=few))
+    with pytest.raises(ValueError, match=r"solve_rate.* is not one of the metrics of validation_task: mine, parsed"):
+        train(of("c", "solve_rate", validation_task=few))
+    assert not (tmp_path / "c").exists()

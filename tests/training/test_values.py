@@ -57,6 +57,33 @@ def test_a_run_begins_as_grpo(tmp_path):
     assert row["value/explained_variance"] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_completion_without_a_reward_has_no_advantage_and_teaches_nothing():
+    """With and without its row the head learns the same, and the others' tokens have the same advantages."""
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    target = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 0.0])
+    context = SimpleNamespace(**vars(CONTEXT), policy=policy, settings=SimpleNamespace(micro_batch_size=None))
+
+    def after_two_steps(rows, rewards):
+        head, part = ValueHead(ValueModel(), seed=0), rollout.rows(rows)
+        views = views_of(part)
+        samples = Samples(part, part.group, rewards[rows], target[rows], target[rows], (len(rows),))
+        found = []
+        for _ in range(2):
+            found.append(head.token_advantages(context, samples, views))
+            head.learn(CONTEXT, OPTIMIZER)
+        return found[1], head.sums["value/loss"]
+
+    rewards = target.clone()
+    rewards[[2, 5]] = torch.nan
+    found, (loss, count) = after_two_steps(torch.arange(6), rewards)
+    others, (others_loss, others_count) = after_two_steps(torch.tensor([0, 1, 3, 4]), rewards)
+    assert not found[[2, 5]].any() and found[[0, 1, 3, 4]].abs().max() > 0
+    torch.testing.assert_close(found[[0, 1, 3, 4]], others)
+    torch.testing.assert_close(loss, others_loss)
+    assert count == others_count
+
+
 def test_tokens_get_the_advantage_of_their_step():
     """After some learning, tokens of one step of a row share an advantage, and with lambda 1 it is A less the value."""
     policy = tiny_masked_lm(**SIZES)

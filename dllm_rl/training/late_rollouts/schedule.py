@@ -92,7 +92,7 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
             compute_logprobs(views, micro_batch_size=settings.micro_batch_size)
             for views in view_sets[: settings.num_scored_mask_sets]
         )
-    return replace(samples, rollout_logprobs=rollout_logprobs)
+    return replace(weighted_samples, rollout_logprobs=rollout_logprobs)
 
 
 @runtime_checkable
