@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.fields = fields
     try:
+        check_fields(arguments)
         check_paths(arguments)
         # Most commands are imported here, so that help is fast. One that checks something returns its status.
         run = pkgutil.resolve_name(arguments.run) if isinstance(arguments.run, str) else arguments.run
@@ -48,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 plus the signal's number, as in shells
+
+
+def check_fields(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a field such as --commit.tau whose class was not named, or is no option of the command."""
+    for method, values in arguments.fields.items():
+        if getattr(arguments, method, None) is None:
+            has_option = hasattr(arguments, method)
+            remedy = f"needs --{method}, the class with this setting" if has_option else "is no option of this command"
+            raise ValueError(f"--{method}.{min(values)} {remedy}")
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
@@ -299,8 +309,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     run_sampler = sampler_of(arguments.model, "sampler")
     if run_sampler is None and passed["temperature"] is None:
         passed["temperature"] = 1.0
-    float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
-    policy = open_policy(arguments, float32_head=float32_head)
+    policy = open_policy(arguments, half_head=arguments.half_head)
     if run_sampler is None and passed["max_new_tokens"] is None:
         passed["max_new_tokens"] = default_max_new_tokens(policy, problems)
     if policy.spec.attention == "encoder_decoder":

@@ -137,14 +137,16 @@ def open_policy(
     model: str | None = None,
     *,
     device: "torch.device | None" = None,
-    float32_head: bool = True,
+    half_head: bool = False,
 ) -> "Policy":
     """Load the policy of `model` (default: arguments.model) in --dtype, on `device` (default: --device).
 
-    `arguments.checkpoint` is set to the folder of the loaded checkpoint.
+    `arguments.checkpoint` is set to the folder of the loaded checkpoint. Logits are computed as in the run of `model`
+    or as the custom policy says, or with `half_head` in 16 bits.
     """
     import torch
 
+    from dllm_rl.cli.run_settings import recipe_of
     from dllm_rl.config import import_named
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy
@@ -168,5 +170,7 @@ def open_policy(
         if arguments.dtype != "auto":
             policy.module.to(getattr(torch, arguments.dtype))
         policy = policy.to(device)
-    policy.float32_head = float32_head
+    recipe = recipe_of(model)
+    if half_head or (recipe is not None and recipe.get("float32_head") is False):
+        policy.float32_head = False
     return policy

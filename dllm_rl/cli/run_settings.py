@@ -147,7 +147,7 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
     """
-    from dllm_rl.samplers import Renoise, sampler_for
+    from dllm_rl.samplers import Renoise, Unmask, sampler_for
     from dllm_rl.serving.settings import with_settings
 
     sampler = sampler_for(policy)
@@ -159,6 +159,10 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
         if sampler is Renoise:
             defaults = {"max_new_tokens": policy.spec.block_size}
         return with_settings(policy, defaults | changes)
+    if isinstance(run_sampler, Unmask):
+        # confidence_radius only records, and both it and a compiled step are for the run's rank, rule and cache.
+        is_compiled = run_sampler.compile_step and changes.keys().isdisjoint(("rank", "commit", "cache"))
+        run_sampler = run_sampler.replace(compile_step=is_compiled, confidence_radius=None)
     return with_settings(policy, changes, run_sampler)
 
 

@@ -161,7 +161,7 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
     lines = []
     for row in to_record(policy, rollout, prompts)["rows"][:max_rows]:
         line = Text().append(escape_controls(row["prompt"]), style="dim")
-        last_step = max(token["step"] for token in row["tokens"])
+        last_step = max((token["step"] for token in row["tokens"]), default=-1)  # a later batch has no tokens yet
         for token in row["tokens"]:
             is_newest = token["step"] == last_step == rollout.forwards - 1
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if is_newest else ""

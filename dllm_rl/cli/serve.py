@@ -75,8 +75,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
 def served_sampler(policy: Policy, run_sampler: Sampler | None, passed: dict[str, Any]) -> Sampler:
     """Return the sampler of requests that set nothing: the run's, or the default of `sample`, with passed settings."""
     if isinstance(run_sampler, Unmask):
-        # compile_step would compile a graph for each shape of a batch, and confidence_radius only records.
-        run_sampler = run_sampler.replace(compile_step=False, confidence_radius=None)
+        run_sampler = run_sampler.replace(compile_step=False)  # it would compile a graph for each shape of a batch
         if run_sampler.max_new_tokens == 0:  # the run fills in blanks of prompts, which the server does not do
             run_sampler = run_sampler.replace(max_new_tokens=16, diffusion_steps=None)
     return sampler_with(policy, run_sampler, passed)

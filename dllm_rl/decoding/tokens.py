@@ -11,7 +11,7 @@ from itertools import compress, zip_longest
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, Tokenizer
@@ -441,13 +441,13 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
     """Return every token of each row's completion as JSON data.
 
     A token has its id, its text, the step that wrote it (-1: still masked), and the probability with which it was
-    sampled (null if it is not finite).
+    sampled (null if it is not finite, or the token was not sampled).
     """
     has_completion = rollout.completion_mask.any(0)
     start = int(has_completion.nonzero()[0]) if has_completion.any() else len(has_completion)
     tokens = rollout.tokens[:, start:].tolist()
     steps = rollout.unmask_step[:, start:].tolist()
-    probabilities = rollout.logprobs[:, start:].exp().tolist()
+    probabilities = written_logprobs(rollout)[:, start:].exp().tolist()
     rows = []
     for row in zip(tokens, steps, probabilities, strict=True):
         row_tokens = []
@@ -458,6 +458,22 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
                 row_tokens.append({"id": token, "text": text, "step": step, "probability": json_probability})
         rows.append(row_tokens)
     return rows
+
+
+def written_logprobs(rollout: Rollout) -> Float[Tensor, "B T"]:
+    """Return the log-prob of each token when it was written, in nats.
+
+    Under `Renoise` it is that of the position's last accepted draw, and NaN where the answer is another token (with
+    answer="argmax"); `Rollout.logprobs` has sums over draws.
+    """
+    renoised = rollout.renoised
+    if renoised is None:
+        return rollout.logprobs
+    steps = torch.arange(renoised.drawn.shape[-1], device=renoised.drawn.device)
+    last = torch.where(renoised.drawn >= 0, steps, -1).amax(-1)
+    place = last.clamp(min=0)[..., None]
+    drawn, logprobs = (values.gather(-1, place)[..., 0] for values in (renoised.drawn, renoised.logprobs))
+    return torch.where((last >= 0) & (drawn == rollout.tokens), logprobs, torch.nan)
 
 
 def default_max_new_tokens(policy: Policy, problems: Task | Sequence[Problem]) -> int:

@@ -143,10 +143,12 @@ def read(path: Path) -> Rows:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Return sixteen hex digits that identify a policy's weights: a hash of each layer's class and of the first 1024
-    numbers of each parameter.
+    """Return sixteen hex digits that identify a policy's weights: a hash of each layer's class, of the first 1024
+    numbers of each parameter, and of the blocks of a model that has them.
     """
     digest = hashlib.sha256()
+    if policy.spec.block_size is not None:
+        digest.update(f"{policy.spec.block_size} {policy.spec.causal_context}\n".encode())
     # Classes distinguish a quantized copy from its original, even if the hashed numbers are equal.
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())

@@ -69,6 +69,11 @@ class HarnessModel(TemplateLM):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if policy.spec.attention == "encoder_decoder":
+            raise ValueError(
+                f"{policy.spec.name!r} replaces tokens, and no estimator scores texts that it did not sample, as the "
+                "harness needs; use dllm-rl evaluate"
+            )
         likelihood.check_policy(policy)
         if isinstance(likelihood, Trajectory):
             raise ValueError("likelihood=Trajectory() replays a recorded unmasking: use ELBO() or Coupled()")

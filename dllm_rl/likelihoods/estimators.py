@@ -421,7 +421,8 @@ class BlockELBO(LikelihoodEstimator):
     mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks).
     It is unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO
-    given the earlier blocks. The first block starts at the completion's first token, as in `Unmask`.
+    given the earlier blocks. The first block starts at the completion's first token, as in `Unmask` for a model with
+    full attention. Of a model with blocks, whose first one may begin in the prompt, `Trajectory` scores the blocks.
 
     Args:
         block_size: Number of tokens of a block.
@@ -434,6 +435,7 @@ class BlockELBO(LikelihoodEstimator):
     num_samples: int = option(default=2, at_least=1)
 
     reads_order = False
+    supported_attention = ("full",)
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask

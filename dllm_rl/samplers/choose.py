@@ -44,6 +44,7 @@ from dllm_rl.samplers.rules import (
     FunctionRank,
     Rank,
     SoftThreshold,
+    check_scores,
     draw_index,
     highest,
     order_probability,
@@ -111,6 +112,7 @@ class StepSampler:
                 f"commit={commit.name} cannot use the noisy scores of {rank.name}; use a rule with `count`, such as "
                 "Schedule()"
             )
+        check_scores(rank, commit)
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = canvas.prompts.reads_order and self.order_probability in SCORED_ORDERS
         self.soft_threshold_params = None  # tau and temperature

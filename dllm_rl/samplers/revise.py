@@ -26,7 +26,9 @@ from dllm_rl.samplers.canvas import Decision, StepPositions, StepRows
 from dllm_rl.samplers.rules import (
     REWRITES,
     Commit,
+    Confidence,
     Counts,
+    MaxProb,
     PositionMask,
     RandomOrder,
     Schedule,
@@ -56,7 +58,7 @@ class Remask(Commit):
     eta: float = option(at_least=0, at_most=1)
 
     order = "deterministic"
-    required_rank = RandomOrder()
+    required_ranks = (RandomOrder(),)
 
     def __call__(
         self, scores: Scores, masked: PositionMask, steps_left: Counts, remaskable: PositionMask, steps: Counts
@@ -91,6 +93,7 @@ class Edit(Commit):
 
     order = "deterministic"
     adaptive = True
+    required_ranks = (Confidence(), MaxProb())
 
     def __call__(
         self, scores: Scores, masked: PositionMask, steps_left: Counts, replaceable: PositionMask

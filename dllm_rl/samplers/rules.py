@@ -291,9 +291,9 @@ class Commit(_Rule, Record):
         return False
 
     @property
-    def required_rank(self) -> Rank | None:
-        """The rank whose scores the rule reads; None: any rank's."""
-        return None
+    def required_ranks(self) -> tuple[Rank, ...]:
+        """The ranks whose scores the rule can read, the usual one first; (): any rank's."""
+        return ()
 
     inputs_of = staticmethod(commit_inputs)
 
@@ -408,7 +408,7 @@ class Origin(Commit):
     """
 
     order = "deterministic"
-    required_rank = RandomOrder()
+    required_ranks = (RandomOrder(),)
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
         return masked & (scores >= 1 - 1 / steps_left[:, None])
@@ -431,6 +431,7 @@ class Threshold(Commit):
 
     order = "deterministic"
     adaptive = True
+    required_ranks = (MaxProb(), Confidence())
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
         return above_threshold(scores, masked, steps_left, self.tau)
@@ -466,6 +467,7 @@ class SoftThreshold(Commit):
 
     order = "soft_threshold"
     adaptive = True
+    required_ranks = (MaxProb(),)
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts, uniforms: Scores) -> PositionMask:
         return draw_set(scores, masked, uniforms, tau=self.tau, temperature=self.temperature)
@@ -487,6 +489,7 @@ class Factor(Commit):
 
     order = "deterministic"
     adaptive = True
+    required_ranks = (MaxProb(), Confidence())
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
         sorted_probs = scores.sort(dim=-1, descending=True).values.exp()
@@ -511,13 +514,25 @@ class EntropyBound(Commit):
 
     order = "deterministic"
     adaptive = True
-    required_rank = Entropy()
+    required_ranks = (Entropy(),)
 
     def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
         entropies = -scores.sort(dim=-1, descending=True).values
         # In ascending order the last entropy of U is the largest, so that the bound applies to the earlier ones' sum.
         before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
         return highest(scores, masked, count=(before <= self.gamma).sum(-1))
+
+
+def check_scores(rank: Rank, commit: Commit) -> None:
+    """Raise ValueError if a rank of this library has other scores than those that the commit rule reads. Of a custom
+    rank nothing is known.
+    """
+    ranks = commit.required_ranks
+    if ranks and rank not in ranks and rank in (*DETERMINISTIC.values(), Confidence(), RandomOrder()):
+        raise ValueError(
+            f"commit={commit.name}(...) needs the scores of {' or '.join(f'{each.name}()' for each in ranks)}, and "
+            f"rank={rank.name} has other scores; use rank={ranks[0].name}()"
+        )
 
 
 def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:

@@ -163,19 +163,27 @@ class Batcher:
         batch = self._next_batch()
         jobs: list[Any] = [job for job in batch if job.future.set_running_or_notify_cancel()]
         if jobs:
-            is_call = isinstance(jobs[0], PolicyCall)
-            try:
-                with batch_invariant() if self.exact_batches else nullcontext():
-                    results = [jobs[0].function(self.policy)] if is_call else sample_rows(self.policy, jobs)
-            # Broad on purpose: samplers run code of users (rules, modules, tokenizers), which may raise anything. An
-            # error that escaped would end the only sampling thread, and every later request would time out.
-            except Exception as error:
-                for job in jobs:
-                    job.future.set_exception(error)
-            else:
-                for job, result in zip(jobs, results, strict=True):
-                    job.future.set_result(result)
+            self._run(jobs)
         return bool(batch)
+
+    def _run(self, jobs: list[Any]) -> None:
+        """Run a batch and give each job its result or the error."""
+        is_call = isinstance(jobs[0], PolicyCall)
+        try:
+            with batch_invariant() if self.exact_batches else nullcontext():
+                results = [jobs[0].function(self.policy)] if is_call else sample_rows(self.policy, jobs)
+        # Broad on purpose: samplers run code of users (rules, modules, tokenizers), which may raise anything. An error
+        # that escaped would end the only sampling thread, and every later request would time out.
+        except Exception as error:
+            if isinstance(error, ValueError) and len(jobs) > 1:  # of one job's prompt, it may be
+                for job in jobs:
+                    self._run([job])
+                return
+            for job in jobs:
+                job.future.set_exception(error)
+        else:
+            for job, result in zip(jobs, results, strict=True):
+                job.future.set_result(result)
 
     def _next_batch(self) -> list[Job]:
         """Wait for the next batch and remove it from the queue. Return an empty list if the queue was closed."""

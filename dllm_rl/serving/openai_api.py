@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_of
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_of, written_logprobs
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
@@ -327,7 +327,7 @@ class Choice:
         text: Text before the first end token and before the first stop text.
         tokens: Text of each token up to and including the end token, or up to the stop text (`token_texts`).
         offsets: Where in `text` each of `tokens` begins; and the end of the last.
-        logprobs: Log-prob of each of `tokens` in nats; None if it is not finite.
+        logprobs: Log-prob of each of `tokens` in nats (`written_logprobs`); None if it is not finite.
         num_tokens: Number of tokens up to and including the end token. A stop text does not reduce it.
         is_ended: Whether an end token or a stop text ended the completion. False: it reached its full length.
         trace: Trace of the completion, as in a `.jsonl` file. None: not requested.
@@ -352,7 +352,8 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     before = before_end(policy, sampled)
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
-    logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
+    written = written_logprobs(rollout)[0][rollout.completion_mask[0]].tolist()
+    logprobs = [x if math.isfinite(x) else None for x in written]
     text = text_of(policy, before)
     tokens, offsets = token_texts(policy, ids, text)
     stops = [request.fields.stop] if isinstance(request.fields.stop, str) else request.fields.stop

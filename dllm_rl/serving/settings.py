@@ -68,30 +68,32 @@ def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler
     if issubclass(sampler, Unmask) and "diffusion_steps" not in settings and default_values.get("diffusion_steps"):
         steps, length = default_values["diffusion_steps"], values["max_new_tokens"]
         block_size = values.get("block_size") or policy.spec.block_size
-        values["diffusion_steps"] = scaled_steps(steps, default_values["max_new_tokens"], length, block_size)
+        spare = block_size - 1 if policy.spec.attention == "block_causal" and block_size else 0
+        values["diffusion_steps"] = scaled_steps(steps, default_values["max_new_tokens"], length, block_size, spare)
     made: Sampler = make_record(sampler, values)
     if isinstance(made, Unmask) and "commit" in settings and "rank" not in settings:
         return with_required_rank(made)
     return made
 
 
-def scaled_steps(steps: int, length: int, new_length: int, block_size: int | None = None) -> int:
+def scaled_steps(steps: int, length: int, new_length: int, block_size: int | None = None, spare: int = 0) -> int:
     """Return the `diffusion_steps` at a new length: with as many tokens per step, rounded up.
 
     They are at least one per block, and at most one per token. At the same length, and at 0 (a sampler that fills in
-    the blanks of prompts), the steps stay the same.
+    the blanks of prompts), the steps stay the same. `spare` is the largest number of tokens that a prompt may have in
+    the completion's first block.
     """
     if new_length in (length, 0):
         return steps
     scaled = math.ceil(new_length * steps / length) if length else steps
-    num_blocks = math.ceil(new_length / (block_size or new_length))
+    num_blocks = math.ceil((new_length + spare) / (block_size or new_length))
     return min(max(scaled, num_blocks), new_length)
 
 
 def with_required_rank(sampler: Unmask) -> Unmask:
-    """Return the sampler with the rank that its commit rule requires, or unchanged."""
-    rank = sampler.commit.required_rank
-    return sampler if rank is None else sampler.replace(rank=rank)
+    """Return the sampler with a rank whose scores its commit rule can read, unchanged if its own is one."""
+    ranks = sampler.commit.required_ranks
+    return sampler if not ranks or sampler.rank in ranks else sampler.replace(rank=ranks[0])
 
 
 def check_number_of_steps(sampler: Sampler) -> None:

@@ -409,7 +409,7 @@ def test_the_usual_length_is_that_of_the_answer(model, capsys):
 
 def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_for(model, capsys, tmp_path):
     rules = ("--commit", "Remask,Edit", "--commit.eta", "0.5", "--commit.tau", "0.5")
-    rules += ("--rank", "RandomOrder", "--diffusion_steps", "2,4")
+    rules += ("--diffusion_steps", "2,4")
     command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
     assert [(row["commit"].partition("(")[0], row["diffusion_steps"]) for row in found] == [

@@ -62,8 +62,8 @@ def test_help_and_a_mistyped_word_import_no_torch(words, status):
     assert done.returncode == status and done.stdout.endswith("False\n")
 
 
-@pytest.mark.parametrize(("flags", "float32_head"), [([], True), (["--half_head"], False)])
-def test_the_head_is_in_fp32_unless_told_otherwise(monkeypatch, flags, float32_head):
+@pytest.mark.parametrize(("flags", "half_head"), [([], False), (["--half_head"], True)])
+def test_the_head_is_in_fp32_unless_told_otherwise(monkeypatch, flags, half_head):
     seen = []
 
     def opened(arguments, **options):
@@ -72,7 +72,7 @@ def test_the_head_is_in_fp32_unless_told_otherwise(monkeypatch, flags, float32_h
 
     monkeypatch.setattr(commands, "open_policy", opened)
     assert main(["doctor", "folder", "--quantization", "none", *flags]) == 2
-    assert seen == [{"float32_head": float32_head}]
+    assert seen == [{"half_head": half_head}]
 
 
 def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):

@@ -95,7 +95,7 @@ def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
     own_policy(seed=1).save_pretrained(tmp_path)
     asked = Namespace(model=str(tmp_path), make_model="own_module:own_policy", dtype=dtype, device="cpu")
     asked.verify_checkpoint = "full"
-    found = options.open_policy(asked, float32_head=False)
+    found = options.open_policy(asked, half_head=True)
     weights, saved = (policy.module.state_dict() for policy in (found, own_policy(seed=1)))
     assert not found.float32_head and all(torch.equal(weights[name], saved[name].to(kept)) for name in saved)
 

@@ -1,6 +1,7 @@
 """What commands read from a run's folder, and that nothing of its text is executed."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from dllm_rl import train
 from dllm_rl.cli import evaluate_run as evaluate_command
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
+from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
@@ -431,3 +433,31 @@ def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": made("mine.Words")})
     assert main(["doctor", str(tmp_path), *options]) == 2
     assert ("num_prompts=0" if options else "--task") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("passed", [{"commit": rules.EntropyBound(gamma=0.1)}, {"rank": rules.Margin()}], ids=str)
+def test_what_only_a_runs_own_rules_can_do_is_left_out_with_others(passed):
+    """The change of confidence, which is only a record, and a compiled step."""
+    policy = tiny_masked_lm(characters="12")
+    own = Unmask(max_new_tokens=4, rank=rules.MaxProb())
+    assert sampler_with(policy, own.replace(confidence_radius=2), passed).confidence_radius is None
+    compiled = own.replace(compile_step=True)
+    assert not sampler_with(policy, compiled, passed).compile_step
+    assert sampler_with(policy, compiled, {"temperature": 0.5}).compile_step
+
+
+def test_a_custom_policy_computes_logits_as_it_says_and_a_runs_as_the_run(tmp_path):
+    asked = {"make_model": None, "dtype": "auto", "device": "cpu", "verify_checkpoint": "full"}
+    policy = half_policy()
+    policy.save_pretrained(tmp_path / "saved")
+    made = Namespace(model=str(tmp_path / "saved"), **asked | {"make_model": f"{__name__}:half_policy"})
+    assert not open_policy(made).float32_head
+    assert open_policy(Namespace(model=str(tmp_path / "saved"), **asked)).float32_head
+    train(tiny_recipe(tmp_path / "run", num_steps=1, float32_head=False))
+    assert not open_policy(Namespace(model=str(tmp_path / "run"), **asked)).float32_head
+
+
+def half_policy():
+    policy = tiny_masked_lm(characters="12")
+    policy.float32_head = False
+    return policy

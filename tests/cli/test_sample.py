@@ -11,8 +11,10 @@ from rich.console import Console
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample
 from dllm_rl.cli.run_settings import sampler_with
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers import Unmask
+from dllm_rl.decoding.tokens import encode, written_logprobs, written_tokens
+from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import Renoise, Unmask
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
@@ -99,7 +101,7 @@ def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys
         "--temperature",
         "1",
         "--rank",
-        "RandomOrder",
+        "Confidence",
         "--commit",
         "Threshold",
         "--commit.tau",
@@ -114,7 +116,7 @@ def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys
     assert cli.main(["sample", checkpoint, "12.=", *options, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["checkpoint"], record["seed"], record["dtype"]) == (checkpoint, 0, "float32")
-    assert "temperature=1.0" in record["sampler"] and "rank=RandomOrder()" in record["sampler"]
+    assert "temperature=1.0" in record["sampler"] and "rank=Confidence()" in record["sampler"]
     assert "commit=Threshold(tau=0.5), cache=DualCache(refresh=2)" in record["sampler"]
 
 
@@ -214,5 +216,51 @@ def test_a_rule_gets_the_scores_that_it_is_made_for_unless_another_rank_is_asked
         return json.loads(capsys.readouterr().out)["rows"]
 
     assert rows() == rows("--rank", rank)
-    if commit.startswith("EntropyBound"):
-        assert rows() != rows("--rank", "MaxProb")
+    wrong = ["--commit", *commit.split(), "--rank", "MaxProb"]
+    assert cli.main(["sample", checkpoint, "12.=", *wrong]) == 2
+    assert f"(...) needs the scores of {rank}(), and rank=MaxProb has other scores" in capsys.readouterr().err
+
+
+def test_a_live_display_shows_prompts_whose_turn_has_not_come(capsys):
+    """`Renoise` samples prompts of like lengths together: the rows of a later call have no tokens at first."""
+    pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
+    policy = tiny_diffusion_gemma(characters="123=", canvas_length=4, max_length=512)
+    prompts = [Problem("1="), Problem("2" * 300 + "=")]
+    record = sample.complete(policy, prompts, Renoise(max_new_tokens=4), seconds_per_step=0.0)
+    assert len(record["rows"]) == 2 and "masked" in capsys.readouterr().out
+
+
+def test_a_token_that_was_not_drawn_has_no_probability():
+    """An answer of DiffusionGemma's likeliest tokens: a drawn token has the probability of its draw, not of all."""
+    pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
+    policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
+    prompts = encode(policy, [Problem("1+2="), Problem("3+4=")], seeds=[1, 2])
+    rollout = Renoise(max_new_tokens=16)(policy, prompts, generator_for(3))
+    found = written_logprobs(rollout)[rollout.completion_mask]
+    recorded = (rollout.renoised.drawn, rollout.renoised.logprobs, rollout.tokens)
+    drawn, logprobs, tokens = (values[rollout.completion_mask] for values in recorded)
+    for value, draws, each, token in zip(found, drawn, logprobs, tokens, strict=True):
+        accepted = [step for step in range(len(draws)) if draws[step] >= 0]
+        if accepted and draws[accepted[-1]] == token:
+            assert value == each[accepted[-1]] < 0
+        else:
+            assert value.isnan()
+    assert found.isnan().any() and not found.isnan().all()
+    rows = written_tokens(policy, rollout)
+    assert {token["probability"] is None for row in rows for token in row} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sample . 1 --quantization.group_size 32", "--quantization.group_size is no option of this command"),
+        ("doctor . --quantization.group_size 64", "--quantization.group_size needs --quantization, the class with"),
+        ("doctor . --rank.temperature 0.5", "--rank.temperature needs --rank, the class with this setting"),
+        ("doctor . --commit.tau 0.7", "--commit.tau is no option of this command"),
+        ("evaluate . --commit.tau 0.7", "--commit.tau needs --commit, the class with this setting"),
+        ("verify . --cache.refresh 4", "--cache.refresh is no option of this command"),
+    ],
+)
+def test_fields_of_a_class_that_is_not_named_are_refused(capsys, command, message):
+    assert cli.main(command.split()) == 2
+    assert message in capsys.readouterr().err

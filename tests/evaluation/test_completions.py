@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,15 @@ def test_a_fingerprint_tells_layers_of_equal_weights_apart():
     rounded = quantized_copy(policy, FakeQuantize(weight=None, activation="int8"))
     assert all(map(torch.equal, rounded.module.parameters(), policy.module.parameters()))
     assert fingerprint(rounded) != fingerprint(policy)
+
+
+def test_a_fingerprint_tells_blocks_apart():
+    policy = tiny_masked_lm(**SIZES)
+    found = set()
+    for size in (None, 4, 8):
+        policy.spec = replace(policy.spec, block_size=size)
+        found.add(fingerprint(policy))
+    assert len(found) == 3
 
 
 MADE = {"problem": 0, "sample": 0, "tokens": 1, "forwards": 2.0, "seconds": 0.5, "steps": 2}

@@ -13,6 +13,7 @@ from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_ord
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import block_view, coupled_views, k_masked_view
 from dllm_rl.likelihoods.views import each_view
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.types import Events, Views
 
 LENGTH, WORDS = 3, 3
@@ -342,3 +343,12 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
 def test_bad_settings_are_named(estimator, settings, message):
     with pytest.raises(ValueError, match=message):
         estimator(**settings)
+
+
+@pytest.mark.parametrize("estimator", [lik.BlockELBO(block_size=2), lik.Sandwich(base=lik.BlockELBO(block_size=2))])
+def test_blocks_that_begin_in_the_prompt_are_not_those_of_the_estimate(estimator):
+    policy = tiny_masked_lm(characters="12")
+    estimator.check_policy(policy)
+    policy.spec = replace(policy.spec, attention="block_causal", block_size=2)
+    with pytest.raises(ValueError, match=r"is for full attention.*use Trajectory"):
+        estimator.check_policy(policy)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.logprobs import invert_cdf, sample
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers import rules
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import Unmask, revise, rules
+from dllm_rl.serving.settings import with_settings
+from dllm_rl.types import Prompts
 
 LN2 = math.log(2)
 # One position with probabilities 1/2, 1/4, 1/4, 0, and a uniform one.
@@ -153,3 +156,45 @@ def test_head_rows_do_not_depend_on_how_many_there_are():
     run = lambda h: head.chunked(lambda x: (F.linear(x, weight),), h, policy=policy)[0]  # noqa: E731
     for rows in (1, 2, 3, 5, 17):
         assert torch.equal(run(hidden[:rows]), run(hidden)[:rows])
+
+
+RANKS = (rules.MaxProb(), rules.Confidence(), rules.Margin(), rules.Entropy(), rules.RandomOrder())
+
+
+@pytest.mark.parametrize(
+    ("rule", "fitting"),
+    [
+        (rules.Threshold(tau=0.9), {"MaxProb", "Confidence"}),
+        (rules.Factor(f=1.0), {"MaxProb", "Confidence"}),
+        (rules.SoftThreshold(tau=0.9), {"MaxProb"}),
+        (rules.EntropyBound(gamma=0.1), {"Entropy"}),
+        (rules.Origin(), {"RandomOrder"}),
+        (revise.Remask(eta=0.1), {"RandomOrder"}),
+        (revise.Edit(tau=0.9), {"MaxProb", "Confidence"}),
+        (rules.Schedule(), {rank.name for rank in RANKS}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_rule_reads_the_scores_that_it_is_made_for_or_is_refused(rule, fitting):
+    """Random numbers and margins are at least 0, as log-probs of certain tokens are: all would be written at once."""
+    policy = tiny_masked_lm(characters="1234.=")
+    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id)
+    for rank in RANKS:
+        sampler = Unmask(max_new_tokens=4, rank=rank, commit=rule)
+        if rank.name in fitting:
+            sampler(policy, prompts, generator_for(0))
+        else:
+            with pytest.raises(ValueError, match=rf"commit={rule.name}\(...\) needs the scores of .*; use rank="):
+                sampler(policy, prompts, generator_for(0))
+        assert with_settings(policy, {"commit": rule}, Unmask(max_new_tokens=4, rank=rank)).rank.name in fitting
+
+
+def test_a_rank_of_ones_own_goes_with_any_rule_but_that_of_known_probabilities():
+    policy = tiny_masked_lm(characters="1234.=")
+    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id)
+
+    def first(logits, normalizer):
+        return logits[:, 0] - normalizer
+
+    sampler = Unmask(max_new_tokens=4, rank=first, commit=rules.Threshold(tau=0.9))
+    assert sampler(policy, prompts, generator_for(0)).completion_mask.sum() == 4

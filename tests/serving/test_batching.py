@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from servers import causal, diffusion, held
 
 from dllm_rl.decoding.tokens import completion_token_ids
 from dllm_rl.samplers import Autoregress, Unmask, sampler_for
+from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.serving.batching import (
     Batcher,
     CompletionJob,
@@ -17,6 +19,7 @@ from dllm_rl.serving.batching import (
     Refused,
     sample_rows,
 )
+from dllm_rl.serving.settings import with_settings
 
 SAMPLERS = {kind: kind(max_new_tokens=6, temperature=1.0) for kind in (Unmask, Autoregress)}
 SAMPLER = SAMPLERS[Unmask]
@@ -211,3 +214,33 @@ def test_an_idle_thread_holds_no_batch(make):
         gc.collect()
         time.sleep(0.05)
     assert rollout() is None
+
+
+def test_a_completion_that_is_refused_takes_no_other_with_it(make, batches):
+    """As prompts that are too long, or have tokens that a model cannot read."""
+
+    def sample_without_5(policy, prompts, generator):
+        if (prompts.tokens == 5).any():
+            raise ValueError("token 5")
+        return SAMPLER(policy, prompts, generator)
+
+    picky = FunctionSampler(function=sample_without_5, max_new_tokens=6)
+    jobs = [CompletionJob([3] * 2, 0, picky), CompletionJob([5] * 2, 1, picky), CompletionJob([4] * 2, 2, picky)]
+    batcher = make()
+    with held(batcher):
+        for each in jobs:
+            batcher.submit([each])
+    with pytest.raises(ValueError, match="token 5"):
+        jobs[1].future.result(60)
+    assert completion_token_ids(jobs[0].future.result(60)) and completion_token_ids(jobs[2].future.result(60))
+    assert [len(batch) for batch in batches] == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_scaled_steps_are_enough_wherever_a_completion_begins_in_a_block(length):
+    policy = diffusion()
+    policy.spec = replace(policy.spec, attention="block_causal", block_size=4)
+    sampler = with_settings(policy, {"max_new_tokens": length}, Unmask(max_new_tokens=16, diffusion_steps=4))
+    for begins in range(4):
+        blocks = -(-(length + begins) // 4)
+        assert blocks <= sampler.diffusion_steps <= length or length < blocks
