@@ -16,7 +16,7 @@ The claims, two-sided, by flipping the signs of ten seeds, Holm's correction ove
 Known before the runs: order_flips.json; and mismatch.md, in which emulated INT4 with inputs in FP8 ended 0.040±0.039
 below unquantized rollouts at one rate, and with five levels and TIS random order ended no higher (-0.01±0.05).
 
-    python -m recipes.studies.int4_orders            tune, run what is missing, int4_orders.json, the tables
+    python -m recipes.studies.int4_orders            tune, run what the JSON lacks, write it, the tables
     python -m recipes.studies.int4_orders --report   run nothing
 """
 
@@ -40,6 +40,7 @@ from recipes.studies.paired import (
     load,
     markdown,
     paired,
+    restore_runs,
     run_missing,
     run_one,
 )
@@ -98,18 +99,19 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
     options = parser.parse_args()
     root, workers = options.output_dir, options.workers
-    if options.report:
-        kept = read_json(STORED)
-    else:
+    pairs = [(arm, seed) for seed, arm in product(range(STUDY.seeds), STUDY.arms)]
+    kept = read_json(STORED) if STORED.exists() else {"runs": [], "tuning": []}
+    if not options.report:
+        restore_runs(kept["tuning"], root / "tuning")
+        restore_runs(kept["runs"], root)
         trials = replace(STUDY, base=replace(STUDY.base, eval_task=STUDY.base.validation_task))
         rates, tuning = tune(trials, root / "tuning", workers, run_one)
-        pairs = [(arm, seed) for seed, arm in product(range(STUDY.seeds), STUDY.arms)]
         rated = at_rates(STUDY, rates)
         run_missing(rated, root, pairs, num_steps=lambda _: STUDY.num_steps, workers=workers)
         kept = {"rates": rates, "tuning": tuning, "runs": list(load(root).values())}
-        if len(kept["runs"]) < len(pairs):
-            raise SystemExit(f"{len(pairs) - len(kept['runs'])} runs failed; see {root / 'logs'}")
         write_json(STORED, kept)
+    if missing := len(pairs) - len(kept["runs"]):
+        raise SystemExit(f"{missing} of {len(pairs)} runs are missing: no claim is read before the last; see {root}")
     results = by_arm(kept["runs"])
     rows = [row | {"rate": f"{kept['rates'][row['arm']]:g}"} for row in arm_rows(STUDY, results)]
     print(markdown(rows, ("arm", "rate", "after", "ess", "reward", "difference, 95 %")))

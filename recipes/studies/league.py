@@ -67,7 +67,7 @@ from recipes.studies.paired import (
     interval,
     load,
     markdown,
-    result_path,
+    restore_runs,
     run_all,
     run_missing,
     warm_up,
@@ -386,10 +386,8 @@ def above_the_default() -> str:
 def restore(name: str, root: Path) -> None:
     """Put the committed runs of a league into its folder, so that the command runs only methods that they lack."""
     parts = read_json(STORED[name])
-    for folder, runs in ((root / "tuning", parts["tuning"]), (root, parts["runs"])):
-        (folder / "results").mkdir(parents=True, exist_ok=True)
-        for run in runs:
-            write_json(result_path(folder, run["arm"], run["seed"]), run)
+    restore_runs(parts["tuning"], root / "tuning")
+    restore_runs(parts["runs"], root)
     write_json(root / "costs.json", parts["costs"])
 
 

@@ -383,6 +383,13 @@ def load(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return by_arm(map(read_json, sorted((root / "results").glob("*.json"))))
 
 
+def restore_runs(runs: Iterable[dict[str, Any]], root: Path) -> None:
+    """Put committed runs below a folder, so that `run_missing` runs only the others."""
+    (root / "results").mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        write_json(result_path(root, run["arm"], run["seed"]), run)
+
+
 def by_arm(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """Runs, such as the stored ones of a study, by arm and seed."""
     return {(run["arm"], run["seed"]): run for run in runs}

@@ -9,6 +9,7 @@ import torch
 
 from dllm_rl import Confidence, Int4WeightOnly, MaxProb, Problem, Unmask
 from dllm_rl.decoding.tokens import encode
+from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
@@ -30,6 +31,7 @@ from recipes.studies.order_flips import (
     values,
     visits,
 )
+from recipes.studies.paired import load
 from recipes.sudoku_tiny import NO_DIGITS
 
 pytestmark = pytest.mark.slow
@@ -263,3 +265,19 @@ def test_the_claims_of_training_in_both_orders_by_hand():
     found = [row["found, 95 %"] for row in int4_orders.claim_rows(runs)]
     assert found == ["0.050±0.000", "0.200±0.000", "0.100±0.000", "0.150±0.000"]
     assert int4_orders.claim_rows(runs)[0]["Holm's p"] == "0.008", "2 / 2^10 times the four claims"
+
+
+def test_runs_of_an_earlier_command_are_taken_and_no_claim_is_read_before_the_last(tmp_path, monkeypatch):
+    run = {"arm": "max_prob: int4, tis", "seed": 3, "after": 0.5, "num_steps": 180}
+    write_json(tmp_path / "stored.json", {"rates": {}, "tuning": [], "runs": [run]})
+    monkeypatch.setattr(int4_orders, "STORED", tmp_path / "stored.json")
+    monkeypatch.setattr("sys.argv", ["int4_orders", "--report"])
+    with pytest.raises(SystemExit, match="59 of 60 runs are missing: no claim"):
+        int4_orders.main()
+    monkeypatch.setattr("sys.argv", ["int4_orders", "--output_dir", str(tmp_path / "runs")])
+    asked = []
+    monkeypatch.setattr(int4_orders, "tune", lambda *_: (dict.fromkeys(int4_orders.STUDY.arms, 0.001), []))
+    monkeypatch.setattr(int4_orders, "run_missing", lambda study, root, pairs, **_: asked.extend(load(root)))
+    with pytest.raises(SystemExit, match="59 of 60 runs are missing: no claim"):
+        int4_orders.main()
+    assert asked == [("max_prob: int4, tis", 3)] and read_json(tmp_path / "stored.json")["runs"] == [run]
