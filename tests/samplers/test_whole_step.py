@@ -17,7 +17,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers import Unmask, whole_step
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.samplers.revise import Remask
-from dllm_rl.samplers.rules import MaxProb, Threshold
+from dllm_rl.samplers.rules import MaxProb, RandomOrder, Threshold
 
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
@@ -123,7 +123,7 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^compile_step=True .*use DualCache\(\), or set compile_step=False$"):
         run(cache=PrefixCache())
     with pytest.raises(ValueError, match="commit=Remask, which rewrites"):
-        run(commit=Remask(eta=0.1))
+        run(rank=RandomOrder(), commit=Remask(eta=0.1))
     gaps = Prompts.from_ids([[3, policy.spec.mask_id]], pad_id=policy.pad_id, mask_id=policy.spec.mask_id)
     with pytest.raises(ValueError, match="open positions"):
         Unmask(max_new_tokens=4, compile_step=True)(policy, gaps, torch.Generator())
