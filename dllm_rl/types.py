@@ -475,7 +475,7 @@ class Rollout(BatchRecord):
         confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
             the step after its write; 0 elsewhere. Recorded by `Unmask(confidence_radius=...)`.
         batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
-        loss_weights: Weight of each token in the loss. None (default): 1.
+        loss_weights: Weight of each token in all terms of the loss. None (default): 1.
         first_step: Step from which the column is on the canvas, for tokens that a tool wrote between two turns and for
             positions of later turns; 0 for the first canvas. None (default): all columns are there from the start.
     """
@@ -607,7 +607,7 @@ class Batch:
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # one per row, or one per token
     old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
     old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per view; the first inner step reuses them
-    importance_weights: Float[Tensor, "B T"]  # the corrector's, times the rollout's loss_weights; detached
+    importance_weights: Float[Tensor, "B T"]  # the corrector's, detached
     loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
     reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch

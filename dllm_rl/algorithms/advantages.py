@@ -85,7 +85,7 @@ class Decoupled(Advantages):
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k w_k z_k,   A = s / (std_batch s + eps)
 
     Both are sample standard deviations. GDPO also subtracts the batch mean of s, which is 0. A reward that is NaN does
-    not apply to the completion, and its z is 0.
+    not apply to the completion, and its z is 0. A completion without any reward is in neither deviation.
 
     Args:
         eps: Constant added to both standard deviations, at least 0. Default: 1e-4.
@@ -105,7 +105,8 @@ class Decoupled(Advantages):
         weights: Float[Tensor, " K"],
     ) -> Float[Tensor, " B"]:
         """Return the advantages of each reward separately, `parts`, and its weight in the sum, `weights`."""
-        parts = torch.stack([to_groups(part, group) for part in parts])
+        lacks_reward = rewards.isnan()
+        parts = torch.stack([to_groups(part.masked_fill(lacks_reward, torch.nan), group) for part in parts])
         applies = ~parts.isnan()
         count = applies.sum(-1, keepdim=True)
         mean = parts.nanmean(-1, keepdim=True)
@@ -117,7 +118,7 @@ class Decoupled(Advantages):
         total = terms.sum(0)
         only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # of terms that cancel
         total = to_rows(total.masked_fill(only_rounding, 0), group)
-        return _divide(total, _std(total, dim=0) + self.eps)
+        return _divide(total, _std(total.masked_fill(lacks_reward, torch.nan), dim=0) + self.eps)
 
 
 def to_groups(values: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, "P G"]:

@@ -516,6 +516,9 @@ def policy_loss(
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
     coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    loss_weights = batch.rollout.loss_weights
+    if loss_weights is not None:
+        coefficient = coefficient * loss_weights
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
     keywords = loss_inputs(objective_fn.inputs, batch) if objective_fn.inputs else {}
@@ -535,7 +538,7 @@ def policy_loss(
 
     positive = advantages > 0
     # Tokens with a zero advantage or a zero weight never have a gradient, clipped or not.
-    counted = loss_mask & (advantages != 0) & (batch.importance_weights != 0)
+    counted = loss_mask & (advantages != 0) & (batch.importance_weights != 0) & (coefficient != 0)
     clipped = counted & (gradient == 0)  # holds for every surrogate, however it clips
     count = counted.sum()
     num_positive = (counted & positive).sum()

@@ -136,8 +136,6 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
     accelerator, loss_mask, rollout = context.accelerator, weights.loss_mask, samples.rollout
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
     importance_weights = samples.local(weights.importance_weights, accelerator)[:, :width]
-    if rollout.loss_weights is not None:
-        importance_weights = importance_weights * rollout.loss_weights
     advantages = logps.token_advantages
     views = logps.views
     if not rows.is_trained.all():

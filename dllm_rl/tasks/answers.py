@@ -18,6 +18,7 @@ _ASCII_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044
 _ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
 _ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
+_THIN_SPACE = re.compile(r"\\!\s*")  # negative; TeX ignores blanks after the command
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
 # Delimiters of mathematics around a whole text, with an optional final point: $...$, $$...$$, \\(...\\), \\[...\\].
 _DELIMITED = re.compile(
@@ -129,7 +130,8 @@ def to_plain_characters(text: str) -> str:
     Separators of thousands, as in 1{,}000 and 1 000, are removed or become commas. Other spaces between digits stay:
     3 4 is not 34.
     """
-    text = _LATEX_SPACE.sub(" ", text.translate(_ASCII_CHARACTERS).replace("\\!", "")).replace("{,}", ",")
+    text = _THIN_SPACE.sub("", text.translate(_ASCII_CHARACTERS))
+    text = _LATEX_SPACE.sub(" ", text).replace("{,}", ",")
     return _SPACED_THOUSANDS.sub(lambda match: match[1].replace(" ", ""), text)
 
 

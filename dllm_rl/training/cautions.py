@@ -9,7 +9,7 @@ from torch import Tensor
 from dllm_rl.algorithms.correctors import Compose
 from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
-from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, Trajectory
+from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, OneStep, Trajectory
 from dllm_rl.models.base import Policy, has_bf16_products, trainable_parameters
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
@@ -51,6 +51,14 @@ def cautions(recipe: Recipe) -> list[str]:
             "only noise is added; use K2() or K3()"
         )
     warnings += ratio_warnings(recipe)
+    likelihood = recipe.likelihood
+    has_unequal_weights = likelihood.is_random and not likelihood.exact_ratios and not isinstance(likelihood, OneStep)
+    if recipe.entropy_coeff and has_unequal_weights:
+        warnings.append(
+            f"entropy_coeff={recipe.entropy_coeff:g} with likelihood={likelihood.name!r}: the bonus grows with the "
+            "mean square of the estimate's weights, and may be several times as strong; use "
+            f"{EXACT}, or a smaller entropy_coeff"
+        )
     corrector = recipe.corrector
     for part in corrector.parts if isinstance(corrector, Compose) else (corrector,):
         if (getattr(part, "level", None), getattr(part, "pool", None)) == BIASED_LEVEL_AND_POOL:

@@ -113,7 +113,8 @@ def test_decoupled_with_eps_of_zero():
     ):
         assert torch.equal(bare(parts[0], parts=parts, weights=weights), torch.zeros_like(parts[0]))
     parts = tensor([[[1e-30, 2e-30, nan]], [[5.0, 5.0, 5.0]]])  # z = (-1, 1, 0) / sqrt 2, over its deviation 1 / sqrt 2
-    assert_close(bare(parts[0], parts=parts, weights=weights), tensor([[-1.0, 1.0, 0.0]]) * half / half)
+    total = parts.nan_to_num().sum(0)  # the second reward applies to all three
+    assert_close(bare(total, parts=parts, weights=weights), tensor([[-1.0, 1.0, 0.0]]) * half / half)
     assert torch.equal(bare(parts[0], parts=parts, weights=torch.zeros(2)), torch.zeros(1, 3))
 
 
@@ -237,6 +238,17 @@ def test_each_reward_may_be_missing_for_a_completion():
     parts = tensor([[[1.0, NAN, 3.0]], [[2.0, NAN, 6.0]]])
     found = grouped(Decoupled(), tensor([[3.0, NAN, 9.0]]), parts=parts, weights=torch.ones(2))
     assert found[0, 1] == 0 and found[0, 0] == -found[0, 2] != 0
+
+
+@pytest.mark.parametrize("missing", [[[NAN] * 4, [NAN] * 4], [[0.5, 9.0, 2.0, 2.0], [NAN, 1.0, NAN, NAN]]])
+def test_completions_without_a_reward_are_in_no_deviation(missing):
+    """Two of three groups as if they were all: whatever the third one's rewards are, it has no total."""
+    parts = tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]], [[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.1, 0.1]]])
+    alone = grouped(Decoupled(), parts.sum(0), parts=parts, weights=torch.ones(2))
+    more = torch.cat([parts, tensor(missing)[:, None]], dim=1)
+    total = torch.cat([parts.sum(0), torch.full((1, 4), NAN)])
+    found = grouped(Decoupled(), total, parts=more, weights=torch.ones(2))
+    assert_close(found, torch.cat([alone, torch.zeros(1, 4)]))
 
 
 def test_groups_of_different_sizes():

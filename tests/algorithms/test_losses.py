@@ -325,6 +325,21 @@ def test_entropy_bonus_by_hand():
     assert logps.grad.tolist() == [[2.5, 0], [-3.0, -2.0], [0, 0], [3.0, 0]]
 
 
+def test_the_weight_of_a_token_is_that_of_all_terms_of_the_loss():
+    """A weight of 1/2 halves a token's policy term, KL and entropy; with 0 it has no gradient and is not counted."""
+    logps, batch = example(reference_logprobs=torch.full((3, 4), -1.5, dtype=torch.float64))
+    weights = tensor([[1.0, 0.5, 0.0, 3.0], [0.5, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    weighted = replace(batch, rollout=replace(batch.rollout, loss_weights=weights))
+    settings = {"surrogate": PPOClip(), "loss_reduction": TokenMean(), "beta": 0.3, "kl": K2(), "entropy": 0.2}
+    _, metrics, plain = policy_loss(logps, batch, **settings)
+    _, weighted_metrics, gradient = policy_loss(logps, weighted, **settings)
+    assert_close(gradient, plain * weights)
+    assert plain[0, 2] != 0 == gradient[0, 2]
+    count = "clip_ratio/region_mean"
+    assert int(weighted_metrics[count][1]) == int(metrics[count][1]) - 1
+    assert weighted_metrics["kl"] == metrics["kl"] and weighted_metrics["entropy"] == metrics["entropy"]
+
+
 def test_entropy_enters_the_gradient_with_its_coefficient():
     logps, batch = example()
     _, _, plain = loss_of(logps, batch)

@@ -145,7 +145,7 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
 
 @pytest.mark.slow
 def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, capsys, tmp_path, monkeypatch):
-    lists = ("--diffusion_steps", "1,4", "--rank", "MaxProb,Entropy", "--quantization", "none,Int8WeightOnly")
+    lists = ("--diffusion_steps", "1,4", "--rank", "MaxProb,Confidence", "--quantization", "none,Int8WeightOnly")
     rules = ("--commit", "Schedule,Threshold", "--commit.tau", "0.7,0.9")
     rules += ("--cache", "none,PrefixCache", "--cache.refresh", 2)
     command = ("evaluate", model, "--task", "sudoku", "--limit", 3, "--output_dir", tmp_path, *lists, *rules, "--json")

@@ -45,10 +45,9 @@ def update_gradient(tokens, *, weights):
     if weights:
         context = SimpleNamespace(accelerator=Accelerator(cpu=True))
         samples, _ = EqualPrompts().after_rollout(context, samples, 0)
-    given = torch.ones(5, 1) if samples.rollout.loss_weights is None else samples.rollout.loss_weights
     batch = Batch(
-        rollout, Views(mask[None], torch.ones(1, 5, 1)), advantages, logps.detach(), logps.detach()[None], given, mask,
-        None, num_tokens=5, num_sequences=5,
+        samples.rollout, Views(mask[None], torch.ones(1, 5, 1)), advantages, logps.detach(), logps.detach()[None],
+        torch.ones(5, 1), mask, None, num_tokens=5, num_sequences=5,
     )  # fmt: skip
     _, _, gradient = policy_loss(logps, batch, surrogate=Reinforce(), loss_reduction=SequenceMean(), beta=0.0, kl=K3())
     logps.backward(gradient)

@@ -284,6 +284,15 @@ def test_weights_of_what_is_no_likelihood_ratio():
         assert cautions(replace(recipe, rollout_quantization=None)) == []
 
 
+@pytest.mark.parametrize("likelihood", [ELBO(), Trajectory(num_sampled_steps=1)], ids=str)
+def test_a_bonus_of_squared_weights(likelihood):
+    recipe = tiny_recipe("x", likelihood=likelihood, corrector=NoCorrection(), entropy_coeff=0.05)
+    (said,) = (line for line in cautions(recipe) if line.startswith("entropy_coeff=0.05"))
+    assert f"with likelihood={likelihood.name!r}: the bonus grows" in said
+    for other in (OneStep(), Trajectory()):
+        assert not any("entropy_coeff" in line for line in cautions(replace(recipe, likelihood=other)))
+
+
 def test_approximate_caches_that_the_estimator_does_not_see():
     recipe = tiny_recipe("x", likelihood=ELBO(), corrector=NoCorrection(), sampler=sampler(cache=DualCache()))
     (said,) = cautions(recipe)

@@ -21,7 +21,7 @@ until versus vs minus plus times over squared cubed factorial negative positive 
 five six seven eight nine ten eleven twelve twenty thirty forty fifty dozen hundred thousand million billion trillion
 mod modulo base"""
 _NON_UNIT_WORDS = frozenset(_NON_UNIT_TEXT.split())
-_NAME = re.compile(r"\A[^=0-9+\-*/]{1,2}=(?=[^=]*\Z)")
+_NAME = re.compile(r"\A[^=0-9+\-*/ ]{1,2} *=(?=[^=]*\Z)")
 _SPACED_ARGUMENTS = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
 _LEADING_POINT = re.compile(r"(?:\A|(?<=[ {]))\.(?=[0-9])")
 # All spaces, except between digits, which would become one number.

@@ -51,6 +51,10 @@ def test_sameness_in_d1(answer: str, reference: str, same: bool) -> None:
         ("x=.5", ".5"),
         ("xy=5", "5"),
         ("xyz=5", "xyz=5"),  # no name is so long
+        ("AB = 5", "5"),
+        ("x  =5", "5"),
+        ("xyz = 5", "xyz=5"),
+        ("11,\\! 111,\\!  111", "11,111,111"),  # TeX ignores blanks after the command
         ("\\tfrac34", "\\frac{3}{4}"),
         ("\\dfrac{3}4", "\\frac{3}4"),
         ("a=b=c", "a=b=c"),
@@ -68,3 +72,5 @@ def test_rationals() -> None:
     assert rational("-\\frac{3}{6}") == Fraction(-1, 2) == rational("-0.5") == rational("\\frac{-1}{2}")
     assert rational("\\frac{1}{0}") is None and rational("\\pi") is None
     assert rational("1/3") == Fraction(1, 3)
+    assert rational("11,\\! 111,\\!111") == 11111111 == rational("11,111,111")
+    assert rational("11, 111") is None, "a list"
