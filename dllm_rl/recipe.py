@@ -215,6 +215,11 @@ class Recipe(Settings):
                 "have no copy on the host; use async_save=False",
             ),
             (
+                self.base_quantization is not None and self.sft_warmup_steps > 0,
+                f"sft_warmup_steps={self.sft_warmup_steps} trains all weights, and base_quantization="
+                f"{self.base_quantization!r} freezes them: warm up in a run without it, and take its checkpoint",
+            ),
+            (
                 self.loss is not None and self.corrector.loss is not None,
                 f"loss={describe(self.loss)} and the corrector's loss {describe(self.corrector.loss)} are two "
                 "objectives: use loss=None (--loss none), or a corrector without a loss",

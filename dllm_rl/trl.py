@@ -255,7 +255,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             batch = rows_of(batches[0], rows)
             with torch.enable_grad():  # the loss differentiates itself
-                return recipe.policy_loss(batch.old_logprobs, batch)[0]
+                share = recipe.policy_loss(batch.old_logprobs, batch)[0]
+            return share * self.accelerator.num_processes  # TRL takes the mean over processes
         update = self._step // steps % self.num_iterations
         batch = rows_of(batches[update % len(batches)], rows, self.current_gradient_accumulation_steps / steps)
         with self._arithmetic():

@@ -11,6 +11,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -672,3 +673,17 @@ def test_the_page_names_what_is_refused():
     names = {*re.findall(r"`(\w+)`", told)} - {"loss_type", "model_init_kwargs", "dtype"}
     assert len(names) > 8 and names <= {*ours.UNUSED_FIELDS, *ours.UNUSED_ARGUMENTS, *ours.LOSS_TYPES}
     assert names >= {*ours.LOSS_TYPES}
+
+
+def test_an_evaluations_loss_is_the_sum_of_the_processes_shares(monkeypatch):
+    """TRL takes the mean over processes, and the shares add up to the loss."""
+    recipe = SimpleNamespace(policy_loss=lambda logps, batch: (torch.tensor(0.25), {}, None))
+    batch = SimpleNamespace(old_logprobs=None)
+    monkeypatch.setattr(ours, "rows_of", lambda *_: batch)
+    for processes in (1, 2):
+        run = SimpleNamespace(
+            accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=processes),
+            model=SimpleNamespace(training=False), args=SimpleNamespace(steps_per_generation=1), _recipe=recipe,
+        )  # fmt: skip
+        share = ours.DiffusionGRPOTrainer._compute_loss(run, None, {"dllm_rl": [([batch], 0)]})
+        assert share.item() == 0.25 * processes

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
-from dllm_rl.models.lora import base_of, is_stacked, plain_layers
+from dllm_rl.models.lora import base_of, is_bitsandbytes, is_stacked, plain_layers
 from dllm_rl.quantization.schemes import EmulatedLinear
 
 
@@ -97,7 +97,10 @@ def skip_reasons(module: nn.Module, config: Any, skip: Callable[[nn.Module, str]
         # A layer with two names (an encoder and a decoder may share it) is not tied to itself.
         layers_with_weight = layers_of_weight[id(matrices[0])]
         tied = [other for other in layers_with_weight if base_of(module.get_submodule(other)) is not layer]
-        unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
+        shapes = matrices
+        if isinstance(layer, nn.Linear) and is_bitsandbytes(layer):  # whose codes are packed
+            shapes = [torch.empty(1, device=matrices[0].device).expand(layer.out_features, layer.in_features)]
+        unsupported = [reason for matrix in shapes if (reason := unsupported_reason(matrix, config))]
         if reason := skip_reason(name, layer, matrices[0], tied):
             skipped[name] = reason
         elif skip and skip(layer, name):

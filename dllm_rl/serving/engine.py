@@ -72,8 +72,11 @@ class HTTPEngine(RolloutEngine):
         changed = {
             name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
         }
+        # An older version, such as the best one at the end, is no update: it is loaded as at the start.
+        is_load = learner.weights_version < client.weights_version
         # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
-        _, answer = client.post("/weights", changed or tensors, weights_version=learner.weights_version, is_load=False)
+        sent = tensors if is_load or not changed else changed
+        _, answer = client.post("/weights", sent, weights_version=learner.weights_version, is_load=is_load)
         client.weights_version = policy.weights_version = learner.weights_version
         return answer["metrics"]
 

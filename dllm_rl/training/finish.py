@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import machine
+from dllm_rl.distributed.collectives import from_main, machine
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
@@ -29,6 +29,7 @@ def finish(run: Run[Recipe]) -> Summary:
     log = run.log
     eval_before = run.state.eval_before
     load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
+    forget_older_checkpoint(run)
     with log.stage("evaluation"):
         eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
         eval_after_quantized = eval_after
@@ -54,8 +55,22 @@ def finish(run: Run[Recipe]) -> Summary:
         },
         result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
-        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint was saved",
+        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint has these weights",
     )
+
+
+def forget_older_checkpoint(run: Run[Settings]) -> None:
+    """Forget the newest checkpoint, with a warning, if the weights have changed since: the last save failed, and the
+    evaluation is not of its weights. Collective: every process must call it.
+    """
+
+    def is_older() -> bool:
+        folder = Path(run.checkpoint)
+        return folder.is_dir() and TrainingState.read(folder).version != run.policy.weights_version
+
+    if run.checkpoint and from_main(is_older, run.accelerator):
+        run.log.say(f"warning: {run.checkpoint} has older weights than those that are evaluated: the last save failed")
+        run.checkpoint = ""
 
 
 def _sampler_of_rollouts(recipe: Recipe) -> Sampler:

@@ -10,6 +10,7 @@ from dllm_rl.checkpoints.optimizer_shards import PATTERN
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe_json
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.prompts import HISTORY
 
 OMITTED_SETTINGS = (
     "output_dir",
@@ -21,7 +22,8 @@ OMITTED_SETTINGS = (
 )
 SHOWN_METRICS = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
 PROTOCOL_SETTINGS = ("eval_task", "eval_sampler", "seed", "dtype")
-NOT_UPLOADED = ("optimizer.pt", PATTERN, "state.json", "manifest.json", "rollouts/*")  # only a resume needs these files
+# Only a resume needs these files.
+NOT_UPLOADED = ("optimizer.pt", PATTERN, "state.json", "manifest.json", "rollouts/*", "*.state", HISTORY)
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:

@@ -387,3 +387,20 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
         learner.weights_version += 1
         engine.sync(learner, rollout_policy)
     assert sent == [expected] and expected
+
+
+def test_older_weights_are_loaded_as_the_best_ones_are_at_the_end(loaded):
+    """Version 4, then 6, then 5 with frozen weights of another model: all of them are sent."""
+    engine = HTTPEngine(url=loaded.server.url)
+    loaded.learner.weights_version = 6
+    engine.sync(loaded.learner, loaded.rollout_policy)
+    best = diffusion(seed=2)
+    best.weights_version = 5
+    for weight in [*best.module.parameters()][::2]:
+        weight.requires_grad_(False)
+    engine.sync(best, loaded.rollout_policy)
+    served = merged_state_dict(loaded.server.batcher.policy.module)
+    assert all(torch.equal(served[name], tensor) for name, tensor in merged_state_dict(best.module).items())
+    assert loaded.rollout_policy.weights_version == 5
+    best.weights_version = 6
+    engine.sync(best, loaded.rollout_policy)  # and the run goes on

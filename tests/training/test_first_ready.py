@@ -18,7 +18,7 @@ from run_outputs import metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import Coupled
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.samplers.sampler import FunctionSampler
@@ -74,6 +74,7 @@ def simulate(duration, *, workers, late, steps, saved=None):
         collective_timeout=1.0,
         rollout_schedule="",
         sampler=None,
+        likelihood=Trajectory(),
     )
     one = SimpleNamespace(num_processes=1)
     context = SimpleNamespace(recipe=recipe, policy=policy, accelerator=one)
@@ -152,7 +153,13 @@ def test_no_batch_is_too_old_or_lost_also_after_resumes(times, workers, more, sa
 def test_finished_batches_of_another_schedule_are_trained_on_once_also_after_a_further_resume(saved_at):
     """A checkpoint of 'in_order' at step 4, with batches 4, 5 and 7 finished and 6 not, has no file of the order."""
     recipe = SimpleNamespace(
-        max_staleness=5, num_steps=12, rollout_workers=1, collective_timeout=1.0, rollout_schedule="", sampler=None
+        max_staleness=5,
+        num_steps=12,
+        rollout_workers=1,
+        collective_timeout=1.0,
+        rollout_schedule="",
+        sampler=None,
+        likelihood=Trajectory(),
     )
     policy = SimpleNamespace(weights_version=4, module=torch.nn.Linear(1, 1))
     context = SimpleNamespace(recipe=recipe, policy=policy, accelerator=SimpleNamespace(num_processes=1))

@@ -27,7 +27,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import Coupled, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -249,6 +249,24 @@ def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
     train(more, InProcessPool(lambda _: 0.5))
     rows = metrics_of(tmp_path)
     assert len(rows) == 4 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
+
+
+@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_staleness": 1}, {"num_iterations": 2}, {"likelihood": Trajectory()}, {"resample_masks": False}],
+    ids=str,
+)
+def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedule, tmp_path):
+    """They are of weights that are too old now, or have other log-probs than a step reads."""
+    asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5}
+    recipe = late_recipe(tmp_path, late=2, workers=2, likelihood=OneStep(), callbacks=[StopAfterTwo()], **asked)
+    train(recipe, InProcessPool(lambda _: 0.5))
+    resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
+    train(replace(recipe, **resumed, **changes), InProcessPool(lambda _: 0.5))
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 5
+    assert all(row["staleness"] <= changes.get("max_staleness", 2) for row in rows[2:])
 
 
 def test_a_batch_survives_its_bytes(tmp_path):

@@ -18,6 +18,7 @@ from dllm_rl.training.late_rollouts.schedule import (
     PendingBatch,
     Pool,
     file_names,
+    num_scored_sets,
     read_pending_file,
 )
 
@@ -53,7 +54,7 @@ class FirstReadyRollouts(AsyncRollouts):
         self.pool.set_up(recipe, context)
         self.weights, self.version = weights, context.policy.weights_version
         num_batches = recipe.num_steps - steps_done
-        made = read_made(folder, self.rank)
+        made = read_made(folder, self.rank, num_scored_sets(recipe))
         for number, (version, data) in sorted(made.items(), key=lambda item: item[1][0]):
             is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
             if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
@@ -139,9 +140,10 @@ def choose_batch(
     return None
 
 
-def read_made(folder: Path | None, rank: Callable | None) -> dict[int, tuple[int, bytes]]:
+def read_made(folder: Path | None, rank: Callable | None, num_sets: int) -> dict[int, tuple[int, bytes]]:
     """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number. `rank` is
-    that of the recipe's sampler.
+    that of the recipe's sampler. Batches without the log-probs of `num_sets` sets of views, because a setting was
+    changed, are left out.
     """
     found = {}
     for path in [] if folder is None else (folder / "rollouts").glob("*.safetensors"):
@@ -149,7 +151,8 @@ def read_made(folder: Path | None, rank: Callable | None) -> dict[int, tuple[int
         data = read_pending_file(folder, f"rollouts/{path.name}") if kind == "safetensors" else None
         if data is not None:  # `kind` is "weights.safetensors" in a checkpoint of 'in_order'
             (samples, _, _), _ = deserialize_batch(data, rank, torch.device("cpu"))
-            found[int(name)] = (samples.rollout.weights_version, data)
+            if len(samples.rollout_logprobs) == num_sets:
+                found[int(name)] = (samples.rollout.weights_version, data)
     return found
 
 

@@ -95,6 +95,11 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     return replace(weighted_samples, rollout_logprobs=rollout_logprobs)
 
 
+def num_scored_sets(recipe: Recipe) -> int:
+    """Return the number of sets of views whose log-probs `add_rollout_logprobs` adds to a batch."""
+    return 0 if recipe.likelihood.exact_for_sampler else recipe.num_scored_mask_sets
+
+
 @runtime_checkable
 class Pool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
@@ -248,12 +253,26 @@ class AsyncRollouts:
         self.pool.set_up(self.recipe, context)
         for step in range(steps_done, steps_done + self.recipe.max_staleness + 1):
             batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
+            # A setting that was changed at this resume may ask for newer weights, or for other log-probs.
+            oldest = context.policy.weights_version + step - steps_done - self.recipe.max_staleness
+            if batch is not None and not self.fits(batch, oldest):
+                batch = None
+            if older_weights is not None and deserialize(older_weights)[1]["version"] < oldest:
+                older_weights = None
             if batch is not None:
                 self.pending[step] = PendingBatch(b"", age=-1, made=batch)
             elif older_weights is not None:
                 self.plan(step, older_weights, age=-1)
             else:
                 self.plan(step, weights, age=steps_done)
+
+    def fits(self, batch: bytes, oldest: int) -> bool:
+        """Return whether a stored batch is of weights of at least the version `oldest`, and has the log-probs that a
+        step of this recipe reads.
+        """
+        (samples, _, _), _ = deserialize_batch(batch, self.rank, torch.device("cpu"))
+        has_logprobs = len(samples.rollout_logprobs) == num_scored_sets(self.recipe)
+        return has_logprobs and samples.rollout.weights_version >= oldest
 
     def plan(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step. Only keep its weights if the run ends before: a resume to more steps makes it."""

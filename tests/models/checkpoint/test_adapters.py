@@ -31,7 +31,7 @@ from dllm_rl.models.lora import (
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.rollout_policy import sync_weights
-from dllm_rl.quantization.schemes import Int8WeightOnly
+from dllm_rl.quantization.schemes import Float8WeightOnly, Int4WeightOnly, Int8WeightOnly
 
 FAMILIES = {
     "llada": 14, "illada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
@@ -285,6 +285,17 @@ def test_a_base_in_few_bits_is_made_on_the_device_that_was_asked_for(tmp_path, q
     assert load_policy(folder, quantization=quantization, device="cpu").device.type == "cpu"
     load_policy(folder, quantization=quantization, device="cuda:1")
     assert asked == [{"": "cpu"}, {"": "cuda:1"}]
+
+
+@pytest.mark.parametrize("scheme", [Int4WeightOnly(group_size=32), Float8WeightOnly(), Int8WeightOnly()], ids=str)
+def test_rollouts_of_a_base_in_four_bits_are_quantized_as_those_of_its_weights(tmp_path, scheme):
+    """The codes of nf4 are packed, two to a byte in one column: they have not the layer's shape."""
+    pytest.importorskip("bitsandbytes")
+    folder = checkpoint(tmp_path, "llada")
+    packed, plain = (load_policy(folder, quantization=each) for each in ("nf4", None))
+    copies = [quantized_copy(policy, scheme) for policy in (packed, plain)]
+    layers = [{name for name, each in copy.module.named_modules() if hasattr(each, "quantization")} for copy in copies]
+    assert layers[0] == layers[1] and layers[0]
 
 
 @pytest.mark.parametrize(
