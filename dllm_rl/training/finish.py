@@ -55,7 +55,7 @@ def finish(run: Run[Recipe]) -> Summary:
         },
         result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
-        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint has these weights",
+        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint was saved of these weights",
     )
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 from run_outputs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -110,7 +111,7 @@ def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monke
     calls = []
 
     def failing(rewards, group):
-        if rewards.max() < rewards.numel() - 1:
+        if not torch.equal(rewards, torch.arange(len(rewards)) / len(rewards)):  # a run tries them on these first
             calls.append(1)
         if len(calls) == 2:
             monkeypatch.setattr(checkpoint.torch, "save", full)
