@@ -26,8 +26,8 @@ from dllm_rl.models.checkpoint.adapters import adapter_state, save_adapter
 from dllm_rl.models.lora import layers_of, lazy_merged_tensors
 from dllm_rl.versions import versions
 
+_RECIPE_SETTINGS = ("betas", "weight_decay", "lr_scale")  # of an optimizer's parameter groups
 # Errors that torch's loader raises on a damaged file.
-RECIPE_SETTINGS = ("betas", "weight_decay", "lr_scale")  # of an optimizer's parameter groups
 _DAMAGE_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -354,7 +354,7 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         groups = optimizer.state_dict()["param_groups"]
         if not isinstance(optimizer, torch.optim.AdamW):
             for own, stored in zip(groups, state["param_groups"], strict=True):
-                own |= {name: value for name, value in stored.items() if name not in RECIPE_SETTINGS}
+                own |= {name: value for name, value in stored.items() if name not in _RECIPE_SETTINGS}
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
