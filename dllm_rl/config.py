@@ -31,6 +31,7 @@ from dllm_rl.records import (
     required_settings,
     subclass_named,
     subclasses,
+    unchecked,
     union_members,
 )
 from dllm_rl.screen import escape_controls, interactive
@@ -199,11 +200,8 @@ def _without_cached(value: Any) -> Any:
     """Return a dataclass with its fields alone. jsonargparse would read attributes that it has cached as settings."""
     if not dataclasses.is_dataclass(value):
         return value
-    copied = object.__new__(type(value))
-    for field in dataclasses.fields(value):
-        if field.init:
-            object.__setattr__(copied, field.name, _without_cached(getattr(value, field.name)))
-    return copied
+    names = [field.name for field in dataclasses.fields(value) if field.init]
+    return unchecked(value, **{name: _without_cached(getattr(value, name)) for name in names})
 
 
 def _is_readable(kind: Any) -> bool:

@@ -15,7 +15,7 @@ from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.base import Lora
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import describe
+from dllm_rl.records import describe, unchecked
 from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
@@ -99,8 +99,11 @@ def preset_by_size(attention: str, parameters: int) -> str | None:
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """Apply a preset to a recipe, and print it. Raises ValueError if it sets fields of `Unmask` and the recipe has
-    another sampler.
+    """Apply a preset to a recipe, and print it. The result is not checked: options that override it may resolve a
+    conflict.
+
+    Raises:
+        ValueError: The preset sets fields of `Unmask`, and the recipe has another sampler.
     """
     settings, keywords = find_preset(name, recipe.task.name)
     if keywords:
@@ -110,7 +113,7 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
     print_preset(name, settings | keywords)
     eval_keywords = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
     sampler, eval_sampler = recipe.sampler.replace(**keywords), recipe.eval_sampler.replace(**eval_keywords)
-    return recipe.replace(**settings, sampler=sampler, eval_sampler=eval_sampler)
+    return unchecked(recipe, **settings, sampler=sampler, eval_sampler=eval_sampler)
 
 
 def print_preset(name: str, settings: Mapping[str, Any]) -> None:

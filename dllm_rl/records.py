@@ -313,6 +313,18 @@ def required_settings(record: type[Record]) -> dict[str, Any]:
     return {f.name: annotations[f.name] for f in settings if f.default is dataclasses.MISSING}
 
 
+def unchecked(value: Any, **fields: Any) -> Any:
+    """Return a copy of a frozen dataclass with other fields, which is not checked and has no cached attributes.
+
+    Use it for defaults that options may still override.
+    """
+    copied = object.__new__(type(value))
+    for field in dataclasses.fields(value):
+        if field.init:
+            object.__setattr__(copied, field.name, fields.get(field.name, getattr(value, field.name)))
+    return copied
+
+
 def describe(value: Any) -> str:
     """Format a setting as text that can be pasted: records as NAME(field=value), functions by their name.
 

@@ -10,7 +10,7 @@ from dllm_rl.models.checkpoint.loading import CONFIGS
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.cache import BlockCache
-from recipes import llada_8b_gsm8k, llada_8b_sudoku, sft_tiny
+from recipes import llada_8b_gsm8k, llada_8b_sudoku, sft_tiny, sudoku_unique
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(20)]
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"
@@ -116,6 +116,13 @@ def test_options_stand_above_a_preset_and_sft_has_none(capsys):
     recipe = from_command_line(llada_8b_sudoku.recipe, options)
     assert (recipe.learning_rate, recipe.base_quantization, recipe.beta) == (1e-5, None, 0.04)
     assert recipe.sampler.temperature == 1.0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        from_command_line(sudoku_unique.recipe, ["--preset", "d1"])
+    assert capsys.readouterr().err.startswith("error: sft_warmup_steps=200 trains all weights, and base_quantization=")
+    for resolved in (["--sft_warmup_steps", "0"], ["--base_quantization", "none"]):
+        recipe = from_command_line(sudoku_unique.recipe, [*resolved, "--preset", "d1"])
+        assert recipe.replace() == recipe and recipe.beta == 0.04
     with pytest.raises(SystemExit):
         from_command_line(sft_tiny.recipe, ["--preset", "d1"])
     assert capsys.readouterr().err.startswith("error: --preset d1: presets are for RL")
