@@ -13,11 +13,12 @@ from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.samplers import Sampler, Unmask
+from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
 from dllm_rl.serving.server import Server, check_access_settings
-from dllm_rl.serving.settings import ServerSettings, check_number_of_steps
+from dllm_rl.serving.settings import ServerSettings
 
 
 def serve_command(arguments: argparse.Namespace) -> None:

@@ -322,7 +322,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {_quote(text)}: the tokenizer reads the mask token in it, which samplers fill in; leave it out, or "
             "give it as blank"
         )
-    tokenized_text = tokenizer.decode(ids)
+    tokenized_text = tokenizer.decode(ids, skip_special_tokens=False)
     # Tokenizers may change whitespace, case, and equivalent forms of a character.
     compared = ["".join(each.split()).casefold() for each in (text, tokenized_text)]
     pairs = zip_longest(*(unicodedata.normalize("NFKC", each) for each in compared))
@@ -335,15 +335,18 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     return ids
 
 
-@lru_cache(maxsize=16)
 def _symbols(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return a pattern that matches each token of a vocabulary of symbols, such as residues; None for other tokenizers.
 
     Such a tokenizer writes spaces between its tokens, and they mean nothing: every token is a single character, or the
     tokenizer reads its tokens without spaces too, as one of 6-mers does.
     """
-    if not hasattr(tokenizer, "all_special_ids"):  # a tokenizer that is not of transformers
-        return None
+    is_of_transformers = hasattr(tokenizer, "all_special_ids")  # another one may have no hash
+    return _symbols_of(tokenizer) if is_of_transformers else None
+
+
+@lru_cache(maxsize=16)
+def _symbols_of(tokenizer: Any) -> re.Pattern[str] | None:
     special_ids = {*tokenizer.all_special_ids}
     ids = [token for token in range(len(tokenizer)) if token not in special_ids]
     pair = [tokenizer.decode([token]) for token in ids[:2]]
@@ -454,7 +457,7 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
         for token, step, probability in zip(*row, strict=True):
             if step >= 0 or token == policy.spec.mask_id:  # otherwise padding, or a token of the prompt
                 json_probability = probability if math.isfinite(probability) else None  # JSON has no NaN or infinity
-                text = policy.tokenizer.decode([token])
+                text = policy.tokenizer.decode([token], skip_special_tokens=False)
                 row_tokens.append({"id": token, "text": text, "step": step, "probability": json_probability})
         rows.append(row_tokens)
     return rows

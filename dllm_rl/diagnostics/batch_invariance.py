@@ -172,7 +172,7 @@ def check_bitwise_equal(
         location = f"the hidden states first differ at {differing[0]}"  # names are in the order of the forward
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
-        f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
+        f"{position} (token {token}, {policy.tokenizer.decode([token], skip_special_tokens=False)!r}): learner "
         f"{float(logps.old_logprobs[row, position]):.9g}, rollout "
         f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}"
     )

@@ -75,7 +75,7 @@ class Evaluation:
             rewards: defaultdict[int, set[float]] = defaultdict(set)
             for answer in self.answers:
                 if answer.reward.value is not None:
-                    rewards[answer.problem].add(answer.reward.value)
+                    rewards[answer.problem].add(float(answer.reward.value))
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
             sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
         sums |= self.pass_sums()
@@ -91,11 +91,11 @@ class Evaluation:
     def pass_sums(self) -> dict[str, Sums]:
         """Return pass@k of each problem for k = 1, 2, 4, ... up to the smallest number of samples of a problem.
 
-        {} if that number is 1, or if no metric says which samples are right.
+        {} if that number is 1, or if no metric says which samples are right. Samples without this metric do not count.
         """
         metric = headline(self.means)
-        num_samples = Counter(answer.problem for answer in self.answers if answer.reward.value is not None)
-        most = min(num_samples.values())
+        num_samples = self._num_graded(metric)
+        most = min(num_samples.values(), default=1)
         if most == 1 or metric == "reward":
             return {}
         num_right = self._num_right(metric)
@@ -117,15 +117,18 @@ class Evaluation:
         for answer in self.answers if ks else ():
             if answer.reward.answer is None or metric == "reward":
                 raise ValueError("maj@k needs a grader that gives the answers that it compares, and an accuracy")
-            if answer.reward.answer and answer.reward.breakdown.get(metric) != 1:
+            if answer.reward.answer and answer.reward.breakdown.get(metric, 1) != 1:
                 wrong_votes[answer.problem][answer.reward.answer] += 1
-        num_samples = len(self.answers) // len({answer.problem for answer in self.answers})
         sums: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
-        num_right = self._num_right(metric)
+        num_samples, num_right = self._num_graded(metric), self._num_right(metric)
         for k, problem in product(ks, self.sums[metric]):
             votes = list(wrong_votes[problem].values())
-            sums[f"maj@{k}"][problem] = majority_at_k(num_samples, num_right[problem], votes, k), 1.0
+            sums[f"maj@{k}"][problem] = majority_at_k(num_samples[problem], num_right[problem], votes, k), 1.0
         return with_intervals(sums)
+
+    def _num_graded(self, metric: str) -> Counter[int]:
+        """Return the number of samples of each problem that have the metric."""
+        return Counter(answer.problem for answer in self.answers if metric in answer.reward.breakdown)
 
     def _num_right(self, metric: str) -> Counter[int]:
         """Return the number of right samples of each problem: those whose metric is 1."""

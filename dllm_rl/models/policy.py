@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -473,13 +474,16 @@ def check_attention(policy: ModulePolicy) -> None:
     should attend to this token.
     """
     attention = policy.spec.attention
+    num_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     # Position of the changed token -> whether the first position should attend to it.
-    attends_to = {7: attention == "full"}
+    attends_to = {int(min(7, num_positions - 1)): attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
         # With blocks of one token, only the next block can be tested.
         attends_to = {block - 1: True, block: False} if block > 1 else {block: False}
     size = policy.vocab_size
     for position, expected in attends_to.items():
+        if position >= num_positions:  # the model has one block
+            continue
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
         if policy.spec.causal_context and policy.spec.mask_id is not None:
             # With `causal_context`, attention within a block is full only if the block has a mask token.

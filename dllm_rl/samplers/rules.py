@@ -556,20 +556,6 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
     return rank.order if commit.takes_highest else "unknown"
 
 
-def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
-    """Raise ValueError if both hold: there are more steps than positions, and every step commits at least one position.
-
-    `length` is the number of positions, and `count` the `Commit.count` of the rule. Without `count` nothing is checked.
-    """
-    if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
-        return
-    if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
-        raise ValueError(
-            f"diffusion_steps={diffusion_steps} is more than the {length} tokens of a completion, and a step writes at "
-            f"least one; use at most {length}"
-        )
-
-
 def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
     """Divide the steps equally between blocks of these sizes, with the remainder on the first blocks.
 

@@ -25,7 +25,7 @@ from dllm_rl.samplers.canvas import (
     positions_of,
 )
 from dllm_rl.samplers.choose import StepSampler
-from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, check_steps
+from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.whole_step import CompiledSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
@@ -125,9 +125,9 @@ class Unmask(Sampler):
         assert spec.mask_id is not None, "a diffusion model has a mask token"
         suppress = check_fits(policy, prompts, self.max_new_tokens, (*self.suppress, spec.mask_id))
         sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
-        if prompts.infill_mask is None:
-            check_steps(self.diffusion_steps, self.max_new_tokens, self.commit.count)
-        else:
+        if prompts.infill_mask is None or not prompts.infill_mask.any(-1).all():  # a row has no blanks
+            check_number_of_steps(self)
+        if prompts.infill_mask is not None:
             _check_infilling(policy, prompts, self.max_new_tokens, self.cache, self.approximate_early_exit)
         if prompts.seeds is None:
             prompts = replace(prompts, seeds=row_seeds(generator, len(prompts.tokens)))
@@ -161,6 +161,21 @@ class Unmask(Sampler):
                 "suppressed tokens are -inf, and 0 * -inf is NaN"
             )
         return step_sampler.rollout()
+
+
+def check_number_of_steps(sampler: Sampler) -> None:
+    """Raise ValueError if a sampler has more steps than tokens, and its steps write at least one each.
+
+    Not for prompts with blanks, whose number differs by row: a row with fewer blanks than steps ends early.
+    """
+    if not isinstance(sampler, Unmask) or sampler.diffusion_steps is None or sampler.commit.count is None:
+        return
+    length, steps = sampler.max_new_tokens, sampler.diffusion_steps
+    if 0 < length < steps and sampler.commit.count(torch.tensor([length]), torch.tensor([steps])) > 0:
+        raise ValueError(
+            f"diffusion_steps={steps} is more than the {length} tokens of a completion, and a step writes at least "
+            f"one; use at most {length}"
+        )
 
 
 class RaggedSteps:

@@ -404,7 +404,7 @@ def token_texts(policy: Policy, ids: Sequence[int], text: str) -> tuple[list[str
     parts = [text[begin:stop] for begin, stop in pairwise(offsets)]
     for index, token in enumerate(ids):
         if not parts[index] and (token in policy.spec.eos_ids or not decode([token])):
-            parts[index] = policy.tokenizer.decode([token])
+            parts[index] = policy.tokenizer.decode([token], skip_special_tokens=False)
     return parts, offsets
 
 

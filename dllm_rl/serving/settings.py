@@ -8,7 +8,6 @@ from typing import Any
 from dllm_rl.models.base import Policy
 from dllm_rl.records import make_record
 from dllm_rl.samplers import Sampler, Unmask, sampler_for
-from dllm_rl.samplers.rules import check_steps
 
 # Settings of `Unmask` that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"compile_step"}
@@ -94,9 +93,3 @@ def with_required_rank(sampler: Unmask) -> Unmask:
     """Return the sampler with a rank whose scores its commit rule can read, unchanged if its own is one."""
     ranks = sampler.commit.required_ranks
     return sampler if not ranks or sampler.rank in ranks else sampler.replace(rank=ranks[0])
-
-
-def check_number_of_steps(sampler: Sampler) -> None:
-    """Raise ValueError if a sampler that unmasks has more steps than tokens."""
-    if isinstance(sampler, Unmask):
-        check_steps(sampler.diffusion_steps, sampler.max_new_tokens, sampler.commit.count)

@@ -9,10 +9,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
-from dllm_rl.decoding.tokens import prompt_ids
+from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers import Sampler
+from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.step.collect import prompt_indices
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Task
@@ -43,17 +45,18 @@ def history_files(history: RewardHistory, step: int) -> dict[str, bytes]:
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
-    """Check the prompts of all three tasks, at most 5000 prompts and 10 seconds each.
+    """Check the prompts of all three tasks with their samplers, at most 5000 prompts and 10 seconds each.
 
     Returns:
         Index of the training task's longest prompt; 0 if no prompt was checked.
 
     Raises:
-        ValueError: The tokenizer cannot write a prompt, or a prompt and its completion exceed the model's positions.
+        ValueError: The tokenizer cannot write a prompt, a prompt and its completion exceed the model's positions, or
+            a completion has fewer positions than the sampler has steps, or none.
     """
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
-    training_length, eval_length = recipe.sampler.max_new_tokens, recipe.eval_sampler.max_new_tokens
-    longest_completion = max(training_length, eval_length)
+    training_length = recipe.sampler.max_new_tokens
+    longest_completion = max(training_length, recipe.eval_sampler.max_new_tokens)
     if longest_completion > max_positions:
         raise ValueError(
             f"max_new_tokens={longest_completion} is more than the model's {max_positions} positions; lower it in "
@@ -67,11 +70,12 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         )
     for field in ("validation_task", "eval_task"):
         task = getattr(recipe, field)
-        _longest_prompt(policy, field, task, range(min(len(task), MAX_CHECKED_PROMPTS)), eval_length, max_positions)
+        first = range(min(len(task), MAX_CHECKED_PROMPTS))
+        _longest_prompt(policy, field, task, first, recipe.eval_sampler, max_positions)
     if max_prompt_length is not None:
         max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
     indices = _training_indices(step_settings(recipe), recipe.num_steps)
-    index = _longest_prompt(policy, "task", recipe.task, indices, training_length, max_positions)
+    index = _longest_prompt(policy, "task", recipe.task, indices, recipe.sampler, max_positions)
     return index if max_prompt_length is None else 0
 
 
@@ -80,14 +84,15 @@ def _longest_prompt(
     field: str,
     task: Task,
     indices: Iterable[int],
-    completion_length: int,
+    sampler: Sampler,
     max_positions: int | float,
 ) -> int:
     """Return the index of the problem of a task, the recipe's `field`, with the longest prompt.
 
     Raises:
-        ValueError: A prompt and `completion_length` tokens exceed `max_positions`.
+        ValueError: The sampler cannot complete a prompt in `max_positions`.
     """
+    completion_length = sampler.max_new_tokens
     start_time = time.monotonic()
     longest = 0
     longest_index = 0
@@ -96,9 +101,14 @@ def _longest_prompt(
             break
         problem = task[index]
         try:
-            length = len(prompt_ids(policy, problem.prompt, problem.blank))
+            ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank)
+            if not any(blanks):
+                check_number_of_steps(sampler)
+                if not completion_length:
+                    raise ValueError("max_new_tokens=0, and the prompt has no blank: there is nothing to fill in")
         except ValueError as error:
             raise ValueError(f"{field}: problem {index}: {error}") from None
+        length = len(ids)
         if length + completion_length > max_positions:
             remedy = "lower max_new_tokens"
             if completion_length < max_positions:

@@ -145,6 +145,16 @@ def test_an_interval_is_over_problems_and_not_over_their_samples(tmp_path, num_s
         assert every["accuracy_interval"] == found["accuracy_interval"] and every["right"] == 2 * num_samples
 
 
+def test_a_published_solution_of_gsm8k_is_read_for_its_number(tmp_path) -> None:
+    """Also one with amounts in dollars, which look like formulas; so two files of a problem are of the same one."""
+    solution = "Each costs $5, so two cost $<<2*5=10>>10.\n#### 10"
+    harness = {"doc_id": 0, "doc": {"question": "Q", "answer": solution}, "resps": [["so \\boxed{10}"]]}
+    ours = {"completion": "so \\boxed{10}", "answer": "10", "evaluation": {"problem": 0, "sample": 0}}
+    paths = [write(tmp_path / f"{name}.jsonl", [row]) for name, row in (("harness", harness), ("ours", ours))]
+    assert [grade_file(path, task="gsm8k")["accuracy"] for path in paths] == [1.0, 1.0]
+    assert compare_files(*paths, task="gsm8k")["difference"]["accuracy"][0] == 0.0
+
+
 def test_samples_of_the_harness_are_paired_by_doc_id(tmp_path) -> None:
     """Files of other orders, filters and problems; problem 1 is lost, problem 2 is in one file only."""
 

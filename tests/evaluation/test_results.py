@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
@@ -336,8 +337,29 @@ def test_majority_needs_answers_and_an_accuracy() -> None:
     [((2.0, 2.0, 1.0), 1), ((1.0, -1.0, -1.0), 1), ((0.5, 0.5, 0.5), 0), ((1, None, 0.25), 1), ((3.0, 1.0, True), 2)],
 )
 def test_a_sample_is_right_if_its_accuracy_is_1(values, right) -> None:
+    """A sample without an accuracy does not count, as in the mean."""
     breakdowns = [{} if value is None else {"accuracy": value} for value in values]
     graded = (Reward(0.0, True, breakdown, "x") for breakdown in breakdowns)
     evaluation = Evaluation(tuple(GradedAnswer(0, sample, reward) for sample, reward in enumerate(graded)), {})
     for found, name in ((evaluation.summary, "pass@1"), (evaluation.majority([1]), "maj@1")):
-        assert found[name] == pytest.approx(right / 3)
+        assert found[name] == pytest.approx(right / (3 - values.count(None)))
+
+
+def test_pass_at_k_is_over_the_samples_that_have_an_accuracy() -> None:
+    """Of problem 0 the two samples with an accuracy are right, of problem 1 one of three; pass@1 is their mean."""
+    samples = {0: [1.0, None, 1.0, None], 1: [0.0, 1.0, 0.0, None]}
+    graded = [
+        GradedAnswer(
+            problem, sample, Reward(0.5, True, {"short": 0.5} | ({} if value is None else {"accuracy": value}))
+        )
+        for problem, values in samples.items()
+        for sample, value in enumerate(values)
+    ]
+    found = Evaluation(tuple(graded), {}).summary
+    assert found["pass@1"] == pytest.approx((1 + 1 / 3) / 2) and found["pass@2"] == pytest.approx((1 + 2 / 3) / 2)
+    assert "pass@3" not in found and "pass@4" not in found
+
+
+def test_equal_rewards_are_equal_whatever_their_type() -> None:
+    graded = [GradedAnswer(0, sample, Reward(torch.tensor(1.0), True, {})) for sample in range(4)]
+    assert Evaluation(tuple(graded), {}).summary["frac_reward_zero_std"] == 1.0

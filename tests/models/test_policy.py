@@ -1,6 +1,6 @@
 """The interface over every backbone, on models made from scratch."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -96,16 +96,26 @@ def test_a_module_of_full_attention_is_no_block_causal_one():
         own_policy(attention="block_causal", block_size=2)
 
 
+@pytest.mark.parametrize("max_length", [5, 7, 8])
+def test_the_attention_of_a_short_model_is_checked_where_it_has_positions(max_length):
+    assert tiny_masked_lm(characters="12=", max_length=max_length).spec.max_length == max_length
+    own_policy(attention="block_causal", block_size=8, max_length=max_length)  # one block
+    with pytest.raises(ValueError, match=f"attention='causal' .* token {max_length - 1} changed"):
+        own_policy(attention="causal", mask_id=None, shift=True, max_length=max_length)
+
+
+@dataclass
 class Letters:
-    """A tokenizer of somebody's own: characters above the ids of `char_tokenizer`'s three special tokens."""
+    """A tokenizer of somebody's own, without a hash: characters above the ids of `char_tokenizer`'s special tokens."""
 
     characters = "1234.="
 
     def encode(self, text, add_special_tokens, split_special_tokens):
         return [3 + self.characters.index(character) for character in text]
 
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(self.characters[i - 3] for i in ids if i >= 3)
+    def decode(self, ids, *, skip_special_tokens):
+        special = "" if skip_special_tokens else "?"
+        return "".join(self.characters[i - 3] if i >= 3 else special for i in ids)
 
     def save_pretrained(self, folder):
         (Path(folder) / "characters.txt").write_text(self.characters)

@@ -57,6 +57,14 @@ def fill(policy, ids, seeds, *, new=0, width=0, group=1, on_step=None, **options
     return Unmask(max_new_tokens=new, **options)(policy, prompts, torch.Generator(), on_step=on_step)
 
 
+def test_a_row_without_blanks_has_as_many_steps_as_tokens_in_any_batch(policy):
+    """A row of three blanks and two new tokens may have four steps, and one of two tokens may not."""
+    fill(policy, IDS[:1], [0], new=2, diffusion_steps=4)
+    for ids in ([[3, 4]], [IDS[0], [3, 4]]):
+        with pytest.raises(ValueError, match="diffusion_steps=4 is more than the 2 tokens of a completion"):
+            fill(policy, ids, range(len(ids)), new=2, diffusion_steps=4)
+
+
 def equal(a, b):
     for (name, one), (same, other) in zip(fields_of(a), fields_of(b), strict=True):
         assert name == same

@@ -9,6 +9,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.collect import fit_prompts
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
@@ -60,7 +61,11 @@ def test_the_longest_prompt_is_one_of_the_training_task(tmp_path):
 def test_a_completion_may_take_the_positions_that_the_prompt_leaves(tmp_path, length):
     """All of them after an empty prompt; one token more is refused, and what the message advises is not."""
     policy = tiny_masked_lm(**SIZES)
-    recipe = partial(tiny_recipe, tmp_path, sampler=tiny_recipe(tmp_path).sampler.replace(max_new_tokens=length))
+    recipe = partial(
+        tiny_recipe,
+        tmp_path,
+        sampler=tiny_recipe(tmp_path).sampler.replace(max_new_tokens=length, diffusion_steps=None),
+    )
 
     def check(text):
         task = Listed(Problem(text))
@@ -73,6 +78,23 @@ def test_a_completion_may_take_the_positions_that_the_prompt_leaves(tmp_path, le
         ValueError, match=f"validation_task: the prompt of problem 0 has {65 - length} tokens .* {remedy}$"
     ):
         check("1" * (65 - length))
+
+
+@pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
+def test_steps_are_counted_before_the_run_for_prompts_without_blanks(field, tmp_path):
+    """The last of three prompts has none."""
+    policy, sampler = tiny_masked_lm(**SIZES), Unmask(max_new_tokens=2, diffusion_steps=4)
+    blanks = Listed(*[Problem("1__", blank="_")] * 3)
+    recipe = tiny_recipe(
+        tmp_path, task=blanks, validation_task=blanks, eval_task=blanks, sampler=sampler, eval_sampler=sampler
+    )
+    check_prompts(recipe, policy)
+    mixed = replace(recipe, **{field: Listed(*[Problem("1__", blank="_")] * 2, Problem("1"))})
+    with pytest.raises(ValueError, match=f"^{field}: problem 2: diffusion_steps=4 is more than the 2 tokens"):
+        check_prompts(mixed, policy)
+    sampler = Unmask(max_new_tokens=0)
+    with pytest.raises(ValueError, match=f"^{field}: problem 2: max_new_tokens=0, and the prompt has no blank"):
+        check_prompts(replace(mixed, sampler=sampler, eval_sampler=sampler), policy)
 
 
 def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
@@ -117,7 +139,7 @@ def test_a_prompt_is_read_also_if_its_length_does_not_matter(tmp_path, field, un
         policy.spec = replace(policy.spec, max_length=None)
     elif unknown == "the completion's length":
         policy.spec = replace(policy.spec, max_length=500)
-        sampler = FunctionSampler(function=lambda *_: None, max_new_tokens=0)  # of prompts with blanks
+        sampler = FunctionSampler(function=lambda *_: None, max_new_tokens=1)
         recipe = replace(recipe, sampler=sampler, eval_sampler=sampler)
     else:
         policy.spec = replace(policy.spec, max_length=None if field != "task" else 64)

@@ -61,7 +61,9 @@ def static(fields: Mapping[str, Any], completion: str) -> Reward:
                 used.add(name)
             case ast.Name(name) | ast.arg(name) | ast.FunctionDef(name) | ast.ClassDef(name):
                 defined.add(name)
-            case ast.ExceptHandler(_, name) | ast.MatchAs(_, name):
+            case ast.AsyncFunctionDef(name) | ast.ExceptHandler(_, name):
+                defined.add(str(name))
+            case ast.MatchAs(_, name) | ast.MatchStar(name) | ast.MatchMapping(rest=name):
                 defined.add(str(name))
             case ast.alias(name, other):
                 defined.add(other or name.split(".")[0])
@@ -82,9 +84,11 @@ def _fits(node: ast.AST, fields: Mapping[str, Any]) -> bool:
     """Return whether a node defines the requested function, accepts its number of arguments and returns a value."""
     if not isinstance(node, ast.FunctionDef) or node.name != fields["entry_point"]:
         return False
-    max_arguments = len(node.args.posonlyargs) + len(node.args.args)
-    returns = any(isinstance(child, ast.Return | ast.Yield) and child.value for child in ast.walk(node))
-    return returns and max_arguments - len(node.args.defaults) <= fields["arguments"] <= max_arguments
+    num_places = len(node.args.posonlyargs) + len(node.args.args)
+    fewest = num_places - len(node.args.defaults)
+    fits = fewest <= fields["arguments"] and (fields["arguments"] <= num_places or node.args.vararg is not None)
+    returns = any(isinstance(child, ast.Return | ast.Yield | ast.YieldFrom) and child.value for child in ast.walk(node))
+    return fits and returns and None not in node.args.kw_defaults  # None: an argument that only its name can give
 
 
 @lru_cache(maxsize=4096)
@@ -164,7 +168,7 @@ class Code(Questions):
     """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)

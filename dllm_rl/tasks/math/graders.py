@@ -124,8 +124,11 @@ MATH500_PREPARE = dict.fromkeys(_BY_MATH_VERIFY, compare_all)
 
 
 def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """Read `answer` of a stored row: a number, also as text, or null. Raises ValueError if it is malformed."""
-    fields = read_math500(row, protocol)
+    """Read `answer` of a stored row: a number, also as text or after "####", or null. Raises ValueError if it is
+    malformed.
+    """
+    answer = row.get("answer")
+    fields = read_math500({**row, "answer": _after_hashes(answer)} if isinstance(answer, str) else row, protocol)
     if fields["answer"] is not None:
         reference_number(fields["answer"])  # raises here, where the error names the row's line
     return fields

@@ -107,6 +107,11 @@ class Sudoku(Prompted):
             (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
             (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{when}"),
             (self.infill and not self.compact, "infill=True needs prompt_format='compact'"),
+            (
+                self.infill and self.path is None and high == self.side**2,
+                f"infill=True with clues={self.clues}: a grid without an empty cell has nothing to fill in; use at "
+                f"most {self.side**2 - 1}",
+            ),
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
@@ -136,7 +141,9 @@ class Sudoku(Prompted):
 
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[str, str], ...]:
-        return () if self.path is None else parse_rows(load_rows(self.path), partial(_problem_of, sizes=set()))
+        if self.path is None:
+            return ()
+        return parse_rows(load_rows(self.path), partial(_problem_of, sizes=set(), infill=self.infill))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grade the first 16 (9x9: 81) non-blank characters; see `score`. Linear in the text's length."""
@@ -206,12 +213,14 @@ def _text(row: Row, name: str) -> str:
     return text_of(row, name if name in row else name.lower())
 
 
-def _problem_of(row: Row, sizes: set[int]) -> tuple[str, str]:
+def _problem_of(row: Row, sizes: set[int], infill: bool) -> tuple[str, str]:
     """Return (puzzle, solution) of a row. `sizes` holds the number of cells of the rows before it."""
     puzzle = _text(row, "Puzzle").replace(".", "0")
     solution = _text(row, "Solution")
     if solution not in completions(puzzle):
         raise ValueError(f"solution={solution!r} is not a completion of puzzle={puzzle!r}")
+    if infill and puzzle == solution:
+        raise ValueError(f"puzzle={puzzle!r} has no empty cell, and infill=True has nothing to fill in; leave it out")
     sizes.add(len(puzzle))
     if len(sizes) > 1:
         raise ValueError(f"a puzzle of {len(puzzle)} cells among those of another size; give one file for each size")

@@ -110,12 +110,23 @@ def test_text_prompts_read_the_last_answer_block() -> None:
         {"size": 0},
         {"reward_rule": "d1", "side": 9, "clues": 30},
         {"infill": True, "prompt_format": "text"},
+        {"infill": True, "clues": (12, 16)},
+        {"infill": True, "clues": 81, "side": 9},
         {"opening": "<reasoning>"},
     ],
 )
 def test_bad_settings_name_the_field(bad: dict) -> None:
     with pytest.raises(Exception, match=next(iter(bad))):
         Sudoku(**bad)
+
+
+def test_a_complete_grid_of_a_file_is_refused_for_infilling_alone(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "Puzzle,Solution\n1234341221434320,1234341221434321\n1234341221434321,1234341221434321\n"
+    )
+    with pytest.raises(ValueError, match="line 3: puzzle='1234341221434321' has no empty cell, and infill=True"):
+        Sudoku(path=tmp_path / "a.csv", infill=True)[0]
+    assert len(Sudoku(path=tmp_path / "a.csv")) == 2
 
 
 def test_the_task_protocol_and_its_bounds() -> None:
