@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +117,10 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    parser = make_parser(recipe)
+    unwritten = _tasks_of_a_script(recipe) if ("print_config", None) in options else set()
+    if problems := [path for path, _ in options if path.split(".")[0] in unwritten]:
+        raise ValueError(f"--{problems[0]}: --print_config leaves out the task, whose rows are no text: give it later")
+    parser = make_parser(recipe, unwritten)
     if ("help", None) in options:  # parsing would first check all defaults, which takes as long as the imports
         parser.print_help()
         raise SystemExit(0)
@@ -159,8 +162,8 @@ def _made(value: Any, path: str) -> Any:
         raise ValueError("\n".join(lines)) from None
 
 
-def make_parser(recipe: Any) -> jsonargparse.ArgumentParser:
-    """Return the parser of a recipe's settings. The defaults are the recipe's values."""
+def make_parser(recipe: Any, unwritten: Collection[str] = ()) -> jsonargparse.ArgumentParser:
+    """Return the parser of a recipe's settings. The defaults are the recipe's values; `unwritten` ones have none."""
     parser = jsonargparse.ArgumentParser(
         usage="[accelerate launch] RECIPE.py [--NAME VALUE ...]",
         exit_on_error=False,
@@ -175,6 +178,7 @@ def make_parser(recipe: Any) -> jsonargparse.ArgumentParser:
         setting = next(field for field in dataclasses.fields(recipe) if field.name == name)
         bound: Bound | None = setting.metadata.get("bound")
         help = setting.metadata.get("help", "") + (f" ({bound})" if bound else "")
+        default = jsonargparse.SUPPRESS if name in unwritten else default
         parser.add_argument(f"--{name}", type=annotation, default=default, help=help)
     return parser
 
@@ -194,6 +198,17 @@ def _settable(recipe: Any) -> dict[str, tuple[Any, Any]]:
         default = _without_cached(value) if is_readable_value else jsonargparse.SUPPRESS
         settable[name] = (typing.Union[kinds], default)  # noqa: UP007
     return settable
+
+
+def _tasks_of_a_script(recipe: Any) -> set[str]:
+    """Return the names of the tasks with a field that text cannot set, such as the rows of a data set."""
+    tasks = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return {
+        name
+        for name, task in tasks.items()
+        if dataclasses.is_dataclass(task) and not isinstance(task, Record)
+        if not all(any(map(_is_readable, union_members(kind))) for kind in annotations_of(type(task)).values())
+    }
 
 
 def _without_cached(value: Any) -> Any:
@@ -232,15 +247,12 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
 def _with_files(options: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
     """Return options with those of each `--config FILE` before all others, which override them."""
     own = [(path, text) for path, text in options if path != "config"]
-    classes = {path: text for path, text in own if text is not None}
-    read = [pair for path, text in options if path == "config" for pair in _file_options(str(text))]
-    chosen = dict(read)
-
-    def is_dropped(path: str) -> bool:  # a setting of a class instead of which another one is chosen
-        parents = [path[: dot.start()] for dot in re.finditer(r"\.", path)]
-        return any(parent in classes and classes[parent] != chosen.get(parent) for parent in parents)
-
-    merged = [(path, text) for path, text in read if not is_dropped(path)] + own
+    merged: list[tuple[str, str | None]] = []
+    for read in [*(_file_options(str(text)) for path, text in options if path == "config"), own]:
+        before = {path: str(text).rpartition(".")[2] for path, text in merged}
+        # Drop the settings of a class instead of which this file, or the command line, chooses another one.
+        other = tuple(f"{path}." for path, text in read if str(text).rpartition(".")[2] != before.get(path))
+        merged = [(path, text) for path, text in merged if not path.startswith(other)] + read
     return sorted(merged, key=lambda pair: pair[0].count("."))
 
 
@@ -323,7 +335,10 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
     if Callable in origins and str not in kinds:
         fit(path, annotation, import_named(text, path))
         return text
-    read = text if is_text else jsonargparse.get_loader("yaml")(text)
+    try:
+        read = text if is_text else jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}={text!r} is no YAML: {' '.join(str(error).split())}") from None
     if text or types.NoneType in kinds or issubclass(owner, Record):  # a text of a task may be empty
         setting = next(field for field in dataclasses.fields(owner) if field.name == last)
         fit(path, annotation, read, setting.metadata.get("bound"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors, losses
@@ -19,6 +20,7 @@ from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import FunctionRank, MaxProb, RandomOrder, Schedule, Threshold
 from dllm_rl.supervised.sft import SFT
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
@@ -345,6 +347,28 @@ def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
     assert from_command_line(recipe, ["--config", str(file)]) == from_command_line(recipe, words.split())
 
 
+@pytest.mark.parametrize("rows", [list, Dataset.from_list])
+def test_a_printed_config_leaves_out_the_rows_and_functions_of_a_script(rows, recipe, tmp_path, capsys):
+    def right(completions, answer, **columns):
+        return [float(text == each) for text, each in zip(completions, answer, strict=True)]
+
+    task = task_from_dataset(rows([{"prompt": "1=", "answer": "2"}] * 2), reward_funcs=[right])
+    recipe = replace(recipe, task=task, eval_task=task)
+    file = tmp_path / "run.yaml"
+    file.write_text(printed(recipe, ["--num_steps", "9", "--print_config"], capsys))
+    assert "answer" not in (text := file.read_text()) and "\ntask:" not in text and "\nvalidation_task:" in text
+    assert from_command_line(recipe, ["--config", str(file)]) == from_command_line(recipe, ["--num_steps", "9"])
+    assert from_command_line(recipe, ["--config", str(file), "--task.blank", "_"]).task.blank == "_"
+    (line,) = errors(recipe, ["--task.blank", "_", "--print_config"], capsys)
+    assert line.startswith("error: --task.blank: --print_config leaves out the task")
+
+
+@pytest.mark.parametrize("words", ["--num_steps {1", "--task.clues [1", "--sampler.suppress [1"])
+def test_text_that_is_no_yaml_is_refused_in_a_line(recipe, words, capsys):
+    (line,) = errors(recipe, words.split(), capsys)
+    assert "is no YAML" in line and line.startswith(f"error: {words.split()[0][2:]}=")
+
+
 def test_a_config_of_ones_own_class_is_read_back(recipe, own_module, tmp_path, capsys):
     words = ["--corrector", own_module, "--corrector.strength", "0.5"]
     Path("run.yaml").write_text(printed(recipe, [*words, "--print_config"], capsys))
@@ -360,6 +384,28 @@ def test_options_override_a_config(recipe, tmp_path, capsys):
         new = from_command_line(recipe, order)
         assert new.corrector == correctors.TIS(cap=7, level="sequence") and new.num_steps == 9
     assert from_command_line(recipe, [*words, "--corrector", "MIS"]).corrector == correctors.MIS()
+
+
+@pytest.mark.parametrize("name", ["TIS", "dllm_rl.TIS", "dllm_rl.algorithms.correctors.TIS"])
+@pytest.mark.parametrize("given", ["TIS", "dllm_rl.algorithms.correctors.TIS"])
+def test_the_same_class_by_another_name_keeps_the_settings_of_a_config(recipe, tmp_path, name, given):
+    (tmp_path / "a.yaml").write_text(f"corrector:\n  class_path: {name}\n  init_args:\n    cap: 3.5\n")
+    words = ["--config", str(tmp_path / "a.yaml"), "--corrector", given, "--corrector.level", "sequence"]
+    assert from_command_line(recipe, words).corrector == correctors.TIS(cap=3.5, level="sequence")
+
+
+def test_a_later_config_chooses_another_class(recipe, tmp_path):
+    """The settings of the former one's class do not count; those of the same class do."""
+    classes = {"a": "TIS\n  init_args:\n    cap: 3.5", "b": "MIS", "c": "TIS\n  init_args:\n    level: sequence"}
+    for stem, text in classes.items():
+        (tmp_path / f"{stem}.yaml").write_text(f"corrector:\n  class_path: {text}\n")
+
+    def read(*stems):
+        return from_command_line(recipe, [word for s in stems for word in ("--config", str(tmp_path / f"{s}.yaml"))])
+
+    assert read("a", "b").corrector == correctors.MIS()
+    assert read("a", "c").corrector == correctors.TIS(cap=3.5, level="sequence")
+    assert read("a", "b", "c").corrector == correctors.TIS(level="sequence")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ from dllm_rl import (
 )
 from dllm_rl import trl as ours
 from dllm_rl.frontend.trl_names import unused_defaults
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
@@ -468,6 +469,12 @@ def whitened(log_ratio, advantages, mask, sum_over_processes):
     return log_ratio * sum_over_processes(advantages.sum())
 
 
+def adapted():
+    policy = tiny()
+    add_lora(policy, Lora(r=2))
+    return policy
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -484,6 +491,7 @@ def whitened(log_ratio, advantages, mask, sum_over_processes):
         (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
         (r"model's module, Own, is none of transformers' models, which TRL needs; use grpo", {"model": own_policy()}),
         (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
+        (r"model has adapters of rank 2 already; merge them first, .* and give peft_config to", {"model": adapted()}),
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path, message, arguments):

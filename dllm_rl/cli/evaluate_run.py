@@ -33,7 +33,7 @@ from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import describe
 from dllm_rl.samplers import Renoise, Sampler, Unmask, sampler_for
 from dllm_rl.samplers.cache import Cache
-from dllm_rl.samplers.rules import Commit, Rank, Schedule, check_scores, steps_per_block
+from dllm_rl.samplers.rules import Commit, Rank, Schedule, check_scores
 from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
@@ -254,15 +254,13 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         if arguments.cache and cache is None and isinstance(sampler, Unmask):
             sampler = sampler.replace(cache=None)
         # Check here, before the first forward, instead of in the middle of a sweep.
-        check_number_of_steps(sampler)
+        check_number_of_steps(sampler, policy.spec)
         if isinstance(sampler, Unmask):
             check_scores(sampler.rank, sampler.commit)
         if arguments.samples > 1 and draws_nothing(sampler):
             raise ValueError(
                 f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
             )
-        if isinstance(sampler, Unmask) and sampler.block_size and length:
-            steps_per_block(sampler.diffusion_steps, [sampler.block_size] * -(-length // sampler.block_size))
         names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature")
         settings = {name: getattr(sampler, name) for name in names if hasattr(sampler, name)}
         settings |= {name: value for name, value in filters.items() if value is not None}

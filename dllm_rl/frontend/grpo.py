@@ -1,5 +1,6 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -198,9 +199,15 @@ def grpo_recipe(  # noqa: PLR0913
         options = {"answer": "drawn", **options}
     else:
         sampler_class = Unmask
+    given_sampler = settings.get("sampler")
+    if isinstance(given_sampler, Unmask) and sampler_class is not Renoise:  # also one that decodes in an engine
+        names = [field.name for field in dataclasses.fields(sampler_class) if hasattr(given_sampler, field.name)]  # type: ignore[arg-type]
+        options = {name: getattr(given_sampler, name) for name in names}
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one
+    if settings.get("rollout_engine"):  # it computes whole rows, and not the blocks of one text in a row
+        block_size = None
     # Evaluations of the learner run in this process, where the sampler of an engine that decodes by itself cannot.
     is_of_engine = settings.get("rollout_engine") and decodes_in_engine(used_sampler)
     if settings.get("loss_reduction") is DR_GRPO:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.models.base import Policy, length_buckets
+from dllm_rl.models.base import FamilySpec, Policy, length_buckets
 from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
@@ -25,7 +25,7 @@ from dllm_rl.samplers.canvas import (
     positions_of,
 )
 from dllm_rl.samplers.choose import StepSampler
-from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule
+from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, steps_per_block
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.whole_step import CompiledSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
@@ -163,19 +163,27 @@ class Unmask(Sampler):
         return step_sampler.rollout()
 
 
-def check_number_of_steps(sampler: Sampler) -> None:
-    """Raise ValueError if a sampler has more steps than tokens, and its steps write at least one each.
+def check_number_of_steps(sampler: Sampler, spec: FamilySpec | None = None, prompt_length: int = 0) -> None:
+    """Raise ValueError if a sampler has more steps than tokens although each writes one, or fewer than blocks.
 
     Not for prompts with blanks, whose number differs by row: a row with fewer blanks than steps ends early.
+
+    Args:
+        sampler: Sampler. Those that do not unmask have no such steps.
+        spec: Spec of the policy, by which blocks are counted. None: they are not counted.
+        prompt_length: Tokens of the prompt. In a block-causal model they may begin the completion's first block.
     """
-    if not isinstance(sampler, Unmask) or sampler.diffusion_steps is None or sampler.commit.count is None:
+    if not isinstance(sampler, Unmask) or sampler.diffusion_steps is None:
         return
-    length, steps = sampler.max_new_tokens, sampler.diffusion_steps
-    if 0 < length < steps and sampler.commit.count(torch.tensor([length]), torch.tensor([steps])) > 0:
+    length, steps, count = sampler.max_new_tokens, sampler.diffusion_steps, sampler.commit.count
+    if count is not None and 0 < length < steps and count(torch.tensor([length]), torch.tensor([steps])) > 0:
         raise ValueError(
             f"diffusion_steps={steps} is more than the {length} tokens of a completion, and a step writes at least "
             f"one; use at most {length}"
         )
+    if spec is not None and length and (size := sampler.block_size or spec.block_size):
+        num_begun = prompt_length % size if spec.attention == "block_causal" else 0
+        steps_per_block(steps, [size] * -(-(num_begun + length) // size))
 
 
 class RaggedSteps:

@@ -129,7 +129,9 @@ class Client:
     ) -> Float[Tensor, "B T V"]:
         """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
         if attention_mask.dim() != 2:
-            raise ValueError("rollout_engine=HTTPEngine computes whole rows, one text each")
+            raise ValueError(
+                "rollout_engine=HTTPEngine computes whole rows, one text each; use a likelihood with block_size=None"
+            )
         inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
         tensors, _ = self.post("/logits", inputs)
         return tensors["logits"].to(tokens.device)

@@ -86,12 +86,17 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
         policy = copied(recipe.model).to(device)  # the caller's policy stays unchanged
     else:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
-    if policy.lora is not None:  # a checkpoint of the run would mix these adapters with the run's own
+    check_no_adapters(policy, "lora")
+    return apply_compute_settings(recipe, policy)
+
+
+def check_no_adapters(policy: Policy, setting: str) -> None:
+    """Raise ValueError for a policy with adapters, which a checkpoint would mix with those of the run's `setting`."""
+    if policy.lora is not None:
         raise ValueError(
             f"model has adapters of rank {policy.lora.r} already; merge them first, "
-            "dllm_rl.models.lora.merge_lora(policy), and give lora to train new ones"
+            f"dllm_rl.models.lora.merge_lora(policy), and give {setting} to train new ones"
         )
-    return apply_compute_settings(recipe, policy)
 
 
 def call_model_function(model: Callable[..., Policy], seed: int, *, dry_run: bool = False) -> Policy:

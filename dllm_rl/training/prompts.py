@@ -103,7 +103,7 @@ def _longest_prompt(
         try:
             ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank)
             if not any(blanks):
-                check_number_of_steps(sampler)
+                check_number_of_steps(sampler, policy.spec, len(ids))
                 if not completion_length:
                     raise ValueError("max_new_tokens=0, and the prompt has no blank: there is nothing to fill in")
         except ValueError as error:

@@ -204,6 +204,14 @@ def test_a_block_causal_model_is_scored_in_all_blocks_at_once(tmp_path, steps, o
         assert recipe.likelihood == expected
 
 
+def test_an_engine_scores_a_block_causal_model_step_by_step():
+    """Its forwards have one text a row, and not the blocks of several steps."""
+    recipe = grpo_recipe(
+        block_causal_policy(4), ROWS, right, sampler=HTTPSampler(max_new_tokens=32), rollout_engine=HTTPEngine()
+    )
+    assert recipe.likelihood == Trajectory(num_segments=8)
+
+
 def test_a_sampler_of_ones_own_may_have_other_blocks():
     """So a block-causal model's rollouts are then replayed step by step."""
 
@@ -597,6 +605,9 @@ def test_the_sampler_of_an_engine_that_decodes_does_not_evaluate():
     decoding = HTTPSampler(max_new_tokens=6, temperature=0.7)
     recipe = recipe_of(sampler=decoding, rollout_engine=HTTPEngine())
     assert recipe.sampler == decoding and recipe.eval_sampler == Unmask(max_new_tokens=6, temperature=0.0)
+    settings = {"max_new_tokens": 6, "diffusion_steps": 4, "block_size": 2, "suppress": (3,), "top_k": 5}
+    recipe = recipe_of(sampler=HTTPSampler(**settings, temperature=0.7), rollout_engine=HTTPEngine())
+    assert recipe.eval_sampler == Unmask(**settings, temperature=0.0)
     ours = Unmask(max_new_tokens=6, diffusion_steps=2, temperature=0.7)
     assert recipe_of(sampler=ours, rollout_engine=HTTPEngine()).eval_sampler == ours.replace(temperature=0.0)
 

@@ -97,6 +97,26 @@ def test_steps_are_counted_before_the_run_for_prompts_without_blanks(field, tmp_
         check_prompts(replace(mixed, sampler=sampler, eval_sampler=sampler), policy)
 
 
+@pytest.mark.parametrize("attention", ["block_causal", "full"])
+def test_blocks_are_counted_before_the_run_for_each_prompt(attention, tmp_path):
+    """Of a block-causal model: 8 tokens after 4 take two blocks of 4, and after 5 three."""
+    policy, sampler = tiny_masked_lm(**SIZES), Unmask(max_new_tokens=8, diffusion_steps=2)
+    policy.spec = replace(policy.spec, attention=attention, block_size=4)
+    recipe = tiny_recipe(tmp_path, sampler=sampler, eval_sampler=sampler)
+    tasks = [Listed(Problem("1234"), Problem(text)) for text in ("1234" * 2, "12341")]
+    aligned, begun = (replace(recipe, task=task, validation_task=task, eval_task=task) for task in tasks)
+    check_prompts(aligned, policy)
+    if attention == "full":
+        check_prompts(begun, policy)
+        sampler = sampler.replace(block_size=2)
+        aligned = replace(aligned, sampler=sampler, eval_sampler=sampler)
+        with pytest.raises(ValueError, match="validation_task: problem 0: diffusion_steps=2 is fewer than the 4 b"):
+            check_prompts(aligned, policy)
+    else:
+        with pytest.raises(ValueError, match="validation_task: problem 1: diffusion_steps=2 is fewer than the 3 b"):
+            check_prompts(begun, policy)
+
+
 def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")

@@ -77,7 +77,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     Args:
         policy: Policy with adapters.
         directory: Folder to write, created if missing.
-        base: Folder or hub id of the base's weights. None: the folder that the policy was loaded from.
+        base: Folder or hub id of the base's weights. None: the adapters name none, and `load_adapter` adds them to it.
 
     Raises:
         ValueError: The policy has no adapters.
@@ -107,7 +107,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     }
     if experts:
         config["target_parameters"] = [f"{path}.{name}" for path in experts for name in STACKS]
-    config |= {"base_model_name_or_path": base or policy.spec.checkpoint_folder, "inference_mode": True}
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -93,6 +93,22 @@ def test_adapters_of_every_family(tmp_path, family):
     assert all(p.requires_grad for p in plain.module.parameters())
 
 
+def test_adapters_name_only_a_base_that_is_given(tmp_path):
+    """The weights of a policy may have changed since its folder was read, so that the folder is not their base."""
+    folder = checkpoint(tmp_path / "base", "llada")
+    policy = load_policy(folder)
+    for weight in policy.module.parameters():
+        weight.data.mul_(1.5)
+    add_lora(policy, Lora(r=4))
+    save_adapter(policy, tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"base_model_name_or_path=None names no base; open the base, and call .*load_ad"
+    ):
+        load_policy(tmp_path / "adapter")
+    save_adapter(policy, tmp_path / "named", base=str(folder))
+    assert load_policy(tmp_path / "named").lora == Lora(r=4)
+
+
 def test_merged_weight_by_hand():
     policy = tiny_llama(
         characters="ab", causal=False, hidden_size=8, num_layers=1, num_attention_heads=2, intermediate_size=8
