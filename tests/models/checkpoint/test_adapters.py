@@ -101,12 +101,10 @@ def test_adapters_name_only_a_base_that_is_given(tmp_path):
         weight.data.mul_(1.5)
     add_lora(policy, Lora(r=4))
     save_adapter(policy, tmp_path / "adapter")
-    with pytest.raises(
-        ValueError, match=r"base_model_name_or_path=None names no base; open the base, and call .*load_ad"
-    ):
+    with pytest.raises(ValueError, match=r"base_model_name_or_path=None names no base; open the base, and call "):
         load_policy(tmp_path / "adapter")
     save_adapter(policy, tmp_path / "named", base=str(folder))
-    assert load_policy(tmp_path / "named").lora == Lora(r=4)
+    assert torch.equal(load_policy(tmp_path / "named").logits(*batch()), load_policy(folder).logits(*batch()))
 
 
 def test_merged_weight_by_hand():
