@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dllm_rl import Confidence, Lora, OneStep, PPOClip, Unmask, grpo_recipe, tiny_masked_lm
+from dllm_rl import GSPO, Confidence, Lora, OneStep, PPOClip, Unmask, grpo_recipe, tiny_masked_lm
 from dllm_rl.config import from_command_line
 from dllm_rl.models.checkpoint.loading import CONFIGS
 from dllm_rl.recipe import Recipe
@@ -109,6 +109,28 @@ def test_d1_as_published(capsys, recipe, updates, temperature):
     assert d1.sampler == Unmask(**sampler, temperature=temperature)
     assert d1.eval_sampler == Unmask(**sampler, temperature=0.0)
     assert d1.num_steps == 7 and d1.task == recipe.task
+
+
+@pytest.mark.parametrize(
+    ("given", "loss"),
+    [
+        ({"delta": 1.6}, PPOClip(epsilon=0.5, delta=1.6)),
+        ({"epsilon_high": 0.6}, PPOClip(epsilon=0.5, epsilon_high=0.6)),
+        ({"delta": 1.6, "loss": GSPO()}, None),
+        ({"delta": 1.6, "loss": PPOClip(epsilon=0.3)}, PPOClip(epsilon=0.3, delta=1.6)),
+    ],
+)
+def test_one_field_beside_a_preset_keeps_the_presets_others(given, loss):
+    if loss is None:
+        with pytest.raises(ValueError, match=r"delta=1\.6 is not a setting of loss=GSPO"):
+            grpo_recipe(LLADA, ROWS, nothing, preset="d1", **given)
+    else:
+        assert grpo_recipe(LLADA, ROWS, nothing, preset="d1", **given).loss == loss
+
+
+def test_a_rate_that_the_preset_keeps_constant_has_no_warm_up():
+    with pytest.raises(ValueError, match=r"warmup_steps=5 is not a setting of lr_schedule=ConstantRate"):
+        grpo_recipe(LLADA, ROWS, nothing, preset="d1", num_iterations=1, warmup_steps=5)
 
 
 def test_options_stand_above_a_preset_and_sft_has_none(capsys):

@@ -321,14 +321,19 @@ def check(folder: Path, *, quick: bool = False, unread: str | None = None) -> No
         raise ValueError(f"{folder}: step is {step} in state.json, but {content['step']} elsewhere")
 
 
-def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state from a checkpoint. Raise ValueError if a file is damaged or a value is impossible."""
+def load_optimizer(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, may_be_empty: bool = False
+) -> None:
+    """Load the optimizer's state from a checkpoint. Raise ValueError if a file is damaged or a value is impossible.
+
+    `may_be_empty`: replay alone trains the run, so that before the first right answer there are no moments.
+    """
     if (source := next(folder.glob(PATTERN), None)) is not None:
         load_parts(folder, policy, optimizer)
     else:
         source = folder / "optimizer.pt"
         _load_whole(folder, optimizer)
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, torch.optim.AdamW) and (optimizer.state or not may_be_empty):
         for name, parameter in policy.module.named_parameters():
             if policy.weights_version and parameter.requires_grad and parameter not in optimizer.state:
                 raise ValueError(

@@ -95,10 +95,19 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
             raise ValueError(f"{name}={now} differs from the checkpoint's {then}; {remedy}")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
-    if "lr_schedule" not in allowed and "lr_schedule_steps" not in allowed:
-        steps = recipe.lr_schedule_steps or recipe.num_steps
-        steps_before = before["lr_schedule_steps"] or before["num_steps"]
-        if any(recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)):
-            field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
-            change = f"would change the learning rates of a schedule that began with {steps_before} steps"
-            raise ValueError(f"{field}={steps} {change}; add {as_written(lr_schedule_steps=steps_before)}")
+    steps = recipe.lr_schedule_steps or recipe.num_steps
+    steps_before = before["lr_schedule_steps"] or before["num_steps"]
+    is_stretched = any(name in allowed for name in ("lr_schedule", "lr_schedule_steps"))
+    added_steps = range(before["num_steps"], recipe.num_steps)
+    if added_steps and not any(recipe.lr_schedule(i, steps if is_stretched else steps_before) for i in added_steps):
+        raise ValueError(
+            f"num_steps={recipe.num_steps}: the learning rate would be 0 from step {added_steps[0]} on, where the "
+            f"schedule of {steps if is_stretched else steps_before} steps ends; add "
+            f"{as_written(allow_changed='lr_schedule_steps')} without lr_schedule_steps, which stretches it"
+        )
+    if not is_stretched and any(
+        recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)
+    ):
+        field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
+        change = f"would change the learning rates of a schedule that began with {steps_before} steps"
+        raise ValueError(f"{field}={steps} {change}; add {as_written(lr_schedule_steps=steps_before)}")

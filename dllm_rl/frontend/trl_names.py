@@ -179,7 +179,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         name, _, field = target.partition(".")
         fields.setdefault(name, {})[field] = translated.pop(target)
     for name, values in fields.items():
-        set_fields(translated, name, values)
+        set_fields(translated, name, values, preset_fields(keywords))
     return translated
 
 
@@ -221,11 +221,15 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
         raise ValueError(f"not settings of grpo: {', '.join(refused)}; help(dllm_rl.Recipe) lists all")
 
 
+def preset_fields(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe's fields of the preset that is named; {} without one."""
+    preset = keywords.get("preset")
+    return find_preset(preset, keywords.get("name", ""))[0] if preset in PRESETS else {}
+
+
 def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
     """Raise ValueError if a keyword counts updates, and a step has several of them, also by a preset."""
-    preset = keywords.get("preset")
-    fields = find_preset(preset, keywords.get("name", ""))[0] if preset in PRESETS else {}
-    default = fields.get("num_iterations", 1)
+    default = preset_fields(keywords).get("num_iterations", 1)
     if (updates := keywords.get("num_iterations", default)) > 1:
         schedule = type(STRING_VALUES["lr_scheduler_type"][1][keywords.get("lr_scheduler_type", "constant")]).__name__
         remedies = {"max_steps": f"num_steps (max_steps / {updates})", "lr_scheduler_type": f"lr_schedule={schedule!r}"}
@@ -259,15 +263,15 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     return sizes if "num_generations" in keywords else sizes | {"num_generations": generations}
 
 
-def set_fields(settings: dict[str, Any], name: str, values: dict[str, Any]) -> None:
-    """Set fields of the record in a setting, all at once because it may check them together, or entries of
-    `sampler_options`.
+def set_fields(settings: dict[str, Any], name: str, values: dict[str, Any], preset: Mapping[str, Any]) -> None:
+    """Set fields of the record in a setting, which may be of a preset, all at once because it may check them together,
+    or entries of `sampler_options`.
     """
     if name == "sampler_options":
         settings[name] = {**(settings.get(name) or {}), **values}
         return
     default = {"loss": PPOClip(), "advantages": GroupRelative(), "lr_schedule": optimizers.LinearDecay()}[name]
-    given = settings.get(name) or default
+    given = settings.get(name) or preset.get(name) or default
     record = fit(name, annotations_of(Recipe)[name], given)  # which may be given by its name
     for field, value in values.items():
         if not hasattr(record, field):

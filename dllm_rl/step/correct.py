@@ -105,8 +105,8 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
             stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=rows.advantages
         )
     trained_metrics = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
-    accepted = weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)
-    trained_metrics["trained/rollout_rs_masked_fraction"] = 1 - accepted.item()
+    masked = (stats.mask & ~weights.loss_mask).sum() / stats.mask.sum().clamp(min=1)
+    trained_metrics["trained/rollout_rs_masked_fraction"] = masked.item()
     return weights, trained_metrics
 
 
@@ -138,6 +138,7 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
     importance_weights = samples.local(weights.importance_weights, accelerator)[:, :width]
     advantages = logps.token_advantages
     views = logps.views
+    has_reward = ~samples.rewards.isnan()
     if not rows.is_trained.all():
         views = views.restrict_to_rows(samples.local(rows.is_trained, accelerator))
     return Batch(
@@ -153,9 +154,9 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
         loss_mask=samples.local(loss_mask, accelerator)[:, :width],
         reference_logprobs=logps.reference_logprobs,
         # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
-        # the mean.
-        num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
-        num_sequences=len(loss_mask),
+        # the mean. Rows without a reward do not.
+        num_tokens=int(((loss_mask | (rows.completion & ~rows.stats.mask)) & has_reward[:, None]).sum()),
+        num_sequences=int(has_reward.sum()),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
         is_scored=logps.is_scored,

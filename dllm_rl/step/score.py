@@ -206,11 +206,13 @@ def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, "
 
 def active_rows(settings: StepSettings, samples: Samples) -> Bool[Tensor, " B"]:
     """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
-    term or an entropy bonus, or if a value model gives the tokens advantages. No rows if there is no update.
+    term or an entropy bonus, or if a value model gives the tokens advantages. No rows if there is no update, and no row
+    without a reward.
     """
     if not settings.num_iterations:
         return torch.zeros_like(samples.advantages, dtype=torch.bool)
-    return any_in_group(samples.advantages != 0, samples.group) | settings.trains_all_groups
+    is_active = any_in_group(samples.advantages != 0, samples.group) | settings.trains_all_groups
+    return is_active & ~samples.rewards.isnan()
 
 
 def metric_weights(settings: StepSettings, samples: Samples, step: int) -> Float[Tensor, " B"]:
@@ -218,7 +220,7 @@ def metric_weights(settings: StepSettings, samples: Samples, step: int) -> Float
     skips, `num_mismatch_groups` are sampled.
     """
     generator = generator_for(settings.seed, "mismatch sample", step)  # every process draws the same groups
-    is_trained = active_rows(settings, samples)[starts_group(samples.group)]
+    is_trained = any_in_group(active_rows(settings, samples), samples.group)[starts_group(samples.group)]
     weights = inverse_sampling_weights(is_trained, settings.num_mismatch_groups, generator)
     return weights[group_numbers(samples.group)]
 

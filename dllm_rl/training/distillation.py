@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dllm_rl.algorithms.advantages import has_unequal_rewards
 from dllm_rl.distributed.collectives import gather_on_host
 from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
 from dllm_rl.likelihoods.masks import ranks
@@ -77,7 +78,12 @@ class Teacher(StepFeature):
         rewards = task_part - coeff * reverse_kl.to(samples.rewards)
         advantages = compute_advantages(recipe.advantages, rewards, samples.group, {})
         samples = replace(samples, rewards=rewards, advantages=advantages)
-        return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
+        has_equal_rewards = ~has_unequal_rewards(rewards, samples.group)  # in place of the task's share
+        return samples, {
+            "teacher/reverse_kl": reverse_kl.mean().item(),
+            "teacher/coeff": coeff,
+            "frac_reward_zero_std": has_equal_rewards.double().mean().item(),
+        }
 
 
 def student_teacher_log_ratio(

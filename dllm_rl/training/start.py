@@ -204,9 +204,9 @@ def restore(
     policy.weights_version = state.version
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
-    checkpoint.load_optimizer(folder, policy, optimizer)
-    settings = recipe.settings()
-    changes = changes_since(default_settings(type(recipe)) | state.recipe, settings, state.step)
+    settings, stored = recipe.settings(), default_settings(type(recipe)) | state.recipe
+    checkpoint.load_optimizer(folder, policy, optimizer, may_be_empty=stored.get("num_iterations") == 0)
+    changes = changes_since(stored, settings, state.step)
     for change in changes:
         before, after = describe_json(change["before"]), describe_json(change["after"])
         rounds = "; from here on the run's numbers round otherwise" if change["field"] in MEMORY_SETTINGS else ""

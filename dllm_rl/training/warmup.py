@@ -34,7 +34,13 @@ def warm_up(
     progress = log.view("warm-up", recipe.sft_warmup_steps)
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     trainer = SupervisedTrainer(
-        policy=policy, processes=accelerator, corruption=recipe.sft_warmup_corruption, like_rollouts=True
+        policy=policy,
+        processes=accelerator,
+        micro_batch_size=recipe.micro_batch_size,
+        corruption=recipe.sft_warmup_corruption,
+        bf16=recipe.bf16,
+        like_rollouts=True,
+        max_grad_norm=recipe.max_grad_norm,
     )
     steps_done = 0
     is_reached = False

@@ -10,6 +10,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import TIS, Sudoku, Unmask, manifest
 from dllm_rl.algorithms.correctors import Compose, Reject
 from dllm_rl.algorithms.losses import GSPO
+from dllm_rl.algorithms.optimizers import ConstantRate, CosineWithWarmup, LinearWithWarmup
 from dllm_rl.checkpoints.resume import check_recipe, default_settings
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
@@ -60,6 +61,20 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
     check_recipe(changed, state)
     with pytest.raises(ValueError, match="seed=1 differs from the checkpoint's 0"):
         check_recipe(replace(changed, seed=1), state)
+
+
+@pytest.mark.parametrize("schedule", [LinearWithWarmup(), CosineWithWarmup(warmup_steps=2)])
+def test_added_steps_have_a_learning_rate(schedule):
+    """A schedule that ends at 0 would leave it there: stretched, it goes on."""
+    recipe = tiny_recipe("x", num_steps=4, lr_schedule=schedule)
+    state = TrainingState(step=4, version=4, dtype="float32", recipe=recipe.settings())
+    for changes in ({}, {"lr_schedule_steps": 4}, {"lr_schedule_steps": 4, "allow_changed": "lr_schedule_steps"}):
+        with pytest.raises(ValueError, match=r"num_steps=8: the learning rate would be 0 from step 4 on, .*of 4 st"):
+            check_recipe(replace(recipe, num_steps=8, **changes), state)
+    check_recipe(recipe, state)  # nothing is left to do
+    check_recipe(replace(recipe, num_steps=8, allow_changed="lr_schedule_steps"), state)
+    constant = replace(recipe, lr_schedule=ConstantRate(), allow_changed="lr_schedule")
+    check_recipe(replace(constant, num_steps=8), state)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_mas
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.lora import Lora
+from dllm_rl.monitoring import log
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.distillation import Teacher, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy, teacher_policy
@@ -179,8 +181,19 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     apart = student_teacher_log_ratio(other_model(), before.rollout, seeds, **scoring(recipe))
     torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
     torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards, after.group))
-    assert metrics == {"teacher/reverse_kl": pytest.approx(apart.mean().item(), abs=1e-4), "teacher/coeff": 0.25}
+    kl = pytest.approx(apart.mean().item(), abs=1e-4)
+    assert metrics == {"teacher/reverse_kl": kl, "teacher/coeff": 0.25, "frac_reward_zero_std": 0.0}
     assert metrics_of(tmp_path)[0]["reward"] == pytest.approx(before.rewards.mean().item())  # stays the task's
+
+
+def test_equal_rewards_of_the_task_teach_with_a_teacher(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(log, "EQUAL_REWARD_STEPS", 2)
+    task = task_from_dataset([{"prompt": "1="}] * 4, reward_funcs=[lambda completions, **_: [0.0] * len(completions)])
+    for teacher in (other_model, None):
+        train(taught_recipe(tmp_path / str(teacher), task=task, teacher=teacher, num_steps=2))
+        rows = metrics_of(tmp_path / str(teacher))
+        assert [row["frac_reward_zero_std"] for row in rows] == [float(teacher is None)] * 2
+        assert ("all rewards of each group were equal" in capsys.readouterr().out) == (teacher is None)
 
 
 @pytest.mark.parametrize("kind", ["function", "policy", "path"])

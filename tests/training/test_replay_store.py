@@ -263,6 +263,21 @@ def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
         assert "grad_norm" not in row and row["quantization/codes_changed"] > 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"replay": Replay(min_reward=0.0, batch_size=4), "allow_changed": "replay"}])
+def test_a_run_without_a_right_answer_yet_is_resumed(tmp_path, changes):
+    """No update has made moments of the optimizer."""
+    task = {"task": NeverRight, "num_iterations": 0}
+    first = train(recipe_of(tmp_path, **task, num_steps=2))
+    again = {"num_steps": 4, "lr_schedule_steps": 2, "resume_from_checkpoint": "latest"}
+    last = train(recipe_of(tmp_path, **task | again | changes))
+    assert [row["replay/updates"] > 0 for row in metrics_of(tmp_path)] == [False, False, *[bool(changes)] * 2]
+    assert all(torch.equal(*pair) for pair in parameters_of(first, last)) == (not changes)
+
+
+def parameters_of(*summaries):
+    return zip(*(summary.policy.module.parameters() for summary in summaries), strict=True)
+
+
 def test_right_answers_become_likelier(tmp_path):
     """Without a policy gradient, too: the loss of the answers in the store, under one set of masks."""
     stores, losses = [], []

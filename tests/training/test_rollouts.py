@@ -14,8 +14,9 @@ from rollouts import fields_of
 from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
-from dllm_rl import load_policy
+from dllm_rl import Replay, load_policy
 from dllm_rl.algorithms.advantages import LeaveOneOut
+from dllm_rl.algorithms.correctors import Reject
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring.log import RunLog
@@ -26,6 +27,7 @@ from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step import collect as rollouts_module
+from dllm_rl.step import update as update_module
 from dllm_rl.step.collect import (
     GradedCompletion,
     collect,
@@ -37,7 +39,7 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
-from dllm_rl.types import FilterSupport, Prompts, Rollout
+from dllm_rl.types import FilterSupport, Prompts, Rollout, any_in_group
 
 PROMPTS = Prompts.from_ids(
     [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, num_generations=2, seeds=list(range(100, 108))
@@ -267,6 +269,44 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
             assert row["rewards/judge/mean"] == pytest.approx(row["reward"]) and row["parsed"] == 1.0
     logged = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert all((row["reward"] is None) == (row["parts"] == {}) for row in logged)
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.5}, {"entropy_coeff": 0.1}, {"corrector": Reject(threshold=1e-9)}])
+def test_a_completion_without_a_reward_is_in_no_term_and_no_mean_of_the_loss(tmp_path, settings, monkeypatch):
+    """Tokens that the corrector rejects are in no mean either; the rows of a group without an advantage are."""
+    seen = []
+
+    def watched(context, samples, *given):
+        (batch, *_), metrics = make(context, samples, *given)
+        seen.append((samples.samples, batch, metrics["trained/rollout_rs_masked_fraction"]))
+        return [batch], metrics
+
+    make = update_module.make_batches
+    monkeypatch.setattr(update_module, "make_batches", watched)
+    train(judged_recipe(tmp_path, **settings))
+    assert any(samples.rewards.isnan().any() for samples, *_ in seen)
+    for samples, batch, masked in seen:
+        lacks = samples.rewards.isnan()
+        sizes = batch.rollout.completion_mask.sum(-1)
+        assert batch.num_sequences == int((~lacks).sum()) and not batch.loss_mask[lacks].any()
+        trains_all = "beta" in settings or "entropy_coeff" in settings
+        mixed = any_in_group(samples.advantages != 0, samples.group)
+        trained = ~lacks & (mixed | trains_all)
+        if "corrector" in settings:
+            assert batch.num_tokens == int(sizes[~lacks & ~trained].sum() + batch.loss_mask.sum())
+            assert masked == pytest.approx(1 - batch.loss_mask.sum().item() / sizes[trained].sum().item())
+        else:
+            assert batch.num_tokens == int(sizes[~lacks].sum()) and masked == 0
+            assert torch.equal(batch.loss_mask.any(-1), trained)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 0, "replay": Replay(min_reward=2.0)}])
+def test_no_token_is_rejected_where_none_is_trained(tmp_path, changes):
+    def same(completions, **_):
+        return [1.0] * len(completions)
+
+    train(judged_recipe(tmp_path, same, **changes))
+    assert all(row["trained/rollout_rs_masked_fraction"] == 0 for row in read_metrics(tmp_path))
 
 
 def test_a_step_without_any_reward_ends_the_run_with_an_error(tmp_path):

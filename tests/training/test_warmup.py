@@ -17,6 +17,7 @@ from dllm_rl.supervised.loss import add_noise, corrupted, draw_levels, lay_out, 
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training import warmup
 from dllm_rl.training.warmup import warm_up
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
@@ -164,6 +165,16 @@ def test_each_step_hides_other_tokens_and_replaces_its_share(tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     every = sorted(losses[0] + losses[1])
     assert all(after - before > 1e-3 for before, after in pairwise(every))
+
+
+def test_warm_up_takes_micro_batches_the_gradients_norm_and_bf16_of_the_run(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        warmup, "SupervisedTrainer", lambda **settings: made.append(settings) or SupervisedTrainer(**settings)
+    )
+    given = {"micro_batch_size": 4, "max_grad_norm": 0.2, "bf16": True}
+    stepped(tiny_recipe(tmp_path).model(), tmp_path, steps=1, **given)
+    assert made[0].items() >= given.items()
 
 
 def test_the_learning_rate_rises_to_its_full_height(tmp_path):

@@ -15,7 +15,7 @@ from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.models.checkpoint.tensors import MAX_FILE_SIZE
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import ModulePolicy
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import cautions, learning_rate_warnings
@@ -117,6 +117,7 @@ def model_lines(step: PlannedStep) -> list[str]:
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     warnings = [*cautions(recipe), *learning_rate_warnings(recipe.learning_rate, parameters)]
+    weights_too = "" if recipe.teacher == REFERENCE else " and weights"
     others = "workers" if recipe.rollout_workers else "engine"
     elsewhere = f"{f'rollout {others}':22}not counted: memory and time below are for sampling in the learner's process"
     return [
@@ -126,6 +127,7 @@ def model_lines(step: PlannedStep) -> list[str]:
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         f"corrector             {recipe.corrector}",
+        *([f"teacher               not counted: its forwards{weights_too}"] if recipe.teacher is not None else []),
         *([elsewhere] if recipe.rollout_workers or recipe.rollout_engine is not None else []),
         *(f"warning: {caution}" for caution in warnings),
     ]

@@ -353,6 +353,13 @@ def test_the_prompt_of_a_plan_is_the_longest_of_the_rows():
         assert f" rows x ({length} longest prompt + 4 new) tokens" in plan(recipe)
 
 
+def test_a_plan_says_that_a_teacher_is_not_counted():
+    recipe = recipe_of("llada_8b_sudoku")
+    assert "teacher" not in plan(recipe)
+    for teacher, counted in (("FOLDER", "its forwards and weights"), ("reference", "its forwards\n")):
+        assert f"\nteacher               not counted: {counted}" in plan(replace(recipe, teacher=teacher))
+
+
 def test_a_plan_says_that_workers_are_not_counted():
     recipe = replace(recipe_of("llada_8b_sudoku"), rollout_workers=2, max_staleness=1, torch_compile=False)
     text = plan(replace(recipe, rollout_quantization=None))
