@@ -1,11 +1,14 @@
 """What a quantized copy's other order costs the gradient: the page's tables and sentences."""
 
+from collections import Counter
+from itertools import product
 from statistics import mean, median
 
-from held import STUDIES, stored
+from held import STUDIES, by_arm, stored
+from recipes.studies import int4_orders
 from recipes.studies import order_flips_controls as controls
 from recipes.studies.order_flips import ORDERS, SEEDS, Model, alone_rows, bias, claim_rows, copy_rows, order_rows, over
-from recipes.studies.paired import interval, markdown
+from recipes.studies.paired import arm_rows, interval, markdown, paired
 
 PAGE = f"{STUDIES}/order_flips.md"
 
@@ -90,3 +93,27 @@ def other_models_after_rl_countdown_and_noise():
     for row in controls.noise_rows(models):
         value, half = row["INT4 less noise, 95 %"].split("±")
         assert abs(float(value)) < float(half)
+
+
+def training_in_both_orders():
+    kept = stored("int4_orders")
+    results = by_arm(kept["runs"])
+    assert results.keys() == set(product(int4_orders.STUDY.arms, range(10)))
+    rows = [row | {"rate": f"{kept['rates'][row['arm']]:g}"} for row in arm_rows(int4_orders.STUDY, results)]
+    yield PAGE, markdown(rows, ("arm", "rate", "after", "ess", "reward", "difference, 95 %")).strip()
+    claims = int4_orders.claim_rows(results)
+    yield PAGE, markdown(claims).strip()
+    lost = {row["arm"]: row["difference, 95 %"].removeprefix("-") for row in rows}
+    less, cost, under, random = (claim["found, 95 %"] for claim in claims)
+    costs = f"{lost['random: int4, tis']} in random order and {lost['max_prob: int4, tis']} under `MaxProb`"
+    yield PAGE, f"INT4 with TIS costs {costs}: the difference is {less}."
+    yield PAGE, f"shown**, {random} in {claims[3]['above 0']} seeds. Under `MaxProb` neither its gain ({under}) nor"
+    yield PAGE, f"INT4's cost ({cost}) is."
+    assert [float(claim["Holm's p"]) < 0.05 for claim in claims] == [False, False, False, True]
+    higher = {arm: paired(results, f"random: {arm}", f"max_prob: {arm}") for arm in int4_orders.ROLLOUTS}
+    assert all(min(apart) > 0 for apart in higher.values()), "in all ten seeds of every arm"
+    yield PAGE, f"unquantized by {interval(higher['unquantized'])}, although"
+    yield PAGE, f"Without a corrector INT4 costs {lost['random: int4']} in random order."
+    rates = Counter(run["arm"].rpartition(" at ")[0] for run in kept["tuning"])
+    tried = {name: {run["arm"] for run in kept["tuning"] if run["arm"].startswith(f"{name} at ")} for name in rates}
+    assert tried.keys() == set(int4_orders.STUDY.arms) and {len(each) for each in tried.values()} == {3, 4}
