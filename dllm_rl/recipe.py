@@ -254,6 +254,11 @@ class Recipe(Settings):
                 f"with themselves: that estimator does not replay the sampler; use {EXACT}, or zero_mismatch=False",
             ),
             (
+                self.zero_mismatch and (self.rollout_batch_size is not None or self.max_num_gen_batches > 1),
+                "zero_mismatch=True needs rollouts in the batches in which they are scored, because bits depend on the "
+                "width of a batch: leave rollout_batch_size and max_num_gen_batches out",
+            ),
+            (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True cannot be combined with sampling_support='unfiltered': its rollout log-probs are "
                 "rounded sums of two recorded numbers, not bit for bit the learner's; use 'per_policy' or 'rollout'",
@@ -354,6 +359,11 @@ class Recipe(Settings):
                 bool(workers) and getattr(self.task, "graded_once", False),
                 f"rollout_workers={workers} grade with copies of the task and repeat a batch that fails, and an Oracle "
                 "(graded_once) knows no copy's calls: use rollout_workers=0",
+            ),
+            (
+                bool(workers) and "hidden" in getattr(getattr(self.sampler, "rank", None), "reads", ()),
+                f"rollout_workers={workers} sample with copies of the sampler's rank, which reads hidden: weights of "
+                "its own that training changes do not reach them; use rollout_workers=0",
             ),
             (
                 bool(workers) and self.router_replay is not None,

@@ -53,6 +53,7 @@ except ModuleNotFoundError as error:
 VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
 # TRL's methods that are overridden, and the names of their first parameters.
 OVERRIDDEN = {
+    "_calculate_rewards": ("self", "inputs"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
     "_compute_loss": ("self", "model", "inputs"),
@@ -225,6 +226,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         prompt_of_row = [row for row, repeats in zip(ids, sizes, strict=True) for _ in range(repeats)]
         return {"prompt_ids": prompt_of_row, "completion_ids": completions, "logprobs": None}
 
+    def _calculate_rewards(self, inputs: Any, *arguments: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, *arguments)  # of all processes, by reward function
+        self._lacks_reward = rewards.isnan().all(1).cpu()
+        return rewards
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         output = super()._generate_and_score_completions(inputs)  # calls `_sample`
@@ -232,8 +238,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         counts = (len(rollout.tokens),) * self.accelerator.num_processes
         (advantages,) = gather_on_host([output["advantages"]], self.accelerator, counts)
         group = torch.arange(len(advantages)) // size
-        weights = torch.ones(len(advantages), dtype=torch.double)  # scoring sets them, and reads no rewards
-        samples = Samples(rollout, group, advantages, advantages, weights, counts, batch_number=number)
+        weights = torch.ones(len(advantages), dtype=torch.double)  # scoring sets them
+        rewards = advantages.masked_fill(self._lacks_reward, torch.nan)  # it reads only which are lacking
+        samples = Samples(rollout, group, rewards, advantages, weights, counts, batch_number=number)
         with self._arithmetic():
             scored = score_samples(self._context, samples, number)
             batches, metrics = make_batches(self._context, scored)

@@ -695,3 +695,31 @@ def test_an_evaluations_loss_is_the_sum_of_the_processes_shares(monkeypatch):
         )  # fmt: skip
         share = ours.DiffusionGRPOTrainer._compute_loss(run, None, {"dllm_rl": [([batch], 0)]})
         assert share.item() == 0.25 * processes
+
+
+def test_a_completion_without_a_reward_is_in_no_mean_of_the_loss(tmp_path, monkeypatch):
+    """As in the library's step."""
+
+    def judge(completions, **_):
+        return [None if text[:1] in "1234" else float(len(set(text))) for text in completions]
+
+    monkeypatch.setattr("trl_runs.reward", judge)
+    run = trainer(tmp_path, settings={"beta": 0.1, "max_steps": 2})
+    seen, rewards = [], []
+    made, graded = run._generate_and_score_completions, run._calculate_rewards
+
+    def watched(inputs):
+        output = made(inputs)
+        seen.append(output["dllm_rl"][0][0][0])
+        return output
+
+    def counted(*arguments):
+        rewards.append(graded(*arguments))
+        return rewards[-1]
+
+    run._generate_and_score_completions, run._calculate_rewards = watched, counted
+    run.train()
+    lacking = [each.isnan().all(1).cpu() for each in rewards]
+    assert any(each.any() for each in lacking)
+    for batch, lacks in zip(seen, lacking, strict=True):
+        assert batch.num_sequences == int((~lacks).sum()) and not batch.loss_mask[lacks].any()

@@ -40,6 +40,11 @@ class Loss(Record):
     inputs: ClassVar[frozenset[str]] = frozenset()  # the SURROGATE_INPUTS that `__call__` takes by name
     reads_ratio: ClassVar[bool] = True  # whether the gradient depends on the old log-probs
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__call__" in vars(cls) and "reads_ratio" not in vars(cls):  # it says nothing of another objective
+            cls.reads_ratio = True
+
     def __call__(self, *arguments: Any, **inputs: Any) -> Float[Tensor, "B T"]:
         """Return the objective of each token (B, T).
 

@@ -247,12 +247,11 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
             raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit Schedule")
         if sampler_class is Unmask and not rule.adaptive and run is None:
             steps = steps or length or None
-        changes = shared | {"rank": rank, "commit": commit, "cache": cache}
+        changes = shared | {"rank": rank, "commit": commit}
+        changes |= {"cache": "none" if arguments.cache and cache is None else cache}
         changes |= {"diffusion_steps": None if rule.adaptive else steps}
         changes |= {"max_new_tokens": length if run is None or arguments.max_new_tokens else None}
         sampler = sampler_with(policy, run, changes)
-        if arguments.cache and cache is None and isinstance(sampler, Unmask):
-            sampler = sampler.replace(cache=None)
         # Check here, before the first forward, instead of in the middle of a sweep.
         check_number_of_steps(sampler, policy.spec)
         if isinstance(sampler, Unmask):

@@ -297,7 +297,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
     if not problems:
         raise ValueError(f"{arguments.model}: neither its task nor its completions.jsonl has prompts; give --task")
-    if recipe is not None and arguments.quantization is None:
+    if recipe is not None and "rollout_quantization" in recipe and arguments.quantization is None:
         scheme = scheme_of(arguments.model)
     else:
         (scheme,) = read_methods(

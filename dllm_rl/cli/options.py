@@ -151,6 +151,7 @@ def open_policy(
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy
     from dllm_rl.models.policy import load_policy, load_weights
+    from dllm_rl.training.policies import call_model_function
 
     device = find_device(arguments.device) if device is None else device
     model = model or arguments.model
@@ -161,7 +162,7 @@ def open_policy(
     if arguments.make_model is None:
         policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     else:
-        policy = import_named(arguments.make_model, "--make_model")()
+        policy = call_model_function(import_named(arguments.make_model, "--make_model"), 0)
         if not isinstance(policy, Policy):
             kind = type(policy).__name__
             name = arguments.make_model

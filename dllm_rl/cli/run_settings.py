@@ -122,7 +122,7 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     from dllm_rl.serving.engine import HTTPSampler  # noqa: F401  so that its name is known
 
     recipe = recipe_of(model)
-    if recipe is None:
+    if recipe is None or field not in recipe:  # of SFT
         return None
     try:
         sampler: Sampler = from_json(Sampler, recipe.get(field), field)
@@ -142,7 +142,7 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
     Args:
         policy: Policy that samples.
         run_sampler: The run's sampler. None: 16 tokens at temperature 0.
-        passed: Settings by name; None for those that were not passed.
+        passed: Settings by name; None for those that were not passed, "none" for no cache.
 
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
@@ -152,6 +152,9 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
 
     sampler = sampler_for(policy)
     changes = {name: value for name, value in passed.items() if value is not None}
+    if changes.get("cache") == "none":
+        del changes["cache"]
+        run_sampler = run_sampler.replace(cache=None) if isinstance(run_sampler, Unmask) else run_sampler
     if sampler is Renoise and not changes.get("temperature"):  # it has a schedule of temperatures
         changes.pop("temperature", None)
     if not isinstance(run_sampler, sampler):

@@ -31,14 +31,10 @@ from dllm_rl.types import Rollout
 def sample_command(arguments: argparse.Namespace) -> None:
     """Complete the prompts, and print the completions, or with --json one JSON object."""
     run_sampler = sampler_of(arguments.model)
-    chat, blank = arguments.chat, arguments.blank
-    texts: list[Any] = arguments.prompts
-    if not texts:
-        run_problems = problems_of(arguments.model, 4)
-        texts = ([] if run_problems and sys.stdin.isatty() else lines_of_input()) or run_problems
-    elif run_sampler is not None:
-        run_chat, run_blank = form_of_prompts(arguments.model)
-        chat, blank = chat or run_chat, run_blank if blank is None else blank
+    texts: list[Any] = arguments.prompts or ([] if sys.stdin.isatty() else lines_of_input())
+    texts = texts or problems_of(arguments.model, 4) or lines_of_input()
+    run_chat, run_blank = form_of_prompts(arguments.model)
+    chat, blank = arguments.chat or run_chat, run_blank if arguments.blank is None else arguments.blank
     problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
     policy = open_policy(arguments)  # also sets arguments.checkpoint
     live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
@@ -116,7 +112,9 @@ def complete(
 
 
 def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the options of `add_sampler_options`; None for an option that was not passed."""
+    """Return the values of the options of `add_sampler_options`; None for an option that was not passed, and a cache of
+    "none".
+    """
     names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
     passed = {name: getattr(arguments, name) for name in names}
     bases: dict[str, type[Record]] = {"rank": Rank, "commit": Commit, "cache": Cache}
@@ -124,6 +122,10 @@ def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
         text = getattr(arguments, name)
         methods = read_methods(base, name, [] if text is None else [text], arguments.fields)
         passed[name] = methods[0] if methods else None
+        if text == "none":
+            if name != "cache":
+                raise ValueError(f"--{name} none: a sampler has a {name}; leave it out for the default")
+            passed[name] = text
     return passed
 
 

@@ -153,7 +153,8 @@ def grpo_recipe(  # noqa: PLR0913
     if oracles := [each for each in functions if isinstance(each, Oracle)]:
         if len(oracles) > 1:
             raise ValueError("reward_funcs: a run takes one Oracle; wrap one function")
-        settings["callbacks"] = [*settings.get("callbacks", ()), *oracles]
+        given_callbacks = settings.get("callbacks", ())
+        settings["callbacks"] = [*given_callbacks, *(each for each in oracles if each not in given_callbacks)]
         settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
         settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
         eval_functions = [each.without_calls() if each in oracles else each for each in functions]

@@ -149,7 +149,7 @@ class LikelihoodEstimator(Record):
                     break
                 score, n = partial(view.logprobs, policy, chunk.rollout), key[1]
                 out[n, chunk.rows, chunk.columns] = graphs.add(key, score, policy.module)
-                is_scored[n, chunk.rows] = True
+                is_scored[n, chunk.rows] = graphs.rows[chunk.rows]  # a forward has whole groups
             views = replace(views, coefficients=views.coefficients * ~is_scored[..., None])
         # Processes may have different numbers of rows: see `join_uneven_forwards`.
         with torch.set_grad_enabled(retain_graphs), join_uneven_forwards(policy):

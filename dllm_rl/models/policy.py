@@ -26,6 +26,7 @@ from dllm_rl.models.base import (
     States,
     Tokenizer,
     Tokens,
+    encode_base,
     encode_block_causal,
     mlm_head,
     position_ids,
@@ -505,12 +506,15 @@ def check_attention(policy: ModulePolicy) -> None:
 
 @torch.no_grad()
 def check_logits(policy: ModulePolicy) -> None:
-    """Raise ValueError if the policy of a masked language model of transformers computes other logits than its class.
+    """Raise ValueError if the policy of a masked or causal language model of transformers computes other logits than
+    its class.
 
-    The classes of one family share an output layer and the way to count positions, which training would not reveal.
+    The classes of one family share an output layer and the way to count positions, which training would not reveal, and
+    some causal classes scale or cap their logits.
     """
     module, spec = policy.module, policy.spec
-    if spec.head is not mlm_head or not isinstance(module, PreTrainedModel):
+    is_causal = spec.attention == "causal"
+    if (spec.head is not mlm_head and not is_causal) or not isinstance(module, PreTrainedModel):
         return
     # In RoBERTa's classes, a padding token has no position.
     ids = [token for token in range(policy.vocab_size) if token not in (policy.pad_id, spec.mask_id)][:8]
@@ -518,10 +522,13 @@ def check_logits(policy: ModulePolicy) -> None:
     mask = torch.arange(tokens.shape[1], device=policy.device)[None] >= 2
     expected = module(input_ids=tokens[:, 2:], attention_mask=mask[:, 2:].long()).logits.float()
     found = policy.logits(tokens, mask)[:, 2:].float()
+    if is_causal:  # the state before a token predicts it
+        found, expected = found[:, 1:], expected[:, :-1]
     if not (found - expected).norm() <= 0.02 * expected.norm():  # 16 bits round; other positions change more
         raise ValueError(
             f"{type(module).__name__} computes other logits than its family {spec.name!r}: another output layer, "
-            "other positions, or padding that is not masked; pass make_policy a FamilySpec with its encode and head"
+            "scaled or capped logits, other positions, or padding that is not masked; pass make_policy a FamilySpec "
+            "with its encode and head"
         )
 
 
@@ -554,7 +561,8 @@ def as_causal(policy: Policy) -> ModulePolicy:
         if hasattr(layer, "is_causal"):
             layer.is_causal = True
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
-    spec = replace(spec, is_also_causal=False)  # it keeps `mask_id`, which `Autoregress` never draws
+    # It is a stock causal model, but for `mask_id`, which `Autoregress` never draws.
+    spec = replace(spec, is_also_causal=False, encode=encode_base, stock_model=None, tensor_names=(), fused_qkv=None)
     causal = make_policy(module, policy.tokenizer, spec)
     causal.library_spec = spec  # `load_policy` opens it as a causal model, which has no mask
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):

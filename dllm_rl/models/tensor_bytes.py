@@ -54,7 +54,10 @@ def record_to_json(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) -> Any:
-    """Rebuild the argument of `record_to_json`. `rank` is the rank of the recipe's sampler."""
+    """Rebuild the argument of `record_to_json`. `rank` is the rank of the recipe's sampler, to which an order refers.
+
+    Raises ValueError if an order refers to a rank, and there is none.
+    """
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -62,4 +65,11 @@ def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable |
     if "record" in value:
         record_fields = {name: record_from_json(item, tensors, rank) for name, item in value["fields"].items()}
         return RECORDS[value["record"]](**record_fields)
-    return rank if "rank" in value else tuple(record_from_json(item, tensors, rank) for item in value["tuple"])
+    if "rank" in value:
+        if rank is None:
+            raise ValueError(
+                "the rollout's order was drawn by a rank, and the recipe's sampler has no field rank to score it by: "
+                "give the sampler such a field, or use rollout_workers=0"
+            )
+        return rank
+    return tuple(record_from_json(item, tensors, rank) for item in value["tuple"])

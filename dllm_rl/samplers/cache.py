@@ -168,8 +168,10 @@ class CachedForward:
         bias = attention_bias(self.policy, row_tokens, attention_mask, positions, query_index, key_index)
         query_tokens, query_positions = row_tokens[:, query_index], positions[:, query_index]
         states = self.policy.encode(query_tokens, bias, query_positions, cache=past, use_cache=True)
-        if past.get_seq_length() != len(key_columns):
-            raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
+        has_window = any(getattr(layer, "sliding_window", None) for layer in past.layers)
+        if has_window or past.get_seq_length() != len(key_columns):
+            why = "has layers with a sliding window" if past.get_seq_length() else "keeps no keys and values"
+            raise ValueError(f"cache={self.cache}: {type(module).__name__} {why}; use cache=None")
         if self.past is None or len(columns_to_store) != len(self.cached_columns):
             # Keys contain their positions, so that the order in which they are stored does not matter.
             is_stored = torch.isin(key_columns, columns_to_store)

@@ -364,7 +364,8 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
         while tokens and not tokens[-1]:  # the first bytes of a character after `text`
             tokens.pop()
     try:
-        trace = trace_rows(rollout)[0] if request.fields.trace else None
+        # The group would be that of the server's batch, which has prompts of other requests.
+        trace = trace_rows(rollout)[0] | {"group": None} if request.fields.trace else None
     except ValueError as error:
         raise Refused(400, f"trace=true: {error}", "trace") from None
     return Choice(

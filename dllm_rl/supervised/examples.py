@@ -139,9 +139,11 @@ def _pair(policy: Policy, prompt: Any, completion: Any) -> list[Piece]:
     """Return the pieces of a prompt and its completion, each text or messages. A text completion of chat messages
     becomes the assistant's message.
     """
-    if isinstance(prompt, str):
+    is_begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"  # the completion continues it
+    if isinstance(prompt, str) or (is_begun and (isinstance(completion, str) or len(completion) == 1)):
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
-        return [(text_ids(policy, prompt), False), (text_ids(policy, answer), True)]
+        prompt_tokens = prompt_ids(policy, prompt) if is_begun else text_ids(policy, prompt)
+        return [(prompt_tokens, False), (text_ids(policy, answer), True)]
     turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     return conversation_ids(policy, [*prompt, *turns], since=len(prompt))
 

@@ -213,15 +213,18 @@ def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Fl
 
 
 @torch.no_grad()
-def check_packing(policy: Policy) -> None:
-    """Raise ValueError if a sequence's states depend on the other sequences of its row."""
+def check_packing(policy: Policy, length: int) -> None:
+    """Raise ValueError if a sequence's states depend on the other sequences of its row of at most `length` tokens, or
+    on the row's mask, which leaves out a sliding window.
+    """
     if policy.spec.attention == "block_causal":  # its rows have a clean and a noisy copy
         raise ValueError(
             f"packing=True cannot be combined with {policy.spec.name!r}, a block-causal model; leave packing off"
         )
     sequences = []
-    for count in (5, 7):  # different lengths, so that a state at a wrong position is detected
-        ids = (torch.arange(count) + count) % policy.vocab_size
+    longest = max(7, length - 5)
+    for count in (5, longest):  # different lengths, so that a state at a wrong position is detected
+        ids = (torch.arange(count) % 7 + min(count, 7)) % policy.vocab_size
         sequences.append(NoisyExample(ids, ids, torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
@@ -235,4 +238,7 @@ def check_packing(policy: Policy) -> None:
     tolerance = 1e-4 if next(policy.module.parameters()).dtype == torch.float32 else 0.1
     if not torch.allclose(packed_states, torch.cat(separate_states), rtol=tolerance, atol=tolerance):
         name = type(policy.module).__name__
-        raise ValueError(f"packing=True: sequences in one row of {name} see each other; leave packing off")
+        raise ValueError(
+            f"packing=True: sequences in one row of {name} see each other, or its layers have a "
+            "sliding window, which packed rows leave out; leave packing off"
+        )

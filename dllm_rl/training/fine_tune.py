@@ -151,7 +151,7 @@ def _load_policy(
         elif recipe.lora is not None:
             add_lora(policy, recipe.lora)
     if recipe.packing:
-        check_packing(policy)
+        check_packing(policy, most_tokens(recipe.max_length, policy))
     return policy
 
 

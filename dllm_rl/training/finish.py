@@ -11,6 +11,7 @@ from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.monitoring import plots
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.settings import Settings
@@ -42,8 +43,11 @@ def finish(run: Run[Recipe]) -> Summary:
     card_path = Path(run.checkpoint) / CARD
     # There is no card to update if no checkpoint was saved, or if its folder was deleted.
     if run.accelerator.is_main_process and run.checkpoint and card_path.is_file():
-        step = TrainingState.read(card_path.parent).step
-        write_text(card_path, card(recipe, step=step, evaluations=evaluations, metrics=log.last))
+        step, metrics = TrainingState.read(card_path.parent).step, log.last
+        if step != run.state.step:  # the best checkpoint is loaded
+            rows = current_rows(Path(recipe.directory) / "metrics.jsonl")
+            metrics = next((row for row in rows if row["step"] == step - 1), {})
+        write_text(card_path, card(recipe, step=step, evaluations=evaluations, metrics=metrics))
     return write_summary(
         run,
         {
@@ -134,7 +138,9 @@ def has_custom_module(run: Run[Settings]) -> bool:
 
 
 def _next_command(run: Run[Recipe]) -> str:
-    """Return the command that samples the first held-out problem as the run's evaluation does."""
+    """Return the command that samples the first held-out problem as the run's evaluation does, of the weights that were
+    evaluated.
+    """
     recipe = run.recipe
     # For a custom module, the user fills in the function that makes it.
     model_option = " --make_model MODULE:FUNCTION" if has_custom_module(run) else ""
@@ -143,4 +149,8 @@ def _next_command(run: Run[Recipe]) -> str:
     options = "" if isinstance(problem.prompt, str) else " --chat"
     if problem.blank is not None:
         options += f" --blank {shlex.quote(problem.blank)}"
-    return f"Sample:     dllm-rl sample {shlex.quote(str(recipe.directory))} {shlex.quote(text)}{options}{model_option}"
+    folder = Path(recipe.directory)
+    if run.checkpoint == str(best_folder(run)) and run.state.best_step != run.state.step:
+        folder = Path(run.checkpoint)  # the run's folder opens its last checkpoint
+        options += f" --max_new_tokens {recipe.eval_sampler.max_new_tokens}"
+    return f"Sample:     dllm-rl sample {shlex.quote(str(folder))} {shlex.quote(text)}{options}{model_option}"

@@ -11,6 +11,7 @@ from functools import update_wrapper
 from typing import Any
 
 from dllm_rl.callbacks import Callback, RunControl
+from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import as_json, write_text
 from dllm_rl.monitoring.json_lines import JsonLines, json_objects
 from dllm_rl.records import Bound, describe
@@ -165,6 +166,7 @@ class Oracle(Callback):
         """Read the calls of a resumed run; from now on the function is called."""
         path = run.directory / "oracle.jsonl"
         self._run, self._log, self.calls = run, JsonLines(path, start=run.step), 0
+        run_exit_stack().callback(self._close)  # also after an error: the next run's rehearsal calls nothing
         self._known.clear()
         self._first_step.clear()
         for row in json_objects(path):
@@ -191,7 +193,7 @@ class Oracle(Callback):
             logged |= {"oracle/best": rewards[best[0]], "oracle/top": top}
         return logged
 
-    def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
+    def _close(self) -> None:
         if self._log is not None:
             self._log.close()
         self._log = None

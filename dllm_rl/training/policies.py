@@ -87,6 +87,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
     else:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
     check_no_adapters(policy, "lora")
+    policy.weights_version = 0  # of this run: a policy may come from another one
     return apply_compute_settings(recipe, policy)
 
 

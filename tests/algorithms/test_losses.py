@@ -486,3 +486,21 @@ def test_the_gradient_of_a_term_is_that_of_each_token_given_those_before_it():
     torch.testing.assert_close(k1, torch.zeros_like(k1))
     for kl in (K1(), K3()):  # of the row
         torch.testing.assert_close((chance[:, None] * kl(d)).sum(), (p * -d.sum(-1)).sum())
+
+
+def test_a_subclass_with_an_objective_of_its_own_reads_the_ratio():
+    class Same(losses.Reinforce):
+        pass
+
+    class Ratio(losses.Reinforce):
+        def __call__(self, log_ratio, advantages, mask):
+            return log_ratio.exp() * advantages[:, None]
+
+    class Plain(losses.Reinforce):
+        reads_ratio = False
+
+        def __call__(self, log_ratio, advantages, mask):
+            return 2 * log_ratio * advantages[:, None]
+
+    read = [each.reads_ratio for each in (losses.Reinforce, Same, Ratio, Plain, losses.PPOClip)]
+    assert read == [False, False, True, False, True]

@@ -1,16 +1,20 @@
 """What commands read from a run's folder, and that nothing of its text is executed."""
 
+import io
 import json
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import train
+from dllm_rl import sft, train
 from dllm_rl.cli import evaluate_run as evaluate_command
-from dllm_rl.cli import run_settings
+from dllm_rl.cli import run_settings, sample
 from dllm_rl.cli.main import main
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
@@ -19,13 +23,14 @@ from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.records import describe, from_json, to_json
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import Autoregress
-from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Countdown, Sudoku
+from dllm_rl.tasks.prompt_texts import BLANK
 
 
 def made(name, **settings):
@@ -461,3 +466,79 @@ def half_policy():
     policy = tiny_masked_lm(characters="12")
     policy.float32_head = False
     return policy
+
+
+def standard_input(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
+
+
+def test_prompts_by_a_pipe_have_the_form_of_the_runs_too(tmp_path, capsys, monkeypatch):
+    """Of an infilling run, whose prompts have blanks; and a task whose file is gone is not opened."""
+    task = Sudoku(split="test", size=4, infill=True)
+    sampler = Unmask(max_new_tokens=0, temperature=1.0)
+    recipe = tiny_recipe(tmp_path, num_steps=1, sft_warmup_steps=0, sampler=sampler, eval_sampler=sampler.greedy())
+    model = partial(tiny_masked_lm, characters="1234.=" + BLANK)
+    train(replace(recipe, model=model, task=task, eval_task=task, validation_task=task))
+    prompt = task[0].prompt
+    monkeypatch.setattr(sample, "problems_of", lambda *_: pytest.fail("opens the task"))
+    found = []
+    capsys.readouterr()
+    for arguments in ([prompt], []):
+        standard_input(monkeypatch, prompt + "\n")
+        assert main(["sample", str(tmp_path), *arguments, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["rows"][0]["completion"])
+    assert found[0] == found[1] != prompt
+
+
+def test_no_cache_is_a_setting_too(tmp_path, capsys):
+    sampler = Unmask(max_new_tokens=16, cache=PrefixCache())
+    train(tiny_recipe(tmp_path, num_steps=1, sft_warmup_steps=0, eval_sampler=sampler))
+    capsys.readouterr()
+    for options, cache in (([], "PrefixCache(refresh=None)"), (["--cache", "none"], "None")):
+        assert main(["sample", str(tmp_path), "1234", "--json", *options]) == 0
+        assert f"cache={cache}" in json.loads(capsys.readouterr().out)["sampler"]
+    assert main(["evaluate", str(tmp_path), "--limit", "1", "--cache", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cache"] == "none"
+    for option in ("--rank", "--commit"):
+        assert main(["sample", str(tmp_path), "1234", option, "none"]) == 2
+        assert f"{option} none: a sampler has a {option[2:]}" in capsys.readouterr().err
+
+
+def made_with_a_seed(seed):
+    return tiny_masked_lm(**SIZES, seed=seed)
+
+
+def test_a_function_that_takes_a_seed_makes_the_model(run, capsys):
+    name = f"{__name__}:made_with_a_seed"
+    assert main(["sample", str(run), "12=", "--make_model", name, "--max_new_tokens", "4"]) == 0
+
+
+def test_a_supervised_run_is_diagnosed_under_the_default_scheme(tmp_path, capsys):
+    rows = [{"prompt": f"{a}=", "completion": f"{a}"} for a in "1234"] * 2
+    model = tiny_masked_lm(**SIZES)
+    options = {"completion_length": 1, "num_steps": 1, "train_batch_size": 2, "report_to": None}
+    checkpoint = sft(model, rows, output_dir=str(tmp_path), **options)["checkpoint"]
+    worst = []
+    capsys.readouterr()
+    for folder in (str(tmp_path), checkpoint):
+        words = ["--task", "sudoku", "--num_prompts", "2", "--max_new_tokens", "4", "--json"]
+        assert main(["doctor", folder, *words]) == 0
+        out, error = capsys.readouterr()
+        assert "eval_sampler" not in error
+        worst.append(json.loads(out))
+    assert worst[0]["scheme"] == worst[1]["scheme"] and "Float8" in str(worst[0]["scheme"])
+
+
+def test_the_printed_command_and_the_card_are_of_the_best_checkpoint(tmp_path, capsys):
+    best = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_end": True}
+    recipe = tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9, sft_warmup_steps=0, **best)
+    summary = train(replace(recipe, greater_is_better=False))
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("Sample:")]
+    step = summary["best_step"]
+    rows = metrics_of(tmp_path)
+    card = (Path(summary["checkpoint"]) / "README.md").read_text()
+    is_last = step == 3
+    assert f"{step} of 3 steps" in card and f"{rows[step - 1]['reward']:.4g}" in card
+    assert (summary["checkpoint"] in line) == (not is_last)
+    assert ("--max_new_tokens 16" in line) == (not is_last)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layouts import checkpoint, nemotron, write
+from layouts import checkpoint, nemotron, published, write
 from repetitions import slow
 
 from dllm_rl import Float8WeightOnly, Prompts, Unmask, load_policy
@@ -140,3 +140,21 @@ def test_a_quantized_copy_stays_one(tmp_path):
     assert quantized.quantization is not None and quantized.quantization_report is not None
     with pytest.raises(ValueError, match="a quantized copy's weights are rounded"):
         quantized.save_pretrained(tmp_path / "copy")
+
+
+def test_a_model_of_both_kinds_decodes_rows_longer_than_a_block_and_is_opened_as_it_was_saved(tmp_path):
+    both = load_policy(published(tmp_path / "both", "nemotron"))
+    causal = as_causal(both)
+    prompt = list(range(3, 3 + both.spec.block_size + 4))
+    prompts = Prompts.from_ids([prompt], pad_id=causal.pad_id, num_generations=2, seeds=range(2))
+    rollout = Autoregress(max_new_tokens=3)(causal, prompts, generator_for(0))
+    logps = Causal().logprobs(causal, rollout, Causal().draw_views(rollout, generator_for(0)))
+    torch.testing.assert_close(
+        logps[rollout.completion_mask], rollout.logprobs[rollout.completion_mask], rtol=0, atol=1e-5
+    )
+    causal.save_pretrained(tmp_path / "saved")
+    again = load_policy(tmp_path / "saved")
+    assert (again.spec.attention, again.spec.shift) == ("causal", True)
+    assert torch.equal(
+        again.logits(rollout.tokens, rollout.attention_mask), causal.logits(rollout.tokens, rollout.attention_mask)
+    )

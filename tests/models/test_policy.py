@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from own_module import own_policy
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
@@ -158,3 +159,33 @@ def test_a_tokenizer_without_what_it_needs_is_refused_at_once(changed, message):
 def test_a_stock_model_finds_its_ids_in_the_tokenizer():
     with pytest.raises(ValueError, match="tokenizer Letters has no get_vocab, eos_token_id, mask_token_id"):
         make_policy(tiny_masked_lm(characters="1234.=").module, Letters())
+
+
+CAUSAL = {
+    "Granite": {"logits_scaling": 8.0},
+    "Cohere": {"logit_scale": 0.0625},
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+    "Llama": {},
+    "Qwen3": {},
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_class_that_changes_its_logits_after_the_head_is_refused(name):
+    """A run would sample and train at another temperature."""
+    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = kind(kind.config_class(**sizes | CAUSAL[name], eos_token_id=2, bos_token_id=None)).eval()
+    for weight in module.parameters():
+        weight.data.mul_(20 if weight.dim() > 1 else 1)
+    if CAUSAL[name]:
+        with pytest.raises(
+            ValueError, match=f"{name}ForCausalLM computes other logits than its family .*scaled or capped"
+        ):
+            make_policy(module, tokenizer)
+    else:
+        assert make_policy(module, tokenizer).spec.attention == "causal"

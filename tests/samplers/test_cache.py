@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from layouts import checkpoint
 
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.policy import diffusion_from_causal, make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import Autoregress
@@ -319,3 +321,17 @@ def test_any_of_several_end_tokens_ends_a_row(policies, ends):
     expected = [row for row, token in ((0, 30), (1, 31)) if token in ends]
     assert canvas.mark_finished(torch.arange(4), ends).tolist() == expected
     assert canvas.finished.nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("cache", [PrefixCache(refresh=1), PrefixCache(), DualCache()])
+def test_a_model_with_a_sliding_window_is_refused(cache, tmp_path):
+    """Its layers drop the keys that the cache needs."""
+    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+    config = transformers.MistralConfig(**sizes, sliding_window=12, eos_token_id=2, bos_token_id=None)
+    make_policy(transformers.MistralForCausalLM(config).eval(), tokenizer).save_pretrained(tmp_path)
+    policy = diffusion_from_causal(tmp_path)
+    prompts = Prompts.from_ids([[3, 4, 5, 6]], pad_id=0, num_generations=2, seeds=range(2))
+    with pytest.raises(ValueError, match="MistralForCausalLM has layers with a sliding window; use cache=None"):
+        Unmask(max_new_tokens=9, cache=cache)(policy, prompts, torch.Generator())

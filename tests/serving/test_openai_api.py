@@ -453,3 +453,12 @@ def test_rules_of_a_request_replace_the_servers(policy, server):
     rollout = Unmask(**USUAL | {"temperature": 1.0, "commit": rule})(policy, prompts, generator_for(1))
     (choice,) = server.complete("1+2=", seed=1, temperature=1, commit=made("Threshold", tau=0.2), trace=True)["choices"]
     assert choice["trace"]["forwards"] == rollout.forwards < 8
+
+
+def test_traces_of_several_requests_are_groups_of_their_own(server, tmp_path):
+    """The server's batch may have prompts of other requests."""
+    asked = (("1+2=", 1), ("13=", 2))
+    choices = [server.complete(prompt, trace=True, temperature=1, n=n)["choices"] for prompt, n in asked]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(choice["trace"]) + "\n" for each in choices for choice in each))
+    assert read_trace(path).group.tolist() == [0, 1, 2]

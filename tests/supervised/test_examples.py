@@ -8,8 +8,9 @@ import torch
 from sft_toys import CHAT, MODELS, ROWS, block_causal, tiny_sft
 from tiny_recipe import SIZES
 
+from dllm_rl.decoding.tokens import prompt_ids, text_ids
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.supervised.examples import example, read_examples
+from dllm_rl.supervised.examples import example, read_examples, solution_examples
 from dllm_rl.supervised.loss import (
     NoisyExample,
     add_noise,
@@ -19,6 +20,7 @@ from dllm_rl.supervised.loss import (
     pack,
     weighted_loss,
 )
+from dllm_rl.tasks.base import Problem
 
 PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
 
@@ -179,7 +181,7 @@ def test_pack_fills_rows_up_to_the_capacity():
 def test_a_block_sees_the_blocks_before_it_without_masks():
     policy = block_causal()
     with pytest.raises(ValueError, match="packing=True cannot be combined with 'toy'"):
-        check_packing(policy)
+        check_packing(policy, 12)
     one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
     tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])
     hidden = torch.tensor([True, False, True, True])
@@ -231,3 +233,23 @@ def test_padding_states_are_finite():
     shown = [NoisyExample(torch.full((n,), ONE), torch.full((n,), ONE), torch.ones(n)) for n in (2, 3, 4)]
     states = hidden_states(policy, laid(policy, shown, [[0, 1], [2]]), packed=True)
     assert states.isfinite().all()
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'U:' if m.role == 'user' else 'A:' }}{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("completion", ["3", [{"role": "assistant", "content": "3"}]])
+def test_a_completion_continues_the_assistants_turn_that_a_prompt_begins(completion):
+    """As RL samples it, and its warm-up learns it."""
+    policy = tiny_masked_lm(characters="UA:123+=T")
+    policy.tokenizer.chat_template = TEMPLATE
+    prompt = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "T"}]
+    one = example(tiny_sft(completion_length=2), policy, {"prompt": prompt, "completion": completion})
+    (other,) = solution_examples(policy, [Problem(prompt, solution="3")], max_new_tokens=2)
+    assert one.tokens.tolist() == other.tokens.tolist() == [*prompt_ids(policy, prompt), *text_ids(policy, "3"), EOS]
+    assert one.learned.tolist() == [False] * (len(one.tokens) - 2) + [True, True]
+    plain = example(tiny_sft(completion_length=2), policy, {"prompt": prompt[:1], "completion": completion})
+    assert policy.tokenizer.decode(plain.tokens).replace(" ", "") == "U:1+2=<eos>A:3<eos>"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from own_module import own_policy
 from run_outputs import assert_same_weights, metrics_of
 from sft_toys import MODELS, ROWS, masks, tiny_sft, trainer_of
@@ -20,7 +21,7 @@ from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.models.lora import Lora
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.policy import load_policy, make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import read_examples
 from dllm_rl.supervised.loss import check_packing
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("settings", [{"packing": True}, {"micro_batch_size": 3}], ids=str)
 def test_the_layout_does_not_change_the_gradient(kind, settings):
     policy = MODELS[kind]()
-    check_packing(policy)
+    check_packing(policy, 12)
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     gradients, losses, paddings = [], [], []
     for changes in ({}, settings):
@@ -61,8 +62,8 @@ def test_a_module_that_cannot_keep_sequences_apart_is_refused(tmp_path):
 
     policy = tiny_llama(causal=False, **SIZES)
     policy.spec = replace(policy.spec, encode=deaf)
-    with pytest.raises(ValueError, match="see each other; leave packing off"):
-        check_packing(policy)
+    with pytest.raises(ValueError, match="see each other, or its layers have"):
+        check_packing(policy, 12)
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
@@ -287,3 +288,24 @@ def test_a_resumed_model_keeps_its_dtype(tmp_path):
     fine_tune(recipe)
     policy = fine_tune(replace(recipe, num_steps=2, resume_from_checkpoint="latest")).policy
     assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("window", "refused"), [(None, False), (16, True), (64, False)])
+def test_packed_rows_longer_than_a_sliding_window_are_refused(window, refused, tmp_path):
+    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.MistralConfig(**sizes, sliding_window=window, eos_token_id=2, bos_token_id=None)
+        module = transformers.MistralForCausalLM(config).eval()
+    for weight in module.parameters():
+        weight.data.mul_(10 if weight.dim() > 1 else 1)
+    policy = make_policy(module, tokenizer)
+    rows = [{"text": "1234.=" * 8}] * 4
+    settings = {"packing": True, "max_length": 60, "num_steps": 1, "report_to": None, "train_batch_size": 2}
+    if refused:
+        with pytest.raises(ValueError, match="sliding window, which packed rows leave out"):
+            sft(policy, rows, output_dir=str(tmp_path), **settings)
+    else:
+        assert sft(policy, rows, output_dir=str(tmp_path), **settings)["checkpoint"]

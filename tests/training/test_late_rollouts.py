@@ -709,3 +709,51 @@ def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, 
     (found,) = (run / "checkpoints").glob("step-000012")
     assert_same_weights(expected, {"checkpoint": str(found)})
     assert metrics_of(run) == metrics_of(tmp_path / "here")
+
+
+@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
+def test_a_resume_with_another_batch_size_makes_the_batches_again(schedule, tmp_path, monkeypatch):
+    """Those of the checkpoint have another number of prompts, which other processes could not divide."""
+    seen = []
+    plain = AsyncRollouts.collect
+
+    def watched(self, step):
+        found = plain(self, step)
+        seen.append(len(found[0].group))
+        return found
+
+    monkeypatch.setattr(AsyncRollouts, "collect", watched)
+    asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5, "num_generations": 4}
+    recipe = late_recipe(tmp_path, late=2, workers=2, train_batch_size=3, callbacks=[StopAfterTwo()], **asked)
+    train(recipe, InProcessPool(lambda _: 0.5))
+    assert list((tmp_path / "checkpoints").glob("*/rollouts/*"))
+    changes = {"train_batch_size": 4, "allow_changed": "train_batch_size", "resume_from_checkpoint": "latest"}
+    train(replace(recipe, callbacks=[], **changes), InProcessPool(lambda _: 0.5))
+    assert seen == [12] * 2 + [16] * 3
+
+
+def test_an_order_whose_rank_the_sampler_does_not_name_is_not_scored_by_another(tmp_path):
+    inner = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=PlackettLuce(temperature=1.0))
+
+    def wrapped(policy, prompts, generator):
+        return inner(policy, prompts, generator)
+
+    sampler = FunctionSampler(function=wrapped, max_new_tokens=16)
+    recipe = late_recipe(tmp_path, sampler=sampler, likelihood=Trajectory(), num_steps=1)
+    with pytest.raises(ValueError, match="drawn by a rank, and the recipe's sampler has no field rank to score it by"):
+        train(recipe, InProcessPool())
+
+
+def test_workers_of_a_rank_with_weights_of_its_own_are_refused(tmp_path):
+    class Learned(Rank):
+        order = "random"
+
+        def __call__(self, hidden):
+            return hidden[:, 0]
+
+    sampler = Unmask(max_new_tokens=16, rank=PlackettLuce(temperature=1.0, base_rank=Learned()))
+    with pytest.raises(
+        ValueError, match="rollout_workers=1 sample with copies of the sampler's rank, which reads hidden"
+    ):
+        late_recipe(tmp_path, sampler=sampler)
+    assert late_recipe(tmp_path, sampler=sampler, workers=0, late=0).sampler == sampler

@@ -15,7 +15,7 @@ import pytest
 import transformers
 from run_outputs import metrics_of
 
-from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, task_from_dataset, tiny_masked_lm, train
+from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
 
 SPECIAL = ["<eos>", "<pad>", "<mask>"]
@@ -159,7 +159,7 @@ def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
     first = started(tmp_path, reward)
     given = first(**arguments)
     assert given == [value] * 2 and first(**arguments) == given and first.without_calls()(**arguments) == given
-    first.on_end(first._run, {})
+    first._close()
     with (tmp_path / "oracle.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     second = started(tmp_path, reward)
@@ -191,7 +191,7 @@ def test_novelty_by_hand(tmp_path):
     oracle._run.step = 1
     assert oracle.novelty(completions=[*"ACDEDE"]) == [0, 0, 0.5, 0.5, 0.5, 0.5]
     oracle(completions=["E"])
-    oracle.on_end(oracle._run, {})
+    oracle._close()  # as when the run ends
     for step, e in ((1, 1), (2, 0)):  # a resume that repeats step 1, and one after it
         again = Oracle(Counted())
         again.on_start(RunControl(tmp_path, step, 10))
@@ -251,7 +251,7 @@ def test_a_failed_measurement_is_counted_and_called_again(tmp_path, cache, size)
     assert oracle.without_calls()(completions=[*"ACD"]) == [65.0, None, 68.0]
     assert oracle(completions=["D"]) == [68.0 if cache else None]
     assert oracle.without_calls()(completions=["D"]) == [68.0]
-    oracle.on_end(oracle._run, {})
+    oracle._close()  # as when the run ends
     failing.clear()
     again = started(tmp_path, assay, budget=9)
     assert again.calls == len(calls) == 5 + (not cache)
@@ -385,7 +385,7 @@ def test_without_its_run_nothing_is_called(tmp_path):
     reader = oracle.without_calls()
     assert reader(completions=["A"]) == [None] and oracle(completions=["A"]) == [1 / 3]
     assert reader(completions=["A", "C"]) == [1 / 3, None] and counted.texts == ["A"]
-    oracle.on_end(oracle._run, {})
+    oracle._close()  # as when the run ends
     assert oracle(completions=["A", "C"]) == [1 / 3, None] and counted.texts == ["A"]
 
 
@@ -502,3 +502,49 @@ def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
     paid = [row["arguments"]["completions"][0]["content"] for row in lines(tmp_path / "run" / "oracle.jsonl")]
     assert len(paid) == len({*paid}) == metrics_of(tmp_path / "run")[-1]["oracle/calls"] > 1
     assert all(re.fullmatch("MKTAY[ACDEFGHIKLMNPQRSTVWY]{4}KQRLV", text) for text in paid)
+
+
+def test_after_an_error_the_next_run_pays_for_its_own_steps_alone(tmp_path):
+    paid = []
+
+    def score(completions):
+        if len(paid) == 1:
+            paid.append(None)
+            raise RuntimeError("results are missing")
+        paid.append(len(completions))
+        return [float(text.count("A")) for text in completions]
+
+    oracle = Oracle(score)
+    with pytest.raises(RuntimeError, match="results are missing"):
+        design(tmp_path / "a", oracle, num_steps=3)
+    before = (tmp_path / "a" / "oracle.jsonl").read_text()
+    design(tmp_path / "b", oracle, num_steps=2, seed=1)
+    assert (tmp_path / "a" / "oracle.jsonl").read_text() == before
+    calls = [row for row in lines(tmp_path / "b" / "oracle.jsonl") if "arguments" in row]
+    assert len(calls) == sum(paid[2:])
+
+
+def test_an_oracle_may_be_among_the_callbacks_too(tmp_path):
+    oracle = Oracle(Counted())
+    assert design(tmp_path, oracle, num_steps=1, callbacks=[oracle])["stages"]
+
+
+def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
+    """As while the results of its first step are awaited: its weights were trained by another run."""
+    ready = []
+
+    def score(completions):
+        if not ready:
+            raise RuntimeError("results are missing")
+        return [float(text.count("A")) for text in completions]
+
+    rows = [{"prompt": "", "completion": "ACD"}] * 4
+    trained = sft(
+        model(), rows, completion_length=3, num_steps=2, output_dir=str(tmp_path / "sft"), report_to=None
+    ).policy
+    given = OPTIONS | {"output_dir": str(tmp_path / "rl"), "num_steps": 1}
+    with pytest.raises(RuntimeError, match="results are missing"):
+        grpo(trained, ROWS, Oracle(score), **given)
+    ready.append(True)
+    assert grpo(trained, ROWS, Oracle(score), **given, resume_from_checkpoint="latest")["checkpoint"].endswith("000001")
+    assert trained.weights_version == 2, "the caller's policy stays as it is"

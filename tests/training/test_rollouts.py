@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dllm_rl import Replay, load_policy
 from dllm_rl.algorithms.advantages import LeaveOneOut
-from dllm_rl.algorithms.correctors import Reject
+from dllm_rl.algorithms.correctors import NoCorrection, Reject
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
+from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
@@ -329,3 +330,13 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
         ValueError, match=r"mine\) gave numbers that are not finite for rewards of shape \(16,\); \d+ of them"
     ):
         train(judged_recipe(tmp_path, advantages=mine))
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_retained_graphs": 0}, {"zero_mismatch": True}])
+def test_a_completion_without_a_reward_has_the_mismatch_that_it_has(tmp_path, settings):
+    """Here none: learner and rollout are one model."""
+    given = {"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()}
+    train(judged_recipe(tmp_path, **given, **settings))
+    rows = read_metrics(tmp_path)
+    assert all(row["rollout_corr/ess"] == pytest.approx(1, abs=1e-5) for row in rows)
+    assert all(row["rollout_corr/abs_log_ratio_mean"] < 1e-5 for row in rows)

@@ -23,7 +23,7 @@ from dllm_rl.tasks.rows import (
     text_of,
 )
 from dllm_rl.tasks.sudoku.graders import by_rules, first_cells, score, sudoku_d1_training
-from dllm_rl.tasks.sudoku.solver import SPLITS, agreeing, completions, random_grid, random_unique_puzzle
+from dllm_rl.tasks.sudoku.solver import SPLITS, agreeing, completions, is_completion, random_grid, random_unique_puzzle
 
 TEXT = """Fill in this {side}x{side} Sudoku. Every row, every column and each of the {box}x{box} boxes must contain \
 the digits 1 to {side} exactly once; a dot marks an empty cell, and the given digits must stay where they are.
@@ -217,7 +217,8 @@ def _problem_of(row: Row, sizes: set[int], infill: bool) -> tuple[str, str]:
     """Return (puzzle, solution) of a row. `sizes` holds the number of cells of the rows before it."""
     puzzle = _text(row, "Puzzle").replace(".", "0")
     solution = _text(row, "Solution")
-    if solution not in completions(puzzle):
+    completions(puzzle)  # raises for an invalid puzzle; it lists the first 64
+    if not is_completion(puzzle, solution):
         raise ValueError(f"solution={solution!r} is not a completion of puzzle={puzzle!r}")
     if infill and puzzle == solution:
         raise ValueError(f"puzzle={puzzle!r} has no empty cell, and infill=True has nothing to fill in; leave it out")

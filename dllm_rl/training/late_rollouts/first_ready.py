@@ -10,6 +10,7 @@ import torch
 
 from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import read_json
+from dllm_rl.recipe import Recipe
 from dllm_rl.step.context import StepContext
 from dllm_rl.training.late_rollouts.messages import deserialize_batch
 from dllm_rl.training.late_rollouts.schedule import (
@@ -18,7 +19,7 @@ from dllm_rl.training.late_rollouts.schedule import (
     PendingBatch,
     Pool,
     file_names,
-    num_scored_sets,
+    is_of_recipe,
     read_pending_file,
 )
 
@@ -54,7 +55,7 @@ class FirstReadyRollouts(AsyncRollouts):
         self.pool.set_up(recipe, context)
         self.weights, self.version = weights, context.policy.weights_version
         num_batches = recipe.num_steps - steps_done
-        made = read_made(folder, self.rank, num_scored_sets(recipe))
+        made = read_made(folder, self.rank, recipe)
         for number, (version, data) in sorted(made.items(), key=lambda item: item[1][0]):
             is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
             if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
@@ -140,10 +141,9 @@ def choose_batch(
     return None
 
 
-def read_made(folder: Path | None, rank: Callable | None, num_sets: int) -> dict[int, tuple[int, bytes]]:
+def read_made(folder: Path | None, rank: Callable | None, recipe: Recipe) -> dict[int, tuple[int, bytes]]:
     """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number. `rank` is
-    that of the recipe's sampler. Batches without the log-probs of `num_sets` sets of views, because a setting was
-    changed, are left out.
+    that of the recipe's sampler. Batches that are not of this recipe, because a setting was changed, are left out.
     """
     found = {}
     for path in [] if folder is None else (folder / "rollouts").glob("*.safetensors"):
@@ -151,7 +151,7 @@ def read_made(folder: Path | None, rank: Callable | None, num_sets: int) -> dict
         data = read_pending_file(folder, f"rollouts/{path.name}") if kind == "safetensors" else None
         if data is not None:  # `kind` is "weights.safetensors" in a checkpoint of 'in_order'
             (samples, _, _), _ = deserialize_batch(data, rank, torch.device("cpu"))
-            if len(samples.rollout_logprobs) == num_sets:
+            if is_of_recipe(samples, recipe):
                 found[int(name)] = (samples.rollout.weights_version, data)
     return found
 

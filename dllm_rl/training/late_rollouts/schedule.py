@@ -95,9 +95,12 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     return replace(weighted_samples, rollout_logprobs=rollout_logprobs)
 
 
-def num_scored_sets(recipe: Recipe) -> int:
-    """Return the number of sets of views whose log-probs `add_rollout_logprobs` adds to a batch."""
-    return 0 if recipe.likelihood.exact_for_sampler else recipe.num_scored_mask_sets
+def is_of_recipe(samples: Samples, recipe: Recipe) -> bool:
+    """Return whether a stored batch has as many prompts as this recipe's steps, and the log-probs that they read: a
+    resume may have changed a setting.
+    """
+    num_sets = 0 if recipe.likelihood.exact_for_sampler else recipe.num_scored_mask_sets
+    return len(group_sizes(samples.group)) == recipe.train_batch_size and len(samples.rollout_logprobs) == num_sets
 
 
 @runtime_checkable
@@ -267,12 +270,9 @@ class AsyncRollouts:
                 self.plan(step, weights, age=steps_done)
 
     def fits(self, batch: bytes, oldest: int) -> bool:
-        """Return whether a stored batch is of weights of at least the version `oldest`, and has the log-probs that a
-        step of this recipe reads.
-        """
+        """Return whether a stored batch is of weights of at least the version `oldest`, and `is_of_recipe`."""
         (samples, _, _), _ = deserialize_batch(batch, self.rank, torch.device("cpu"))
-        has_logprobs = len(samples.rollout_logprobs) == num_scored_sets(self.recipe)
-        return has_logprobs and samples.rollout.weights_version >= oldest
+        return is_of_recipe(samples, self.recipe) and samples.rollout.weights_version >= oldest
 
     def plan(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step. Only keep its weights if the run ends before: a resume to more steps makes it."""

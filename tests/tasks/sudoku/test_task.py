@@ -1,12 +1,15 @@
 """4x4 Sudoku against brute force, and its reward against values worked by hand."""
 
+import json
+from random import Random
+
 import pytest
 from hash_seeds import printed_under_hash_seeds
 from small_sudoku import GRID
 
 from dllm_rl.tasks.base import Task
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.tasks.sudoku.solver import SPLITS, completions
+from dllm_rl.tasks.sudoku.solver import SPLITS, completions, random_grid
 
 
 @pytest.mark.parametrize("clues", [4, 8, (10, 12), 16])
@@ -148,3 +151,15 @@ def test_stored_puzzles(tmp_path) -> None:
         bad.write_text(f"Puzzle,Solution\n{PUZZLE},{GRID}\n{row}\n")
         with pytest.raises(ValueError, match=f"line 3: .*{message}"):
             len(Sudoku(path=bad))
+
+
+def test_a_solution_among_more_than_the_listed_ones_is_read(tmp_path) -> None:
+    grid = random_grid(Random("x"))
+    puzzle = "".join(digit if place % 4 == 0 else "0" for place, digit in enumerate(grid))
+    assert grid not in completions(puzzle), "the first 64"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"puzzle": puzzle, "solution": grid}) + "\n")
+    assert Sudoku(path=tmp_path / "a.jsonl", side=9, clues=26, reward_rule="rules")[0].fields["solution"] == grid
+    wrong = grid[1:] + grid[0]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"puzzle": puzzle, "solution": wrong}) + "\n")
+    with pytest.raises(ValueError, match="is not a completion of puzzle"):
+        Sudoku(path=tmp_path / "b.jsonl", side=9, clues=26, reward_rule="rules")[0]
