@@ -28,6 +28,7 @@ from dllm_rl.models.base import (
     Tokens,
     encode_base,
     encode_block_causal,
+    linear_head,
     mlm_head,
     position_ids,
 )
@@ -513,7 +514,7 @@ def check_logits(policy: ModulePolicy) -> None:
     some causal classes scale or cap their logits.
     """
     module, spec = policy.module, policy.spec
-    is_causal = spec.attention == "causal"
+    is_causal = spec.attention == "causal" and spec.head is linear_head
     if (spec.head is not mlm_head and not is_causal) or not isinstance(module, PreTrainedModel):
         return
     # In RoBERTa's classes, a padding token has no position.
