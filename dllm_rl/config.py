@@ -201,13 +201,19 @@ def _settable(recipe: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _tasks_of_a_script(recipe: Any) -> set[str]:
-    """Return the names of the tasks with a field that text cannot set, such as the rows of a data set."""
+    """Return the names of the tasks with a value that text cannot write, such as the rows of a data set."""
+
+    def is_writable(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_writable, value))
+        return value is None or isinstance(value, (*SCALARS, Path, Record))
+
     tasks = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return {
         name
         for name, task in tasks.items()
         if dataclasses.is_dataclass(task) and not isinstance(task, Record)
-        if not all(any(map(_is_readable, union_members(kind))) for kind in annotations_of(type(task)).values())
+        if not all(is_writable(getattr(task, field.name)) for field in dataclasses.fields(task))
     }
 
 

@@ -254,11 +254,6 @@ class Recipe(Settings):
                 f"with themselves: that estimator does not replay the sampler; use {EXACT}, or zero_mismatch=False",
             ),
             (
-                self.zero_mismatch and (self.rollout_batch_size is not None or self.max_num_gen_batches > 1),
-                "zero_mismatch=True needs rollouts in the batches in which they are scored, because bits depend on the "
-                "width of a batch: leave rollout_batch_size and max_num_gen_batches out",
-            ),
-            (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True cannot be combined with sampling_support='unfiltered': its rollout log-probs are "
                 "rounded sums of two recorded numbers, not bit for bit the learner's; use 'per_policy' or 'rollout'",

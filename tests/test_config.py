@@ -471,3 +471,28 @@ def test_what_a_named_class_keeps_of_the_recipe_is_said(recipe, capsys):
     assert "--likelihood Trajectory keeps the recipe's num_segments=8;" in capsys.readouterr().out
     from_command_line(recipe, ["--sampler.rank", "RandomOrder", "--loss", "GSPO", "--loss.epsilon_high", "4e-4"])
     assert capsys.readouterr().out == ""
+
+
+@dataclass(frozen=True)
+class Colors:
+    names: list[str]
+    folder: Path
+    size: int = 4
+    name = "colors"
+    version = "1"
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return Sudoku(split="train", size=4)[index]
+
+    def reward(self, problem, completion):
+        raise NotImplementedError
+
+
+def test_a_task_whose_values_are_texts_is_printed_and_read_back(recipe, tmp_path, capsys):
+    recipe = replace(recipe, task=Colors(names=["a", "b"], folder=Path("x")))
+    (tmp_path / "run.yaml").write_text(printed(recipe, ["--task.size", "3", "--print_config"], capsys))
+    read = from_command_line(recipe, ["--config", str(tmp_path / "run.yaml")])
+    assert read.task == Colors(names=["a", "b"], folder=Path("x"), size=3)

@@ -174,7 +174,8 @@ def check_bitwise_equal(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token], skip_special_tokens=False)!r}): learner "
         f"{float(logps.old_logprobs[row, position]):.9g}, rollout "
-        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}"
+        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}; bits also depend on a batch's width, "
+        "which rollout_batch_size and max_num_gen_batches change for prompts of several lengths"
     )
 
 

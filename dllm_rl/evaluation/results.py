@@ -121,7 +121,12 @@ class Evaluation:
                 wrong_votes[answer.problem][answer.reward.answer] += 1
         sums: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
         num_samples, num_right = self._num_graded(metric), self._num_right(metric)
+        for k in ks:
+            if k > max(num_samples.values(), default=0):
+                raise ValueError(f"maj@{k} needs {k} samples of a problem with an accuracy; give more samples")
         for k, problem in product(ks, self.sums[metric]):
+            if num_samples[problem] < k:
+                continue
             votes = list(wrong_votes[problem].values())
             sums[f"maj@{k}"][problem] = majority_at_k(num_samples[problem], num_right[problem], votes, k), 1.0
         return with_intervals(sums)

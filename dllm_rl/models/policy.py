@@ -233,7 +233,7 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
 
     Raises:
         ValueError: The tokenizer lacks a method, an id is outside the vocabulary, a needed field of the spec is
-            missing, the module's attention differs from the spec's, or a masked language model of transformers has
+            missing, the module's attention differs from the spec's, or a language model of transformers has
             another output layer, or counts positions in another way, than the spec.
     """
     check_tokenizer(tokenizer, stock=spec is None)
@@ -514,7 +514,8 @@ def check_logits(policy: ModulePolicy) -> None:
     some causal classes scale or cap their logits.
     """
     module, spec = policy.module, policy.spec
-    is_causal = spec.attention == "causal" and spec.head is linear_head
+    is_stock = type(module).__module__.startswith("transformers.")  # a class of one's own may return anything
+    is_causal = spec.attention == "causal" and spec.head is linear_head and is_stock
     if (spec.head is not mlm_head and not is_causal) or not isinstance(module, PreTrainedModel):
         return
     # In RoBERTa's classes, a padding token has no position.

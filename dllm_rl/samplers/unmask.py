@@ -169,11 +169,13 @@ def check_number_of_steps(sampler: Sampler, spec: FamilySpec | None = None, prom
     Not for prompts with blanks, whose number differs by row: a row with fewer blanks than steps ends early.
 
     Args:
-        sampler: Sampler. Those that do not unmask have no such steps.
+        sampler: Sampler. Those that do not unmask as `Unmask` does have no such steps.
         spec: Spec of the policy, by which blocks are counted. None: they are not counted.
         prompt_length: Tokens of the prompt. In a block-causal model they may begin the completion's first block.
     """
-    if not isinstance(sampler, Unmask) or sampler.diffusion_steps is None:
+    if not isinstance(sampler, Unmask) or type(sampler).__call__ is not Unmask.__call__:
+        return
+    if sampler.diffusion_steps is None:
         return
     length, steps, count = sampler.max_new_tokens, sampler.diffusion_steps, sampler.commit.count
     if count is not None and 0 < length < steps and count(torch.tensor([length]), torch.tensor([steps])) > 0:

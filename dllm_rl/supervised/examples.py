@@ -139,12 +139,12 @@ def _pair(policy: Policy, prompt: Any, completion: Any) -> list[Piece]:
     """Return the pieces of a prompt and its completion, each text or messages. A text completion of chat messages
     becomes the assistant's message.
     """
-    is_begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"  # the completion continues it
-    if isinstance(prompt, str) or (is_begun and (isinstance(completion, str) or len(completion) == 1)):
-        answer = completion if isinstance(completion, str) else completion[-1]["content"]
-        prompt_tokens = prompt_ids(policy, prompt) if is_begun else text_ids(policy, prompt)
-        return [(prompt_tokens, False), (text_ids(policy, answer), True)]
     turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    is_answer = len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(turns[0]["content"], str)
+    if isinstance(prompt, str):
+        return [(text_ids(policy, prompt), False), (text_ids(policy, turns[-1]["content"]), True)]
+    if prompt and prompt[-1]["role"] == "assistant" and is_answer:  # the completion continues the turn
+        return [(prompt_ids(policy, prompt), False), (text_ids(policy, turns[0]["content"]), True)]
     return conversation_ids(policy, [*prompt, *turns], since=len(prompt))
 
 

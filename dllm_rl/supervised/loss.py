@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
 
 from dllm_rl.decoding.tokens import ordinary_ids
 from dllm_rl.likelihoods.packed import packed_hidden
@@ -214,31 +215,34 @@ def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Fl
 
 @torch.no_grad()
 def check_packing(policy: Policy, length: int) -> None:
-    """Raise ValueError if a sequence's states depend on the other sequences of its row of at most `length` tokens, or
-    on the row's mask, which leaves out a sliding window.
+    """Raise ValueError if a sequence's states depend on the other sequences of its row, or if layers have a sliding
+    window, which the mask of packed rows leaves out, shorter than `length` tokens.
     """
     if policy.spec.attention == "block_causal":  # its rows have a clean and a noisy copy
         raise ValueError(
             f"packing=True cannot be combined with {policy.spec.name!r}, a block-causal model; leave packing off"
         )
+    name = type(policy.module).__name__
+    layers = DynamicCache(config=policy.module.config).layers if isinstance(policy.module, PreTrainedModel) else []
+    window = min((getattr(layer, "sliding_window", None) or length for layer in layers), default=length)
+    if window < length:
+        raise ValueError(
+            f"packing=True: layers of {name} have a sliding window of {window} tokens, which packed rows leave out; "
+            f"use max_length={window}, or leave packing off"
+        )
     sequences = []
-    longest = max(7, length - 5)
-    for count in (5, longest):  # different lengths, so that a state at a wrong position is detected
-        ids = (torch.arange(count) % 7 + min(count, 7)) % policy.vocab_size
+    for count in (5, 7):  # different lengths, so that a state at a wrong position is detected
+        ids = (torch.arange(count) + count) % policy.vocab_size
         sequences.append(NoisyExample(ids, ids, torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         packed_states = hidden_states(policy, lay_out([sequences], **options), packed=True)[0].float()
     # Modules raise different errors on a 4-D mask.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        raise ValueError(f"packing=True: {type(policy.module).__name__} does not accept a 4-D mask: {error}") from error
+        raise ValueError(f"packing=True: {name} does not accept a 4-D mask: {error}") from error
     separate_states = [
         hidden_states(policy, lay_out([[item]], **options), packed=False)[0].float() for item in sequences
     ]
     tolerance = 1e-4 if next(policy.module.parameters()).dtype == torch.float32 else 0.1
     if not torch.allclose(packed_states, torch.cat(separate_states), rtol=tolerance, atol=tolerance):
-        name = type(policy.module).__name__
-        raise ValueError(
-            f"packing=True: sequences in one row of {name} see each other, or its layers have a "
-            "sliding window, which packed rows leave out; leave packing off"
-        )
+        raise ValueError(f"packing=True: sequences in one row of {name} see each other; leave packing off")

@@ -363,3 +363,13 @@ def test_pass_at_k_is_over_the_samples_that_have_an_accuracy() -> None:
 def test_equal_rewards_are_equal_whatever_their_type() -> None:
     graded = [GradedAnswer(0, sample, Reward(torch.tensor(1.0), True, {})) for sample in range(4)]
     assert Evaluation(tuple(graded), {}).summary["frac_reward_zero_std"] == 1.0
+
+
+def test_a_majority_is_over_the_problems_that_have_enough_samples() -> None:
+    rewards = {0: [Reward(1.0, True, {"accuracy": 1.0}, "R")] * 4, 1: [Reward(0.0, True, {"accuracy": 0.0}, "W")] * 3}
+    rewards[1].append(Reward(None, False, {}, "W"))
+    graded = [GradedAnswer(problem, i, each) for problem, row in rewards.items() for i, each in enumerate(row)]
+    evaluation = Evaluation(tuple(graded), {})
+    assert evaluation.majority([3])["maj@3"] == 0.5 and evaluation.majority([4])["maj@4"] == 1.0
+    with pytest.raises(ValueError, match="maj@5 needs 5 samples of a problem with an accuracy; give more samples"):
+        evaluation.majority([5])

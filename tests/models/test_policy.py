@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from dllm_rl import check_policy, load_policy, make_policy, train
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.types import Rollout
@@ -189,3 +190,32 @@ def test_a_causal_class_that_changes_its_logits_after_the_head_is_refused(name):
             make_policy(module, tokenizer)
     else:
         assert make_policy(module, tokenizer).spec.attention == "causal"
+
+
+class Bare(transformers.PreTrainedModel):
+    """A causal model of somebody's own, whose forward is not a stock class's."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = transformers.LlamaForCausalLM(config)
+
+    def get_output_embeddings(self):
+        return self.inner.lm_head
+
+    def forward(self, input_ids):
+        return self.inner(input_ids).logits
+
+
+def test_the_forward_of_ones_own_causal_class_is_not_called():
+    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    module = Bare(transformers.LlamaConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).eval()
+
+    def encode(module, tokens, attention_mask, positions):
+        mask = attention_mask.long()
+        return module.inner.model(tokens, attention_mask=mask, position_ids=positions).last_hidden_state
+
+    policy = make_policy(module, tokenizer, FamilySpec("mine", "causal", shift=True, eos_ids=(2,), encode=encode))
+    assert policy.spec.name == "mine"

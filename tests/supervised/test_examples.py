@@ -253,3 +253,16 @@ def test_a_completion_continues_the_assistants_turn_that_a_prompt_begins(complet
     assert one.learned.tolist() == [False] * (len(one.tokens) - 2) + [True, True]
     plain = example(tiny_sft(completion_length=2), policy, {"prompt": prompt[:1], "completion": completion})
     assert policy.tokenizer.decode(plain.tokens).replace(" ", "") == "U:1+2=<eos>A:3<eos>"
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_only_an_assistants_message_continues_a_turn(role):
+    policy = tiny_masked_lm(characters="UA:123+=T")
+    policy.tokenizer.chat_template = TEMPLATE
+    begun = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "T"}]
+    with pytest.raises(ValueError, match="has nothing to learn"):
+        example(
+            tiny_sft(completion_length=2), policy, {"prompt": begun, "completion": [{"role": role, "content": "3"}]}
+        )
+    whole = {"prompt": [], "completion": [begun[0], {"role": "assistant", "content": "3"}]}
+    assert policy.tokenizer.decode(example(tiny_sft(), policy, whole).tokens).replace(" ", "") == "U:1+2=<eos>A:3<eos>"

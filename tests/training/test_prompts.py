@@ -117,6 +117,16 @@ def test_blocks_are_counted_before_the_run_for_each_prompt(attention, tmp_path):
             check_prompts(begun, policy)
 
 
+def test_the_steps_of_ones_own_sampler_are_its_own(tmp_path):
+    class Twice(Unmask):
+        def __call__(self, policy, prompts, generator, *, on_step=None):
+            raise AssertionError("not called")
+
+    sampler = Twice(max_new_tokens=2, diffusion_steps=4)
+    recipe = tiny_recipe(tmp_path, task=Listed(Problem("1")), sampler=sampler)
+    check_prompts(recipe, tiny_masked_lm(**SIZES))
+
+
 def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")

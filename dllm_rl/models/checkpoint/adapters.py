@@ -72,7 +72,7 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
 def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
     """Write the adapters as peft's adapter_model.safetensors and adapter_config.json.
 
-    Call it to save adapters without their base; `load_policy` opens the folder together with the base.
+    Call it to save adapters without their base; `load_policy` opens the folder together with a given `base`.
 
     Args:
         policy: Policy with adapters.
