@@ -163,7 +163,10 @@ def check_bitwise_equal(
     attention_mask = rollout.attention_mask[row : row + 1]
     learner_outputs = layer_outputs(policy, tokens, attention_mask)
     rollout_outputs = layer_outputs(rollout_policy, tokens, attention_mask)
-    location = "no layer differs if both score only this row: the sampler, the batch's shape or the settings differ"
+    location = (
+        "no layer differs if both score only this row: the sampler, the batch's shape (rollout_batch_size and "
+        "max_num_gen_batches change its width) or the settings differ"
+    )
     if differing := [
         name
         for name in learner_outputs
@@ -174,8 +177,7 @@ def check_bitwise_equal(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token], skip_special_tokens=False)!r}): learner "
         f"{float(logps.old_logprobs[row, position]):.9g}, rollout "
-        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}; bits also depend on a batch's width, "
-        "which rollout_batch_size and max_num_gen_batches change for prompts of several lengths"
+        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}"
     )
 
 
