@@ -86,7 +86,7 @@ def order():
     gains = f"{random[value]} in random order ({P} {random[P]}), under `MaxProb` {under[value]} ({under[P]})."
     yield PAGE, f"TIS gains {gains}"
     yield METHOD, f"{random[value]} on Sudoku"
-    yield PAGE, f"that random order loses less in training: {less[value]}."
+    yield PAGE, f"a smaller loss in random order, in training: {less[value]}."
     assert float(random[P]) < 0.05 < min(float(less[P]), float(under[P]))
     yield f"{STUDIES}/order_flips.md", f"and TIS it ended no higher in random order: {apart}."
     yield f"{STUDIES}/order_flips.md", f"AIS leaves {left('random', 'ais')}. As an order"
