@@ -225,12 +225,14 @@ def with_intervals(sums_by_metric: Mapping[str, Sums]) -> dict[str, Any]:
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float] | None:
     """Return a 95 % interval: Wilson's if every problem scores 0 or 1, else a bootstrap with a fixed seed.
 
-    The bootstrap resamples problems, because the samples of one problem are not independent. None without a spread:
-    one problem, or equal scores.
+    Wilson's interval is of the share of problems, so that it needs equal weights, or equal scores. The bootstrap
+    resamples problems, because the samples of one problem are not independent. None without a spread: one problem, or
+    equal scores.
     """
     # Rewards and cells of a puzzle are not independent trials, even if all values are 0 or 1.
-    numbers = np.asarray(values)
-    all_zero_or_one = ((numbers == 0) | (numbers == np.asarray(weights))).all()
-    if all_zero_or_one and name not in ("reward", "cell_accuracy"):
-        return wilson(int((numbers > 0).sum()), len(numbers))
+    right = np.asarray(values) > 0
+    all_zero_or_one = (np.asarray(values) == np.where(right, weights, 0)).all()
+    one_mean = len(set(weights)) == 1 or right.all() or not right.any()
+    if all_zero_or_one and one_mean and name not in ("reward", "cell_accuracy"):
+        return wilson(int(right.sum()), len(right))
     return bootstrap_interval(values, np.random.default_rng(0), weights=weights)

@@ -13,10 +13,10 @@ _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 # ASCII characters for typographic minus signs, spaces of other widths and full-width digits.
-_ASCII_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
-_ASCII_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
-_ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
-_ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
+ASCII_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
+ASCII_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
+ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
+ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
 _THIN_SPACE = re.compile(r"\\!\s*")  # negative; TeX ignores blanks after the command
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
@@ -130,7 +130,7 @@ def to_plain_characters(text: str) -> str:
     Separators of thousands, as in 1{,}000 and 1 000, are removed or become commas. Other spaces between digits stay:
     3 4 is not 34.
     """
-    text = _THIN_SPACE.sub("", text.translate(_ASCII_CHARACTERS))
+    text = _THIN_SPACE.sub("", text.translate(ASCII_CHARACTERS))
     text = _LATEX_SPACE.sub(" ", text).replace("{,}", ",")
     return _SPACED_THOUSANDS.sub(lambda match: match[1].replace(" ", ""), text)
 

@@ -301,6 +301,12 @@ def test_means_and_intervals_by_hand():
     assert not [name for name in found if name.startswith(("pass@", "frac_reward"))]
     # a reward is a number by nature, also where all of them are 0 or 1
     assert interval("reward", [1.0] * 4, [1.0] * 4) is None and interval("accuracy", [1.0] * 4, [1.0] * 4)[0] < 1
+    # unequal numbers of completions: ten right problems of 8, ten wrong ones of 2, of which half are right
+    low, high = interval("accuracy", [8.0] * 10 + [0.0] * 10, [8.0] * 10 + [2.0] * 10)
+    assert 0.5 < low < 0.8 < high < 1.0
+    assert interval("accuracy", [8.0, 2.0], [8.0, 2.0]) == wilson(2, 2) and interval(
+        "parsed", [0.0] * 3, [1, 2, 3]
+    ) == wilson(0, 3)
     # a mean of other numbers is resampled: quarter, half -> all resampled means lie between them
     low, high = Evaluation(answers([0.25, 0.5] * 20), {}).summary["accuracy_interval"]
     assert 0.25 < low < 0.375 < high < 0.5

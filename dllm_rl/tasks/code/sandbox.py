@@ -10,6 +10,7 @@ replying without computing, and a bug of the kernel. Each of the two processes m
 import ast
 import builtins
 import ctypes
+import io
 import os
 import signal
 import struct
@@ -146,6 +147,7 @@ def serve(requests: Any, replies: Any) -> None:
     """
     code, entry_point = plain(requests.readline())
     namespace: dict[str, Any] = {"__name__": "program"}
+    sys.stdout = io.StringIO()  # what a program prints is not limited by OUTPUT
     exec(code, namespace)
     for line in requests:
         arguments, keywords = plain(line)

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
     the prelude as the function's body.
     """
     blocks = [re.sub(r"^[\w+.{}-]*[ \t\r]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
-    for block in reversed(blocks):
+    for block in map(textwrap.dedent, reversed(blocks)):  # indented in an item of a list
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"
     indented = (block for block in blocks if block[:1].isspace() and block.strip())
@@ -168,7 +169,7 @@ class Code(Questions):
     """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)

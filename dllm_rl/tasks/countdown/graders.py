@@ -5,12 +5,22 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, d1_box, final_answer, first_closed_answer, last_closed_answer
+from dllm_rl.tasks.answers import (
+    ASCII_CHARACTERS,
+    MAX_ANSWER_LENGTH,
+    d1_box,
+    final_answer,
+    first_closed_answer,
+    last_closed_answer,
+    without_delimiters,
+)
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.countdown.expressions import Number, OutOfBounds, evaluate, python_value
 from dllm_rl.tasks.rows import require_field
 
 _EXPRESSION_CHARACTERS = "0123456789+-*/() "
+# Multiplication and division signs, dots and slashes of operators; typographic minus signs and wide characters.
+_OPERATORS = ASCII_CHARACTERS | dict.fromkeys((0xB7, 0xD7, 0x2217, 0x22C5), "*") | {0xF7: "/", 0x2215: "/"}
 _ZERO_METRICS = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
 _DIGITS = re.compile(r"[0-9]{1,300}")
 _INTEGER = re.compile(r" *-?[0-9]{1,100} *")
@@ -24,7 +34,7 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     "= 24" may follow.
     """
     answer = final_answer(completion)
-    expression = _with_ascii_operators(completion if answer is None else answer)
+    expression = _with_ascii_operators(without_delimiters(completion if answer is None else answer))
     value = evaluate(expression)
     if value is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
@@ -153,6 +163,6 @@ def _with_ascii_operators(text: str) -> str:
     """Replace LaTeX and typographic operators by + - * /."""
     if len(text) > MAX_ANSWER_LENGTH:
         return text
-    for symbol, operator in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\u00d7", "*"), ("\u00b7", "*")):
+    for symbol, operator in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/")):
         text = text.replace(symbol, operator)
-    return text.replace("\u00f7", "/").replace("\u2212", "-")
+    return text.translate(_OPERATORS)

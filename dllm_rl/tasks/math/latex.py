@@ -12,7 +12,8 @@ _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
 TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
-_UNIT = re.compile(rf"\s*{TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
+_UPRIGHT = TEXT.pattern.replace("rm|bf|it|sf)|", "rm)|")  # \\mathbf{a} is a vector, no unit
+_UNIT = re.compile(rf"\s*{_UPRIGHT}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
 # Words that are not units: they change the number before them, or offer a second answer.
 _NON_UNIT_TEXT = """
@@ -21,7 +22,7 @@ until versus vs minus plus times over squared cubed factorial negative positive 
 five six seven eight nine ten eleven twelve twenty thirty forty fifty dozen hundred thousand million billion trillion
 mod modulo base"""
 _NON_UNIT_WORDS = frozenset(_NON_UNIT_TEXT.split())
-_NAME = re.compile(r"\A[^=0-9+\-*/ ]{1,2} *=(?=[^=]*\Z)")
+_NAME = re.compile(r"\A[^=0-9+\-*/ <>!:]{1,2} *=(?=[^=]*\Z)")
 _SPACED_ARGUMENTS = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
 _LEADING_POINT = re.compile(r"(?:\A|(?<=[ {]))\.(?=[0-9])")
 # All spaces, except between digits, which would become one number.
@@ -32,16 +33,16 @@ _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 def normalize(answer: str) -> str:
     r"""Return a canonical spelling. Two answers are equal if their spellings are.
 
-    Removed: \!, \left, \right, degrees, \$, \%, one unit "\text{ cm}" at the end, a name of one or two letters before a
-    single "=", all spaces except between two digits. Replaced: typographic characters (see `to_plain_characters`);
-    tfrac and dfrac become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a complete answer 0.5 become
-    \frac{1}{2}. This differs from the original [ours], which removes everything after "\text{ " and all spaces, so that
-    "5 \text{ or } 6" becomes 5 and "2 2/3" becomes 22/3.
+    Removed: \!, \left, \right, degrees, \$, percent signs, one unit "\text{ cm}" at the end, a name of one or two
+    letters before a single "=", all spaces except between two digits. Replaced: typographic characters (see
+    `to_plain_characters`); tfrac and dfrac become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a
+    complete answer 0.5 become \frac{1}{2}. This differs from the original [ours], which removes everything after
+    "\text{ " and all spaces, so that "5 \text{ or } 6" becomes 5 and "2 2/3" becomes 22/3.
     """
     if len(answer) > MAX_ANSWER_LENGTH:
         return answer
     answer = to_plain_characters(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    for mark in (*_REMOVED_MARKS, "\\%"):
+    for mark in (*_REMOVED_MARKS, "\\%", "%"):
         answer = answer.replace(mark, " ")  # two digits around a mark stay separate
     answer = without_unit(answer)
     answer = _NAME.sub("", _LEADING_POINT.sub("0.", " ".join(answer.split())))
@@ -69,6 +70,8 @@ def without_unit(answer: str) -> str:
 
 def _is_unit(text: str) -> bool:
     words = _WORD.findall(text.lower())
+    if "".join(words) in ("am", "pm", "i", "e"):  # half of a day, and constants
+        return False
     return all(word.isalpha() and word not in _NON_UNIT_WORDS for word in words)
 
 

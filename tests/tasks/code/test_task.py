@@ -95,6 +95,7 @@ def test_a_row_of_another_form_is_refused_by_its_line(tmp_path, drop) -> None:
         ("```python\r\ndef f(a): return 1\r\n```", "\ndef f(a): return 1\r\n"),
         ("```python3.11\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
         ("```{python}\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
+        ("1. So:\n   ```python\n   def f(a):\n       return 1\n   ```", "\ndef f(a):\n    return 1\n"),
         ("", ""),
         ("``````", ""),
     ],

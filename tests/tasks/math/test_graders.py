@@ -104,12 +104,14 @@ def test_math_verify_names_no_equal_answers() -> None:
             "\\{5, 6\\}|"
             "5 \\text{ or six}|5 \\text{ or 6}|5 \\text{ /6}|5 \\text{ million}|5 \\text{ minus one}|"
             "5 \\text{ otherwise } 6|"
-            "x=5 \\text{ or } x=6|6 \\text{ or } 5",
-            "5 \\text{ cm}|5\\text{cm}|5 \\mbox{ cm}|5\\,\\mathrm{cm}^2|5 \\text{ miles per hour}|"
+            "x=5 \\text{ or } x=6|6 \\text{ or } 5|x<=5|<=5|x!=5|x>=5|a:=5|"
+            "5\\mathrm{i}|5\\mathrm{e}|5\\mathbf{a}|5\\text{ p.m.}",
+            "5%|5 \\%|5 \\text{ cm}|5\\text{cm}|5 \\mbox{ cm}|5\\,\\mathrm{cm}^2|5 \\text{ miles per hour}|"
             "x = 5|\uff15|\ufeff5|\\$5",
         ),
         ("\\text{ Evelyn}", "\\text{ Carla}|\\text{ }|\\text{ Evelyn}\\text{ Carla}", "\\text{Evelyn}|\\text{ Evelyn}"),
         ("(1,2)", "(1,2)\\text{ or }(3,4)|(1,2),(3,4)|(1,2 3)", "(1, 2)|\\left(1,\\,2\\right)|(\uff11,2)"),
+        ("10\\text{ a.m.}", "10\\text{ p.m.}|10\\text{ PM}|10", "10\\text{a.m.}|10 \\text{ a.m.}"),
         ("22/3", "2 2/3|2\\,2/3|2\u20092/3|2~2/3|2\\ 2/3", "22 / 3|\\frac{22}{3}|\uff12\uff12/3"),
         ("34", "3 4|3\u00a04|3\\;4|3\\quad 4|3,4|3{,}4|3\n4|3\\%4|3\\$4|3\u200b4", "34.0|34.|34 \\text{ ways}"),
         (
