@@ -13,8 +13,9 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
-from recipes.studies import int4_orders
+from recipes.studies import int4_orders, int4_orders_controls
 from recipes.studies import order_flips_controls as controls
+from recipes.studies.controls import Permuted
 from recipes.studies.order_flips import (
     ORDERS,
     Law,
@@ -265,6 +266,15 @@ def test_the_claims_of_training_in_both_orders_by_hand():
     found = [row["found, 95 %"] for row in int4_orders.claim_rows(runs)]
     assert found == ["0.050±0.000", "0.200±0.000", "0.100±0.000", "0.150±0.000"]
     assert int4_orders.claim_rows(runs)[0]["Holm's p"] == "0.008", "2 / 2^10 times the four claims"
+
+
+def test_the_claims_of_the_controls_of_training_by_hand():
+    ends = {"random: int4, tis": 0.9, int4_orders_controls.PERMUTED: 0.8, int4_orders_controls.HALF: 0.95}
+    runs = {(arm, seed): {"after": end} for (arm, end), seed in product(ends.items(), range(10))}
+    rows = int4_orders_controls.claim_rows(runs)
+    assert [row["found, 95 %"] for row in rows] == ["0.100±0.000", "-0.050±0.000"]
+    assert {row["Holm's p"] for row in rows} == {"0.004"}, "2 / 2^10 times the two claims"
+    assert isinstance(int4_orders_controls.STUDY.arms[int4_orders_controls.PERMUTED]["corrector"], Permuted)
 
 
 def test_runs_of_an_earlier_command_are_taken_and_no_claim_is_read_before_the_last(tmp_path, monkeypatch):

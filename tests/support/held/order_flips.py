@@ -5,7 +5,7 @@ from itertools import product
 from statistics import mean, median
 
 from held import STUDIES, by_arm, stored
-from recipes.studies import int4_orders
+from recipes.studies import int4_orders, int4_orders_controls
 from recipes.studies import order_flips_controls as controls
 from recipes.studies.order_flips import ORDERS, SEEDS, Model, alone_rows, bias, claim_rows, copy_rows, order_rows, over
 from recipes.studies.paired import arm_rows, interval, markdown, paired
@@ -117,3 +117,16 @@ def training_in_both_orders():
     rates = Counter(run["arm"].rpartition(" at ")[0] for run in kept["tuning"])
     tried = {name: {run["arm"] for run in kept["tuning"] if run["arm"].startswith(f"{name} at ")} for name in rates}
     assert tried.keys() == set(int4_orders.STUDY.arms) and {len(each) for each in tried.values()} == {3, 4}
+
+
+def controls_of_the_gain_of_tis():
+    kept = stored("int4_orders_controls")
+    study = int4_orders_controls.STUDY
+    assert by_arm(kept).keys() == set(product(study.arms, range(10)))
+    results = by_arm([*kept, *stored("int4_orders")["runs"]])
+    yield PAGE, markdown(arm_rows(study, results), ("arm", "after", "ess", "reward", "difference, 95 %")).strip()
+    claims = int4_orders_controls.claim_rows(results)
+    yield PAGE, markdown(claims).strip()
+    place, step = (claim["found, 95 %"] for claim in claims)
+    assert all(float(claim["Holm's p"]) < 0.05 and claim["above 0"] == "10 of 10" for claim in claims)
+    yield PAGE, f"TIS ends {place} above its permuted weights and {step} above half the rate, in all ten seeds"

@@ -6,7 +6,16 @@ from statistics import median
 from held import DOCS, STUDIES, by_arm, row, runs_of, stored
 from held import low_bits as tuned
 from held.mismatch import rounded_runs, two_digits
-from recipes.studies import ess, int4_orders, low_bits, low_bits_gradients, order_flips, order_flips_controls, rates
+from recipes.studies import (
+    ess,
+    int4_orders,
+    int4_orders_controls,
+    low_bits,
+    low_bits_gradients,
+    order_flips,
+    order_flips_controls,
+    rates,
+)
 from recipes.studies.order_flips import bias, over
 from recipes.studies.paired import contrast_rows, interval, paired
 
@@ -86,6 +95,11 @@ def order():
     gains = f"{random[value]} in random order ({P} {random[P]}), under `MaxProb` {under[value]} ({under[P]})."
     yield PAGE, f"TIS gains {gains}"
     yield METHOD, f"{random[value]} on Sudoku"
+    runs = [*stored("int4_orders_controls"), *stored("int4_orders")["runs"]]
+    place, step = int4_orders_controls.claim_rows(by_arm(runs))
+    assert place[P] == step[P]
+    above = f"above its permuted weights by {place[value]}, half the rate by {step[value]} ({place[P]} each;"
+    yield PAGE, f"In random order it is {above}"
     yield PAGE, f"a smaller loss in random order, in training: {less[value]}."
     assert float(random[P]) < 0.05 < min(float(less[P]), float(under[P]))
     yield f"{STUDIES}/order_flips.md", f"and TIS it ended no higher in random order: {apart}."
