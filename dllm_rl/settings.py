@@ -99,9 +99,6 @@ class Settings(Record):
         default="full",
         help="what to verify of a checkpoint: full: every byte; quick: size and start of files over 1 MiB",
     )
-    on_save_error: Literal["stop", "continue"] = option(
-        default="stop", help="stop the run if a checkpoint cannot be written, or warn and continue"
-    )
     stop_seconds: float = option(
         default=20.0,
         help="seconds after a stop signal in which the step may begin its updates; else the last update is saved",

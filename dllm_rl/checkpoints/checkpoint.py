@@ -160,13 +160,12 @@ def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Ite
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
-            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower save_total_limit"
+            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, or lower save_total_limit"
         else:
-            remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), correct what failed"
+            remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), or correct what failed"
         return OSError(
             errno.ENOSPC if needed > free else number or errno.EIO,
-            f"{folder} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
-            "or train on with on_save_error='continue'",
+            f"{folder} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}",
         )
 
     if shutil.disk_usage(folder.parent).free < needed:

@@ -16,7 +16,7 @@ MEMORY_SETTINGS = ("micro_batch_size", "rollout_batch_size", "gradient_checkpoin
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
-    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
+    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "async_save"),
     *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),

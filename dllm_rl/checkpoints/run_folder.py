@@ -101,6 +101,9 @@ def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str
     rule_before = best_rule(before["metric_for_best_model"], before["greater_is_better"])
     if best_rule(recipe.metric_for_best_model, recipe.greater_is_better) != rule_before:
         return "metric_for_best_model or greater_is_better has changed"
+    for name in ("validation_task", "eval_sampler", "eval_dataset", "eval_split"):
+        if name in before and recipe.settings()[name] != before[name]:
+            return f"{name} has changed"
     directory = Path(recipe.directory) / "checkpoints"
     best = checkpoint.folder_of(directory, state.best_step)
     is_of_this_folder = folder.resolve().parent == directory.resolve()

@@ -66,6 +66,12 @@ class LoraLinear(nn.Module):
         return _merged(plain_weight(self.base_layer), self.lora_A.weight, self.lora_B.weight, self.lora)
 
 
+def restart_dropout(module: nn.Module, step: int) -> None:
+    """Let the dropout masks of a training step depend only on the seed and the step, also after a resume."""
+    for layer in adapted_layers(module).values():
+        layer.calls = step << 20  # far more forwards than a step has
+
+
 class _Float32Backward(torch.autograd.Function):
     """The bf16 product of a frozen layer, with a backward that is computed in fp32 and then rounded.
 

@@ -14,13 +14,10 @@ class JsonLines:
     Args:
         path: The file.
         start: Step that a resumed run begins with; rows of this step and later ones become invalid.
-        patient: Buffer the rows if the disk is full and write them later, instead of raising OSError.
     """
 
-    def __init__(self, path: Path, *, start: int, patient: bool = False) -> None:
+    def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
-        self.patient = patient
-        self._waiting = b""  # bytes that are not written yet
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if size := os.fstat(self._file).st_size:
             if os.pread(self._file, 1, size - 1) != b"\n":  # an interrupted process may leave an incomplete line
@@ -31,20 +28,17 @@ class JsonLines:
         self._write(json.dumps(row, allow_nan=False) + "\n")  # NaN or infinity, which JSON lacks, raises ValueError
 
     def _write(self, text: str) -> None:
-        self._waiting += text.encode()
+        waiting = text.encode()
         try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            while waiting:
+                waiting = waiting[os.write(self._file, waiting) :]
         except OSError as error:
-            if not self.patient:
-                raise OSError(error.errno, f"{self.path}: {error.strerror}; free disk space and resume") from error
+            raise OSError(error.errno, f"{self.path}: {error.strerror}; free disk space and resume") from error
 
     def flush(self) -> None:
-        self._write("")
         os.fsync(self._file)
 
     def close(self) -> None:
-        self._write("")
         os.close(self._file)
 
 

@@ -33,7 +33,6 @@ class RunLog:
         *,
         start: int,
         main: bool,
-        patient: bool = False,
         completions: bool = False,  # whether to write completions.jsonl
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
@@ -54,7 +53,7 @@ class RunLog:
         completions = completions or (directory / "completions.jsonl").exists()
         names = ("metrics", "completions") if completions else ("metrics",)
         for name in names if main else ():
-            self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start, patient=patient)
+            self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start)
         self.trackers = list(trackers)
         rows_before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step

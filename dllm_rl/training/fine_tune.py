@@ -23,7 +23,7 @@ from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
-from dllm_rl.training.finish import forget_older_checkpoint, has_custom_module, write_summary
+from dllm_rl.training.finish import has_custom_module, write_summary
 from dllm_rl.training.hooks import before_first_step, load_best, take_steps
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
@@ -110,17 +110,16 @@ def fine_tune(recipe: SFT) -> Summary:
 
     take_steps(run, partial(take_step, run, training), evaluate_if_due)
     load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state))
-    forget_older_checkpoint(run)
     eval_after = evaluate()
     start = as_written(model=run.checkpoint, sft_warmup_steps=0)
-    if run.checkpoint and has_custom_module(run):
+    if has_custom_module(run):
         start = f"load_weights(policy, {run.checkpoint!r}) in the function that is the model"
     return write_summary(
         run,
         {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},
         result=f"held-out loss {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
         f"after {run.state.step} steps",
-        advice=f"RL from it: {start} of a recipe or of grpo" if run.checkpoint else "No checkpoint has these weights",
+        advice=f"RL from it: {start} of a recipe or of grpo",
     )
 
 

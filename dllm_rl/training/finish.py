@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main, machine
+from dllm_rl.distributed.collectives import machine
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
@@ -30,7 +30,6 @@ def finish(run: Run[Recipe]) -> Summary:
     log = run.log
     eval_before = run.state.eval_before
     load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
-    forget_older_checkpoint(run)
     with log.stage("evaluation"):
         eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
         eval_after_quantized = eval_after
@@ -38,11 +37,14 @@ def finish(run: Run[Recipe]) -> Summary:
             if run.engine is not None and run.rollout_policy.weights_version != run.policy.weights_version:
                 run.engine.sync(run.policy, run.rollout_policy)  # a feature skipped the last sync
             rollout_recipe = recipe.replace(eval_sampler=_sampler_of_rollouts(recipe))
-            eval_after_quantized = evaluate_with(rollout_recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
+            assert run.step is not None, "of RL"
+            with run.step.arithmetic():  # as in rollouts
+                eval_after_quantized = evaluate_with(
+                    rollout_recipe, run.rollout_policy, recipe.eval_task, run.accelerator
+                )
     evaluations = {"before RL": eval_before, "after": eval_after, "after, quantized": eval_after_quantized}
     card_path = Path(run.checkpoint) / CARD
-    # There is no card to update if no checkpoint was saved, or if its folder was deleted.
-    if run.accelerator.is_main_process and run.checkpoint and card_path.is_file():
+    if run.accelerator.is_main_process and card_path.is_file():  # its folder may have been deleted
         step, metrics = TrainingState.read(card_path.parent).step, log.last
         if step != run.state.step:  # the best checkpoint is loaded
             rows = current_rows(Path(recipe.directory) / "metrics.jsonl")
@@ -59,22 +61,8 @@ def finish(run: Run[Recipe]) -> Summary:
         },
         result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
-        advice=_next_command(run) if run.checkpoint else "Sample:     no checkpoint was saved of these weights",
+        advice=_next_command(run),
     )
-
-
-def forget_older_checkpoint(run: Run[Settings]) -> None:
-    """Forget the newest checkpoint, with a warning, if the weights have changed since: the last save failed, and the
-    evaluation is not of its weights. Collective: every process must call it.
-    """
-
-    def is_older() -> bool:
-        folder = Path(run.checkpoint)
-        return folder.is_dir() and TrainingState.read(folder).version != run.policy.weights_version
-
-    if run.checkpoint and from_main(is_older, run.accelerator):
-        run.log.say(f"warning: {run.checkpoint} has older weights than those that are evaluated: the last save failed")
-        run.checkpoint = ""
 
 
 def _sampler_of_rollouts(recipe: Recipe) -> Sampler:
@@ -119,7 +107,7 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
             f"{stopped_line}Checkpoint: {summary['checkpoint']}\nPicture:    {plot_path}\n"
             f"Numbers:    {directory / 'summary.json'}\n{advice}"
         )
-        if recipe.push_to_hub is not None and run.checkpoint:
+        if recipe.push_to_hub is not None:
             folder = Path(run.checkpoint)
             try:
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")

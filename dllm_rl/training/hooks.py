@@ -13,6 +13,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import restart_dropout
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
@@ -93,6 +94,7 @@ def take_steps(
         # A resumed run has the metrics of its last step here if that step was updated, but not evaluated and logged.
         metrics = run.state.unlogged
         if metrics is None:
+            restart_dropout(run.policy.module, step)
             metrics = take_step(step)
         end_step(run, step, metrics, evaluate)  # on a signal, saves and then ends the process
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe.directory)}")

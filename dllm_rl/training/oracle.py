@@ -175,6 +175,11 @@ class Oracle(Callback):
                 self.calls += 1
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["calls"] > self.calls:
+            raise ValueError(
+                f"oracle.jsonl of this output_dir has {self.calls} of the {state['calls']} calls that the checkpoint's "
+                "run paid for: copy that run's oracle.jsonl there"
+            )
         self._stop_if_spent(state["calls"])  # of the checkpoint: a killed step is repeated with the rewards it paid for
 
     def state(self) -> dict[str, Any]:

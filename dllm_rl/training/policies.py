@@ -148,11 +148,11 @@ def check_given_weights(recipe: Settings, policy: Policy) -> None:
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load the policy from a folder of this run. If only `load_weights` opens the folder, the recipe builds the policy
-    first, with its own spec.
+    """Load the policy from a folder of this run. The recipe builds it first if it was a policy in memory, whose weights
+    may have several dtypes, or if only `load_weights` opens the folder.
     """
     # A folder of this run was verified when the run's folder was opened, or it was written after that.
-    if has_known_family(folder):
+    if has_known_family(folder) and not isinstance(recipe.model, Policy):
         return apply_compute_settings(
             recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick")
         )

@@ -90,8 +90,7 @@ def rehearse(
             ReplayStore(recipe.replay, recipe.num_steps).rehearse(context, rollout)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem], reads_order=False), generator_for(*key))
-        if recipe.on_save_error == "stop":
-            from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
+        from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
 
 
 def compute_gradients(context: StepContext, rollout: Rollout) -> None:

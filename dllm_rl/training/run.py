@@ -36,10 +36,10 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1, "checkpoint") if in_thread else None
         self.group = group  # process group for the collectives of several writing processes
         self.main_only = threading.RLock()  # held while the main process saves without the other processes
-        self._in_progress: Future[Path | None] | None = None
-        self._folder: Path | None = None
+        self._in_progress: Future[Path] | None = None
+        self._folder: Path | None = None  # of the last write, until `wait` returns it
 
-    def run(self, write: Callable[[], Path | None]) -> None:
+    def run(self, write: Callable[[], Path]) -> None:
         """Start a write. Call `wait` first, so that the previous write is complete."""
         if self.thread is None:
             self._folder = write()
@@ -53,11 +53,12 @@ class CheckpointWriter:
             self._folder = done.result()
 
     def wait(self) -> Path | None:
-        """Wait for the write in progress; return the last checkpoint's folder, or None if none was written."""
+        """Wait for the write in progress; return its folder, or None if none was written since the last call."""
         if self._in_progress is not None:
             wait([self._in_progress])
         self.check()
-        return self._folder
+        folder, self._folder = self._folder, None
+        return folder
 
     def close(self) -> None:
         """Wait for the write in progress. Called when a run ends, also on errors: prints the write's error instead of

@@ -53,7 +53,7 @@ def save(run: Run[Settings]) -> None:
     """Write a checkpoint of the run's state, after waiting for the previous write.
 
     Raises:
-        OSError: The write failed, unless on_save_error is 'continue'.
+        OSError: The write failed.
     """
     wait_for_checkpoint(run)
     merged = is_merged(run, run.state)
@@ -73,7 +73,7 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
     """
     is_sharded = sharding_of(run.policy.module) is not None
     folder = run.writer.wait() if is_sharded else from_main(run.writer.wait, run.accelerator)
-    if folder and str(folder) != run.checkpoint:
+    if folder:
         run.checkpoint = str(folder)
 
         def call_callbacks() -> str | None:
@@ -85,13 +85,11 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
             run.control.stop_reason = from_main(call_callbacks, run.accelerator)
 
 
-def write_checkpoint(run: Run[Settings]) -> Path | None:
-    """Write a checkpoint of an unsharded learner now; call it only in the main process. Return None if the write failed
-    and the run continues.
-    """
+def write_checkpoint(run: Run[Settings]) -> None:
+    """Write a checkpoint of an unsharded learner now; call it only in the main process."""
     with run.writer.main_only:
         run.writer.wait()
-        return _main_process_write(run)()
+        _main_process_write(run)()
 
 
 def can_save_without_peers(run: Run[Settings]) -> bool:
@@ -136,7 +134,7 @@ def save_on_peer_loss(run: Run[Settings]) -> None:
         if run.state is state and can_save_without_peers(run):
             try:
                 run.writer.wait()
-                _try_write(run, state.step, _bind_save(run, state, *copies))
+                _write(run, state.step, _bind_save(run, state, *copies))
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
                 print(f"error: step {state.step} was not saved: {error}", file=sys.stderr, flush=True)
 
@@ -173,15 +171,15 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe.directory)}")
 
 
-def _main_process_write(run: Run[Settings], *, copies: bool = False) -> Callable[[], Path | None]:
+def _main_process_write(run: Run[Settings], *, copies: bool = False) -> Callable[[], Path]:
     """Return a function that writes the checkpoint; call it in the main process. With `copies`, copy weights and
     optimizer state to the host now, so that training can continue during the write.
     """
     policy, optimizer = copy_to_host(run.policy, run.optimizer) if copies else (run.policy, run.optimizer)
-    return partial(_try_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
+    return partial(_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
 
 
-def _sharded_write(run: Run[Settings]) -> Callable[[], Path | None]:
+def _sharded_write(run: Run[Settings]) -> Callable[[], Path]:
     """Return a function that writes this process's part of a sharded learner's checkpoint. Collective: every process
     must call this function and the returned function.
     """
@@ -197,7 +195,7 @@ def _sharded_write(run: Run[Settings]) -> Callable[[], Path | None]:
             checkpoint.save_part(step, shard, all_gather)
         return all_gather(None if write is None else write(swap=all_gather))[0]
 
-    return partial(_try_write, run, step, partial(run_in_lockstep, write_shard, run.writer.gather))
+    return partial(_write, run, step, partial(run_in_lockstep, write_shard, run.writer.gather))
 
 
 @torch.no_grad()
@@ -304,15 +302,9 @@ def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     return is_last or (recipe.load_best_model_at_end and state.best_step == state.step)
 
 
-def _try_write(run: Run[Settings], step: int, write: Write) -> Path | None:
-    """Write and return the checkpoint, or None if the write failed and the run continues."""
-    try:
-        folder = write()
-    except OSError as error:
-        if run.recipe.on_save_error == "stop":
-            raise
-        run.log.say(f"warning: {error.strerror}")
-        return None
+def _write(run: Run[Settings], step: int, write: Write) -> Path:
+    """Write and return the checkpoint of a step."""
+    folder = write()
     run.saved = step
     return folder
 
@@ -353,7 +345,6 @@ def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
     is_due |= run.control.save_requested
     run.control.save_requested = False
     value = metrics.get(f"eval/{recipe.best_metric}")
-    former_step, former_value = run.state.best_step, run.state.best_value
     is_best = value is not None and recipe.is_better(value, run.state.best_value)
     if is_best:
         run.state = replace(run.state, best_step=steps_done, best_value=value)
@@ -362,11 +353,6 @@ def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
     check_folder(run)
     if signum or is_due:
         save(run)
-    if is_best and recipe.on_save_error == "continue":
-        wait_for_checkpoint(run)
-        folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", steps_done)
-        if run.checkpoint != str(folder):  # the save failed: the best step is the best one of those that are saved
-            run.state = replace(run.state, best_step=former_step, best_value=former_value)
     if signum:
         wait_for_checkpoint(run)
         run.stop.leave(f"interrupted after step {steps_done}; {how_to_continue(recipe.directory)}")

@@ -257,7 +257,6 @@ def open_log(
         directory,
         start=first_step,
         main=accelerator.is_main_process,
-        patient=recipe.on_save_error == "continue",
         completions=recipe.log_completions_steps > 0,
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )

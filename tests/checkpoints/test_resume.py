@@ -43,7 +43,7 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
 MAY_CHANGE = {
     **{"output_dir": "elsewhere", "resume_from_checkpoint": "latest", "overwrite_output_dir": True, "dry_run": True},
     **{"eval_steps": 1, "eval_batch_size": 2, "num_mismatch_groups": 3},
-    **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick", "on_save_error": "continue"},
+    **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick"},
     **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": None, "push_to_hub": "me/it"},
     **{"stop_seconds": 1.0, "reward_timeout": None, "collective_timeout": 60.0, "peer_timeout": 60.0},
     **{"num_steps": 9, "lr_schedule_steps": 5, "max_prompt_length": 20, "shard_size": 0},

@@ -43,21 +43,19 @@ def test_opening_a_file_cuts_off_half_a_line(tmp_path):
     assert path.read_bytes() == b'{"step": 0}\n{"resume_from": 1}\n'
 
 
-def test_a_full_disk_keeps_rows_for_later(tmp_path, monkeypatch):
-    full, write = [True], os.write
+def test_what_a_disk_takes_in_parts_is_whole_and_a_full_one_ends_the_run(tmp_path, monkeypatch):
+    full, write = [False], os.write
 
     def short(handle, content):
         if full[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(handle, content[:7])
 
-    log = RunLog(tmp_path, start=0, main=True, patient=True)
+    log = RunLog(tmp_path, start=0, main=True)
     monkeypatch.setattr(os, "write", short)
     log.write(0, {"a": 1.0})
-    full[0] = False
     log.write(1, {"a": 2.0})
     full[0] = True
-    log.files["metrics"].patient = False
     with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free disk space and resume"):
         log.write(2, {"a": 3.0})
     assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]

@@ -9,9 +9,22 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from dllm_rl import Callback, Lora, SaveBest, StopBelow, grpo, grpo_recipe, load_policy, sft, tiny_masked_lm
+from dllm_rl import (
+    Callback,
+    FakeQuantize,
+    Lora,
+    SaveBest,
+    StopBelow,
+    Unmask,
+    grpo,
+    grpo_recipe,
+    load_policy,
+    sft,
+    task_from_dataset,
+    tiny_masked_lm,
+)
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
-from dllm_rl.training import hooks, trainer
+from dllm_rl.training import finish, hooks, trainer
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
@@ -220,6 +233,21 @@ def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, 
     assert (summary["best_step"], summary["best_value"]) == best and Path(summary["best_checkpoint"]).exists()
     said = "the best checkpoint so far, of step 1, no longer counts: metric_for_best_model or greater_is_better"
     assert (said in capsys.readouterr().out) == (best[0] != 1)
+
+
+@pytest.mark.parametrize("changed", ["validation_task", "eval_sampler"])
+def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_path, capsys, monkeypatch, changed):
+    choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward")
+    run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
+    resume = {"num_steps": 4, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest", "allow_changed": changed}
+    other = {
+        "validation_task": task_from_dataset([{"prompt": "12=", "answer": "21"}], reward_funcs=[close]),
+        "eval_sampler": Unmask(max_new_tokens=2, diffusion_steps=1, temperature=0.0),
+    }
+    summary = run(tmp_path, **BEST | resume | {changed: other[changed]})
+    assert (summary["best_step"], summary["best_value"]) == (4, 0.3)
+    said = f"the best checkpoint so far, of step 1, no longer counts: {changed} has changed"
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("load", [True, False])
@@ -503,3 +531,35 @@ def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, chan
     for allowed in (None, next(iter(change))):
         with pytest.raises(ValueError, match=r"needs the model that RL started from, which this run did not store"):
             run(tmp_path, **resume, allow_changed=allowed)
+
+
+def test_weights_of_several_dtypes_keep_them_in_a_resume(tmp_path):
+    """A frozen body in bf16 below a head in fp32: one dtype for all would round what is trained."""
+    policy = tiny_masked_lm(characters="123456=")
+    policy.module.to(torch.bfloat16).requires_grad_(False)
+    policy.module.lm_head.float()
+    policy.module.lm_head.requires_grad_(True)
+    policy.module.lm_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].float(),))
+    before = {name: weight.dtype for name, weight in policy.module.named_parameters()}
+    options = {"max_new_tokens": 2, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
+    options |= {"output_dir": str(tmp_path), "lr_schedule_steps": 2, "learning_rate": 0.02}
+    grpo(policy, ROWS, close, num_steps=1, **options)
+    resumed = grpo(policy, ROWS, close, num_steps=2, **options, resume_from_checkpoint="latest").policy
+    whole = grpo(policy, ROWS, close, num_steps=2, **options | {"output_dir": str(tmp_path / "whole")}).policy
+    assert {name: weight.dtype for name, weight in resumed.module.named_parameters()} == before
+    assert len(set(before.values())) == 2
+    expected = whole.module.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.module.state_dict().items())
+
+
+def test_a_quantized_copy_in_bf16_is_evaluated_in_the_arithmetic_of_rollouts(tmp_path, monkeypatch):
+    """Its weights are in bf16; a module that adds a buffer in fp32 computes with them under autocast alone."""
+    seen, evaluate_with = [], finish.evaluate_with
+
+    def evaluated(recipe, policy, task, accelerator):
+        seen.append((next(policy.module.parameters()).dtype, torch.is_autocast_enabled("cpu")))
+        return evaluate_with(recipe, policy, task, accelerator)
+
+    monkeypatch.setattr(finish, "evaluate_with", evaluated)
+    run(tmp_path, num_steps=1, bf16=True, rollout_quantization=FakeQuantize())
+    assert seen == [(torch.float32, False), (torch.bfloat16, True)]

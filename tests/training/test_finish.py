@@ -8,11 +8,9 @@ from made_run import make_run
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
-from dllm_rl.checkpoints import checkpoint
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import finish, start
 from dllm_rl.training.finish import _next_command
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
@@ -27,20 +25,6 @@ def test_a_dry_run_has_no_policy(tmp_path, monkeypatch):
 def test_a_summary_compares_as_its_numbers():
     policy = tiny_masked_lm(**SIZES)
     assert Summary({"seed": 3}, policy) == {"seed": 3} and Summary({"seed": 3}, policy).policy is policy
-
-
-def test_a_run_without_a_checkpoint_touches_no_card(tmp_path, monkeypatch, capsys):
-    """The folder '' would be the current one, with a README.md of its own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dllm_rl.training.rehearsal.checkpoint.save", full)
-    summary = train(tiny_recipe(tmp_path / "run", num_steps=1, on_save_error="continue"))
-    assert summary["checkpoint"] == "" and (tmp_path / "README.md").read_text() == "mine"
-    assert "Sample:     no checkpoint was saved" in capsys.readouterr().out, "no command without a model"
 
 
 class Told(Wrapped):
@@ -83,28 +67,3 @@ def test_the_next_command_of_a_chat_without_plain_text(tmp_path, messages, text)
         tmp_path, eval_task=task_from_dataset([{"prompt": messages}], reward_funcs=lambda completions: completions)
     )
     assert shlex.split(command_of(recipe, tmp_path))[3:6] == [str(tmp_path), text, "--chat"]
-
-
-@pytest.mark.parametrize("failing", [(2,), (1, 2)])
-def test_an_older_checkpoint_gets_no_scores_of_later_weights(tmp_path, monkeypatch, capsys, failing):
-    """The disk is full at the last step, or at both: step 1, or the start, keeps its card and is not uploaded."""
-    save = checkpoint.save
-
-    def sometimes(directory, content, **options):
-        if content.state.step in failing:
-            raise OSError(28, "No space left on device")
-        return save(directory, content, **options)
-
-    monkeypatch.setattr(checkpoint, "save", sometimes)
-    monkeypatch.setattr(finish, "push_to_hub", lambda *_: pytest.fail("it is not of the weights that were evaluated"))
-    recipe = tiny_recipe(tmp_path, save_steps=1, save_total_limit=9, on_save_error="continue", push_to_hub="me/mine")
-    monkeypatch.setattr(start, "check_hub", lambda _: None)
-    summary = train(recipe)
-    assert summary["checkpoint"] == "" and "eval_after" in summary
-    newest = tmp_path / "checkpoints" / f"step-{min(failing) - 1:06d}"
-    out = capsys.readouterr().out
-    assert (
-        f"{newest.name} has older weights" in " ".join(out.split())
-        and "no checkpoint was saved of these weights" in out
-    )
-    assert "| after" not in (newest / "README.md").read_text(), "a column of the evaluation"

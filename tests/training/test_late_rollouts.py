@@ -27,7 +27,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import Coupled, OneStep, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -267,6 +267,29 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedul
     rows = metrics_of(tmp_path)
     assert len(rows) == 5
     assert all(row["staleness"] <= changes.get("max_staleness", 2) for row in rows[2:])
+
+
+@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
+@pytest.mark.parametrize(
+    "changes", [{"likelihood": ELBO(num_samples=3)}, {"likelihood": OneStep()}, {"seed": 5}], ids=str
+)
+def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedule, tmp_path):
+    """The sampler has the learner's weights: log-probs of the same masks agree."""
+
+    class Ahead(InProcessPool):
+        def submit(self, step, weights):
+            super().submit(step, weights)
+            self.make(step)
+
+    asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5, "learning_rate": 1e-9}
+    asked |= {"likelihood": ELBO(num_samples=1), "rollout_quantization": None, "callbacks": [StopAfterTwo()]}
+    recipe = late_recipe(tmp_path, late=2, workers=2, **asked)
+    train(recipe, Ahead(lambda _: 0.5))
+    assert list((tmp_path / "checkpoints" / "step-000002" / "rollouts").glob("0*[0-9].safetensors"))
+    resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
+    train(replace(recipe, **resumed, **changes), Ahead(lambda _: 0.5))
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 5 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
 
 
 def test_a_batch_survives_its_bytes(tmp_path):

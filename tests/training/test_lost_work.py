@@ -8,7 +8,7 @@ import torch
 from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 
-from dllm_rl import Callback, UniformPrompts, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import Callback, Lora, UniformPrompts, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import FunctionCorrector, NoCorrection
 from dllm_rl.algorithms.losses import PPOClip, TokenMean
@@ -263,6 +263,26 @@ def test_an_error_in_the_last_step_loses_none(tmp_path, whole):
     assert newest == FAILS
     assert_same_weights(run(tmp_path / "whole", **short), resumed)
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole") == metrics_of(whole[1])[:FAILS]
+
+
+def test_adapters_with_dropout_draw_the_same_masks_after_an_error_between_forward_and_update(tmp_path):
+    adapted = {"lora": Lora(r=2, dropout=0.3), "micro_batch_size": 8}
+    _, resumed = fail_and_go_on(tmp_path / "parts", "the loss", **adapted)
+    assert_same_weights(run(tmp_path / "whole", **adapted), resumed)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_a_resume_writes_again_is_reported_to_on_save(tmp_path):
+    """An error in the evaluation after the last step leaves a checkpoint of it, of which no callback has heard."""
+    saved = []
+
+    class Copying(Callback):
+        def on_save(self, run, folder):
+            saved.append(folder.name)
+
+    settings = {"num_steps": FAILS, "lr_schedule_steps": STEPS, "save_steps": 1, "callbacks": [Copying()]}
+    fail_and_go_on(tmp_path, "a reward of an evaluation", **settings)
+    assert saved == [f"step-{step:06d}" for step in range(FAILS + 1)]
 
 
 class FailingPool(InProcessPool):

@@ -307,6 +307,18 @@ def test_an_exception_ends_the_run_without_another_call(tmp_path, size, cache, e
     assert len(metrics_of(tmp_path)) == 6
 
 
+def test_a_checkpoint_of_another_folder_needs_its_paid_calls(tmp_path):
+    """Without them the budget would begin anew, and known texts would be paid for again."""
+    first = Counted()
+    design(tmp_path / "a", Oracle(first, budget=400), save_steps=1, save_total_limit=9)
+    start = str(tmp_path / "a" / "checkpoints" / "step-000003")
+    resume = {"resume_from_checkpoint": start, "output_dir": str(tmp_path / "b")}
+    second = Counted()
+    with pytest.raises(ValueError, match=r"oracle.jsonl of this output_dir has 0 of the \d+ calls .* copy that run's"):
+        design(tmp_path / "b", Oracle(second, budget=400), **resume)
+    assert not second.texts
+
+
 def test_an_exception_of_another_reward_calls_no_text_again(tmp_path):
     counted = Counted()
 

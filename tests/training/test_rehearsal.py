@@ -163,9 +163,7 @@ def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
     assert seen[0] == (max(len(task[i].prompt) for i in range(len(task))), 4)
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
-def test_what_a_kill_left_of_it_is_removed(tmp_path, on_save_error):
-    """Also by a run that goes on without its checkpoints, which rehearses no save."""
+def test_what_a_kill_left_of_it_is_removed(tmp_path):
     (tmp_path / REHEARSAL / "step-000000").mkdir(parents=True)
-    train(small(tmp_path, on_save_error=on_save_error))
+    train(small(tmp_path))
     assert not (tmp_path / REHEARSAL).exists()

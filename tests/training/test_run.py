@@ -114,14 +114,6 @@ def test_an_error_of_the_writer_ends_the_run(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
-def test_or_is_a_warning_where_the_run_is_to_go_on(tmp_path, monkeypatch, capsys):
-    writing(monkeypatch, full)
-    summary = train(small(tmp_path, async_save=True, on_save_error="continue"))
-    assert "warning: " in (out := capsys.readouterr().out) and "step-000001 was not saved" in out.replace("\n", "")
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 2, 3]
-    assert summary["checkpoint"].endswith("step-000003")
-
-
 class Ending(Wrapped):
     """Sudoku that raises, or signals its process, at a completion of step 2."""
 

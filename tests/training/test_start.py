@@ -3,7 +3,6 @@
 import errno
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -61,9 +60,8 @@ def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(tmp_path, mon
         train(replace(recipe, resume_from_checkpoint="latest"))
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
-def test_a_full_disk_stops_the_log_where_it_stops_a_save(tmp_path, monkeypatch, on_save_error):
-    recipe = tiny_recipe(tmp_path, on_save_error=on_save_error, report_to=None)
+def test_a_full_disk_stops_the_log(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, report_to=None)
     log = open_log(recipe, Accelerator(cpu=True), None, None, [])
 
     def full(handle, content):
@@ -71,7 +69,6 @@ def test_a_full_disk_stops_the_log_where_it_stops_a_save(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
-        stops = pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free disk space and resume")
-        with stops if on_save_error == "stop" else nullcontext():
+        with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free disk space and resume"):
             log.write(0, {"reward": 0.5})
     log.close()

@@ -145,13 +145,15 @@ def read_made(folder: Path | None, rank: Callable | None, recipe: Recipe) -> dic
     """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number. `rank` is
     that of the recipe's sampler. Batches that are not of this recipe, because a setting was changed, are left out.
     """
-    found = {}
-    for path in [] if folder is None else (folder / "rollouts").glob("*.safetensors"):
+    found: dict[int, tuple[int, bytes]] = {}
+    if folder is None:
+        return found
+    for path in (folder / "rollouts").glob("*.safetensors"):
         name, _, kind = path.name.partition(".")
         data = read_pending_file(folder, f"rollouts/{path.name}") if kind == "safetensors" else None
         if data is not None:  # `kind` is "weights.safetensors" in a checkpoint of 'in_order'
             (samples, _, _), _ = deserialize_batch(data, rank, torch.device("cpu"))
-            if is_of_recipe(samples, recipe):
+            if is_of_recipe(samples, recipe, folder):
                 found[int(name)] = (samples.rollout.weights_version, data)
     return found
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
@@ -95,12 +96,16 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     return replace(weighted_samples, rollout_logprobs=rollout_logprobs)
 
 
-def is_of_recipe(samples: Samples, recipe: Recipe) -> bool:
-    """Return whether a stored batch has as many prompts as this recipe's steps, and the log-probs that they read: a
-    resume may have changed a setting.
+def is_of_recipe(samples: Samples, recipe: Recipe, folder: Path) -> bool:
+    """Return whether a batch of a checkpoint has as many prompts as this recipe's steps, and the log-probs that they
+    read: a resume may have changed a setting.
     """
     num_sets = 0 if recipe.likelihood.exact_for_sampler else recipe.num_scored_mask_sets
-    return len(group_sizes(samples.group)) == recipe.train_batch_size and len(samples.rollout_logprobs) == num_sets
+    before, now = TrainingState.read(folder).recipe, recipe.settings()
+    # Log-probs of masks are of one likelihood, and the seed draws the masks.
+    has_changed = num_sets > 0 and any(before[name] != now[name] for name in ("likelihood", "seed"))
+    fits = len(group_sizes(samples.group)) == recipe.train_batch_size and len(samples.rollout_logprobs) == num_sets
+    return fits and not has_changed
 
 
 @runtime_checkable
@@ -258,7 +263,7 @@ class AsyncRollouts:
             batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
             # A setting that was changed at this resume may ask for newer weights, or for other log-probs.
             oldest = context.policy.weights_version + step - steps_done - self.recipe.max_staleness
-            if batch is not None and not self.fits(batch, oldest):
+            if batch is not None and folder is not None and not self.fits(batch, oldest, folder):
                 batch = None
             if older_weights is not None and deserialize(older_weights)[1]["version"] < oldest:
                 older_weights = None
@@ -269,10 +274,10 @@ class AsyncRollouts:
             else:
                 self.plan(step, weights, age=steps_done)
 
-    def fits(self, batch: bytes, oldest: int) -> bool:
-        """Return whether a stored batch is of weights of at least the version `oldest`, and `is_of_recipe`."""
+    def fits(self, batch: bytes, oldest: int, folder: Path) -> bool:
+        """Return whether a checkpoint's batch is of weights of at least the version `oldest`, and `is_of_recipe`."""
         (samples, _, _), _ = deserialize_batch(batch, self.rank, torch.device("cpu"))
-        return is_of_recipe(samples, self.recipe) and samples.rollout.weights_version >= oldest
+        return is_of_recipe(samples, self.recipe, folder) and samples.rollout.weights_version >= oldest
 
     def plan(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step. Only keep its weights if the run ends before: a resume to more steps makes it."""
