@@ -229,7 +229,7 @@ class MIS(Corrector):
     """Masked importance sampling: w = rho inside [min_ratio, max_ratio], and 0 outside.
 
     rho is the ratio of `TIS`. Use it instead of `TIS` if tokens with an extreme ratio should not contribute a gradient.
-    It logs rollout_is_oob_ratio, the share outside the range.
+    It logs trained/rollout_is_oob_ratio, the share outside the range.
 
     Args:
         min_ratio: Smallest ratio that contributes, in [0, 1]. Default: 0.5.
@@ -283,8 +283,8 @@ class Reject(Corrector):
 
     Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. A token
     is removed if its |k| exceeds the threshold; a sequence is removed if its pooled |k| does. Use it by itself, or
-    combine it with importance weights by `Compose`. It logs rollout_corr/rollout_rs_masked_fraction and
-    rollout_rs_seq_masked_fraction.
+    combine it with importance weights by `Compose`. It logs trained/rollout_rs_masked_fraction and
+    trained/rollout_rs_seq_masked_fraction.
 
     Args:
         level: Unit that is rejected: "token" or "sequence" (default).

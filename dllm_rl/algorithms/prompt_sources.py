@@ -82,7 +82,7 @@ class PromptSource(Record):
     ) -> Int[Tensor, " P"]:
         """Return the number of completions of each drawn prompt, at least 1. Default: the recipe's num_generations.
 
-        Override it for groups of different sizes. `dllm-rl --dry_run` counts num_generations for each. With dynamic
+        Override it for groups of different sizes. A recipe's `--dry_run` counts num_generations for each. With dynamic
         sampling, a group that replaces another has the other's size. It must be a pure function of its arguments.
         """
         return torch.full_like(prompts, num_generations)

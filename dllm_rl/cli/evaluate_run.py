@@ -242,14 +242,15 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     plans: list[Plan] = []
     for length, commit, rank, cache, steps in product(lengths, *rules, arguments.diffusion_steps or [None]):
         rule = commit or getattr(run, "commit", Schedule())
-        if rule.adaptive and steps and commit is None:
+        takes_steps = rule.revises or not rule.adaptive  # of an adaptive rule they limit the edits
+        if not takes_steps and steps and commit is None:
             reason = f"the run's commit={rule} chooses its number of steps"
             raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit Schedule")
         if sampler_class is Unmask and not rule.adaptive and run is None:
             steps = steps or length or None
         changes = shared | {"rank": rank, "commit": commit}
         changes |= {"cache": "none" if arguments.cache and cache is None else cache}
-        changes |= {"diffusion_steps": None if rule.adaptive else steps}
+        changes |= {"diffusion_steps": steps if takes_steps else None}
         changes |= {"max_new_tokens": length if run is None or arguments.max_new_tokens else None}
         sampler = sampler_with(policy, run, changes)
         # Check here, before the first forward, instead of in the middle of a sweep.

@@ -328,7 +328,7 @@ def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_ch
 
 
 @torch.no_grad()
-def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
+def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> Policy:
     """Load into a policy's module the weights that `save_pretrained` wrote.
 
     Use it for a module whose class is not in transformers, and for a policy whose spec is not its family's;
@@ -338,6 +338,9 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
         policy: Policy whose module receives the tensors. It must have no adapters.
         directory: Folder that `save_pretrained` wrote.
         verify_checkpoint: "full" or "quick" check of the manifest, as in `load_policy`.
+
+    Returns:
+        The policy.
 
     Raises:
         ValueError: The names or shapes of the tensors differ, the policy has adapters or low-bit layers, or a file
@@ -359,6 +362,7 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
         )
     for name, tensor in module_tensors.items():
         tensor.copy_(state[name])
+    return policy
 
 
 def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:

@@ -49,8 +49,8 @@ class Unmask(Sampler):
     Args:
         max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with positions
             to fill in.
-        diffusion_steps: Number of steps per completion, divided equally between blocks. Adaptive commit rules ignore
-            it. None: one step per position.
+        diffusion_steps: Number of steps per completion, divided equally between blocks, at least one each. Of adaptive
+            commit rules it limits the edits alone. None: one step per position.
         block_size: Number of positions of a block; a step writes positions of one block. None: all positions, or the
             block size of a block-causal policy. The last block may be shorter, and so may the first one of a
             block-causal policy, whose blocks are counted from the prompt's start.

@@ -179,6 +179,8 @@ def read_request(
     if fields.stream_options is not None and not fields.stream:
         raise Refused(400, "stream_options needs stream=true; leave it out", "stream_options")
     settings = fields.model_dump(include=SETTINGS, exclude_none=True)
+    if fields.cache == "none":  # as the command's option: without the server's cache
+        settings["cache"] = None
     if policy.spec.attention == "encoder_decoder" and not fields.temperature:
         settings.pop("temperature", None)  # `Renoise` has its own schedule of temperatures
     suffix: list[int] = []
@@ -271,7 +273,7 @@ def _suffix_ids(fields: CompletionFields, policy: Policy) -> list[int]:
             f"suffix: {policy.spec.attention!r} attention does not see the text after a completion; leave it out",
             "suffix",
         )
-    if fields.cache is not None:
+    if fields.cache not in (None, "none"):
         raise Refused(400, f"cache={_quoted(fields.cache)} does not work with a suffix; leave it out", "cache")
     return _tokenized(policy, fields.suffix, "suffix")
 

@@ -68,7 +68,9 @@ class StepFeature:
         """
 
     def after_update(self, context: "StepContext") -> Metrics:
-        """Return metrics of the update, whose gradients are still there. An error here leaves a checkpoint of it."""
+        """Return metrics of the update. Its gradients are still there, except with replay, which updates after it. An
+        error here leaves a checkpoint of it.
+        """
         return {}
 
     def syncs(self, context: "StepContext", step: int) -> bool:

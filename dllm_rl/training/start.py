@@ -181,6 +181,11 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
     for feature in features:
         name, loss = type(feature).__name__, recipe.resolved_loss
+        if overrides(feature, "syncs") and not recipe.has_separate_rollout_policy:
+            raise ValueError(
+                f"features: {name} says when the rollout policy gets the learner's weights, and here the learner "
+                "samples itself: set rollout_quantization or rollout_engine, or leave it out"
+            )
         if overrides(feature, "token_advantages") and not is_per_token(loss):
             raise ValueError(
                 f"features: {name} gives each token its advantage, and loss={describe(loss)} treats a row's tokens "

@@ -413,7 +413,7 @@ def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_fo
     command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
     assert [(row["commit"].partition("(")[0], row["diffusion_steps"]) for row in found] == [
-        ("Remask", 2), ("Remask", 4), ("Edit", None)]  # fmt: skip
+        ("Remask", 2), ("Remask", 4), ("Edit", 2), ("Edit", 4)]  # fmt: skip
     assert [row["forwards_per_answer"] for row in found[:2]] == [2.0, 4.0]
 
 

@@ -157,7 +157,7 @@ class TestAModuleOfOnesOwn:
         policy.save_pretrained(tmp_path)
         assert {file.name for file in tmp_path.iterdir()} >= {"model.safetensors", "tokenizer.json"}
         assert not torch.equal(other.logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
-        load_weights(other, tmp_path)
+        assert load_weights(other, tmp_path) is other
         assert torch.equal(other.logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
 
     def test_with_tied_weights(self, tmp_path):

@@ -14,7 +14,7 @@ from dllm_rl.diagnostics.traces import read_trace
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
-from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.unmask import Unmask
@@ -355,6 +355,14 @@ def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cu
     assert answer["usage"]["completion_tokens"] == len(ids)
     assert status == 400 and "temperature=1.0 is no setting of Renoise" in refused["error"]["message"]
     assert traced == 400 and "rewrites tokens" in why["error"]["message"]
+
+
+@pytest.mark.parametrize("cache", [PrefixCache(), DualCache(), None])
+@pytest.mark.parametrize("suffix", ["", "3"])
+def test_a_request_turns_the_servers_cache_off(policy, cache, suffix):
+    body = json.dumps({"prompt": "37=", "max_tokens": 8, "cache": "none", "suffix": suffix}).encode()
+    defaults = Unmask(max_new_tokens=16, block_size=8, cache=cache)
+    assert read_request(body, policy, defaults, ServerSettings(name="mine"), is_chat=False).sampler.cache is None
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"temperature": 1.0, "diffusion_steps": 2}, {}])

@@ -69,6 +69,8 @@ def test_a_sync_every_four_updates(tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=6, rollout_quantization=int3_emulated, learning_rate=1e-2)
     train(recipe, features=(feature,))
     assert feature.versions == [0, 0, 0, 0, 4, 4]
+    with pytest.raises(ValueError, match=r"SyncEvery says when .*: set rollout_quantization or rollout_engine"):
+        train(tiny_recipe(tmp_path / "own", rollout_quantization=None), features=(SyncEvery(4),))
     rows = metrics_of(tmp_path)
     assert ["quantization/codes_changed" in row for row in rows] == [False, False, False, True, False, False]
 

@@ -56,7 +56,7 @@ class Countdown(Prompted):
         seed: Seed of the problems. Default: 0.
         path: JSONL file of problems: {"input": "30,100,93", "output": "23"} (d1's), {"input": "30,7,37", "output":
             "30+7=37"} (Dream's, with the target last), or numbers and target. None (default): generated problems.
-        prompt_format: "compact" (default): " 3,25, 7> 82=", answered by an expression padded with spaces to `width`
+        prompt_format: "compact" (default): " 3,25, 7>82=", answered by an expression padded with spaces to `width`
             characters. "text": an instruction, answered between <answer> tags. Otherwise a template with {numbers} and
             {target}, or the path of its file.
         chat: Whether "text" and templates are one user message; False: plain text. Default: True.
