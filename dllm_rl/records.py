@@ -196,7 +196,8 @@ def record_type(annotation: Any) -> type[Record] | None:
 
 
 def fit(name: str, annotation: Any, value: Any, bound: Bound | None = None) -> Any:
-    """Return a value as a field of this type stores it: a list as a tuple, a path as text, a function as its record.
+    """Return a value as a field of this type stores it: a list as a tuple, a path as text, a function as its record,
+    and a number, such as NumPy's, as Python's.
 
     Raises:
         ValueError: The value has the wrong type or is out of range; the message names the field, value and remedy.
@@ -233,6 +234,8 @@ def fit(name: str, annotation: Any, value: Any, bound: Bound | None = None) -> A
         raise ValueError(f"{name}={describe(value)} is no {protocols[0].__name__}; give an object of a class like it")
     if not words:
         check_scalar(name, kinds, value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = int(value) if isinstance(value, Integral) else float(value)
     if bound is not None:
         bound.check(name, value)
     return value

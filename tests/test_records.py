@@ -3,14 +3,17 @@ cannot hold, and the largest and smallest that it can: refused in one line that 
 with them is finite."""
 
 import functools
+import json
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import renoise_toys
 import torch
 from likelihood_toys import TablePolicy
+from tiny_recipe import tiny_recipe
 
 from dllm_rl import Lora, Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
@@ -20,8 +23,19 @@ from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.records import Bound, Record, annotations_of, fit, required_settings, subclasses, union_members
+from dllm_rl.records import (
+    Bound,
+    Record,
+    annotations_of,
+    fit,
+    from_json,
+    required_settings,
+    subclasses,
+    to_json,
+    union_members,
+)
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.testing import check_corrector
 from dllm_rl.types import Prompts, SamplingParams, equal_groups
 from recipes.studies import surrogates as published
@@ -118,6 +132,18 @@ def test_a_number_of_things_is_an_integer(function, keyword, value):
 @pytest.mark.parametrize("function", [Autoregress, Unmask, Renoise])
 def test_integers_of_numpy_are_integers(function):
     bind(function, "max_new_tokens", np.int64(4))
+
+
+def test_numbers_of_numpy_are_stored_as_pythons():
+    recipe = tiny_recipe("x", seed=np.int64(3), learning_rate=np.float32(0.5), max_grad_norm=Fraction(1, 4))
+    numbers = recipe.seed, recipe.learning_rate, recipe.max_grad_norm
+    assert list(map(repr, numbers)) == ["3", "0.5", "0.25"]
+    settings = {"max_new_tokens": np.int64(4), "temperature": np.float32(0.5), "top_p": np.float64(0.25)}
+    sampler = Unmask(**settings, suppress=[np.uint8(7), "a"], commit=rules.Threshold(tau=np.float16(0.5)))
+    stored = json.loads(json.dumps(to_json(sampler)))
+    assert from_json(Sampler, stored, "sampler") == sampler and "np." not in repr(sampler)
+    found = stored["init_args"]
+    assert found | settings == found and found["suppress"] == [7, "a"]
 
 
 @pytest.mark.parametrize("value", [0, -1])
