@@ -2,9 +2,9 @@
 
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of groups whose advantages are not all zero, or of all rows if the recipe has a KL term, an
-entropy bonus or a value model. Batch statistics, such as the lambda of AIS, and a corrector's metrics cover only these
-tokens. The learner therefore logs a corrector's `rollout_corr/NAME` as `trained/NAME`; its own `rollout_corr/*` metrics
-cover all rows.
+entropy bonus or advantages of tokens. Batch statistics, such as the lambda of AIS, and a corrector's metrics cover only
+these tokens. The learner therefore logs a corrector's `rollout_corr/NAME` as `trained/NAME`; its own `rollout_corr/*`
+metrics cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch is removed from the loss mask. docs/method.md explains the tags [paper], [digest] and [ours].

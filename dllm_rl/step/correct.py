@@ -52,7 +52,7 @@ class Rows:
     tokens: Int[Tensor, "B T"]
     is_trained: Bool[Tensor, " B"]
     metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`inverse_sampling_weights`), 0 where not scored
-    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token with a value model
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token if a feature gives them
 
 
 def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows:

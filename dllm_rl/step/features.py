@@ -46,7 +46,9 @@ class StepFeature:
         return samples
 
     def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
-        """Return the advantage of each scored token in place of the row's; None to keep the row's."""
+        """Return the advantage of each scored token in place of the row's; None to keep the row's. A run with it trains
+        on every group, also on those of equal rewards.
+        """
         return None
 
     def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:

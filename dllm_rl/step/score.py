@@ -206,7 +206,7 @@ def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, "
 
 def active_rows(settings: StepSettings, samples: Samples) -> Bool[Tensor, " B"]:
     """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
-    term or an entropy bonus, or if a value model gives the tokens advantages. No rows if there is no update, and no row
+    term or an entropy bonus, or if a feature gives the tokens advantages. No rows if there is no update, and no row
     without a reward.
     """
     if not settings.num_iterations:

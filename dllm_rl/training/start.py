@@ -18,6 +18,7 @@ from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack
+from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.loading import num_parameters
 from dllm_rl.models.forward.blocks import compile_blocks
@@ -190,6 +191,16 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
             raise ValueError(
                 f"features: {name} gives each token its advantage, and loss={describe(loss)} treats a row's tokens "
                 "together: use PPOClip, CISPO or Reinforce, or leave it out"
+            )
+        if (
+            overrides(feature, "token_advantages")
+            and recipe.max_staleness
+            and not (recipe.likelihood.exact_for_sampler or step_settings(recipe).trains_all_groups)
+        ):
+            raise ValueError(
+                f"features: {name} gives tokens advantages in every group, and with max_staleness="
+                f"{recipe.max_staleness} and likelihood={recipe.likelihood.name!r} workers score only groups whose "
+                f"rewards differ: use {EXACT}, or max_staleness=0"
             )
         if recipe.rollout_workers and (
             feature.changes_views or feature.max_staleness or overrides(feature, "around_forward")

@@ -7,13 +7,15 @@ import pytest
 import torch
 from emulated import int3_emulated
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import Wrapped, tiny_recipe
 
-from dllm_rl import ELBO, Int8WeightOnly, StepFeature, Trajectory, evaluate, quantized_copy, train
+from dllm_rl import ELBO, Coupled, Int8WeightOnly, StepFeature, Trajectory, evaluate, quantized_copy, train
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
+from dllm_rl.training.late_rollouts.schedule import InProcessPool
+from dllm_rl.training.start import check_features
 
 
 class SyncEvery(StepFeature):
@@ -169,6 +171,49 @@ def test_advantages_of_tokens_need_a_loss_of_tokens(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
     train(replace(recipe, loss=CISPO()), features=(Halves(),))
     assert metrics_of(tmp_path)[0]["grad_norm"] > 0
+
+
+class ProcessRewards(StepFeature):
+    """Each token has an advantage of its own, whatever the completion is worth."""
+
+    def token_advantages(self, context, samples, views):
+        return samples.rollout.completion_mask * torch.linspace(-1, 1, samples.rollout.tokens.shape[1])
+
+
+class Dull(Wrapped):
+    """All completions are worth the same, if their puzzle begins with one of these."""
+
+    def __init__(self, task, beginnings):
+        super().__init__(task)
+        self.beginnings = beginnings
+
+    def reward(self, problem, completion):
+        graded = self.task.reward(problem, completion)
+        return replace(graded, value=0.5) if problem.prompt[0] in self.beginnings else graded
+
+
+def test_advantages_of_tokens_count_in_groups_of_equal_rewards_too(tmp_path):
+    changes = {"num_steps": 1, "corrector": NoCorrection(), "likelihood": Trajectory(include_order=False)}
+    found = []
+    for beginnings in ("", ".", ".1234"):
+        recipe = tiny_recipe(tmp_path / f"dull{beginnings}", **changes)
+        train(replace(recipe, task=Dull(recipe.task, beginnings)), features=(ProcessRewards(),))
+        (row,) = metrics_of(recipe.output_dir)
+        found.append((row["frac_reward_zero_std"], row["grad_norm"]))
+    shares, norms = zip(*found, strict=True)
+    assert shares[0] == 0 < shares[1] < 1 == shares[2]
+    assert norms[0] == norms[1] == norms[2] > 0
+
+
+def test_advantages_of_tokens_need_what_a_worker_scores(tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout_workers=1, max_staleness=1, likelihood=Coupled(), num_steps=1)
+    match = r"features: Halves gives tokens advantages in every group.*'Coupled' workers score only.*or max_staleness=0"
+    with pytest.raises(ValueError, match=match):
+        train(recipe, InProcessPool(), features=(Halves(),))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    check_features((Halves(),), replace(recipe, beta=0.1))  # the worker scores all groups
+    check_features((Halves(),), replace(recipe, max_staleness=0))
+    check_features((Halves(),), replace(recipe, likelihood=Trajectory()))
 
 
 def test_views_are_changed_for_every_update_also_if_nothing_reads_a_ratio(tmp_path):
