@@ -5,6 +5,7 @@ A view rebuilds the canvas before a step of each position, and scores the tokens
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,8 @@ def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor
 @dataclass(frozen=True)
 class CanvasReplay(ViewFeature):
     """Feature of views whose canvas is rebuilt as it was before `step` of each position."""
+
+    is_per_token: ClassVar[bool] = False  # a contribution is a sum over a position's writes
 
     step: Int[Tensor, "N B T"]
 
