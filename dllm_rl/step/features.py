@@ -38,7 +38,10 @@ class StepFeature:
         return nullcontext()
 
     def after_rollout(self, context: "StepContext", samples: Samples, step: int) -> tuple[Samples, Metrics]:
-        """Change the samples before anything is scored, and return metrics."""
+        """Change the samples before anything is scored, and return metrics.
+
+        To leave out a row, keep it and set its reward to NaN and its advantage to 0. `Samples.concatenate` adds rows.
+        """
         return samples, {}
 
     def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:

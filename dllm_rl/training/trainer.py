@@ -65,7 +65,13 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
         samples, completions, metrics = run.async_rollouts.collect(step_index)
     for feature in step.features:
+        num_rows = len(samples.rollout.tokens)
         samples, feature_metrics = feature.after_rollout(step, samples, step_index)
+        if (num_left_out := num_rows - len(samples.rollout.tokens)) > 0:  # they have no place in `completions`
+            raise ValueError(
+                f"features: after_rollout of {type(feature).__name__} left out {num_left_out} of {num_rows} rows; keep "
+                "them, with reward NaN and advantage 0, and they do not count"
+            )
         metrics |= feature_metrics
     result = train_step(step, samples, step_index, run.optimizer)
     metrics |= result.metrics

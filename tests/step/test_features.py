@@ -14,6 +14,7 @@ from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.start import check_features
 
@@ -122,6 +123,45 @@ def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
     feature.changes_views = False
     train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
     assert metrics_of(tmp_path / "one")[0]["rollout_corr/abs_log_ratio_max"] > 0.1
+
+
+class Filters(StepFeature):
+    """Leaves out the first completion of each group: its row, or only its reward and advantage."""
+
+    def __init__(self, *, rows):
+        self.rows = rows
+
+    def after_rollout(self, context, samples, step):
+        is_first = torch.arange(len(samples.group)) % 4 == 0
+        if not self.rows:
+            rewards, advantages = samples.rewards.masked_fill(is_first, torch.nan), samples.advantages
+            return replace(samples, rewards=rewards, advantages=advantages.masked_fill(is_first, 0)), {}
+        kept = (~is_first).nonzero()[:, 0]
+        changes = {name: getattr(samples, name)[kept] for name in ("group", "rewards", "advantages", "metric_weights")}
+        return replace(samples, rollout=samples.rollout.rows(kept), counts=(len(kept),), **changes), {}
+
+
+class Twice(StepFeature):
+    """Trains on each row two times."""
+
+    def after_rollout(self, context, samples, step):
+        return samples.concatenate(samples, pad_id=context.policy.pad_id), {}
+
+
+@pytest.mark.parametrize(("before", "numbers"), [((), "4 of 16"), ((Twice(),), "8 of 32")])
+def test_a_row_does_not_leave_its_place(before, numbers, tmp_path):
+    """Else completions.jsonl would pair a completion with another's tokens and advantage."""
+    with pytest.raises(ValueError, match=f"^features: after_rollout of Filters left out {numbers} rows; keep them"):
+        train(tiny_recipe(tmp_path), features=(*before, Filters(rows=True)))
+    assert metrics_of(tmp_path) == []
+
+
+def test_a_row_that_does_not_count_stays(tmp_path):
+    train(tiny_recipe(tmp_path, log_completions_steps=1), features=(Filters(rows=False),))
+    rows = current_rows(tmp_path / "completions.jsonl")
+    assert {row["advantage"] == 0 for row in rows} == {True, False}
+    for row in rows:
+        assert row["completion"] in "".join(token["text"] for token in row["tokens"]).replace("<pad>", "")
 
 
 class Fails(StepFeature):
