@@ -283,7 +283,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     views = draw(rollout)
     same_views = draw(rollout)
     completion = rollout.completion_mask
-    group = group_sizes(rollout.group)[0]  # all have the same size
+    groups = torch.arange(len(tokens), device=tokens.device).split(group_sizes(rollout.group))
     advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5  # an estimator may use the sign
     used_views = estimator.with_advantages(views, advantages)
     logps = estimator.logprobs(policy, rollout, used_views)
@@ -304,19 +304,18 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert torch.equal(estimator.logprobs(policy, rollout, used_views), logps), "on-policy, a ratio must be exactly 1"
 
     _check_declared(estimator, rollout, views, logps, draw)
-    first = torch.arange(group, device=tokens.device)
-    fewer = draw(rollout.rows(first))
-    assert _same_noise(fewer, views.rows(first)), "a row's masks must not depend on the rows that follow it"
+    fewer = draw(rollout.rows(groups[0]))
+    assert _same_noise(fewer, views.rows(groups[0])), "a row's masks must not depend on the rows that follow it"
     padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
     assert torch.equal(wider.masked[..., 2:], views.masked), "a row's masks must not depend on padding"
     tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     actual = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(actual, logps, **tolerance, msg=lambda m: f"padding must not change contributions: {m}")
-    actual = estimator.logprobs(policy, rollout, used_views, micro_batch_size=group)
+    actual = estimator.logprobs(policy, rollout, used_views, micro_batch_size=len(groups[0]))
     message = "micro-batches must not change contributions"
     torch.testing.assert_close(actual, logps, **tolerance, msg=lambda m: f"{message}: {m}")
-    order = torch.arange(len(tokens), device=tokens.device).view(-1, group).flip(0).flatten()  # groups stay together
+    order = torch.cat(groups[::-1])  # groups stay together
     actual = estimator.logprobs(policy, rollout.rows(order), used_views.rows(order))
     message = "the order of prompts must not matter"
     torch.testing.assert_close(actual, logps[order], **tolerance, msg=lambda m: f"{message}: {m}")

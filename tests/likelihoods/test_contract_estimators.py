@@ -44,10 +44,12 @@ ESTIMATORS = {
 }
 
 
-def made(causal: bool = False, **changes):
+def made(causal: bool = False, num_generations: int | list[int] = 2, **changes):
     """A policy and completions of prompts of three lengths, two each."""
     policy = tiny_llama(causal=True, **SMALL) if causal else tiny_masked_lm(**SMALL)
-    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, num_generations=2)
+    prompts = Prompts.from_ids(
+        [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, num_generations=num_generations
+    )
     generator = torch.Generator().manual_seed(1)
     if causal:
         return policy, Autoregress(max_new_tokens=7)(policy, prompts, generator)
@@ -58,6 +60,16 @@ def made(causal: bool = False, **changes):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_contract(name):
     check_estimator(ESTIMATORS[name], *made(causal=name == "causal"))
+
+
+@pytest.mark.parametrize("sizes", [[3, 2, 2], [4, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", ["one_step", "coupled", "trajectory", "causal"])
+def test_contract_of_groups_of_unequal_size(name, sizes):
+    inputs = made(causal=name == "causal", num_generations=sizes)
+    check_estimator(ESTIMATORS[name], *inputs)
+    if name != "causal":
+        with pytest.raises(AssertionError, match="rows that follow"):
+            check_estimator(drawing(shuffled), *inputs)
 
 
 def overriding(base, **members):
