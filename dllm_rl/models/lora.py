@@ -168,7 +168,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     """Add adapters to the policy's module, in place. Freeze all other weights, and delete their gradients.
 
     Raises:
-        ValueError: No linear layer has a target name, a target cannot be adapted (the output layer, or a layer whose
+        ValueError: A target names no linear layer, a target cannot be adapted (the output layer, or a layer whose
             weight MultiheadAttention reads), there are no stacked experts to adapt, or the policy already has adapters.
     """
     module = policy.module
@@ -177,9 +177,13 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError("lora: the policy has adapters already; merge them first (dllm_rl.models.lora.merge_lora)")
     linear_layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     targets = {path: layer for path, layer in linear_layers.items() if is_target(path, names)}
-    if not targets:
-        kind = type(module).__name__
-        raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
+    # A family's list may name layers that a model lacks.
+    unmatched = tuple(name for name in lora.targets or () if not any(is_target(path, [name]) for path in targets))
+    if unmatched or not targets:
+        raise ValueError(
+            f"lora.targets={unmatched or names} names no linear layer in a block of {type(module).__name__}; name "
+            "other layers, by the last part of their path or by their full path"
+        )
     head = getattr(module, "get_output_embeddings", lambda: None)()
     for path, layer in targets.items():
         if layer is head:  # `float32_head` needs a layer without adapters

@@ -132,12 +132,14 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
     linear, experts = _adapted_paths(state)
-    stock_paths = [rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
+    stock_paths = {rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear}
+    # Tensors of other layers do not fit, see below.
+    targets = sorted(path for path, _ in policy.module.named_modules() if path in stock_paths)
     settings = Lora(
         r=config["r"],
         alpha=float(config["lora_alpha"]),
         dropout=float(config["lora_dropout"]),
-        targets=tuple(sorted(stock_paths)),
+        targets=tuple(targets),
         experts=bool(experts),
         seed=int(metadata.get("seed", 0)),  # peft's files have none. It matters only for dropout: A and B are loaded
     )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -395,6 +396,12 @@ def test_adapters_that_do_not_fit(tmp_path):
         policy.reference()
     with pytest.raises(ValueError, match=r"lora.targets=\('query',\) names no linear layer"):
         add_lora(policy, Lora(targets=("query",)))
+    for names in (("q_proj", "v_porj"), ("self_attn.q_proj", "v_proj"), ("model.layers.0.mlp.up", "q_proj")):
+        wrong = next(name for name in names if not name.startswith(("q_", "v_proj")))
+        with pytest.raises(
+            ValueError, match=rf"lora.targets=\('{re.escape(wrong)}',\) names no linear layer .* of Llama"
+        ):
+            add_lora(policy, Lora(targets=names))
     with pytest.raises(ValueError, match=r"lora.targets names 'lm_head', the output layer, .*; leave it out"):
         add_lora(policy, Lora(r=2, targets=("q_proj", "lm_head")))
     assert not adapted_layers(policy.module)
