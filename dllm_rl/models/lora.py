@@ -263,7 +263,7 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
         return dequantize_4bit(weight.data, weight.quant_state)
     # At its first forward, an 8-bit layer moves its codes and its scales (each row's largest |w|, code 127) to `state`.
     holder: Any = layer.state if weight.SCB is None else weight
-    return holder.CB * (holder.SCB.float() / 127)[:, None]
+    return (holder.CB * (holder.SCB.float() / 127)[:, None]).to(layer.plain_dtype)
 
 
 def is_stacked(layer: nn.Module) -> bool:
@@ -362,7 +362,7 @@ def lazy_merged_tensors(module: nn.Module, persistent_only: bool = True) -> dict
             shape, dtype = tuple(tensor.shape), tensor.dtype
             if kind == "weight" and is_bitsandbytes(base):  # the tensor itself contains integer codes
                 shape = (base.out_features, base.in_features)
-                dtype = getattr(getattr(tensor, "quant_state", None), "dtype", torch.float32)
+                dtype = getattr(getattr(tensor, "quant_state", None), "dtype", base.plain_dtype)
             compute = torch.no_grad()(partial(merged_tensor, layer, kind))
             tensors[f"{path}.{kind}" if path else kind] = LazyTensor(shape, dtype, compute)
     return tensors

@@ -54,6 +54,7 @@ from dllm_rl.models.lora import (
     add_lora,
     call_without_adapters,
     has_adapted_or_low_bit,
+    is_bitsandbytes,
     merge_lora,
     merged_state_dict,
 )
@@ -83,6 +84,8 @@ class ModulePolicy:
                 layer.activation_relu_or_gelu = 0
             elif isinstance(layer, nn.TransformerEncoder):
                 layer.use_nested_tensor = False
+            elif is_bitsandbytes(layer):  # 8-bit layers do not know the dtype of the weights that they were made from
+                layer.plain_dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         self.spec = spec
         self.tokenizer = tokenizer
         self.vocab_size: int = spec.vocab_size or module.config.vocab_size

@@ -368,6 +368,23 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
     assert compared == FAMILIES["qwen3"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merged_base_in_eight_bits_has_the_dtype_of_its_module(tmp_path, dtype):
+    pytest.importorskip("bitsandbytes")
+    folder = checkpoint(tmp_path / "base", "qwen3")
+    policy = load_policy(folder, dtype=dtype, quantization="int8", lora=Lora(r=2))
+    stir(policy)
+    policy.save_pretrained(tmp_path / "merged")
+    save_adapter(policy, tmp_path / "adapters", base=str(folder))
+    opened, from_adapters = (load_policy(tmp_path / name, dtype="auto") for name in ("merged", "adapters"))
+    copied, quantized = (quantized_copy(policy, scheme) for scheme in (None, Float8WeightOnly()))
+    merge_lora(policy)
+    for each in (policy, opened, from_adapters, copied, quantized):
+        assert {parameter.dtype for parameter in each.module.parameters()} == {getattr(torch, dtype)}
+        assert each is quantized or torch.equal(each.logits(*batch()), opened.logits(*batch()))
+    assert quantized.logits(*batch()).isfinite().all()
+
+
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
 def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
     policy = tiny_llama(characters="abc", causal=False)
