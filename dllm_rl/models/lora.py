@@ -168,8 +168,9 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     """Add adapters to the policy's module, in place. Freeze all other weights, and delete their gradients.
 
     Raises:
-        ValueError: A target names no linear layer, a target cannot be adapted (the output layer, or a layer whose
-            weight MultiheadAttention reads), there are no stacked experts to adapt, or the policy already has adapters.
+        ValueError: A target names no linear layer, a target cannot be adapted (the output layer, a layer whose weight
+            MultiheadAttention reads, or one whose weight is computed), there are no stacked experts to adapt, or the
+            policy already has adapters.
     """
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
@@ -188,6 +189,8 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     for path, layer in targets.items():
         if layer is head:  # `float32_head` needs a layer without adapters
             raise ValueError(f"lora.targets names {path!r}, the output layer, which cannot have adapters; leave it out")
+        if "weight" not in layer._parameters:  # weight_norm, spectral_norm: a merged weight has no place in the module
+            raise ValueError(f"lora.targets names {path!r}, whose weight is computed from other tensors; leave it out")
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError(f"lora.targets names {path!r}, whose weight MultiheadAttention reads itself; leave it out")
     stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []

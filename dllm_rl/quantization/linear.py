@@ -91,6 +91,9 @@ def skip_reasons(module: nn.Module, config: Any, skip: Callable[[nn.Module, str]
     skipped = {}
     for name, layer in plain_layers(module):
         layer = base_of(layer)
+        if isinstance(layer, nn.Linear) and "weight" not in layer._parameters:  # weight_norm, spectral_norm
+            skipped[name] = "the weight is computed from other tensors"
+            continue
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulated import CPU_SCHEMES, e4m3_emulated, int3_emulated
+from own_module import own_policy
 from repetitions import few
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,6 +191,39 @@ def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
         if name not in quantized:
             assert torch.equal(rollout.module.get_parameter(name), value), name
     assert rollout.module.table.tolist() == [2, 2, 2]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "own": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+}
+
+
+@pytest.mark.parametrize("scheme", [FakeQuantize(weight="int3"), quantize.Int8WeightOnly()], ids=str)
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_is_not_quantized_and_its_tensors_are_synced(kind, scheme):
+    policy = own_policy()
+    COMPUTED[kind](policy.module.blocks[0].out)
+    rollout = quantized_copy(policy, scheme)
+    report = rollout.quantization_report
+    assert report.skipped["blocks.0.out"] == "the weight is computed from other tensors"
+    assert {"blocks.0.out", "blocks.0.qkv"} & {*report.quantized} == {"blocks.0.qkv"}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    sync_weights(policy, rollout)
+    assert torch.equal(rollout.module.blocks[0].out.weight, policy.module.blocks[0].out.weight)
+    tokens, mask = torch.tensor([[3, 4, 5, 3]]), torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(rollout.logits(tokens, mask), quantized_copy(policy, scheme).logits(tokens, mask))
+    with pytest.raises(ValueError, match=r"'blocks.0.out', whose weight is computed from other tensors; leave it out"):
+        add_lora(policy, Lora(r=2))
 
 
 def test_report_says_what_was_quantized_what_not_and_why():
