@@ -132,6 +132,8 @@ def load_module(
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
+        if family.stock_model is not None:  # `from_pretrained` did not read generation_config.json
+            module.generation_config.eos_token_id = list(spec.eos_ids)
     return prepare_in_place(module if quantization else module.to(device), spec), tokenizer, spec
 
 

@@ -14,8 +14,9 @@ from huggingface_hub.utils import filter_repo_objects
 from layouts import published
 from transformers.utils import logging
 
-from dllm_rl import load_policy
+from dllm_rl import load_policy, make_policy
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.policy import as_causal
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
@@ -37,6 +38,23 @@ def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
     load_policy(source).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "generation_config.json").read_text() == text
     assert {5, 7} <= {*load_policy(tmp_path / "saved").spec.eos_ids}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "nemotron"])
+def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
+    source = published(tmp_path / "source", family)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    policy = load_policy(source)
+    policy.save_pretrained(tmp_path / "stock", stock=True)
+    policy.module.save_pretrained(tmp_path / "module")
+    policy.tokenizer.save_pretrained(tmp_path / "module")
+    made = make_policy(policy.module, policy.tokenizer)
+    copies = [load_policy(tmp_path / name) for name in ("stock", "module")]
+    if policy.spec.is_also_causal:
+        as_causal(policy).save_pretrained(tmp_path / "causal")
+        copies.append(load_policy(tmp_path / "causal"))
+    assert {5, 7} <= {*policy.spec.eos_ids}
+    assert [copied.spec.eos_ids for copied in (made, *copies)] == [policy.spec.eos_ids] * (1 + len(copies))
 
 
 @pytest.mark.parametrize("shown", [True, False])
