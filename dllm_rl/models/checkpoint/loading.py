@@ -549,6 +549,9 @@ def save_module(
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original_config] or ["torch_dtype"]
             fields = spec.original_config | dict.fromkeys(keys, dtype)
+            # The table may have been resized. LLaDA's is larger than its vocabulary if the config has both sizes.
+            size_field = "embedding_size" if fields.get("embedding_size") else "vocab_size"
+            fields[size_field] = module.config.vocab_size
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             source = Path(spec.checkpoint_folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():

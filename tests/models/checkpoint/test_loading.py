@@ -57,6 +57,26 @@ def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
     assert [copied.spec.eos_ids for copied in (made, *copies)] == [policy.spec.eos_ids] * (1 + len(copies))
 
 
+@pytest.mark.parametrize("rows", [36, 42])
+@pytest.mark.parametrize("family", ["llada", "llada_tied", "llada_moe", "llada2", "dream", "sdar", "nemotron_ar"])
+def test_a_resized_vocabulary_is_opened_again(tmp_path, family, rows):
+    source = published(tmp_path / "source", family)
+    fields = json.loads((source / "config.json").read_text())
+    if family != "nemotron_ar":
+        fields["mask_token_id"] = 30  # within the smaller vocabulary
+    if family == "llada_tied":
+        del fields["embedding_size"]
+    (source / "config.json").write_text(json.dumps(fields))
+    policy = load_policy(source)
+    with torch.random.fork_rng(devices=[]):
+        policy.module.resize_token_embeddings(rows, mean_resizing=False)
+    policy.save_pretrained(tmp_path / "saved")
+    saved = load_policy(tmp_path / "saved")
+    batch = torch.arange(3, 12)[None], torch.ones(1, 9, dtype=torch.bool)
+    assert saved.vocab_size == saved.logits(*batch).shape[-1] == rows
+    assert torch.equal(saved.logits(*batch), policy.logits(*batch))
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_load_leaves_what_transformers_shows_as_it_was(tmp_path, shown):
     """Whether it succeeds or fails."""
