@@ -132,7 +132,15 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
 
 
 def check_given_weights(recipe: Settings, policy: Policy) -> None:
-    """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function."""
+    """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function, or
+    for a policy whose module was resized after the policy was made.
+    """
+    size = getattr(getattr(policy.module, "config", None), "vocab_size", None)
+    if policy.spec.vocab_size is None and size not in (None, policy.vocab_size):
+        raise ValueError(
+            f"model has {size} tokens since its embeddings were resized, and its policy {policy.vocab_size}: give "
+            "make_policy(policy.module, policy.tokenizer)"
+        )
     if recipe.base_quantization is not None:
         raise ValueError(
             f"base_quantization={recipe.base_quantization!r} quantizes a checkpoint while it is loaded, and model is "

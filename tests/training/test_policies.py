@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from sft_toys import tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import manifest, tiny_masked_lm
+from dllm_rl import make_policy, manifest, tiny_llama, tiny_masked_lm
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.base import Lora
 from dllm_rl.quantization.schemes import Float8Dynamic
@@ -131,6 +131,25 @@ def test_what_acts_while_a_checkpoint_is_loaded_is_refused_of_a_given_model(tmp_
     with pytest.raises(ValueError, match=said):
         fine_tune(tiny_sft(tmp_path / "sft", model=model, **changes))
     assert not [*tmp_path.glob("*/metrics.jsonl")], "before a file is written"
+
+
+def resized(kind=tiny_masked_lm, **settings):
+    policy = kind(**SIZES, **settings)
+    with torch.random.fork_rng(devices=[]):
+        policy.module.resize_token_embeddings(policy.vocab_size + 2, mean_resizing=False)
+    return policy
+
+
+def test_a_policy_that_was_made_before_its_vocabulary_was_resized_is_refused(tmp_path):
+    said = (
+        r"model has \d+ tokens since its embeddings were resized, and its policy \d+: give make_policy\(policy.module"
+    )
+    for model in (resized(), resized, partial(resized, tiny_llama, causal=False)):
+        with pytest.raises(ValueError, match=said):
+            build_policy(tiny_recipe(tmp_path, model=model), CPU)
+    policy = resized()
+    made = make_policy(policy.module, policy.tokenizer)
+    assert build_policy(tiny_recipe(tmp_path, model=made), CPU).vocab_size == policy.vocab_size + 2
 
 
 def test_the_dtype_that_a_given_model_has_or_that_is_its_teachers_is_taken(tmp_path):
