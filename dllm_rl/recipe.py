@@ -210,16 +210,6 @@ class Recipe(Settings):
                 "no copy: set a scheme, or router_replay=None",
             ),
             (
-                self.async_save and self.base_quantization is not None,
-                f"async_save=True cannot be combined with base_quantization={self.base_quantization!r}, whose weights "
-                "have no copy on the host; use async_save=False",
-            ),
-            (
-                self.base_quantization is not None and self.sft_warmup_steps > 0,
-                f"sft_warmup_steps={self.sft_warmup_steps} trains all weights, and base_quantization="
-                f"{self.base_quantization!r} freezes them: warm up in a run without it, and take its checkpoint",
-            ),
-            (
                 self.loss is not None and self.corrector.loss is not None,
                 f"loss={describe(self.loss)} and the corrector's loss {describe(self.corrector.loss)} are two "
                 "objectives: use loss=None (--loss none), or a corrector without a loss",
@@ -266,6 +256,8 @@ class Recipe(Settings):
                 "sampler.confidence_radius=10, or leave informed_masking at None",
             ),
         ]
+        if self.base_quantization is not None:
+            conflicts += self.low_bit_conflicts(f"base_quantization={self.base_quantization!r}")
         if self.value_model is not None:
             conflicts += [
                 (
@@ -280,6 +272,19 @@ class Recipe(Settings):
                 ),
             ]
         return conflicts + self._compile_conflicts() + self._async_conflicts() + self._teacher_conflicts()
+
+    def low_bit_conflicts(self, base: str) -> list[tuple[bool, str]]:
+        """Return the conflicts with bitsandbytes weights, whose origin the messages call `base`."""
+        no_copy = f"cannot be combined with {base}, whose weights have no copy on the host; use"
+        return [
+            (self.async_save, f"async_save=True {no_copy} async_save=False"),
+            (bool(self.rollout_workers), f"rollout_workers={self.rollout_workers} {no_copy} rollout_workers=0"),
+            (
+                self.sft_warmup_steps > 0,
+                f"sft_warmup_steps={self.sft_warmup_steps} trains all weights, and {base} freezes them: warm up in a "
+                "run without it, and take its checkpoint",
+            ),
+        ]
 
     @property
     def _compiled_samplers(self) -> list[Unmask]:

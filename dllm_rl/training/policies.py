@@ -22,7 +22,7 @@ from dllm_rl.models.base import Policy, copied, frozen_names, trainable_paramete
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.models.forward.blocks import blocks_of
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora import add_lora, is_bitsandbytes
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
@@ -71,6 +71,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
         is_warmed_up = state.warmup_steps > 0
         policy = load_from_run_folder(recipe, base, dtype, device) if is_warmed_up else build_policy(recipe, device)
         load_adapter(policy, folder / "adapter")
+    check_low_bit(recipe, policy)
     return shard_policy(
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )
@@ -153,6 +154,14 @@ def check_given_weights(recipe: Settings, policy: Policy) -> None:
             f"dtype={recipe.dtype!r} is for a checkpoint that is loaded, and the weights of this model are in {dtype}: "
             f"cast them before, policy.module.to(torch.{recipe.dtype}), or leave dtype out"
         )
+
+
+def check_low_bit(recipe: Recipe, policy: Policy) -> None:
+    """Raise ValueError for a setting that the learner's bitsandbytes weights, also of a given model, rule out."""
+    if any(map(is_bitsandbytes, policy.module.modules())):
+        for is_wrong, message in recipe.low_bit_conflicts("a base in bitsandbytes' 4 or 8 bits"):
+            if is_wrong:
+                raise ValueError(message)
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:

@@ -41,6 +41,7 @@ from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,
+    check_low_bit,
     check_value_model,
     initialize_run,
     make_optimizer,
@@ -288,6 +289,7 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
     file.
     """
     policy = build_policy(recipe, loading_device(recipe.shard_size, accelerator))
+    check_low_bit(recipe, policy)
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe.value_model, policy)
     component_reward_weights(step_settings(recipe))  # raises ValueError if the advantages take them and there are none

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from sft_toys import tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import make_policy, manifest, tiny_llama, tiny_masked_lm
+from dllm_rl import load_policy, make_policy, manifest, tiny_llama, tiny_masked_lm
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.base import Lora
 from dllm_rl.quantization.schemes import Float8Dynamic
@@ -18,9 +18,11 @@ from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.fine_tune import fine_tune
+from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,
+    check_low_bit,
     reference_policy,
     resumed_policy,
     save_reference,
@@ -131,6 +133,33 @@ def test_what_acts_while_a_checkpoint_is_loaded_is_refused_of_a_given_model(tmp_
     with pytest.raises(ValueError, match=said):
         fine_tune(tiny_sft(tmp_path / "sft", model=model, **changes))
     assert not [*tmp_path.glob("*/metrics.jsonl")], "before a file is written"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_given_base_in_few_bits_is_not_copied_to_the_host(tmp_path, quantization):
+    """Its codes without their scales would be sampled from and saved. A teacher's are neither."""
+    pytest.importorskip("bitsandbytes")
+    tiny_masked_lm(**SIZES).save_pretrained(tmp_path / "base")
+    function = partial(load_policy, tmp_path / "base", quantization=quantization)
+    refused = {
+        "async_save=True cannot be combined with a base in bitsandbytes' 4 or 8 bits, .*; use async_save=False": {
+            "async_save": True
+        },
+        "rollout_workers=1 cannot be combined with a base in .*; use rollout_workers=0": {"rollout_workers": 1},
+        "sft_warmup_steps=2 trains all weights, and a base in .* freezes them": {"sft_warmup_steps": 2},
+    }
+    for said, changes in refused.items():
+        for model in (function, function()):
+            with pytest.raises(ValueError, match=said):
+                train(tiny_recipe(tmp_path / "run", model=model, lora=Lora(r=2), **changes), InProcessPool())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "before a file is written"
+    settings = {"model": function, "lora": Lora(r=2), "lr_schedule_steps": 2}
+    train(tiny_recipe(tmp_path / "run", num_steps=1, **settings))
+    with pytest.raises(ValueError, match="async_save=True cannot be combined with a base"):
+        train(tiny_recipe(tmp_path / "run", async_save=True, resume_from_checkpoint="latest", **settings))
+    taught = tiny_recipe(tmp_path / "taught", teacher=function, async_save=True)
+    check_low_bit(taught, build_policy(taught, CPU))
+    assert teacher_policy(taught, build_policy(taught, CPU), Accelerator(cpu=True)) is not None
 
 
 def resized(kind=tiny_masked_lm, **settings):

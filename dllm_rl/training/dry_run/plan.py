@@ -179,7 +179,7 @@ def memory_remedies(step: PlannedStep) -> list[str]:
     is_decoder = step.policy.spec.attention != "encoder_decoder"  # its weights and cache take neither of two settings
     smaller = "--lora Lora --lora.r 16" if lora is None else f"--lora.r 16 --lora.alpha {16 * lora.alpha / lora.r:g}"
     can_quantize = is_decoder and isinstance(recipe.model, str) and not sharded and lora is not None
-    can_quantize = can_quantize and not recipe.async_save
+    can_quantize = can_quantize and not any(is_wrong for is_wrong, _ in recipe.low_bit_conflicts(""))
     # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.
     shards_well = lora is None or recipe.rollout_quantization is not None
     shards_well = shards_well and not (recipe.base_quantization or recipe.load_best_model_at_end)

@@ -236,7 +236,8 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     shared = remedies(recipe_of("diffusion_gemma_countdown"))  # refuses both: its encoder and decoder share weights
     assert "--gradient_checkpointing" not in shared and "--base_quantization" not in shared
     assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
-    assert "--base_quantization" not in remedies(replace(small, async_save=True))
+    for changes in ({"async_save": True}, {"rollout_workers": 1}, {"sft_warmup_steps": 1}):
+        assert "--base_quantization" not in remedies(replace(small, **changes))
     best = {"metric_for_best_model": "solve_rate", "load_best_model_at_end": True}
     assert "--shard_size" not in remedies(replace(small, **best))
     # Unquantized, a sharded learner of adapters has a full copy to sample with: nothing is saved.
