@@ -52,6 +52,7 @@ from dllm_rl.samplers.rules import (
 from dllm_rl.types import Order, Rollout, SamplingParams, starts_group
 
 LOWEST_SCORE = torch.finfo(torch.float32).min  # in place of -inf, the score of positions that are not masked
+BELOW_ONE = 1 - 2.0**-24  # the largest fp32 number below 1
 SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
 
 
@@ -161,6 +162,8 @@ class StepSampler:
         policy, params = self.policy, self.sampling_params
         key = (at.seed, at.row_steps, at.offset)
         rank_uniforms = uniforms(*key, stream=RANK_STREAM) if self.reads_uniforms else None
+        if rank_uniforms is not None and not self.rank.adds_gumbel:  # scores are fp32, in which larger ones are 1
+            rank_uniforms = rank_uniforms.clamp(max=BELOW_ONE)
         draws_first = self.draws_first or step is None
         first_uniforms = (rank_uniforms, uniforms(*key, stream=TOKEN_STREAM) if draws_first else None)
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
