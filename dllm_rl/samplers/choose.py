@@ -241,7 +241,10 @@ class StepSampler:
             return Decision(chosen, places, num_chosen, keep=chosen[at.row_index, at.offset])
         # If the host knows the number of chosen positions, it does not wait for the device to count them.
         count = commit.count
-        num_chosen = chosen.sum(-1).cpu() if count is None else count(step.num_masked, step.steps_left)
+        if count is None:
+            num_chosen = chosen.sum(-1).cpu()
+        else:
+            num_chosen = count(step.num_masked, step.steps_left).minimum(step.num_masked)
         return Decision(chosen, at.indices_of(chosen, int(num_chosen.sum())), num_chosen)
 
     def order_logprobs(

@@ -281,7 +281,7 @@ class Commit(_Rule, Record):
     def count(self) -> Callable[[Counts, Counts], Counts] | None:
         """Function (number of masked positions, steps left) -> number of positions that the rule picks.
 
-        They are those with the highest scores. None: the number depends on the scores.
+        They are those with the highest scores; all, if the number is larger. None: the number depends on the scores.
         """
         return None
 

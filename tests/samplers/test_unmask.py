@@ -273,6 +273,40 @@ def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
     assert rollout.unmask_step[:, -20:].tolist() == [list(range(20))] * 3
 
 
+class FourPerStep(rules.Commit):
+    order = "deterministic"
+
+    @staticmethod
+    def count(num_masked, steps_left):
+        return torch.full_like(num_masked, 4)
+
+    def __call__(self, scores, masked, steps_left):
+        return rules.highest(scores, masked, count=self.count(masked.sum(-1), steps_left))
+
+
+@pytest.mark.parametrize("length", [6, 0])
+def test_a_count_beyond_the_open_masks_writes_those_alone(policy, length):
+    """Two steps of 4 and 2 positions; without new tokens, a step for 3 blanks, and two for 5."""
+    ids = [[3, 4], [5, 6, 7]] if length else [[1, 1, 1, 5, 6], [1, 1, 1, 1, 1]]
+    mask_id = None if length else policy.spec.mask_id
+    prompts = Prompts.from_ids(ids, pad_id=0, num_generations=2, seeds=range(4), mask_id=mask_id)
+    sampler = Unmask(max_new_tokens=length, temperature=1.0, commit=FourPerStep())
+    rollout = sampler(policy, prompts, torch.Generator())
+    per_step = [[int((steps == s).sum()) for s in (0, 1)] for steps in rollout.unmask_step]
+    assert per_step == ([[4, 2]] * 4 if length else [[3, 0]] * 2 + [[4, 1]] * 2)
+    views = Trajectory().draw_views(rollout, torch.Generator())
+    torch.testing.assert_close(
+        Trajectory().logprobs(policy, rollout, views), recorded(rollout, views), rtol=0, atol=1e-4
+    )
+
+
+def test_a_compiled_step_ends_a_row_whose_count_is_beyond_the_open_masks(policy, monkeypatch):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    options = {"block_size": 6, "commit": FourPerStep(), "approximate_early_exit": True}
+    ragged, fixed = (sample(policy, IDS, list(range(8)), compile_step=on, **options) for on in (False, True))
+    assert torch.equal(fixed.tokens, ragged.tokens) and not fixed.completion_mask[:, -20:].all()
+
+
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
