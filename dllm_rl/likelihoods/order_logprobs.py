@@ -151,6 +151,9 @@ def _commit_cutoff(rollout: Rollout, plan: ForwardPlan, confidences: Float[Tenso
 
 
 def _block_ids(rollout: Rollout, plan: ForwardPlan) -> Int[Tensor, " K"]:
-    """Return an id per row and block for each position: row * width + the first step of its block."""
+    """Return an id per row and block for each position: row * width + the number of positions of earlier blocks."""
     width = rollout.tokens.shape[1]
-    return plan.flat_index // width * width + recorded_order(rollout).block_first_step.flatten()[plan.flat_index]
+    # A block's first step may exceed the width: `LateSchedule` may have more steps than positions.
+    first_step = recorded_order(rollout).block_first_step.contiguous()
+    num_earlier = torch.searchsorted(first_step.sort(-1).values, first_step)
+    return plan.flat_index // width * width + num_earlier.flatten()[plan.flat_index]

@@ -18,7 +18,7 @@ from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
-from dllm_rl.samplers.rules import MaxProb, PlackettLuce, SoftThreshold
+from dllm_rl.samplers.rules import Confidence, LateSchedule, MaxProb, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.score import score
 from dllm_rl.step.update import forward_backward
@@ -229,6 +229,23 @@ def test_packed_scoring_of_noisy_orders(options):
     torch.testing.assert_close(packed, one_by_one, atol=5e-6, rtol=1e-5)
     assert (rollout.order.logprobs < -0.5).any() and expected.norm() > 0.1
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)])
+@pytest.mark.parametrize("kind", ["full", "block_causal"])
+def test_an_order_with_more_steps_than_columns_is_scored(kind, rank):
+    """`LateSchedule` waits for as long as a block has more steps than positions, here past the row's last column."""
+    estimators = [lik.Trajectory()]
+    policy = ragged("llada")[0]
+    if kind == "block_causal":
+        policy = block_causal_policy()
+        estimators.append(lik.Trajectory(block_size=SIZE))
+    rollout = block_sampled(policy, diffusion_steps=64, rank=rank, commit=LateSchedule(), block_size=SIZE)
+    assert rollout.order.block_first_step.max() > rollout.tokens.shape[1]
+    for estimator in estimators:
+        views = estimator.draw_views(rollout, torch.Generator())
+        logps = estimator.logprobs(policy, rollout, views)
+        torch.testing.assert_close(logps, recorded(rollout, views), atol=5e-6, rtol=1e-5)
 
 
 def test_what_a_block_cannot_see_does_not_move_it():
