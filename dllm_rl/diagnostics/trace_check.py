@@ -250,11 +250,12 @@ def _after_a_gap(rollout: Rollout) -> Bool[Tensor, "B T"]:
     if order is not None and order.rank_name == "RandomOrder":
         return after_gap
     for row, mask in enumerate(rollout.completion_mask & (rollout.unmask_step >= 0)):
-        used, counts = rollout.unmask_step[row][mask].unique(return_counts=True)
+        used, index, counts = rollout.unmask_step[row][mask].unique(return_inverse=True, return_counts=True)
         before = torch.cat([used.new_tensor([-1]), used[:-1]])
         gaps = used[used - before > 1]
-        if len(gaps) and order is not None and order.rank_name is not None and (counts == 1).all():
-            gaps = gaps[~torch.isin(gaps, order.block_first_step[row][mask])]
+        if order is not None:
+            first = order.block_first_step[row][mask]
+            gaps = gaps[~torch.isin(gaps, first) | torch.isin(gaps, first[counts[index] > 1])]
         after_gap[row] = mask & torch.isin(rollout.unmask_step[row], gaps)
     return after_gap
 

@@ -146,6 +146,54 @@ def test_a_clean_trace_has_no_fault(name):
     assert "log-probs agree" in report.verdict
 
 
+LATE = {  # kind of model, prompts, new tokens, steps: some blocks have more steps than positions
+    "blocks begun by prompts": (True, [[3] * 9, [5, 6]], 8, 6),
+    "blanks": (False, [[3, 1, 1, 1, 1, 1, 4], [1, 1, 1, 1, 3, 4]], 0, 4),
+    "every block": (False, [[3] * 9, [5, 6]], 8, 24),
+}
+
+
+def late(name, rank):
+    is_block_causal, ids, length, diffusion_steps = LATE[name]
+    policy = block_causal(4) if is_block_causal else model()
+    prompts = Prompts.from_ids(ids, pad_id=0, seeds=[1, 2], mask_id=None if length else policy.spec.mask_id)
+    options = OPTIONS | {"max_new_tokens": length, "diffusion_steps": diffusion_steps, "rank": rank}
+    sampler = Unmask(**options, commit=rules.LateSchedule(), suppress=("<eos>",))
+    return policy, sampler(policy, prompts, Generator())
+
+
+@pytest.mark.parametrize(
+    "rank", [rules.MaxProb(), rules.Entropy(), rules.Confidence(), rules.PlackettLuce(temperature=1)]
+)
+@pytest.mark.parametrize("name", LATE)
+def test_a_late_schedule_waits_in_the_blocks_that_have_more_steps_than_positions(name, rank, tmp_path):
+    policy, rollout = late(name, rank)
+    steps = [row[mask].unique() for row, mask in zip(rollout.unmask_step, rollout.completion_mask, strict=True)]
+    assert any(len(row) <= row.max() for row in steps), "a step wrote nothing"
+    write_trace(tmp_path / "a.jsonl", rollout)
+    for trace in (rollout, read_trace(tmp_path / "a.jsonl")):
+        report = check_trace(policy, trace)
+        assert report.ok and report.num_compared == 2, report.verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("blocks begun by prompts", {3: 4}),  # within a block of two positions per step
+        ("blocks begun by prompts", {2: 3, 3: 4, 5: 6}),  # before a block of two positions per step
+        ("every block", {23: 24}),  # within a block of one position per step
+    ],
+)
+def test_steps_that_no_schedule_leaves_out_are_missing(name, moved):
+    policy, rollout = late(name, rules.MaxProb())
+    step, first = rollout.unmask_step.clone(), rollout.order.block_first_step.clone()
+    for values in (step[0], first[0]):
+        values.copy_(torch.tensor([moved.get(value, value) for value in values.tolist()]))
+    moved_steps = replace(rollout, unmask_step=step, order=replace(rollout.order, block_first_step=first), forwards=0)
+    report = check_trace(policy, moved_steps)
+    assert named(report) == {"steps"} and "the steps before it are missing, first in row 0" in report.verdict
+
+
 def test_a_row_in_another_order_is_not_compared_unless_all_are():
     report = check_trace(model(), swapped(sampled()))
     assert report.num_compared == 5 and report.total.num_tokens == 40 and report.total.max_abs < 1e-4

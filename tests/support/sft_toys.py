@@ -48,9 +48,9 @@ def dream_like():
     return policy
 
 
-def block_causal():
+def block_causal(block_size=2):
     policy = tiny_llama(causal=False, **SIZES)
-    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=2)
+    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=block_size)
     policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
 
