@@ -455,9 +455,11 @@ def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) ->
     is_scored = views.coefficients > 0
     terms = torch.where(is_scored, beta * scores + views.coefficients.where(is_scored, 1).log(), -torch.inf)
     unscored = ~is_scored.any(0)
-    # The terms of a position that no view scores are all -inf. Their logsumexp would have a NaN gradient, so they
-    # are first replaced by 0.
-    return torch.where(unscored, 0, terms.masked_fill(unscored, 0).logsumexp(0) / beta)
+    # The terms of a position that no view scores, or of a token of probability 0, are all -inf. Their logsumexp would
+    # have a NaN gradient, so they are first replaced by 0.
+    is_zero = (terms == -torch.inf).all(0)
+    bound = terms.masked_fill(is_zero, 0).logsumexp(0) / beta
+    return torch.where(unscored, 0, bound.masked_fill(is_zero, -torch.inf))
 
 
 class _FromBase(LikelihoodEstimator):

@@ -218,6 +218,22 @@ def test_eubo_by_hand_and_unscored_positions():
     assert scores.grad.flatten().tolist() == pytest.approx([0.02 / 0.26, 1.0, 0.0, 0.24 / 0.26, 0.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.parametrize("estimator", [lik.EUBO(), lik.Sandwich(), lik.Coupled()])
+def test_a_token_of_probability_0_has_no_gradient_that_is_nan(estimator):
+    """Training drops such a token: it passes a gradient of 0. A position that only one view excludes stays."""
+    scores = torch.tensor([[[-1.0, -torch.inf, -torch.inf]], [[-2.0, -torch.inf, -0.5]]], requires_grad=True)
+    views = Views(torch.ones(2, 1, 3, dtype=torch.bool), torch.full((2, 1, 3), 0.5))
+    views = estimator.with_advantages(views, torch.tensor([-1.0]))
+    out = estimator.combine(scores, views)
+    assert out[0, 0].isfinite() and not out[0, 1].isfinite()
+    kept = torch.tensor([[1.0, 0.0, float(out[0, 2].isfinite())]])
+    (gradient,) = torch.autograd.grad(out, scores, kept)
+    assert gradient.isfinite().all() and not gradient[..., 1].any() and gradient[:, 0, 0].all()
+    if isinstance(estimator, lik.EUBO):
+        assert out[0, 1] == -torch.inf and out[0, 2].item() == pytest.approx(-0.5 + math.log(0.5) / 1.5)
+        assert gradient[:, 0, 2].tolist() == [0.0, 1.0]
+
+
 def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
     rollout = TOY.rollout([COMPLETION] * 3)
     advantages = torch.tensor([1.0, -2.0, 0.0])
