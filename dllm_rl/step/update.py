@@ -162,7 +162,7 @@ def update_direction(
     is_measured_view = torch.zeros_like(tokens_per_view).scatter(0, largest_views, 1)
     views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
-    is_scored = views.coefficients != 0
+    is_scored = (views.coefficients != 0) & batch.loss_mask  # others may be -inf before and after
     change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs, 0).double()
     if is_per_row:
         change = change.sum((0, 2))

@@ -1,6 +1,7 @@
 """The learner's parts, where a setting alone changes what is computed."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import MaxProb, Prompts, Unmask, tiny_masked_lm
+from dllm_rl import Confidence, MaxProb, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import Aligned, NoCorrection
-from dllm_rl.likelihoods.estimators import Coupled, Trajectory
+from dllm_rl.likelihoods.estimators import EUBO, Coupled, Sandwich, Trajectory
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.step.update import update_direction
+from dllm_rl.training import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
 
@@ -78,6 +80,28 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
                     tmp_path / name, rollout_quantization=None, **{"learning_rate": 1e9, "num_steps": 3} | changes
                 )
             )
+
+
+class Suppressed(Unmask):
+    """As an engine that draws a token which the recipe suppresses: the last one of the first completion."""
+
+    def __call__(self, policy, prompts, generator, **options):
+        rollout = super().__call__(policy, prompts, generator, **options)
+        tokens = rollout.tokens.clone()
+        tokens[0, -1] = rollout.sampling_params.suppress[0]
+        return replace(rollout, tokens=tokens)
+
+
+@pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(include_order=False), Coupled(), EUBO(), Sandwich()])
+def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch, likelihood):
+    """Its log-prob is -inf before and after the update, whose direction is measured in each step here."""
+    monkeypatch.setattr(step_settings, "DIRECTION_STEPS", 1)
+    sampler = Suppressed(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=Confidence(), suppress=(0, 2))
+    changes = {"sampler": sampler, "corrector": NoCorrection(), "rollout_quantization": None}
+    train(tiny_recipe(tmp_path, likelihood=likelihood, num_steps=2, **changes))
+    rows = metrics_of(tmp_path)
+    assert all(math.isfinite(row["update/direction"]) and row["grad_norm"] > 0 for row in rows)
+    assert any(row["rollout_corr/nonfinite_fraction"] > 0 for row in rows)
 
 
 def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
