@@ -171,7 +171,7 @@ def score(
 @torch.no_grad()
 def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_size: int | None) -> Float[Tensor, "B T"]:
     """Return the entropy in nats of the learner's distribution at each scored token, averaged over the views that score
-    the token.
+    the token; views that score only its staying masked are not counted.
 
     It costs one more forward per view, so only correctors with `needs_entropy` use it.
     """
@@ -186,14 +186,14 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     with join_uneven_forwards(policy):
         for chunk in row_chunks(rollout, views, micro_batch_size):
             for view in each_view(chunk.views):
-                forward = view.run(policy, chunk.rollout, view.scored)
+                at = view.scored if view.stay_masked is None else view.scored & ~view.stay_masked
+                forward = view.run(policy, chunk.rollout, at)
                 if forward is not None:
-                    token_values = torch.zeros(view.scored.numel(), device=total.device)
+                    token_values = torch.zeros(at.numel(), device=total.device)
                     (values,) = chunked(entropy, forward.states, policy=policy)
                     token_values = token_values.index_copy(0, forward.plan.flat_index, values.float())
-                    token_values = token_values.view(view.scored.shape)
-                    total[chunk.rows, chunk.columns] += token_values
-                    count[chunk.rows, chunk.columns] += view.scored
+                    total[chunk.rows, chunk.columns] += token_values.view(at.shape)
+                    count[chunk.rows, chunk.columns] += at
     return total / count.clamp(min=1)
 
 

@@ -10,10 +10,14 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.samplers.rules import RandomOrder
+from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.score import token_entropy
 from dllm_rl.testing import make_stats
 from dllm_rl.training.trainer import train
+from dllm_rl.types import Prompts
 
 EVERY = torch.ones(2, 4, dtype=torch.bool)
 
@@ -70,6 +74,21 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
     # In expectation over draws entropy is the mean of -log p.
     assert entropy.mean().item() == pytest.approx(-asked.old_logprobs[mask].mean().item(), rel=0.15)
     assert metrics_of(tmp_path)[0]["rollout_corr/kl"] == metrics_of(tmp_path / "plain")[0]["rollout_corr/kl"]
+
+
+@pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=1.0)])
+def test_views_that_score_that_a_position_stays_masked_do_not_count_in_its_entropy(rank):
+    policy = tiny_masked_lm(characters="1234.=", head_std=1.0)
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
+    rollout = Unmask(max_new_tokens=4, temperature=1.0, rank=rank)(policy, prompts, torch.Generator())
+    ordered, plain = (
+        Trajectory(include_order=is_ordered).draw_views(rollout, torch.Generator()) for is_ordered in (True, False)
+    )
+    assert (ordered.coefficients != 0).sum() > (plain.coefficients != 0).sum()
+    for micro_batch_size in (None, 2):
+        entropies = [token_entropy(policy, rollout, views, micro_batch_size) for views in (ordered, plain)]
+        assert_close(*entropies)
+        assert (entropies[1][rollout.completion_mask] > 0).all()
 
 
 def test_by_step_of_a_corrector_without_metrics():
