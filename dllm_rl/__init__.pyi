@@ -9,7 +9,6 @@ from .algorithms.correctors import MIS as MIS
 from .algorithms.correctors import TBPO as TBPO
 from .algorithms.correctors import TIS as TIS
 from .algorithms.correctors import Aligned as Aligned
-from .algorithms.correctors import ByStep as ByStep
 from .algorithms.correctors import Compose as Compose
 from .algorithms.correctors import Corrector as Corrector
 from .algorithms.correctors import FunctionCorrector as FunctionCorrector
@@ -19,7 +18,6 @@ from .algorithms.correctors import QaRL as QaRL
 from .algorithms.correctors import Reject as Reject
 from .algorithms.correctors import TokenStats as TokenStats
 from .algorithms.correctors import TokenWeights as TokenWeights
-from .algorithms.correctors import Triage as Triage
 from .algorithms.losses import CISPO as CISPO
 from .algorithms.losses import GSPO as GSPO
 from .algorithms.losses import K1 as K1

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from dllm_rl import (
-    AIS, CISPO, ELBO, EUBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, BlockELBO, ByStep, Compose, Corrector, Coupled,
+    AIS, CISPO, ELBO, EUBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, BlockELBO, Compose, Corrector, Coupled,
     Float8WeightOnly, GroupRelative, IcePop, Int4WeightOnly, Lora, Loss, MaxProb, Policy, PPOClip, PrefixCache, Prompts,
     Recipe, Reject, Rollout, Sampler, SoftThreshold, Sudoku, Task, TokenMean, TokenStats, TokenWeights, Trajectory,
     Unmask, ValueModel, evaluate, grpo, grpo_recipe, load_policy, option, quantized_copy, sft, tiny_masked_lm, train,
@@ -66,7 +66,7 @@ recipe = Recipe(
     rollout_quantization=Float8WeightOnly(),
     lora=Lora(r=8),
 )
-again: Recipe = recipe.replace(corrector=ByStep(corrector=AIS(tau=0.1)), likelihood=ELBO(num_samples=2), loss=GSPO())
+again: Recipe = recipe.replace(corrector=AIS(tau=0.1), likelihood=ELBO(num_samples=2), loss=GSPO())
 others = (EUBO(base=Coupled()), BlockELBO(block_size=4), CISPO(max_ratio=4), Squared())
 reward: float = train(again)["final_reward"]
 policy = load_policy("folder", lora=Lora(r=8))
@@ -83,7 +83,7 @@ tuning = SFT(name="tune", model="folder", dataset=[{"text": "2+2=4"}], max_lengt
 
 WRONG = """
 from dllm_rl import (
-    AIS, ELBO, TIS, Autoregress, ByStep, Compose, Float8WeightOnly, Int4Packed, MaxProb, Policy, PPOClip, Recipe,
+    AIS, ELBO, TIS, Autoregress, Compose, Float8WeightOnly, Int4Packed, MaxProb, Policy, PPOClip, Recipe,
     SoftThreshold, Sudoku, Unmask, evaluate, grpo, grpo_recipe,
 )
 
@@ -92,7 +92,6 @@ def calls(policy: Policy, recipe: Recipe) -> None:
     TIS(capp=3)  # wrong
     AIS(0.5)  # wrong
     MaxProb().name = "own"  # wrong
-    ByStep(corrector=PPOClip())  # wrong
     Compose(parts=(TIS(), ELBO()))  # wrong
     Unmask(max_new_tokens="16")  # wrong
     Unmask(max_new_tokens=16, rank=SoftThreshold(tau=0.9))  # wrong

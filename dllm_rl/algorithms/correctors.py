@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -397,43 +396,6 @@ class AIS(Corrector):
         return TokenWeights(torch.where(finite_mask, weights, 1), finite_mask, metrics)
 
 
-class Triage(Corrector):
-    """Damp unlikely tokens in completions with a negative advantage: w = rho for dangerous tokens, w = 1 for others.
-
-    rho = exp(log_mismatch). A token is dangerous if its advantage is negative, its probability is lower under the
-    learner than under the rollout policy (rho < 1), and the gate of its window is open. Use it if a low-bit rollout
-    makes training drift: only the tokens that cause the drift get a smaller weight. It logs triage/open_fraction and
-    triage/damped_fraction.
-
-    The learner drifts if updates further lower the probability of tokens that it already finds unlikely. The choice of
-    these tokens, and one gate per window of 64 tokens, are from the paper [digest]. The weight rho, and the rule that a
-    window's gate is open if its mean |log_mismatch| exceeds `gate`, are [ours].
-
-    Args:
-        gate: Mean |log_mismatch| of a window, in nats, above which its tokens are damped; at least 0. Default: 0.02.
-        window: Tokens per window, at least 1. Default: 64.
-
-    Source: TRIAGE, arXiv 2610.07043 [digest].
-    """
-
-    gate: float = option(default=0.02, at_least=0)
-    window: int = option(default=64, at_least=1)
-
-    def weights(self, stats: TokenStats) -> TokenWeights:
-        log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        # Windows of tokens to correct, without padding.
-        window_index = stats.mask.cumsum(-1).sub(1).clamp(min=0) // self.window
-        in_window = F.one_hot(window_index) * finite_mask[..., None]  # (B, T, windows per row)
-        num_tokens = in_window.sum(1).clamp(min=1)
-        mean = (in_window * log_mismatch.abs().double()[..., None]).sum(1) / num_tokens
-        is_open = (mean > self.gate).gather(1, window_index)
-        damped = finite_mask & is_open & (log_mismatch < 0) & (stats.advantages < 0)[:, None]
-        total = max(finite_mask.sum().item(), 1)
-        metrics["triage/open_fraction"] = (finite_mask & is_open).sum().item() / total
-        metrics["triage/damped_fraction"] = damped.sum().item() / total
-        return TokenWeights(torch.where(damped, exp_ratio(log_mismatch), 1), finite_mask, metrics)
-
-
 class TBPO(Corrector):
     """Trust-band policy optimization: one weight per row, with the objective `TrustBand` and `SequenceMean` [digest].
 
@@ -552,55 +514,3 @@ class Compose(Corrector):
                 is_same = metrics.get(name, value) == value
                 metrics[name if is_same else f"{name}_{position}"] = value
         return TokenWeights(weights, loss_mask, metrics)
-
-
-class ByStep(Corrector):
-    """A corrector whose statistics cover one denoising step at a time [ours].
-
-    Use it if the mismatch differs between early and late steps. The lambda of `AIS`, sequence ratios and sequence
-    rejection are then computed over the tokens of one step. A corrector that weights each token by its ratio alone
-    (`TIS` and `IcePop` by default) does not change. Each metric is averaged over the steps, weighted by their numbers
-    of tokens.
-
-    Args:
-        corrector: Corrector to apply per step; its loss and reduction are kept. Default: AIS().
-    """
-
-    corrector: Corrector = AIS()
-
-    @property
-    def loss(self) -> Loss | None:
-        return self.corrector.loss
-
-    @property
-    def loss_reduction(self) -> LossReduction | None:
-        return self.corrector.loss_reduction
-
-    @property
-    def align_forward(self) -> bool:
-        return self.corrector.align_forward
-
-    @property
-    def needs_entropy(self) -> bool:
-        return self.corrector.needs_entropy
-
-    @property
-    def has_weights(self) -> bool:
-        return self.corrector.has_weights
-
-    def weights(self, stats: TokenStats) -> TokenWeights:
-        weights = torch.ones_like(stats.log_mismatch).detach()
-        loss_mask = torch.zeros_like(stats.mask)
-        weighted_sums: dict[str, float] = {}
-        steps, counts = stats.unmask_step[stats.mask].unique(return_counts=True)
-        for step, count in zip(steps.tolist(), counts.tolist(), strict=True):
-            step_mask = stats.mask & (stats.unmask_step == step)
-            result = self.corrector.weights(stats.among(step_mask))
-            weights = torch.where(step_mask, result.importance_weights, weights)
-            loss_mask |= result.loss_mask
-            for name, value in result.metrics.items():
-                weighted_sums[name] = weighted_sums.get(name, 0.0) + value * count
-        if not len(steps):  # no tokens: return the corrector's result for an empty mask
-            return self.corrector.weights(stats)
-        num_tokens = stats.mask.sum().item()
-        return TokenWeights(weights, loss_mask, {name: total / num_tokens for name, total in weighted_sums.items()})

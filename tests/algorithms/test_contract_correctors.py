@@ -29,10 +29,6 @@ CORRECTORS = {
     "tbpo-wide": c.TBPO(eps_high=0.05, neg_low=0.05, neg_high=0.05),
     "aligned": c.Aligned(),
     "qarl": c.QaRL(),
-    "triage": c.Triage(),
-    "triage-narrow": c.Triage(gate=0.3, window=2),
-    "by step": c.ByStep(),
-    "by step, rejection": c.ByStep(corrector=c.Reject(threshold=0.1)),
     "vexact": c.Compose(parts=(c.TIS(), c.Reject())),
     "composed": c.Compose(
         parts=(c.AIS(), c.Reject(threshold=0.2), c.FunctionCorrector(loss=GSPO(epsilon=0.1, epsilon_high=0.1)))

@@ -228,7 +228,7 @@ def test_the_view_counts_its_forwards():
     assert part.num_forwards == 2 and not part.is_per_token
     (view,) = each_view(Trajectory().draw_views(rollout, torch.Generator()))
     assert (view.inputs_and_targets(toy(), rollout)[0] == rollout.tokens).all()
-    with pytest.raises(ValueError, match="needs_entropy"):  # as triage, which reads the states of one forward
+    with pytest.raises(ValueError, match="needs_entropy"):  # as the entropy, which reads the states of one forward
         view.run(toy(), rollout, view.scored)
 
 
