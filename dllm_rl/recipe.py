@@ -229,10 +229,10 @@ class Recipe(Settings):
                 "replay keeps answers by their reward, and with a teacher the reward is not the task's: leave one out",
             ),
             (
-                self.old_logprobs == "rollout" and self.corrector.has_weights,
+                self.old_logprobs == "rollout" and not self.corrector.only_masks,
                 "old_logprobs='rollout' divides by the rollout's probabilities, which corrects the mismatch, and a "
-                "corrector's weights would correct it a second time: use corrector=NoCorrection(), a corrector "
-                "without weights, or old_logprobs='recompute'",
+                "corrector's weights would correct it a second time: use a corrector that only drops, such as "
+                "NoCorrection() or Reject(), or old_logprobs='recompute'",
             ),
             (
                 self.zero_mismatch and self.has_separate_rollout_policy and not self.corrector.align_forward,

@@ -88,6 +88,27 @@ def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
         replace(recipe, loss=GSPO(), corrector=correctors.TBPO())
 
 
+def test_ratios_against_the_rollout_take_correctors_that_only_drop(recipe):
+    class Capped(correctors.Reject):
+        def weights(self, stats):
+            return TIS().weights(stats)
+
+    class Dropped(correctors.Corrector):
+        only_masks = True
+
+        def weights(self, stats):
+            return correctors.Reject().weights(stats)
+
+    taken = partial(replace, recipe, old_logprobs="rollout")
+    both = correctors.Compose(parts=(correctors.Reject(level="token"), correctors.Reject()))
+    for corrector in (NoCorrection(), correctors.Aligned(), correctors.Reject(threshold=0.1), both, Dropped()):
+        taken(corrector=corrector)
+    mixed = correctors.Compose(parts=(TIS(), correctors.Reject()))
+    for corrector in (TIS(), correctors.MIS(outside="drop"), TIS().weights, mixed, Capped()):
+        with pytest.raises(ValueError, match=r"a second time: use a corrector that only drops, such as NoCorr"):
+            taken(corrector=corrector)
+
+
 def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     """The rate is that of a schedule of ten steps, whatever the number of the run's own."""
     limits = {"max_grad_norm": 0.25, "micro_batch_size": 8}

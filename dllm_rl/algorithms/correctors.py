@@ -156,6 +156,11 @@ class Corrector(Record):
         """Whether the corrector may change weights or the loss mask."""
         return type(self).weights is not Corrector.weights
 
+    @property
+    def only_masks(self) -> bool:
+        """Whether every weight is 1, so that only the loss mask may change."""
+        return not self.has_weights
+
     @classmethod
     def convert(cls, value: Any) -> "Corrector | None":
         return FunctionCorrector(function=value) if callable(value) and not isinstance(value, Record) else None
@@ -300,6 +305,10 @@ class Reject(Corrector):
     statistic: Literal["k1", "k2", "k3"] = "k3"
     threshold: float = option(default=0.001, at_least=0)
     pool: Literal["mean", "sum", "max"] = "mean"
+
+    @property
+    def only_masks(self) -> bool:
+        return type(self).weights is Reject.weights
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         d, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
@@ -498,6 +507,10 @@ class Compose(Corrector):
     @property
     def has_weights(self) -> bool:
         return any(part.has_weights for part in self.parts)
+
+    @property
+    def only_masks(self) -> bool:
+        return all(part.only_masks for part in self.parts)
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         with_weights = [part for part in self.parts if part.has_weights]

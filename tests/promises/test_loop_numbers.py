@@ -168,6 +168,10 @@ CASES = {
         {"updates": 2, "weight": CAPPED},
     ),
     "bypass, two updates": ({"old_logprobs": "rollout", "num_iterations": 2}, {"base": "rollout", "updates": 2}),
+    "bypass and rejection": (
+        {"old_logprobs": "rollout", "corrector": Reject(level="token", statistic="k1", threshold=LIMIT)},
+        {"base": "rollout", "kept": lambda rho: rho.log().abs() <= LIMIT},
+    ),
     "micro-batches": (
         {"micro_batch_size": GROUP, "num_iterations": 2, "corrector": TIS(cap=1.5)},
         {"updates": 2, "weight": CAPPED},
@@ -176,6 +180,7 @@ CASES = {
 
 
 OFTEN = ["weights and rejection", "rejection under sequence", "constant length", "bypass, two updates", "micro-batches"]
+OFTEN += ["bypass and rejection"]
 
 
 @pytest.mark.parametrize("name", few(CASES, OFTEN))
