@@ -361,6 +361,8 @@ def test_a_printed_config_leaves_out_the_rows_and_functions_of_a_script(rows, re
     assert from_command_line(recipe, ["--config", str(file), "--task.blank", "_"]).task.blank == "_"
     (line,) = errors(recipe, ["--task.blank", "_", "--print_config"], capsys)
     assert line.startswith("error: --task.blank: --print_config leaves out the task")
+    (line,) = errors(recipe, ["--task.rows", "x"], capsys)  # which rows they are, no setting
+    assert line == "error: --task.rows is not a setting of DatasetTask (--help lists all)"
 
 
 @pytest.mark.parametrize("words", ["--num_steps {1", "--task.clues [1", "--sampler.suppress [1"])

@@ -1,11 +1,10 @@
 """Settings of supervised fine-tuning, in one flat frozen record, `SFT`. Fields that Recipe also has mean the same."""
 
-import hashlib
-import json
 from typing import Any
 
 from dllm_rl.records import option
 from dllm_rl.settings import Settings, documented
+from dllm_rl.tasks.datasets import digest_of
 
 
 class SFT(Settings):
@@ -57,20 +56,6 @@ class SFT(Settings):
 
     def _without_rows(self) -> "SFT":
         return self.replace(dataset=digest_of(self.dataset), eval_dataset=digest_of(self.eval_dataset))
-
-
-def digest_of(dataset: Any) -> str | None:
-    """Return a text that identifies a data set: its path, or its number of rows and a digest of at
-    most a hundred rows.
-    """
-    if dataset is None or isinstance(dataset, str):
-        return dataset
-    count = len(dataset)
-    # Not all rows, since a run with a million rows must start quickly; a hundred rows are enough to tell data sets
-    # apart.
-    sampled_rows = [dict(dataset[i]) for i in range(0, count, max(1, count // 100))]
-    digest = hashlib.sha256(json.dumps(sampled_rows, sort_keys=True, default=str).encode())
-    return f"{count} rows, {digest.hexdigest()[:16]}"
 
 
 SFT.__doc__ = documented(SFT)

@@ -1,8 +1,11 @@
 """Make a task from a data set and TRL-style reward functions."""
 
 import asyncio
+import hashlib
 import inspect
+import json
 import os
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
@@ -36,6 +39,10 @@ class DatasetTask:
     version: str
     columns: tuple[str, ...] = field(default=(), repr=False)  # names in any row, except prompt, completion and blank
     blank: str | None = None  # of rows without a blank of their own
+    rows: str | None = field(init=False)  # which rows the data set has: a resume compares it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", digest_of(self.dataset))
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -289,6 +296,32 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
             "also takes max_rows=N"
         )
     return list(islice(iter(dataset), max_rows))
+
+
+def digest_of(dataset: Any) -> str | None:
+    """Return a text that identifies a data set: its path, or its number of rows and a digest of at
+    most two hundred rows.
+    """
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    count = len(dataset)
+    # Not all rows, since a run with a million rows must start quickly; a hundred rows are enough to tell data sets
+    # apart.
+    sampled_rows = [_as_json(dict(dataset[i])) for i in range(0, count, max(1, count // 100))]
+    digest = hashlib.sha256(json.dumps(sampled_rows, sort_keys=True).encode())
+    return f"{count} rows, {digest.hexdigest()[:16]}"
+
+
+def _as_json(value: Any) -> Any:
+    """Return a row's value as JSON that is the same in every process: sets are sorted, addresses left out."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_as_json, value))
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    is_json = value is None or isinstance(value, bool | int | float | str)
+    return value if is_json else re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float | None = None) -> tuple[Any, Any]:

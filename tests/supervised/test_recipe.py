@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from sft_toys import ROWS, tiny_sft
 
-from dllm_rl.supervised.sft import digest_of
+from dllm_rl.tasks.datasets import digest_of
 
 
 def test_settings_and_text_have_a_digest_in_place_of_rows():

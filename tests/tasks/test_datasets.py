@@ -5,6 +5,7 @@ import multiprocessing
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import datasets
@@ -12,10 +13,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from hash_seeds import printed_under_hash_seeds
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
-from dllm_rl.tasks.datasets import training_and_held_out
+from dllm_rl.tasks.datasets import digest_of, training_and_held_out
 
 ROWS = [
     {"prompt": "2+2=", "answer": "4", "completion": "4"},
@@ -152,6 +154,21 @@ def test_functions_get_the_speed_that_they_name() -> None:
 def test_a_datasets_dataset() -> None:
     task = task_from_dataset(datasets.Dataset.from_list(ROWS), reward_funcs=[right])
     assert [task.reward(problem, problem.solution).value for problem in task] == [1.0, 1.0]
+
+
+def test_a_task_says_which_rows_it_has() -> None:
+    rows = [{"prompt": f"{i}=", "answer": {"of": [i]}} for i in range(250)]
+    task = task_from_dataset(rows, reward_funcs=right)
+    assert task.rows == task_from_dataset(datasets.Dataset.from_list(rows), reward_funcs=right).rows == digest_of(rows)
+    assert replace(task, weights=(2.0,)).rows == task.rows != replace(task, dataset=rows[:-1]).rows
+    assert len({digest_of(other) for other in (rows, rows[1:], rows[:-1], [{"prompt": "x"}, *rows[1:]])}) == 4
+
+
+def test_rows_are_told_apart_in_the_same_way_in_every_process() -> None:
+    """Also rows with values that JSON lacks: sets, objects at an address, keys that are not text."""
+    row = '{"prompt": "a", "any": {"x", "y", "z"}, "by": object(), "board": {(0, 0): 1, None: [{"p", "q"}]}}'
+    code = f"from dllm_rl.tasks.datasets import digest_of; print(digest_of([{row}]))"
+    assert len(printed_under_hash_seeds(code)) == 1
 
 
 def test_names_of_functions() -> None:

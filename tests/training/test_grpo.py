@@ -36,7 +36,7 @@ from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshol
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine, HTTPSampler
-from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.tasks.datasets import digest_of, task_from_dataset
 from dllm_rl.training.step_settings import step_settings
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
@@ -349,8 +349,25 @@ def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
     """A resumed run compares it: no addresses, and not the rows themselves."""
     text = describe(task_from_dataset(ROWS, reward_funcs=[right, short], name="sums"))
     graders = f"({__name__}.right, {__name__}.short)"
-    assert text == f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1', blank=None)"
+    assert text == (
+        f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1', blank=None, "
+        f"rows={digest_of(ROWS)!r})"
+    )
     assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
+
+
+def test_a_resume_with_other_rows_is_refused(tmp_path):
+    """The evaluation before training was of other problems, and a held-out problem may have been trained on."""
+    more = [*ROWS, *({"prompt": f"{a}=", "answer": a} for a in "1234")]
+    given = options(tmp_path, num_steps=0, eval_dataset=ROWS[:2])
+    grpo(tiny_masked_lm(**SMALL), ROWS, right, **given)
+    given["resume_from_checkpoint"] = "latest"
+    with pytest.raises(ValueError, match=r"^task=DatasetTask\(.*rows='20 rows, .*differs.*rows='16 rows, .*allow_chan"):
+        grpo(tiny_masked_lm(**SMALL), more, right, **given)
+    with pytest.raises(ValueError, match=r"^\w+_task=DatasetTask\(.*rows='2 rows, .*differs.*rows='2 rows, "):
+        grpo(tiny_masked_lm(**SMALL), ROWS, right, **given | {"eval_dataset": ROWS[1:3]})
+    allowed = {"allow_changed": "task", "eval_dataset": Dataset.from_list(ROWS[:2])}  # the same two rows
+    assert grpo(tiny_masked_lm(**SMALL), more, right, **given | allowed)["eval_problems"] == 2
 
 
 def test_an_option_of_slurm_that_nothing_reads_is_refused(tmp_path, monkeypatch):
