@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, Loss
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, symbol_pattern, text_of
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import grpo_recipe, wrap_model
 from dllm_rl.frontend.trl_names import OFF
@@ -53,7 +53,7 @@ except ModuleNotFoundError as error:
 VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
 # TRL's methods that are overridden, and the names of their first parameters.
 OVERRIDDEN = {
-    "_calculate_rewards": ("self", "inputs"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
     "_compute_loss": ("self", "model", "inputs"),
@@ -226,8 +226,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         prompt_of_row = [row for row, repeats in zip(ids, sizes, strict=True) for _ in range(repeats)]
         return {"prompt_ids": prompt_of_row, "completion_ids": completions, "logprobs": None}
 
-    def _calculate_rewards(self, inputs: Any, *arguments: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(inputs, *arguments)  # of all processes, by reward function
+    def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
+        if symbol_pattern(self._policy.tokenizer) is not None:  # TRL decodes residues with spaces between them
+            is_text = isinstance(completions[0], str)
+            texts = [text_of(self._policy, row) for row in ids]
+            # In place, because TRL also logs this list.
+            completions[:] = texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)  # of all processes, by function
         self._lacks_reward = rewards.isnan().all(1).cpu()
         return rewards
 

@@ -24,6 +24,7 @@ from layouts import checkpoint
 from live_bytes import LiveBytes
 from peft import LoraConfig, PeftModel
 from ranks import run_ranks
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import ROWS, Watched, reward, tiny, trainer
 
@@ -61,6 +62,7 @@ from dllm_rl import (
 from dllm_rl import trl as ours
 from dllm_rl.frontend.trl_names import unused_defaults
 from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
@@ -723,3 +725,41 @@ def test_a_completion_without_a_reward_is_in_no_mean_of_the_loss(tmp_path, monke
     assert any(each.any() for each in lacking)
     for batch, lacks in zip(seen, lacking, strict=True):
         assert batch.num_sequences == int((~lacks).sum()) and not batch.loss_mask[lacks].any()
+
+
+def of_residues(tmp_path, **special):
+    """A small BERT whose tokens are residues, which its tokenizer writes with spaces between them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=False, **special)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make_policy(BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)), tokenizer)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_residues_are_graded_and_logged_without_spaces(tmp_path, monkeypatch, is_chat):
+    """As `grpo` gives them; words keep their spaces."""
+    policy = of_residues(tmp_path, eos_token="[SEP]")
+    policy.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    graded = []
+
+    def score(completions, **_):
+        graded.extend(completions)
+        return [float(len(str(text))) for text in completions]
+
+    monkeypatch.setattr("trl_runs.reward", score)
+    rows = [{"prompt": [{"role": "user", "content": "MKV"}] if is_chat else "MKV"}] * 8
+    run = trainer(tmp_path, model=policy, rows=rows, settings={"max_steps": 1})
+    run.train()
+    texts = [each[0]["content"] for each in graded] if is_chat else graded
+    assert max(map(len, texts)) > 2 and all(set(text) <= {*"ACDEFGHIKLMNPQRSTVWY"} for text in texts)
+    assert [*run._logs["completion"]] == graded[-len(run._logs["completion"]) :]
+
+
+def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
+    graded = []
+    monkeypatch.setattr("trl_runs.reward", lambda completions, **_: graded.extend(completions) or [0.0] * 32)
+    trainer(tmp_path, model=tiny(characters="1 "), rows=[{"prompt": "1"}] * 8, settings={"max_steps": 1}).train()
+    assert any(" " in text for text in graded)

@@ -303,7 +303,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             "texts between whole characters"
         )
     tokenizer = policy.tokenizer
-    symbols = _symbols(tokenizer)
+    symbols = symbol_pattern(tokenizer)
     written = text if symbols is None else " ".join(filter(str.strip, symbols.split(text)))
     try:
         ids: list[int] = tokenizer.encode(written, add_special_tokens=False, split_special_tokens=not special)
@@ -335,7 +335,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     return ids
 
 
-def _symbols(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+def symbol_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return a pattern that matches each token of a vocabulary of symbols, such as residues; None for other tokenizers.
 
     Such a tokenizer writes spaces between its tokens, and they mean nothing: every token is a single character, or the
@@ -361,9 +361,9 @@ def _symbols_of(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def text_of(policy: Policy, ids: Sequence[int]) -> str:
-    """Return the text of token ids, without special tokens, and without the spaces between symbols (`_symbols`)."""
+    """Return the text of token ids, without special tokens and the spaces between symbols (`symbol_pattern`)."""
     text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    return text if _symbols(policy.tokenizer) is None else "".join(text.split())
+    return text if symbol_pattern(policy.tokenizer) is None else "".join(text.split())
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
