@@ -220,7 +220,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 f"learning_rate below {self.args.learning_rate:g}, or an earlier checkpoint"
             )
         self._generated = replace(rollout, batch_row=rows.to(rollout.tokens.device)), number, size
-        end = [policy.tokenizer.eos_token_id]  # TRL's, whichever of the model's end tokens it was
+        eos = policy.tokenizer.eos_token_id  # TRL's, whichever of the model's end tokens it was
+        end = [policy.spec.eos_ids[0] if eos is None else eos]
         answers = [(before_end(policy, row), row) for row in completion_token_ids(rollout)]
         completions = [answer + end if len(answer) < len(row) else answer for answer, row in answers]
         prompt_of_row = [row for row, repeats in zip(ids, sizes, strict=True) for _ in range(repeats)]

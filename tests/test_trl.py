@@ -763,3 +763,22 @@ def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_runs.reward", lambda completions, **_: graded.extend(completions) or [0.0] * 32)
     trainer(tmp_path, model=tiny(characters="1 "), rows=[{"prompt": "1"}] * 8, settings={"max_steps": 1}).train()
     assert any(" " in text for text in graded)
+
+
+@pytest.mark.parametrize("special", [{}, {"eos_token": "[SEP]"}])
+def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, monkeypatch, special):
+    """BERT's text ends with [SEP], which its tokenizer does not call eos."""
+    policy = of_residues(tmp_path, **special)
+    assert policy.tokenizer.eos_token_id == (3 if special else None) and policy.spec.eos_ids == (3,)
+    ends = []
+
+    def score(completions, completion_ids, **_):
+        ends.extend(ids[-1] == 3 and len(ids) < 4 for ids in completion_ids)
+        return [float(len(text)) for text in completions]
+
+    monkeypatch.setattr("trl_runs.reward", score)
+    run = trainer(tmp_path, model=policy, rows=[{"prompt": "MKV"}] * 8, settings={"max_steps": 2})
+    run.train()
+    assert any(ends) and not all(ends)
+    shares = [log["completions/clipped_ratio"] for log in run.state.log_history if "completions/clipped_ratio" in log]
+    assert all(share < 1 for share in shares)
