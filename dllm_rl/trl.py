@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -41,6 +42,7 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings, check_no_adapters
+from dllm_rl.training.prompts import check_rows
 from dllm_rl.training.sharded_learner import launch_engine
 from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
 
@@ -129,6 +131,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if recipe.corrector.align_forward or "sum_over_processes" in recipe.resolved_loss.inputs:
             name = "corrector" if recipe.corrector.align_forward else "loss"
             raise ValueError(f"{name}={getattr(recipe, name)!r} does not work by micro-batches of TRL; use grpo")
+        for field in ("train_dataset", "eval_dataset"):
+            rows = trainer_arguments.get(field)
+            for part in rows.values() if isinstance(rows, dict) else [rows]:
+                if isinstance(part, Dataset):  # not a streamed one
+                    check_rows(policy, field, part, recipe.sampler)
         apply_compute_settings(recipe, policy)
         self._policy, self._recipe = policy, recipe
         adapters = trainer_arguments.get("peft_config")

@@ -19,14 +19,14 @@ import torch
 pytest.importorskip("trl")
 
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from layouts import checkpoint
 from live_bytes import LiveBytes
 from peft import LoraConfig, PeftModel
 from ranks import run_ranks
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from trl import GRPOConfig, GRPOTrainer
-from trl_runs import ROWS, Watched, reward, tiny, trainer
+from trl_runs import ROWS, Watched, config, reward, tiny, trainer
 
 from dllm_rl import (
     AIS,
@@ -782,3 +782,30 @@ def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, mon
     assert any(ends) and not all(ends)
     shares = [log["completions/clipped_ratio"] for log in run.state.log_history if "completions/clipped_ratio" in log]
     assert all(share < 1 for share in shares)
+
+
+@pytest.mark.parametrize("field", ["train_dataset", "eval_dataset", "one of several"])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("1é", "problem 8: text '1é' cannot be tokenized by this model"),
+        ("1" * 61, "the prompt of problem 8 has 61 tokens and its completion 4, more than the model's 64 positions"),
+    ],
+)
+def test_a_prompt_that_cannot_be_completed_is_named_before_training(tmp_path, field, prompt, message):
+    """As by `grpo`: such a row could be drawn after hours."""
+    good = [{"prompt": "1" * 60}] * 8
+    bad = Dataset.from_list([*good, {"prompt": prompt}])
+    given = {"train_dataset": Dataset.from_list(good), "eval_dataset": Dataset.from_list(good)}
+    given |= {"eval_dataset": {"a": Dataset.from_list(good), "b": bad}} if field == "one of several" else {field: bad}
+    with pytest.raises(ValueError, match=f"^{'eval_dataset' if 'one' in field else field}: {message}"):
+        ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path), **given)
+
+
+def test_a_streamed_data_set_is_read_as_it_is_trained_on(tmp_path):
+    def rows():
+        yield {"prompt": "1"}
+        raise AssertionError("read before training")
+
+    given = {"train_dataset": IterableDataset.from_generator(rows), "eval_dataset": Dataset.from_list(ROWS)}
+    ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path), **given)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -17,7 +18,7 @@ from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.step.collect import prompt_indices
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.tasks.base import Task
+from dllm_rl.tasks.base import Problem
 from dllm_rl.training.step_settings import step_settings
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
@@ -70,24 +71,31 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         )
     for field in ("validation_task", "eval_task"):
         task = getattr(recipe, field)
-        first = range(min(len(task), MAX_CHECKED_PROMPTS))
-        _longest_prompt(policy, field, task, first, recipe.eval_sampler, max_positions)
+        problems = ((index, task[index]) for index in range(min(len(task), MAX_CHECKED_PROMPTS)))
+        _longest_prompt(policy, field, problems, recipe.eval_sampler, max_positions)
     if max_prompt_length is not None:
         max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
     indices = _training_indices(step_settings(recipe), recipe.num_steps)
-    index = _longest_prompt(policy, "task", recipe.task, indices, recipe.sampler, max_positions)
+    problems = ((index, recipe.task[index]) for index in indices)
+    index = _longest_prompt(policy, "task", problems, recipe.sampler, max_positions)
     return index if max_prompt_length is None else 0
+
+
+def check_rows(policy: Policy, field: str, rows: Any, sampler: Sampler) -> None:
+    """Check the prompts of a data set that another trainer draws from, as `check_prompts` does those of a task."""
+    max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
+    problems = ((index, Problem(rows[index]["prompt"])) for index in range(min(len(rows), MAX_CHECKED_PROMPTS)))
+    _longest_prompt(policy, field, problems, sampler, max_positions)
 
 
 def _longest_prompt(
     policy: Policy,
     field: str,
-    task: Task,
-    indices: Iterable[int],
+    problems: Iterable[tuple[int, Problem]],
     sampler: Sampler,
     max_positions: int | float,
 ) -> int:
-    """Return the index of the problem of a task, the recipe's `field`, with the longest prompt.
+    """Return the index of the problem with the longest prompt. Each has its index in the data of `field`.
 
     Raises:
         ValueError: The sampler cannot complete a prompt in `max_positions`.
@@ -96,10 +104,9 @@ def _longest_prompt(
     start_time = time.monotonic()
     longest = 0
     longest_index = 0
-    for index in indices:
+    for index, problem in problems:
         if time.monotonic() - start_time > MAX_SECONDS:
             break
-        problem = task[index]
         try:
             ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank)
             if not any(blanks):
