@@ -40,6 +40,7 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, make_optimizer
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.training.warmup import drawn_problems
 from dllm_rl.types import Rollout, any_in_group, equal_groups
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
@@ -72,8 +73,8 @@ def rehearse(
         group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
         seeds = row_seeds(generator_for(*key), recipe.num_generations)
         rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
-        if recipe.sft_warmup_steps:
-            check_warmup(learner, answers[0].problem, recipe.max_new_tokens, corruption=recipe.sft_warmup_corruption)
+        for drawn in drawn_problems(recipe, learner):
+            check_warmup(learner, drawn, recipe.max_new_tokens, corruption=recipe.sft_warmup_corruption)
         check_validation_metrics(recipe, answers[0])
         if recipe.teacher is not None:
             # The student also plays the teacher, which is not loaded yet.

@@ -1,6 +1,7 @@
 """Supervised warm-up before RL, on problems with a known solution."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.collect import draw_indices, fit_prompts
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.supervised.trainer import SupervisedTrainer
+from dllm_rl.tasks.base import Problem
+from dllm_rl.training.prompts import MAX_CHECKED_PROMPTS, MAX_SECONDS
 from dllm_rl.training.step_settings import step_settings
 
 LR_WARMUP_STEPS = 30  # steps in which the learning rate rises linearly to its full value
@@ -45,8 +48,7 @@ def warm_up(
     steps_done = 0
     is_reached = False
     while steps_done < recipe.sft_warmup_steps and not is_reached:
-        indices = draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", steps_done)
-        problems, _ = fit_prompts(step_settings(recipe), policy, indices.tolist())
+        problems, _ = fit_prompts(step_settings(recipe), policy, _indices(recipe, steps_done))
         step_metrics = trainer.step(
             optimizer,
             solution_examples(policy, problems, max_new_tokens=recipe.max_new_tokens),
@@ -63,3 +65,22 @@ def warm_up(
         progress(metrics, show=is_reached or steps_done % recipe.logging_steps == 0)
     progress({}, show=False, close=True)
     return steps_done
+
+
+def drawn_problems(recipe: Recipe, policy: Policy) -> Iterator[Problem]:
+    """Yield each problem that the warm-up draws once, within the limits of `check_prompts`."""
+    start_time = time.monotonic()
+    drawn: set[int] = set()
+    for step in range(recipe.sft_warmup_steps):
+        for index in {*_indices(recipe, step)} - drawn:
+            if time.monotonic() - start_time > MAX_SECONDS:
+                return
+            drawn.add(index)
+            yield from fit_prompts(step_settings(recipe), policy, [index])[0]
+        if len(drawn) >= min(len(recipe.task), MAX_CHECKED_PROMPTS):
+            return
+
+
+def _indices(recipe: Recipe, step: int) -> list[int]:
+    """Return the indices of the problems of a step of the warm-up, over all processes."""
+    return draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", step).tolist()

@@ -15,10 +15,12 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.supervised.loss import add_noise, corrupted, draw_levels, lay_out, weighted_loss
 from dllm_rl.supervised.trainer import SupervisedTrainer
+from dllm_rl.tasks import task_from_dataset
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import warmup
-from dllm_rl.training.warmup import warm_up
+from dllm_rl.training.trainer import train
+from dllm_rl.training.warmup import drawn_problems, warm_up
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
@@ -227,3 +229,48 @@ def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
 def test_what_cannot_be_shown_is_refused(problem, message):
     with pytest.raises(ValueError, match=message):
         solution_examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4)
+
+
+ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"} for a in "1234" for b in "1234"]
+
+
+def of_rows(tmp_path, rows, **changes):
+    task = task_from_dataset(rows, reward_funcs=lambda completions: [0.0] * len(completions))
+    given = {"sft_warmup_steps": 30, "sft_warmup_batch_size": 4, "sft_warmup_metric": "reward", "num_steps": 0}
+    return tiny_recipe(tmp_path / "run", task=task, validation_task=task, eval_task=task, **given | changes)
+
+
+@pytest.mark.parametrize(
+    ("solution", "message"),
+    [
+        (None, "solution is None for the problem '22='"),
+        ("1234" * 4 + "1", "max_new_tokens=16 is too short for a solution of 17"),
+        ("1é", "text '1é' cannot be tokenized"),
+    ],
+)
+def test_each_solution_that_is_drawn_is_read_before_the_run(tmp_path, solution, message):
+    """One row of sixteen; the run would end after some steps of the warm-up."""
+    rows = [row | {"completion": solution} if row["prompt"] == "22=" else row for row in ROWS]
+    with pytest.raises(ValueError, match=message):
+        train(of_rows(tmp_path, rows))
+    assert not (tmp_path / "run").exists()
+    train(of_rows(tmp_path, rows, sft_warmup_steps=0))
+
+
+@pytest.mark.parametrize("max_prompt_length", [None, 3])
+def test_the_solutions_that_are_read_are_those_that_are_learned(tmp_path, monkeypatch, max_prompt_length):
+    """Without repeats; of a row whose prompt is too long, those of the next one. At most 5000, here 3."""
+    rows = [*ROWS[:5], {"prompt": "1111=", "completion": None}, *ROWS[5:]] if max_prompt_length else ROWS
+    recipe = of_rows(tmp_path, rows, sft_warmup_steps=3, sft_warmup_batch_size=4, max_prompt_length=max_prompt_length)
+    learned, read = [], warmup.solution_examples
+    monkeypatch.setattr(
+        warmup, "solution_examples", lambda *given, **more: learned.extend(given[1]) or read(*given, **more)
+    )
+    policy, log = recipe.model(), RunLog(tmp_path, start=0, main=True)
+    warm_up(recipe, policy, make_accelerator(), log, dict)
+    log.close()
+    prompts = {problem.prompt for problem in learned}
+    found = [problem.prompt for problem in drawn_problems(recipe, policy)]
+    assert {*found} == prompts and len(learned) == 12 and len(found) <= 12
+    monkeypatch.setattr(warmup, "MAX_CHECKED_PROMPTS", 3)
+    assert len([*drawn_problems(recipe, policy)]) in (3, 4)
