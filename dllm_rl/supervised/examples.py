@@ -17,7 +17,6 @@ DEFAULT_MAX_LENGTH = 1024  # of a model of more positions
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
 # Settings that do not apply to a model whose noise is random tokens, and why.
 NOT_FOR_DENOISING = {
-    "packing": "its encoder reads one text",
     "completion_length": "end tokens fill its last canvas anyway",
     "corruption": "its noise is replaced tokens already, and it has no masks",
 }

@@ -21,8 +21,7 @@ class SFT(Settings):
     )
     max_length: int | None = option(
         default=None,
-        help="rows of more tokens are left out; with packing also the length of a packed row; None: the model's "
-        "positions, at most 1024",
+        help="rows of more tokens are left out; None: the model's positions, at most 1024",
         at_least=2,
     )
     completion_length: int | None = option(
@@ -40,10 +39,6 @@ class SFT(Settings):
         help="share of a diffusion model's visible tokens to replace by random ones; all tokens are then predicted",
         at_least=0,
         below=1,
-    )
-    packing: bool = option(
-        default=False,
-        help="put several sequences into a row, which do not attend to each other: same gradients, less padding",
     )
     micro_batch_size: int | None = option(default=None, help="rows per forward; None: all", at_least=1)
 

@@ -14,10 +14,9 @@ from dllm_rl.distributed.collectives import Processes, reduce_metrics, sum_gradi
 from dllm_rl.models.base import Policy, gather_if_sharded, join_uneven_forwards, trainable_parameters
 from dllm_rl.supervised.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.supervised.examples import Example, prompt_and_answer
-from dllm_rl.supervised.loss import add_noise, draw_levels, lay_out, pack, weighted_loss
+from dllm_rl.supervised.loss import add_noise, draw_levels, lay_out, weighted_loss
 
-# Of one forward, with noise: NoisyExample, or DenoisingExample. A row has several examples only if they are packed.
-Rows = list[list[Any]]
+MicroBatch = Sequence[Any]  # of one forward, with noise: NoisyExample, or DenoisingExample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,6 @@ class SupervisedTrainer:
         processes: The processes of the run. Each gets its share of a step's examples.
         micro_batch_size: Rows per forward. None (default): all.
         corruption: Share of a diffusion model's visible tokens to replace by random ones. Default: 0.
-        packed_length: Length of rows into which several examples are packed. None (default): one example per row.
         bf16: Whether to autocast forwards to bf16. Default: False.
         like_rollouts: Whether every learned token counts alike, in rows that are padded as RL's are. False (default):
             every example of a diffusion model counts alike.
@@ -41,7 +39,6 @@ class SupervisedTrainer:
     processes: Processes
     micro_batch_size: int | None = None
     corruption: float = 0.0
-    packed_length: int | None = None
     bf16: bool = False
     like_rollouts: bool = False
     max_grad_norm: float = 1.0
@@ -95,13 +92,13 @@ class SupervisedTrainer:
         num_positions = 0
         micro_batches, divisor, num_tokens = self.micro_batches(examples, generator, self.micro_batch_size)
         with join_uneven_forwards(self.policy, backward=True):
-            for rows in micro_batches:
+            for batch in micro_batches:
                 with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.bf16):
-                    micro_loss = self.sum_of_losses(rows) / divisor
+                    micro_loss = self.sum_of_losses(batch) / divisor
                 if micro_loss.requires_grad:  # it does not if no token was masked
                     micro_loss.backward()
                 loss += micro_loss.detach()
-                num_positions += len(rows) * max(sum(item.num_tokens for item in row) for row in rows)
+                num_positions += len(batch) * max(item.num_tokens for item in batch)
         return loss, (torch.tensor(float(num_positions - num_tokens)), torch.tensor(float(num_positions)))
 
     @torch.no_grad()
@@ -110,13 +107,13 @@ class SupervisedTrainer:
         micro_batches, divisor, _ = self.micro_batches(examples, generator, micro_batch_size)
         loss = torch.zeros((), dtype=torch.float64)  # fp64, so that the sum hardly depends on the batches
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.bf16):
-            for rows in micro_batches:
-                loss += self.sum_of_losses(rows).double().cpu()
+            for batch in micro_batches:
+                loss += self.sum_of_losses(batch).double().cpu()
         return sum_over(loss / divisor, self.processes).item()
 
     def micro_batches(
         self, examples: Sequence[Example], generator: Generator, size: int | None
-    ) -> tuple[list[Rows], int, int]:
+    ) -> tuple[Sequence[MicroBatch], int, int]:
         """Return this process's examples with their noise as micro-batches of `size` rows, the divisor of the loss over
         all processes, and the number of this process's tokens.
 
@@ -136,17 +133,14 @@ class SupervisedTrainer:
                 policy, examples, noise, corruption=self.corruption, per_token=self.like_rollouts
             )
         local_examples = noisy_examples[self.processes.process_index :: self.processes.num_processes]
-        lengths = [item.num_tokens for item in local_examples]
-        rows = [[item] for item in local_examples]
-        if self.packed_length is not None:
-            rows = [[local_examples[i] for i in row] for row in pack(lengths, self.packed_length)]
-        size = size or max(1, len(rows))
-        return [rows[start : start + size] for start in range(0, len(rows), size)], divisor, sum(lengths)
+        size = size or max(1, len(local_examples))
+        batches = [local_examples[start : start + size] for start in range(0, len(local_examples), size)]
+        return batches, divisor, sum(item.num_tokens for item in local_examples)
 
-    def sum_of_losses(self, rows: Rows) -> Tensor:
-        """Return the sum of the rows' weighted losses, in nats, of one forward."""
+    def sum_of_losses(self, batch: MicroBatch) -> Tensor:
+        """Return the sum of the examples' weighted losses, in nats, of one forward."""
         policy = self.policy
         if policy.spec.attention == "encoder_decoder":
-            return denoising_loss(policy, [item for (item,) in rows])
-        layout = lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=self.like_rollouts)
-        return weighted_loss(policy, layout, packed=self.packed_length is not None)
+            return denoising_loss(policy, batch)
+        layout = lay_out(batch, pad_id=policy.pad_id, device=policy.device, like_rollouts=self.like_rollouts)
+        return weighted_loss(policy, layout)

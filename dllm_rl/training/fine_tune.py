@@ -17,8 +17,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.lora import add_lora
 from dllm_rl.rng import generator_for
-from dllm_rl.supervised.examples import Example, most_tokens, read_examples
-from dllm_rl.supervised.loss import check_packing
+from dllm_rl.supervised.examples import Example, read_examples
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
@@ -149,8 +148,6 @@ def _load_policy(
             load_adapter(policy, folder / "adapter")
         elif recipe.lora is not None:
             add_lora(policy, recipe.lora)
-    if recipe.packing:
-        check_packing(policy, most_tokens(recipe.max_length, policy))
     return policy
 
 
@@ -175,7 +172,6 @@ def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
         processes=run.accelerator,
         micro_batch_size=recipe.micro_batch_size,
         corruption=recipe.corruption,
-        packed_length=most_tokens(recipe.max_length, run.policy) if recipe.packing else None,
         bf16=recipe.bf16,
         max_grad_norm=recipe.max_grad_norm,
         stage=run.log.stage,

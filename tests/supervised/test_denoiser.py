@@ -47,7 +47,6 @@ def test_an_answer_ends_the_row():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"packing": True}, "packing=True is not for 'diffusion_gemma': its encoder reads one text"),
         ({"completion_length": 4}, "completion_length=4 is not for 'diffusion_gemma': end tokens fill"),
         ({"corruption": 0.2}, "corruption=0.2 is not for 'diffusion_gemma': its noise is replaced tokens"),
     ],

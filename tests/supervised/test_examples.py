@@ -11,23 +11,14 @@ from tiny_recipe import SIZES
 from dllm_rl.decoding.tokens import prompt_ids, text_ids
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import example, read_examples, solution_examples
-from dllm_rl.supervised.loss import (
-    NoisyExample,
-    add_noise,
-    check_packing,
-    hidden_states,
-    lay_out,
-    pack,
-    weighted_loss,
-)
+from dllm_rl.supervised.loss import NoisyExample, add_noise, lay_out, weighted_loss
 from dllm_rl.tasks.base import Problem
 
 PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
 
 
-def laid(policy, shown, rows=None):
-    rows = rows or [[i] for i in range(len(shown))]
-    return lay_out([[shown[i] for i in row] for row in rows], pad_id=policy.pad_id, device=policy.device)
+def laid(policy, shown):
+    return lay_out(shown, pad_id=policy.pad_id, device=policy.device)
 
 
 def logp(policy, tokens, place):
@@ -102,9 +93,8 @@ def test_padding_on_the_left_and_rows_left_out_change_no_loss(kind):
     uniforms = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     uniforms[3] = 0.9  # of the fourth row nothing is hidden
     shown, _ = add_noise(policy, examples, (torch.full((5,), 0.6), uniforms, uniforms))
-    rows = [[one] for one in shown]
-    layout = lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=True)
-    assert len(layout.tokens) == (5 if kind == "causal" else 4) and not layout.segment[:, 0].all()
+    layout = lay_out(shown, pad_id=policy.pad_id, device=policy.device, like_rollouts=True)
+    assert len(layout.tokens) == (5 if kind == "causal" else 4) and not layout.attention_mask[:, 0].all()
     torch.testing.assert_close(
         weighted_loss(policy, layout), weighted_loss(policy, laid(policy, shown)), rtol=1e-5, atol=1e-6
     )
@@ -116,7 +106,7 @@ def test_the_causal_loss_is_that_of_transformers():
     shown, total = add_noise(policy, examples, (torch.ones(5), torch.zeros(5, 9), torch.zeros(5, 9)))
     layout = laid(policy, shown)
     labels = layout.tokens.masked_fill(layout.weight == 0, -100)
-    mask = (layout.segment > 0).long()
+    mask = layout.attention_mask.long()
     expected = policy.module(input_ids=layout.tokens, attention_mask=mask, labels=labels).loss
     found = weighted_loss(policy, layout) / total
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -174,14 +164,8 @@ def test_a_row_without_an_answer_is_refused_whatever_fills_its_completion():
                 example(tiny_sft(completion_length=length), policy, row)
 
 
-def test_pack_fills_rows_up_to_the_capacity():
-    assert pack([3, 5, 2, 4, 1], 6) == [[1, 4], [3, 2], [0]]
-
-
 def test_a_block_sees_the_blocks_before_it_without_masks():
     policy = block_causal()
-    with pytest.raises(ValueError, match="packing=True cannot be combined with 'toy'"):
-        check_packing(policy, 12)
     one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
     tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])
     hidden = torch.tensor([True, False, True, True])
@@ -226,13 +210,6 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
     turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(ValueError, match="does not write message 1 as the continuation"):
         example(tiny_sft(), policy, {"messages": turns})
-
-
-def test_padding_states_are_finite():
-    policy = tiny_llama(causal=True, **SIZES)
-    shown = [NoisyExample(torch.full((n,), ONE), torch.full((n,), ONE), torch.ones(n)) for n in (2, 3, 4)]
-    states = hidden_states(policy, laid(policy, shown, [[0, 1], [2]]), packed=True)
-    assert states.isfinite().all()
 
 
 TEMPLATE = (

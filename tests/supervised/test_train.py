@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from own_module import own_policy
 from run_outputs import assert_same_weights, metrics_of
 from sft_toys import MODELS, ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import SIZES, tiny_recipe
@@ -21,10 +19,9 @@ from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.models.lora import Lora
-from dllm_rl.models.policy import load_policy, make_policy
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.policy import load_policy
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.supervised.examples import read_examples
-from dllm_rl.supervised.loss import check_packing
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.training.fine_tune import fine_tune, read_datasets, rows_of_step, sft
 from dllm_rl.training.trainer import train
@@ -33,13 +30,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("settings", [{"packing": True}, {"micro_batch_size": 3}], ids=str)
-def test_the_layout_does_not_change_the_gradient(kind, settings):
+def test_the_layout_does_not_change_the_gradient(kind):
     policy = MODELS[kind]()
-    check_packing(policy, 12)
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     gradients, losses, paddings = [], [], []
-    for changes in ({}, settings):
+    for changes in ({}, {"micro_batch_size": 3}):
         policy.module.zero_grad()
         loss, (padding, _) = trainer_of(policy, **changes).add_gradients(examples, masks())
         losses.append(loss)
@@ -52,23 +47,9 @@ def test_the_layout_does_not_change_the_gradient(kind, settings):
     assert paddings[0] > 0 and losses[0] > 0
 
 
-def test_a_module_that_cannot_keep_sequences_apart_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="packing=True: Own does not accept a 4-D mask"):
-        fine_tune(tiny_sft(tmp_path / "run", model=own_policy(), packing=True))
-    assert not (tmp_path / "run").exists()
-
-    def deaf(module, tokens, attention_mask, positions, **cache):
-        return module.base_model(tokens, position_ids=positions).last_hidden_state
-
-    policy = tiny_llama(causal=False, **SIZES)
-    policy.spec = replace(policy.spec, encode=deaf)
-    with pytest.raises(ValueError, match="see each other; leave packing off"):
-        check_packing(policy, 12)
-
-
 def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
     lora = Lora(r=4, alpha=64.0, dropout=0.05)
-    options = {"lora": lora, "eval_steps": 2, "packing": True, "gradient_checkpointing": True}
+    options = {"lora": lora, "eval_steps": 2, "gradient_checkpointing": True}
     straight = fine_tune(tiny_sft(tmp_path / "straight", **options))
 
     def stopping(step, num_steps):
@@ -145,30 +126,23 @@ def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
 def test_the_held_out_loss_does_not_depend_on_its_batches():
     policy = tiny_masked_lm(**SIZES)
     examples = 4 * read_examples(tiny_sft(), policy, ROWS, "dataset")
-    found = [
-        trainer_of(policy, packing=packing).loss(examples, masks(), micro_batch_size=size)
-        for size, packing in ((3, False), (64, False), (64, True))
-    ]
-    assert found == pytest.approx([found[0]] * 3, rel=1e-5) and found[0] > 1
+    found = [trainer_of(policy).loss(examples, masks(), micro_batch_size=size) for size in (3, 64)]
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[0] > 1
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_packing_under_autocast_rounds_and_no_more(kind):
+def test_autocast_rounds_and_no_more(kind):
     policy = MODELS[kind]()
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
-    losses = [
-        trainer_of(policy, bf16=True, packing=packing).add_gradients(examples, masks())[0].item()
-        for packing in (False, True)
-    ]
-    exact = trainer_of(policy).add_gradients(examples, masks())[0].item()
-    assert losses == pytest.approx([exact, exact], rel=0.02) and exact not in losses
+    exact, rounded = (trainer_of(policy, bf16=b).add_gradients(examples, masks())[0].item() for b in (False, True))
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     found = []
     words = ["--num_steps", "3", "--train_batch_size", "8", "--eval_steps", "2", "--report_to", "none"]
-    words += ["--packing", "--micro_batch_size", "2"]
+    words += ["--micro_batch_size", "2"]
     for name, launcher in (("one", ["--cpu"]), ("two", ["--config_file", "recipes/accelerate/cpu_2.yaml"])):
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "recipes/sft_tiny.py", *words]
         command += ["--output_dir", str(tmp_path / name)]
@@ -288,24 +262,3 @@ def test_a_resumed_model_keeps_its_dtype(tmp_path):
     fine_tune(recipe)
     policy = fine_tune(replace(recipe, num_steps=2, resume_from_checkpoint="latest")).policy
     assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(("window", "refused"), [(None, False), (16, True), (60, False)])
-def test_packed_rows_longer_than_a_sliding_window_are_refused(window, refused, tmp_path):
-    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.MistralConfig(**sizes, sliding_window=window, eos_token_id=2, bos_token_id=None)
-        module = transformers.MistralForCausalLM(config).eval()
-    for weight in module.parameters():
-        weight.data.mul_(10 if weight.dim() > 1 else 1)
-    policy = make_policy(module, tokenizer)
-    rows = [{"text": "1234.=" * 8}] * 4
-    settings = {"packing": True, "max_length": 60, "num_steps": 1, "report_to": None, "train_batch_size": 2}
-    if refused:
-        with pytest.raises(ValueError, match="layers of MistralForCausalLM have a sliding window of 16 tokens, which"):
-            sft(policy, rows, output_dir=str(tmp_path), **settings)
-    else:
-        assert sft(policy, rows, output_dir=str(tmp_path), **settings)["checkpoint"]

@@ -29,8 +29,7 @@ def layout_of(policy, examples, levels, uniforms, noise, *, corruption=0.0):
     """The rows of a warm-up's step, and the divisor of their loss."""
     drawn = levels, uniforms, noise
     shown, total = add_noise(policy, examples, drawn, corruption=corruption, per_token=True)
-    rows = [[one] for one in shown]
-    return lay_out(rows, pad_id=policy.pad_id, device=policy.device, like_rollouts=True), total
+    return lay_out(shown, pad_id=policy.pad_id, device=policy.device, like_rollouts=True), total
 
 
 def loss_of(policy, *given, **options):
@@ -49,7 +48,7 @@ def test_examples_fill_up_with_the_end_token():
     assert [item.learned.tolist() for item in examples] == [[False] * 3 + [True] * 5, [False] * 6 + [True] * 5]
     layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
     assert layout.tokens[0].tolist() == [pad] * 3 + examples[0].tokens.tolist() and total == 10
-    assert layout.segment.tolist() == [[0] * 3 + [1] * 8, [1] * 11]
+    assert layout.attention_mask.tolist() == [[False] * 3 + [True] * 8, [True] * 11]
     causal = solution_examples(tiny_llama(causal=True, **SIZES), PROBLEMS, max_new_tokens=5)
     assert causal[1].learned.tolist() == [False] * 6 + [True] * 3 + [False] * 2
 
@@ -68,7 +67,7 @@ def test_causal_loss_is_cross_entropy():
     examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
     layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
     labels = layout.tokens.masked_fill(layout.weight == 0, -100)
-    real = layout.segment > 0
+    real = layout.attention_mask
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
     logits = policy.module(layout.tokens, attention_mask=real, position_ids=positions).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -87,7 +86,7 @@ def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
     for row, columns in enumerate(masked):
         for column in columns:
             tokens[row, 6 + column] = 1
-    logits = policy.logits(tokens, clean.segment > 0)
+    logits = policy.logits(tokens, clean.attention_mask)
     logits[..., 1] = -torch.inf  # the mask is never an answer
     logps = logits.log_softmax(-1)
     total = sum(
