@@ -40,7 +40,6 @@ from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
 from .algorithms.replay import Replay as Replay
 from .algorithms.values import ValueModel as ValueModel
 from .callbacks import Callback as Callback
-from .callbacks import SaveBest as SaveBest
 from .callbacks import StopBelow as StopBelow
 from .cli.run_recipe import main as main
 from .evaluation.evaluate import evaluate as evaluate

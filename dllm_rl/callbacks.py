@@ -129,45 +129,6 @@ class StopBelow(Callback):
             self._low = self._low + 1 if low else 0
 
 
-@dataclass
-class SaveBest(Callback):
-    """Request a checkpoint whenever a metric of a step is the best so far.
-
-    For a metric of the evaluation use the setting `metric_for_best_model`, whose checkpoint is never deleted. The
-    checkpoints of this callback count towards `save_total_limit`.
-
-    Args:
-        metric: Name of a metric in metrics.jsonl. Default: "reward".
-        greater_is_better: Whether a larger number is better. Default: True.
-    """
-
-    metric: str = "reward"
-    greater_is_better: bool = True
-    _best: float | None = field(default=None, init=False, repr=False)
-
-    def on_start(self, run: RunControl) -> None:
-        """Read the best value so far from a resumed run's log; there is none in a new run."""
-        self._best = None
-        for row in run.rows():
-            self._is_best(row)
-
-    def state(self) -> dict[str, Any]:
-        return {}  # `on_start` reads the log
-
-    def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> None:
-        if self._is_best(metrics):
-            run.save()
-
-    def _is_best(self, row: Mapping[str, Any]) -> bool:
-        value = _number(row.get(self.metric))
-        if value is None:
-            return False
-        if self._best is not None and (value <= self._best if self.greater_is_better else value >= self._best):
-            return False
-        self._best = value
-        return True
-
-
 def _number(value: Any) -> float | None:
     """Return a finite number as a float, and None for anything else."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

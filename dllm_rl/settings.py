@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, cast
 
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
-from dllm_rl.callbacks import SaveBest, StopBelow, check_callbacks
+from dllm_rl.callbacks import StopBelow, check_callbacks
 from dllm_rl.models.base import Lora, Policy
 from dllm_rl.records import Record, describe, option, to_json
 
@@ -151,7 +151,7 @@ class Settings(Record):
         if self.best_metric is not None:
             names[f"metric_for_best_model={self.metric_for_best_model!r}"] = self.best_metric
         for callback in self.callbacks:
-            if isinstance(callback, StopBelow | SaveBest) and callback.metric.startswith("eval/"):
+            if isinstance(callback, StopBelow) and callback.metric.startswith("eval/"):
                 setting = f"callbacks: {type(callback).__name__}({callback.metric!r})"
                 names[setting] = callback.metric.removeprefix("eval/")
         return names

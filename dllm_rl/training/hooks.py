@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.callbacks import Callback, SaveBest, StopBelow, state_of
+from dllm_rl.callbacks import Callback, StopBelow, state_of
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
@@ -141,11 +141,9 @@ def call_callbacks(
 
 
 def warn_of_missing_metric(run: Run[Settings], callback: Callback, metrics: Mapping[str, float]) -> None:
-    """Warn if the metric that a callback of this library acts on is neither in a first step's metrics nor in an
-    evaluation's.
-    """
+    """Warn if the metric of a `StopBelow` is neither in a first step's metrics nor in an evaluation's."""
     names = {*metrics, *(f"eval/{name}" for name in run.state.eval_before)}
-    if isinstance(callback, StopBelow | SaveBest) and callback.metric not in names:
+    if isinstance(callback, StopBelow) and callback.metric not in names:
         run.log.say(
             f"warning: {type(callback).__name__} acts on the metric {callback.metric!r}, which step {run.control.step} "
             f"does not have{nearest_hint(callback.metric, names, '{!r}')}"

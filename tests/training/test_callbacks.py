@@ -13,7 +13,6 @@ from dllm_rl import (
     Callback,
     FakeQuantize,
     Lora,
-    SaveBest,
     StopBelow,
     Unmask,
     grpo,
@@ -73,6 +72,14 @@ class Numbered(Callback):
         return {"step_number": float(run.step)}
 
 
+class SaveNumbered(Callback):
+    """Requests a checkpoint after each step whose number `Numbered` has logged."""
+
+    def on_step(self, run, metrics):
+        if metrics["step_number"] == run.step:
+            run.save()
+
+
 def metrics_of(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -114,19 +121,6 @@ def test_stop_below_counts_by_hand(tmp_path, values, low):
         callback.on_step(control, {} if value == "absent" else {"m": float("nan") if value is None else value})
     # An infinite number is no measurement, and counts as low.
     assert callback._low == low + (values[0] == float("inf"))
-
-
-def test_save_best_asks_at_each_new_best(tmp_path):
-    asked = []
-    for value in (0.2, 0.1, 0.3, 0.3, float("nan"), 0.4):
-        control = RunControl(tmp_path, 0, 9)
-        callback = SaveBest("m") if not asked else callback
-        callback.on_step(control, {"m": value})
-        asked.append(control.save_requested)
-    assert asked == [True, False, True, False, False, True]
-    lower = SaveBest("m", greater_is_better=False)
-    lower.on_step(control, {"m": 1.0})
-    assert lower._best == 1.0 and lower._is_best({"m": 0.5}) and not lower._is_best({"m": 0.7})
 
 
 class StopOnSave(Callback):
@@ -171,7 +165,7 @@ def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
 
 @pytest.mark.parametrize("num_runs", [2, 3])
 def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
-    callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveBest("step_number")]
+    callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveNumbered()]
     for i in range(num_runs):
         folder = tmp_path / str(i)
         assert run(folder, seed=i, callbacks=callbacks, save_total_limit=9)["stopped"]["step"] == 3
@@ -283,7 +277,7 @@ def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, 
         ({"load_best_model_at_end": True}, "metric_for_best_model"),
         ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
         ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
-        ({"callbacks": [SaveBest("eval/reward")], "eval_steps": 9}, r"SaveBest\('eval/reward'\) .* every 9 steps"),
+        ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 9}, r"StopBelow\('eval/reward'\) .* every 9 steps"),
         ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "the nearest is 'reward'"),
     ],
 )
@@ -335,12 +329,12 @@ def test_sft_keeps_its_numbers_too(tmp_path):
     ("callback", "said"),
     [
         (StopBelow("eval_reward", 0.0), "StopBelow acts on the metric 'eval_reward', .*; the nearest is 'eval/reward'"),
-        (SaveBest("rewards"), "SaveBest acts on the metric 'rewards', .*; the nearest is 'reward'"),
-        (SaveBest("mine/number"), "SaveBest acts on the metric 'mine/number', which step 1 does not have"),
+        (StopBelow("rewards", 0.0), "StopBelow acts on the metric 'rewards', .*; the nearest is 'reward'"),
+        (StopBelow("mine/number", 0.0), "StopBelow acts on the metric 'mine/number', which step 1 does not have"),
         (StopBelow("step_time", 0.0), "StopBelow acts on the metric 'step_time', which step 1 does not have"),
         (StopBelow("eval/reward", 0.0), None),
         (StopBelow(), None),
-        (SaveBest("reward"), None),
+        (StopBelow("reward", 0.0), None),
     ],
 )
 def test_a_metric_that_never_occurs_is_named_after_the_first_step(tmp_path, capsys, callback, said):
@@ -410,7 +404,7 @@ def test_hooks_may_take_more_if_it_has_defaults():
         def on_save(self, run, folder, copies=2):
             """One with a default."""
 
-    check_callbacks([Free(), Recorder(), StopBelow(), SaveBest()])
+    check_callbacks([Free(), Recorder(), StopBelow()])
 
 
 class Misspelled(Callback):
@@ -453,13 +447,13 @@ def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_ane
     assert "start anew" not in capsys.readouterr().out
     resume = {"lr_schedule_steps": 6, "resume_from_checkpoint": "latest"}
     # Of one class by their order, whatever stands between; a new one has no state in the checkpoint.
-    more = [SaveBest(), Counting("a"), Counting("c"), Forgetting("b"), Counting("new"), StopBelow()]
+    more = [StopBelow("reward", 0.0), Counting("a"), Counting("c"), Forgetting("b"), Counting("new"), StopBelow()]
     run(tmp_path, num_steps=3, **resume, callbacks=more)
     said = " ".join(capsys.readouterr().out.split())
     assert "callbacks that start anew, since the checkpoint has no state of theirs: Forgetting, Counting;" in said
     last = metrics_of(tmp_path)[-1]
     assert [last[f"{name}/steps"] for name in ("a", "b", "c", "new")] == [3, 1, 3, 1]
-    run(tmp_path, num_steps=4, **resume, callbacks=[Counting("a"), StopBelow(), SaveBest()])
+    run(tmp_path, num_steps=4, **resume, callbacks=[Counting("a"), StopBelow()])
     assert "start anew" not in capsys.readouterr().out
     assert metrics_of(tmp_path)[-1]["a/steps"] == 4
 
