@@ -139,6 +139,7 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
     advantages = logps.token_advantages
     views = logps.views
     has_reward = ~samples.rewards.isnan()
+    is_dropped_row = rows.stats.mask.any(-1) & ~loss_mask.any(-1)
     if not rows.is_trained.all():
         views = views.restrict_to_rows(samples.local(rows.is_trained, accelerator))
     return Batch(
@@ -154,9 +155,9 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
         loss_mask=samples.local(loss_mask, accelerator)[:, :width],
         reference_logprobs=logps.reference_logprobs,
         # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
-        # the mean. Rows without a reward do not.
+        # the mean. Rows without a reward, and what the corrector drops, do not.
         num_tokens=int(((loss_mask | (rows.completion & ~rows.stats.mask)) & has_reward[:, None]).sum()),
-        num_sequences=int(has_reward.sum()),
+        num_sequences=int((has_reward & ~is_dropped_row).sum()),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
         is_scored=logps.is_scored,

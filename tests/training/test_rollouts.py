@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dllm_rl import Replay, load_policy
 from dllm_rl.algorithms.advantages import LeaveOneOut
-from dllm_rl.algorithms.correctors import NoCorrection, Reject
+from dllm_rl.algorithms.correctors import MIS, NoCorrection, Reject, TokenWeights
+from dllm_rl.algorithms.losses import FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.tiny import tiny_llama
@@ -289,16 +290,45 @@ def test_a_completion_without_a_reward_is_in_no_term_and_no_mean_of_the_loss(tmp
     for samples, batch, masked in seen:
         lacks = samples.rewards.isnan()
         sizes = batch.rollout.completion_mask.sum(-1)
-        assert batch.num_sequences == int((~lacks).sum()) and not batch.loss_mask[lacks].any()
         trains_all = "beta" in settings or "entropy_coeff" in settings
         mixed = any_in_group(samples.advantages != 0, samples.group)
         trained = ~lacks & (mixed | trains_all)
+        counted = ~lacks & (batch.loss_mask.any(-1) | ~trained)
+        assert batch.num_sequences == int(counted.sum()) and not batch.loss_mask[lacks].any()
         if "corrector" in settings:
             assert batch.num_tokens == int(sizes[~lacks & ~trained].sum() + batch.loss_mask.sum())
             assert masked == pytest.approx(1 - batch.loss_mask.sum().item() / sizes[trained].sum().item())
         else:
             assert batch.num_tokens == int(sizes[~lacks].sum()) and masked == 0
             assert torch.equal(batch.loss_mask.any(-1), trained)
+
+
+def odd_rows(stats):
+    is_odd = torch.arange(len(stats.mask)) % 2 == 1
+    return TokenWeights(torch.ones_like(stats.log_mismatch), stats.mask & is_odd[:, None], {})
+
+
+@pytest.mark.parametrize(
+    "corrector", [odd_rows, Reject(threshold=5e-4), MIS(min_ratio=0.9, max_ratio=1.1, level="sequence", outside="drop")]
+)
+def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_path, corrector, monkeypatch):
+    """The coefficients of what stays sum to 1, as under `TokenMean`; those of a constant length to the mean length."""
+    seen, make = [], update_module.make_batches
+
+    def watched(*given):
+        seen.append(make(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(update_module, "make_batches", watched)
+    train(tiny_recipe(tmp_path, corrector=corrector, beta=0.1, num_steps=1))  # beta trains all rows
+    ((batch, *_), _) = seen[-1]
+    counts = {"num_tokens": batch.num_tokens, "num_sequences": batch.num_sequences}
+    kept = batch.loss_mask.any(-1).sum()
+    assert 0 < kept < len(batch.loss_mask)
+    for reduction in (TokenMean(), SequenceMean()):
+        assert reduction(batch.loss_mask, **counts).sum().item() == pytest.approx(1)
+    constant = FixedLengthMean(length=4)(batch.loss_mask, **counts).sum()
+    assert constant.item() == pytest.approx((batch.loss_mask.sum() / kept / 4).item())
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 0, "replay": Replay(min_reward=2.0)}])
