@@ -18,18 +18,23 @@ from torch import Generator
 
 from dllm_rl import Policy, load_policy
 from dllm_rl.decoding.tokens import encode, full_texts, ids_and_blanks
+from dllm_rl.files import read_json
+from dllm_rl.records import from_json
+from dllm_rl.samplers import Sampler
 from dllm_rl.tasks import Problem
 from recipes import weights
-from recipes.antibody_cdr3 import SPECIALS, Loops, loop_of, recipe
+from recipes.antibody_cdr3 import SPECIALS, Loops, in_two, loop_of
 
 GROUP = 4  # loops of each problem
 
 
-def measure(policy: Policy, pretrained: Policy, task: Loops) -> tuple[dict[str, float], list[str]]:
+def measure(
+    policy: Policy, pretrained: Policy, task: Loops, sampler: Sampler = in_two
+) -> tuple[dict[str, float], list[str]]:
     """The numbers of the module's docstring over GROUP loops of each problem, and the loops, a problem's in a row."""
     problems = [task[i] for i in range(len(task))]
     prompts = encode(policy, problems, num_generations=GROUP, seeds=range(GROUP * len(problems)))
-    texts = full_texts(policy, recipe.eval_sampler(policy, prompts, Generator()))
+    texts = full_texts(policy, sampler(policy, prompts, Generator()))
     owners = [problem for problem in problems for _ in range(GROUP)]
     loops = [loop_of(problem, text) for problem, text in zip(owners, texts, strict=True)]
     rewards = [task.reward(problem, text) for problem, text in zip(owners, texts, strict=True)]
@@ -59,12 +64,18 @@ def identity(loops: Sequence[str]) -> float:
     return fmean(sum(map(str.__eq__, one, other)) / len(one) for one, other in combinations(loops, 2))
 
 
+def held_out(checkpoint: Path) -> tuple[Loops, Sampler]:
+    """Ten of the problems that a run was evaluated on, and the sampler of its evaluations."""
+    stored = read_json(checkpoint / "state.json")["recipe"]
+    sampler = from_json(Sampler, stored["eval_sampler"], "eval_sampler")
+    return Loops(**stored["eval_task"]["init_args"] | {"size": 10}), sampler
+
+
 if __name__ == "__main__":
     pretrained = load_policy(weights.antiberty())
-    policies = {"pretrained": pretrained}
     for run in map(Path, sys.argv[1:]):
-        policies[run.name] = load_policy(max(run.glob("checkpoints/step-*[0-9]")))
-    for name, policy in policies.items():
-        numbers, loops = measure(policy, pretrained, Loops(recipe.eval_task.frameworks, size=10))
-        print(name, *(f"{key} {value:.3f}" for key, value in numbers.items()), sep="  ")
-        print("   ", *loops[:GROUP], flush=True)
+        checkpoint = max(run.glob("checkpoints/step-*[0-9]"))
+        for name, policy in {"pretrained": pretrained, run.name: load_policy(checkpoint)}.items():
+            numbers, loops = measure(policy, pretrained, *held_out(checkpoint))
+            print(name, *(f"{key} {value:.3f}" for key, value in numbers.items()), sep="  ")
+            print("   ", *loops[:GROUP], flush=True)

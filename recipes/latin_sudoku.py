@@ -7,20 +7,16 @@ reward knows that the boxes count, too. A model that knows the labels' exact pro
 puzzles, one cell a step (`recipes.studies.latin_limit`, the dashed line of the picture).
 """
 
-import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Generator
 
 from dllm_rl import TIS, Float8WeightOnly, MaxProb, Policy, Replay, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.monitoring.plots import plot
-from dllm_rl.training.summary import Summary
 from recipes.studies.latin_limit import LATIN, limit
-from recipes.sudoku_tiny import NO_DIGITS, learn
+from recipes.sudoku_tiny import NO_DIGITS, draw, learn
 from recipes.sudoku_tiny import recipe as few_clues
 
 write = Unmask(max_new_tokens=0, rank=MaxProb(), suppress=NO_DIGITS, temperature=1.0)
@@ -62,13 +58,5 @@ recipe = replace(
 )
 
 
-def draw(summary: Summary) -> None:
-    """The picture of a run that has ended, with the limit of the labels."""
-    if os.environ.get("RANK", "0") == "0" and summary.get("checkpoint"):
-        puzzles = [recipe.eval_task[i].fields["puzzle"] for i in range(len(recipe.eval_task))]
-        levels = {"exact probabilities of the labels": float(limit(puzzles))}
-        plot(Path(summary["checkpoint"]).parents[1], levels=levels)
-
-
 if __name__ == "__main__":
-    draw(main(recipe))
+    draw(main(recipe), recipe, "exact probabilities of the labels", lambda puzzles: float(limit(puzzles)))

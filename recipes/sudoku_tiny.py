@@ -89,13 +89,15 @@ recipe = Recipe(
 )
 
 
-def draw(summary: Summary) -> None:
-    """The picture of a run that has ended, with what exact probabilities reach."""
+def draw(summary: Summary, recipe: Recipe, name: str, level: Callable[[list[str]], float]) -> None:
+    """The picture of a run that has ended. A line shows the `level` of the recipe's puzzles, unless the run was
+    evaluated on others, or by another sampler."""
     if os.environ.get("RANK", "0") == "0" and summary.get("checkpoint"):
+        settings = recipe.settings()
         puzzles = [recipe.eval_task[i].fields["puzzle"] for i in range(len(recipe.eval_task))]
-        run = Path(summary["checkpoint"]).parents[1]
-        plot(run, levels={"exact probabilities, random ties": ceiling(puzzles, 2)})
+        same = all(summary["recipe"][field] == settings[field] for field in ("eval_task", "eval_sampler"))
+        plot(Path(summary["checkpoint"]).parents[1], levels={name: level(puzzles)} if same else None)
 
 
 if __name__ == "__main__":
-    draw(main(recipe))
+    draw(main(recipe), recipe, "exact probabilities, random ties", partial(ceiling, diffusion_steps=2))

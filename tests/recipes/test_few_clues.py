@@ -3,15 +3,18 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from small_sudoku import GRID
 
+from dllm_rl.config import override
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.sudoku.solver import SPLITS, completions
-from recipes import sudoku_tiny
+from dllm_rl.training.summary import Summary
+from recipes import latin_sudoku, sudoku_tiny
 from recipes.perfect import ceiling
 from recipes.studies import few_clues
 from recipes.sudoku_tiny import any_grids, taught
@@ -74,3 +77,22 @@ def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
 def test_the_stored_ceiling_is_that_of_the_test_puzzles():
     stored = json.loads(few_clues.STORED.read_text())["ceiling"]
     assert few_clues.ceiling(few_clues.puzzles(), 2) == pytest.approx(stored["2"], abs=1e-9)
+
+
+@pytest.mark.parametrize("module", [sudoku_tiny, latin_sudoku])
+@pytest.mark.parametrize(
+    ("words", "is_drawn"),
+    [
+        ("--num_steps 7", True),
+        ("--eval_task.clues 5,7", False),
+        ("--eval_task.size 60", False),
+        ("--eval_sampler.diffusion_steps 3", False),
+    ],
+)
+def test_a_level_is_drawn_of_the_puzzles_and_sampler_of_the_run_alone(module, words, is_drawn, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sudoku_tiny, "plot", lambda run, *, levels: drawn.append((run, levels)))
+    changed = override(module.recipe, words.split())
+    summary = Summary({"checkpoint": "run/checkpoints/step-000001", "recipe": changed.settings()})
+    sudoku_tiny.draw(summary, module.recipe, "level", len)
+    assert drawn == [(Path("run"), {"level": 400} if is_drawn else None)]

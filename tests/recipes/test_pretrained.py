@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dllm_rl import Problem, grpo, load_policy, train
+from dllm_rl.config import override
 from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.fine_tune import fine_tune
@@ -164,6 +165,15 @@ def test_loops_of_a_policy_are_measured(monkeypatch):
     assert len(written) == 2 * loops.GROUP and all(len(loop) == 3 for loop in written)
     assert numbers["distinct"] == len(set(written)) / len(written) and numbers["natural"] < 0
     assert numbers["charge"] == pytest.approx(sum(map(antibody.charge, written)) / len(written))
+
+
+@pytest.mark.parametrize("words", ["", "--eval_task.charges 2,3 --eval_sampler.diffusion_steps 4"])
+def test_loops_are_measured_on_the_task_of_the_run(tmp_path, words):
+    run = override(antibody.recipe, words.split())
+    (tmp_path / "state.json").write_text(json.dumps({"recipe": run.settings()}))
+    task, sampler = loops.held_out(tmp_path)
+    assert sampler == run.eval_sampler and len(task) == 10 and task[9] == run.eval_task[9]
+    assert tuple(task.charges) == run.eval_task.charges == ((2, 3) if words else (1, 2))
 
 
 def test_sums_are_split_and_graded_by_hand():
