@@ -112,7 +112,12 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
     for path, text in options:
         try:
             is_alone = path in ("help", "print_config")
-            words.append(f"--{path}" + ("" if is_alone else f"={_check_option(recipe, path, text or '', options)}"))
+            value = "" if is_alone else _check_option(recipe, path, text or "", options)
+            if (text, value) == ("none", "null"):  # jsonargparse would read --a.b.c=null as the text None
+                path, *names = path.split(".")
+                for name in reversed(names):
+                    value = f'{{"{name}": {value}}}'
+            words.append(f"--{path}" if is_alone else f"--{path}={value}")
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -284,7 +289,8 @@ def _flattened(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, 
         elif isinstance(value, dict):
             yield from _flattened(value, f"{path}.")
         else:
-            yield path, "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+            text = json.dumps(value).replace("Infinity", ".inf")  # as YAML writes it
+            yield path, "none" if value is None else value if isinstance(value, str) else text
 
 
 def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str, str | None]]) -> str:

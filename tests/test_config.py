@@ -16,7 +16,7 @@ from dllm_rl.config import from_command_line, override
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Sandwich, Trajectory
 from dllm_rl.models.base import Lora
 from dllm_rl.quantization.schemes import FakeQuantize, Int4WeightOnly, Int8WeightOnly
-from dllm_rl.samplers.cache import DualCache
+from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import FunctionRank, MaxProb, RandomOrder, Schedule, Threshold
 from dllm_rl.supervised.sft import SFT
@@ -24,6 +24,8 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
+from recipes import renoise_sudoku
+from recipes.examples import turns
 from recipes.studies.surrogates import __name__ as surrogates
 from recipes.sudoku_unique import __file__ as main_job_file
 
@@ -340,11 +342,36 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("words", ["", "--num_steps 9 --report_to none", WORDS])
+@pytest.mark.parametrize("words", ["", "--num_steps 9 --report_to none", WORDS, "--sampler.cache DualCache"])
 def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(printed(recipe, [*words.split(), "--print_config"], capsys))
     assert from_command_line(recipe, ["--config", str(file)]) == from_command_line(recipe, words.split())
+
+
+@pytest.mark.parametrize("made", [renoise_sudoku.recipe, turns.recipe], ids=["infinity", "a sampler in a sampler"])
+def test_a_printed_config_of_a_recipe_is_read_back(made, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(printed(made, ["--print_config"], capsys))
+    assert from_command_line(made, ["--config", str(file)]) == made
+
+
+@pytest.mark.parametrize("prefix", ["sampler", "sampler.turn"])
+def test_none_is_a_value_in_a_class_in_a_class(prefix, tmp_path, capsys):
+    """Also of a recipe, a file or an option before it whose value is another."""
+    cached = ["--sampler.turn.cache", "PrefixCache", "--sampler.turn.cache.refresh", "3"]
+    base, words = turns.recipe, [word.replace("sampler.turn", prefix) for word in cached]
+    if prefix == "sampler":
+        base = replace(base, sampler=base.sampler.turn.replace(max_new_tokens=10))
+    recipe = from_command_line(base, [*words, f"--{prefix}.block_size", "5"])
+    (tmp_path / "a.yaml").write_text(printed(recipe, ["--print_config"], capsys))
+    none = [f"--{prefix}.cache.refresh", "none"]
+    for given in ((recipe, none), (recipe, [*words, *none]), (base, ["--config", str(tmp_path / "a.yaml"), *none])):
+        sampler = from_command_line(*given).sampler
+        assert getattr(sampler, "turn", sampler).cache == PrefixCache(refresh=None)
+    (tmp_path / "b.yaml").write_text(printed(recipe, [*none, "--print_config"], capsys))
+    again = from_command_line(base, ["--config", str(tmp_path / "b.yaml")])
+    assert again == from_command_line(recipe, none) != recipe
 
 
 @pytest.mark.parametrize("rows", [list, Dataset.from_list])
