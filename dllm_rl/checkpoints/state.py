@@ -30,6 +30,7 @@ class TrainingState:
     # Metrics of the last step, if the run ended between its update and its line in the log: a resume first evaluates
     # that step, calls the callbacks and logs it. None: the last step is logged.
     unlogged: dict | None = None
+    unlogged_seconds: dict[str, float] = field(default_factory=dict)  # in each stage of that step, up to its update
     reference: str | None = None  # digest of the manifest in the run's folder `reference`
     frozen: list | None = None  # names of frozen weights, in a run without adapters
     callbacks: list | None = None  # pairs of a callback's class name and its state

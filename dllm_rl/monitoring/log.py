@@ -33,6 +33,7 @@ class RunLog:
         *,
         start: int,
         main: bool,
+        sampled: int | None = None,  # steps of a resumed run that are not sampled again; None: `start`
         completions: bool = False,  # whether to write completions.jsonl
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
@@ -45,7 +46,7 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self.entered = ""  # the stage that began last
         self.entering: Callable[[], None] | None = None  # called when a stage begins
-        self._step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
+        self.step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
         self._equal_reward_steps = 0  # consecutive steps in which each group's rewards were equal
         self._warned = False
         self._steps_done = start
@@ -53,7 +54,8 @@ class RunLog:
         completions = completions or (directory / "completions.jsonl").exists()
         names = ("metrics", "completions") if completions else ("metrics",)
         for name in names if main else ():
-            self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start)
+            begin = sampled if name == "completions" and sampled is not None else start
+            self.files[name] = JsonLines(directory / f"{name}.jsonl", start=begin)
         self.trackers = list(trackers)
         rows_before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step
@@ -82,7 +84,7 @@ class RunLog:
             done.set()
         seconds = time.perf_counter() - start_time
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds
+        self.step_seconds[name] = self.step_seconds.get(name, 0.0) + seconds
 
     def _print_heartbeats(self, done: threading.Event) -> None:
         place, rank = self.place, os.environ.get("RANK", "0")
@@ -96,8 +98,8 @@ class RunLog:
         """Write a step's metrics and the seconds of its stages to metrics.jsonl (NaN and infinity as null) and to
         trackers.
         """
-        times = {f"time/{name}": seconds for name, seconds in self._step_seconds.items()}
-        self._step_seconds = {}
+        times = {f"time/{name}": seconds for name, seconds in self.step_seconds.items()}
+        self.step_seconds = {}
         self._steps_done = step + 1
         has_equal_rewards = metrics.get("frac_reward_zero_std") == 1
         self._equal_reward_steps = self._equal_reward_steps + 1 if has_equal_rewards else 0

@@ -74,7 +74,10 @@ def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> N
     """Count a step whose update is done. From now on an error or a stop leaves a checkpoint of this step, with which a
     resume calls `end_step` again.
     """
-    run.state = replace(run.state, step=step + 1, version=run.policy.weights_version, unlogged=metrics)
+    seconds = dict(run.log.step_seconds)
+    run.state = replace(
+        run.state, step=step + 1, version=run.policy.weights_version, unlogged=metrics, unlogged_seconds=seconds
+    )
 
 
 def take_steps(
@@ -108,7 +111,7 @@ def end_step(
     record_update(run, step, metrics)
     metrics, states = call_callbacks(run, step, metrics | evaluate(step))
     run.log.write(step, metrics)
-    run.state = replace(run.state, unlogged=None, callbacks=states)
+    run.state = replace(run.state, unlogged=None, unlogged_seconds={}, callbacks=states)
     steps_done = step + 1
     run.progress(metrics, show=steps_done % run.recipe.logging_steps == 0 or steps_done == run.recipe.num_steps)
     checkpoint_if_due(run, metrics)

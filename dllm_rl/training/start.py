@@ -219,7 +219,7 @@ def restore(
     recipe of this run.
     """
     policy.weights_version = state.version
-    log.seconds = state.stages
+    log.seconds, log.step_seconds = state.stages, dict(state.unlogged_seconds)
     log.begun -= state.seconds  # as if the run had never paused
     settings, stored = recipe.settings(), default_settings(type(recipe)) | state.recipe
     checkpoint.load_optimizer(folder, policy, optimizer, may_be_empty=stored.get("num_iterations") == 0)
@@ -274,6 +274,7 @@ def open_log(
         directory,
         start=first_step,
         main=accelerator.is_main_process,
+        sampled=saved_state.step if saved_state else 0,
         completions=recipe.log_completions_steps > 0,
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )

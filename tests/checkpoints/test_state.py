@@ -17,6 +17,7 @@ FULL = {
     "best_value": 0.5,
     "reference": "0" * 64,
     "unlogged": {"loss": 0.5},
+    "unlogged_seconds": {"update": 0.5},
     "callbacks": [["Counting", {"steps": 3}]],
     "frozen": ["head.weight"],
     "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},

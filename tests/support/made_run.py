@@ -16,7 +16,7 @@ def make_run(directory="runs/x", *, recipe=None, policy=None, saved=None, **part
     policy = policy or tiny_masked_lm(**SIZES)
     fields = {
         "accelerator": Accelerator(cpu=True),
-        "log": SimpleNamespace(entered="", say=lambda text: None, stage=nullcontext),
+        "log": SimpleNamespace(entered="", step_seconds={}, say=lambda text: None, stage=nullcontext),
         "optimizer": None,
         "state": TrainingState(step=3, version=3, dtype="float32", recipe={}),
         "stop": SimpleNamespace(agreed=lambda *_: 0, last_words=None),

@@ -17,7 +17,7 @@ from dllm_rl.algorithms.prompt_sources import FunctionPromptSource
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.rollout_engine import FunctionEngine
-from dllm_rl.monitoring.json_lines import JsonLines
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
@@ -218,6 +218,18 @@ def test_an_error_anywhere_loses_no_step_and_the_run_goes_on_bit_for_bit(tmp_pat
     assert metrics_of(tmp_path) == metrics_of(folder)
     assert (resumed["best_step"], resumed["best_value"]) == (summary["best_step"], summary["best_value"])
     assert resumed["eval_after"] == summary["eval_after"]
+
+
+@pytest.mark.parametrize("place", ["a reward of a rollout", "a reward of an evaluation", "on_step of second"])
+def test_the_logs_keep_each_steps_completions_and_seconds(tmp_path, place):
+    """Also those of a step that was updated, and not logged: it is not sampled again."""
+    newest, _ = fail_and_go_on(tmp_path, place, log_completions_steps=1)
+    completions, metrics = (current_rows(tmp_path / f"{name}.jsonl") for name in ("completions", "metrics"))
+    each = [(row["step"], row["prompt"], row["completion"]) for row in completions]
+    assert {step for step, *_ in each} == set(range(STEPS)) and all(row["time/update"] > 0 for row in metrics)
+    assert all(row["step_time"] >= row["time/rollout"] + row["time/update"] for row in metrics)
+    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
+    assert f'{{"resume_from": {newest}}}' in lines and len(lines) == len(each) + 1, "no row is written twice"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])
