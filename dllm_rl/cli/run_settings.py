@@ -85,7 +85,7 @@ def problems_of(model: str, count: int) -> list[Problem]:
     """Return a run's first held-out problems, or the first prompts of its completions.jsonl if a script defines its
     task.
 
-    The list is empty for a folder that is not a run's, and for prompts with blanks, which the file does not mark.
+    The list is empty for a folder that is not a run's. Without new tokens, only prompts with blanks have work to do.
     """
     from dllm_rl.tasks.protocols import TASKS
 
@@ -93,10 +93,13 @@ def problems_of(model: str, count: int) -> list[Problem]:
         name, settings = task_of(model)
     except ValueError:
         path, sampler = Path(model) / "completions.jsonl", (recipe_of(model) or {}).get("eval_sampler")
-        if not isinstance(sampler, dict) or not sampler["init_args"].get("max_new_tokens") or not path.is_file():
+        if not isinstance(sampler, dict) or not path.is_file():
             return []
-        prompts = {str(row["prompt"]): row["prompt"] for row in current_rows(path)}  # each once
-        return list(map(Problem, prompts.values()))[:count]
+        new_tokens = sampler["init_args"].get("max_new_tokens")
+        rows = {
+            str(row["prompt"]): row for row in current_rows(path) if new_tokens or "blank" in row
+        }  # each prompt once
+        return [Problem(row["prompt"], blank=row.get("blank")) for row in rows.values()][:count]
     task = TASKS[name](**settings)
     return [task[i] for i in range(min(count, len(task)))]
 

@@ -35,7 +35,7 @@ def log_completions(
     Collective: every process must call it.
 
     A row of completions.jsonl has the problem's fields, and {"step", "weights_version": of the weights that sampled,
-        "prompt", "completion", "reward", "advantage",
+        "prompt", "blank": the placeholder of infilling, if there is one, "completion", "reward", "advantage",
         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
         "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
@@ -56,11 +56,13 @@ def log_completions(
         answer = answers[i]
         mismatch, advantage = mismatch_and_advantage[i]
         numbers = finite({"reward": rewards[i], "advantage": advantage, "mismatch": mismatch})
+        blank = answer.problem.blank
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
         step_fields = {
             "step": step,
             "weights_version": sampled.rollout.weights_version,
             **texts,
+            **({} if blank is None else {"blank": blank}),
             **numbers,
             "parts": completion_metrics(answer.reward),
             "tokens": tokens,

@@ -12,12 +12,13 @@ import pytest
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import sft, train
+from dllm_rl import grpo, sft, train
 from dllm_rl.cli import evaluate_run as evaluate_command
 from dllm_rl.cli import run_settings, sample
 from dllm_rl.cli.main import main
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_of
+from dllm_rl.frontend.grpo import num_blanks
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.records import describe, from_json, to_json
@@ -422,7 +423,7 @@ def test_a_scripts_task_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("max_new_tokens", "prompts"),
-    [(4, ["1+1=", [{"role": "user", "content": "hi"}]]), (0, [])],  # of blanks the file says nothing
+    [(4, ["1+1=", [{"role": "user", "content": "hi"}]]), (0, [])],  # without blanks, nothing is sampled
 )
 def test_problems_of_a_scripts_task_are_the_prompts_of_its_completions(tmp_path, monkeypatch, max_new_tokens, prompts):
     store(monkeypatch, eval_task="mine:Words", eval_sampler=Unmask(max_new_tokens=max_new_tokens))
@@ -431,6 +432,20 @@ def test_problems_of_a_scripts_task_are_the_prompts_of_its_completions(tmp_path,
     rows = [{"step": 0, "prompt": prompt} for prompt in ("1+1=", "1+1=", chat, "2+2=")]
     (tmp_path / "completions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "half a li")
     assert [problem.prompt for problem in run_settings.problems_of(str(tmp_path), 2)] == prompts
+
+
+@pytest.mark.parametrize("max_new_tokens", [2, 0])
+def test_problems_of_an_infilling_run_have_its_blanks(tmp_path, max_new_tokens):
+    rows = [{"prompt": f"{a}_=", "answer": f"{a}1="} for a in "12345678"]
+    settings = {"max_new_tokens": max_new_tokens, "num_steps": 1, "train_batch_size": 2, "num_generations": 2}
+    settings |= {"blank": "_", "report_to": None, "output_dir": str(tmp_path), "log_completions_steps": 1}
+
+    def reward(completions, **columns):
+        return [float("3" in text) for text in completions]
+
+    grpo(tiny_masked_lm(characters="12345678=_", hidden_size=16, num_layers=1), rows, reward, **settings)
+    problems = run_settings.problems_of(str(tmp_path), 2)
+    assert len(problems) == 2 and {num_blanks(problem) for problem in problems} == {1}
 
 
 @pytest.mark.parametrize("options", [[], ["--num_prompts", "0"]])
