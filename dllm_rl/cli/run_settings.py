@@ -150,10 +150,13 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
     """
-    from dllm_rl.samplers import Renoise, Unmask, sampler_for
+    from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for, settings_for
+    from dllm_rl.serving.engine import HTTPSampler
     from dllm_rl.serving.settings import with_settings
 
     sampler = sampler_for(policy)
+    if sampler is Autoregress and isinstance(run_sampler, HTTPSampler):  # it served a causal model
+        run_sampler = Autoregress(**settings_for(Autoregress, run_sampler))
     changes = {name: value for name, value in passed.items() if value is not None}
     if changes.get("cache") == "none":
         del changes["cache"]

@@ -1,6 +1,5 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import fit
-from dllm_rl.samplers import Sampler, decodes_in_engine
+from dllm_rl.samplers import Sampler, decodes_in_engine, settings_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import SoftThreshold
@@ -202,8 +201,7 @@ def grpo_recipe(  # noqa: PLR0913
         sampler_class = Unmask
     given_sampler = settings.get("sampler")
     if isinstance(given_sampler, Unmask) and sampler_class is not Renoise:  # also one that decodes in an engine
-        names = [field.name for field in dataclasses.fields(sampler_class) if hasattr(given_sampler, field.name)]  # type: ignore[arg-type]
-        options = {name: getattr(given_sampler, name) for name in names}
+        options = settings_for(sampler_class, given_sampler)
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
     used_sampler = settings.get("sampler", sampler)  # the caller's sampler replaces this one

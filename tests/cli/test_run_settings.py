@@ -30,6 +30,7 @@ from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.engine import HTTPSampler
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.prompt_texts import BLANK
 
@@ -383,6 +384,18 @@ def test_a_sampler_of_another_kind_of_model_gives_nothing_to_the_policys():
     assert sampler_with(tiny_masked_lm(**SIZES), Autoregress(max_new_tokens=4, top_k=3), {}) == Unmask(
         max_new_tokens=16
     )
+
+
+def test_the_sampler_of_a_server_gives_its_settings_to_the_policys():
+    causal = SimpleNamespace(spec=SimpleNamespace(attention="causal", block_size=None, name="tiny"))
+    served = HTTPSampler(max_new_tokens=40, temperature=0.7, top_k=3)
+    wanted = Autoregress(max_new_tokens=40, temperature=0.7, top_k=3)
+    assert sampler_with(causal, served, {}) == wanted
+    assert sampler_with(causal, served, {"max_new_tokens": 4}) == wanted.replace(max_new_tokens=4)
+    unmask = sampler_with(tiny_masked_lm(**SIZES), served, {})
+    assert type(unmask) is Unmask and (unmask.max_new_tokens, unmask.temperature, unmask.top_k) == (40, 0.7, 3)
+    other = sampler_with(causal, Unmask(max_new_tokens=40), {})
+    assert other == Autoregress(max_new_tokens=16, temperature=0.0)  # of another kind of model
 
 
 @pytest.mark.parametrize(
