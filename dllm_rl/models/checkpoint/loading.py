@@ -349,7 +349,7 @@ def family_spec(
     generation_eos_ids = getattr(generation, "eos_token_id", None)
     if folder and (generation_file := folder / "generation_config.json").exists():
         generation_eos_ids = json.loads(generation_file.read_text()).get("eos_token_id")
-    changes: dict[str, Any] = {"max_length": getattr(config, "max_position_embeddings", None)}
+    changes: dict[str, Any] = {"max_length": num_positions(config, family)}
     if family.attention == "encoder_decoder":
         changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
     elif family.attention != "causal":
@@ -363,13 +363,23 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.encode in (encode_roberta, encode_esm):  # they count positions from pad_token_id + 1
-        if not 0 <= config.pad_token_id < config.vocab_size:
-            raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
-        changes["max_length"] -= config.pad_token_id + 1
     if family.stock_model:
         changes |= {"original_config": raw, "checkpoint_folder": str(folder) if folder else None}
     return replace(family, **changes)
+
+
+def num_positions(config: Any, family: FamilySpec) -> int | None:
+    """Return the number of tokens that a row of a checkpoint's model may have; None if its config sets no limit.
+
+    Raises:
+        ValueError: The model counts positions from a padding token that is outside the vocabulary.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None or family.encode not in (encode_roberta, encode_esm):
+        return positions
+    if not 0 <= config.pad_token_id < config.vocab_size:
+        raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
+    return positions - (config.pad_token_id + 1)  # they count positions from pad_token_id + 1
 
 
 def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:

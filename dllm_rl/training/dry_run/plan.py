@@ -11,7 +11,7 @@ from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import build_empty, load_config
+from dllm_rl.models.checkpoint.loading import build_empty, load_config, num_positions
 from dllm_rl.models.checkpoint.tensors import MAX_FILE_SIZE
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import ModulePolicy
@@ -28,7 +28,7 @@ GB = 1e9
 GPU_SIZES = (24, 48, 80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
-ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
+ASSUMED_PROMPT = 256  # tokens of a prompt, at most, if no task is opened
 READ_PROMPTS = 100  # the longest of them is the prompt, if a task is opened
 
 
@@ -41,7 +41,9 @@ def plan(recipe: Recipe) -> str:
     policy = meta_policy(recipe)
     # Without a tokenizer, the tokens of a prompt cannot be counted. The task is then not opened, because its data may
     # not be on this machine.
-    prompt_tokens, blanks = recipe.max_prompt_length or ASSUMED_PROMPT, 0
+    positions = policy.spec.max_length or ASSUMED_PROMPT + recipe.max_new_tokens
+    assumed_tokens = min(ASSUMED_PROMPT, max(1, positions - recipe.max_new_tokens))
+    prompt_tokens, blanks = recipe.max_prompt_length or assumed_tokens, 0
     if policy.tokenizer is not None:
         check_not_empty("task", recipe.task)
         problems = [recipe.task[index] for index in range(min(READ_PROMPTS, len(recipe.task)))]
@@ -73,7 +75,8 @@ def meta_policy(recipe: Recipe) -> Policy:
         # For a model that reads images, this is the config of its text part; else it is module.config itself.
         config = module.config.get_text_config()
         # The same spec as `load_policy` makes, but without the token ids, which only the tokenizer has.
-        spec = replace(find_family(raw_config), max_length=config.max_position_embeddings)
+        family = find_family(raw_config)
+        spec = replace(family, max_length=num_positions(config, family))
         if spec.attention == "encoder_decoder":
             spec = replace(spec, vocab_size=config.vocab_size, block_size=raw_config["canvas_length"])
         meta = ModulePolicy(module, spec, None)

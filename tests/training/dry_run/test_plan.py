@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
+from layouts import stock
 from repetitions import few
 from tiny_recipe import tiny_recipe
 
@@ -352,6 +353,22 @@ def test_the_prompt_of_a_plan_is_the_longest_of_the_rows():
     for changes, length in (({}, 17), ({"max_prompt_length": 9}, 9)):
         recipe = grpo_recipe(tiny_masked_lm(characters="1"), rows, nothing, **settings, **changes)
         assert f" rows x ({length} longest prompt + 4 new) tokens" in plan(recipe)
+
+
+@pytest.mark.parametrize(("family", "positions"), [("bert", 64), ("roberta", 62)])
+def test_an_assumed_prompt_fits_the_models_positions(tmp_path, family, positions):
+    """A checkpoint's tokenizer, and so its prompts, are not read. RoBERTa counts positions from after its padding."""
+    rows, nothing = [{"prompt": "1"}] * 4, lambda completions: [0.0 for _ in completions]
+    path = str(stock(tmp_path, family))
+
+    def planned(**settings):
+        return plan(grpo_recipe(path, rows, nothing, eval_dataset=rows, **settings))
+
+    for new, prompt in ((2, positions - 2), (positions - 1, 1)):
+        assert f" rows x ({prompt} assumed prompt + {new} new) tokens" in planned(max_new_tokens=new)
+    for settings in ({"max_new_tokens": positions}, {"max_new_tokens": 2, "max_prompt_length": positions - 1}):
+        with pytest.raises(ValueError, match=f"exceeds the model's {positions} positions"):
+            planned(**settings)
 
 
 def test_a_plan_says_that_a_teacher_is_not_counted():
