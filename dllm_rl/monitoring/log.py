@@ -101,8 +101,11 @@ class RunLog:
         times = {f"time/{name}": seconds for name, seconds in self.step_seconds.items()}
         self.step_seconds = {}
         self._steps_done = step + 1
-        has_equal_rewards = metrics.get("frac_reward_zero_std") == 1
-        self._equal_reward_steps = self._equal_reward_steps + 1 if has_equal_rewards else 0
+        shares = {
+            value for name, value in metrics.items() if name.endswith("frac_reward_zero_std")
+        }  # also when redrawn
+        learns_otherwise = metrics.get("replay/updates") or "value/loss" in metrics
+        self._equal_reward_steps = 0 if shares != {1} or learns_otherwise else self._equal_reward_steps + 1
         if self._equal_reward_steps == EQUAL_REWARD_STEPS and not self._warned:
             self._warned = True
             self.say(

@@ -155,6 +155,25 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
     assert said.count(f"warning: in the last {EQUAL_REWARD_STEPS} steps all rewards of each group were equal") == 1
 
 
+@pytest.mark.parametrize(
+    ("metrics", "warns"),
+    [
+        ({"dynamic_sampling/frac_reward_zero_std": 0.0}, False),  # of the prompts drawn instead
+        ({"dynamic_sampling/frac_reward_zero_std": 1.0}, True),
+        ({"replay/updates": 2.0}, False),
+        ({"replay/updates": 0.0}, True),  # nothing is stored yet
+        ({"value/loss": 0.5}, False),  # an advantage is a reward less a value
+        ({"frac_reward_zero_std": 0.0, "dynamic_sampling/frac_reward_zero_std": 1.0}, False),  # a teacher's differ
+    ],
+)
+def test_equal_rewards_of_a_run_that_learns(tmp_path, capsys, metrics, warns):
+    log = RunLog(tmp_path, start=0, main=True)
+    for step in range(EQUAL_REWARD_STEPS):
+        log.write(step, {"frac_reward_zero_std": 1.0, **metrics})
+    log.close()
+    assert ("all rewards of each group were equal" in capsys.readouterr().out) == warns
+
+
 def sampler(**options):
     return Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, **options)
 
