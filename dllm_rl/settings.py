@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, cast
 
+from torch.nn import Module
+
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.callbacks import StopBelow, check_callbacks
 from dllm_rl.models.base import Lora, Policy
@@ -180,7 +182,10 @@ class Settings(Record):
     def conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
         unknown = [name for name in self.trackers if name not in TRACKERS]
+        models = {"model": self.model, "teacher": self.teacher}
+        loaded = [name for name, model in models.items() if isinstance(model, Module) and not isinstance(model, Policy)]
         return [
+            (bool(loaded), f"{', '.join(loaded)} is a loaded module: give make_policy(module, tokenizer)"),
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
             (
                 self.dtype == "float16" and self.lora is None and self.optim == AdamW(),

@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 from peft import IA3Config, LoraConfig
-from tiny_recipe import tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl import sft, tiny_masked_lm
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
@@ -164,6 +165,21 @@ def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(re
 def test_what_a_field_does_not_hold_is_refused_with_the_remedy(recipe, name, value, remedy):
     with pytest.raises(ValueError, match=f"{name}=.*{re.escape(remedy)}"):
         replace(recipe, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda recipe, module: replace(recipe, model=module), "model"),
+        (lambda recipe, module: replace(recipe, teacher=module), "teacher"),
+        (lambda recipe, module: SFT(name="a", model=module, dataset=[{"prompt": "1", "completion": "2"}]), "model"),
+        (lambda recipe, module: sft(module, [{"prompt": "1", "completion": "2"}] * 4), "model"),
+    ],
+)
+def test_a_loaded_module_needs_its_tokenizer(recipe, make, field):
+    """It can be called, and would be taken for a function that makes a policy."""
+    with pytest.raises(ValueError, match=rf"^{field} is a loaded module: give make_policy\(module, tokenizer\)$"):
+        make(recipe, tiny_masked_lm(**SIZES).module)
 
 
 @pytest.mark.parametrize(
