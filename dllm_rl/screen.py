@@ -59,9 +59,11 @@ def without_middle(text: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
     return f"{text[: max_length // 2]} ... {text[5 - max_length // 2 :]}"
 
 
-def literal(text: object, *, style: str = "") -> Text:
-    """Return text for a cell or title of a table that rich prints unchanged, including square brackets."""
-    return Text(escape_controls(str(text)), style=style)
+def literal(text: object, *, style: str = "", keep: str = "") -> Text:
+    """Return text for a cell or title of a table that rich prints unchanged, including square brackets. `keep` has the
+    control characters of the library's own text, such as its line breaks.
+    """
+    return Text(escape_controls(str(text), keep=keep), style=style)
 
 
 _NOISE = {  # logger -> part of a harmless message

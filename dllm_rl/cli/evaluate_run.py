@@ -385,7 +385,9 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
             cells.append(with_bounds(difference[0], difference[1:], sign="+", separator="\n") if difference else "")
         cells.append(f"{row['forwards_per_answer']:.1f}{separator}x {row['tokens_per_forward']:.1f}")
         cells.append(f"{row['seconds']:.1f}")
-        table.add_row(*(literal(str(row.get(name, ""))) for name in names), *map(literal, cells))
+        table.add_row(
+            *(literal(str(row.get(name, ""))) for name in names), *(literal(cell, keep="\n") for cell in cells)
+        )
     return table
 
 

@@ -1,5 +1,6 @@
 """`dllm-rl evaluate` and `dllm-rl grade`, as a user calls them."""
 
+import io
 import json
 import re
 from argparse import Namespace
@@ -12,7 +13,7 @@ from tiny_recipe import tiny_recipe
 
 import dllm_rl
 from dllm_rl import train
-from dllm_rl.cli.evaluate_run import make_task, num_problems, results_table
+from dllm_rl.cli.evaluate_run import make_task, num_problems, results_table, sweep_table
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.results import WHY_NULL
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -182,6 +183,23 @@ def runs(tmp_path_factory):
         train(tiny_recipe(folder, num_steps=1, seed=seed))
     (folders[1] / "checkpoints" / "step-000001" / "state.json").write_text("{}")
     return folders
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_the_numbers_of_a_comparison_break_lines_and_names_do_not(compared):
+    facts = {"task": "t", "version": "1", "protocol": "own", "seed": 0, "n": 4, "samples": 1, "seconds": 0.5}
+    facts |= {"forwards_per_answer": 2.0, "tokens_per_forward": 4.0, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9]}
+    other = {"against": "a", "difference": {"accuracy": [0.25, 0.1, 0.4]}} if compared else {}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(sweep_table([facts | {"model": "a"}, facts | {"model": "b\nc\x1b"} | other]))
+    lines = console.file.getvalue().splitlines()
+    (place,) = (place for place, line in enumerate(lines) if line.startswith("b\u21b5c\u241b "))
+    assert "\u21b5" not in lines[place].partition("\u241b")[2]
+    if compared:
+        assert lines[place].split()[1:] == ["0.500", "+0.250", "2.0", "0.5"]
+        assert lines[place + 1].split() == ["[0.100,", "0.900]", "[+0.100,", "+0.400]", "x", "4.0"]
+    else:
+        assert lines[place].split()[1:] == ["0.500", "[0.100,", "0.900]", "2.0", "x", "4.0", "0.5"]
 
 
 def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
