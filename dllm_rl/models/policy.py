@@ -526,8 +526,8 @@ def check_logits(policy: ModulePolicy) -> None:
     if (spec.head is not mlm_head and not is_causal) or not isinstance(module, PreTrainedModel):
         return
     # In RoBERTa's classes, a padding token has no position.
-    ids = [token for token in range(policy.vocab_size) if token not in (policy.pad_id, spec.mask_id)][:8]
-    tokens = torch.tensor([[policy.pad_id] * 2 + ids], device=policy.device)
+    ids = [token for token in range(policy.vocab_size) if token not in (policy.pad_id, spec.mask_id)]
+    tokens = torch.tensor([[policy.pad_id] * 2 + ids[: min(8, spec.max_length or 8)]], device=policy.device)
     mask = torch.arange(tokens.shape[1], device=policy.device)[None] >= 2
     expected = module(input_ids=tokens[:, 2:], attention_mask=mask[:, 2:].long()).logits.float()
     found = policy.logits(tokens, mask)[:, 2:].float()

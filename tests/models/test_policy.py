@@ -1,6 +1,7 @@
 """The interface over every backbone, on models made from scratch."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_module_of_full_attention_is_no_block_causal_one():
         ValueError, match="attention='block_causal' is what Own should have, but changing token 2 changed"
     ):
         own_policy(attention="block_causal", block_size=2)
+
+
+@pytest.mark.parametrize("max_length", [2, 5, 7, 8])
+@pytest.mark.parametrize("make", [tiny_masked_lm, partial(tiny_llama, causal=True)], ids=["masked", "causal"])
+def test_the_logits_of_a_short_model_are_checked_where_it_has_positions(make, max_length):
+    """The vocabulary has more tokens than the model has positions."""
+    assert make(characters="123456789", max_length=max_length).spec.max_length == max_length
 
 
 @pytest.mark.parametrize("max_length", [5, 7, 8])
