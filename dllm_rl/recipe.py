@@ -198,7 +198,7 @@ class Recipe(Settings):
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora)  # the aligned forward quantizes merged weights
         for sampler in self._compiled_samplers:
-            check_fixed_shapes(sampler.cache, sampler.commit, sampler.confidence_radius is not None)
+            check_fixed_shapes(sampler.cache, sampler.commit)
 
     def conflicts(self) -> list[tuple[bool, str]]:
         is_quantized = self.rollout_quantization is not None
@@ -247,13 +247,6 @@ class Recipe(Settings):
                 self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True cannot be combined with sampling_support='unfiltered': its rollout log-probs are "
                 "rounded sums of two recorded numbers, not bit for bit the learner's; use 'per_policy' or 'rollout'",
-            ),
-            (
-                self.likelihood.reads_confidence_change
-                and isinstance(self.sampler, Unmask)
-                and self.sampler.confidence_radius is None,
-                "likelihood.informed_masking needs confidences, which the sampler does not record: set "
-                "sampler.confidence_radius=10, or leave informed_masking at None",
             ),
         ]
         if self.base_quantization is not None:

@@ -472,8 +472,6 @@ class Rollout(BatchRecord):
             token was drawn from; undefined where there is no token.
         renoised: Steps of a sampler that replaces tokens by random ones; logprobs are then sums over a position's
             draws.
-        confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
-            the step after its write; 0 elsewhere. Recorded by `Unmask(confidence_radius=...)`.
         batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
         loss_weights: Weight of each token in all terms of the loss. None (default): 1.
         first_step: Step from which the column is on the canvas, for tokens that a tool wrote between two turns and for
@@ -497,7 +495,6 @@ class Rollout(BatchRecord):
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
     renoised: Renoised | None = None
-    confidence_change: Float[Tensor, "B T"] | None = None
     batch_row: Int[Tensor, " B"] | None = None
     loss_weights: Float[Tensor, "B T"] | None = None
     first_step: Int[Tensor, "B T"] | None = None

@@ -116,7 +116,6 @@ def test_the_line_names_the_constant_and_its_range(function, keyword, value, mes
         (Unmask, "diffusion_steps"),
         (Unmask, "block_size"),
         (Unmask, "top_k"),
-        (Unmask, "confidence_radius"),
         (Renoise, "max_new_tokens"),
         (Renoise, "diffusion_steps"),
         (Renoise, "stability_threshold"),
@@ -198,8 +197,7 @@ def surrogate(made):
 
 def estimate(made):
     """Contributions and gradients with respect to the logits, at advantages of both signs."""
-    change = torch.tensor([[0.0, 0.5, -0.25, 0.125]] * 4)
-    rollout = TOY.rollout([[0, 1, 0]] * 4, confidence_change=change)
+    rollout = TOY.rollout([[0, 1, 0]] * 4)
     views = made.with_advantages(made.draw_views(rollout, torch.Generator()), torch.tensor([1.0, -1.0, 1.0, -1.0]))
     scores = torch.stack([view.logprobs(TOY, rollout) for view in each_view(views)])
     return with_gradient(lambda x: made.combine(x, views), scores)
@@ -350,13 +348,6 @@ def test_an_extreme_number_of_renoise_is_refused_or_samples(keyword):
             continue
         assert keyword not in ("t_max", "t_min") or 1e-30 <= value <= 3.5e38
         assert all_finite(rollout.logprobs)
-
-
-def test_a_radius_beyond_the_completion_is_the_completion():
-    prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=8, seeds=range(8))
-    options = {"max_new_tokens": 3, "temperature": 1.0, "suppress": (2, 3, 4)}
-    changes = [Unmask(confidence_radius=r, **options)(TOY, prompts, GENERATOR).confidence_change for r in (3, 10**12)]
-    assert torch.equal(*changes) and changes[0].any()
 
 
 @pytest.mark.parametrize("value", [1e-300, 1e-40, 1e39, 1e300])

@@ -169,9 +169,9 @@ def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mappin
             defaults = {"max_new_tokens": policy.spec.block_size}
         return with_settings(policy, defaults | changes)
     if isinstance(run_sampler, Unmask):
-        # confidence_radius only records, and both it and a compiled step are for the run's rank, rule and cache.
+        # A compiled step is for the run's rank, rule and cache.
         is_compiled = run_sampler.compile_step and changes.keys().isdisjoint(("rank", "commit", "cache"))
-        run_sampler = run_sampler.replace(compile_step=is_compiled, confidence_radius=None)
+        run_sampler = run_sampler.replace(compile_step=is_compiled)
     return with_settings(policy, changes, run_sampler)
 
 

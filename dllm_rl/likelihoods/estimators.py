@@ -99,11 +99,6 @@ class LikelihoodEstimator(Record):
         return True
 
     @property
-    def reads_confidence_change(self) -> bool:
-        """Whether `draw_views` needs `Rollout.confidence_change`."""
-        return False
-
-    @property
     def reads_order(self) -> bool:
         """Whether `draw_views` reads `Order.logprobs`. If not, the rollouts of a run do not record it."""
         return True
@@ -289,16 +284,7 @@ class ELBO(LikelihoodEstimator):
         num_samples: Number of masks, and of forwards.
         stratified: Spread k evenly over 1..L across the samples.
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
-            (one token is in both), so that every token is scored. num_samples must then be even, and informed_masking
-            None: the last tokens of an informed order are not drawn with q.
-        informed_masking: Strength d, in (0, 1000], of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Let
-            c_i be the sum of the changes of the model's confidence, from the step that wrote token i to the next step
-            of its block, over the block's positions that are near i and still masked. Negative changes are included in
-            the sum [ours]. A token with a small c_i, near which the confidence rose little or fell, is masked, and so
-            scored, more often: the positions of m are drawn without replacement, with q_i proportional to
-            exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k (1/k)
-            E_{m ~ q, |m|=k} sum_{i in m} l_i(m). The sampler records c: sample with `Unmask(confidence_radius=10)`,
-            where 10 is the largest distance of a nearby position. None: uniform masks.
+            (one token is in both), so that every token is scored. num_samples must then be even.
 
     Source: LLaDA eq. 14; VRPO [paper].
     """
@@ -306,7 +292,6 @@ class ELBO(LikelihoodEstimator):
     num_samples: int = option(default=4, at_least=1)
     stratified: bool = True
     antithetic: bool = False
-    informed_masking: float | None = option(default=None, above=0, at_most=1000)
 
     reads_order = False
 
@@ -315,15 +300,6 @@ class ELBO(LikelihoodEstimator):
             raise ValueError(
                 f"num_samples={self.num_samples} must be even with antithetic=True; use {self.num_samples + 1}"
             )
-        if self.antithetic and self.informed_masking is not None:
-            raise ValueError(
-                f"informed_masking={self.informed_masking} cannot be combined with antithetic=True: the second mask of "
-                "a pair would not be drawn with the chances of informed masking; set antithetic=False, or use Coupled"
-            )
-
-    @property
-    def reads_confidence_change(self) -> bool:
-        return self.informed_masking is not None
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask
@@ -331,7 +307,7 @@ class ELBO(LikelihoodEstimator):
         size = completion.sum(-1, keepdim=True)
         num_draws = self.num_samples // 2 if self.antithetic else self.num_samples
         u = masks.uniforms_per_row(generators, num_draws, stratified=self.stratified, device=size.device)
-        keys = [masks.mask_keys(rollout, generators, self.informed_masking) for _ in range(num_draws)]
+        keys = [masks.uniforms_at(completion, generators) for _ in range(num_draws)]
         if self.antithetic:
             # k is in the lower half of 1..L; the second view of each pair has the upper half, and the largest keys.
             k = 1 + masks.uniform_index(u / 2, size)
@@ -353,20 +329,13 @@ class Coupled(LikelihoodEstimator):
 
     Args:
         num_samples: Number of pairs of masks. Each pair costs two forwards.
-        informed_masking: Strength of Informed Masking, with which m is drawn as in `ELBO`. The expectation is then not
-            the ELBO. None: uniform masks.
 
     Source: the form that ESPO uses [paper].
     """
 
     num_samples: int = option(default=1, at_least=1)
-    informed_masking: float | None = option(default=None, above=0, at_most=1000)
 
     reads_order = False
-
-    @property
-    def reads_confidence_change(self) -> bool:
-        return self.informed_masking is not None
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         completion = rollout.completion_mask
@@ -375,7 +344,7 @@ class Coupled(LikelihoodEstimator):
         u = masks.uniforms_per_row(generators, self.num_samples, stratified=True, device=size.device)
         views = []
         for k in masks.uniform_index(u, size + 1):
-            keys = masks.mask_keys(rollout, generators, self.informed_masking)
+            keys = masks.uniforms_at(completion, generators)
             views += masks.coupled_views(completion, keys, k)
         return masks.stack_views(views, samples=self.num_samples)
 
@@ -478,10 +447,6 @@ class _FromBase(LikelihoodEstimator):
     @property
     def is_random(self) -> bool:
         return self.base.is_random
-
-    @property
-    def reads_confidence_change(self) -> bool:
-        return self.base.reads_confidence_change
 
     @property
     def reads_order(self) -> bool:

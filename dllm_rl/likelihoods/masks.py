@@ -45,37 +45,6 @@ def uniforms_per_row(
     return u[..., None].to(device)
 
 
-def mask_keys(
-    rollout: Rollout, generators: list[Generator], informed_masking: float | None = None
-) -> Float[Tensor, "B T"]:
-    """Draw a random key for each position. A mask of k tokens hides the positions with the k smallest keys.
-
-    Without `informed_masking` every set of k positions is equally likely. With `informed_masking` d, positions are
-    drawn without replacement, with q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c is the rollout's
-    `confidence_change`.
-
-    Raises:
-        ValueError: `informed_masking` is set, and the rollout has no `confidence_change`.
-    """
-    completion = rollout.completion_mask
-    uniforms = uniforms_at(completion, generators)
-    if informed_masking is None:
-        return uniforms
-    change = rollout.confidence_change
-    if change is None:
-        raise ValueError(
-            f"informed_masking={informed_masking} needs the rollout's confidence_change: sample with "
-            "Unmask(confidence_radius=10), or leave informed_masking at None"
-        )
-    largest = change.masked_fill(~completion, -torch.inf).amax(-1, keepdim=True)
-    smallest = change.masked_fill(~completion, torch.inf).amin(-1, keepdim=True)
-    log_q = informed_masking * torch.where(largest > smallest, (largest - change) / (largest - smallest), 0)
-    # The keys are logs of exponential arrival times with rates q_i: position i is first with probability q_i / sum q,
-    # and the next ones follow in the same way among the remaining positions.
-    times = uniforms.double().where(completion, 0.5).clamp(min=1e-12).neg().log1p().neg().log() - log_q
-    return times.masked_fill(~completion, torch.inf)
-
-
 def uniform_index(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "*N B 1"]:
     """Return floor(u * count): uniform over 0 .. count-1 (0 where count is 0)."""
     return (u * count).long().minimum(count - 1).clamp(min=0)  # a stratified u may round to 1

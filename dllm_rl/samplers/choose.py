@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from dllm_rl.decoding.order import (
     stay_masked_logprobs,
 )
 from dllm_rl.decoding.support import MAX_SUPPORT_IDS, filter_support, make_filter_support
-from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert_cdf, process
 from dllm_rl.rng import uniforms
@@ -89,7 +87,6 @@ class StepSampler:
         sampling_params: SamplingParams,
         rank: Rank,
         commit: Commit,
-        confidence_radius: int | None = None,
     ) -> None:
         """Prepare the canvas's records. Raise ValueError when the rank and the commit rule cannot be combined."""
         self.policy = policy
@@ -135,9 +132,6 @@ class StepSampler:
             if rank.adds_gumbel:
                 records["draw_index"] = torch.zeros_like(canvas.columns)
         canvas.written = canvas.written._replace(**records)
-        self.confidence_change = None
-        if confidence_radius is not None:
-            self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
     def __call__(
         self,
@@ -178,8 +172,6 @@ class StepSampler:
             commit_scores = commit_scores.masked_fill(~at.masked, -torch.inf)
         written.has_nan_scores.logical_or_(commit_scores.isnan().any())
         decision = self.decide(at, commit_scores, rank_uniforms, drawn, step)
-        if self.confidence_change is not None and step is not None:
-            self.confidence_change.record(step.rows, at.masked, commit_scores, decision.chosen)
         places, keep = decision.places, decision.keep
         rows, offsets, steps = at.canvas_row[places], at.offset[places], at.row_steps[places]
         if written.order_logprobs is not None:
@@ -308,48 +300,8 @@ class StepSampler:
             support = make_filter_support(written.log_mass, written.support_ids)
         if canvas.events is not None:
             events = packed_events(canvas.events, written.masked.shape, depends_on_tokens=self.depends_on_tokens)
-        change = None if self.confidence_change is None else self.confidence_change.total
-        optional = {"order": order, "filter_support": support, "events": events, "confidence_change": change}
+        optional = {"order": order, "filter_support": support, "events": events}
         return canvas.rollout(self.sampling_params, self.policy.weights_version, **optional)
-
-
-class ConfidenceChange:
-    """For each position, the sum of the changes in confidence between the step that wrote it and its block's next step.
-
-    The sum covers the positions at most `radius` away that are masked in both steps. If a step wrote several positions,
-    a change counts for each of them that is near.
-    """
-
-    def __init__(self, canvas: Canvas, rank: Rank, commit: Commit, radius: int) -> None:
-        """Raise ValueError for a rank whose scores are not confidences, or a rule that rewrites."""
-        if rank.order not in ("confidence", "max_prob") or commit.revises:
-            raise ValueError(
-                f"confidence_radius={radius} needs rank=Confidence() or MaxProb(), and a commit rule that does not "
-                f"rewrite, but rank={rank.name} and commit={commit.name}; set confidence_radius=None"
-            )
-        logprobs = canvas.written.logprobs
-        self.radius = min(radius, logprobs.shape[1])  # no position is further away
-        self.total = torch.zeros_like(logprobs)
-        # The state after each row's previous step: confidences, -1 where not masked, and the positions it wrote.
-        self.confidence = torch.full_like(logprobs, -1.0)
-        self.written = torch.zeros_like(canvas.written.masked)
-
-    def record(
-        self,
-        host_rows: Int[Tensor, " R"],
-        masked: Bool[Tensor, "R L"],
-        logprobs: Float[Tensor, "R L"],
-        chosen: Bool[Tensor, "R L"],
-    ) -> None:
-        """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""
-        (rows,) = copy_to_device(chosen.device, host_rows)
-        confidence = logprobs.exp()
-        previous = self.confidence[rows]
-        change = torch.where(masked & (previous >= 0), confidence - previous, 0)
-        nearby_change = F.pad(change, (self.radius, self.radius)).unfold(-1, 2 * self.radius + 1, 1).sum(-1)
-        self.total[rows] += nearby_change * self.written[rows]
-        self.confidence[rows] = torch.where(masked, confidence, -1)
-        self.written[rows] = chosen
 
 
 def rank_and_draw(

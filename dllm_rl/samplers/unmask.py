@@ -70,9 +70,6 @@ class Unmask(Sampler):
             on a GPU as CUDA graphs. It cannot be combined with PrefixCache(), positions to fill in, or rules that
             rewrite. It rounds differently: if two tokens are nearly tied, the choice may differ from the one made
             without compile_step.
-        confidence_radius: Record the change of confidence that each written token caused at masked positions within
-            this distance (`Rollout.confidence_change`), for ELBO(informed_masking=...). It needs rank=Confidence() or
-            MaxProb(), and cannot be combined with compile_step or rules that rewrite. None: not recorded.
 
     Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
@@ -88,7 +85,6 @@ class Unmask(Sampler):
     cache: Cache | None = None
     approximate_early_exit: bool = False
     compile_step: bool = False
-    confidence_radius: int | None = option(default=None, at_least=1)
 
     def check(self) -> None:
         SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
@@ -133,7 +129,7 @@ class Unmask(Sampler):
             prompts = replace(prompts, seeds=row_seeds(generator, len(prompts.tokens)))
         block_aligned = self.cache is not None and self.cache.kind == "block"
         canvas = make_canvas(policy, prompts, self.max_new_tokens, block_size, block_aligned=block_aligned)
-        step_sampler = StepSampler(policy, canvas, sampling_params, self.rank, self.commit, self.confidence_radius)
+        step_sampler = StepSampler(policy, canvas, sampling_params, self.rank, self.commit)
         # With a cache, no row begins its next block before all rows have finished this one.
         tracker = BlockTracker(canvas, self.diffusion_steps, wait_for_all_rows=self.cache is not None)
         run_step: Callable[[StepRows], tuple[Tensor, Tensor | None]]

@@ -36,7 +36,7 @@ class CompiledSteps:
         support.
         """
         policy, canvas = step_sampler.policy, step_sampler.canvas
-        check_fixed_shapes(cache, step_sampler.commit, step_sampler.confidence_change is not None)
+        check_fixed_shapes(cache, step_sampler.commit)
         check_supported(policy, canvas, cache)
         self.step_sampler = step_sampler
         self.cache = cache
@@ -95,7 +95,7 @@ class CompiledSteps:
         return commit.count(step.num_masked, step.steps_left).minimum(step.num_masked), None
 
 
-def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: bool = False) -> None:
+def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:
     """Raise ValueError for a cache or a commit rule whose steps have no fixed shapes."""
     conflict = None
     if commit.revises:
@@ -104,8 +104,6 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: 
         conflict = f"commit={commit.name}, which reads {' and '.join(sorted(commit.reads))}: use Threshold"
     elif cache is not None and cache.kind == "prefix":
         conflict = "PrefixCache(), which runs all columns after a block: use DualCache()"
-    elif records_confidence:
-        conflict = "confidence_radius, which it does not record: leave it at None"
     if conflict:
         raise ValueError(f"compile_step=True cannot be combined with {conflict}, or set compile_step=False")
 

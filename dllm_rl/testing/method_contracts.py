@@ -262,8 +262,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
     What the estimator declares must hold: with `exact_for_sampler` the contributions are what the sampler recorded,
     with `replays_steps` a view hides what was hidden when its tokens were written, without `is_random` another seed
-    gives the same masks, and without `reads_confidence_change` or `reads_order` the masks do not depend on what these
-    name.
+    gives the same masks, and without `reads_order` the views do not depend on the order's log-probs.
 
     Args:
         estimator: Estimator to check.
@@ -338,9 +337,6 @@ def _check_declared(
         assert gap <= 1e-3, f"exact_for_sampler=True, but a contribution is {gap:.3g} nats from the sampler's record"
     if not estimator.is_random:
         assert _same_noise(draw(rollout, seed=-1), views), "is_random=False, but another seed gives other masks"
-    if not estimator.reads_confidence_change and rollout.confidence_change is not None:
-        changed = draw(replace(rollout, confidence_change=-rollout.confidence_change))
-        assert _same_noise(changed, views), "the masks depend on confidence_change: set reads_confidence_change=True"
     if not estimator.reads_order and rollout.order is not None:
         changed = draw(replace(rollout, order=replace(rollout.order, logprobs=None)))
         assert _same_noise(changed, views), "the views depend on the order's log-probs: set reads_order=True"

@@ -60,7 +60,7 @@ class Tree(Unmask):
 
     def check(self):
         super().check()
-        for name in ("block_size", "cache", "approximate_early_exit", "compile_step", "confidence_radius"):
+        for name in ("block_size", "cache", "approximate_early_exit", "compile_step"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a tree is sampled without; leave {name} out")
         order = order_probability(self.rank, self.commit, greedy=self.temperature == 0)

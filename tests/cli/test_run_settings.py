@@ -470,11 +470,9 @@ def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("passed", [{"commit": rules.EntropyBound(gamma=0.1)}, {"rank": rules.Margin()}], ids=str)
 def test_what_only_a_runs_own_rules_can_do_is_left_out_with_others(passed):
-    """The change of confidence, which is only a record, and a compiled step."""
+    """A compiled step."""
     policy = tiny_masked_lm(characters="12")
-    own = Unmask(max_new_tokens=4, rank=rules.MaxProb())
-    assert sampler_with(policy, own.replace(confidence_radius=2), passed).confidence_radius is None
-    compiled = own.replace(compile_step=True)
+    compiled = Unmask(max_new_tokens=4, rank=rules.MaxProb(), compile_step=True)
     assert not sampler_with(policy, compiled, passed).compile_step
     assert sampler_with(policy, compiled, {"temperature": 0.5}).compile_step
 

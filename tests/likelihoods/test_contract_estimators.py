@@ -29,8 +29,6 @@ ESTIMATORS = {
     "elbo-plain": lik.ELBO(num_samples=3, stratified=False),
     "elbo-antithetic": lik.ELBO(num_samples=6, antithetic=True),
     "coupled": lik.Coupled(),
-    "elbo-informed": lik.ELBO(num_samples=4, informed_masking=1.5),
-    "coupled-informed": lik.Coupled(informed_masking=1.5),
     "coupled-3": lik.Coupled(num_samples=3),
     "quadrature": lik.Quadrature(),
     "block": lik.BlockELBO(block_size=4),
@@ -54,7 +52,7 @@ def made(causal: bool = False, num_generations: int | list[int] = 2, **changes):
     if causal:
         return policy, Autoregress(max_new_tokens=7)(policy, prompts, generator)
     options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()} | changes
-    return policy, Unmask(**{"confidence_radius": 10} | options)(policy, prompts, generator)
+    return policy, Unmask(**options)(policy, prompts, generator)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -145,10 +143,6 @@ UNTRUE = {
     "random masks": ("is_random=False", overriding(lik.ELBO(), is_random=False)),
     "random prompts": ("is_random=False", overriding(lik.OneStep(), is_random=False)),
     "random steps": ("is_random=False", overriding(lik.Trajectory(num_sampled_steps=1), is_random=False)),
-    "confidences": (
-        "reads_confidence_change",
-        overriding(lik.ELBO(informed_masking=1.5), reads_confidence_change=False),
-    ),
     "no replay": ("no state of the sampler", overriding(lik.OneStep(prompt_mask=0.5), replays_steps=True)),
     "pairs of masks": ("no state of the sampler", overriding(lik.Coupled(), replays_steps=True)),
     "backwards": ("not in the sampler's order", of_steps(backwards)),
@@ -172,7 +166,7 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_contract_of_orders(name):
     """With the order's log-prob and without it."""
-    inputs = made(confidence_radius=None, **ORDERS[name])
+    inputs = made(**ORDERS[name])
     for likelihood in (lik.Trajectory(), lik.Trajectory(include_order=False)):
         check_estimator(likelihood, *inputs)
     with pytest.raises(AssertionError, match="reads_order=True"):

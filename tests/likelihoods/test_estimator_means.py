@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields
-from itertools import combinations, permutations, product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import FunctionLikelihood
 from dllm_rl.records import subclasses
 
-COMPLETION, D, ROWS = [2, 0, 1], 1.5, 5000
-CHANGE = [0.5, -0.25, 0.125]  # of the confidence, at each position
+COMPLETION, ROWS = [2, 0, 1], 5000
 TOY = TablePolicy(length=3, words=3, seed=2)
 ALL = {0, 1, 2}
 OPTIONS = {
@@ -23,9 +22,8 @@ OPTIONS = {
         "num_samples": (1, 2, 4),
         "stratified": (True, False),
         "antithetic": (True, False),
-        "informed_masking": (None, D),
     },
-    lik.Coupled: {"num_samples": (1, 3), "informed_masking": (None, D)},
+    lik.Coupled: {"num_samples": (1, 3)},
     lik.Quadrature: {"nodes": (1, 2, 3)},
     lik.BlockELBO: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
     lik.Trajectory: {
@@ -58,19 +56,6 @@ def test_every_option_is_listed():
         assert {*options} == {field.name for field in fields(make)} - {"base"}
 
 
-def chances(k, informed):
-    """{set of k positions: chance}: drawn without replacement, uniformly or as `elbo` documents for informed masks."""
-    spread = max(CHANGE) - min(CHANGE)
-    q = [math.exp(D * (max(CHANGE) - c) / spread) if informed else 1.0 for c in CHANGE]
-    found = {}
-    for order in permutations(range(3), k):
-        chance, left = 1.0, sum(q)
-        for i in order:
-            chance, left = chance * q[i] / left, left - q[i]
-        found[frozenset(order)] = found.get(frozenset(order), 0.0) + chance
-    return found
-
-
 def scored(masked, positions):
     return sum(TOY.logp(COMPLETION, set(masked), i) for i in positions)
 
@@ -80,19 +65,19 @@ def of_size(k):
     return 3 / k * sum(scored(m, m) for m in combinations(range(3), k)) / math.comb(3, k)
 
 
-def expected(make, informed_masking=None, nodes=None, block_size=None, num_segments=None, **options):
+def expected(make, nodes=None, block_size=None, num_segments=None, **options):
     """The expectation that the docstring of `make` states."""
     if make is lik.OneStep:
         return scored(ALL, ALL)
     if make is lik.ELBO:
-        return sum(chance * scored(m, m) / k for k in (1, 2, 3) for m, chance in chances(k, informed_masking).items())
+        return sum(map(of_size, (1, 2, 3))) / 3
     if make is lik.Coupled:  # k is 0, 1, 2 or 3, each with chance 1/4
         total = 0.0
         for k in range(4):
-            for m, chance in chances(k, informed_masking).items():
+            for m in map(set, combinations(range(3), k)):
                 first = scored(m, m) * 4 / k if k else 0.0
                 second = scored(ALL - m, ALL - m) * 4 / (3 - k) if k < 3 else 0.0
-                total += chance * (first + second) / 2 / 4
+                total += (first + second) / 2 / 4 / math.comb(3, k)
         return total
     if make is lik.Quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
         away = math.sqrt(0.15)
@@ -105,8 +90,7 @@ def expected(make, informed_masking=None, nodes=None, block_size=None, num_segme
 
 
 def rollout_of(rows):
-    change = torch.tensor([0.0, *CHANGE]).expand(rows, -1)
-    return TOY.rollout([COMPLETION] * rows, confidence_change=change)
+    return TOY.rollout([COMPLETION] * rows)
 
 
 def made(make, settings):
@@ -114,11 +98,7 @@ def made(make, settings):
     try:
         return make(**settings)
     except ValueError as error:
-        assert make is lik.ELBO and settings["antithetic"]
-        if settings["num_samples"] == 1:
-            assert "num_samples=1 must be even" in str(error)
-        else:
-            assert f"informed_masking={settings['informed_masking']} cannot be combined" in str(error)
+        assert make is lik.ELBO and settings["antithetic"] and "num_samples=1 must be even" in str(error)
         return None
 
 
@@ -136,12 +116,6 @@ def assert_mean(estimator, rollout, by_hand):
 def test_the_mean_is_the_documented_expectation(make, settings):
     if estimator := made(make, settings):
         assert_mean(estimator, rollout_of(ROWS), expected(make, **settings))
-
-
-def test_informed_masks_have_another_expectation():
-    """So that a mean under uniform masks would not pass the test above."""
-    for make in (lik.ELBO, lik.Coupled):
-        assert abs(expected(make, informed_masking=D) - expected(make)) > 0.05
 
 
 @pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.Trajectory)], ids=named)
@@ -175,7 +149,6 @@ def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
         views = estimator.draw_views(rollout, torch.Generator().manual_seed(2))
         plain = base.draw_views(rollout, torch.Generator().manual_seed(2))
         assert torch.equal(views.masked, plain.masked) and torch.equal(views.coefficients, plain.coefficients)
-        assert estimator.reads_confidence_change == base.reads_confidence_change
         assert not estimator.exact_for_sampler
         logps = estimator.logprobs(TOY, rollout, estimator.with_advantages(views, advantages))[:, 1:].tolist()
         for row, advantage in enumerate(advantages.tolist()):
@@ -189,16 +162,3 @@ def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
                 upper = math.log(mass) / beta if mass else 0.0
                 weight = mix if make is lik.EUBO or advantage < 0 else 0.0
                 assert logps[row][i] == pytest.approx(weight * upper + (1 - weight) * lower, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"informed_masking": 0.1},
-        {"num_samples": 2, "informed_masking": 20.0},
-        {"num_samples": 6, "stratified": False, "informed_masking": D},
-    ],
-)
-def test_informed_masks_come_in_no_antithetic_pairs(settings):
-    with pytest.raises(ValueError, match=r"informed_masking=.* cannot be combined with antithetic=True"):
-        lik.ELBO(antithetic=True, **settings)

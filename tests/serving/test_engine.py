@@ -119,7 +119,7 @@ def test_the_engine_keeps_the_contract_of_engines(make):
         {"commit": SoftThreshold(tau=0.5)},
         {"rank": RandomOrder(), "commit": Remask(eta=0.3)},
         {"cache": DualCache(refresh=2), "top_p": 0.9},
-        {"confidence_radius": 2, "approximate_early_exit": True},
+        {"approximate_early_exit": True},
     ],
     ids=lambda settings: "-".join(settings),
 )

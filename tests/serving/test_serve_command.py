@@ -83,7 +83,7 @@ def test_steps_that_do_not_fit_the_length_are_refused_at_the_start(checkpoint, c
 
 def test_a_runs_sampler_becomes_the_servers():
     """Without what no request could change, and with as many tokens per step at a shorter length."""
-    sampler = Unmask(max_new_tokens=16, diffusion_steps=8, compile_step=True, confidence_radius=3)
+    sampler = Unmask(max_new_tokens=16, diffusion_steps=8, compile_step=True)
 
     def served(sampler, *options):
         arguments = commands.choices["serve"].parse_args(["run", *options])

@@ -118,7 +118,7 @@ class PlannedStep:
         tokens, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
         unmask_step = torch.arange(length)[None] * self.sampler_steps // length
         zeros, group = torch.zeros(1, length), torch.zeros(1, dtype=torch.long)
-        rollout = Rollout(tokens, mask, mask, unmask_step, zeros, group, confidence_change=zeros)
+        rollout = Rollout(tokens, mask, mask, unmask_step, zeros, group)
         return self.recipe.likelihood.draw_views(rollout, torch.Generator())
 
     @property

@@ -262,13 +262,6 @@ def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
     assert "autograd graphs kept  none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 
-def test_a_plan_of_an_estimator_that_reads_the_change_of_confidence(tmp_path, capsys):
-    sampler = Unmask(max_new_tokens=16, diffusion_steps=4, confidence_radius=2)
-    recipe = tiny_recipe(tmp_path, dry_run=True, sampler=sampler, likelihood=ELBO(informed_masking=1.5))
-    train(recipe)
-    assert "\n  peak " in capsys.readouterr().out
-
-
 @pytest.fixture
 def one_layer(monkeypatch):
     """What is refused is refused whatever a model's depth."""
