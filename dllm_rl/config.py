@@ -316,7 +316,7 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
         owner = type(value) if isinstance(value, base) else base
         if chosen is not None and chosen != "none" and "{" not in chosen and issubclass(base, Record):
             owner = _class_named(base, chosen, prefix[:-1])
-        settable = {f.name: annotations_of(owner)[f.name] for f in dataclasses.fields(owner) if f.init}
+        settable = {f.name: annotations_of(owner)[f.name] for f in dataclasses.fields(owner) if f.init}  # type: ignore[arg-type]
     if last == "help":  # of the class that is chosen, or of another one
         return _class_path(_class_named(base, text, path) if text else owner)
     if last not in settable:
