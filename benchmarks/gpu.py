@@ -88,7 +88,7 @@ def roofline(rehearse: bool, device: str) -> list[Row]:
 
 
 def _best(run: Callable[[], Any], device: str = "cuda") -> float:
-    return max(seconds_and_peak(run, device, repeats=5)["seconds"], 1e-9)
+    return seconds_and_peak(run, device, repeats=5)["seconds"]
 
 
 def _shape(rehearse: bool, batch: int) -> samplers.Shape:
@@ -111,7 +111,7 @@ def _timed(
     """warm: what is run before, so that kernels are chosen and compiled; None: the same; timed twice then."""
     (warm or run)()
     found = seconds_and_peak(run, device, repeats=1 if warm else 2)
-    return {"what": what, **more, "seconds": found["seconds"], "tokens/s": tokens / max(found["seconds"], 1e-9)} | {
+    return {"what": what, **more, "seconds": found["seconds"], "tokens/s": tokens / found["seconds"]} | {
         "peak GiB": found["peak_mib"] / 1024
     }
 

@@ -44,7 +44,8 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     apart = whole - OneStep().logprobs(policy, wider, padded_noise)[:, PADDING:]
     rows.append({"between": "padding", **sizes(apart[rollout.completion_mask])})
 
-    prompts = Prompts(rollout.tokens[:, : shape.prompt_length], rollout.attention_mask[:, : shape.prompt_length])
+    start = slice(shape.prompt_length)
+    prompts = Prompts(rollout.tokens[:, start], rollout.attention_mask[:, start], rollout.group)
     options = {"max_new_tokens": shape.completion_length, "diffusion_steps": 4, "temperature": 1.0, "rank": MaxProb()}
     sampled = Unmask(**options)(policy, prompts, torch.Generator().manual_seed(0))
     exact = Trajectory()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+LEAST = 1e-9  # seconds of work that takes none on a clock of coarse ticks: speeds divide by it
+
 
 def in_fresh_process(function: Callable[..., dict], *, repeats: int, device: str, **arguments: Any) -> dict:
     """The function's result, computed in a new interpreter. Function and arguments must be picklable.
@@ -61,7 +63,8 @@ def seconds_and_peak(run: Callable[[], Any], device: str, *, repeats: int = 3) -
         works.append(time.process_time() - work)
     peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
     mib = round((peak - start) / 2**20, 1)
-    return {"seconds": round(min(times), 4), "cpu_seconds": round(min(works), 4), "peak_mib": mib}
+    seconds, cpu_seconds = (max(round(min(found), 4), LEAST) for found in (times, works))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": mib}
 
 
 def fastest(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -71,7 +74,7 @@ def fastest(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
         for name, run in arms.items():
             begin = time.process_time()
             run()
-            best[name] = min(best[name], time.process_time() - begin)
+            best[name] = min(best[name], max(time.process_time() - begin, LEAST))
     return best
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import fastest, machine, table, write_json
+from benchmarks.measure import LEAST, fastest, machine, table, write_json
 from benchmarks.published import plain, plain_cached
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
@@ -184,7 +184,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, clock() - began)
+        best = min(best, max(clock() - began, LEAST))
     return 2 * size**3 / best
 
 

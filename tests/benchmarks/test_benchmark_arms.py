@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import limit, measure, scoring, waiting
+from benchmarks import gpu, limit, measure, sampler, scoring, waiting
 
 SMOKE = {"preset": "smoke", "device": "cpu", "dtype": "float32", "repeats": 1}
 
@@ -39,6 +39,17 @@ def test_speed_up_on_the_cpu_is_of_the_work():
     assert measure.speed_up({"cpu_seconds": 3.0}, {"cpu_seconds": 2.0}, "cpu") == 1.5
 
 
+def test_work_of_no_tick_of_the_clock_has_a_speed(monkeypatch):
+    clock = SimpleNamespace(process_time=lambda: 1.0, perf_counter=lambda: 1.0)
+    for module in (measure, sampler):
+        monkeypatch.setattr(module, "time", clock)
+    found = measure.seconds_and_peak(lambda: None, "cpu")
+    assert measure.speed_up(found, found, "cpu") == 1
+    assert measure.fastest({"one": lambda: None}, 2)["one"] > 0
+    assert sampler.matmul_flops(torch.device("cpu"), torch.float32, 2) > 0
+    assert {"TFLOP/s", "GB/s"} == {name for row in gpu.roofline(True, "cpu") for name in row} - {"what"}
+
+
 def test_table_is_markdown():
     assert measure.table([{"a": 1, "b": 2.5}]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
 
@@ -61,7 +72,7 @@ def test_the_products_of_a_step_are_those_of_all_its_forwards_and_backwards(tmp_
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["late_rollouts", "late_schedules", "linear", "scoring", "sync"])
+@pytest.mark.parametrize("name", ["head_precision", "late_rollouts", "late_schedules", "linear", "scoring", "sync"])
 def test_every_benchmark_runs(name):
     if name.startswith("late"):
         pytest.importorskip("ray", reason="Ray is an optional extra")
