@@ -41,7 +41,7 @@ from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.policies import RolloutCopy, apply_compute_settings, check_no_adapters
+from dllm_rl.training.policies import RolloutCopy, apply_compute_settings, check_no_adapters, check_vocab_size
 from dllm_rl.training.prompts import check_rows
 from dllm_rl.training.sharded_learner import launch_engine
 from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
@@ -121,6 +121,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if policy.spec.attention == "causal":
             raise ValueError(f"model is causal ({policy.spec.name}); use TRL's GRPOTrainer, or grpo")
         check_no_adapters(policy, "peft_config")
+        check_vocab_size(policy)
         if not isinstance(policy.module, PreTrainedModel):
             kind = type(policy.module).__name__
             raise ValueError(f"model's module, {kind}, is none of transformers' models, which TRL needs; use grpo")

@@ -477,6 +477,13 @@ def adapted():
     return policy
 
 
+def resized():
+    policy = tiny()
+    with torch.random.fork_rng(devices=[]):
+        policy.module.resize_token_embeddings(policy.vocab_size + 2, mean_resizing=False)
+    return policy
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -494,6 +501,7 @@ def adapted():
         (r"model's module, Own, is none of transformers' models, which TRL needs; use grpo", {"model": own_policy()}),
         (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
         (r"model has adapters of rank 2 already; merge them first, .* and give peft_config to", {"model": adapted()}),
+        (r"model has \d+ tokens since its embeddings were resized, .*: give make_policy", {"model": resized()}),
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path, message, arguments):

@@ -88,6 +88,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
     else:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
     check_no_adapters(policy, "lora")
+    check_vocab_size(policy)
     policy.weights_version = 0  # of this run: a policy may come from another one
     return apply_compute_settings(recipe, policy)
 
@@ -98,6 +99,16 @@ def check_no_adapters(policy: Policy, setting: str) -> None:
         raise ValueError(
             f"model has adapters of rank {policy.lora.r} already; merge them first, "
             f"dllm_rl.models.lora.merge_lora(policy), and give {setting} to train new ones"
+        )
+
+
+def check_vocab_size(policy: Policy) -> None:
+    """Raise ValueError for a policy whose module was resized after the policy was made."""
+    size = getattr(getattr(policy.module, "config", None), "vocab_size", None)
+    if policy.spec.vocab_size is None and size not in (None, policy.vocab_size):
+        raise ValueError(
+            f"model has {size} tokens since its embeddings were resized, and its policy {policy.vocab_size}: give "
+            "make_policy(policy.module, policy.tokenizer)"
         )
 
 
@@ -133,15 +144,7 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
 
 
 def check_given_weights(recipe: Settings, policy: Policy) -> None:
-    """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function, or
-    for a policy whose module was resized after the policy was made.
-    """
-    size = getattr(getattr(policy.module, "config", None), "vocab_size", None)
-    if policy.spec.vocab_size is None and size not in (None, policy.vocab_size):
-        raise ValueError(
-            f"model has {size} tokens since its embeddings were resized, and its policy {policy.vocab_size}: give "
-            "make_policy(policy.module, policy.tokenizer)"
-        )
+    """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function."""
     if recipe.base_quantization is not None:
         raise ValueError(
             f"base_quantization={recipe.base_quantization!r} quantizes a checkpoint while it is loaded, and model is "

@@ -104,7 +104,8 @@ def test_the_rows_of_a_data_set_are_not_stored():
         return [0.0] * len(answer)
 
     stored = to_json(task_from_dataset([{"prompt": "1=", "answer": "2"}] * 3, reward_funcs=right, name="sums"))
-    assert stored["init_args"].keys() == {"reward_funcs", "weights", "name", "version", "blank"}
+    assert stored["init_args"].keys() == {"reward_funcs", "weights", "name", "version", "blank", "rows"}
+    assert stored["init_args"]["rows"].startswith("3 rows, ") and "1=" not in stored["init_args"]["rows"]
 
 
 def test_a_resume_with_another_recipe(tmp_path):

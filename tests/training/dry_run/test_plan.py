@@ -237,7 +237,8 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     shared = remedies(recipe_of("diffusion_gemma_countdown"))  # refuses both: its encoder and decoder share weights
     assert "--gradient_checkpointing" not in shared and "--base_quantization" not in shared
     assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
-    for changes in ({"async_save": True}, {"rollout_workers": 1}, {"sft_warmup_steps": 1}):
+    workers = {"rollout_workers": 1, "torch_compile": False}
+    for changes in ({"async_save": True}, workers, {"sft_warmup_steps": 1}):
         assert "--base_quantization" not in remedies(replace(small, **changes))
     best = {"metric_for_best_model": "solve_rate", "load_best_model_at_end": True}
     assert "--shard_size" not in remedies(replace(small, **best))
