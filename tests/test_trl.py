@@ -810,6 +810,12 @@ def test_a_prompt_that_cannot_be_completed_is_named_before_training(tmp_path, fi
         ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path), **given)
 
 
+def test_the_remedy_for_a_long_completion_is_the_field_of_grpo_config(tmp_path):
+    short = Dataset.from_list([{"prompt": "1"}] * 8)
+    with pytest.raises(ValueError, match=r"its completion 64, more than .* 64 positions; lower max_completion_length$"):
+        ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path, max_completion_length=64), train_dataset=short)
+
+
 def test_a_streamed_data_set_is_read_as_it_is_trained_on(tmp_path):
     def rows():
         yield {"prompt": "1"}

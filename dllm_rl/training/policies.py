@@ -168,17 +168,24 @@ def check_low_bit(recipe: Recipe, policy: Policy) -> None:
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load the policy from a folder of this run. The recipe builds it first if it was a policy in memory, whose weights
-    may have several dtypes, or if only `load_weights` opens the folder.
+    """Load the policy from a folder of this run. If only `load_weights` opens the folder, the recipe builds the policy
+    first, with its own spec. The weights of a policy in memory may have several dtypes, which they keep.
     """
     # A folder of this run was verified when the run's folder was opened, or it was written after that.
-    if has_known_family(folder) and not isinstance(recipe.model, Policy):
-        return apply_compute_settings(
-            recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick")
-        )
-    policy = build_policy(recipe, device)
-    load_weights(policy, folder, verify_checkpoint="quick")
-    return policy
+    if not has_known_family(folder):
+        policy = build_policy(recipe, device)
+        load_weights(policy, folder, verify_checkpoint="quick")
+        return policy
+    dtypes = {}
+    if isinstance(recipe.model, Policy):
+        dtypes = {name: weight.dtype for name, weight in recipe.model.module.named_parameters()}
+    has_several = len(set(dtypes.values())) > 1
+    policy = load_policy(
+        folder, dtype=torch.float32 if has_several else dtype, device=device, verify_checkpoint="quick"
+    )
+    for name, weight in policy.module.named_parameters() if has_several else ():
+        weight.data = weight.data.to(dtypes[name])
+    return apply_compute_settings(recipe, policy)
 
 
 def freeze(model: Any, policy: Policy, names: list[str]) -> None:

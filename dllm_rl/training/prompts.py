@@ -85,7 +85,7 @@ def check_rows(policy: Policy, field: str, rows: Any, sampler: Sampler) -> None:
     """Check the prompts of a data set that another trainer draws from, as `check_prompts` does those of a task."""
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     problems = ((index, Problem(rows[index]["prompt"])) for index in range(min(len(rows), MAX_CHECKED_PROMPTS)))
-    _longest_prompt(policy, field, problems, sampler, max_positions)
+    _longest_prompt(policy, field, problems, sampler, max_positions, length_name="max_completion_length")
 
 
 def _longest_prompt(
@@ -94,6 +94,7 @@ def _longest_prompt(
     problems: Iterable[tuple[int, Problem]],
     sampler: Sampler,
     max_positions: int | float,
+    length_name: str = "max_new_tokens",
 ) -> int:
     """Return the index of the problem with the longest prompt. Each has its index in the data of `field`.
 
@@ -117,7 +118,7 @@ def _longest_prompt(
             raise ValueError(f"{field}: problem {index}: {error}") from None
         length = len(ids)
         if length + completion_length > max_positions:
-            remedy = "lower max_new_tokens"
+            remedy = f"lower {length_name}"
             if completion_length < max_positions:
                 setting = as_written(max_prompt_length=max_positions - completion_length)
                 remedy = f"{setting} replaces it by another prompt" if field == "task" else "shorten it"

@@ -183,7 +183,8 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
     for feature in features:
         name, loss = type(feature).__name__, recipe.resolved_loss
-        if overrides(feature, "syncs") and not recipe.has_separate_rollout_policy:
+        learner_samples = not recipe.has_separate_rollout_policy and recipe.shard_size == 1
+        if overrides(feature, "syncs") and learner_samples:
             raise ValueError(
                 f"features: {name} says when the rollout policy gets the learner's weights, and here the learner "
                 "samples itself: set rollout_quantization or rollout_engine, or leave it out"

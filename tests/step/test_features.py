@@ -74,6 +74,9 @@ def test_a_sync_every_four_updates(tmp_path):
     assert feature.versions == [0, 0, 0, 0, 4, 4]
     with pytest.raises(ValueError, match=r"SyncEvery says when .*: set rollout_quantization or rollout_engine"):
         train(tiny_recipe(tmp_path / "own", rollout_quantization=None), features=(SyncEvery(4),))
+    check_features(
+        (SyncEvery(4),), recipe.replace(rollout_quantization=None, shard_size=2)
+    )  # which samples with a copy
     rows = metrics_of(tmp_path)
     assert ["quantization/codes_changed" in row for row in rows] == [False, False, False, True, False, False]
 

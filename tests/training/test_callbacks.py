@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import published
 from ranks import run_ranks
 
 from dllm_rl import (
@@ -23,6 +24,7 @@ from dllm_rl import (
     tiny_masked_lm,
 )
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
+from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.training import finish, hooks, trainer
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
@@ -533,7 +535,6 @@ def test_weights_of_several_dtypes_keep_them_in_a_resume(tmp_path):
     policy.module.to(torch.bfloat16).requires_grad_(False)
     policy.module.lm_head.float()
     policy.module.lm_head.requires_grad_(True)
-    policy.module.lm_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].float(),))
     before = {name: weight.dtype for name, weight in policy.module.named_parameters()}
     options = {"max_new_tokens": 2, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
     options |= {"output_dir": str(tmp_path), "lr_schedule_steps": 2, "learning_rate": 0.02}
@@ -544,6 +545,32 @@ def test_weights_of_several_dtypes_keep_them_in_a_resume(tmp_path):
     assert len(set(before.values())) == 2
     expected = whole.module.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in resumed.module.state_dict().items())
+
+
+def mixture():
+    return tiny_moe(characters="123456=", causal=False, num_layers=1)
+
+
+@pytest.mark.parametrize("name", ["llada", "mixture"])
+def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, monkeypatch, name):
+    """Their tensors have the names of the published layout, or one tensor per expert."""
+
+    def policy():
+        return mixture() if name == "mixture" else load_policy(published(tmp_path / "published", "llada"))
+
+    options = {"max_new_tokens": 2, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
+    options |= {"lr_schedule_steps": 2, "beta": 0.1}
+    rows, folder = (ROWS, tmp_path / "run") if name == "mixture" else ([{"prompt": "a", "answer": "ab"}] * 20, tmp_path)
+    grpo(policy(), rows, close, num_steps=1, **options, output_dir=str(folder))
+    resumed = grpo(
+        policy(), rows, close, num_steps=2, **options, output_dir=str(folder), resume_from_checkpoint="latest"
+    )
+    whole = grpo(policy(), rows, close, num_steps=2, **options, output_dir=str(folder / "whole"))
+    expected = whole.policy.module.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.policy.module.state_dict().items())
+    choose(monkeypatch, [0.9, 0.2], "eval/reward")
+    best = grpo(policy(), rows, close, num_steps=2, **options | BEST, output_dir=str(folder / "best"))
+    assert best["best_step"] == 1 and best.policy.weights_version == 1
 
 
 def test_a_quantized_copy_in_bf16_is_evaluated_in_the_arithmetic_of_rollouts(tmp_path, monkeypatch):

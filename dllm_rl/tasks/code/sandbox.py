@@ -147,7 +147,7 @@ def serve(requests: Any, replies: Any) -> None:
     """
     code, entry_point = plain(requests.readline())
     namespace: dict[str, Any] = {"__name__": "program"}
-    sys.stdout = io.StringIO()  # what a program prints is not limited by OUTPUT
+    sys.stdout = io.TextIOWrapper(io.BytesIO())  # what a program prints is not limited by OUTPUT
     exec(code, namespace)
     for line in requests:
         arguments, keywords = plain(line)

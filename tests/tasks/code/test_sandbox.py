@@ -93,6 +93,8 @@ def test_right_programs_pass_and_wrong_ones_do_not() -> None:
     assert sandbox.run("", code, tests, "f", 60)[0]
     loud = "def f(x):\n    for i in range(9000): print('debug line', i)\n    return x + 1"  # more than OUTPUT
     assert sandbox.run("", loud, TESTS, "f", 60)[0]
+    for stream in ("sys.stdout.buffer.write(b'a')", "sys.stdout.reconfigure(line_buffering=True)"):
+        assert sandbox.run("", f"import sys\n{stream}\n{RIGHT}", TESTS, "f", 60)[0]
     prelude = "import math\ndef double(x):\n    return 2 * x"
     assert sandbox.run(prelude, f"{prelude}\ndef f(x): return double(x)", "assert f(x := 2) == double(x)", "f", 60)[0]
     for wrong in ("def f(x): return x + 2", "def f(x): return 1 / 0", "def g(x): return x + 1", "def f(): return 2"):
