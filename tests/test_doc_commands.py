@@ -71,7 +71,7 @@ def test_published_methods_are_options():
     """The options of docs/method.md's list of methods, on a recipe of 4x4 Sudoku without its warm-up."""
     told = (ROOT / "docs" / "method.md").read_text().partition("## Published methods as options")[2]
     rows = re.findall(r"^- \*\*[^*]+\*\*: `(--[^`]+)`", told.partition("\n#")[0], re.MULTILINE)
-    assert len(rows) == 14
+    assert len(rows) == 13
     for options in rows:
         try:
             from_command_line(recipe_of("RECIPE.py"), ["--sft_warmup_steps", "0", *shlex.split(options)])

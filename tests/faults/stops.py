@@ -57,16 +57,16 @@ class Signalling:
 
 # One completion is graded beforehand, two in the first evaluation, then eight a step.
 GRADED_IN_STEP_2 = 1 + 2 + 8 + 3
-# All 32 problems are looked at, and one is taken, before the first step; then four a step (of the warm-up too), in two
-# processes two each.
-IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 35, 39, 36
+# All 32 problems are looked at, and one is taken, before the first step, and the 7 different ones of a warm-up's two
+# steps; then four a step (of the warm-up too), in two processes two each.
+IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 35 + 7, 39, 36
 CASES: dict[str, tuple[str, Signalling, dict[str, Any]]] = {
     "warm-up": ("plain", Signalling(IN_WARM_UP, (signal.SIGHUP,)), {"sft_warmup_steps": 2}),
     "warm-up, two processes": ("two processes", Signalling(IN_WARM_UP, (signal.SIGTERM,)), {"sft_warmup_steps": 2}),
     "SIGUSR1": ("plain", Signalling(IN_STEP_2, (signal.SIGUSR1,)), {}),
     "Ctrl-C": ("plain", Signalling(IN_STEP_2, (signal.SIGINT,)), {}),
     "overdue": ("plain", Signalling(IN_STEP_2, (signal.SIGTERM,), wait=True), {"stop_seconds": 0.0}),
-    "overdue, LoRA": ("LoRA", Signalling(IN_STEP_2 + 8, (signal.SIGHUP,), wait=True), {"stop_seconds": 0.0}),
+    "overdue, LoRA": ("LoRA", Signalling(IN_STEP_2 + 7 + 8, (signal.SIGHUP,), wait=True), {"stop_seconds": 0.0}),
     "overdue, grading": (
         "plain",
         Signalling(0, (signal.SIGTERM,), wait=True, graded_at=GRADED_IN_STEP_2),

@@ -10,7 +10,6 @@ replying without computing, and a bug of the kernel. Each of the two processes m
 import ast
 import builtins
 import ctypes
-import io
 import os
 import signal
 import struct
@@ -20,8 +19,8 @@ from contextlib import suppress
 from typing import Any
 
 SECONDS = 5  # limit of a program and its tests, in wall time and in processor time
-OUTPUT = 1 << 16  # bytes
-LIMITS = ["--as=536870912", f"--fsize={OUTPUT}", "--nofile=32", "--msgqueue=0"]
+OUTPUT = 1 << 16  # bytes that `run` returns
+LIMITS = ["--as=536870912", f"--fsize={OUTPUT << 8}", "--nofile=32", "--msgqueue=0"]
 SPACES = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
 FOLDERS = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"))  # of the interpreter
 ROOT = b"/sys"  # mount point of the new root: exists on every machine, contains nothing of the interpreter
@@ -147,7 +146,6 @@ def serve(requests: Any, replies: Any) -> None:
     """
     code, entry_point = plain(requests.readline())
     namespace: dict[str, Any] = {"__name__": "program"}
-    sys.stdout = io.TextIOWrapper(io.BytesIO())  # what a program prints is not limited by OUTPUT
     exec(code, namespace)
     for line in requests:
         arguments, keywords = plain(line)

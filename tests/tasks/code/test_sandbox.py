@@ -91,7 +91,7 @@ def test_right_programs_pass_and_wrong_ones_do_not() -> None:
     )
     tests += "\nassert f(x=float('inf')) == float('inf') and f(float('nan')) != 0"
     assert sandbox.run("", code, tests, "f", 60)[0]
-    loud = "def f(x):\n    for i in range(9000): print('debug line', i)\n    return x + 1"  # more than OUTPUT
+    loud = "def f(x):\n    for i in range(9000): print('debug line', i)\n    return x + 1"  # more than `run` returns
     assert sandbox.run("", loud, TESTS, "f", 60)[0]
     for stream in ("sys.stdout.buffer.write(b'a')", "sys.stdout.reconfigure(line_buffering=True)"):
         assert sandbox.run("", f"import sys\n{stream}\n{RIGHT}", TESTS, "f", 60)[0]
