@@ -11,8 +11,9 @@ _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
-TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
-_UPRIGHT = TEXT.pattern.replace("rm|bf|it|sf)|", "rm)|")  # \\mathbf{a} is a vector, no unit
+_TEXT = r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:FONTS)|[mh]box)\s*\{([^{}]*)\}"
+TEXT = re.compile(_TEXT.replace("FONTS", "rm|bf|it|sf"))
+_UPRIGHT = _TEXT.replace("FONTS", "rm")  # \\mathbf{a} is a vector, no unit
 _UNIT = re.compile(rf"\s*{_UPRIGHT}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
 # Words that are not units: they change the number before them, or offer a second answer.
