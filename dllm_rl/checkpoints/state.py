@@ -33,6 +33,7 @@ class TrainingState:
     unlogged_seconds: dict[str, float] = field(default_factory=dict)  # in each stage of that step, up to its update
     reference: str | None = None  # digest of the manifest in the run's folder `reference`
     frozen: list | None = None  # names of frozen weights, in a run without adapters
+    begin_ids: list | None = None  # ids before every prompt of plain text, `dllm_rl.decoding.tokens.begin_ids`
     callbacks: list | None = None  # pairs of a callback's class name and its state
     recipe: dict[str, Any]
 

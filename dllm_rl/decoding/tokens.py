@@ -20,7 +20,7 @@ from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
 
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
-NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
+NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or let the tokenizer add BOS"
 BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_Chat.pieces`
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -36,8 +36,9 @@ def encode(
 ) -> Prompts:
     """Tokenize the prompts of problems, each in `num_generations` rows: one number, or one for each problem.
 
-    Chat messages are rendered with the chat template; plain text gets no special tokens. Each blank becomes one mask
-    token, which the sampler fills in. `reads_order` is explained in `Prompts`.
+    Chat messages are rendered with the chat template, and plain text begins with what the tokenizer adds before a text
+    (`begin_ids`). Each blank becomes one mask token, which the sampler fills in. `reads_order` is explained in
+    `Prompts`.
     """
     tokenized = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids = [row_ids for row_ids, _ in tokenized]
@@ -49,7 +50,10 @@ def encode(
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
-    """Return the token ids of a prompt."""
+    """Return the token ids of a prompt, as rollouts, evaluations, scores, the server and SFT read it.
+
+    A plain text begins with `begin_ids`. Of a chat, only the template's special tokens are among the ids.
+    """
     return ids_and_blanks(policy, prompt, blank)[0]
 
 
@@ -84,8 +88,8 @@ def ids_and_blanks(
         messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
         text = chat.render(messages, add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
         pieces = chat.pieces(text)
-    ids: list[int] = []
-    blanks: list[bool] = []
+    ids = begin_ids(policy) if isinstance(prompt, str) else []
+    blanks = [False] * len(ids)
     read = cache(partial(text_ids, policy))  # a prompt with many blanks has equal pieces, such as empty ones
     for piece, special in pieces:
         if piece is not None:
@@ -333,6 +337,46 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"read {_quote(tokenized_text)}; write the text with characters that the tokenizer has"
         )
     return ids
+
+
+def begin_ids(policy: Policy) -> list[int]:
+    """Return the ids that the tokenizer adds before a text, such as BOS or [CLS]; [] if it adds none.
+
+    Call it for a row that begins with plain text. What the tokenizer adds after a text, such as [SEP] or <eos>, is
+    never added: there the completion begins, and this token ends it. A masked language model thus sees [CLS] prompt
+    completion [SEP], as in its training; a text whose blanks are filled in has no end token. A tokenizer that is not of
+    transformers adds nothing.
+
+    Raises:
+        ValueError: The tokenizer adds the mask, or an id outside the model's vocabulary.
+    """
+    tokenizer = policy.tokenizer
+    text = _ordinary_text(tokenizer) if hasattr(tokenizer, "all_special_ids") else None
+    if text is None:
+        return []
+    plain, full = (tokenizer.encode(text, add_special_tokens=added) for added in (False, True))
+    start = next(start for start in range(len(full)) if full[start : start + len(plain)] == plain)
+    for token in full[:start]:
+        if token == policy.spec.mask_id or not 0 <= token < policy.vocab_size:
+            kind = "its mask" if token == policy.spec.mask_id else f"outside the vocabulary of {policy.vocab_size}"
+            raise ValueError(
+                f"tokenizer {type(tokenizer).__name__} begins a text with the id {token}, which for this model is "
+                f"{kind}; correct its bos_token, or let it add none"
+            )
+    return full[:start]
+
+
+@lru_cache(maxsize=16)
+def _ordinary_text(tokenizer: Any) -> str | None:
+    """Return a text whose tokens are not special; None if the vocabulary has no such text."""
+    special_ids = {*tokenizer.all_special_ids}
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        if text.strip() and "\ufffd" not in text:  # that is part of a character
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and special_ids.isdisjoint(ids):
+                return str(text)
+    return None
 
 
 def symbol_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

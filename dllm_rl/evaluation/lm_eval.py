@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install -e '.[harness]'") from error
 
-from dllm_rl.decoding.tokens import as_rollout, decode, prompt_ids, text_ids
+from dllm_rl.decoding.tokens import as_rollout, begin_ids, decode, prompt_ids, text_ids
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import Policy
@@ -91,11 +91,24 @@ class HarnessModel(TemplateLM):
         return self.policy.spec.eos_ids[0]
 
     @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: BOS as the tokenizer adds or names it, else an end token."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return [self.eot_token_id if bos is None else bos, *begin_ids(self.policy)][-1]
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return text_ids(self.policy, string, special=True)  # the harness has applied the chat template
+        """Return the ids of a text that the harness has written, which may be a chat that it has rendered.
+
+        As in the harness's `hf` model, the ids begin with what the tokenizer adds before a text (`begin_ids`), unless
+        the text begins with it, as most rendered chats do, or `add_special_tokens` is False.
+        """
+        ids = text_ids(self.policy, string, special=True)
+        begin = [] if add_special_tokens is False else begin_ids(self.policy)
+        return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         prompt_ids(self.policy, chat_history)  # refuses a template that leaves out a message
@@ -156,7 +169,7 @@ class HarnessModel(TemplateLM):
         windows: list[Pair] = []
         request_of_window: list[int] = []
         for request_index, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)  # `prefix_token` comes before it
             max_window = (self.policy.spec.max_length or len(tokens) + 1) - 1
             token_windows = get_rolling_token_windows(
                 tokens, prefix_token=self.prefix_token_id, max_seq_len=max_window, context_len=1

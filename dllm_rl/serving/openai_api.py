@@ -5,13 +5,13 @@ This module tokenizes and decodes in the HTTP server's thread; only the sampler 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_of, written_logprobs
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_ids, text_of, written_logprobs
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
@@ -275,12 +275,14 @@ def _suffix_ids(fields: CompletionFields, policy: Policy) -> list[int]:
         )
     if fields.cache not in (None, "none"):
         raise Refused(400, f"cache={_quoted(fields.cache)} does not work with a suffix; leave it out", "cache")
-    return _tokenized(policy, fields.suffix, "suffix")
+    return _tokenized(policy, fields.suffix, "suffix", read=text_ids)
 
 
-def _tokenized(policy: Policy, prompt: Any, field: str) -> list[int]:
+def _tokenized(
+    policy: Policy, prompt: Any, field: str, read: Callable[[Policy, Any], list[int]] = prompt_ids
+) -> list[int]:
     try:
-        return prompt_ids(policy, prompt)
+        return read(policy, prompt)
     except ValueError as error:
         raise Refused(400, f"{field}: {error}", field) from None
 

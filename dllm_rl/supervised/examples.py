@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_rl.decoding.tokens import conversation_ids, prompt_ids, text_ids
+from dllm_rl.decoding.tokens import begin_ids, conversation_ids, prompt_ids, text_ids
 from dllm_rl.models.base import Policy
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
@@ -108,7 +108,7 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     elif "prompt" in row and "completion" in row:
         pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), recipe.completion_only_loss
     elif "text" in row:
-        pieces = [(text_ids(policy, row["text"]), True)]
+        pieces = [(begin_ids(policy), False), (text_ids(policy, row["text"]), True)]
     else:
         raise ValueError(f"has no columns messages, prompt and completion, or text, only {', '.join(sorted(row))}")
     # A diffusion model learns end tokens up to completion_length.
@@ -141,7 +141,8 @@ def _pair(policy: Policy, prompt: Any, completion: Any) -> list[Piece]:
     turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     is_answer = len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(turns[0]["content"], str)
     if isinstance(prompt, str):
-        return [(text_ids(policy, prompt), False), (text_ids(policy, turns[-1]["content"]), True)]
+        begin = [*begin_ids(policy), *text_ids(policy, prompt)]  # as `prompt_ids`, which refuses an empty prompt
+        return [(begin, False), (text_ids(policy, turns[-1]["content"]), True)]
     if prompt and prompt[-1]["role"] == "assistant" and is_answer:  # the completion continues the turn
         return [(prompt_ids(policy, prompt), False), (text_ids(policy, turns[0]["content"]), True)]
     return conversation_ids(policy, [*prompt, *turns], since=len(prompt))

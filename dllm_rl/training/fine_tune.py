@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
 from dllm_rl.models.base import Policy
@@ -73,7 +74,7 @@ def fine_tune(recipe: SFT) -> Summary:
     state = (
         restore(recipe, folder, saved_state, policy, optimizer, log)
         if folder
-        else TrainingState.first(recipe.settings(), policy)
+        else TrainingState.first(recipe.settings(), policy, begin_ids=begin_ids(policy))
     )
     run = Run(
         recipe=recipe,

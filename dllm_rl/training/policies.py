@@ -14,6 +14,7 @@ from dllm_rl import manifest
 from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
@@ -54,7 +55,12 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
         eval_before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
     log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
     return TrainingState.first(
-        recipe.settings(), policy, eval_before=eval_before, warmup_steps=warmup_steps, reference=reference_digest
+        recipe.settings(),
+        policy,
+        begin_ids=begin_ids(policy),
+        eval_before=eval_before,
+        warmup_steps=warmup_steps,
+        reference=reference_digest,
     )
 
 

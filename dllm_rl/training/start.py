@@ -14,6 +14,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
@@ -230,7 +231,11 @@ def restore(
         rounds = "; from here on the run's numbers round otherwise" if change["field"] in MEMORY_SETTINGS else ""
         log.say(f"{change['field']} changes after step {state.step}: {before} -> {after}{rounds}")
         log.write_change(change)
-    return replace(state, recipe=settings, changes=[*(state.changes or []), *changes] or None)
+    begin = begin_ids(policy)
+    if begin != (state.begin_ids or []):  # another tokenizer, or a run that began when prompts had no such ids
+        before, after = (policy.tokenizer.decode(ids) or "nothing" for ids in (state.begin_ids or [], begin))
+        log.say(f"note: prompts of plain text began with {before} up to step {state.step}; they begin with {after} now")
+    return replace(state, recipe=settings, begin_ids=begin, changes=[*(state.changes or []), *changes] or None)
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:

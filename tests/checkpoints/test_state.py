@@ -20,6 +20,7 @@ FULL = {
     "unlogged_seconds": {"update": 0.5},
     "callbacks": [["Counting", {"steps": 3}]],
     "frozen": ["head.weight"],
+    "begin_ids": [1],
     "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},
 }
 

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dllm_rl import Prompts, Unmask, grpo, load_policy, tiny_llama, tiny_masked_lm
-from dllm_rl.decoding.tokens import encode, ids_and_blanks, text_ids, text_of, texts_to_grade
+from dllm_rl.decoding.tokens import begin_ids, encode, ids_and_blanks, text_ids, text_of, texts_to_grade
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.serving.openai_api import token_texts
@@ -74,7 +74,7 @@ def test_blanks_between_symbols_are_filled_in_and_graded_as_one_text(tmp_path, n
     policy = policy_of(make(tmp_path))
     problem = Problem(f"{texts[0]}__{texts[1]}", blank="_")
     ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank)
-    assert sum(blanks) == 2 and [i for i, blank in zip(ids, blanks, strict=True) if not blank] == [
+    assert sum(blanks) == 2 and [i for i, blank in zip(ids, blanks, strict=True) if not blank] == begin_ids(policy) + [
         token for text in texts[:2] for token in text_ids(policy, text)
     ]
     special = tuple(policy.tokenizer.all_special_tokens)

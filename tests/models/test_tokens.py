@@ -1,5 +1,6 @@
 """Text of users is text: what spells a special token does not become one, and templates keep their own."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dllm_rl.decoding.tokens import (
+    begin_ids,
     completion_token_ids,
     conversation_ids,
     decode,
@@ -24,6 +26,11 @@ from dllm_rl.decoding.tokens import (
     texts_to_grade,
 )
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.serving.openai_api import read_request
+from dllm_rl.serving.settings import ServerSettings
+from dllm_rl.supervised.examples import example
+from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
@@ -418,7 +425,7 @@ def test_a_vocabulary_of_unsplittable_tokens_is_read_token_by_token(esm):
     assert text_ids(esm, "ACDE") == text_ids(esm, "AC DE") == [5, 23, 13, 9] == text_ids(esm, "ACDE", special=True)
     assert text_ids(esm, "A-.C") == [5, 30, 29, 23] and text_ids(esm, "") == []
     ids, blanks = ids_and_blanks(esm, "AC_E", "_")
-    assert (ids, blanks) == ([5, 23, 32, 9], [False, False, True, False])
+    assert (ids, blanks) == ([0, 5, 23, 32, 9], [False, False, False, True, False])  # after <cls>
     for text, lost in (("acde", "a"), ("AC1E", "1"), ("MJ", "j")):
         with pytest.raises(ValueError, match=f"^text '{text}' cannot be tokenized by this model: '{lost}' is lost"):
             text_ids(esm, text)
@@ -429,3 +436,68 @@ def test_the_text_of_the_mask_that_a_vocabulary_cannot_write_otherwise_is_refuse
         with pytest.raises(ValueError, match=f"^text '{text}': the tokenizer reads the mask token in it"):
             prompt_ids(policy, text)
         assert policy.spec.mask_id in prompt_ids(policy, text, blank="<mask>")
+
+
+# What a tokenizer adds to a text, and the ids before the text. Ids: <pad> 0, <mask> 1, <eos> 2, <s> 3, <en> 4.
+ADDED = {
+    "BOS": ("<s> $A", [3]),
+    "BOS and EOS": ("<s> $A <eos>", [3]),
+    "a language before BOS": ("<en> <s> $A <eos> <eos>", [4, 3]),
+    "the same before and after": ("<s> $A <s>", [3]),
+    "only an end": ("$A <eos>", []),
+    "nothing": (None, []),
+}
+
+
+def with_added(template):
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<mask>", "<eos>", "<s>", "<en>", *"ab=<>s "])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    raw.decoder = decoders.Fuse()
+    if template is not None:
+        raw.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(name, vocabulary[name]) for name in ("<eos>", "<s>", "<en>")]
+        )
+    names = {"pad_token": "<pad>", "mask_token": "<mask>", "eos_token": "<eos>", "bos_token": "<s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, extra_special_tokens=["<en>"], clean_up_tokenization_spaces=False, **names
+    )
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}={% endfor %}"
+    return Letters(tokenizer, mask_id=MASK)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_text_begins_with_what_the_tokenizer_adds_before_it_and_a_chat_with_its_template(name):
+    """In rollouts, in SFT and in the server; nothing that the tokenizer adds after a text is among the ids."""
+    template, begin = ADDED[name]
+    policy = with_added(template)
+    own = policy.tokenizer("ab=")["input_ids"]
+    ids = text_ids(policy, "ab=")
+    assert prompt_ids(policy, "ab=") == begin + ids == own[: len(begin) + 3]
+    assert prompt_ids(policy, "") == begin == begin_ids(policy)
+    assert prompt_ids(policy, "<s>a") == begin + text_ids(policy, "<s>a")  # a user's text is text
+    assert ids_and_blanks(policy, "_a", "_") == (
+        [*begin, MASK, *text_ids(policy, "a")],
+        [False] * len(begin) + [True, False],
+    )
+    assert prompt_ids(policy, [user("ab")]) == [3, *ids]
+    sft = SFT(name="sft", model="none", dataset=[])
+    pair, text = (example(sft, policy, row) for row in ({"prompt": "ab=", "completion": "b"}, {"text": "ab="}))
+    end = policy.spec.eos_ids[0]
+    assert pair.tokens.tolist() == [*prompt_ids(policy, "ab="), *text_ids(policy, "b"), end]
+    assert text.tokens.tolist() == [*begin, *ids, end] and text.learned.tolist() == [False] * len(begin) + [True] * 4
+    for prompt, expected in (("ab=", begin + ids), ([5, 6], [5, 6])):
+        body = json.dumps({"prompt": prompt, "suffix": "a", "max_tokens": 1}).encode()
+        request = read_request(body, policy, Unmask(max_new_tokens=1), ServerSettings("m"), is_chat=False)
+        assert request.prompts == [expected] and request.suffix == text_ids(policy, "a")
+
+
+def test_a_tokenizer_that_begins_a_text_with_an_id_that_the_model_cannot_read_is_refused():
+    for template, change, message in (
+        ("<s> $A", {"vocab_size": 3}, "the id 3, which for this model is outside the vocabulary of 3"),
+        ("<en> $A", {"spec": replace(with_added(None).spec, mask_id=4)}, "the id 4, which for this model is its mask"),
+    ):
+        policy = with_added(template)
+        vars(policy).update(change)
+        with pytest.raises(ValueError, match=message):
+            prompt_ids(policy, "")

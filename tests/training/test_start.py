@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
+from tokenizers import processors
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.log import RunLog
@@ -49,6 +50,17 @@ def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
     assert (state.step, state.version, policy.weights_version) == (1, 1, 1)
     assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}
     assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0
+
+    said = []
+    log.say = said.append
+    assert written.begin_ids == [] and restore(longer, folder, written, policy, optimizer, log).begin_ids == []
+    assert said == []
+    bos = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 2)])
+    policy.tokenizer.backend_tokenizer.post_processor = bos
+    for before, text in (([], "nothing"), (None, "nothing"), ([0], "<pad>")):
+        state = restore(longer, folder, replace(written, begin_ids=before), policy, optimizer, log)
+        assert state.begin_ids == [2]
+        assert said.pop() == f"note: prompts of plain text began with {text} up to step 1; they begin with <eos> now"
 
 
 def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
