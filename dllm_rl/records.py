@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib
 import inspect
 import math
 import re
@@ -270,12 +269,11 @@ def _fit_record(name: str, base: type[Record], kinds: tuple[Any, ...], value: An
 
 
 def subclasses(base: type[Record]) -> dict[str, type[Record]]:
-    """Return the classes of the library that a field of type `base` may hold, by name."""
-    library = importlib.import_module("dllm_rl")
-    for name in library.__all__:
-        if name[0].isupper():
-            getattr(library, name)  # imports its module: a class is known once it is imported
-    importlib.import_module("dllm_rl.serving.engine")  # whose names are not public
+    """Return the classes of the library that a field of type `base` may hold, by name.
+
+    A class is known once its module is imported. The module or package of `base` imports those of its subclasses, but
+    for the subclasses that connect to other programs: `dllm_rl.config` imports these for the command line.
+    """
     found = {
         record.__name__: record
         for record in _all_subclasses(base)

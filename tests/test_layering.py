@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "models decoding settings quantization likelihoods samplers monitoring checkpoints recipe "
     "diagnostics evaluation step supervised",
     # floor 7
-    "config": "screen records recipe presets",
+    "config": "screen records recipe presets serving",
     "frontend": "records tasks algorithms distributed models likelihoods samplers recipe presets training",
     # floor 8
     "trl": "rng types algorithms distributed models decoding likelihoods quantization samplers recipe step training "
@@ -83,9 +83,13 @@ NO_TORCH = {"tasks", "files", "manifest", "screen", "records", "config", "versio
 
 
 def imported(source: str, where: str) -> set[str]:
-    """Dotted names that a module imports, at its top or inside a function."""
+    """Dotted names that a module imports: at its top, inside a function, or as a text given to `import_module`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            names |= {
+                each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            }
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -178,6 +182,7 @@ def test_every_permission_is_used():
         ("samplers/rules.py", "from dllm_rl import train", "samplers/rules.py imports training"),
         ("models/base.py", "def f():\n    import dllm_rl.samplers.rules", "models/base.py imports samplers"),
         ("algorithms/losses.py", "from dllm_rl.models.base import Policy", "algorithms/losses.py imports models"),
+        ("records.py", "import importlib\nimportlib.import_module('dllm_rl.serving')", "records.py imports serving"),
         ("tasks/base.py", "import torch", "tasks/base.py imports torch"),
         ("tasks/sudoku/task.py", "from torch import nn", "tasks/sudoku/task.py imports torch"),
         ("samplers/unmask.py", "from torchao.quantization import PerRow", "samplers/unmask.py imports torchao"),
@@ -192,6 +197,17 @@ def test_a_circle_in_the_table_is_seen(monkeypatch):
     monkeypatch.setitem(MAY_IMPORT, "types", "training")
     with pytest.raises(RecursionError):
         floors()
+
+
+def test_a_class_is_found_by_its_name_among_few_modules():
+    program = """
+import sys
+from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.records import from_json
+print(from_json(Corrector, "TIS", "corrector"), sum(name.startswith("dllm_rl") for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("TIS(cap=2.0") and int(done.stdout.split()[-1]) < 15
 
 
 def test_importing_the_package_costs_nothing():

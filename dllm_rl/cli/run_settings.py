@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Imported so that the sampler of a run that sampled from a server can be read.
+import dllm_rl.serving.engine  # noqa: F401
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
 from dllm_rl.monitoring.json_lines import current_rows
