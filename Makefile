@@ -5,8 +5,8 @@ PYTHON = .venv/bin/python
 test:
 	$(PYTHON) -m pytest
 
-# 22 processor minutes: documents and their numbers, several processes, a simulated GPU. Of TRL the oldest version is
-# installed from the package index.
+# 22 processor minutes: documents and the tables of their pages, several processes, a simulated GPU. Of TRL the oldest
+# version is installed from the package index.
 slow:
 	$(PYTHON) -m pytest -m "slow and not nightly"
 

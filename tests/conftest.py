@@ -85,9 +85,9 @@ def exact_arithmetic():
 
 # Documents: CI runs these beside the default suite. Studies and benchmarks: `make nightly`. Of recipes/ some tests hold
 # the library.
-DOCUMENTS = ("tests/test_doc", "tests/test_numbers.py")
+DOCUMENTS = ("tests/test_doc", "tests/test_page_tables.py")
 STUDIES = ("tests/recipes/", "tests/benchmarks/")
-OF_LIBRARY = ("defaults", "elites", "enumeration", "launches", "one_file", "studies", "surrogates", "trees", "turns")
+OF_LIBRARY = ("defaults", "elites", "enumeration", "launches", "one_file", "surrogates", "trees", "turns")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

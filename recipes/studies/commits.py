@@ -91,6 +91,10 @@ def measured(networks: int, points: int) -> list[dict[str, str]]:
     return rows
 
 
+def page_tables() -> dict[str, str]:
+    return {"rules": markdown(read_json(STORED))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=12)

@@ -150,6 +150,12 @@ def tables(results: Results) -> str:
     return f"{markdown(arms, ARM_COLUMNS)}\n{claims}"
 
 
+def page_tables() -> dict[str, str]:
+    stored = read_json(STORED)
+    costs = [{"arm": arm, "seconds of a step": f"{each:.3f}"} for arm, each in stored["seconds of a step"].items()]
+    return {"costs": markdown(costs), "arms and claims": tables(by_arm(stored["runs"]))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)

@@ -212,6 +212,10 @@ def picture(path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    return {"trials": markdown(rows())}
+
+
 if __name__ == "__main__":
     print(markdown(rows()))
     picture(Path(__file__).with_suffix(".png"))

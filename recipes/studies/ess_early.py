@@ -183,6 +183,12 @@ def claim_rows(every: Sequence[Early]) -> list[dict[str, str]]:
     return claimed_rows(found)
 
 
+def page_tables() -> dict[str, str]:
+    every = trials(read_json(STORED))
+    rows = {"claims": claim_rows, "AUC": auc_rows, "bounds": threshold_rows}
+    return {name: markdown(of(every)) for name, of in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ess-early"))

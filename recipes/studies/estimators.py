@@ -173,6 +173,10 @@ def draw(measured: Sequence[Mapping[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    return {"estimators": told(read_json(STORED)["measured"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/estimators"))

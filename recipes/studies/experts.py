@@ -9,12 +9,15 @@ say: experts.md.
 """
 
 from pathlib import Path
+from statistics import mean
 
 from dllm_rl import AIS
+from dllm_rl.files import read_json
 from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
-from recipes.studies.paired import Study, main
+from recipes.studies.paired import Study, arm_rows, by_arm, main, markdown
 from recipes.sudoku_tiny_moe import recipe
 
+STORED = Path(__file__).with_suffix(".json")  # every run
 INT3 = FakeQuantize(weight="int3", activation="e4m3")
 
 study = Study(
@@ -32,5 +35,15 @@ study = Study(
     num_steps=180,
 )
 
+
+def page_tables() -> dict[str, str]:
+    results, rows = by_arm(read_json(STORED)), []
+    for row in arm_rows(study, results):
+        rates = [results[row["arm"], seed]["after"] for seed in range(study.seeds)]
+        seeds = {"seeds 0, 1, 2": ", ".join(f"{rate:.3f}" for rate in rates), "mean": f"{mean(rates):.3f}"}
+        rows.append({"rollout": row["arm"]} | seeds | {"less no replay, 95 %": row["difference, 95 %"]})
+    return {"arms": markdown(rows)}
+
+
 if __name__ == "__main__":
-    main(study, __doc__, stored=Path(__file__).with_suffix(".json"))
+    main(study, __doc__, stored=STORED)

@@ -139,6 +139,11 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    results = by_arm(read_json(STORED))
+    return {"frontier": markdown(frontier_rows(results)), "arms and claims": tables(study, results)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)

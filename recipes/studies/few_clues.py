@@ -254,6 +254,16 @@ def puzzles() -> list[str]:
     return [problem.fields["puzzle"] for problem in map(base.eval_task.__getitem__, range(len(base.eval_task)))]
 
 
+def page_tables() -> dict[str, str]:
+    stored = read_json(STORED)
+    results, ceilings = by_arm(stored["runs"]), {int(steps): rate for steps, rate in stored["ceiling"].items()}
+    return {
+        "arms": markdown(arm_rows(results, ceilings)),
+        "claims": markdown(claim_rows(results, ceilings)),
+        "diversity": markdown(diversity_rows(results)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/few_clues"))

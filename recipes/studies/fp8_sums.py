@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dllm_rl import AIS, TBPO, TIS, Aligned
+from dllm_rl.files import read_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import engines_ar
-from recipes.studies.paired import Contrast, Results, arm_rows, contrast_rows, main, markdown, which
+from recipes.studies.paired import Contrast, Results, arm_rows, by_arm, contrast_rows, main, markdown, which
 
 STORED = {rate: Path(__file__).with_name(f"fp8_sums_{rate}.json") for rate in ("full", "half")}  # every run
 CORRECTORS = {"TIS": TIS(), "AIS": AIS(), "TBPO": TBPO(), "aligned": Aligned()}
@@ -56,6 +57,10 @@ def told(by_rate: Mapping[str, Results]) -> str:
             cells = {f"{rate} rate": row["difference, 95 %"], f"Holm's p, {rate}": row["Holm's p"]}
             claims.setdefault(claim, {"stated before the runs": claim}).update(cells)
     return f"{markdown(list(arms.values()))}\n{markdown(list(claims.values()))}"
+
+
+def page_tables() -> dict[str, str]:
+    return {"arms and claims": told({rate: by_arm(read_json(path)) for rate, path in STORED.items()})}
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ BATCHES = {  # correctors whose weights depend on the batch, with what they must
     **{f"lambda {lam}, sequence, cap 2": fixed_lambda(lam, **CAPPED) for lam in (0.25, 0.5, 0.75)},
     "TIS, sequence, cap 2, shuffled": Shuffled(corrector=c.TIS(**CAPPED)),
 }
+STORED = Path(__file__).with_suffix(".json")
+ON_THE_PAGE = ("none", "TIS, tokens, cap 2", "TIS, sequence, cap 2", "sequence IS, no cap", "reject, k3 > .1")
 
 
 def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -319,6 +321,12 @@ def measure(networks: int, draws: int, folder: Path) -> None:
     }
     write_json(folder / "gradients.json", tables)
     plot(many, folder / "gradients.png")
+
+
+def page_tables() -> dict[str, str]:
+    rows = {row["row"]: row for row in read_json(STORED)["corrector, n = 128"]}
+    columns = ("early 0.5", "late 0.3", "late 0.5")
+    return {"correctors": markdown([{"corrector": n} | {c: rows[n][c] for c in columns} for n in ON_THE_PAGE])}
 
 
 def main() -> None:

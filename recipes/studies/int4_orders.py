@@ -92,6 +92,14 @@ def claim_rows(results: Results) -> list[dict[str, str]]:
     return claimed_rows(claims(results))
 
 
+def page_tables() -> dict[str, str]:
+    kept = read_json(STORED)
+    results = by_arm(kept["runs"])
+    rows = [row | {"rate": f"{kept['rates'][row['arm']]:g}"} for row in arm_rows(STUDY, results)]
+    arms = markdown(rows, ("arm", "rate", "after", "ess", "reward", "difference, 95 %"))
+    return {"arms": arms, "claims": markdown(claim_rows(results))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)

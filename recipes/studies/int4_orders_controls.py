@@ -64,6 +64,12 @@ def claim_rows(results: Results) -> list[dict[str, str]]:
     )
 
 
+def page_tables() -> dict[str, str]:
+    results = by_arm([*read_json(STORED), *read_json(int4_orders.STORED)["runs"]])
+    arms = markdown(arm_rows(STUDY, results), ("arm", "after", "ess", "reward", "difference, 95 %"))
+    return {"arms": arms, "claims": markdown(claim_rows(results))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)

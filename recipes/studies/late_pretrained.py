@@ -33,9 +33,10 @@ from statistics import mean
 from typing import Any
 
 from dllm_rl import TIS, Int4WeightOnly, NoCorrection, PPOClip
+from dllm_rl.files import read_json
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
-from recipes.studies.paired import Results, Study, interval, main, markdown
+from recipes.studies.paired import Results, Study, arm_rows, by_arm, interval, main, markdown
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
@@ -82,6 +83,13 @@ def quarters(results: Results) -> list[dict[str, str]]:
                 row[f"steps {first + 1} to {first + 12}"] = interval([mean(run[first : first + 12]) for run in found])
             rows.append(row)
     return rows
+
+
+def page_tables() -> dict[str, str]:
+    results = by_arm(read_json(STORED))
+    columns = ("arm", "after", "ess", "least ess", "difference, 95 %")
+    arms = markdown(arm_rows(STUDY, results, ["after", "least ess"]), columns)
+    return {"arms": arms, "quarters": markdown(quarters(results))}
 
 
 if __name__ == "__main__":

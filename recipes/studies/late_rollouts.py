@@ -50,6 +50,7 @@ from recipes.studies.paired import (
     result_path,
     run_missing,
     run_one,
+    tables,
 )
 from recipes.sudoku_unique import recipe
 
@@ -216,6 +217,13 @@ def main(study: Study, stored: Path, about: str | None) -> None:
             write_json(stored, {"rates": rates, "tuning": tuning, "runs": list(results.values())})
     print(markdown(arm_rows(study, results, ("before", "after", "quantized", "least ess"))))
     print(markdown(contrast_rows(study, results)))
+
+
+def page_tables() -> dict[str, str]:
+    stored = read_json(STORED)
+    study, results = at_rates(STUDY, stored["rates"]), by_arm(stored["runs"])
+    rates = [{"arm": arm, "learning rate": f"{rate:g}"} for arm, rate in stored["rates"].items()]
+    return {"arms and claims": tables(study, results, "ess", "least ess"), "rates": markdown(rates)}
 
 
 if __name__ == "__main__":

@@ -416,6 +416,11 @@ def draw(name: str, results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    leagues = {name: told(name, by_arm(read_json(STORED[name])["runs"])) for name in LEAGUES}
+    return {"settings": settings(), "above the default": above_the_default()} | leagues
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("league", choices=LEAGUES)

@@ -29,12 +29,13 @@ from statistics import mean
 from typing import Any
 
 from dllm_rl import TIS, Int4WeightOnly, NoCorrection
+from dllm_rl.files import read_json
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.mismatch_report import line, rates
-from recipes.studies.paired import Contrast, Results, Study, keep, main, result_path, train_one
+from recipes.studies.paired import Contrast, Results, Study, by_arm, keep, main, result_path, tables, train_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
 COLUMNS = ("quantized", "ess", "reward")
@@ -115,6 +116,10 @@ def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its
     axes[0].axvline(mean(rates(results, "int4", "before")), color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def page_tables() -> dict[str, str]:
+    return {"arms and claims": tables(STUDY, by_arm(read_json(STORED)), *COLUMNS)}
 
 
 if __name__ == "__main__":

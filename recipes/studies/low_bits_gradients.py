@@ -293,6 +293,15 @@ def main(case: str) -> None:
     report(case)
 
 
+def page_tables() -> dict[str, str]:
+    cases = {case: read_json(stored_path(case)) for case in CASES[1:]}
+    return {
+        "arms": table(read_json(stored_path(CASES[0]))),
+        "cases": markdown(case_rows(cases)),
+        "claims": markdown(claim_rows(cases)),
+    }
+
+
 if __name__ == "__main__":
     case = which((*CASES, "claims"))
     if case == "claims":

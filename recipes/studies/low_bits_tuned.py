@@ -214,6 +214,10 @@ def picture(stored: Mapping[str, Any], path: Path) -> None:
     low_bits.picture(whole(by_arm(stored["runs"])), path, STUDY, "the weights of its rollouts")
 
 
+def page_tables() -> dict[str, str]:
+    return {"arms and claims": tables(read_json(STORED))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)

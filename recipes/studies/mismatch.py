@@ -15,6 +15,7 @@ did not help and were removed from the library (formulas: gradients.md). Results
     python -m recipes.studies.mismatch --report        the tables of mismatch.json
 """
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,18 @@ from typing import Any
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import PPOClip
+from dllm_rl.files import read_json
 from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.samplers.rules import Confidence, RandomOrder
 from recipes.studies import mismatch_report
 from recipes.studies.controls import Shuffled, fixed_lambda
-from recipes.studies.paired import Contrast, Study, main
+from recipes.studies.paired import Contrast, Study, main, markdown
 from recipes.sudoku_unique import recipe
 
+PILOT = Path(__file__).with_name("mismatch_first.json")
+IN_THE_PILOT = {"none": "none", "tis": "TIS", "tis-reject": "TIS with `Reject`", "icepop": "IcePop", "tbpo": "TBPO"}
+IN_THE_PILOT |= {"aligned": "aligned", "qarl": "QaRL"}
+DIFFERENCE = "difference, 95 %"
 STORED = Path(__file__).with_suffix(".json")  # the tables; every run, once it runs again
 FIVE_LEVELS = FakeQuantize(weight="five_level", activation="e4m3")
 INT3 = FakeQuantize(weight="int3", activation="e4m3")
@@ -124,6 +130,26 @@ study = Study(
     fewer=FEWER,
     contrasts=CONTRASTS,
 )
+
+
+def two_digits(cell: str) -> str:
+    """The cell with numbers of two digits, as the seeds' rates are stored."""
+    return re.sub(r"\d\.\d{3,}", lambda number: f"{float(number[0]):.2f}", cell)
+
+
+def page_tables() -> dict[str, str]:
+    claims = [
+        {"stated before the runs": row["stated before the runs"], "arm": row["arm"], "less": row["less"]}
+        | {DIFFERENCE: two_digits(row[DIFFERENCE]), "Holm's p": row["Holm's p"]}
+        for row in read_json(STORED)["contrasts"]
+    ]
+    pilot = {(run["setting"], run["arm"]): run["after"] for run in read_json(PILOT)["arms"]}
+    rows = [
+        {"rollouts": name} | {shown: pilot[setting, arm] for arm, shown in IN_THE_PILOT.items()}
+        for setting, name in (("diffusion, int3", "int3"), ("diffusion, five_level", "five levels"))
+    ]
+    return {"claims": markdown(claims), "pilot": markdown(rows)}
+
 
 if __name__ == "__main__":
     main(study, __doc__, ("after", "quantized"), STORED, draw=partial(mismatch_report.draw, study))

@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
+from dllm_rl.files import read_json
 from dllm_rl.quantization.schemes import FakeQuantize
-from recipes.studies.paired import Contrast, Study, main
+from recipes.studies.mismatch import DIFFERENCE, two_digits
+from recipes.studies.paired import Contrast, Study, main, markdown
 from recipes.sudoku_tiny_ar import recipe
 
+STORED = Path(__file__).with_suffix(".json")  # the tables
 FIVE_LEVELS = FakeQuantize(weight="five_level", activation="e4m3")
 
 study = Study(
@@ -37,5 +40,17 @@ study = Study(
     ),
 )
 
+
+def page_tables() -> dict[str, str]:
+    stored, rows = read_json(STORED), []
+    p_values = {row["arm"]: row["Holm's p"] for row in stored["contrasts"]}
+    for row in stored["arms"]:
+        apart = f"{two_digits(row[DIFFERENCE])} to {row['less']}" if row["arm"] in p_values else "-"
+        cells = {"arm": row["arm"], "after": two_digits(row["after"]), DIFFERENCE: apart}
+        cells |= {"Holm's p": p_values.get(row["arm"], "-")}
+        rows.append(cells | {column: two_digits(row[column]) for column in ("mean abs log-ratio", "ESS")})
+    return {"arms": markdown(rows)}
+
+
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantized"), Path(__file__).with_suffix(".json"))
+    main(study, __doc__, ("after", "quantized"), STORED)

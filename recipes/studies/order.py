@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import MaxProb, NoCorrection, Recipe, Trajectory
+from dllm_rl.files import read_json
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from recipes import countdown_tiny, sudoku_unique
-from recipes.studies.paired import Contrast, Study, main, tables, tune, which
+from recipes.studies.paired import Contrast, Study, by_arm, main, tables, tune, which
 
 RECIPES = {"sudoku": sudoku_unique.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
@@ -75,6 +76,10 @@ def temperatures_of(study: Study) -> Study:
     """The noisy arm at each of TAUS."""
     arms = {f"noisy {tau}": arm(study.base, PlackettLuce(temperature=tau)) for tau in TAUS}
     return replace(study, name=f"{study.name}-tune", arms=arms, against={}, contrasts=())
+
+
+def page_tables() -> dict[str, str]:
+    return {task: tables(study, by_arm(read_json(STORED[task]))) for task, study in STUDIES.items()}
 
 
 if __name__ == "__main__":

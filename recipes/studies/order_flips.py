@@ -597,6 +597,12 @@ def picture(models: Sequence[Model], path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    models = read_json(STORED)
+    rows = {"orders": order_rows, "claims": claim_rows, "copies": copy_rows, "tokens alone": alone_rows}
+    return {name: markdown(of(models)) for name, of in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of order_flips.json")

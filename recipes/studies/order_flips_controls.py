@@ -289,6 +289,12 @@ def noise_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
     ]
 
 
+def page_tables() -> dict[str, str]:
+    models = read_json(STORED)
+    rows = {"cases": case_rows, "claims": claim_rows, "noise": noise_rows}
+    return {name: markdown(of(models)) for name, of in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/order-flips-controls"), help="of RL's runs")

@@ -225,12 +225,10 @@ def share(results: Results, arm: str, against: str, whole: str) -> str:
 
 def sign_flip(differences: Sequence[float]) -> float:
     """The exact two-sided p of paired differences: the share of 2^n choices of signs whose mean is as far from 0."""
-    total, n = abs(sum(differences)), len(differences)
-    as_far = sum(
-        abs(sum(d * s for d, s in zip(differences, signs, strict=True))) >= total - 1e-12
-        for signs in product((1, -1), repeat=n)
-    )
-    return as_far / 2**n
+    sums = [0.0]
+    for difference in differences:
+        sums = [total + signed for total in sums for signed in (difference, -difference)]
+    return sum(abs(total) >= abs(sums[0]) - 1e-12 for total in sums) / len(sums)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -308,14 +306,18 @@ def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = 
 
 def tables(study: Study, results: Results, *more: str) -> str:
     """The arms' rates, `more` columns and differences, then the claims, as a document holds them: without p where no
-    claim has the six seeds from which on it can be below 0.05."""
+    claim has the six seeds from which on it can be below 0.05, and with the seeds where some are still to run."""
     columns = ["after", *(column for column in more if column not in study.metrics)]
-    arms = markdown(arm_rows(study, results, columns), ("arm", "after", *more, "difference, 95 %"))
-    rows, heads = contrast_rows(study, results), ["stated before the runs", "difference, 95 %"]
-    if any(int(row["seeds"]) >= 6 for row in rows):
+    arms, rows = arm_rows(study, results, columns), contrast_rows(study, results)
+    seeds = []
+    if any(int(row["seeds"]) < planned_seeds(study, row["arm"]) for row in arms):
+        seeds.append("seeds")
+        for row in (*arms, *rows):
+            row["seeds"] = f"{row['seeds']} of {planned_seeds(study, row['arm'])}"
+    heads = ["stated before the runs", *seeds, "difference, 95 %"]
+    if any(int(row["seeds"].split()[0]) >= 6 for row in rows):
         heads.append("Holm's p")
-    claims = markdown(rows, heads)
-    return f"{arms}\n{claims}"
+    return f"{markdown(arms, ('arm', *seeds, 'after', *more, 'difference, 95 %'))}\n{markdown(rows, heads)}"
 
 
 def write_rows(path: Path, **tables: Sequence[Mapping[str, str]]) -> None:
@@ -434,14 +436,24 @@ def trial_rows(study: Study, results: Results, head: str) -> list[dict[str, str]
     return rows
 
 
+def planned_seeds(study: Study, arm: str) -> int:
+    return study.fewer.get(arm, study.seeds)
+
+
 def store(path: Path, study: Study, results: Results) -> None:
-    """Write every run, once all runs of the study are there."""
-    expected = {(arm, seed) for arm in study.arms for seed in range(study.fewer.get(arm, study.seeds))}
-    missing = [key for key in expected if key not in results or not has_steps(study, results[key], study.num_steps)]
-    if missing:
-        print(f"{path.name} is not written: {len(missing)} of {len(expected)} runs are missing")
+    """Write the runs of the study that are there, unless the file has more of them already: an unfinished study keeps
+    what it has, and its tables say of how many seeds they are."""
+    planned = [(arm, seed) for arm in study.arms for seed in range(planned_seeds(study, arm))]
+    found = [results[key] for key in planned if key in results and has_steps(study, results[key], study.num_steps)]
+    kept = read_json(path) if path.exists() else []
+    if not found:
+        print(f"{path.name} is not written: of {len(planned)} runs there are 0")
+    elif len(found) < max(len(planned) * isinstance(kept, dict), len(kept)):  # a dict: tables of a whole study
+        print(f"{path.name} is not written: it has {len(kept)} runs, and here are {len(found)} of {len(planned)}")
     else:
-        write_json(path, list(results.values()))
+        if len(found) < len(planned):
+            print(f"{path.name}: of {len(planned)} runs there are {len(found)}")
+        write_json(path, found)
 
 
 def which(names: Iterable[str]) -> str:

@@ -154,6 +154,11 @@ def go_on(root: Path, workers: int) -> None:
     write_json(STORED, {name: list(part.values()) for name, part in parts.items()})
 
 
+def page_tables() -> dict[str, str]:
+    tuning, results, more = (by_arm(read_json(STORED)[part]) for part in ("tuning", "runs", "equal"))
+    return {"arms, claims, equal rates": told(results, more, best(tuning))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)

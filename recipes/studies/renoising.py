@@ -51,6 +51,7 @@ from recipes.studies.paired import (
     markdown,
     run_all,
     run_missing,
+    tables,
 )
 
 STORED = Path(__file__).with_suffix(".json")  # costs and every run
@@ -130,6 +131,10 @@ def cost(arm: str, folder: Path) -> None:
     train(replace(made, callbacks=[clock], overwrite_output_dir=True, **timed))
     folder.joinpath("costs").mkdir(parents=True, exist_ok=True)
     write_json(folder / "costs" / f"{arm}.json", {"arm": arm, "s": mean(clock.seconds[2:])})
+
+
+def page_tables() -> dict[str, str]:
+    return {"arms and claims": tables(study, by_arm(read_json(STORED)["runs"]))}
 
 
 def main() -> None:

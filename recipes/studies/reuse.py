@@ -506,6 +506,13 @@ def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return found
 
 
+def page_tables() -> dict[str, str]:
+    runs = {(run["task"], run["key"], run["seed"]): run for run in read_json(STORED)}
+    rows = {"rates": rate_rows, "claims": claim_rows, "winners": winner_rows, "past the ends": beyond_rows}
+    rows |= {"grids": grid_rows} | {f"arms of {name}": partial(arm_rows, name=name) for name in TASKS}
+    return {name: markdown(of(runs)) for name, of in rows.items()}
+
+
 def main() -> None:
     which = paired.which(("study", "tune", "grids"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

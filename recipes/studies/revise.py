@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import ELBO, NoCorrection, SoftEdit
-from recipes.studies.paired import Contrast, Study, main, tables, tune
+from dllm_rl.files import read_json
+from recipes.studies.paired import Contrast, Study, by_arm, main, tables, tune
 from recipes.sudoku_revise import recipe, unmask_in_four
 
 FORWARDS = (2, 4, 8)
@@ -76,6 +77,11 @@ study = Study(
     ),
 )
 rates = replace(study, name="revise-rates", arms={f"rate {r}": arm(4, rate=r) for r in RATES}, against={}, contrasts=())
+
+
+def page_tables() -> dict[str, str]:
+    return {"arms and claims": tables(study, by_arm(read_json(STORED)))}
+
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["tune"]:

@@ -410,6 +410,12 @@ def picture(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def page_tables() -> dict[str, str]:
+    results = by_arm(read_json(STORED["study"]))
+    instances = {f"instances of {claim}": markdown(instance_rows(results, claim)) for claim in SHOWN}
+    return instances | {"claims": markdown(claim_rows(results))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="?", choices=("tune", "study"), default="study")

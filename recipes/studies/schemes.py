@@ -59,6 +59,10 @@ def told(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(cells)
 
 
+def page_tables() -> dict[str, str]:
+    return {"schemes": told(read_json(STORED)["rows"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_mutually_exclusive_group(required=True)

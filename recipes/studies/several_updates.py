@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import TBPO, NoCorrection, PPOClip, QaRL
+from dllm_rl.files import read_json
 from recipes.studies import late_rollouts
-from recipes.studies.paired import Contrast, Study
+from recipes.studies.paired import Contrast, Study, by_arm, tables
 
 STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every run
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
@@ -54,6 +55,13 @@ STUDY = Study(
         Contrast("the dual clip is above TBPO with a wide band", "dual clip", "wide tbpo"),
     ),
 )
+
+
+def page_tables() -> dict[str, str]:
+    stored = read_json(STORED)
+    study, columns = late_rollouts.at_rates(STUDY, stored["rates"]), ("below the band", "above the band")
+    return {"arms and claims": tables(study, by_arm(stored["runs"]), "ess", "least ess", *columns)}
+
 
 if __name__ == "__main__":
     late_rollouts.main(STUDY, STORED, __doc__)

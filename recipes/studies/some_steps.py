@@ -129,6 +129,10 @@ def told(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def page_tables() -> dict[str, str]:
+    return {"ways": told(read_json(STORED)["rows"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/some_steps"))

@@ -30,6 +30,7 @@ run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from recipes.studies.paired import (
 )
 
 STORED = Path(__file__).with_suffix(".json")
+TOY = Path(__file__).with_name("values_toy.json")  # of enumeration.value_table
 GRPO, VALUE, DISCOUNT, BASELINE = "GRPO", "value head", "discount", "value head, lambda 1"
 STEPS = {GRPO: 100, VALUE: 82, DISCOUNT: 100, BASELINE: 82}
 NEVER = 1e-30  # a learning rate with which the head's values stay 0
@@ -137,6 +139,17 @@ def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
     columns = ("stated before the runs", "difference, 95 %", "above 0", "p", "Holm's p")
     claims = [{name: row[name] for name in columns} for row in contrast_rows(STUDY, results)]
     return rows, claims, paired.trial_rows(TUNING, results, "arm, lambda and rate")
+
+
+def page_tables() -> dict[str, str]:
+    toy = {(each["policy"], each["values"], each["gae_lambda"]): each for each in read_json(TOY)}
+    rows = []
+    for policy, kind in product(("early", "late"), ("none", "exact", "noisy")):
+        cells = {f"{each:g}": toy[policy, kind, each] for each in (1, 0.95, 0.5, 0)}
+        shown = {head: f"{at['bias']:.2f}/{at['rmse']:.2f}/{at['efficiency']:.2f}" for head, at in cells.items()}
+        rows.append({"policy, values": f"{policy}, {kind}"} | shown)
+    names, found = ("arms", "claims", "trials"), tables(by_arm(read_json(STORED)))
+    return {"toy": markdown(rows)} | {name: markdown(table) for name, table in zip(names, found, strict=True)}
 
 
 if __name__ == "__main__":
