@@ -1,6 +1,5 @@
 """The few-clues task and what exact probabilities reach on it, worked by hand."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,11 +71,6 @@ def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
     assert texts == answers
     hidden = ["".join("0" if blank else "1" for blank in item.learned) for item in batches[0]]
     assert hidden == ["".join("0" if digit == "0" else "1" for digit in puzzle) for puzzle in puzzles]
-
-
-def test_the_stored_ceiling_is_that_of_the_test_puzzles():
-    stored = json.loads(few_clues.STORED.read_text())["ceiling"]
-    assert few_clues.ceiling(few_clues.puzzles(), 2) == pytest.approx(stored["2"], abs=1e-9)
 
 
 @pytest.mark.parametrize("module", [sudoku_tiny, latin_sudoku])

@@ -9,13 +9,10 @@ import torch
 
 from dllm_rl import Confidence, Int4WeightOnly, MaxProb, Problem, Unmask
 from dllm_rl.decoding.tokens import encode
-from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
-from recipes.studies import int4_orders, int4_orders_controls
 from recipes.studies import order_flips_controls as controls
-from recipes.studies.controls import Permuted
 from recipes.studies.order_flips import (
     ORDERS,
     Law,
@@ -32,10 +29,7 @@ from recipes.studies.order_flips import (
     values,
     visits,
 )
-from recipes.studies.paired import load
 from recipes.sudoku_tiny import NO_DIGITS
-
-pytestmark = pytest.mark.slow
 
 PUZZLE = "1234341020434300"  # blanks: cells 7, 9, 14 and 15
 RANKS = {
@@ -219,75 +213,3 @@ def test_countdowns_problems_and_their_right_answers():
     assert len(at.reward) == 7**5 and at.following.shape[-1] == 6
     right = {"".join(policy.tokenizer.convert_ids_to_tokens(row[-5:])) for row in at.tokens[at.reward > 0].tolist()}
     assert right == set(answers["1, 2, 4> 3=00000"])
-
-
-def a_model(case, seed, later):
-    """Biases under INT4 with TIS in both orders, of exact weights with flips and without, and under noise."""
-    settings = {}
-    for order, copied, weights in product(("max_prob", "random"), ("INT4", "noise"), controls.WEIGHTS):
-        settings[str(Setting(order, copied, weights))] = {"bias": 0.4 if order == "max_prob" else 0.2}
-    settings[str(Setting("max_prob", "INT4", "tis"))] = {"bias": 0.5 + later}
-    for copied, weights in (("INT4", "none"), ("INT4", "tis"), ("INT4", "exact"), ("noise", "exact")):
-        settings[str(Setting("max_prob", copied, weights, "no flips"))] = {"bias": 0.1}
-    by_order, flips = {"max_prob": 0.6, "random": 0.5}, {"INT4": 0.1, "noise": 0.2}
-    steps = {"steps": 80, "reward": by_order, "length": by_order, "flips": flips, "settings": settings}
-    return {"case": case, "seed": seed, **steps}
-
-
-def test_the_claims_of_the_controls_by_hand():
-    stored = [a_model(case, seed, 0.25 * (case != "fresh")) for case, seeds in controls.SEEDS.items() for seed in seeds]
-    stored[-10:] = [{"case": "Countdown", "seed": seed, "steps": controls.SKIPPED} for seed in range(10, 20)]
-    rows = controls.claim_rows(stored)
-    assert [row["found, 95 %"] for row in rows] == ["0.300±0.000", "0.200±0.000"] + ["0.550±0.000", "0.200±0.000"] * 3
-    # Twenty, and ten, models of one sign: 2 / 2^20 and 2 / 2^10, times the two and six claims of their families.
-    assert [row["Holm's p"] for row in rows] == ["0.000"] * 2 + ["0.012"] * 6
-    assert {row["above 0"] for row in rows} == {"20 of 20", "10 of 10"}
-    assert controls.noise_rows(stored)[1] == {
-        "order": "max_prob",
-        "weights": "tis",
-        "INT4 less noise, 95 %": "0.100±0.000",
-    }
-    table = controls.case_rows(stored)
-    assert len(table) == 16 and {row["models"] for row in table} == {"20", "10"}
-    assert (table[0]["tis, no flips"], table[1]["tis, no flips"], table[2]["exact, no flips"]) == (
-        "0.100±0.000",
-        "-",
-        "-",
-    )
-
-
-def test_the_claims_of_training_in_both_orders_by_hand():
-    ends = {"unquantized": 0.9, "int4": 0.7, "int4, tis": 0.8}
-    runs = {}
-    for (order, arm), seed in product(product(int4_orders.ORDERS, ends), range(10)):
-        gain = 0.05 if (order, arm) == ("random", "int4, tis") else 0.0
-        runs[f"{order}: {arm}", seed] = {"after": ends[arm] + gain}
-    assert {arm for arm, _ in runs} == set(int4_orders.STUDY.arms)
-    found = [row["found, 95 %"] for row in int4_orders.claim_rows(runs)]
-    assert found == ["0.050±0.000", "0.200±0.000", "0.100±0.000", "0.150±0.000"]
-    assert int4_orders.claim_rows(runs)[0]["Holm's p"] == "0.008", "2 / 2^10 times the four claims"
-
-
-def test_the_claims_of_the_controls_of_training_by_hand():
-    ends = {"random: int4, tis": 0.9, int4_orders_controls.PERMUTED: 0.8, int4_orders_controls.HALF: 0.95}
-    runs = {(arm, seed): {"after": end} for (arm, end), seed in product(ends.items(), range(10))}
-    rows = int4_orders_controls.claim_rows(runs)
-    assert [row["found, 95 %"] for row in rows] == ["0.100±0.000", "-0.050±0.000"]
-    assert {row["Holm's p"] for row in rows} == {"0.004"}, "2 / 2^10 times the two claims"
-    assert isinstance(int4_orders_controls.STUDY.arms[int4_orders_controls.PERMUTED]["corrector"], Permuted)
-
-
-def test_runs_of_an_earlier_command_are_taken_and_no_claim_is_read_before_the_last(tmp_path, monkeypatch):
-    run = {"arm": "max_prob: int4, tis", "seed": 3, "after": 0.5, "num_steps": 180}
-    write_json(tmp_path / "stored.json", {"rates": {}, "tuning": [], "runs": [run]})
-    monkeypatch.setattr(int4_orders, "STORED", tmp_path / "stored.json")
-    monkeypatch.setattr("sys.argv", ["int4_orders", "--report"])
-    with pytest.raises(SystemExit, match="59 of 60 runs are missing: no claim"):
-        int4_orders.main()
-    monkeypatch.setattr("sys.argv", ["int4_orders", "--output_dir", str(tmp_path / "runs")])
-    asked = []
-    monkeypatch.setattr(int4_orders, "tune", lambda *_: (dict.fromkeys(int4_orders.STUDY.arms, 0.001), []))
-    monkeypatch.setattr(int4_orders, "run_missing", lambda study, root, pairs, **_: asked.extend(load(root)))
-    with pytest.raises(SystemExit, match="59 of 60 runs are missing: no claim"):
-        int4_orders.main()
-    assert asked == [("max_prob: int4, tis", 3)] and read_json(tmp_path / "stored.json")["runs"] == [run]

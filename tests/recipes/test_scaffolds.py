@@ -1,4 +1,4 @@
-"""The task of scaffolds and its study: scores and exact filling by hand, the area under the best ten, the claims' rows.
+"""The task of scaffolds: scores and exact filling by hand.
 
 What needs pytorch-holo is skipped without it."""
 
@@ -92,39 +92,3 @@ def test_parents_without_a_feasible_way_are_filled_freely():
     chain = torch.eye(20, dtype=torch.double)  # a residue follows itself alone
     (text,) = study.fill(chain, ["AAAA" + "_" * 2 + "C" * 26], torch.Generator().manual_seed(0))
     assert text[:4] == "AAAA" and text[6:] == "C" * 26 and "_" not in text
-
-
-def test_the_area_under_the_best_ten_by_hand(monkeypatch):
-    monkeypatch.setattr(study, "BUDGET", 4)
-    monkeypatch.setattr(study, "TOP", 2)
-    # Missing calls count 0 in the mean of the two best: 1/2, 1/2, (1 + 3) / 2, (2 + 3) / 2.
-    assert study.area([1, 0, 3, 2, 9]) == (0.5 + 0.5 + 2 + 2.5) / 4
-    assert study.area([1, 0]) == (0.5 + 0.5 + 0.5 + 0.5) / 4
-    found = study.of_values([0, 1, 0.5])
-    assert found == {"area": (0 + 0.5 + 0.75 + 0.75) / 4, "top": 0.75, "solved": 2, "calls": 3}
-
-
-def test_claims_are_of_instances_and_numbers_that_both_arms_have():
-    results = {("infilling", n): {"area": 0.5 + n / 1000} for n in (10, 12, 20)}
-    results |= {("genetic", n): {"area": 0.5} for n in (10, 12, 20, 30)}
-    rows = {row["stated before the runs"]: row for row in study.claim_rows(results)}
-    row = rows["infilling GRPO's area is above that of the genetic algorithm"]
-    assert row["runs"] == "3" and row["above 0"] == "3 of 3" and row["each instance"] == "0.011, 0.020"
-    # Of two means 0.011 and 0.020: 0.0155, and 12.706, Student's t of one degree, times half of their distance.
-    assert row["difference, 95 %"] == "0.016±0.057"
-    assert rows["infilling GRPO's area is above that of feasible elite search"]["runs"] == "0"
-
-
-@pytest.mark.slow
-def test_searches_count_distinct_calls_and_find_more_than_nature(function, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "BUDGET", 600)
-    nature = study.of_values(
-        scaffolds.score(3, study.fill(study.chain_of(3, "natural"), ["_" * LENGTH] * 600, generator_for(0)))
-    )
-    for run, settings in ((study.run_elites, study.ELITE), (study.run_genetic, study.GENETIC)):
-        found = run(tmp_path, 30, settings)
-        assert found["calls"] == 600 and found["top"] > nature["top"] and found == run(tmp_path, 30, settings)
-    monkeypatch.setattr(study, "HELD_OUT", 5)
-    monkeypatch.setattr(study, "LONGEST", 60)
-    curve = study.search_scaffolds(30, **study.ELITE_OF_SCAFFOLD)
-    assert len(curve) == 60 and curve == sorted(curve) and curve[-1] > curve[0]

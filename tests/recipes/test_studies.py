@@ -1,5 +1,4 @@
-"""Studies can go on, as each arm is a recipe of today and what is missing beside finished runs is run; and they print
-what they stored."""
+"""Studies can go on: each arm is a recipe of today, an arm runs, and a study prints what it stored."""
 
 import dataclasses
 import re
@@ -16,64 +15,54 @@ import recipes.studies
 from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Study
-from recipes.sudoku_unique import recipe
 
-pytestmark = pytest.mark.slow
-
-
-def left_by(study, root, num_steps, arm, seed):
-    paired.keep(root, {"arm": arm, "seed": seed, "num_steps": num_steps})
-
-
-def test_what_is_missing_beside_finished_runs_is_run(tmp_path):
-    base = dataclasses.replace(recipe, model="a model", sft_warmup_steps=0)
-    plain = Study("plain", base, {"none": {}, "tis": {}}, {}, {}, seeds=2, num_steps=180)
-    left_by(plain, tmp_path, 180, "none", 0)
-    pairs = [("none", 0), ("tis", 0), ("none", 1)]
-    paired.run_missing(plain, tmp_path, pairs, num_steps=lambda _: 180, workers=1, run=left_by)
-    assert paired.load(tmp_path).keys() == set(pairs)
+FOLDER = Path(recipes.studies.__path__[0])
 
 
 def studies():
-    """Every study of a module of recipes/studies, or of a dict there."""
+    """Every study of a module of recipes/studies, or of a dict there; what a module has from another is that one's."""
     found = {}
-    for name in sorted(module.name for module in iter_modules(recipes.studies.__path__)):
+    for name in sorted(module.name for module in iter_modules(recipes.studies.__path__) if module.name != "__main__"):
         for key, value in vars(import_module(f"recipes.studies.{name}")).items():
             each = value if isinstance(value, dict) else {"": value}
-            found |= {f"{name}.{key} {k}": study for k, study in each.items() if isinstance(study, Study)}
-    return found
+            found |= {f"{name}.{key} {k}".strip(): study for k, study in each.items() if isinstance(study, Study)}
+    return {study.name: study for study in found.values()}
 
 
-def test_every_arm_of_every_study_is_a_recipe():
-    wrong, found = [], studies()
-    assert len(found) > 15
-    for name, each in found.items():
-        for arm, changes in each.arms.items():
-            try:
-                dataclasses.replace(each.base, **{k: v for k, v in changes.items() if k != "features"})
-            except ValueError as error:
-                wrong.append(f"{name}, {arm}: {error}")
-    assert not wrong, "\n".join(wrong)
+STUDIES = studies()
 
 
-FOLDER = Path(recipes.studies.__path__[0])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_recipe_and_every_claim_is_of_two_arms(name):
+    study = STUDIES[name]
+    for changes in study.arms.values():
+        dataclasses.replace(study.base, **{k: v for k, v in changes.items() if k != "features"})
+    named = {arm for claim in study.contrasts for arm in (claim.arm, claim.against)}
+    assert named | {*study.against, *study.against.values(), *study.fewer} <= set(study.arms)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_arm_runs(name, tmp_path):
+    """The last one, for a step."""
+    study = STUDIES[name]
+    few = {"train_batch_size": 2, "num_generations": 4, "report_to": None, "log_completions_steps": 0}
+    few |= {"sft_warmup_steps": min(2, study.base.sft_warmup_steps), "output_dir": str(tmp_path)}
+    for task in ("validation_task", "eval_task"):
+        if hasattr(getattr(study.base, task), "size"):
+            few[task] = dataclasses.replace(getattr(study.base, task), size=4)
+    arm = list(study.arms)[-1]
+    arms = {arm: {key: value for key, value in study.arms[arm].items() if key not in few and key != "num_steps"}}
+    short = dataclasses.replace(study, base=dataclasses.replace(study.base, **few), arms=arms)
+    try:
+        paired.run_one(short, tmp_path, 1, arm, seed=0)
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(f"{error}")
+    (found,) = paired.load(tmp_path).values()
+    assert 0 <= found["after"] <= 1
+
+
 # No command makes these any more; only pages tell of them.
 OF_PAGES = {"gradients_removed", "league_countdown_first", "low_bits_first", "mismatch_first", "values_toy"}
-
-
-# By study, how its picture is drawn from its JSON. Other tests draw those of league.py and mismatch.py.
-PICTURES = {
-    "reuse": lambda made, kept, path: made.picture({(run["task"], run["key"], run["seed"]): run for run in kept}, path),
-    "estimators": lambda made, kept, path: made.draw(kept["measured"], path),
-    "fast": lambda made, kept, path: made.plot(paired.by_arm(kept), path),
-    "few_clues": lambda made, kept, path: made.picture(
-        paired.by_arm(kept["runs"]), {int(steps): rate for steps, rate in kept["ceiling"].items()}, path
-    ),
-    "low_bits": lambda made, kept, path: made.picture(paired.by_arm(kept), path),
-    "low_bits_tuned": lambda made, kept, path: made.picture(kept, path),
-    "order_flips": lambda made, kept, path: made.picture(kept, path),
-    "scaffolds": lambda made, kept, path: made.picture(made.by_arm(kept), path),
-}
 
 
 def files_below(folder):
@@ -104,9 +93,10 @@ def test_a_report_needs_the_study_and_its_json_alone(study, words, tmp_path, mon
     assert files_below(tmp_path) | files_below(FOLDER) == before
 
 
-@pytest.mark.parametrize(("study", "draw"), list(PICTURES.items()))
-def test_a_picture_is_drawn_from_the_stored_runs(study, draw, tmp_path):
-    """Only a run draws it."""
-    module = import_module(f"recipes.studies.{study}")
-    draw(module, read_json(FOLDER / f"{study}.json"), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
+    """Only a run draws them: the one of a study of two parts, and that which several studies share."""
+    made = [import_module(f"recipes.studies.{name}") for name in ("scaffolds", "low_bits")]
+    for module in made:
+        kept = paired.by_arm(read_json(FOLDER / f"{module.__name__.rpartition('.')[2]}.json"))
+        module.picture(kept, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
