@@ -65,6 +65,8 @@ from .models.rollout_engine import RolloutEngine as RolloutEngine
 from .models.tiny import tiny_llama as tiny_llama
 from .models.tiny import tiny_masked_lm as tiny_masked_lm
 from .quantization.rollout_policy import quantized_copy as quantized_copy
+from .quantization.schemes import MXFP4 as MXFP4
+from .quantization.schemes import NVFP4 as NVFP4
 from .quantization.schemes import FakeQuantize as FakeQuantize
 from .quantization.schemes import Float8Dynamic as Float8Dynamic
 from .quantization.schemes import Float8WeightOnly as Float8WeightOnly
@@ -92,6 +94,7 @@ from .samplers.rules import Entropy as Entropy
 from .samplers.rules import EntropyBound as EntropyBound
 from .samplers.rules import Factor as Factor
 from .samplers.rules import LateSchedule as LateSchedule
+from .samplers.rules import LeftToRight as LeftToRight
 from .samplers.rules import Margin as Margin
 from .samplers.rules import MaxProb as MaxProb
 from .samplers.rules import PlackettLuce as PlackettLuce

@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from dllm_rl.records import FunctionRecord, Record, option
 
 # Mantissa bits, smallest normal exponent, largest value.
-FLOAT_FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
+FLOAT_FORMATS = {
+    "e4m3": (3, -6, 448.0),
+    "e5m2": (2, -14, 57344.0),
+    "nvfp4": (1, 0, 6.0),  # e2m1, as mxfp4
+    "mxfp4": (1, 0, 6.0),
+}
+BLOCKS = {"nvfp4": 16, "mxfp4": 32}  # numbers of neighboring inputs that share a scale
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
-Format = Literal["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary"]
+Format = Literal["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary", "nvfp4", "mxfp4"]
 FORMATS = get_args(Format)
 TINY = 1e-12  # lower limit of a row's max |x|, so that a row of zeros gives zeros and not 0/0
 E4M3_ADVICE = "FakeQuantize with weight=e4m3 and activation=e4m3"  # in error messages
@@ -46,7 +52,7 @@ class FunctionScheme(FunctionRecord, Scheme):
 
 
 class FakeQuantize(Scheme):
-    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, nvfp4, mxfp4, or None.
 
     Use it for formats that the device does not support. With an `activation` format it is slower than bf16. With e4m3
     for both, it computes the same as dynamic FP8, on any device.
@@ -55,12 +61,17 @@ class FakeQuantize(Scheme):
         weight: Format of the weights. None: they are not quantized. Default: int8.
         activation: Format of the linear layers' inputs. None (default): they are not quantized.
         granularity: "row" (default) for a scale per output row of a weight and per token of an input; "tensor" for one
-            scale.
+            scale. nvfp4 and mxfp4 do not read it, as they have a scale per block, see `NVFP4` and `MXFP4`.
     """
 
     weight: Format | None = "int8"
     activation: Format | None = None
     granularity: Literal["row", "tensor"] = "row"
+
+    @property
+    def group_size(self) -> int:
+        """The number that a layer's number of inputs must be a multiple of, so that blocks are whole."""
+        return max(BLOCKS.get(name or "", 1) for name in (self.weight, self.activation))
 
 
 class Float8DynamicEmulated(Scheme):
@@ -162,6 +173,45 @@ class Int4Packed(Scheme):
         return _torchao().Int4WeightOnlyConfig(group_size=self.group_size, int4_packing_format="tile_packed_to_4d")
 
 
+class NVFP4(Scheme):
+    """Emulate NVFP4: e2m1 in blocks of 16, with an e4m3 scale per block and one fp32 scale per tensor.
+
+    Use it to study 4-bit floating-point rollouts on any device; it saves neither time nor memory. The numbers are those
+    of torchao's `NVFP4Tensor`, bit for bit. A layer whose number of inputs is not a multiple of 16 is not quantized.
+
+    Args:
+        inputs: Whether the inputs of linear layers are quantized too (W4A4). They have one fp32 scale per token: with
+            one per tensor, the tokens of a row would depend on the other rows of its batch. Default: False.
+
+    Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149.
+    """
+
+    inputs: bool = False
+
+    def config(self) -> Any:
+        return FakeQuantize(weight="nvfp4", activation="nvfp4" if self.inputs else None)
+
+
+class MXFP4(Scheme):
+    """Emulate MXFP4: e2m1 in blocks of 32, with an e8m0 scale (a power of two) per block.
+
+    Use it to study 4-bit floating-point rollouts on any device; it saves neither time nor memory. The scale is the
+    largest power of two that is at most max |x| of the block, divided by 4, so that numbers above 6 scales become 6:
+    the specification's rule, and torchao's `ScaleCalculationMode.FLOOR`, whose `MXTensor` has the same numbers bit for
+    bit. A layer whose number of inputs is not a multiple of 32 is not quantized.
+
+    Args:
+        inputs: Whether the inputs of linear layers are quantized too (W4A4). Default: False.
+
+    Source: OCP, "Microscaling Formats (MX) Specification", version 1.0.
+    """
+
+    inputs: bool = False
+
+    def config(self) -> Any:
+        return FakeQuantize(weight="mxfp4", activation="mxfp4" if self.inputs else None)
+
+
 @cache
 def has_float8_rows() -> bool:
     """Return whether the CPU multiplies float8 numbers with a scale per row; some kernels of torch 2.11 do not."""
@@ -248,7 +298,13 @@ def codes_and_scale(
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
     ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
+    With a = max |x| over a block of `BLOCKS` neighbors, and s of the shape of x (torchao's, bit for bit):
+    nvfp4        t = max |x| over a row or over all of x, / (6 * 448); s = t * (a / 6 / t rounded to e4m3); q = x/s
+                 rounded to e2m1
+    mxfp4        s = the largest power of two <= a, / 4; q = x/s rounded to e2m1, at most 6
     """
+    if scheme in BLOCKS:
+        return _block_codes_and_scale(x.float(), scheme, granularity)
     abs_x = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
     magnitude = abs_x.mean(dims, keepdim=True) if scheme == "ternary" else abs_x.amax(dims, keepdim=True)
@@ -265,6 +321,29 @@ def codes_and_scale(
     return (x.float() / scale).round_().clamp_(-max_code, max_code), scale
 
 
+def _block_codes_and_scale(
+    x: Float[Tensor, "... K"], scheme: str, granularity: str
+) -> tuple[Float[Tensor, "... K"], Float[Tensor, "... K"]]:
+    """Return `codes_and_scale` of a format of `BLOCKS`. Products and quotients are in torchao's order."""
+    blocks = x.unflatten(-1, (-1, BLOCKS[scheme]))
+    magnitude = blocks.abs().amax(-1, keepdim=True)
+    mantissa, exponent, largest = FLOAT_FORMATS[scheme]
+    if scheme == "mxfp4":
+        power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
+        scale = power.clamp_(min=2.0**-124) / 4  # a normal number, also of a block of zeros
+        inverse = 1 / scale
+    else:
+        e4m3_mantissa, e4m3_exponent, e4m3_largest = FLOAT_FORMATS["e4m3"]
+        dims = -2 if granularity == "row" else tuple(range(blocks.dim()))
+        whole = magnitude.amax(dims, keepdim=True).clamp(min=TINY) / (e4m3_largest * largest)
+        local = (magnitude / largest / whole).clamp(2.0**e4m3_exponent, e4m3_largest)
+        local = round_to_float(local, mantissa=e4m3_mantissa, exponent=e4m3_exponent)
+        scale = whole * local
+        inverse = 1 / whole / local
+    codes = round_to_float((blocks * inverse).clamp_(-largest, largest), mantissa=mantissa, exponent=exponent)
+    return codes.flatten(-2), scale.expand_as(blocks).flatten(-2)
+
+
 class EmulatedLinear(nn.Linear):
     """A linear layer with a rounded weight. If its input is also rounded, it computes in fp32 and casts the result."""
 
@@ -278,9 +357,13 @@ class EmulatedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)
+        # How many inputs share a scale of the weight, and the granularity of the weight's scales.
+        self.block = BLOCKS.get(config.weight or "", self.in_features)
+        self.granularity = "tensor" if config.weight in BLOCKS else config.granularity
         if config.weight is not None:
-            rows = self.out_features if config.granularity == "row" else 1
-            self.weight_scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
+            rows = self.out_features if config.granularity == "row" or config.weight in BLOCKS else 1
+            shape = (rows, self.in_features // self.block)
+            self.weight_scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
         self.load_(weight)
 
     @property
@@ -299,15 +382,15 @@ class EmulatedLinear(nn.Linear):
         if self.config.weight is None:
             self.weight.copy_(weight)
             return
-        codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
+        codes, scale = codes_and_scale(weight, self.config.weight, self.granularity)
         self.weight.copy_(codes if self.scales_product else codes.mul_(scale))
-        self.weight_scale.copy_(scale.flatten())
+        self.weight_scale.copy_(scale[:, :: self.block])
 
     def codes(self) -> Float[Tensor, "N K"]:
         """Return the weight's codes, computed from the rounded values, which equal code * scale bit for bit."""
         if self.scales_product:
             return self.weight
-        codes = self.weight.float() / self.weight_scale[:, None]
+        codes = self.weight.float() / self.weight_scale.repeat_interleave(self.block, -1)
         if self.config.weight not in FLOAT_FORMATS:
             return codes.round_()
         mantissa, exponent, _ = FLOAT_FORMATS[self.config.weight]
@@ -322,14 +405,15 @@ class EmulatedLinear(nn.Linear):
         """Return the layer's output with this bias, and the input as the layer rounded it (codes and scale)."""
         if self.config.activation is None:
             return F.linear(x, self.weight, bias), (x,)
-        codes, scale = codes_and_scale(x, self.config.activation, self.config.granularity)
+        granularity = "row" if self.config.activation in BLOCKS else self.config.granularity
+        codes, scale = codes_and_scale(x, self.config.activation, granularity)
         bias = None if bias is None else bias.float()
         if not self.scales_product:
             return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
         # fp32 sums of integers are exact below 2**24, as in an integer kernel.
-        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
+        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale[:, 0])
         return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:
         """Return the rounded weight, which approximates the learner's."""
-        return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight
+        return self.weight * self.weight_scale if self.scales_product else self.weight

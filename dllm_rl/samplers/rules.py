@@ -190,7 +190,7 @@ class Entropy(Rank):
 class RandomOrder(Rank):
     """Rank positions in a uniformly random order.
 
-    Use it with `Origin` and `Remask`, which read these scores, or for an order that does not depend on the model.
+    Use it with `Origin` and `Remask`, which read these scores, or for an order that does not depend on the weights.
     Source: LLaDA's remasking="random" and Dream's origin [paper].
     """
 
@@ -198,6 +198,20 @@ class RandomOrder(Rank):
 
     def __call__(self, uniforms: PerPosition) -> PerPosition:
         return uniforms
+
+
+class LeftToRight(Rank):
+    """Rank positions from left to right, so that each step writes the leftmost masked positions of the block.
+
+    Use it for an order that does not depend on the weights, such as JustGRPO's (arXiv 2601.15165 [paper]), with any
+    number of positions a step.
+    """
+
+    order = "independent"
+
+    def __call__(self, uniforms: PerPosition) -> PerPosition:
+        # Positions come row by row, from left to right. fp32 is exact up to 2^24 of them.
+        return -torch.arange(len(uniforms), dtype=torch.float32, device=uniforms.device)
 
 
 class PlackettLuce(Rank):

@@ -17,7 +17,7 @@ from dllm_rl.records import describe
 SCHEMES = [*CPU_SCHEMES.values()]
 # One of each kind of layer, and of each kind of rounding.
 KINDS = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "Int4WeightOnly", "int3_emulated"]
-KINDS = [CPU_SCHEMES[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated")]
+KINDS = [CPU_SCHEMES[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated", "nvfp4_emulated")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {
     "characters": "abcdefgh",

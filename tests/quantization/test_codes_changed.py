@@ -9,6 +9,7 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch import nn, tensor
 
+from dllm_rl import MXFP4, NVFP4, TIS, Aligned, LeftToRight
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import (
@@ -64,7 +65,7 @@ def test_two_codes_in_a_byte():
 
 SCHEMES = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8WeightOnly", "Int8Dynamic", "Int4WeightOnly"]
 SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", "five_level_emulated"]
-SCHEMES += ["ternary_emulated"]
+SCHEMES += ["ternary_emulated", "NVFP4", "MXFP4", "nvfp4_emulated"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def held(policy, rollout_policy):
     for name, layer in quantized_layers(rollout_policy):
         if isinstance(layer, EmulatedLinear):
             config = layer.config
-            codes, scale = codes_and_scale(sources[name].weight.detach(), config.weight, config.granularity)
+            codes, scale = codes_and_scale(sources[name].weight.detach(), config.weight, layer.granularity)
         else:
             codes, scale = layer.weight.qdata.float(), layer.weight.scale.float()
         found.append((copy.deepcopy(codes), copy.deepcopy(scale)))
@@ -116,6 +117,21 @@ def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
     vanishing, felt = (metrics_of(tmp_path / name)[0] for name in ("vanishing", "felt"))
     assert vanishing["quantization/codes_changed"] == 0 and vanishing["grad_norm"] > 0
     assert felt["quantization/codes_changed"] > 0.01 and felt["quantization/scale_change"] > 1e-3
+
+
+def test_a_run_with_four_bit_rollouts_learns_and_weighs_their_tokens(tmp_path):
+    """Left to right, whose order both policies have: weights alone with TIS, and with inputs and an aligned forward."""
+    sampler = tiny_recipe(tmp_path).sampler.replace(rank=LeftToRight())
+    for scheme, corrector in ((MXFP4(), TIS()), (NVFP4(inputs=True), Aligned())):
+        folder = tmp_path / type(scheme).__name__
+        train(tiny_recipe(folder, sampler=sampler, rollout_quantization=scheme, corrector=corrector, num_steps=1))
+        (row,) = metrics_of(folder)
+        assert row["grad_norm"] > 0 and row["quantization/codes_changed"] > 0
+        assert (
+            row["rollout_corr/ess"] == pytest.approx(1, abs=1e-6)
+            if isinstance(corrector, Aligned)
+            else (0.5 < row["rollout_corr/ess"] < 1 - 1e-6)
+        )
 
 
 def test_an_unquantized_copy_has_no_codes_to_count():

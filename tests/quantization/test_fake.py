@@ -3,9 +3,24 @@
 import pytest
 import torch
 from torch import nn
+from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
-from dllm_rl.quantization.schemes import FLOAT_FORMATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import (
+    FLOAT_FORMATS,
+    FORMATS,
+    MXFP4,
+    NVFP4,
+    EmulatedLinear,
+    FakeQuantize,
+    codes_and_scale,
+    round_to_float,
+)
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -92,10 +107,13 @@ def test_one_scale_per_row_or_per_tensor():
     assert torch.equal(rounded(x, "five_level", "tensor"), torch.tensor([[0.0, 0.0], [4.0, 4.0]]))  # ties to even
 
 
-@pytest.mark.parametrize("scheme", ["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary"])
+@pytest.mark.parametrize("scheme", FORMATS)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_zero_rows_give_zeros(scheme, granularity):
-    assert torch.equal(rounded(torch.zeros(3, 4), scheme, granularity), torch.zeros(3, 4))
+    x = weight(3)
+    x[1] = 0
+    assert torch.equal(rounded(x, scheme, granularity)[1], torch.zeros(32))
+    assert torch.equal(rounded(torch.zeros(3, 32), scheme, granularity), torch.zeros(3, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,3 +159,86 @@ def test_subnormals_of_a_wide_row_are_the_casts(scheme):
     codes, scale = codes_and_scale(x, scheme, "row")
     assert scale.item() == 1 and torch.equal(codes, x.to(dtype).float())
     assert codes.tolist() == [[largest, 2.0**exponent, 3 * step, 2 * step, 0, step, 0]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "row", "codes", "scales"),
+    [
+        # max |x| is 12, so that t = 12 / 2688, and the first block's scale is 448 t = 2: 12/2, 5/2, 1.4/2 to 0.5.
+        # The second block's is a / 6 / t = 0.375 / 6 / (12 / 2688) = 14: s = 14 t = 0.0625. 0.25 / s = 4.
+        ("nvfp4", [12.0, 5.0, 1.4] + 13 * [0.0] + [0.375, -0.25] + 14 * [0.0], [6, 2, 0.5, 6, -4], [2, 0.0625]),
+        # The largest power of two <= 7 is 4, and s = 1: 7 becomes 6, 5 ties to even, 0.25 to 0, 0.75 to 1.
+        ("mxfp4", [7.0, 5.0, 0.25] + 13 * [0.0] + [0.75, -3.4] + 14 * [0.0], [6, 4, 0, 1, -3], [1, 1]),
+    ],
+)
+def test_blocks_worked_by_hand(scheme, row, codes, scales):
+    got, scale = codes_and_scale(torch.tensor([row]), scheme, "tensor")
+    assert got[0, [0, 1, 2, 16, 17]].tolist() == codes
+    torch.testing.assert_close(scale[0, [0, 16]], torch.tensor(scales).float())
+
+
+def tensors_of_all_kinds():
+    """Numbers of every size, with outliers, rows of very different sizes, ties, and blocks and rows of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(24, 96, generator=generator)
+    zeros = normal.clone()
+    zeros[:, :32], zeros[3] = 0, 0
+    sizes = {f"normal {size}": size * normal for size in (1e-6, 0.02, 1.0, 300.0)}
+    apart = {"outliers": normal**5, "rows": normal * torch.logspace(-8, 8, 24)[:, None], "zeros": zeros}
+    return sizes | apart | {"ties": torch.randint(-28, 29, (24, 96), generator=generator) / 4}
+
+
+def e2m1(packed):
+    return f4_unpacked_to_f32(unpack_uint4(packed.contiguous().view(torch.uint8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", tensors_of_all_kinds())
+def test_four_bits_equal_torchao_bitwise(kind, dtype):
+    x = tensors_of_all_kinds()[kind].to(dtype)
+    theirs = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().amax()))
+    codes, scale = codes_and_scale(x, "nvfp4", "tensor")
+    assert torch.equal(codes, e2m1(theirs.qdata)) and torch.equal(scale[:, ::16], theirs.get_hp_scales())
+    assert torch.equal(codes * scale, theirs.dequantize(torch.float32))
+    for row in x[:4].split(1):  # of inputs, each row has its own fp32 scale
+        if row.any():  # torchao gives NaN for zeros
+            alone = NVFP4Tensor.to_nvfp4(row, per_tensor_scale=per_tensor_amax_to_scale(row.abs().amax()))
+            assert torch.equal(rounded(row, "nvfp4", "row"), alone.dequantize(torch.float32))
+    theirs = MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32)
+    codes, scale = codes_and_scale(x, "mxfp4", "row")
+    assert torch.equal(codes, e2m1(theirs.qdata)) and torch.equal(codes * scale, theirs.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_nvfp4_weights_is_torchaos(dtype):
+    plain, x = nn.Linear(32, 48, dtype=dtype), weight(7, dtype=dtype)
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, NVFP4().config())
+    quantize_(plain, NVFP4WeightOnlyConfig())
+    assert torch.equal(emulated.weight, plain.weight.dequantize())
+    torch.testing.assert_close(emulated(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [NVFP4(inputs=True), MXFP4(inputs=True)], ids=str)
+def test_quantized_inputs_of_a_row_do_not_depend_on_its_batch(scheme):
+    layer = EmulatedLinear(weight(), None, scheme.config())
+    x = weight(5) * torch.logspace(-2, 2, 5)[:, None]
+    _, seen = layer.quantized_forward(x, None)
+    for i in range(5):
+        _, alone = layer.quantized_forward(x[i : i + 1], None)
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, seen, strict=True))
+    expected = (x - seen[0] * seen[1]).norm() / x.norm()
+    assert 0.05 < expected < 0.2, "inputs are rounded to four bits"
+
+
+@pytest.mark.parametrize(("scheme", "block"), [(NVFP4(), 16), (MXFP4(inputs=True), 32)], ids=str)
+def test_a_layer_whose_inputs_are_no_multiple_of_the_block_is_named(scheme, block):
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 2}
+    report = quantized_copy(tiny_masked_lm(characters="12", intermediate_size=72, **sizes), scheme).quantization_report
+    (name,) = (name for name, reason in report.skipped.items() if "multiple" in reason)
+    assert name.endswith("output.dense")
+    assert report.skipped[name] == f"64x72: 72 is not a multiple of the group size {block}"
+    sizes["hidden_size"] = 40
+    with pytest.raises(
+        ValueError, match=f"no layer .*output.dense': '40x72: 72 is not a multiple .* {block}'"
+    ):
+        quantized_copy(tiny_masked_lm(characters="12", intermediate_size=72, **sizes), scheme)

@@ -20,6 +20,7 @@ RANKS = {
     "margin": rules.Margin(),
     "entropy": rules.Entropy(),
     "random": rules.RandomOrder(),
+    "left_to_right": rules.LeftToRight(),
     "plackett_luce": rules.PlackettLuce(temperature=0.5),
 }
 COMMITS = {
@@ -34,8 +35,8 @@ COMMITS = {
     "soft_edit": revise.SoftEdit(rate=0.3),
     "edit": revise.Edit(tau=0.6),
 }
-# margin and entropy are ranks of the state, as max_prob is.
-ONE = ("margin", "entropy")
+# margin and entropy are ranks of the state, as max_prob is; left_to_right needs no weights, as random.
+ONE = ("margin", "entropy", "left_to_right")
 PAIRS = [(rank, commit) for rank in RANKS for commit in COMMITS if rank not in ONE or commit == "schedule"]
 CASES = [(*pair, False) for pair in PAIRS]
 CASES += [(*pair, True) for pair in PAIRS if pair[0] in ("confidence", "max_prob", "plackett_luce")]

@@ -91,6 +91,12 @@ def test_blocks_and_steps_that_do_not_divide(policy):
     assert steps[:8].max() == 2 and steps[8:16].min() == 3 and steps[8:16].max() == 4 and steps[16:].min() == 5
 
 
+def test_left_to_right_writes_the_leftmost_masks_of_every_block(policy):
+    """The shares of the test above, of rows of different lengths."""
+    rollout = sample(policy, IDS[:3], [1, 2, 3], diffusion_steps=7, rank=rules.LeftToRight())
+    assert rollout.unmask_step[:, -20:].tolist() == 3 * [[0] * 3 + [1] * 3 + [2] * 2 + [3] * 4 + [4] * 4 + [5, 5, 6, 6]]
+
+
 RULES = {
     "confidence": {"rank": rules.Confidence()},
     "max_prob": {"rank": rules.MaxProb(), "temperature": 0.7},

@@ -13,5 +13,7 @@ int4_emulated = FakeQuantize(weight="int4", activation="e4m3")
 int3_emulated = FakeQuantize(weight="int3", activation="e4m3")
 five_level_emulated = FakeQuantize(weight="five_level", activation="e4m3")
 ternary_emulated = FakeQuantize(weight="ternary", activation="e4m3")
+nvfp4_emulated = FakeQuantize(weight="nvfp4", activation="nvfp4")
+mxfp4_emulated = FakeQuantize(weight="mxfp4", activation="e4m3")
 EMULATED = {name: scheme for name, scheme in vars().items() if name.endswith("_emulated")}
 CPU_SCHEMES = {name: scheme for name, scheme in (NAMED | EMULATED).items() if name not in CUDA_ONLY}

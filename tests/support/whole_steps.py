@@ -20,7 +20,7 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import Unmask, whole_step
 from dllm_rl.samplers.cache import BlockCache, DualCache
-from dllm_rl.samplers.rules import Confidence, LateSchedule, MaxProb, PlackettLuce, RandomOrder, Threshold
+from dllm_rl.samplers.rules import Confidence, LateSchedule, LeftToRight, MaxProb, PlackettLuce, RandomOrder, Threshold
 
 IDS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
 SIZES = {
@@ -35,6 +35,7 @@ RULES = {
     "greedy": {"temperature": 0.0},
     "max_prob": {"rank": MaxProb(), "commit": Threshold(tau=0.9)},
     "random": {"rank": RandomOrder(), "top_k": 5},
+    "left_to_right": {"rank": LeftToRight()},
     "plackett_luce": {"rank": PlackettLuce(temperature=0.5), "commit": LateSchedule()},
 }
 
