@@ -164,7 +164,7 @@ def test_subnormals_of_a_wide_row_are_the_casts(scheme):
 @pytest.mark.parametrize(
     ("scheme", "row", "codes", "scales"),
     [
-        # max |x| is 12, so that t = 12 / 2688, and the first block's scale is 448 t = 2: 12/2, 5/2, 1.4/2 to 0.5.
+        # max |x| is 12, so that t = 12 / 2688, and the first block's scale is 448 t = 2: 12 / 2, 5 / 2 to 2.
         # The second block's is a / 6 / t = 0.375 / 6 / (12 / 2688) = 14: s = 14 t = 0.0625. 0.25 / s = 4.
         ("nvfp4", [12.0, 5.0, 1.4] + 13 * [0.0] + [0.375, -0.25] + 14 * [0.0], [6, 2, 0.5, 6, -4], [2, 0.0625]),
         # The largest power of two <= 7 is 4, and s = 1: 7 becomes 6, 5 ties to even, 0.25 to 0, 0.75 to 1.
@@ -238,7 +238,5 @@ def test_a_layer_whose_inputs_are_no_multiple_of_the_block_is_named(scheme, bloc
     assert name.endswith("output.dense")
     assert report.skipped[name] == f"64x72: 72 is not a multiple of the group size {block}"
     sizes["hidden_size"] = 40
-    with pytest.raises(
-        ValueError, match=f"no layer .*output.dense': '40x72: 72 is not a multiple .* {block}'"
-    ):
+    with pytest.raises(ValueError, match=f"no layer .*output.dense': '40x72: 72 is not a multiple .* {block}'"):
         quantized_copy(tiny_masked_lm(characters="12", intermediate_size=72, **sizes), scheme)
