@@ -4,7 +4,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import compress, zip_longest
@@ -22,6 +22,11 @@ from dllm_rl.types import Prompts, Rollout
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or let the tokenizer add BOS"
 BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_Chat.pieces`
+NO_ARGUMENTS: Mapping[str, Any] = {}
+# Arguments of `apply_chat_template` that a row may not set, because this module sets them, or they change its return.
+_FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt continue_final_message tokenize
+padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs
+sanitize_control_tokens"""
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -49,20 +54,31 @@ def encode(
     return replace(prompts, reads_order=reads_order)
 
 
-def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
+def prompt_ids(
+    policy: Policy,
+    prompt: str | list[dict[str, str]],
+    blank: str | None = None,
+    *,
+    template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
+) -> list[int]:
     """Return the token ids of a prompt, as rollouts, evaluations, scores, the server and SFT read it.
 
     A plain text begins with `begin_ids`. Of a chat, only the template's special tokens are among the ids.
+    `template_arguments` is explained in `conversation_ids`.
     """
-    return ids_and_blanks(policy, prompt, blank)[0]
+    return ids_and_blanks(policy, prompt, blank, template_arguments=template_arguments)[0]
 
 
 def ids_and_blanks(
-    policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
+    policy: Policy,
+    prompt: str | list[dict[str, str]],
+    blank: str | None,
+    *,
+    template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a prompt, and for each id whether it is a mask token that replaces the text `blank`.
 
-    Raise ValueError for a prompt that the model cannot read.
+    `template_arguments` is explained in `conversation_ids`. Raise ValueError for a prompt that the model cannot read.
     """
     if blank == "":
         raise ValueError(f"blank={blank!r} is empty; leave it at None")
@@ -77,7 +93,7 @@ def ids_and_blanks(
             pieces += [BLANK, (text, False)]
         del pieces[0]  # the blank before the first text
     else:
-        chat = _Chat(policy, prompt, blank=blank)
+        chat = _Chat(policy, prompt, blank=blank, template_arguments=template_arguments)
         # The template would end an assistant's turn that the model continues, so this is appended after rendering.
         answer_start = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
         if not isinstance(answer_start, str):
@@ -105,13 +121,24 @@ def ids_and_blanks(
 
 
 def conversation_ids(
-    policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
+    policy: Policy,
+    messages: Sequence[Mapping[str, Any]],
+    answers: Collection[int],
+    *,
+    template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> list[tuple[list[int], bool]]:
-    """Return the token ids of a conversation in pieces, and for each piece whether it is trained on.
+    """Return the token ids of a conversation in pieces, and for each piece whether it is one of the answers.
 
-    The trained pieces are the assistant's messages whose index is at least `since`.
+    Args:
+        policy: Policy with the tokenizer.
+        messages: Chat messages.
+        answers: Indices of the assistant's messages that become pieces of their own.
+        template_arguments: More arguments of the chat template: `tools`, and variables such as `enable_thinking`.
+
+    Raises:
+        ValueError: The template does not write the messages, or does not read an argument.
     """
-    chat = _Chat(policy, messages)
+    chat = _Chat(policy, messages, template_arguments=template_arguments)
     messages = list(messages)
     full_text = chat.render(messages)
     pieces: list[tuple[list[int], bool]] = []
@@ -121,9 +148,7 @@ def conversation_ids(
         return [token for piece in pieces for token in piece]
 
     num_done = 0  # number of characters of `full_text` that `pieces` already covers
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < since:
-            continue
+    for i in sorted(answers):
         before = chat.render(messages[:i], add_generation_prompt=True)
         after = chat.render(messages[: i + 1])
         if not (full_text.startswith(after) and after.startswith(before)):
@@ -172,6 +197,15 @@ def _with_text(message: Mapping[str, Any], change: Callable[[str], str]) -> dict
     return {**message, "content": content}
 
 
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with `change` applied to each of its texts that is not a key."""
+    if isinstance(value, Mapping):
+        return {key: _map_texts(each, change) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_texts(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
+
+
 class _Chat:
     """Renders and tokenizes chats.
 
@@ -179,7 +213,14 @@ class _Chat:
     the template can write special tokens. To keep the two apart, `render` replaces the texts in messages by markers.
     """
 
-    def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        blank: str | None = None,
+        template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> None:
         check_chat(messages)
         if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
@@ -189,9 +230,16 @@ class _Chat:
         self.blank = blank
         self.marked_texts = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
         self.marked_pattern = _any_of(self.marked_texts)
-        all_content = json.dumps([message["content"] for message in messages], ensure_ascii=False, default=str)
+        tools = template_arguments.get("tools")
+        all_content = json.dumps(
+            [tools, *(message["content"] for message in messages)], ensure_ascii=False, default=str
+        )
         # A marker is the index of a text between two copies of a private-use character that no message contains.
         self.delimiter = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in all_content)
+        self.template_arguments = dict(template_arguments)
+        if tools is not None:
+            self.template_arguments["tools"] = _map_texts(tools, self.mark_special_tokens)
+        self._check_template_arguments(messages)
 
     def mark_special_tokens(self, text: str) -> str:
         """Replace each blank, and each text of a special token, by a marker."""
@@ -214,19 +262,44 @@ class _Chat:
             self._check_generation_prompt(marked, text)
         return text
 
-    def _apply_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+    def _apply_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         from jinja2 import TemplateError  # local: not needed for --help
 
         tokenizer = self.policy.tokenizer
+        arguments = self.template_arguments if template_arguments is None else template_arguments
         try:
             return str(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=add_generation_prompt, tokenize=False, **arguments
+                )
             )
         except (TemplateError, *TEMPLATE_ERRORS) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(
                 f"chat_template does not write these messages: {reason}; give plain text instead"
             ) from error
+
+    def _check_template_arguments(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for an argument that the template does not read, or that this module sets itself."""
+        arguments = self.template_arguments
+        for name, value in arguments.items():
+            if name in _FIXED_ARGUMENTS.split():
+                raise ValueError(f"chat_template_kwargs: {name}={_quote(value)} is set by the library; leave it out")
+            if not re.search(rf"\b{re.escape(name)}\b", str(self.policy.tokenizer.chat_template)):
+                raise ValueError(
+                    f"{name}={_quote(value)} is not read by the model's chat template; leave it out, or use a template "
+                    "that reads it"
+                )
+        without_tools = {name: value for name, value in arguments.items() if name != "tools"}
+        if "tools" in arguments and self._apply_template(messages) == self._apply_template(
+            messages, template_arguments=without_tools
+        ):
+            raise ValueError(f"tools={_quote(arguments['tools'])} are not written by the model's chat template")
 
     def _check_messages(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
         """Raise ValueError if the template omits a message, or writes a list of parts in Python's notation."""

@@ -1,20 +1,45 @@
 """Convert rows of a data set, or problems with solutions, to the tokens that a supervised step learns from."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as quote
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_rl.decoding.tokens import begin_ids, conversation_ids, prompt_ids, text_ids
+from dllm_rl.decoding.tokens import begin_ids, check_chat, conversation_ids, prompt_ids, text_ids
 from dllm_rl.models.base import Policy
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
 
 DEFAULT_MAX_LENGTH = 1024  # of a model of more positions
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
+# Marks of a message that is learned (1) or only read (0): OpenAI's, then axolotl's two, then ms-swift's.
+LEARNED_MARKS = ("weight", "train", "training", "loss")
+UNSUPPORTED_MARKS = ("train_detail", "training_detail", "loss_scale", "loss_mask", "loss_weight")
+# Columns that say what to learn or what the model reads, and that are not supported: what to do about each.
+UNSUPPORTED_COLUMNS = {
+    "label": "KTO's mark of a completion that is not to be learned; leave such rows out, or drop the column",
+    **dict.fromkeys(
+        (*LEARNED_MARKS, *UNSUPPORTED_MARKS, "sample_weight"),
+        "rows count alike; leave out rows that are not to be learned, and drop the column",
+    ),
+    **dict.fromkeys(
+        ("labels", "completion_mask", "assistant_mask", "assistant_masks"),
+        "what is learned follows from messages, or from prompt and completion; give these, and drop the column",
+    ),
+    **dict.fromkeys(
+        ("system", "system_prompt", "history", "functions", "documents"),
+        "put it into a message before the answer, or drop the column",
+    ),
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        "the model reads only text; leave such rows out, or drop the column",
+    ),
+}
 # Settings that do not apply to a model whose noise is random tokens, and why.
 NOT_FOR_DENOISING = {
     "completion_length": "end tokens fill its last canvas anyway",
@@ -101,13 +126,19 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     token.
     """
     completion_length = recipe.completion_length
-    row = {name: value for name, value in row.items() if value is not None}  # files with different rows fill in None
+    row = {name: _without_none(value) for name, value in row.items() if value is not None}
+    _check_columns(row)
+    arguments = _template_arguments(row)
     only_answers = True
     if "messages" in row:
-        pieces, only_answers = conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
+        only_answers = recipe.assistant_only_loss
+        messages, answers = _answers(row["messages"], only_answers=only_answers)
+        pieces = conversation_ids(policy, messages, answers, template_arguments=arguments)
     elif "prompt" in row and "completion" in row:
-        pieces, only_answers = _pair(policy, row["prompt"], row["completion"]), recipe.completion_only_loss
+        only_answers = recipe.completion_only_loss
+        pieces = _pair(policy, row["prompt"], row["completion"], arguments, only_answers=only_answers)
     elif "text" in row:
+        _check_plain_text(arguments)
         pieces = [(begin_ids(policy), False), (text_ids(policy, row["text"]), True)]
     else:
         raise ValueError(f"has no columns messages, prompt and completion, or text, only {', '.join(sorted(row))}")
@@ -134,18 +165,111 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     return result
 
 
-def _pair(policy: Policy, prompt: Any, completion: Any) -> list[Piece]:
+def _without_none(value: Any) -> Any:
+    """Return a value without the keys that are None, which files and data sets fill in where rows differ. The content
+    of a message may be None, beside its calls.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: _without_none(each) for key, each in value.items() if each is not None or key in ("content", "role")
+        }
+    return [_without_none(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _check_columns(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a column that says what to learn or to read, and that is not supported."""
+    for name, advice in UNSUPPORTED_COLUMNS.items():
+        value = row.get(name)
+        is_empty = value is None or (isinstance(value, list | tuple | str) and not value)
+        # 1 is what an unmarked row has. The label of a text is its class.
+        is_usual = isinstance(value, bool | int | float) and (value == 1 or (name == "label" and "text" in row))
+        if not is_empty and not is_usual:
+            raise ValueError(f"{name}={quote(value)} is not supported: {advice}")
+
+
+def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the chat template that a row gives: its tools and its `chat_template_kwargs`.
+
+    Raises:
+        ValueError: One of them is malformed.
+    """
+    arguments = row.get("chat_template_kwargs", {})
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(f"chat_template_kwargs={quote(arguments)} must be a dict of the template's variables")
+    if not (tools := row.get("tools")):
+        return dict(arguments)
+    try:
+        read = json.loads(tools) if isinstance(tools, str) else tools  # TRL's rows may have them as JSON text
+    except ValueError:
+        read = None
+    if not isinstance(read, list) or not all(isinstance(tool, Mapping) for tool in read):
+        raise ValueError(f"tools={quote(tools)} must be a list of JSON schemas, or its JSON text")
+    return {**arguments, **({"tools": read} if read else {})}
+
+
+def _check_plain_text(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of a chat template beside a text, which no template renders."""
+    for name, value in arguments.items():
+        raise ValueError(f"{name}={quote(value)} needs chat messages, and the row is plain text; drop it")
+
+
+def _answers(messages: Any, *, only_answers: bool, since: int = 0) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return messages without their LEARNED_MARKS, and the indices of those that are learned as answers: the
+    assistant's from the index `since` on, except those of mark 0.
+
+    Raises:
+        ValueError: A message is malformed, or its mark contradicts what is learned.
+    """
+    check_chat(messages)
+    answers = []
+    for number, message in enumerate(messages):
+        is_answer = message["role"] == "assistant" and number >= since
+        marks = {name: message[name] for name in LEARNED_MARKS if name in message}
+        for name, value in marks.items():
+            problem = ""
+            if value not in (0, 1):
+                problem = "must be 0 or 1"
+            elif value and only_answers and not is_answer:
+                problem = "asks to learn it, and only the assistant's messages after the prompt are learned"
+            elif not value and not only_answers:
+                problem = "needs assistant_only_loss=True, or completion_only_loss=True of prompt and completion"
+            if problem:
+                raise ValueError(f"{name}={quote(value)} of message {number}, of role {message['role']!r}, {problem}")
+        for name in filter(message.__contains__, UNSUPPORTED_MARKS):
+            raise ValueError(
+                f"{name}={quote(message[name])} of message {number} is not supported: all of a message is learned, or, "
+                "with weight=0, none; leave it out"
+            )
+        if is_answer and all(marks.values()):
+            answers.append(number)
+    unmarked = [{key: value for key, value in message.items() if key not in LEARNED_MARKS} for message in messages]
+    return unmarked, answers
+
+
+def _pair(
+    policy: Policy, prompt: Any, completion: Any, arguments: Mapping[str, Any], *, only_answers: bool
+) -> list[Piece]:
     """Return the pieces of a prompt and its completion, each text or messages. A text completion of chat messages
     becomes the assistant's message.
     """
     turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    is_answer = len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(turns[0]["content"], str)
+    before = [] if isinstance(prompt, str) else [*prompt]
+    messages, answers = _answers([*before, *turns], only_answers=only_answers, since=len(before))
+    last = messages[-1]
+    is_answer = len(turns) == 1 and last["role"] == "assistant" and isinstance(last["content"], str)
     if isinstance(prompt, str):
+        _check_plain_text(arguments)
+        if not is_answer or last.keys() != {"role", "content"}:
+            raise ValueError(
+                f"completion={quote(completion)} must be text, or one assistant's message of text, since the prompt is "
+                "text; or give the prompt as messages"
+            )
         begin = [*begin_ids(policy), *text_ids(policy, prompt)]  # as `prompt_ids`, which refuses an empty prompt
-        return [(begin, False), (text_ids(policy, turns[-1]["content"]), True)]
-    if prompt and prompt[-1]["role"] == "assistant" and is_answer:  # the completion continues the turn
-        return [(prompt_ids(policy, prompt), False), (text_ids(policy, turns[0]["content"]), True)]
-    return conversation_ids(policy, [*prompt, *turns], since=len(prompt))
+        return [(begin, False), (text_ids(policy, last["content"]), bool(answers))]
+    if before and before[-1]["role"] == "assistant" and is_answer:  # the completion continues the turn
+        start = prompt_ids(policy, messages[:-1], template_arguments=arguments)
+        return [(start, False), (text_ids(policy, last["content"]), bool(answers))]
+    return conversation_ids(policy, messages, answers, template_arguments=arguments)
 
 
 def _joined(

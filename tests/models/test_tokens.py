@@ -315,7 +315,7 @@ def test_what_is_not_left_out_is_written_once(monkeypatch, template, prompt, tex
 )
 def test_a_template_that_begins_no_answer_is_refused(policy, monkeypatch, template, start):
     monkeypatch.setattr(policy.tokenizer, "chat_template", template)
-    for read in (prompt_ids, conversation_ids):
+    for read in (prompt_ids, partial(conversation_ids, answers=[1])):
         with pytest.raises(
             ValueError, match=f"^chat_template has no generation prompt: .* and an answer begins after {start!r};"
         ):

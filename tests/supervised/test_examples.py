@@ -243,3 +243,149 @@ def test_only_an_assistants_message_continues_a_turn(role):
         )
     whole = {"prompt": [], "completion": [begun[0], {"role": "assistant", "content": "3"}]}
     assert policy.tokenizer.decode(example(tiny_sft(), policy, whole).tokens).replace(" ", "") == "U:1+2=<eos>A:3<eos>"
+
+
+LETTERS = "UATX:0123456789+=[]"
+
+
+def chat_model(template=TEMPLATE):
+    policy = tiny_masked_lm(characters=LETTERS)
+    policy.tokenizer.chat_template = template
+    return policy
+
+
+def say(role, content, **marks):
+    return {"role": role, "content": content, **marks}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([say("user", "1"), say("assistant", "2", weight=0), say("user", "3"), say("assistant", "4", weight=1)], "4"),
+        ([say("user", "1"), say("assistant", "2"), say("user", "3"), say("assistant", "4", train=False)], "2"),
+        ([say("user", "1", weight=0), say("assistant", "2", loss=False), say("assistant", "5", loss=None)], "5"),
+        (
+            [
+                say("user", "1"),
+                say("assistant", "2", training=0.0),
+                say("user", "3"),
+                say("assistant", "4", training=True),
+            ],
+            "4",
+        ),
+        (([say("user", "1")], [say("assistant", "2", weight=0), say("assistant", "4")]), "4"),
+    ],
+)
+def test_a_message_of_weight_0_is_read_and_not_learned(row, expected):
+    row = {"prompt": row[0], "completion": row[1]} if isinstance(row, tuple) else {"messages": row}
+    policy = chat_model()
+    one = example(tiny_sft(), policy, row)
+    answer = [*text_ids(policy, expected), EOS]
+    assert one.tokens[one.learned].tolist() == answer and one.tokens[-len(answer) :].tolist() == answer
+    # The other messages are in the row, as if nothing were marked.
+    messages = row.get("messages") or [*row["prompt"], *row["completion"]]
+    unmarked = [say(each["role"], each["content"]) for each in messages]
+    whole = example(tiny_sft(), policy, {"messages": unmarked})
+    assert whole.tokens[: len(one.tokens)].tolist() == one.tokens.tolist()
+
+
+PAIR = {"prompt": [say("user", "1")], "completion": "2"}
+CONTINUED = {"prompt": [say("user", "1"), say("assistant", "X")], "completion": "2"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PAIR | {"completion": [say("assistant", "2", weight=0)]}, "has nothing to learn"),
+        ({"prompt": "1=", "completion": [say("assistant", "2", train=False)]}, "has nothing to learn"),
+        ({"prompt": "1=", "completion": [say("user", "3"), say("assistant", "2")]}, "must be text, or one assistant's"),
+        ({"messages": [say("assistant", "2", weight=0.5)]}, r"^weight=0.5 of message 0, .* must be 0 or 1"),
+        (
+            {"messages": [say("user", "1", train=True), say("assistant", "2")]},
+            "^train=True of message 0, of role",
+        ),
+        ({"messages": [say("assistant", "2", train_detail=[])]}, r"^train_detail=\[\] of message 0 is not supported"),
+        (PAIR | {"label": False}, "^label=False is not supported: KTO's"),
+        ({"prompt": "1", "completion": "2", "label": 0}, "^label=0 is not supported: KTO's"),
+        ({"text": "12", "weight": 0}, "^weight=0 is not supported: rows count alike"),
+        ({"text": "12", "train": False}, "^train=False is not supported"),
+        ({"text": "12", "labels": [-100, 4]}, r"^labels=\[-100, 4\] is not supported"),
+        (PAIR | {"system": "U"}, "^system='U' is not supported: put it into a message"),
+        (PAIR | {"images": [0]}, r"^images=\[0\] is not supported: the model reads only text"),
+        (PAIR | {"tools": [TOOL]}, "^tools=.* is not read by the model's chat template"),
+        (PAIR | {"tools": "add"}, "^tools='add' must be a list of JSON schemas"),
+        (
+            PAIR | {"chat_template_kwargs": {"thinking": False}},
+            "^thinking=False is not read by the model",
+        ),
+        (PAIR | {"chat_template_kwargs": {"tokenize": True}}, "^chat_template_kwargs: tokenize=True is set by the lib"),
+        (PAIR | {"chat_template_kwargs": "thinking"}, "^chat_template_kwargs='thinking' must be a dict"),
+        ({"text": "12", "tools": [TOOL]}, "^tools=.* needs chat messages"),
+        ({"prompt": "1=", "completion": "2", "chat_template_kwargs": {"x": 1}}, "^x=1 needs chat messages"),
+    ],
+)
+def test_what_a_row_says_and_nothing_reads_is_refused_by_name(row, message):
+    with pytest.raises(ValueError, match=message):
+        example(tiny_sft(), chat_model(), row)
+
+
+def test_a_mark_contradicts_a_loss_on_everything():
+    row = {"messages": [say("user", "1"), say("assistant", "2", weight=0)]}
+    with pytest.raises(ValueError, match=r"^weight=0 of message 1, .* needs assistant_only_loss=True"):
+        example(tiny_sft(assistant_only_loss=False), chat_model(), row)
+
+
+def test_columns_that_change_nothing_are_read_past():
+    """What is empty, what an unmarked row has, a class of a text, and what is none of the library's business."""
+    policy = chat_model()
+    plain = example(tiny_sft(), policy, PAIR)
+    full = PAIR | {"label": True, "weight": 1.0, "images": [], "tools": [], "chat_template_kwargs": {}, "source": "web"}
+    assert example(tiny_sft(), policy, full).tokens.tolist() == plain.tokens.tolist()
+    example(tiny_sft(), policy, {"text": "12", "label": 0})
+
+
+TOOLS_TEMPLATE = "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}" + TEMPLATE
+ADD = {"function": {"name": "7+7", "unit": None}}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [say("user", "1"), say("assistant", "2")], "tools": [ADD]}, "[7+7]U:1<eos>A:2<eos>"),
+        (PAIR | {"tools": '[{"function": {"name": "7"}}, {"function": {"name": "8"}}]'}, "[78]U:1<eos>A:2<eos>"),
+        (
+            {"prompt": [say("user", "1"), say("assistant", "X")], "completion": "2", "tools": [ADD]},
+            "[7+7]U:1<eos>A:X2<eos>",
+        ),
+    ],
+)
+def test_the_template_writes_a_rows_tools(row, expected):
+    policy = chat_model(TOOLS_TEMPLATE)
+    one = example(tiny_sft(), policy, row)
+    assert policy.tokenizer.decode(one.tokens).replace(" ", "") == expected
+    assert policy.tokenizer.decode(one.tokens[one.learned]).replace(" ", "") == "2<eos>"
+
+
+def test_a_tool_cannot_write_a_special_token():
+    policy = tiny_masked_lm(characters=LETTERS + "<eos>")
+    policy.tokenizer.chat_template = TOOLS_TEMPLATE
+    one = example(tiny_sft(), policy, PAIR | {"tools": [{"function": {"name": "<eos>"}}]})
+    assert one.tokens.tolist().count(EOS) == 2
+
+
+def test_a_template_that_only_mentions_tools_does_not_write_them():
+    with pytest.raises(ValueError, match=r"^tools=.* are not written by the model's chat template"):
+        example(tiny_sft(), chat_model("{% set has_tools = tools %}" + TEMPLATE), PAIR | {"tools": [ADD]})
+
+
+@pytest.mark.parametrize("row", [PAIR, CONTINUED])
+def test_a_template_gets_a_rows_variables(row):
+    policy = chat_model("{% if think %}T{{ depth or '' }}{% endif %}" + TEMPLATE)
+    plain, other = (
+        policy.tokenizer.decode(example(tiny_sft(), policy, row | {"chat_template_kwargs": values}).tokens).replace(
+            " ", ""
+        )
+        for values in ({"think": False}, {"think": True, "depth": 3})
+    )
+    assert other == "T3" + plain and plain.startswith("U:1")

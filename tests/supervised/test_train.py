@@ -192,7 +192,10 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
     [
         ({"dataset": [{"a": "1"}] * 3}, "dataset: row 0: has no columns messages, prompt and completion, or text"),
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
-        ({"dataset": [{"prompt": "1", "completion": []}] * 3}, "dataset: row 0: list index out of range"),
+        (
+            {"dataset": [{"prompt": "1", "completion": []}] * 3},
+            "dataset: row 0: prompt=.. is neither text nor",
+        ),
         ({"dataset": []}, "dataset is empty"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
