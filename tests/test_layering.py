@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "records": "",
     "versions": "",
     "types": "",
-    "tasks": "",
+    "identity": "",
     # floor 2
+    "tasks": "identity",
     "algorithms": "records types",
     "callbacks": "records",
     "distributed": "device files screen versions",
@@ -49,7 +50,8 @@ MAY_IMPORT = {
     # floor 5
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers",
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
-    "evaluation": "files rng screen records types tasks distributed models decoding quantization likelihoods samplers",
+    "evaluation": "files identity rng screen records types tasks distributed models decoding quantization likelihoods "
+    "samplers",
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
@@ -79,7 +81,7 @@ ROOMS = {
     "uvicorn": {"serving"},
     "accelerate": {"distributed", "monitoring", "step", "training"},
 }
-NO_TORCH = {"tasks", "files", "manifest", "screen", "records", "config", "versions"}
+NO_TORCH = {"tasks", "identity", "files", "manifest", "screen", "records", "config", "versions"}
 
 
 def imported(source: str, where: str) -> set[str]:
@@ -143,7 +145,7 @@ def test_the_table_lists_every_package_and_stands_on_eight_floors():
     }
     assert entries == set(MAY_IMPORT), "a new package or module needs a row in MAY_IMPORT and in docs/ARCHITECTURE.md"
     assert max(floors().values()) <= 8
-    assert len(entries) <= 33, "put it into a package that is there, or raise this number"
+    assert len(entries) <= 34, "put it into a package that is there, or raise this number"
 
 
 def test_each_package_is_in_a_row_above_all_that_it_imports():

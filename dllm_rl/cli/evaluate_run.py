@@ -69,9 +69,10 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         for scheme in schemes:
             quantization = "none" if scheme is None else describe(scheme)
             quantized = policy if scheme is None else quantized_copy(policy, scheme)
+            weights = fingerprint(quantized) if arguments.output_dir else None
             for plan_settings, sampler in plans:
                 settings = {"quantization": quantization, **plan_settings}
-                file = completions_file(arguments, quantized, task, settings)
+                file = completions_file(arguments, weights, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
                 with progress_bar(title, limit * arguments.samples, main=processes.is_main_process) as progress:
                     result = evaluate(
@@ -85,6 +86,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                         completions=file,
                         model=str(model),
                         quantization=quantization if scheme else None,
+                        weights=weights,
                         accelerator=processes,
                         reward_timeout=arguments.reward_timeout,
                         progress=progress,
@@ -154,17 +156,17 @@ def dtype_of(policy: Policy) -> str:
 
 
 def completions_file(
-    arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
+    arguments: argparse.Namespace, weights: str | None, task: Task, settings: dict[str, Any]
 ) -> Path | None:
-    """Return the file of the completions; None without --output_dir.
+    """Return the file of the completions of the policy with the fingerprint `weights`; None without --output_dir.
 
     Its name contains a hash of everything that the completions depend on. The grading is not part of it.
     """
-    if arguments.output_dir is None:
+    if weights is None:
         return None
     facts = task_facts(task)
     provenance = {name: facts[name] for name in ("task", "version", "settings")} | settings
-    provenance |= {"seed": arguments.seed, "dtype": dtype_of(policy), "weights": fingerprint(policy)}
+    provenance |= {"seed": arguments.seed, "weights": weights}
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8]
     steps = f"-{settings['diffusion_steps']}-steps" if settings.get("diffusion_steps") else ""
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"

@@ -5,18 +5,22 @@ A row has `prompt`, `completion` and the problem's fields. Under `evaluation` it
 the end of an evaluation, the parts are merged into NAME.jsonl.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import Tensor
 
 from dllm_rl.distributed.collectives import Processes
 from dllm_rl.evaluation.results import GradedAnswer
 from dllm_rl.files import as_json, replacing, to_disk
-from dllm_rl.models.base import Policy
+from dllm_rl.identity import digest_of_tensors, digest_of_value
+from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.quantization.linear import dequantize_packed, is_torchao_tensor
+from dllm_rl.records import describe, full_name, to_json
 from dllm_rl.tasks.base import Problem, completion_metrics
 from dllm_rl.tasks.rows import load_rows
 
@@ -143,19 +147,44 @@ def read(path: Path) -> Rows:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Return sixteen hex digits that identify a policy's weights: a hash of each layer's class, of the first 1024
-    numbers of each parameter, and of the blocks of a model that has them.
+    """Return sixteen hex digits that identify what a policy computes: all bytes of its weights, its layers' classes,
+    its model's config, its spec, and its tokenizer with the chat template.
+
+    It reads every weight, which takes seconds for a model of billions of parameters: call it once per policy.
     """
-    digest = hashlib.sha256()
-    if policy.spec.block_size is not None:
-        digest.update(f"{policy.spec.block_size} {policy.spec.causal_context}\n".encode())
-    # Classes distinguish a quantized copy from its original, even if the hashed numbers are equal.
-    for name, module in policy.module.named_modules():
-        digest.update(f"{name} {type(module).__name__}\n".encode())
-    for parameter in policy.module.parameters():
-        values = dequantize_packed(parameter.detach()) if is_torchao_tensor(parameter) else parameter.detach()
-        digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    weights = {name: weight for name, weight in policy.module.state_dict().items() if isinstance(weight, Tensor)}
+    config = getattr(policy.module, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if isinstance(config, dict):  # without the folder that it was read from, and the version that wrote it
+        config = {
+            name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")
+        }
+    # Classes distinguish a quantized copy from its original, even if the weights are equal.
+    classes = [(name, full_name(type(module))) for name, module in policy.module.named_modules()]
+    settings = [classes, config, to_json(policy.spec), policy.float32_head, describe(policy.quantization)]
+    parts = [digest_of_tensors(weights, _as_numbers), digest_of_value(settings), _digest_of_tokenizer(policy.tokenizer)]
+    return digest_of_value(parts)[:16]
+
+
+def _as_numbers(weight: Tensor) -> Tensor:
+    return dequantize_packed(weight) if is_torchao_tensor(weight) else weight
+
+
+def _digest_of_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return the digest of a tokenizer: of the files that it saves, or of the object, if it saves none."""
+    if not hasattr(tokenizer, "save_pretrained"):
+        return digest_of_value(tokenizer)
+    content: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                content[file.name] = json.loads(file.read_bytes()) if file.suffix == ".json" else file.read_bytes()
+    for values in content.values():
+        if isinstance(values, dict):  # what a call of the tokenizer sets, and where it was read from
+            for name in ("padding", "truncation", "name_or_path", "tokenizer_file"):
+                values.pop(name, None)
+    return digest_of_value(content)
 
 
 def _line(row: Row) -> str:

@@ -31,6 +31,7 @@ def evaluate(  # noqa: PLR0913
     completions: str | Path | None = None,
     model: str = "",
     quantization: str | None = None,
+    weights: str | None = None,
     accelerator: Processes | None = None,
     reward_timeout: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -54,6 +55,8 @@ def evaluate(  # noqa: PLR0913
             (default): nothing is stored.
         model: Name of the model, stored with the results.
         quantization: Name of the weights' quantization, stored with the results.
+        weights: `fingerprint` of the policy, for several evaluations of one policy with files. None (default): it is
+            computed if a file needs it, which reads every weight.
         accelerator: Processes among which the problems are divided; every process returns the same result. None
             (default): only this process.
         reward_timeout: Time limit in seconds for grading one completion; after it the process ends. None (default): no
@@ -75,8 +78,10 @@ def evaluate(  # noqa: PLR0913
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
-    # The fingerprint of the weights shows whether they made the stored completions. Without a file it is not needed.
-    provenance = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
+    # The fingerprint shows whether this policy made the stored completions. Without a file it is not needed.
+    if path is not None and weights is None:
+        weights = fingerprint(policy)
+    provenance = {"seed": seed, "sampler": describe(sampler), "weights": weights}
     provenance |= {"quantization": quantization} if quantization else {}
     store = Completions(path, provenance, accelerator)
     facts = task_facts(task) | {"model": model} | provenance

@@ -1,11 +1,8 @@
 """Make a task from a data set and TRL-style reward functions."""
 
 import asyncio
-import hashlib
 import inspect
-import json
 import os
-import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
@@ -16,6 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.identity import digest_of_rows, rows_in_order
 from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
 
 MAX_HELD_OUT = 256  # largest number of rows that are held out by default
@@ -299,29 +297,10 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
 
 
 def digest_of(dataset: Any) -> str | None:
-    """Return a text that identifies a data set: its path, or its number of rows and a digest of at
-    most two hundred rows.
-    """
+    """Return a text that identifies a data set: its path, or its number of rows and a digest of all of them."""
     if dataset is None or isinstance(dataset, str):
         return dataset
-    count = len(dataset)
-    # Not all rows, since a run with a million rows must start quickly; a hundred rows are enough to tell data sets
-    # apart.
-    sampled_rows = [_as_json(dict(dataset[i])) for i in range(0, count, max(1, count // 100))]
-    digest = hashlib.sha256(json.dumps(sampled_rows, sort_keys=True).encode())
-    return f"{count} rows, {digest.hexdigest()[:16]}"
-
-
-def _as_json(value: Any) -> Any:
-    """Return a row's value as JSON that is the same in every process: sets are sorted, addresses left out."""
-    if isinstance(value, Mapping):
-        return {str(name): _as_json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return list(map(_as_json, value))
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    is_json = value is None or isinstance(value, bool | int | float | str)
-    return value if is_json else re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+    return f"{len(dataset)} rows, {digest_of_rows(rows_in_order(dataset))[:16]}"
 
 
 def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float | None = None) -> tuple[Any, Any]:

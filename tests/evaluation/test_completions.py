@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_recipe import SIZES
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import Completions, fingerprint, make_row
 from dllm_rl.evaluation.evaluate import row_seeds
+from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import FakeQuantize
@@ -36,13 +38,45 @@ def test_a_fingerprint_tells_layers_of_equal_weights_apart():
     assert fingerprint(rounded) != fingerprint(policy)
 
 
-def test_a_fingerprint_tells_blocks_apart():
+def edit_last_number(policy):
+    weight = max(policy.module.parameters(), key=torch.Tensor.numel)
+    with torch.no_grad():
+        weight.view(-1)[-1] += 1e-3
+
+
+def edit_merges(policy):
+    policy.tokenizer.add_tokens(["12"])
+
+
+EDITS = {
+    "the last number of a weight": edit_last_number,
+    "a chat template": lambda policy: setattr(policy.tokenizer, "chat_template", "{{ messages[0]['content'] }}"),
+    "a token": edit_merges,
+    "a config field": lambda policy: setattr(policy.module.config, "rms_norm_eps", 0.5),
+    "the mask": lambda policy: setattr(policy, "spec", replace(policy.spec, mask_id=3)),
+    "blocks of 4": lambda policy: setattr(policy, "spec", replace(policy.spec, block_size=4)),
+    "blocks of 8": lambda policy: setattr(policy, "spec", replace(policy.spec, block_size=8)),
+    "the precision of the logits": lambda policy: setattr(policy, "float32_head", not policy.float32_head),
+    "the dtype": lambda policy: policy.module.bfloat16(),
+}
+
+
+def test_a_fingerprint_tells_apart_whatever_changes_a_completion():
+    found = {"nothing": fingerprint(tiny_masked_lm(**SIZES))}
+    for name, edit in EDITS.items():
+        policy = tiny_masked_lm(**SIZES)
+        edit(policy)
+        found[name] = fingerprint(policy)
+    assert len({*found.values()}) == len(found), found
+
+
+def test_a_fingerprint_is_the_same_after_a_reload_and_a_call_of_the_tokenizer(tmp_path):
     policy = tiny_masked_lm(**SIZES)
-    found = set()
-    for size in (None, 4, 8):
-        policy.spec = replace(policy.spec, block_size=size)
-        found.add(fingerprint(policy))
-    assert len(found) == 3
+    policy.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = load_policy(tmp_path / "a"), load_policy(tmp_path / "b")
+    second.tokenizer(["1", "12"], padding=True, truncation=True, max_length=4)
+    assert fingerprint(first) == fingerprint(second)
 
 
 MADE = {"problem": 0, "sample": 0, "tokens": 1, "forwards": 2.0, "seconds": 0.5, "steps": 2}

@@ -1,11 +1,13 @@
 """Data sets with TRL-style functions, and the smallest task."""
 
 import asyncio
+import datetime
 import multiprocessing
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 
 import datasets
@@ -169,6 +171,23 @@ def test_rows_are_told_apart_in_the_same_way_in_every_process() -> None:
     row = '{"prompt": "a", "any": {"x", "y", "z"}, "by": object(), "board": {(0, 0): 1, None: [{"p", "q"}]}}'
     code = f"from dllm_rl.tasks.datasets import digest_of; print(digest_of([{row}]))"
     assert len(printed_under_hash_seeds(code)) == 1
+
+
+def test_every_row_and_every_number_of_an_array_counts() -> None:
+    rows = [{"prompt": f"{i}=", "by": np.zeros(2000), "at": datetime.date(2020, 1, 1)} for i in range(300)]
+    middle = np.zeros(2000)
+    middle[1000] = 1.0
+    changes: list[dict] = [
+        *({"by": by} for by in (middle, np.zeros(2000, "f4"), np.zeros((40, 50)), torch.zeros(2000), [middle])),
+        *({"at": at} for at in (datetime.date(2021, 1, 1), b"\0", b"\1", {1, 2}, {1, 3}, Decimal(1), {(0, 1): "a"})),
+    ]
+    for index in (0, 1, 150, 299):
+        digests = {digest_of(rows)}
+        for change in changes:
+            edited = list(rows)
+            edited[index] = rows[index] | change
+            digests.add(digest_of(edited))
+        assert len(digests) == 1 + len(changes), index
 
 
 def test_names_of_functions() -> None:
