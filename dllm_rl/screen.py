@@ -4,11 +4,14 @@
 imports.
 """
 
+import io
 import logging
 import os
 import signal
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,26 @@ NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0,
 def interactive() -> bool:
     """Return whether Python runs interactively: a notebook, IPython, or Python's prompt."""
     return hasattr(sys, "ps1")  # the prompt string, which only an interactive Python has
+
+
+@contextmanager
+def printing_anything() -> Iterator[None]:
+    """In the block, write a character that the encoding of standard output or error lacks as an escape such as \\u6570.
+
+    An ASCII terminal (PYTHONIOENCODING, or the locale C) would else raise UnicodeEncodeError, and end a run that prints
+    a completion. It holds for whatever the block prints, also in other libraries and in the user's functions.
+    """
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers",
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files identity rng screen records types tasks distributed models decoding quantization likelihoods "
-    "samplers",
+    "samplers monitoring",
     "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "diagnostics evaluation step supervised",
     # floor 7
     "config": "screen records recipe presets serving",
-    "frontend": "records tasks algorithms distributed models likelihoods samplers recipe presets training",
+    "frontend": "screen records tasks algorithms distributed models likelihoods samplers recipe presets training",
     # floor 8
     "trl": "rng types algorithms distributed models decoding likelihoods quantization samplers recipe step training "
     "frontend",

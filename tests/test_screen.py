@@ -1,6 +1,7 @@
 """Foreign text reaches a screen as it is: control characters as signs, brackets as brackets, wherever it is shown."""
 
 import io
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dllm_rl.cli import evaluate_run as evaluate_cli
 from dllm_rl.cli import main as cli
 from dllm_rl.config import from_command_line
 from dllm_rl.diagnostics.doctor import Cause, Report, write_doctor
+from dllm_rl.frontend.grpo import grpo
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls, line_of, literal
@@ -145,6 +147,37 @@ def test_the_doctor_shows_names_as_they_are(terminal):
     cause = Cause("weights", 1.0, 1.0, 1.0, 1.0)
     write_doctor(Report(HOSTILE, 1, cause, (cause,), ((HOSTILE, 1.0),)))
     assert terminal().count(SHOWN) == 2 and "title\x07" not in terminal()
+
+
+@pytest.mark.parametrize(
+    ("stream", "encoding", "errors"),
+    [("stdout", "ascii", "strict"), ("stdout", "latin-1", "surrogateescape"), ("stderr", "ascii", "strict")],
+)
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, capfd, stream, encoding, errors):
+    """Of commands and runs, also what a grader prints; afterwards the stream is as before."""
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding, errors)
+    monkeypatch.setattr(sys, stream, terminal)
+    symbols = "数学→é"
+    policy = tiny_masked_lm(characters=f"12={symbols}")
+    policy.save_pretrained(tmp_path / f"{symbols}-0")
+
+    def score(completions, **columns):
+        print(symbols, file=getattr(sys, stream))
+        return [float(index) for index in range(len(completions))]
+
+    folder = str(tmp_path / f"{symbols}-0")
+    rows = [{"prompt": f"{symbols}{a}="} for a in "1212"]
+    sizes = {"max_new_tokens": 2, "num_steps": 1, "train_batch_size": 2, "num_generations": 2, "report_to": "none"}
+    grpo(folder, rows, score, output_dir=str(tmp_path / symbols), **sizes)
+    assert cli.main(["sample", folder, symbols, "--max_new_tokens", "2"]) == 0
+    assert cli.main(["verify", str(tmp_path / symbols)]) == 0
+    assert cli.main(["verify", f"{symbols}-1"]) == 2
+    terminal.flush()
+    assert rb"\u6570" in written.getvalue()
+    with pytest.raises(UnicodeEncodeError):
+        print(symbols, file=terminal, flush=True)
+    assert terminal.errors == errors
 
 
 @pytest.mark.parametrize(

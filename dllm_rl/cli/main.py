@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy, read_methods, split_fields
-from dllm_rl.screen import escape_controls, line_of
+from dllm_rl.screen import escape_controls, line_of, printing_anything
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().error(escape_controls(message))
 
 
+@printing_anything()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

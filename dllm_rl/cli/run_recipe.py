@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
-from dllm_rl.screen import escape_controls, interactive, line_of
+from dllm_rl.screen import escape_controls, interactive, line_of, printing_anything
 from dllm_rl.supervised.sft import SFT
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dllm_rl.training.summary import Summary
 
 
+@printing_anything()
 def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Summary":
     """Train a recipe of RL or SFT, with the settings that the command line overrides, and return the run's summary.
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.files import remove, unlock
-from dllm_rl.screen import interactive
+from dllm_rl.screen import interactive, printing_anything
 
 ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of NAMES
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS sends the last before the time limit
@@ -30,7 +30,13 @@ Train = TypeVar("Train", bound=Callable[..., Any])
 
 
 class Stopped(BaseException):
-    """Ends the run with an exit status. It is not a SystemExit, because the run catches those of graders."""
+    """Ends the run with an exit status. It is not a SystemExit, because the run catches those of graders.
+
+    `summary` is what a notebook gets after a Ctrl-C in place of the exit: the run's summary, with the policy of the
+    last complete step. None: the weights are not those of a complete step.
+    """
+
+    summary: Any = None
 
 
 class Stop:
@@ -194,7 +200,7 @@ def leaving_nothing_behind(train: Train) -> Train:
         exit_stack = ExitStack()
         outer_run = _EXIT_STACK.set(exit_stack)
         try:
-            with handlers_kept(), exit_stack:
+            with printing_anything(), handlers_kept(), exit_stack:
                 returned = train(recipe, *others, **options)
             # Only after a run without an error: with a process lost, this could wait for it.
             atexit.unregister(_destroy_process_group)
@@ -202,6 +208,8 @@ def leaving_nothing_behind(train: Train) -> Train:
             return returned
         except Stopped as stopped:
             if interactive():  # a notebook would not show the status of a SystemExit
+                if stopped.args[0] == 128 + signal.SIGINT and stopped.summary is not None:
+                    return stopped.summary
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dllm_rl.evaluation.results import headline
 from dllm_rl.files import replacing
+from dllm_rl.monitoring.plots import default_style, import_matplotlib
 from dllm_rl.screen import escape_controls
 
 SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
@@ -29,7 +30,7 @@ def metric_of(results: Sequence[dict[str, Any]]) -> str:
 
 def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write the figure of `draw_sweep` as a PNG."""
-    with replacing(path) as partial:
+    with replacing(path) as partial, default_style():
         draw_sweep(results).savefig(partial, dpi=110, format="png")
 
 
@@ -37,6 +38,7 @@ def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
     """Return a matplotlib Figure: `metric_of` results, with 95 % intervals, against forwards and seconds per answer,
     with a line per sampler. It is not one of pyplot's figures.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     metric = metric_of(results)

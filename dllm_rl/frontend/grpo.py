@@ -24,6 +24,7 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.screen import printing_anything
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.oracle import Oracle
@@ -36,6 +37,7 @@ MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps
 TOKENS_PER_STEP = 2  # default for a model with a preset, as in LLaDA's papers
 
 
+@printing_anything()
 def grpo(
     model: str | nn.Module | Policy | Callable[..., Policy],
     train_dataset: Any,

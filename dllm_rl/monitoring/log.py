@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -57,6 +58,8 @@ class RunLog:
             begin = sampled if name == "completions" and sampled is not None else start
             self.files[name] = JsonLines(directory / f"{name}.jsonl", start=begin)
         self.trackers = list(trackers)
+        self._started = list(trackers)  # also those that accept no more numbers
+        self._refused: dict[str, set[str]] = {}  # tracker -> names of metrics that it does not accept
         rows_before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step
 
@@ -116,7 +119,7 @@ class RunLog:
         self.last = row
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
-            self.trackers = track(self.trackers, finite_numbers(row), step, self.say)
+            self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line `{"warmup_step": 0, "warmup/loss": ...}` to metrics.jsonl."""
@@ -153,11 +156,14 @@ class RunLog:
         return ProgressDisplay(self.console, description, total, completed=completed, exact=exact, first_ess=first_ess)
 
     def close(self) -> None:
-        for file in self.files.values():
+        """Close the files and end the trackers, also those that accept no more numbers: mlflow would otherwise refuse
+        the next run of this process. A second call does nothing.
+        """
+        files, self.files = self.files, {}
+        for file in files.values():
             file.close()
-        for tracker in self.trackers:
-            with suppress(Exception):  # any exception of a tracker
-                tracker.finish()
+        started, self._started = self._started, []
+        end_trackers(started)
 
 
 def finite(row: dict[str, float]) -> dict[str, float | None]:
@@ -195,26 +201,78 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
             if tracker.name != "tensorboard":  # tensorboard would show the settings as a separate run
                 tracker.store_init_configuration(recipe.settings())
     except Exception as error:  # any exception of a tracker
+        end_trackers(accelerator.trackers)  # those that did start
         raise ValueError(f"report_to={recipe.report_to!r} did not start: {error}") from error
     return list(accelerator.trackers)
 
 
+def end_trackers(trackers: Sequence[GeneralTracker]) -> None:
+    """End the trackers; ignore those that cannot."""
+    for tracker in trackers:
+        with suppress(Exception):  # any exception of a tracker
+            tracker.finish()
+
+
 def track(
-    trackers: list[GeneralTracker], values: dict[str, float], step: int, say: Callable[[str], None]
+    trackers: list[GeneralTracker],
+    values: dict[str, float],
+    step: int,
+    say: Callable[[str], None],
+    refused: dict[str, set[str]] | None = None,
 ) -> list[GeneralTracker]:
     """Send the numbers of a step to the trackers; return the trackers that accepted them. The run continues without the
-    others.
+    others. A tracker that refuses single numbers, for their names, gets the others.
+
+    Args:
+        trackers: Trackers that have accepted the numbers of the steps before.
+        values: Numbers by name.
+        step: Number of the step.
+        say: Function that prints a warning.
+        refused: Names that each tracker, by its name, has refused so far; they are not sent again, and new ones are
+            added. None (default): none so far.
     """
+    refused = {} if refused is None else refused
     working = []
     for tracker in trackers:
+        unwanted = refused.setdefault(tracker.name, set())
+        wanted = {name: value for name, value in values.items() if name not in unwanted}
         try:
-            if tracker.name == "tensorboard":  # its folder may be deleted at any time
-                Path(tracker.logging_dir).mkdir(parents=True, exist_ok=True)
-            # mlflow's file store uses names as paths: grad_norm/iteration_1 would need a folder named like the metric
-            # grad_norm.
-            dotted = {name.replace("/", "."): value for name, value in values.items()}
-            tracker.log(dotted if tracker.name == "mlflow" else values, step=step)
+            try:
+                send(tracker, wanted, step)
+            except Exception:  # any exception of a tracker
+                reasons = send_each(tracker, wanted, step)
+                unwanted.update(reasons)
+                for name, reason in reasons.items():
+                    say(f"warning: {tracker.name} does not accept the metric {name!r} ({reason}): it gets the others")
             working.append(tracker)
         except Exception as error:  # any exception of a tracker
             say(f"warning: {tracker.name} accepts no more numbers ({error}): the run continues without it")
     return working
+
+
+def send(tracker: GeneralTracker, values: dict[str, float], step: int) -> None:
+    """Send the numbers of a step to a tracker, whose exceptions are of any type."""
+    if tracker.name == "tensorboard":  # its folder may be deleted at any time
+        Path(tracker.logging_dir).mkdir(parents=True, exist_ok=True)
+    if tracker.name == "mlflow":
+        # Its file store uses names as paths: grad_norm/iteration_1 would need a folder named like the metric grad_norm.
+        # Of other characters it accepts only some, and the name of a lambda, of a chat's role or of a unit has more.
+        values = {re.sub(r"[^\w.\-: ]", "_", name.replace("/", ".")): value for name, value in values.items()}
+    tracker.log(values, step=step)
+
+
+def send_each(tracker: GeneralTracker, values: dict[str, float], step: int) -> dict[str, Exception]:
+    """Send the numbers one by one; return the reasons of those that the tracker refuses.
+
+    The number with the plainest name goes first. If the tracker refuses that one, it is not for its name, and the
+    tracker's exception is raised: each further one might wait for a server that does not answer.
+    """
+    reasons: dict[str, Exception] = {}
+    first, *others = sorted(values, key=lambda name: not (name.isascii() and name.isidentifier()))
+    send(tracker, {first: values[first]}, step)
+    for name in others:
+        try:
+            send(tracker, {name: values[name]}, step)
+        except Exception as error:  # any exception of a tracker
+            reasons[name] = error
+    return reasons

@@ -1,7 +1,10 @@
 """Plot a run from the files in its folder."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +107,37 @@ def draw_before_and_after(axis: Any, rows: Sequence[dict[str, Any]], panel: Pane
             axis.plot(steps, values, "s", color="#d0485a", markersize=6, label=label, clip_on=False)
 
 
+def import_matplotlib() -> None:
+    """Import matplotlib. Call it before another import of matplotlib, which fails if MPLBACKEND names a backend that is
+    not installed. A known backend stays chosen, for the caller's own figures; ours are drawn by Agg.
+    """
+    chosen = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if chosen is not None:
+            os.environ["MPLBACKEND"] = chosen
+    if chosen:
+        with suppress(ValueError):  # it is unknown: pyplot chooses one
+            matplotlib.rcParams["backend"] = chosen  # as matplotlib does when it is imported
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw and save in the block with matplotlib's default style, whatever a matplotlibrc says: one with `text.usetex`
+    would need LaTeX.
+    """
+    import_matplotlib()
+    import matplotlib.style
+
+    with matplotlib.style.context("default"):
+        yield
+
+
 def plot(directory: Path, *, levels: Mapping[str, float] | None = None) -> Path:
     """Draw a run in `directory`/training.png, and return that path. `draw_run` has the arguments."""
     path = directory / "training.png"
-    with replacing(path) as partial:
+    with replacing(path) as partial, default_style():
         draw_run(directory, levels=levels).savefig(partial, dpi=110, format="png")
     return path
 
@@ -123,6 +153,7 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> A
         levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names. None
             (default): no lines.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,24 +1,22 @@
 """Finish a run: final evaluation, summary.json, plot and model card."""
 
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import machine
-from dllm_rl.files import write_json, write_text
+from dllm_rl.files import write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
-from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
-from dllm_rl.training.hooks import best_folder, load_best
+from dllm_rl.training.hooks import load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
+from dllm_rl.training.results import best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, format_metrics
@@ -81,31 +79,15 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
     """
     run.log.close()
     recipe = run.recipe
-    directory = Path(recipe.directory)
-    summary = results | {
-        "seconds": time.perf_counter() - run.log.begun,
-        "stages": {name: round(seconds, 3) for name, seconds in run.log.seconds.items()},
-        "seed": recipe.seed,
-        "num_processes": run.accelerator.num_processes,
-        "checkpoint": run.checkpoint,  # the checkpoint whose weights were evaluated
-        "machine": machine(run.accelerator),
-        "recipe": recipe.settings(),
-    }
-    if run.state.best_step is not None:
-        summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
-        summary |= {"best_metric": recipe.best_metric, "best_value": run.state.best_value}
-    if run.state.changes:
-        summary["changes"] = run.state.changes
-    if run.control.stop_reason is not None:
-        summary["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
+    # The checkpoint is the one whose weights were evaluated.
+    summary = summary_of(run, results, checkpoint=run.checkpoint, stop_reason=run.control.stop_reason)
     if run.accelerator.is_main_process:
-        write_json(directory / "summary.json", summary)
-        plot_path = plots.plot(directory) if recipe.num_steps else None
+        numbers_path, plot_path = write_files(run, summary)
         stopped_line = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
+        plot_line = f"Picture:    {plot_path}\n" if plot_path else ""
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            f"{stopped_line}Checkpoint: {summary['checkpoint']}\nPicture:    {plot_path}\n"
-            f"Numbers:    {directory / 'summary.json'}\n{advice}"
+            f"{stopped_line}Checkpoint: {summary['checkpoint']}\n{plot_line}Numbers:    {numbers_path}\n{advice}"
         )
         if recipe.push_to_hub is not None:
             folder = Path(run.checkpoint)

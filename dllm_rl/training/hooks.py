@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.callbacks import Callback, StopBelow, state_of
-from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import how_to_continue
@@ -17,6 +16,7 @@ from dllm_rl.models.lora import restart_dropout
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
+from dllm_rl.training.results import best_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
 
@@ -178,13 +178,6 @@ def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, fl
                 f"'mine/{name}'"
             )
     return {name: float(value) for name, value in returned.items()}
-
-
-def best_folder(run: Run[Settings]) -> Path | None:
-    """Return the folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
-    if run.state.best_step is None:
-        return None
-    return checkpoint.folder_of(Path(run.recipe.directory) / "checkpoints", run.state.best_step)
 
 
 def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], Policy]) -> None:

@@ -30,6 +30,7 @@ from dllm_rl.settings import Settings
 from dllm_rl.step.features import StepFeature
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
+from dllm_rl.training.results import summarize_stop
 from dllm_rl.training.run import CheckpointWriter, Run
 from dllm_rl.training.sharded_learner import gather_on_main
 
@@ -141,9 +142,12 @@ def save_on_peer_loss(run: Run[Settings]) -> None:
 
 def save_on_error(run: Run[Settings], kind: object, error: BaseException | None, traceback: object) -> None:
     """Save the last complete step, from which a resume continues, and add a note to the error. Called when the run
-    ends; does nothing if it ends without an error.
+    ends; does nothing if it ends without an error. A run that a signal has stopped gets its summary and its plot.
     """
-    if error is None or isinstance(error, Stopped):
+    if error is None:
+        return
+    if isinstance(error, Stopped):
+        summarize_stop(run, error)
         return
     recipe = run.recipe
     steps_done = run.state.step

@@ -284,6 +284,7 @@ def open_log(
         completions=recipe.log_completions_steps > 0,
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )
+    run_exit_stack().callback(log.close)  # also after an error or a stop
     for note in notes:
         log.say(note)
     if peers is not None:

@@ -162,13 +162,16 @@ class Interrupting:
         return self.task.reward(problem, completion)
 
 
-def test_a_ctrl_c_at_a_prompt_interrupts_the_cell_and_the_next_one_is_heard(tmp_path, at_a_prompt):
+def test_a_ctrl_c_at_a_prompt_returns_the_policy_so_far_and_the_next_one_is_heard(tmp_path, at_a_prompt):
     recipe = small(tmp_path, num_steps=3)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt, match="status 130"):
-            train(replace(recipe, task=Interrupting(recipe.task, 4 + 1 + 4 + 2)))
-        assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+        summary = train(replace(recipe, task=Interrupting(recipe.task, 4 + 1 + 4 + 2)))
+        assert summary["stopped"] == {"step": 2, "reason": "SIGINT"} and summary.policy.weights_version == 2
+        assert summary["checkpoint"] == str(tmp_path / "checkpoints" / "step-000002")
+        assert json.loads((tmp_path / "summary.json").read_text()) == summary
+        assert (tmp_path / "training.png").exists()
+        assert all(parameter.grad is None for parameter in summary.policy.module.parameters())
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.sigtimedwait([], 5)  # the handler runs before the next instruction

@@ -1,6 +1,7 @@
 """What a run's log does with a deleted folder and numbers that JSON does not have; which trackers take them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -165,6 +166,75 @@ def test_a_run_goes_on_without_one_that_fails(tmp_path, wandb, capsys):
     out = capsys.readouterr().out
     assert out.count("warning: wandb accepts no more numbers (the line is dead): the run continues without it") == 1
     assert wandb.made[0].sent == []
+
+
+class Picky(Recorder):
+    """Accepts only names of a pattern, and, as mlflow, one run of a process at a time."""
+
+    pattern = r"[\w.\-: ]+"
+    active: ClassVar[list["Picky"]] = []
+
+    def start(self):
+        if self.active:
+            raise RuntimeError("a run is already active")
+        self.active.append(self)
+
+    def log(self, values, step=None, **options):
+        if refused := [name for name in values if not re.fullmatch(self.pattern, name)]:
+            raise ValueError(f"{refused[0]} is no name")
+        super().log(values, step)
+
+    def finish(self):
+        self.active.remove(self)
+
+
+@pytest.mark.parametrize("name", ["rewards/<lambda>/mean", "energy (kcal/mol)", "eval/正解"])
+def test_mlflow_gets_a_number_of_any_name(name):
+    tracker = Picky("run")
+    tracker.name = "mlflow"
+    assert module.track([tracker], {"reward": 1.0, name: 2.0}, 0, pytest.fail) == [tracker]
+    (sent,) = tracker.sent
+    assert [*sent[1].values()] == [1.0, 2.0]
+
+
+def test_a_refused_name_costs_a_tracker_that_number_alone(tmp_path, capsys):
+    tracker = Picky("run")
+    tracker.pattern = r"[a-z_/]+"
+    log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
+    names = ["<lambda>", "reward", "eval/p@1"]  # one that is refused stands first
+    for step in range(2):
+        log.write(step, dict.fromkeys(names, 1.0))
+    for step in (0, 1):
+        assert {name for at, values in tracker.sent if at == step for name in values} >= {"reward", "step_time"}
+    out = capsys.readouterr().out
+    for name in ("<lambda>", "eval/p@1"):
+        assert out.count(f"does not accept the metric {name!r}") == 1
+    tracker.pattern = "no name"
+    tries = []
+    log.trackers[0].log = lambda values, step: [tries.append(values), 1 / 0]
+    log.write(2, {"reward": 1.0, "loss": 1.0})
+    assert len(tries) == 2, "a server that does not answer is asked for one number alone"
+    assert log.trackers == [] and "accepts no more numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["the tracker fails", "the run fails", "another does not start"])
+def test_a_tracker_of_a_run_does_not_block_the_next(tmp_path, wandb, monkeypatch, way):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Picky)
+    recipe = tiny_recipe(tmp_path / "a", report_to="wandb", num_steps=1)
+    with monkeypatch.context() as patch:
+        if way == "the tracker fails":
+            patch.setattr(Picky, "fails_at", 0)
+            patch.setattr(Picky, "pattern", ".*")
+            train(recipe)
+        elif way == "the run fails":
+            patch.setattr("dllm_rl.training.trainer.train_step", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(recipe)
+        else:
+            patch.setattr(Picky, "store_init_configuration", lambda self, values: 1 / 0)
+            with pytest.raises(ValueError, match="did not start"):
+                train(recipe)
+    assert Picky.active == []
 
 
 def test_mlflows_file_store_can_hold_every_name():

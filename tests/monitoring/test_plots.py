@@ -85,13 +85,23 @@ def test_the_callers_backend_and_figures_stay(tmp_path, backend):
     plt.close("all")
 
 
-def test_a_picture_of_a_run_chooses_no_backend(tmp_path):
-    """A notebook's first use of pyplot, after a run, chooses the backend that shows figures."""
+def test_a_style_that_cannot_be_drawn_with_is_not_used(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **ALWAYS}) + "\n")
+    for own in ({"text.usetex": True, "text.latex.preamble": r"\usepackage{nosuch}"}, {"figure.dpi": 1e6}):
+        with matplotlib.rc_context(own):
+            assert plot(tmp_path).stat().st_size < 10**6
+            assert [matplotlib.rcParams[name] for name in own] == [*own.values()]
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("", "False"), ("QtAggg", "False"), ("module://own.backend", "True")])
+def test_a_picture_of_a_run_chooses_no_backend(tmp_path, name, chosen):
+    """A notebook's first use of pyplot, after a run, chooses the backend that shows figures. One that MPLBACKEND names
+    is kept, and one that is not installed costs no picture."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **ALWAYS}) + "\n")
     code = (
         "import sys; from pathlib import Path; from dllm_rl.monitoring.plots import plot; plot(Path(sys.argv[1]));"
         "print('matplotlib.pyplot' in sys.modules, isinstance(sys.modules['matplotlib'].rcParams._get('backend'), str))"
     )
-    environment = os.environ | {"MPLBACKEND": ""}
+    environment = os.environ | {"MPLBACKEND": name}
     output = subprocess.check_output([sys.executable, "-c", code, tmp_path], env=environment, text=True)
-    assert output.split() == ["False", "False"]
+    assert output.split() == ["False", chosen]

@@ -127,7 +127,7 @@ def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dllm_rl.training.finish.plots.plot", full)
+        patched.setattr("dllm_rl.training.results.write_json", full)
         note = failed(tmp_path, OSError)
     assert note.startswith("process 0: failed after step 3 was complete; fix the cause and continue with resume_")
     assert train(small(tmp_path, resume_from_checkpoint="latest"))["eval_after"]

@@ -7,7 +7,7 @@ import pytest
 from made_run import make_run
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
-from dllm_rl import tiny_masked_lm
+from dllm_rl import Callback, tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
@@ -25,6 +25,27 @@ def test_a_dry_run_has_no_policy(tmp_path, monkeypatch):
 def test_a_summary_compares_as_its_numbers():
     policy = tiny_masked_lm(**SIZES)
     assert Summary({"seed": 3}, policy) == {"seed": 3} and Summary({"seed": 3}, policy).policy is policy
+
+
+class AtEnd(Callback):
+    def __init__(self):
+        self.ended = []
+
+    def on_end(self, run, summary):
+        self.ended.append(summary["checkpoint"])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("no font"), ImportError("matplotlib")])
+def test_a_picture_that_cannot_be_drawn_costs_only_the_picture(tmp_path, monkeypatch, capsys, error):
+    def fail(directory):
+        raise error
+
+    monkeypatch.setattr("dllm_rl.monitoring.plots.plot", fail)
+    last = AtEnd()
+    summary = train(tiny_recipe(tmp_path, num_steps=1, callbacks=[last]))
+    out = capsys.readouterr().out
+    assert summary.policy.weights_version == 1 and last.ended == [summary["checkpoint"]]
+    assert "training.png could not be drawn: " in out and "Picture:" not in out and "Numbers:" in out
 
 
 class Told(Wrapped):
