@@ -237,7 +237,8 @@ def compute_advantages(
         ValueError: The advantages have another shape than the rewards or are not finite. The message names the
             function.
     """
-    advantages = function(rewards, group, **components)
+    # Copies: a rule that changes its arguments in place, such as `rewards -= rewards.mean()`, changes no samples.
+    advantages = function(rewards.clone(), group.clone(), **{name: x.clone() for name, x in components.items()})
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"

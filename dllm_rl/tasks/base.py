@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from dllm_rl.tasks.user_code import own_copy, process_restored
+
 FLOAT32_MAX = 3.4028234663852886e38
 TIMEOUT_STATUS = 124  # exit status of a process whose grader did not return in time, like that of timeout(1)
 # C code that never checks for signals is ended by faulthandler's timer, which runs without the interpreter.
@@ -185,7 +187,8 @@ def grade(
 ) -> list[Reward]:
     """Grade completions.
 
-    If the task has a method `rewards`, all completions are graded in one call.
+    If the task has a method `rewards`, all completions are graded in one call. The grader gets copies of the problems,
+    and the process is as before when it returns (`tasks.user_code`).
 
     Args:
         task: Task with the grader.
@@ -220,10 +223,12 @@ def grade(
 
     batch_grader = getattr(task, "rewards", None)
     rewards = error_together = None
-    with nullcontext(lambda: None) if timeout is None else deadline(timeout, late) as restart:
+    limit = nullcontext(lambda: None) if timeout is None else deadline(timeout, late)
+    with process_restored(), limit as restart:
         if batch_grader is not None:
             try:
-                rewards = list(batch_grader(problems, completions, **requested_costs(batch_grader, costs or ())))
+                given = list(map(own_copy, problems)), list(completions)
+                rewards = list(batch_grader(*given, **requested_costs(batch_grader, costs or ())))
             except (Exception, SystemExit) as error:
                 error_together = error
         if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails
@@ -260,7 +265,7 @@ def _grade_one_by_one(
         begin(index)
         try:
             arguments = {name: values[index] for name, values in requested.items()}
-            rewards.append(task.reward(problem, completion, **arguments))
+            rewards.append(task.reward(own_copy(problem), completion, **arguments))
         except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
             message = f"the grader of task {task.name!r} raised on {_shown(problem, completion)}: {error!r}"
             if error_together is not None and repr(error_together) != repr(error):

@@ -15,6 +15,7 @@ from typing import Any
 
 from dllm_rl.identity import digest_of_rows, rows_in_order
 from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
+from dllm_rl.tasks.user_code import own_copy
 
 MAX_HELD_OUT = 256  # largest number of rows that are held out by default
 ALWAYS_PASSED = ("prompts", "completions")  # arguments of every reward function, besides the columns
@@ -349,13 +350,15 @@ def _call_functions(
     """Call the functions, each given with its label, and return their results. Async functions run concurrently.
 
     A function receives the columns that it accepts, all if it has `**columns`, and the COST_ARGUMENTS that it requests.
-    Raises ValueError, before any call, if one of those costs is not available.
+    Each value is a copy of its own: a function may extend the chat of a prompt, or sort a list in place. Raises
+    ValueError, before any call, if one of those costs is not available.
     """
     calls = []
     for label, function in functions:
         parameters = inspect.signature(function).parameters
         accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        arguments: dict[str, Any] = {name: columns[name] for name in columns if accepts_all or name in parameters}
+        accepted = [name for name in columns if accepts_all or name in parameters]
+        arguments: dict[str, Any] = {name: list(map(own_copy, columns[name])) for name in accepted}
         for name in filter(parameters.__contains__, costs):
             if None in costs[name] or not costs[name]:
                 raise ValueError(

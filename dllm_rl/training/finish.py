@@ -1,6 +1,7 @@
 """Finish a run: final evaluation, summary.json, plot and model card."""
 
 import shlex
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.hooks import load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
@@ -96,7 +98,8 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
             except Exception as error:  # of any type, from the network or the hub: the run itself has succeeded
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
         for callback in recipe.callbacks:
-            callback.on_end(run.control, summary)
+            with process_restored():
+                callback.on_end(run.control, deepcopy(summary))
     run.accelerator.wait_for_everyone()
     run.policy.module.zero_grad(set_to_none=True)
     return Summary(summary, run.policy)

@@ -16,6 +16,7 @@ from dllm_rl.models.lora import restart_dropout
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
 from dllm_rl.settings import Settings
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.results import best_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
@@ -45,16 +46,19 @@ def start_callbacks(run: Run[Settings]) -> tuple[list[list[Any]], str | None]:
     saved = list(run.state.callbacks or [])
     start_anew = []
     for callback in run.recipe.callbacks:
-        callback.on_start(run.control)
+        with process_restored():
+            callback.on_start(run.control)
         if not run.state.step:
             evaluated = {f"eval/{name}": value for name, value in run.state.eval_before.items()}
-            callback.on_evaluate(run.control, evaluated)
+            with process_restored():
+                callback.on_evaluate(run.control, evaluated)
             continue
         name = type(callback).__name__
         index = next((index for index, entry in enumerate(saved) if entry[0] == name), None)
         state = None if index is None else saved.pop(index)[1]
         if state is not None:
-            callback.load_state(state)
+            with process_restored():
+                callback.load_state(state)
         elif state_of(callback) != {}:
             start_anew.append(name)
     if start_anew:
@@ -67,7 +71,8 @@ def start_callbacks(run: Run[Settings]) -> tuple[list[list[Any]], str | None]:
 
 def callback_states(run: Run[Settings]) -> list[list[Any]]:
     """Return the class name and the state of every callback, as checkpoints store them."""
-    return [[type(callback).__name__, state_of(callback)] for callback in run.recipe.callbacks]
+    with process_restored():
+        return [[type(callback).__name__, state_of(callback)] for callback in run.recipe.callbacks]
 
 
 def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
@@ -133,9 +138,11 @@ def call_callbacks(
         for callback in run.recipe.callbacks:
             if step == run.first_step:
                 warn_of_missing_metric(run, callback, logged)
-            if evaluated:
-                callback.on_evaluate(run.control, evaluated)
-            logged |= check_numbers(callback, callback.on_step(run.control, logged), logged)
+            with process_restored():
+                if evaluated:
+                    callback.on_evaluate(run.control, dict(evaluated))
+                returned = callback.on_step(run.control, dict(logged))
+            logged |= check_numbers(callback, returned, logged)
         return logged, callback_states(run), run.control.stop_reason, run.control.save_requested
 
     answers = from_main(call, run.accelerator)

@@ -28,6 +28,7 @@ from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
 from dllm_rl.step.features import StepFeature
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.results import summarize_stop
@@ -79,7 +80,8 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
 
         def call_callbacks() -> str | None:
             for callback in run.recipe.callbacks:
-                callback.on_save(run.control, folder)
+                with process_restored():
+                    callback.on_save(run.control, folder)
             return run.control.stop_reason
 
         if run.recipe.callbacks:

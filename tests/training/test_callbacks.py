@@ -1,6 +1,7 @@
 """Callbacks, early stops, the best checkpoint, and settings that a resume changes, each through a run."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,30 @@ class Recorder(Callback):
         self.calls.append(("end", summary["seed"]))
 
 
+class Meddler(Callback):
+    """Leaves the folder, as a hook that writes a report does, and empties what it is given."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_start(self, run):
+        os.chdir(self.folder)
+        torch.set_grad_enabled(False)
+
+    def on_step(self, run, metrics):
+        os.chdir(self.folder)
+        metrics.clear()
+
+    on_evaluate = on_step
+
+    def on_save(self, run, folder):
+        os.chdir(self.folder)
+
+    def on_end(self, run, summary):
+        os.chdir(self.folder)
+        summary["recipe"].clear()
+
+
 def choose(monkeypatch, values, *names):
     """Give every evaluation during a run chosen values, so that the best step is known."""
     names = names or ("eval/reward",)
@@ -86,15 +111,19 @@ def metrics_of(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_hook_is_called_in_order_and_its_numbers_are_logged(tmp_path):
-    recorder = Recorder()
-    run(tmp_path, num_steps=2, eval_steps=2, callbacks=[recorder])
+def test_every_hook_is_called_in_order_and_its_numbers_are_logged(tmp_path, monkeypatch):
+    recorder, elsewhere = Recorder(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = run("run", num_steps=2, eval_steps=2, callbacks=[Meddler(elsewhere), recorder])
+    assert Path.cwd() == tmp_path and not list(elsewhere.iterdir()) and torch.is_grad_enabled()
+    assert done["recipe"]["num_steps"] == 2
     kinds = [call[:2] for call in recorder.calls]
     assert kinds == [
         *[("save", "step-000000"), ("start", 0), ("evaluate", 0), ("step", 1), ("evaluate", 2), ("step", 2)],
         *[("save", "step-000002"), ("end", 0)],
     ]
-    rows = metrics_of(tmp_path)
+    rows = metrics_of(tmp_path / "run")
     assert [row["mine/twice"] for row in rows] == [2 * row["reward"] for row in rows]
     assert recorder.calls[4][2] == rows[1]["eval/reward"]
 

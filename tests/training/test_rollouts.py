@@ -219,6 +219,19 @@ def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_pa
             compute_advantages(recipe.advantages, rewards, group, {})
 
 
+def test_an_advantage_function_that_works_in_place_changes_no_samples():
+    def centered(rewards, group, *, parts, weights):
+        group.zero_()
+        weights *= 0
+        parts -= 1
+        return rewards.sub_(rewards.mean())
+
+    given = [torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), torch.tensor([[1.0, 3.0]]), torch.tensor([1.0])]
+    before = [each.clone() for each in given]
+    advantages = compute_advantages(centered, given[0], given[1], {"parts": given[2], "weights": given[3]})
+    assert advantages.tolist() == [-1, 1] and all(map(torch.equal, given, before))
+
+
 def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
     completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1)
     group = torch.tensor([0])

@@ -1,0 +1,55 @@
+"""Call code of the user, such as graders and callbacks: what it is given is its own, and what it sets does not last."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import Error, deepcopy
+from typing import Any
+
+# Settings of torch that a script of inference sets for its process or thread: the function that reads one, and the
+# function that sets it.
+TORCH_SETTINGS = {
+    "is_grad_enabled": "set_grad_enabled",
+    "get_default_dtype": "set_default_dtype",
+    "get_default_device": "set_default_device",
+    "get_num_threads": "set_num_threads",
+    "get_float32_matmul_precision": "set_float32_matmul_precision",
+    "get_deterministic_debug_mode": "set_deterministic_debug_mode",
+}
+
+
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Give the process back its working directory and torch's settings (`TORCH_SETTINGS`) after a call of user code.
+
+    States of random number generators are left alone: a run reads none of them, and a function that draws from one
+    should draw other numbers at its next call.
+    """
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:  # somebody has deleted it
+        directory = None
+    torch: Any = sys.modules.get("torch")  # tasks never import it; a process without it has no setting to lose
+    before = {} if torch is None else {name: getattr(torch, name)() for name in TORCH_SETTINGS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if getattr(torch, name)() != value:
+                # Without a default device, tensors are made on the CPU. None says so at no cost.
+                is_no_device = name == "get_default_device" and value.type == "cpu"
+                getattr(torch, TORCH_SETTINGS[name])(None if is_no_device else value)
+        if directory is not None:
+            os.chdir(directory)
+
+
+def own_copy(value: Any) -> Any:
+    """Return a deep copy of a value of a row, for user code that may change it in place.
+
+    A value that Python cannot copy, such as a lock or an open connection, is returned as it is.
+    """
+    try:
+        return deepcopy(value)
+    except (TypeError, Error):
+        return value

@@ -1,0 +1,142 @@
+"""What graders change of their arguments or of the process is theirs alone."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from dllm_rl.tasks import Problem, task_from_dataset
+from dllm_rl.tasks.base import Reward, grade
+from dllm_rl.tasks.user_code import TORCH_SETTINGS
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": "2+2="}], "tests": [{"input": [3, 1, 2]}], "answer": "4"},
+    {"prompt": [{"role": "user", "content": "2+3="}], "tests": [{"input": [9, 8]}], "answer": "5"},
+]
+
+
+def extend_chats(prompts, completions, **columns):
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt.append(completion[0])
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def sort_in_place(tests, **columns):
+    for test in tests:
+        test[0]["input"].sort()
+    return [float(test[0]["input"][0]) for test in tests]
+
+
+def empty_all(prompts, completions, tests, answer, **columns):
+    count = len(completions)
+    for each in (*prompts, *completions, *tests, prompts, completions, tests, answer):
+        each.clear()
+    return [0.0] * count
+
+
+def seen(prompts, completions, tests, answer, **columns):
+    given = zip(prompts, completions, tests, answer, strict=True)
+    return [float(given_row == expected) for given_row, expected in zip(given, EXPECTED, strict=True)]
+
+
+COMPLETIONS = ["4", "x", "5"]
+# Two completions of the first row, as in a group, and one of the second.
+EXPECTED = [
+    (row["prompt"], [{"role": "assistant", "content": text}], row["tests"], row["answer"])
+    for row, text in zip((ROWS[0], ROWS[0], ROWS[1]), COMPLETIONS, strict=True)
+]
+
+
+@pytest.mark.parametrize("change", [extend_chats, sort_in_place, empty_all], ids=lambda f: f.__name__)
+def test_what_a_reward_function_changes_reaches_no_row_and_no_other_function(change):
+    before = repr(ROWS)
+    task = task_from_dataset(ROWS, reward_funcs=[change, seen])
+    problems = [task[0], task[0], task[1]]
+    rewards = grade(task, problems, COMPLETIONS)
+    assert [reward.breakdown["seen"] for reward in rewards] == [1.0, 1.0, 1.0]
+    assert repr(ROWS) == before
+    if change is extend_chats:  # each completion of a prompt has a chat of its own
+        assert [reward.breakdown["extend_chats"] for reward in rewards] == [2.0, 2.0, 2.0]
+
+
+class Grader:
+    """A task of the user's that keeps its problems, and whose grader uses up what it is given."""
+
+    name, version = "own", "1"
+    problem = Problem("2+2=", {"answers": ["4", "four"]})
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.problem
+
+    def reward(self, problem, completion):
+        return Reward(float(completion in (problem.fields["answers"].pop(), problem.fields["answers"].pop())), True)
+
+
+class BatchGrader(Grader):
+    def rewards(self, problems, completions):
+        rewards = [self.reward(*pair) for pair in zip(problems, completions, strict=True)]
+        completions.sort()
+        problems.clear()
+        return rewards
+
+
+@pytest.mark.parametrize("task", [Grader(), BatchGrader()], ids=["one by one", "together"])
+def test_a_task_of_the_users_grades_copies(task):
+    texts = ["four", "4", "5"]
+    assert [reward.value for reward in grade(task, [task[0]] * 3, texts)] == [1.0, 1.0, 0.0]
+    assert task.problem.fields == {"answers": ["4", "four"]} and texts == ["four", "4", "5"]
+
+
+def test_what_python_cannot_copy_is_passed_as_it_is():
+    lock = threading.Lock()
+    task = task_from_dataset(
+        [{"prompt": "2+2=", "pool": lock}], reward_funcs=lambda pool, **columns: [float(pool[0] is lock)]
+    )
+    assert grade(task, [task[0]], ["4"])[0].value == 1
+
+
+CHANGED = {
+    "set_grad_enabled": False,
+    "set_default_dtype": torch.float64,
+    "set_default_device": "meta",
+    "set_num_threads": 3,
+    "set_float32_matmul_precision": "medium",
+    "set_deterministic_debug_mode": 1,
+}
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
+def test_a_grader_leaves_the_process_as_it_was(tmp_path, raises):
+    before = {name: getattr(torch, name)() for name in TORCH_SETTINGS}, os.getcwd()
+    ran = []
+
+    def inference_script(completions, **columns):
+        os.chdir(tmp_path)
+        for name, value in CHANGED.items():
+            getattr(torch, name)(value)
+        ran.append(True)
+        if raises:
+            raise KeyError("answer")
+        return [0.0] * len(completions)
+
+    task = task_from_dataset(ROWS, reward_funcs=inference_script)
+    assert set(CHANGED) == set(TORCH_SETTINGS.values())
+    if raises:
+        with pytest.raises(RuntimeError, match="KeyError"):
+            grade(task, [task[0]], ["4"])
+    else:
+        grade(task, [task[0]], ["4"])
+    assert ran and ({name: getattr(torch, name)() for name in TORCH_SETTINGS}, os.getcwd()) == before
+    assert torch.utils._device.CURRENT_DEVICE is None  # no default device, not the CPU as one
+
+
+def test_a_folder_that_was_deleted_stops_no_grader(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    task = task_from_dataset(ROWS, reward_funcs=lambda completions, **columns: [1.0])
+    assert grade(task, [task[0]], ["4"])[0].value == 1
