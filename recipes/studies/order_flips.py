@@ -158,6 +158,9 @@ def law_of(logits: Tensor, at: Canvases, rank: str, policy: Policy) -> Law:
         order = torch.where(first, 0.0, -torch.inf).double()
     elif name == "random":
         order = torch.where(masked, -masked.sum(-1, keepdim=True).double().log(), -torch.inf)
+    elif name == "left_to_right":
+        leftmost = masked & (masked.cumsum(-1) == 1)
+        order = torch.where(leftmost, 0.0, -torch.inf).double()
     elif name == "plackett_luce":
         order = (scores / float(temperature)).log_softmax(-1)
     else:
@@ -281,11 +284,13 @@ def lam_of(sampled: list[Sampled]) -> float:
 
 
 def weighted(sampled: Sampled, weights: str) -> tuple[Events, Events]:
-    """The chances of rollouts and the weights of their events, under one of `WEIGHTS` (AIS mixes `none` and `tis`)."""
+    """The chances of rollouts and the weights of their events, under one of `WEIGHTS` (AIS mixes `none` and `tis`), or
+    "cis", whose cap falls with the rollout's probability p of the token."""
     ratio = sampled.log_ratio.exp()
     if weights == "answer":
         return sampled.chances * ratio, torch.ones_like(ratio)
-    found = {"tis": ratio.clamp(max=CAP), "exact": ratio}
+    p = expanded(sampled.theirs.tokens.exp(), sampled.at)
+    found = {"tis": ratio.clamp(max=CAP), "exact": ratio, "cis": ratio.minimum(1 + 2.3 * (1 - p).clamp(min=0.005))}
     return sampled.chances, found.get(weights, torch.ones_like(ratio))
 
 
