@@ -1,0 +1,236 @@
+"""Does TIS pay in training where the order of unmasking does not depend on the weights? Claims before the runs.
+
+orders.py says, exactly, that in such an order TIS removes most of the bias of quantized rollouts, and under `MaxProb`
+little. Here 4x4 Sudoku (sudoku_unique.py) is trained for 60 steps of one update, 16 cells in four steps, each scored.
+Ten paired seeds (0 to 9) start from one warmed-up model each. Parts, each with its arms, claims, and Holm's correction:
+
+nvfp4     random order: unquantized, NVFP4 rollouts (weights alone), with TIS, with TIS whose weights go to other tokens
+          (what its weights do by their size alone), and without a corrector at half the rate (does TIS only tame a
+          step that is too large?)
+orders    the same but the half rate, left to right and under `MaxProb`
+formats   random order: FP8, FP8 with inputs and INT4 (groups of 32), each without a corrector, with TIS and permuted
+
+Rates: 1e-3 in random order and 5e-4 under `MaxProb`, which int4_orders.py tuned for each of its arms (unquantized,
+INT4, INT4 with TIS); left to right takes 1e-3 without tuning. Two runs of a pilot say that 2e-3 breaks NVFP4 with and
+without TIS. So permuted weights have TIS's rate.
+
+Evaluated on 400 test puzzles: the learner, and the weights that sampled, made of the learner once more ("copy").
+`after` and `quantized` are greedy in `MaxProb` order; `sampled` and `quantized, sampled` are at temperature 1 in the
+order of training, whose expected reward the gradient is of; `sampled, max_prob` is at temperature 1 in `MaxProb` order.
+
+The claims, two-sided, by flipping the signs of ten seeds, each greedily and at temperature 1 in the order of training:
+
+nvfp4, the learner (6 claims): TIS is above no corrector; above its permuted weights; above half the rate.
+nvfp4, the copy (4): with TIS the copy is above the copy without a corrector; without one the copy is above the learner.
+orders (6): left to right TIS is above no corrector, and above its permuted weights; what TIS gains over its permuted
+weights is more in random order than under `MaxProb`.
+formats (12): for each format TIS is above no corrector, and above its permuted weights.
+the order by itself (2, of the unquantized arms): random order ends above `MaxProb`, both evaluated in `MaxProb` order,
+greedily and at temperature 1.
+
+Known before the runs: int4_orders.json (seeds 0 to 9, INT4 for 180 steps: TIS 0.040 above no corrector in random order,
+greedy; unquantized random order 0.141 above `MaxProb`), int4_orders_controls.json, and a pilot of NVFP4 with seeds 10
+and 11: in random order without a corrector 0.655 and 0.672, greedy, with TIS 0.728 and 0.748, permuted 0.573 and 0.677,
+and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.512, 0.485 and 0.573, 0.568 and 0.552.
+
+    python -m recipes.studies.orders_trained [--parts nvfp4]   run what is missing, orders_trained.json, the tables
+    python -m recipes.studies.orders_trained --report          run nothing
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dllm_rl import (
+    NVFP4,
+    TIS,
+    FakeQuantize,
+    Float8WeightOnly,
+    Int4WeightOnly,
+    LeftToRight,
+    MaxProb,
+    NoCorrection,
+    Policy,
+    RandomOrder,
+    Rank,
+    Sampler,
+    Scheme,
+)
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.files import read_json, write_json
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from recipes.studies.controls import Permuted
+from recipes.studies.late_rollouts import QUIET
+from recipes.studies.paired import (
+    Results,
+    Study,
+    arm_rows,
+    by_arm,
+    claimed_rows,
+    keep,
+    load,
+    markdown,
+    paired,
+    restore_runs,
+    run_missing,
+    train_one,
+)
+from recipes.sudoku_unique import recipe
+
+STORED = Path(__file__).with_suffix(".json")  # every run
+RANKS: dict[str, Rank] = {"random": RandomOrder(), "left_to_right": LeftToRight(), "max_prob": MaxProb()}
+RATES = {"random": 1e-3, "left_to_right": 1e-3, "max_prob": 5e-4}
+FORMATS: dict[str, Scheme | None] = {
+    "unquantized": None,
+    "nvfp4": NVFP4(),
+    "fp8": Float8WeightOnly(dequantized=True),
+    "fp8 with inputs": FakeQuantize(weight="e4m3", activation="e4m3"),
+    "int4": Int4WeightOnly(),
+}
+CORRECTORS = {"": NoCorrection(), ", tis": TIS(), ", permuted": Permuted(corrector=TIS())}
+IN_FOUR = {"diffusion_steps": 4}
+HALF = "random: nvfp4 at half the rate"
+
+
+def arms_of(order: str, *formats: str) -> dict[str, dict[str, Any]]:
+    """By name the arms of an order: unquantized without a corrector, others with each of `CORRECTORS`."""
+    shared = {"sampler": recipe.sampler.replace(**IN_FOUR, rank=RANKS[order]), "learning_rate": RATES[order]}
+    return {
+        f"{order}: {name}{corrector}": {
+            **shared, "rollout_quantization": FORMATS[name], "corrector": CORRECTORS[corrector]
+        }
+        for name in formats
+        for corrector in (CORRECTORS if FORMATS[name] else ("",))
+    }  # fmt: skip
+
+
+RANDOM = arms_of("random", "unquantized", "nvfp4")
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "nvfp4": RANDOM | {HALF: RANDOM["random: nvfp4"] | {"learning_rate": RATES["random"] / 2}},
+    "orders": arms_of("left_to_right", "unquantized", "nvfp4") | arms_of("max_prob", "unquantized", "nvfp4"),
+    "formats": arms_of("random", "fp8", "fp8 with inputs", "int4"),
+}
+COLUMNS = ("after", "sampled", "sampled, max_prob", "quantized", "quantized, sampled")
+STUDY = Study(
+    name="orders-trained",
+    base=replace(recipe, **QUIET, eval_sampler=recipe.eval_sampler.replace(**IN_FOUR)),
+    arms={name: arm for arms in PARTS.values() for name, arm in arms.items()},
+    against={},
+    metrics={"ess": "rollout_corr/ess", "reward": "reward"},
+    seeds=10,
+    num_steps=60,
+)
+Claims = Mapping[str, Sequence[float]]
+BOTH = {"greedy": ("after", "quantized"), "temperature 1": ("sampled", "quantized, sampled")}  # of learner and copy
+
+
+def run_evaluated(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """Train one arm of a seed, and evaluate it at temperature 1, too; leaves `root`/results/....json."""
+    kept, policy = train_one(study, root, num_steps, name, seed)
+    if policy is None:
+        kept |= dict.fromkeys(COLUMNS, 0.0)
+    else:
+
+        def rate(policy: Policy, sampler: Sampler) -> float:
+            task = study.base.eval_task
+            return evaluate(policy, task, sampler, seed=seed, samples=2, batch_size=400).means[study.metric]
+
+        own, scheme = study.arms[name]["sampler"], study.arms[name]["rollout_quantization"]
+        policy.module.eval()
+        kept["sampled"] = rate(policy, own)
+        kept["sampled, max_prob"] = rate(policy, own.replace(rank=MaxProb()))
+        kept["quantized, sampled"] = rate(quantized_copy(policy, scheme), own) if scheme else kept["sampled"]
+    keep(root, kept)
+
+
+def gains(results: Results, tis: str, others: Mapping[str, str]) -> dict[str, list[float]]:
+    """By claim TIS less other arms (what they are -> arm), greedily and at temperature 1, of the learner."""
+    return {
+        f"{tis} is above {claim}, {how}": paired(results, tis, other, learner)
+        for claim, other in others.items()
+        for how, (learner, _) in BOTH.items()
+    }
+
+
+def beside(arm: str) -> dict[str, str]:
+    return {"no corrector": arm, "its permuted weights": f"{arm}, permuted"}
+
+
+def families(results: Results) -> dict[str, Claims]:
+    """By family of claims what `claimed_rows` takes."""
+    nvfp4, copy = "random: nvfp4", {}
+    for how, (learner, quantized) in BOTH.items():
+        copy[f"the copy with TIS is above the copy without, {how}"] = paired(results, f"{nvfp4}, tis", nvfp4, quantized)
+        copy[f"without a corrector the copy is above the learner, {how}"] = [
+            run[quantized] - run[learner] for (arm, _), run in sorted(results.items()) if arm == nvfp4
+        ]
+    orders = gains(results, "left_to_right: nvfp4, tis", beside("left_to_right: nvfp4"))
+    for how, (column, _) in BOTH.items():
+        apart = (paired(results, f"{order}: nvfp4, tis", f"{order}: nvfp4, permuted", column) for order in RANKS)
+        random, _, max_prob = apart
+        orders[f"TIS gains more over its permuted weights in random order than under MaxProb, {how}"] = [
+            a - b
+            for a, b in zip(random, max_prob, strict=False)  # equally many in a whole study
+        ]
+    formats: dict[str, list[float]] = {}
+    for name in ("fp8", "fp8 with inputs", "int4"):
+        formats |= gains(results, f"random: {name}, tis", beside(f"random: {name}"))
+    return {
+        "nvfp4, the learner": gains(results, f"{nvfp4}, tis", beside(nvfp4) | {"half the rate": HALF}),
+        "nvfp4, the copy": copy,
+        "orders": orders,
+        "formats": formats,
+        "the order by itself": {
+            f"unquantized, random order is above MaxProb, {column}": paired(
+                results, "random: unquantized", "max_prob: unquantized", column
+            )
+            for column in ("after", "sampled, max_prob")
+        },
+    }
+
+
+NEEDS = {"orders": ("nvfp4", "orders"), "formats": ("formats",), "the order by itself": ("nvfp4", "orders")}
+
+
+def whole_seeds(results: Results, part: str) -> int:
+    """How many seeds have all arms of a part."""
+    return sum(all((arm, seed) in results for arm in PARTS[part]) for seed in range(STUDY.seeds))
+
+
+def report(results: Results) -> str:
+    """How much is there, and of whole parts the arms and the claims: no claim is read before the last seed."""
+    seeds = {part: whole_seeds(results, part) for part in PARTS}
+    lines = [f"{part}: {number} of {STUDY.seeds} seeds" for part, number in seeds.items()]
+    for part, arms in PARTS.items():
+        if seeds[part] == STUDY.seeds:
+            columns = ("arm", *COLUMNS, "ess", "reward")
+            lines.append(markdown(arm_rows(replace(STUDY, arms=arms), results, COLUMNS), columns))
+    for family, rows in families(results).items():
+        if all(seeds[part] == STUDY.seeds for part in NEEDS.get(family, ("nvfp4",))):
+            lines.append(f"{family}:\n\n{markdown(claimed_rows(rows))}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: store what is there")
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
+    options = parser.parse_args()
+    root, kept = options.output_dir, read_json(STORED) if STORED.exists() else []
+    if not options.report:
+        restore_runs(kept, root)
+        for part, seed in product(options.parts, range(STUDY.seeds)):
+            runs = [(arm, seed) for arm in PARTS[part]]
+            run_missing(STUDY, root, runs, num_steps=lambda _: STUDY.num_steps, workers=1, run=run_evaluated)
+            write_json(STORED, list(load(root).values()))
+        kept = list(load(root).values())
+        write_json(STORED, kept)
+    print(report(by_arm(kept)))
+
+
+if __name__ == "__main__":
+    main()
