@@ -32,7 +32,7 @@ from dllm_rl.models.base import (
     mlm_head,
     position_ids,
 )
-from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.checkpoint.adapters import load_adapter, read_adapter_config
 from dllm_rl.models.checkpoint.families import FAMILY_FIELD
 from dllm_rl.models.checkpoint.loading import (
     adapter_folder,
@@ -316,6 +316,7 @@ def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_ch
             f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load NEW"
         )
     dtype = options["dtype"]
+    read_adapter_config(adapter)  # raises ValueError for adapters that are not read, before the base is loaded
     with name_in_errors(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
     # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.

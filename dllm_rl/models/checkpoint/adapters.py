@@ -1,6 +1,7 @@
 """Saved adapters: files in peft's format, and peft's LoraConfig."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,23 @@ from dllm_rl.models.checkpoint.tensors import (
 from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of, is_bitsandbytes
 
 PREFIX = "base_model.model."  # prefix of every name in peft's files
-# Settings of peft that change what is computed from the same tensors, and their supported values.
-PEFT_SETTINGS: dict[str, Any] = {
-    **{"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"},
-    **{"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "alora_invocation_tokens": None},
-    **{"arrow_config": None, "kasa_config": None, "monteclora_config": None, "velora_config": None, "use_bdlora": None},
+# Fields of peft's LoraConfig that are read, or that do not change what is computed from the same tensors.
+PEFT_FIELDS = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias", "inference_mode"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "base_model_name_or_path",
+        "auto_mapping",
+        "runtime_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "ensure_weight_tying",
+    ),
 }
+# Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ and similar subtract from its weights.
+PEFT_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+REMEDY = "leave it out, or use the model that peft's merge_and_unload() returns"
 
 
 def from_peft(config: Any) -> Lora:
@@ -46,13 +58,42 @@ def from_peft(config: Any) -> Lora:
     targets = config.target_modules
     if isinstance(targets, str) and targets != "all-linear":
         raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layer names")
-    scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
     return Lora(
         r=config.r,
-        alpha=float(config.lora_alpha) * scale,
+        alpha=_alpha(vars(config)),
         dropout=float(config.lora_dropout),
         targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
     )
+
+
+def check_peft_config(config: Any, source: str | Path = "peft_config") -> None:
+    """Raise ValueError for adapters of peft that this library cannot read.
+
+    It is for whoever trains peft's adapters, too, so that `load_policy` opens what they save: call it before training.
+
+    Args:
+        config: Config of peft, or the fields of its adapter_config.json.
+        source: The name of the setting or of the folder, for the message.
+
+    Raises:
+        ValueError: The adapters are not LoRA, or a setting needs more than the matrices A and B and one scale (DoRA,
+            `bias`, `modules_to_save`, `rank_pattern`, ...).
+    """
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    method = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
+    if method not in (None, "LORA"):
+        raise ValueError(f"{source}: peft_type={method!r} is not supported; only LoRA is: {REMEDY}")
+    if (bias := fields.get("bias")) not in (None, "none"):
+        raise ValueError(f"{source}: bias={bias!r} is not supported; {REMEDY}")
+    if (init := fields.get("init_lora_weights")) not in PEFT_INITS:
+        raise ValueError(
+            f"{source}: init_lora_weights={init!r} also changed the base, which is not supported; save the adapters "
+            "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
+    for name, value in fields.items():
+        # Numbers and texts are options of settings that are themselves a flag, a dict or a list.
+        if name not in PEFT_FIELDS and (value is True or (isinstance(value, dict | list | tuple | set) and value)):
+            raise ValueError(f"{source}: {name}={value!r} is not supported; {REMEDY}")
 
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
@@ -121,23 +162,13 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     # peft on a module in the stock class's layout has saved the stock class's names.
     names = stock_to_original(policy.spec)
     state = {_original_name(name, names): tensor for name, tensor in saved_state.items()}
-    for field, value in PEFT_SETTINGS.items():
-        if config.get(field) not in (value, None):
-            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
-    init = config.get("init_lora_weights")
-    if init not in (None, True, False, "gaussian", "eva", "orthogonal"):
-        # PiSSA, OLoRA and similar methods subtract the initial adapters from the base's weights, which this does not.
-        raise ValueError(
-            f"{directory}: init_lora_weights={init!r} also changed the base, which is not supported; save the adapters "
-            "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
-        )
     linear, experts = _adapted_paths(state)
     stock_paths = {rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear}
     # Tensors of other layers do not fit, see below.
     targets = sorted(path for path, _ in policy.module.named_modules() if path in stock_paths)
     settings = Lora(
         r=config["r"],
-        alpha=float(config["lora_alpha"]),
+        alpha=_alpha(config),
         dropout=float(config["lora_dropout"]),
         targets=tuple(targets),
         experts=bool(experts),
@@ -158,6 +189,11 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
 
 
+def _alpha(fields: Mapping[str, Any]) -> float:
+    """Return alpha of a config of peft: rsLoRA divides `lora_alpha` by the root of r, and `Lora` by r."""
+    return float(fields["lora_alpha"]) * (fields["r"] ** 0.5 if fields.get("use_rslora") else 1)
+
+
 def _original_name(name: str, names: Any) -> str:
     """Return the name of an adapter's tensor in the original checkpoint; an original name is unchanged."""
     path, separator, matrix = name.removeprefix(PREFIX).partition(".lora_")
@@ -176,19 +212,19 @@ def _adapted_paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     return sorted(paths - expert_paths), experts
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Return config, tensors and metadata of saved adapters. Raise ValueError for damaged files or invalid numbers."""
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of adapter_config.json. Raise ValueError for a damaged file, invalid numbers, or adapters that
+    are not read.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
     check_regular(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a mapping)
-            metadata = file.metadata() or {}
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
     fields: dict[str, Any] = config if isinstance(config, dict) else {}
+    check_peft_config(fields, folder)
     for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
         value: Any = fields.get(name)
         # True is an int for isinstance. JSON has integers too large for a float; NaN and infinity fail too.
@@ -198,6 +234,18 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         raise ValueError(
             f"{folder}: lora_dropout={fields['lora_dropout']} is not in [0, 1); correct adapter_config.json"
         )
+    return fields
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return config, tensors and metadata of saved adapters. Raise ValueError for damaged files or invalid numbers."""
+    fields = read_adapter_config(folder)
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a mapping)
+            metadata = file.metadata() or {}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
     for name, tensor in state.items():
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(

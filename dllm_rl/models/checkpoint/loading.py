@@ -50,6 +50,7 @@ from dllm_rl.models.checkpoint.tensors import (
     LazyTensor,
     check_regular,
     read_tensors,
+    remove_weights,
     shapes_and_dtypes,
     to_original,
     to_stock,
@@ -65,6 +66,7 @@ _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
+ADAPTER_CONFIG = "adapter_config.json"
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 LOAD_ADAPTER_HINT = "open the base, and call dllm_rl.models.checkpoint.adapters.load_adapter with it and this folder"
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
@@ -96,6 +98,16 @@ def load_module(
             raise ValueError(
                 f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantize "
                 "it with base_quantization or rollout_quantization"
+            )
+        if raw.get("transformers_weights") is not None:  # transformers would load this file, and the checks read others
+            raise ValueError(
+                f"{folder}: config.json names a file of weights, transformers_weights={raw['transformers_weights']!r}; "
+                "delete the field, and give the file its usual name"
+            )
+        if files and (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{folder} has a model's weights ({files[0]}) and adapters ({ADAPTER_CONFIG}); give a folder with one "
+                "of the two"
             )
         tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -211,12 +223,12 @@ def adapter_folder(folder: Path) -> Path | None:
 
     Return None for a folder that has weights or no adapters.
     """
-    if (folder / "config.json").exists() or weight_files(folder):
+    if weight_files(folder):
         return None
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    return None
+    if (folder / ADAPTER_CONFIG).is_file():  # some tools write the base's config.json beside it
+        return folder
+    is_of_run = not (folder / "config.json").exists() and (folder / "adapter" / ADAPTER_CONFIG).is_file()
+    return folder / "adapter" if is_of_run else None
 
 
 def base_of_adapter(adapter: Path) -> Path:
@@ -233,12 +245,21 @@ def base_of_adapter(adapter: Path) -> Path:
 
 def named_base(adapter: Path) -> str:
     """Return the folder or hub id of the base model that saved adapters name. Raise ValueError for no name."""
-    config = read_json(adapter / "adapter_config.json")
+    config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {LOAD_ADAPTER_HINT}")
-    # The base of a run with a warm-up is in the run's folder. Its path is relative, because the folder may move.
-    return str(adapter / base) if base.startswith("..") else base
+    if not base.startswith(".."):
+        return base
+    # The base of a run with a warm-up is in the run's folder: it is relative to the adapters, because the folder may
+    # move. peft stores a path as it was given, relative to the working directory.
+    found = {path.resolve(): str(path) for path in (adapter / base, Path(base)) if path.is_dir()}
+    if len(found) > 1:
+        raise ValueError(
+            f"{adapter}: base_model_name_or_path={base!r} names {' and '.join(map(repr, found.values()))}, as seen "
+            "from the adapters and from here; give it as an absolute path in adapter_config.json"
+        )
+    return next(iter(found.values()), base)
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:
@@ -547,6 +568,7 @@ def save_module(
         elif stock or custom or spec.stock_model is None:
             merged = merged_copy(module, device="cpu") if has_adapted_or_low_bit(module) else module
             layout = {"save_original_format": False} if custom else {}
+            remove_weights(directory)
             merged.save_pretrained(directory, max_shard_size=MAX_FILE_SIZE, **layout)
             if custom:
                 config = directory / "config.json"

@@ -19,6 +19,7 @@ from dllm_rl.models.base import FamilySpec
 State = dict[str, Tensor]
 
 INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 ATTENTION = "model.layers.*.self_attn"
 QKV = ("q_proj", "k_proj", "v_proj")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +55,7 @@ def read_tensors(directory: Path) -> State:
     """Return all tensors of a folder's safetensors files, memory-mapped. Raise ValueError if there are no files."""
     files = weight_files(directory)
     if not files:
-        raise ValueError(f"{directory}: no model.safetensors or {INDEX}; convert the checkpoint to safetensors")
+        raise ValueError(f"{directory}: no {SINGLE_FILE} or {INDEX}; convert the checkpoint to safetensors")
     state: State = {}
     for file in files:
         state |= load_file(directory / file)
@@ -64,12 +65,19 @@ def read_tensors(directory: Path) -> State:
 def weight_files(directory: Path) -> list[str]:
     """Return the names of a folder's safetensors files.
 
-    Raise ValueError for an index that names a missing file or one outside the folder.
+    Raise ValueError for an index that names a missing file or one outside the folder, or that leaves out a file with
+    all weights.
     """
     index = directory / INDEX
+    has_single_file = (directory / SINGLE_FILE).exists()
     if not index.exists():
-        return ["model.safetensors"] if (directory / "model.safetensors").exists() else []
+        return [SINGLE_FILE] if has_single_file else []
     files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    if has_single_file and SINGLE_FILE not in files:  # transformers would read it, other tools the files of the index
+        raise ValueError(
+            f"{directory}: {SINGLE_FILE} and the files of {INDEX} are two sets of weights; delete the one that is not "
+            "the model's"
+        )
     for name in files:
         if name in ("", ".", "..") or Path(name).name != name or PureWindowsPath(name).name != name:
             raise ValueError(
@@ -106,10 +114,9 @@ def write_tensors(state: Mapping[str, Tensor | LazyTensor], directory: Path, *, 
             bytes_left = max_shard_size
         shards[-1].append(name)
         bytes_left -= tensor.nbytes
-    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
-        old.unlink()  # otherwise a later load would read them too
+    remove_weights(directory)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(files) > 1 else ["model.safetensors"]
+    files = files if len(files) > 1 else [SINGLE_FILE]
     for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
@@ -125,6 +132,12 @@ def write_tensors(state: Mapping[str, Tensor | LazyTensor], directory: Path, *, 
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def remove_weights(directory: Path) -> None:
+    """Delete a folder's weights, because a later load would read them beside new ones of other file names."""
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
+        old.unlink()
 
 
 def mismatched_tensors(state: State, module_state: State) -> list[str]:

@@ -19,7 +19,8 @@ from dllm_rl import grpo, load_policy, quantized_copy, train
 from dllm_rl.algorithms.correctors import Aligned, QaRL
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
-from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.checkpoint.adapters import check_peft_config, load_adapter, save_adapter
+from dllm_rl.models.checkpoint.loading import base_of_adapter
 from dllm_rl.models.lora import (
     Lora,
     LoraLinear,
@@ -440,6 +441,14 @@ def test_adapters_that_do_not_fit(tmp_path):
         {"alpha_pattern": {"q_proj": 64}},
         {"rank_pattern": {"q_proj": 4}},
         {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [3]},
+        {"layer_replication": [[0, 1], [0, 1]]},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [0]},
         {"alora_invocation_tokens": [3]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
@@ -462,13 +471,53 @@ def test_what_peft_computes_otherwise_is_refused(tmp_path, settings):
                 parameter.data += 0.3 * torch.randn(parameter.shape)
     wrapped.save_pretrained(tmp_path)
     (name,) = settings
-    if settings[name] in ("gaussian", "orthogonal"):
+    if name in ("use_rslora", "exclude_modules", "layers_to_transform") or settings[name] in ("gaussian", "orthogonal"):
+        check_peft_config(config)
         load_adapter(base, tmp_path)
         tokens, mask = torch.tensor([[3, 4, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
         torch.testing.assert_close(base.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-5)
     else:
-        with pytest.raises(ValueError, match=rf"{name}=.* not supported"):
-            load_adapter(base, tmp_path)
+        with pytest.raises(ValueError, match=rf"^peft_config: {name}=.* not supported"):
+            check_peft_config(config)  # what a trainer asks before it trains them
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "none"}))
+        for load in (load_policy, partial(load_adapter, base)):  # before the base is looked for
+            with pytest.raises(ValueError, match=rf"^{tmp_path}: {name}=.* not supported"):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["IA3Config", "LoHaConfig", "VeraConfig", "PrefixTuningConfig"])
+def test_adapters_of_other_methods_are_refused_by_name(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, method)(task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    name = config.peft_type.value
+    for check in (load_policy, partial(load_adapter, tiny_llama(characters="ab", causal=False, num_layers=1))):
+        with pytest.raises(ValueError, match=rf"^{tmp_path}: peft_type='{name}' is not supported; only LoRA is"):
+            check(tmp_path)
+    with pytest.raises(ValueError, match=rf"^peft_config: peft_type='{name}' is not supported"):
+        check_peft_config(config)
+
+
+@pytest.mark.parametrize("base", ["../base", "../../somewhere/base"])
+def test_a_base_above_the_working_directory_is_found_from_there_or_from_the_adapters(tmp_path, monkeypatch, base):
+    """peft stores a path as it was given; a run stores that of its own folder relative to the adapters."""
+    here, adapters = tmp_path / "outer" / "here", tmp_path / "elsewhere" / "run" / "adapters"
+    here.mkdir(parents=True), adapters.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    policy = tiny_llama(characters="ab", causal=True, num_layers=1, hidden_size=8, num_attention_heads=2)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, adapters, base=base)
+    with pytest.raises(ValueError, match=re.escape(f"their base {base!r} is missing")):
+        base_of_adapter(adapters)
+    for root in (here, adapters):
+        (root / base).mkdir(parents=True)
+        assert base_of_adapter(adapters).samefile(root / base)
+        (root / base).rmdir()
+    for root in (here, adapters):
+        (root / base).mkdir()
+    with pytest.raises(ValueError, match="as seen from the adapters and from here; give it as an absolute path"):
+        base_of_adapter(adapters)
 
 
 # The loop, on the smallest Sudoku.

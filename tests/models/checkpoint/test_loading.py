@@ -11,11 +11,14 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from layouts import published
+from layouts import checkpoint, published
 from transformers.utils import logging
 
-from dllm_rl import load_policy, make_policy
+from dllm_rl import load_policy, make_policy, tiny_llama
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.checkpoint.adapters import save_adapter
+from dllm_rl.models.checkpoint.tensors import INDEX, read_tensors, write_tensors
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import as_causal
 
 
@@ -187,3 +190,46 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="model="):
             loading.load_config(text)
+
+
+@pytest.mark.parametrize("family", ["llada", "bert", "llama"])
+def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
+    """The headers of one would be checked, and the other loaded: of the index, of one file, or of adapters."""
+    folder = checkpoint(tmp_path / "source", family)
+    policy = load_policy(folder)
+    shards, single, config = tmp_path / "shards", tmp_path / "single", tmp_path / "config"
+    for copied in (shards, single, config):
+        shutil.copytree(folder, copied)
+    write_tensors(read_tensors(folder), shards, max_shard_size=2000)
+    assert (shards / INDEX).is_file() and not (shards / "model.safetensors").exists()
+    load_policy(shards)
+
+    shutil.copy(folder / "model.safetensors", shards)
+    with pytest.raises(ValueError, match=r"model.safetensors and the files of .* are two sets of weights; delete"):
+        load_policy(shards)
+
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, single, base=str(folder))
+    with pytest.raises(ValueError, match=r"has a model's weights \(model.safetensors\) and adapters \(adapter_config"):
+        load_policy(single)
+    (single / "model.safetensors").unlink()  # as some tools write adapters, with the base's config beside them
+    assert torch.equal(embedding(load_policy(single)), embedding(load_policy(folder)))
+
+    fields = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(fields | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ValueError, match=r"transformers_weights='other.safetensors'; delete the field"):
+        load_policy(config)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("sizes", [(2000, 10**9), (10**9, 2000)], ids=["shards first", "one file first"])
+def test_weights_are_saved_over_others_without_leaving_any(tmp_path, monkeypatch, stock, sizes):
+    for seed, size in enumerate(sizes):
+        monkeypatch.setattr(loading, "MAX_FILE_SIZE", size)
+        policy = tiny_llama(characters="ab", causal=True, hidden_size=16, num_layers=1, seed=seed)
+        policy.save_pretrained(tmp_path, stock=stock)
+    assert torch.equal(embedding(load_policy(tmp_path)), embedding(policy))
+
+
+def embedding(policy):
+    return policy.module.get_input_embeddings().weight
