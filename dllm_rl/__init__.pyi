@@ -103,6 +103,7 @@ from .samplers.rules import Rank as Rank
 from .samplers.rules import Schedule as Schedule
 from .samplers.rules import SoftThreshold as SoftThreshold
 from .samplers.rules import Threshold as Threshold
+from .serving.complete import complete as complete
 from .step.features import StepFeature as StepFeature
 from .supervised.sft import SFT as SFT
 from .tasks import GSM8K as GSM8K

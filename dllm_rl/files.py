@@ -163,6 +163,24 @@ def lock(path: Path) -> bool:
     return True
 
 
+def holder_of(path: Path) -> str | None:
+    """Return the first line of a file that a process has locked, which names the process; None if none has locked it.
+    The lock is neither taken nor changed.
+    """
+    # Closing any handle of a file would release this process's own lock.
+    is_own = (os.getpid(), path.resolve()) in _LOCKS
+    if is_own or fcntl is None or not path.is_file():
+        return f"process {os.getpid()} on {socket.gethostname()}" if is_own else None
+    with path.open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return file.readline().rstrip("\n")
+    return None
+
+
 def unlock(path: Path) -> None:
     """Release the lock of this process, if it has one."""
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)

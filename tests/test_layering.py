@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
     "testing": "records types algorithms models decoding quantization likelihoods samplers diagnostics",
-    "serving": "rng screen records types models decoding quantization samplers diagnostics",
+    "serving": "rng screen records types tasks models decoding quantization samplers diagnostics",
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
     "models decoding settings quantization likelihoods samplers monitoring checkpoints recipe "
@@ -67,7 +67,7 @@ MAY_IMPORT = {
     # floor 8
     "trl": "rng types algorithms distributed models decoding likelihoods quantization samplers recipe step training "
     "frontend",
-    "cli": "device files manifest rng screen records versions types tasks distributed models decoding "
+    "cli": "device files manifest screen records versions types tasks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation serving "
     "config step training supervised",
 }

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import Method, open_policy, read_methods, read_value
-from dllm_rl.cli.run_settings import sampler_of, sampler_with, task_named
+from dllm_rl.cli.run_settings import sampler_of, task_named
 from dllm_rl.config import import_named, override
 from dllm_rl.decoding.tokens import default_max_new_tokens
 from dllm_rl.device import find_device
@@ -36,6 +36,7 @@ from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank, Schedule, check_scores
 from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.screen import NARROW, escape_controls, literal
+from dllm_rl.serving.settings import sampler_with
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.protocols import SOURCES, TASKS, under_protocol

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_sample, add_serve, add_evaluate, add_grade, add_lm_eval):
         add(commands)
-    for add in (add_doctor, add_check_trace, add_verify, add_stop):
+    for add in (add_doctor, add_check_trace, add_verify, add_status, add_stop):
         add(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -278,11 +278,12 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, sampler_with, scheme_of, task_named
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of, task_named
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
     from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers.rules import Rank
+    from dllm_rl.serving.settings import sampler_with
     from dllm_rl.tasks.protocols import TASKS
 
     if arguments.num_prompts < 1:
@@ -380,6 +381,13 @@ def verify(arguments: argparse.Namespace) -> int:
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     return int(num_damaged > 0)
+
+
+def add_status(commands: argparse._SubParsersAction) -> None:
+    about = "say whether a run goes on, its step, reward and health, and the time left"
+    sub = commands.add_parser("status", help=about)
+    sub.add_argument("path", help="the run's folder")
+    sub.set_defaults(run="dllm_rl.cli.status:status_command")
 
 
 def add_stop(commands: argparse._SubParsersAction) -> None:

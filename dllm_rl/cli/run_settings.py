@@ -1,7 +1,7 @@
 """Read the task, samplers and quantization scheme of a run, for commands called without options for them."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
 if TYPE_CHECKING:
-    from dllm_rl.models.base import Policy
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers import Sampler
 
@@ -137,44 +136,6 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
         print(escape_controls(note), file=sys.stderr)
         return None
     return sampler
-
-
-def sampler_with(policy: "Policy", run_sampler: "Sampler | None", passed: Mapping[str, Any]) -> "Sampler":
-    """Return the sampler of a command: a run's, or the default of the policy's class, with the passed settings.
-
-    If max_new_tokens is passed without diffusion_steps, the run's number of steps is scaled with it (`with_settings`).
-
-    Args:
-        policy: Policy that samples.
-        run_sampler: The run's sampler. None: 16 tokens at temperature 0.
-        passed: Settings by name; None for those that were not passed, "none" for no cache.
-
-    Raises:
-        ValueError: The policy's sampler has no such setting, or a value is wrong.
-    """
-    from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for, settings_for
-    from dllm_rl.serving.engine import HTTPSampler
-    from dllm_rl.serving.settings import with_settings
-
-    sampler = sampler_for(policy)
-    if sampler is Autoregress and isinstance(run_sampler, HTTPSampler):  # it served a causal model
-        run_sampler = Autoregress(**settings_for(Autoregress, run_sampler))
-    changes = {name: value for name, value in passed.items() if value is not None}
-    if changes.get("cache") == "none":
-        del changes["cache"]
-        run_sampler = run_sampler.replace(cache=None) if isinstance(run_sampler, Unmask) else run_sampler
-    if sampler is Renoise and not changes.get("temperature"):  # it has a schedule of temperatures
-        changes.pop("temperature", None)
-    if not isinstance(run_sampler, sampler):
-        defaults: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0}
-        if sampler is Renoise:
-            defaults = {"max_new_tokens": policy.spec.block_size}
-        return with_settings(policy, defaults | changes)
-    if isinstance(run_sampler, Unmask):
-        # A compiled step is for the run's rank, rule and cache.
-        is_compiled = run_sampler.compile_step and changes.keys().isdisjoint(("rank", "commit", "cache"))
-        run_sampler = run_sampler.replace(compile_step=is_compiled)
-    return with_settings(policy, changes, run_sampler)
 
 
 def scheme_of(model: str) -> "Scheme | None":

@@ -13,17 +13,17 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_rl.cli.options import open_policy, read_methods
-from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of, sampler_with
-from dllm_rl.decoding.tokens import decode, encode, full_texts, written_tokens
+from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of
+from dllm_rl.decoding.tokens import written_tokens
 from dllm_rl.device import device_name
 from dllm_rl.models.base import Policy
 from dllm_rl.records import Record, describe
-from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank
-from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.screen import escape_controls
+from dllm_rl.serving.complete import complete_problems, completion_texts
+from dllm_rl.serving.settings import sampler_with
 from dllm_rl.tasks.base import Problem, shown_prompt
 from dllm_rl.types import Rollout
 
@@ -89,11 +89,9 @@ def complete(
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    prompts = encode(policy, problems, num_generations=num_generations, reads_order=False)
     texts = [shown_prompt(problem) for problem in problems for _ in range(num_generations)]
-    start_time = time.perf_counter()  # the encoding of the prompts is not timed
-    if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others have no on_step
-        rollout = sampler(policy, prompts, generator_for(seed))
+    if seconds_per_step is None or not isinstance(sampler, Unmask | Renoise):  # the others show no steps
+        rollout, seconds = complete_problems(policy, problems, sampler, num_generations=num_generations, seed=seed)
     else:
         with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
 
@@ -101,9 +99,9 @@ def complete(
                 screen.update(render(policy, rollout, texts), refresh=True)
                 time.sleep(seconds_per_step)
 
-            rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
-    seconds = time.perf_counter() - start_time
-    check_rollout(sampler, policy, prompts, rollout)
+            rollout, seconds = complete_problems(
+                policy, problems, sampler, num_generations=num_generations, seed=seed, on_step=show_step
+            )
     record = to_record(policy, rollout, texts, seconds=seconds, has_blanks=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"
@@ -146,7 +144,7 @@ def to_record(
 
     With `has_blanks`, a completion is the full text with its blanks filled in.
     """
-    completions = full_texts(policy, rollout) if has_blanks else decode(policy, rollout)
+    completions = completion_texts(policy, rollout, has_blanks=has_blanks)
     columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
     num_tokens = int(rollout.completion_mask.sum())

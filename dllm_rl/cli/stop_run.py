@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.distributed.stop import LOCK
-from dllm_rl.files import lock, unlock
+from dllm_rl.files import holder_of
 from dllm_rl.screen import escape_controls
 
 
@@ -28,14 +28,16 @@ def stop_command(arguments: argparse.Namespace) -> int:
         ValueError: No run is writing to the folder, or the run is on another machine.
     """
     directory = Path(arguments.path)
-    process = _writing_process(directory)
+    process, machine = writing_process(directory)
+    if machine != socket.gethostname():
+        raise ValueError(f"{directory}: process {process} on {machine} writes this folder; stop it there")
     os.kill(process, signal.SIGINT)
     print(f"asked process {process} to stop after its current step")
     deadline = time.monotonic() + arguments.timeout
     while True:
         time.sleep(0.2)
         try:
-            _writing_process(directory)
+            writing_process(directory)
         except ValueError:  # the run has ended and released its lock
             break
         if time.monotonic() > deadline:
@@ -47,23 +49,17 @@ def stop_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _writing_process(directory: Path) -> int:
-    """Return the id of the process that has locked the folder.
+def writing_process(directory: Path) -> tuple[int, str]:
+    """Return the id and the machine of the process that has locked the folder.
 
     Raises:
-        ValueError: No process on this machine has locked it.
+        ValueError: No process has locked it, or the lock names none.
     """
     path = directory / LOCK
-    if not path.is_file():
+    holder = holder_of(path)
+    if holder is None:
         raise ValueError(f"{directory}: no run writes this folder")
-    try:
-        if lock(path):
-            unlock(path)
-        raise ValueError(f"{directory}: no run writes this folder")
-    except BlockingIOError as error:
-        match = re.fullmatch(r"held by process (\d+) on (.*)", error.strerror or "", re.DOTALL)
+    match = re.fullmatch(r"process (\d+) on (.*)", holder)
     if match is None:
         raise ValueError(f"{path} names no process; stop the run by a signal to it")
-    if match[2] != socket.gethostname():
-        raise ValueError(f"{directory}: process {match[1]} on {match[2]} writes this folder; stop it there")
-    return int(match[1])
+    return int(match[1]), match[2]

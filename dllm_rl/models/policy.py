@@ -73,6 +73,7 @@ class ModulePolicy:
     lora: Lora | None = None
     quantization: Any = None
     quantization_report: Any = None
+    eval_sampler: Any = None  # sampler of the evaluations of the run that trained the policy, for `complete`
     library_spec: FamilySpec | None = None  # the spec that the library found for the module; None: the caller gave one
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
@@ -190,6 +191,16 @@ class ModulePolicy:
             )
         custom = self.spec is not self.library_spec and _is_custom(self.module, self.spec, self.tokenizer)
         save_module(self.module, self.tokenizer, self.spec, directory, stock=stock, custom=custom)
+
+    def complete(self, prompts: Any, **options: Any) -> Any:
+        """Return the completion of a text or a chat, or the list of those of several: `policy.complete("37=")`.
+
+        `dllm_rl.complete`, which this calls, describes the options: `sampler`, `blank`, `seed`, and the sampler's
+        fields, such as `max_new_tokens`.
+        """
+        import dllm_rl  # the public face: samplers stand above policies
+
+        return dllm_rl.complete(self, prompts, **options)
 
     def reference(self) -> Policy:
         """Return a policy that shares the weights, and whose forwards do not use the adapters: the one before training.

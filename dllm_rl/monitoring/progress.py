@@ -3,6 +3,7 @@
 import atexit
 import math
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -83,6 +84,19 @@ class ProgressDisplay:
         if task.time_remaining is not None and not task.finished:
             texts.append(f"ETA {timedelta(seconds=math.ceil(task.time_remaining))}")
         return "  ".join(filter(None, texts))
+
+
+def last_line(rows: Sequence[dict[str, float]], *, exact: bool) -> str:
+    """Return `one_line` of the last of a run's rows of numbers, with the newest held-out metrics.
+
+    `exact` says whether importance ratios are exact, not estimated.
+    """
+    held_out = {name: value for row in rows for name, value in row.items() if name.startswith("eval/")}
+    directions = [row[DIRECTION] for row in rows if DIRECTION in row][-DIRECTION_WINDOW:]
+    is_measured = len(directions) == DIRECTION_WINDOW
+    direction = math.fsum(directions) / DIRECTION_WINDOW if is_measured else 0.0
+    first_ess = None if exact else next((row[ESS] for row in rows if ESS in row), None)
+    return one_line(held_out | rows[-1], direction=direction, first_ess=first_ess)
 
 
 def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None) -> str:

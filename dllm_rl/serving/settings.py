@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import make_record
-from dllm_rl.samplers import Sampler, Unmask, sampler_for
+from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask, sampler_for, settings_for
 
 # Settings of `Unmask` that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"compile_step"}
@@ -93,3 +93,39 @@ def with_required_rank(sampler: Unmask) -> Unmask:
     """Return the sampler with a rank whose scores its commit rule can read, unchanged if its own is one."""
     ranks = sampler.commit.required_ranks
     return sampler if not ranks or sampler.rank in ranks else sampler.replace(rank=ranks[0])
+
+
+def sampler_with(policy: Policy, run_sampler: Sampler | None, passed: Mapping[str, Any]) -> Sampler:
+    """Return a run's sampler, or the default of the policy's class, with the passed settings.
+
+    If max_new_tokens is passed without diffusion_steps, the run's number of steps is scaled with it (`with_settings`).
+
+    Args:
+        policy: Policy that samples.
+        run_sampler: The run's sampler. None: 16 tokens at temperature 0.
+        passed: Settings by name; None for those that were not passed, "none" for no cache.
+
+    Raises:
+        ValueError: The policy's sampler has no such setting, or a value is wrong.
+    """
+    from dllm_rl.serving.engine import HTTPSampler  # local: imports this module
+
+    sampler = sampler_for(policy)
+    if sampler is Autoregress and isinstance(run_sampler, HTTPSampler):  # it served a causal model
+        run_sampler = Autoregress(**settings_for(Autoregress, run_sampler))
+    changes = {name: value for name, value in passed.items() if value is not None}
+    if changes.get("cache") == "none":
+        del changes["cache"]
+        run_sampler = run_sampler.replace(cache=None) if isinstance(run_sampler, Unmask) else run_sampler
+    if sampler is Renoise and not changes.get("temperature"):  # it has a schedule of temperatures
+        changes.pop("temperature", None)
+    if not isinstance(run_sampler, sampler):
+        defaults: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0}
+        if sampler is Renoise:
+            defaults = {"max_new_tokens": policy.spec.block_size}
+        return with_settings(policy, defaults | changes)
+    if isinstance(run_sampler, Unmask):
+        # A compiled step is for the run's rank, rule and cache.
+        is_compiled = run_sampler.compile_step and changes.keys().isdisjoint(("rank", "commit", "cache"))
+        run_sampler = run_sampler.replace(compile_step=is_compiled)
+    return with_settings(policy, changes, run_sampler)

@@ -18,7 +18,7 @@ from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.hooks import load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
-from dllm_rl.training.results import best_folder, summary_of, write_files
+from dllm_rl.training.results import as_returned, best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, format_metrics
@@ -101,8 +101,7 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
             with process_restored():
                 callback.on_end(run.control, deepcopy(summary))
     run.accelerator.wait_for_everyone()
-    run.policy.module.zero_grad(set_to_none=True)
-    return Summary(summary, run.policy)
+    return as_returned(run, summary)
 
 
 def has_custom_module(run: Run[Settings]) -> bool:

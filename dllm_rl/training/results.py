@@ -70,6 +70,14 @@ def write_files(run: Run[Settings], summary: dict[str, Any]) -> tuple[Path, Path
         return path, None
 
 
+def as_returned(run: Run[Settings], summary: dict[str, Any]) -> Summary:
+    """Return what the run returns: its summary with the policy, which completes as the run's evaluations do."""
+    policy: Any = run.policy
+    policy.module.zero_grad(set_to_none=True)
+    policy.eval_sampler = getattr(run.recipe, "eval_sampler", None)  # SFT has none
+    return Summary(summary, policy)
+
+
 def summarize_stop(run: Run[Settings], stopped: Stopped) -> None:
     """Write summary.json and the plot of a run that a signal has stopped, and put the summary into `stopped`. Call it
     after the run's last checkpoint was written.
@@ -90,5 +98,4 @@ def summarize_stop(run: Run[Settings], stopped: Stopped) -> None:
         except OSError as error:  # of the disk, or of a terminal that was closed: the exit status says more
             stopped.add_note(f"summary.json after step {steps_done} was not written: {line_of(error)}")
     if run.policy.weights_version == run.state.version:  # no update of another step has begun
-        run.policy.module.zero_grad(set_to_none=True)
-        stopped.summary = Summary(summary, run.policy)
+        stopped.summary = as_returned(run, summary)

@@ -1,12 +1,16 @@
-"""`dllm-rl stop` against a process that holds a run's lock."""
+"""`dllm-rl stop` and `dllm-rl status` against a process that holds a run's lock."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from dllm_rl import manifest
 from dllm_rl.cli.main import main
 from dllm_rl.distributed.stop import LOCK
+from dllm_rl.files import lock, unlock, write_json
 
 HOLDER = """
 import signal, sys, time
@@ -41,6 +45,55 @@ def test_a_run_that_does_not_end_is_said(tmp_path, capsys):
     finally:
         process.kill()
         process.wait()
+
+
+def seen(folder, capsys) -> str:
+    assert main(["status", str(folder)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_status_of_a_run_that_goes_on_was_killed_was_stopped_or_has_ended(tmp_path, capsys):
+    recipe = {"num_steps": 5, "likelihood": None}
+    for step in (0, 2):
+        folder = tmp_path / f"checkpoints/step-{step:06}"
+        write_json(folder / "state.json", {"recipe": recipe})
+        write_json(folder / manifest.NAME, {})
+    rows = [{"warmup_step": 6}, *({"step": step, "reward": step / 4, "step_time": 90.0} for step in range(3))]
+    rows[1] |= {"eval/accuracy": 0.75, "rollout_corr/ess": 0.5}
+    rows[-1]["rollout_corr/ess"] = 0.4
+    for count, line in [(1, "step 0/5  warm-up step 7"), (4, "step 3/5  reward 0.5  held-out 0.75  ESS 0.4, 0.5 in")]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        assert line in seen(tmp_path, capsys)
+    process = holder(tmp_path)
+    try:
+        (tmp_path / LOCK).write_text("process 7 on elsewhere\n")
+        for _ in range(2):  # asking changes nothing
+            out = seen(tmp_path, capsys)
+            assert "going on, process 7 on elsewhere\n" in out and out.endswith("ETA 0:03:00\n")
+    finally:
+        process.kill()
+        process.wait()
+    advice = f"continue with --resume_from_checkpoint latest --output_dir {tmp_path}"
+    assert f": failed or was killed; {advice}\nstep 3/5" in seen(tmp_path, capsys)
+    write_json(tmp_path / "summary.json", {"stopped": {"step": 3, "reason": "the reward is low"}})
+    assert f": stopped (the reward is low); {advice}\n" in seen(tmp_path, capsys)
+    write_json(tmp_path / "summary.json", {"stopped": {"step": 2, "reason": "SIGINT"}})  # of the part before a resume
+    assert ": failed or was killed; " in seen(tmp_path, capsys)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 0.25}) + "\n")
+    assert ": failed or was killed; " in seen(tmp_path, capsys)
+    write_json(tmp_path / "summary.json", {"eval_after": {}})
+    assert seen(tmp_path, capsys) == f"{tmp_path}: ended\nstep 5/5  loss 0.25\n"
+
+
+def test_the_status_of_this_process_leaves_its_lock(tmp_path, capsys):
+    lock(tmp_path / LOCK)
+    try:
+        for _ in range(2):
+            assert f"going on, process {os.getpid()} on " in seen(tmp_path, capsys)
+    finally:
+        unlock(tmp_path / LOCK)
+    (tmp_path / LOCK).unlink()
+    assert main(["status", str(tmp_path)]) == 2 and "contains no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "process 1 on elsewhere\n"], ids=["no lock", "a lock that nobody holds"])

@@ -1,0 +1,105 @@
+"""Complete prompts with a policy: `complete`, and what it shares with `dllm-rl sample`."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dllm_rl.decoding.tokens import decode, encode, full_texts
+from dllm_rl.models.base import Policy
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import Renoise, Sampler, Unmask
+from dllm_rl.samplers.sampler import check_rollout
+from dllm_rl.serving.settings import sampler_with
+from dllm_rl.tasks.base import Problem
+from dllm_rl.types import Rollout
+
+Prompt = str | list[dict[str, str]]
+
+
+def complete(
+    policy: Policy,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    sampler: Sampler | None = None,
+    blank: str | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> str | list[str]:
+    """Return the completion of a prompt, or the completions of several.
+
+    Call it to try a policy; call `evaluate` to measure one. The method of this name calls it.
+
+        grpo(model, rows, reward).policy.complete("37=")
+        load_policy("GSAI-ML/LLaDA-8B-Instruct").complete([{"role": "user", "content": "Hi"}], max_new_tokens=64)
+
+    Args:
+        policy: Diffusion or causal policy.
+        prompts: A text, or a chat (messages with role and content); or a list of them, which is one batch.
+        sampler: Sampler of the policy. None (default): that of the evaluations of the run that trained the policy; for
+            another policy, 16 tokens at temperature 0, or one canvas of a model whose noise is random tokens.
+        blank: For infilling: a text of which each occurrence in a prompt is one token to fill in. The texts are then
+            the filled prompts. None (default): no infilling.
+        seed: Seed of the sampler. Default: 0.
+        settings: Fields of the sampler, such as max_new_tokens, temperature or diffusion_steps; they replace those of
+            `sampler`.
+
+    Returns:
+        The text of a single prompt, or the list of the texts in the order of the prompts.
+
+    Raises:
+        ValueError: There is no prompt, a prompt is neither a text nor a chat, or the policy's sampler has no such
+            setting.
+    """
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+    each: Any = [prompts] if is_single else prompts
+    for prompt in each:
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt)
+        ):
+            raise ValueError(f"prompts has {prompt!r}, which is neither a text nor a chat; give texts, or messages")
+    given = sampler or getattr(policy, "eval_sampler", None)
+    problems = [Problem(prompt, blank=blank) for prompt in each]
+    if blank is not None and sampler is None:
+        settings = {"max_new_tokens": 0} | settings
+    rollout, _ = complete_problems(policy, problems, sampler_with(policy, given, settings), seed=seed)
+    texts = completion_texts(policy, rollout, has_blanks=blank is not None)
+    return texts[0] if is_single else texts
+
+
+def complete_problems(
+    policy: Policy,
+    problems: Sequence[Problem],
+    sampler: Sampler,
+    *,
+    num_generations: int = 1,
+    seed: int = 0,
+    on_step: Callable[[Rollout], None] | None = None,
+) -> tuple[Rollout, float]:
+    """Return the checked rollout of problems, each in `num_generations` rows, and the sampler's seconds.
+
+    Args:
+        policy: Policy that completes the problems.
+        problems: Problems.
+        sampler: Sampler for the policy.
+        num_generations: Completions of each problem. Default: 1.
+        seed: Seed of the sampler. Default: 0.
+        on_step: Function that is called with the rollout after each step of a diffusion model's sampler; the others do
+            not call it. None (default): no function.
+
+    Raises:
+        ValueError: There are no problems, or the sampler is not for the policy or leaves blanks unfilled.
+    """
+    if not problems:
+        raise ValueError("no prompts: give at least one")
+    prompts = encode(policy, problems, num_generations=num_generations, reads_order=False)
+    has_steps = on_step is not None and isinstance(sampler, Unmask | Renoise)
+    start_time = time.perf_counter()  # the encoding of the prompts is not timed
+    rollout = sampler(policy, prompts, generator_for(seed), **({"on_step": on_step} if has_steps else {}))
+    seconds = time.perf_counter() - start_time
+    check_rollout(sampler, policy, prompts, rollout)
+    return rollout, seconds
+
+
+def completion_texts(policy: Policy, rollout: Rollout, *, has_blanks: bool) -> list[str]:
+    """Return each row's completion as text; with `has_blanks`, the full text with its blanks filled in."""
+    return full_texts(policy, rollout) if has_blanks else decode(policy, rollout)

@@ -1,0 +1,66 @@
+"""Completions of a policy in one call."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import Problem, Unmask, complete
+from dllm_rl.decoding.tokens import decode, encode, full_texts
+from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import Autoregress, Renoise
+from dllm_rl.training.trainer import train
+
+DIGITS = {"characters": "0123456789=_"}
+
+
+@pytest.mark.parametrize(
+    ("make", "sampler", "changes"),
+    [
+        (partial(tiny_masked_lm, head_std=0.3), Unmask(max_new_tokens=16), {"diffusion_steps": 4}),
+        (partial(tiny_llama, causal=True), Autoregress(max_new_tokens=16, temperature=0.0), {"temperature": 0.5}),
+        (tiny_diffusion_gemma, Renoise(max_new_tokens=4), {"answer": "drawn"}),
+    ],
+    ids=["diffusion", "causal", "random tokens"],
+)
+def test_it_is_the_policys_sampler_with_the_given_settings(make, sampler, changes):
+    policy = make(**DIGITS)
+    if isinstance(sampler, Renoise):
+        sampler = sampler.replace(max_new_tokens=policy.spec.block_size)
+    for settings, seed in (({}, 0), (changes, 3)):
+        prompts = encode(policy, [Problem("37="), Problem("12=3")], reads_order=False)
+        with torch.no_grad():
+            expected = decode(policy, sampler.replace(**settings)(policy, prompts, generator_for(seed)))
+        assert policy.complete(["37=", "12=3"], seed=seed, **settings) == expected
+    assert complete(policy, "37=") == policy.complete("37=") == policy.complete(["37="])[0]
+
+
+def test_blanks_are_filled_in():
+    policy = tiny_masked_lm(**DIGITS)
+    prompts = encode(policy, [Problem("1_3=_", blank="_")], reads_order=False)
+    rollout = Unmask(max_new_tokens=0)(policy, prompts, generator_for(0))
+    assert policy.complete("1_3=_", blank="_") == full_texts(policy, rollout)[0]
+
+
+def test_a_runs_policy_completes_as_its_evaluations_do(tmp_path):
+    recipe = tiny_recipe(tmp_path, num_steps=1)
+    policy = train(recipe).policy
+    text = recipe.eval_task[0].prompt
+    assert policy.eval_sampler == recipe.eval_sampler
+    assert policy.complete(text) == policy.complete(text, sampler=recipe.eval_sampler)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        ([], {}, "no prompts: give at least one"),
+        (["1", 2], {}, "prompts has 2, which is neither a text nor a chat"),
+        ([[]], {}, "neither a text nor a chat"),
+        ("1", {"max_tokens": 3}, "max_tokens=3 is no setting of Unmask"),
+    ],
+)
+def test_what_is_no_prompt_or_no_setting_is_refused(prompts, options, said):
+    with pytest.raises(ValueError, match=said):
+        tiny_masked_lm(**DIGITS).complete(prompts, **options)
