@@ -321,6 +321,19 @@ def frozen_names(module: Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
+@contextmanager
+def in_eval_mode(module: Module) -> Iterator[None]:
+    """In this context, let no layer of the module drop anything. Afterwards each layer has the mode that it had."""
+    training = [layer for layer in module.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
 def gather_if_sharded(tensor: Tensor) -> Tensor:
     """Return the full tensor. For a sharded tensor this is a collective: every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

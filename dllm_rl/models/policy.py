@@ -5,7 +5,7 @@
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from dllm_rl.models.base import (
     Tokens,
     encode_base,
     encode_block_causal,
+    in_eval_mode,
     linear_head,
     mlm_head,
     position_ids,
@@ -77,7 +78,8 @@ class ModulePolicy:
     library_spec: FamilySpec | None = None  # the spec that the library found for the module; None: the caller gave one
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-        # The module stays in eval mode: with dropout, two forwards of the same tokens would differ.
+        # In eval mode: with dropout, two forwards of the same tokens would differ. A user's loop may change the mode of
+        # the module; forwards without gradients then still drop nothing (`_without_dropout`).
         self.module = module.eval()
         for layer in module.modules():
             # torch's fused forwards read weights directly, and would bypass adapted or quantized layers. Turn them off.
@@ -127,7 +129,7 @@ class ModulePolicy:
             row = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
             return self.encode(row, attention_mask, position_ids(attention_mask))[:, -tokens.shape[1] :]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        with recomputed_blocks(self.module) if recompute else nullcontext():
+        with recomputed_blocks(self.module) if recompute else self._without_dropout():
             # The family makes its attention mask from a padding mask (B, T). A mask with four axes is passed unchanged.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
@@ -136,12 +138,24 @@ class ModulePolicy:
         states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shift_states(states, attention_mask) if self.spec.shift else states
 
+    def _without_dropout(self) -> AbstractContextManager[None]:
+        """Return the context of a forward: without gradients in eval mode, with gradients in the module's mode.
+
+        A compiled step sets the mode itself, around its graph.
+        """
+        leaves_mode = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return nullcontext() if leaves_mode else in_eval_mode(self.module)
+
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Return the logits of hidden states: in fp32 with `float32_head`, else in the module's or autocast's dtype.
 
         With `float32_head`, raise ValueError for a 16-bit module that does not name its output layer, or whose output
         layer has a product of its own.
         """
+        with self._without_dropout():
+            return self._head(hidden)
+
+    def _head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         if not self.float32_head:
             return self.spec.head(self.module, hidden)
         output = getattr(self.module, "get_output_embeddings", lambda: None)()

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.base import Policy, in_eval_mode, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
 from dllm_rl.samplers.cache import Cache, attention_bias, empty_cache
 from dllm_rl.samplers.canvas import BlockTracker, Canvas, StepPositions, StepRows, Written
@@ -76,9 +76,10 @@ class CompiledSteps:
         numbers[1:, step.rows] = torch.stack([self.first_offset[at], self.sizes[at], step.steps_left, step.row_steps])
         (numbers,) = copy_to_device(canvas.columns.device, numbers)
         try:
-            written, past, num_chosen = compiled()(
-                self.step_sampler, canvas.written, self.past, numbers, self.num_slots, self.window_width
-            )
+            with in_eval_mode(self.step_sampler.policy.module):
+                written, past, num_chosen = compiled()(
+                    self.step_sampler, canvas.written, self.past, numbers, self.num_slots, self.window_width
+                )
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ValueError(
                 f"compile_step=True has compiled {MAX_GRAPHS} graphs: the number of rows, the prompts' width or "

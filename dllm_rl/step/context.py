@@ -36,6 +36,8 @@ class StepContext:
         """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'; for forwards
         of the learner also what the features need for those.
         """
+        if learner:
+            self.policy.module.eval()  # a callback may have changed it; rollouts and scores drop nothing
         with ExitStack() as stack:
             settings, device = self.settings, self.accelerator.device.type
             stack.enter_context(

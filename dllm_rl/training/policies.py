@@ -96,6 +96,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
     check_no_adapters(policy, "lora")
     check_vocab_size(policy)
     policy.weights_version = 0  # of this run: a policy may come from another one
+    policy.module.eval()  # as in rollouts: dropout would change the log-probs that a ratio compares
     return apply_compute_settings(recipe, policy)
 
 

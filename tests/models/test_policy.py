@@ -16,10 +16,14 @@ from transformers.utils import logging
 
 from dllm_rl import check_policy, load_policy, make_policy, train
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode
+from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec
+from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.types import Rollout
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import Autoregress, Unmask
+from dllm_rl.types import Prompts, Rollout
 
 MAKERS = {
     "masked_lm": tiny_masked_lm,
@@ -227,3 +231,39 @@ def test_the_forward_of_ones_own_causal_class_is_not_called():
 
     policy = make_policy(module, tokenizer, FamilySpec("mine", "causal", shift=True, eos_ids=(2,), encode=encode))
     assert policy.spec.name == "mine"
+
+
+def dropping(kind):
+    """A policy whose layers drop 30 % in train mode."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+    if kind == "causal_llama":
+        return tiny_llama(characters="0123=", causal=True, attention_dropout=0.3, **sizes)
+    return tiny_masked_lm(characters="0123=", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, **sizes)
+
+
+@pytest.mark.parametrize("part", ["", "base_model", "blocks"])
+@pytest.mark.parametrize("kind", ["causal_llama", "masked_lm"])
+def test_forwards_without_gradients_drop_nothing_and_leave_the_modes(kind, part):
+    """Rollouts, scores and evaluations of a module that a loop of one's own trains; its own forwards drop."""
+    policy = dropping(kind)
+    tokens = torch.tensor([[5, 3, 4, 5, 6, 3]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    make_sampler = Autoregress if kind == "causal_llama" else Unmask
+    sampler = make_sampler(max_new_tokens=3, temperature=1.0)
+    prompts = Prompts.from_ids([[3, 4]] * 3, pad_id=0, seeds=[1, 2, 3])
+    estimator = Causal() if kind == "causal_llama" else Trajectory()
+
+    def results():
+        rollout = sampler(policy, prompts, generator_for(0))
+        with torch.no_grad():
+            scores = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, generator_for(1)))
+            return policy.logits(tokens, mask), rollout.tokens, rollout.logprobs, scores
+
+    expected = results()
+    chosen = {"": policy.module, "base_model": policy.module.base_model, "blocks": blocks_of(policy.module)[0]}[part]
+    chosen.train()
+    modes = [layer.training for layer in policy.module.modules()]
+    for found, right in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
+    assert [layer.training for layer in policy.module.modules()] == modes and any(modes)
+    assert not torch.equal(policy.logits(tokens, mask), policy.logits(tokens, mask))  # with gradients: the user's mode

@@ -11,12 +11,14 @@ from sft_toys import tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import load_policy, make_policy, manifest, tiny_llama, tiny_masked_lm
+from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.base import Lora
 from dllm_rl.quantization.schemes import Float8Dynamic
 from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.step.context import StepContext
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import (
@@ -28,6 +30,7 @@ from dllm_rl.training.policies import (
     save_reference,
     teacher_policy,
 )
+from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -222,3 +225,20 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
 def test_steps_that_cannot_be_compiled_are_refused(tmp_path, given, changes, said):
     with pytest.raises(ValueError, match=rf"compile_step=True .*{re.escape(said)}.*, or set compile_step=False$"):
         tiny_recipe(tmp_path, sampler=Unmask(max_new_tokens=4, compile_step=True, **given), **changes)
+
+
+def test_the_learner_of_a_run_drops_nothing_whatever_mode_a_user_or_a_callback_sets(tmp_path):
+    policy = tiny_masked_lm(**SIZES, hidden_dropout_prob=0.3)
+    policy.module.train()
+    recipe = tiny_recipe(tmp_path, model=policy)
+    learner = build_policy(recipe, CPU)
+    assert policy.module.training and not learner.module.training
+    context = StepContext(
+        settings=step_settings(recipe), accelerator=Accelerator(cpu=True), policy=learner, rollout_policy=learner,
+        history=RewardHistory(1),
+    )  # fmt: skip
+    learner.module.train()
+    tokens = torch.tensor([[3, 4, 5]])
+    with context.arithmetic(learner=True):
+        one, other = (learner.logits(tokens, tokens > 0) for _ in range(2))
+    assert one.requires_grad and torch.equal(one, other)

@@ -24,15 +24,8 @@ PREFIX = "base_model.model."  # prefix of every name in peft's files
 PEFT_FIELDS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias", "inference_mode"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *(
-        "base_model_name_or_path",
-        "auto_mapping",
-        "runtime_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "ensure_weight_tying",
-    ),
+    *("base_model_name_or_path", "auto_mapping", "runtime_config", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "lora_ga_config"),
 }
 # Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ and similar subtract from its weights.
 PEFT_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
