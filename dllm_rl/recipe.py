@@ -1,82 +1,45 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, Literal
 
-from dllm_rl.algorithms.advantages import Advantages, GroupRelative
-from dllm_rl.algorithms.correctors import Corrector, NoCorrection
-from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, is_per_token, policy_loss
-from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
+from dllm_rl.algorithms.losses import is_per_token
 from dllm_rl.algorithms.replay import Replay
-from dllm_rl.algorithms.values import ValueModel
-from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
-from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
-from dllm_rl.settings import Settings, documented
+from dllm_rl.settings import documented
+from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Task
 
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
 
-class Recipe(Settings):
+class Recipe(StepSettings):
     """The settings of reinforcement learning."""
 
     plotted_metric: ClassVar[str] = "reward"
 
-    task: Task = option(help="problems to train on")
     validation_task: Task = option(help="problems to evaluate every eval_steps, and to decide when the warm-up ends")
     eval_task: Task = option(help="held-out problems, evaluated only before and after RL")
 
-    sampler: Sampler = option(help="rollout sampler: Unmask, Autoregress, Renoise")
     eval_sampler: Sampler = option(help="sampler of evaluations, usually greedy")
-    likelihood: LikelihoodEstimator = option(
-        help="estimator of the completions' log-probs: Trajectory, Causal, ELBO ..."
-    )
-    prompt_source: PromptSource = option(default=UniformPrompts(), help="how each step chooses its prompts")
-    corrector: Corrector = option(
-        default=NoCorrection(), help="correction of the mismatch between rollout and learner: TIS, MIS, AIS ..."
-    )
-    sampling_support: Literal["per_policy", "unfiltered", "rollout"] = option(
-        default="per_policy",
-        help="with top_k or top_p: normalize log-probs over each policy's own tokens, all, or the rollout's",
-    )
-    advantages: Advantages = option(
-        default=GroupRelative(), help="advantages (B,) of rewards (B,) in groups: GroupRelative, LeaveOneOut, Decoupled"
-    )
-    value_model: ValueModel | None = option(
-        default=None,
-        help="subtract a learned value from the advantage at each denoising step; None: one advantage per row",
-    )
     replay: Replay | None = option(
         default=None,
         help="train again on earlier right answers after each step's update; None: no answer is used twice",
     )
-    loss: Loss | None = option(
-        default=None, help="policy-gradient objective; None: the corrector's, if it has one, else PPOClip"
-    )
-    loss_reduction: LossReduction | None = option(
-        default=None, help="how the loss averages over tokens; None: the corrector's, if it has one, else TokenMean"
-    )
     rollout_quantization: Scheme | None = option(
         default=None, help="quantization of the policy that samples, e.g. Float8Dynamic; None: not quantized"
-    )
-    rollout_engine: RolloutEngine | None = option(
-        default=None, help="external engine that makes the rollouts; None: this process"
     )
     rollout_workers: int = option(
         default=0,
         help="number of Ray actors that make rollouts while the learner trains; 0: the learner makes them",
         at_least=0,
-    )
-    max_staleness: int = option(
-        default=0, help="steps by which the rollouts' weights are older than the learner's", at_least=0
     )
     rollout_schedule: Literal["in_order", "first_ready"] = option(
         default="in_order",
@@ -84,50 +47,10 @@ class Recipe(Settings):
         "worker takes the newest weights, and a step any finished batch",
     )
 
-    num_generations: int = option(default=8, help="completions per prompt (G)", at_least=1)
-    rollout_batch_size: int | None = option(default=None, help="completions per sampler call; None: all", at_least=1)
-    micro_batch_size: int | None = option(
-        default=None, help="completions per forward of scoring and update; None: all", at_least=1
-    )
-    max_retained_graphs: int | None = option(
-        default=None,
-        help="scoring forwards whose autograd graphs an update may reuse: faster, more memory; None: one, and more "
-        "while all graphs have at most 256 MiB",
-        at_least=0,
-    )
-    old_logprobs: Literal["recompute", "rollout"] = option(
-        default="recompute",
-        help="denominator of the ratios: the learner's log-probs before the update, or the rollout's (bypass)",
-    )
-    router_replay: Literal["R3"] | None = option(
-        default=None, help="R3: the learner uses the experts that the rollout chose"
-    )
-    num_mismatch_groups: int = option(
-        default=2, help="groups without advantage scored per step, to measure the mismatch", at_least=1
-    )
-    max_prompt_length: int | None = option(
-        default=None,
-        help="tokens; a longer training prompt is replaced by the next that fits; None: the model's limit, an error",
-        at_least=1,
-    )
-    max_num_gen_batches: int = option(
-        default=1,
-        help="draws of prompts per step: groups of equal rewards are redrawn (DAPO); 1: no redraw",
-        at_least=1,
-    )
     num_steps: int = option(default=180, help="RL steps", at_least=0)
-    num_iterations: int = option(
-        default=1, help="policy-gradient updates per rollout; 0: none, only those of `replay`", at_least=0
-    )
-    resample_masks: bool = option(
-        default=True, help="draw new masks for each update of num_iterations; False: one set for all"
-    )
     adam_beta2: float = option(default=0.99, help="the optimizer's beta2", at_least=0, below=1)
     weight_decay: float = option(default=0.0, help="the optimizer's weight decay", at_least=0)
-    beta: float = option(
-        default=0.0, help="weight of the KL term to the policy that RL started from; 0: no term", at_least=0
-    )
-    kl: KL = option(default=K3(), help="per-token estimator of the KL term: K1, K2 or K3")
+
     teacher: Callable[..., Policy] | str | Policy | None = option(
         default=None,
         help="model for on-policy distillation, as `model`, or 'reference': the policy that RL started from",
@@ -137,13 +60,6 @@ class Recipe(Settings):
     )
     teacher_coeff: float = option(
         default=1.0, help="weight of the teacher's reward; the task's has 1 - teacher_coeff", above=0, at_most=1
-    )
-    entropy_coeff: float = option(default=0.0, help="weight of the entropy bonus; 0: no bonus", at_least=0)
-    torch_compile: bool = option(
-        default=False, help="compile the blocks of the policy that samples; speeds up bf16 and FP8 on a GPU"
-    )
-    shard_size: int = option(
-        default=1, help="processes that share the learner's weights (FSDP2); 0: all; 1: no sharding", at_least=0
     )
     zero_mismatch: bool = option(
         default=False, help="compute batch-invariantly; stop if a log-prob of rollout and learner differs in any bit"
@@ -177,11 +93,6 @@ class Recipe(Settings):
     async_save: bool = option(
         default=False,
         help="write checkpoints while training continues, from a host copy of weights and optimizer state",
-    )
-    reward_timeout: float | None = option(
-        default=600.0,
-        help="seconds of one call of the rewards, or of grading a completion; then exit with 124; None: no limit",
-        above=0,
     )
     dry_run: bool = option(
         default=False, help="print the settings and the estimated memory and time without loading weights, and exit"
@@ -394,30 +305,9 @@ class Recipe(Settings):
         return bool(self.beta) or self.teacher == REFERENCE
 
     @property
-    def num_mask_sets(self) -> int:
-        """Number of sets of masks that score a rollout.
-
-        The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the first set.
-        """
-        return max(1, self.num_iterations) if self.resample_masks and self.likelihood.is_random else 1
-
-    @property
-    def num_scored_mask_sets(self) -> int:
-        """Number of sets of masks whose log-probs are computed before the first update: not those of the later updates
-        if nothing reads them.
-        """
-        is_read = self.resolved_loss.reads_ratio or self.corrector != NoCorrection() or self.beta or self.router_replay
-        return self.num_mask_sets if is_read else 1
-
-    @property
     def has_separate_rollout_policy(self) -> bool:
         """Whether a policy other than the learner samples: a quantized copy, or an external engine."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
-
-    @property
-    def resolved_loss_reduction(self) -> LossReduction:
-        """The reduction in effect: the recipe's function, else the corrector's, else `TokenMean`."""
-        return self.loss_reduction or self.corrector.loss_reduction or TokenMean()
 
     def settings(self) -> dict[str, Any]:
         """Return the recipe for JSON, with the loss and the reduction in effect."""
@@ -425,32 +315,6 @@ class Recipe(Settings):
             "loss": to_json(self.resolved_loss),
             "loss_reduction": to_json(self.resolved_loss_reduction),
         }
-
-    @property
-    def resolved_loss(self) -> Loss:
-        """The objective in effect: the recipe's function, else the corrector's, else PPO's clipped ratio."""
-        return self.loss or self.corrector.loss or PPOClip()
-
-    @property
-    def policy_loss(self) -> Callable:
-        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with this recipe's terms.
-
-        The defaults are PPOClip with epsilon 0.2, an equal weight for every token of the batch, no KL term and no
-        entropy bonus.
-        """
-        return partial(
-            policy_loss,
-            surrogate=self.resolved_loss,
-            loss_reduction=self.resolved_loss_reduction,
-            beta=self.beta,
-            kl=self.kl,
-            entropy=self.entropy_coeff,
-        )
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Length of a completion in tokens, that of the sampler."""
-        return self.sampler.max_new_tokens
 
 
 Recipe.__doc__ = documented(Recipe)

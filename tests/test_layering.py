@@ -48,23 +48,25 @@ MAY_IMPORT = {
     "monitoring": "device files screen settings",
     "checkpoints": "files manifest records versions distributed models settings",
     # floor 5
-    "recipe": "records tasks algorithms models settings quantization likelihoods samplers",
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files identity rng screen records types tasks distributed models decoding quantization likelihoods "
     "samplers monitoring",
-    "step": "device rng records types tasks algorithms distributed models decoding likelihoods samplers monitoring",
+    "step": "device rng records types tasks algorithms distributed models decoding settings likelihoods samplers "
+    "monitoring",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
+    "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",
     "testing": "records types algorithms models decoding quantization likelihoods samplers diagnostics",
     "serving": "rng screen records types tasks models decoding quantization samplers diagnostics",
+    # floor 7
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
     "models decoding settings quantization likelihoods samplers monitoring checkpoints recipe "
     "diagnostics evaluation step supervised",
-    # floor 7
+    # floor 8
     "config": "screen records recipe presets serving",
     "frontend": "screen records tasks algorithms distributed models likelihoods samplers recipe presets training",
-    # floor 8
+    # floor 9
     "trl": "rng types algorithms distributed models decoding likelihoods quantization samplers recipe step training "
     "frontend",
     "cli": "device files manifest screen records versions types tasks distributed models decoding "
@@ -137,14 +139,14 @@ def floors() -> dict[str, int]:
     return {package: floor(package) for package in MAY_IMPORT}
 
 
-def test_the_table_lists_every_package_and_stands_on_eight_floors():
+def test_the_table_lists_every_package_and_stands_on_nine_floors():
     entries = {
         path.stem
         for path in PACKAGE.iterdir()
         if path.name not in ("__pycache__", "__init__.py", "__init__.pyi", "py.typed")
     }
     assert entries == set(MAY_IMPORT), "a new package or module needs a row in MAY_IMPORT and in docs/ARCHITECTURE.md"
-    assert max(floors().values()) <= 8
+    assert max(floors().values()) <= 9
     assert len(entries) <= 34, "put it into a package that is there, or raise this number"
 
 

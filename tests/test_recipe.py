@@ -22,7 +22,6 @@ from dllm_rl.records import to_json
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.sft import SFT
-from dllm_rl.training.step_settings import step_settings
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     limits = {"max_grad_norm": 0.25, "micro_batch_size": 8}
     schedule = {"learning_rate": 0.5, "lr_schedule": lambda step, num_steps: step / num_steps, "lr_schedule_steps": 10}
     terms = {"beta": 0.1, "kl": K2(bias_correction=True), "entropy_coeff": 0.01}
-    given = dict(vars(step_settings(replace(recipe, **limits, **schedule, **terms)).update_settings(3)))
+    given = dict(vars(replace(recipe, **limits, **schedule, **terms).update_settings(3)))
     loss = given.pop("loss").keywords
     late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}

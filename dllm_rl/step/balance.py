@@ -18,7 +18,6 @@ from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import active_rows
-from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout, group_numbers, starts_group
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
@@ -33,20 +32,17 @@ class Balance(StepFeature):
         self.swaps = swaps  # False: every process keeps its groups
 
     def before_scoring(self, context: StepContext, samples: Samples) -> Samples:
-        pad_id = context.policy.pad_id
-        return balance(context.settings, samples, context.accelerator, pad_id=pad_id, swaps=self.swaps)
+        return balance(context, samples, swaps=self.swaps)
 
 
-def balance(
-    settings: StepSettings, samples: Samples, accelerator: Accelerator, *, pad_id: int, swaps: bool = True
-) -> Samples:
+def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Samples:
     """Move groups between processes so that all have about equal work. Call it before scoring; collective: every
     process must call it.
 
     Returns:
         The samples with this process's new rows, and the groups in their new order.
     """
-    rollout = samples.rollout
+    accelerator, rollout = context.accelerator, samples.rollout
     batch_row = samples.local(torch.arange(len(samples.group)), accelerator)
     # Groups that were sampled by different processes may have the same number in their rollouts.
     rollout = replace(rollout, batch_row=batch_row, group=samples.local(samples.group, accelerator))
@@ -59,7 +55,7 @@ def balance(
     width_and_slots = torch.tensor([rollout.tokens.shape[1], *rollout.slots()])
     (sizes_of_processes,) = gather_on_host([width_and_slots[None]], accelerator)
     (lengths,) = gather_on_host([rollout.attention_mask.sum(-1).cpu()[:, None]], accelerator, samples.counts)
-    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_rows(settings, samples).long()
+    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_rows(context, samples).long()
     group, first_rows = group_numbers(samples.group), starts_group(samples.group)
     row_costs = lengths[:, 0] * forwards_per_token
     group_costs = torch.zeros(int(first_rows.sum()), dtype=row_costs.dtype).index_add(0, group, row_costs)
@@ -74,7 +70,9 @@ def balance(
     rows_of_processes = [torch.cat([rows_of_group[number] for number in row if number >= 0]) for row in slots]
     if swap_pairs:
         max_width, *max_slots = sizes_of_processes.amax(0).tolist()
-        rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=pad_id).with_slots(iter(max_slots))
+        rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=context.policy.pad_id).with_slots(
+            iter(max_slots)
+        )
         rollout = take_rows(rollout, rows_of_processes[accelerator.process_index], accelerator, samples.counts)
     return samples.reorder(torch.cat(rows_of_processes), tuple(map(len, rows_of_processes)), rollout)
 

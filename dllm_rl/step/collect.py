@@ -122,7 +122,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     advantages = compute_advantages(settings.advantages, rewards, group, components)
     metric_weights = torch.ones(len(rewards), dtype=torch.double)  # scoring sets them
     samples = Samples(rollout, group, rewards, advantages, metric_weights, counts, batch_number=step)
-    if settings.counts_graphs:
+    if settings.compiles_rollouts:
         from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
         # Of this process. A growing number means that new shapes are compiled.
@@ -191,7 +191,7 @@ def sample_and_grade(
         rollouts = [with_support(made, settings.sampling_support) for made in rollouts]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
         rollout = replace(rollout, group=copy_to_device(rollout.tokens.device, prompts.group)[0])
-        if settings.checks_logits and not rollout.logprobs.isfinite().all():
+        if settings.samples_in_process and not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
                 f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
                 f"diverged; use a learning_rate below {settings.learning_rate:g}, or an earlier checkpoint"

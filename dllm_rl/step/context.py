@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.features import StepFeature, overrides
 from dllm_rl.step.settings import StepSettings
 
 
@@ -31,6 +31,11 @@ class StepContext:
     features: tuple[StepFeature, ...] = ()
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 
+    @property
+    def trains_all_groups(self) -> bool:
+        """Whether the update also trains on groups of equal rewards: a setting or a feature gives them a gradient."""
+        return self.settings.trains_all_groups or any(overrides(each, "token_advantages") for each in self.features)
+
     @contextmanager
     def arithmetic(self, *, learner: bool = False) -> Iterator[None]:
         """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'; for forwards
@@ -41,7 +46,7 @@ class StepContext:
         with ExitStack() as stack:
             settings, device = self.settings, self.accelerator.device.type
             stack.enter_context(
-                torch.autocast(device, torch.bfloat16, enabled=settings.bf16, cache_enabled=settings.autocast_cache)
+                torch.autocast(device, torch.bfloat16, enabled=settings.bf16, cache_enabled=not settings.is_sharded)
             )
             for feature in self.features:
                 stack.enter_context(feature.around_forward(self))

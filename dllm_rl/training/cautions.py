@@ -18,7 +18,6 @@ from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.collect import component_arguments, component_reward_weights, compute_advantages
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import equal_groups
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
@@ -68,7 +67,7 @@ def cautions(recipe: Recipe) -> list[str]:
             )
     corrects_mismatch = corrector.has_weights and recipe.has_separate_rollout_policy
     warnings += likelihood_warnings(recipe.likelihood, recipe.sampler, corrects_mismatch=corrects_mismatch)
-    if not made_up_advantages(step_settings(recipe))[1].any():
+    if not made_up_advantages(recipe)[1].any():
         name = describe(recipe.advantages)
         warnings.append(
             f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,8 +15,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature, overrides
-from dllm_rl.training.step_settings import step_settings
+from dllm_rl.step.features import StepFeature
 from dllm_rl.types import Logprobs, Rollout, Views
 
 
@@ -79,11 +77,8 @@ def make_step(
         used.append(RouterReplay())
     if accelerator.num_processes > 1:
         used.append(Balance(swaps=not recipe.zero_mismatch))
-    settings = step_settings(recipe)  # which know of the recipe's value model also in a worker, without features
-    if any(overrides(feature, "token_advantages") for feature in features):
-        settings = replace(settings, trains_all_groups=True)
     return StepContext(
-        settings=settings,
+        settings=recipe,
         accelerator=accelerator,
         policy=policy,
         rollout_policy=rollout_policy,

@@ -19,7 +19,6 @@ from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.step.collect import prompt_indices
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.step_settings import step_settings
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
@@ -75,7 +74,7 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         _longest_prompt(policy, field, problems, recipe.eval_sampler, max_positions)
     if max_prompt_length is not None:
         max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
-    indices = _training_indices(step_settings(recipe), recipe.num_steps)
+    indices = _training_indices(recipe, recipe.num_steps)
     problems = ((index, recipe.task[index]) for index in indices)
     index = _longest_prompt(policy, "task", problems, recipe.sampler, max_positions)
     return index if max_prompt_length is None else 0

@@ -61,7 +61,6 @@ from dllm_rl.training.sharded_learner import (
     loading_device,
     shard_policy,
 )
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.validation import validation_interval
 
 
@@ -198,7 +197,7 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
         if (
             overrides(feature, "token_advantages")
             and recipe.max_staleness
-            and not (recipe.likelihood.exact_for_sampler or step_settings(recipe).trains_all_groups)
+            and not (recipe.likelihood.exact_for_sampler or recipe.trains_all_groups)
         ):
             raise ValueError(
                 f"features: {name} gives tokens advantages in every group, and with max_staleness="
@@ -300,9 +299,9 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
     check_low_bit(recipe, policy)
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe.value_model, policy)
-    component_reward_weights(step_settings(recipe))  # raises ValueError if the advantages take them and there are none
+    component_reward_weights(recipe)  # raises ValueError if the advantages take them and there are none
     longest_index = check_prompts(recipe, policy)
-    (problem,), _ = fit_prompts(step_settings(recipe), policy, [longest_index])
+    (problem,), _ = fit_prompts(recipe, policy, [longest_index])
     policy = shard_policy(
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )

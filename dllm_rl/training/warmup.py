@@ -15,7 +15,6 @@ from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.prompts import MAX_CHECKED_PROMPTS, MAX_SECONDS
-from dllm_rl.training.step_settings import step_settings
 
 LR_WARMUP_STEPS = 30  # steps in which the learning rate rises linearly to its full value
 
@@ -48,7 +47,7 @@ def warm_up(
     steps_done = 0
     is_reached = False
     while steps_done < recipe.sft_warmup_steps and not is_reached:
-        problems, _ = fit_prompts(step_settings(recipe), policy, _indices(recipe, steps_done))
+        problems, _ = fit_prompts(recipe, policy, _indices(recipe, steps_done))
         step_metrics = trainer.step(
             optimizer,
             solution_examples(policy, problems, max_new_tokens=recipe.max_new_tokens),
@@ -76,7 +75,7 @@ def drawn_problems(recipe: Recipe, policy: Policy) -> Iterator[Problem]:
             if time.monotonic() - start_time > MAX_SECONDS:
                 return
             drawn.add(index)
-            yield from fit_prompts(step_settings(recipe), policy, [index])[0]
+            yield from fit_prompts(recipe, policy, [index])[0]
         if len(drawn) >= min(len(recipe.task), MAX_CHECKED_PROMPTS):
             return
 

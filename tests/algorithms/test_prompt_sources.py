@@ -21,7 +21,6 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
 from dllm_rl.step.collect import group_sizes, prompt_indices
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import equal_groups
 
@@ -104,11 +103,11 @@ def test_a_source_of_ones_own_and_what_it_may_not_return():
     assert recipe.prompt_source == FunctionPromptSource(function=in_order)
     history = history_by_hand()
     history.num_prompts = len(recipe.task)
-    assert prompt_indices(step_settings(recipe), history, 0).tolist() == [5, 6, 7, 8]
+    assert prompt_indices(recipe, history, 0).tolist() == [5, 6, 7, 8]
     for wrong in ([0, 1, 2, 3], torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.tensor([0, 0, 0, -1])):
         source = FunctionPromptSource(function=lambda *given, wrong=wrong: wrong)
         with pytest.raises(ValueError, match="prompt_source"):
-            prompt_indices(step_settings(replace(recipe, prompt_source=source)), history, 0)
+            prompt_indices(replace(recipe, prompt_source=source), history, 0)
     with pytest.raises(ValueError, match="prompt_source"):
         tiny_recipe("x", prompt_source="in_order")
     with pytest.raises(ValueError, match="equal_weight"):
@@ -126,12 +125,12 @@ class Sized(UniformPrompts):
 
 def test_a_source_sets_the_sizes_of_the_groups():
     recipe, drawn = tiny_recipe("x"), torch.tensor([5, 6, 7, 8])
-    assert group_sizes(step_settings(recipe), None, drawn, 0).tolist() == [recipe.num_generations] * 4
+    assert group_sizes(recipe, None, drawn, 0).tolist() == [recipe.num_generations] * 4
     sizes = torch.tensor([1, 7, 2, 2])
-    settings = step_settings(replace(recipe, prompt_source=Sized(sizes=sizes)))
+    settings = replace(recipe, prompt_source=Sized(sizes=sizes))
     assert torch.equal(group_sizes(settings, None, drawn, 0), sizes)
     for wrong in ([1, 7, 2, 2], sizes[:3], sizes.float(), torch.tensor([1, 7, 0, 2])):
-        settings = step_settings(replace(recipe, prompt_source=Sized(sizes=wrong)))
+        settings = replace(recipe, prompt_source=Sized(sizes=wrong))
         with pytest.raises(ValueError, match=r"must return a tensor of 4 whole numbers from 1 on"):
             group_sizes(settings, None, drawn, 0)
 

@@ -13,7 +13,6 @@ from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 GOOD = {
@@ -100,11 +99,11 @@ def of_the_wrong_sign(log_ratio, advantages, mask):
 
 @pytest.mark.parametrize("loss", [of_the_wrong_sign, PPOClip()])
 def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_path, capsys, monkeypatch):
-    assert [step_settings(tiny_recipe("x")).update_settings(step).measure for step in range(6)] == [False] * 4 + [
+    assert [tiny_recipe("x").update_settings(step).measure for step in range(6)] == [False] * 4 + [
         True,
         False,
     ]
-    monkeypatch.setattr("dllm_rl.training.step_settings.DIRECTION_STEPS", 1)
+    monkeypatch.setattr("dllm_rl.step.settings.DIRECTION_STEPS", 1)
     rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
 
     def right(completions, answer, **columns):

@@ -22,7 +22,6 @@ from dllm_rl.step.score import ScoredSamples, draw_view_sets, metric_weights, re
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import RetainedGraphs, any_in_group
 from recipes.studies.surrogates import StableDRL
 
@@ -71,13 +70,13 @@ class Step:
         recipe = self.recipe
         known = self.rollout.group, self.advantages, self.advantages, torch.ones(len(self.advantages))
         samples = Samples(self.rollout, *known, counts=(len(self.advantages),))
-        samples = replace(samples, metric_weights=metric_weights(step_settings(recipe), samples, 0))
+        samples = replace(samples, metric_weights=metric_weights(self.run, samples, 0))
         if not recipe.beta:
             assert (samples.metric_weights > 0).all() and not self.advantages[: recipe.num_generations].any()
         with self.forward():
-            noise = draw_view_sets(step_settings(recipe), samples, 0, self.accelerator)[0]
+            noise = draw_view_sets(self.run, samples, 0)[0]
             keep = any_in_group(self.advantages != 0, self.rollout.group) | bool(recipe.beta or recipe.entropy_coeff)
-            self.graphs = retained_graphs(step_settings(recipe), self.policy, keep)
+            self.graphs = retained_graphs(recipe, self.policy, keep)
             self.logps = score(self.run, self.rollout, noise, graphs=self.graphs)
         scored = ScoredSamples(samples, [self.logps], {}, routing_counts=None, graphs=self.graphs)
         return make_batches(self.run, scored)[0][0]
@@ -147,9 +146,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path):
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
-            metrics = update(
-                step.policy, optimizer, [batch] * 3, step.accelerator, step_settings(step.recipe).update_settings(0)
-            )
+            metrics = update(step.policy, optimizer, [batch] * 3, step.accelerator, step.recipe.update_settings(0))
         ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
         assert step.forwards == ([True] * 2 if number else [True, *[False, True] * 2])
     (ours, metrics), (theirs, others) = ends

@@ -28,7 +28,6 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.update import update
 from dllm_rl.training import trainer
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, SamplingParams
 
@@ -180,7 +179,7 @@ def plan_and_allocator(cases):
             batch = replace(batch, rollout=replace(rollout, weights_version=step))
             optimizer.zero_grad(set_to_none=True)
             batches = [batch] * recipe.num_iterations
-            learn = partial(update, policy, optimizer, batches, accelerator, step_settings(recipe).update_settings(0))
+            learn = partial(update, policy, optimizer, batches, accelerator, recipe.update_settings(0))
             peaks.append(held + plan.profiled(learn)[0])
         # Gloo's thread frees a gathered layer when its turn comes: the lowest peak has the shortest wait.
         peak = min(peaks[1:])

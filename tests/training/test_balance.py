@@ -3,11 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_recipe import tiny_recipe
+from tiny_recipe import bare_context, tiny_recipe
 from torch import Tensor
 
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Coupled, OneStep, Quadrature, Trajectory
@@ -15,7 +16,6 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.make_step import make_step
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
 
 
@@ -127,7 +127,8 @@ def balanced(monkeypatch, recipe, rollouts, advantages, weights):
         group, counts = torch.arange(len(advantages)) // 2, (len(advantages) // 2,) * 2
         samples = Samples(rollouts[me], group, advantages + 100, advantages, weights, counts)
         swaps = not recipe.zero_mismatch
-        return balance.balance(step_settings(recipe), samples, accelerator, pad_id=0, swaps=swaps)
+        context = bare_context(recipe, accelerator, SimpleNamespace(pad_id=0))
+        return balance.balance(context, samples, swaps=swaps)
 
     return joined.run(monkeypatch, work)
 

@@ -16,7 +16,6 @@ from dllm_rl.step.collect import collect
 from dllm_rl.step.score import draw_view_sets
 from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
 from dllm_rl.training.start import start
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs
 
@@ -71,12 +70,12 @@ def test_a_resumed_run_adds_to_them(tmp_path):
 
 def test_mismatch_and_advantage_by_hand(tmp_path):
     """The learner gives every token exp(0.25) times the rollout's probability; the last group is not scored."""
-    run = start(recipe := tiny_recipe(tmp_path))
+    run = start(tiny_recipe(tmp_path))
     samples, answers, _ = collect(run.step, 0)
     rollout, rewards = samples.rollout, samples.rewards
     learned = dataclasses.replace(samples, advantages=torch.arange(16.0))
     scored = dataclasses.replace(learned, metric_weights=(torch.arange(16) < 12).double())
-    noise = draw_view_sets(step_settings(recipe), scored, 0, run.accelerator)[0]
+    noise = draw_view_sets(run.step, scored, 0)[0]
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(
         old_logprobs=old,
@@ -98,11 +97,11 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
 
 def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     """JSON has none for it, and a rollout may have one."""
-    run = start(recipe := tiny_recipe(tmp_path))
+    run = start(tiny_recipe(tmp_path))
     samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     samples = dataclasses.replace(samples, rollout=rollout, advantages=torch.full((16,), torch.inf))
-    noise = draw_view_sets(step_settings(recipe), samples, 0, run.accelerator)[0]
+    noise = draw_view_sets(run.step, samples, 0)[0]
     same = rollout.logprobs
     logps = Logprobs(
         old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise

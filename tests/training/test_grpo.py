@@ -37,7 +37,6 @@ from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.tasks.datasets import digest_of, task_from_dataset
-from dllm_rl.training.step_settings import step_settings
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -743,7 +742,7 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
         rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    assert [step_settings(recipe).update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
+    assert [recipe.update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
     assert recipe.sft_warmup_steps == 0, "Recipe's counts supervised steps"
 
 

@@ -16,7 +16,6 @@ from dllm_rl.algorithms.correctors import Aligned, NoCorrection
 from dllm_rl.likelihoods.estimators import EUBO, Coupled, Sandwich, Trajectory
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.step.update import update_direction
-from dllm_rl.training import step_settings
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
 
@@ -95,7 +94,7 @@ class Suppressed(Unmask):
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(include_order=False), Coupled(), EUBO(), Sandwich()])
 def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch, likelihood):
     """Its log-prob is -inf before and after the update, whose direction is measured in each step here."""
-    monkeypatch.setattr(step_settings, "DIRECTION_STEPS", 1)
+    monkeypatch.setattr("dllm_rl.step.settings.DIRECTION_STEPS", 1)
     sampler = Suppressed(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=Confidence(), suppress=(0, 2))
     changes = {"sampler": sampler, "corrector": NoCorrection(), "rollout_quantization": None}
     train(tiny_recipe(tmp_path, likelihood=likelihood, num_steps=2, **changes))

@@ -15,7 +15,6 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
 from dllm_rl.training.prompts import check_prompts
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 LONG = 60  # with 16 tokens to come, more than the model's 64
@@ -131,7 +130,7 @@ def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")
     recipe = tiny_recipe(tmp_path, task=Listed(problem), max_prompt_length=2)
-    assert fit_prompts(step_settings(recipe), tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
+    assert fit_prompts(recipe, tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
 
 
 @pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
@@ -194,10 +193,10 @@ def test_long_prompts_are_replaced_and_counted(tmp_path):
 
 def test_the_next_prompt_that_fits_takes_the_place():
     recipe = tiny_recipe("x", task=SomeLong(), max_prompt_length=48)
-    chosen, replaced = fit_prompts(step_settings(recipe), recipe.model(), [0, 1, 3, 8])
+    chosen, replaced = fit_prompts(recipe, recipe.model(), [0, 1, 3, 8])
     assert chosen == [recipe.task[i] for i in (1, 1, 4, 8)] and replaced == 2
     with pytest.raises(ValueError, match="max_prompt_length=3: every prompt of task 'some long' is longer; raise it"):
-        fit_prompts(step_settings(replace(recipe, max_prompt_length=3)), recipe.model(), [0])
+        fit_prompts(replace(recipe, max_prompt_length=3), recipe.model(), [0])
 
 
 def test_a_limit_that_no_prompt_reaches_changes_nothing(tmp_path):

@@ -21,7 +21,6 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.score import retained_graphs
 from dllm_rl.training.sharded_learner import processes_per_shard
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Rollout, Views
 
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
@@ -155,7 +154,7 @@ class PlannedStep:
     @property
     def num_graphs(self) -> int:
         """Forwards of scoring whose autograd graphs the first update reuses."""
-        graphs = retained_graphs(step_settings(self.recipe), self.policy, torch.zeros(0, dtype=torch.bool))
+        graphs = retained_graphs(self.recipe, self.policy, torch.zeros(0, dtype=torch.bool))
         if graphs is None:
             return 0
         in_a_view = self.sampler_steps if isinstance(self.recipe.sampler, Renoise) else 1

@@ -24,7 +24,6 @@ from dllm_rl.step.score import retained_graphs
 from dllm_rl.step.update import update
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.types import Batch, Prompts
 
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
@@ -108,7 +107,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    graphs_of_step = retained_graphs(step_settings(recipe), policy, torch.ones(ROWS, dtype=torch.bool))
+    graphs_of_step = retained_graphs(recipe, policy, torch.ones(ROWS, dtype=torch.bool))
 
     def autocast():
         return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)
@@ -141,7 +140,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
                 optimizer,
                 [batch] * recipe.num_iterations,
                 accelerator,
-                step_settings(recipe).update_settings(0),
+                recipe.update_settings(0),
             )
 
     for _ in range(2):  # the second step finds the optimizer's state and the gradients of the first
