@@ -30,7 +30,6 @@ from dllm_rl.training.policies import (
     save_reference,
     teacher_policy,
 )
-from dllm_rl.training.step_settings import step_settings
 from dllm_rl.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -234,7 +233,7 @@ def test_the_learner_of_a_run_drops_nothing_whatever_mode_a_user_or_a_callback_s
     learner = build_policy(recipe, CPU)
     assert policy.module.training and not learner.module.training
     context = StepContext(
-        settings=step_settings(recipe), accelerator=Accelerator(cpu=True), policy=learner, rollout_policy=learner,
+        settings=recipe, accelerator=Accelerator(cpu=True), policy=learner, rollout_policy=learner,
         history=RewardHistory(1),
     )  # fmt: skip
     learner.module.train()
