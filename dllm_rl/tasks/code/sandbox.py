@@ -1,20 +1,24 @@
 """Run a program and its tests in new namespaces (unshare, prlimit of util-linux), without network, files or processes.
 
 In the sandbox, this file runs as process 1, which runs the tests. Its child, forked before the tests are read, runs the
-program. The tests call the program's function through pipes and receive plain data, or an exception of the built-in
-class that the function's exception has or is derived from. So the program sees neither the tests nor the token that
-proves that they passed, and no object of the program is compared. Two attacks remain possible: recognizing calls and
+program. The tests call the program's function through pipes and receive plain data (`Shared`), or an exception of the
+built-in class that the function's exception has or is derived from. What the function changes in its arguments is
+changed in the tests' objects, too. So the program sees neither the tests nor the token that proves that they passed,
+and no object of the program is compared. Two attacks remain possible: recognizing calls and
 replying without computing, and a bug of the kernel. Each of the two processes may use the full memory limit.
 """
 
-import ast
 import builtins
 import ctypes
+import importlib
+import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -47,7 +51,7 @@ def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SE
     import resource  # local: Windows lacks it
 
     token = os.urandom(16).hex()
-    request = ascii((prelude, code, tests, entry_point, token)).encode()
+    request = json.dumps((prelude, code, tests, entry_point, token)).encode()
     # A core dump limit of 1 byte prevents dumps, even if the kernel pipes them to a program. A hard limit of 0 stays 0.
     core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1] % 2**64)  # -1 means no limit
     command = [
@@ -126,61 +130,194 @@ def confine() -> None:
     call("prctl", 22, 2, struct.pack("HP", len(instructions), ctypes.addressof(code)))
 
 
-class Floats(ast.NodeTransformer):
-    """Replace the names that `ascii` writes for non-finite floats."""
+_KINDS = (Counter, OrderedDict, defaultdict, dict, list, set, bytearray, deque)  # a derived class before its base
+MUTABLE: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
+# Immutable classes, by module and name. `__reduce__` gives the arguments that make an equal object.
+VALUES = (
+    ("builtins", "range"),
+    ("fractions", "Fraction"),
+    ("decimal", "Decimal"),
+    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta")),
+)
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
+class Shared:
+    """Plain data of one call as JSON, for both processes.
 
-def plain(text: str) -> Any:
-    """Parse the plain data that `ascii` wrote. Raises ValueError or SyntaxError."""
-    return ast.literal_eval(Floats().visit(ast.parse(text.strip(), mode="eval")))
+    Plain data are None, numbers, texts, bytes, the containers of MUTABLE, tuples (named ones, too), frozensets and
+    VALUES. An object of a derived class becomes one of its plain base class. A mutable object is written once and then
+    referred to by its index, so that the reply can change the caller's objects and return them.
+
+    Args:
+        namespace: Names of the process, among which named tuples have their class.
+    """
+
+    def __init__(self, namespace: Mapping[str, Any]) -> None:
+        self.namespace = namespace
+        self.objects: list[Any] = []
+        self.indices: dict[int, int] = {}  # of an object's id
+
+    def pack(self, value: Any) -> Any:
+        """Return a value as JSON. Raises TypeError if it is not plain data."""
+        if value is None or isinstance(value, bool | float | str):
+            return value
+        if isinstance(value, int):  # JSON and Python limit the decimal digits of integers
+            return value if abs(value) < 1 << 53 else ["int", hex(value)]
+        if isinstance(value, complex):
+            return ["complex", value.real, value.imag]
+        if isinstance(value, bytes):
+            return ["bytes", value.decode("latin-1")]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return ["namedtuple", type(value).__name__, list(value._fields), *map(self.pack, value)]
+        if isinstance(value, tuple | frozenset):
+            return ["tuple" if isinstance(value, tuple) else "frozenset", *map(self.pack, value)]
+        if id(value) in self.indices:
+            return ["shared", self.indices[id(value)]]
+        for name, kind in MUTABLE.items():
+            if isinstance(value, kind):
+                self._share(value)
+                return [name, self._extra(value), *self._contents(value)]
+        key = type(value).__module__, type(value).__name__
+        if key in VALUES:
+            return ["value", *key, *map(self.pack, value.__reduce__()[1])]
+        raise TypeError(f"{type(value).__name__} is not plain data")
+
+    def unpack(self, packed: Any) -> Any:
+        """Return the value that `pack` wrote. Raises an exception of some kind if nothing wrote it so."""
+        if not isinstance(packed, list):
+            return packed
+        kind, *parts = packed
+        match kind:
+            case "shared":
+                return self.objects[parts[0]]
+            case "int":
+                return int(parts[0], 16)
+            case "complex":
+                return complex(*parts)
+            case "bytes":
+                return parts[0].encode("latin-1")
+            case "tuple":
+                return tuple(map(self.unpack, parts))
+            case "frozenset":
+                return frozenset(map(self.unpack, parts))
+            case "namedtuple":
+                name, fields, *items = parts
+                return self._tuple_class(name, fields)._make(map(self.unpack, items))
+            case "value":
+                module, name, *items = parts
+                if (module, name) not in VALUES:
+                    raise ValueError(f"{module}.{name} is not one of VALUES")
+                return getattr(importlib.import_module(module), name)(*map(self.unpack, items))
+        extra, *contents = parts
+        value: Any
+        if kind == "deque":
+            value = deque(maxlen=extra)
+        elif kind == "defaultdict":
+            value = defaultdict(vars(builtins)[extra] if extra else None)
+        else:
+            value = MUTABLE[kind]()
+        self._share(value)
+        self._fill(value, contents)
+        return value
+
+    def pack_objects(self) -> list[Any]:
+        """Return the contents of the objects that are shared so far, as JSON."""
+        return [self._contents(value) for value in self.objects[:]]
+
+    def unpack_objects(self, packed: list[Any]) -> None:
+        """Change the contents of the shared objects to those of the other process."""
+        for value, contents in zip(self.objects[: len(packed)], packed, strict=True):
+            self._fill(value, contents)
+
+    def _tuple_class(self, name: str, fields: list[str]) -> Any:
+        """Return the class of a named tuple: the one of this process, if its fields are equal."""
+        known = self.namespace.get(name)
+        is_tuple = isinstance(known, type) and issubclass(known, tuple)
+        return known if is_tuple and list(getattr(known, "_fields", ())) == fields else namedtuple(name, fields)
+
+    def _share(self, value: Any) -> None:
+        self.indices[id(value)] = len(self.objects)
+        self.objects.append(value)  # also keeps it alive, so that no other object gets its id
+
+    def _extra(self, value: Any) -> Any:
+        """Return what makes an empty object equal but for its contents."""
+        if isinstance(value, deque):
+            return value.maxlen
+        factory: Any = getattr(value, "default_factory", None)
+        is_builtin = isinstance(factory, type) and vars(builtins).get(factory.__name__) is factory
+        return factory.__name__ if is_builtin else None
+
+    def _contents(self, value: Any) -> list[Any]:
+        return list(map(self.pack, value.items() if isinstance(value, dict) else value))
+
+    def _fill(self, value: Any, contents: list[Any]) -> None:
+        """Replace the contents of an object, which no class of the tests may redefine."""
+        items = list(map(self.unpack, contents))
+        kind = next(kind for kind in MUTABLE.values() if isinstance(value, kind))
+        kind.clear(value)
+        if isinstance(value, dict):
+            for key, item in items:
+                kind.__setitem__(value, key, item)  # `Counter.update` would add
+        elif isinstance(value, set):
+            set.update(value, items)
+        else:
+            kind.extend(value, items)
 
 
 # `exec` below runs an untrusted program. It must run only after `enter`, where nothing of the machine is reachable.
 def serve(requests: Any, replies: Any) -> None:
-    """In the child, run the program, then reply to calls of its function with (name of an exception or "", data).
+    """In the child, run the program, then reply to calls of its function with [objects, name of an exception or "",
+    data].
 
-    The data is what the function returned, or the exception's arguments.
+    The data is what the function returned, or the exception's arguments. `objects` are the contents of the mutable
+    objects among the call's arguments.
     """
-    code, entry_point = plain(requests.readline())
+    code, entry_point = json.loads(requests.readline())
     namespace: dict[str, Any] = {"__name__": "program"}
     exec(code, namespace)
     for line in requests:
-        arguments, keywords = plain(line)
+        shared = Shared(namespace)
+        arguments, keywords = shared.unpack(json.loads(line))
         try:
-            value = namespace[entry_point](*arguments, **keywords)
-            reply = "", dict(value) if isinstance(value, dict) else value  # also a Counter or another subclass
+            name, value = "", namespace[entry_point](*arguments, **keywords)
         except BaseException as error:
             name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
-            reply = name, [part if isinstance(part, int | float | str) else str(part) for part in error.args]
-        print(ascii(reply), file=replies, flush=True)
+            value = [part if isinstance(part, int | float | str) else str(part) for part in error.args]
+        try:
+            reply = json.dumps([shared.pack_objects(), name, shared.pack(value)])
+        except (TypeError, ValueError, RecursionError) as error:
+            reply = str(error)
+        print(reply, file=replies, flush=True)
 
 
 def judge(requests: Any, replies: Any) -> str:
     """In process 1, run the tests, which raise if one fails, and return the token."""
-    prelude, code, tests, entry_point, token = plain(sys.stdin.read())
-    print(ascii((code, entry_point)), file=requests, flush=True)
+    prelude, code, tests, entry_point, token = json.load(sys.stdin)
+    print(json.dumps((code, entry_point)), file=requests, flush=True)
+    namespace: dict[str, Any] = {"__name__": "tests"}
 
     def function(*arguments: Any, **keywords: Any) -> Any:
-        with suppress(BrokenPipeError):  # the program has ended: there is no reply to read
-            print(ascii((arguments, keywords)), file=requests, flush=True)
-        line = replies.readline(1 << 20)
+        shared = Shared(namespace)
+        reason = "an argument is not plain data"
         try:
-            name, value = plain(line)
+            call_text = json.dumps(shared.pack((arguments, keywords)))
+            with suppress(BrokenPipeError):  # the program has ended: there is no reply to read
+                print(call_text, file=requests, flush=True)
+            line = replies.readline(1 << 24)
+            reason = f"a reply is not plain data: {line[:200]!r}" if line else "the program ended without a reply"
+            objects, name, packed = json.loads(line)
+            shared.unpack_objects(objects)
+            value = shared.unpack(packed)
             kind = vars(builtins)[name] if name else None
             # Not `__init__`, which of some classes needs other arguments.
             error = kind.__new__(kind, *value) if kind else None
         except Exception as problem:  # of any kind: a program may write any reply
-            reason = f"a reply is not plain data: {problem!r}" if line else "the program ended without a reply"
-            print(reason, file=sys.stderr, flush=True)
+            print(f"{reason} ({problem!r})", file=sys.stderr, flush=True)
             os._exit(1)  # an exception could be one that the tests expect
         if error is not None:
             raise error
         return value
 
-    namespace: dict[str, Any] = {"__name__": "tests"}
     # Run only the part of the prelude before the function, whose body may be missing.
     exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], namespace)
     namespace[entry_point] = function

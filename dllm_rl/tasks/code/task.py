@@ -161,15 +161,15 @@ class Code(Questions):
         chat: Whether the prompt is one user message; False: plain text. Default: True.
         opening: Text that begins the assistant's turn; needs chat. Default: none.
         reward_rule: "static" (default): share of checks that the text passes; nothing runs. "sandbox": 1 if the tests
-            pass, run in a sandbox (Linux only). Tests pass plain data to the function and compare plain data, and
-            catch built-in exceptions.
+            pass, run in a sandbox (Linux only). Tests pass plain data to the function (`sandbox.Shared`), see
+            what it changes in them, compare plain data, and catch built-in exceptions.
 
     Raises:
         ValueError: A setting is unknown, a row is malformed, or the sandbox does not work on this machine.
     """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
     text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)

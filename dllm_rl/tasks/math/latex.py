@@ -12,8 +12,11 @@ _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
 _TEXT = r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:FONTS)|[mh]box)\s*\{([^{}]*)\}"
-TEXT = re.compile(_TEXT.replace("FONTS", "rm|bf|it|sf"))
 _UPRIGHT = _TEXT.replace("FONTS", "rm")  # \\mathbf{a} is a vector, no unit
+_ANY_TEXT = _TEXT.replace("FONTS", "rm|bf|it|sf")
+TEXT = re.compile(_ANY_TEXT)
+_JOINT = re.compile(rf"(?:,\s*)?{_ANY_TEXT.replace('([^{}]*)', '[, ~]*(?:and|or)[, ~]*')}(?:\s*,)?")
+_RELATION = re.compile(r"[<>\u2264\u2265\u2260\u2208]|\\(?:[lg]eq?|[lg]eqslant|neq?|lt|gt|in)(?![a-zA-Z])")
 _UNIT = re.compile(rf"\s*{_UPRIGHT}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
 # Words that are not units: they change the number before them, or offer a second answer.
@@ -36,13 +39,15 @@ def normalize(answer: str) -> str:
 
     Removed: \!, \left, \right, degrees, \$, percent signs, one unit "\text{ cm}" at the end, a name of one or two
     letters before a single "=", all spaces except between two digits. Replaced: typographic characters (see
-    `to_plain_characters`); tfrac and dfrac become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a
-    complete answer 0.5 become \frac{1}{2}. This differs from the original [ours], which removes everything after
-    "\text{ " and all spaces, so that "5 \text{ or } 6" becomes 5 and "2 2/3" becomes 22/3.
+    `to_plain_characters`); "and" and "or" between values become commas (`as_list`); tfrac and dfrac become frac; .5
+    becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a complete answer 0.5 become \frac{1}{2}. This differs from
+    the original [ours], which removes everything after "\text{ " and all spaces, so that "5 \text{ or } 6" becomes 5
+    and "2 2/3" becomes 22/3.
     """
     if len(answer) > MAX_ANSWER_LENGTH:
         return answer
-    answer = to_plain_characters(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    answer = as_list(to_plain_characters(answer))
+    answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     for mark in (*_REMOVED_MARKS, "\\%", "%"):
         answer = answer.replace(mark, " ")  # two digits around a mark stay separate
     answer = without_unit(answer)
@@ -57,6 +62,22 @@ def normalize(answer: str) -> str:
     if quotient and all(part == "0" or not part.removeprefix("-").startswith("0") for part in quotient.groups()):
         return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
     return answer
+
+
+def as_list(answer: str) -> str:
+    r"""Return the answer with commas in place of "\text{ and }" and "\text{ or }" between its values.
+
+    So "3 \text{ and } 5" is the list "3, 5", while "5 \text{ or } 6" is a list that does not equal 5. Inequalities stay
+    as they are: "and" and "or" between them differ.
+    """
+    if len(answer) > MAX_ANSWER_LENGTH or _RELATION.search(answer):
+        return answer
+
+    def comma(match: re.Match[str]) -> str:
+        is_between = answer[: match.start()].strip() and answer[match.end() :].strip(" .")
+        return ", " if is_between else match[0]
+
+    return _JOINT.sub(comma, answer)
 
 
 def without_unit(answer: str) -> str:
@@ -79,7 +100,7 @@ def _is_unit(text: str) -> bool:
 def hedged(answer: str, reference: str) -> bool:
     r"""Return whether a text in the answer offers a second answer or has a digit, as "\text{ or 6}" does.
 
-    False if a text in the reference does so, too.
+    False if a text in the reference does so, too. Lists of values offer none (`as_list`).
     """
 
     def has_choice(latex: str) -> bool:
@@ -90,7 +111,7 @@ def hedged(answer: str, reference: str) -> bool:
         ]
         return any(word in _NON_UNIT_WORDS or word.isdigit() for word in words)
 
-    return has_choice(answer) and not has_choice(reference)
+    return has_choice(as_list(answer)) and not has_choice(as_list(reference))
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
@@ -149,7 +170,7 @@ def _without_name(answer: str) -> str:
 
 def rational(answer: str) -> Fraction | None:
     """Return the value of a decimal number or a fraction of integers; None for anything else."""
-    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", to_plain_characters(answer[: MAX_ANSWER_LENGTH + 1])):
+    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", as_list(to_plain_characters(answer[: MAX_ANSWER_LENGTH + 1]))):
         return None  # a list such as 12, 345, which would be normalized to 12,345
     answer = normalize(answer)
     match = _PLAIN_FRAC.fullmatch(answer)

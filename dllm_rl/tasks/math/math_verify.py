@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
-from dllm_rl.tasks.math.latex import normalize
+from dllm_rl.tasks.math.latex import as_list, normalize, rational
 
 # Longest answer, in characters, that is compared symbolically. A reference may have ten times as many.
 MAX_SYMBOLIC_LENGTH = 300
@@ -30,15 +30,17 @@ def equal(reference: str, answer: str) -> bool | None:
 
 
 def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Compare (reference, answer) pairs as `equal` does, in parallel on all `cores`."""
+    """Compare (reference, answer) pairs as `equal` does, in parallel on all `cores`, each `as_list`."""
+    pairs = [(as_list(reference), as_list(answer)) for reference, answer in pairs]
     if len(_VERDICTS) > MAX_CACHED:
         _VERDICTS.clear()
     to_compare = []
     for pair in pairs:
         if pair not in _VERDICTS:
             reference, answer = pair
-            # Equal spellings need no algebra.
-            _VERDICTS[pair] = True if normalize(reference) == normalize(answer) else None
+            # Equal spellings need no algebra. Those of the list 12, 345 and of 12,345 are equal, and their values not.
+            is_equal = normalize(reference) == normalize(answer) and rational(reference) == rational(answer)
+            _VERDICTS[pair] = True if is_equal else None
             is_short = len(answer) <= MAX_SYMBOLIC_LENGTH and len(reference) <= 10 * MAX_SYMBOLIC_LENGTH
             if _VERDICTS[pair] is None and is_short and "\n" not in answer:
                 to_compare.append(pair)

@@ -149,7 +149,7 @@ class MATH500(Questions):
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "7"
+    version: ClassVar[str] = "8"
     text: ClassVar[str] = TEXT.replace("{answer}", "answer as \\boxed{...}") + "{problem}"
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)

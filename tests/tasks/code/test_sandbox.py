@@ -103,6 +103,119 @@ def test_right_programs_pass_and_wrong_ones_do_not() -> None:
     assert not sandbox.run("", RIGHT, "import sys\nsys.exit(0)", "f", 60)[0]  # tests that end early prove nothing
 
 
+CHANGES = """
+def f(what, *x, **named):
+    match what:
+        case "sort":
+            x[0].sort()
+        case "pop":
+            return x[0].pop()
+        case "reverse":
+            x[0].reverse()
+        case "append to both":
+            x[0].append(1)
+            return x[0] is x[1], len(x[1])
+        case "return":
+            return x[0][0], x[0]
+        case "update":
+            named["d"]["new"] = {"a": [1]}
+            del named["d"]["old"]
+            named["s"].add(frozenset({3}))
+        case "fail":
+            x[0].clear()
+            raise KeyError(2**80)
+        case "knot":
+            x[0].append(x[0])
+        case "others":
+            x[0].rotate(1)
+            x[1][0] = 7
+            x[2].update("ab")
+            x[3].move_to_end("a")
+            x[4]["new"].append(1)
+"""
+CHANGED = """
+a = [3, 1, 2]
+f("sort", a)
+assert a == [1, 2, 3]
+assert f("pop", a) == 3 and a == [1, 2]
+first, second = [1], [2]
+rows = [first, second]
+f("reverse", rows)
+assert rows == [[2], [1]] and rows[0] is second and rows[1] is first and first == [1]
+assert f("append to both", first, first) == (True, 2) and first == [1, 1]
+inner, outer = f("return", rows)
+assert inner is second and outer is rows
+d, s = {"old": 1, "kept": 2}, {1}
+f("update", d=d, s=s)
+assert list(d.items()) == [("kept", 2), ("new", {"a": [1]})] and s == {1, frozenset({3})}
+try:
+    f("fail", a)
+    assert False
+except KeyError as error:
+    assert error.args == (2**80,) and a == []
+f("knot", a)
+assert a[0] is a and len(a) == 1
+from collections import *
+x = deque([1, 2, 3], maxlen=3), bytearray(b"ab"), Counter("a"), OrderedDict(a=1, b=2), defaultdict(list)
+f("others", *x)
+assert x == (deque([3, 1, 2]), b"\\x07b", {"a": 2, "b": 1}, OrderedDict(b=2, a=1), {"new": [1]}) and x[0].maxlen == 3
+assert f("pop", [(1, [2])]) == (1, [2])
+"""
+
+
+@needs_sandbox
+def test_a_function_changes_the_arguments_of_its_caller() -> None:
+    """Objects of every mutable kind, which stay the same objects, also where an error follows."""
+    assert sandbox.run("", CHANGES, CHANGED, "f", 60) == (True, "")
+    grows = "def f(x):\n    x.append(1)\n    return x[:-1]"
+    for tests, passes in (("assert f(x) == [5] and x == [5, 1]", True), ("assert f(x) == [5] and x == [5]", False)):
+        assert sandbox.run("", grows, f"x = [5]\n{tests}", "f", 60)[0] is passes
+
+
+@needs_sandbox
+def test_plain_data_of_derived_and_immutable_classes_is_passed() -> None:
+    prelude = """
+import collections, datetime, decimal, enum, fractions
+Point = collections.namedtuple("Point", "x y")
+class Color(enum.IntEnum):
+    RED = 3
+"""
+    code = """
+Point = collections.namedtuple("Point", "x y")
+Other = collections.namedtuple("Other", "z")
+def f(x):
+    if x == "other":
+        return Other(Point(1, [2]))
+    if x == "odd":
+        return Color.RED, type("T", (str,), {})("t"), collections.defaultdict(lambda: 0, a=1), {}.fromkeys("a")
+    if isinstance(x, Point):
+        assert type(x) is Point
+        return x.y
+    return x
+"""
+    tests = """
+D = datetime.datetime(2020, 2, 29, 1)
+values = [
+    10**5000, -(2**53), 2**53 - 1, 1j, -0.0, b"\\xff\\0", "\\ud800", frozenset({1, (2, frozenset())}), range(3, 9, 2),
+    collections.Counter("aab"), collections.OrderedDict(b=1, a=2), collections.deque([1], maxlen=2), bytearray(b"a"),
+    fractions.Fraction(1, 3), decimal.Decimal("1.10"), D, D.date(), D.time(), D - D, {(1, 2): [None, True]},
+]
+for x in values:
+    y = f(x)
+    assert y == x and type(y) is type(x) and repr(y) == repr(x), type(x)
+assert f(Point(1, (2, 3))) == (2, 3)
+other = f("other")
+assert other.z.x == 1 and type(other.z) is Point and other._fields == ("z",)
+assert f("odd") == (3, "t", {"a": 1}, {"a": None}) and type(f("odd")[0]) is int
+assert f(collections.defaultdict(list))["new"] == []
+""".replace("repr(y) == repr(x)", "(type(x) is int or repr(y) == repr(x))")
+    assert sandbox.run(prelude, f"{prelude}{code}", tests, "f", 60) == (True, "")
+    for argument, said in (("lambda: 1", "function"), ("iter([1])", "list_iterator"), ("{1: object()}", "object")):
+        tests = f"try: f({argument})\nexcept Exception: pass"  # what cannot be passed is no error of the function
+        passed, output = sandbox.run("", "def f(x): return x", tests, "f", 60)
+        assert not passed and f"an argument is not plain data (TypeError('{said} is not plain data'))" in output
+
+
 @needs_sandbox
 def test_the_program_sees_the_interpreter_alone() -> None:
     code = """import os, sys

@@ -111,6 +111,15 @@ def test_math_verify_names_no_equal_answers() -> None:
         ),
         ("\\text{ Evelyn}", "\\text{ Carla}|\\text{ }|\\text{ Evelyn}\\text{ Carla}", "\\text{Evelyn}|\\text{ Evelyn}"),
         ("(1,2)", "(1,2)\\text{ or }(3,4)|(1,2),(3,4)|(1,2 3)", "(1, 2)|\\left(1,\\,2\\right)|(\uff11,2)"),
+        (
+            "3, 5",
+            "3 \\text{ or } 6|3 \\text{ or }|\\text{or } 3, 5|3 \\text{ nor } 5|3 \\text{ and or } 5|35|3",
+            "3 \\text{ and } 5|3\\text{or}5|3, \\text{ and } 5|3 \\mbox{, and } 5|3 \\mathrm{ or }5|3 \\text{ and~} 5",
+        ),
+        ("(5,8),(8,5)", "(5,8)\\text{ or }(8,6)", "(5,8)\\text{ and }(8,5)|(5, 8), \\text{ or } (8, 5)"),
+        ("1 \\text{ or } -2", "1|-2|1 \\text{ or } -3", "1,-2|1 \\textbf{ and } -2|1\\text{ or }-2"),
+        ("x<1 \\text{ or } x>3", "x<1 \\text{ and } x>3|x<1, x>3", "x<1\\text{ or }x>3|x < 1 \\text{ or } x > 3"),
+        ("12,345", "12 \\text{ or } 345|12 \\text{ and } 345|12, 345", "12345"),
         ("10\\text{ a.m.}", "10\\text{ p.m.}|10\\text{ PM}|10", "10\\text{a.m.}|10 \\text{ a.m.}"),
         ("22/3", "2 2/3|2\\,2/3|2\u20092/3|2~2/3|2\\ 2/3", "22 / 3|\\frac{22}{3}|\uff12\uff12/3"),
         ("34", "3 4|3\u00a04|3\\;4|3\\quad 4|3,4|3{,}4|3\n4|3\\%4|3\\$4|3\u200b4", "34.0|34.|34 \\text{ ways}"),
@@ -130,6 +139,23 @@ def test_blanks_texts_and_printed_characters(reference, wrong, right) -> None:
     assert grades == dict.fromkeys(wrong.split("|"), 0.0) | dict.fromkeys(right.split("|"), 1.0)
     hedges = [box for box in wrong.split("|") if "or " in box or "six" in box]
     assert not any(MATH500_GRADERS["math-verify"](fields, f"\\boxed{{{box}}}").value for box in hedges)
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("\\text{even}", "\\text{ even}", "\\text{odd}"),
+        ("2 \\text{ million}", "2\\text{ million}", "3"),
+        ("\\text{3 over 4}", "\\mathrm{3 over 4}", "\\text{3 over 5}"),
+        ("-1, 4, 7", "7, 4 \\text{ and } -1", "7 \\text{ and } -1"),
+        ("2, 3", "x=3 \\text{ or } x=2", "x=3 \\text{ or } x=2 \\text{ or } x=1"),
+        ("12, 345", "345 \\text{ and } 12", "12,345"),
+    ],
+)
+def test_math_verify_reads_words_as_the_reference_has_them(reference, right, wrong) -> None:
+    """A word that could be a hedge is none where the reference has one, or where it joins the values of a list."""
+    graded = [MATH500_GRADERS["math-verify"]({"answer": reference}, f"\\boxed{{{box}}}") for box in (right, wrong)]
+    assert [each.value for each in graded] == [1.0, 0.0]
 
 
 def test_numbers_as_they_are_printed() -> None:

@@ -78,6 +78,9 @@ def test_answers_belong_to_their_questions(server) -> None:
 def test_what_is_too_long_is_not_asked(monkeypatch, server) -> None:
     monkeypatch.setattr(server, "compare", lambda pairs: pytest.fail(f"asked {pairs}"))
     assert math_check.equal("2", "x" * 301) is None and math_check.equal("2", "1\n2") is None
+    for text in ("x" * 301, "1\n2"):  # undecided, and not right
+        graded = math500_math_verify({"answer": "2"}, f"\\boxed{{{text}}}")
+        assert (graded.value, graded.breakdown["accuracy"], graded.breakdown["undecided"]) == (0.0, 0.0, 1.0)
     assert math_check.equal("x+" * 2000 + "x", "2001x") is None
     assert math_check.equal("x" * 301, "x" * 301) is True  # the same text needs no algebra
 
