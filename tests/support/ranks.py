@@ -2,13 +2,9 @@
 
 import os
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "training/dry_run"))]
+from forked import Child
 
 
 def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:
@@ -21,15 +17,9 @@ def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
         environment = os.environ | {name: str(value) for name, value in names.items()}
-        environment["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        ranks.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+        ranks.append(Child(program, *arguments, environment=environment))
 
-    def end(rank: subprocess.Popen) -> tuple[str, str]:
+    def end(rank: Child) -> tuple[str, str]:
         told = rank.communicate()
         if rank.returncode:  # the others would wait for it
             for other in ranks:

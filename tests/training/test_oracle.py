@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import transformers
+from forked import Child
 from run_outputs import metrics_of
 
 from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
@@ -469,19 +469,18 @@ design(folder, [oracle, oracle.novelty], reward_weights=[1.0, 0.2], save_steps=2
 
 
 def child(folder, kill_at):
-    command = [sys.executable, "-c", CHILD, str(folder), str(kill_at)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    process = Child(CHILD, folder, kill_at, environment=os.environ | {"PYTHONPATH": path})
+    _, error = process.communicate()
+    return process.returncode, error
 
 
 def test_a_killed_run_pays_for_no_text_twice_and_gives_the_same_result(tmp_path):
     """SIGKILL between two calls of a step, twice: the resumed run's calls are those of a run that was never killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert child(whole, 0).returncode == 0
-    for kill_at in (5, 14, 21):
-        assert child(killed, kill_at).returncode == -signal.SIGKILL
-    done = child(killed, 0)
-    assert done.returncode == 0, done.stderr
+    for folder, kill_at in [(whole, 0), *((killed, at) for at in (5, 14, 21)), (killed, 0)]:
+        status, error = child(folder, kill_at)
+        assert status == (-signal.SIGKILL if kill_at else 0), error
     paid = [folder.with_suffix(".paid").read_text().split() for folder in (whole, killed)]
     assert paid[0] == paid[1] and len({*paid[1]}) == len(paid[1]) == 22
     assert (whole / "best.jsonl").read_text() == (killed / "best.jsonl").read_text()
