@@ -14,6 +14,9 @@ from torch import Tensor
 from dllm_rl.records import FunctionRecord, Record, option
 from dllm_rl.types import group_numbers
 
+# Two rewards whose difference is this share of them are the same sum, added up in another order in fp64.
+ROUNDING = 64 * torch.finfo(torch.float64).eps
+
 
 class Advantages(Record):
     """A rule that computes the advantages of a step's completions from their rewards.
@@ -141,7 +144,8 @@ def has_unequal_rewards(rewards: Float[Tensor, "B *K"], group: Int[Tensor, " B"]
     """Return which groups have rewards that differ. The other groups have advantage 0.
 
     DAPO draws prompts until enough groups have such rewards [paper]. With K rewards per completion, it is enough that
-    one of the K differs. A NaN reward does not apply, and is ignored.
+    one of the K differs. A NaN reward does not apply, and is ignored. Rewards that differ by a rounding of fp64, as 0.3
+    and 0.1 + 0.2 do, are equal.
     """
     return torch.stack([_has_differing_rewards(to_groups(part, group)) for part in rewards.view(len(group), -1).T]).any(
         0
@@ -149,10 +153,13 @@ def has_unequal_rewards(rewards: Float[Tensor, "B *K"], group: Int[Tensor, " B"]
 
 
 def _has_differing_rewards(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
-    """Return whether a group's rewards, ignoring NaN, are not all equal."""
+    """Return whether a group's rewards, ignoring NaN, are not all equal up to rounding."""
     applies = ~rewards.isnan()
     largest = torch.where(applies, rewards, -torch.inf).amax(-1)
-    return largest > torch.where(applies, rewards, torch.inf).amin(-1)  # False if all are NaN: -inf > inf
+    smallest = torch.where(applies, rewards, torch.inf).amin(-1)
+    magnitude = torch.maximum(largest.abs(), smallest.abs())
+    # False if all are NaN: -inf > inf.
+    return (largest > smallest) & ((largest - smallest) > ROUNDING * magnitude)
 
 
 def _center(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:

@@ -30,7 +30,7 @@ class RewardHistory:
     num_prompts: int
     step: Int[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     prompt: Int[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    mean: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
+    mean: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.double))
     mixed: Bool[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def tensors(self) -> dict[str, Tensor]:

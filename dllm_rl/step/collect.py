@@ -219,10 +219,11 @@ def sample_and_grade(
             forwards=costs[row].forwards,
         )
         graded.append(graded_completion)
-        # NaN marks a reward or a component that this completion lacks. `grade` has checked that all numbers fit fp32.
+        # NaN marks a reward or a component that this completion lacks.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
         reward_rows.append([math.nan if reward.value is None else float(reward.value), *map(float, component_rewards)])
-    return rollout, graded, torch.tensor(reward_rows, dtype=torch.float32)
+    # In fp64 up to the advantage: in fp32, rewards of -1,000,000.01 and -1,000,000.02 would be equal.
+    return rollout, graded, torch.tensor(reward_rows, dtype=torch.float64)
 
 
 def compute_advantages(
@@ -231,7 +232,8 @@ def compute_advantages(
     group: Int[Tensor, " B"],
     components: dict[str, Tensor],
 ) -> Float[Tensor, " B"]:
-    """Compute the advantages, by default (R - mean) / (std + 1e-4). `components` are `component_arguments`.
+    """Compute the advantages, by default (R - mean) / (std + 1e-4), in the rewards' fp64, and return them in fp32.
+    `components` are `component_arguments`.
 
     Raises:
         ValueError: The advantages have another shape than the rewards or are not finite. The message names the
@@ -239,6 +241,7 @@ def compute_advantages(
     """
     # Copies: a rule that changes its arguments in place, such as `rewards -= rewards.mean()`, changes no samples.
     advantages = function(rewards.clone(), group.clone(), **{name: x.clone() for name, x in components.items()})
+    advantages = advantages.float() if isinstance(advantages, Tensor) else advantages
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():
         problem = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
@@ -252,7 +255,7 @@ def compute_advantages(
 
 def component_arguments(parts: Float[Tensor, "K B"], weights: dict[str, float]) -> dict[str, Tensor]:
     """Return what advantages take beside rewards and groups: {} if `component_reward_weights` gives no weights."""
-    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
+    return {"parts": parts, "weights": torch.tensor(list(weights.values()), dtype=parts.dtype)} if weights else {}
 
 
 def component_reward_weights(settings: StepSettings) -> dict[str, float]:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from dllm_rl.tasks.user_code import own_copy, process_restored
@@ -227,7 +227,7 @@ def grade(
     with process_restored(), limit as restart:
         if batch_grader is not None:
             try:
-                given = list(map(own_copy, problems)), list(completions)
+                given = list(map(_own_problem, problems)), list(completions)
                 rewards = list(batch_grader(*given, **requested_costs(batch_grader, costs or ())))
             except (Exception, SystemExit) as error:
                 error_together = error
@@ -239,6 +239,10 @@ def grade(
                     f"the grader of task {task.name!r} returned {reason} on {_shown(problem, completion)}"
                 )
     return rewards
+
+
+def _own_problem(problem: Problem) -> Problem:
+    return replace(problem, prompt=own_copy(problem.prompt), fields=own_copy(problem.fields))
 
 
 def _shown(problem: Problem, completion: str) -> str:
@@ -265,7 +269,7 @@ def _grade_one_by_one(
         begin(index)
         try:
             arguments = {name: values[index] for name, values in requested.items()}
-            rewards.append(task.reward(own_copy(problem), completion, **arguments))
+            rewards.append(task.reward(_own_problem(problem), completion, **arguments))
         except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
             message = f"the grader of task {task.name!r} raised on {_shown(problem, completion)}: {error!r}"
             if error_together is not None and repr(error_together) != repr(error):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import Error, deepcopy
+from types import NoneType
 from typing import Any
 
 # Settings of torch that a script of inference sets for its process or thread: the function that reads one, and the
@@ -49,6 +50,13 @@ def own_copy(value: Any) -> Any:
 
     A value that Python cannot copy, such as a lock or an open connection, is returned as it is.
     """
+    # Rows are mostly JSON, which this copies several times faster than `deepcopy`.
+    if type(value) in (str, int, float, bool, NoneType):
+        return value
+    if type(value) is list:
+        return [own_copy(item) for item in value]
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
     try:
         return deepcopy(value)
     except (TypeError, Error):

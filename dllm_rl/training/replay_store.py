@@ -6,6 +6,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from dllm_rl.algorithms.advantages import ROUNDING
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.distributed.collectives import gather_objects
 from dllm_rl.models.tensor_bytes import deserialize, serialize
@@ -45,7 +46,9 @@ class ReplayStore(StepFeature):
     def after_rollout(self, context: StepContext, samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
         """Gather the step's right answers. `learn` adds them to the store."""
         rewards = samples.local(samples.rewards, context.accelerator)
-        right = (rewards >= self.replay.min_reward).nonzero()[:, 0]  # NaN, no reward, is not right
+        bound = self.replay.min_reward
+        # A weighted sum may be a rounding below the bound. NaN, no reward, is not right.
+        right = (rewards >= bound - ROUNDING * abs(bound)).nonzero()[:, 0]
         found = [Answer(example, step) for example in examples_of(samples.rollout.rows(right))]
         self.new_answers = gather_objects(found, context.accelerator)
         self.step = step

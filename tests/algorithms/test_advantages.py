@@ -167,6 +167,24 @@ def test_decoupled_leaves_out_what_does_not_apply_and_what_is_equal():
     assert (found[1] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("rewards", "differ"),
+    [
+        ([0.3, 0.1 + 0.2], False),  # a weighted sum, added up in another order
+        ([0.9, 0.7 + 0.1 + 0.1], False),
+        ([-1e6 - 0.01, -1e6 - 0.02], True),  # equal in fp32
+        ([1e-30, 2e-30], True),
+        ([0.0, -0.0], False),
+        ([torch.nan, torch.nan], False),
+    ],
+)
+def test_rewards_in_fp64_are_equal_up_to_rounding(rewards, differ):
+    rewards, group = torch.tensor(rewards, dtype=torch.float64), torch.tensor([0, 0])
+    assert has_unequal_rewards(rewards, group).tolist() == [differ]
+    advantages = GroupRelative(eps=0)(rewards, group)
+    assert advantages.dtype == torch.float64 and bool(advantages.any()) == differ
+
+
 def test_a_group_is_informative_where_any_reward_tells_completions_apart():
     same_sum = tensor(
         [[[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]]

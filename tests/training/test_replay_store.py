@@ -149,11 +149,18 @@ def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch
 
 
 def test_rewards_that_are_lacking_or_too_low_are_not_right():
-    store = ReplayStore(Replay(min_reward=0.5), num_steps=9)
     rollout = SimpleNamespace(rows=lambda keep: keep)
     made = []
-    for rewards in ([float("nan"), 0.5, 0.49, 1.0], [float("-inf"), float("nan"), 0.0, -1.0]):
-        samples = SimpleNamespace(rollout=rollout, rewards=torch.tensor(rewards), local=lambda values, _: values)
+    cases = [
+        (0.5, [float("nan"), 0.5, 0.49, 1.0]),
+        (0.5, [float("-inf"), float("nan"), 0.0, -1.0]),
+        (0.9, [0.7 + 0.1 + 0.1, 0.8999999]),  # the first is 0.8999999999999999 in fp64
+        (-1e6 - 0.01, [-1e6 - 0.01, -1e6 - 0.02]),  # equal in fp32
+    ]
+    for min_reward, rewards in cases:
+        store = ReplayStore(Replay(min_reward=min_reward), num_steps=9)
+        given = torch.tensor(rewards, dtype=torch.float64)
+        samples = SimpleNamespace(rollout=rollout, rewards=given, local=lambda values, _: values)
         context = SimpleNamespace(
             accelerator=None,
             log=SimpleNamespace(last={}),
@@ -164,7 +171,7 @@ def test_rewards_that_are_lacking_or_too_low_are_not_right():
             patch.setattr(replay_store, "gather_objects", lambda found, _: found)
             store.after_rollout(context, samples, 0)
         made.append([answer.example for answer in store.new_answers])
-    assert made == [[1, 3], []]
+    assert made == [[1, 3], [], [0], [0]]
 
 
 def test_the_oldest_answers_leave_first(tmp_path):

@@ -15,12 +15,12 @@ from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
 from dllm_rl import Replay, load_policy
-from dllm_rl.algorithms.advantages import LeaveOneOut
+from dllm_rl.algorithms.advantages import Decoupled, GroupRelative, LeaveOneOut
 from dllm_rl.algorithms.correctors import MIS, NoCorrection, Reject, TokenWeights
 from dllm_rl.algorithms.losses import FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.likelihoods.estimators import Trajectory
-from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.rng import generator_for
@@ -230,6 +230,29 @@ def test_an_advantage_function_that_works_in_place_changes_no_samples():
     before = [each.clone() for each in given]
     advantages = compute_advantages(centered, given[0], given[1], {"parts": given[2], "weights": given[3]})
     assert advantages.tolist() == [-1, 1] and all(map(torch.equal, given, before))
+
+
+@pytest.mark.parametrize("advantages", [GroupRelative(), Decoupled()], ids=str)
+def test_rewards_that_fp32_cannot_tell_apart_have_advantages(tmp_path, advantages):
+    """Total energies: about a million, and hundredths apart. The sum of two weights tells them apart too."""
+
+    def energy(completions, **columns):
+        return [-1e6 - 0.01 * index for index in range(len(completions))]
+
+    def constant(completions, **columns):
+        return [3e6] * len(completions)
+
+    rows = [{"prompt": "1+1="}, {"prompt": "1+2="}]
+    task = task_from_dataset(rows, reward_funcs=[energy, constant], weights=[0.7, 0.3])
+    policy = tiny_masked_lm(characters="0123456789+=")
+    recipe = tiny_recipe(tmp_path, task=task, eval_task=task, validation_task=task, advantages=advantages)
+    context = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+    samples, _, metrics = collect(context, 0)
+    assert samples.rewards.dtype == torch.float64 and samples.advantages.dtype == torch.float32
+    first = samples.rewards[samples.group == 0]
+    torch.testing.assert_close(first.diff(), torch.full_like(first.diff(), -0.007), rtol=1e-6, atol=0)
+    assert (samples.advantages.diff()[: len(first) - 1] < 0).all()
+    assert metrics["frac_reward_zero_std"] == 0
 
 
 def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
