@@ -48,7 +48,7 @@ def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Sa
     rollout = replace(rollout, batch_row=batch_row, group=samples.local(samples.group, accelerator))
     # Swap nothing under zero_mismatch (swaps=False), where the bits of a row depend on the width of its rollout, or if
     # late rollouts have log-probs, which `take_rows` does not move.
-    if not swaps or samples.rollout_logprobs:
+    if not swaps or samples.source == "late":
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, filter_support=None)  # no longer needed, and some processes have none

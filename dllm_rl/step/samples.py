@@ -3,8 +3,10 @@ together.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -32,8 +34,8 @@ class Samples:
             group is not scored.
         counts: Number of rows of each process.
         rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
-            (`step.score.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
-            sampler.
+            (`step.score.draw_view_sets`), for late rollouts whose estimator does not replay the sampler: these weights
+            are no longer in memory. (): scoring computes them, or the sampler has recorded them.
         batch_number: Number of the batch, which gives its prompts, random numbers and masks: the step that trains on
             it, but with rollout_schedule='first_ready'.
     """
@@ -51,23 +53,54 @@ class Samples:
         """Return this process's rows of values of all rows, on its device."""
         return copy_to_device(accelerator.device, values.split(list(self.counts))[accelerator.process_index])[0]
 
+    @property
+    def source(self) -> Literal["fresh", "late"]:
+        """Where the rollout's log-probs come from: "late" samples have those of their weights, `rollout_logprobs`."""
+        return "late" if self.rollout_logprobs else "fresh"
+
     def reorder(self, order: Int[Tensor, " B"], counts: tuple[int, ...], rollout: Rollout) -> "Samples":
-        """Return the samples with the rows of all processes in this order; `rollout` has this process's new rows."""
-        return Samples(
-            rollout,
-            self.group[order],
-            self.rewards[order],
-            self.advantages[order],
-            self.metric_weights[order],
-            counts,
-            batch_number=self.batch_number,
+        """Return the samples with the rows of all processes in this order; `rollout` has this process's new rows.
+
+        Raises:
+            ValueError: The samples are late, and there are several processes: their log-probs stay where they are.
+        """
+        rollout_logprobs = self.rollout_logprobs
+        if self.source == "late":
+            if len(counts) > 1:
+                raise ValueError(
+                    "Samples.reorder: late rollouts' log-probs do not move between processes; train in one process, or "
+                    "use max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
+                )
+            width = rollout.tokens.shape[1]  # padding is on the left
+            moved = (values[order.to(values.device)] for values in rollout_logprobs)
+            rollout_logprobs = tuple(F.pad(values, (width - values.shape[1], 0)) for values in moved)
+        if rollout.batch_row is None and len(counts) == 1:  # with several processes, `step.balance` has set it
+            # A row's masks, and its place in completions.jsonl, are those of its first place in the batch.
+            rollout = replace(rollout, batch_row=order.to(rollout.tokens.device))
+        return replace(
+            self,
+            rollout=rollout,
+            group=self.group[order],
+            rewards=self.rewards[order],
+            advantages=self.advantages[order],
+            metric_weights=self.metric_weights[order],
+            counts=counts,
+            rollout_logprobs=rollout_logprobs,
         )
 
     def concatenate(self, other: "Samples", *, pad_id: int) -> "Samples":
         """Return the samples with the rows of `other` after those of each process. Their groups stay apart.
 
         A feature adds rows of earlier steps by it (`StepFeature.after_rollout`).
+
+        Raises:
+            ValueError: Samples of the two are late: their log-probs belong to the masks of their own batch.
         """
+        if "late" in (self.source, other.source):
+            raise ValueError(
+                "Samples.concatenate: late rollouts' log-probs belong to the masks of their own batch; use "
+                "max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
+            )
         counts = (*self.counts, *other.counts)
         number = len(self.counts)
 

@@ -18,7 +18,7 @@ from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import overrides
+from dllm_rl.step.features import StepFeature, overrides
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
@@ -52,7 +52,8 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         ValueError: The update trains on rows that the worker of late rollouts did not score.
     """
     settings = context.settings
-    if not samples.rollout_logprobs:
+    source = samples.source
+    if source == "fresh":
         # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
         # estimate the metrics of all groups.
         samples = replace(samples, metric_weights=metric_weights(context, samples, step))
@@ -64,6 +65,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         )
     for feature in context.features:
         samples = feature.before_scoring(context, samples)
+        check_rollout_logprobs(samples, source, feature)
     rollout = samples.rollout
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(context, samples, step)
@@ -80,7 +82,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     is_trained_row = samples.local(active_rows(context, samples), context.accelerator)
     graphs = retained_graphs(settings, context.policy, is_trained_row)
     changed = any(overrides(feature, "views_to_score", "views_to_learn") for feature in context.features)
-    num_scored = len(views) if changed and not samples.rollout_logprobs else settings.num_scored_mask_sets
+    num_scored = len(views) if changed and source == "fresh" else settings.num_scored_mask_sets
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         token_advantages = None
@@ -95,6 +97,20 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             scores = Logprobs(view_zeros[0], view_zeros, view_zeros[0], None, views[k], is_scored=False)
         logps.append(replace(scores, token_advantages=token_advantages))
     return ScoredSamples(samples, logps[::-1], order, routing, graphs)
+
+
+def check_rollout_logprobs(samples: Samples, source: str, feature: StepFeature) -> None:
+    """Raise ValueError if a feature has lost the log-probs of late rollouts, or changed their rows without them.
+
+    Today's weights, or the numbers of another row, would take their place.
+    """
+    shape = samples.rollout.tokens.shape
+    if samples.source != source or any(values.shape != shape for values in samples.rollout_logprobs):
+        shapes = [tuple(values.shape) for values in samples.rollout_logprobs] or "none"
+        raise ValueError(
+            f"features: before_scoring of {type(feature).__name__} left late rollouts of shape {tuple(shape)} with "
+            f"rollout_logprobs of shape {shapes}; change the rows by Samples.reorder"
+        )
 
 
 def rollout_logprob_source(

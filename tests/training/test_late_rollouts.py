@@ -38,12 +38,19 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
 from dllm_rl.step.features import StepFeature
+from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, serialize_batch
 from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
-from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
+from dllm_rl.training.late_rollouts.schedule import (
+    AsyncRollouts,
+    InProcessPool,
+    PendingBatch,
+    add_rollout_logprobs,
+    read_pending_file,
+)
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
@@ -290,6 +297,77 @@ def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedul
     train(replace(recipe, **resumed, **changes), Ahead(lambda _: 0.5))
     rows = metrics_of(tmp_path)
     assert len(rows) == 5 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
+
+
+class Moves(StepFeature):
+    """Changes the samples in before_scoring by the function that it is given."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def before_scoring(self, context, samples):
+        return self.change(samples, context.policy.pad_id)
+
+
+def reversed_rows(samples, pad_id):
+    order = torch.arange(len(samples.group)).flip(0)
+    return samples.reorder(order, samples.counts, samples.rollout.rows(order))
+
+
+def reversed_and_padded(samples, pad_id):
+    order = torch.arange(len(samples.group)).flip(0)
+    return samples.reorder(order, samples.counts, samples.rollout.rows(order).padded(3, pad_id=pad_id))
+
+
+def twice_reversed(samples, pad_id):
+    return reversed_rows(reversed_rows(samples, pad_id), pad_id)
+
+
+def forgets(samples, pad_id):
+    return replace(samples, rollout_logprobs=())
+
+
+def cuts_columns(samples, pad_id):
+    rollout = samples.rollout
+    return replace(samples, rollout=rollout.padded(1, pad_id=pad_id))
+
+
+def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path):
+    """Those of the weights that sampled, half a nat away from today's; each row also keeps its masks."""
+    recipe = late_recipe(tmp_path, late=1, likelihood=ELBO(num_samples=2))
+    accelerator, policy = make_accelerator(), build_policy(recipe, torch.device("cpu"))
+    context = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
+    samples = add_rollout_logprobs(context, collect(context, 0)[0], 0)
+    late = replace(samples, rollout_logprobs=tuple(values - 0.5 for values in samples.rollout_logprobs))
+    assert (samples.source, late.source, replace(late, rollout_logprobs=()).source) == ("late", "late", "fresh")
+
+    def scored(change):
+        context.features = () if change is None else (Moves(change),)
+        made = score_samples(context, late, 0)
+        logps, completion = made.logps[0], made.samples.rollout.completion_mask
+        at = logps.views.scored(completion)
+        torch.testing.assert_close(
+            (logps.old_logprobs - logps.rollout_logprobs)[at].mean().item(), 0.5, atol=1e-4, rtol=0
+        )
+        return torch.where(at, logps.rollout_logprobs, 0).sum(-1)
+
+    plain = scored(None)
+    for change, expected in (
+        (reversed_rows, plain.flip(0)),
+        (reversed_and_padded, plain.flip(0)),
+        (twice_reversed, plain),
+    ):
+        torch.testing.assert_close(scored(change), expected)
+    for change in (forgets, cuts_columns):
+        with pytest.raises(ValueError, match=r"^features: before_scoring of Moves left late rollouts of shape"):
+            scored(change)
+    order = torch.arange(len(late.group))
+    with pytest.raises(ValueError, match=r"^Samples.reorder: late"):
+        late.reorder(order, (len(order) // 2,) * 2, late.rollout)
+    fresh = replace(late, rollout_logprobs=())
+    for pair in ((late, late), (late, fresh), (fresh, late)):
+        with pytest.raises(ValueError, match=r"^Samples.concatenate: late"):
+            pair[0].concatenate(pair[1], pad_id=policy.pad_id)
 
 
 def test_a_batch_survives_its_bytes(tmp_path):
