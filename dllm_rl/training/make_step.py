@@ -16,6 +16,9 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.features import StepFeature
+from dllm_rl.step.value_head import ValueHead
+from dllm_rl.training.distillation import Teacher
+from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.types import Logprobs, Rollout, Views
 
 
@@ -47,6 +50,23 @@ class RouterReplay(StepFeature):
         return with_recorded_experts(views, rollout)
 
 
+def run_features(recipe: Recipe, teacher: Policy | None = None) -> tuple[StepFeature, ...]:
+    """Return the parts of a recipe's steps that belong to a run and not to a rollout worker.
+
+    Args:
+        recipe: Settings of the run.
+        teacher: The loaded teacher of a distillation. None (default): the recipe has none, or it is not loaded yet.
+    """
+    features: list[StepFeature] = []
+    if teacher is not None:
+        features.append(Teacher(recipe, teacher))
+    if recipe.value_model is not None:
+        features.append(ValueHead(recipe.value_model, recipe.seed))
+    if recipe.replay is not None:
+        features.append(ReplayStore(recipe.replay, recipe.num_steps))
+    return tuple(features)
+
+
 def make_step(
     recipe: Recipe,
     *,
@@ -65,7 +85,7 @@ def make_step(
         policy: The learner.
         rollout_policy: The policy that samples; may be the learner.
         reference: The policy that RL started from, for the KL term.
-        features: Further features: the run's teacher and value head, and those given to `train`.
+        features: Further features: `run_features`, and those given to `train`.
         more: Further fields of StepContext: history (default: empty), log.
     """
     used: list[StepFeature] = []

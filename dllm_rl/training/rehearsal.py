@@ -31,12 +31,11 @@ from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
-from dllm_rl.step.value_head import ValueHead
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.tasks.base import Cost, Problem, grade, metric_fractions
 from dllm_rl.training.cautions import made_up_advantages
 from dllm_rl.training.distillation import student_teacher_log_ratio
-from dllm_rl.training.make_step import make_step
+from dllm_rl.training.make_step import make_step, run_features
 from dllm_rl.training.policies import RolloutCopy, make_optimizer
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.sharded_learner import gather_on_main
@@ -59,7 +58,6 @@ def rehearse(
     key = (recipe.seed, "rehearsal")
     with preserve_random_state(), as_trained(policy, recipe.lora) as learner:
         reference = learner if recipe.lora is None else learner.reference()
-        value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
         engine = recipe.rollout_engine or RolloutCopy(recipe=recipe)
         context = make_step(
             recipe,
@@ -67,7 +65,7 @@ def rehearse(
             policy=learner,
             rollout_policy=engine.load(learner),
             reference=reference if recipe.beta else None,
-            features=(*value_head, *features),
+            features=(*run_features(recipe), *features),
         )
         first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
         group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
@@ -87,8 +85,9 @@ def rehearse(
                 micro_batch_size=recipe.micro_batch_size,
             )
         compute_gradients(context, rollout)
-        if recipe.replay is not None:
-            ReplayStore(recipe.replay, recipe.num_steps).rehearse(context, rollout)
+        for feature in context.features:
+            if isinstance(feature, ReplayStore):
+                feature.rehearse(context, rollout)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem], reads_order=False), generator_for(*key))
         from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)

@@ -29,15 +29,13 @@ from dllm_rl.records import describe, describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.features import StepFeature, overrides
-from dllm_rl.step.value_head import ValueHead
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
-from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
-from dllm_rl.training.make_step import make_step
+from dllm_rl.training.make_step import make_step, run_features
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     RolloutCopy,
@@ -52,7 +50,6 @@ from dllm_rl.training.policies import (
 )
 from dllm_rl.training.prompts import check_prompts, reward_history
 from dllm_rl.training.rehearsal import rehearse
-from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, load_states, make_writer, save
 from dllm_rl.training.sharded_learner import (
@@ -126,9 +123,6 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         compile_blocks(rollout_policy)
     reference = reference_policy(recipe, policy, accelerator, fresh=resume_folder is None)
     teacher = reference if recipe.teacher == REFERENCE else teacher
-    used_teacher = [] if teacher is None else [Teacher(recipe, teacher)]
-    value_head = [] if recipe.value_model is None else [ValueHead(recipe.value_model, recipe.seed)]
-    replay_store = [] if recipe.replay is None else [ReplayStore(recipe.replay, recipe.num_steps)]
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -136,7 +130,7 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         rollout_policy=rollout_policy,
         reference=reference,
         history=reward_history(len(recipe.task), resume_folder if recipe.prompt_source.uses_history else None),
-        features=(*used_teacher, *value_head, *replay_store, *features),
+        features=(*run_features(recipe, teacher), *features),
         log=log,
     )
     if resume_folder is not None and (unused := load_states(step.features, resume_folder)):
