@@ -181,6 +181,7 @@ class Recipe(StepSettings):
         """Return the conflicts with bitsandbytes weights, whose origin the messages call `base`."""
         no_copy = f"cannot be combined with {base}, whose weights have no copy on the host; use"
         return [
+            *super().low_bit_conflicts(base),
             (self.async_save, f"async_save=True {no_copy} async_save=False"),
             (bool(self.rollout_workers), f"rollout_workers={self.rollout_workers} {no_copy} rollout_workers=0"),
             (

@@ -179,6 +179,11 @@ class Settings(Record):
             if is_wrong:
                 raise ValueError(message)
 
+    def low_bit_conflicts(self, base: str) -> list[tuple[bool, str]]:
+        """Return the conflicts with bitsandbytes weights, whose origin the messages call `base`."""
+        rest = f"lora=None with {base}, which is frozen, would train embeddings, norms and head alone"
+        return [(self.lora is None, f"{rest}: set lora, or give a model in 16 or 32 bits")]
+
     def conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
         unknown = [name for name in self.trackers if name not in TRACKERS]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -225,6 +225,10 @@ class FamilySpec:
         stock_model: Function of the config's fields -> (class of transformers, its config). None (default): the
             checkpoint's class is one of transformers.
         tensor_names: Pairs (name in the checkpoint, name in that class) that differ; `*` for a number.
+
+    Raises:
+        ValueError: The attention is not one of these, a number is not a whole one, or "block_causal" has no
+            `block_size`, which only a checkpoint's config could then give.
     """
 
     name: str
@@ -252,6 +256,22 @@ class FamilySpec:
     end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, if the tokenizer has them
     original_config: dict | None = field(default=None, compare=False, repr=False)  # config to save; None: the module's
     checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
+
+    def __post_init__(self) -> None:
+        of_spec = f"of the spec {self.name!r}"
+        if self.attention not in get_args(Attention):
+            known = ", ".join(get_args(Attention))
+            raise ValueError(f"attention={self.attention!r} {of_spec} is not one of {known}; use one of these")
+        if not isinstance(self.eos_ids, tuple | list):
+            raise ValueError(f"eos_ids={self.eos_ids!r} {of_spec} is not a tuple of ids; write ({self.eos_ids!r},)")
+        numbers = {f"eos_ids[{i}]": (token, 0) for i, token in enumerate(self.eos_ids)} | {"mask_id": (self.mask_id, 0)}
+        numbers |= {name: (getattr(self, name), 1) for name in ("block_size", "max_length", "vocab_size")}
+        for name, (value, least) in numbers.items():
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name}={value!r} {of_spec} must be a whole number of at least {least}; correct it")
+        if self.attention == "block_causal" and self.block_size is None and not self.architectures:
+            raise ValueError(f"block_size=None {of_spec}: 'block_causal' attention needs the positions of a block")
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
 
     def matches(self, config: dict) -> bool:
         name = (config.get("architectures") or [""])[0]

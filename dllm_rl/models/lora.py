@@ -254,6 +254,11 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
 
 
+def has_int8(module: nn.Module) -> bool:
+    """Return whether a layer has bitsandbytes weights of 8 bits, whose products round their inputs too."""
+    return any(is_bitsandbytes(layer) and not hasattr(layer.weight, "quant_state") for layer in module.modules())
+
+
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
     """Return a linear layer's weight, dequantized from bitsandbytes and gathered if sharded."""

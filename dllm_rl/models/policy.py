@@ -270,6 +270,7 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
             f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
             "train new adapters, set lora in the recipe or in grpo"
         )
+    check_weights(module)
     library_spec = None
     if spec is None:
         spec = library_spec = _stock_spec(module, tokenizer)
@@ -302,8 +303,9 @@ def load_policy(
         dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's dtype.
         device: Device of the weights.
         block_size: Block size of a block-causal model. None: the checkpoint's block size.
-        quantization: "nf4" or "int8" quantizes the weights with bitsandbytes; only adapters (`lora`) can then be
-            trained. None: no quantization.
+        quantization: "nf4" or "int8" quantizes the weights with bitsandbytes, and freezes all of them: only adapters
+            (`lora`) can then be trained. The products of "int8" also round their inputs, so that a checkpoint of the
+            merged weights computes other logits than the policy that was trained. None: no quantization.
         lora: Adapters to train instead of the weights. None: train the weights.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.
@@ -324,6 +326,8 @@ def load_policy(
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
+        if quantization is not None:
+            module.requires_grad_(False)  # else embeddings, norms and head would be trained alone
         # A config value of a wrong type may raise an error only in the first forward, which make_policy runs.
         with name_in_errors(folder):
             policy = make_policy(module, tokenizer, spec)
@@ -468,12 +472,30 @@ def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
         )
 
 
+def check_weights(module: Module) -> None:
+    """Raise ValueError for weights that were quantized by another tool than bitsandbytes: they cannot be trained,
+    merged, synced or saved.
+    """
+    method = getattr(getattr(module, "quantization_method", None), "value", None)
+    for name, weight in module.named_parameters():
+        tool = type(weight).__module__.partition(".")[0]
+        if tool == "torchao" or (tool != "bitsandbytes" and weight.dtype.itemsize == 1):
+            method = f"{name} is of {'torchao' if tool == 'torchao' else weight.dtype}"
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"{type(module).__name__} has quantized weights ({method}); give the module in 16 or 32 bits, and "
+            "quantize rollouts with rollout_quantization or a base of adapters with base_quantization"
+        )
+
+
 def check_spec(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a spec without a needed field, or ids that do not fit the vocabulary or each other."""
     name = f"the spec {spec.name!r}"
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
         raise ValueError(f"vocab_size=None in {name}, and {type(module).__name__} has no config: set vocab_size")
+    if spec.attention == "block_causal" and spec.block_size is None:
+        raise ValueError(f"block_size=None in {name}: 'block_causal' attention needs the positions of a block; set it")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
         raise ValueError(
             f"block_size=None in {name}: set it to the number of tokens that the decoder generates at once"
@@ -528,13 +550,17 @@ def check_attention(policy: ModulePolicy) -> None:
         # A forward for each row, because the rows of one batch may round differently. SmolLM2-135M, whose first
         # position is an attention sink, changes by only 3e-5 of its norm where its attention is made full.
         first, other = (policy.hidden(row[None], mask)[0, 0].float() for row in tokens)
-        is_equal = bool((first - other).norm() <= 3e-6 * first.norm())
+        # A few numbers that are far above the others would hide a change of these: a log-prob of -1e6, or -inf.
+        usual = first.abs() <= 1000 * first.abs()[first != 0].nanmedian()
+        is_equal = bool((first - other)[usual].norm() <= 3e-6 * first[usual].norm())
         if is_equal == expected:  # unchanged although it should attend to the token, or changed although it should not
-            upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
+            remedy = "set the spec's attention to what its encode computes, or correct encode"
+            if type(policy.module).__module__.startswith("transformers."):
+                upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
+                remedy = upgrade if expected else "load it as a diffusion model"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token "
-                f"{position} {'did not change' if expected else 'changed'} the first position's state; "
-                + (upgrade if expected else "load it as a diffusion model")
+                f"{position} {'did not change' if expected else 'changed'} the first position's state; {remedy}"
             )
 
 

@@ -25,7 +25,7 @@ from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.finish import has_custom_module, write_summary
 from dllm_rl.training.hooks import before_first_step, load_best, take_steps
-from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
+from dllm_rl.training.policies import build_policy, check_low_bit, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, make_writer, save
 from dllm_rl.training.start import launch, open_log, restore
@@ -145,6 +145,7 @@ def _load_policy(
         freeze(recipe.model, policy, saved_state.frozen or [])
     else:
         policy = build_policy(recipe, accelerator.device)
+        check_low_bit(recipe, policy)
         if folder:
             load_adapter(policy, folder / "adapter")
         elif recipe.lora is not None:

@@ -24,7 +24,7 @@ from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, is_bitsandbytes
-from dllm_rl.models.policy import load_policy, load_weights
+from dllm_rl.models.policy import check_weights, load_policy, load_weights
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -94,6 +94,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
     else:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
     check_no_adapters(policy, "lora")
+    check_weights(policy.module)
     check_vocab_size(policy)
     policy.weights_version = 0  # of this run: a policy may come from another one
     policy.module.eval()  # as in rollouts: dropout would change the log-probs that a ratio compares
@@ -166,7 +167,7 @@ def check_given_weights(recipe: Settings, policy: Policy) -> None:
         )
 
 
-def check_low_bit(recipe: Recipe, policy: Policy) -> None:
+def check_low_bit(recipe: Settings, policy: Policy) -> None:
     """Raise ValueError for a setting that the learner's bitsandbytes weights, also of a given model, rule out."""
     if any(map(is_bitsandbytes, policy.module.modules())):
         for is_wrong, message in recipe.low_bit_conflicts("a base in bitsandbytes' 4 or 8 bits"):

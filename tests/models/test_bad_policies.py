@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from transformers.utils.quantization_config import QuantizationMethod
 
 from dllm_rl import (
     Autoregress,
@@ -26,7 +28,7 @@ from dllm_rl import (
 )
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.base import FamilySpec, copied, frozen_names
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora import add_lora, has_int8
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.tasks.base import Problem
 
@@ -231,3 +233,116 @@ def test_an_empty_prompt_beside_others_of_a_diffusion_model_is_the_prompt_alone(
         together = policy.logits(tokens, mask)[0, 2:]
         alone = policy.logits(tokens[:1, 2:], mask[:1, 2:])[0]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_with", [grpo, sft], ids=["grpo", "sft"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_in_few_bits_without_adapters_is_frozen_and_not_trained(tmp_path, quantization, train_with):
+    pytest.importorskip("bitsandbytes")
+    small().save_pretrained(tmp_path / "base")
+    policy = load_policy(tmp_path / "base", quantization=quantization)
+    assert len(frozen_names(policy.module)) == len([*policy.module.parameters()])
+    policy.module.get_input_embeddings().requires_grad_(True)  # as transformers leaves it
+    rows = ROWS if train_with is grpo else [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
+    arguments = (reward,) if train_with is grpo else ()
+    with pytest.raises(ValueError, match="lora=None with a base in bitsandbytes' 4 or 8 bits"):
+        train_with(policy, rows, *arguments, num_steps=1, report_to="none", output_dir=str(tmp_path / "run"))
+    assert has_int8(policy.module) == (quantization == "int8")
+
+
+def quantized_by_torchao(module, config):
+    quantize_(module, config())
+    return module
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: quantized_by_torchao(module, Int8WeightOnlyConfig),
+        lambda module: quantized_by_torchao(module, Float8WeightOnlyConfig),
+        lambda module: set_weight(module, torch.float8_e4m3fn),
+        lambda module: set_weight(module, torch.uint8),
+        lambda module: vars(module).update(quantization_method=QuantizationMethod.GPTQ),
+    ],
+    ids=["int8 of torchao", "float8 of torchao", "float8", "codes", "GPTQ"],
+)
+def test_weights_that_another_tool_quantized_are_refused_at_the_start(tmp_path, change):
+    policy = small()
+    change(policy.module)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has quantized weights"):
+        make_policy(policy.module, policy.tokenizer)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has quantized weights"):
+        grpo(policy, ROWS, reward, num_steps=1, report_to="none", output_dir=str(tmp_path / "run"), **OPTIONS)
+
+
+def set_weight(module, dtype):
+    layer = module.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+
+
+SPEC = {"name": "mine", "attention": "full", "vocab_size": 9, "mask_id": 8, "eos_ids": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"attention": "bidirectional"},
+            "attention='bidirectional' of the spec 'mine' is not one of full",
+        ),
+        ({"attention": None}, "attention=None of the spec"),
+        ({"attention": "block_causal"}, "block_size=None of the spec 'mine': 'block_causal' attention needs"),
+        (
+            {"attention": "block_causal", "block_size": 0},
+            "block_size=0 of the spec 'mine' must be a whole number",
+        ),
+        ({"eos_ids": 1}, r"eos_ids=1 of the spec 'mine' is not a tuple of ids; write \(1,\)"),
+        ({"eos_ids": ("<eos>",)}, r"eos_ids\[0\]='<eos>' of the spec 'mine' must be a whole number of at least 0"),
+        ({"mask_id": -1}, "mask_id=-1 of the spec 'mine' must be a whole number of at least 0"),
+        ({"max_length": 64.0}, "max_length=64.0 of the spec 'mine' must be a whole number of at least 1"),
+        ({"vocab_size": True}, "vocab_size=True of the spec 'mine' must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_spec_is_checked_where_it_is_made(change, message):
+    assert FamilySpec(**SPEC | {"eos_ids": [3]}).eos_ids == (3,)
+    with pytest.raises(ValueError, match=message):
+        FamilySpec(**SPEC | change)
+
+
+class Substituted(nn.Module):
+    """Log-probs as MDLM returns them: the mask's is a constant, and dominates the norm."""
+
+    def __init__(self, size, mask_id, constant, sees_all):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(size, 16), nn.Linear(16, size)
+        self.mask_id, self.constant, self.sees_all = mask_id, constant, sees_all
+
+    def forward(self, tokens):
+        states = self.embed(tokens)
+        read = states.cumsum(1) + (states.sum(1, keepdim=True) if self.sees_all else 0)
+        logprobs = self.mix(read).log_softmax(-1)
+        return logprobs.index_fill(-1, torch.tensor([self.mask_id]), self.constant)
+
+
+@pytest.mark.parametrize("sees_all", [True, False])
+@pytest.mark.parametrize("constant", [0.0, -1e6, -1e30, -torch.inf])
+def test_states_with_a_large_constant_show_what_the_attention_is(constant, sees_all):
+    tokenizer = char_tokenizer(DIGITS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Substituted(len(tokenizer), tokenizer.mask_token_id, constant, sees_all)
+    spec = FamilySpec(
+        name="mine",
+        attention="full",
+        vocab_size=len(tokenizer),
+        mask_id=tokenizer.mask_token_id,
+        eos_ids=(tokenizer.eos_token_id,),
+        encode=lambda module, tokens, mask, positions: module(tokens),
+        head=lambda module, states: states,
+    )
+    causal = replace(spec, attention="causal", mask_id=None)
+    right, wrong = (spec, causal) if sees_all else (causal, spec)
+    make_policy(module, tokenizer, right)
+    with pytest.raises(ValueError, match="set the spec's attention to what its encode computes, or correct encode"):
+        make_policy(module, tokenizer, wrong)
