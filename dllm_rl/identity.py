@@ -4,6 +4,7 @@ A digest is the same in every process. Equal content has equal digests: a list a
 in any order. Nothing is sampled, and nothing is compared by its printed form.
 """
 
+import copyreg
 import dis
 import functools
 import inspect
@@ -191,7 +192,8 @@ class _Digest:
 
     def of_reduced(self, value: Any) -> bytes:
         try:
-            reduced = value.__reduce_ex__(2)
+            reduce = copyreg.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)
         except (TypeError, ValueError, AttributeError, RuntimeError, PicklingError):  # it cannot be pickled
             return self.of_mapping(_attributes(value))
         if isinstance(reduced, str):
@@ -215,7 +217,9 @@ class _Digest:
             if name not in ("__init__", "__new__", "__post_init__") and is_of_user(base)
             for code in _codes_of(member)
         ]
-        return {name: part for name, part in attributes.items() if _is_setting(name, part, methods)} | items
+        computed = {name for base in type(value).__mro__ for name, member in vars(base).items() if _is_cached(member)}
+        settings = {name: part for name, part in attributes.items() if name not in computed}
+        return {name: part for name, part in settings.items() if _is_setting(name, part, methods)} | items
 
     def of_code(self, value: Any) -> bytes:
         if isinstance(value, functools.partial):
@@ -267,8 +271,7 @@ def is_of_user(value: Any) -> bool:
         module = sys.modules.get(value.__module__)
         file = getattr(module, "__file__", None)
         if file is None:  # a built-in module, or a notebook
-            return value.__module__ == "__main__"
-    assert file is not None
+            return value.__module__ not in sys.builtin_module_names
     return not file.startswith((*_LIBRARY_FOLDERS, "<frozen"))
 
 
@@ -281,6 +284,10 @@ def full_name(value: Any) -> str:
 def _attributes(value: Any) -> dict[str, Any]:
     slots = [name for base in type(value).__mro__ for name in _names(getattr(base, "__slots__", ()))]
     return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+
+
+def _is_cached(member: Any) -> bool:
+    return isinstance(member, functools.cached_property)
 
 
 def _names(slots: Any) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "algorithms": "records types",
     "callbacks": "records",
     "distributed": "device files screen versions",
-    "models": "files manifest rng screen records types",
+    "models": "files identity manifest rng screen records types",
     # floor 3
     "decoding": "types tasks models",
     "settings": "records algorithms callbacks models",
@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "likelihoods": "device rng records types models decoding",
     "samplers": "device rng records types models decoding",
     "monitoring": "device files screen settings",
-    "checkpoints": "files manifest records versions distributed models settings",
+    "checkpoints": "files identity manifest records versions distributed models settings",
     # floor 5
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files identity rng screen records types tasks distributed models decoding quantization likelihoods "

@@ -44,6 +44,7 @@ class Checkpoint:
         optimizer: Optimizer to save, or this process's part of a sharded one.
         state: State of the run. Its `best_step` names a checkpoint that `save` never deletes.
         base: Folder or id of the base model of the policy's adapters. None (default): unknown.
+        base_digest: Digest of that model's files. None (default): unknown.
         merged: Whether to save full weights. False saves only the adapters, and `base` must be known. Default: True.
         processes: Number of processes of the run. Default: 1.
         files: Content of further files, by name in the folder. Default: none.
@@ -53,6 +54,7 @@ class Checkpoint:
     optimizer: SavedOptimizer
     state: TrainingState
     base: str | None = None
+    base_digest: str | None = None
     merged: bool = True
     processes: int = 1
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -106,7 +108,7 @@ def _write(folder: Path, checkpoint: Checkpoint, swap: AllGather) -> None:
     if checkpoint.merged:
         policy.save_pretrained(folder)
     if policy.lora is not None:
-        save_adapter(policy, folder / "adapter", base=checkpoint.base)
+        save_adapter(policy, folder / "adapter", base=checkpoint.base, base_digest=checkpoint.base_digest)
     optimizer, entries = checkpoint.optimizer, {}
     if isinstance(optimizer, Part):
         entries = write_part(folder, optimizer)

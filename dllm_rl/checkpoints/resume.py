@@ -6,6 +6,7 @@ from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
+from dllm_rl.identity import digest_of_code, digest_of_value
 from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json
 from dllm_rl.settings import Settings
 
@@ -32,6 +33,36 @@ CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization", "optim"}
 def default_settings(record: type[Settings]) -> dict[str, Any]:
     """Return the defaults of a recipe's fields, as they are stored in a checkpoint."""
     return {f.name: to_json(f.default) for f in fields(record) if f.default is not MISSING}
+
+
+def contents_of(recipe: Settings) -> dict[str, str]:
+    """Return the digests of what the settings have only by name: the user's code, such as that of reward functions, and
+    what tasks have read from files. The weights of `model` and the rows of SFT have digests of their own.
+    """
+    contents = {}
+    for each in fields(recipe):
+        if each.name in MAY_CHANGE | {"model", "dataset", "eval_dataset"}:
+            continue
+        value = getattr(recipe, each.name)
+        if code := digest_of_code(value):
+            contents[f"the code of {each.name}"] = code
+        if hasattr(value, "content"):
+            contents[f"what {each.name} reads from files"] = digest_of_value(value.content)[:16]
+    return contents
+
+
+def check_contents(recipe: Settings, state: TrainingState, allowed: set[str]) -> None:
+    """Raise ValueError if code or files of the recipe have changed since the checkpoint's run began or was resumed."""
+    contents = contents_of(recipe)
+    names = [name for name in contents | state.contents if contents.get(name) != state.contents.get(name)]
+    names = [name for name in names if not allowed & {*name.split()}]
+    if names:
+        settings = ",".join(setting for setting in recipe.settings() if any(setting in name.split() for name in names))
+        now, then = (part.get(names[0], "none") for part in (contents, state.contents))
+        raise ValueError(
+            f"{', '.join(names)} has changed since the checkpoint was written ({now} is not {then}); resume with the "
+            f"code and files of that run, or with {as_written(allow_changed=settings)}"
+        )
 
 
 def check_names(settings: dict[str, Any]) -> None:
@@ -93,6 +124,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
             remedy = f"resume with the same recipe{allow}"
             now, then = describe_json(value), describe_json(before[name])
             raise ValueError(f"{name}={now} differs from the checkpoint's {then}; {remedy}")
+    check_contents(recipe, state, allowed)
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     steps = recipe.lr_schedule_steps or recipe.num_steps

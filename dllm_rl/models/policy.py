@@ -36,10 +36,12 @@ from dllm_rl.models.base import (
 from dllm_rl.models.checkpoint.adapters import load_adapter, read_adapter_config
 from dllm_rl.models.checkpoint.families import FAMILY_FIELD
 from dllm_rl.models.checkpoint.loading import (
+    LOAD_ADAPTER_HINT,
     adapter_folder,
     base_of_adapter,
     check_finite,
     checkpoint_folder,
+    digest_of_checkpoint,
     family_spec,
     load_module,
     name_in_errors,
@@ -351,7 +353,13 @@ def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_ch
     # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.
     base_dtype = metadata["dtype"] if metadata.get("dtype") in BASE_DTYPES else "auto"
     options = options | {"dtype": base_dtype, "quantization": metadata.get("quantization")}
-    policy = load_policy(base_of_adapter(adapter), **options, verify_checkpoint=verify_checkpoint)
+    base = base_of_adapter(adapter)
+    if verify_checkpoint == "full" and metadata.get("base_digest") not in (None, digest_of_checkpoint(base)):
+        raise ValueError(
+            f"{base}: its weights, config or tokenizer are not those on which the adapters of {adapter} were trained; "
+            f"put those back, or {LOAD_ADAPTER_HINT}"
+        )
+    policy = load_policy(base, **options, verify_checkpoint=verify_checkpoint)
     load_adapter(policy, adapter)
     merge_lora(policy)
     if dtype != "auto":

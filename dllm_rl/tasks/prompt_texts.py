@@ -102,6 +102,11 @@ class Prompted:
                 return opening[min(starts) :] if starts else ""
         return ""
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the task has read from files, which may change under their names: a resume compares it."""
+        return () if self.compact else (self._template,)
+
     @cached_property  # a new task reads its file anew
     def _template(self) -> Prompt:
         return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.checkpoints.resume import contents_of
 from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
@@ -25,7 +26,15 @@ from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.finish import has_custom_module, write_summary
 from dllm_rl.training.hooks import before_first_step, load_best, take_steps
-from dllm_rl.training.policies import build_policy, check_low_bit, freeze, load_from_run_folder, make_optimizer
+from dllm_rl.training.policies import (
+    build_policy,
+    check_base,
+    check_low_bit,
+    digest_of_base,
+    freeze,
+    load_from_run_folder,
+    make_optimizer,
+)
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, make_writer, save
 from dllm_rl.training.start import launch, open_log, restore
@@ -52,7 +61,8 @@ def fine_tune(recipe: SFT) -> Summary:
     rows, held_out_rows = read_datasets(recipe.dataset, recipe.eval_dataset, recipe.eval_split)
     recipe = replace(recipe, dataset=rows, eval_dataset=held_out_rows)
     folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
-    policy = _load_policy(recipe, accelerator, folder, saved_state)
+    policy, base = _load_policy(recipe, accelerator, folder, saved_state)
+    contents = contents_of(recipe)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
@@ -72,9 +82,9 @@ def fine_tune(recipe: SFT) -> Summary:
     optimizer.register_step_pre_hook(count_update)
     log = open_log(recipe, accelerator, peers, saved_state, notes)
     state = (
-        restore(recipe, folder, saved_state, policy, optimizer, log)
+        restore(recipe, folder, saved_state, contents, policy, optimizer, log)
         if folder
-        else TrainingState.first(recipe.settings(), policy, begin_ids=begin_ids(policy))
+        else TrainingState.first(recipe.settings(), policy, base=base, contents=contents, begin_ids=begin_ids(policy))
     )
     run = Run(
         recipe=recipe,
@@ -109,7 +119,7 @@ def fine_tune(recipe: SFT) -> Summary:
         return {"eval/loss": evaluate()["loss"]} if is_due else {}
 
     take_steps(run, partial(take_step, run, training), evaluate_if_due)
-    load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state))
+    load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state)[0])
     eval_after = evaluate()
     start = as_written(model=run.checkpoint, sft_warmup_steps=0)
     if has_custom_module(run):
@@ -136,21 +146,24 @@ def _rows(dataset: Any) -> Any:
 
 def _load_policy(
     recipe: SFT, accelerator: Accelerator, folder: Path | None, saved_state: TrainingState | None
-) -> Policy:
+) -> tuple[Policy, str | None]:
     """Load the learner: from the checkpoint in `folder` if there is one, else from the recipe. Adapters are applied to
-    the recipe's model.
+    the recipe's model, whose digest is returned too.
     """
+    base = None
     if folder and saved_state and recipe.lora is None:
         policy = load_from_run_folder(recipe, folder, getattr(torch, saved_state.dtype), accelerator.device)
         freeze(recipe.model, policy, saved_state.frozen or [])
     else:
         policy = build_policy(recipe, accelerator.device)
         check_low_bit(recipe, policy)
-        if folder:
+        if folder and saved_state:
+            from_main(partial(check_base, recipe, policy, saved_state), accelerator)
             load_adapter(policy, folder / "adapter")
         elif recipe.lora is not None:
+            base = from_main(partial(digest_of_base, recipe, policy), accelerator)
             add_lora(policy, recipe.lora)
-    return policy
+    return policy, base
 
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:

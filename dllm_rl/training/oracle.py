@@ -72,8 +72,8 @@ class Oracle(Callback):
     ) -> None:
         if not callable(function) or inspect.iscoroutinefunction(function):
             raise ValueError(f"function={describe(function)} of Oracle must be a function that is not async")
-        self.__signature__ = inspect.signature(function)  # a task passes what the function accepts
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.__signature__.parameters.values()):
+        self.__wrapped__ = function  # a task passes what it accepts, and a resume compares its code
+        if any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()):
             raise ValueError(
                 f"function={describe(function)} of Oracle accepts every column, and would be paid again for a known "
                 "text of another prompt: name the columns that it reads, as in score(completions)"

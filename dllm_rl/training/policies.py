@@ -17,11 +17,12 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.router_replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.checkpoint.adapters import load_adapter
-from dllm_rl.models.checkpoint.loading import has_known_family
+from dllm_rl.models.checkpoint.loading import checkpoint_folder, digest_of_checkpoint, has_known_family
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, is_bitsandbytes
 from dllm_rl.models.policy import check_weights, load_policy, load_weights
@@ -36,8 +37,12 @@ from dllm_rl.training.warmup import warm_up
 from dllm_rl.versions import versions
 
 
-def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> TrainingState:
-    """Warm up the recipe's model, add its adapters, and evaluate it."""
+def initialize_run(
+    recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, *, base: str | None, contents: dict[str, str]
+) -> TrainingState:
+    """Warm up the recipe's model, add its adapters, and evaluate it. The state gets `base` and `contents`, the digests
+    of what a resume compares.
+    """
     evaluate_policy = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
         warmup_steps = warm_up(recipe, policy, accelerator, log, evaluate_policy)
@@ -61,6 +66,8 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
         eval_before=eval_before,
         warmup_steps=warmup_steps,
         reference=reference_digest,
+        base=base,
+        contents=contents,
     )
 
 
@@ -76,11 +83,34 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
         base = Path(recipe.directory) / "reference"
         is_warmed_up = state.warmup_steps > 0
         policy = load_from_run_folder(recipe, base, dtype, device) if is_warmed_up else build_policy(recipe, device)
+        if not is_warmed_up:  # else the folder has been verified
+            from_main(partial(check_base, recipe, policy, state), accelerator)
         load_adapter(policy, folder / "adapter")
     check_low_bit(recipe, policy)
     return shard_policy(
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )
+
+
+def digest_of_base(recipe: Settings, policy: Policy) -> str | None:
+    """Return the digest of the recipe's model, to which its adapters belong; None without adapters. `policy` is the
+    model as `build_policy` made it.
+    """
+    if recipe.lora is None:
+        return None
+    if isinstance(recipe.model, str):  # the files: their digest is the same on every device and in every dtype
+        return digest_of_checkpoint(checkpoint_folder(recipe.model))
+    return fingerprint(policy)
+
+
+def check_base(recipe: Settings, policy: Policy, state: TrainingState) -> None:
+    """Raise ValueError if the recipe's model is not the one on which the checkpoint's adapters were trained."""
+    if digest_of_base(recipe, policy) != state.base:
+        model = f" {recipe.model!r}" if isinstance(recipe.model, str) else ""
+        raise ValueError(
+            f"model{model}: its weights, config or tokenizer are not those on which this run's adapters were trained; "
+            "put those back, or start a new run"
+        )
 
 
 def build_policy(recipe: Settings, device: torch.device) -> Policy:

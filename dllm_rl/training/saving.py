@@ -236,6 +236,7 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
         optimizer=optimizer,
         state=state,
         base=base_of_adapters(recipe.model, state.warmup_steps),
+        base_digest=state.base if isinstance(recipe.model, str) and not state.warmup_steps else None,
         merged=is_merged(run, state),
         processes=run.accelerator.num_processes,
         files=files,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.losses import is_per_token
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, default_settings
+from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, contents_of, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
@@ -42,6 +42,7 @@ from dllm_rl.training.policies import (
     build_policy,
     check_low_bit,
     check_value_model,
+    digest_of_base,
     initialize_run,
     make_optimizer,
     reference_policy,
@@ -87,8 +88,9 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
 
     # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.
     resume_folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
+    contents = contents_of(recipe)  # before any of the code runs
     if not resume_folder:
-        policy = load_and_rehearse(recipe, accelerator, features)
+        policy, base = load_and_rehearse(recipe, accelerator, features)
         teacher = teacher_policy(recipe, policy, accelerator)
 
     # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
@@ -105,9 +107,9 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         teacher = teacher_policy(recipe, policy, accelerator)
         check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
-        state = restore(recipe, resume_folder, saved_state, policy, optimizer, log)
+        state = restore(recipe, resume_folder, saved_state, contents, policy, optimizer, log)
     else:
-        state = initialize_run(recipe, policy, accelerator, log)
+        state = initialize_run(recipe, policy, accelerator, log, base=base, contents=contents)
         optimizer = make_optimizer(recipe, policy)
 
     model_size = num_parameters(recipe.model if isinstance(recipe.model, str) else policy)
@@ -208,7 +210,13 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
 
 
 def restore(
-    recipe: Settings, folder: Path, state: TrainingState, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
+    recipe: Settings,
+    folder: Path,
+    state: TrainingState,
+    contents: dict[str, str],
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    log: RunLog,
 ) -> TrainingState:
     """Restore the policy's version, the optimizer and the log from a checkpoint; return the checkpoint's state with the
     recipe of this run.
@@ -228,7 +236,11 @@ def restore(
     if begin != (state.begin_ids or []):  # another tokenizer, or a run that began when prompts had no such ids
         before, after = (policy.tokenizer.decode(ids) or "nothing" for ids in (state.begin_ids or [], begin))
         log.say(f"note: prompts of plain text began with {before} up to step {state.step}; they begin with {after} now")
-    return replace(state, recipe=settings, begin_ids=begin, changes=[*(state.changes or []), *changes] or None)
+    for name in sorted(contents.keys() & state.contents.keys()):
+        if contents[name] != state.contents[name]:
+            log.say(f"{name} changes after step {state.step}: {state.contents[name]} -> {contents[name]}")
+    all_changes = [*(state.changes or []), *changes] or None
+    return replace(state, recipe=settings, contents=contents, begin_ids=begin, changes=all_changes)
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
@@ -285,11 +297,14 @@ def open_log(
     return log
 
 
-def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequence[StepFeature] = ()) -> Policy:
+def load_and_rehearse(
+    recipe: Recipe, accelerator: Accelerator, features: Sequence[StepFeature] = ()
+) -> tuple[Policy, str | None]:
     """Load the recipe's model and rehearse a step, so that a wrong setting is refused before the run trains or writes a
-    file.
+    file. Return the policy, and the digest of its weights if they get adapters.
     """
     policy = build_policy(recipe, loading_device(recipe.shard_size, accelerator))
+    base = from_main(partial(digest_of_base, recipe, policy), accelerator)
     check_low_bit(recipe, policy)
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe.value_model, policy)
@@ -300,4 +315,4 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator, features: Sequen
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )
     rehearse(recipe, policy, problem, accelerator, features)
-    return policy
+    return policy, base

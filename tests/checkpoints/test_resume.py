@@ -11,7 +11,7 @@ from dllm_rl import TIS, Sudoku, Unmask, manifest
 from dllm_rl.algorithms.correctors import Compose, Reject
 from dllm_rl.algorithms.losses import GSPO
 from dllm_rl.algorithms.optimizers import ConstantRate, CosineWithWarmup, LinearWithWarmup
-from dllm_rl.checkpoints.resume import check_recipe, default_settings
+from dllm_rl.checkpoints.resume import check_recipe, contents_of, default_settings
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, describe_json, to_json
@@ -55,7 +55,7 @@ MAY_CHANGE = {
 def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name):
     """The rates of the first two steps are the same in a schedule of 4 steps and in one of 5."""
     recipe = tiny_recipe("x", num_steps=2, lr_schedule_steps=4)
-    state = TrainingState(step=2, version=2, dtype="float32", recipe=recipe.settings())
+    state = TrainingState(step=2, version=2, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
     changed = replace(recipe, **{name: MAY_CHANGE[name]})
     assert getattr(changed, name) != getattr(recipe, name)
     check_recipe(changed, state)
@@ -67,7 +67,7 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
 def test_added_steps_have_a_learning_rate(schedule):
     """A schedule that ends at 0 would leave it there: stretched, it goes on."""
     recipe = tiny_recipe("x", num_steps=4, lr_schedule=schedule)
-    state = TrainingState(step=4, version=4, dtype="float32", recipe=recipe.settings())
+    state = TrainingState(step=4, version=4, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
     for changes in ({}, {"lr_schedule_steps": 4}, {"lr_schedule_steps": 4, "allow_changed": "lr_schedule_steps"}):
         with pytest.raises(ValueError, match=r"num_steps=8: the learning rate would be 0 from step 4 on, .*of 4 st"):
             check_recipe(replace(recipe, num_steps=8, **changes), state)

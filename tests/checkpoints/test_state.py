@@ -21,6 +21,8 @@ FULL = {
     "callbacks": [["Counting", {"steps": 3}]],
     "frozen": ["head.weight"],
     "begin_ids": [1],
+    "contents": {"the code of task": "cpython-311 abc"},
+    "base": "abc",
     "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},
 }
 

@@ -24,8 +24,9 @@ from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
-from dllm_rl.models.base import encode_block_causal
+from dllm_rl.models.base import Lora, encode_block_causal
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.records import describe, option
@@ -367,6 +368,44 @@ def test_a_resume_with_other_rows_is_refused(tmp_path):
         grpo(tiny_masked_lm(**SMALL), ROWS, right, **given | {"eval_dataset": ROWS[1:3]})
     allowed = {"allow_changed": "task", "eval_dataset": Dataset.from_list(ROWS[:2])}  # the same two rows
     assert grpo(tiny_masked_lm(**SMALL), more, right, **given | allowed)["eval_problems"] == 2
+
+
+def test_a_resume_with_another_reward_is_refused(tmp_path):
+    def signed(sign):
+        return lambda completions, answer, **_: [sign * number for number in right(completions, answer)]
+
+    def run(function, **more):
+        return grpo(tiny_masked_lm(**SMALL), ROWS, function, **options(tmp_path, num_steps=0, **more))
+
+    run(signed(1.0))
+    run(signed(1.0), resume_from_checkpoint="latest")  # another function of the same code
+    for other in (signed(-1.0), lambda completions, answer, **_: right(completions, completions)):
+        with pytest.raises(ValueError, match=r"^the code of task, .*eval_task has changed .*allow_changed='task,valid"):
+            run(other, resume_from_checkpoint="latest")
+    run(signed(-1.0), resume_from_checkpoint="latest", allow_changed="task,validation_task,eval_task")
+
+
+@pytest.mark.parametrize("kind", ["folder", "policy", "function"])
+def test_adapters_do_not_continue_on_another_base(tmp_path, kind):
+    def base(seed):
+        policy = tiny_masked_lm(**SMALL, seed=seed)
+        if kind == "folder":
+            policy.save_pretrained(tmp_path / "base")
+            return tmp_path / "base"
+        return policy if kind == "policy" else lambda: tiny_masked_lm(**SMALL, seed=seed)
+
+    given = options(tmp_path / "run", num_steps=0, lora=Lora(r=2))
+    grpo(base(0), ROWS, right, **given)
+    given["resume_from_checkpoint"] = "latest"
+    grpo(base(0), ROWS, right, **given)
+    with pytest.raises(ValueError, match=r"not those on which this run's adapters were trained"):
+        grpo(base(1), ROWS, right, **given)
+    if kind == "folder":
+        adapters = tmp_path / "run/checkpoints/step-000000/adapter"
+        with pytest.raises(ValueError, match=r"not those on which the adapters of .* were trained"):
+            load_policy(adapters)
+        base(0)
+        assert load_policy(adapters).lora is None, "merged"
 
 
 def test_an_option_of_slurm_that_nothing_reads_is_refused(tmp_path, monkeypatch):

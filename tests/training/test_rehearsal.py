@@ -126,7 +126,7 @@ def test_nothing_is_left_of_it(changes, tmp_path):
     accelerator = make_accelerator()
     before = build_policy(recipe, accelerator.device)
     drawn = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    policy = load_and_rehearse(recipe, accelerator)
+    policy, _ = load_and_rehearse(recipe, accelerator)
     assert torch.equal(torch.get_rng_state(), drawn[0]) and np.random.get_state()[1].tolist() == drawn[1]
     assert policy.lora is None and policy.weights_version == before.weights_version
     now = dict(policy.module.named_parameters())

@@ -103,7 +103,9 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
+def save_adapter(
+    policy: Policy, directory: str | Path, *, base: str | None = None, base_digest: str | None = None
+) -> None:
     """Write the adapters as peft's adapter_model.safetensors and adapter_config.json.
 
     Call it to save adapters without their base; `load_policy` opens the folder together with a given `base`.
@@ -112,6 +114,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
         policy: Policy with adapters.
         directory: Folder to write, created if missing.
         base: Folder or hub id of the base's weights. None: the adapters name none, and `load_adapter` adds them to it.
+        base_digest: `digest_of_checkpoint` of the base, which `load_policy` compares. None: it is not compared.
 
     Raises:
         ValueError: The policy has no adapters.
@@ -125,6 +128,8 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
     metadata["dtype"] = str(next(policy.module.parameters()).dtype).removeprefix("torch.")  # of the base
+    if base_digest is not None:
+        metadata["base_digest"] = base_digest
     low_bit = next((layer for layer in map(base_of, policy.module.modules()) if is_bitsandbytes(layer)), None)
     if low_bit is not None:
         metadata["quantization"] = "nf4" if hasattr(low_bit.weight, "quant_state") else "int8"

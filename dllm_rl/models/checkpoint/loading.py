@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dllm_rl.files import read_json
+from dllm_rl.identity import digest_of_files, digest_of_value
 from dllm_rl.models.base import (
     FamilySpec,
     Module,
@@ -260,6 +261,16 @@ def named_base(adapter: Path) -> str:
             "from the adapters and from here; give it as an absolute path in adapter_config.json"
         )
     return next(iter(found.values()), base)
+
+
+def digest_of_checkpoint(folder: Path) -> str:
+    """Return the digest of all bytes of a checkpoint's weights, config and tokenizer; of adapters, also of their base."""
+    if (adapter := adapter_folder(folder)) is not None:
+        own = digest_of_files(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+        return digest_of_value([own, digest_of_checkpoint(base_of_adapter(adapter))])
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "vocab.json"}
+    names |= {"merges.txt", "tokenizer.model"}
+    return digest_of_files(folder, [*weight_files(folder), *(name for name in names if (folder / name).is_file())])
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:

@@ -119,6 +119,10 @@ class Countdown(Prompted):
             expression = expression.removeprefix(self.opened_layout(prompt))
         return Problem(prompt, fields, expression)
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        return (*super().content, self._stored)
+
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[tuple[int, ...], int], ...]:
         return () if self.path is None else parse_rows(load_rows(self.path), _problem_of)

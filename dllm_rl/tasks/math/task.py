@@ -71,6 +71,10 @@ class Questions(Prompted, ABC):
     def read_row(row: Row) -> tuple[str, dict[str, Any], str | None]:
         """Return (question, the grader's fields, solution or None) of a row. Raises ValueError if it is malformed."""
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return (*super().content, self._rows)
+
     @cached_property  # a new task reads its file anew
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)

@@ -139,6 +139,10 @@ class Sudoku(Prompted):
         answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
         return Problem(prompt, fields, answer.removeprefix(self.opened_layout(prompt)))
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        return (*super().content, self._stored)
+
     @cached_property  # a new task reads its file anew
     def _stored(self) -> tuple[tuple[str, str], ...]:
         if self.path is None:
