@@ -103,13 +103,22 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), default=str, skipkeys=True), parse_constant=str)
 
 
-def flush(path: Path) -> None:
-    """Write a closed file, or a folder's list of entries, to disk (fsync)."""
+def flush(path: Path) -> bool:
+    """Write a closed file, or a folder's list of entries, to disk (fsync).
+
+    Return False for a folder of a file system that has no fsync of folders, such as CIFS and some in user space. A
+    rename there is still atomic for other processes, but a power failure may undo it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)  # a rename may reach the disk before the content
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
     finally:
         os.close(handle)
+    return True
 
 
 def to_disk(file: IO[Any]) -> None:

@@ -203,6 +203,8 @@ def fit(name: str, annotation: Any, value: Any, bound: Bound | None = None) -> A
     """
     kinds = union_members(annotation)
     optional = types.NoneType in kinds
+    if isinstance(value, str | Path) and str in kinds and str(value).startswith("~/"):
+        value = str(Path(value).expanduser())
     if isinstance(value, Path) and str in kinds:
         return str(value)
     if (value is None and optional) or annotation is Any:

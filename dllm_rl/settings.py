@@ -106,7 +106,9 @@ class Settings(Record):
         help="seconds after a stop signal in which the step may begin its updates; else the last update is saved",
         at_least=0,
     )
-    output_dir: str | None = option(default=None, help="folder of the run; None: runs/NAME-seedSEED")
+    output_dir: str | None = option(
+        default=None, help="folder of the run; None: runs/NAME-seedSEED, or with -2, -3 ... if it is used"
+    )
     resume_from_checkpoint: str | None = option(
         default=None, help="checkpoint folder to resume from, or 'latest': the newest one in output_dir"
     )
@@ -123,6 +125,7 @@ class Settings(Record):
 
     # Values for SFT, which lacks the RL fields of these names. Without annotations, they are not dataclass fields.
     shard_size = 1
+    dry_run = False
     async_save = False
     sft_warmup_steps = 0
     beta = 0.0

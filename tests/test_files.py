@@ -1,10 +1,12 @@
 """What bears its final name is whole; what a failed block wrote is gone."""
 
 import errno
+import os
+import stat
 
 import pytest
 
-from dllm_rl.files import read_json, remove, replacing
+from dllm_rl.files import flush, read_json, remove, replacing, write_text
 from dllm_rl.screen import line_of
 
 
@@ -49,3 +51,27 @@ def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert line_of(raised.value) == f"{tmp_path / 'summary.json'}: No space left on device; free disk space"
     assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_fsync_of_folders_is_written(tmp_path, monkeypatch, number):
+    kinds = []
+
+    def fsync(handle):
+        kinds.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        if kinds[-1]:
+            raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a" / "b.txt", "x")
+    assert (tmp_path / "a" / "b.txt").read_text() == "x" and kinds == [False, True]
+    assert not flush(tmp_path) and flush(tmp_path / "a" / "b.txt")
+
+
+def test_another_error_of_fsync_is_an_error(tmp_path, monkeypatch):
+    def fsync(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush(tmp_path)

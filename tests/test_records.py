@@ -411,3 +411,10 @@ def test_methods_keep_no_attribute_beside_their_fields():
         if isinstance(value, functools.cached_property)
     ]
     assert len(methods) > 60 and caches == []
+
+
+def test_a_path_setting_below_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for given in ("~/a", Path("~/a")):
+        assert fit("path", str | None, given) == "/home/me/a"
+    assert [fit("path", str, each) for each in ("a~/b", "~", "/~/a")] == ["a~/b", "~", "/~/a"]

@@ -1,21 +1,62 @@
 """The folder of a run: lock it, create or empty it, and find the checkpoint to resume from."""
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.resume import check_names, check_recipe, default_settings
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import LOCK, as_written
-from dllm_rl.files import lock, recover, remove
+from dllm_rl.files import flush, lock, recover, remove
 from dllm_rl.settings import Settings, best_rule
+
+Train = TypeVar("Train", bound=Callable[..., Any])
 
 # Folder of the checkpoint that a rehearsal writes and deletes. A rehearsal (`training.rehearsal`) runs one group
 # through a step without an update, before the first step.
 REHEARSAL = ".rehearsal"
 RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
+
+
+def in_own_folder(train: Train) -> Train:
+    """Decorate `train` to set output_dir to an absolute path before it runs: user code, such as a reward function, may
+    change the working directory. Without an output_dir it is runs/NAME-seedSEED, or runs/NAME-seedSEED-2 and so on if
+    that has a run; a resume takes the newest one.
+    """
+
+    @wraps(train)
+    def wrapped(recipe: Any, *others: Any, **options: Any) -> Any:
+        folder = Path(recipe.directory)
+        if recipe.output_dir is None and not recipe.dry_run:
+            folder = default_folder(recipe)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"output_dir: {folder}", flush=True)
+        which = recipe.resume_from_checkpoint
+        if which not in (None, "latest"):
+            which = str(Path(which).absolute())
+        recipe = recipe.replace(output_dir=str(folder.absolute()), resume_from_checkpoint=which)
+        return train(recipe, *others, **options)
+
+    return cast(Train, wrapped)
+
+
+def default_folder(recipe: Settings) -> Path:
+    """Return the folder of a recipe without output_dir: a new one, or the newest one for a resume. Several processes
+    cannot agree on a new one before they are connected, and always take the first.
+    """
+    first = newest = Path(recipe.directory)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return first
+    number = 1
+    while (following := first.with_name(f"{first.name}-{number + 1}")).exists():
+        newest, number = following, number + 1
+    continues = recipe.resume_from_checkpoint or recipe.overwrite_output_dir or not has_steps(newest)
+    return newest if continues else following
 
 
 def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
@@ -37,6 +78,11 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             notes.append(
                 f"warning: the file system of output_dir={str(directory)!r} has no locks: make sure that no other run "
                 "writes there"
+            )
+        if not flush(directory):
+            notes.append(
+                f"warning: the file system of output_dir={str(directory)!r} cannot write folders to disk (fsync): a power "
+                "failure may lose the newest checkpoint"
             )
     except BlockingIOError as error:
         raise ValueError(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy, read_methods, split_fields
 from dllm_rl.screen import escape_controls, line_of, printing_anything
@@ -62,11 +62,25 @@ def check_fields(arguments: argparse.Namespace) -> None:
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    """Raise ValueError if an option that names a file, folder or host is empty, as an unset shell variable is."""
+    """Replace `~` in options that name files or folders, as in --output_dir=~/runs, which a shell leaves as it is.
+
+    Raise ValueError if an option that names a file, folder or host is empty, as an unset shell variable is.
+    """
     for name in ("model", "models", "path", "file", "output_dir", "csv", "plot", "token_file", "name", "host"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the current folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
+        if value is not None and name not in ("name", "host"):
+            expanded = [type(each)(Path(each).expanduser()) if _in_home(each) else each for each in _as_list(value)]
+            setattr(arguments, name, expanded if isinstance(value, list) else expanded[0])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _in_home(value: Any) -> bool:
+    return isinstance(value, str | Path) and str(value).startswith("~/")
 
 
 def add_sample(commands: argparse._SubParsersAction) -> None:

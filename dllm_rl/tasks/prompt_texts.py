@@ -22,7 +22,7 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     ):
         loaded: Prompt = template
     else:
-        path = Path(template)
+        path = Path(template).expanduser()
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {required[0][0]} nor a file")
         loaded = path.read_text(encoding="utf-8-sig")

@@ -53,7 +53,7 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     Raises:
         ValueError: The file does not exist or is malformed. The message names file and line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a {', '.join(_SUFFIXES)} file")
     if path.suffix == ".jsonl":
@@ -176,7 +176,7 @@ def load_problems(
     """
     published_split = "test" if split == "test" else "train"
     if path is not None:
-        file = _split_file(Path(path), published_split)
+        file = _split_file(Path(path).expanduser(), published_split)
         problems = parse_rows(load_rows(file), parse)
         if not problems:
             raise ValueError(f"{file} has no rows; give a file of problems")

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints.resume import contents_of
-from dllm_rl.checkpoints.run_folder import open_folder
+from dllm_rl.checkpoints.run_folder import in_own_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
@@ -53,6 +53,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
 
 
+@in_own_folder
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+from dllm_rl.checkpoints.run_folder import in_own_folder
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
@@ -25,6 +26,7 @@ from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, validation_interval
 
 
+@in_own_folder
 @leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
 def train(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Summary:
     """Train with a recipe and return the run's summary.

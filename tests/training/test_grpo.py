@@ -1045,3 +1045,23 @@ def test_held_out_rows_that_cannot_be_read_are_named_as_such(rows):
     training = [{"prompt": "12=", "answer": "3"}] * 4
     with pytest.raises(ValueError, match=r"^eval_dataset"):
         grpo_recipe(tiny_masked_lm(characters="123="), training, lambda completions, **_: [0.0], eval_dataset=rows)
+
+
+def test_a_run_without_output_dir_takes_a_new_folder_and_a_resume_the_newest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def moves(completions, **_):  # as a checker that runs programs in a folder of its own
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return [float(index) for index in range(len(completions))]
+
+    for expected in ("grpo-seed0", "grpo-seed0-2", "grpo-seed0-3"):
+        monkeypatch.chdir(tmp_path)
+        grpo(tiny_masked_lm(**SMALL), ROWS, moves, **options("x", output_dir=None, num_steps=0))
+        assert f"output_dir: runs/{expected}\n" in capsys.readouterr().out
+        assert (tmp_path / "runs" / expected / "summary.json").exists()
+    monkeypatch.chdir(tmp_path)
+    more = {"output_dir": None, "num_steps": 0, "resume_from_checkpoint": "latest"}
+    grpo(tiny_masked_lm(**SMALL), ROWS, moves, **options("x", **more))
+    assert f"output_dir: runs/{expected}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "elsewhere").iterdir()) and len(list((tmp_path / "runs").iterdir())) == 3

@@ -264,7 +264,7 @@ def named_base(adapter: Path) -> str:
 
 
 def digest_of_checkpoint(folder: Path) -> str:
-    """Return the digest of all bytes of a checkpoint's weights, config and tokenizer; of adapters, also of their base."""
+    """Return the digest of all bytes of a checkpoint's weights, config and tokenizer, and of the base of adapters."""
     if (adapter := adapter_folder(folder)) is not None:
         own = digest_of_files(adapter, ["adapter_config.json", "adapter_model.safetensors"])
         return digest_of_value([own, digest_of_checkpoint(base_of_adapter(adapter))])
@@ -500,7 +500,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
     """Return the folder itself, or download a hub id (owner/name) and return its folder."""
-    path = Path(path_or_id)
+    path = Path(path_or_id).expanduser()
     if str(path_or_id) and path.is_dir():
         check_regular(path)
         return path
@@ -521,7 +521,7 @@ def load_config(path_or_id: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: The folder has no config.json, or the hub has none under this id.
     """
-    text = str(path_or_id)
+    text = str(Path(path_or_id).expanduser()) if str(path_or_id) else ""
     if text and Path(text).is_dir():
         folder = checkpoint_folder(text)
         adapter = adapter_folder(folder)
