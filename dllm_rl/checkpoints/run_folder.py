@@ -81,8 +81,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             )
         if not flush(directory):
             notes.append(
-                f"warning: the file system of output_dir={str(directory)!r} cannot write folders to disk (fsync): a power "
-                "failure may lose the newest checkpoint"
+                f"warning: the file system of output_dir={str(directory)!r} cannot write folders to disk (fsync): a "
+                "power failure may lose the newest checkpoint"
             )
     except BlockingIOError as error:
         raise ValueError(
