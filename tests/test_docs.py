@@ -389,8 +389,7 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():
     made = runpy.run_path(str(EXAMPLES / "detached_loss.py"))
     assert made["table"][0].bias < 1e-12
     of = made["FunctionCorrector"]
-    with pytest.raises(AssertionError, match=r"the loss must be that of NoCorrection\(\) bit for bit"):
-        made["check_corrector"](of(loss=made["capped"]))
+    made["check_corrector"](of(loss=made["capped"]))
 
     def twice(log_ratio, advantages, mask):  # the right value at ratio 1, and a gradient that is twice as long
         extra = made["capped"](log_ratio, advantages, mask)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG, WIDTH, Loss, LossReduction, SequenceMean, TrustBand, exp_ratio
-from dllm_rl.records import Record, option
+from dllm_rl.records import Record, describe, option
 
 Level = Literal["token", "sequence"]
 Pool = Literal["product", "geometric"]
@@ -164,6 +164,22 @@ class Corrector(Record):
     @classmethod
     def convert(cls, value: Any) -> "Corrector | None":
         return FunctionCorrector(function=value) if callable(value) and not isinstance(value, Record) else None
+
+
+def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T"]) -> None:
+    """Raise ValueError unless a corrector returned weights and a loss mask for each token."""
+    is_record = isinstance(weights, TokenWeights)
+    found = f"a {type(weights).__name__}"
+    if is_record:
+        importance_weights, loss_mask = weights.importance_weights, weights.loss_mask
+        shapes = [tuple(getattr(part, "shape", ())) for part in (importance_weights, loss_mask)]
+        if shapes == [tuple(mask.shape)] * 2 and loss_mask.dtype == torch.bool:
+            return
+        found = f"weights of shape {shapes[0]} and a loss mask of shape {shapes[1]}, {getattr(loss_mask, 'dtype', '')}"
+    raise ValueError(
+        f"corrector={describe(corrector)} returned {found}; return TokenWeights(importance_weights, loss_mask, "
+        f"metrics), both of shape (B, T) = {tuple(mask.shape)}, the mask of booleans"
+    )
 
 
 class NoCorrection(Corrector):
@@ -521,6 +537,7 @@ class Compose(Corrector):
         metrics: dict[str, float] = {}
         for position, part in enumerate(with_weights or [NoCorrection()], start=1):
             result = part.weights(stats)  # each part sees the full mask, so that their order does not matter
+            check_weights(part, result, stats.mask)
             weights = weights * result.importance_weights
             loss_mask = loss_mask & result.loss_mask
             for name, value in result.metrics.items():

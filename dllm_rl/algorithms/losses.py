@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.records import FunctionRecord, Record, fit, option
+from dllm_rl.records import FunctionRecord, Record, describe, fit, option
 from dllm_rl.types import Batch, group_numbers
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
@@ -440,6 +440,20 @@ def loss_inputs(names: frozenset[str], batch: Batch) -> dict[str, Tensor | Calla
     return keywords
 
 
+def check_shape(setting: str, function: Any, values: Any, shape: torch.Size) -> None:
+    """Raise ValueError unless a function of the user returned one value per token, or one per row as (B, 1).
+
+    Another shape, such as a mean, would be broadcast, and train something else.
+    """
+    if isinstance(values, Tensor) and values.shape in (shape, (shape[0], 1)):
+        return
+    found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise ValueError(
+        f"{setting}={describe(function)} returned {found}; return one value per token, of shape (B, T) = "
+        f"{tuple(shape)}, without averaging"
+    )
+
+
 def apply_per_token(
     surrogate: Loss,
     log_ratio: Float[Tensor, "B T"],
@@ -453,6 +467,7 @@ def apply_per_token(
     """
     flat_keywords = {name: x.reshape(-1, 1) if isinstance(x, Tensor) else x for name, x in keywords.items()}
     objective = surrogate(log_ratio.reshape(-1, 1), advantages.flatten(), mask.reshape(-1, 1), **flat_keywords)
+    check_shape("loss", surrogate, objective, torch.Size((log_ratio.numel(), 1)))
     return objective.view_as(log_ratio)
 
 
@@ -515,12 +530,14 @@ def policy_loss(
         Neither counts tokens with A = 0 or with weight 0.
 
     Raises:
-        ValueError: The surrogate or the KL term needs the rollout's log-probs, and the batch has none.
+        ValueError: The surrogate or the KL term needs the rollout's log-probs, and the batch has none; or the
+            surrogate, the reduction or the KL term does not return one value per token.
     """
     objective_fn: Loss = surrogate if isinstance(surrogate, Loss) else fit("loss", Loss, surrogate)
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
     coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    check_shape("loss_reduction", loss_reduction, coefficient, logps.shape)
     loss_weights = batch.rollout.loss_weights
     if loss_weights is not None:
         coefficient = coefficient * loss_weights
@@ -530,6 +547,7 @@ def policy_loss(
     if batch.advantages.dim() == 1:
         advantages = batch.advantages[:, None]
         objective = objective_fn(log_ratio, batch.advantages, loss_mask, **keywords)
+        check_shape("loss", objective_fn, objective, logps.shape)
     else:
         advantages = batch.advantages
         objective = apply_per_token(objective_fn, log_ratio, advantages, loss_mask, **keywords)
@@ -566,7 +584,9 @@ def policy_loss(
                 )
             )
         else:
-            penalty = at_tokens(kl(reference_log_ratio))
+            per_token = kl(reference_log_ratio)
+            check_shape("kl", kl, per_token, logps.shape)
+            penalty = at_tokens(per_token.expand(logps.shape))
         kl_term = beta * (at_tokens(coefficient) * penalty).sum()
         loss = loss + kl_term
         gradient = gradient + torch.autograd.grad(kl_term, logps)[0]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_weights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_over, wait_metrics_of
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -99,6 +99,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     """
     stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
     weights = corrector.weights(stats)
+    check_weights(corrector, weights, stats.mask)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(

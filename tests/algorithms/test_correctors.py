@@ -329,3 +329,26 @@ def test_alarm_depends_on_the_length_and_not_with_geometric_means():
         for pool, expected in (("product", product), ("geometric", 0.30)):
             found = c.AIS(pool=pool).weights(make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool)))[2]
             assert found["ais/lambda"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.importance_weights,
+        tuple,
+        lambda weights: None,
+        lambda weights: weights._replace(importance_weights=weights.importance_weights.mean()),
+        lambda weights: weights._replace(loss_mask=weights.loss_mask.float()),
+        lambda weights: weights._replace(loss_mask=weights.loss_mask[:, 0]),
+    ],
+)
+def test_what_is_not_weights_and_a_mask_for_each_token_is_refused_by_name(change):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    stats = make_stats(torch.zeros(2, 3), torch.ones(2), mask)
+    corrector = c.FunctionCorrector(function=lambda given: change(c.TIS().weights(given)))
+    c.check_weights(c.TIS(), c.TIS().weights(stats), mask)
+    said = r"^corrector=FunctionCorrector.* returned .*; return TokenWeights\("
+    with pytest.raises(ValueError, match=said):
+        c.check_weights(corrector, corrector.weights(stats), mask)
+    with pytest.raises(ValueError, match=said):
+        c.Compose(parts=(corrector, c.Reject())).weights(stats)

@@ -504,3 +504,23 @@ def test_a_subclass_with_an_objective_of_its_own_reads_the_ratio():
 
     read = [each.reads_ratio for each in (losses.Reinforce, Same, Ratio, Plain, losses.PPOClip)]
     assert read == [False, False, True, False, True]
+
+
+WRONG_SHAPES = {
+    "the mean": lambda *given: given[0].mean(),
+    "one number per row, which two rows of two would spread over columns": lambda *given: given[0].sum(-1),
+    "a number": lambda *given: 1.0,
+    "one number per column": lambda *given: given[0].sum(0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SHAPES.values(), ids=WRONG_SHAPES)
+@pytest.mark.parametrize("setting", ["loss", "loss_reduction", "kl"])
+def test_what_is_not_one_value_per_token_is_refused_by_name(setting, wrong):
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    batch = make_batch(mask, tensor([1.0, -1.0]), reference_logprobs=torch.full((2, 2), -2.0))
+    options = {"surrogate": PPOClip(), "loss_reduction": TokenMean(), "beta": 0.1, "kl": K3()}
+    name = "surrogate" if setting == "loss" else setting
+    function = (lambda given, **counts: wrong(given * 1.0)) if setting == "loss_reduction" else wrong
+    with pytest.raises(ValueError, match=rf"^{setting}=.* returned .*; return one value per token, of shape \(B, T\)"):
+        policy_loss(batch.old_logprobs, batch, **options | {name: function})

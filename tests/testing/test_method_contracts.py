@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import K3, Loss, PPOClip
+from dllm_rl.algorithms.losses import CISPO, K3, Loss, PPOClip, Reinforce
 from dllm_rl.testing import check_corrector
 
 
@@ -45,7 +45,6 @@ BROKEN = {
     "off the mask": _broken(lambda w, k, m, x: (w * (1 + x.detach().clamp(min=5, max=8).sub(5).sum()), k, m)),
     "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
-    "loss must be that of NoCorrection": c.FunctionCorrector(loss=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
     "must ask for one sum": c.FunctionCorrector(
         loss=lambda r, a, m, sum_over_processes: r.exp() * sum_over_processes(sum_over_processes(a))[:, None],
     ),
@@ -82,9 +81,10 @@ class Halved(Loss):
 
 
 def test_a_loss_is_checked_as_that_of_a_corrector_without_weights():
-    check_corrector(PPOClip())
+    for loss in (PPOClip(), Reinforce(), CISPO(), lambda r, a, m: r.exp() * a[:, None] + 1e-3):
+        check_corrector(loss if isinstance(loss, Loss) else c.FunctionCorrector(loss=loss))  # of any value on-policy
     for made in (Halved(), c.FunctionCorrector(loss=Halved())):
-        with pytest.raises(AssertionError, match=r"the loss must be that of NoCorrection\(\) bit for bit: "):
+        with pytest.raises(AssertionError, match=r"the gradient must be that of NoCorrection\(\) bit for bit"):
             check_corrector(made)
 
 
