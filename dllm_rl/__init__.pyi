@@ -23,10 +23,12 @@ from .algorithms.losses import GSPO as GSPO
 from .algorithms.losses import K1 as K1
 from .algorithms.losses import K2 as K2
 from .algorithms.losses import K3 as K3
+from .algorithms.losses import SAPO as SAPO
 from .algorithms.losses import VESPO as VESPO
 from .algorithms.losses import FixedLengthMean as FixedLengthMean
 from .algorithms.losses import Loss as Loss
 from .algorithms.losses import LossReduction as LossReduction
+from .algorithms.losses import OffPolicyMask as OffPolicyMask
 from .algorithms.losses import PPOClip as PPOClip
 from .algorithms.losses import Reinforce as Reinforce
 from .algorithms.losses import SequenceMean as SequenceMean

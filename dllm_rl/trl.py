@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,25 @@ import torch
 from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PrinterCallback, ProgressCallback
 
-from dllm_rl.algorithms.correctors import Corrector, NoCorrection
-from dllm_rl.algorithms.losses import K3, Loss
+from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.losses import Loss
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, symbol_pattern, text_of
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
-from dllm_rl.frontend.grpo import grpo_recipe, wrap_model
-from dllm_rl.frontend.trl_names import OFF
+from dllm_rl.frontend.grpo import wrap_model
+from dllm_rl.frontend.trl_settings import (
+    check_adapters,
+    check_rewards,
+    check_settings,
+    check_trainer_callbacks,
+    make_recipe,
+)
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.forward.routing import check_routers, load_balancing_loss
 from dllm_rl.models.lora import Lora
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.policy import load_policy, wrap_module
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
@@ -43,16 +50,20 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings, check_no_adapters, check_vocab_size
 from dllm_rl.training.prompts import check_rows
-from dllm_rl.training.sharded_learner import launch_engine
 from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
 
 try:
     import trl
+    from peft import PeftModel
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.callbacks import SyncRefModelCallback
+    from trl.trainer.utils import use_adapter
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; dllm_rl.trl needs TRL: pip install -e '.[trl]'") from None
 
 VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
+# Metrics of this library that TRL has, too, under the same names.
+TRL_METRICS = {"kl", "clip_ratio/high_mean", "clip_ratio/low_mean", "clip_ratio/region_mean"}
 # TRL's methods that are overridden, and the names of their first parameters.
 OVERRIDDEN = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
@@ -62,11 +73,6 @@ OVERRIDDEN = {
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "save_model": ("self", "output_dir", "_internal_call"),
 }
-# Fields of GRPOConfig that this trainer does not read, or with which it was not tried: they stay at their defaults.
-UNUSED_FIELDS = (*OFF, "cast_lm_head_to_fp32", "torch_compile", "trust_remote_code")
-UNUSED_ARGUMENTS = ("tools", "rollout_func", "environment_factory", "quantization_config", "reward_processing_classes")
-SAME_FIELDS = ("num_generations", "num_iterations", "beta", "seed", "bf16", "gradient_checkpointing")  # as a Recipe's
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -108,30 +114,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     ) -> None:
         check_trl()
         args = GRPOConfig("diffusion-grpo") if args is None else copy.copy(args)
-        check_unused(args, trainer_arguments)
-        policy: Any = wrap_model(model, processing_class)
-        if isinstance(policy, str):
-            policy = load_policy(policy, dtype=(args.model_init_kwargs or {}).get("dtype", torch.float32))
-            policy.module.name_or_path = str(model)  # peft writes it as the base of its adapters
-        elif args.model_init_kwargs:
-            raise ValueError(
-                f"model_init_kwargs={args.model_init_kwargs} is for a checkpoint that is loaded, and model is not its "
-                "folder or id: leave it out"
-            )
-        if policy.spec.attention == "causal":
-            raise ValueError(f"model is causal ({policy.spec.name}); use TRL's GRPOTrainer, or grpo")
-        check_no_adapters(policy, "peft_config")
-        check_vocab_size(policy)
-        if not isinstance(policy.module, PreTrainedModel):
-            kind = type(policy.module).__name__
-            raise ValueError(f"model's module, {kind}, is none of transformers' models, which TRL needs; use grpo")
+        check_settings(args, trainer_arguments)
+        check_rewards(reward_funcs)
+        check_trainer_callbacks(trainer_arguments.get("callbacks") or ())
+        if trainer_arguments.get("peft_config") is not None:
+            check_adapters(trainer_arguments["peft_config"], "peft_config")
+        policy = open_policy(model, processing_class, args)
         choices = {"sampler": sampler, "likelihood": likelihood, "corrector": corrector, "loss": loss}
         choices = {name: choice for name, choice in choices.items() if choice is not None}
         recipe = make_recipe(policy, args, rollout_quantization=rollout_quantization, **choices)
-        recipe.likelihood.check_policy(policy)
-        if recipe.corrector.align_forward or "sum_over_processes" in recipe.resolved_loss.inputs:
-            name = "corrector" if recipe.corrector.align_forward else "loss"
-            raise ValueError(f"{name}={getattr(recipe, name)!r} does not work by micro-batches of TRL; use grpo")
+        check_recipe(recipe, policy)
         for field in ("train_dataset", "eval_dataset"):
             rows = trainer_arguments.get(field)
             for part in rows.values() if isinstance(rows, dict) else [rows]:
@@ -139,30 +131,40 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                     check_rows(policy, field, part, recipe.sampler)
         apply_compute_settings(recipe, policy)
         self._policy, self._recipe = policy, recipe
-        adapters = trainer_arguments.get("peft_config")
-        reference = copied(policy) if recipe.beta and adapters is None else None
-        warned = replace(
-            recipe, learning_rate=args.learning_rate or recipe.learning_rate, lora=None if adapters is None else Lora()
-        )
         self._generated: tuple[Rollout, int, int]  # of the batch in progress, its number, its completions per prompt
         self._num_eval_batches, self._has_loss = 0, False
-        module = policy.module
-        if getattr(module, "generation_config", None) is None:  # TRL writes to it
-            module.generation_config = GenerationConfig(eos_token_id=list(policy.spec.eos_ids))
-        args.beta = 0.0  # TRL would load the reference as a causal model
+        self._own_metrics: set[str] = set()
+        is_adapted = isinstance(model, PeftModel)
+        has_adapters = is_adapted or trainer_arguments.get("peft_config") is not None
+        reference = copied(policy) if recipe.beta and not has_adapters else None
+        synced, args.sync_ref_model = args.sync_ref_model, False  # TRL's own reference, which is none, would be synced
+        if synced and reference is None:
+            raise ValueError("sync_ref_model=True needs a copy of the weights as the reference: beta > 0, no adapters")
+        args.beta *= is_adapted  # TRL copies given adapters, and would load a reference as a causal model
         args.gradient_checkpointing = False  # the policy has its own, which also works in eval mode
         trainer_arguments["rollout_func"] = lambda prompts, trainer: trainer._sample(prompts)
-        super().__init__(module, reward_funcs, args, processing_class=policy.tokenizer, **trainer_arguments)
+        trained = model if is_adapted else policy.module
+        super().__init__(trained, reward_funcs, args, processing_class=policy.tokenizer, **trainer_arguments)
         args.beta, args.gradient_checkpointing = recipe.beta, recipe.gradient_checkpointing
+        args.sync_ref_model = synced
+        if self.aux_loss_enabled:
+            check_routers(policy)
         if reference is not None:
             reference.module.to(self.accelerator.device).requires_grad_(False)
+            if synced:
+                self.add_callback(SyncRefModelCallback(reference.module, self.accelerator))
         elif recipe.beta:
             reference = without_adapters(policy, self.accelerator.unwrap_model(self.model))
         policies = {"policy": policy, "rollout_policy": policy, "reference": reference}
         self._context = make_step(recipe, accelerator=self.accelerator, **policies)
+        lora = Lora() if has_adapters else None
+        warned = replace(recipe, learning_rate=args.learning_rate or recipe.learning_rate, lora=lora)
         for caution in cautions(warned) if self.accelerator.is_main_process else []:
             warnings.warn(caution, stacklevel=2)
         self._context.features = ()  # without load balancing, which moves rows to other processes
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PrinterCallback | ProgressCallback):
+                callback.on_log = partial(self._print_few, callback.on_log)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as TRL does, with the same random numbers at each evaluation."""
@@ -192,16 +194,26 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             module.train(was_training)
 
     def _log(self, mode: str, metrics: dict[str, float]) -> None:
+        self._own_metrics |= metrics.keys() - TRL_METRICS
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
+
+    def _print_few(self, on_log: Callable, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Call the hook of a callback that prints, without this library's metrics, which the log and trackers have."""
+        few = {name: value for name, value in logs.items() if name.removeprefix("eval_") not in self._own_metrics}
+        on_log(args, state, control, logs=few, **more)
+
+    def _micro_step(self) -> int:
+        """Return the number of this step of accumulation: of the global step, so that a resumed run counts the same."""
+        accumulation: int = self.args.gradient_accumulation_steps
+        return self.state.global_step * accumulation + self._step % accumulation
 
     def _sample(self, prompts: list) -> dict[str, Any]:
         """Complete the prompts of this process, one row each."""
         is_training, policy, context = self.model.training, self._policy, self._context
         policy.weights_version = self.state.global_step
-        if is_training:  # a function of the global step, so that a resumed run draws the same numbers
-            accumulation = self.args.gradient_accumulation_steps
-            number = self.state.global_step * accumulation + self._step % accumulation
+        if is_training:
+            number = self._micro_step()
         else:
             self._num_eval_batches += 1
             number = -self._num_eval_batches
@@ -232,6 +244,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         end = [policy.spec.eos_ids[0] if eos is None else eos]
         answers = [(before_end(policy, row), row) for row in completion_token_ids(rollout)]
         completions = [answer + end if len(answer) < len(row) else answer for answer, row in answers]
+        if self.mask_truncated_completions:
+            has_end = torch.tensor([len(answer) < len(row) for answer, row in answers], device=rollout.tokens.device)
+            rollout = replace(rollout, completion_mask=rollout.completion_mask & has_end[:, None])
+            self._generated = replace(rollout, batch_row=rows.to(rollout.tokens.device)), number, size
         prompt_of_row = [row for row, repeats in zip(ids, sizes, strict=True) for _ in range(repeats)]
         return {"prompt_ids": prompt_of_row, "completion_ids": completions, "logprobs": None}
 
@@ -273,14 +289,17 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         batches, _ = inputs["dllm_rl"][0]
         # Sorted: a view runs one row for a group of equal rows, if they follow each other, and TRL shuffles them.
         rows = torch.tensor(sorted(row for _, row in inputs["dllm_rl"]), device=self.accelerator.device)
-        recipe, steps = self._recipe, self.args.steps_per_generation
-        if not self.model.training:
-            batch = rows_of(batches[0], rows)
+        recipe, steps, is_training = self._recipe, self.args.steps_per_generation, self.model.training
+        accumulation = self.current_gradient_accumulation_steps if is_training else 1
+        update = self._step // steps % self.num_iterations if is_training else 0
+        batch = rows_of(batches[update % len(batches)], rows, accumulation / steps if is_training else 1.0)
+        num_batches = accumulation * self.accelerator.num_processes
+        if self.loss_type == "bnpo":  # the mean over each micro-batch
+            batch = replace(batch, num_tokens=num_batches * int(batch.rollout.completion_mask.sum()))
+        if not is_training:
             with torch.enable_grad():  # the loss differentiates itself
                 share = recipe.policy_loss(batch.old_logprobs, batch)[0]
-            return share * self.accelerator.num_processes  # TRL takes the mean over processes
-        update = self._step // steps % self.num_iterations
-        batch = rows_of(batches[update % len(batches)], rows, self.current_gradient_accumulation_steps / steps)
+            return share * num_batches + self._router_loss(batch, "eval")  # TRL takes the mean over processes
         with self._arithmetic():
             view_logprobs = batch.old_view_logprobs
             if batch.rollout.weights_version != self.state.global_step:  # an update since the rows were scored
@@ -288,10 +307,28 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             metrics = forward_backward(
                 self._policy, batch, view_logprobs, loss=recipe.policy_loss, likelihood=recipe.likelihood
             )
+            router_loss = self._router_loss(batch, "train")
+            if router_loss.requires_grad:
+                (router_loss / num_batches).backward()
         loss, _ = metrics.pop("loss")  # this process's share; the trainer logs the mean over the processes
         self._log("train", reduce_metrics(metrics, self.accelerator))
         self._has_loss = True
-        return (loss.detach() * self.accelerator.num_processes).requires_grad_()  # whose backward changes nothing
+        loss = loss.detach() * self.accelerator.num_processes + router_loss.detach() / accumulation
+        return loss.requires_grad_()  # whose backward changes nothing
+
+    def _router_loss(self, batch: Batch, mode: str) -> Tensor:
+        """Return the weighted load-balancing loss of the rows in one of their views; 0 without routers.
+
+        The micro-batches of a run take turns at the views, so that one forward is enough.
+        """
+        if not self.aux_loss_enabled:
+            return torch.zeros((), device=batch.loss_mask.device)
+        views, rollout = batch.views, batch.rollout
+        masked = views.masked[self._micro_step() % len(views.masked)]
+        tokens = torch.where(masked, self._policy.spec.mask_id, rollout.tokens)
+        loss = load_balancing_loss(self._policy, tokens, rollout.attention_mask)
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return self.router_aux_loss_coef * loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Compute the gradient of a micro-batch, and sum the gradients over the processes before an update."""
@@ -304,41 +341,63 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return loss
 
 
-def make_recipe(policy: Policy, args: Any, **choices: Any) -> Recipe:
-    """Return the recipe of a GRPOConfig, with the sampler, likelihood, corrector and loss in `choices`."""
-    sampler, corrector = choices.get("sampler"), choices.get("corrector", NoCorrection())
-    drawing = {"max_new_tokens": args.max_completion_length, "temperature": args.temperature}
-    drawing |= {"top_k": args.top_k or None, "top_p": None if args.top_p == 1 else args.top_p}
-    if sampler is not None:
-        drawing = {name: value for name, value in drawing.items() if hasattr(sampler, name)}
-        for name, value in drawing.items():
-            if getattr(sampler, name) not in (None, 0.0, value):
-                raise ValueError(f"sampler.{name}={getattr(sampler, name)} is not GRPOConfig's ({value}); set it there")
-        choices["sampler"] = sampler.replace(**drawing)
-    if corrector.loss is None and "loss" not in choices:
-        names = ("importance_sampling_level", "epsilon", "epsilon_high", "delta")
-        choices |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if corrector.loss_reduction is None:
-        choices["loss_type"] = args.loss_type
-    return grpo_recipe(
-        policy,
-        [{"prompt": ""}] * 2,  # nothing reads the recipe's task: TRL draws prompts and grades
-        lambda completions: [0.0] * len(completions),
-        preset="none",
-        sampler_options=None if sampler else {name: value for name, value in drawing.items() if value is not None},
-        micro_batch_size=args.per_device_train_batch_size,
-        max_retained_graphs=0,
-        kl=K3(bias_correction=args.use_bias_correction_kl),
-        **{name: getattr(args, name) for name in SAME_FIELDS},
-        **choices,
-    )
+def open_policy(model: Any, processing_class: Any, args: Any) -> Policy:
+    """Return the policy of the trainer's `model`, whose module TRL can train.
+
+    Raises:
+        ValueError: `model` is none of those that the trainer takes, or does not fit the other arguments.
+    """
+    if isinstance(model, str | Path):
+        policy: Any = load_policy(model, dtype=(args.model_init_kwargs or {}).get("dtype", torch.float32))
+        policy.module.name_or_path = str(model)  # peft writes it as the base of its adapters
+        if processing_class is not None:
+            if processing_class.get_vocab() != policy.tokenizer.get_vocab():
+                raise ValueError(f"processing_class has other tokens than the tokenizer of model={model!r}")
+            policy.tokenizer = processing_class
+    elif args.model_init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs={args.model_init_kwargs} is for a checkpoint that is loaded, and model is not its "
+            "folder or id: leave it out"
+        )
+    else:
+        source = getattr(model, "name_or_path", "")
+        if processing_class is None and isinstance(model, nn.Module) and not isinstance(model, Policy) and source:
+            processing_class = AutoTokenizer.from_pretrained(source)  # as TRL does
+        is_adapted = isinstance(model, PeftModel)
+        if is_adapted:
+            check_adapters(model.peft_config[model.active_adapter], "model")
+            model = model.get_base_model()
+        wrap = wrap_module if is_adapted and processing_class is not None else wrap_model
+        policy = wrap(model, processing_class)
+    if policy.spec.attention == "causal":
+        raise ValueError(f"model is causal ({policy.spec.name}); use TRL's GRPOTrainer, or grpo")
+    check_no_adapters(policy, "peft_config")
+    check_vocab_size(policy)
+    module = policy.module
+    if not isinstance(module, PreTrainedModel):
+        kind = type(module).__name__
+        raise ValueError(f"model's module, {kind}, is none of transformers' models, which TRL needs; use grpo")
+    if getattr(module, "generation_config", None) is None:  # TRL writes to it
+        module.generation_config = GenerationConfig(eos_token_id=list(policy.spec.eos_ids))
+    return policy
+
+
+def check_recipe(recipe: Recipe, policy: Policy) -> None:
+    """Raise ValueError for a likelihood, corrector or loss that does not work with the policy, or by micro-batches."""
+    recipe.likelihood.check_policy(policy)
+    if recipe.corrector.align_forward or "sum_over_processes" in recipe.resolved_loss.inputs:
+        name = "corrector" if recipe.corrector.align_forward else "loss"
+        raise ValueError(f"{name}={getattr(recipe, name)!r} does not work by micro-batches of TRL; use grpo")
 
 
 def without_adapters(policy: Policy, model: Any) -> Policy:
-    """Return a policy of the same weights whose forwards do not use the adapters of peft's `model`."""
+    """Return a policy of the same weights whose forwards do not use the trained adapters of peft's `model`: none, or
+    the copy that TRL made of those that it was given.
+    """
+    name = "ref" if "ref" in model.peft_config else None
 
     def call(function: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        with model.disable_adapter():
+        with use_adapter(model, name):
             return function(*args, **kwargs)
 
     reference, spec = copy.copy(policy), policy.spec
@@ -370,21 +429,3 @@ def check_trl() -> None:
             problem = problem or f": GRPOTrainer.{name}{parameters} should be {name}{expected}"
     if problem:
         raise RuntimeError(f"TRL {trl.__version__}{problem}; install TRL {'{}.{} to {}.{}'.format(*sum(VERSIONS, ()))}")
-
-
-def check_unused(args: Any, trainer_arguments: dict[str, Any]) -> None:
-    """Raise one ValueError for all settings that have no meaning for a diffusion model, or are not supported."""
-    defaults = {field.name: field.default for field in fields(GRPOConfig)}
-    values = {name: getattr(args, name) for name in UNUSED_FIELDS if name in defaults}  # a TRL may lack some
-    refused = [f"{name}={x!r}" for name, x in values.items() if x != defaults[name] and (x or defaults[name])]
-    refused += [name for name in UNUSED_ARGUMENTS if trainer_arguments.get(name) is not None]
-    if args.loss_type not in LOSS_TYPES:
-        refused.append(f"loss_type={args.loss_type!r} (it is {', '.join(LOSS_TYPES)}; others: loss=CISPO() ...)")
-    if others := set(args.model_init_kwargs or {}) - {"dtype"}:
-        refused.append(f"model_init_kwargs {sorted(others)} (only dtype)")
-    if engine := launch_engine():
-        refused.append(f"distributed_type={engine} in the launch's config (only MULTI_GPU or MULTI_CPU)")
-    if dropout := getattr(trainer_arguments.get("peft_config"), "lora_dropout", 0.0):
-        refused.append(f"lora_dropout={dropout} (forwards have no dropout; set it to 0)")
-    if refused:
-        raise ValueError(f"DiffusionGRPOTrainer has no use for {'; '.join(refused)}; leave them out")

@@ -1,5 +1,6 @@
 """`DiffusionGRPOTrainer` trains as this library's own learner does, in TRL's trainer."""
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -9,6 +10,8 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +25,11 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from layouts import checkpoint
 from live_bytes import LiveBytes
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizer, PrinterCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
-from trl_runs import ROWS, Watched, config, reward, tiny, trainer
+from trl_runs import LORA, ROWS, Watched, config, reward, tiny, trainer
 
 from dllm_rl import (
     AIS,
@@ -45,12 +48,14 @@ from dllm_rl import (
     Int8WeightOnly,
     NoCorrection,
     OneStep,
+    Oracle,
     PPOClip,
     QaRL,
     Reinforce,
     Reject,
     Renoise,
     SequenceMean,
+    StopBelow,
     Trajectory,
     Unmask,
     grpo,
@@ -60,13 +65,15 @@ from dllm_rl import (
     tiny_llama,
 )
 from dllm_rl import trl as ours
+from dllm_rl.frontend import trl_settings
 from dllm_rl.frontend.trl_names import unused_defaults
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import make_policy
-from dllm_rl.models.tiny import tiny_diffusion_gemma
+from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_moe
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.make_step import make_step
+from dllm_rl.types import Batch, Rollout, Views
 
 LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
 CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]
@@ -199,6 +206,234 @@ def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
     result, gradients = learner(run, likelihood=Trajectory(), **own)
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
     assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
+
+
+LOSS_SETTINGS = [
+    {"loss_type": loss_type, "importance_sampling_level": level, "epsilon": 0.1, "epsilon_high": 0.3}
+    for loss_type in ("bnpo", "dapo", "dr_grpo", "grpo", "luspo")
+    for level in ("token", "sequence")
+]
+LOSS_SETTINGS += [
+    {"loss_type": "dapo", "delta": 1.5, "off_policy_mask_threshold": 0.05},
+    {"loss_type": "cispo"},  # TRL caps its ratios at epsilon
+    {"loss_type": "cispo", "epsilon_high": 1.2, "off_policy_mask_threshold": 0.1},
+    {"loss_type": "sapo"},
+    {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
+    {"loss_type": "vespo"},
+    {"loss_type": "vespo", "importance_sampling_level": "sequence", "vespo_k_pos": 1.0, "vespo_lambda_neg": 1.5},
+]
+
+
+def random_batch(rows=8, length=5):
+    """A scored batch whose completions have several lengths, with log-probs of after an update."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
+    old = torch.where(mask, -torch.rand(rows, length, generator=generator) * 3, 0)
+    new = old + torch.where(mask, torch.randn(rows, length, generator=generator) / 3, 0)
+    rollout = Rollout(
+        torch.ones_like(mask, dtype=torch.long), mask, mask, mask.long() - 1, old, torch.arange(rows), weights_version=3
+    )
+    views = Views(mask[None], mask[None].float())
+    ones = torch.ones(rows, length)
+    numbers = {"num_tokens": int(mask.sum()), "num_sequences": rows, "rollout_logprobs": old}
+    advantages = torch.randn(rows, generator=generator)
+    return Batch(rollout, views, advantages, old, old[None], ones, mask, None, **numbers), new
+
+
+def trls_loss(args, batch, new, rows, num_items):
+    """TRL's own code, on given log-probs: the loss of a micro-batch, and its gradient."""
+    logps = new[rows].requires_grad_()
+    mask = batch.rollout.completion_mask[rows].long()
+    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    run = SimpleNamespace(
+        args=args, accelerator=accelerator, model=SimpleNamespace(training=True), use_vllm=False, beta=0.0,
+        aux_loss_enabled=False, use_adaptive_entropy=False, _entropy_bonus_enabled=False, epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        current_gradient_accumulation_steps=args.gradient_accumulation_steps, _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask, get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        **{name: getattr(args, name) for name in ("loss_type", "importance_sampling_level", "max_completion_length",
+           "off_policy_mask_threshold", "top_entropy_quantile")},
+    )  # fmt: skip
+    inputs = {"prompt_ids": mask[:, :0], "prompt_mask": mask[:, :0], "completion_ids": mask, "completion_mask": mask}
+    inputs |= {"advantages": batch.advantages[rows], "old_per_token_logps": batch.old_logprobs[rows]}
+    loss = GRPOTrainer._compute_loss(run, None, inputs | {"num_items_in_batch": num_items})
+    loss.backward()
+    value = loss.detach()
+    if args.loss_type in ("cispo", "vespo"):  # a weight times log p, for which the library has the log-ratio
+        value = value - (logps.grad * batch.old_logprobs[rows]).sum()
+    return value, logps.grad
+
+
+@pytest.mark.parametrize("settings", LOSS_SETTINGS)
+def test_each_loss_type_has_trls_value_and_gradient(tmp_path, monkeypatch, settings):
+    """Of two micro-batches of a window of accumulation, on the same log-probs, after an update."""
+    args = config(
+        tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4, max_completion_length=5, **settings
+    )
+    batch, new = random_batch()
+    found = []
+
+    def compute(policy, batch, view_logprobs, loss, likelihood):
+        value, _, gradient = loss(new[batch.rollout.group], batch)
+        found.append((value, gradient))
+        return {"loss": (value, torch.ones(()))}
+
+    monkeypatch.setattr(ours, "forward_backward", compute)
+    recipe = trl_settings.make_recipe(tiny(), args)
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=1), args=args, num_iterations=1, _step=0,
+        model=SimpleNamespace(training=True), state=SimpleNamespace(global_step=3), loss_type=args.loss_type,
+        current_gradient_accumulation_steps=2, _recipe=recipe, _policy=None, _log=lambda *_: None,
+        _arithmetic=nullcontext, _router_loss=lambda *_: torch.zeros(()),
+    )  # fmt: skip
+    monkeypatch.setattr(ours, "reduce_metrics", lambda *_: {})
+    for rows in (torch.arange(4), torch.arange(4, 8)):
+        returned = ours.DiffusionGRPOTrainer._compute_loss(
+            run, None, {"dllm_rl": [([batch], row) for row in rows.tolist()]}
+        )
+        value, gradient = trls_loss(args, batch, new, rows, batch.rollout.completion_mask.sum())
+        torch.testing.assert_close(found[-1][0], value)
+        torch.testing.assert_close(found[-1][1], gradient)
+        torch.testing.assert_close(returned.detach(), value)
+        assert gradient.abs().max() > 1e-3
+
+
+def test_truncated_completions_are_in_no_mean_over_tokens(tmp_path):
+    """As in TRL, whose mask of them is 0: they count as sequences, and in the groups' mean rewards."""
+    run = run_of(
+        tmp_path,
+        Trajectory(),
+        NoCorrection(),
+        None,
+        settings={"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1},
+    )
+    (batch, *_), advantages = run.first
+    truncated = ~batch.rollout.completion_mask.any(-1)
+    has_end = (batch.rollout.tokens[:, -4:] == run._policy.spec.eos_ids[0]).any(-1)
+    assert truncated.any() and has_end.any() and torch.equal(truncated, ~has_end)
+    assert not batch.loss_mask[truncated].any() and batch.loss_mask[~truncated & (advantages != 0)].any(-1).all()
+    assert batch.num_tokens == 4 * int((~truncated).sum()) and batch.num_sequences == len(truncated)
+
+
+def test_the_reference_follows_the_weights(tmp_path):
+    """TRL's formula, at its steps: reference = 0.75 reference + 0.25 weights."""
+    settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
+    run = run_of(
+        tmp_path, Trajectory(), NoCorrection(), None, settings=settings | {"max_steps": 4, "num_iterations": 1}
+    )
+    name, reference = next(iter(run._context.reference.module.named_parameters()))
+    first, second = (run.weights[step][name] for step in (0, 2))
+    final = run._policy.module.get_parameter(name)
+    expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * final
+    torch.testing.assert_close(reference, expected)
+    assert (first - final).abs().max() > 1e-3
+
+
+def test_a_peft_model_is_trained_further_against_its_own_adapters(tmp_path):
+    """Its adapters change the weights from the start, and its reference has a copy of them, as in TRL."""
+    policy = tiny()
+    torch.manual_seed(1)
+    model = get_peft_model(policy.module, LoraConfig(**LORA, init_lora_weights=False))
+    given = {"model": model, "processing_class": policy.tokenizer, "settings": {"beta": 0.1, "num_iterations": 1}}
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, **given)
+    logged = [log["kl"] for log in run.state.log_history if "kl" in log]
+    assert abs(logged[0]) < 1e-6 < abs(logged[1])
+    tokens = torch.tensor([[3, 4, 5]])
+    at = torch.ones_like(tokens, dtype=torch.bool)
+    run._policy.module.eval()
+    trained, reference = run._policy.logits(tokens, at), run._context.reference.logits(tokens, at)
+    with model.disable_adapter():
+        base = policy.logits(tokens, at)
+    assert min((trained - reference).abs().max(), (reference - base).abs().max()) > 1e-3
+    changed = {name for name, x in run.weights[0].items() if not torch.equal(x, run._policy.module.state_dict()[name])}
+    assert changed == {name for name in run.weights[0] if "lora_" in name and ".default." in name}
+
+
+def test_the_router_loss_trains_a_mixture_whose_answers_are_equally_good(tmp_path, monkeypatch):
+    """The gradient, and TRL's metric, are those of transformers' own loss of the model, times its coefficient."""
+    monkeypatch.setattr("trl_runs.reward", lambda completions, **_: [1.0] * len(completions))
+    model = tiny_moe(characters="12345678=", hidden_size=32, num_layers=2)
+    model.module.config.router_aux_loss_coef = 0.5
+    settings = {
+        "max_steps": 1,
+        "num_iterations": 1,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 32,
+    }
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, model=model, settings=settings)
+    (batch, *_), _ = run.first
+    tokens = torch.where(batch.views.masked[0], model.spec.mask_id, batch.rollout.tokens)
+    model.module.load_state_dict(run.weights[0])
+    model.module.zero_grad()
+    output = model.module(input_ids=tokens, attention_mask=batch.rollout.attention_mask, output_router_logits=True)
+    (0.5 * output.aux_loss).backward()
+    gradients = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+    expected = {name: torch.zeros_like(x) for name, x in run.gradients[0].items()} | gradients
+    assert difference(run.gradients[0], expected) < 1e-5 and max(x.abs().max() for x in expected.values()) > 1e-3
+    assert run.state.log_history[0]["aux_loss"] == pytest.approx(output.aux_loss.item(), abs=1e-5)
+    assert run.losses[0] == pytest.approx(0.5 * output.aux_loss.item(), abs=1e-5)
+
+
+def test_a_router_loss_that_transformers_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"not a Mixture-of-Experts model"):  # TRL's own line
+        trainer(tmp_path, settings={"router_aux_loss_coef": 0.1})
+    source = checkpoint(tmp_path / "source", "llada2")
+    with pytest.raises(ValueError, match="router_aux_loss_coef: transformers has no load-balancing loss of Glm4Moe"):
+        trainer(tmp_path, model=str(source), rows=[{"prompt": "ab"}] * 8, settings={"router_aux_loss_coef": 0.1})
+
+
+def test_the_rollouts_of_a_step_have_their_own_random_numbers(tmp_path, monkeypatch):
+    """Two generations of one optimizer step: each takes part of its accumulation."""
+    drawn = []
+
+    def watched(*arguments):
+        drawn.append(row_seeds(*arguments))
+        return drawn[-1]
+
+    row_seeds = ours.row_seeds
+    monkeypatch.setattr(ours, "row_seeds", watched)
+    settings = {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "max_steps": 2}
+    trainer(tmp_path, settings=settings).train()
+    assert len(drawn) == 4 and len(torch.cat(drawn).unique()) == 4 * 16
+
+
+def test_the_console_has_trls_numbers_and_the_log_all(tmp_path, capsys):
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "beta": 0.1}
+    run = ours.DiffusionGRPOTrainer(
+        tiny(),
+        reward,
+        config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]),
+    )
+    run.train()
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(printed) == len(run.state.log_history) == 4
+    for shown, log in zip(printed, run.state.log_history, strict=True):
+        assert shown.keys() <= log.keys() and len(shown) < 40
+        assert not [
+            name for name in shown if name.removeprefix("eval_").startswith(("rollout_corr", "trained", "off_policy"))
+        ]
+    assert {"loss", "reward", "kl", "clip_ratio/low_mean", "completions/mean_length"} <= printed[0].keys()
+    assert "rollout_corr/ess" in run.state.log_history[0] and "eval_reward" in printed[2]
+
+
+def test_a_given_tokenizer_of_a_checkpoint_is_used(tmp_path):
+    source = checkpoint(tmp_path / "source", "llada")
+    tokenizer = load_policy(source).tokenizer
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    run = trainer(tmp_path, model=str(source), processing_class=tokenizer, rows=[{"prompt": "ab"}] * 8)
+    assert run._policy.tokenizer is tokenizer is run.processing_class
+    with pytest.raises(ValueError, match="processing_class has other tokens than the tokenizer of model="):
+        trainer(tmp_path, model=str(source), processing_class=tiny().tokenizer, rows=[{"prompt": "ab"}] * 8)
+
+
+def test_a_loaded_model_brings_the_tokenizer_of_its_folder(tmp_path):
+    """As in TRL."""
+    tiny().save_pretrained(tmp_path / "model")
+    run = trainer(tmp_path / "out", model=AutoModelForMaskedLM.from_pretrained(tmp_path / "model"))
+    assert run._policy.tokenizer.get_vocab() == tiny().tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
@@ -412,24 +647,69 @@ def test_the_defaults_that_grpo_accepts_are_trls():
 
 
 def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
-    settings = {"loss_type": "sapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True}
-    settings |= {"torch_compile": True}
+    settings = {"loss_type": "ppo", "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "min_p": 0.1, "fp16": True}
+    settings |= {"torch_compile": True, "neftune_noise_alpha": 5.0, "bf16_full_eval": True}
     if "trust_remote_code" in {field.name for field in dataclasses.fields(GRPOConfig)}:
         settings |= {"trust_remote_code": True}
     with pytest.raises(ValueError, match="has no use for") as refused:
-        trainer(tmp_path, settings=settings, tools=[print], peft_config=LoraConfig(lora_dropout=0.1))
-    for part in (
-        "loss_type='sapo'",
-        "entropy_coef=0.1",
-        "top_entropy_quantile=0.5",
-        "min_p=0.1",
-        "fp16=True",
-        "torch_compile=True",
-        "tools",
-        "lora_dropout=0.1",
-    ):
+        trainer(tmp_path, settings=settings, tools=[print], rollout_func=print)
+    for part in [*(f"{name}={value!r}" for name, value in settings.items()), "tools", "rollout_func"]:
         assert part in str(refused.value)
-    assert ("trust_remote_code=True" in str(refused.value)) is ("trust_remote_code" in settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "peft_config: use_dora=True is not supported"),
+        ({"rank_pattern": {"query": 2}}, "peft_config: rank_pattern=.* is not supported"),
+        ({"alpha_pattern": {"query": 2}}, "peft_config: alpha_pattern=.* is not supported"),
+        ({"modules_to_save": ["embeddings"]}, "peft_config: modules_to_save=.* is not supported"),
+        ({"bias": "lora_only"}, "peft_config: bias='lora_only' is not supported"),
+        ({"lora_bias": True}, "peft_config: lora_bias=True is not supported"),
+        ({"trainable_token_indices": [1]}, "peft_config: trainable_token_indices=.* is not supported"),
+        ({"init_lora_weights": "pissa"}, "peft_config: init_lora_weights='pissa' also changed the base"),
+        ({"lora_dropout": 0.1}, "peft_config: lora_dropout=0.1: forwards have no dropout; set it to 0"),
+    ],
+)
+@pytest.mark.parametrize("is_given", [False, True])
+def test_adapters_that_load_policy_would_refuse_are_refused_before_training(tmp_path, changes, message, is_given):
+    """As the config of adapters to come, and in a PeftModel."""
+    config, policy = LoraConfig(**LORA | changes), tiny()
+    given = {"peft_config": config}
+    if is_given:
+        if "trainable_token_indices" in changes:
+            pytest.skip("peft finds no embeddings of this name")
+        given = {"model": get_peft_model(policy.module, config), "processing_class": policy.tokenizer}
+        message = message.replace("peft_config", "model")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **given)
+
+
+def test_another_method_of_peft_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config: peft_type='IA3' is not supported; only LoRA is"):
+        trainer(tmp_path, peft_config=IA3Config(target_modules=["query"], feedforward_modules=[]))
+
+
+class Score:
+    def __call__(self, completions, **_):
+        return [0.0] * len(completions)
+
+
+def measured(completions):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("given", [Oracle(measured), [Score(), Oracle(measured)]])
+def test_an_oracle_is_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=r"reward_funcs\[[01]\] is an Oracle, .* use grpo, or give the function"):
+        ours.DiffusionGRPOTrainer(tiny(), given, config(tmp_path), train_dataset=Dataset.from_list(ROWS))
+
+
+@pytest.mark.parametrize("callback", [StopBelow(), StopBelow, TrainerState(), object()])
+def test_what_is_no_callback_of_transformers_is_refused(tmp_path, callback):
+    kind = getattr(callback, "__name__", type(callback).__name__)
+    with pytest.raises(ValueError, match=rf"callbacks\[1\] is of type {kind}; give an object of transformers"):
+        trainer(tmp_path, callbacks=[PrinterCallback, callback])
 
 
 def test_the_warnings_of_grpo_are_given(tmp_path):
@@ -496,6 +776,31 @@ def resized():
         ),
         (r"loss=.*does not work by micro-batches", {"loss": whitened}),
         (r"two objectives", {"corrector": TBPO(), "loss": GSPO()}),
+        (r"two objectives", {"corrector": TBPO(), "settings": {"off_policy_mask_threshold": 0.1}}),
+        (r"corrector='TSI'.*TIS", {"corrector": "TSI"}),
+        (
+            r"loss=PPOClip.* replaces the objective that GRPOConfig's epsilon=0.1, loss_type='cispo' would choose",
+            {"loss": PPOClip(), "settings": {"epsilon": 0.1, "loss_type": "cispo"}},
+        ),
+        (
+            r"corrector=TBPO.* replaces the objective that GRPOConfig's delta=2.0 would choose",
+            {"corrector": TBPO(), "settings": {"delta": 2.0}},
+        ),
+        (
+            r"importance_sampling_level='sequence' with loss_type='sapo' is not supported",
+            {"settings": {"loss_type": "sapo", "importance_sampling_level": "sequence"}},
+        ),
+        (
+            r"sync_ref_model=True needs a copy of the weights as the reference: beta > 0",
+            {"settings": {"sync_ref_model": True}},
+        ),
+        (r"sync_ref_model=True needs a copy", {"settings": {"sync_ref_model": True, "beta": 0.1}, "lora": True}),
+        (r"train_dataset has no column 'prompt', only \['question'\]", {"rows": [{"question": "1"}] * 8}),
+        (r"eval_dataset has no column 'prompt', only \['q', 's'\]", {"eval_rows": [{"q": "1", "s": 1}] * 8}),
+        (
+            r"processing_class=None: a loaded RobertaPreLayerNormForMaskedLM needs its tokenizer",
+            {"model": get_peft_model(tiny().module, LoraConfig(**LORA))},
+        ),
         (r"model_init_kwargs=.*bfloat16.* leave it out", {"settings": {"model_init_kwargs": {"dtype": "bfloat16"}}}),
         (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
         (r"model's module, Own, is none of transformers' models, which TRL needs; use grpo", {"model": own_policy()}),
@@ -686,11 +991,11 @@ def test_the_block_of_the_page_plans_the_batch_that_it_trains(tmp_path, monkeypa
     assert adapters and all(x.abs().max() > 0 for x in adapters.values())
 
 
-def test_the_page_names_what_is_refused():
-    told = re.search(r"\*\*Refused at the start.*", PAGE.read_text())[0]
-    names = {*re.findall(r"`(\w+)`", told)} - {"loss_type", "model_init_kwargs", "dtype"}
-    assert len(names) > 8 and names <= {*ours.UNUSED_FIELDS, *ours.UNUSED_ARGUMENTS, *ours.LOSS_TYPES}
-    assert names >= {*ours.LOSS_TYPES}
+def test_the_table_of_the_page_names_what_is_refused_and_nothing_else():
+    """The settings of its first column, and each of those that the code refuses."""
+    table = PAGE.read_text().partition("| Refused |")[2].partition("\n\n")[0]
+    told = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert told == {*trl_settings.UNUSED_FIELDS, *trl_settings.UNUSED_ARGUMENTS}
 
 
 def test_an_evaluations_loss_is_the_sum_of_the_processes_shares(monkeypatch):
@@ -703,6 +1008,7 @@ def test_an_evaluations_loss_is_the_sum_of_the_processes_shares(monkeypatch):
             accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=processes),
             model=SimpleNamespace(training=False), args=SimpleNamespace(steps_per_generation=1), _recipe=recipe,
         )  # fmt: skip
+        run.loss_type, run._router_loss = "dapo", lambda *_: 0.0
         share = ours.DiffusionGRPOTrainer._compute_loss(run, None, {"dllm_rl": [([batch], 0)]})
         assert share.item() == 0.25 * processes
 

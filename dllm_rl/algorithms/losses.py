@@ -15,7 +15,7 @@ batch. docs/method.md explains the tags [paper], [digest] and [ours].
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -181,10 +181,11 @@ class CISPO(Loss):
     and makes the value 0 on-policy. Source: CISPO [paper].
 
     Args:
-        max_ratio: Largest ratio (TRL's `epsilon_high`), at least 1. Default: 5.
+        max_ratio: Largest ratio (TRL's `epsilon_high`), above 0. One below 1 is hardly more than a factor of the
+            gradient. Default: 5.
     """
 
-    max_ratio: float = option(default=5.0, at_least=1)
+    max_ratio: float = option(default=5.0, above=0)
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
         return exp_ratio(log_ratio.detach()).clamp(max=self.max_ratio) * advantages[:, None] * log_ratio
@@ -230,6 +231,60 @@ class VESPO(Loss):
         k = torch.where(positive, self.k_pos, self.k_neg)
         lam = torch.where(positive, self.lam_pos, self.lam_neg)
         return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
+
+
+class SAPO(Loss):
+    """(4 / tau) sigmoid(tau (r - 1)) A: a soft gate instead of PPO's clip, with r = exp(log_ratio) per token.
+
+    Use it if the gradient should fade as a ratio leaves 1, instead of ending at a bound. At r = 1 it is that of r A.
+
+    Args:
+        temperature_pos: tau if the advantage is above 0; a larger one lets the gradient fade faster. Default: 1.
+        temperature_neg: tau if the advantage is not above 0. Default: 1.05.
+
+    Source: SAPO, arXiv 2511.20347 [digest].
+    """
+
+    temperature_pos: float = option(default=1.0, above=0)
+    temperature_neg: float = option(default=1.05, above=0)
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
+        tau = torch.where(advantages > 0, self.temperature_pos, self.temperature_neg)[:, None]
+        return torch.sigmoid(tau * (exp_ratio(log_ratio) - 1)) * 4 / tau * advantages[:, None]
+
+
+class OffPolicyMask(Loss):
+    """Another loss without the rows of negative advantage that left the policy that sampled them.
+
+    Use it if several updates per rollout, or stale or quantized rollouts, push answers down that the policy would no
+    longer give. A row is left out if A < 0 and the mean over its tokens of logp_rollout - logp_current exceeds the
+    threshold.
+
+    Args:
+        loss: The loss of the other rows.
+        threshold: Largest mean difference, in nats per token, of a row with a negative advantage.
+        since: Policy of the difference's first term: "rollout", or "old", the learner before the step's first update,
+            for likelihoods that do not estimate the sampler's probabilities. Default: "rollout".
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556, eq. 9 [digest].
+    """
+
+    loss: Loss = PPOClip()
+    threshold: float = option(default=0.5, at_least=0)
+    since: Literal["rollout", "old"] = "rollout"
+
+    @property
+    def inputs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.loss.inputs | ({"log_mismatch"} if self.since == "rollout" else set())
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor, **inputs: Any) -> Float[Tensor, "B T"]:
+        drift = -log_ratio.detach()
+        if self.since == "rollout":
+            drift = drift - inputs["log_mismatch"]
+        mean_drift = torch.where(mask, drift, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+        is_left_out = (advantages < 0) & (mean_drift > self.threshold)
+        read = {name: value for name, value in inputs.items() if name in self.loss.inputs}
+        return torch.where(is_left_out[:, None], 0, self.loss(log_ratio, advantages, mask, **read))
 
 
 class Reinforce(Loss):

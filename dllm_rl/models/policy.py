@@ -58,6 +58,7 @@ from dllm_rl.models.lora import (
     call_without_adapters,
     has_adapted_or_low_bit,
     is_bitsandbytes,
+    is_of_peft,
     merge_lora,
     merged_state_dict,
 )
@@ -266,12 +267,20 @@ def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
             missing, the module's attention differs from the spec's, or a language model of transformers has
             another output layer, or counts positions in another way, than the spec.
     """
-    check_tokenizer(tokenizer, stock=spec is None)
-    if any(type(layer).__module__.startswith("peft.") for layer in module.modules()):
+    if any(is_of_peft(layer) for layer in module.modules()):
         raise ValueError(
             f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
             "train new adapters, set lora in the recipe or in grpo"
         )
+    return wrap_module(module, tokenizer, spec)
+
+
+def wrap_module(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None) -> ModulePolicy:
+    """Wrap a module, which may have peft's adapters, and its tokenizer as a policy; otherwise as `make_policy`.
+
+    Call it if peft's own code saves the adapters, as in TRL's trainer: `save_pretrained` would merge them.
+    """
+    check_tokenizer(tokenizer, stock=spec is None)
     check_weights(module)
     library_spec = None
     if spec is None:

@@ -81,7 +81,13 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
 
 
 def check_rows(policy: Policy, field: str, rows: Any, sampler: Sampler) -> None:
-    """Check the prompts of a data set that another trainer draws from, as `check_prompts` does those of a task."""
+    """Check the prompts of a data set that another trainer draws from, as `check_prompts` does those of a task.
+
+    Raises:
+        ValueError: The rows have no `prompt`, or as in `check_prompts`.
+    """
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{field} has no column 'prompt', only {sorted(rows.column_names)}: rename one")
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     problems = ((index, Problem(rows[index]["prompt"])) for index in range(min(len(rows), MAX_CHECKED_PROMPTS)))
     _longest_prompt(policy, field, problems, sampler, max_positions, length_name="max_completion_length")

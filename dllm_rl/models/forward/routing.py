@@ -1,21 +1,24 @@
-"""Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another reuses them.
+"""What a mixture's routers choose: their load-balancing loss, and router replay.
+
+Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another reuses them.
 
 If two scores of a router are almost equal, rounding decides which expert is chosen. Replay reuses the recorded choice.
 The experts' weights still come from the scores of the policy that replays. M is the number of MoE layers, E the number
 of experts per token. docs/method.md explains the tag [paper].
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.base import Module, Policy, Tokens
 from dllm_rl.models.lora import base_of, moe_layers
 
 
@@ -114,6 +117,43 @@ def _match_columns(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "
     if tokens == rows * columns:
         return x
     return torch.cat([torch.zeros_like(x), x[:, 2 * columns - tokens // rows :]], dim=1)
+
+
+def check_routers(policy: Policy) -> None:
+    """Raise ValueError if transformers has no load-balancing loss for the policy's class."""
+    module = policy.module
+    if not hasattr(sys.modules[type(module).__module__], "load_balancing_loss_func") or policy.spec.mask_id is None:
+        raise ValueError(
+            f"router_aux_loss_coef: transformers has no load-balancing loss of {type(module).__name__}, or it has no "
+            "mask token; set it to 0"
+        )
+
+
+def load_balancing_loss(policy: Policy, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Return transformers' load-balancing loss of a mixture's routers in one forward, over all layers and real tokens.
+
+    Call it in addition to a loss of the completions, so that the experts stay in even use. With an even use by all
+    tokens it is the number of experts per token. Source: Switch Transformer, arXiv 2101.03961 [paper].
+
+    Args:
+        policy: A policy that `check_routers` accepts.
+        tokens: Token ids that the model reads, with mask tokens.
+        attention_mask: False on padding.
+    """
+    module, logits = policy.module, []
+    hooks = (
+        module.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"output_router_logits": True}), with_kwargs=True
+        ),
+        module.base_model.register_forward_hook(lambda _, args, output: logits.append(output.router_logits)),
+    )
+    try:
+        policy.hidden(tokens, attention_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    function = sys.modules[type(module).__module__].load_balancing_loss_func
+    return function(*logits, module.num_experts, module.num_experts_per_tok, attention_mask)
 
 
 def to_token_columns(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:
