@@ -148,7 +148,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
     timeout_help = "seconds in the queue and in the sampler after which a request fails (default 300)"
     add("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
-    client_timeout_help = "seconds in which a client must send the body of a request (default 30)"
+    client_timeout_help = "seconds in which a client must send the headers of a request, then its body (default 30)"
     add("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub)
     add("--seed", type=int, default=0, help="seed of requests without one (default 0)")

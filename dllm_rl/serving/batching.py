@@ -6,9 +6,9 @@ measures the wait): samplers take all rows of a batch through the same block and
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,10 @@ class Refused(Exception):
         self.param = param
 
 
+class Abandoned(Exception):
+    """Raised in the sampler's thread at the next forward, if nobody waits for the running jobs any more."""
+
+
 def shutting_down() -> Refused:
     """Return the error of requests that had not started when the server stopped."""
     return Refused(503, "the server is stopping; ask another one")
@@ -55,6 +59,7 @@ class CompletionJob:
         suffix: Token ids of the text after the completion. If there are any, the model fills in the `max_new_tokens`
             positions between prompt and suffix. Default: none.
         future: Receives a rollout of one row, on the CPU.
+        is_abandoned: Whether nobody waits for the result any more.
     """
 
     ids: Sequence[int]
@@ -62,6 +67,7 @@ class CompletionJob:
     sampler: Sampler
     suffix: Sequence[int] = ()
     future: "Future[Rollout]" = field(default_factory=Future)
+    is_abandoned: bool = False
 
     @property
     def length(self) -> int:
@@ -76,10 +82,12 @@ class PolicyCall:
     Args:
         function: Function to call.
         future: Receives the result.
+        is_abandoned: Whether nobody waits for the result any more.
     """
 
     function: Callable[[Policy], Any]
     future: "Future[Any]" = field(default_factory=Future)
+    is_abandoned: bool = False
 
 
 Job = CompletionJob | PolicyCall
@@ -136,9 +144,10 @@ class Batcher:
             self._condition.notify()
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Remove those jobs that have not started. A running batch continues."""
+        """Remove those jobs that have not started. A running batch of only such jobs ends at its next forward."""
         with self._condition:
             for job in jobs:
+                job.is_abandoned = True
                 job.future.cancel()
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
 
@@ -170,7 +179,7 @@ class Batcher:
         """Run a batch and give each job its result or the error."""
         is_call = isinstance(jobs[0], PolicyCall)
         try:
-            with batch_invariant() if self.exact_batches else nullcontext():
+            with _ended_if_abandoned(self.policy, jobs), batch_invariant() if self.exact_batches else nullcontext():
                 results = [jobs[0].function(self.policy)] if is_call else sample_rows(self.policy, jobs)
         # Broad on purpose: samplers run code of users (rules, modules, tokenizers), which may raise anything. An error
         # that escaped would end the only sampling thread, and every later request would time out.
@@ -214,6 +223,23 @@ class Batcher:
             if len(batch) == self.max_batch_size:
                 break
         return batch
+
+
+@contextmanager
+def _ended_if_abandoned(policy: Policy, jobs: Sequence[Job]) -> Iterator[None]:
+    """Raise Abandoned at the next forward of the policy in the block, once all jobs are abandoned."""
+
+    def check(*_: Any) -> None:
+        if all(job.is_abandoned for job in jobs):
+            raise Abandoned
+
+    # A policy calls its module, or the body and the head of it.
+    handles = [part.register_forward_pre_hook(check) for part in (policy.module, *policy.module.children())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def sample_rows(policy: Policy, completions: Sequence[CompletionJob]) -> list[Rollout]:

@@ -33,6 +33,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise ImportError(f"dllm-rl serve needs {error.name}: pip install -e '.[serve]'") from None
 
@@ -131,7 +132,7 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
     for kind in (Refused, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
 
-    @app.get(HEALTH_PATH)
+    @app.api_route(HEALTH_PATH, methods=["GET", "HEAD"])
     async def health() -> Response:
         return json_response({"status": "ok"})
 
@@ -186,7 +187,7 @@ def _with_access(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
         num_open += 1
         try:
             check_access(Request(scope), settings)
-            if num_open > settings.max_waiting + SPARE_REQUESTS:
+            if num_open > settings.max_waiting + SPARE_REQUESTS and scope["path"] != HEALTH_PATH:
                 raise Refused(429, f"{num_open} requests are open; ask again later")
             await app(scope, receive, send)
         except Refused as refused:
@@ -252,6 +253,8 @@ async def run_jobs(
     """
     batcher.submit(jobs, first=first)
     results: asyncio.Future[Any] = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    # A gathering that is cancelled below has an exception, which asyncio would print if nobody reads it.
+    results.add_done_callback(lambda future: future.cancelled() or future.exception())
     disconnect: asyncio.Future[Any] = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({results, disconnect}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -306,13 +309,51 @@ LOGGING: dict[str, Any] = {
 }
 
 
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, with a time limit for a request's headers.
+
+    Args:
+        seconds: Seconds until the headers of a request must be complete, from the connection or their first byte on.
+        arguments: Arguments of `H11Protocol`.
+    """
+
+    def __init__(self, *arguments: Any, seconds: float, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.seconds = seconds
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        """Start the timer if no request is complete or running, and stop it if one is."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.seconds, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+
 class Server(uvicorn.Server):
     """uvicorn's server. On shutdown it refuses the waiting jobs and finishes the running batch."""
 
     def __init__(self, batcher: Batcher, settings: ServerSettings, learner: Policy | None = None) -> None:
         config = uvicorn.Config(
             make_app(batcher, settings, learner),
-            http="h11",
+            http=partial(TimedProtocol, seconds=settings.client_timeout),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=LOGGING,

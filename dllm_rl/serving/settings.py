@@ -25,7 +25,7 @@ class ServerSettings:
         max_waiting: Largest number of waiting completions of all requests, and so of one request.
         max_body_bytes: Largest size of a request's body.
         timeout: Seconds until a request must be finished, including its time in the queue.
-        client_timeout: Seconds that a client has to send a request's body.
+        client_timeout: Seconds that a client has to send a request's headers, and then its body.
         seed: Seed of the server. A request without a seed gets one derived from it and from the request's number.
     """
 

@@ -281,3 +281,15 @@ def as_evaluation(values) -> Evaluation:
     return Evaluation(
         tuple(GradedAnswer(i, 0, Reward(value, True, {"accuracy": float(value)})) for i, value in enumerate(values)), {}
     )
+
+
+def test_a_resumed_runs_rows_replace_those_of_the_steps_that_it_repeats(tmp_path) -> None:
+    """Also the rows of the step at which it resumes; and a second resume drops rows of the first."""
+    path = tmp_path / "completions.jsonl"
+    steps = [0, 1, 2, {"resume_from": 1}, 1, 2, 3, {"resume_from": 2}, 2]
+    rows = [
+        step if isinstance(step, dict) else {"step": step, "completion": f"line {line}", "answer": "5"}
+        for line, step in enumerate(steps, 1)
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert [each.completion for each in read_completions(path, "gsm8k")] == ["line 1", "line 5", "line 9"]

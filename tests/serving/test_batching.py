@@ -13,6 +13,7 @@ from dllm_rl.decoding.tokens import completion_token_ids
 from dllm_rl.samplers import Autoregress, Unmask, sampler_for
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.serving.batching import (
+    Abandoned,
     Batcher,
     CompletionJob,
     PolicyCall,
@@ -244,3 +245,46 @@ def test_scaled_steps_are_enough_wherever_a_completion_begins_in_a_block(length)
     for begins in range(4):
         blocks = -(-(length + begins) // 4)
         assert blocks <= sampler.diffusion_steps <= length or length < blocks
+
+
+class Slow:
+    """A policy whose first forward waits until it is released, and which counts its forwards."""
+
+    def __init__(self, policy):
+        self.policy, self.count = policy, 0
+        self.begun, self.release = threading.Event(), threading.Event()
+        next(policy.module.children()).register_forward_pre_hook(self.wait)
+
+    def wait(self, *_):
+        self.count += 1
+        self.begun.set()
+        self.release.wait(60)
+
+
+@pytest.mark.parametrize("policy", [diffusion, causal], ids=["Unmask", "Autoregress"])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_running_batch_ends_at_its_next_forward_when_all_its_jobs_are_abandoned(make, policy, kept):
+    slow = Slow(policy())
+    batcher = make(slow.policy)
+    jobs = [job(2, SAMPLERS[sampler_for(slow.policy)], seed) for seed in (1, 2)]
+    batcher.submit(jobs)
+    slow.begun.wait(60)
+    batcher.cancel(jobs[kept:])
+    slow.release.set()
+    if kept:
+        assert len(jobs[0].future.result(60).tokens) == 1 and slow.count > 2
+    else:
+        assert all(isinstance(each.future.exception(60), Abandoned) for each in jobs) and slow.count <= 2
+    (done,) = run(batcher, [job(2, SAMPLERS[sampler_for(slow.policy)], 1)])  # the next batch is not disturbed
+    assert done.tokens.shape[1] > 2
+
+
+def test_a_call_that_is_abandoned_ends_at_its_next_forward(make):
+    slow = Slow(diffusion())
+    batcher = make(slow.policy)
+    call = PolicyCall(lambda policy: sample_rows(policy, [job(2)]))
+    batcher.submit([call])
+    slow.begun.wait(60)
+    batcher.cancel([call])
+    slow.release.set()
+    assert isinstance(call.future.exception(60), Abandoned) and slow.count <= 2

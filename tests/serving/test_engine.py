@@ -218,8 +218,13 @@ NAME = "lm_head.dense.weight"
         ({"other": torch.zeros(2)}, {}, "tensors \\['other'\\] do not fit"),
         ({}, {"weights_version": 4}, "answers 409: weights_version=4 is not newer than the server's 4"),
         ({}, {"weights_version": 3}, "weights_version=3 is not newer"),
-        ({}, {"weights_version": "5"}, "weights_version='5' must be a whole number"),
-        ({}, {"weights_version": True}, "weights_version=True must be a whole number"),
+        ({}, {"weights_version": "5"}, "weights_version='5': must be a whole number"),
+        ({}, {"weights_version": True}, "weights_version=True: must be a whole number"),
+        ({}, {"weights_version": 2**70}, "weights_version=1180591620717411303424: must be .* below 2"),
+        ({}, {"weights_version": -1}, "weights_version=-1: must be a whole number"),
+        ({}, {"run": 3}, "run=3: must be a text"),
+        ({}, {"is_load": "yes"}, "is_load='yes': Input should be a valid boolean"),
+        ({}, {"other": 1}, "other=1: Extra inputs are not permitted"),
         (
             {},
             {"is_load": True, "without": NAME},
@@ -266,8 +271,58 @@ def test_rollouts_of_another_version_are_refused(loaded):
 def test_rollouts_without_a_load_are_refused():
     with learning(diffusion()) as server:
         client = Client(HTTPEngine(url=server.url), 0, "run")
-        with pytest.raises(ValueError, match="answers 409: another run"):
-            client.post("/logits", {})
+        for path, header in (("/logits", {}), ("/rollouts", {"settings": {}, "reads_order": True}), ("/weights", {})):
+            with pytest.raises(ValueError, match="answers 409: no run has loaded its weights into this server yet"):
+                client.post(path, {}, **header)
+
+
+def test_malformed_tensors_and_headers_are_refused_by_name(loaded):
+    """None reaches the model: an id that its embedding lacks would end the process's use of a GPU."""
+    ids, mask, vector = torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([0])
+    right = {
+        "/logits": ({"tokens": ids, "attention_mask": mask, "positions": torch.tensor([[0, 1]])}, {}),
+        "/rollouts": (
+            {"tokens": ids, "attention_mask": mask, "group": vector, "seeds": vector},
+            {"settings": {"max_new_tokens": 2}, "reads_order": False},
+        ),
+    }
+    cases = [
+        ("/rollouts", {}, {"settings": None}, "settings=None: must be an object"),
+        ("/rollouts", {}, {"settings": [1]}, r"settings=\[1\]: must be an object"),
+        ("/rollouts", {}, {"settings": {"max_new_tokens": "2"}}, "max_new_tokens='2'"),
+        ("/rollouts", {}, {"settings": {"max_new_tokens": 2, "rank": {"x": 1}}}, "rank="),
+        ("/rollouts", {}, {"reads_order": 1}, "reads_order=1: Input should be a valid boolean"),
+        ("/rollouts", {}, {"without": "settings"}, "settings: must be an object"),
+        (
+            "/rollouts",
+            {"attention_mask": mask.float()},
+            {},
+            "attention_mask is torch.float32 of shape .* torch.bool",
+        ),
+        ("/rollouts", {"seeds": vector.float()}, {}, "seeds is torch.float32 .* it must be torch.int64 of"),
+        ("/rollouts", {"seeds": torch.tensor([0, 1])}, {}, r"seeds has the shape \(2,\); \(B\) must be alike"),
+        ("/rollouts", {"tokens": ids[:0], "attention_mask": mask[:0]}, {}, r"tokens has the shape \(0, 2\)"),
+        ("/rollouts", {"tokens": ids[0]}, {}, r"tokens is torch.int64 of shape \(2,\); it must be .* \(B, S\)"),
+        ("/rollouts", {"tokens": ids + 10**6}, {}, r"tokens must lie in \[0, \d+\), and has values from 1000003"),
+        ("/rollouts", {"group": vector - 1}, {}, r"group must lie in"),
+        ("/rollouts", {"infill_mask": mask.long()}, {}, "infill_mask is torch.int64"),
+        ("/rollouts", {"other": ids}, {}, r"tensors .*'other'.* must be attention_mask, group, seeds, tokens"),
+        ("/logits", {"tokens": ids - 4}, {}, r"tokens must lie in \[0, \d+\), and has values from -1 to 0"),
+        ("/logits", {"tokens": ids.float()}, {}, "tokens is torch.float32"),
+        ("/logits", {"positions": ids + 62}, {}, r"positions must lie in \[0, 64\), and has values from 65"),
+        ("/logits", {"positions": ids[:, :1]}, {}, r"positions has the shape \(1, 1\); \(B, T\) must be alike"),
+        ("/logits", {"attention_mask": mask[0]}, {}, "attention_mask is torch.bool of shape"),
+    ]
+    client = loaded.client
+    for path, tensors, header, said in cases:
+        sent, fields = right[path]
+        fields = {
+            name: value for name, value in (fields | header).items() if name not in ("without", header.get("without"))
+        }
+        with pytest.raises(ValueError, match=f"answers 400: .*{said}"):
+            client.post(path, sent | tensors, **fields)
+    for path, (tensors, header) in right.items():
+        assert client.post(path, tensors, **header)[0]
 
 
 def other_rank(logits, normalizer):

@@ -1,5 +1,6 @@
 """Access and limits: who is refused, how soon, and in which words."""
 
+import gc
 import json
 import socket
 import threading
@@ -115,6 +116,14 @@ def test_a_client_that_does_not_send_its_body_gets_an_answer(guarded):
     assert 0.9 < time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: 1\r\n"])
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_client_that_does_not_send_its_headers_is_left(guarded, before, sent):
+    """Also after a request that was answered. `raw` returns when the server closes the connection."""
+    answer = guarded.raw(before + sent)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b'{"status": "ok"}') if before else answer == b""
+
+
 def test_a_client_that_sends_its_body_byte_by_byte_gets_an_answer(guarded):
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
         connection.sendall(request_bytes("", length=1000))
@@ -150,7 +159,25 @@ def test_a_full_queue_and_a_late_turn_get_answers():
         assert answer[0] == 200 and answer[1]["choices"]
 
 
-def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch):
+def test_health_is_answered_whatever_else_is_open(monkeypatch):
+    monkeypatch.setattr("dllm_rl.serving.server.SPARE_REQUESTS", 0)
+    with (
+        running(diffusion(), batcher={"max_waiting": 1}) as server,
+        held(server.batcher),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(server.ask, "/v1/completions", {"prompt": "1"})
+        while not server.batcher._waiting:
+            time.sleep(0.01)
+        assert server.ask("/v1/models")[0] == 429
+        assert server.ask("/health") == (200, {"status": "ok"})
+        answer = server.raw(b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
+        server.stop()
+        assert waiting.result(10)[0] == 503
+
+
+def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch, capfd):
     release = threading.Event()
 
     def late(*arguments):
@@ -163,6 +190,8 @@ def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch):
         assert status == 504 and answer["error"]["message"].startswith("not finished within 0.5 s")
         assert answer["error"]["type"] == "server_error"
         release.set()
+    gc.collect()  # asyncio reports an error that nobody has read when its future is deleted
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("body", "jobs"), [('{"prompt": "1"}', 1), ('{"prompt": ["1", "2"], "n": 3}', 6)])
