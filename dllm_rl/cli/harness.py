@@ -4,7 +4,10 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+import torch
+
 from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.device import find_device
 from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.samplers.cache import Cache
@@ -16,6 +19,7 @@ from lm_eval.api.registry import register_model  # isort: skip
 
 
 METHODS: dict[str, Any] = {"likelihood": LikelihoodEstimator, "rank": Rank, "commit": Commit, "cache": Cache}
+HARNESS_DEVICE = "cuda:0"  # default of the harness's --device, which it passes on machines without a GPU, too
 MAX_NEW_TOKENS = 256  # default of the harness's models, if neither --model_args nor the task sets a length
 
 
@@ -28,7 +32,8 @@ class CommandLineModel(HarnessModel):
     Args:
         pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
         dtype: dtype of the weights; "auto" (default): as stored.
-        device: Device of the weights. None (default): the accelerator, if there is one.
+        device: Device of the weights. None (default): the accelerator, if there is one, as for the harness's default of
+            --device on a machine without such a GPU.
         batch_size, greedy, seed: As in `HarnessModel`.
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`, for example
             commit=Threshold,commit.tau=0.9; and likelihood, the class of an estimator (default: Causal for a causal
@@ -51,6 +56,9 @@ class CommandLineModel(HarnessModel):
         model_options = Namespace(
             model=str(pretrained), make_model=None, dtype=dtype, device=device, verify_checkpoint="full"
         )
+        if device == HARNESS_DEVICE and not torch.cuda.is_available():
+            model_options.device = None
+            print(f"device={device!r}, the harness's default, is not on this machine: using {find_device()}")
         policy = open_policy(model_options)
         options.setdefault("likelihood", "Causal" if policy.spec.attention == "causal" else "ELBO")
         options.pop("max_batch_size", None)  # the harness always passes it; it is for automatic batch sizes

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import processors
 
 from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -257,3 +258,28 @@ def test_local_tasks_from_end_to_end(tasks, tmp_path, monkeypatch):
     assert found["results"]["letters"]["acc,none"] == expected
     written = [sample["resps"][0][0] for sample in found["samples"]["writing"]]
     assert written == model.generate_until(asked(*((row["question"], {"until": "="}) for row in rows)))
+
+
+def test_contexts_begin_with_what_the_tokenizer_adds_and_no_text_begins_with_it_twice():
+    model = autoregressive()
+    eos = model.policy.spec.eos_ids[0]
+    plain = model.tok_encode("ab")
+    assert model.prefix_token_id == eos
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", eos)]
+    )
+    assert model.tok_encode("ab") == model.tok_encode("<pad>ab") == [0, *plain] and model.prefix_token_id == 0
+    assert model.tok_encode("ab", add_special_tokens=False) == plain
+
+
+@pytest.mark.parametrize(("device", "is_refused"), [("cuda:0", False), (None, False), ("cpu", False), ("cuda:1", True)])
+def test_the_harness_default_device_is_the_cpu_on_a_machine_without_a_gpu(tmp_path, monkeypatch, device, is_refused):
+    command = pytest.importorskip("dllm_rl.cli.harness")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    tiny_masked_lm(**SMALL).save_pretrained(tmp_path)
+    if is_refused:
+        with pytest.raises(ValueError, match="device='cuda:1' is not on this machine"):
+            command.CommandLineModel(str(tmp_path), device=device)
+    else:
+        assert command.CommandLineModel(str(tmp_path), device=device).policy.device.type == "cpu"
