@@ -300,7 +300,7 @@ def test_malformed_tensors_and_headers_are_refused_by_name(loaded):
             "attention_mask is torch.float32 of shape .* torch.bool",
         ),
         ("/rollouts", {"seeds": vector.float()}, {}, "seeds is torch.float32 .* it must be torch.int64 of"),
-        ("/rollouts", {"seeds": torch.tensor([0, 1])}, {}, r"seeds has the shape \(2,\); \(B\) must be alike"),
+        ("/rollouts", {"seeds": torch.tensor([0, 1])}, {}, r"seeds has the shape \(2,\); \(B\) must be equal"),
         ("/rollouts", {"tokens": ids[:0], "attention_mask": mask[:0]}, {}, r"tokens has the shape \(0, 2\)"),
         ("/rollouts", {"tokens": ids[0]}, {}, r"tokens is torch.int64 of shape \(2,\); it must be .* \(B, S\)"),
         ("/rollouts", {"tokens": ids + 10**6}, {}, r"tokens must lie in \[0, \d+\), and has values from 1000003"),
@@ -310,15 +310,14 @@ def test_malformed_tensors_and_headers_are_refused_by_name(loaded):
         ("/logits", {"tokens": ids - 4}, {}, r"tokens must lie in \[0, \d+\), and has values from -1 to 0"),
         ("/logits", {"tokens": ids.float()}, {}, "tokens is torch.float32"),
         ("/logits", {"positions": ids + 62}, {}, r"positions must lie in \[0, 64\), and has values from 65"),
-        ("/logits", {"positions": ids[:, :1]}, {}, r"positions has the shape \(1, 1\); \(B, T\) must be alike"),
+        ("/logits", {"positions": ids[:, :1]}, {}, r"positions has the shape \(1, 1\); \(B, T\) must be equal"),
         ("/logits", {"attention_mask": mask[0]}, {}, "attention_mask is torch.bool of shape"),
     ]
     client = loaded.client
     for path, tensors, header, said in cases:
         sent, fields = right[path]
-        fields = {
-            name: value for name, value in (fields | header).items() if name not in ("without", header.get("without"))
-        }
+        fields = fields | header
+        fields.pop(fields.pop("without", None), None)
         with pytest.raises(ValueError, match=f"answers 400: .*{said}"):
             client.post(path, sent | tensors, **fields)
     for path, (tensors, header) in right.items():
