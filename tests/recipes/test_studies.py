@@ -33,30 +33,28 @@ STUDIES = studies()
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_is_a_recipe_and_every_claim_is_of_two_arms(name):
-    study = STUDIES[name]
-    for changes in study.arms.values():
-        dataclasses.replace(study.base, **{k: v for k, v in changes.items() if k != "features"})
-    named = {arm for claim in study.contrasts for arm in (claim.arm, claim.against)}
-    assert named | {*study.against, *study.against.values(), *study.fewer} <= set(study.arms)
+def test_every_arm_is_a_recipe(name):
+    for changes in STUDIES[name].arms.values():
+        dataclasses.replace(STUDIES[name].base, **{k: v for k, v in changes.items() if k != "features"})
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_an_arm_runs(name, tmp_path):
-    """The last one, for a step."""
+    """The last one, for a step, of a study whose models its recipe makes."""
     study = STUDIES[name]
+    if not paired.by_seed(study.base):
+        pytest.skip("its model is downloaded, or left by another run")
     few = {"train_batch_size": 2, "num_generations": 4, "report_to": None, "log_completions_steps": 0}
     few |= {"sft_warmup_steps": min(2, study.base.sft_warmup_steps), "output_dir": str(tmp_path)}
     for task in ("validation_task", "eval_task"):
         if hasattr(getattr(study.base, task), "size"):
             few[task] = dataclasses.replace(getattr(study.base, task), size=4)
     arm = list(study.arms)[-1]
+    if study.arms[arm].get("rollout_engine", study.base.rollout_engine) is not None:
+        pytest.importorskip("xllamacpp")
     arms = {arm: {key: value for key, value in study.arms[arm].items() if key not in few and key != "num_steps"}}
     short = dataclasses.replace(study, base=dataclasses.replace(study.base, **few), arms=arms)
-    try:
-        paired.run_one(short, tmp_path, 1, arm, seed=0)
-    except (ImportError, FileNotFoundError) as error:
-        pytest.skip(f"{error}")
+    paired.run_one(short, tmp_path, 1, arm, seed=0)
     (found,) = paired.load(tmp_path).values()
     assert 0 <= found["after"] <= 1
 

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise as neighbors
 
 import pytest
 import torch
 import transformers
 from layouts import checkpoint
+from repetitions import few, pairwise, slow
 
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import Trajectory
@@ -67,8 +68,10 @@ def counted(policy, monkeypatch, **options):
     return rollout, sum(total)
 
 
-@pytest.mark.parametrize("commit", COMMITS)
-@pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
+@pytest.mark.parametrize(
+    ("family", "commit"),
+    pairwise(["sdar", "llada2", "nemotron"], COMMITS, kept=[("sdar", "threshold"), ("nemotron", "schedule")]),
+)
 def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     policy, length = policies(family), {"sdar": 11, "llada2": 70, "nemotron": 19}[family]
     options = {"commit": COMMITS[commit], "length": length, "diffusion_steps": min(10, length // 2)}
@@ -77,7 +80,7 @@ def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     assert cached.completion_mask[:, -length:].all() and less < work
 
 
-@pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
+@pytest.mark.parametrize("family", few(["sdar", "llada2", "nemotron"], ["llada2", "nemotron"]))
 def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, monkeypatch):
     """Against the same rows as prompts of their own: the same tokens and log-probs, and each prompt is run once for its
     group, where each row runs its own otherwise. What is run later are blocks, of every row."""
@@ -164,9 +167,15 @@ def test_early_exit_of_block_causal_models_is_exact(policies, cache):
         assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
 
 
-@pytest.mark.parametrize("commit", COMMITS)
-@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize(
+    ("family", "kind", "commit"),
+    pairwise(
+        ["llada", "dream"],
+        [PrefixCache, DualCache],
+        COMMITS,
+        kept=[("llada", PrefixCache, "threshold"), ("dream", DualCache, "schedule")],
+    ),
+)
 def test_refreshing_every_step_is_exact(policies, family, kind, commit):
     policy, options = policies(family), {"block_size": 4, "diffusion_steps": 8, "commit": COMMITS[commit]}
     exact = run(policy, **options)
@@ -175,7 +184,12 @@ def test_refreshing_every_step_is_exact(policies, family, kind, commit):
 
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("llada", PrefixCache()), ("llada", DualCache(refresh=3)), ("dream", DualCache()), ("sdar", BlockCache())],
+    [
+        ("llada", PrefixCache()),
+        slow("llada", DualCache(refresh=3)),
+        slow("dream", DualCache()),
+        ("sdar", BlockCache()),
+    ],
 )
 def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, family, cache, monkeypatch):
     """Each step runs the rows that write in it, after a first one that serves both completions of a prompt; what they
@@ -187,7 +201,7 @@ def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, fa
     monkeypatch.setattr(policy, "encode", spy)
     together = run(policy, **options)
     monkeypatch.undo()
-    assert seen[0] == 4 and len(set(seen[1:])) > 2 and any(a < b for a, b in pairwise(seen[1:]))
+    assert seen[0] == 4 and len(set(seen[1:])) > 2 and any(a < b for a, b in neighbors(seen[1:]))
     assert 8 + sum(seen[1:]) == sum(len(set(steps[steps >= 0].tolist())) for steps in together.unmask_step)
     for row in (0, 3, 5, 7):
         prompts = Prompts.from_ids([IDS[row // 2]], pad_id=0, seeds=[row])
@@ -197,8 +211,14 @@ def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, fa
         torch.testing.assert_close(together.logprobs[row, -width:], alone.logprobs[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    pairwise(
+        [PrefixCache, DualCache],
+        ["float32", "bfloat16"],
+        kept=[(PrefixCache, "bfloat16"), (DualCache, "bfloat16")],
+    ),
+)
 def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
     """LLaDA rotates in fp32, so that in bf16 its keys come in fp32. Rounded as attention rounds them, every step
     refreshed, not a bit differs from a run without a cache."""
@@ -226,8 +246,14 @@ def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
     assert held == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    pairwise(
+        ["llada", "dream"],
+        [PrefixCache, DualCache],
+        kept=[("llada", PrefixCache), ("dream", DualCache)],
+    ),
+)
 def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, monkeypatch):
     """Up to the second step of the first block nothing has been cached that matters; from there log-probs drift."""
     policy, options = policies(family), {"block_size": 4, "diffusion_steps": 11}
@@ -243,8 +269,15 @@ def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, m
     assert seldom < counted(policy, monkeypatch, cache=kind(refresh=2), **options)[1] < work
 
 
-@pytest.mark.parametrize("kind", [PrefixCache, DualCache])
-@pytest.mark.parametrize("make", [tiny_masked_lm, partial(tiny_llama, causal=False)])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (tiny_masked_lm, DualCache),
+        (partial(tiny_llama, causal=False), PrefixCache),
+        slow(tiny_masked_lm, PrefixCache),
+        slow(partial(tiny_llama, causal=False), DualCache),
+    ],
+)
 def test_one_layer_is_exact_without_refresh(make, kind):
     """The keys of a first layer depend on nothing but their own token, so that keeping them is no approximation."""
     policy = make(characters="0123456789abcdefgh", num_layers=1, head_std=0.3)
@@ -323,7 +356,7 @@ def test_any_of_several_end_tokens_ends_a_row(policies, ends):
     assert canvas.finished.nonzero()[:, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("cache", [PrefixCache(refresh=1), PrefixCache(), DualCache()])
+@pytest.mark.parametrize("cache", [slow(PrefixCache(refresh=1)), slow(PrefixCache()), DualCache()])
 def test_a_model_with_a_sliding_window_is_refused(cache, tmp_path):
     """Its layers drop the keys that the cache needs."""
     tokenizer = tiny_masked_lm(characters="1234.=").tokenizer

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from likelihood_toys import TablePolicy
+from repetitions import few, pairwise, slow
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
@@ -189,8 +190,9 @@ def test_mean_ratios_by_enumeration(name, temperature):
         assert mean == pytest.approx(share / (mass / sum(weights)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", FILTERS)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["unmask", "autoregress"])
+@pytest.mark.parametrize(
+    ("is_causal", "name"), pairwise([False, True], FILTERS, kept=[(False, "top_p"), (True, "both")])
+)
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_a_rollout_records_what_was_kept(is_causal, name):
     policy = tiny(is_causal=is_causal)
@@ -331,7 +333,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
     assert log_mass.exp().item() == pytest.approx(2 * math.e**3 / (2 * math.e**3 + math.e + 1))
 
 
-@pytest.mark.parametrize("support", ["per_policy", "unfiltered", "rollout"])
+@pytest.mark.parametrize("support", few(["per_policy", "unfiltered", "rollout"], ["per_policy", "rollout"]))
 @pytest.mark.parametrize("make", [tiny_recipe, pytest.param(tiny_recipe_ar, marks=pytest.mark.slow)])
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantized and on-policy, the first step has no mismatch under any of them."""
@@ -351,7 +353,11 @@ def max_prob_in_place(logits, normalizer):
     return logits.sub_(normalizer[:, None]).amax(-1)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"commit": rules.LateSchedule()}, {"block_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [slow({}), {"top_p": 0.8}, {"commit": rules.LateSchedule()}, slow({"block_size": 3})],
+    ids=str,
+)
 def test_tokens_are_drawn_from_the_logits_that_ranked(options, monkeypatch):
     """One product of the head per step for the library's ranks. A custom rank may write to its logits; it takes two."""
     policy = tiny(is_causal=False)

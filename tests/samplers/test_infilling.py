@@ -85,7 +85,7 @@ def test_what_is_open_is_filled_and_the_rest_stays(policy, name):
             assert sorted(rollout.unmask_step[row][opened[row]].tolist()) == list(range(int(opened[row].sum())))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", few(WAYS, ["greedy", "plackett_luce"]))
 def test_open_positions_at_the_end_are_what_is_appended(policy, name):
     """Bit for bit, all of the record, with rows of a group and padding on the left."""
     ids, seeds = [[3, 4, 5], [7], [8, 9, 10, 11, 12]], range(6)
@@ -97,7 +97,7 @@ def test_open_positions_at_the_end_are_what_is_appended(policy, name):
     equal(fill(policy, [[*row, M, M] for row in ids], seeds, group=2, new=2, **WAYS[name]), plain)
 
 
-@pytest.mark.parametrize("name", few(WAYS, [name for n, name in enumerate(WAYS) if n % 2 == 0]))
+@pytest.mark.parametrize("name", few(WAYS, ["confidence", "soft_threshold"]))
 def test_a_row_depends_on_itself_only(policy, name):
     seeds, order = [11, 22, 33, 44, 55], [3, 1, 4, 0, 2]
     together = fill(policy, IDS, seeds, new=1, **WAYS[name])
@@ -117,7 +117,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     assert_replayed(policy, name, atol=0)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", few(WAYS, ["confidence", "plackett_luce"]))
 def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
     assert_replayed(policy, name, atol=1e-5)
 
@@ -174,12 +174,12 @@ def test_one_step_and_elbo_score_the_open_positions():
     expected = [0.0, 0.0, policy.logp(tokens, set(inside), 1), 0.0, policy.logp(tokens, set(inside), 3)]
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=0, atol=1e-6)
 
-    elbo = estimators.ELBO(num_samples=1000)
+    elbo = estimators.ELBO(num_samples=200)
     noise = elbo.draw_views(rollout, torch.Generator().manual_seed(0))
     assert not (noise.masked & ~rollout.completion_mask).any()
-    views = (elbo.view_logprobs(policy, rollout, noise) * noise.coefficients).sum((1, 2)) * 1000
+    views = (elbo.view_logprobs(policy, rollout, noise) * noise.coefficients).sum((1, 2)) * 200
     error = (views.mean() - elbo_by_hand(policy, tokens.tolist(), inside)).abs()
-    assert error < 4 * views.std() / 1000**0.5
+    assert error < 4 * views.std() / 200**0.5
 
 
 def test_gradients_are_those_of_the_open_positions(policy):

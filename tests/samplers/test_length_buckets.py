@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
-from repetitions import few
+from repetitions import few, slow
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy
@@ -60,7 +60,10 @@ def positions_run(policy, monkeypatch, run):
     return shapes
 
 
-@pytest.mark.parametrize(("name", "cost"), [*((name, 0) for name in OPTIONS), ("exact", 60)])
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [("exact", 60), ("block cache", 0), *(slow(name, 0) for name in OPTIONS if name != "block cache")],
+)
 def test_completions_are_those_of_one_batch(name, cost, tmp_path, split):
     """Tokens and their order are equal; log-probs to the rounding of sums over other numbers of columns."""
     policy = policy_for(name, tmp_path)

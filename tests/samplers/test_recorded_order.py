@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from repetitions import few, slow
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import evaluate, train
@@ -40,7 +41,7 @@ def computed(monkeypatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", few(ORDERS, ["in blocks, with a cache", "soft_threshold"]))
 def test_without_the_record_a_rollout_is_the_same(name, computed):
     policy = tiny_masked_lm(characters="123456789", head_std=0.1)
     prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, num_generations=3)
@@ -59,14 +60,14 @@ def test_without_the_record_a_rollout_is_the_same(name, computed):
 @pytest.mark.parametrize(
     ("likelihood", "reads"),
     [
-        (Trajectory(), True),
+        slow(Trajectory(), True),  # every run of it would fail without
         (lambda rollout, generator: Trajectory().draw_views(rollout, generator), True),
-        (Trajectory(include_order=False), False),
+        slow(Trajectory(include_order=False), False),
         (Trajectory(num_segments=2), False),
-        (Trajectory(num_sampled_steps=2), False),
-        (OneStep(), False),
-        (ELBO(num_samples=1), False),
-        (Sandwich(), False),
+        slow(Trajectory(num_sampled_steps=2), False),
+        slow(OneStep(), False),
+        slow(ELBO(num_samples=1), False),
+        slow(Sandwich(), False),
     ],
     ids=["exact", "function", "tokens", "merged", "drawn", "one_step", "elbo", "sandwich"],
 )

@@ -159,7 +159,7 @@ def check(seeds):
 
 
 def test_tokens_are_those_of_transformers():
-    check(range(4))
+    check(range(2))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from likelihood_toys import TablePolicy
 from mixtures import moe
 from order_toys import stayed_of
-from repetitions import few
+from repetitions import few, pairwise, slow
 
 from dllm_rl.likelihoods.estimators import Trajectory, recorded
 from dllm_rl.models import logprobs as head
@@ -63,8 +63,10 @@ def published(policy, prompt, *, length, steps, block_length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block_length", few([8, 16, 32, None], [8, None]))
-@pytest.mark.parametrize("steps", few([32, 16, 20, 12], [32, 20]))
+@pytest.mark.parametrize(
+    ("block_length", "steps"),
+    pairwise([8, 16, 32, None], [32, 16, 20, 12], kept=[(8, 20), (None, 32)]),
+)
 def test_equals_published_algorithm(policy, block_length, steps):
     """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
     ids = IDS if block_length in (8, 32) else IDS[:1]
@@ -121,7 +123,7 @@ def sample(policy, ids, seeds, *, width=0, length=20, on_step=None, **options):
     return Unmask(max_new_tokens=length, **options)(policy, prompts, torch.Generator(), on_step=on_step)
 
 
-@pytest.mark.parametrize("name", few(RULES, ["confidence", "plackett_luce", "threshold", "soft_threshold"]))
+@pytest.mark.parametrize("name", few(RULES, ["plackett_luce", "threshold"]))
 def test_row_depends_on_itself_only(policy, name):
     """Alone, among eight, permuted and left-padded: the same tokens, order and log-probs."""
     seeds = [11, 22, 33, 44, 55, 66, 77, 88]
@@ -147,7 +149,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     assert_replayed(policy, name, atol=0)
 
 
-@pytest.mark.parametrize("name", few(RULES, ["plackett_luce", "origin", "soft_threshold", "greedy"]))
+@pytest.mark.parametrize("name", few(RULES, ["plackett_luce", "soft_threshold"]))
 def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
     assert_replayed(policy, name, atol=1e-5)
 
@@ -412,7 +414,9 @@ def test_a_rank_that_returns_nan_is_named(policy, monkeypatch, rank, options):
         sample(policy, IDS[:2], [5, 6], rank=rank, suppress=(3,), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"compile_step": True}, {"commit": rules.LateSchedule()}])
+@pytest.mark.parametrize(
+    "options", [slow({}), {"block_size": 4}, {"compile_step": True}, slow({"commit": rules.LateSchedule()})]
+)
 @pytest.mark.parametrize("rank", [lambda logits: logits[:, 3], lambda uniforms: (uniforms > 0.5).log()])
 def test_a_position_whose_score_is_minus_infinity_is_still_written(policy, monkeypatch, rank, options):
     """-inf is also the score of positions that are not masked."""

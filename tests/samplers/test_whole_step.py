@@ -29,7 +29,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
 
 
-@pytest.mark.parametrize("family", few([*FULL, *BLOCKS], ["llada2"]))
+@pytest.mark.parametrize("family", few([*FULL, *BLOCKS], ["sdar"]))
 def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
     for cache in whole_steps.caches_of(policy):

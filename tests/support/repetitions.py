@@ -26,6 +26,12 @@ def crossed(rows: Iterable[Any], columns: Iterable[Any], *, row: Any, column: An
     return [pair if pair[0] == row or pair[1] == column else slow(*pair) for pair in product(rows, columns)]
 
 
+def pairwise(*values: Iterable[Any], kept: Collection[tuple[Any, ...]]) -> list[Any]:
+    """All combinations of the values: those in `kept`, in which each value that matters is met, run in the default
+    suite, and the others are slow."""
+    return [each if each in kept else slow(*each) for each in product(*values)]
+
+
 def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
