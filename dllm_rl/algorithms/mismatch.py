@@ -97,8 +97,7 @@ def mismatch_metrics(
     exp.
 
     - rollout_is_{mean,std,min,max}: Statistics over tokens of w = min(rho, high), as in verl; the population std.
-    - rollout_is_eff_sample_size: 1 / mean((w / mean w)^2) over tokens. verl clamps weights to [1 / high, high], and has
-      therefore larger values.
+    - rollout_is_eff_sample_size: 1 / mean((w / mean w)^2) over tokens.
     - rollout_is_ratio_fraction_{high,low}: Share of tokens with rho > high, and with rho < 1/high.
     - rollout_is_seq_{mean,std,min,max}: Statistics over sequences of the sequence's mean of w; the sample std.
     - rollout_is_seq_max_deviation: Largest |mean of w - 1| of a sequence.

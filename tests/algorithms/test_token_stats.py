@@ -55,3 +55,17 @@ def test_views_that_score_that_a_position_stays_masked_do_not_count_in_its_entro
         entropies = [token_entropy(policy, rollout, views, micro_batch_size) for views in (ordered, plain)]
         assert_close(*entropies)
         assert (entropies[1][rollout.completion_mask] > 0).all()
+
+
+def test_the_entropy_is_of_the_distribution_that_the_sampler_drew_from():
+    """Divided by a temperature of 10,000, all logits are equal; a top-k of 2 leaves two tokens."""
+    policy = tiny_masked_lm(characters="1234.=", head_std=1.0)
+    prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, num_generations=2, seeds=range(2))
+    found = []
+    for settings in ({"temperature": 1e4}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1e4, "top_k": 2}):
+        rollout = Unmask(max_new_tokens=4, **settings)(policy, prompts, torch.Generator())
+        views = Trajectory().draw_views(rollout, torch.Generator())
+        found.append(token_entropy(policy, rollout, views, None)[rollout.completion_mask])
+    uniform, two, uniform_of_two = found
+    assert (uniform > math.log(6) - 1e-3).all() and (two < math.log(2)).all()
+    assert_close(uniform_of_two, torch.full_like(uniform_of_two, math.log(2)), atol=1e-3, rtol=0)

@@ -224,7 +224,8 @@ def test_numbers_go_back_to_the_process_that_sampled_their_rows(monkeypatch):
         mine = torch.tensor(rows[accelerator.process_index])
         rollout, known = rollouts[accelerator.process_index], torch.zeros(8)
         samples = Samples(rollout, torch.arange(8) // 2, known, known, known, (4, 4))
-        return balance.to_sampling_order(torch.stack([mine * 10.0, -mine], dim=1), samples, samples, accelerator)
+        return balance.to_sampling_order(torch.stack([mine * -10.0, mine * 1.0], dim=1), samples, samples, accelerator)
 
     first, second = Joined(2).run(monkeypatch, work)
-    assert torch.cat([first, second]).tolist() == [[10.0 * i, -i] for i in range(8)]
+    # By their rows, not by the first value.
+    assert torch.cat([first, second]).tolist() == [[-10.0 * i, i] for i in range(8)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,10 +51,12 @@ from dllm_rl.training.late_rollouts.schedule import (
     PendingBatch,
     add_rollout_logprobs,
     read_pending_file,
+    split_mismatch,
 )
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
+from dllm_rl.types import Logprobs, Rollout, Views
 
 QUIET = {"report_to": None, "log_completions_steps": 0}
 
@@ -858,3 +861,24 @@ def test_workers_of_a_rank_with_weights_of_its_own_are_refused(tmp_path):
     ):
         late_recipe(tmp_path, sampler=sampler)
     assert late_recipe(tmp_path, sampler=sampler, workers=0, late=0).sampler == sampler
+
+
+def test_the_parts_of_the_mismatch_have_the_signs_of_the_whole():
+    """The learner gives a token -1 nat, its quantized copy -2 and the older weights -4: log rho 3 is 1 and 2."""
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    everywhere = tokens == 0
+    rollout = Rollout(tokens, everywhere, everywhere, tokens, tokens.float(), torch.zeros(2, dtype=torch.long))
+    views = Views(everywhere[None], everywhere[None].float())
+    old, rollout_logprobs = torch.full((2, 3), -1.0), torch.full((2, 3), -4.0)
+    logps = Logprobs(old, old[None], rollout_logprobs, None, views)
+    result = SimpleNamespace(samples=SimpleNamespace(rollout=rollout), logps=logps)
+    likelihood = SimpleNamespace(logprobs=lambda *given, **more: torch.full((2, 3), -2.0))
+    context = SimpleNamespace(
+        settings=SimpleNamespace(likelihood=likelihood, micro_batch_size=None),
+        policy="learner",
+        rollout_policy="copy",
+        log=SimpleNamespace(stage=lambda name: nullcontext()),
+        arithmetic=nullcontext,
+    )
+    found = split_mismatch(context, result)
+    assert found["mismatch_split/quantization_kl"] == -1 and found["mismatch_split/staleness_kl"] == -2

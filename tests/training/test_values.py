@@ -64,24 +64,37 @@ def test_a_completion_without_a_reward_has_no_advantage_and_teaches_nothing():
     target = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 0.0])
     context = SimpleNamespace(**vars(CONTEXT), policy=policy, settings=SimpleNamespace(micro_batch_size=None))
 
-    def after_two_steps(rows, rewards):
+    def after_three_steps(rows, rewards):  # after the first, the values of the zero-initialized head are not 0
         head, part = ValueHead(ValueModel(), seed=0), rollout.rows(rows)
         views = views_of(part)
         samples = Samples(part, part.group, rewards[rows], target[rows], target[rows], (len(rows),))
         found = []
-        for _ in range(2):
+        for _ in range(3):
             found.append(head.token_advantages(context, samples, views))
             head.learn(CONTEXT, OPTIMIZER)
-        return found[1], head.sums["value/loss"]
+        return found[2], head.sums["value/loss"]
 
     rewards = target.clone()
     rewards[[2, 5]] = torch.nan
-    found, (loss, count) = after_two_steps(torch.arange(6), rewards)
-    others, (others_loss, others_count) = after_two_steps(torch.tensor([0, 1, 3, 4]), rewards)
+    found, (loss, count) = after_three_steps(torch.arange(6), rewards)
+    others, (others_loss, others_count) = after_three_steps(torch.tensor([0, 1, 3, 4]), rewards)
     assert not found[[2, 5]].any() and found[[0, 1, 3, 4]].abs().max() > 0
     torch.testing.assert_close(found[[0, 1, 3, 4]], others)
     torch.testing.assert_close(loss, others_loss)
     assert count == others_count
+
+
+def test_the_head_steps_along_the_gradient_of_the_mean_error(monkeypatch):
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    head = ValueHead(ValueModel(), seed=0)
+    advantages_of(head, policy, rollout, views_of(rollout), torch.linspace(-1, 1, 6))
+    summed, stepped = [parameter.grad.clone() for parameter in head.layers.parameters()], []
+    record = lambda: stepped.extend(parameter.grad.clone() for parameter in head.layers.parameters())  # noqa: E731
+    monkeypatch.setattr(head.optimizer, "step", record)
+    head.learn(CONTEXT, OPTIMIZER)
+    assert any(gradient.any() for gradient in summed)
+    torch.testing.assert_close(stepped, [gradient / 24 for gradient in summed])  # six rows of four steps
 
 
 def test_tokens_get_the_advantage_of_their_step():
