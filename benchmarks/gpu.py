@@ -51,7 +51,8 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.blocks import compile_blocks
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes

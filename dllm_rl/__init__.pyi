@@ -58,9 +58,9 @@ from .likelihoods.estimators import Quadrature as Quadrature
 from .likelihoods.estimators import Sandwich as Sandwich
 from .likelihoods.estimators import Trajectory as Trajectory
 from .models.base import FamilySpec as FamilySpec
-from .models.base import Lora as Lora
 from .models.base import Policy as Policy
 from .models.checkpoint.families import register_family as register_family
+from .models.lora_settings import Lora as Lora
 from .models.policy import load_policy as load_policy
 from .models.policy import make_policy as make_policy
 from .models.rollout_engine import RolloutEngine as RolloutEngine
@@ -106,7 +106,7 @@ from .samplers.rules import Schedule as Schedule
 from .samplers.rules import SoftThreshold as SoftThreshold
 from .samplers.rules import Threshold as Threshold
 from .serving.complete import complete as complete
-from .step.features import StepFeature as StepFeature
+from .step.context import StepFeature as StepFeature
 from .supervised.sft import SFT as SFT
 from .tasks import GSM8K as GSM8K
 from .tasks import MATH500 as MATH500

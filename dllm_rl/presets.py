@@ -13,7 +13,7 @@ from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import K3, PPOClip
 from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.likelihoods.estimators import OneStep
-from dllm_rl.models.base import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, unchecked
 from dllm_rl.samplers.cache import BlockCache

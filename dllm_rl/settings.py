@@ -9,7 +9,8 @@ from torch.nn import Module
 
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.callbacks import StopBelow, check_callbacks
-from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.records import Record, describe, option, to_json
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")

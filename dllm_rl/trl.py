@@ -36,7 +36,7 @@ from dllm_rl.frontend.trl_settings import (
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.forward.routing import check_routers, load_balancing_loss
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import load_policy, wrap_module
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe

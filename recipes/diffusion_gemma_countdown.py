@@ -7,7 +7,7 @@ authors' 48, of which most completions need fewer too: a canvas ends when it is 
 from dataclasses import replace
 
 from dllm_rl import Float8WeightOnly, Trajectory, main
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.samplers import Renoise
 from recipes.llada_8b_countdown import recipe as base
 

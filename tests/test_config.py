@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.algorithms import correctors, losses
 from dllm_rl.config import from_command_line, override
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Sandwich, Trajectory
-from dllm_rl.models.base import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization.schemes import FakeQuantize, Int4WeightOnly, Int8WeightOnly
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.revise import Remask

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,23 @@ def test_a_step_knows_no_recipe_no_files_and_no_signals():
     assert not {"recipe", "files", "manifest", "checkpoints", "training", "callbacks"} & set(MAY_IMPORT["step"].split())
     modules = {name for path, text in sources().items() if path.startswith("step/") for name in imported(text, path)}
     assert not {name for name in modules if name.startswith(("signal", "dllm_rl.distributed.stop"))}
+
+
+def file_imports() -> dict[str, set[str]]:
+    """The files of the package that each file imports in any way: at its top, in a function, or for types alone."""
+    modules = {
+        path.removesuffix(".py").replace("/", "."): path for path in sources() if not path.endswith("__init__.py")
+    }
+    found = {}
+    for path, source in sources().items():
+        names = {name.removeprefix("dllm_rl.") for name in imported(source, path) if name.startswith("dllm_rl.")}
+        targets = {modules.get(name) or modules.get(name.rpartition(".")[0]) for name in names}
+        found[path] = {target for target in targets if target is not None} - {path}
+    return found
+
+
+def test_no_circle_of_files():
+    TopologicalSorter(file_imports()).prepare()  # raises CycleError, which names the files
 
 
 def test_every_permission_is_used():

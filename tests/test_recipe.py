@@ -16,7 +16,7 @@ from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import to_json
 from dllm_rl.samplers.autoregress import Autoregress

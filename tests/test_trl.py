@@ -67,7 +67,8 @@ from dllm_rl import (
 from dllm_rl import trl as ours
 from dllm_rl.frontend import trl_settings
 from dllm_rl.frontend.trl_names import unused_defaults
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_moe
 from dllm_rl.step.samples import Samples

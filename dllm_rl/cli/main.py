@@ -292,7 +292,8 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of, task_named
+    from dllm_rl.cli.options import recipe_of
+    from dllm_rl.cli.run_settings import problems_of, sampler_of, scheme_of, task_named
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
     from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme

@@ -132,6 +132,20 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
     return str(newest)
 
 
+def recipe_of(model: str) -> dict[str, Any] | None:
+    """Return the recipe stored in a run's newest checkpoint, as text and numbers; None if `model` is no run's folder.
+
+    Raises:
+        ValueError: The folder has no complete checkpoint.
+    """
+    if not (Path(model) / "checkpoints").is_dir():
+        return None
+    from dllm_rl.files import read_json
+
+    recipe: dict[str, Any] = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")["recipe"]
+    return recipe
+
+
 def open_policy(
     arguments: argparse.Namespace,
     model: str | None = None,
@@ -146,7 +160,6 @@ def open_policy(
     """
     import torch
 
-    from dllm_rl.cli.run_settings import recipe_of
     from dllm_rl.config import import_named
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy

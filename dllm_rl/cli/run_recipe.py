@@ -12,7 +12,7 @@ from dllm_rl.supervised.sft import SFT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dllm_rl.step.features import StepFeature
+    from dllm_rl.step.context import StepFeature
     from dllm_rl.training.summary import Summary
 
 

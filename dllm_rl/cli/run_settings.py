@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 # Imported so that the sampler of a run that sampled from a server can be read.
 import dllm_rl.serving.engine  # noqa: F401
-from dllm_rl.cli.options import checkpoint_of
-from dllm_rl.files import read_json
+from dllm_rl.cli.options import recipe_of
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import annotations_of, from_json
 from dllm_rl.screen import escape_controls
@@ -18,18 +17,6 @@ from dllm_rl.tasks.base import Problem
 if TYPE_CHECKING:
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers import Sampler
-
-
-def recipe_of(model: str) -> dict[str, Any] | None:
-    """Return the recipe stored in a run's newest checkpoint, as text and numbers; None if `model` is no run's folder.
-
-    Raises:
-        ValueError: The folder has no complete checkpoint.
-    """
-    if not (Path(model) / "checkpoints").is_dir():
-        return None
-    recipe: dict[str, Any] = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")["recipe"]
-    return recipe
 
 
 def task_of(model: str) -> tuple[str, dict[str, Any]]:

@@ -153,7 +153,7 @@ def fingerprint(policy: Policy) -> str:
     It reads every weight, which takes seconds for a model of billions of parameters: call it once per policy.
     """
     weights = {name: weight for name, weight in policy.module.state_dict().items() if isinstance(weight, Tensor)}
-    config = getattr(policy.module, "config", None)
+    config: Any = getattr(policy.module, "config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(config, dict):  # without the folder that it was read from, and the version that wrote it
         config = {

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dllm_rl.records import Record, option
+from dllm_rl.models.lora_settings import Lora
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
@@ -39,48 +39,6 @@ BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 # same time for 600 positions of an 8B model as for one. A CPU takes the same time for 100 positions as for one with a
 # model of width 96, and for 10 positions with width 512.
 FORWARD_COST = {"cpu": 128, "cuda": 1024}
-
-
-class Lora(Record):
-    """Settings of LoRA adapters: W + (alpha / r) B A on linear layers of the blocks.
-
-    Use it as `lora` of `load_policy` or a recipe, to train adapters instead of the weights. A is random and B zero, so
-    that fresh adapters change nothing.
-
-    Args:
-        r: Rank of the adapters.
-        alpha: Scale of the adapters, times r.
-        dropout: Dropout rate of the adapters' inputs, in forwards with gradients only. It must be 0 with `experts`.
-        targets: Names of layers (`q_proj`), or full paths. None: the family's list. Routers, embeddings and heads have
-            no adapters.
-        experts: Also adapt each expert of a mixture of experts.
-        seed: Seed of A and of dropout.
-
-    Raises:
-        ValueError: r is below 1, dropout is outside [0, 1), or dropout is combined with experts.
-
-    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as in peft.
-    """
-
-    r: int = option(default=16, at_least=1)
-    alpha: float = 32.0
-    dropout: float = option(default=0.0, at_least=0, below=1)
-    targets: tuple[str, ...] | None = None
-    experts: bool = False
-    seed: int = 0
-
-    def check(self) -> None:
-        if self.experts and self.dropout:  # merged weights have no separate input that could be dropped
-            raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
-
-    @classmethod
-    def convert(cls, value: Any) -> "Lora | None":
-        """Convert a peft LoraConfig."""
-        if type(value).__module__.partition(".")[0] != "peft":
-            return None
-        from dllm_rl.models.checkpoint.adapters import from_peft  # here, because it imports this module
-
-        return from_peft(value)
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

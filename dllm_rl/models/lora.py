@@ -14,8 +14,9 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Module, Policy, gather_if_sharded, has_bf16_products
+from dllm_rl.models.base import Module, Policy, gather_if_sharded, has_bf16_products
 from dllm_rl.models.checkpoint.tensors import LazyTensor
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.rng import keep_mask
 
 STACKS = ("gate_up_proj", "down_proj")  # weights (E, O, I) of all E experts of a stock module of experts

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import make_record
-from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask, sampler_for, settings_for
+from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask, decodes_in_engine, sampler_for, settings_for
 
 # Settings of `Unmask` that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"compile_step"}
@@ -108,10 +108,8 @@ def sampler_with(policy: Policy, run_sampler: Sampler | None, passed: Mapping[st
     Raises:
         ValueError: The policy's sampler has no such setting, or a value is wrong.
     """
-    from dllm_rl.serving.engine import HTTPSampler  # local: imports this module
-
     sampler = sampler_for(policy)
-    if sampler is Autoregress and isinstance(run_sampler, HTTPSampler):  # it served a causal model
+    if sampler is Autoregress and run_sampler is not None and decodes_in_engine(run_sampler):  # of a causal model
         run_sampler = Autoregress(**settings_for(Autoregress, run_sampler))
     changes = {name: value for name, value in passed.items() if value is not None}
     if changes.get("cache") == "none":

@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import active_rows
 from dllm_rl.types import Rollout, group_numbers, starts_group

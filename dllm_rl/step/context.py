@@ -1,20 +1,113 @@
-"""The objects that every part of a step reads."""
+"""What every part of a step reads: settings, processes, policies, and the features, which are its optional parts."""
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.step.features import StepFeature, overrides
+from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
+from dllm_rl.types import Logprobs, Rollout, Views
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+Metrics = dict[str, float]
+
+
+class StepFeature:
+    """An optional part of a training step: override what it needs.
+
+    Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
+    `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
+    the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
+    step to step goes through `state` and `load_state`, or is gone after a resume.
+    """
+
+    max_staleness: int = 0  # steps by which the rollout's weights may be older, if `syncs` returns False
+    changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
+
+    def around_forward(self, context: "StepContext") -> AbstractContextManager:
+        """Return a context for all forwards of the step: rollouts, a teacher's, the learner's."""
+        return nullcontext()
+
+    def around_learner(self, context: "StepContext") -> AbstractContextManager:
+        """Return a context for scoring and updating."""
+        return nullcontext()
+
+    def after_rollout(self, context: "StepContext", samples: Samples, step: int) -> tuple[Samples, Metrics]:
+        """Change the samples before anything is scored, and return metrics.
+
+        To leave out a row, keep it and set its reward to NaN and its advantage to 0. `Samples.concatenate` adds rows.
+        """
+        return samples, {}
+
+    def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:
+        """Move or reorder the samples between processes."""
+        return samples
+
+    def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
+        """Return the advantage of each scored token in place of the row's; None to keep the row's. A run with it trains
+        on every group, also on those of equal rewards.
+        """
+        return None
+
+    def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
+        """Change the views before rollout policy and learner score them, and the reference if `changes_views` is set.
+        `recorded`: the rollout's log-probs are those that the sampler recorded.
+        """
+        return views
+
+    def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
+        """Change the views after the rollout policy has scored them, and before the learner does."""
+        return views
+
+    def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
+        """Check the scores. Raise RuntimeError to end the run."""
+
+    def learn(self, context: "StepContext", optimizer: "Optimizer") -> None:
+        """Update weights that belong to the learner's, or the learner itself with its optimizer, before the update
+        counts as done: an error here loses it.
+        """
+
+    def after_update(self, context: "StepContext") -> Metrics:
+        """Return metrics of the update. Its gradients are still there, except with replay, which updates after it. An
+        error here leaves a checkpoint of it.
+        """
+        return {}
+
+    def syncs(self, context: "StepContext", step: int) -> bool:
+        """Return whether the rollout policy gets the learner's weights after this step, counted from 0."""
+        return True
+
+    def metrics(self, context: "StepContext") -> Metrics:
+        """Return metrics of the scoring."""
+        return {}
+
+    def state(self) -> bytes | None:
+        """Return what a checkpoint stores of this feature, the same in all processes; None for nothing. Change it only
+        in `learn`: a checkpoint that is written after an error or a signal belongs to the last complete update.
+        """
+        return None
+
+    def load_state(self, state: bytes) -> None:
+        """Continue from the state of a checkpoint. Called before the first step of a resumed run."""
+
+
+def overrides(feature: StepFeature, *methods: str) -> bool:
+    """Return whether the feature's class has one of the methods of its own."""
+    return any(getattr(type(feature), name) is not getattr(StepFeature, name) for name in methods)
 
 
 @dataclass(eq=False, kw_only=True)

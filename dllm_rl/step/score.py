@@ -17,8 +17,7 @@ from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature, overrides
+from dllm_rl.step.context import StepContext, StepFeature, overrides
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group

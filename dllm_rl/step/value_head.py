@@ -12,8 +12,7 @@ from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import join_uneven_forwards
 from dllm_rl.models.tensor_bytes import deserialize, serialize
 from dllm_rl.rng import generator_for
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.types import Views
 

@@ -37,8 +37,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.step.collect import compute_advantages
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.cautions import order_depends_on_tokens
 from dllm_rl.types import Rollout, group_numbers

@@ -14,8 +14,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.replay_store import ReplayStore

@@ -21,13 +21,13 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.step.collect import GradedCompletion, group_sizes, sample_and_grade
-from dllm_rl.step.context import StepContext
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.correct import make_batches
-from dllm_rl.step.features import StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward

@@ -11,8 +11,7 @@ from dllm_rl.algorithms.replay import Replay
 from dllm_rl.distributed.collectives import gather_objects
 from dllm_rl.models.tensor_bytes import deserialize, serialize
 from dllm_rl.rng import generator_for
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.supervised.examples import Example

@@ -22,8 +22,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
-from dllm_rl.step.context import StepContext
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT

@@ -27,7 +27,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.settings import Settings
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepFeature
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files

@@ -28,7 +28,7 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
-from dllm_rl.step.features import StepFeature, overrides
+from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step

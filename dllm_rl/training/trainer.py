@@ -13,7 +13,7 @@ from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepFeature
 from dllm_rl.step.update import train_step
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan

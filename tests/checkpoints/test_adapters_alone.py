@@ -11,8 +11,8 @@ import torch
 from dllm_rl import load_policy, manifest, tiny_llama
 from dllm_rl.checkpoints import checkpoint, run_folder
 from dllm_rl.cli.main import main
-from dllm_rl.models.base import Lora
 from dllm_rl.models.checkpoint.loading import read_config
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.training.trainer import train
 from recipes.sudoku_tiny_llada import recipe as base_recipe
 

@@ -14,6 +14,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import grpo, sft, train
 from dllm_rl.cli import evaluate_run as evaluate_command
+from dllm_rl.cli import options as options_module
 from dllm_rl.cli import run_settings, sample
 from dllm_rl.cli.main import main
 from dllm_rl.cli.options import open_policy
@@ -71,7 +72,8 @@ def test_an_option_replaces_the_runs_own(run, capsys):
 def store(monkeypatch, **settings):
     """Let any model be a run with these settings, as a checkpoint stores them."""
     stored = json.loads(json.dumps({name: to_json(value) for name, value in settings.items()}))
-    monkeypatch.setattr(run_settings, "recipe_of", lambda model: stored)
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", lambda model: stored)
 
 
 OWN = Sudoku(split="validation", clues=8, size=3, seed=5, prompt_format="text")
@@ -85,7 +87,8 @@ RUNS = {
 def task_for(monkeypatch, command):
     """The task of `evaluate COMMAND`, before a protocol grades it, where only the names of RUNS are runs."""
     stored = {name: {"eval_task": to_json(recipe["eval_task"])} for name, recipe in RUNS.items()}
-    monkeypatch.setattr(run_settings, "recipe_of", stored.get)
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", stored.get)
     made = []
     monkeypatch.setattr(
         "dllm_rl.cli.evaluate_run.evaluate_command", lambda given: made.append(evaluate_command.make_task(given))
@@ -310,7 +313,8 @@ def test_a_doctor_asked_for_the_runs_task_samples_the_runs_problems(run, monkeyp
     monkeypatch.setattr("dllm_rl.decoding.tokens.encode", encode)
     task = Sudoku(split="test", clues=8)
     stored = run_settings.recipe_of(str(run)) | {"eval_task": to_json(task)}
-    monkeypatch.setattr(run_settings, "recipe_of", lambda model: stored)
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", lambda model: stored)
     for options in ((), ("--task", "sudoku"), ("--task", "countdown")):
         assert main(["doctor", str(run), "--num_prompts", "3", *options]) == 2
     own = [task[i].prompt for i in range(3)]
@@ -343,7 +347,8 @@ class OwnSampler(Sampler):
 def test_a_scripts_sampler_is_named_and_the_librarys_is_not(run, monkeypatch, capsys, stored):
     assert sampler_of(str(run)) is not None and sampler_of("no run") is None
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": stored})
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", lambda model: {"eval_sampler": stored})
     assert sampler_of("runs/mine") is None
     assert capsys.readouterr().err.startswith(f"note: eval_sampler={stored} ")
 
@@ -403,7 +408,8 @@ def test_the_sampler_of_a_server_gives_its_settings_to_the_policys():
     "stored", [to_json(Int8WeightOnly()) | {"class_path": "mine.Scheme"}, made("Int8WeightOnly", bits=3), "mine:scheme"]
 )
 def test_a_scripts_scheme_is_named(monkeypatch, stored):
-    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"rollout_quantization": stored})
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", lambda model: {"rollout_quantization": stored})
     with pytest.raises(ValueError) as error:
         run_settings.scheme_of("runs/mine")
     assert f"a script defines its rollout_quantization, {stored}; give --quantization" in str(error.value)
@@ -429,7 +435,8 @@ def test_a_scripts_task_is_named(monkeypatch):
         "mine:Words",
         None,
     ):
-        monkeypatch.setattr(run_settings, "recipe_of", lambda model, stored=stored: {"eval_task": stored})
+        for module in (options_module, run_settings):
+            monkeypatch.setattr(module, "recipe_of", lambda model, stored=stored: {"eval_task": stored})
         with pytest.raises(ValueError) as error:
             task_of("run")
         assert f"a script defines its task, {stored}; give --task" in str(error.value)
@@ -464,7 +471,8 @@ def test_problems_of_an_infilling_run_have_its_blanks(tmp_path, max_new_tokens):
 
 @pytest.mark.parametrize("options", [[], ["--num_prompts", "0"]])
 def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys, options):
-    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": made("mine.Words")})
+    for module in (options_module, run_settings):
+        monkeypatch.setattr(module, "recipe_of", lambda model: {"eval_task": made("mine.Words")})
     assert main(["doctor", str(tmp_path), *options]) == 2
     assert ("num_prompts=0" if options else "--task") in capsys.readouterr().err
 

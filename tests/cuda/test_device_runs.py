@@ -25,7 +25,8 @@ from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward

@@ -20,7 +20,7 @@ from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.float32_head import float32_linear
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward

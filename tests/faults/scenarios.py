@@ -12,7 +12,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.sudoku import Sudoku
 

@@ -13,7 +13,8 @@ from dllm_rl import train
 from dllm_rl.algorithms.correctors import TIS, Aligned, NoCorrection
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import copied
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.rollout_engine import FunctionEngine, with_forward
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.quantization.schemes import Float8WeightOnly

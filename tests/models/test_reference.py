@@ -12,7 +12,8 @@ import dllm_rl
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import Causal, Coupled, Trajectory
 from dllm_rl.models.base import position_ids
-from dllm_rl.models.lora import Lora, adapted_layers, add_lora
+from dllm_rl.models.lora import adapted_layers, add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.types import Prompts, Rollout

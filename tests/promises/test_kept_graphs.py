@@ -13,7 +13,8 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
 from dllm_rl.step.correct import make_batches

@@ -19,7 +19,8 @@ from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.stop import SIGNALS, Stop
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.trainer import train

@@ -15,7 +15,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from dllm_rl import load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
-from dllm_rl.models.lora import Lora, add_lora, is_stacked
+from dllm_rl.models.lora import add_lora, is_stacked
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import (

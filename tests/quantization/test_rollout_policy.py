@@ -17,7 +17,8 @@ from torchao.quantization import (
     Float8WeightOnlyConfig,
 )
 
-from dllm_rl.models.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import dequantized_weight, skip_reasons, stored_bytes

@@ -16,7 +16,8 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import Autoregress, Unmask, make_policy, tiny_llama, tiny_masked_lm, train
 from dllm_rl.config import override
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts

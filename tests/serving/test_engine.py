@@ -10,8 +10,8 @@ from servers import TOKEN, causal, diffusion, running
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
-from dllm_rl.models.base import Lora
 from dllm_rl.models.lora import adapted_layers, add_lora, merged_state_dict
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_layers

@@ -11,7 +11,7 @@ from dllm_rl.algorithms.advantages import LeaveOneOut
 from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
 from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.log import RunLog

@@ -15,7 +15,7 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.frontend.grpo import grpo_recipe
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.monitoring import log
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask

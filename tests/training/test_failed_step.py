@@ -9,7 +9,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.screen import line_of
 from dllm_rl.step.collect import draw_indices

@@ -30,7 +30,8 @@ from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.base import copied
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import MaxProb, PlackettLuce, RandomOrder, Rank, SoftThreshold
@@ -38,7 +39,7 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
-from dllm_rl.step.features import StepFeature
+from dllm_rl.step.context import StepFeature
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset

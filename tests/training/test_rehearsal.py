@@ -15,7 +15,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.samplers.revise import Edit
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.sampler import FunctionSampler

@@ -18,7 +18,7 @@ from tiny_recipe import SIZES, Wrapped, tiny_recipe
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.sudoku import Sudoku

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.tensors import (
     FLOAT_DTYPES,
     check_regular,
@@ -18,6 +18,7 @@ from dllm_rl.models.checkpoint.tensors import (
     stock_to_original,
 )
 from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of, is_bitsandbytes
+from dllm_rl.models.lora_settings import Lora, alpha_of
 
 PREFIX = "base_model.model."  # prefix of every name in peft's files
 # Fields of peft's LoraConfig that are read, or that do not change what is computed from the same tensors.
@@ -30,33 +31,6 @@ PEFT_FIELDS = {
 # Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ and similar subtract from its weights.
 PEFT_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 REMEDY = "leave it out, or use the model that peft's merge_and_unload() returns"
-
-
-def from_peft(config: Any) -> Lora:
-    """Convert a peft LoraConfig.
-
-    Raise ValueError for a setting that is not supported here and changes what the adapters compute.
-    """
-    kind = type(config).__name__
-    if kind != "LoraConfig":
-        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or Lora(r=16)")
-    default = type(config)()
-    used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
-    ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
-    for name, value in vars(config).items():
-        if name not in used | ignored and value != getattr(default, name, value):
-            raise ValueError(f"lora=LoraConfig({name}={value!r}): this setting is not supported; leave it out")
-    if config.inference_mode:
-        raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
-    targets = config.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layer names")
-    return Lora(
-        r=config.r,
-        alpha=_alpha(vars(config)),
-        dropout=float(config.lora_dropout),
-        targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
-    )
 
 
 def check_peft_config(config: Any, source: str | Path = "peft_config") -> None:
@@ -166,7 +140,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     targets = sorted(path for path, _ in policy.module.named_modules() if path in stock_paths)
     settings = Lora(
         r=config["r"],
-        alpha=_alpha(config),
+        alpha=alpha_of(config),
         dropout=float(config["lora_dropout"]),
         targets=tuple(targets),
         experts=bool(experts),
@@ -185,11 +159,6 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         layer.calls = int(metadata.get("dropout_calls", 0))
         if isinstance(layer, LoraExperts):
             layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
-
-
-def _alpha(fields: Mapping[str, Any]) -> float:
-    """Return alpha of a config of peft: rsLoRA divides `lora_alpha` by the root of r, and `Lora` by r."""
-    return float(fields["lora_alpha"]) * (fields["r"] ** 0.5 if fields.get("use_rslora") else 1)
 
 
 def _original_name(name: str, names: Any) -> str:

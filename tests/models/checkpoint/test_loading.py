@@ -18,7 +18,8 @@ from dllm_rl import load_policy, make_policy, tiny_llama
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.adapters import save_adapter
 from dllm_rl.models.checkpoint.tensors import INDEX, read_tensors, write_tensors
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import as_causal
 
 

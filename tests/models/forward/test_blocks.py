@@ -17,7 +17,8 @@ from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.forward.blocks import blocks_of, recomputed_blocks
-from dllm_rl.models.lora import Lora, adapted_layers, add_lora
+from dllm_rl.models.lora import adapted_layers, add_lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.schemes import Int8WeightOnly

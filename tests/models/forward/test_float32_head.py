@@ -18,7 +18,7 @@ from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
 from dllm_rl.models.forward.float32_head import float32_linear
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.training.policies import build_policy

@@ -13,7 +13,8 @@ from repetitions import few
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
