@@ -63,6 +63,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
     if stored_digest != _own_digest(content):
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
+    if missing := [name for name in ("format", "step", "files") if name not in content]:
+        raise ValueError(f"{folder}: {NAME} has no {missing[0]!r}: it is not of this library; delete it")
     if content["format"] != FORMAT:
         raise ValueError(f"{folder}: format={content['format']} is newer than {FORMAT}; upgrade dllm_rl")
     return content | {"sha256": stored_digest}

@@ -177,6 +177,11 @@ def task_from_dataset(
 def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:
     """Raise ValueError if the function needs an argument that no column provides, or a column has a reserved name."""
     columns = [column for column in column_names if column not in ("prompt", "completion", "blank")]
+    check_argument = getattr(function, "check_argument", None)  # of an `Oracle`
+    named = [name for name in columns if name in inspect.signature(function).parameters]
+    for row in rows_in_order(dataset) if check_argument and named else ():
+        for name in named:
+            check_argument(name, row.get(name))
     for name, parameter in inspect.signature(function).parameters.items():
         if name in column_names and name in (*COST_ARGUMENTS, *TRL_ARGUMENTS):
             raise ValueError(
@@ -264,6 +269,8 @@ def check_is_rows(dataset: Any) -> None:
             f"dataset is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
             "or a list of dicts"
         )
+    if hasattr(dataset, "to_pylist"):
+        raise ValueError("dataset is a table of pyarrow; give table.to_pylist(), or datasets.Dataset(table)")
     if hasattr(dataset, "iterrows"):
         raise ValueError("dataset is a pandas table; give datasets.Dataset.from_pandas(...)")
 

@@ -12,10 +12,27 @@ from typing import Any
 
 from dllm_rl.callbacks import Callback, RunControl
 from dllm_rl.distributed.stop import run_exit_stack
-from dllm_rl.files import as_json, write_text
+from dllm_rl.files import write_text
 from dllm_rl.monitoring.json_lines import JsonLines, json_objects
 from dllm_rl.records import Bound, describe
 from dllm_rl.tasks.datasets import RewardFunction, finite_or_none, one_per_completion
+
+
+def check_json(name: str, value: Any) -> None:
+    """Raise ValueError for an argument that JSON cannot hold exactly: two different ones would share one reward, or a
+    resume would pay again for a known one.
+    """
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, part in value.items():
+            check_json(f"{name}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            check_json(f"{name}[{index}]", part)
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise ValueError(
+            f"Oracle: the column {name} has a value of type {type(value).__name__}, {value!r:.60}, and known texts are "
+            "stored as JSON: give text, numbers, lists, or dicts with keys of text, such as array.tolist()"
+        )
 
 
 class Oracle(Callback):
@@ -59,6 +76,7 @@ class Oracle(Callback):
     """
 
     graded_once = True  # after an exception the texts are not graded again one by one
+    check_argument = staticmethod(check_json)  # a task calls it for each value of the columns that the function names
     required = True  # a text without a number has no reward, whatever other functions return
 
     def __init__(
@@ -211,4 +229,7 @@ class Oracle(Callback):
 def _rows_and_keys(arguments: Mapping[str, Sequence[Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return each text's arguments, also as JSON."""
     rows = [dict(zip(arguments, values, strict=True)) for values in zip(*arguments.values(), strict=True)]
-    return rows, [json.dumps(as_json(row), sort_keys=True) for row in rows]
+    for row in rows:
+        for name, value in row.items():
+            check_json(name, value)
+    return rows, [json.dumps(row, sort_keys=True) for row in rows]

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from forked import Child
@@ -148,14 +149,14 @@ def test_a_noisy_function_is_called_for_each_text_up_to_its_budget(tmp_path):
 
 @pytest.mark.parametrize("value", [0.5, -2, True])
 def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
-    """Also with columns that JSON writes otherwise: tuples, numbers as keys, NaN; and after an incomplete line."""
+    """Also with columns that JSON writes otherwise: tuples and NaN; and after an incomplete line."""
     calls = []
 
     def reward(completions, extra):
         calls.append(extra)
         return [value] * len(completions)
 
-    arguments = {"completions": ["Ä\n", "b"], "extra": [{1: (2, float("nan"))}, None]}
+    arguments = {"completions": ["Ä\n", "b"], "extra": [{"1": (2, float("nan"))}, None]}
     first = started(tmp_path, reward)
     given = first(**arguments)
     assert given == [value] * 2 and first(**arguments) == given and first.without_calls()(**arguments) == given
@@ -559,3 +560,13 @@ def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
     ready.append(True)
     assert grpo(trained, ROWS, Oracle(score), **given, resume_from_checkpoint="latest")["checkpoint"].endswith("000001")
     assert trained.weights_version == 2, "the caller's policy stays as it is"
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), np.float32(1), {1, 2}, object(), {1: "a"}, [{"a": (b"x",)}]])
+def test_an_argument_that_json_cannot_hold_is_refused(value):
+    oracle = Oracle(lambda completions, at: [0.0] * len(completions))
+    with pytest.raises(ValueError, match=r"^Oracle: the column at.* has a value of type"):
+        task_from_dataset([{"prompt": "a", "at": None}, {"prompt": "a", "at": value}], reward_funcs=oracle)
+    with pytest.raises(ValueError, match=r"^Oracle: the column at.* has a value of type"):
+        oracle(completions=["a"], at=[value])
+    assert oracle(completions=["a"], at=[{"a": [1, 0.5, (None, True)]}]) == [None]
