@@ -198,7 +198,7 @@ class _Digest:
             return self.of_mapping(_attributes(value))
         if isinstance(reduced, str):
             return _hashed("name", reduced.encode())
-        lists = [[*part] if isinstance(part, Iterator) else part for part in reduced]
+        lists: list[Any] = [[*part] if isinstance(part, Iterator) else part for part in reduced]
         if len(lists) > 4 and lists[4] is not None:
             lists[4] = dict(lists[4])  # items of a dict, in any order
         return self.of(lists)
@@ -266,11 +266,11 @@ class _Digest:
 def is_of_user(value: Any) -> bool:
     """Return whether a function or class is the user's: of neither Python, an installed package nor this library."""
     if isinstance(value, FunctionType):
-        file: str | None = value.__code__.co_filename
+        file = value.__code__.co_filename
     else:
         module = sys.modules.get(value.__module__)
-        file = getattr(module, "__file__", None)
-        if file is None:  # a built-in module, or a notebook
+        file = getattr(module, "__file__", None) or ""
+        if not file:  # a built-in module, or a notebook
             return value.__module__ not in sys.builtin_module_names
     return not file.startswith((*_LIBRARY_FOLDERS, "<frozen"))
 

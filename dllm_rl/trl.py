@@ -155,8 +155,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(reference.module, self.accelerator))
         elif recipe.beta:
             reference = without_adapters(policy, self.accelerator.unwrap_model(self.model))
-        policies = {"policy": policy, "rollout_policy": policy, "reference": reference}
-        self._context = make_step(recipe, accelerator=self.accelerator, **policies)
+        self._context = make_step(
+            recipe, accelerator=self.accelerator, policy=policy, rollout_policy=policy, reference=reference
+        )
         lora = Lora() if has_adapters else None
         warned = replace(recipe, learning_rate=args.learning_rate or recipe.learning_rate, lora=lora)
         for caution in cautions(warned) if self.accelerator.is_main_process else []:
@@ -164,7 +165,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._context.features = ()  # without load balancing, which moves rows to other processes
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PrinterCallback | ProgressCallback):
-                callback.on_log = partial(self._print_few, callback.on_log)
+                callback.on_log = partial(self._print_few, callback.on_log)  # type: ignore[method-assign]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as TRL does, with the same random numbers at each evaluation."""
@@ -325,6 +326,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return torch.zeros((), device=batch.loss_mask.device)
         views, rollout = batch.views, batch.rollout
         masked = views.masked[self._micro_step() % len(views.masked)]
+        assert self._policy.spec.mask_id is not None, "a diffusion model has a mask token"
         tokens = torch.where(masked, self._policy.spec.mask_id, rollout.tokens)
         loss = load_balancing_loss(self._policy, tokens, rollout.attention_mask)
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather(loss.detach()).mean().item())

@@ -168,9 +168,8 @@ class Corrector(Record):
 
 def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T"]) -> None:
     """Raise ValueError unless a corrector returned weights and a loss mask for each token."""
-    is_record = isinstance(weights, TokenWeights)
     found = f"a {type(weights).__name__}"
-    if is_record:
+    if isinstance(weights, TokenWeights):
         importance_weights, loss_mask = weights.importance_weights, weights.loss_mask
         shapes = [tuple(getattr(part, "shape", ())) for part in (importance_weights, loss_mask)]
         if shapes == [tuple(mask.shape)] * 2 and loss_mask.dtype == torch.bool:

@@ -5,7 +5,7 @@ docs/trl.md has the table of what is refused, with the reasons.
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -156,7 +156,10 @@ def make_recipe(policy: Policy, args: Any, **choices: Any) -> Recipe:
     )
     if args.off_policy_mask_threshold is None:
         return recipe
-    since = "old" if recipe.rollout_quantization is None else "rollout"  # TRL's: the rollout's only if vLLM samples
+    # TRL's ratio is to the rollout's log-probs only if vLLM samples.
+    since: Literal["rollout", "old"] = "old" if recipe.rollout_quantization is None else "rollout"
+        "old" if recipe.rollout_quantization is None else "rollout"
+    )  # TRL's: the rollout's only if vLLM samples
     return replace(
         recipe, loss=OffPolicyMask(loss=recipe.resolved_loss, threshold=args.off_policy_mask_threshold, since=since)
     )

@@ -24,8 +24,9 @@ from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
-from dllm_rl.models.base import Lora, encode_block_causal
+from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
