@@ -158,8 +158,6 @@ def make_recipe(policy: Policy, args: Any, **choices: Any) -> Recipe:
         return recipe
     # TRL's ratio is to the rollout's log-probs only if vLLM samples.
     since: Literal["rollout", "old"] = "old" if recipe.rollout_quantization is None else "rollout"
-        "old" if recipe.rollout_quantization is None else "rollout"
-    )  # TRL's: the rollout's only if vLLM samples
     return replace(
         recipe, loss=OffPolicyMask(loss=recipe.resolved_loss, threshold=args.off_policy_mask_threshold, since=since)
     )
