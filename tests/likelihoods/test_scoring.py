@@ -231,8 +231,15 @@ def test_packed_scoring_of_noisy_orders(options):
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)])
-@pytest.mark.parametrize("kind", ["full", "block_causal"])
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("full", Confidence()),
+        ("block_causal", PlackettLuce(temperature=0.3)),
+        pytest.param("full", PlackettLuce(temperature=0.3), marks=pytest.mark.slow),
+        pytest.param("block_causal", Confidence(), marks=pytest.mark.slow),
+    ],
+)
 def test_an_order_with_more_steps_than_columns_is_scored(kind, rank):
     """`LateSchedule` waits for as long as a block has more steps than positions, here past the row's last column."""
     estimators = [lik.Trajectory()]
