@@ -28,7 +28,7 @@ def check_json(name: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
             check_json(f"{name}[{index}]", part)
-    elif type(value) not in (str, int, float, bool, type(None)):
+    elif type(value) not in (str, int, float, bool, type(None)) or value in (math.inf, -math.inf) or value != value:
         raise ValueError(
             f"Oracle: the column {name} has a value of type {type(value).__name__}, {value!r:.60}, and known texts are "
             "stored as JSON: give text, numbers, lists, or dicts with keys of text, such as array.tolist()"

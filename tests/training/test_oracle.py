@@ -149,14 +149,14 @@ def test_a_noisy_function_is_called_for_each_text_up_to_its_budget(tmp_path):
 
 @pytest.mark.parametrize("value", [0.5, -2, True])
 def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
-    """Also with columns that JSON writes otherwise: tuples and NaN; and after an incomplete line."""
+    """Also with columns that JSON writes otherwise: tuples; and after an incomplete line."""
     calls = []
 
     def reward(completions, extra):
         calls.append(extra)
         return [value] * len(completions)
 
-    arguments = {"completions": ["Ä\n", "b"], "extra": [{"1": (2, float("nan"))}, None]}
+    arguments = {"completions": ["Ä\n", "b"], "extra": [{"1": (2, 0.1)}, None]}
     first = started(tmp_path, reward)
     given = first(**arguments)
     assert given == [value] * 2 and first(**arguments) == given and first.without_calls()(**arguments) == given
@@ -453,9 +453,10 @@ from pathlib import Path
 from test_oracle import OPTIONS, design
 from dllm_rl import Oracle
 
-folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+folder = Path(sys.argv[1])
 
 def assay(completions):
+    kill_at = int(sys.argv[2])  # here, since a constant of the module would be another reward
     done = folder.with_suffix(".paid")
     if done.exists() and len(done.read_text().split()) + 1 == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -543,10 +544,10 @@ def test_an_oracle_may_be_among_the_callbacks_too(tmp_path):
 
 def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
     """As while the results of its first step are awaited: its weights were trained by another run."""
-    ready = []
+    ready = tmp_path / "ready"
 
     def score(completions):
-        if not ready:
+        if not ready.exists():
             raise RuntimeError("results are missing")
         return [float(text.count("A")) for text in completions]
 
@@ -557,12 +558,14 @@ def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
     given = OPTIONS | {"output_dir": str(tmp_path / "rl"), "num_steps": 1}
     with pytest.raises(RuntimeError, match="results are missing"):
         grpo(trained, ROWS, Oracle(score), **given)
-    ready.append(True)
+    ready.touch()
     assert grpo(trained, ROWS, Oracle(score), **given, resume_from_checkpoint="latest")["checkpoint"].endswith("000001")
     assert trained.weights_version == 2, "the caller's policy stays as it is"
 
 
-@pytest.mark.parametrize("value", [np.zeros(3), np.float32(1), {1, 2}, object(), {1: "a"}, [{"a": (b"x",)}]])
+@pytest.mark.parametrize(
+    "value", [np.zeros(3), np.float32(1), float("nan"), float("inf"), {1, 2}, object(), {1: "a"}, [{"a": (b"x",)}]]
+)
 def test_an_argument_that_json_cannot_hold_is_refused(value):
     oracle = Oracle(lambda completions, at: [0.0] * len(completions))
     with pytest.raises(ValueError, match=r"^Oracle: the column at.* has a value of type"):
