@@ -128,7 +128,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             rows = trainer_arguments.get(field)
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 if isinstance(part, Dataset):  # not a streamed one
-                    check_rows(policy, field, part, recipe.sampler)
+                    check_rows(policy, field, part, recipe.sampler, args.chat_template_kwargs or {})
         apply_compute_settings(recipe, policy)
         self._policy, self._recipe = policy, recipe
         self._generated: tuple[Rollout, int, int]  # of the batch in progress, its number, its completions per prompt
@@ -222,7 +222,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         rows = first_row + torch.arange(len(prompts))
         size = self.num_generations if is_training else self.num_generations_eval
         group = rows // size
-        ids = [prompt_ids(policy, prompts[row]) for row in starts_group(group).nonzero()[:, 0].tolist()]
+        firsts = starts_group(group).nonzero()[:, 0].tolist()
+        ids = [prompt_ids(policy, prompts[row], template_arguments=self.chat_template_kwargs) for row in firsts]
         sizes = group_sizes(group)
         key = (self.args.seed, "rollout" if is_training else "evaluation", number)
         seeds = row_seeds(generator_for(*key), first_row + len(prompts))[first_row:]  # those of any number of processes

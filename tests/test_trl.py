@@ -420,6 +420,30 @@ def test_the_console_has_trls_numbers_and_the_log_all(tmp_path, capsys):
     assert "rollout_corr/ess" in run.state.log_history[0] and "eval_reward" in printed[2]
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "1="), ({"more": "23"}, "231="), ({"more": "4"}, "41=")])
+def test_variables_of_the_chat_template_are_in_the_prompts(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setattr("trl_runs.reward", lambda completions, **_: [0.0] * len(completions))
+    policy = tiny()
+    policy.tokenizer.chat_template = "{{ more }}{{ messages[0]['content'] }}"
+    rows = [{"prompt": [{"role": "user", "content": "1="}]}] * 8
+    run = trainer(tmp_path, model=policy, rows=rows, settings={"chat_template_kwargs": given, "max_steps": 1})
+    run.train()
+    rollout = run._generated[0]
+    rows_and_masks = zip(rollout.tokens[:, :-4], rollout.attention_mask[:, :-4], strict=True)
+    (prompt,) = {tuple(row[at].tolist()) for row, at in rows_and_masks}
+    assert policy.tokenizer.decode(list(prompt)) == expected
+
+
+def test_variables_that_the_chat_template_does_not_read_are_refused(tmp_path):
+    policy = tiny()
+    policy.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    rows = [{"prompt": [{"role": "user", "content": "1="}]}] * 8
+    with pytest.raises(
+        ValueError, match=r"train_dataset: problem 0: .*thinking=True is not read by the model's chat template"
+    ):
+        trainer(tmp_path, model=policy, rows=rows, settings={"chat_template_kwargs": {"thinking": True}})
+
+
 def test_a_given_tokenizer_of_a_checkpoint_is_used(tmp_path):
     source = checkpoint(tmp_path / "source", "llada")
     tokenizer = load_policy(source).tokenizer
@@ -1130,3 +1154,59 @@ def test_a_streamed_data_set_is_read_as_it_is_trained_on(tmp_path):
 
     given = {"train_dataset": IterableDataset.from_generator(rows), "eval_dataset": Dataset.from_list(ROWS)}
     ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path), **given)
+
+
+OF_TRL = """
+import pytest
+from datasets import load_dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from .testing_utils import TrlTestCase
+
+MODEL = "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5"
+REWARD = "trl-internal-testing/tiny-Qwen2ForSequenceClassification-2.5"
+
+
+class TestTrainer(TrlTestCase):
+    @pytest.mark.parametrize("layout", ["standard_prompt_only", "conversational_prompt_only"])
+    def test_trains(self, layout):
+        data = load_dataset("trl-internal-testing/zen", layout, split="train")
+        sizes = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=4)
+        args = GRPOConfig(output_dir=self.folder, report_to="none", max_steps=1, **sizes)
+        trainer = GRPOTrainer(model=MODEL, reward_funcs=REWARD, args=args, train_dataset=data)
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_is_refused(self):
+        data = load_dataset("trl-internal-testing/zen", split="train")
+        GRPOTrainer(model=MODEL, reward_funcs=REWARD, train_dataset=data, tools=[print])
+
+    def test_fails(self):
+        raise ValueError("of the test itself")
+
+    def test_reads_other_rows(self):
+        load_dataset("trl-internal-testing/zen-image", split="train")
+"""
+UTILITIES = """
+import pytest
+
+
+class TrlTestCase:
+    @pytest.fixture(autouse=True)
+    def in_folder(self, tmp_path):
+        self.folder = str(tmp_path)
+"""
+
+
+@pytest.mark.nightly
+def test_trls_own_tests_run_with_this_trainer_in_the_place_of_trls(tmp_path):
+    (tmp_path / "tests").mkdir()
+    for name, text in {"__init__": "", "testing_utils": UTILITIES, "test_grpo_trainer": OF_TRL}.items():
+        (tmp_path / "tests" / f"{name}.py").write_text(text)
+    path = tmp_path / "tests" / "test_grpo_trainer.py"
+    command = [sys.executable, "-m", "benchmarks.trl_suite", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    told = done.stdout.splitlines()
+    assert told[-1] == "2 passed, 1 refused, 1 failed, 1 skipped" and done.returncode == 1
+    assert told[-3].startswith("refused: test_is_refused: DiffusionGRPOTrainer has no use for tools")
+    assert told[-2] == "failed: test_fails: ValueError: of the test itself"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
-from dllm_rl.decoding.tokens import ids_and_blanks
+from dllm_rl.decoding.tokens import NO_ARGUMENTS, ids_and_blanks
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
@@ -80,7 +80,9 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     return index if max_prompt_length is None else 0
 
 
-def check_rows(policy: Policy, field: str, rows: Any, sampler: Sampler) -> None:
+def check_rows(
+    policy: Policy, field: str, rows: Any, sampler: Sampler, template_arguments: Mapping[str, Any] = NO_ARGUMENTS
+) -> None:
     """Check the prompts of a data set that another trainer draws from, as `check_prompts` does those of a task.
 
     Raises:
@@ -90,7 +92,7 @@ def check_rows(policy: Policy, field: str, rows: Any, sampler: Sampler) -> None:
         raise ValueError(f"{field} has no column 'prompt', only {sorted(rows.column_names)}: rename one")
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     problems = ((index, Problem(rows[index]["prompt"])) for index in range(min(len(rows), MAX_CHECKED_PROMPTS)))
-    _longest_prompt(policy, field, problems, sampler, max_positions, length_name="max_completion_length")
+    _longest_prompt(policy, field, problems, sampler, max_positions, "max_completion_length", template_arguments)
 
 
 def _longest_prompt(
@@ -100,6 +102,7 @@ def _longest_prompt(
     sampler: Sampler,
     max_positions: int | float,
     length_name: str = "max_new_tokens",
+    template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> int:
     """Return the index of the problem with the longest prompt. Each has its index in the data of `field`.
 
@@ -114,7 +117,7 @@ def _longest_prompt(
         if time.monotonic() - start_time > MAX_SECONDS:
             break
         try:
-            ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank)
+            ids, blanks = ids_and_blanks(policy, problem.prompt, problem.blank, template_arguments=template_arguments)
             if not any(blanks):
                 check_number_of_steps(sampler, policy.spec, len(ids))
                 if not completion_length:
