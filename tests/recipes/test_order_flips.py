@@ -7,7 +7,7 @@ from itertools import permutations, product
 import pytest
 import torch
 
-from dllm_rl import Confidence, Int4WeightOnly, MaxProb, Problem, Unmask
+from dllm_rl import Confidence, Int4WeightOnly, LeftToRight, MaxProb, Problem, Unmask
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -36,6 +36,7 @@ RANKS = {
     "max_prob": MaxProb(),
     "confidence": Confidence(),
     "plackett_luce 0.3": PlackettLuce(temperature=0.3),
+    "left_to_right": LeftToRight(),
 }
 
 
@@ -135,7 +136,7 @@ def test_sums_over_states_are_sums_over_rollouts(rollouts):
     torch.testing.assert_close(coefficients(chances, weights, at, baseline), counted, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("order", ["plackett_luce 0.3", "random", "confidence"])
+@pytest.mark.parametrize("order", ["plackett_luce 0.3", "random", "confidence", "left_to_right"])
 def test_the_truth_is_the_slope_of_the_expected_reward(policy, rollouts, order):
     """In fp64, along the gradient itself; `Confidence` and max_prob jump where ranks change, and rarely in so small a
     step."""
@@ -155,7 +156,7 @@ def test_the_truth_is_the_slope_of_the_expected_reward(policy, rollouts, order):
 
 def test_answer_weights_leave_what_order_flips_make_and_nothing_else(policy, rollouts):
     """With the learner's order, and wherever the order is scored or random, they leave no bias."""
-    for order in ("max_prob", "random", "plackett_luce 0.3"):
+    for order in ("max_prob", "random", "left_to_right", "plackett_luce 0.3"):
         setting = Setting(order, "INT4", "answer", "no flips" if order == "max_prob" else "")
         truth = rollouts.truth(order)
         assert float((rollouts.mean_gradient(setting) - truth).norm()) < 1e-4 * float(truth.norm())
