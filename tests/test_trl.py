@@ -317,6 +317,15 @@ def test_truncated_completions_are_in_no_mean_over_tokens(tmp_path):
     assert batch.num_tokens == 4 * int((~truncated).sum()) and batch.num_sequences == len(truncated)
 
 
+def test_a_batch_of_truncated_completions_alone_changes_nothing(tmp_path):
+    settings = {"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1}
+    model = tiny()
+    model.spec = dataclasses.replace(model.spec, eos_ids=(model.spec.mask_id,))  # which no sampler writes
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings, model=model)
+    assert not run.first[0][0].loss_mask.any()
+    assert all(torch.equal(x, run._policy.module.state_dict()[name]) for name, x in run.weights[0].items())
+
+
 def test_the_reference_follows_the_weights(tmp_path):
     """TRL's formula, at its steps: reference = 0.75 reference + 0.25 weights."""
     settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}

@@ -116,6 +116,8 @@ def measure_rows(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> d
     the update trains on.
     """
     stats = rows.stats
+    if not rows.completion.any():  # a trainer that leaves out truncated completions may leave out all
+        return {}
     metrics = mismatch_metrics(
         stats.log_mismatch,
         rows.completion,
