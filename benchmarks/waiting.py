@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
+from dllm_rl.integrations.serving.batching import CompletionJob, sample_rows
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.batching import CompletionJob, sample_rows
 
 SHAPE = Shape(2, 128, 4, 384, 2048, batch=1, prompt=32, new=32, block=32, steps=16)
 SAMPLER = Unmask(max_new_tokens=SHAPE.new, diffusion_steps=SHAPE.steps, block_size=SHAPE.block)

@@ -44,6 +44,7 @@ from .algorithms.values import ValueModel as ValueModel
 from .callbacks import Callback as Callback
 from .callbacks import StopBelow as StopBelow
 from .cli.run_recipe import main as main
+from .evaluation.complete import complete as complete
 from .evaluation.evaluate import evaluate as evaluate
 from .frontend.grpo import grpo as grpo
 from .frontend.grpo import grpo_recipe as grpo_recipe
@@ -105,7 +106,6 @@ from .samplers.rules import Rank as Rank
 from .samplers.rules import Schedule as Schedule
 from .samplers.rules import SoftThreshold as SoftThreshold
 from .samplers.rules import Threshold as Threshold
-from .serving.complete import complete as complete
 from .step.context import StepFeature as StepFeature
 from .supervised.sft import SFT as SFT
 from .tasks import GSM8K as GSM8K

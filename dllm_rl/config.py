@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-# Imported so that options can name the samplers and engines of servers.
-import dllm_rl.serving.engine  # noqa: F401
 from dllm_rl.presets import PRESETS, with_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import (

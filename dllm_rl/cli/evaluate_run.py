@@ -35,8 +35,8 @@ from dllm_rl.samplers import Renoise, Sampler, Unmask, sampler_for
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank, Schedule, check_scores
 from dllm_rl.samplers.unmask import check_number_of_steps
+from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.screen import NARROW, escape_controls, literal
-from dllm_rl.serving.settings import sampler_with
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.protocols import SOURCES, TASKS, under_protocol

@@ -8,11 +8,11 @@ import torch
 
 from dllm_rl.cli.options import open_policy, read_methods
 from dllm_rl.device import find_device
-from dllm_rl.evaluation.lm_eval import HarnessModel
+from dllm_rl.integrations.lm_eval import HarnessModel
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank
-from dllm_rl.serving.settings import sampler_with
+from dllm_rl.samplers.with_settings import sampler_with
 
 from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, whose import says what to install if lm_eval is missing
 from lm_eval.api.registry import register_model  # isort: skip

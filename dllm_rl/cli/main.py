@@ -298,7 +298,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.diagnostics.doctor import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers.rules import Rank
-    from dllm_rl.serving.settings import sampler_with
+    from dllm_rl.samplers.with_settings import sampler_with
     from dllm_rl.tasks.protocols import TASKS
 
     if arguments.num_prompts < 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Imported so that the sampler of a run that sampled from a server can be read.
-import dllm_rl.serving.engine  # noqa: F401
+import dllm_rl.integrations.serving.engine  # noqa: F401
 from dllm_rl.cli.options import recipe_of
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import annotations_of, from_json
@@ -110,7 +110,6 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     or one of its rules.
     """
     from dllm_rl.samplers import Sampler
-    from dllm_rl.serving.engine import HTTPSampler  # noqa: F401  so that its name is known
 
     recipe = recipe_of(model)
     if recipe is None or field not in recipe:  # of SFT

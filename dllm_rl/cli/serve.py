@@ -9,16 +9,17 @@ from typing import Any
 from dllm_rl.cli.options import open_policy, read_methods
 from dllm_rl.cli.run_settings import sampler_of
 from dllm_rl.cli.sample import passed_options
+from dllm_rl.integrations.serving.batching import Batcher
+from dllm_rl.integrations.serving.engine import TOKEN_VARIABLE, read_token
+from dllm_rl.integrations.serving.server import Server, check_access_settings
+from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.samplers.unmask import check_number_of_steps
+from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.screen import escape_controls
-from dllm_rl.serving.batching import Batcher
-from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
-from dllm_rl.serving.server import Server, check_access_settings
-from dllm_rl.serving.settings import ServerSettings, sampler_with
 
 
 def serve_command(arguments: argparse.Namespace) -> None:

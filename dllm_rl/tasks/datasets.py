@@ -177,7 +177,7 @@ def task_from_dataset(
 def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:
     """Raise ValueError if the function needs an argument that no column provides, or a column has a reserved name."""
     columns = [column for column in column_names if column not in ("prompt", "completion", "blank")]
-    check_argument = getattr(function, "check_argument", None)  # of an `Oracle`
+    check_argument: Any = getattr(function, "check_argument", None)  # of an `Oracle`
     named = [name for name in columns if name in inspect.signature(function).parameters]
     for row in rows_in_order(dataset) if check_argument and named else ():
         for name in named:

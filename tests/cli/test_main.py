@@ -123,7 +123,7 @@ def test_a_quick_look_leaves_the_rest_of_large_files_unread(run, monkeypatch, ca
 
 def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not there
-    for name in ("dllm_rl.cli.harness", "dllm_rl.evaluation.lm_eval"):
+    for name in ("dllm_rl.cli.harness", "dllm_rl.integrations.lm_eval"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["lm-eval", "--model", "dllm_rl", "--tasks", "gsm8k"]) == 2
     assert "pip install -e '.[harness]'" in capsys.readouterr().err

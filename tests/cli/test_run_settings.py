@@ -20,6 +20,7 @@ from dllm_rl.cli.main import main
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, task_of
 from dllm_rl.frontend.grpo import num_blanks
+from dllm_rl.integrations.serving.engine import HTTPSampler
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.records import describe, from_json, to_json
@@ -31,8 +32,7 @@ from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.engine import HTTPSampler
-from dllm_rl.serving.settings import sampler_with
+from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.prompt_texts import BLANK
 

@@ -15,7 +15,7 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Unmask
 from dllm_rl.samplers.sampler import FunctionSampler
-from dllm_rl.serving.settings import sampler_with
+from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 

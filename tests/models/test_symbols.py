@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dllm_rl import Prompts, Unmask, grpo, load_policy, tiny_llama, tiny_masked_lm
 from dllm_rl.decoding.tokens import begin_ids, encode, ids_and_blanks, text_ids, text_of, texts_to_grade
+from dllm_rl.integrations.serving.openai_api import token_texts
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers.autoregress import Autoregress
-from dllm_rl.serving.openai_api import token_texts
 from dllm_rl.tasks.base import Problem
 
 RESIDUES = [*"LAGVSERTIDPKQNFYMHWC", *"XBUZO"]

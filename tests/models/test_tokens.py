@@ -25,10 +25,10 @@ from dllm_rl.decoding.tokens import (
     text_ids,
     texts_to_grade,
 )
+from dllm_rl.integrations.serving.openai_api import read_request
+from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.openai_api import read_request
-from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.supervised.examples import example
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem

@@ -8,13 +8,13 @@ from repetitions import few, slow
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import evaluate, train
+from dllm_rl.integrations.serving.batching import CompletionJob, sample_rows
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Sandwich, Trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers import choose
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.batching import CompletionJob, sample_rows
 from dllm_rl.tasks import Sudoku
 from dllm_rl.types import Prompts
 

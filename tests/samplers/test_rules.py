@@ -12,7 +12,7 @@ from dllm_rl.models.logprobs import invert_cdf, sample
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Unmask, revise, rules
-from dllm_rl.serving.settings import with_settings
+from dllm_rl.samplers.with_settings import with_settings
 from dllm_rl.types import Prompts
 
 LN2 = math.log(2)

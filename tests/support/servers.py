@@ -7,12 +7,12 @@ import threading
 import time
 from contextlib import contextmanager
 
+from dllm_rl.integrations.serving.batching import Batcher
+from dllm_rl.integrations.serving.server import Server
+from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers import sampler_for
-from dllm_rl.serving.batching import Batcher
-from dllm_rl.serving.server import Server
-from dllm_rl.serving.settings import ServerSettings
 
 TOKEN = "not-a-secret"
 SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "head_std": 0.3}
@@ -91,7 +91,7 @@ def running(policy, defaults=None, *, token=None, batcher=None, scheme=None, **s
 @contextmanager
 def held(batcher):
     """Keep the batcher's thread busy in the block, with a job that is not a request's."""
-    from dllm_rl.serving.batching import PolicyCall
+    from dllm_rl.integrations.serving.batching import PolicyCall
 
     begun, release = threading.Event(), threading.Event()
 

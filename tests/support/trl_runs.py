@@ -10,7 +10,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig
 
 from dllm_rl import tiny_masked_lm
-from dllm_rl.trl import DiffusionGRPOTrainer
+from dllm_rl.integrations.trl import DiffusionGRPOTrainer
 
 CHARACTERS = "12345678="
 # Prompts of several lengths, so that rows have padding.

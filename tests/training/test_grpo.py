@@ -23,6 +23,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
+from dllm_rl.integrations.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
@@ -37,7 +38,6 @@ from dllm_rl.samplers.revise import Remask, SoftEdit
 from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.tasks.datasets import digest_of, task_from_dataset
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
@@ -797,7 +797,7 @@ def test_a_reference_that_stays_is_the_only_one():
     assert recipe_of(sync_ref_model=False, beta=0.1).beta == 0.1
 
 
-# TRL's defaults that change nothing; tests/test_trl.py compares them with TRL.
+# TRL's defaults that change nothing; tests/integrations/test_trl.py compares them with TRL.
 NEUTRAL = OFF | SAME | {"top_k": 0, "top_p": 1.0, "push_to_hub": False, "gradient_accumulation_steps": 1}
 NEUTRAL |= {"multi_objective_aggregation": "sum_then_normalize"}
 

@@ -28,6 +28,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
 from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.integrations.serving.engine import HTTPEngine
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora
@@ -37,7 +38,6 @@ from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import MaxProb, PlackettLuce, RandomOrder, Rank, SoftThreshold
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.engine import HTTPEngine
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepFeature
 from dllm_rl.step.score import score_samples

@@ -10,9 +10,7 @@ import torch
 from servers import causal, diffusion, held
 
 from dllm_rl.decoding.tokens import completion_token_ids
-from dllm_rl.samplers import Autoregress, Unmask, sampler_for
-from dllm_rl.samplers.sampler import FunctionSampler
-from dllm_rl.serving.batching import (
+from dllm_rl.integrations.serving.batching import (
     Abandoned,
     Batcher,
     CompletionJob,
@@ -20,7 +18,9 @@ from dllm_rl.serving.batching import (
     Refused,
     sample_rows,
 )
-from dllm_rl.serving.settings import with_settings
+from dllm_rl.samplers import Autoregress, Unmask, sampler_for
+from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.samplers.with_settings import with_settings
 
 SAMPLERS = {kind: kind(max_new_tokens=6, temperature=1.0) for kind in (Unmask, Autoregress)}
 SAMPLER = SAMPLERS[Unmask]
@@ -35,7 +35,7 @@ def batches(monkeypatch):
         seen.append([list(job.ids) for job in completions])
         return sample_rows(policy, completions)
 
-    monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", spy)
+    monkeypatch.setattr("dllm_rl.integrations.serving.batching.sample_rows", spy)
     return seen
 
 

@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_ids, text_of, written_logprobs
 from dllm_rl.diagnostics.traces import trace_rows
+from dllm_rl.integrations.serving.batching import Refused
+from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
-from dllm_rl.serving.batching import Refused
-from dllm_rl.serving.settings import ServerSettings, with_settings
+from dllm_rl.samplers.with_settings import with_settings
 from dllm_rl.types import Rollout
 
 try:

@@ -9,7 +9,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.sampler import check_rollout
-from dllm_rl.serving.settings import sampler_with
+from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 

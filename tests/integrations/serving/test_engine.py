@@ -10,6 +10,7 @@ from servers import TOKEN, causal, diffusion, running
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
+from dllm_rl.integrations.serving.engine import Client, HTTPEngine, HTTPSampler
 from dllm_rl.models.lora import adapted_layers, add_lora, merged_state_dict
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tensor_bytes import serialize
@@ -22,8 +23,7 @@ from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, Margin, PlackettLuce, RandomOrder, Rank, SoftThreshold, Threshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.engine import Client, HTTPEngine, HTTPSampler
-from dllm_rl.serving.settings import with_settings
+from dllm_rl.samplers.with_settings import with_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
 

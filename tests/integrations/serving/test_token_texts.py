@@ -7,9 +7,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dllm_rl.integrations.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers import Unmask
-from dllm_rl.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.types import Rollout
 
 SPECIAL = ["<pad>", "<mask>", "<eos>"]

@@ -11,6 +11,9 @@ from servers import causal, diffusion, running
 from dllm_rl.cli.sample import complete
 from dllm_rl.diagnostics.trace_check import check_trace
 from dllm_rl.diagnostics.traces import read_trace
+from dllm_rl.integrations.serving.batching import Refused
+from dllm_rl.integrations.serving.openai_api import read_request
+from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
@@ -18,9 +21,6 @@ from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.batching import Refused
-from dllm_rl.serving.openai_api import read_request
-from dllm_rl.serving.settings import ServerSettings
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from dllm_rl.integrations.serving.batching import Batcher, CompletionJob, Job, PolicyCall, Refused
+from dllm_rl.integrations.serving.openai_api import choice, events, read_request, response
+from dllm_rl.integrations.serving.settings import ServerSettings
+from dllm_rl.integrations.serving.updates import Lease, compute_logits, sample_rollout, update_weights
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.screen import escape_controls, line_of
-from dllm_rl.serving.batching import Batcher, CompletionJob, Job, PolicyCall, Refused
-from dllm_rl.serving.openai_api import choice, events, read_request, response
-from dllm_rl.serving.settings import ServerSettings
-from dllm_rl.serving.updates import Lease, compute_logits, sample_rollout, update_weights
 
 try:
     import uvicorn

@@ -1,8 +1,8 @@
-"""The settings of a server, and the samplers of requests: a policy's sampler with a request's settings as JSON."""
+"""A policy's sampler with settings by name, as a request, a command or `complete` gives them."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 from dllm_rl.models.base import Policy
@@ -11,33 +11,6 @@ from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask, decodes_in_e
 
 # Settings of `Unmask` that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"compile_step"}
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Access and limits of a server.
-
-    Args:
-        name: Name of the model in requests and responses.
-        token: Token that requests must send. None: no token is needed, but only requests to localhost are answered.
-        allow_updates: Whether requests with the token may replace the weights.
-        max_tokens: Largest number of tokens of a completion.
-        max_waiting: Largest number of waiting completions of all requests, and so of one request.
-        max_body_bytes: Largest size of a request's body.
-        timeout: Seconds until a request must be finished, including its time in the queue.
-        client_timeout: Seconds that a client has to send a request's headers, and then its body.
-        seed: Seed of the server. A request without a seed gets one derived from it and from the request's number.
-    """
-
-    name: str
-    token: str | None = field(default=None, repr=False)
-    allow_updates: bool = False
-    max_tokens: int = 1024
-    max_waiting: int = 256
-    max_body_bytes: int = 2**20
-    timeout: float = 300.0
-    client_timeout: float = 30.0
-    seed: int = 0
 
 
 def known_settings(policy: Policy) -> set[str]:

@@ -882,7 +882,7 @@ def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch
         run.train()
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OLDEST, NEWEST = ours.VERSIONS
 
 

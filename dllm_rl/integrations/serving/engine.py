@@ -22,7 +22,7 @@ from dllm_rl.records import Record, option, to_json
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.serving.settings import known_settings
+from dllm_rl.samplers.with_settings import known_settings
 from dllm_rl.types import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"

@@ -16,7 +16,7 @@ from dllm_rl.types import Prompts
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
 lm_tasks = pytest.importorskip("lm_eval.tasks")
-harness = pytest.importorskip("dllm_rl.evaluation.lm_eval")
+harness = pytest.importorskip("dllm_rl.integrations.lm_eval")
 
 SMALL = {
     "characters": "abcdef=? \n",

@@ -25,7 +25,7 @@ from dllm_rl.cli.main import add_serve, main
 from dllm_rl.cli.sample import passed_options
 from dllm_rl.cli.serve import served_sampler
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,11 @@ def test_a_port_in_use_is_refused(capsys):
 
 @pytest.mark.parametrize("missing", ["uvicorn", "pydantic"])
 def test_without_the_extra_it_says_what_to_install(missing, monkeypatch, capsys):
-    for module in ("dllm_rl.cli.serve", "dllm_rl.serving.server", "dllm_rl.serving.openai_api"):
+    for module in (
+        "dllm_rl.cli.serve",
+        "dllm_rl.integrations.serving.server",
+        "dllm_rl.integrations.serving.openai_api",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["serve", "no-model"]) == 2

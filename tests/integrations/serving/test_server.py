@@ -12,9 +12,9 @@ import pytest
 from openai import AuthenticationError, OpenAI
 from servers import TOKEN, causal, diffusion, held, running
 
-from dllm_rl.serving.batching import sample_rows
-from dllm_rl.serving.server import check_access_settings
-from dllm_rl.serving.settings import ServerSettings
+from dllm_rl.integrations.serving.batching import sample_rows
+from dllm_rl.integrations.serving.server import check_access_settings
+from dllm_rl.integrations.serving.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_full_queue_and_a_late_turn_get_answers():
 
 
 def test_health_is_answered_whatever_else_is_open(monkeypatch):
-    monkeypatch.setattr("dllm_rl.serving.server.SPARE_REQUESTS", 0)
+    monkeypatch.setattr("dllm_rl.integrations.serving.server.SPARE_REQUESTS", 0)
     with (
         running(diffusion(), batcher={"max_waiting": 1}) as server,
         held(server.batcher),
@@ -185,7 +185,7 @@ def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch, capfd):
         return sample_rows(*arguments)
 
     with running(diffusion(), timeout=0.5) as server:
-        monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", late)
+        monkeypatch.setattr("dllm_rl.integrations.serving.batching.sample_rows", late)
         status, answer = server.ask("/v1/completions", {"prompt": "1"})
         assert status == 504 and answer["error"]["message"].startswith("not finished within 0.5 s")
         assert answer["error"]["type"] == "server_error"
@@ -215,7 +215,7 @@ def test_an_unexpected_error_is_a_line_on_both_sides(monkeypatch, capfd):
         raise RuntimeError("first line\nof \x1b[2J")
 
     with running(diffusion()) as server:
-        monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", fail)
+        monkeypatch.setattr("dllm_rl.integrations.serving.batching.sample_rows", fail)
         status, answer = server.ask("/v1/completions", {"prompt": "1"})
     assert status == 500 and answer["error"]["message"].startswith("the sampler failed with RuntimeError")
     err = capfd.readouterr().err
@@ -227,7 +227,7 @@ def test_a_mistake_of_the_server_has_the_form_of_an_error_too(monkeypatch, capfd
         raise KeyError("\x1b[2J")
 
     with running(diffusion()) as server:
-        monkeypatch.setattr("dllm_rl.serving.server.choice", fail)
+        monkeypatch.setattr("dllm_rl.integrations.serving.server.choice", fail)
         status, answer = server.ask("/v1/completions", {"prompt": "1"})
     assert status == 500 and answer["error"]["message"].startswith("the server failed with KeyError")
     err = capfd.readouterr().err

@@ -26,7 +26,7 @@ from dllm_rl.algorithms.losses import Loss
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, symbol_pattern, text_of
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import wrap_model
-from dllm_rl.frontend.trl_settings import (
+from dllm_rl.integrations.trl_settings import (
     check_adapters,
     check_rewards,
     check_settings,
@@ -59,7 +59,7 @@ try:
     from trl.trainer.callbacks import SyncRefModelCallback
     from trl.trainer.utils import use_adapter
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; dllm_rl.trl needs TRL: pip install -e '.[trl]'") from None
+    raise ModuleNotFoundError(f"{error}; dllm_rl.integrations.trl needs TRL: pip install -e '.[trl]'") from None
 
 VERSIONS = ((1, 15), (1, 16))  # oldest and newest TRL that were tried
 # Metrics of this library that TRL has, too, under the same names.
