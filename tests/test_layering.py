@@ -207,7 +207,7 @@ def test_every_permission_is_used():
         (
             "records.py",
             "import importlib\nimportlib.import_module('dllm_rl.integrations.serving')",
-            "records.py imports ",
+            "records.py imports integrations",
         ),
         ("tasks/base.py", "import torch", "tasks/base.py imports torch"),
         ("tasks/sudoku/task.py", "from torch import nn", "tasks/sudoku/task.py imports torch"),

@@ -54,7 +54,8 @@ def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Sa
     width_and_slots = torch.tensor([rollout.tokens.shape[1], *rollout.slots()])
     (sizes_of_processes,) = gather_on_host([width_and_slots[None]], accelerator)
     (lengths,) = gather_on_host([rollout.attention_mask.sum(-1).cpu()[:, None]], accelerator, samples.counts)
-    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_rows(context, samples).long()
+    is_trained_row = active_rows(context.settings, samples, all_groups=context.trains_all_groups)
+    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * is_trained_row.long()
     group, first_rows = group_numbers(samples.group), starts_group(samples.group)
     row_costs = lengths[:, 0] * forwards_per_token
     group_costs = torch.zeros(int(first_rows.sum()), dtype=row_costs.dtype).index_add(0, group, row_costs)

@@ -78,7 +78,7 @@ def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows
         local_tensors["advantages"] = logps.token_advantages
     values = gather_on_host(list(local_tensors.values()), context.accelerator, samples.counts)
     gathered = dict(zip(local_tensors, values, strict=True))
-    is_trained_row = active_rows(context, samples)
+    is_trained_row = active_rows(context.settings, samples, all_groups=context.trains_all_groups)
     stats = TokenStats(
         log_mismatch=gathered["log_mismatch"],
         advantages=samples.advantages,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
@@ -50,13 +51,13 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     Raises:
         ValueError: The update trains on rows that the worker of late rollouts did not score.
     """
-    settings = context.settings
+    settings, all_groups = context.settings, context.trains_all_groups
     source = samples.source
     if source == "fresh":
         # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
         # estimate the metrics of all groups.
-        samples = replace(samples, metric_weights=metric_weights(context, samples, step))
-    elif (active_rows(context, samples) & (samples.metric_weights == 0)).any():
+        samples = replace(samples, metric_weights=metric_weights(settings, samples, step, all_groups=all_groups))
+    elif (active_rows(settings, samples, all_groups=all_groups) & (samples.metric_weights == 0)).any():
         raise ValueError(
             "the update trains on groups whose rollout log-probs their worker did not compute, because a feature or a "
             "changed setting made them count: use a likelihood that is exact for the sampler, such as Trajectory(), or "
@@ -67,7 +68,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         check_rollout_logprobs(samples, source, feature)
     rollout = samples.rollout
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
-    views = draw_view_sets(context, samples, step)
+    views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
     order: Metrics = {}
     routing = None
     if context.rollout_policy is not context.policy:
@@ -78,7 +79,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             if context.compares_experts:
                 routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
-    is_trained_row = samples.local(active_rows(context, samples), context.accelerator)
+    is_trained_row = samples.local(active_rows(settings, samples, all_groups=all_groups), context.accelerator)
     graphs = retained_graphs(settings, context.policy, is_trained_row)
     changed = any(overrides(feature, "views_to_score", "views_to_learn") for feature in context.features)
     num_scored = len(views) if changed and source == "fresh" else settings.num_scored_mask_sets
@@ -218,24 +219,27 @@ def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, "
     return None if limit == 0 else RetainedGraphs(rows, limit)
 
 
-def active_rows(context: StepContext, samples: Samples) -> Bool[Tensor, " B"]:
+def active_rows(settings: StepSettings, samples: Samples, *, all_groups: bool = False) -> Bool[Tensor, " B"]:
     """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
-    term or an entropy bonus, or if a feature gives the tokens advantages. No rows if there is no update, and no row
-    without a reward.
+    term or an entropy bonus, or if a feature gives the tokens advantages (`all_groups`). No rows if there is no update,
+    and no row without a reward.
     """
-    if not context.settings.num_iterations:
+    if not settings.num_iterations:
         return torch.zeros_like(samples.advantages, dtype=torch.bool)
-    is_active = any_in_group(samples.advantages != 0, samples.group) | context.trains_all_groups
+    is_active = any_in_group(samples.advantages != 0, samples.group) | (settings.trains_all_groups or all_groups)
     return is_active & ~samples.rewards.isnan()
 
 
-def metric_weights(context: StepContext, samples: Samples, step: int) -> Float[Tensor, " B"]:
+def metric_weights(
+    settings: StepSettings, samples: Samples, step: int, *, all_groups: bool = False
+) -> Float[Tensor, " B"]:
     """Return each row's weight in the mismatch metrics (`inverse_sampling_weights`). Of the groups that the update
     skips, `num_mismatch_groups` are sampled.
     """
-    settings = context.settings
     generator = generator_for(settings.seed, "mismatch sample", step)  # every process draws the same groups
-    is_trained = any_in_group(active_rows(context, samples), samples.group)[starts_group(samples.group)]
+    is_trained = any_in_group(active_rows(settings, samples, all_groups=all_groups), samples.group)[
+        starts_group(samples.group)
+    ]
     weights = inverse_sampling_weights(is_trained, settings.num_mismatch_groups, generator)
     return weights[group_numbers(samples.group)]
 
@@ -257,19 +261,20 @@ def inverse_sampling_weights(
     return weights
 
 
-def draw_view_sets(context: StepContext, samples: Samples, step: int) -> list[Views]:
+def draw_view_sets(
+    settings: StepSettings, samples: Samples, step: int, accelerator: Accelerator, *, all_groups: bool = False
+) -> list[Views]:
     """Draw the sets of views that score a step's rollout: one for the metrics and the first update, and, if
     `resample_masks` is set and the estimator is random, one per later update. Later sets score only the groups that the
     update trains on.
     """
-    settings, accelerator = context.settings, context.accelerator
     advantages = samples.local(samples.advantages, accelerator)
     view_sets = []
     for iteration in range(settings.num_mask_sets):
         key = (step, iteration) if iteration else (step,)
         views = settings.likelihood.draw_views(samples.rollout, generator_for(settings.seed, "noise", *key))
         views = settings.likelihood.with_advantages(views, advantages)
-        is_scored = active_rows(context, samples) if iteration else samples.metric_weights > 0
+        is_scored = active_rows(settings, samples, all_groups=all_groups) if iteration else samples.metric_weights > 0
         if not is_scored.all():  # otherwise the same object, which all policies share
             views = views.restrict_to_rows(samples.local(is_scored, accelerator))
         view_sets.append(views)

@@ -71,11 +71,11 @@ class Step:
         recipe = self.recipe
         known = self.rollout.group, self.advantages, self.advantages, torch.ones(len(self.advantages))
         samples = Samples(self.rollout, *known, counts=(len(self.advantages),))
-        samples = replace(samples, metric_weights=metric_weights(self.run, samples, 0))
+        samples = replace(samples, metric_weights=metric_weights(recipe, samples, 0))
         if not recipe.beta:
             assert (samples.metric_weights > 0).all() and not self.advantages[: recipe.num_generations].any()
         with self.forward():
-            noise = draw_view_sets(self.run, samples, 0)[0]
+            noise = draw_view_sets(recipe, samples, 0, self.accelerator)[0]
             keep = any_in_group(self.advantages != 0, self.rollout.group) | bool(recipe.beta or recipe.entropy_coeff)
             self.graphs = retained_graphs(recipe, self.policy, keep)
             self.logps = score(self.run, self.rollout, noise, graphs=self.graphs)

@@ -75,7 +75,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     rollout, rewards = samples.rollout, samples.rewards
     learned = dataclasses.replace(samples, advantages=torch.arange(16.0))
     scored = dataclasses.replace(learned, metric_weights=(torch.arange(16) < 12).double())
-    noise = draw_view_sets(run.step, scored, 0)[0]
+    noise = draw_view_sets(run.recipe, scored, 0, run.accelerator)[0]
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(
         old_logprobs=old,
@@ -101,7 +101,7 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     samples = dataclasses.replace(samples, rollout=rollout, advantages=torch.full((16,), torch.inf))
-    noise = draw_view_sets(run.step, samples, 0)[0]
+    noise = draw_view_sets(run.recipe, samples, 0, run.accelerator)[0]
     same = rollout.logprobs
     logps = Logprobs(
         old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise

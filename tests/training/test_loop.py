@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from repetitions import few
 from rows import NO_ROWS
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import OddPuzzles, bare_context, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
@@ -290,7 +290,7 @@ def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
     samples = Samples(NO_ROWS, torch.arange(128) // 4, advantages, advantages, advantages, (128,))
 
     def weights(recipe, step):
-        found = metric_weights(bare_context(recipe), samples, step).view(32, 4)
+        found = metric_weights(recipe, samples, step).view(32, 4)
         assert torch.equal(found, found[:, :1].expand(32, 4))
         return found[:, 0]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rows import NO_ROWS
-from tiny_recipe import bare_context, tiny_recipe
+from tiny_recipe import tiny_recipe
 from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms import correctors
@@ -71,8 +71,8 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
 def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, changes):
     advantages = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.0])  # groups of three rows and of two
     samples = Samples(NO_ROWS, torch.tensor([0, 0, 0, 1, 1]), advantages, advantages, advantages, (5,))
-    assert active_rows(bare_context(tiny_recipe(tmp_path)), samples).tolist() == [True] * 3 + [False] * 2
-    assert active_rows(bare_context(tiny_recipe(tmp_path, **changes)), samples).tolist() == [True] * 5
+    assert active_rows(tiny_recipe(tmp_path), samples).tolist() == [True] * 3 + [False] * 2
+    assert active_rows(tiny_recipe(tmp_path, **changes), samples).tolist() == [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_weights_of_groups():
 
 def test_each_step_measures_other_groups(tmp_path):
     """The same groups at each step would hide the mismatch of all others for the whole run."""
-    context, zeros = bare_context(tiny_recipe(tmp_path, num_mismatch_groups=2)), torch.zeros(32)
+    recipe, zeros = tiny_recipe(tmp_path, num_mismatch_groups=2), torch.zeros(32)
     still = Samples(NO_ROWS, torch.arange(32) // 4, zeros, zeros, zeros, (32,))
-    drawn = [metric_weights(context, still, step)[::4].tolist() for step in range(20)]
-    assert drawn == [metric_weights(context, still, step)[3::4].tolist() for step in range(20)]
+    drawn = [metric_weights(recipe, still, step)[::4].tolist() for step in range(20)]
+    assert drawn == [metric_weights(recipe, still, step)[3::4].tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
     assert all(any(weights[group] for weights in drawn) for group in range(8))

@@ -85,10 +85,10 @@ def add_rollout_logprobs(context: StepContext, samples: Samples, step: int) -> S
     settings, likelihood = context.settings, context.settings.likelihood
     if likelihood.exact_for_sampler:
         return samples
-    weighted_samples = replace(samples, metric_weights=metric_weights(context, samples, step))
+    weighted_samples = replace(samples, metric_weights=metric_weights(settings, samples, step))
     compute_logprobs = partial(likelihood.logprobs, context.rollout_policy, samples.rollout)
     with context.arithmetic():
-        view_sets = draw_view_sets(context, weighted_samples, step)
+        view_sets = draw_view_sets(settings, weighted_samples, step, context.accelerator)
         rollout_logprobs = tuple(
             compute_logprobs(views, micro_batch_size=settings.micro_batch_size)
             for views in view_sets[: settings.num_scored_mask_sets]
