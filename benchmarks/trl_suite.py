@@ -25,8 +25,8 @@ import transformers
 import trl
 
 import dllm_rl
+from dllm_rl.integrations.trl import DiffusionGRPOTrainer
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.trl import DiffusionGRPOTrainer
 
 OWNER = "trl-internal-testing/"
 CHARACTERS = "".join(map(chr, range(32, 127)))
