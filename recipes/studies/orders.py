@@ -35,6 +35,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from math import log
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ import torch
 from dllm_rl import NVFP4, FakeQuantize, Float8WeightOnly, Int4WeightOnly, Scheme
 from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.studies.order_flips import PUZZLES, Model, Setting, bias, canvases, measured, over, trained
-from recipes.studies.paired import claimed_rows, markdown
+from recipes.studies.order_flips import PUZZLES, Model, Setting, bias, canvases, measured, trained
+from recipes.studies.paired import claimed_rows, interval, markdown
 from recipes.sudoku_tiny import few_clues
 
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, lengths, flips, and every bias
@@ -74,37 +75,55 @@ def is_whole(model: Model) -> bool:
     return str(Setting(ORDERS[0], "FP8", ROUNDS[1][0])) in model["settings"]
 
 
-def table(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By order and copy the bias under each of the weights, and under max_prob the share of steps that flip."""
-    rows = []
-    there = ROUNDS[0] + (ROUNDS[1] if all(map(is_whole, models)) else ())
-    for order, copied in product(ORDERS, COPIES):
-        row = {"order": order, "rollouts": copied}
-        for weights in there:
-            row[weights] = over(models, lambda model, key=(order, copied, weights): bias(model, *key))
-        flips = over(models, lambda model, copied=copied: model["flips"][copied])
-        rows.append(row | {"flipped": flips if order == "max_prob" else "-"})
-    return rows
+LESS, THIRD, SHARE = "less than none", "less than a third", "a smaller share than under max_prob (logarithms)"
+
+
+def claim(order: str, copied: str, what: str) -> str:
+    return f"{order}, {copied}: TIS leaves {what}"
 
 
 def claims(models: Sequence[Model]) -> Mapping[str, list[float]]:
     """By claim the number of each model that is above 0 where it holds."""
+    found: dict[str, list[float]] = {}
 
     def left(model: Model, order: str, copied: str) -> float:
         """The share of the bias that TIS leaves."""
         return bias(model, order, copied, "tis") / bias(model, order, copied, "none")
 
-    found = {}
     for order, copied in product(("random", "left_to_right"), COPIES):
         none, tis = ([bias(model, order, copied, weights) for model in models] for weights in ("none", "tis"))
-        found[f"{order}, {copied}: TIS leaves less than none"] = [a - b for a, b in zip(none, tis, strict=True)]
+        found[claim(order, copied, LESS)] = [a - b for a, b in zip(none, tis, strict=True)]
         if "inputs" not in copied:
             thirds = [a / 3 - b for a, b in zip(none, tis, strict=True)]
-            found[f"{order}, {copied}: TIS leaves less than a third"] = thirds
-        found[f"{order}, {copied}: TIS leaves a smaller share than under max_prob (logarithms)"] = [
+            found[claim(order, copied, THIRD)] = thirds
+        found[claim(order, copied, SHARE)] = [
             log(left(model, "max_prob", copied)) - log(left(model, order, copied)) for model in models
         ]
     return found
+
+
+def table(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order and copy: the bias under each of the weights, the share of it that TIS leaves (of the means), the share
+    of steps that flip under max_prob, and the p of Holm's correction of the row's three claims."""
+    there = ROUNDS[0] + (ROUNDS[1] if all(map(is_whole, models)) else ())
+    heads = {"tis": "TIS", "cis": "CIS", "ais": "AIS (our lambda)"}
+    p_of = {row["stated before the runs"]: row["Holm's p"] for row in claimed_rows(claims(models))}
+    rows = []
+    for order, copied in product(ORDERS, COPIES):
+        found = {weights: [bias(model, order, copied, weights) for model in models] for weights in there}
+        row = {"order": order, "rollouts": copied}
+        row |= {heads.get(weights, weights): interval(biases) for weights, biases in found.items()}
+        row["TIS leaves"] = f"{mean(found['tis']) / mean(found['none']):.2f}"
+        row["flipped"] = interval([model["flips"][copied] for model in models]) if order == "max_prob" else "-"
+        for head, what in (("p, less", LESS), ("p, third", THIRD), ("p, share", SHARE)):
+            row[head] = p_of.get(claim(order, copied, what), "-")
+        rows.append(row)
+    return rows
+
+
+def page_tables() -> dict[str, str]:
+    """The tables of orders.md, by name."""
+    return {"bias": markdown(table(read_json(STORED)))}
 
 
 def main() -> None:
