@@ -26,7 +26,7 @@ from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import printing_anything
 from dllm_rl.tasks.base import Problem
-from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
+from dllm_rl.tasks.datasets import DatasetTask, RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.summary import Summary
@@ -184,7 +184,12 @@ def grpo_recipe(  # noqa: PLR0913
                     f"{field}={value!r} is not what sampler={type(given).__name__} has: set it there, or leave it out"
                 )
         options = {"max_new_tokens": given.max_new_tokens}
-    options.setdefault("max_new_tokens", 0 if num_blanks(task[0]) else 256)
+    blanks = most_blanks(task, is_given="max_new_tokens" in options)
+    if blanks and attention == "causal":
+        raise ValueError(
+            "blank: a causal model appends tokens and cannot fill in blanks; leave blank out, or give a diffusion model"
+        )
+    options.setdefault("max_new_tokens", 0 if blanks else 256)
     preset = preset_by_size(attention, num_parameters(path_or_policy)) if preset is None else preset
     if preset not in (None, "none"):
         options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
@@ -212,7 +217,7 @@ def grpo_recipe(  # noqa: PLR0913
     # Evaluations of the learner run in this process, where the sampler of an engine that decodes by itself cannot.
     is_of_engine = settings.get("rollout_engine") and decodes_in_engine(used_sampler)
     if settings.get("loss_reduction") is DR_GRPO:
-        settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + num_blanks(task[0]))
+        settings["loss_reduction"] = FixedLengthMean(length=used_sampler.max_new_tokens + blanks)
     fields: dict[str, Any] = {
         "name": name,
         "model": model,
@@ -221,7 +226,7 @@ def grpo_recipe(  # noqa: PLR0913
         "eval_task": eval_task,
         "sampler": sampler,
         "eval_sampler": settings.get("eval_sampler") or greedy(sampler if is_of_engine else used_sampler),
-        "likelihood": default_likelihood(spec, block_size, used_sampler, num_blanks(task[0])),
+        "likelihood": default_likelihood(spec, block_size, used_sampler, blanks),
     }
     return Recipe(**fields | settings)
 
@@ -289,6 +294,25 @@ def segments_of(sampler: Unmask, length: int) -> int | None:
     if sampler.commit.adaptive or not sampler.diffusion_steps:
         return segments_for(length)  # at most one step per token
     return segments_for(sampler.diffusion_steps)
+
+
+def most_blanks(task: DatasetTask, *, is_given: bool) -> int:
+    """Return the largest number of blanks in a row's prompt; 0 for a task without infilling.
+
+    Raises ValueError for a row without a blank beside a blank's setting, unless max_new_tokens `is_given`: it says how
+    many tokens are appended to every row.
+    """
+    if task.blank is None and "blank" not in getattr(task.dataset, "column_names", ("blank",)):
+        return 0
+    problems = [task[index] for index in range(len(task))]
+    counts = list(map(num_blanks, problems))
+    if not is_given and any(problem.blank is not None for problem in problems) and 0 in counts:
+        index = counts.index(0)
+        raise ValueError(
+            f"train_dataset: the prompt of row {index} has no blank {problems[index].blank!r}, so that it has no token "
+            "to fill in: correct the row or blank, or give max_new_tokens, the number of tokens to append to every row"
+        )
+    return max(counts)
 
 
 def num_blanks(problem: Problem) -> int:

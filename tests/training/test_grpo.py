@@ -1031,10 +1031,6 @@ def right_length(completions, **columns):
     return [float(len(text)) for text in completions]
 
 
-def test_a_blank_that_no_prompt_has_leaves_the_default_length():
-    assert recipe_of(blank="_").sampler.max_new_tokens == 256
-
-
 @pytest.mark.parametrize("blank", [3, True, ["_"]])
 def test_a_column_of_blanks_that_is_not_text_is_refused(blank):
     with pytest.raises(ValueError, match=f"row 0 has blank={re.escape(repr(blank))}, which is not text"):
@@ -1066,3 +1062,25 @@ def test_a_run_without_output_dir_takes_a_new_folder_and_a_resume_the_newest(tmp
     grpo(tiny_masked_lm(**SMALL), ROWS, moves, **options("x", **more))
     assert f"output_dir: runs/{expected}\n" in capsys.readouterr().out
     assert not list((tmp_path / "elsewhere").iterdir()) and len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "blank", "expected"),
+    [
+        ([{"prompt": "12"}, {"prompt": "1_"}], "_", 0),
+        ([{"prompt": "1_"}, {"prompt": "12"}], "_", 1),
+        ([{"prompt": "12"}, {"prompt": "12"}], "_", 0),
+        ([{"prompt": "1?", "blank": "?"}, {"prompt": "12", "blank": None}], None, 1),
+        (Dataset.from_list([{"prompt": "12", "blank": None}, {"prompt": "1?", "blank": "?"}]), None, 0),
+    ],
+)
+def test_a_row_without_a_blank_is_refused_unless_tokens_are_appended(rows, blank, expected):
+    arguments = lambda: tiny_masked_lm(characters="12?_"), rows, short
+    with pytest.raises(ValueError, match=f"^train_dataset: the prompt of row {expected} has no blank"):
+        grpo_recipe(*arguments, blank=blank, eval_dataset=rows)
+    assert grpo_recipe(*arguments, blank=blank, eval_dataset=rows, max_new_tokens=3).sampler.max_new_tokens == 3
+
+
+def test_a_causal_model_fills_in_no_blanks():
+    with pytest.raises(ValueError, match="^blank: a causal model"):
+        grpo_recipe(lambda: tiny_llama(characters="12_", causal=True), [{"prompt": "1_"}] * 2, short, blank="_")
