@@ -1,5 +1,6 @@
 """Digests of a folder: what is checked, what is not, and what a quick check leaves unread."""
 
+import json
 import os
 from pathlib import Path
 
@@ -49,3 +50,12 @@ def test_a_quick_check_leaves_the_rest_of_large_files_unread(tmp_path):
     os.truncate(big, 3 << 19)
     with pytest.raises(ValueError, match=f"damaged: {3 << 19} bytes, not {3 << 20}"):
         manifest.verify(tmp_path, quick=True)
+
+
+@pytest.mark.parametrize("lacks", ["files", "step", "format"])
+def test_a_manifest_that_lacks_a_field_is_refused(tmp_path, lacks):
+    manifest.write(tmp_path, step=1, processes=1, versions={})
+    fields = {name: value for name, value in manifest.read(tmp_path).items() if name not in (lacks, "sha256")}
+    (tmp_path / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
+    with pytest.raises(ValueError, match=rf"manifest\.json has no '{lacks}'"):
+        manifest.verify(tmp_path)

@@ -297,6 +297,14 @@ def _joined(
     return tokens[:length], learned[:length], bool(end_positions)
 
 
+def check_no_blanks(problems: Sequence[Problem]) -> None:
+    """Raise ValueError if a problem has blanks, which a warm-up cannot learn. It needs no model."""
+    if any(problem.blank is not None for problem in problems):
+        raise ValueError(
+            "a problem has blanks, and the warm-up appends solutions to the prompt; use sft_warmup_steps=0"
+        )
+
+
 def solution_examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> list[Example]:
     """Return the problems' solutions as examples of `max_new_tokens` learned tokens, as if the policy had sampled them.
 
@@ -305,10 +313,7 @@ def solution_examples(policy: Policy, problems: Sequence[Problem], *, max_new_to
     Raises:
         ValueError: A solution is missing or too long, or a problem has blanks.
     """
-    if any(problem.blank is not None for problem in problems):
-        raise ValueError(
-            "a problem has blanks, and the warm-up appends solutions to the prompt; use sft_warmup_steps=0"
-        )
+    check_no_blanks(problems)
     attention = policy.spec.attention
     end_token = policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
     examples = []

@@ -29,6 +29,7 @@ from dllm_rl.records import describe, describe_json
 from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.context import StepFeature, overrides
+from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
@@ -76,6 +77,8 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     check_hub(recipe.push_to_hub)
     for field in ("task", "validation_task", "eval_task"):
         check_not_empty(field, getattr(recipe, field))
+    if recipe.sft_warmup_steps and not recipe.resume_from_checkpoint:
+        check_no_blanks([recipe.task[0]])  # the model may be a function that trains for minutes
     validation_interval(recipe)  # raises ValueError if a metric that is needed would never be measured
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
         pool = None  # only the main process talks to the workers

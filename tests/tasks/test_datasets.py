@@ -540,3 +540,10 @@ def test_an_error_that_is_the_same_for_one_completion_is_said_once():
     task = task_from_dataset([{"prompt": "a"}], reward_funcs=fails)
     with pytest.raises(RuntimeError, match=r"completion 'x': KeyError\('answer'\)$"):
         grade(task, [task[0]] * 4, ["x"] * 4)
+
+
+def test_a_table_of_pyarrow_is_refused_with_what_to_give() -> None:
+    table = datasets.Dataset.from_list(ROWS).data.table
+    with pytest.raises(ValueError, match=r"^dataset is a table of pyarrow; give table\.to_pylist"):
+        task_from_dataset(table, reward_funcs=right)
+    assert len(task_from_dataset(table.to_pylist(), reward_funcs=right)) == 2
