@@ -57,15 +57,11 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
             os.kill(os.getpid(), signal.SIGUSR1)
         return LinearDecay()(step, num_steps)
 
-    def schedule(step, num_steps):
-        return LinearDecay()(step, num_steps)
-
-    stopping.__name__ = schedule.__name__
     recipe = tiny_sft(tmp_path / "parts", **options)
     with pytest.raises(SystemExit) as stopped:
         fine_tune(replace(recipe, lr_schedule=stopping))
     assert stopped.value.code == 128 + signal.SIGUSR1
-    resumed = fine_tune(replace(recipe, lr_schedule=schedule, resume_from_checkpoint="latest"))
+    resumed = fine_tune(replace(recipe, lr_schedule=stopping, resume_from_checkpoint="latest"))
     assert_same_weights(straight, resumed)
     assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "parts")
     assert straight["eval_after"] == resumed["eval_after"] and straight["eval_before"] == resumed["eval_before"]

@@ -37,7 +37,10 @@ class Fault(RuntimeError):  # as the run raises for a reward function
 class Places:
     """Counts the calls of user code by place, and raises in one place in one step, counted by what begins a step."""
 
-    def __init__(self, fails=None, step=0):
+    def __init__(self):
+        self.begin()
+
+    def begin(self, fails=None, step=0):  # a method, so that a resume sees state in them, and no settings
         self.fails, self.step, self.calls = fails, step, Counter()
 
     def reach(self, place):
@@ -174,7 +177,7 @@ def steps(folder):
 
 
 def run(folder, pool=None, *, fails=None, **changes):
-    PLACES.__init__(fails, FAILS if "resume_from_checkpoint" in changes else 0)
+    PLACES.begin(fails, FAILS if "resume_from_checkpoint" in changes else 0)
     return train(recipe(folder, **changes), pool)
 
 
@@ -335,7 +338,7 @@ def beginning_rate(step, num_steps):
 
 
 def tune(folder, *, fails=None, **changes):
-    PLACES.__init__(fails)
+    PLACES.begin(fails)
     rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
     small = partial(tiny_masked_lm, characters="123456=", hidden_size=16, num_layers=1)
     settings = {"max_length": 8, "num_steps": STEPS, "eval_steps": FAILS, "save_steps": 100, "report_to": "none"}

@@ -273,3 +273,12 @@ def test_the_solutions_that_are_read_are_those_that_are_learned(tmp_path, monkey
     assert {*found} == prompts and len(learned) == 12 and len(found) <= 12
     monkeypatch.setattr(warmup, "MAX_CHECKED_PROMPTS", 3)
     assert len([*drawn_problems(recipe, policy)]) in (3, 4)
+
+
+def test_a_warmup_of_blanks_is_refused_before_the_model_is_made(tmp_path):
+    task = task_from_dataset(
+        [{"prompt": "1_"}] * 4, reward_funcs=lambda completions: [0.0] * len(completions), blank="_"
+    )
+    given = {"task": task, "sft_warmup_steps": 2, "model": lambda: pytest.fail("made")}
+    with pytest.raises(ValueError, match="a problem has blanks"):
+        train(tiny_recipe(tmp_path / "run", **given))
