@@ -13,7 +13,7 @@ from dllm_rl.records import describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
-from dllm_rl.settings import documented
+from dllm_rl.settings import documented, is_loaded_module
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Task
 
@@ -115,6 +115,12 @@ class Recipe(StepSettings):
         is_quantized = self.rollout_quantization is not None
         conflicts = [
             *super().conflicts(),
+            is_loaded_module("teacher", self.teacher),
+            (
+                self.load_best_model_at_end and self.shard_size != 1,
+                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
+                "to False, and take the folder that summary.json names as best_checkpoint",
+            ),
             (
                 self.router_replay is not None and not is_quantized,
                 "router_replay='R3' reuses the experts of a quantized copy, and without rollout_quantization there is "

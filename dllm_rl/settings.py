@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from torch.nn import Module
 
@@ -29,6 +29,12 @@ def best_rule(metric: str | None, greater_is_better: bool | None) -> tuple[str |
     """Return the name of `metric_for_best_model` in the evaluations, and whether a larger value is better."""
     name = metric and metric.removeprefix("eval/").removeprefix("eval_")
     return name, not str(name).endswith("loss") if greater_is_better is None else greater_is_better
+
+
+def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
+    """Return the conflict of a setting that must be a policy and may be a module that somebody loaded."""
+    is_module = isinstance(model, Module) and not isinstance(model, Policy)
+    return is_module, f"{name} is a loaded module: give make_policy(module, tokenizer)"
 
 
 class Settings(Record):
@@ -124,18 +130,6 @@ class Settings(Record):
     )
     overwrite_output_dir: bool = option(default=False, help="delete a run that is already in output_dir")
 
-    # Values for SFT, which lacks the RL fields of these names. Without annotations, they are not dataclass fields.
-    shard_size = 1
-    dry_run = False
-    async_save = False
-    sft_warmup_steps = 0
-    beta = 0.0
-    log_completions_steps = 0
-    torch_compile = False
-    router_replay = cast(Any, None)
-    teacher = cast(Any, None)
-    push_to_hub = cast("str | None", None)
-
     @property
     def directory(self) -> str:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
@@ -191,10 +185,8 @@ class Settings(Record):
     def conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
         unknown = [name for name in self.trackers if name not in TRACKERS]
-        models = {"model": self.model, "teacher": self.teacher}
-        loaded = [name for name, model in models.items() if isinstance(model, Module) and not isinstance(model, Policy)]
         return [
-            (bool(loaded), f"{', '.join(loaded)} is a loaded module: give make_policy(module, tokenizer)"),
+            is_loaded_module("model", self.model),
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
             (
                 self.dtype == "float16" and self.lora is None and self.optim == AdamW(),
@@ -213,11 +205,6 @@ class Settings(Record):
             (
                 self.load_best_model_at_end and self.metric_for_best_model is None,
                 "load_best_model_at_end=True needs metric_for_best_model: set it, for example to solve_rate or loss",
-            ),
-            (
-                self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
-                "to False, and take the folder that summary.json names as best_checkpoint",
             ),
         ]
 

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     # floor 7
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
-    "models decoding settings quantization likelihoods samplers monitoring checkpoints recipe "
+    "models decoding quantization likelihoods samplers monitoring checkpoints recipe "
     "diagnostics evaluation step supervised",
     # floor 8
     "config": "screen records recipe presets ",
@@ -248,6 +248,21 @@ def test_tasks_import_no_torch():
     program = "import sys, dllm_rl.tasks.protocols; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_correctors_and_metrics_need_torch_alone():
+    """Somebody with another trainer takes them without this library's other dependencies."""
+    program = """
+import sys
+sys.modules |= dict.fromkeys(("transformers", "accelerate", "torchao", "peft", "datasets"))
+import pkgutil, dllm_rl.algorithms
+for module in pkgutil.iter_modules(dllm_rl.algorithms.__path__, "dllm_rl.algorithms."):
+    __import__(module.name)
+from recipes.examples.correctors_elsewhere import main
+reward, metrics = main()
+assert reward > 0.5 and 0 < metrics["rollout_corr/ess"] <= 1, (reward, metrics)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, check=True)
 
 
 def test_the_help_of_a_recipe_imports_no_library_of_training():

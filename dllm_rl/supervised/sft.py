@@ -1,6 +1,6 @@
 """Settings of supervised fine-tuning, in one flat frozen record, `SFT`. Fields that Recipe also has mean the same."""
 
-from typing import Any
+from typing import Any, cast
 
 from dllm_rl.records import option
 from dllm_rl.settings import Settings, documented
@@ -41,6 +41,18 @@ class SFT(Settings):
         below=1,
     )
     micro_batch_size: int | None = option(default=None, help="rows per forward; None: all", at_least=1)
+
+    # What a run asks of RL's settings of these names. Without annotations, they are not fields.
+    shard_size = 1
+    dry_run = False
+    async_save = False
+    sft_warmup_steps = 0
+    beta = 0.0
+    log_completions_steps = 0
+    torch_compile = False
+    router_replay = cast(Any, None)
+    teacher = cast(Any, None)
+    push_to_hub = cast("str | None", None)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON, with an id in place of the rows."""

@@ -12,9 +12,9 @@ from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
-from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import shown_prompt
 from dllm_rl.tasks.user_code import process_restored
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.hooks import load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
@@ -75,7 +75,7 @@ def _sampler_of_rollouts(recipe: Recipe) -> Sampler:
         return recipe.sampler
 
 
-def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, advice: str) -> Summary:
+def write_summary(run: Run[AnyRecipe], results: dict[str, Any], *, result: str, advice: str) -> Summary:
     """Write summary.json with `results`, draw the plot, and print `result` and `advice`. Call `wait_for_checkpoint`
     first.
     """
@@ -104,7 +104,7 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
     return as_returned(run, summary)
 
 
-def has_custom_module(run: Run[Settings]) -> bool:
+def has_custom_module(run: Run[AnyRecipe]) -> bool:
     """Return whether only `load_weights` opens the run's checkpoint, into the module that the user makes."""
     return not isinstance(run.recipe.model, str) and not has_known_family(Path(run.checkpoint))
 

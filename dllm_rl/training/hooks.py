@@ -15,14 +15,14 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import restart_dropout
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
-from dllm_rl.settings import Settings
 from dllm_rl.tasks.user_code import process_restored
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.results import best_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
 
 
-def before_first_step(run: Run[Settings]) -> None:
+def before_first_step(run: Run[AnyRecipe]) -> None:
     """Check that the evaluations measure the metrics that the recipe names, and call every callback's `on_start`. A new
     run also calls `on_evaluate`, a resumed one `load_state`. Collective: every process must call it.
 
@@ -41,7 +41,7 @@ def before_first_step(run: Run[Settings]) -> None:
         run.state = replace(run.state, callbacks=states)
 
 
-def start_callbacks(run: Run[Settings]) -> tuple[list[list[Any]], str | None]:
+def start_callbacks(run: Run[AnyRecipe]) -> tuple[list[list[Any]], str | None]:
     """Call the callbacks before the first step, in the main process; return their states, and why one stops the run."""
     saved = list(run.state.callbacks or [])
     start_anew = []
@@ -69,13 +69,13 @@ def start_callbacks(run: Run[Settings]) -> tuple[list[list[Any]], str | None]:
     return callback_states(run), run.control.stop_reason
 
 
-def callback_states(run: Run[Settings]) -> list[list[Any]]:
+def callback_states(run: Run[AnyRecipe]) -> list[list[Any]]:
     """Return the class name and the state of every callback, as checkpoints store them."""
     with process_restored():
         return [[type(callback).__name__, state_of(callback)] for callback in run.recipe.callbacks]
 
 
-def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
+def record_update(run: Run[AnyRecipe], step: int, metrics: dict[str, float]) -> None:
     """Count a step whose update is done. From now on an error or a stop leaves a checkpoint of this step, with which a
     resume calls `end_step` again.
     """
@@ -86,7 +86,7 @@ def record_update(run: Run[Settings], step: int, metrics: dict[str, float]) -> N
 
 
 def take_steps(
-    run: Run[Settings], take_step: Callable[[int], dict[str, float]], evaluate: Callable[[int], dict[str, float]]
+    run: Run[AnyRecipe], take_step: Callable[[int], dict[str, float]], evaluate: Callable[[int], dict[str, float]]
 ) -> None:
     """Take the steps that are left of a run, and wait until the last one is saved. Collective: every process must call
     it.
@@ -110,7 +110,7 @@ def take_steps(
 
 
 def end_step(
-    run: Run[Settings], step: int, metrics: dict[str, float], evaluate: Callable[[int], dict[str, float]]
+    run: Run[AnyRecipe], step: int, metrics: dict[str, float], evaluate: Callable[[int], dict[str, float]]
 ) -> None:
     """Evaluate, call the callbacks, log and save after the update of a step. Collective: every process must call it."""
     record_update(run, step, metrics)
@@ -123,7 +123,7 @@ def end_step(
 
 
 def call_callbacks(
-    run: Run[Settings], step: int, metrics: dict[str, float]
+    run: Run[AnyRecipe], step: int, metrics: dict[str, float]
 ) -> tuple[dict[str, float], list[list[Any]] | None]:
     """Call every callback's `on_evaluate` and `on_step` in the main process; return the metrics with the numbers that
     the callbacks add, and the callbacks' states. Collective: every process must call it.
@@ -150,7 +150,7 @@ def call_callbacks(
     return logged, states
 
 
-def warn_of_missing_metric(run: Run[Settings], callback: Callback, metrics: Mapping[str, float]) -> None:
+def warn_of_missing_metric(run: Run[AnyRecipe], callback: Callback, metrics: Mapping[str, float]) -> None:
     """Warn if the metric of a `StopBelow` is neither in a first step's metrics nor in an evaluation's."""
     names = {*metrics, *(f"eval/{name}" for name in run.state.eval_before)}
     if isinstance(callback, StopBelow) and callback.metric not in names:
@@ -187,7 +187,7 @@ def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, fl
     return {name: float(value) for name, value in returned.items()}
 
 
-def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
+def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
     """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. The rollout
     policy gets the same weights.
 

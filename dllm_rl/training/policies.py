@@ -30,7 +30,7 @@ from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import REFERENCE, Recipe
-from dllm_rl.settings import Settings
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
 from dllm_rl.training.validation import evaluate_with, format_metrics
 from dllm_rl.training.warmup import warm_up
@@ -92,7 +92,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
     )
 
 
-def digest_of_base(recipe: Settings, policy: Policy) -> str | None:
+def digest_of_base(recipe: AnyRecipe, policy: Policy) -> str | None:
     """Return the digest of the recipe's model, to which its adapters belong; None without adapters. `policy` is the
     model as `build_policy` made it.
     """
@@ -103,7 +103,7 @@ def digest_of_base(recipe: Settings, policy: Policy) -> str | None:
     return fingerprint(policy)
 
 
-def check_base(recipe: Settings, policy: Policy, state: TrainingState) -> None:
+def check_base(recipe: AnyRecipe, policy: Policy, state: TrainingState) -> None:
     """Raise ValueError if the recipe's model is not the one on which the checkpoint's adapters were trained."""
     if digest_of_base(recipe, policy) != state.base:
         model = f" {recipe.model!r}" if isinstance(recipe.model, str) else ""
@@ -113,7 +113,7 @@ def check_base(recipe: Settings, policy: Policy, state: TrainingState) -> None:
         )
 
 
-def build_policy(recipe: Settings, device: torch.device) -> Policy:
+def build_policy(recipe: AnyRecipe, device: torch.device) -> Policy:
     """Load or build the recipe's `model`: load a checkpoint, copy a policy, or call a function."""
     if isinstance(recipe.model, str):
         load_options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
@@ -160,7 +160,7 @@ def call_model_function(model: Callable[..., Policy], seed: int, *, dry_run: boo
     return model(**{name: value for name, value in keywords.items() if name in parameters})
 
 
-def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
+def apply_compute_settings(recipe: AnyRecipe, policy: Policy) -> Policy:
     """Set the recipe's compute settings (fp32 logits, checkpointing) on the policy and return it.
 
     Raises:
@@ -181,7 +181,7 @@ def apply_compute_settings(recipe: Settings, policy: Policy) -> Policy:
     return policy
 
 
-def check_given_weights(recipe: Settings, policy: Policy) -> None:
+def check_given_weights(recipe: AnyRecipe, policy: Policy) -> None:
     """Raise ValueError for a setting that acts while a checkpoint is loaded, if `model` is a policy or a function."""
     if recipe.base_quantization is not None:
         raise ValueError(
@@ -190,14 +190,14 @@ def check_given_weights(recipe: Settings, policy: Policy) -> None:
         )
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     is_of_teacher = isinstance(recipe.teacher, str) and recipe.teacher != REFERENCE
-    if recipe.dtype not in (Settings.dtype, "auto", dtype) and not is_of_teacher:
+    if recipe.dtype not in (Recipe.dtype, "auto", dtype) and not is_of_teacher:
         raise ValueError(
             f"dtype={recipe.dtype!r} is for a checkpoint that is loaded, and the weights of this model are in {dtype}: "
             f"cast them before, policy.module.to(torch.{recipe.dtype}), or leave dtype out"
         )
 
 
-def check_low_bit(recipe: Settings, policy: Policy) -> None:
+def check_low_bit(recipe: AnyRecipe, policy: Policy) -> None:
     """Raise ValueError for a setting that the learner's bitsandbytes weights, also of a given model, rule out."""
     if any(map(is_bitsandbytes, policy.module.modules())):
         for is_wrong, message in recipe.low_bit_conflicts("a base in bitsandbytes' 4 or 8 bits"):
@@ -205,7 +205,7 @@ def check_low_bit(recipe: Settings, policy: Policy) -> None:
                 raise ValueError(message)
 
 
-def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
+def load_from_run_folder(recipe: AnyRecipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """Load the policy from a folder of this run. If only `load_weights` opens the folder, the recipe builds the policy
     first, with its own spec. The weights of a policy in memory may have several dtypes, which they keep.
     """
@@ -243,7 +243,7 @@ def freeze(model: Any, policy: Policy, names: list[str]) -> None:
             weight.requires_grad_(False)
 
 
-def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
+def make_optimizer(recipe: AnyRecipe, policy: Policy) -> torch.optim.Optimizer:
     """Make the recipe's optimizer of the policy's trainable parameters."""
     trainable = trainable_parameters(policy.module)
     betas = (recipe.adam_beta1, recipe.adam_beta2)

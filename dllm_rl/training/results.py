@@ -11,12 +11,12 @@ from dllm_rl.distributed.stop import Stopped
 from dllm_rl.files import write_json
 from dllm_rl.monitoring import plots
 from dllm_rl.screen import line_of
-from dllm_rl.settings import Settings
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
 
 
-def best_folder(run: Run[Settings]) -> Path | None:
+def best_folder(run: Run[AnyRecipe]) -> Path | None:
     """Return the folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
     if run.state.best_step is None:
         return None
@@ -24,7 +24,7 @@ def best_folder(run: Run[Settings]) -> Path | None:
 
 
 def summary_of(
-    run: Run[Settings], results: dict[str, Any], *, checkpoint: str, stop_reason: str | None
+    run: Run[AnyRecipe], results: dict[str, Any], *, checkpoint: str, stop_reason: str | None
 ) -> dict[str, Any]:
     """Return the content of summary.json: `results`, and what every run has.
 
@@ -54,7 +54,7 @@ def summary_of(
     return summary
 
 
-def write_files(run: Run[Settings], summary: dict[str, Any]) -> tuple[Path, Path | None]:
+def write_files(run: Run[AnyRecipe], summary: dict[str, Any]) -> tuple[Path, Path | None]:
     """Write summary.json and the plot; return their paths. The plot's is None for a run without steps, or with a
     warning if it cannot be drawn. Call it in the main process.
     """
@@ -70,7 +70,7 @@ def write_files(run: Run[Settings], summary: dict[str, Any]) -> tuple[Path, Path
         return path, None
 
 
-def as_returned(run: Run[Settings], summary: dict[str, Any]) -> Summary:
+def as_returned(run: Run[AnyRecipe], summary: dict[str, Any]) -> Summary:
     """Return what the run returns: its summary with the policy, which completes as the run's evaluations do."""
     policy: Any = run.policy
     policy.module.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ def as_returned(run: Run[Settings], summary: dict[str, Any]) -> Summary:
     return Summary(summary, policy)
 
 
-def summarize_stop(run: Run[Settings], stopped: Stopped) -> None:
+def summarize_stop(run: Run[AnyRecipe], stopped: Stopped) -> None:
     """Write summary.json and the plot of a run that a signal has stopped, and put the summary into `stopped`. Call it
     after the run's last checkpoint was written.
 

@@ -21,11 +21,11 @@ from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls
-from dllm_rl.settings import Settings
 from dllm_rl.step.context import StepContext, StepFeature
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
-AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
+AnySettings = TypeVar("AnySettings", bound=AnyRecipe, covariant=True)  # Recipe, or the settings of SFT
 
 
 class CheckpointWriter:

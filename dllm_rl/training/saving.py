@@ -26,9 +26,9 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
 from dllm_rl.recipe import Recipe
-from dllm_rl.settings import Settings
 from dllm_rl.step.context import StepFeature
 from dllm_rl.tasks.user_code import process_restored
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.results import summarize_stop
@@ -51,7 +51,7 @@ def make_writer(policy: Policy, *, in_thread: bool = False, timeout: float = 0.0
     return writer
 
 
-def save(run: Run[Settings]) -> None:
+def save(run: Run[AnyRecipe]) -> None:
     """Write a checkpoint of the run's state, after waiting for the previous write.
 
     Raises:
@@ -69,7 +69,7 @@ def save(run: Run[Settings]) -> None:
             save(run)
 
 
-def wait_for_checkpoint(run: Run[Settings]) -> None:
+def wait_for_checkpoint(run: Run[AnyRecipe]) -> None:
     """Wait until the checkpoint in progress is written, and call the callbacks' `on_save`. Collective: every process
     must call it.
     """
@@ -88,14 +88,14 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
             run.control.stop_reason = from_main(call_callbacks, run.accelerator)
 
 
-def write_checkpoint(run: Run[Settings]) -> None:
+def write_checkpoint(run: Run[AnyRecipe]) -> None:
     """Write a checkpoint of an unsharded learner now; call it only in the main process."""
     with run.writer.main_only:
         run.writer.wait()
         _main_process_write(run)()
 
 
-def can_save_without_peers(run: Run[Settings]) -> bool:
+def can_save_without_peers(run: Run[AnyRecipe]) -> bool:
     """Return whether this process can save the last complete step without the others: no update has changed the weights
     since, no aligned forward is active, and the learner is not sharded.
     """
@@ -107,7 +107,7 @@ def can_save_without_peers(run: Run[Settings]) -> bool:
     return is_unchanged and not is_aligned and sharding_of(run.policy.module) is None
 
 
-def save_on_overdue_stop(run: Run[Settings]) -> None:
+def save_on_overdue_stop(run: Run[AnyRecipe]) -> None:
     """Save the last complete step and end the process. Called if a step does not end in time after a stop signal, and
     on a second Ctrl-C; another one during the save ends the process at once.
     """
@@ -124,7 +124,7 @@ def save_on_overdue_stop(run: Run[Settings]) -> None:
     run.stop.leave(f"stopped {place} step {steps_done}, which is saved; {how_to_continue(run.recipe.directory)}")
 
 
-def save_on_peer_loss(run: Run[Settings]) -> None:
+def save_on_peer_loss(run: Run[AnyRecipe]) -> None:
     """Save a copy of the last complete step. Called in another thread of the main process if a process died."""
     if not can_save_without_peers(run):
         return
@@ -142,7 +142,7 @@ def save_on_peer_loss(run: Run[Settings]) -> None:
                 print(f"error: step {state.step} was not saved: {error}", file=sys.stderr, flush=True)
 
 
-def save_on_error(run: Run[Settings], kind: object, error: BaseException | None, traceback: object) -> None:
+def save_on_error(run: Run[AnyRecipe], kind: object, error: BaseException | None, traceback: object) -> None:
     """Save the last complete step, from which a resume continues, and add a note to the error. Called when the run
     ends; does nothing if it ends without an error. A run that a signal has stopped gets its summary and its plot.
     """
@@ -177,7 +177,7 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe.directory)}")
 
 
-def _main_process_write(run: Run[Settings], *, copies: bool = False) -> Callable[[], Path]:
+def _main_process_write(run: Run[AnyRecipe], *, copies: bool = False) -> Callable[[], Path]:
     """Return a function that writes the checkpoint; call it in the main process. With `copies`, copy weights and
     optimizer state to the host now, so that training can continue during the write.
     """
@@ -185,7 +185,7 @@ def _main_process_write(run: Run[Settings], *, copies: bool = False) -> Callable
     return partial(_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
 
 
-def _sharded_write(run: Run[Settings]) -> Callable[[], Path]:
+def _sharded_write(run: Run[AnyRecipe]) -> Callable[[], Path]:
     """Return a function that writes this process's part of a sharded learner's checkpoint. Collective: every process
     must call this function and the returned function.
     """
@@ -219,7 +219,9 @@ def copy_to_host(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Poli
     return host_policy, host_optimizer
 
 
-def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.SavedOptimizer) -> Write:
+def _bind_save(
+    run: Run[AnyRecipe], state: TrainingState, policy: Policy, optimizer: checkpoint.SavedOptimizer
+) -> Write:
     """Return `checkpoint.save` with its arguments bound to a state of the run. Call it now or in the writer thread."""
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
@@ -245,7 +247,7 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     return partial(checkpoint.save, folder, content, keep_last=recipe.save_total_limit)
 
 
-def feature_states(run: Run[Settings]) -> dict[str, bytes]:
+def feature_states(run: Run[AnyRecipe]) -> dict[str, bytes]:
     """Return the files of the features' states. A feature whose `state` raises ends the run; the checkpoint that is
     written then has all else.
     """
@@ -296,7 +298,7 @@ def base_of_adapters(model: object, warmup_steps: int) -> str | None:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def is_merged(run: Run[Settings], state: TrainingState) -> bool:
+def is_merged(run: Run[AnyRecipe], state: TrainingState) -> bool:
     """Return whether the checkpoint of a state contains full weights (with adapters merged).
 
     Every checkpoint does, unless the recipe `saves_only_adapters`; then only the last checkpoint does, and the best one
@@ -309,14 +311,14 @@ def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     return is_last or (recipe.load_best_model_at_end and state.best_step == state.step)
 
 
-def _write(run: Run[Settings], step: int, write: Write) -> Path:
+def _write(run: Run[AnyRecipe], step: int, write: Write) -> Path:
     """Write and return the checkpoint of a step."""
     folder = write()
     run.saved = step
     return folder
 
 
-def install_emergency_saves(run: Run[Settings], peers: Peers | None) -> None:
+def install_emergency_saves(run: Run[AnyRecipe], peers: Peers | None) -> None:
     """From now on, save the last complete step if a step does not end in time after a stop signal, if another process
     dies, or if the run raises an error.
     """
@@ -328,7 +330,7 @@ def install_emergency_saves(run: Run[Settings], peers: Peers | None) -> None:
     run_exit_stack().push(partial(save_on_error, run))
 
 
-def check_folder(run: Run[Settings]) -> None:
+def check_folder(run: Run[AnyRecipe]) -> None:
     """Raise OSError if the run's folder was removed or renamed: the log would be written outside of output_dir."""
     directory = Path(run.recipe.directory)
     if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
@@ -338,7 +340,7 @@ def check_folder(run: Run[Settings]) -> None:
         )
 
 
-def checkpoint_if_due(run: Run[Settings], metrics: dict[str, float]) -> None:
+def checkpoint_if_due(run: Run[AnyRecipe], metrics: dict[str, float]) -> None:
     """Save a checkpoint after a step, whose metrics are given, if one is due: every save_steps, after the last step or
     a new best step, at a callback's request, and on a stop signal. After a stop signal, end the process with the
     signal's exit status.

@@ -12,7 +12,7 @@ from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.lora import add_lora, host_copy
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
-from dllm_rl.settings import Settings
+from dllm_rl.training.any_recipe import AnyRecipe
 
 UNSHARDED_REMEDY = "or shard_size=1, with which every process has the full weights"
 
@@ -45,7 +45,7 @@ def launch_engine() -> str | None:
     return next((name for name in ("DEEPSPEED", "FSDP") if parse_flag_from_env(f"ACCELERATE_USE_{name}")), None)
 
 
-def check_processes(recipe: Settings, processes: int) -> None:
+def check_processes(recipe: AnyRecipe, processes: int) -> None:
     """Raise ValueError if the processes cannot share a batch equally, or on a setting that a sharded learner cannot
     have, before anything is loaded.
     """

@@ -26,11 +26,11 @@ from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
-from dllm_rl.settings import Settings
 from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
+from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
@@ -213,7 +213,7 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
 
 
 def restore(
-    recipe: Settings,
+    recipe: AnyRecipe,
     folder: Path,
     state: TrainingState,
     contents: dict[str, str],
@@ -246,7 +246,7 @@ def restore(
     return replace(state, recipe=settings, contents=contents, begin_ids=begin, changes=all_changes)
 
 
-def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
+def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     """Connect the processes; return the accelerator, the handler of stop signals, and the watchdog over the other
     processes. The watchdog is None for a single process, or if `peer_timeout` is None.
 
@@ -271,7 +271,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
 
 
 def open_log(
-    recipe: Settings,
+    recipe: AnyRecipe,
     accelerator: Accelerator,
     peers: Peers | None,
     saved_state: TrainingState | None,

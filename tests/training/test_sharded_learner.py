@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import process_grid
 import pytest
 import torch
-from ranks import ROOT, run_ranks
+from ranks import run_ranks
 from run_outputs import assert_same_weights, metrics_of
 from sharded import recipes, trained
 from tiny_recipe import tiny_recipe
@@ -22,6 +23,8 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.sharded_learner import check_launch_config, check_module, check_processes
 from dllm_rl.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
 MOVED = ("reward", "advantage", "mismatch")  # numbers of a row, whichever process scored it
