@@ -64,9 +64,9 @@ from dllm_rl import (
     quantized_copy,
     tiny_llama,
 )
-from dllm_rl import trl as ours
-from dllm_rl.frontend import trl_settings
 from dllm_rl.frontend.trl_names import unused_defaults
+from dllm_rl.integrations import trl as ours
+from dllm_rl.integrations import trl_settings
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import make_policy
