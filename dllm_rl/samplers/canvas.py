@@ -30,6 +30,7 @@ class Written(NamedTuple):
         unmask_step: Step that wrote each position; -1 if masked.
         logprobs: Log-prob of each written token, in nats.
         has_nan_scores: Whether the rank has returned NaN. It is on the device, so that a step does not wait for it.
+        contradicts: Whether the commit rule has chosen other positions than it declares. It is on the device too.
         log_mass: First result of `filter_support` for each written token.
         support_ids: Its second result; -1 at masked positions.
         order_logprobs: `Order.logprobs`.
@@ -41,6 +42,7 @@ class Written(NamedTuple):
     unmask_step: Int[Tensor, "B L"]
     logprobs: Float[Tensor, "B L"]
     has_nan_scores: Bool[Tensor, ""]
+    contradicts: Bool[Tensor, ""]
     log_mass: Float[Tensor, "B L"] | None = None
     support_ids: Int[Tensor, "B L C"] | None = None
     order_logprobs: Float[Tensor, "B L"] | None = None
@@ -221,6 +223,7 @@ def make_canvas(
             unmask_step=torch.full_like(columns, -1),
             logprobs=torch.zeros(columns.shape, device=policy.device),
             has_nan_scores=masked.new_zeros(()),
+            contradicts=masked.new_zeros(()),
         ),
         attention_mask=attention_mask.to(policy.device),
         columns=columns,

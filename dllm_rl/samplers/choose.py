@@ -39,7 +39,6 @@ from dllm_rl.samplers.rules import (
     DETERMINISTIC,
     SCORED_ORDERS,
     Commit,
-    FunctionRank,
     Rank,
     SoftThreshold,
     check_scores,
@@ -163,6 +162,8 @@ class StepSampler:
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
         scores, drawn = rank_and_draw(policy, hidden, params, (self.rank, self.rank_reads), first_uniforms, kept)
         assert scores is not None, "there is a rank"
+        if step is not None and self.canvas.forwards == 1:
+            self.check_rank(hidden, scores)
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
             assert rank_uniforms is not None, "a rank with noise reads uniform numbers"
@@ -171,7 +172,7 @@ class StepSampler:
         if step is None:
             commit_scores = commit_scores.masked_fill(~at.masked, -torch.inf)
         written.has_nan_scores.logical_or_(commit_scores.isnan().any())
-        decision = self.decide(at, commit_scores, rank_uniforms, drawn, step)
+        decision = self.decide(at, commit_scores, rank_uniforms, drawn, step, written.contradicts)
         places, keep = decision.places, decision.keep
         rows, offsets, steps = at.canvas_row[places], at.offset[places], at.row_steps[places]
         if written.order_logprobs is not None:
@@ -208,6 +209,19 @@ class StepSampler:
             put(self.canvas.experts, rows, offsets, experts[places])
         return decision
 
+    def check_rank(self, hidden: Float[Tensor, "K D"], scores: Float[Tensor, " K"]) -> None:
+        """Raise ValueError if a custom rank that is declared deterministic gives other scores when called again."""
+        base = getattr(self.rank, "base_rank", self.rank)
+        if not base.is_custom or base.order != "deterministic":
+            return
+        again, _ = rank_and_draw(self.policy, hidden, self.sampling_params, (self.rank, self.rank_reads))
+        assert again is not None, "there is a rank"
+        if not again.isclose(scores, rtol=1e-3, atol=1e-3, equal_nan=True).all():
+            raise ValueError(
+                f"rank={base.name} is declared deterministic, but gave other scores when it was called again with the "
+                "same inputs: take `uniforms` for random numbers and declare order='independent', or declare 'unknown'"
+            )
+
     def decide(
         self,
         at: StepPositions,
@@ -215,8 +229,9 @@ class StepSampler:
         rank_uniforms: Float[Tensor, " K"] | None,
         drawn: Drawn | None,
         step: StepRows | None,
+        contradicts: Bool[Tensor, ""],
     ) -> Decision:
-        """Return the commit rule's decision."""
+        """Return the commit rule's decision. Set `contradicts` if it contradicts what the rule declares."""
         commit = self.commit
         inputs = {"steps": at.total_steps} if "steps" in self.commit_reads else {}
         if "uniforms" in self.commit_reads:
@@ -225,18 +240,17 @@ class StepSampler:
         if self.canvas.events is not None:
             assert step is not None, "a compiled step does not rewrite"
             differs = None if drawn is None else drawn.tokens != self.canvas.written.tokens[at.canvas_row, at.column]
-            return revise(at, step, scores, commit, inputs, differs)
-        chosen = commit(scores, at.masked, at.steps_left, **inputs) & at.masked
+            return revise(at, step, scores, commit, inputs, differs, contradicts)
+        chosen = commit.choose(contradicts, scores, at.masked, at.steps_left, **inputs) & at.masked
         if step is None:
             num_chosen = chosen.sum(-1)
             places = torch.arange(len(at.offset), device=chosen.device)
             return Decision(chosen, places, num_chosen, keep=chosen[at.row_index, at.offset])
         # If the host knows the number of chosen positions, it does not wait for the device to count them.
-        count = commit.count
-        if count is None:
+        if commit.count is None:
             num_chosen = chosen.sum(-1).cpu()
         else:
-            num_chosen = count(step.num_masked, step.steps_left).minimum(step.num_masked)
+            num_chosen = commit.number_to_choose(step.num_masked, step.steps_left)
         return Decision(chosen, at.indices_of(chosen, int(num_chosen.sum())), num_chosen)
 
     def order_logprobs(
@@ -285,10 +299,9 @@ class StepSampler:
         """Return the rollout so far."""
         canvas, written = self.canvas, self.canvas.written
         draws_positions = self.soft_threshold_params is not None or self.rank.adds_gumbel
-        is_custom = type(self.rank).__module__ != Rank.__module__ or isinstance(self.rank, FunctionRank)
         order = Order(
             block_first_step=block_first_step(written.unmask_step, canvas.block),
-            rank_name=None if is_custom or draws_positions else type(self.rank).__name__,
+            rank_name=None if self.rank.is_custom or draws_positions else type(self.rank).__name__,
             logprobs=written.order_logprobs,
             rank_function=self.rank if draws_positions and self.has_order_logprob else None,
             draw_index=written.draw_index,

@@ -135,6 +135,7 @@ def revise(
     commit: Commit,
     inputs: dict[str, Tensor],
     differs: Bool[Tensor, " K"] | None,
+    contradicts: Bool[Tensor, ""],
 ) -> Decision:
     """Apply a commit rule that rewrites tokens, in one step.
 
@@ -145,6 +146,7 @@ def revise(
         commit: The rule.
         inputs: Its inputs `steps` and `uniforms`, if it takes them.
         differs: Whether the token drawn at each of the K positions differs from the one there. None: none was drawn.
+        contradicts: Set to True if the rule contradicts what it declares.
 
     Raises:
         ValueError: The last step of a block masks a position again.
@@ -157,7 +159,7 @@ def revise(
         is_different = torch.zeros_like(rewritable)
         is_different[at.row_index, at.offset] = differs
         rewritable = rewritable & is_different
-    picked = commit(scores, at.masked, at.steps_left, **{kind: rewritable}, **inputs)
+    picked = commit.choose(contradicts, scores, at.masked, at.steps_left, **{kind: rewritable}, **inputs)
     remasked = picked & at.rewritable & (kind == "remaskable")
     chosen = picked & (at.masked | rewritable) & ~remasked
     # The host waits for the device once for all three counts.

@@ -68,6 +68,11 @@ class _Rule:
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is not of the library."""
+        return isinstance(self, FunctionRecord) or not type(self).__module__.startswith("dllm_rl.")
+
 
 class Rank(_Rule, Record):
     """A score of each of K masked positions; positions with the highest scores are committed first.
@@ -324,7 +329,12 @@ class Commit(_Rule, Record):
     @property
     def takes_highest(self) -> bool:
         """Whether the rule is known to pick the highest scores, and how many does not depend on the scores."""
-        return self.order == "deterministic" and self.count is not None and not self.revises
+        return self.order == "deterministic" and self.has_count
+
+    @property
+    def has_count(self) -> bool:
+        """Whether `count` says how many positions a step writes. Of a rule that rewrites it says nothing."""
+        return self.count is not None and not self.revises
 
     def __call__(self, *arguments: Any, **inputs: Any) -> PositionMask:
         """Return the positions to write (B, L)."""
@@ -332,6 +342,60 @@ class Commit(_Rule, Record):
 
     def check(self) -> None:
         self.reads  # noqa: B018  raises if the inputs contradict each other
+
+    def choose(
+        self, contradicts: Bool[Tensor, ""], scores: Scores, masked: PositionMask, steps_left: Counts, **inputs: Tensor
+    ) -> PositionMask:
+        """Return the positions that a call gives, and set `contradicts` to True if they contradict what a custom rule
+        declares. It is a tensor on the device, so that the host does not wait for it.
+
+        Raises:
+            ValueError: They are not a mask of the shape (B, L).
+        """
+
+        def call() -> PositionMask:
+            chosen: Any = self(scores, masked, steps_left, **inputs)
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != masked.shape:
+                is_tensor = isinstance(chosen, Tensor)
+                kind = f"{chosen.dtype} of the shape {tuple(chosen.shape)}" if is_tensor else type(chosen).__name__
+                raise ValueError(
+                    f"commit={self.name} returned {kind}; return torch.bool of the shape {tuple(masked.shape)} of its "
+                    "scores, True at the positions to write"
+                )
+            return chosen
+
+        chosen = call()
+        if self.is_custom and self.has_count:
+            expected = highest(scores, masked, count=self.number_to_choose(masked.sum(-1), steps_left))
+            contradicts.logical_or_((chosen & masked != expected).any())
+        elif self.is_custom and self.order == "deterministic":
+            contradicts.logical_or_((chosen != call()).any())
+        return chosen
+
+    def contradiction(self) -> str:
+        """Return how `choose` found a contradiction, and the remedy."""
+        if self.has_count:
+            return (
+                f"commit={self.name} chose other positions than those with the highest scores, as many as its `count` "
+                "says: correct `count` or the choice, or declare no count"
+            )
+        return (
+            f"commit={self.name} is declared deterministic, but chose other positions when it was called again with "
+            "the same inputs: take `uniforms` for random numbers, or declare order='unknown'"
+        )
+
+    def number_to_choose(self, num_masked: Counts, steps_left: Counts) -> Counts:
+        """Return `count` of these numbers, at most the number of masked positions. Raise ValueError if `count` does not
+        return a whole number for each row.
+        """
+        assert self.count is not None, "the caller has asked"
+        number = self.count(num_masked, steps_left)
+        if not isinstance(number, Tensor) or number.shape != num_masked.shape or number.is_floating_point():
+            raise ValueError(
+                f"count of commit={self.name} must return a whole number for each of its {len(num_masked)} rows, as a "
+                f"tensor such as torch.full_like(num_masked, 2), and returned {number!r}"
+            )
+        return number.minimum(num_masked)
 
 
 class FunctionCommit(FunctionRecord, Commit):

@@ -114,7 +114,7 @@ class Unmask(Sampler):
 
         Raises:
             ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule,
-                blocks and cache cannot be combined, or the rank returns NaN.
+                blocks and cache cannot be combined, or the rank or the commit rule contradicts what it declares.
         """
         spec = policy.spec
         block_size = _checked_block_size(policy, prompts, self.max_new_tokens, self.block_size, self.cache)
@@ -156,6 +156,8 @@ class Unmask(Sampler):
                 f"rank={self.rank.name} returned NaN, which has no place in an order; return numbers: the logits of "
                 "suppressed tokens are -inf, and 0 * -inf is NaN"
             )
+        if canvas.written.contradicts:
+            raise ValueError(self.commit.contradiction())
         return step_sampler.rollout()
 
 

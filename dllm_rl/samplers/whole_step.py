@@ -93,7 +93,7 @@ class CompiledSteps:
         # If the rule has a `count`, the host does not wait for the device to count.
         if commit.count is None:
             return num_chosen.cpu()[step.rows], None
-        return commit.count(step.num_masked, step.steps_left).minimum(step.num_masked), None
+        return commit.number_to_choose(step.num_masked, step.steps_left), None
 
 
 def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:

@@ -138,6 +138,11 @@ def halves(scores, masked, steps_left):
     return rules.highest(scores, masked, count=torch.where(steps_left == 1, left, (left + 1) // 2))
 
 
+def by_probability(scores, masked, steps_left, uniforms):
+    """Compares random numbers with numbers that depend on the weights."""
+    return masked & ((uniforms < scores.exp()) | (steps_left[:, None] == 1))
+
+
 CHANCE = torch.Generator().manual_seed(0)
 FIXED = lambda function: FunctionRank(function=function, order="deterministic")  # noqa: E731
 
@@ -149,6 +154,8 @@ def test_declared_rules_keep_the_contract_or_are_caught():
     assert check_order(rules.RandomOrder(), commit, rows=500) == "independent"
     assert check_order(mine, commit, rows=2) == check_order(FIXED(mine), halves, rows=2) == "unknown"
     with pytest.raises(AssertionError, match="as often as Trajectory"):
+        check(tied_policy(period=2), FIXED(mine), FunctionCommit(function=by_probability, order="deterministic"))
+    with pytest.raises(ValueError, match="rank=by_chance is declared deterministic, but gave other scores"):
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
 
@@ -180,7 +187,7 @@ def test_a_noisy_order_of_a_rank_is_known_where_the_rank_is(monkeypatch, base, k
     assert check(tied_policy(period=2), rank, rules.Schedule(), compile_step=compiled, rows=rows) == known
 
 
-def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_declaration_is_caught():
+def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_declaration_is_refused():
     policy, steps = tied_policy(period=2), []
     prompts = Prompts.from_ids([[3]], pad_id=4, num_generations=32, seeds=range(32))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, "suppress": (2, 3, 4)}
@@ -189,9 +196,11 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
         steps.append(rollout.unmask_step)
         assert (rollout.order.probability == "unknown") == (base is mine)
     assert torch.equal(*steps) and len(steps[0].unique(dim=0)) > 2
-    with pytest.raises(AssertionError, match=r"as often as Trajectory|learner's log-prob"):
-        check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule())
     for wrong, message in (
+        (
+            lambda: check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule()),
+            "rank=by_chance is declared deterministic, but gave other scores",
+        ),
         (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take some of logits"),
         (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take some of logits"),
         (lambda: FunctionRank(function=mine, order="plackett_luce"), "order='plackett_luce' must be one of 'unknown'"),

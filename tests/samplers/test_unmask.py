@@ -315,6 +315,82 @@ def test_a_compiled_step_ends_a_row_whose_count_is_beyond_the_open_masks(policy,
     assert torch.equal(fixed.tokens, ragged.tokens) and not fixed.completion_mask[:, -20:].all()
 
 
+def at_random(scores, masked, steps_left):
+    return masked & (torch.rand(masked.shape) < 0.5) | (masked & (steps_left[:, None] == 1))
+
+
+def lowest(scores, masked, steps_left):
+    return rules.Schedule()(-scores.masked_fill(~masked, torch.inf), masked, steps_left)
+
+
+def two_highest(scores, masked, steps_left):
+    return rules.highest(scores, masked, count=torch.full_like(steps_left, 2))
+
+
+class LastPosition(FourPerStep):
+    """It inherits the claims of its parent."""
+
+    order = "deterministic"
+
+    def __call__(self, scores, masked, steps_left):
+        return masked & (masked.flip(-1).cumsum(-1).flip(-1) <= 4)
+
+
+def remasks_at_random(scores, masked, steps_left, remaskable):
+    return masked | (remaskable & (torch.rand(masked.shape) < 0.5) & (steps_left[:, None] > 1))
+
+
+def count_of_three(num_masked, steps_left):
+    return torch.full_like(num_masked, 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            rules.FunctionCommit(function=at_random, order="deterministic"),
+            "commit=at_random is declared deterministic, but",
+        ),
+        (
+            rules.FunctionCommit(function=remasks_at_random, order="deterministic"),
+            "commit=remasks_at_random is declared",
+        ),
+        (
+            rules.FunctionCommit(function=lowest, order="deterministic", count=rules.Schedule.count),
+            "commit=lowest chose other",
+        ),
+        (
+            rules.FunctionCommit(function=two_highest, order="deterministic", count=count_of_three),
+            "commit=two_highest chose",
+        ),
+        (rules.FunctionCommit(function=two_highest, count=count_of_three), "commit=two_highest chose other positions"),
+        (LastPosition(), "commit=LastPosition chose other positions"),
+        (
+            rules.FunctionCommit(function=two_highest, count=lambda masked, left: 2),
+            "count of commit=two_highest must return",
+        ),
+        (lambda scores, masked, steps_left: masked[0], r"returned torch.bool of the shape \(8,\); return torch.bool"),
+        (lambda scores, masked, steps_left: masked.float(), "returned torch.float32 of the shape"),
+        (lambda scores, masked, steps_left, redrawable: masked.any(-1, keepdim=True), "returned torch.bool of the sh"),
+        (lambda scores, masked, steps_left: None, "returned NoneType"),
+    ],
+)
+@pytest.mark.parametrize("compile_step", [False, True])
+def test_a_commit_rule_that_contradicts_what_it_declares_is_named(policy, monkeypatch, rule, message, compile_step):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    sampler = Unmask(max_new_tokens=8, temperature=1.0, commit=rule, compile_step=compile_step)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="which rewrites" if compile_step and sampler.commit.revises else message):
+        sampler(policy, Prompts.from_ids(IDS[:2], pad_id=0), torch.Generator())
+
+
+@pytest.mark.parametrize("wrap", [lambda rank: rank, lambda rank: rules.PlackettLuce(temperature=1.0, base_rank=rank)])
+def test_a_rank_of_random_numbers_that_is_declared_deterministic_is_named(policy, wrap):
+    rank = rules.FunctionRank(function=lambda logits: logits[:, 0] + torch.randn(len(logits)), order="deterministic")
+    with pytest.raises(ValueError, match="rank=<lambda> is declared deterministic, but gave other scores"):
+        sample(policy, IDS[:2], [5, 6], rank=wrap(rank))
+
+
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
