@@ -20,8 +20,8 @@ def test_ci_runs_the_readmes_test_command():
     assert f"    {command}\n" in README.read_text()
 
 
-def test_six_lines_train(tmp_path, monkeypatch):
-    (tmp_path / "first.py").write_text(example("Train in six lines").replace("num_steps=100", "num_steps=2"))
+def test_the_first_example_trains(tmp_path, monkeypatch):
+    (tmp_path / "first.py").write_text(example("Train on your own reward").replace("num_steps=100", "num_steps=2"))
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path("first.py")["summary"]["eval_problems"] == 6
 

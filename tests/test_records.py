@@ -191,8 +191,10 @@ def surrogate(made):
     """Ratios up to those at which `exp_ratio` is cut; one row each with a positive, a negative and no advantage."""
     log_ratio = torch.tensor([[0.0, 1e-4, -1e-4, 30.0], [0.5, -0.5, 20.0, -20.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.ones(3, 4, dtype=torch.bool)
+    inputs = {"log_mismatch": torch.zeros_like(log_ratio)} if "log_mismatch" in made.inputs else {}
     return all(
-        with_gradient(lambda x, a=a: made(x, torch.tensor(a), mask), log_ratio) for a in ([1.0, -1, 0], [-1.0, 1, 1])
+        with_gradient(lambda x, a=a: made(x, torch.tensor(a), mask, **inputs), log_ratio)
+        for a in ([1.0, -1, 0], [-1.0, 1, 1])
     )
 
 

@@ -239,14 +239,15 @@ class SAPO(Loss):
     Use it if the gradient should fade as a ratio leaves 1, instead of ending at a bound. At r = 1 it is that of r A.
 
     Args:
-        temperature_pos: tau if the advantage is above 0; a larger one lets the gradient fade faster. Default: 1.
+        temperature_pos: tau if the advantage is above 0; a larger one lets the gradient fade faster. At least 1e-3:
+            in float32 the constant 2 / tau of a smaller one hides the ratio. Default: 1.
         temperature_neg: tau if the advantage is not above 0. Default: 1.05.
 
     Source: SAPO, arXiv 2511.20347 [digest].
     """
 
-    temperature_pos: float = option(default=1.0, above=0)
-    temperature_neg: float = option(default=1.05, above=0)
+    temperature_pos: float = option(default=1.0, at_least=1e-3)
+    temperature_neg: float = option(default=1.05, at_least=1e-3)
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
         tau = torch.where(advantages > 0, self.temperature_pos, self.temperature_neg)[:, None]

@@ -285,9 +285,15 @@ def wrap_module(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = 
     library_spec = None
     if spec is None:
         spec = library_spec = _stock_spec(module, tokenizer)
+    policy = _wrapped(module, tokenizer, spec)
+    policy.library_spec = library_spec
+    return policy
+
+
+def _wrapped(module: Module, tokenizer: Tokenizer, spec: FamilySpec) -> ModulePolicy:
+    """A policy of a module whose weights may be quantized."""
     check_spec(module, spec, tokenizer)
     policy = ModulePolicy(module, spec, tokenizer)
-    policy.library_spec = library_spec
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
         check_attention(policy)
         check_logits(policy)
@@ -641,7 +647,7 @@ def as_causal(policy: Policy) -> ModulePolicy:
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
     # It is a stock causal model, but for `mask_id`, which `Autoregress` never draws.
     spec = replace(spec, is_also_causal=False, encode=encode_base, stock_model=None, tensor_names=(), fused_qkv=None)
-    causal = make_policy(module, policy.tokenizer, spec)
+    causal = _wrapped(module, policy.tokenizer, spec)
     causal.library_spec = spec  # `load_policy` opens it as a causal model, which has no mask
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):
         setattr(causal, name, getattr(policy, name))

@@ -88,7 +88,7 @@ def test_zero_inputs_get_a_smallest_scale_unless_the_user_has_set_one(monkeypatc
 
 
 def test_every_scheme_is_found_under_its_own_name():
-    assert len(NAMED) == 8
+    assert len(NAMED) == 10
     for name, scheme in NAMED.items():
         assert from_json(quantize.Scheme, name, "rollout_quantization") == scheme
         assert type(scheme).__name__ == name and scheme.config() is not None
