@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("recipes/*.md", "recipes/studies/*.md", "benchmarks/README.md")
+PAGES = ("README.md", "recipes/*.md", "recipes/studies/*.md", "benchmarks/README.md")
 TABLE = re.compile(r"(<!-- table: (?P<module>[\w.]+), (?P<name>.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
