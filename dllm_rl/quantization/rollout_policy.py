@@ -7,7 +7,7 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,25 +26,36 @@ from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from dllm_rl.models.base import Module, Policy, gather_if_sharded
+from dllm_rl.models.checkpoint.tensors import LazyTensor
 from dllm_rl.models.lora import (
     STACKS,
     base_of,
     forget_quantizer,
     has_adapted_or_low_bit,
     is_stacked,
+    joined_weights,
     layers_of,
+    lazy_merged_tensors,
     linear_of,
     merged_bias,
     merged_tensor,
-    merged_tensors,
 )
-from dllm_rl.quantization.linear import UnstackedExperts, quantizable_layers, skip_reasons, stored_bytes
+from dllm_rl.quantization.linear import (
+    UnstackedExperts,
+    is_torchao_tensor,
+    quantizable_layers,
+    skip_reasons,
+    stored_bytes,
+)
 from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, check_scheme
 
 log = logging.getLogger(__name__)
 # (sum, count) by metric. codes_changed: (number of changed codes, number of codes). scale_change: (sum of
 # |s' - s| / |s|, number of scales). The sums stay on their device.
 SyncStats = dict[str, tuple[Tensor, int]]
+# A sync quantizes at most this many bytes of weights at a time, in fp32, or one larger weight. More would not help: a
+# GPU takes longer for them than the host takes to launch their kernels.
+CHUNK_BYTES = 2**28
 FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is finite, by the layer's name
 
 
@@ -298,32 +309,75 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tens
 
     The layer's tensors keep their storage.
     """
+    stats, finite = load_weights_([layer], weight)
+    return stats, finite[0]
+
+
+@torch.no_grad()
+def load_weights_(layers: list[Any], weight: Tensor) -> tuple[SyncStats, Bool[Tensor, " L"]]:
+    """Quantize the weights of L layers, in place. The layers' tensors keep their storage.
+
+    Args:
+        layers: One layer, or several of one shape whose rows are quantized one by one (`has_own_rows`). Several layers
+            are quantized as one tall matrix, with as many kernels as one layer.
+        weight: The layers' weights, one below the other.
+
+    Returns:
+        `SyncStats` of all the layers; whether the weight of each is finite.
+    """
+    first = layers[0]
     new: Any = None
     scale: Any
     new_scale: Any
-    if isinstance(layer, EmulatedLinear):
-        if layer.config.weight is None:
-            layer.load_(weight)
-            return {}, layer.weight.isfinite().all()
-        codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
-        scale, new_scale = layer.weight_scale.clone(), layer.weight_scale
-        layer.load_(weight)
-        finite = layer.weight.isfinite().all()
-        stats = {"codes_changed": ((layer.codes() != codes).count_nonzero(), codes.numel())}
+    if isinstance(first, EmulatedLinear):
+        if first.config.weight is None:
+            first.load_(weight)
+            return {}, first.weight.isfinite().all()[None]
+        codes = first.codes().clone()  # copies, because load_ overwrites both tensors
+        scale, new_scale = first.weight_scale.clone(), first.weight_scale
+        first.load_(weight)
+        finite = first.weight.isfinite().all()[None]
+        stats = {"codes_changed": ((first.codes() != codes).count_nonzero(), codes.numel())}
     else:
-        current: Any = layer.weight
-        new, finite = quantize_weight(weight.to(current.dtype), layer.quantization, like=current)
-        stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
-        if getattr(current, "scale_and_zero", None) is not None:
-            scale, new_scale = current.scale_and_zero[..., 0], new.scale_and_zero[..., 0]
-        else:  # None if the layout is unknown
-            scale, new_scale = getattr(current, "scale", None), getattr(new, "scale", None)
-    if scale is not None:
+        current = [layer.weight for layer in layers]
+        new, is_finite = quantize_weight(weight.to(first.weight.dtype), first.quantization, like=first.weight)
+        stats = {"codes_changed": differing_codes(joined([c.qdata for c in current]), new.qdata, weight.numel())}
+        if getattr(new, "scale_and_zero", None) is not None:
+            scale, new_scale = first.weight.scale_and_zero[..., 0], new.scale_and_zero[..., 0]
+        elif (new_scale := getattr(new, "scale", None)) is not None:  # None if the layout is unknown
+            scale = joined([c.scale for c in current])
+        finite = is_finite[None] if len(layers) == 1 else new_scale.isfinite().view(len(layers), -1).all(-1)
+    if new_scale is not None:
         change = (new_scale.double() - scale.double()).abs() / scale.double().abs().clamp(min=TINY)
         stats["scale_change"] = change.sum(), scale.numel()
-    if new is not None:
-        current.copy_(new)
+    if len(layers) > 1:
+        for name in new.__tensor_flatten__()[0]:
+            copy_all([getattr(c, name) for c in current], getattr(new, name).chunk(len(layers)))
+    elif new is not None:
+        first.weight.copy_(new)
     return stats, finite
+
+
+def has_own_rows(layer: Any) -> bool:
+    """Return whether a quantized layer holds codes and scales of torchao by row, so that a row's do not depend on the
+    other rows. A scale of the whole weight, packed rows, and emulated formats are different.
+    """
+    weight, rows = layer.weight, layer.weight.shape[0]
+    if rows == 1 or not is_torchao_tensor(weight):  # of one row, a scale of the whole weight looks like the row's
+        return False
+    return all(getattr(weight, name).shape[:1] == (rows,) for name in weight.__tensor_flatten__()[0])
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors, one below the other. A single tensor is returned without copying."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into its target, in one kernel on a GPU if the values have one dtype and the targets too."""
+    if targets[0].dtype == values[0].dtype and targets[0].itemsize == 1:  # such as float8
+        targets, values = ([t.view(torch.uint8) for t in tensors] for tensors in (targets, values))
+    torch._foreach_copy_(list(targets), list(values))
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
@@ -344,7 +398,7 @@ def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tens
 
 @torch.no_grad()
 def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Quantize the learner's weights into the rollout policy, in place, layer by layer. Tensors keep their storage.
+    """Quantize the learner's weights into the rollout policy, in place. Tensors keep their storage.
 
     Call it after the updates of a step and before the next rollout; with a sharded learner, every process must call it.
     Adapters are merged. If both arguments are the same policy, nothing happens. With FP8 weights, each row has
@@ -367,33 +421,29 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """
     if rollout_policy is policy:  # without `rollout_quantization`, a run samples from the learner itself
         return {}
-    layers = dict(rollout_policy.module.named_modules())
-    tensors = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
     sums: dict[str, Tensor] = {}
     counts = Counter[str]()
     finite: FiniteFlags = {}
-    learner = policy.module
-    parameters = dict(learner.named_parameters())
-    # No frozen base, as of adapters or low-bit weights, and no adapters that are trained with their base.
-    is_plain = all(p.requires_grad and ".base_layer." not in name for name, p in parameters.items())
-    own_tensors = chain(parameters.items(), learner.named_buffers()) if is_plain else merged_tensors(learner)
-    for name, value in own_tensors:
-        layer_name = name.removesuffix(".weight")
-        layer = layers.get(layer_name)
-        quantized: dict[str, tuple[Any, Tensor]] = {}
-        if isinstance(layer, nn.ModuleList):  # `value` is a stack of experts
-            for expert, weight in enumerate(gather_if_sharded(value).unbind()):
-                quantized[f"{layer_name}.{expert}"] = layer[expert], weight
-        elif hasattr(layer, "quantization"):
-            quantized[layer_name] = layer, gather_if_sharded(value)
-        elif name in tensors:  # a tied tensor has only its first name
-            target = tensors[name]
+    values = lazy_merged_tensors(policy.module, persistent_only=False)
+    for names, targets in sync_chunks(policy, rollout_policy, values):
+        layer_names = [name.removesuffix(".weight") for name in names]
+        loaded = []
+        if isinstance(targets[0], Tensor):
+            pairs = [(target, values[name].make()) for name, target in zip(names, targets, strict=True)]
             # A frozen tensor may be the learner's own.
-            is_shared = type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
-            if not is_shared:
-                target.copy_(gather_if_sharded(value))
-        for weight_name, (linear, weight) in quantized.items():
-            stats, finite[weight_name] = load_weight_(linear, weight)
+            pairs = [(a, b) for a, b in pairs if type(a) is not type(b) or a.data_ptr() != b.data_ptr()]
+            if pairs:
+                copy_all([a for a, _ in pairs], [gather_if_sharded(b) for _, b in pairs])
+        elif isinstance(targets[0], nn.ModuleList):  # experts, which the learner stacks
+            experts = gather_if_sharded(values[names[0]].make()).unbind()
+            loaded = [load_weights_([layer], weight) for layer, weight in zip(targets[0], experts, strict=True)]
+            layer_names = [f"{layer_names[0]}.{expert}" for expert in range(len(experts))]
+        else:
+            loaded = [
+                load_weights_(targets, joined_weights([policy.module.get_submodule(name) for name in layer_names]))
+            ]
+        finite |= zip(layer_names, chain.from_iterable(flags for _, flags in loaded), strict=False)
+        for stats, _ in loaded:
             for metric, (change, count) in stats.items():
                 sums[metric] = sums[metric] + change if metric in sums else change
                 counts[metric] += count
@@ -401,6 +451,48 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     rollout_policy.weights_version = policy.weights_version
     sums_on_host = torch.stack([value.double() for value in sums.values()]).tolist() if sums else []
     return {f"quantization/{name}": value / counts[name] for name, value in zip(sums, sums_on_host, strict=True)}
+
+
+def sync_chunks(
+    policy: Policy, rollout_policy: Policy, values: dict[str, LazyTensor]
+) -> Iterator[tuple[list[str], list[Any]]]:
+    """Yield the learner's tensors that a sync writes together, by name, and the layers or tensors that receive them.
+
+    Together are quantized layers of one shape (`has_own_rows`), and other tensors of one dtype: at most CHUNK_BYTES in
+    fp32, or one larger tensor. Experts, and the tensors of a sharded learner, which are gathered, are written one by
+    one.
+    """
+    layers: dict[str, Any] = dict(rollout_policy.module.named_modules())
+    tensors = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
+    learner = dict(policy.module.named_modules())
+    is_sharded = any(hasattr(p, "full_tensor") for p in policy.module.parameters())
+    groups: dict[Any, list[tuple[str, Any]]] = {}
+    for name, value in values.items():
+        layer_name = name.removesuffix(".weight")
+        target: Any = layers.get(layer_name)
+        key: Any = name
+        if isinstance(target, nn.ModuleList):
+            pass
+        elif hasattr(target, "quantization"):
+            lora = getattr(learner[layer_name], "lora", None)  # the adapters' scale
+            if has_own_rows(target):
+                key = (value.shape, value.dtype, target.weight.device, lora)
+        elif name in tensors:  # a tied tensor has only its first name
+            target = tensors[name]
+            key = (value.dtype, target.dtype, target.device)
+        else:
+            continue
+        groups.setdefault(name if is_sharded else key, []).append((name, target))
+    for group in groups.values():
+        chunk: list[tuple[str, Any]] = []
+        size = 0
+        for name, target in group:
+            size += 4 * values[name].numel()
+            if chunk and size > CHUNK_BYTES:
+                yield [name for name, _ in chunk], [target for _, target in chunk]
+                chunk, size = [], 4 * values[name].numel()
+            chunk.append((name, target))
+        yield [name for name, _ in chunk], [target for _, target in chunk]
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:

@@ -20,6 +20,7 @@ from torchao.quantization import (
 from dllm_rl.models.lora import add_lora, merged_copy
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import dequantized_weight, skip_reasons, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantize_weight, quantized_copy, quantized_layers, sync_weights
@@ -119,6 +120,51 @@ def test_steps_and_syncs_equal_a_fresh_quantization_and_move_no_storage(make, sc
     if make not in (masked_lm, adapted):
         head, embedding = rollout.module.lm_head.weight, rollout.module.model.embed_tokens.weight
         assert (head is embedding) == policy.module.config.tie_word_embeddings
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators below torchao's tensors that are not views: on a GPU, each launches a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t.__module__.startswith("torchao") for t in types):
+            return NotImplemented
+        self.count += not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [quantize.Float8WeightOnly(), quantize.Int8Dynamic()], ids=describe)
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
+def test_a_sync_launches_as_many_kernels_for_many_layers_as_for_few(lora, scheme, dtype, monkeypatch):
+    """All layers of one shape are quantized together, to the bits that they have one by one."""
+    counts = []
+    for num_layers in (2, 5):
+        policy = tiny_llama(**small | {"num_layers": num_layers}, causal=False)
+        policy.module.to(dtype)
+        if lora:
+            add_lora(policy, lora)
+        together, alone = quantized_copy(policy, scheme), quantized_copy(policy, scheme)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.module.parameters():
+                if parameter.requires_grad:
+                    parameter += (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+            policy.module.model.layers[1].mlp.up_proj.requires_grad_(False)  # frozen or not, it is written
+        with Launches() as launches:
+            found = sync_weights(policy, together)
+        counts.append(launches.count)
+        monkeypatch.setattr(rollout_policy, "CHUNK_BYTES", 0)
+        with Launches() as launches:
+            expected = sync_weights(policy, alone)
+        monkeypatch.undo()
+        assert launches.count > (3 if num_layers == 2 else 6) * counts[-1]
+        assert equal(contents(together.module), contents(alone.module))
+        assert found == pytest.approx(expected, rel=1e-6, abs=0) and min(found.values()) > 0
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=describe)

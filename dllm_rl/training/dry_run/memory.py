@@ -16,6 +16,7 @@ from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import chunk_rows
 from dllm_rl.models.lora import STACKS, LoraExperts, base_of, is_stacked
 from dllm_rl.quantization.linear import quantizable_layers, skip_reasons
+from dllm_rl.quantization.rollout_policy import CHUNK_BYTES
 from dllm_rl.quantization.schemes import FakeQuantize, Int4Packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
@@ -33,6 +34,9 @@ KEPT_OUTPUTS = 1.6
 KEPT_INPUTS = 2 / 3
 # The head has this many fp32 tensors of a chunk's logits at once, and a step of `Renoise` of a canvas's.
 LOGITS_TENSORS = 3
+# A sync needs about this many bytes for each weight that it quantizes at a time: it joins the weights of several
+# layers, rounds them in fp32, and compares the codes with the old ones.
+SYNC_BYTES = 15
 CANVAS_TENSORS = 5
 
 
@@ -216,6 +220,8 @@ def step_memory(step: PlannedStep) -> Memory:
         "scoring": base + copies + step.num_graphs * kept + max(live_bytes(step, tokens), head),
         "update": base + gathered + max(first, later),
     }
+    if "rollout copy" in persistent and recipe.rollout_quantization is not None:
+        peaks["sync"] = base + sync_bytes(step)
     return Memory(persistent, peaks)
 
 
@@ -306,6 +312,20 @@ def rollout_bytes(step: PlannedStep) -> int:
         values = 2 * config.num_hidden_layers * num_heads * head_size  # of a token
         cache = values * rows * (step.row_tokens + step.canvas) * step.dtype.itemsize
     return cache + max(forward, head)
+
+
+def sync_bytes(step: PlannedStep) -> int:
+    """Return the bytes of a sync's temporary tensors: of the layers of one shape, at most CHUNK_BYTES of fp32 weights,
+    or one larger layer.
+    """
+    _, _, skipped = count_quantized(step)
+    sizes: dict[tuple[int, ...], int] = {}
+    for name, layer in quantizable_layers(step.policy.module):
+        for shape in [] if name in skipped else shapes_of(layer):
+            # Experts and the layers of a sharded learner are quantized one by one.
+            is_alone = len(shape) > 2 or step.shard_size > 1
+            sizes[shape[-2:]] = math.prod(shape[-2:]) + (0 if is_alone else sizes.get(shape, 0))
+    return SYNC_BYTES * max(max(math.prod(shape), min(size, CHUNK_BYTES // 4)) for shape, size in sizes.items())
 
 
 def live_bytes(step: PlannedStep, tokens: int) -> int:

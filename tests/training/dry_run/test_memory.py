@@ -16,6 +16,8 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.lora import add_lora, merged_copy
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
+from dllm_rl.quantization import rollout_policy
+from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.renoise import Renoise
@@ -23,6 +25,7 @@ from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.score import retained_graphs
 from dllm_rl.step.update import update
+from dllm_rl.training.dry_run import memory
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import Batch, Prompts
@@ -198,3 +201,18 @@ def test_what_a_save_merges_leaves_the_device_layer_by_layer():
         twin = merged_copy(policy.module, device="meta")
     assert 0 < live.peak < 4 * layer < sum(p.nbytes for p in twin.parameters())
     assert all(p.is_meta for p in twin.parameters())
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("limit", [2**17, 2**28], ids=["bounded", "whole"])
+def test_the_plan_knows_what_a_sync_of_all_layers_of_a_shape_takes(tmp_path, lora, limit, monkeypatch):
+    """128 x 384 weights in 12 layers: two at a time within 2**17 weights, or all."""
+    for module in (rollout_policy, memory):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * limit)
+    recipe = replace(recipe_of(tmp_path, lora=lora), rollout_quantization=Float8WeightOnly())
+    policy = made(recipe)
+    copied = rollout_policy.quantized_copy(policy, recipe.rollout_quantization)
+    planned = step_memory(PlannedStep(recipe, policy, PROMPT))
+    expected = planned.peaks["sync"] - sum(planned.persistent.values())
+    peak, _ = profiled(lambda: rollout_policy.sync_weights(policy, copied))
+    assert 0.5 * expected < peak < 1.25 * expected
