@@ -114,6 +114,8 @@ def _hashed(kind: str, *parts: Any) -> bytes:
     return digest.digest()
 
 
+# `datasets.fingerprint.Hasher`, which pickles with dill, does not serve here: an object of a script's class that held a
+# set had another digest under another PYTHONHASHSEED, and so had a function after a global that it counts in changed.
 class _Digest:
     """Digests of one value's parts. `data`: whether objects of every library count by their content."""
 

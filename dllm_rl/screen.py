@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,48 @@ def printing_anything() -> Iterator[None]:
     """In the block, write a character that the encoding of standard output or error lacks as an escape such as \\u6570.
 
     An ASCII terminal (PYTHONIOENCODING, or the locale C) would else raise UnicodeEncodeError, and end a run that prints
-    a completion. It holds for whatever the block prints, also in other libraries and in the user's functions.
+    a completion. It holds for whatever the block prints, also in other libraries and in the user's functions, and for
+    an object that the user put in place of a stream.
     """
-    changed = []
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            changed.append((stream, stream.errors))
-            stream.reconfigure(errors="backslashreplace")
+    changed, replaced = [], []
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.errors in ("strict", "surrogateescape"):
+                changed.append((stream, stream.errors))
+                stream.reconfigure(errors="backslashreplace")
+        elif stream is not None and not isinstance(stream, _Escaping):
+            replaced.append((name, stream, _Escaping(stream)))
+            setattr(sys, *replaced[-1][::2])
     try:
         yield
     finally:
         for stream, errors in changed:
             if not stream.closed:
                 stream.reconfigure(errors=errors)
+        for name, stream, escaping in replaced:
+            if getattr(sys, name) is escaping:  # not replaced again in the block
+                setattr(sys, name, stream)
+
+
+class _Escaping:
+    """A stream of any class, such as `codecs.StreamWriter`. Text that it cannot encode is written in ASCII."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            return self._stream.write(text.encode("ascii", "backslashreplace").decode())
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:

@@ -1,5 +1,6 @@
 """Foreign text reaches a screen as it is: control characters as signs, brackets as brackets, wherever it is shown."""
 
+import codecs
 import io
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dllm_rl.diagnostics.doctor import Cause, Report, write_doctor
 from dllm_rl.frontend.grpo import grpo
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.screen import escape_controls, line_of, literal
+from dllm_rl.screen import escape_controls, line_of, literal, printing_anything
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 
@@ -147,6 +148,48 @@ def test_the_doctor_shows_names_as_they_are(terminal):
     cause = Cause("weights", 1.0, 1.0, 1.0, 1.0)
     write_doctor(Report(HOSTILE, 1, cause, (cause,), ((HOSTILE, 1.0),)))
     assert terminal().count(SHOWN) == 2 and "title\x07" not in terminal()
+
+
+class Tee:
+    """What scripts put in place of a stream to keep a copy; it has neither an encoding nor `errors`."""
+
+    def __init__(self, *streams):
+        self.streams = streams
+
+    def write(self, text):
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self):
+        for stream in self.streams:
+            stream.flush()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        codecs.getwriter("ascii"),
+        codecs.getwriter("cp1252"),
+        lambda written: Tee(io.StringIO(), io.TextIOWrapper(written, "ascii", write_through=True)),
+    ],
+    ids=["StreamWriter", "charmap", "Tee"],
+)
+def test_what_an_object_in_place_of_a_terminal_cannot_encode_is_escaped(monkeypatch, stream, wrap):
+    written = io.BytesIO()
+    terminal = wrap(written)
+    monkeypatch.setattr(sys, stream, terminal)
+    with printing_anything(), printing_anything():
+        print("数 = 5", file=getattr(sys, stream), flush=True)
+        getattr(sys, stream).writelines(["→", "plain"])
+        Console(file=getattr(sys, stream)).print("学")
+        later = getattr(sys, stream)
+    print("plain", file=later)  # a handler of logging keeps the stream
+    assert getattr(sys, stream) is terminal
+    assert rb"\u6570 = 5" in written.getvalue() and rb"\u2192plain" in written.getvalue()
+    assert rb"\u5b66" in written.getvalue()
+    with pytest.raises(UnicodeEncodeError):
+        print("数", file=terminal, flush=True)
 
 
 @pytest.mark.parametrize(

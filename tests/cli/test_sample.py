@@ -142,7 +142,7 @@ def test_command_draws_every_step(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "best"], "(Confidence, MaxProb, Margin, Entropy, RandomOrder, PlackettLuce)"),
+        (["--rank", "best"], "(Confidence, MaxProb, Margin, Entropy, RandomOrder, LeftToRight, PlackettLuce)"),
         (["--rank", "best"], "rank='best' is not known (Confidence, "),
         (["--commit", "Threshold"], "--commit Threshold needs --commit.tau"),
         (["--commit", "Schedule", "--commit.tau", "3"], "--commit.tau is no setting of Schedule; leave it out"),
