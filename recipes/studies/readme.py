@@ -8,9 +8,7 @@ from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, lo
 from recipes.studies.order_flips import bias
 from recipes.studies.paired import Results, by_arm, interval, markdown, paired
 
-TIS = "TIS"
-PERMUTED = "control: the importance weights of TIS, shuffled over the tokens"
-HALF = "control: half the learning rate"
+SHUFFLED = "shuffled TIS (control)"
 Row = tuple[str, str, str, str | None]  # rollouts, correction, arm, the arm that it is compared with
 
 
@@ -20,38 +18,32 @@ def order() -> str:
     rows = []
     for copied in ("FP8", "INT4", "NVFP4"):
         row = {"rollouts": f"{copied} weights"}
-        for name, head in (("random", "random order"), ("max_prob", "most confident first")):
-            for weights, what in (("none", "no correction"), ("tis", "TIS")):
-                row[f"{head}, {what}"] = f"{mean(bias(model, name, copied, weights) for model in models):.2f}"
+        for name, head in (("random", "random"), ("left_to_right", "left to right"), ("max_prob", "`MaxProb`")):
+            errors = [mean(bias(model, name, copied, weights) for model in models) for weights in ("none", "tis")]
+            row[f"{head}: without, with TIS"] = ", ".join(f"{error:.2f}" for error in errors)
         rows.append(row)
     return markdown(rows)
 
 
 def solved(results: Results, rows: Sequence[Row]) -> str:
-    """The solve rates after training, with their start, and the paired differences."""
+    """The solve rates after training, and the paired differences from another row."""
     table = []
+    numbers = {arm: number for number, (_, _, arm, _) in enumerate(rows, 1)}
     for rollouts, correction, arm, other in rows:
         runs = [run for (name, _), run in sorted(results.items()) if name == arm]
-        difference = interval(paired(results, arm, other)) if other else ""
-        table.append(
-            {
-                "rollouts": rollouts,
-                "correction": correction,
-                "solved": interval([run["after"] for run in runs]),
-                "difference": difference,
-            }
-        )
+        row = {"row": str(numbers[arm]), "rollouts": rollouts, "correction": correction}
+        row["solved"] = interval([run["after"] for run in runs])
+        row["difference"] = f"{interval(paired(results, arm, other))} from row {numbers[other]}" if other else ""
+        table.append(row)
     return markdown(table)
 
 
 def page_tables() -> dict[str, str]:
-    int4 = "INT4 weights"
+    int4, late_weights = "INT4 weights", "weights four updates old"
     low_bits = by_arm(read_json(low_bits_tuned.STORED)["runs"])
     sudoku = by_arm([*read_json(int4_orders_controls.STORED), *read_json(int4_orders.STORED)["runs"]])
     late = by_arm(read_json(late_rollouts.STORED)["runs"])
-    names = [name for name, _ in sudoku]
-    permuted = next(name for name in names if "permuted" in name)
-    half = next(name for name in names if "half" in name)
+    permuted = next(name for name, _ in sudoku if "permuted" in name)
     return {
         "order": order(),
         "pretrained": solved(
@@ -60,30 +52,32 @@ def page_tables() -> dict[str, str]:
                 ("unquantized", "none", "unquantized", None),
                 ("FP8 weights", "none", "FP8", "unquantized"),
                 (int4, "none", "int4", "unquantized"),
-                (int4, TIS, "int4, tis", "int4"),
-                (int4, "AIS, with our own lambda", "int4, ais", "int4"),
-                (int4, "aligned forward (QaRL)", "int4, aligned", "int4"),
-                (int4, PERMUTED, "int4, permuted tis", "int4"),
-                (int4, HALF, "int4 at half the rate", "int4"),
+                (int4, "TIS", "int4, tis", "int4"),
+                (int4, "AIS", "int4, ais", "int4"),
+                (int4, "aligned forward", "int4, aligned", "int4"),
+                (int4, SHUFFLED, "int4, permuted tis", "int4"),
             ],
         ),
         "from scratch": solved(
             sudoku,
             [
-                ("unquantized", "none", "random: unquantized", None),
-                (int4, "none", "random: int4", "random: unquantized"),
-                (int4, TIS, "random: int4, tis", "random: int4"),
-                (int4, PERMUTED, permuted, "random: int4"),
-                (int4, HALF, half, "random: int4"),
+                ("random order, unquantized", "none", "random: unquantized", None),
+                ("random order, INT4", "none", "random: int4", "random: unquantized"),
+                ("random order, INT4", "TIS", "random: int4, tis", "random: int4"),
+                ("random order, INT4", SHUFFLED, permuted, "random: int4"),
+                ("`MaxProb`, unquantized", "none", "max_prob: unquantized", "random: unquantized"),
+                ("`MaxProb`, INT4", "none", "max_prob: int4", "max_prob: unquantized"),
+                ("`MaxProb`, INT4", "TIS", "max_prob: int4, tis", "max_prob: int4"),
             ],
         ),
         "late": solved(
             late,
             [
                 ("newest weights", "none", "lag 0", None),
-                ("weights four updates old", "none", "lag 4", "lag 0"),
-                ("weights four updates old", TIS, "lag 4, tis", "lag 4"),
-                ("weights four updates old", "dual clip of the ratio to the sampler", "lag 4, dual clip", "lag 4"),
+                (late_weights, "none", "lag 4", "lag 0"),
+                (late_weights, "TIS", "lag 4, tis", "lag 4"),
+                (late_weights, "shuffled TIS (control)", "lag 4, placebo", "lag 4"),
+                (late_weights, "dual clip", "lag 4, dual clip", "lag 4, tis"),
             ],
         ),
     }
