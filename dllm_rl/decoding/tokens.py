@@ -458,7 +458,8 @@ def symbol_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     Such a tokenizer writes spaces between its tokens, and they mean nothing: every token is a single character, or the
     tokenizer reads its tokens without spaces too, as one of 6-mers does.
     """
-    is_of_transformers = hasattr(tokenizer, "all_special_ids")  # another one may have no hash
+    # Another tokenizer may have no hash. The class is asked, because transformers computes the property at each access.
+    is_of_transformers = hasattr(type(tokenizer), "all_special_ids")
     return _symbols_of(tokenizer) if is_of_transformers else None
 
 

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dllm_rl import Prompts, Unmask, grpo, load_policy, tiny_llama, tiny_masked_lm
-from dllm_rl.decoding.tokens import begin_ids, encode, ids_and_blanks, text_ids, text_of, texts_to_grade
+from dllm_rl.decoding.tokens import begin_ids, encode, ids_and_blanks, symbol_pattern, text_ids, text_of, texts_to_grade
 from dllm_rl.integrations.serving.openai_api import token_texts
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers.autoregress import Autoregress
@@ -56,7 +56,7 @@ def policy_of(tokenizer):
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_symbols_are_read_with_and_without_spaces_and_written_without(tmp_path, name):
+def test_symbols_are_read_with_and_without_spaces_and_written_without(tmp_path, name, monkeypatch):
     make, texts = VOCABULARIES[name]
     policy = policy_of(make(tmp_path))
     for text in texts:
@@ -66,6 +66,9 @@ def test_symbols_are_read_with_and_without_spaces_and_written_without(tmp_path, 
         assert text_ids(policy, spaced) == ids and spaced.count(" ") == max(0, len(ids) - 1)
     with pytest.raises(ValueError, match="'j' is lost"):
         text_ids(policy, f"{texts[0]}J")
+    computed = []
+    monkeypatch.setattr(type(policy.tokenizer), "all_special_ids", property(lambda tokenizer: computed.append(1)))
+    assert symbol_pattern(policy.tokenizer) is not None and not computed  # transformers computes it at each access
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
