@@ -7,12 +7,12 @@ A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed say
 file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order, with the
 minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
+    whole step N  (0.8)  steps as one graph (`compile_step`) of bf16 and FP8 weights; 1, 8, 64 rows, as `sampler N` has
+    sync           0.3   a fresh copy's weights, quantized in place
     step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
     sampler N      2.5   plain, exact, cached, FP8, eager and then all of it compiled; 64, 8, 1 rows; LLaDA-8B's shapes
     learner        0.6   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
-    sync           0.3   a fresh copy's weights, quantized in place
-    whole step N  (0.8)  steps as one graph (`compile_step`), N rows
     mismatch      (0.3)  trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     long          (0.3)  the sampler's ways at 256 tokens
     experts       (0.2)  a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
@@ -145,20 +145,18 @@ def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = No
         yield from all_ways(", compiled")
 
 
-def whole_steps(rehearse: bool, device: str, batch: int) -> list[Row]:
-    """Steps of few rows as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
+def whole_steps(rehearse: bool, device: str, batch: int) -> Iterable[Row]:
+    """Steps as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
     dynamic = schemes.Float8WeightOnly if rehearse else schemes.Float8Dynamic
     fp8 = quantized_copy(policy, dynamic())
     shape = _shape(rehearse, batch)
     ways = {"exact": (policy, None), "FP8": (fp8, None), "FP8, dual cache": (fp8, DualCache())}
-    rows = []
     for name, (of, cache) in ways.items():
         before = counters["stats"]["unique_graphs"]
         run = _sampled(of, shape, cache=cache, compile_step=True)
-        rows.append(_timed(f"{name}, whole step", run, device, shape.batch * shape.new, batch=batch))
-        rows[-1]["graphs"] = counters["stats"]["unique_graphs"] - before
-    return rows
+        row = _timed(f"{name}, whole step", run, device, shape.batch * shape.new, batch=batch)
+        yield row | {"graphs": counters["stats"]["unique_graphs"] - before}
 
 
 def experts(rehearse: bool, device: str) -> list[Row]:
@@ -321,12 +319,12 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
+    **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 8, 64)},
+    "sync": sync,
     "step": step,
     "plan": planned,
     **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (64, 8, 1)},
     "learner": learner,
-    "sync": sync,
-    **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
     "mismatch": mismatch,
     "long": partial(sampler, length=256),
     "experts": experts,
