@@ -3,6 +3,7 @@ sums come out the same everywhere. And the CPU on every machine, so that the num
 runs what is for a GPU, on the GPU."""
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -90,10 +91,25 @@ STUDIES = ("tests/recipes/", "tests/benchmarks/")
 OF_LIBRARY = ("defaults", "elites", "enumeration", "launches", "one_file", "surrogates", "trees", "turns")
 
 
+def leave_repetitions(items):
+    """Mark as slow what a test marked `repeated` says once more."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("repeated") and not any(map(item.get_closest_marker, ("slow", "nightly"))):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        every = same[0].get_closest_marker("repeated").kwargs.get("every")
+        kept = (same[0], same[-1]) if every is None else same[::every]
+        for item in same:
+            if item not in kept:
+                item.add_marker("slow")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
     from dllm_rl.quantization.schemes import has_float8_rows
 
+    leave_repetitions(items)
     for item in items:
         if " at 0x" in item.nodeid:  # workers would collect tests of different names
             raise pytest.UsageError(f"{item.nodeid}: an address differs from process to process; give ids")

@@ -130,6 +130,7 @@ def test_scalars_at_every_depth(recipe):
         ),
     ],
 )
+@pytest.mark.repeated(every=4)
 def test_classes_by_name_with_settings_in_any_order(recipe, words, field, value):
     words = words.split()
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
@@ -149,6 +150,7 @@ def test_classes_by_name_with_settings_in_any_order(recipe, words, field, value)
         ("--sampler.suppress [1,2,3]", "suppress", (1, 2, 3)),
     ],
 )
+@pytest.mark.repeated
 def test_parts_of_the_sampler(recipe, words, field, value):
     assert getattr(from_command_line(recipe, words.split()).sampler, field) == value
 
@@ -186,6 +188,7 @@ def test_none_and_text_that_is_called_none(recipe):
 
 
 @pytest.mark.parametrize("text", ["5", "1e3", "null", "true", "a: b", "[x]"])
+@pytest.mark.repeated
 def test_text_stays_text(recipe, text):
     assert from_command_line(recipe, ["--name", text]).name == text
 
@@ -210,6 +213,7 @@ class Lazy(Sudoku):
 
 
 @pytest.mark.parametrize("change", [{"size": 7}, {"seed": 2}, {"solved_weight": 0.5}, {"rule": Schedule()}])
+@pytest.mark.repeated
 def test_what_a_task_has_cached_is_no_setting(recipe, change):
     task = Lazy(prompt_format="text")  # whose constructor reads its text
     assert task.puzzles and {"puzzles", "_template"} <= vars(task).keys()
@@ -343,6 +347,7 @@ WORDS = (
 
 
 @pytest.mark.parametrize("words", ["", "--num_steps 9 --report_to none", WORDS, "--sampler.cache DualCache"])
+@pytest.mark.repeated
 def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(printed(recipe, [*words.split(), "--print_config"], capsys))
@@ -417,6 +422,7 @@ def test_options_override_a_config(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["TIS", "dllm_rl.TIS", "dllm_rl.algorithms.correctors.TIS"])
 @pytest.mark.parametrize("given", ["TIS", "dllm_rl.algorithms.correctors.TIS"])
+@pytest.mark.repeated
 def test_the_same_class_by_another_name_keeps_the_settings_of_a_config(recipe, tmp_path, name, given):
     (tmp_path / "a.yaml").write_text(f"corrector:\n  class_path: {name}\n  init_args:\n    cap: 3.5\n")
     words = ["--config", str(tmp_path / "a.yaml"), "--corrector", given, "--corrector.level", "sequence"]

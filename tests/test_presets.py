@@ -59,6 +59,7 @@ def test_what_is_given_replaces_a_presets(capsys):
     ("length", "block_size", "steps"),
     [(256, 32, 128), (300, 32, 150), (33, 32, 17), (1000, 48, 500), (41, 2, 21), (5, 1, 5), (1, 32, 1)],
 )
+@pytest.mark.repeated
 def test_a_presets_steps_are_one_per_two_tokens_for_any_length(length, block_size, steps):
     options = {"block_size": block_size}
     recipe = grpo_recipe(LLADA, ROWS, nothing, max_new_tokens=length, sampler_options=options)

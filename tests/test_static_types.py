@@ -124,12 +124,14 @@ def errors(tmp_path_factory):
     return re.findall(r"(\w+)_calls\.py:(\d+): error: (.*)", done.stdout)
 
 
+@pytest.mark.slow  # without a cache mypy takes a minute for the package
 def test_right_calls_have_no_error(errors):
     names = set(re.findall(r"\w+", RIGHT.partition("import (")[2].partition(")")[0]))
     assert len([name for name in names if len(re.findall(rf"\b{name}\b", RIGHT)) > 1]) >= 40
     assert [error for error in errors if error[0] != "wrong"] == []
 
 
+@pytest.mark.slow
 def test_each_wrong_call_is_an_error(errors):
     wrong = {number for number, line in enumerate(WRONG.split("\n"), 1) if line.endswith("# wrong")}
     assert len(wrong) >= 10

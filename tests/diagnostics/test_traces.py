@@ -166,6 +166,7 @@ def late(name, rank):
     "rank", [rules.MaxProb(), rules.Entropy(), rules.Confidence(), rules.PlackettLuce(temperature=1)]
 )
 @pytest.mark.parametrize("name", LATE)
+@pytest.mark.repeated(every=4)
 def test_a_late_schedule_waits_in_the_blocks_that_have_more_steps_than_positions(name, rank, tmp_path):
     policy, rollout = late(name, rank)
     steps = [row[mask].unique() for row, mask in zip(rollout.unmask_step, rollout.completion_mask, strict=True)]

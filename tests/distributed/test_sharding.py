@@ -62,6 +62,7 @@ def fourth_of_six(monkeypatch):
         (6, [[0, 1, 2, 3, 4, 5]], (Shard(0),)),
     ],
 )
+@pytest.mark.repeated
 def test_neighbors_hold_the_shards_and_each_group_of_them_all_weights(fourth_of_six, size, groups, placements):
     """Processes of one machine have consecutive numbers: gathering weights is what must be fast."""
     module = tiny_masked_lm(**SIZES).module

@@ -163,6 +163,7 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
     ("likelihood", "corrector", "scheme"),
     [case if case in FAST else pytest.param(*case, marks=pytest.mark.nightly) for case in CASES],
 )
+@pytest.mark.repeated(every=5)
 def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
     run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
     result, gradients = learner(run, likelihood=likelihood, corrector=corrector, rollout_quantization=scheme)
@@ -174,6 +175,7 @@ def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, 
 
 
 @pytest.mark.parametrize("field", ["importance_weights", "loss_mask", "old_logprobs", "advantages", "views", "rollout"])
+@pytest.mark.repeated(every=2)
 def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch, field):
     rows_of = ours.rows_of
 
@@ -201,7 +203,7 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
         ({"importance_sampling_level": "sequence"}, {"loss": GSPO(epsilon=0.2, epsilon_high=None)}),
     ],
 )
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
     result, gradients = learner(run, likelihood=Trajectory(), **own)

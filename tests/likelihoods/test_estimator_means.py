@@ -119,6 +119,7 @@ def test_the_mean_is_the_documented_expectation(make, settings):
 
 
 @pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.Trajectory)], ids=named)
+@pytest.mark.repeated(every=5)
 def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     """A row of confidence-ranked unmasking in three steps: its steps or segments, and the order if nothing is merged or
     drawn."""

@@ -179,6 +179,7 @@ def test_a_rows_masks_depend_on_its_place_in_the_draw_only(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.repeated(every=3)
 def test_micro_batches_give_the_same_logprobs(name):
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
     rollout = sampled(policy)

@@ -236,6 +236,7 @@ def assert_replayed(rule, options, *, atol):
     ("rule", "cache"), [*((rule, None) for rule in RULES), (RULES[0], BlockCache())],
     ids=["remask", "soft_edit", "soft_edit, max_prob", "remask, cache"],
 )  # fmt: skip
+@pytest.mark.repeated
 def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     """Also where a view edits a block without masks."""
     policy = block_causal()

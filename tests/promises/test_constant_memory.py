@@ -154,6 +154,7 @@ def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "correction"), crossed(ESTIMATORS, CORRECTORS, row="trajectory", column="tis"))
+@pytest.mark.repeated(every=4)
 def test_gradient_is_plain_autograds(name, correction):
     """Every loss and every aggregation; KL term, entropy bonus and micro-batch size change from case to case."""
     policy, estimator, rollout, noise, advantages = setting(name)
@@ -176,6 +177,7 @@ VARIANTS = ("chunked head", "gradient checkpointing", "lora", "aligned", "temper
 @pytest.mark.parametrize(
     ("variant", "name"), crossed(VARIANTS, ["coupled", "eubo", "trajectory"], row=None, column="eubo")
 )
+@pytest.mark.repeated
 def test_gradient_survives(variant, name, monkeypatch):
     policy = tiny_llama(causal=False, **SMALL) if variant == "llada" else tiny_masked_lm(**SMALL)
     rollout_policy = quantized_copy(policy, Int8WeightOnly()) if variant == "aligned" else policy

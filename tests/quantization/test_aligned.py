@@ -71,6 +71,7 @@ def reference_forward(policy, rollout_policy):
 
 @pytest.mark.parametrize("dtype", few(DTYPES, [torch.bfloat16]))
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
+@pytest.mark.repeated(every=4)
 def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
     policy = make(dtype=dtype)
     rollout = quantized_copy(policy, scheme)
@@ -129,6 +130,7 @@ def test_gradient_of_one_layer_by_hand():
 
 
 @pytest.mark.parametrize("scheme", KINDS, ids=describe)
+@pytest.mark.repeated(every=3)
 def test_a_step_inside_the_block_is_quantized_again(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme)

@@ -99,6 +99,7 @@ def equal(a, b):
         pytest.param(adapted, id="lora"),
     ],
 )
+@pytest.mark.repeated(every=3)
 def test_steps_and_syncs_equal_a_fresh_quantization_and_move_no_storage(make, scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme)

@@ -244,6 +244,7 @@ def after_steps(policy, rank, state, counts):
 )
 @pytest.mark.parametrize("rank", [RandomOrder(), MaxProb()])
 @pytest.mark.parametrize("infill", [False, True])
+@pytest.mark.repeated(every=4)
 def test_the_law_of_a_tree_is_that_of_unmask(infill, rank, counts, step):
     """Chi-square of whole trees, of one root and two branches: the rows have the law of `Unmask`, and are independent
     once they have branched."""

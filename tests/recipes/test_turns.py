@@ -191,6 +191,7 @@ def without_hidden_columns(policy, rollout):
         WRITE.replace(rank=RandomOrder(), top_k=2),
     ],
 )
+@pytest.mark.repeated(every=3)
 def test_rows_whose_prompts_and_tool_texts_differ(make, turn):
     policy = make(characters="abc", hidden_size=32, num_layers=2, intermediate_size=32, head_std=0.1)
     prompts = Prompts.from_ids([[A], [B, B, A, A], [A, B]], pad_id=PAD, num_generations=[16, 3, 1], seeds=range(20))

@@ -164,6 +164,7 @@ class StopOnSave(Callback):
 
 
 @pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
+@pytest.mark.repeated
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
     tiny_masked_lm(characters="123456=").save_pretrained(tmp_path / "model")
     settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
@@ -249,6 +250,7 @@ BEST = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_
     ],
     ids=["same", "another spelling", "another direction", "another metric"],
 )
+@pytest.mark.repeated
 def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, monkeypatch, changed, best):
     choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward", "eval/close")
     run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
@@ -277,6 +279,7 @@ def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_pa
 
 @pytest.mark.parametrize("load", [True, False])
 @pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
+@pytest.mark.repeated(every=3)
 def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, monkeypatch, case, load):
     settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
     with monkeypatch.context() as patched:
@@ -335,6 +338,7 @@ class Named(Callback):
 
 
 @pytest.mark.parametrize("name", ["step", "reward", "eval/reward", "other/number"])
+@pytest.mark.repeated
 def test_a_number_of_a_callback_replaces_none_of_the_runs_or_of_another_callback(tmp_path, name):
     """`eval/reward` also at a step without an evaluation: the next one would pick the best checkpoint by it."""
     with pytest.raises(ValueError, match=rf"Named\.on_step returned '{name}', a name of the run .*'mine/{name}'"):
@@ -368,6 +372,7 @@ def test_sft_keeps_its_numbers_too(tmp_path):
         (StopBelow("reward", 0.0), None),
     ],
 )
+@pytest.mark.repeated
 def test_a_metric_that_never_occurs_is_named_after_the_first_step(tmp_path, capsys, callback, said):
     run(tmp_path, num_steps=2, eval_steps=2, callbacks=[callback, Named("mine/number")])
     out = capsys.readouterr().out.replace("\n", " ")
@@ -494,6 +499,7 @@ def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_ane
     [{"seen": {1, 2}}, {"pair": (1, 2)}, {"by step": {1: 0.5}}, {"mean": float("nan")}, [1], "text"],
     ids=["a set", "a tuple", "keys that are numbers", "NaN", "a list", "text"],
 )
+@pytest.mark.repeated
 def test_a_state_that_json_would_change_is_refused_before_the_first_step(tmp_path, value):
     callback = Counting()
     callback.state = lambda: value
@@ -532,6 +538,7 @@ def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
     [{"micro_batch_size": 2}, {"rollout_batch_size": 3}, {"gradient_checkpointing": True}, {"max_retained_graphs": 0}],
     ids=str,
 )
+@pytest.mark.repeated
 def test_a_resume_may_save_memory_and_says_so(tmp_path, capsys, change):
     """What an OOM asks for changes no meaning of the run: it needs no `allow_changed`, and is recorded."""
     run(tmp_path, num_steps=1)

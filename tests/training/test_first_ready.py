@@ -122,6 +122,7 @@ def assert_bounded(trained, late):
 
 
 @pytest.mark.parametrize(("workers", "late"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 4)])
+@pytest.mark.repeated(every=3)
 def test_no_batch_is_too_old_whatever_workers_take_and_each_is_trained_on_once(workers, late):
     """Every combination of three times, from much shorter to much longer than a learner's step."""
     for times in itertools.product((0.3, 1.0, 4.5), repeat=5):

@@ -123,6 +123,7 @@ def test_the_engine_keeps_the_contract_of_engines(make):
     ],
     ids=lambda settings: "-".join(settings),
 )
+@pytest.mark.repeated(every=3)
 def test_a_rollout_is_the_samplers_with_all_its_records(settings):
     learner = diffusion(seed=1)
     learner.weights_version = 3

@@ -189,6 +189,7 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["weights", "lora"])
 @pytest.mark.parametrize("family", ["llada", "esm2", "qwen3"])
+@pytest.mark.repeated
 def test_transformers_opens_what_was_trained(tmp_path, family, lora):
     """The policy that `grpo` returned and the run's checkpoint are written as the same stock folder."""
     base = checkpoint(tmp_path / "base", family)
@@ -631,6 +632,7 @@ def test_dropout_with_an_aligned_forward_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llada", "llada2", "dream", "sdar", "nemotron", "llada_moe"])
+@pytest.mark.repeated
 def test_what_peft_saves_of_the_stock_module_is_read(tmp_path, family):
     """Its adapters have the stock class's names, and not the original checkpoint's."""
     peft = pytest.importorskip("peft")

@@ -63,6 +63,7 @@ def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
 
 @pytest.mark.parametrize("rows", [36, 42])
 @pytest.mark.parametrize("family", ["llada", "llada_tied", "llada_moe", "llada2", "dream", "sdar", "nemotron_ar"])
+@pytest.mark.repeated(every=4)
 def test_a_resized_vocabulary_is_opened_again(tmp_path, family, rows):
     source = published(tmp_path / "source", family)
     fields = json.loads((source / "config.json").read_text())

@@ -154,6 +154,7 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
 
 
 @pytest.mark.parametrize("how", ["plain", "aligned", "aligned adapters", "bf16", "dropout"])
+@pytest.mark.repeated
 def test_updates_view_by_view(how):
     policy = tiny_masked_lm(**SMALL)
     if how in ("dropout", "aligned adapters"):

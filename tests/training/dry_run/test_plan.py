@@ -191,6 +191,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.repeated
 def test_the_estimate_is_near_a_count_of_live_tensors(name):
     recipe = recipe_of(name)
     gigabytes, size = COUNTED[name]
