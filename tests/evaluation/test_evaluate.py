@@ -180,12 +180,16 @@ def test_a_batch_of_which_some_rows_are_lost_is_run_whole_and_only_they_are_adde
     counting = dying(99, seen)
     evaluate(policy, sudoku(), counting, completions=path, batch_size=4)
     before = path.read_text().splitlines()
+    before[2] = json.dumps(json.loads(before[2]) | {"completion": sudoku()[2].solution})  # unlike a new sample
     path.write_text("\n".join(before[:3] + before[5:]) + "\n")
-    evaluate(policy, sudoku(), counting, completions=path, batch_size=4)
+    graded = evaluate(policy, sudoku(), counting, completions=path, batch_size=4)
+    solved = [answer.reward.breakdown["solve_rate"] == 1 for answer in graded.answers]
+    assert solved.index(True) == 2, "the stored completion is graded"
     after = path.read_text().splitlines()
     same = lambda line: json.loads(line)["completion"]  # noqa: E731
     assert [same(line) for line in after] == [same(line) for line in before]
-    assert [a for i, a in enumerate(after) if i not in (3, 4)] == [b for i, b in enumerate(before) if i not in (3, 4)]
+    kept = [[line for i, line in enumerate(lines) if i not in (2, 3, 4)] for lines in (after, before)]
+    assert kept[0] == kept[1]
     assert seen == [4, 4, 2, 4, 4]  # rows 3 and 4 lie in the first two batches; the third is not sampled again
 
 

@@ -176,6 +176,16 @@ def test_an_update_counts_for_more_than_a_row_that_is_only_measured(tmp_path, mo
     assert all((one.advantages != 0).view(2, 4, 2).any(-1).sum(1).tolist() == [1, 1] for one in found)
 
 
+def test_the_cost_of_a_group_is_that_of_all_its_rows(tmp_path, monkeypatch):
+    """Of each measured group, only the first row has a weight: of two such groups one goes across."""
+    recipe = tiny_recipe(tmp_path)
+    rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
+    weights = torch.tensor([1.0, 0, 1, 0, *[0] * 12])
+    found = balanced(monkeypatch, recipe, rollouts, torch.zeros(16), weights)
+    measured = found[0].metric_weights.view(2, 4, 2).any(-1)
+    assert measured.sum(1).tolist() == [1, 1]
+
+
 def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
     """The bits of a row depend on the width of its rollout. Rows are numbered all the same, for their noise."""
     recipe = tiny_recipe(tmp_path, zero_mismatch=True, rollout_quantization=None)

@@ -15,6 +15,7 @@ from dllm_rl import Confidence, MaxProb, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import Aligned, NoCorrection
 from dllm_rl.likelihoods.estimators import EUBO, Coupled, Sandwich, Trajectory
 from dllm_rl.models.base import trainable_parameters
+from dllm_rl.step import update
 from dllm_rl.step.update import update_direction
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
@@ -126,7 +127,7 @@ def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
 
 
 @pytest.mark.parametrize("estimator", [Trajectory(), Coupled()])
-def test_the_direction_of_an_update_by_hand(estimator):
+def test_the_direction_of_an_update_by_hand(monkeypatch, estimator):
     """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the
     log-probs weighted by advantages, and negative after one against it."""
     policy = tiny_masked_lm(characters="1234.=", head_std=0.3)
@@ -153,4 +154,11 @@ def test_the_direction_of_an_update_by_hand(estimator):
         cosine = torch.cosine_similarity(advantages.double(), change, dim=0)
         assert found[-1] == pytest.approx(cosine.item(), rel=1e-6)
     assert found[0] > 0.1 > -0.1 > found[1]
+    monkeypatch.setattr(update, "MEASURED_ROWS", 2)  # of more rows, those of the highest and the lowest advantage
+    measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)["update/direction"]
+    rows = views.restrict_to_rows(torch.tensor([True, True, False, False]))
+    some = (rows.coefficients != 0).sum((1, 2)).topk(min(4, len(scores))).indices
+    now = estimator.view_logprobs(policy, rollout, views)
+    change = torch.where(rows.coefficients != 0, now - scores.detach(), 0)[some].double().sum((0, 2))[:2]
+    assert measured == pytest.approx(torch.cosine_similarity(advantages[:2].double(), change, dim=0).item(), rel=1e-6)
     assert update_direction(policy, replace(batch, advantages=advantages * 0), Accelerator(cpu=True), estimator) == {}
