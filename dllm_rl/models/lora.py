@@ -159,9 +159,13 @@ class LoraExperts(nn.Module):
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, lora: Lora) -> Tensor:
-    """Return W + (alpha / r) B A of a layer or of several, summed in fp32 and rounded once to W's dtype."""
-    added = gather_if_sharded(b).float() @ gather_if_sharded(a).float()
-    scaled = added.mul_(lora.alpha / lora.r).float()  # under autocast the product is in 16 bits
+    """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype."""
+    return _with_product(weight, gather_if_sharded(b).float() @ gather_if_sharded(a).float(), lora)
+
+
+def _with_product(weight: Tensor, product: Tensor, lora: Lora) -> Tensor:
+    """Return `_merged` of a layer or of several, whose product B A is known."""
+    scaled = product.mul_(lora.alpha / lora.r).float()  # under autocast the product is in 16 bits
     return scaled.add_(weight).to(weight.dtype)  # in place, to allocate only one fp32 tensor
 
 
@@ -353,15 +357,16 @@ def merged_tensor(layer: Any, kind: str) -> Tensor:
 def joined_weights(layers: Sequence[Any]) -> Tensor:
     """Return the `merged_tensor` "weight" of linear layers of one shape, gathered if sharded, one below the other.
 
-    This library's adapters, which must have the same settings, are merged in one batched product.
+    This library's adapters, which must have the same settings, are merged together but for the products: a batched
+    product may round otherwise than that of one layer.
     """
     if len(layers) == 1:
         return gather_if_sharded(merged_tensor(layers[0], "weight"))
     if not isinstance(layers[0], LoraLinear):
         return torch.cat([gather_if_sharded(merged_tensor(layer, "weight")) for layer in layers])
-    parts = [(plain_weight(layer.base_layer), layer.lora_A.weight, layer.lora_B.weight) for layer in layers]
-    weights, a, b = map(torch.stack, zip(*parts, strict=True))
-    return _merged(weights, a, b, layers[0].lora).flatten(0, 1)
+    weights = torch.stack([plain_weight(layer.base_layer) for layer in layers])
+    products = torch.stack([layer.lora_B.weight.float() @ layer.lora_A.weight.float() for layer in layers])
+    return _with_product(weights, products, layers[0].lora).flatten(0, 1)
 
 
 @torch.no_grad()
