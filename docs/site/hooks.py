@@ -63,11 +63,11 @@ def relinked(text: str, source: Path) -> str:
 
 def recipe_fields() -> str:
     """A Markdown table of Recipe's fields: name, default, meaning."""
-    files = [ROOT / "dllm_rl" / name for name in ("settings.py", "recipe.py")]
+    files = [ROOT / "dllm_rl" / name for name in ("settings.py", "step/settings.py", "recipe.py")]
     classes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     rows = {}
     for record in classes:
-        for node in record.body if isinstance(record, ast.ClassDef) else ():  # Settings, then Recipe
+        for node in record.body if isinstance(record, ast.ClassDef) else ():  # Settings, StepSettings, then Recipe
             if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
                 assert isinstance(node.target, ast.Name)
                 given = {keyword.arg: keyword.value for keyword in node.value.keywords}
