@@ -183,6 +183,10 @@ def file_imports() -> dict[str, set[str]]:
     return found
 
 
+def test_only_the_commands_import_the_integrations():
+    assert [package for package, row in MAY_IMPORT.items() if "integrations" in row.split()] == ["cli"]
+
+
 def test_no_circle_of_files():
     TopologicalSorter(file_imports()).prepare()  # raises CycleError, which names the files
 
