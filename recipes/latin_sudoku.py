@@ -59,4 +59,4 @@ recipe = replace(
 
 
 if __name__ == "__main__":
-    draw(main(recipe), recipe, "exact probabilities of the labels", lambda puzzles: float(limit(puzzles)))
+    draw(main(recipe), recipe, "pretraining data alone, known perfectly", lambda puzzles: float(limit(puzzles)))
