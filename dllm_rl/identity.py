@@ -245,8 +245,9 @@ class _Digest:
                 if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                     used[step.argval] = function.__globals__[step.argval]
         used = {name: part for name, part in used.items() if _is_setting(name, part, codes)}
-        defaults = [function.__defaults__, function.__kwdefaults__]
-        return _hashed("function", self.of(function.__code__), self.of(defaults), self.of_mapping(used))
+        defaults = _defaults_of(function)
+        defaults = {name: part for name, part in defaults.items() if _is_setting(name, part, codes)}
+        return _hashed("function", self.of(function.__code__), self.of_mapping(defaults), self.of_mapping(used))
 
     def of_class(self, kind: type) -> bytes:
         members = {}
@@ -310,7 +311,16 @@ def _is_setting(name: str, value: Any, codes: Iterable[CodeType]) -> bool:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    return {*code.co_names, *code.co_freevars, *code.co_cellvars}
+    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
+
+
+def _defaults_of(function: FunctionType) -> dict[str, Any]:
+    """Return the default values of a function's parameters, by name."""
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    return dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True)) | (
+        function.__kwdefaults__ or {}
+    )
 
 
 def _content(cell: Any) -> Any:

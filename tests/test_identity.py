@@ -57,6 +57,14 @@ DIFFERENT = {
     "a class's number": (CLASS, CLASS.replace("1.0", "-1.0")),
 }
 SAME = {
+    "what the code remembers in a default": (
+        "def f(c, seen={}):\n  seen[c] = 1\n  return c",
+        "def f(c, seen={'a': 1}):\n  seen[c] = 1\n  return c",
+    ),
+    "what a nested function remembers in a default": (
+        "def f(c, seen=[]):\n  def g(t): seen.append(t)\n  return map(g, c)",
+        "def f(c, seen=['a']):\n  def g(t): seen.append(t)\n  return map(g, c)",
+    ),
     "a comment, a place and names": (
         "def f(c): return [t for t in c]",
         "\n\ndef f(c):  # mine\n  return [u for u in c]",

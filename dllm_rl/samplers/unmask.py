@@ -151,12 +151,15 @@ class Unmask(Sampler):
                 tracker.finish_rows(canvas.mark_finished(complete_rows, spec.eos_ids))
             if on_step is not None and on_step(step_sampler.rollout()):
                 break
-        if canvas.written.has_nan_scores & canvas.written.logprobs.isfinite().all():
+        written = canvas.written
+        has_nan_scores = written.has_nan_scores & written.logprobs.isfinite().all()
+        is_nan, contradicts = torch.stack([has_nan_scores, written.contradicts]).tolist()  # the host waits once
+        if is_nan:
             raise ValueError(
                 f"rank={self.rank.name} returned NaN, which has no place in an order; return numbers: the logits of "
                 "suppressed tokens are -inf, and 0 * -inf is NaN"
             )
-        if canvas.written.contradicts:
+        if contradicts:
             raise ValueError(self.commit.contradiction())
         return step_sampler.rollout()
 

@@ -179,8 +179,8 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     ((before, after, metrics),) = seen
     seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0)).repeat_interleave(4)
     apart = student_teacher_log_ratio(other_model(), before.rollout, seeds, **scoring(recipe))
-    torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards, after.group))
+    torch.testing.assert_close(after.rewards, 0.75 * before.rewards - 0.25 * apart.double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards, after.group).float())
     kl = pytest.approx(apart.mean().item(), abs=1e-4)
     assert metrics == {"teacher/reverse_kl": kl, "teacher/coeff": 0.25, "frac_reward_zero_std": 0.0}
     assert metrics_of(tmp_path)[0]["reward"] == pytest.approx(before.rewards.mean().item())  # stays the task's

@@ -45,7 +45,7 @@ def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
     policy = resumed_policy(longer, folder, written, Accelerator(cpu=True))
     optimizer = make_optimizer(longer, policy)
     log = RunLog(tmp_path, start=1, main=False)
-    state = restore(longer, folder, written, policy, optimizer, log)
+    state = restore(longer, folder, written, written.contents, policy, optimizer, log)
     assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
     assert (state.step, state.version, policy.weights_version) == (1, 1, 1)
     assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}
@@ -53,12 +53,15 @@ def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
 
     said = []
     log.say = said.append
-    assert written.begin_ids == [] and restore(longer, folder, written, policy, optimizer, log).begin_ids == []
+    assert (
+        written.begin_ids == []
+        and restore(longer, folder, written, written.contents, policy, optimizer, log).begin_ids == []
+    )
     assert said == []
     bos = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 2)])
     policy.tokenizer.backend_tokenizer.post_processor = bos
     for before, text in (([], "nothing"), (None, "nothing"), ([0], "<pad>")):
-        state = restore(longer, folder, replace(written, begin_ids=before), policy, optimizer, log)
+        state = restore(longer, folder, replace(written, begin_ids=before), written.contents, policy, optimizer, log)
         assert state.begin_ids == [2]
         assert said.pop() == f"note: prompts of plain text began with {text} up to step 1; they begin with <eos> now"
 
