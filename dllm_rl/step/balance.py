@@ -17,6 +17,7 @@ from dllm_rl.distributed.collectives import gather_on_host
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import active_rows
+from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout, group_numbers, starts_group
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
@@ -31,17 +32,28 @@ class Balance(StepFeature):
         self.swaps = swaps  # False: every process keeps its groups
 
     def before_scoring(self, context: StepContext, samples: Samples) -> Samples:
-        return balance(context, samples, swaps=self.swaps)
+        all_groups, pad_id = context.trains_all_groups, context.policy.pad_id
+        return balance(
+            context.settings, samples, context.accelerator, pad_id=pad_id, swaps=self.swaps, all_groups=all_groups
+        )
 
 
-def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Samples:
+def balance(
+    settings: StepSettings,
+    samples: Samples,
+    accelerator: Accelerator,
+    *,
+    pad_id: int,
+    swaps: bool = True,
+    all_groups: bool = False,
+) -> Samples:
     """Move groups between processes so that all have about equal work. Call it before scoring; collective: every
     process must call it.
 
     Returns:
         The samples with this process's new rows, and the groups in their new order.
     """
-    accelerator, rollout = context.accelerator, samples.rollout
+    rollout = samples.rollout
     batch_row = samples.local(torch.arange(len(samples.group)), accelerator)
     # Groups that were sampled by different processes may have the same number in their rollouts.
     rollout = replace(rollout, batch_row=batch_row, group=samples.local(samples.group, accelerator))
@@ -54,7 +66,7 @@ def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Sa
     width_and_slots = torch.tensor([rollout.tokens.shape[1], *rollout.slots()])
     (sizes_of_processes,) = gather_on_host([width_and_slots[None]], accelerator)
     (lengths,) = gather_on_host([rollout.attention_mask.sum(-1).cpu()[:, None]], accelerator, samples.counts)
-    is_trained_row = active_rows(context.settings, samples, all_groups=context.trains_all_groups)
+    is_trained_row = active_rows(settings, samples, all_groups=all_groups)
     forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * is_trained_row.long()
     group, first_rows = group_numbers(samples.group), starts_group(samples.group)
     row_costs = lengths[:, 0] * forwards_per_token
@@ -70,9 +82,7 @@ def balance(context: StepContext, samples: Samples, *, swaps: bool = True) -> Sa
     rows_of_processes = [torch.cat([rows_of_group[number] for number in row if number >= 0]) for row in slots]
     if swap_pairs:
         max_width, *max_slots = sizes_of_processes.amax(0).tolist()
-        rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=context.policy.pad_id).with_slots(
-            iter(max_slots)
-        )
+        rollout = rollout.padded(max_width - rollout.tokens.shape[1], pad_id=pad_id).with_slots(iter(max_slots))
         rollout = take_rows(rollout, rows_of_processes[accelerator.process_index], accelerator, samples.counts)
     return samples.reorder(torch.cat(rows_of_processes), tuple(map(len, rows_of_processes)), rollout)
 

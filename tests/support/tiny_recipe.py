@@ -9,7 +9,6 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.context import StepContext
 from dllm_rl.tasks.sudoku import Sudoku
 from recipes.sudoku_unique import recipe as main_job
 
@@ -82,8 +81,3 @@ class OddPuzzles:
     def reward(self, problem, completion):
         graded = self.task.reward(problem, completion)
         return replace(graded, value=1.0) if problem.fields["dull"] else graded
-
-
-def bare_context(recipe, accelerator=None, policy=None):
-    """The context of a step that reads no more than settings, processes and a policy."""
-    return StepContext(settings=recipe, accelerator=accelerator, policy=policy, rollout_policy=policy, history=None)

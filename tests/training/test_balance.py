@@ -3,12 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from threading import Barrier
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_recipe import bare_context, tiny_recipe
+from tiny_recipe import tiny_recipe
 from torch import Tensor
 
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Coupled, OneStep, Quadrature, Trajectory
@@ -127,8 +126,7 @@ def balanced(monkeypatch, recipe, rollouts, advantages, weights):
         group, counts = torch.arange(len(advantages)) // 2, (len(advantages) // 2,) * 2
         samples = Samples(rollouts[me], group, advantages + 100, advantages, weights, counts)
         swaps = not recipe.zero_mismatch
-        context = bare_context(recipe, accelerator, SimpleNamespace(pad_id=0))
-        return balance.balance(context, samples, swaps=swaps)
+        return balance.balance(recipe, samples, accelerator, pad_id=0, swaps=swaps)
 
     return joined.run(monkeypatch, work)
 
