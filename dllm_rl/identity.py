@@ -88,7 +88,9 @@ def digest_of_files(folder: Path, names: Iterable[str]) -> str:
         with (folder / name).open("rb") as file:
             return file_digest(file, "sha256").digest()
 
-    return _of_parts(names, digest)
+    ordered = sorted(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return _of_parts(ordered, pool.map(digest, ordered))
 
 
 def digest_of_tensors(tensors: Mapping[str, Any], read: Callable[[Any], Any] = lambda tensor: tensor) -> str:
@@ -96,13 +98,12 @@ def digest_of_tensors(tensors: Mapping[str, Any], read: Callable[[Any], Any] = l
 
     Each tensor is passed through `read` when its turn comes, so that few copies exist at a time.
     """
-    return _of_parts(tensors, lambda name: _Digest(data=True).of(read(tensors[name])))
+    ordered = sorted(tensors)
+    return _of_parts(ordered, (_Digest(data=True).of(read(tensors[name])) for name in ordered))
 
 
-def _of_parts(names: Iterable[str], digest: Callable[[str], bytes]) -> str:
-    ordered = sorted(names)
-    with ThreadPoolExecutor(THREADS) as pool:
-        parts = [name.encode() + b"\0" + part for name, part in zip(ordered, pool.map(digest, ordered), strict=True)]
+def _of_parts(names: Iterable[str], digests: Iterable[bytes]) -> str:
+    parts = [name.encode() + b"\0" + part for name, part in zip(names, digests, strict=True)]
     return sha256(b"".join(parts)).hexdigest()
 
 
