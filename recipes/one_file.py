@@ -20,7 +20,7 @@ Sudoku from rewards, after a short supervised warm-up. A step of the loop (`trai
 both: they write the same tokens, get the same rewards, and agree on log-probs and weights. What this file leaves out:
 
     dllm_rl/samplers       LLaDA's own rank `Confidence` (the probability of the token that was drawn) and the
-                           probability of the order, which that rank needs (docs/method.md); blocks, caches, prompts of
+                           probability of the order, which that rank needs (docs/sampler.md); blocks, caches, prompts of
                            unequal lengths, infilling, temperature, top-p, samplers that revise what they wrote
     dllm_rl/likelihoods    estimates that take fewer forwards than the rollout: one_step, ELBOs, merged steps
     dllm_rl/algorithms     other correctors (TIS, IcePop, TBPO), losses and advantages; a KL term; mismatch metrics
@@ -155,7 +155,7 @@ def unmask(model: Any, prompts_PS: Tensor, seeds_B: Tensor, *, diffusion_steps: 
         # Which positions to write: those with the highest probability of their best token. This rank (`MaxProb`) is a
         # function of what the model sees. LLaDA ranks by the probability of the token that was drawn. Then a position
         # with an improbable draw tends to stay masked, the kept tokens are no fair sample, and the likelihood needs one
-        # more factor (docs/method.md).
+        # more factor (docs/sampler.md).
         rank_BL = torch.full(masked_BL.shape, -torch.inf)
         rank_BL[masked_BL] = logits_KV.amax(-1) - logits_KV.logsumexp(-1)
         num_masked = int(masked_BL[0].sum())  # the same in every row

@@ -66,7 +66,7 @@ recipe = Recipe(
     sampler=answer.replace(temperature=1.0),
     eval_sampler=answer.replace(temperature=0.0),
     likelihood=Causal(),
-    corrector=TIS(),  # the mean ESS is 0.92: docs/method.md
+    corrector=TIS(),  # the mean ESS is 0.92: docs/mismatch.md
     rollout_quantization=Float8WeightOnly(dequantized=True),
     lora=Lora(),
     beta=0.02,

@@ -5,7 +5,7 @@ the same step do not see each other, so that a model which is unsure must write 
 a right answer more the fewer forwards it took, and a wrong one nothing more.
 
 Rollouts write by `SoftThreshold`: which cells a step writes is drawn by chances made of the model's confidence. These
-chances are a part of the likelihood, so that the gradient sees how many forwards an answer takes (docs/method.md).
+chances are a part of the likelihood, so that the gradient sees how many forwards an answer takes (docs/sampler.md).
 """
 
 from dataclasses import dataclass, replace

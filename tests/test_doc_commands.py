@@ -68,9 +68,9 @@ def test_options_of_recipes_are_fields_of_theirs():
 
 @pytest.mark.slow
 def test_published_methods_are_options():
-    """The options of docs/method.md's list of methods, on a recipe of 4x4 Sudoku without its warm-up."""
-    told = (ROOT / "docs" / "method.md").read_text().partition("## Published methods as options")[2]
-    rows = re.findall(r"^- \*\*[^*]+\*\*: `(--[^`]+)`", told.partition("\n#")[0], re.MULTILINE)
+    """The options of docs/papers.md's list of methods, on a recipe of 4x4 Sudoku without its warm-up."""
+    told = (ROOT / "docs" / "papers.md").read_text()
+    rows = re.findall(r"^- \*\*[^*]+\*\*: `(--[^`]+)`", told, re.MULTILINE)
     assert len(rows) == 13
     for options in rows:
         try:

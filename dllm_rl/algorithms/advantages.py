@@ -2,7 +2,7 @@
 
 NaN marks a completion without a reward: no mean counts it, and its advantage is 0.
 
-docs/method.md explains the tags [paper] and [digest].
+docs/papers.md explains the tags [paper] and [digest].
 """
 
 from typing import Any, Literal

@@ -7,7 +7,7 @@ these tokens. The learner therefore logs a corrector's `rollout_corr/NAME` as `t
 metrics cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
-non-finite log_mismatch is removed from the loss mask. docs/method.md explains the tags [paper], [digest] and [ours].
+non-finite log_mismatch is removed from the loss mask. docs/papers.md explains the tags [paper], [digest] and [ours].
 """
 
 import math
@@ -221,7 +221,7 @@ class TIS(Corrector):
     """Truncated importance sampling: w = min(rho, cap).
 
     rho_t = exp(log_mismatch_t) per token; per sequence, exp of the sum ("product") or of the mean ("geometric"). Use it
-    where docs/method.md advises a correction: every token stays in the loss, and the cap bounds the variance. It logs
+    where docs/mismatch.md advises a correction: every token stays in the loss, and the cap bounds the variance. It logs
     tis/capped_fraction.
 
     Args:

@@ -9,7 +9,7 @@ outside the mask. A surrogate sees all rows of its process, regardless of micro-
 - sum_over_processes: Function that sums a tensor over all processes; every process calls it once, with equal shapes.
 
 A reduction returns the coefficient of each token (B, T) in the loss; the counts in its arguments cover the GLOBAL
-batch. docs/method.md explains the tags [paper], [digest] and [ours].
+batch. docs/papers.md explains the tags [paper], [digest] and [ours].
 """
 
 import inspect

@@ -6,7 +6,7 @@ counted.
 
 To save forwards, a training step scores only the rows that it trains on, and a random sample of the other groups. Each
 row is weighted by its inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all
-rows. docs/method.md explains the tag [digest].
+rows. docs/papers.md explains the tag [digest].
 """
 
 import math

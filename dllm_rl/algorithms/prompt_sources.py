@@ -1,6 +1,6 @@
 """Choice of the prompts of a training step: uniform, or prompts whose completions still have different rewards.
 
-docs/method.md explains the tag [ours].
+docs/papers.md explains the tag [ours].
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """Value model: a baseline for each denoising step, and advantages by GAE over the steps.
 
-docs/method.md explains the tags [paper] and [ours].
+docs/papers.md explains the tags [paper] and [ours].
 """
 
 import torch

@@ -20,7 +20,7 @@ is redrawn, so that a step writes a nonempty set S with
 P is a smooth function of the logits. If an empty set were instead replaced by the most confident position, P would jump
 where two positions swap their order of confidence, and the gradient of log P would miss the jump.
 
-docs/method.md explains the tag [ours].
+docs/papers.md explains the tag [ours].
 """
 
 import math
@@ -273,7 +273,7 @@ def score_stay_masked(policy: Policy, sampling_params: SamplingParams) -> Callab
     ) -> tuple[Tensor]:
         logits = policy.head(hidden)
         processed = process(logits, sampling_params)
-        with torch.no_grad():  # the gradient goes through F_j, but not through the cutoff c [ours]; see docs/method.md
+        with torch.no_grad():  # the gradient goes through F_j, but not through the cutoff c [ours]; see docs/sampler.md
             if normalizer is None:
                 normalizer = confidence_normalizer(logits, processed, sampling_params, policy.spec.mask_id)
             confidences = upcast(logits) - normalizer[:, None]

@@ -1,7 +1,7 @@
 """The support of a filtered distribution: the tokens that top_k or top_p does not remove.
 
 A sampler records the support of each token, and the learner normalizes log-probs by one of three conventions
-(`with_support`). docs/method.md explains the tag [digest].
+(`with_support`). docs/papers.md explains the tag [digest].
 """
 
 from dataclasses import replace

@@ -11,7 +11,7 @@ is a lower bound of log p(y), where p(y) is the likelihood if the tokens are wri
     sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
     p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-docs/method.md explains the tags [paper] and [ours].
+docs/papers.md explains the tags [paper] and [ours].
 """
 
 import math
@@ -536,7 +536,7 @@ class Trajectory(LikelihoodEstimator):
     drawn tokens, the order is left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`Remask`, `SoftEdit`) is replayed write by write [ours]: the tokens and masks that
-    each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/method.md). A rollout of
+    each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/sampler.md). A rollout of
     `Renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
 
     Args:

@@ -3,7 +3,7 @@
 R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
 from; for the other states the learner's router chooses. Estimates that do not replay the sampler's steps (`Causal`,
 ELBOs) have no such record: the rollout policy scores the rollout first, and the learner uses the experts of this
-forward for all tokens. docs/method.md explains the tag [paper].
+forward for all tokens. docs/papers.md explains the tag [paper].
 """
 
 from collections.abc import Callable

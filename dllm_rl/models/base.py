@@ -2,7 +2,7 @@
 the rows of a batch share forwards.
 
 In this package, "stock" means from the transformers library, as opposed to code that comes with a checkpoint.
-docs/method.md explains the tag [paper].
+docs/papers.md explains the tag [paper].
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Log-probabilities under the sampling distribution, from hidden states, without a (B, T, V) tensor of logits.
 
-docs/method.md explains the tag [ours].
+docs/papers.md explains the tag [ours].
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The settings of LoRA adapters, and how peft's settings become them. docs/method.md explains the tag [paper]."""
+"""The settings of LoRA adapters, and how peft's settings become them. docs/papers.md explains the tag [paper]."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -3,7 +3,7 @@
 The forward is the rollout's low-bit product, with the same operands. For a batch of the same shape, the results are
 bit-identical. The backward differentiates the product of the dequantized operands,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
-docs/method.md explains the tag [digest].
+docs/papers.md explains the tag [digest].
 """
 
 from collections.abc import Callable, Iterator

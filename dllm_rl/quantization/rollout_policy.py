@@ -1,6 +1,6 @@
 """Quantized copies of a policy for rollouts, and the sync of their weights with the learner's.
 
-docs/method.md explains the tag [digest].
+docs/papers.md explains the tag [digest].
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Quantization schemes by name: torchao's configs, and emulated formats (`FakeQuantize`).
 
-docs/method.md explains the tags [paper] and [ours].
+docs/papers.md explains the tags [paper] and [ours].
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Key-value caches for unmasking: exact for block-causal attention, approximate for full attention.
 
-docs/method.md explains the tag [paper].
+docs/papers.md explains the tag [paper].
 """
 
 import copy

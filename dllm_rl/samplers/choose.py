@@ -1,7 +1,7 @@
 """One denoising step of `Unmask`.
 
 Rank the masked positions, commit some of them, draw their tokens, and record the log-probs of tokens and order.
-docs/method.md explains the tag [ours].
+docs/papers.md explains the tag [ours].
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,7 @@
 
 A completion is denoised canvas by canvas; here a canvas is a block of `policy.spec.block_size` tokens. Each step draws
 a token at every position of the canvas, accepts the most certain draws, and replaces the others by new random tokens.
-docs/method.md explains the tags [paper] and [ours].
+docs/papers.md explains the tags [paper] and [ours].
 """
 
 from collections.abc import Callable

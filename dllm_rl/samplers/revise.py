@@ -13,7 +13,7 @@ A rule may also take one or both of these inputs:
     steps        (B,)    total number of steps of the block
     uniforms     (B, L)  fresh random numbers in [0, 1); with rank=RandomOrder() they are the same numbers as the scores
 
-docs/method.md explains the tags [paper] and [ours].
+docs/papers.md explains the tags [paper] and [ours].
 """
 
 import torch

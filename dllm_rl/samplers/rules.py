@@ -1,6 +1,6 @@
 """Ranks, which score the masked positions, and commit rules, which choose the positions that a step writes.
 
-docs/method.md explains the tags [paper] and [ours]. Rules that rewrite a block's tokens are in `revise`.
+docs/papers.md explains the tags [paper] and [ours]. Rules that rewrite a block's tokens are in `revise`.
 """
 
 import inspect
@@ -525,7 +525,7 @@ class SoftThreshold(Commit):
     """Commit each masked position independently, with a probability that rises around tau (`decoding.order`).
 
     Use it in place of `Threshold` for training: `Trajectory` also computes the log-prob of the set of positions that
-    each step of this rule wrote (docs/method.md), and this log-prob has a gradient. Which positions `Threshold` writes
+    each step of this rule wrote (docs/sampler.md), and this log-prob has a gradient. Which positions `Threshold` writes
     depends on the weights too, but has no gradient.
 
     The rule needs rank=MaxProb(). A position is written with probability sigmoid((logit p - logit tau) / temperature),

@@ -1,6 +1,6 @@
 """Iterative unmasking as in LLaDA: fill blocks from left to right, a few positions of a block per step.
 
-docs/method.md explains the tag [paper].
+docs/papers.md explains the tag [paper].
 """
 
 from collections.abc import Callable

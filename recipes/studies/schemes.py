@@ -1,7 +1,7 @@
 """How far a scheme's copy is from the learner, and how much of it is the weights' and how much the inputs'.
 
 `diagnose` on 64 puzzles of the recipe, two completions each, with the recipe's sampler. First the run, then its
-numbers, which docs/method.md has:
+numbers, which docs/mismatch.md has:
 
     python recipes/sudoku_unique.py --seed 0 --num_steps 60 --output_dir runs/schemes
     python -m recipes.studies.schemes runs/schemes

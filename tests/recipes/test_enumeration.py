@@ -1,8 +1,6 @@
 """The gradient laboratory: its truth against autograd, rows as theory has them, planted faults that move them."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -173,9 +171,8 @@ def test_errors_name_what_moved():
 
 @pytest.mark.nightly
 def test_a_ratio_of_estimates_is_no_likelihood_ratio():
-    """A sentence of docs/method.md: exp of a difference of two estimates under the same masks, its mean over masks and
-    over the completions of the old policy, which is 1 for likelihoods."""
-    told = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    """exp of a difference of two estimates under the same masks: its mean over masks and over the completions of the
+    old policy is 1 for likelihoods, and another number for bounds."""
     old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     new = old.moved(0.3, torch.Generator().manual_seed(1))
     rollout, exact = old.rollout(2), Trajectory()
@@ -192,9 +189,7 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
         for name, estimator in made.items():
             draws = torch.stack([log_ratio(estimator, seed) for seed in range(200 if estimator.is_random else 2)])
             mean = float(p @ draws.exp().mean(0))
-            (said,) = re.findall(rf"([\d.]+) with `{re.escape(name)}`", told)
-            assert float(said) == pytest.approx(mean, abs=0.006), name
-            assert (abs(mean - 1) < 1e-12) == (estimator is exact)
+            assert (abs(mean - 1) < 1e-12) == (estimator is exact), name
 
 
 def too_short(rollout, generator):

@@ -4,7 +4,7 @@ Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's e
 
 If two scores of a router are almost equal, rounding decides which expert is chosen. Replay reuses the recorded choice.
 The experts' weights still come from the scores of the policy that replays. M is the number of MoE layers, E the number
-of experts per token. docs/method.md explains the tag [paper].
+of experts per token. docs/papers.md explains the tag [paper].
 """
 
 import sys

@@ -116,8 +116,8 @@ def test_a_step_takes_what_the_h200_took(policy):
 
 
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
-    """docs/method.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
-    told = (Path(__file__).parents[3] / "docs" / "method.md").read_text()
+    """docs/likelihoods.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
+    told = (Path(__file__).parents[3] / "docs" / "likelihoods.md").read_text()
     sampler = sudoku.sampler.replace(diffusion_steps=32)
     recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
     for row, estimator in (
