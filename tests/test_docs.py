@@ -444,9 +444,9 @@ def test_what_the_librarys_losses_do_in_these_checks():
         "GSPO": (True, False, 0),
         "BGPO": (True, False, 0),
         "StableDRL": (True, False, 0),
-        "CISPO": (False, False, 0),
-        "VESPO": (False, False, 0),
-        "Reinforce": (False, True, 0),
+        "CISPO": (True, False, 0),
+        "VESPO": (True, False, 0),
+        "Reinforce": (True, True, 0),
         "GDSD": (False, True, 0),
         "EBPO": (False, False, 3),
     }

@@ -137,7 +137,7 @@ class StepSampler:
         at: StepPositions,
         hidden: Float[Tensor, "K D"],
         written: Written,
-        step: StepRows | None = None,
+        host_rows: StepRows | None = None,
         experts: Tensor | None = None,
     ) -> Decision:
         """Run one step: change `written`, and return what the commit rule decided.
@@ -149,7 +149,7 @@ class StepSampler:
             at: The K positions.
             hidden: Their hidden states.
             written: Tensors of the canvas.
-            step: Rows of the step, on the host. None (default): the step is compiled.
+            host_rows: What the host knows of the step's rows. None (default): nothing, as in a compiled step.
             experts: Experts (K, M, E) of the positions, if the policy records them.
         """
         policy, params = self.policy, self.sampling_params
@@ -157,22 +157,22 @@ class StepSampler:
         rank_uniforms = uniforms(*key, stream=RANK_STREAM) if self.reads_uniforms else None
         if rank_uniforms is not None and not self.rank.adds_gumbel:  # scores are fp32, in which larger ones are 1
             rank_uniforms = rank_uniforms.clamp(max=BELOW_ONE)
-        draws_first = self.draws_first or step is None
+        draws_first = self.draws_first or host_rows is None
         first_uniforms = (rank_uniforms, uniforms(*key, stream=TOKEN_STREAM) if draws_first else None)
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
         scores, drawn = rank_and_draw(policy, hidden, params, (self.rank, self.rank_reads), first_uniforms, kept)
         assert scores is not None, "there is a rank"
-        if step is not None and self.canvas.forwards == 1:
+        if host_rows is not None and self.canvas.forwards == 1:
             self.check_rank(hidden, scores)
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
             assert rank_uniforms is not None, "a rank with noise reads uniform numbers"
             noisy_scores = (scores - rank_uniforms.clamp(min=1e-300).log().neg().log()).float()
         commit_scores = at.to_grid(noisy_scores)
-        if step is None:
+        if host_rows is None:
             commit_scores = commit_scores.masked_fill(~at.masked, -torch.inf)
         written.has_nan_scores.logical_or_(commit_scores.isnan().any())
-        decision = self.decide(at, commit_scores, rank_uniforms, drawn, step, written.contradicts)
+        decision = self.decide(at, commit_scores, rank_uniforms, drawn, host_rows, written.contradicts)
         places, keep = decision.places, decision.keep
         rows, offsets, steps = at.canvas_row[places], at.offset[places], at.row_steps[places]
         if written.order_logprobs is not None:
@@ -228,7 +228,7 @@ class StepSampler:
         scores: Float[Tensor, "R L"],
         rank_uniforms: Float[Tensor, " K"] | None,
         drawn: Drawn | None,
-        step: StepRows | None,
+        host_rows: StepRows | None,
         contradicts: Bool[Tensor, ""],
     ) -> Decision:
         """Return the commit rule's decision. Set `contradicts` if it contradicts what the rule declares."""
@@ -238,11 +238,11 @@ class StepSampler:
             assert rank_uniforms is not None, "they are drawn if the rule reads them"
             inputs["uniforms"] = at.to_grid(rank_uniforms.float())
         if self.canvas.events is not None:
-            assert step is not None, "a compiled step does not rewrite"
+            assert host_rows is not None, "a compiled step does not rewrite"
             differs = None if drawn is None else drawn.tokens != self.canvas.written.tokens[at.canvas_row, at.column]
-            return revise(at, step, scores, commit, inputs, differs, contradicts)
+            return revise(at, host_rows, scores, commit, inputs, differs, contradicts)
         chosen = commit.choose(contradicts, scores, at.masked, at.steps_left, **inputs) & at.masked
-        if step is None:
+        if host_rows is None:
             num_chosen = chosen.sum(-1)
             places = torch.arange(len(at.offset), device=chosen.device)
             return Decision(chosen, places, num_chosen, keep=chosen[at.row_index, at.offset])
@@ -250,7 +250,7 @@ class StepSampler:
         if commit.count is None:
             num_chosen = chosen.sum(-1).cpu()
         else:
-            num_chosen = commit.number_to_choose(step.num_masked, step.steps_left)
+            num_chosen = commit.number_to_choose(host_rows.num_masked, host_rows.steps_left)
         return Decision(chosen, at.indices_of(chosen, int(num_chosen.sum())), num_chosen)
 
     def order_logprobs(

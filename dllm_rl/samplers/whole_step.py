@@ -57,7 +57,7 @@ class CompiledSteps:
         self.window_starts = [start + left - self.shift for start, _ in canvas.bounds]
         self.window_width = tokens.shape[1] if cache is None else block_size + self.shift
         self.past: Past | None = None if cache is None else []
-        self.block = -1
+        self.block: int | None = None  # of the last step
         self.step_in_block = 0
 
     def run(self, step: StepRows) -> tuple[Int[Tensor, " R"], None]:

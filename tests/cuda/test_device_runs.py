@@ -376,7 +376,7 @@ PLANTED = {
     "scoring, log-probs": ("decoding.order", "token_logprobs_and_confidences"),
     "scoring, order": ("decoding.order", "stay_masked_logprobs"),
     "learner, masks": ("step.score", "draw_view_sets"),
-    "learner, loss": ("recipe", "policy_loss"),
+    "learner, loss": ("step.settings", "policy_loss"),
     "metrics": ("step.update", "off_policy_metrics"),
 }
 

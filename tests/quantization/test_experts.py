@@ -32,6 +32,7 @@ from dllm_rl.quantization.schemes import FakeQuantize
 
 SCHEMES = CPU_SCHEMES | {"Int4WeightOnly": quantize.Int4WeightOnly(group_size=8)}  # divides the toys' 24 and 32 inputs
 FEW = ("Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "int3_emulated")
+BLOCKS = ("NVFP4", "MXFP4", "nvfp4_emulated", "mxfp4_emulated")
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
 
@@ -128,8 +129,13 @@ def test_a_sync_equals_a_fresh_quantization_bitwise_and_moves_no_storage(policy,
     assert scheme is None or 0 < moved["quantization/codes_changed"] <= 1
     total = sum(layer.weight.numel() for layer in layers)
     if scheme:
+        skipped = rollout_policy.quantization_report.skipped
+        # Blocks of 16 or 32 do not divide the inputs of some of these layers, which the report names.
+        sizes = {name for name, reason in skipped.items() if scheme in BLOCKS and "is not a multiple" in reason}
         blocks = [
-            p for n, p in policy.module.named_parameters() if ".layers." in n and p.dim() > 1 and "gate.w" not in n
+            p
+            for name, p in policy.module.named_parameters()
+            if ".layers." in name and p.dim() > 1 and "gate.w" not in name and not name.startswith(tuple(sizes))
         ]
         assert total == sum(p.numel() for p in blocks)
 

@@ -92,7 +92,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
-    assert rollout_logprob_source(recipe.likelihood, policy, rollout_policy) == rollout
+    assert rollout_logprob_source(recipe.likelihood, learner_samples=not copied) == rollout
     step = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=rollout_policy)
     assert any(isinstance(feature, AlignedForward) for feature in step.features) == aligned
 

@@ -44,8 +44,8 @@ class FirstReadyRollouts(AsyncRollouts):
     numbers: list[int] = field(default_factory=list)  # of the batches to start, the next one last
     spare: list[int] = field(default_factory=list)  # begun before, but this run has fewer steps left
     next_number: int = 0  # the first number that no batch has had
-    taken: int = -1  # number of the batch that the learner trains on
-    taken_step: int = -1  # index of the step that trains on it
+    taken: int | None = None  # number of the batch that the learner trains on
+    taken_step: int | None = None  # index of the step that trains on it
     lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
     is_open: bool = True
 
@@ -104,6 +104,7 @@ class FirstReadyRollouts(AsyncRollouts):
 
     def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         with self.lock:
+            assert self.taken is not None, "a step has taken a batch"
             pool.forget(self.taken)
             del self.pending[self.taken]
             self.weights, self.version = weights, self.context.policy.weights_version
@@ -115,7 +116,7 @@ class FirstReadyRollouts(AsyncRollouts):
         """
         with self.lock:
             # A run that failed between the update and `publish` has trained on the taken batch already.
-            done = {self.taken} if step > self.taken_step else set()
+            done = {self.taken} if self.taken_step is not None and step > self.taken_step else set()
             made = {number: self._made(number) for number in self.pending.keys() - done}
             not_restarted = [number for number in self.numbers[::-1] if number < self.next_number] + self.spare
             next_number = self.next_number
