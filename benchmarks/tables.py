@@ -1,9 +1,18 @@
-"""The tables of README.md beside this file, from results/: `python -m recipes.studies --write` writes them."""
+"""The tables of README.md beside this file, from results/, and of docs/likelihoods.md, from the dry run's plan.
 
+`python -m recipes.studies --write` writes them.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.files import read_json
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, LikelihoodEstimator, OneStep, Trajectory
+from dllm_rl.training.dry_run.duration import stage_seconds
+from dllm_rl.training.dry_run.memory import PlannedStep
+from dllm_rl.training.dry_run.plan import meta_policy
+from recipes.llada_8b_sudoku import recipe as llada_8b
 from recipes.studies.paired import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,6 +69,27 @@ def learner() -> str:
     return markdown([*rows.values()])
 
 
+def likelihoods() -> str:
+    """Forwards and planned seconds of a step of `llada_8b_sudoku` with one update, without a KL term."""
+    policy, rows = meta_policy(llada_8b), []
+    estimators: dict[str, LikelihoodEstimator] = {
+        "Trajectory()": Trajectory(),
+        "Trajectory(num_segments=8)": Trajectory(num_segments=8),
+        "Trajectory(num_sampled_steps=8)": Trajectory(num_sampled_steps=8),
+        "ELBO(num_samples=4)": ELBO(num_samples=4),
+        "Coupled(num_samples=2)": Coupled(num_samples=2),
+        "OneStep()": OneStep(),
+    }
+    for name, estimator in estimators.items():
+        step = PlannedStep(replace(llada_8b, likelihood=estimator, num_iterations=1, beta=0.0), policy, 256)
+        seconds, copied = stage_seconds(step), 0 if estimator.exact_for_sampler else step.num_views
+        row = {"estimator": f"`{name}`", "forwards to score: learner, copy": f"{step.num_views}, {copied}"}
+        row |= {"forwards of the update": f"{step.num_views}", "seconds of the rollout": f"{seconds['rollout']:.0f}"}
+        row |= {"seconds to score": f"{seconds['scoring']:.1f}", "seconds of the update": f"{seconds['update']:.1f}"}
+        rows.append(row)
+    return markdown(rows)
+
+
 def page_tables() -> dict[str, str]:
     of_gpus = {"a run on a GPU": run_on_a_gpu(), "the sampler on a GPU": sampler_on_a_gpu()}
-    return of_gpus | {"the sampler": sampler(), "the learner": learner()}
+    return of_gpus | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}

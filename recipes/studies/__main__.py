@@ -17,8 +17,10 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "recipes/*.md", "recipes/studies/*.md", "benchmarks/README.md")
-TABLE = re.compile(r"(<!-- table: (?P<module>[\w.]+), (?P<name>.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGES = ("README.md", "docs/*.md", "recipes/*.md", "recipes/studies/*.md", "benchmarks/README.md")
+TABLE = re.compile(
+    r"^(<!-- table: (?P<module>[\w.]+), (?P<name>.+?) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE
+)
 
 
 @cache
@@ -35,7 +37,7 @@ def written(text: str) -> str:
             raise ValueError(f"{found['module']} has no table {found['name']!r}, but {', '.join(tables)}")
         return f"{found[1]}\n{tables[found['name']].strip()}\n\n{found[4]}"
 
-    begin, end = text.count("<!-- table"), text.count("<!-- end of table -->")
+    begin, end = (len(re.findall(f"^<!-- {what}", text, re.MULTILINE)) for what in ("table", "end of table -->"))
     named = len(TABLE.findall(text))
     if not begin == end == named:
         raise ValueError(f"{begin} tables begin and {end} end, of which {named} name a module and a table")

@@ -115,26 +115,6 @@ def test_a_step_takes_what_the_h200_took(policy):
     assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
 
 
-def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
-    """docs/likelihoods.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
-    told = (Path(__file__).parents[3] / "docs" / "likelihoods.md").read_text()
-    sampler = sudoku.sampler.replace(diffusion_steps=32)
-    recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
-    for row, estimator in (
-        ("`Trajectory()`", lik.Trajectory()),
-        ("`Trajectory(num_segments=8)`", lik.Trajectory(num_segments=8)),
-        ("`Trajectory(num_sampled_steps=8)`", lik.Trajectory(num_sampled_steps=8)),
-        ("`ELBO(num_samples=4)`", lik.ELBO(num_samples=4)),
-        ("`Coupled(num_samples=2)`", lik.Coupled(num_samples=2)),
-        ("`OneStep(prompt_mask=0.15)`", lik.OneStep()),
-        ("`OneStep(prompt_mask=0.15)`", lik.OneStep(prompt_mask=0.0)),
-    ):
-        found = seconds_of(replace(recipe, likelihood=estimator), policy, 256)
-        (line,) = [line for line in told.splitlines() if line.startswith(f"- {row}: ")]
-        assert line.endswith(f"; {found['scoring']:.1f} + {found['update']:.1f}"), row
-        assert f"the rollout (compiled FP8) takes {found['rollout']:.1f} s." in told
-
-
 def test_stages_by_hand(policy):
     weights, layers = count_weights(policy)
     assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
