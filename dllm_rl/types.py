@@ -334,7 +334,9 @@ class Prompts(BatchRecord):
         return [self.rows(batch) for batch in pack_groups(torch.arange(len(self.tokens)), self.group, rows)]
 
 
-def pack_groups(rows: Int[Tensor, " R"], group: Int[Tensor, " R"], size: int | None) -> list[Int[Tensor, " r"]]:
+def pack_groups(
+    rows: Int[Tensor, " R"], group: Int[Tensor, " R"], size: int | None, *, one_row_each: bool = False
+) -> list[Int[Tensor, " r"]]:
     """Split rows into batches of at most `size` rows, or return one batch for None. A group is split only if it is
     larger.
 
@@ -342,11 +344,15 @@ def pack_groups(rows: Int[Tensor, " R"], group: Int[Tensor, " R"], size: int | N
         rows: Indices of rows, on the host.
         group: Group of each of these rows.
         size: Largest number of rows of a batch.
+        one_row_each: Whether each group counts as one row, so that a batch has at most `size` groups. Default: False.
     """
     if size is None:
         return [rows] if len(rows) else []
+    sizes = group_sizes(group)
+    if one_row_each:
+        return list(rows.split([sum(sizes[first : first + size]) for first in range(0, len(sizes), size)]))
     counts = [0]  # rows of each batch
-    for count in group_sizes(group):
+    for count in sizes:
         if counts[-1] + count > size:
             counts.append(0)
         while count > size:

@@ -1,8 +1,9 @@
 """LLaDA-8B-Instruct learns 4x4 Sudoku: most of d1's settings (arXiv 2504.12216), FP8 rollouts.
 
-For one GPU of 48 GB or more: --dry_run counts 33 GB at most (with a copy in FP8, and the row of 512 tokens that
-a prompt's completions share kept for its backward; 31 with --gradient_checkpointing), and at rates that parts of it
-reached on an H200 57 s for a step's rollout, compiled and in FP8, 4 s for scoring and 6 s for 8 updates. A step of an
+For one GPU of 48 GB or more: --dry_run counts 38 GB at most (with a copy in FP8, and two rows of 512 tokens kept for
+their backward; 31 with --gradient_checkpointing), and at rates that parts of it reached on an H200 57 s for a step's
+rollout, compiled and in FP8, 3 s for scoring and 6 s for 8 updates. A prompt's completions share a row of scoring and
+update: --micro_batch_size 8 takes all prompts of a step at once, in 61 GB. A step of an
 older version, with random weights and a quarter of the denoising steps, ran there (33.5 s, part `step` of
 benchmarks/results/gpu.json). Not run yet with published weights: no results.
 """
@@ -19,7 +20,7 @@ puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", 
 recipe = Recipe(
     name="llada-8b-sudoku",
     model="GSAI-ML/LLaDA-8B-Instruct",
-    **{**large.settings, "lora": Lora(r=128, alpha=64.0, dropout=0.05)},
+    **{**large.settings, "lora": Lora(r=128, alpha=64.0, dropout=0.05), "micro_batch_size": 2},  # rows of 2 prompts
     task=puzzles(split="train"),
     validation_task=puzzles(split="validation", size=256),
     eval_task=puzzles(split="test", size=256),

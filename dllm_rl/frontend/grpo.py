@@ -248,7 +248,7 @@ def apply_preset(
         The sampler's options and the recipe's fields.
     """
     fields, keywords = find_preset(preset, task)
-    if "micro_batch_size" in fields:  # a forward has one whole group, of the caller's size
+    if "micro_batch_size" in fields:  # a forward has room for one whole group, of the caller's size
         fields["micro_batch_size"] = settings.get("num_generations", fields["num_generations"])
     if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}

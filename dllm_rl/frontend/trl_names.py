@@ -243,7 +243,7 @@ def check_no_update_is_counted(keywords: Mapping[str, Any]) -> None:
 def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the settings for TRL's BATCH_SIZES; {} without them.
 
-    They are micro_batch_size (completions), train_batch_size (prompts) and num_generations, by default TRL's.
+    They are micro_batch_size (rows of a forward), train_batch_size (prompts) and num_generations, by default TRL's.
 
     Raises:
         ValueError: The completions of a step are no complete groups.

@@ -42,23 +42,37 @@ class Chunk(NamedTuple):
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Chunk]:
     """Split the groups that any view scores into chunks of rows of similar length.
 
-    A chunk has at most micro_batch_size rows. A group is split only if it is larger.
+    The forwards of a chunk have at most micro_batch_size rows. A group whose rows the model reads alike in every view
+    is one row of a forward (`plan_view`), and counts as one. Another group is split only if it has more rows.
     """
     is_scored = any_in_group((views.coefficients != 0).any(0).any(-1), rollout.group)
     first_column = rollout.attention_mask.long().argmax(-1)
     number = group_numbers(rollout.group)
     # The columns of a group are those of its longest row.
     first_of_group = torch.full_like(number, rollout.tokens.shape[1]).scatter_reduce(0, number, first_column, "amin")
+    per_row = [is_scored, first_of_group[number], number, differs_in_group(rollout, views)]
     # The host waits for the device once.
-    is_scored, first_column, number = torch.stack([is_scored, first_of_group[number], number]).cpu()
+    is_scored, first_column, number, differs = torch.stack(per_row).cpu()
     width = rollout.tokens.shape[1]
     # A row is scored at the width at which it was sampled: another width rounds differently.
     for bucket in length_buckets(first_column, width, rollout.tokens.device):
         columns = slice(bucket.start, width)
         rows = bucket.rows[is_scored[bucket.rows] != 0]
-        for chunk_rows in pack_groups(rows, number[rows], micro_batch_size):  # a bucket may have nothing to score
+        # In a forward either all groups share their rows, or none does.
+        shares_rows = not differs[rows].any() and all(view.share and view.canvas is None for view in each_view(views))
+        batches = pack_groups(rows, number[rows], micro_batch_size, one_row_each=shares_rows)
+        for chunk_rows in batches:  # a bucket may have nothing to score
             (device_rows,) = copy_to_device(rollout.tokens.device, chunk_rows)
             yield Chunk(device_rows, columns, rollout.rows(device_rows, columns), views.rows(device_rows, columns))
+
+
+def differs_in_group(rollout: Rollout, views: Views) -> Bool[Tensor, " B"]:
+    """Return the rows that some view shows to the model otherwise than the row before, of the same group."""
+    tokens, mask, masked = rollout.tokens, rollout.attention_mask, views.masked
+    is_shown = ~masked.all(0)[1:]
+    differs = ((tokens[1:] != tokens[:-1]) & is_shown) | (mask[1:] != mask[:-1])
+    differs |= (masked[:, 1:] != masked[:, :-1]).any(0)
+    return F.pad(differs.any(-1), (1, 0)) & ~starts_group(rollout.group)
 
 
 class ForwardPlan(NamedTuple):
@@ -186,11 +200,14 @@ class View:
         rows = plan.rows
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
-        if plan.copies is not None:
-            # The gradients of copies must be added up in one order. Those of an embedding are, on a CPU and a GPU;
-            # those of indexing are not in several threads, and those of index_select not on a GPU.
-            hidden = F.embedding(plan.copies, hidden.flatten(1)).view(-1, *hidden.shape[1:])
-        states = hidden.flatten(0, 1)[plan.state_index]
+        hidden = hidden.flatten(0, 1)
+        if plan.copies is None:
+            states = hidden[plan.state_index]
+        else:
+            # Several positions have the same state, and its gradients must be added up in one order. Those of an
+            # embedding are, on a CPU and a GPU; those of indexing are not in several threads, and those of index_select
+            # not on a GPU.
+            states = F.embedding(plan.state_index, hidden)
         targets = targets.flatten()[plan.flat_index]
         support_ids, record = None, rollout.filter_support
         if rollout.sampling_params.support == "rollout" and record is not None and record.ids is not None:
@@ -264,8 +281,8 @@ def plan_view(
     device_inputs = [scored_rows, flat_index, written, stays.nonzero()[:, 0]]
     # For example, before the first step of a rollout all completions of a group are fully masked.
     if share and bool(equal) and not starts.all():
-        copies = starts.long().cumsum(0) - 1
-        device_inputs += [flat_index, starts.nonzero()[:, 0], copies]
+        copies, width = starts.long().cumsum(0) - 1, scored.shape[1]
+        device_inputs += [copies[flat_index // width] * width + flat_index % width, starts.nonzero()[:, 0], copies]
     else:
         device_inputs += [scored_on_host[scored_rows].flatten().nonzero()[:, 0]]
     scored_rows, flat_index, written, stays, state_index, *shared = copy_to_device(scored.device, *device_inputs)

@@ -29,7 +29,7 @@ class UpdateSettings:
         likelihood: Estimator of the log-probs.
         learning_rate: Learning rate of the step.
         max_grad_norm: Norm to which gradients are clipped. Default: 1.
-        micro_batch_size: Rows per forward. None (default): all.
+        micro_batch_size: Rows per forward (`likelihoods.views.row_chunks`). None (default): all.
         max_staleness: Largest number of steps by which the rollout's weights may be older. Default: 0.
         measure: Whether to measure `update_direction` after the updates. Default: False.
     """
@@ -84,7 +84,10 @@ class StepSettings(Settings):
     num_generations: int = option(default=8, help="completions per prompt (G)", at_least=1)
     rollout_batch_size: int | None = option(default=None, help="completions per sampler call; None: all", at_least=1)
     micro_batch_size: int | None = option(
-        default=None, help="completions per forward of scoring and update; None: all", at_least=1
+        default=None,
+        help="rows per forward of scoring and update; completions that the model reads alike, as under OneStep, share "
+        "a row; None: all",
+        at_least=1,
     )
     max_retained_graphs: int | None = option(
         default=None,

@@ -214,6 +214,10 @@ def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(num_generations, 
         assert rows == expected
         apart = replace(rollout, group=torch.arange(12))
         torch.testing.assert_close(logps, estimator.logprobs(policy, apart, noise), rtol=0, atol=1e-5)
+        rows.clear()
+        parts = estimator.logprobs(policy, rollout, noise, micro_batch_size=2)
+        assert max(rows) == 2 and (expected != [3] or rows == [2, 1])  # rows of a forward, not completions
+        torch.testing.assert_close(parts, logps, rtol=0, atol=1e-5)
 
 
 def test_rows_without_a_scored_position_are_left_out(monkeypatch):

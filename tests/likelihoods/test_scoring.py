@@ -12,7 +12,7 @@ from tiny_recipe import Wrapped, tiny_recipe
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep, recorded
-from dllm_rl.likelihoods.packed import packed_mask
+from dllm_rl.likelihoods.packed import Packed, packed_mask
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -50,7 +50,7 @@ def ragged(kind: str = "llada"):
 def test_chunks_by_hand():
     """Of two rows each; the rule of `length_buckets`, which a test of its own works out."""
     _, rollout = ragged()
-    noise = OneStep().draw_views(rollout, generator_for(1))
+    noise = ELBO().draw_views(rollout, generator_for(1))
 
     def chunks(noise, size):
         return [(chunk.rows.tolist(), chunk.columns.start) for chunk in row_chunks(rollout, noise, size)]
@@ -60,6 +60,19 @@ def test_chunks_by_hand():
     assert chunks(noise, 2) == [([2, 3], 0), ([6, 7], 0), ([0, 1], 28), ([4, 5], 28), ([8, 9], 28)]
     one = noise.restrict_to_rows(torch.arange(10) == 4)
     assert chunks(one, None) == [([4, 5], 28)], "the width is that of the whole rollout's bucket"
+
+    shared = OneStep().draw_views(rollout, generator_for(1))  # five groups that the model reads as one row each
+    assert chunks(shared, 3) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5, 8, 9], 28)]
+    assert chunks(shared, 2) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5], 28), ([8, 9], 28)]
+    assert chunks(shared, 1) == [([2, 3], 0), ([6, 7], 0), ([0, 1], 28), ([4, 5], 28), ([8, 9], 28)]
+    assert chunks(shared.restrict_to_rows(torch.arange(10) == 8), 1) == [([8, 9], 28)]
+    masked, scored = shared.masked.clone(), shared.coefficients != 0
+    masked[0, 9] = rollout.attention_mask[9]  # a row of the third group has another prompt mask
+    apart = chunks(replace(shared, masked=masked), 2)
+    assert apart == [([2, 3, 6, 7], 0), ([0, 1], 28), ([4, 5], 28), ([8, 9], 28)], "no group of this bucket is shared"
+    shown = replace(shared, masked=shared.masked & ~scored)  # the completions, which differ
+    assert chunks(shown, 2) == chunks(noise, 2)
+    assert chunks(replace(shared, features=(Packed(),)), 2) == chunks(noise, 2), "its forward shares no rows"
 
 
 @pytest.mark.parametrize("kind", ["llada", "roberta", "causal"])

@@ -93,7 +93,7 @@ class PlannedStep:
 
     @property
     def micro_rows(self) -> int:
-        """Largest number of completions of a forward of scoring and update."""
+        """Largest number of rows that a forward of scoring and update may have."""
         rows = max(self.rows, self.replayed_rows)
         return min(self.recipe.micro_batch_size or rows, rows)
 
@@ -139,21 +139,17 @@ class PlannedStep:
     @property
     def scored_rows(self) -> int:
         """Rows of one process that go through the model in a view."""
-        if not self.shares_rows:
-            return self.rows
-        return max(self.rows // self.recipe.num_generations, math.ceil(self.rows / self.micro_rows))
+        return self.rows // self.recipe.num_generations if self.shares_rows else self.rows
 
     @property
     def forward_rows(self) -> int:
         """Largest number of rows that go through the model in a forward of scoring and update."""
-        if not self.shares_rows:
-            return self.micro_rows
-        return max(math.ceil(self.micro_rows / self.recipe.num_generations), min(self.micro_rows, self.replayed_rows))
+        return min(self.micro_rows, max(self.scored_rows, self.replayed_rows))
 
     @property
     def num_forwards(self) -> int:
         """Forwards of scoring, or of an update."""
-        return self.num_views * math.ceil(self.rows / self.micro_rows)
+        return self.num_views * math.ceil(self.scored_rows / self.micro_rows)
 
     @property
     def num_graphs(self) -> int:
@@ -207,7 +203,8 @@ def step_memory(step: PlannedStep) -> Memory:
         copies = gathered = 2 * sum(map(math.prod, shapes)) * (recipe.bf16 and step.dtype == torch.float32)
 
     tokens = step.forward_tokens
-    head = logits_bytes(step, step.micro_rows * step.written_tokens)
+    completions = step.forward_rows * (recipe.num_generations if step.shares_rows else 1)
+    head = logits_bytes(step, completions * step.written_tokens)
     kept, recomputed = kept_bytes(step, tokens)
     # The first backward of an update has no gradients of an earlier one: its own grow while the graph is freed.
     first = max(1, step.num_graphs) * kept + max(head, recomputed)

@@ -151,7 +151,7 @@ def batch_lines(step: PlannedStep) -> list[str]:
         f"processes             {step.processes} assumed; put WORLD_SIZE=N in front of the command to plan for N",
         f"rollout batch         {rows} rows x ({step.prompt_tokens} {prompt} + {recipe.max_new_tokens} new) "
         f"tokens: {recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
-        f"update batch          {step.micro_rows} rows per forward of a process, {recipe.num_iterations} updates per "
+        f"update batch          {step.forward_rows} rows per forward of a process, {recipe.num_iterations} updates per "
         "step",
         f"autograd graphs kept  {graphs_text}",
         f"tokens per step       {rows * (step.blanks + recipe.max_new_tokens):,} sampled, "

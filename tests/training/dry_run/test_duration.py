@@ -28,7 +28,7 @@ from recipes.llada_8b_sudoku import recipe as sudoku
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 PARTS = json.loads((RESULTS / "gpu.json").read_text())["parts"]
 # The measurements had a row per completion, as a mask of its own gives it; one-step rows of a group are one row since.
-ROW_EACH = replace(sudoku, likelihood=lik.ELBO(num_samples=1))
+ROW_EACH = replace(sudoku, likelihood=lik.ELBO(num_samples=1), micro_batch_size=6)
 HEAD = 126464 * 4096
 WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 126464 * 4096  # the head too; embeddings are looked up
 
@@ -143,11 +143,11 @@ def test_completions_of_a_prompt_that_share_a_row_by_hand(policy):
     products = 2 * (WEIGHTS * 8 * 512 + copied) / PEAK_FLOPS
     found = seconds_of(once, policy, 256)
     assert found["scoring"] == pytest.approx(products / FORWARD_SHARE)
-    for size, rows in ((12, 8), (6, 8), (4, 12), (1, 48)):  # completions per forward; a group is cut, or is whole
+    for size, in_one, forwards in ((12, 8, 1), (8, 8, 1), (6, 6, 2), (1, 1, 8)):  # rows of a forward, not completions
         step = PlannedStep(replace(once, micro_batch_size=size), policy, 256)
-        assert step.shares_rows and (step.scored_rows, step.forward_rows) == (rows, max(1, size // 6)), size
+        assert step.shares_rows and (step.scored_rows, step.forward_rows, step.num_forwards) == (8, in_one, forwards)
     hosts = seconds_of(replace(once, micro_batch_size=1), policy, 256)["scoring"]
-    assert hosts == pytest.approx(max(48 * 225 * HOST_SECONDS, 2 * WEIGHTS * 48 * 512 / PEAK_FLOPS / FORWARD_SHARE))
+    assert hosts == pytest.approx(max(8 * 225 * HOST_SECONDS, products / FORWARD_SHARE))
     apart = (lik.ELBO(num_samples=1), lik.Trajectory(num_segments=2), lik.Coupled())
     changes = [{"likelihood": each} for each in apart]
     for changed in [*changes, {"num_generations": 2, "likelihood": lik.Trajectory()}]:
