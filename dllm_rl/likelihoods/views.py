@@ -201,13 +201,9 @@ class View:
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
         hidden = hidden.flatten(0, 1)
-        if plan.copies is None:
-            states = hidden[plan.state_index]
-        else:
-            # Several positions have the same state, and its gradients must be added up in one order. Those of an
-            # embedding are, on a CPU and a GPU; those of indexing are not in several threads, and those of index_select
-            # not on a GPU.
-            states = F.embedding(plan.state_index, hidden)
+        # A copied state has several gradients, which must be added up in one order. Those of an embedding are, on a
+        # CPU and a GPU; those of indexing are not in several threads, and those of index_select not on a GPU.
+        states = hidden[plan.state_index] if plan.copies is None else F.embedding(plan.state_index, hidden)
         targets = targets.flatten()[plan.flat_index]
         support_ids, record = None, rollout.filter_support
         if rollout.sampling_params.support == "rollout" and record is not None and record.ids is not None:
