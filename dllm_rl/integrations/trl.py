@@ -229,9 +229,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         seeds = row_seeds(generator_for(*key), first_row + len(prompts))[first_row:]  # those of any number of processes
         batch = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=sizes, seeds=seeds.tolist())
         with torch.no_grad(), self._arithmetic():
-            if self._recipe.rollout_quantization is not None and context.rollout_policy is policy:
+            if self._recipe.rollout_quantization is not None and context.learner_samples:
                 context.rollout_policy = RolloutCopy(recipe=self._recipe).load(policy)
-            elif context.rollout_policy is not policy and (is_training or number == -1):
+            elif not context.learner_samples and (is_training or self._num_eval_batches == 1):
                 # Before each evaluation, too: the trainer may have loaded other weights since the last rollout.
                 metrics = sync_weights(policy, context.rollout_policy)
                 self._log("train", metrics if is_training else {})

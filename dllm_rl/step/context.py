@@ -125,6 +125,11 @@ class StepContext:
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 
     @property
+    def learner_samples(self) -> bool:
+        """Whether the learner makes the rollouts itself: there is no copy, and no weights to sync."""
+        return self.rollout_policy is self.policy
+
+    @property
     def trains_all_groups(self) -> bool:
         """Whether the update also trains on groups of equal rewards: a setting or a feature gives them a gradient."""
         return self.settings.trains_all_groups or any(overrides(each, "token_advantages") for each in self.features)

@@ -71,7 +71,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
     order: Metrics = {}
     routing = None
-    if context.rollout_policy is not context.policy:
+    if not context.learner_samples:
         # Importance weights do not correct a different order of positions, or different experts. Compare before
         # `score`, which may retain graphs: their memory and this comparison's would add up.
         with join_uneven_forwards(context.policy):  # both run the learner, which may be sharded
@@ -114,14 +114,14 @@ def check_rollout_logprobs(samples: Samples, source: str, feature: StepFeature) 
 
 
 def rollout_logprob_source(
-    likelihood: LikelihoodEstimator, policy: Policy, rollout_policy: Policy, *, changes_views: bool = False
+    likelihood: LikelihoodEstimator, *, learner_samples: bool, changes_views: bool = False
 ) -> Literal["recorded", "scored", "learner"]:
     """Return the source of the rollout's log-probs: "recorded" (by the sampler; the estimator would compute
     the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if likelihood.exact_for_sampler and not changes_views:
         return "recorded"
-    return "learner" if rollout_policy is policy else "scored"
+    return "learner" if learner_samples else "scored"
 
 
 def score(
@@ -148,10 +148,10 @@ def score(
     Raises:
         RuntimeError: A feature refuses the scores: under zero_mismatch, those of learner and rollout differ.
     """
-    settings, policy, rollout_policy = context.settings, context.policy, context.rollout_policy
+    settings, policy = context.settings, context.policy
     likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
     changing = [feature for feature in context.features if feature.changes_views]
-    source = rollout_logprob_source(likelihood, policy, rollout_policy, changes_views=bool(changing))
+    source = rollout_logprob_source(likelihood, learner_samples=context.learner_samples, changes_views=bool(changing))
     for feature in changing:  # for the reference too
         views = feature.views_to_score(context, rollout, views, recorded=False)
     reference_logprobs = None
@@ -163,7 +163,9 @@ def score(
     if source == "recorded":
         rollout_logprobs = recorded(rollout, views)
     elif source == "scored" and rollout_logprobs is None:
-        rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
+        rollout_logprobs = likelihood.logprobs(
+            context.rollout_policy, rollout, views, micro_batch_size=micro_batch_size
+        )
         for feature in context.features:
             views = feature.views_to_learn(rollout, views)
     entropy = token_entropy(policy, rollout, views, micro_batch_size) if settings.corrector.needs_entropy else None

@@ -33,7 +33,7 @@ def finish(run: Run[Recipe]) -> Summary:
     with log.stage("evaluation"):
         eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
         eval_after_quantized = eval_after
-        if run.rollout_policy is not run.policy:
+        if not run.learner_samples:
             if run.engine is not None and run.rollout_policy.weights_version != run.policy.weights_version:
                 run.engine.sync(run.policy, run.rollout_policy)  # a feature skipped the last sync
             rollout_recipe = recipe.replace(eval_sampler=_sampler_of_rollouts(recipe))

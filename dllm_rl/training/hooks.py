@@ -197,7 +197,7 @@ def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], 
     if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:
         return
     state = TrainingState.read(folder)
-    learner_samples = run.rollout_policy is run.policy
+    learner_samples = run.learner_samples  # before the policy is replaced
     run.policy = open_policy(folder, state)
     run.policy.weights_version = state.version
     if learner_samples:

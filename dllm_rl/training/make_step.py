@@ -87,10 +87,11 @@ def make_step(
         features: Further features: `run_features`, and those given to `train`.
         more: Further fields of StepContext: history (default: empty), log.
     """
+    learner_samples = rollout_policy is policy
     used: list[StepFeature] = []
     if recipe.zero_mismatch:
         used.append(ZeroMismatch())
-    if recipe.corrector.align_forward and rollout_policy is not policy:
+    if recipe.corrector.align_forward and not learner_samples:
         used.append(AlignedForward())
     if recipe.router_replay is not None:
         used.append(RouterReplay())
@@ -102,7 +103,7 @@ def make_step(
         policy=policy,
         rollout_policy=rollout_policy,
         reference=reference,
-        compares_experts=rollout_policy is not policy and routes_comparably(policy, rollout_policy),
+        compares_experts=not learner_samples and routes_comparably(policy, rollout_policy),
         features=(*used, *features),
         **{"history": RewardHistory(len(recipe.task)), **more},
     )

@@ -101,6 +101,11 @@ class Run(Generic[AnySettings]):
     saved: int | None = None  # number of completed steps in the last checkpoint that this process wrote
     checkpoint: str = ""  # folder of the last checkpoint; before the first save, the one that the run resumed from
 
+    @property
+    def learner_samples(self) -> bool:
+        """Whether the learner makes the rollouts itself, without a copy."""
+        return self.rollout_policy is self.policy
+
     def __post_init__(self) -> None:
         self.first_step = self.state.logged_steps
         directory = Path(self.recipe.directory)

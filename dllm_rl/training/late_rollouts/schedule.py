@@ -406,7 +406,7 @@ def split_mismatch(context: StepContext, result: StepResult) -> dict[str, float]
         a quantized copy.
     """
     settings, rollout_policy = context.settings, context.rollout_policy
-    if rollout_policy is context.policy:
+    if context.learner_samples:
         return {}
     rollout, logps = result.samples.rollout, result.logps
     mask = logps.views.scored(rollout.completion_mask)
