@@ -4,12 +4,14 @@
 """
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeAlias
+from functools import wraps
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,8 +32,40 @@ from dllm_rl.versions import versions
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 BUCKET = 2**25  # elements of a bucket of gradients; at most two buckets are in memory
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 
+def collective(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """Mark a function that every process must call, and all in the same order: a process that leaves it out would let
+    the others wait for it.
+
+    With TORCH_DISTRIBUTED_DEBUG=DETAIL, torch's own switch, the processes tell each other in its main thread which
+    function they enter, and raise RuntimeError with the names if they differ.
+    """
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        is_debugged = dist.is_initialized() and dist.get_debug_level() == dist.DebugLevel.DETAIL
+        is_alone = any(isinstance(value, OneProcess) for value in args)
+        # Other threads have process groups of their own.
+        if is_debugged and not is_alone and threading.current_thread() is threading.main_thread():
+            check_same_name(function.__qualname__)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_same_name(name: str) -> None:
+    """Raise RuntimeError if the processes enter different collectives."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    if len({*names}) > 1:
+        entered = ", ".join(f"process {rank}: {each}" for rank, each in enumerate(names))
+        raise RuntimeError(f"the processes entered different collectives: {entered}")
+
+
+@collective
 def sum_gradients(module: nn.Module, processes: "Processes") -> None:
     """Sum gradients over all processes, in place. The backward of a sharded module has summed them already."""
     gradients = []
@@ -82,8 +116,9 @@ def sum_over(counts: Tensor, accelerator: "Processes") -> Tensor:
     return counts.cpu()
 
 
+@collective
 def reduce_metrics(metrics: Metrics, accelerator: "Processes", *, shares: Sequence[str] = ()) -> dict[str, float]:
-    """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0. Collective.
+    """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0.
 
     The sums of the metrics named in `shares` are each process's share of the value, and are not divided.
     """
@@ -185,6 +220,7 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
+@collective
 def gather_on_host(
     parts: Sequence[Tensor], accelerator: Accelerator, counts: Sequence[int] | None = None
 ) -> list[Tensor]:
@@ -206,8 +242,9 @@ def gather_on_host(
     return [x.to(part.dtype) for x, part in zip(stacked.cpu().unbind(1), parts, strict=True)]
 
 
+@collective
 def from_main(work: Callable[[], Any], processes: Processes) -> Any:
-    """Call `work` in the main process only, and return its result, or raise its error, in every process. Collective."""
+    """Call `work` in the main process only, and return its result, or raise its error, in every process."""
     if processes.num_processes == 1:
         return work()
     result_and_error: list[Any] = [None, None]

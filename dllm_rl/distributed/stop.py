@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.distributed.collectives import collective
 from dllm_rl.files import remove, unlock
 from dllm_rl.screen import interactive, printing_anything
 
@@ -82,8 +83,9 @@ class Stop:
         if not self.received and signal.getsignal(number) == self._hear:
             os.kill(os.getpid(), number)
 
+    @collective
     def agreed(self, accelerator: Accelerator) -> int:
-        """Return a signal that any process has received, the same in all processes; 0: none. Collective."""
+        """Return a signal that any process has received, the same in all processes; 0: none."""
         if accelerator.num_processes == 1:
             return self.received
         own_signal = torch.tensor([self.received], device=accelerator.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.distributed.collectives import gather_on_host
+from dllm_rl.distributed.collectives import collective, gather_on_host
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import active_rows
@@ -110,10 +110,9 @@ def plan_swaps(costs: Int[Tensor, "W P"], is_empty: Bool[Tensor, "W P"]) -> list
         swaps.append(((busiest, outgoing), (idlest, incoming)))
 
 
+@collective
 def take_rows(rollout: Rollout, rows: Int[Tensor, " b"], accelerator: Accelerator, counts: tuple[int, ...]) -> Rollout:
-    """Return the rollout of these rows of all processes, whose rollouts have the same width and fields. Collective:
-    every process must call it.
-    """
+    """Return the rollout of these rows of all processes, whose rollouts have the same width and fields."""
     device = rollout.tokens.device
     tensors = rollout.tensors()  # the same fields in the same order in all processes
     # fp64 represents masks, ids and fp32 exactly, so that one gather is enough.
@@ -126,11 +125,12 @@ def take_rows(rollout: Rollout, rows: Int[Tensor, " b"], accelerator: Accelerato
     return rollout.rows(torch.arange(len(rollout.tokens), device=device), slice(first_column, None))
 
 
+@collective
 def to_sampling_order(
     values: Float[Tensor, "b K"], trained: Samples, sampled: Samples, accelerator: Accelerator
 ) -> Float[Tensor, "c K"]:
     """Reorder per-row values after load balancing: return, on the host, the values of the rows that this process
-    sampled, in sampling order. Collective: every process must call it.
+    sampled, in sampling order.
 
     Args:
         values: Values of the rows of `trained`.

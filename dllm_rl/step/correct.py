@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_weights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
-from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_over, wait_metrics_of
+from dllm_rl.distributed.collectives import collective, gather_on_host, reduce_metrics, sum_over, wait_metrics_of
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.step.context import StepContext
@@ -55,10 +55,11 @@ class Rows:
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token if a feature gives them
 
 
+@collective
 def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows:
     """Gather the rows of all processes, with the log-probs under one set of views, on the host.
 
-    All rows of one set of views are transferred in this one call. Collective: every process must call it.
+    All rows of one set of views are transferred in this one call.
     """
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)

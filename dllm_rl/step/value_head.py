@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm_rl.algorithms.values import ValueModel, generalized_advantages
-from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.distributed.collectives import Metrics, collective, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import join_uneven_forwards
 from dllm_rl.models.tensor_bytes import deserialize, serialize
@@ -143,8 +143,9 @@ class ValueHead(StepFeature):
             torch.where(is_learned, values - target, 0).square().sum().backward()
         return values.detach()
 
+    @collective
     def learn(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
-        """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
+        """Take a step of AdamW on the mean squared error of all processes.
 
         It comes after the learner's update, so that a step that fails leaves both unchanged.
         """

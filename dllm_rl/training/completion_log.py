@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dllm_rl.decoding.tokens import written_tokens
 from dllm_rl.device import copy_to_device
+from dllm_rl.distributed.collectives import collective
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
@@ -23,6 +24,7 @@ NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions o
 MAX_CHARACTERS = 160  # of a text in the table; a longer text shows its beginning and its end
 
 
+@collective
 def log_completions(
     run: Run[Recipe],
     step: int,
@@ -32,7 +34,6 @@ def log_completions(
     logps: Logprobs,
 ) -> None:
     """Show and store the best and the worst completions of the first prompts of a step.
-    Collective: every process must call it.
 
     A row of completions.jsonl has the problem's fields, and {"step", "weights_version": of the weights that sampled,
         "prompt", "blank": the placeholder of infilling, if there is one, "completion", "reward", "advantage",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_rl.callbacks import Callback, StopBelow, state_of
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import restart_dropout
@@ -22,9 +22,10 @@ from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
 
 
+@collective
 def before_first_step(run: Run[AnyRecipe]) -> None:
     """Check that the evaluations measure the metrics that the recipe names, and call every callback's `on_start`. A new
-    run also calls `on_evaluate`, a resumed one `load_state`. Collective: every process must call it.
+    run also calls `on_evaluate`, a resumed one `load_state`.
 
     Raises:
         ValueError: The evaluations do not measure one of these metrics.
@@ -85,11 +86,11 @@ def record_update(run: Run[AnyRecipe], step: int, metrics: dict[str, float]) -> 
     )
 
 
+@collective
 def take_steps(
     run: Run[AnyRecipe], take_step: Callable[[int], dict[str, float]], evaluate: Callable[[int], dict[str, float]]
 ) -> None:
-    """Take the steps that are left of a run, and wait until the last one is saved. Collective: every process must call
-    it.
+    """Take the steps that are left of a run, and wait until the last one is saved.
 
     Args:
         run: The run.
@@ -109,10 +110,11 @@ def take_steps(
     wait_for_checkpoint(run)
 
 
+@collective
 def end_step(
     run: Run[AnyRecipe], step: int, metrics: dict[str, float], evaluate: Callable[[int], dict[str, float]]
 ) -> None:
-    """Evaluate, call the callbacks, log and save after the update of a step. Collective: every process must call it."""
+    """Evaluate, call the callbacks, log and save after the update of a step."""
     record_update(run, step, metrics)
     metrics, states = call_callbacks(run, step, metrics | evaluate(step))
     run.log.write(step, metrics)
@@ -122,11 +124,12 @@ def end_step(
     checkpoint_if_due(run, metrics)
 
 
+@collective
 def call_callbacks(
     run: Run[AnyRecipe], step: int, metrics: dict[str, float]
 ) -> tuple[dict[str, float], list[list[Any]] | None]:
     """Call every callback's `on_evaluate` and `on_step` in the main process; return the metrics with the numbers that
-    the callbacks add, and the callbacks' states. Collective: every process must call it.
+    the callbacks add, and the callbacks' states.
     """
     if not run.recipe.callbacks:
         return metrics, None
@@ -187,11 +190,12 @@ def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, fl
     return {name: float(value) for name, value in returned.items()}
 
 
+@collective
 def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
     """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. The rollout
     policy gets the same weights.
 
-    Call it after `wait_for_checkpoint`. Collective: every process must call it.
+    Call it after `wait_for_checkpoint`.
     """
     folder = best_folder(run)
     if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:

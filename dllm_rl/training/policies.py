@@ -15,7 +15,7 @@ from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
-from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.files import replacing
@@ -286,10 +286,9 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     return reference
 
 
+@collective
 def save_reference(directory: Path, policy: Policy, accelerator: Accelerator) -> str:
-    """Write the weights that RL starts from to the run's directory, atomically; return the digest of their manifest.
-    Collective: every process must call it.
-    """
+    """Write the weights that RL starts from to the run's directory, atomically; return the digest of their manifest."""
     full_policy = gather_on_main(policy, accelerator)
 
     def write() -> str:

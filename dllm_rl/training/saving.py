@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import AllGather, part_of, run_in_lockstep
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import Stopped, how_to_continue, run_exit_stack
@@ -38,9 +38,11 @@ from dllm_rl.training.sharded_learner import gather_on_main
 Write = Callable[..., Path]
 
 
+@collective
 def make_writer(policy: Policy, *, in_thread: bool = False, timeout: float = 0.0) -> CheckpointWriter:
     """Make the writer of a learner's checkpoints. The run does not end before the writer's last write is complete.
-    Collective: every process must call it. `timeout`: seconds of a collective of a sharded learner's writer.
+
+    `timeout`: seconds of a collective of a sharded learner's writer.
     """
     group = None
     if sharding_of(policy.module) is not None:
@@ -69,10 +71,9 @@ def save(run: Run[AnyRecipe]) -> None:
             save(run)
 
 
+@collective
 def wait_for_checkpoint(run: Run[AnyRecipe]) -> None:
-    """Wait until the checkpoint in progress is written, and call the callbacks' `on_save`. Collective: every process
-    must call it.
-    """
+    """Wait until the checkpoint in progress is written, and call the callbacks' `on_save`."""
     is_sharded = sharding_of(run.policy.module) is not None
     folder = run.writer.wait() if is_sharded else from_main(run.writer.wait, run.accelerator)
     if folder:
@@ -185,9 +186,10 @@ def _main_process_write(run: Run[AnyRecipe], *, copies: bool = False) -> Callabl
     return partial(_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
 
 
+@collective
 def _sharded_write(run: Run[AnyRecipe]) -> Callable[[], Path]:
-    """Return a function that writes this process's part of a sharded learner's checkpoint. Collective: every process
-    must call this function and the returned function.
+    """Return a function that writes this process's part of a sharded learner's checkpoint. Every process
+    must call the returned function, too.
     """
     full_policy = gather_on_main(run.policy, run.accelerator)
     shard = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)

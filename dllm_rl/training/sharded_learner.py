@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.algorithms.optimizers import AdamW8bit
+from dllm_rl.distributed.collectives import collective
 from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Module, Policy
@@ -116,9 +117,10 @@ def check_module(module: Module, size: int) -> None:
             )
 
 
+@collective
 def gather_on_main(policy: Policy, accelerator: Accelerator) -> Policy:
     """Return a policy that can be saved: for a sharded learner a copy with full weights in the main process, else the
-    policy itself. Collective: every process must call it.
+    policy itself.
     """
     if sharding_of(policy.module) is None:
         return policy

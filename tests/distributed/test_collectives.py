@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from ranks import run_ranks
 
 from dllm_rl.distributed import collectives as distributed
 from dllm_rl.distributed.collectives import OneProcess, buckets, make_accelerator, reduce_metrics, sum_gradients
@@ -75,3 +76,27 @@ def test_the_loss_is_a_sum_of_shares_and_every_other_metric_a_mean():
         "loss": 3.0,
         "kl": 0.75,
     }
+
+
+ENTERED = """
+import torch
+
+from dllm_rl.distributed.collectives import from_main, gather_on_host, make_accelerator
+
+torch.distributed.set_debug_level_from_env()  # torch read it when it was imported, before the fork
+accelerator = make_accelerator()
+print(from_main(lambda: "shared", accelerator))
+try:
+    if accelerator.is_main_process:
+        from_main(lambda: "mine", accelerator)
+    else:
+        gather_on_host([torch.ones(2, 3)], accelerator)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_under_torchs_debugging_switch_processes_that_enter_different_collectives_say_which(monkeypatch):
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    names = "the processes entered different collectives: process 0: from_main, process 1: gather_on_host"
+    assert [told.splitlines() for told in run_ranks(ENTERED, 2)] == [["shared", names]] * 2

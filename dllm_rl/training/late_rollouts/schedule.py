@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
@@ -338,11 +338,11 @@ class AsyncRollouts:
         """Return the batch of this number if it is finished, else None."""
         return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
 
+    @collective
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
 
         Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
-        Collective: every process must call it.
         """
         run = self.context
         weights = b""
