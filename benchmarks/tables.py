@@ -90,7 +90,7 @@ def likelihoods() -> str:
         row = {"estimator": f"`{name}`", "forwards to score: learner, copy": f"{step.num_views}, {copied}"}
         row |= {"forwards of the update": f"{step.num_views}", "seconds of the rollout": f"{seconds['rollout']:.0f}"}
         row |= {"seconds to score": f"{seconds['scoring']:.1f}", "seconds of the update": f"{seconds['update']:.1f}"}
-        rows.append(row)
+        rows.append(row | {"seconds of the step": f"{sum(seconds.values()):.0f}"})
     return markdown(rows)
 
 
