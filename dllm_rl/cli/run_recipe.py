@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 # Imported so that options can name the samplers and engines of servers.
@@ -18,13 +20,37 @@ if TYPE_CHECKING:
     from dllm_rl.training.summary import Summary
 
 
-@printing_anything()
+@contextmanager
+def as_program() -> Iterator[None]:
+    """In the block, end the process on an error as a program does.
+
+    An invalid setting (ValueError) is printed in one line by one process, and every process exits with 2. A file error
+    (OSError) is printed in one line, and the process exits with 1; after Ctrl-C it exits with 130. With
+    DLLM_RL_TRACEBACK=1 in the environment the error is raised instead.
+    """
+    rank = os.environ.get("RANK", "0")
+    with printing_anything():
+        try:
+            yield
+        except KeyboardInterrupt:
+            if interactive():
+                raise
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except (ValueError, OSError) as error:
+            if os.environ.get("DLLM_RL_TRACEBACK") == "1":
+                raise
+            is_setting_error = isinstance(error, ValueError)  # every process raises it, and only one prints it
+            if rank == "0" or not is_setting_error:
+                prefix = "" if rank == "0" else f"process {rank}: "
+                print(f"error: {prefix}{line_of(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(2 if is_setting_error else 1) from None
+
+
 def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Summary":
     """Train a recipe of RL or SFT, with the settings that the command line overrides, and return the run's summary.
 
-    Call it in the last line of a script. An invalid setting (ValueError) is printed in one line by one process, and
-    every process exits with 2. A file error (OSError) is printed in one line, and the process exits with 1. With
-    DLLM_RL_TRACEBACK=1 in the environment the error is raised instead.
+    Call it in the last line of a script. Errors end the process as `as_program` says.
 
     Args:
         recipe: Settings of the run.
@@ -33,10 +59,10 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
     Returns:
         The content of summary.json, with the trained policy as its attribute `policy`.
     """
-    rank = os.environ.get("RANK", "0")
-    try:
+    with as_program():
         recipe = from_command_line(recipe)
-        if rank == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):  # before the imports, which take seconds
+        # Printed before the imports, which take seconds.
+        if os.environ.get("RANK", "0") == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):
             warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
             plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
             if isinstance(recipe, Recipe) and recipe.rollout_quantization is not None:
@@ -49,16 +75,3 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
 
         with started_by_command():
             return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe, features=features)
-    except KeyboardInterrupt:
-        if interactive():
-            raise
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("DLLM_RL_TRACEBACK") == "1":
-            raise
-        is_setting_error = isinstance(error, ValueError)  # every process raises it, and only one prints it
-        if rank == "0" or not is_setting_error:
-            prefix = "" if rank == "0" else f"process {rank}: "
-            print(f"error: {prefix}{line_of(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if is_setting_error else 1) from None
