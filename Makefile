@@ -47,6 +47,6 @@ docs:
 	$(PYTHON) -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 main:
-	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 2 recipes/latin_sudoku.py
+	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 1 recipes/quantized_sudoku.py
 
 .PHONY: test slow other_cpu nightly mutations lowest-direct highest lint docs main

@@ -51,11 +51,11 @@ def readme_example(more_characters: str = "", max_new_tokens: int = 2) -> Recipe
 def jobs() -> dict[str, Recipe]:
     """The recipe of each arm."""
     example = readme_example()
-    main_job = replace(latin_sudoku.recipe, model=partial(latin_sudoku.taught_latin, steps=1))
+    squares = replace(latin_sudoku.recipe, model=partial(latin_sudoku.taught_latin, steps=1))
     return {
         "README's example": example,
         "README's example, FP8 rollouts": replace(example, rollout_quantization=Float8WeightOnly()),
-        "the main job without replay": replace(main_job, replay=None),
+        "Latin squares without replay": replace(squares, replay=None),
     }
 
 
@@ -64,7 +64,7 @@ def memory_jobs() -> dict[str, Recipe]:
     timed = jobs()
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 20_992))) + "".join(map(chr, range(0xAC00, 0xAC00 + 11_172)))
     large = readme_example(many, max_new_tokens=16)
-    return {name: timed[name] for name in ("README's example", "the main job without replay")} | {"32k tokens": large}
+    return {name: timed[name] for name in ("README's example", "Latin squares without replay")} | {"32k tokens": large}
 
 
 def taking_steps(recipe: Recipe, folder: str, *, compiled: bool = False) -> Callable[[], object]:
@@ -134,7 +134,7 @@ def outside(repeats: int) -> list[dict[str, Any]]:
     rows = []
     models = {
         "README's example": (tiny_masked_lm(characters="12345678="), 3),
-        "main job": (latin_sudoku.taught_latin(steps=1), 17),
+        "Latin squares": (latin_sudoku.taught_latin(steps=1), 17),
     }
     for model, (policy, length) in models.items():
         prompts = Prompts.from_ids([[5] * length], pad_id=policy.pad_id, seeds=[0])

@@ -32,7 +32,7 @@ def rates_of(run: Mapping[str, Any], of: str = RATES) -> str:
     return rates.replace("; then RL: ", "→").replace(" -> ", "→")
 
 
-def main_job(found: Mapping[str, Any]) -> str:
+def latin_squares(found: Mapping[str, Any]) -> str:
     rows = []
     for arm in found["latin_sudoku"]["rows"]:
         row = {"rollouts": arm["rollouts"], "mean abs(log rho), nats": f"{mean(arm['mismatch']):.3f}"}
@@ -73,4 +73,4 @@ def pretrained(found: Mapping[str, Any]) -> str:
 
 def page_tables() -> dict[str, str]:
     found = read_json(STORED)
-    return {"the main job": main_job(found), "Sudoku": sudoku(found), "pretrained models": pretrained(found)}
+    return {"Latin squares": latin_squares(found), "Sudoku": sudoku(found), "pretrained models": pretrained(found)}

@@ -1,7 +1,8 @@
 """A small masked-diffusion model, made here, learns 4x4 Sudoku by GRPO with FP8 rollouts. Results: recipes/README.md.
 
 An undertrained model meets puzzles with 10 to 12 clues and one solution, and fills 16 cells in two parallel steps. This
-task has solutions to learn from, and supervised training alone is faster. It is not enough for latin_sudoku.py.
+task has solutions to learn from, and supervised training alone is faster. It is not enough for latin_sudoku.py. In
+quantized_sudoku.py the same puzzles compare quantized rollouts.
 """
 
 from functools import partial

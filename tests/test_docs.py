@@ -28,7 +28,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.samplers.rules import FunctionRank
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import plan
-from recipes.latin_sudoku import taught_latin
+from recipes.quantized_sudoku import recipe as main_job
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS.parent / "recipes" / "examples"
@@ -361,11 +361,12 @@ def test_a_loop_of_ones_own_learns():
 
 def test_the_first_request_of_the_serving_page_fits_the_run_that_it_serves():
     text = (DOCS / "serving.md").read_text()
-    assert text.index("dllm-rl serve runs/latin-sudoku-seed0") < text.index("curl ")
+    assert text.index("dllm-rl serve runs/quantized-sudoku-seed0/corrected") < text.index("curl ")
     body = json.loads(re.search(r"curl .* -d '(.*)'", text)[1])
-    with running(taught_latin(dry_run=True)) as server:
+    with running(main_job.model()) as server:
         answer = server.complete(**body)
-    assert len(body["prompt"]) + body["max_tokens"] == 16 and answer["usage"]["prompt_tokens"] == 12
+    assert body["prompt"] == main_job.eval_task[0].prompt and body["max_tokens"] == main_job.max_new_tokens
+    assert answer["usage"]["prompt_tokens"] == len(body["prompt"])
 
 
 def test_a_run_samples_on_a_server(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from dllm_rl.files import read_json
-from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders
+from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
 from recipes.studies.paired import Results, by_arm, interval, markdown, paired
 
@@ -38,6 +38,36 @@ def solved(results: Results, rows: Sequence[Row]) -> str:
     return markdown(table)
 
 
+def main_job() -> str:
+    """The arms of recipes/quantized_sudoku.py and their controls, on the seeds that have all of them."""
+    rows: list[Row] = [
+        ("the model itself", "none", "random: unquantized", None),
+        ("an NVFP4 copy", "none", "random: nvfp4", "random: unquantized"),
+        ("an NVFP4 copy", "TIS", "random: nvfp4, tis", "random: nvfp4"),
+        ("an NVFP4 copy", SHUFFLED, "random: nvfp4, permuted", "random: nvfp4"),
+        ("an NVFP4 copy", "half the learning rate (control)", orders_trained.HALF, "random: nvfp4"),
+    ]
+    stored = by_arm(read_json(orders_trained.STORED))
+    planned = range(orders_trained.STUDY.seeds)
+    whole = [seed for seed in planned if all((arm, seed) in stored for _, _, arm, _ in rows)]
+    results = {key: run for key, run in stored.items() if key[1] in whole}
+    before = interval([results["random: unquantized", seed]["before"] for seed in whole])
+    heads = ["row", "rollouts of", "correction", "solved greedily", "solved at temperature 1", "difference"]
+    heads += ["greedily", "at temperature 1"]
+    lines = [["", "none: before RL", "", before, "", "", "", ""]]
+    numbers = {arm: str(number) for number, (_, _, arm, _) in enumerate(rows, 1)}
+    for rollouts, correction, arm, other in rows:
+        line = [numbers[arm], rollouts, correction]
+        line += [interval([results[arm, seed][column] for seed in whole]) for column in ("after", "sampled")]
+        line.append(f"from row {numbers[other]}" if other else "")
+        line += [interval(paired(results, arm, other, column)) if other else "" for column in ("after", "sampled")]
+        lines.append(line)
+    table = [dict(zip(heads, line, strict=True)) for line in lines]
+    if len(whole) < len(planned):
+        table = [row | {"seeds": f"{len(whole)} of {len(planned)}"} for row in table]
+    return markdown(table)
+
+
 def page_tables() -> dict[str, str]:
     int4, late_weights = "INT4 weights", "weights four updates old"
     low_bits = by_arm(read_json(low_bits_tuned.STORED)["runs"])
@@ -45,6 +75,7 @@ def page_tables() -> dict[str, str]:
     late = by_arm(read_json(late_rollouts.STORED)["runs"])
     permuted = next(name for name, _ in sudoku if "permuted" in name)
     return {
+        "main job": main_job(),
         "order": order(),
         "pretrained": solved(
             low_bits,

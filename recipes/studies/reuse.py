@@ -113,7 +113,7 @@ class TaskOf:
 
 
 def latin_of(steps: int, controls: bool = False, **more: Any) -> TaskOf:
-    """The Latin squares of the main job, after so many supervised steps."""
+    """The model of latin_sudoku.py, after so many supervised steps."""
     settings = {"likelihood": Trajectory(num_segments=2), "replay": None} | more  # what `grpo` takes for four steps
     recipe = base_of(replace(latin, name=f"latin-{steps}", model=partial(taught_latin, steps=steps), **settings))
     return TaskOf(recipe, 6.0, "solve_rate", (16, 4), controls=controls)

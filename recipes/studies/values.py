@@ -1,7 +1,7 @@
 """Does a value model help? A value head against GRPO in equal time, on Latin squares. Results: values.md.
 
-Every arm of a seed starts from the model of the main job (400 supervised steps on Latin squares) and goes on for about
-the same processor time: a step with values costs 1.2 times as much, so that these arms take 82 steps, and GRPO 100.
+Every arm of a seed starts from the model of latin_sudoku.py (400 supervised steps) and goes on for about the same
+processor time: a step with values costs 1.2 times as much, so that these arms take 82 steps, and GRPO 100.
 Rollouts have four steps, scored as two segments.
 
 Arms, besides GRPO with the group's mean:

@@ -17,6 +17,7 @@ LIKE_D1 = {"likelihood", "num_iterations", "loss", "rank", "beta"}  # published 
 APART = {
     "sudoku_tiny": {"entropy_coeff"},  # equal answers of a group teach nothing, and it keeps them apart for longer
     "latin_sudoku": {"entropy_coeff", "corrector"},  # the same; it shows a corrector at work
+    "quantized_sudoku": {"corrector", "rank"},  # it shows what a corrector does in an order that it can correct
     # The entropy of the recipe that it varies; the others are what held against a lag (studies/late_rollouts.md).
     "async_sudoku": {"entropy_coeff", "old_logprobs", "loss"},
     "antibody_cdr3": {"beta"},  # a KL term to the pretrained model

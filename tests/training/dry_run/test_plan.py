@@ -70,7 +70,7 @@ def memory(recipe, policy):
 
 
 def test_a_dry_run_gives_no_lessons(monkeypatch):
-    """The main job's model is made by a function that also trains it for 400 steps."""
+    """The recipe's model is made by a function that also trains it for 400 steps."""
     lessons = []
     monkeypatch.setattr(sudoku_tiny, "learn", lambda policy, steps, *_: lessons.append(steps))
     policy = meta_policy(sudoku_tiny.recipe)

@@ -1,0 +1,126 @@
+"""The main job: its arms are those of the study whose seeds README shows, and it trains them side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from forked import SERVER
+
+from dllm_rl import tiny_masked_lm
+from dllm_rl.checkpoints.run_folder import default_folder
+from recipes import quantized_sudoku as job
+from recipes.studies.orders_trained import STUDY
+
+STUDIED = {
+    "unquantized": "random: unquantized",
+    "uncorrected": "random: nvfp4",
+    "corrected": "random: nvfp4, tis",
+}
+NO_MATTER = {"name", "eval_steps", "save_steps", "log_completions_steps"}  # for the numbers of a run
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES = {"num_steps": 2, "eval_steps": 1, "train_batch_size": 4, "num_generations": 4, "sft_warmup_steps": 2}
+SIZES |= {"eval_task.size": 8, "validation_task.size": 8, "report_to": "none"}
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+
+
+def test_the_arms_are_those_of_the_study():
+    arms = job.arms_of(job.recipe)
+    assert arms.keys() == STUDIED.keys() == job.STYLES.keys() and job.recipe.num_steps == STUDY.num_steps
+    for name, arm in arms.items():
+        ours = arm.settings()
+        theirs = replace(STUDY.base, **STUDY.arms[STUDIED[name]], num_steps=STUDY.num_steps).settings()
+        assert {field for field in ours if ours[field] != theirs[field]} <= NO_MATTER
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Arms are forked from a server that has imported the library."""
+    monkeypatch.setattr(job.multiprocessing, "get_context", lambda method: SERVER)
+
+
+def run_job(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["quantized_sudoku.py", *TINY, *options])
+    job.main(replace(job.recipe, model=partial(tiny_masked_lm, characters="1234.=", **SMALL)))
+
+
+def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, capsys, forked):
+    monkeypatch.chdir(tmp_path)
+    run_job(monkeypatch)
+    printed = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["none: before RL", "unquantized", "NVFP4, no correction", "NVFP4, TIS"]
+    folder = tmp_path / "runs" / "quantized-sudoku-seed0"
+    picture = Path(printed.partition("Picture: ")[2].splitlines()[0])
+    assert picture == folder / "arms.png" and picture.stat().st_size > 10_000
+    numbers = json.loads((folder / "arms.json").read_text())
+    assert list(numbers) == [row[0] for row in rows]
+    assert numbers["NVFP4, TIS"]["ess"] < numbers["unquantized"]["ess"] == 1
+    assert numbers["unquantized"]["mismatch"] < 1e-5 < numbers["NVFP4, TIS"]["mismatch"]
+    starts = {json.loads((folder / arm / "summary.json").read_text())["recipe"]["model"] for arm in STUDIED}
+    assert starts == {str(folder / "checkpoints" / "step-000000")}
+    assert default_folder(job.recipe) == Path("runs/quantized-sudoku-seed0-2"), "where the same command writes next"
+
+
+def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
+    arms = {
+        name: replace(arm, model=str(tmp_path / "none"), sft_warmup_steps=0, output_dir=str(tmp_path / name))
+        for name, arm in job.arms_of(job.recipe).items()
+    }
+    with pytest.raises(ChildProcessError, match=r"the arm \w+ ended with status [12]: error: .*/none.*log.txt"):
+        job.train_side_by_side(arms)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rollout_quantization", "none"], "rollout_quantization=None leaves nothing to compare"),
+        (["--corrector", "NoCorrection"], "corrector=NoCorrection leaves nothing to compare"),
+        (["--resume_from_checkpoint", "some/where"], "resume_from_checkpoint='some/where' is of one run"),
+        (["--sed", "1"], "--sed is not a setting of Recipe"),
+    ],
+)
+def test_options_that_compare_nothing_are_refused(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_job(monkeypatch, *options)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"error: {said}") and not any(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run_job(monkeypatch)
+    assert "recipes/accelerate/cpu.yaml" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_arms_of_a_job_that_was_ended_save_and_it_goes_on(number, tmp_path):
+    """Killed, the job can say nothing any more, and its arms notice."""
+    words = [sys.executable, "-u", job.__file__, *TINY, "--output_dir", str(tmp_path), "--num_steps"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*words, "100000"], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        lines = iter(process.stdout.readline, "")
+        begun = {next(line.partition(":")[0] for line in lines if " 1 of 100000 steps" in line) for _ in range(3)}
+        assert begun == {"unquantized", "NVFP4, no correction", "NVFP4, TIS"}
+        process.send_signal(number)
+        rest = process.stdout.read()  # until all processes that print have ended
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"continue with --resume_from_checkpoint latest --output_dir {tmp_path}" in rest
+    steps = []
+    for arm in STUDIED:
+        stopped = json.loads((tmp_path / arm / "summary.json").read_text())["stopped"]
+        assert stopped["reason"] == "SIGTERM"
+        steps.append(stopped["step"])
+    asked = [*words, str(max(steps) + 1), "--resume_from_checkpoint", "latest", "--allow_changed", "num_steps"]
+    subprocess.run(asked, check=True, env=environment)
+    assert len(json.loads((tmp_path / "arms.json").read_text())) == 4
