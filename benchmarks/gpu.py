@@ -237,7 +237,7 @@ def step(rehearse: bool, device: str) -> list[Row]:
     rows = []
     for scheme in ("Float8Dynamic",) if device.startswith("cuda") else ("bf16",):
         torch.compiler.reset()
-        fields = {"rollout_quantization": None, "torch_compile": False} if scheme == "bf16" else {}
+        fields = {"torch_compile": False} if scheme == "bf16" else {"rollout_quantization": schemes.Float8Dynamic()}
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(
                 job_8b, model=made, output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1, eval_steps=0,

@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_rl.files import read_json
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, LikelihoodEstimator, OneStep, Trajectory
+from dllm_rl.quantization.schemes import Float8Dynamic
 from dllm_rl.training.dry_run.duration import stage_seconds
 from dllm_rl.training.dry_run.memory import PlannedStep
 from dllm_rl.training.dry_run.plan import meta_policy
@@ -70,12 +71,9 @@ def learner() -> str:
 
 
 def likelihoods() -> str:
-    """Forwards and planned seconds of a step of `llada_8b_sudoku` with one update, without a KL term.
-
-    A forward has six rows, as in the preset.
-    """
+    """Forwards and planned seconds of a step of `llada_8b_sudoku`, with FP8 rollouts."""
     policy, rows = meta_policy(llada_8b), []
-    recipe = replace(llada_8b, num_iterations=1, beta=0.0, micro_batch_size=6)
+    recipe = replace(llada_8b, rollout_quantization=Float8Dynamic(), max_retained_graphs=0)
     estimators: dict[str, LikelihoodEstimator] = {
         "Trajectory()": Trajectory(),
         "Trajectory(num_segments=8)": Trajectory(num_segments=8),

@@ -34,7 +34,8 @@ class Preset:
 
 
 _LARGE_SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-6,  # d1's, for adapters whose alpha / rank is 0.5
+    # For adapters whose alpha / rank is 0.5 and one update per rollout. d1 takes 3e-6, and 8 or 12 updates.
+    "learning_rate": 1e-5,
     "lora": Lora(r=128, alpha=64.0),
     "dtype": "bfloat16",
     "max_grad_norm": 0.2,

@@ -1,6 +1,6 @@
 """DiffusionGemma-26B-A4B-it learns Countdown with three numbers, by adapters, on one GPU of 141 GB (an estimate).
 
-Not run yet: no results. `--dry_run` needs no weights. Sixteen steps for a canvas of 256 tokens are fewer than the
+Never run: no results. `--dry_run` needs no weights. Sixteen steps for a canvas of 256 tokens are fewer than the
 authors' 48, of which most completions need fewer too: a canvas ends when it is stable and sure. An update replays them.
 """
 
@@ -20,15 +20,12 @@ recipe = replace(
     sampler=renoise_in_16.replace(answer="drawn"),
     eval_sampler=renoise_in_16,
     likelihood=Trajectory(),
-    loss=None,
     rollout_quantization=Float8WeightOnly(),
     torch_compile=False,
     lora=Lora(),
     num_generations=4,
     micro_batch_size=4,
     rollout_batch_size=8,
-    num_iterations=1,
-    beta=0.0,
     eval_batch_size=8,
 )
 

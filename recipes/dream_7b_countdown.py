@@ -1,4 +1,4 @@
-"""Dream-7B-Instruct learns Countdown with three numbers, with LLaDA's sampler and settings. Not run yet: no results."""
+"""Dream-7B-Instruct learns Countdown with three numbers, with LLaDA's sampler and settings. Never run: no results."""
 
 from dataclasses import replace
 

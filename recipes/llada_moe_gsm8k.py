@@ -1,7 +1,4 @@
-"""LLaDA-MoE-7B-A1B-Instruct learns GSM8K; adapters are on attention only, FP8 is on the experts too.
-
-Not run yet: no results.
-"""
+"""LLaDA-MoE-7B-A1B-Instruct learns GSM8K; the adapters are on attention only. Never run: no results."""
 
 from dataclasses import replace
 

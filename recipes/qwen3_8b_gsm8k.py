@@ -1,4 +1,4 @@
-"""Qwen3-8B, autoregressive, learns GSM8K with FP8 rollouts and an exact likelihood. Not run yet: no results."""
+"""Qwen3-8B, autoregressive, learns GSM8K with an exact likelihood. Never run: no results."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,6 @@ recipe = replace(
     num_generations=8,
     micro_batch_size=8,
     gradient_checkpointing=True,
-    num_iterations=1,
-    beta=0.0,
 )
 
 if __name__ == "__main__":

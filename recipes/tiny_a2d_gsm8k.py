@@ -1,4 +1,4 @@
-"""Qwen3-0.6B-diffusion-mdlm (Tiny-A2D), the smallest of the real models, learns GSM8K. Not run yet: no results."""
+"""Qwen3-0.6B-diffusion-mdlm (Tiny-A2D), the smallest of the real models, learns GSM8K. Never run: no results."""
 
 from dataclasses import replace
 from functools import partial

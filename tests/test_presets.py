@@ -1,6 +1,7 @@
 """Which preset a model takes, what a caller's arguments replace, and d1's numbers as published."""
 
 import shutil
+from dataclasses import fields
 
 import pytest
 
@@ -34,8 +35,8 @@ def test_a_large_model_takes_its_preset_by_its_config(tmp_path, capsys, model, n
     for source in (model, str(tmp_path)):
         recipe = grpo_recipe(source, ROWS, nothing)
         said = capsys.readouterr().out
-        assert said.startswith(f"preset {name}: learning_rate=3e-06, ") and said.count("\n") == 1
-        assert (recipe.learning_rate, recipe.dtype, recipe.max_grad_norm) == (3e-6, "bfloat16", 0.2)
+        assert said.startswith(f"preset {name}: learning_rate=1e-05, ") and said.count("\n") == 1
+        assert (recipe.learning_rate, recipe.dtype, recipe.max_grad_norm) == (1e-5, "bfloat16", 0.2)
         assert recipe.lora is not None and recipe.lora == Lora(r=128, alpha=64.0)
         assert (recipe.train_batch_size, recipe.num_generations, recipe.micro_batch_size) == (8, 6, 6)
         assert {key: getattr(recipe.sampler, key) for key in sampler} == sampler
@@ -43,9 +44,9 @@ def test_a_large_model_takes_its_preset_by_its_config(tmp_path, capsys, model, n
 
 
 def test_what_is_given_replaces_a_presets(capsys):
-    given = {"learning_rate": 1e-5, "lora": Lora(), "temperature": 0.7, "max_new_tokens": 96}
+    given = {"learning_rate": 2e-5, "lora": Lora(), "temperature": 0.7, "max_new_tokens": 96}
     recipe = grpo_recipe(LLADA, ROWS, nothing, num_generations=4, sampler_options={"block_size": 16}, **given)
-    assert (recipe.learning_rate, recipe.lora, recipe.dtype) == (1e-5, Lora(), "bfloat16")
+    assert (recipe.learning_rate, recipe.lora, recipe.dtype) == (2e-5, Lora(), "bfloat16")
     assert (recipe.num_generations, recipe.micro_batch_size) == (4, 4)  # a forward has whole groups
     sampler = recipe.sampler
     assert (sampler.block_size, sampler.diffusion_steps, sampler.temperature) == (16, 48, 0.7)
@@ -91,6 +92,13 @@ def test_a_small_model_keeps_the_defaults(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="preset='d2' is not one of large, large-blocks, large-causal, d1"):
         grpo_recipe(tiny_masked_lm(characters="0123456789+="), ROWS, nothing, preset="d2")
+
+
+def test_the_recipe_and_grpo_train_llada_8b_alike():
+    recipe, called = llada_8b_sudoku.recipe, grpo_recipe(LLADA, ROWS, nothing, torch_compile=True)
+    of_the_task = {"name", "model", "task", "validation_task", "eval_task", "num_steps", "sampler"}
+    apart = {f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(called, f.name)}
+    assert apart <= of_the_task and recipe.sampler == called.sampler.replace(temperature=0.3)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def learning_rate_warnings(learning_rate: float, parameters: int) -> list[str]:
         return []
     return [
         f"learning_rate={learning_rate:g} for {parameters / 1e9:.1f} billion parameters suits a small model: published "
-        "runs of models of this size take 1e-6 to 1e-5 (3e-6 with adapters)"
+        "runs of models of this size take 1e-6 to 1e-5"
     ]
 
 

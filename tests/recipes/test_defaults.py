@@ -13,7 +13,6 @@ from dllm_rl.samplers.rules import Confidence
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEFAULTS = {field.name: field.default for field in fields(Recipe)}
 PARTS = ("corrector", "loss", "loss_reduction", "num_iterations", "advantages", "old_logprobs", "beta", "entropy_coeff")
-LIKE_D1 = {"likelihood", "num_iterations", "loss", "rank", "beta"}  # published settings, for comparison
 APART = {
     "sudoku_tiny": {"entropy_coeff"},  # equal answers of a group teach nothing, and it keeps them apart for longer
     "latin_sudoku": {"entropy_coeff", "corrector"},  # the same; it shows a corrector at work
@@ -28,11 +27,18 @@ APART = {
         "rank",
     },  # its SFT masked at random; the corrector is the recipe's before it
     "renoise_sudoku": {"likelihood"},  # its gradient goes back through the self-conditioning
-    "qwen3_8b_gsm8k": {"loss"},  # of the recipe that it varies; acts above one update alone
-    "llada2_mini_gsm8k": LIKE_D1 - {"rank"},
-    "llada_8b_sudoku_full": LIKE_D1 - {"beta"},  # no second copy of all weights
-} | dict.fromkeys(("dream_7b_countdown", "llada_8b_countdown", "llada_8b_gsm8k", "llada_8b_sudoku"), LIKE_D1)
-APART |= dict.fromkeys(("llada_moe_gsm8k", "tiny_a2d_gsm8k"), LIKE_D1)
+}
+IN_SEGMENTS = (  # of 128 denoising steps, as `grpo` scores them
+    "dream_7b_countdown",
+    "llada2_mini_gsm8k",
+    "llada_8b_countdown",
+    "llada_8b_gsm8k",
+    "llada_8b_sudoku",
+    "llada_8b_sudoku_full",
+    "llada_moe_gsm8k",
+    "tiny_a2d_gsm8k",
+)
+APART |= dict.fromkeys(IN_SEGMENTS, {"likelihood"})
 
 
 def parts_apart(recipe):

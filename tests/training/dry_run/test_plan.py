@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
+from as_timed import as_timed
 from layouts import stock
 from repetitions import few
 from tiny_recipe import tiny_recipe
@@ -17,7 +18,7 @@ from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep
 from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
-from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
+from dllm_rl.quantization.schemes import FakeQuantize, Float8Dynamic, Float8WeightOnly
 from dllm_rl.samplers import Unmask
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.training.dry_run import plan as dry_run
@@ -65,6 +66,10 @@ def recipe_of(name: str):
     return import_module(f"recipes.{name}").recipe
 
 
+def job_8b():
+    return as_timed(recipe_of("llada_8b_sudoku"))
+
+
 def memory(recipe, policy):
     return step_memory(PlannedStep(recipe, policy, 256))
 
@@ -82,7 +87,7 @@ def test_a_dry_run_gives_no_lessons(monkeypatch):
 @pytest.mark.parametrize("name", few(REAL, ["smollm2_arithmetic"], ["llada_8b_gsm8k", "dream_7b_countdown"]))
 def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = from_command_line(recipe_of(name), ["--dry_run"])
+    recipe = from_command_line(recipe_of(name), ["--dry_run", "--rollout_quantization", "Float8WeightOnly"])
     train(recipe)
     parameters, layers = REAL[name]
     printed = capsys.readouterr().out
@@ -94,7 +99,7 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
 
 
 def test_llada_8b_to_the_parameter():
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     full = meta_policy(replace(recipe, lora=None))
     assert num_weights(full.module) == 8_015_581_184
     assert all(p.is_meta for p in full.module.parameters())
@@ -130,7 +135,7 @@ def shallow(recipe, monkeypatch, *, layers=2):
 
 
 def test_what_is_held_is_counted_by_hand(monkeypatch):
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     policy, parameters, trainable = shallow(recipe, monkeypatch)
     held = memory(recipe, policy).persistent
     assert held["weights"] == pytest.approx(2 * parameters, rel=1e-5)
@@ -157,7 +162,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
 
 
 def test_each_way_to_save_memory_saves_it(monkeypatch):
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     one_view = ELBO(num_samples=1)
     base = replace(
         recipe, likelihood=one_view, gradient_checkpointing=False, rollout_batch_size=None, micro_batch_size=12
@@ -194,9 +199,9 @@ COUNTED = {
 @pytest.mark.repeated
 def test_the_estimate_is_near_a_count_of_live_tensors(name):
     recipe = recipe_of(name)
+    lora = recipe.lora and replace(recipe.lora, dropout=0.05)
+    recipe = replace(recipe, rollout_quantization=Float8Dynamic(), lora=lora)  # as counted
     gigabytes, size = COUNTED[name]
-    if isinstance(recipe.likelihood, OneStep):  # counted with a row per completion, and six in a forward
-        recipe = replace(recipe, likelihood=ELBO(num_samples=1), micro_batch_size=6)
     peak = memory(recipe, meta_policy(recipe)).peak
     assert peak / 1e9 == pytest.approx(gigabytes, rel=0.13)
     assert peak <= dry_run.USABLE_SHARE * size * 1e9
@@ -205,7 +210,7 @@ def test_the_estimate_is_near_a_count_of_live_tensors(name):
 @pytest.mark.slow
 def test_the_gpus_that_a_plan_fits(monkeypatch):
     monkeypatch.setattr(dry_run, "step_memory", lambda _: Memory({"weights": 1}, {"update": peak}))
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     for peak, said in (
         (21 * 10**9, "24 GB: yes, 48 GB: yes, 80 GB: yes, 96 GB: yes, 141 GB: yes, 192 GB: yes"),
         (72 * 10**9, "24 GB: no, 48 GB: no, 80 GB: yes, 96 GB: yes, 141 GB: yes, 192 GB: yes"),
@@ -228,7 +233,7 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     full = recipe_of("llada_8b_sudoku_full")
     assert full.gradient_checkpointing and full.optim == AdamW8bit()
     assert remedies(full) == f"{smaller}, or --lora Lora --lora.r 16, or on several GPUs --shard_size 0 --optim AdamW"
-    adapters = recipe_of("llada_8b_sudoku")
+    adapters = job_8b()
     small = replace(adapters, lora=replace(adapters.lora, r=16, alpha=8), optim=AdamW8bit())
     rest = "--base_quantization nf4, or on several GPUs --shard_size 0 --optim AdamW"
     assert remedies(small) == f"--gradient_checkpointing, or {smaller}, or {rest}"
@@ -285,7 +290,7 @@ def one_layer(monkeypatch):
 )
 def test_recipes_that_cannot_run(changes, words):
     with pytest.raises(ValueError, match=words):
-        plan(replace(recipe_of("llada_8b_sudoku"), **changes))
+        plan(replace(job_8b(), **changes))
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
@@ -323,13 +328,13 @@ def test_diffusion_gemma_without_its_weights():
 )
 def test_fields_that_cannot_be(changes, words):
     with pytest.raises((ValueError, TypeError), match=words):  # the tests' type checker is asked first
-        replace(recipe_of("llada_8b_sudoku"), **changes)
+        replace(job_8b(), **changes)
 
 
 @pytest.mark.usefixtures("one_layer")
 @pytest.mark.usefixtures("one_layer")
 def test_a_plan_warns_as_the_run_would():
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     assert "warning" not in plan(recipe)
     warned = [line for line in plan(replace(recipe, corrector=TIS())).splitlines() if line.startswith("warning: ")]
     assert len(warned) == 1 and "likelihood='OneStep' gives no likelihood ratios" in warned[0]
@@ -337,7 +342,7 @@ def test_a_plan_warns_as_the_run_would():
 
 @pytest.mark.usefixtures("one_layer")
 def test_a_prompt_is_as_long_as_the_run_would_take_it():
-    recipe = replace(recipe_of("llada_8b_sudoku"), max_prompt_length=3900)
+    recipe = replace(job_8b(), max_prompt_length=3900)
     with pytest.raises(ValueError, match="max_new_tokens=256 after 3900 tokens exceeds the model's 4096 positions"):
         plan(recipe)
 
@@ -367,21 +372,21 @@ def test_an_assumed_prompt_fits_the_models_positions(tmp_path, family, positions
 
 
 def test_a_plan_says_that_a_teacher_is_not_counted():
-    recipe = recipe_of("llada_8b_sudoku")
+    recipe = job_8b()
     assert "teacher" not in plan(recipe)
     for teacher, counted in (("FOLDER", "its forwards and weights"), ("reference", "its forwards\n")):
         assert f"\nteacher               not counted: {counted}" in plan(replace(recipe, teacher=teacher))
 
 
 def test_a_plan_says_that_workers_are_not_counted():
-    recipe = replace(recipe_of("llada_8b_sudoku"), rollout_workers=2, max_staleness=1, torch_compile=False)
+    recipe = replace(job_8b(), rollout_workers=2, max_staleness=1, torch_compile=False)
     text = plan(replace(recipe, rollout_quantization=None))
     assert "\nrollout workers       not counted: memory and time" in text
 
 
 @pytest.mark.slow
 def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch, capsys):
-    recipe = replace(recipe_of("llada_8b_sudoku"), dry_run=True)
+    recipe = replace(job_8b(), dry_run=True)
     rows = []
 
     def measured(step):
