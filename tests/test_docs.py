@@ -502,12 +502,12 @@ def test_a_part_of_the_step_syncs_after_every_fourth_update(tmp_path, monkeypatc
 @pytest.mark.nightly
 def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     made = run_example("Your reward", tmp_path, monkeypatch)
-    graded = [made["task"].reward(made["task"][3], text).value for text in ("3", "4", "==")]  # of "0+3="
-    assert graded == [1.1, 0.1, 0.0]
-    text = example("Your reward").replace("num_steps=60", "num_steps=2")
+    graded = [made["task"].reward(made["task"][3], text).value for text in ("41", "43", "14", "==")]
+    assert graded == [1.1, 0.6, 0.1, 0.0]  # of "14="
+    text = example("Your reward").replace("num_steps=100", "num_steps=2")
     (tmp_path / "trained.py").write_text(text.replace("grpo(model", "summary = grpo(model"))
     summary = runpy.run_path("trained.py", run_name="__main__")["summary"]
-    assert summary["eval_problems"] == 2 and summary["eval_after"].keys() >= {"right", "digit"}
+    assert summary["eval_problems"] == 6 and summary["eval_after"].keys() >= {"right", "only_digits"}
 
 
 def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_grade():
@@ -551,14 +551,13 @@ def test_engines_of_ones_own_keep_the_contract():
 @pytest.mark.nightly  # the shapes of 8 billion weights: 10 s for each plan
 def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypatch, capsys):
     recipe, page = mine(tmp_path, monkeypatch)["recipe"], (DOCS / "train.md").read_text()
-    made, before = {}, ""
+    made = {}
     for gpus, options, *numbers in re.findall(
-        r"^- (\d+)(?:, (.*`)(?: \(.*\))?)?: (\d+) GB, (\d+) s, ([\d.]+) h$", page, re.MULTILINE
+        r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE
     ):
-        words = " ".join(re.findall(r"`([^`]*)`", options.split(" (")[0])).replace("$ALL", " ".join(all_weights()))
-        before = f"{before} {words}" if options.startswith("the same") else words
+        words = "".join(re.findall(r"^`([^`]*)`", options)).replace("$ALL", " ".join(all_weights()))
         monkeypatch.setenv("WORLD_SIZE", gpus)
-        text = made[gpus, options] = plan(from_command_line(recipe, before.split()))
+        text = made[gpus, options] = plan(from_command_line(recipe, words.split()))
         peak, *seconds, hours = (
             float(re.search(rf"^  {name} +([\d.]+) {unit}", text, re.MULTILINE)[1])
             for name, unit in (("peak", "GB"), *((stage, "s at") for stage in STAGES), ("run", "h for"))
@@ -568,7 +567,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
     assert len(made) == 10
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
-    printed = made["1", ""] + capsys.readouterr().out
+    printed = made["1", "none"] + capsys.readouterr().out
     assert len(lines) > 5 and [line for line in lines if line not in printed] == []
 
 
