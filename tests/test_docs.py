@@ -39,14 +39,22 @@ hooks.__spec__.loader.exec_module(hooks)
 
 def pages(nav):
     for entry in nav:
-        (value,) = entry.values()
+        value = entry if isinstance(entry, str) else next(iter(entry.values()))
         yield from [value] if isinstance(value, str) else pages(value)
 
 
 def test_every_page_has_its_place_and_every_place_its_page():
     nav = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())["nav"]
-    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
-    assert sorted(pages(nav)) == sorted([*written, *hooks.reference()])
+    root = DOCS.parent
+    written = [root / "README.md", root / "benchmarks" / "README.md", DOCS / "quickstart.ipynb"]
+    written += [path for folder in (DOCS, root / "recipes") for path in folder.rglob("*.md")]
+    assert sorted(pages(nav)) == sorted([*map(hooks.place, written), *hooks.reference()])
+
+
+def test_the_notebook_is_a_page_with_what_its_cells_printed():
+    page = hooks.notebook()
+    assert page.startswith("# Quickstart\n") and "```python\nfrom dllm_rl import" in page
+    assert re.search(r"```text\n[^`]*held-out reward: 0.0 -> 1.0", page)
 
 
 def test_every_public_name_is_in_the_reference_once():
@@ -74,14 +82,14 @@ def test_the_table_of_a_recipes_fields_is_whole():
 def test_links_lead_to_where_files_lie_in_the_site():
     root = DOCS.parent
     for source, link, becomes in [
-        ("docs/train.md", "[a](../README.md)", "[a](repository/README.md)"),
-        ("docs/train.md", "[a](../README.md#x)", "[a](repository/README.md#x)"),
+        ("docs/train.md", "[a](../README.md)", "[a](index.md)"),
+        ("docs/train.md", "[a](../README.md#x)", "[a](index.md#x)"),
         ("docs/train.md", "[a](models.md#b)", "[a](models.md#b)"),
         ("docs/train.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
-        ("README.md", "![a](recipes/latin_sudoku.png)", "![a](recipes/latin_sudoku.png)"),
-        ("README.md", "[a](docs/models.md)", "[a](../models.md)"),
-        ("README.md", "see [a](docs), [b](docs/trl.md)", "see a, [b](../trl.md)"),
-        ("README.md", "[![a](recipes/ess.png)](docs/x.jsonl)", "[![a](recipes/ess.png)](../x.jsonl)"),
+        ("README.md", "![a](recipes/latin_sudoku.png)", "![a](repository/recipes/latin_sudoku.png)"),
+        ("README.md", "[a](docs/models.md)", "[a](models.md)"),
+        ("README.md", "see [a](docs), [b](docs/trl.md)", "see a, [b](trl.md)"),
+        ("README.md", "[![a](recipes/ess.png)](docs/x.jsonl)", "[![a](repository/recipes/ess.png)](x.jsonl)"),
     ]:
         assert hooks.relinked(link, root / source) == becomes
     outside = hooks.linked(sorted(DOCS.rglob("*.md")))

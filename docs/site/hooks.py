@@ -1,6 +1,7 @@
 """What mkdocs needs besides docs/: pages of the repository that docs link to, and the reference of the public names."""
 
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -24,8 +25,15 @@ REFERENCE = {
 }
 
 
+NOTEBOOK = DOCS / "quickstart.ipynb"
+# README is the first page of the site, the list of all pages another one, and the notebook a page.
+MOVED = {ROOT / "README.md": "index.md", DOCS / "index.md": "pages.md", NOTEBOOK: "quickstart.md"}
+
+
 def place(path: Path) -> str:
     """Where a file of the repository lies in the site: docs/ is its top, the rest a folder of it."""
+    if path in MOVED:
+        return MOVED[path]
     return (path.relative_to(DOCS) if path.is_relative_to(DOCS) else "repository" / path.relative_to(ROOT)).as_posix()
 
 
@@ -92,9 +100,24 @@ def reference() -> dict[str, str]:
     return pages
 
 
+def notebook() -> str:
+    """The quickstart's cells and what they printed, as Markdown; without pictures."""
+    parts = []
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = ["".join(output.get("text", "")) for output in cell.get("outputs", ())]
+        parts += [f"```text\n{text.rstrip()}\n```" for text in printed if text]
+    return "\n\n".join(parts)
+
+
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
+    index = DOCS / "index.md"
+    files.remove(files.get_file_from_path("index.md"))
+    files.append(File.generated(config, place(index), abs_src_path=str(index)))
+    files.append(File.generated(config, place(NOTEBOOK), content=relinked(notebook(), NOTEBOOK)))
     for source in linked(sorted(DOCS.rglob("*.md"))):
         added = File.generated(config, place(source), abs_src_path=str(source))
         added.inclusion = type(added.inclusion).NOT_IN_NAV

@@ -490,8 +490,8 @@ def test_a_name_that_is_not_known_names_the_nearest(settings, message):
 
 def test_the_docs_have_the_names():
     page = README.parent.joinpath("docs", "trl.md").read_text()
-    words = page.partition("as in `loss=PPOClip(epsilon=0.2)`):\n")[2].partition("It also takes")[0].split()
-    assert dict(zip(words[::2], words[1::2], strict=True)) == TRL_NAMES
+    table = page.partition("| TRL | here |\n")[2].partition("\n\n")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|$", table, re.MULTILINE)) == TRL_NAMES
     own = Recipe.__dataclass_fields__.keys()
     assert not own & (TRL_NAMES | REMEDIES).keys(), "a name of Recipe's is taken as it is"
 
