@@ -38,7 +38,7 @@ IN_SEGMENTS = (  # of 128 denoising steps, as `grpo` scores them
     "llada_moe_gsm8k",
     "tiny_a2d_gsm8k",
 )
-APART |= dict.fromkeys(IN_SEGMENTS, {"likelihood"})
+APART |= {name: {"likelihood"} for name in IN_SEGMENTS}
 
 
 def parts_apart(recipe):
