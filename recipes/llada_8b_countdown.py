@@ -1,4 +1,4 @@
-"""LLaDA-8B-Instruct learns Countdown with three numbers and the settings of `llada_8b_sudoku`. Never run: no results."""
+"""LLaDA-8B-Instruct learns Countdown with three numbers, set as `llada_8b_sudoku` is. Never run: no results."""
 
 from dataclasses import replace
 from functools import partial
