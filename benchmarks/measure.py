@@ -22,16 +22,25 @@ LEAST = 1e-9  # seconds of work that takes none on a clock of coarse ticks: spee
 def in_fresh_process(function: Callable[..., dict], *, repeats: int, device: str, **arguments: Any) -> dict:
     """The function's result, computed in a new interpreter. Function and arguments must be picklable.
 
-    On the CPU the memory comes from a second process, in which every freed tensor goes back to the system at once: the
-    default allocator keeps some, and its high-water mark is that of its heap, not of the tensors.
+    On the CPU the memory is that of `peak_in_fresh_process`.
     """
     common = {**arguments, "device": device}
     result = _spawn(function, repeats=repeats, **common)
     if torch.device(device).type == "cpu":
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-        result["peak_mib"] = _spawn(function, repeats=1, **common)["peak_mib"]
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        result["peak_mib"] = peak_in_fresh_process(function, **common)
     return result
+
+
+def peak_in_fresh_process(function: Callable[..., dict], **arguments: Any) -> Any:
+    """The result's "peak_mib", from a new process in which every freed tensor goes back to the system at once.
+
+    The default allocator keeps some, and its high-water mark is that of its heap, not of the tensors.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        return _spawn(function, repeats=1, **arguments)["peak_mib"]
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def _spawn(function: Callable[..., dict], **arguments: Any) -> dict:
@@ -65,6 +74,13 @@ def seconds_and_peak(run: Callable[[], Any], device: str, *, repeats: int = 3) -
     mib = round((peak - start) / 2**20, 1)
     seconds, cpu_seconds = (max(round(min(found), 4), LEAST) for found in (times, works))
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": mib}
+
+
+def peak_above() -> Callable[[], float]:
+    """Return a function: the highest memory since now above what is held now, of this process on the CPU, in MiB."""
+    _reset_high_water_mark()
+    start = _status("VmRSS")
+    return lambda: (_status("VmHWM") - start) / 2**20
 
 
 def fastest(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

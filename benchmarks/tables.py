@@ -70,6 +70,41 @@ def learner() -> str:
     return markdown([*rows.values()])
 
 
+def peers() -> str:
+    """How long d1's functions take, in times of ours: as they are, then without what only one of the two does."""
+    rows = []
+    for found in stored("peers-cpu")["rows"]:
+        row = {"vocabulary": f"{found['vocabulary']:,}", "tokens": str(found["tokens"]), "batch": str(found["batch"])}
+        names = ("step", "step, greedy", "step, d1's masks", "learning", "learning, d1's masks")
+        rows.append(row | {name: f"{found[f'd1 / ours, {name}']:.2f}" for name in names})
+    return markdown(rows)
+
+
+def peers_trl() -> str:
+    """How long TRL's trainer takes, in times of ours."""
+    rows = []
+    for found in stored("peers-trl-cpu")["rows"]:
+        row = {"vocabulary": f"{found['vocabulary']:,}", "completions": str(4 * found["prompts"])}
+        row |= {"tokens: prompt + new": f"{found['prompt']} + {found['new']}"}
+        rows.append(row | {what: f"{found[f'TRL / ours, {what}']:.2f}" for what in ("step", "generation")})
+    return markdown(rows)
+
+
+def limit() -> str:
+    """A step in times of its matrix products."""
+    return markdown(
+        [
+            {
+                "step": found["arm"],
+                "step / products": f"{found['ratio']:.2f}",
+                "operators / products": f"{found['operators / products']:.2f}",
+                "compiled step / products": f"{found['ratio, compiled']:.2f}",
+            }
+            for found in stored("limit-cpu")["rows"]
+        ]
+    )
+
+
 def likelihoods() -> str:
     """Forwards and planned seconds of a step of `llada_8b_sudoku`, with FP8 rollouts."""
     policy, rows = meta_policy(llada_8b), []
@@ -94,4 +129,5 @@ def likelihoods() -> str:
 
 def page_tables() -> dict[str, str]:
     of_gpus = {"a run on a GPU": run_on_a_gpu(), "the sampler on a GPU": sampler_on_a_gpu()}
-    return of_gpus | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}
+    of_peers = {"d1": peers(), "TRL": peers_trl(), "the step and its products": limit()}
+    return of_gpus | of_peers | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}
