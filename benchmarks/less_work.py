@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
@@ -26,7 +25,7 @@ from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import rules, unmask
-from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache, map_cache
+from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
@@ -120,12 +119,12 @@ def scored(policy: ModulePolicy, tokens: Tensor, prompt: int, group: int, backwa
         if group == 1:
             states = policy.encode(tokens, mask, places)[:, prompt:]
         else:
-            kept = {"cache": DynamicCache(config=policy.module.config), "use_cache": True}
+            cache = policy.spec.new_cache(policy.module)
             policy.encode(
-                tokens[::group, :prompt], mask[::group, :, :prompt, :prompt], places[::group, :prompt], **kept
+                tokens[::group, :prompt], mask[::group, :, :prompt, :prompt], places[::group, :prompt], cache=cache
             )
-            kept["cache"] = map_cache(kept["cache"], lambda x: x.repeat_interleave(group, dim=0))
-            states = policy.encode(tokens[:, prompt:], mask[:, :, prompt:], places[:, prompt:], **kept)
+            cache.set_tensors([x.repeat_interleave(group, dim=0) for x in cache.tensors()])
+            states = policy.encode(tokens[:, prompt:], mask[:, :, prompt:], places[:, prompt:], cache=cache)
         if not backward:
             return states
         states.square().sum().backward()

@@ -69,7 +69,7 @@ def plain_cached(policy: ModulePolicy, prompts: Prompts, shape: Any, *, dual: bo
             first, last = (0, x.shape[1]) if step == 0 else (begin, end if dual else x.shape[1])
             seen = torch.zeros(len(x), 1, last - first, x.shape[1], dtype=shape.dtype, device=device)
             fresh, place = x[:, first:last], positions[:, first:last]
-            hidden = policy.encode(fresh, seen, place, cache=past, use_cache=True)
+            hidden = policy.encode(fresh, seen, place, cache=past)
             if step == 0:
                 kept = [(layer.keys[:, :, others], layer.values[:, :, others]) for layer in past.layers]
             logits = policy.spec.head(policy.module, hidden)

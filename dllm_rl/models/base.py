@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllm_rl.models.cache import ColumnCache, default_cache
 from dllm_rl.models.lora_settings import Lora
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
@@ -52,15 +53,13 @@ def encode_base(
     attention_mask: Mask,
     positions: Tokens,
     *,
-    cache: Any = None,
-    use_cache: bool = False,
+    cache: ColumnCache | None = None,
 ) -> States:
     """Return the final hidden states of a stock module's backbone.
 
-    `cache` is a cache of transformers with the keys and values of earlier columns, to which the module appends those of
-    `tokens`. Samplers pass it with use_cache=True.
+    `cache` has the keys and values of earlier columns, to which the module appends those of `tokens`.
     """
-    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": cache is not None}
     if cache is not None:
         inputs[CACHE] = cache
     return module.base_model(input_ids=tokens, **inputs).last_hidden_state
@@ -71,7 +70,7 @@ def encode_roberta(
 ) -> States:
     """Encode with RoBERTa, which counts positions from pad_token_id + 1.
 
-    `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
+    `cache_kwargs` has `cache` of `encode_base`.
     """
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache_kwargs)
 
@@ -126,7 +125,7 @@ def encode_block_causal(
 ) -> States:
     """Encode under the block-causal mask, or under `attention_mask` if it has four axes.
 
-    `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
+    `cache_kwargs` has `cache` of `encode_base`.
     """
     if attention_mask.dim() == 2:  # caches and packed forwards pass the complete mask, with four axes
         attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
@@ -176,6 +175,11 @@ class FamilySpec:
         encode: Function (module, tokens (B, T), attention_mask, positions (B, T)) -> last hidden states (B, T, D). The
             mask is (B, T), False on padding; a block-causal module also gets (B, 1, T, T), which it uses unchanged.
         head: Function (module, hidden states of any leading shape) -> logits.
+        new_cache: Function of the module -> an empty cache (`models.cache.ColumnCache`) of the columns that ran.
+            `encode` gets it as the keyword `cache`, appends the columns of `tokens` to it, and attends to all of them;
+            the mask is then additive (B, 1, T, S), for the S columns of the cache with the new ones, or, in
+            autoregressive sampling, boolean (B, S). Default: transformers' keys and values; for a module without a
+            config of transformers, no columns are stored, and `encode` gets no `cache`.
         lora_targets: Names of the linear layers that get adapters.
         architectures: Values of the config's `architectures` that belong to the family; `*` for any text. The first
             family that matches is used: a registered one, then the published ones in the order of `FAMILIES`.
@@ -203,6 +207,7 @@ class FamilySpec:
     vocab_size: int | None = None
     encode: Callable = encode_base
     head: Callable = linear_head
+    new_cache: Callable[[Module], ColumnCache] = default_cache
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
     architectures: tuple[str, ...] = ()
     config_test: Callable[[dict], bool] = lambda config: True

@@ -10,13 +10,14 @@ a family is called in two ways:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm_rl.models.base import CACHE, Module, Policy, States, Tokens, position_ids
+from dllm_rl.models.cache import ColumnCache, TokenCache
 from dllm_rl.models.logprobs import upcast
 
 
@@ -33,7 +34,7 @@ def encode_denoiser(
     attention_mask: Bool[Tensor, "B S"] | None,
     positions: Tokens,
     *,
-    cache: Any = None,
+    cache: ColumnCache | None = None,
     previous: SelfConditioning | None = None,
 ) -> States:
     """Run DiffusionGemma's encoder, or its decoder if `previous` is passed. Only text is supported.
@@ -93,19 +94,21 @@ class Prefix:
     """The S columns that the encoder has read, for R rows.
 
     Args:
-        cache: DynamicCache of transformers with the keys and values of the columns.
+        cache: Keys and values of the columns.
         mask: False on padding.
     """
 
-    cache: Any
+    cache: ColumnCache
     mask: Bool[Tensor, "R S"]
 
     @classmethod
     def empty(cls, policy: Policy, rows: int) -> "Prefix":
-        config = getattr(policy.module, "config", None)  # it names the layers with a sliding window
-        from transformers import DynamicCache  # not at the top: --help needs no transformers
-
-        cache = DynamicCache() if config is None else DynamicCache(config=config.get_text_config(decoder=True))
+        cache = policy.spec.new_cache(policy.module)
+        if isinstance(cache, TokenCache):
+            raise ValueError(
+                f"new_cache of the spec {policy.spec.name!r}: the decoder reads keys and values, and a module without "
+                "a config of transformers gets a cache of tokens; name a cache, such as dllm_rl.models.kv_cache.KVCache"
+            )
         return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
 
     def read(self, policy: Policy, tokens: Int[Tensor, "R N"], mask: Bool[Tensor, "R N"]) -> Float[Tensor, "R N D"]:
@@ -119,7 +122,7 @@ class Prefix:
 
     def select_rows(self, rows: Int[Tensor, " K"]) -> None:
         """Select these rows, in this order. A row may be repeated."""
-        self.cache.batch_select_indices(rows)
+        self.cache.set_tensors([x[rows] for x in self.cache.tensors()])
         self.mask = self.mask[rows]
 
     def states(
@@ -159,13 +162,8 @@ class Prefix:
         The decoder can then run many backward passes whose gradients accumulate in the leaves. `backward_through`
         propagates them through the encoder once.
         """
-        pairs = []
-        for layer in self.cache.layers:
-            for name in ("keys", "values"):
-                tensor = getattr(layer, name)
-                leaf = tensor.detach().requires_grad_()
-                setattr(layer, name, leaf)
-                pairs.append((tensor, leaf))
+        pairs = [(tensor, tensor.detach().requires_grad_()) for tensor in self.cache.tensors()]
+        self.cache.set_tensors([leaf for _, leaf in pairs])
         return pairs
 
 

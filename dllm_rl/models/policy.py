@@ -33,6 +33,7 @@ from dllm_rl.models.base import (
     mlm_head,
     position_ids,
 )
+from dllm_rl.models.cache import TokenCache
 from dllm_rl.models.checkpoint.adapters import load_adapter, read_adapter_config
 from dllm_rl.models.checkpoint.families import FAMILY_FIELD
 from dllm_rl.models.checkpoint.loading import (
@@ -118,18 +119,17 @@ class ModulePolicy:
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.
 
-        `positions` are the position ids of the tokens; in `logits`, `positions` is a boolean mask. `cache_kwargs` are
-        `cache` and `use_cache`, as in `encode_base`. A module without a config of transformers does not get them: the
-        cache then stores the tokens, and the whole row runs again.
+        `positions` are the position ids of the tokens; in `logits`, `positions` is a boolean mask. `cache_kwargs` has
+        `cache`, of `spec.new_cache`, to which the family's `encode` appends the columns. A `TokenCache` is not passed
+        on: it stores the tokens, and the whole row runs again.
 
         Raises:
             ValueError: A sampler's cache needs the keys and values of such a module.
         """
-        if cache_kwargs.get("use_cache") and not hasattr(getattr(self.module, "config", None), "get_text_config"):
+        if isinstance(cache := cache_kwargs.get("cache"), TokenCache):
             if attention_mask.dim() != 2:
                 raise ValueError(f"policy {self.spec.name!r} keeps no keys and values: set the sampler's cache=None")
-            new = tokens[:, None, :, None]
-            row = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
+            row = cache.append(tokens)
             return self.encode(row, attention_mask, position_ids(attention_mask))[:, -tokens.shape[1] :]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else self._without_dropout():
@@ -442,7 +442,7 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
 # Fields of a spec that its policy uses. The other fields say how a checkpoint is recognized and read.
 POLICY_FIELDS = (
     *("attention", "shift", "block_size", "causal_context", "is_also_causal", "mask_id", "eos_ids", "max_length"),
-    *("vocab_size", "encode", "head", "lora_targets", "float32_rope"),
+    *("vocab_size", "encode", "head", "new_cache", "lora_targets", "float32_rope"),
 )
 
 

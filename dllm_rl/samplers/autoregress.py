@@ -13,7 +13,6 @@ from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
-from dllm_rl.samplers.cache import empty_cache
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits
@@ -84,18 +83,18 @@ class Autoregress(Sampler):
         input_tokens = prompts.tokens[rows].to(device)
         attention_mask = prompts.attention_mask[rows].to(device)
         positions = position_ids(attention_mask)
-        cache = empty_cache(policy)
+        cache = policy.spec.new_cache(policy.module)
         eos = torch.tensor(policy.spec.eos_ids, device=device)
         is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
         steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished
         for step in range(self.max_new_tokens):
-            states = policy.encode(input_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
+            states = policy.encode(input_tokens, attention_mask, positions, cache=cache)[:, -1]
             if step == 0:  # so far one row per prompt; from here on one row per completion
                 prompt_index = copies.to(device)
                 states = states[prompt_index]
                 attention_mask = attention_mask[prompt_index]
                 positions = positions[prompt_index]
-                cache.batch_select_indices(prompt_index)
+                cache.set_tensors([x[prompt_index] for x in cache.tensors()])
             drawn = _draw(policy, states, uniforms[:, step], sampling_params)
             steps.append((drawn, is_unfinished))
             # A finished row continues with padding, so that all rows have the same length.

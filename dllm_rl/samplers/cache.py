@@ -3,9 +3,7 @@
 docs/papers.md explains the tag [paper].
 """
 
-import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +12,6 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, block_ranks, position_ids
 from dllm_rl.records import Record, option
-
-if TYPE_CHECKING:
-    from dllm_rl.samplers.kv_cache import KVCache
 
 
 class Cache(Record):
@@ -80,13 +75,6 @@ class DualCache(Cache):
     kind = "dual"
 
 
-def empty_cache(policy: Policy) -> "KVCache":
-    """Return an empty cache of keys and values for a policy's module."""
-    from dllm_rl.samplers.kv_cache import KVCache
-
-    return KVCache(config=getattr(policy.module, "config", None))
-
-
 class CachedForward:
     """The forward of a batch with a cache: `advance` runs only the columns whose keys and values are not stored."""
 
@@ -97,8 +85,9 @@ class CachedForward:
         self.positions = position_ids(attention_mask)
         self.cached_columns = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))  # rows of `past`
-        self.past: KVCache | None = None  # None before the first forward
-        self.block_start: tuple[Any, Tensor] | None = None  # block-causal: `past` and `rows` at the block's start
+        self.past: list[Tensor] = []  # of a `ColumnCache`; empty before the first forward
+        # Of a block-causal model: `past` and `rows` at the block's start.
+        self.block_start: tuple[list[Tensor], Tensor] | None = None
         self.columns: tuple[int, int] | None = None  # columns of the current block
         self.step = 0  # step in the current block
 
@@ -120,15 +109,15 @@ class CachedForward:
         # With `spec.shift` the state one column to the left predicts the block's first token: this column runs too.
         start = max(0, columns[0] - self.policy.spec.shift)
         query_columns, columns_to_store = self._begin_step(start, columns[1], tokens.shape[1])
-        if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
+        if self.past and len(rows) < len(self.rows):  # rows may leave, and return in the next block
             (index,) = copy_to_device(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
-            self.past = map_cache(self.past, lambda x: x[index])
+            self.past = [x[index] for x in self.past]
         self.rows = rows
         first = int(query_columns[0]) + self.policy.spec.shift
         states = self._forward(tokens, run, query_columns, columns_to_store)
-        if copies is not None and self.past is not None:  # the rows that were not run are copies
+        if copies is not None:  # the rows that were not run are copies
             (index,) = copy_to_device(tokens.device, copies)
-            self.past = map_cache(self.past, lambda x: x[index])
+            self.past = [x[index] for x in self.past]
         if self.cache.kind == "block" and self.step == 0:
             # Rows that finish the block early leave `past`, and return with the next block.
             self.block_start = self.past, rows
@@ -146,7 +135,7 @@ class CachedForward:
             return all_columns[len(self.cached_columns) : end], all_columns[:start]
         refresh = self.cache.refresh
         if self.step == 0 or (refresh is not None and self.step % refresh == 0):
-            self.past = None
+            self.past = []
             self.cached_columns = all_columns[:0]
             after = all_columns[end:] if self.cache.kind == "dual" else all_columns[:0]
             return all_columns, torch.cat([all_columns[:start], after])
@@ -161,22 +150,24 @@ class CachedForward:
         module = self.policy.module
         key_columns = torch.cat([self.cached_columns, query_columns])
         device_rows, query_index, key_index = copy_to_device(tokens.device, rows, query_columns, key_columns)
-        # The model appends the new keys to a copy of the cache, so that the stored keys do not change.
-        past = empty_cache(self.policy) if self.past is None else map_cache(self.past, lambda x: x)
+        cache = self.policy.spec.new_cache(module)
+        if self.past:
+            cache.set_tensors(self.past)  # the model appends to this cache, and the tensors of `past` do not change
         row_tokens, positions = tokens[device_rows], self.positions[device_rows]
         attention_mask = self.attention_mask[device_rows]
         bias = attention_bias(self.policy, row_tokens, attention_mask, positions, query_index, key_index)
         query_tokens, query_positions = row_tokens[:, query_index], positions[:, query_index]
-        states = self.policy.encode(query_tokens, bias, query_positions, cache=past, use_cache=True)
-        has_window = any(getattr(layer, "sliding_window", None) for layer in past.layers)
-        if has_window or past.get_seq_length() != len(key_columns):
-            why = "has layers with a sliding window" if past.get_seq_length() else "keeps no keys and values"
+        states = self.policy.encode(query_tokens, bias, query_positions, cache=cache)
+        stored = cache.tensors()
+        has_window = any(getattr(layer, "sliding_window", None) for layer in getattr(cache, "layers", ()))
+        if has_window or not stored or any(x.shape[-2] != len(key_columns) for x in stored):
+            why = "has layers with a sliding window" if stored else "keeps no keys and values"
             raise ValueError(f"cache={self.cache}: {type(module).__name__} {why}; use cache=None")
-        if self.past is None or len(columns_to_store) != len(self.cached_columns):
+        if not self.past or len(columns_to_store) != len(self.cached_columns):
             # Keys contain their positions, so that the order in which they are stored does not matter.
             is_stored = torch.isin(key_columns, columns_to_store)
             (index,) = copy_to_device(tokens.device, is_stored.nonzero()[:, 0])
-            self.past = map_cache(past, lambda x: x[:, :, index])
+            self.past = [x[..., index, :] for x in stored]
             self.cached_columns = columns_to_store
         return states
 
@@ -197,14 +188,3 @@ def attention_bias(
     dtype = next(policy.module.parameters()).dtype
     bias = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
     return bias.masked_fill(~may_attend, torch.finfo(dtype).min)[:, None]
-
-
-def map_cache(past: "KVCache", f: Callable[[Tensor], Tensor]) -> "KVCache":
-    """Return a copy of a cache with `f` applied to its keys and values."""
-    layers: list[Any] = [copy.copy(layer) for layer in past.layers]
-    for layer in layers:
-        layer.keys = f(layer.keys)
-        layer.values = f(layer.values)
-    mapped = copy.copy(past)
-    mapped.layers = layers
-    return mapped

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, in_eval_mode, position_ids
+from dllm_rl.models.cache import TokenCache
 from dllm_rl.models.forward.blocks import has_uncompiled
-from dllm_rl.samplers.cache import Cache, attention_bias, empty_cache
+from dllm_rl.samplers.cache import Cache, attention_bias
 from dllm_rl.samplers.canvas import BlockTracker, Canvas, StepPositions, StepRows, Written
 from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.rules import Commit
 
 WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of it, so that batches of similar width share graphs
 MAX_GRAPHS = 128  # largest number of graphs in a process
-Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
+Past = list[Tensor]  # of a `ColumnCache`: keys and values of each layer
 
 
 class CompiledSteps:
@@ -89,7 +90,7 @@ class CompiledSteps:
         # The outputs are copied, because the next replay of the graph overwrites them.
         canvas.written = written.copy()
         if past and not self.past:
-            self.past = [(keys.clone(), values.clone()) for keys, values in past]
+            self.past = [x.clone() for x in past]
         # If the rule has a `count`, the host does not wait for the device to count.
         if commit.count is None:
             return num_chosen.cpu()[step.rows], None
@@ -127,11 +128,14 @@ def check_supported(policy: Policy, canvas: Canvas, cache: Cache | None) -> None
 @torch.no_grad()
 def fills_cache(policy: Policy, canvas: Canvas) -> bool:
     """Return whether a forward of one column leaves its keys and values in its cache."""
-    past = empty_cache(policy)
+    cache = policy.spec.new_cache(policy.module)
+    if isinstance(cache, TokenCache):
+        return False
     attention_mask = torch.ones_like(canvas.attention_mask[:1, :1])
     positions = position_ids(attention_mask)
-    policy.encode(canvas.written.tokens[:1, :1], attention_mask, positions, cache=past, use_cache=True)
-    return past.get_seq_length() == 1
+    policy.encode(canvas.written.tokens[:1, :1], attention_mask, positions, cache=cache)
+    stored = cache.tensors()
+    return bool(stored) and all(x.shape[-2] == 1 for x in stored)
 
 
 @functools.cache
@@ -221,12 +225,10 @@ def _cached_states(
     query_columns = inside if past else all_columns
     key_columns = torch.cat([outside, inside]) if past else all_columns
     bias = attention_bias(policy, tokens, attention_mask, positions, query_columns, key_columns)
-    keys_and_values = empty_cache(policy)
-    for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-    options = {"cache": keys_and_values, "use_cache": True}
-    hidden = policy.encode(tokens[:, query_columns], bias, positions[:, query_columns], **options)
+    cache = policy.spec.new_cache(policy.module)
+    if past:
+        cache.set_tensors(past)
+    hidden = policy.encode(tokens[:, query_columns], bias, positions[:, query_columns], cache=cache)
     if not past:
-        past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
+        past = [x[..., outside, :] for x in cache.tensors()]
     return hidden, past

@@ -68,7 +68,7 @@ def test_scoring_and_learning_build_no_cache(monkeypatch):
     mask = torch.ones_like(tokens, dtype=torch.bool)
     policy.hidden(tokens, mask).sum().backward()
     assert not built
-    policy.encode(tokens, mask, torch.arange(3)[None], use_cache=True)
+    policy.module(input_ids=tokens, use_cache=True)
     assert built  # the spy does see one that is built
 
 

@@ -12,13 +12,13 @@ from repetitions import few, pairwise, slow
 
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.kv_cache import KVCache
 from dllm_rl.models.policy import diffusion_from_causal, make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache
 from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.kv_cache import KVCache
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 

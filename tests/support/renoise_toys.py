@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.denoiser import SelfConditioning
+from dllm_rl.models.kv_cache import KVCache
 from dllm_rl.models.policy import ModulePolicy
 from dllm_rl.types import Renoised, Rollout
 
@@ -55,6 +56,7 @@ def toy(seed: int = 0, strength: float = 1.0) -> ModulePolicy:
         eos_ids=(V,),  # no token of the vocabulary: no row ends
         encode=lambda module, *args, **kept: module.encode(*args, **kept),
         head=lambda module, states: states @ module.head,
+        new_cache=lambda module: KVCache(),
     )
     return ModulePolicy(Toy(seed, strength), spec, tokenizer=None)
 

@@ -111,7 +111,7 @@ def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any
         return run(block, args, kw)
     from transformers.cache_utils import DynamicLayer  # not at the top: --help needs no transformers
 
-    layer = past.layers[index]
+    layer = past.layers[index] if hasattr(past, "layers") else past
     if type(layer) is not DynamicLayer:
         raise ValueError(f"torch_compile=True: block {index} stores its keys in a {type(layer).__name__}; leave it off")
     block_cache = _BlockCache(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
