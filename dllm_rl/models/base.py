@@ -8,7 +8,7 @@ docs/papers.md explains the tag [paper].
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -154,12 +154,54 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 
 
 @dataclass(frozen=True)
+class CheckpointFiles:
+    """How a family's checkpoints are recognized, and how their files become a module of a class of transformers.
+
+    Args:
+        architectures: Values of the config's `architectures` that belong to the family; `*` for any text. The first
+            family that matches is used: a registered one, then the published ones in the order of `FAMILIES`.
+        config_test: Further test of the config's fields, for families that share an architecture.
+        stock_model: Function of the config's fields -> (class of transformers, its config). None (default): the
+            checkpoint's class is one of transformers.
+        tensor_names: Pairs (name in the checkpoint, name in that class) that differ; `*` for a number.
+        fused_qkv: The checkpoint's module whose weight has query, key and value rows in this order, if any.
+        ignored_tensors: Patterns of the checkpoint's unused tensors.
+        mask_vocabulary: Size of the vocabulary in which the family's `mask_id` is the mask. In others it is a token.
+        mask_names: Texts of the mask, for a tokenizer without a mask token.
+        end_tokens: Further tokens that end a completion, if the tokenizer has them.
+        original_config: Fields of the config.json to save. None (default): those of the module's config.
+        folder: Folder of the checkpoint. None (default): the spec is of no single checkpoint.
+    """
+
+    architectures: tuple[str, ...] = ()
+    config_test: Callable[[dict], bool] = lambda config: True
+    stock_model: Callable[[dict], tuple] | None = None
+    tensor_names: tuple[tuple[str, str], ...] = ()
+    fused_qkv: str | None = None
+    ignored_tensors: tuple[str, ...] = ()
+    mask_vocabulary: int | None = None
+    mask_names: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
+    original_config: dict | None = field(default=None, compare=False, repr=False)
+    folder: str | None = field(default=None, compare=False, repr=False)
+
+    def match(self, config: dict) -> bool:
+        """Return whether a checkpoint with these config fields is of the family."""
+        name = (config.get("architectures") or [""])[0]
+        return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.config_test(config)
+
+    def of_stock_class(self) -> "CheckpointFiles":
+        """Return the files of a checkpoint in the layout of its class of transformers."""
+        return replace(self, stock_model=None, tensor_names=(), fused_qkv=None)
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """Facts and functions of one family of checkpoints.
 
     Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture; only
-    these need the fields from `architectures` on. A checkpoint's class must be one of transformers, or be converted to
-    one by `stock_model`.
+    these need `files`. A checkpoint's class must be one of transformers, or be converted to one by
+    `files.stock_model`.
 
     Args:
         name: Name of the family.
@@ -168,7 +210,7 @@ class FamilySpec:
         shift: Whether the state at t - 1 predicts token t. The library shifts the states. Default: False.
         block_size: Positions of a block. None (default): no blocks.
         mask_id: Id of the mask token. None (default): the model has none. For a checkpoint it holds only if the
-            vocabulary has `mask_vocabulary` tokens, and config and tokenizer name no mask.
+            vocabulary has `files.mask_vocabulary` tokens, and config and tokenizer name no mask.
         eos_ids: Ids that end a completion.
         max_length: Longest sequence in tokens. None (default): any.
         vocab_size: Number of logits. None (default): that of the module's config.
@@ -181,12 +223,7 @@ class FamilySpec:
             autoregressive sampling, boolean (B, S). Default: transformers' keys and values; for a module without a
             config of transformers, no columns are stored, and `encode` gets no `cache`.
         lora_targets: Names of the linear layers that get adapters.
-        architectures: Values of the config's `architectures` that belong to the family; `*` for any text. The first
-            family that matches is used: a registered one, then the published ones in the order of `FAMILIES`.
-        config_test: Further test of the config's fields, for families that share an architecture.
-        stock_model: Function of the config's fields -> (class of transformers, its config). None (default): the
-            checkpoint's class is one of transformers.
-        tensor_names: Pairs (name in the checkpoint, name in that class) that differ; `*` for a number.
+        files: How checkpoints of the family are recognized and read. Default: the family has no checkpoints.
 
     Raises:
         ValueError: The attention is not one of these, a number is not a whole one, or "block_causal" has no
@@ -200,8 +237,6 @@ class FamilySpec:
     causal_context: bool = False  # "block_causal": attention within a block without mask tokens is causal
     is_also_causal: bool = False  # the weights also work as an autoregressive model (`as_causal`)
     mask_id: int | None = None
-    mask_vocabulary: int | None = None
-    mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     vocab_size: int | None = None
@@ -209,16 +244,8 @@ class FamilySpec:
     head: Callable = linear_head
     new_cache: Callable[[Module], ColumnCache] = default_cache
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    architectures: tuple[str, ...] = ()
-    config_test: Callable[[dict], bool] = lambda config: True
-    stock_model: Callable[[dict], tuple] | None = None
-    tensor_names: tuple[tuple[str, str], ...] = ()
-    fused_qkv: str | None = None  # the checkpoint's module whose weight has query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 for every dtype of weights
-    ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
-    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, if the tokenizer has them
-    original_config: dict | None = field(default=None, compare=False, repr=False)  # config to save; None: the module's
-    checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
+    files: CheckpointFiles = CheckpointFiles()
 
     def __post_init__(self) -> None:
         of_spec = f"of the spec {self.name!r}"
@@ -232,13 +259,9 @@ class FamilySpec:
         for name, (value, least) in numbers.items():
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name}={value!r} {of_spec} must be a whole number of at least {least}; correct it")
-        if self.attention == "block_causal" and self.block_size is None and not self.architectures:
+        if self.attention == "block_causal" and self.block_size is None and not self.files.architectures:
             raise ValueError(f"block_size=None {of_spec}: 'block_causal' attention needs the positions of a block")
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
-
-    def matches(self, config: dict) -> bool:
-        name = (config.get("architectures") or [""])[0]
-        return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.config_test(config)
 
 
 @runtime_checkable

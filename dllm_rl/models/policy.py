@@ -6,7 +6,7 @@
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -430,7 +430,9 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     # A model that was never saved has no architectures.
     config["architectures"] = config.get("architectures") or [class_name]
     spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
-    if spec.stock_model is not None:  # a class from a checkpoint's code, which `load_policy` converts to a stock class
+    if (
+        spec.files.stock_model is not None
+    ):  # a class from a checkpoint's code, which `load_policy` converts to a stock class
         raise ValueError(
             f"{class_name} is defined by code that comes with its checkpoint; pass the checkpoint's folder or id "
             "instead of the module, so that a stock transformers class is used"
@@ -439,11 +441,8 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     return spec
 
 
-# Fields of a spec that its policy uses. The other fields say how a checkpoint is recognized and read.
-POLICY_FIELDS = (
-    *("attention", "shift", "block_size", "causal_context", "is_also_causal", "mask_id", "eos_ids", "max_length"),
-    *("vocab_size", "encode", "head", "new_cache", "lora_targets", "float32_rope"),
-)
+# Fields of a spec that its policy uses. The others are its name, and how a checkpoint is recognized and read.
+POLICY_FIELDS = [field.name for field in fields(FamilySpec) if field.name not in ("name", "files")]
 
 
 def _is_custom(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> bool:
@@ -451,7 +450,7 @@ def _is_custom(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> bool:
     if not isinstance(module, PreTrainedModel):
         return False  # no config is saved
     raw = module.config.to_dict() | {"architectures": [type(module).__name__]}
-    folder = Path(spec.checkpoint_folder) if spec.checkpoint_folder else None
+    folder = Path(spec.files.folder) if spec.files.folder else None
     try:
         check_tokenizer(tokenizer, stock=True)
         generation = getattr(module, "generation_config", None)
@@ -646,7 +645,7 @@ def as_causal(policy: Policy) -> ModulePolicy:
             layer.is_causal = True
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
     # It is a stock causal model, but for `mask_id`, which `Autoregress` never draws.
-    spec = replace(spec, is_also_causal=False, encode=encode_base, stock_model=None, tensor_names=(), fused_qkv=None)
+    spec = replace(spec, is_also_causal=False, encode=encode_base, files=spec.files.of_stock_class())
     causal = _wrapped(module, policy.tokenizer, spec)
     causal.library_spec = spec  # `load_policy` opens it as a causal model, which has no mask
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):

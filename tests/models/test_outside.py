@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dllm_rl import FamilySpec, load_policy, make_policy, register_family
-from dllm_rl.models.base import encode_roberta, mlm_head
+from dllm_rl.models.base import CheckpointFiles, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint import families
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
@@ -72,7 +72,9 @@ def test_a_registered_family_of_a_class_in_the_auto_registry(tmp_path, own_famil
     )
     with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*pass a FamilySpec to register_family"):
         load_policy(folder)
-    register_family(FamilySpec(name="nest", attention="full", architectures=("NestForDiffusionLM",)))
+    register_family(
+        FamilySpec(name="nest", attention="full", files=CheckpointFiles(architectures=("NestForDiffusionLM",)))
+    )
     policy = load_policy(folder)
     assert type(policy.module) is NestForDiffusionLM and policy.spec.name == "nest" and policy.spec.mask_id == 39
     policy.save_pretrained(tmp_path / "b")
@@ -84,7 +86,7 @@ def test_a_class_in_the_auto_registry_whose_name_a_family_knows(tmp_path, own_fa
     folder = renamed_checkpoint(tmp_path, "roberta", "EggForMaskedLM", "egg-of-the-tests")
     with pytest.raises(ValueError, match="EggForMaskedLM computes other logits than its family 'masked_lm'"):
         load_policy(folder)
-    register_family(replace(families.ROBERTA, name="egg", architectures=("EggForMaskedLM",)))
+    register_family(replace(families.ROBERTA, name="egg", files=CheckpointFiles(architectures=("EggForMaskedLM",))))
     assert type(load_policy(folder).module) is EggForMaskedLM
 
 
@@ -134,12 +136,14 @@ def test_a_masked_lm_computes_what_its_class_does(name, dtype):
 
 
 def test_a_family_is_replaced_under_its_name_and_comes_first(own_families):
-    spec = FamilySpec(name="roberta", attention="full", architectures=("EggForMaskedLM",), head=mlm_head)
+    spec = FamilySpec(
+        name="roberta", attention="full", head=mlm_head, files=CheckpointFiles(architectures=("EggForMaskedLM",))
+    )
     register_family(spec)
     register_family(replace(spec, encode=encode_roberta))
     assert [family.name for family in families.FAMILIES].count("roberta") == 1
     assert families.FAMILIES[0].encode is encode_roberta
-    with pytest.raises(ValueError, match=r"architectures=\(\) of the family 'mine'"):
+    with pytest.raises(ValueError, match=r"files\.architectures=\(\) of the family 'mine'"):
         register_family(FamilySpec(name="mine", attention="full"))
 
 

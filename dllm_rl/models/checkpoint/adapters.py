@@ -135,7 +135,9 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     names = stock_to_original(policy.spec)
     state = {_original_name(name, names): tensor for name, tensor in saved_state.items()}
     linear, experts = _adapted_paths(state)
-    stock_paths = {rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear}
+    stock_paths = {
+        rename_tensor(f"{path}.weight", policy.spec.files.tensor_names).removesuffix(".weight") for path in linear
+    }
     # Tensors of other layers do not fit, see below.
     targets = sorted(path for path, _ in policy.module.named_modules() if path in stock_paths)
     settings = Lora(

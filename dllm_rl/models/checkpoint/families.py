@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_esm, encode_roberta, mlm_head
+from dllm_rl.models.base import BERT_LINEARS, CheckpointFiles, FamilySpec, encode_esm, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint.rope import rope_parameters
 from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 
@@ -164,124 +164,150 @@ _BLOCK += [("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", 
 LLADA = FamilySpec(
     name="llada",
     attention="full",
-    architectures=("LLaDAModelLM", "LLaDAModel"),
-    config_test=lambda raw: "num_experts" not in raw,
-    stock_model=llada,
     float32_rope=True,
     mask_id=126336,
-    mask_vocabulary=126464,
-    mask_names=("<|mdm_mask|>", "[MDM_MASK]"),
-    end_tokens=("<|eot_id|>",),
-    tensor_names=(
-        ("model.transformer.wte", "model.embed_tokens"),
-        ("model.transformer.ln_f", "model.norm"),
-        ("model.transformer.ff_out", "lm_head"),
-        *((f"model.transformer.blocks.*.{a}", f"model.layers.*.{b}") for a, b in _BLOCK),
+    files=CheckpointFiles(
+        architectures=("LLaDAModelLM", "LLaDAModel"),
+        config_test=lambda raw: "num_experts" not in raw,
+        stock_model=llada,
+        mask_vocabulary=126464,
+        mask_names=("<|mdm_mask|>", "[MDM_MASK]"),
+        end_tokens=("<|eot_id|>",),
+        tensor_names=(
+            ("model.transformer.wte", "model.embed_tokens"),
+            ("model.transformer.ln_f", "model.norm"),
+            ("model.transformer.ff_out", "lm_head"),
+            *((f"model.transformer.blocks.*.{a}", f"model.layers.*.{b}") for a, b in _BLOCK),
+        ),
     ),
 )
 ILLADA = FamilySpec(
     name="illada",
     attention="full",
-    architectures=("ILLaDAForCausalLM",),
-    stock_model=plain_llama,
     mask_id=5,
-    mask_vocabulary=155136,
-    mask_names=("<[MASK]>",),
+    files=CheckpointFiles(
+        architectures=("ILLaDAForCausalLM",),
+        stock_model=plain_llama,
+        mask_vocabulary=155136,
+        mask_names=("<[MASK]>",),
+    ),
 )
 LLADA_MOE = FamilySpec(
     name="llada_moe",
     attention="full",
-    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "LLaDAModelLM"),
-    config_test=lambda raw: "num_experts" in raw,
-    stock_model=llada_moe,
     mask_id=156895,
-    mask_vocabulary=157184,
-    mask_names=("<|mask|>",),
-    end_tokens=("<|role_end|>",),
+    files=CheckpointFiles(
+        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "LLaDAModelLM"),
+        config_test=lambda raw: "num_experts" in raw,
+        stock_model=llada_moe,
+        mask_vocabulary=157184,
+        mask_names=("<|mask|>",),
+        end_tokens=("<|role_end|>",),
+    ),
 )
 LLADA2 = FamilySpec(
     name="llada2",
     attention="block_causal",
     block_size=32,
-    architectures=("LLaDA2MoeModelLM",),
-    stock_model=llada2,
     mask_id=156895,
-    mask_vocabulary=157184,
-    mask_names=("<|mask|>",),
-    end_tokens=("<|role_end|>",),
-    fused_qkv="model.layers.*.attention.query_key_value",
-    tensor_names=(
-        ("model.word_embeddings", "model.embed_tokens"),
-        ("model.layers.*.attention.query_layernorm", "model.layers.*.self_attn.q_norm"),
-        ("model.layers.*.attention.key_layernorm", "model.layers.*.self_attn.k_norm"),
-        ("model.layers.*.attention.dense", "model.layers.*.self_attn.o_proj"),
-        ("model.layers.*.mlp.gate.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias"),
+    files=CheckpointFiles(
+        architectures=("LLaDA2MoeModelLM",),
+        stock_model=llada2,
+        mask_vocabulary=157184,
+        mask_names=("<|mask|>",),
+        end_tokens=("<|role_end|>",),
+        fused_qkv="model.layers.*.attention.query_key_value",
+        tensor_names=(
+            ("model.word_embeddings", "model.embed_tokens"),
+            ("model.layers.*.attention.query_layernorm", "model.layers.*.self_attn.q_norm"),
+            ("model.layers.*.attention.key_layernorm", "model.layers.*.self_attn.k_norm"),
+            ("model.layers.*.attention.dense", "model.layers.*.self_attn.o_proj"),
+            ("model.layers.*.mlp.gate.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias"),
+        ),
     ),
 )
 DREAM = FamilySpec(
     name="dream",
     attention="full",
     shift=True,
-    architectures=("DreamModel",),
-    stock_model=dream,
     mask_id=151666,
-    mask_vocabulary=152064,
-    mask_names=("<|mask|>",),
-    end_tokens=("<|im_end|>",),
+    files=CheckpointFiles(
+        architectures=("DreamModel",),
+        stock_model=dream,
+        mask_vocabulary=152064,
+        mask_names=("<|mask|>",),
+        end_tokens=("<|im_end|>",),
+    ),
 )
 SDAR = FamilySpec(
     name="sdar",
     attention="block_causal",
     block_size=4,
-    architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
-    stock_model=sdar,
     mask_id=151669,
-    mask_vocabulary=151936,
-    mask_names=("<|MASK|>",),
-    end_tokens=("<|im_end|>",),
+    files=CheckpointFiles(
+        architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
+        stock_model=sdar,
+        mask_vocabulary=151936,
+        mask_names=("<|MASK|>",),
+        end_tokens=("<|im_end|>",),
+    ),
 )
 RND1 = FamilySpec(
     name="rnd1",
     attention="full",
     shift=True,
-    architectures=("RND1", "RND1LM"),
-    stock_model=sdar,
     mask_id=151669,
-    mask_vocabulary=151936,
+    files=CheckpointFiles(
+        architectures=("RND1", "RND1LM"),
+        stock_model=sdar,
+        mask_vocabulary=151936,
+    ),
 )
 STABLE_DIFFCODER = FamilySpec(
     name="stable_diffcoder",
     attention="block_causal",
     block_size=4,
-    architectures=("StableDiffcoderForCausalLM",),
-    stock_model=plain_llama,
     mask_id=5,
-    mask_vocabulary=155136,
-    mask_names=("<[MASK_TOKEN]>",),
+    files=CheckpointFiles(
+        architectures=("StableDiffcoderForCausalLM",),
+        stock_model=plain_llama,
+        mask_vocabulary=155136,
+        mask_names=("<[MASK_TOKEN]>",),
+    ),
 )
 A2D = FamilySpec(
     name="a2d",
     attention="full",
-    architectures=("A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
-    stock_model=a2d,
-    mask_names=("<|mask|>",),
-    end_tokens=("<|im_end|>",),
+    files=CheckpointFiles(
+        architectures=("A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
+        stock_model=a2d,
+        mask_names=("<|mask|>",),
+        end_tokens=("<|im_end|>",),
+    ),
 )
 # The published configs of bd3lm and mdlm are the same: only a block size distinguishes them.
 A2D_BLOCKS = replace(
-    A2D, name="a2d_blocks", attention="block_causal", config_test=lambda raw: bool(raw.get("block_size"))
+    A2D,
+    name="a2d_blocks",
+    attention="block_causal",
+    files=replace(
+        A2D.files,
+        config_test=lambda raw: bool(raw.get("block_size")),
+    ),
 )
 NEMOTRON_AR = FamilySpec(
     name="nemotron_ar",
     attention="causal",
     shift=True,
-    architectures=("NemotronLabsDiffusionModel",),
-    config_test=lambda raw: raw.get("dlm_paradigm") == "autoregressive",
-    stock_model=nemotron,
-    tensor_names=(
-        ("diffusion_head", "lm_head"),
-        *((f"encoder.{name}", f"model.{name}") for name in ("embed_tokens", "norm")),
-        *((f"encoder.layers.*.{name}", f"model.layers.*.{name}") for _, name in _BLOCK),
+    files=CheckpointFiles(
+        architectures=("NemotronLabsDiffusionModel",),
+        config_test=lambda raw: raw.get("dlm_paradigm") == "autoregressive",
+        stock_model=nemotron,
+        tensor_names=(
+            ("diffusion_head", "lm_head"),
+            *((f"encoder.{name}", f"model.{name}") for name in ("embed_tokens", "norm")),
+            *((f"encoder.layers.*.{name}", f"model.layers.*.{name}") for _, name in _BLOCK),
+        ),
     ),
 )
 NEMOTRON = replace(
@@ -292,46 +318,76 @@ NEMOTRON = replace(
     causal_context=True,
     is_also_causal=True,
     shift=False,
-    config_test=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
     mask_id=100,
-    mask_vocabulary=131072,
+    files=replace(
+        NEMOTRON_AR.files,
+        config_test=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
+        mask_vocabulary=131072,
+    ),
 )
 DIFFUSION_GEMMA = FamilySpec(
     name="diffusion_gemma",
     attention="encoder_decoder",
-    architectures=("DiffusionGemmaForBlockDiffusion",),
     encode=encode_denoiser,
     head=softcapped_head,
+    files=CheckpointFiles(
+        architectures=("DiffusionGemmaForBlockDiffusion",),
+    ),
 )
 MASKED_LM = FamilySpec(
     name="masked_lm",
     attention="full",
-    architectures=("*ForMaskedLM",),
     head=mlm_head,
     lora_targets=BERT_LINEARS,
-    ignored_tensors=(r".*\.pooler\..*", r"cls\.seq_relationship\..*", r".*\.position_ids"),
+    files=CheckpointFiles(
+        architectures=("*ForMaskedLM",),
+        ignored_tensors=(r".*\.pooler\..*", r"cls\.seq_relationship\..*", r".*\.position_ids"),
+    ),
 )
 ROBERTA = replace(
     MASKED_LM,
     name="roberta",
-    architectures=("*RobertaForMaskedLM", "RobertaPreLayerNormForMaskedLM", "CamembertForMaskedLM"),
     encode=encode_roberta,
+    files=replace(
+        MASKED_LM.files,
+        architectures=("*RobertaForMaskedLM", "RobertaPreLayerNormForMaskedLM", "CamembertForMaskedLM"),
+    ),
 )
-ESM = replace(MASKED_LM, name="esm", architectures=("EsmForMaskedLM",), encode=encode_esm)
+ESM = replace(
+    MASKED_LM,
+    name="esm",
+    encode=encode_esm,
+    files=replace(
+        MASKED_LM.files,
+        architectures=("EsmForMaskedLM",),
+    ),
+)
 DIFFUSION_LM = FamilySpec(
     name="diffusion_lm",  # a stock causal class whose config says is_causal=False
     attention="full",
-    architectures=("*ForCausalLM", "*LMHeadModel"),
-    config_test=lambda raw: raw.get("is_causal") is False,
+    files=CheckpointFiles(
+        architectures=("*ForCausalLM", "*LMHeadModel"),
+        config_test=lambda raw: raw.get("is_causal") is False,
+    ),
 )
 SHIFTED_DIFFUSION_LM = replace(
     DIFFUSION_LM,
     name="shifted_diffusion_lm",
     shift=True,
     is_also_causal=True,
-    config_test=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
+    files=replace(
+        DIFFUSION_LM.files,
+        config_test=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
+    ),
 )
-CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
+CAUSAL_LM = FamilySpec(
+    name="causal_lm",
+    attention="causal",
+    shift=True,
+    files=CheckpointFiles(
+        architectures=("*ForCausalLM", "*LMHeadModel"),
+    ),
+)
 
 # The first family that matches a config is used: specific families come first.
 FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
@@ -346,13 +402,15 @@ def register_family(spec: FamilySpec) -> None:
     module.
 
     Args:
-        spec: FamilySpec with `architectures`.
+        spec: FamilySpec with `files`, which name its `architectures`.
 
     Raises:
-        ValueError: The spec has no `architectures`.
+        ValueError: The spec names no `architectures`.
     """
-    if not spec.architectures:
-        raise ValueError(f"architectures=() of the family {spec.name!r}: name the class that its config.json names")
+    if not spec.files.architectures:
+        raise ValueError(
+            f"files.architectures=() of the family {spec.name!r}: name the class that its config.json names"
+        )
     FAMILIES[:] = [spec, *(family for family in FAMILIES if family.name != spec.name)]
 
 
@@ -381,12 +439,12 @@ def find_family(raw: dict) -> FamilySpec:
     if (name := raw.get(FAMILY_FIELD)) is not None:  # a copy in the stock class's layout
         for family in FAMILIES:
             if family.name == name:
-                return replace(family, stock_model=None, tensor_names=(), fused_qkv=None)
+                return replace(family, files=family.files.of_stock_class())
         raise ValueError(f"{FAMILY_FIELD}={name!r} is not a known family; pass its FamilySpec to register_family first")
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
         # A checkpoint's custom class may also be called ...ForCausalLM.
-        if family.matches(raw) and (family.stock_model or stock_class(raw) is not None):
+        if family.files.match(raw) and (family.files.stock_model or stock_class(raw) is not None):
             return family
     if raw.get("model_type") == "diffusion_gemma":
         raise ValueError(
@@ -394,7 +452,7 @@ def find_family(raw: dict) -> FamilySpec:
             f"DiffusionGemmaForBlockDiffusion that transformers {transformers.__version__} has; upgrade it (5.23 has "
             "the class), or correct config.json"
         )
-    known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
+    known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.files.architectures}))
     code = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
     raise ValueError(
         f"architectures={architecture!r} is not known{code}; known are {known}; "

@@ -110,7 +110,7 @@ def load_module(
                 f"{folder} has a model's weights ({files[0]}) and adapters ({ADAPTER_CONFIG}); give a folder with one "
                 "of the two"
             )
-        tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
+        tokenizer = load_tokenizer(folder, stock=family.files.stock_model is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         num_stored = sum(map(prod, shapes.values()))
         if files:
@@ -120,7 +120,7 @@ def load_module(
                 raise RuntimeError(
                     f"config.json describes {num_parameters:,} parameters, but the files have {num_stored:,} numbers"
                 )
-            check_dtypes(dtypes, sizes if family.stock_model is None else None, folder)
+            check_dtypes(dtypes, sizes if family.files.stock_model is None else None, folder)
         if quantization is not None:
             if family.attention == "encoder_decoder":
                 raise ValueError(
@@ -131,7 +131,7 @@ def load_module(
             options["device_map"] = {"": device}  # otherwise bitsandbytes would use the first GPU
         with quiet_progress():
             cls, config = class_and_config(raw, family)
-            if family.stock_model is None:
+            if family.files.stock_model is None:
                 module, report = cls.from_pretrained(folder, config=config, **options)
             else:
                 state = to_stock(read_tensors(folder), family, config)
@@ -145,7 +145,7 @@ def load_module(
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
-        if family.stock_model is not None:  # `from_pretrained` did not read generation_config.json
+        if family.files.stock_model is not None:  # `from_pretrained` did not read generation_config.json
             module.generation_config.eos_token_id = list(spec.eos_ids)
     return prepare_in_place(module if quantization else module.to(device), spec), tokenizer, spec
 
@@ -163,8 +163,8 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
     """Return a family's stock class, and its config from a checkpoint's fields."""
-    if family.stock_model is not None:
-        cls, config = family.stock_model(without_implementation_fields(raw))
+    if family.files.stock_model is not None:
+        cls, config = family.files.stock_model(without_implementation_fields(raw))
         setattr(config, FAMILY_FIELD, family.name)
         if family.attention == "block_causal":
             config.block_size = raw.get("block_size") or family.block_size
@@ -347,7 +347,7 @@ def prepare_in_place(module: Module, spec: FamilySpec) -> Module:
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
     """Raise ValueError if transformers reports a missing or unexpected tensor, or one of another shape."""
-    ignored = re.compile("|".join(family.ignored_tensors) or r"(?!)")  # (?!) matches nothing
+    ignored = re.compile("|".join(family.files.ignored_tensors) or r"(?!)")  # (?!) matches nothing
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
         if names:
@@ -395,8 +395,8 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.stock_model:
-        changes |= {"original_config": raw, "checkpoint_folder": str(folder) if folder else None}
+    if family.files.stock_model:
+        changes["files"] = replace(family.files, original_config=raw, folder=str(folder) if folder else None)
     return replace(family, **changes)
 
 
@@ -420,14 +420,16 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     Raise ValueError if there is none, if the config and the tokenizer disagree, or if it is outside the vocabulary.
     """
     # If the tokenizer has two of the names, neither is used: which of them was trained as the mask is unknown.
-    named_ids = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
+    named_ids = set(map(tokenizer.get_vocab().get, family.files.mask_names)) - {None}
     named_id = named_ids.pop() if len(named_ids) == 1 else None
     # In a vocabulary of another size, the family's id is an ordinary token.
-    family_id = family.mask_id if config.vocab_size == family.mask_vocabulary else None
+    family_id = family.mask_id if config.vocab_size == family.files.mask_vocabulary else None
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, named_id, family_id)
     mask_id = next((token for token in candidates if token is not None), None)
     if mask_id is None:
-        default = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
+        default = (
+            f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.files.mask_vocabulary})"
+        )
         raise ValueError(
             f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
             f"tokens{'' if family.mask_id is None else default}; set mask_token_id in config.json, or "
@@ -461,7 +463,7 @@ def find_eos_ids(
     # the mask of Nucleotide Transformer. transformers saves the default as if it had been given.
     if mask_id is not None and config_eos_ids == mask_id == getattr(type(config), "eos_token_id", None):
         config_eos_ids = None
-    ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
+    ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.files.end_tokens)]
     for eos_ids in (generation_eos_ids, config_eos_ids):  # each an id, a list of ids or None
         ids = [*(eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]), *ids]
     if family.head is mlm_head and not any(token is not None for token in ids):
@@ -576,7 +578,7 @@ def save_module(
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
             write_tensors(merged_state_dict(module, device="cpu"), directory, max_shard_size=MAX_FILE_SIZE)
-        elif stock or custom or spec.stock_model is None:
+        elif stock or custom or spec.files.stock_model is None:
             merged = merged_copy(module, device="cpu") if has_adapted_or_low_bit(module) else module
             layout = {"save_original_format": False} if custom else {}
             remove_weights(directory)
@@ -586,17 +588,17 @@ def save_module(
                 fields = json.loads(config.read_text()) | {CUSTOM_SPEC_FIELD: spec.name}
                 config.write_text(json.dumps(fields, indent=2) + "\n")
         else:
-            assert spec.original_config is not None, "the spec is of a checkpoint, not of a family"
+            assert spec.files.original_config is not None, "the spec is of a checkpoint, not of a family"
             state = lazy_merged_tensors(module)
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=MAX_FILE_SIZE)
             dtype = str(main_dtype(state)).removeprefix("torch.")
-            keys = [key for key in ("dtype", "torch_dtype") if key in spec.original_config] or ["torch_dtype"]
-            fields = spec.original_config | dict.fromkeys(keys, dtype)
+            keys = [key for key in ("dtype", "torch_dtype") if key in spec.files.original_config] or ["torch_dtype"]
+            fields = spec.files.original_config | dict.fromkeys(keys, dtype)
             # The table may have been resized. LLaDA's is larger than its vocabulary if the config has both sizes.
             size_field = "embedding_size" if fields.get("embedding_size") else "vocab_size"
             fields[size_field] = module.config.vocab_size
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            source = Path(spec.checkpoint_folder or directory)
+            source = Path(spec.files.folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():
                 # Copy the checkpoint's code for other tools. This library never runs it.
                 for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:

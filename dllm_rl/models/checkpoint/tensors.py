@@ -156,7 +156,7 @@ def mismatched_tensors(state: State, module_state: State) -> list[str]:
 
 def stock_to_original(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
     """Return a family's pairs (stock class's name, original name), for `rename_tensor`."""
-    return tuple((stock, original) for original, stock in spec.tensor_names)
+    return tuple((stock, original) for original, stock in spec.files.tensor_names)
 
 
 def rename_tensor(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
@@ -179,14 +179,14 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
-        parent = spec.fused_qkv and rename_tensor(stem, ((spec.fused_qkv, ATTENTION),))
+        parent = spec.files.fused_qkv and rename_tensor(stem, ((spec.files.fused_qkv, ATTENTION),))
         if parent and parent != stem:
             heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
             rows = [number * config.head_dim for number in heads]
             for part, value in zip(QKV, tensor.split(rows), strict=True):
                 out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor in memory
         else:
-            out[rename_tensor(name, spec.tensor_names)] = tensor
+            out[rename_tensor(name, spec.files.tensor_names)] = tensor
     return out
 
 
@@ -201,7 +201,7 @@ def to_original(state: dict[str, LazyTensor], spec: FamilySpec, config: Any) -> 
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
         attention, _, projection = stem.rpartition(".")
-        fused = spec.fused_qkv and rename_tensor(attention, ((ATTENTION, spec.fused_qkv),))
+        fused = spec.files.fused_qkv and rename_tensor(attention, ((ATTENTION, spec.files.fused_qkv),))
         if fused and fused != attention and projection in QKV:
             if projection == QKV[0]:  # one fused tensor replaces the three
                 out[f"{fused}.{leaf}"] = _concatenate([state[f"{attention}.{p}.{leaf}"] for p in QKV])

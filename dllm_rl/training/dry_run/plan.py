@@ -210,7 +210,7 @@ def save_lines(step: PlannedStep, memory: Memory) -> list[str]:
     host_bytes = min(weight_bytes, MAX_FILE_SIZE)  # one file of weights at a time
     if recipe.async_save or step.shard_size > 1:
         host_bytes += weight_bytes + state_bytes * recipe.async_save
-    elif recipe.lora is not None and step.policy.spec.stock_model is None:  # transformers saves a merged copy
+    elif recipe.lora is not None and step.policy.spec.files.stock_model is None:  # transformers saves a merged copy
         host_bytes = weight_bytes
     last_size = f", the last one {full_bytes / GB:.3f} GB" if only_adapters else ""
     return [

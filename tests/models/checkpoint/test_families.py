@@ -359,7 +359,7 @@ def test_a_tokenizer_of_the_checkpoints_own_is_built_from_its_files(tmp_path):
     assert load_policy(tmp_path / "saved").tokenizer("cab<|mask|>")["input_ids"] == [2, 26, 30]
 
 
-@pytest.mark.parametrize("family", [family for family in families.FAMILIES if family.end_tokens])
+@pytest.mark.parametrize("family", [family for family in families.FAMILIES if family.files.end_tokens])
 def test_the_token_that_ends_a_turn_ends_a_completion(family):
     named, token = tokenizer(), {"llada": "<|eot_id|>", "llada_moe": "<|role_end|>", "llada2": "<|role_end|>"}
     named.add_tokens([token.get(family.name, "<|im_end|>")], special_tokens=True)
@@ -404,7 +404,9 @@ def test_another_class_name_in_a_known_layout_is_three_lines(tmp_path, monkeypat
     with pytest.raises(ValueError, match="MyDiffusionLM"):
         load_policy(folder)
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
-    register_family(replace(families.LLADA, name="mine", architectures=("MyDiffusionLM",)))
+    register_family(
+        replace(families.LLADA, name="mine", files=replace(families.LLADA.files, architectures=("MyDiffusionLM",)))
+    )
     mine, published_one = load_policy(folder), load_policy(published(tmp_path / "own", "llada"))
     assert mine.spec.mask_id == 7
     tokens = ids(6)

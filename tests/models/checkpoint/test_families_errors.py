@@ -229,7 +229,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("layout", OTHERWISE, ids=lambda layout: layout.__name__)
 def test_every_field_that_the_stock_class_computes_otherwise_is_refused(layout):
     raw, _ = layout()
-    native = find_family(raw).stock_model
+    native = find_family(raw).files.stock_model
     native(raw)
     for field, value in OTHERWISE[layout].items():
         refused(f"{field}={value!r} is not supported for {raw['architectures'][0]}", native, raw | {field: value})
