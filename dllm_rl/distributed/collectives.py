@@ -1,6 +1,6 @@
 """Collectives over the processes of a run, and each process's share of a batch.
 
-`Metrics` maps a name to (sum, count); `reduce_metrics` divides after it has summed both over all processes.
+`SumsAndCounts` maps a name to (sum, count); `reduce_metrics` divides after it has summed both over all processes.
 """
 
 import os
@@ -30,7 +30,7 @@ from dllm_rl.device import device_name, find_device
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.versions import versions
 
-Metrics = dict[str, tuple[Tensor, Tensor]]
+SumsAndCounts = dict[str, tuple[Tensor, Tensor]]
 BUCKET = 2**25  # elements of a bucket of gradients; at most two buckets are in memory
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
@@ -117,7 +117,7 @@ def sum_over(counts: Tensor, accelerator: "Processes") -> Tensor:
 
 
 @collective
-def reduce_metrics(metrics: Metrics, accelerator: "Processes", *, shares: Sequence[str] = ()) -> dict[str, float]:
+def reduce_metrics(metrics: SumsAndCounts, accelerator: "Processes", *, shares: Sequence[str] = ()) -> dict[str, float]:
     """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0.
 
     The sums of the metrics named in `shares` are each process's share of the value, and are not divided.
@@ -132,7 +132,7 @@ def reduce_metrics(metrics: Metrics, accelerator: "Processes", *, shares: Sequen
     return means
 
 
-def wait_metrics_of(stage: str, accelerator: Accelerator) -> Metrics:
+def wait_metrics_of(stage: str, accelerator: Accelerator) -> SumsAndCounts:
     """Wait for all processes; return the seconds as metric waiting/STAGE. Return {} if there is only one process."""
     if accelerator.num_processes == 1:
         return {}

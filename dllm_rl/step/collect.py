@@ -18,7 +18,7 @@ from dllm_rl.decoding.support import with_support
 from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, prompt_ids, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
-    Metrics,
+    SumsAndCounts,
     gather_objects,
     gather_on_host,
     reduce_metrics,
@@ -62,7 +62,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     """
     settings, accelerator, log, history = context.settings, context.accelerator, context.log, context.history
     indices = prompt_indices(settings, history, step)
-    sizes = group_sizes(settings, history, indices, step)
+    sizes = draw_group_sizes(settings, history, indices, step)
     group = torch.arange(len(sizes)).repeat_interleave(sizes)
     counts = rows_of_processes(sizes, accelerator.num_processes)
     draw = partial(draw_and_grade, context, step, sizes=sizes)
@@ -306,7 +306,7 @@ def reward_metrics(
     num_forwards = sum(item.forwards for item in graded)
     texts = [item.completion for item in graded]
     num_distinct = len(set(zip(local_group.tolist(), texts, strict=True)))
-    sums_and_counts: Metrics = {
+    sums_and_counts: SumsAndCounts = {
         "parsed": (torch.tensor(sum(parsed), dtype=torch.float64), torch.tensor(len(parsed))),
         "completions/mean_length": (lengths.sum(), count),
         "completions/clipped_ratio": (torch.tensor(num_clipped), count),
@@ -356,7 +356,7 @@ def prompt_indices(
     return indices
 
 
-def group_sizes(
+def draw_group_sizes(
     settings: StepSettings, history: RewardHistory, indices: Int[Tensor, " P"], step: int
 ) -> Int[Tensor, " P"]:
     """Return the number of completions of each prompt of a step, over all processes, from `prompt_source`.

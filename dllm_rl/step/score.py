@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed.collectives import Metrics
+from dllm_rl.distributed.collectives import SumsAndCounts
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view, row_chunks
@@ -38,7 +38,7 @@ class ScoredSamples:
 
     samples: Samples
     logps: list[Logprobs]
-    order_agreement: Metrics
+    order_agreement: SumsAndCounts
     routing_counts: Tensor | None
     graphs: RetainedGraphs | None = None
 
@@ -69,7 +69,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     rollout = samples.rollout
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
-    order: Metrics = {}
+    order: SumsAndCounts = {}
     routing = None
     if not context.learner_samples:
         # Importance weights do not correct a different order of positions, or different experts. Compare before

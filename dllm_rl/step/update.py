@@ -18,7 +18,7 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import off_policy_metrics
 from dllm_rl.algorithms.optimizers import set_learning_rate
 from dllm_rl.distributed.collectives import (
-    Metrics,
+    SumsAndCounts,
     reduce_metrics,
     sum_gradients,
     sum_over,
@@ -70,7 +70,8 @@ def check_staleness(rollout: Rollout, policy: Policy, *, max_staleness: int = 0)
         )
 
 
-Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics, Tensor]]  # detached log-probs, batch -> loss, metrics, gradient
+# Detached log-probs, batch -> loss, metrics, gradient.
+BatchLoss = Callable[[Tensor, Batch], tuple[Tensor, SumsAndCounts, Tensor]]
 
 
 def update(
@@ -183,10 +184,10 @@ def forward_backward(
     batch: Batch,
     view_logprobs: Float[Tensor, "N B T"],  # log-probs of every view, nats
     *,
-    loss: Loss,
+    loss: BatchLoss,
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
-) -> Metrics:
+) -> SumsAndCounts:
     """Add this process's share of the loss gradient to the parameters and return (sum, count) metrics.
 
     The loss and its derivative use `view_logprobs`. `likelihood.backward` then carries the gradient back to the

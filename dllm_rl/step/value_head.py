@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dllm_rl.algorithms.values import ValueModel, generalized_advantages
-from dllm_rl.distributed.collectives import Metrics, collective, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.distributed.collectives import SumsAndCounts, collective, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import join_uneven_forwards
 from dllm_rl.models.tensor_bytes import deserialize, serialize
@@ -30,7 +30,7 @@ class ValueHead(StepFeature):
         self.saved: dict[str, Tensor] | None = None  # weights and moments of AdamW, from a checkpoint
         self.layers: nn.Sequential | None = None
         self.num_values = 0.0  # number of values in the gradient, since the last `learn`
-        self.sums: Metrics = {}  # for `metrics`, of the last set of views
+        self.sums: SumsAndCounts = {}  # for `metrics`, of the last set of views
 
     def build(self, width: int, device: torch.device) -> nn.Sequential:
         """Make the layers for hidden states of this width, or load them from a checkpoint."""

@@ -25,7 +25,7 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.step.collect import GradedCompletion, group_sizes, sample_and_grade
+from dllm_rl.step.collect import GradedCompletion, draw_group_sizes, sample_and_grade
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples
@@ -68,7 +68,7 @@ def rehearse(
             features=(*run_features(recipe), *features),
         )
         first_problems = torch.zeros(recipe.train_batch_size, dtype=torch.long)
-        group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
+        draw_group_sizes(context.settings, context.history, first_problems, 0)  # checks what the source returns
         seeds = row_seeds(generator_for(*key), recipe.num_generations)
         rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
         for drawn in drawn_problems(recipe, learner):

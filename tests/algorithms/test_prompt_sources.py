@@ -20,7 +20,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
-from dllm_rl.step.collect import group_sizes, prompt_indices
+from dllm_rl.step.collect import draw_group_sizes, prompt_indices
 from dllm_rl.training.trainer import train
 from dllm_rl.types import equal_groups
 
@@ -125,14 +125,14 @@ class Sized(UniformPrompts):
 
 def test_a_source_sets_the_sizes_of_the_groups():
     recipe, drawn = tiny_recipe("x"), torch.tensor([5, 6, 7, 8])
-    assert group_sizes(recipe, None, drawn, 0).tolist() == [recipe.num_generations] * 4
+    assert draw_group_sizes(recipe, None, drawn, 0).tolist() == [recipe.num_generations] * 4
     sizes = torch.tensor([1, 7, 2, 2])
     settings = replace(recipe, prompt_source=Sized(sizes=sizes))
-    assert torch.equal(group_sizes(settings, None, drawn, 0), sizes)
+    assert torch.equal(draw_group_sizes(settings, None, drawn, 0), sizes)
     for wrong in ([1, 7, 2, 2], sizes[:3], sizes.float(), torch.tensor([1, 7, 0, 2])):
         settings = replace(recipe, prompt_source=Sized(sizes=wrong))
         with pytest.raises(ValueError, match=r"must return a tensor of 4 whole numbers from 1 on"):
-            group_sizes(settings, None, drawn, 0)
+            draw_group_sizes(settings, None, drawn, 0)
 
 
 def test_the_command_line_names_a_source():
