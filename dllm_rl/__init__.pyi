@@ -95,7 +95,6 @@ from .samplers.rules import Commit as Commit
 from .samplers.rules import Confidence as Confidence
 from .samplers.rules import Entropy as Entropy
 from .samplers.rules import EntropyBound as EntropyBound
-from .samplers.rules import Factor as Factor
 from .samplers.rules import LateSchedule as LateSchedule
 from .samplers.rules import LeftToRight as LeftToRight
 from .samplers.rules import Margin as Margin

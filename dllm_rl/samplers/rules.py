@@ -551,31 +551,6 @@ class SoftThreshold(Commit):
         return draw_set(scores, masked, uniforms, tau=self.tau, temperature=self.temperature)
 
 
-class Factor(Commit):
-    """Commit the n positions with the highest p, for the largest n whose n-th p is >= 1 - f/(n+1); at least one.
-
-    Use it in place of `Threshold`, if more positions per step should require more certainty. It needs
-    log-probabilities as scores (rank=Confidence() or MaxProb()).
-
-    Args:
-        f: Tolerance, above 0. A larger value writes more positions per step.
-
-    Source: Fast-dLLM's factor rule, arXiv 2505.22618 [paper].
-    """
-
-    f: float = option(above=0)
-
-    order = "deterministic"
-    adaptive = True
-    required_ranks = (MaxProb(), Confidence())
-
-    def __call__(self, scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
-        sorted_probs = scores.sort(dim=-1, descending=True).values.exp()
-        n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-        count = torch.where(sorted_probs >= 1 - self.f / (n + 1), n, 1).amax(-1)
-        return highest(scores, masked, count=count)
-
-
 class EntropyBound(Commit):
     """Commit the positions U of lowest entropy H, as many as satisfy sum_U H - max_U H <= gamma, in nats (EB-Sampler).
 

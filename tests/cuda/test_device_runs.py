@@ -95,7 +95,6 @@ RULES = {
     "late_schedule": {"commit": rules.LateSchedule()},
     "origin": {"commit": rules.Origin(), "rank": rules.RandomOrder(), "temperature": 0.7},
     "threshold": {"commit": rules.Threshold(tau=0.3)},
-    "factor": {"commit": rules.Factor(f=1.0), "rank": rules.MaxProb()},
     "entropy_bound": {"commit": rules.EntropyBound(gamma=0.5), "rank": rules.Entropy()},
     "filters": {"top_k": 3, "top_p": 0.9, "suppress": (2,)},
     "blocks, early exit": {"block_size": 3, "approximate_early_exit": True},

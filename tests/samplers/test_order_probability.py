@@ -29,7 +29,6 @@ COMMITS = {
     "origin": rules.Origin(),
     "threshold": rules.Threshold(tau=0.6),
     "soft_threshold": rules.SoftThreshold(tau=0.6),
-    "factor": rules.Factor(f=0.5),
     "entropy_bound": rules.EntropyBound(gamma=0.6),
     "remask": revise.Remask(eta=0.3),
     "soft_edit": revise.SoftEdit(rate=0.3),

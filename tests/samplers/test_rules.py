@@ -86,19 +86,6 @@ def test_threshold():
         commit(rules.Threshold(tau=1.5), logs(0.5))
 
 
-def test_factor():
-    """f = 1: p_(n) >= 1 - 1/(n+1) asks 1/2, 2/3, 3/4, 4/5 of the best, second, third, fourth."""
-    assert commit(rules.Factor(f=1.0), logs(0.76, 0.8, 0.9, 0.7)) == [0, 1, 2]
-    assert commit(rules.Factor(f=1.0), logs(0.81, 0.82, 0.9, 0.85)) == [0, 1, 2, 3]
-    assert commit(rules.Factor(f=1.0), logs(0.3, 0.4, None, 0.2)) == [1]
-    assert commit(rules.Factor(f=5.0), logs(0.3, 0.4, None, 0.2)) == [0, 1, 3]
-    # The LARGEST n counts: the second fails (0.65 < 2/3) and so does the third; with f = 1.2 the third passes again.
-    assert commit(rules.Factor(f=1.0), logs(0.65, 0.64, 0.66)) == [2]
-    assert commit(rules.Factor(f=1.2), logs(0.65, 0.7, 0.72)) == [1, 2]
-    with pytest.raises(ValueError, match="f=0"):
-        commit(rules.Factor(f=0.0), logs(0.5))
-
-
 def test_entropy_bound():
     """Entropies 0.1, 0.2, 0.4, 1.0: sums without the largest are 0, 0.1, 0.3, 0.7."""
     scores = [-0.4, -0.1, -1.0, None, -0.2]
@@ -165,7 +152,6 @@ RANKS = (rules.MaxProb(), rules.Confidence(), rules.Margin(), rules.Entropy(), r
     ("rule", "fitting"),
     [
         (rules.Threshold(tau=0.9), {"MaxProb", "Confidence"}),
-        (rules.Factor(f=1.0), {"MaxProb", "Confidence"}),
         (rules.SoftThreshold(tau=0.9), {"MaxProb"}),
         (rules.EntropyBound(gamma=0.1), {"Entropy"}),
         (rules.Origin(), {"RandomOrder"}),

@@ -109,7 +109,6 @@ RULES = {
     "origin": {"rank": rules.RandomOrder(), "commit": rules.Origin()},
     "threshold": {"rank": rules.Confidence(), "commit": rules.Threshold(tau=0.3)},
     "soft_threshold": {"rank": rules.MaxProb(), "commit": rules.SoftThreshold(tau=0.3, temperature=1.0)},
-    "factor": {"rank": rules.MaxProb(), "commit": rules.Factor(f=1.5), "top_p": 0.8},
     "greedy": {"temperature": 0.0, "commit": rules.Threshold(tau=0.3), "suppress": (2, 5)},
 }
 
@@ -139,7 +138,7 @@ def test_row_depends_on_itself_only(policy, name):
             torch.testing.assert_close(alone.unmask_step[0, -20:], other.unmask_step[index, -20:], rtol=0, atol=0)
             torch.testing.assert_close(alone.logprobs[0, -20:], other.logprobs[index, -20:], rtol=0, atol=1e-5)
         ends.add(alone.forwards)
-    if name in ("threshold", "soft_threshold", "factor", "entropy"):
+    if name in ("threshold", "soft_threshold", "entropy"):
         assert len(ends) > 1 and together.forwards == int(together.unmask_step.max()) + 1 < 8 * 20  # ragged ends
 
 
