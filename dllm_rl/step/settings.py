@@ -65,7 +65,6 @@ class StepSettings(Settings):
     advantages: Advantages = option(
         default=GroupRelative(), help="advantages (B,) of rewards (B,) in groups: GroupRelative, LeaveOneOut, Decoupled"
     )
-    reward_scale: float = option(default=1.0, help="factor of every reward", above=0)
     value_model: ValueModel | None = option(
         default=None,
         help="subtract a learned value from the advantage at each denoising step; None: one advantage per row",
