@@ -139,7 +139,7 @@ class _BlockCache:
 
     @no_type_check
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys = keys.to(values.dtype)  # as in `samplers.kv_cache.KVCache`
+        keys = keys.to(values.dtype)  # as in `models.kv_cache.KVCache`
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=-2)
         self.values = values if self.values is None else torch.cat([self.values, values], dim=-2)
         return self.keys, self.values
