@@ -246,6 +246,7 @@ class _Digest:
                 if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                     used[step.argval] = function.__globals__[step.argval]
         used = {name: part for name, part in used.items() if _is_setting(name, part, codes)}
+        used |= _attributes_of_modules(used.values(), codes)
         defaults = _defaults_of(function)
         defaults = {name: part for name, part in defaults.items() if _is_setting(name, part, codes)}
         return _hashed("function", self.of(function.__code__), self.of_mapping(defaults), self.of_mapping(used))
@@ -322,6 +323,27 @@ def _defaults_of(function: FunctionType) -> dict[str, Any]:
     return dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True)) | (
         function.__kwdefaults__ or {}
     )
+
+
+def _attributes_of_modules(values: Iterable[Any], codes: list[CodeType]) -> dict[str, Any]:
+    """Return what the code may read of the user's modules among the values, as MODULE.NAME."""
+    found: dict[str, Any] = {}
+    names = {name for code in codes for name in code.co_names}
+    modules = [value for value in values if _is_module_of_user(value)]
+    for module in modules:  # which grows by the modules of packages
+        for name in sorted(names & vars(module).keys()):
+            part = vars(module)[name]
+            if f"{module.__name__}.{name}" not in found and _is_setting(name, part, codes):
+                found[f"{module.__name__}.{name}"] = part
+                modules += [part] if _is_module_of_user(part) else []
+    return found
+
+
+def _is_module_of_user(value: Any) -> bool:
+    if not isinstance(value, ModuleType):
+        return False
+    places = [getattr(value, "__file__", None), *getattr(value, "__path__", ())]  # of a package the folders
+    return any(place and not place.startswith((*_LIBRARY_FOLDERS, "<frozen")) for place in places)
 
 
 def _content(cell: Any) -> Any:

@@ -428,7 +428,8 @@ def from_json(base: type[Record], value: Any, name: str) -> Any:
         ValueError: The value is no such record, or its class or a function in it is defined in a script.
     """
     stored = {"class_path": value, "init_args": {}} if isinstance(value, str) else value
-    if not isinstance(stored, dict) or stored.keys() != {"class_path", "init_args"}:
+    is_record = isinstance(stored, dict) and stored.keys() == {"class_path", "init_args"}
+    if not is_record or not isinstance(stored["init_args"], dict):
         raise ValueError(
             f'{name}={value!r} is no {base.__name__}; give a name, or {{"class_path": .., "init_args": ..}}'
         )

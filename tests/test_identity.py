@@ -1,7 +1,10 @@
 """Which functions and objects are the same, by what a run computes with them."""
 
 import functools
+import importlib
+import itertools
 import json
+import sys
 
 import pytest
 from hash_seeds import printed_under_hash_seeds
@@ -128,3 +131,33 @@ def test_an_edited_file_of_a_task_is_told_apart(tmp_path, task, before, after):
         (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
         found.append(digest_of_value(task(path=str(tmp_path / "mine.jsonl")).content))
     assert found[0] == found[1] != found[2]
+
+
+RULES = """
+SIGN = {sign}
+calls = 0
+def score(text):
+    global calls
+    calls += 1
+    return SIGN * len(text)
+def unused(text): return {sign}
+"""
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_code_counts_what_it_reads_of_the_users_modules(tmp_path, monkeypatch, package):
+    """Through the module's name, as in `import rules; rules.score(text)`; of a package, also without an __init__."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    folder, name = (tmp_path / "mine", "mine.rules") if package else (tmp_path, "rules")
+    digests = []
+    for sign, uses in ((1, "score"), (1, "score"), (-1, "score"), (-1, "SIGN"), (2, "SIGN"), (2, "calls"), (3, "calls")):
+        (folder / "rules.py").write_text(RULES.format(sign=sign))
+        for module in ("mine", "mine.rules", "rules"):
+            sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        source = f"import math, {name}\ndef f(c): return math.sqrt({name}.{uses}" + ("(c))" if uses == "score" else ")")
+        digests.append(code_of(source))
+        assert code_of(f"{source}  # again") == digests[-1]
+    same = [first == second for first, second in itertools.pairwise(digests)]
+    assert same == [True, False, False, False, False, True]

@@ -56,6 +56,10 @@ class TokenStats:
         """Return the statistics restricted to `mask`; log_mismatch is 0 outside it."""
         return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
 
+    def copied(self) -> "TokenStats":
+        """Return a copy, for a corrector that may write into it."""
+        return replace(self, **{name: x.clone() for name, x in vars(self).items() if x is not None})
+
 
 class TokenWeights(NamedTuple):
     """Result of a corrector for each token.
@@ -173,12 +177,28 @@ def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T
         importance_weights, loss_mask = weights.importance_weights, weights.loss_mask
         shapes = [tuple(getattr(part, "shape", ())) for part in (importance_weights, loss_mask)]
         if shapes == [tuple(mask.shape)] * 2 and loss_mask.dtype == torch.bool:
+            _check_values(corrector, importance_weights, loss_mask, mask)
             return
         found = f"weights of shape {shapes[0]} and a loss mask of shape {shapes[1]}, {getattr(loss_mask, 'dtype', '')}"
     raise ValueError(
         f"corrector={describe(corrector)} returned {found}; return TokenWeights(importance_weights, loss_mask, "
         f"metrics), both of shape (B, T) = {tuple(mask.shape)}, the mask of booleans"
     )
+
+
+def _check_values(corrector: Corrector, weights: Tensor, loss_mask: Tensor, mask: Bool[Tensor, "B T"]) -> None:
+    """Raise ValueError for a loss mask with tokens outside `mask`, or for weights in it that are no weights."""
+    trained = weights[loss_mask]
+    if wrong := trained[~(trained.isfinite() & (trained >= 0))].tolist():
+        raise ValueError(
+            f"corrector={describe(corrector)} returned the weight {wrong[0]}; weights must be finite and at least 0: "
+            "leave such a token out of the loss mask (drop_nonfinite does, for ratios that are not finite)"
+        )
+    if (loss_mask & ~mask).any():
+        raise ValueError(
+            f"corrector={describe(corrector)} returned a loss mask with tokens that are not in stats.mask; return "
+            "stats.mask, or a part of it"
+        )
 
 
 class NoCorrection(Corrector):
@@ -535,7 +555,7 @@ class Compose(Corrector):
         loss_mask = stats.mask
         metrics: dict[str, float] = {}
         for position, part in enumerate(with_weights or [NoCorrection()], start=1):
-            result = part.weights(stats)  # each part sees the full mask, so that their order does not matter
+            result = part.weights(stats.copied())  # each sees the full mask, so that their order does not matter
             check_weights(part, result, stats.mask)
             weights = weights * result.importance_weights
             loss_mask = loss_mask & result.loss_mask

@@ -592,7 +592,7 @@ def policy_loss(
     objective_fn: Loss = surrogate if isinstance(surrogate, Loss) else fit("loss", Loss, surrogate)
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
-    coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    coefficient = loss_reduction(loss_mask.clone(), num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     check_shape("loss_reduction", loss_reduction, coefficient, logps.shape)
     loss_weights = batch.rollout.loss_weights
     if loss_weights is not None:
@@ -600,13 +600,14 @@ def policy_loss(
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
     keywords = loss_inputs(objective_fn.inputs, batch) if objective_fn.inputs else {}
+    given = log_ratio.clone(), batch.advantages.clone(), loss_mask.clone()  # a loss may write into what it gets
     if batch.advantages.dim() == 1:
         advantages = batch.advantages[:, None]
-        objective = objective_fn(log_ratio, batch.advantages, loss_mask, **keywords)
+        objective = objective_fn(*given, **keywords)
         check_shape("loss", objective_fn, objective, logps.shape)
     else:
         advantages = batch.advantages
-        objective = apply_per_token(objective_fn, log_ratio, advantages, loss_mask, **keywords)
+        objective = apply_per_token(objective_fn, *given, **keywords)
     flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed only once, because `nonzero` waits for the GPU
 
     def at_tokens(values: Tensor) -> Tensor:

@@ -50,6 +50,14 @@ STRING_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# What to give for TRL's other loss types.
+LOSS_TYPES = {
+    "bnpo": "loss_type='dapo', whose mean is over all tokens of an update",
+    "cispo": "loss=CISPO(max_ratio=epsilon_high)",
+    "luspo": "loss=GSPO(epsilon=epsilon), loss_reduction=FixedLengthMean(length=1)",
+    "sapo": "loss=SAPO(), loss_reduction=SequenceMean()",
+    "vespo": "loss=VESPO()",
+}
 # TRL's completions per forward, and forwards per update, of one process. `batch_sizes` converts them.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # From a setting, or another remedy, to the names without an equivalent for which it is the nearest: of TRL, of
@@ -209,8 +217,10 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
     for name, value in keywords.items():
         if name in STRING_VALUES and value not in list(STRING_VALUES[name][1]):
             words = ", ".join(map(repr, STRING_VALUES[name][1]))
-            setting = targets[name] + (", or loss=CISPO() ..." if name == "loss_type" else "")
-            refused.append(f"{name}={value!r} (not one of {words}; for others give Recipe's {setting})")
+            remedy = f"not one of {words}; for others give Recipe's {targets[name]}"
+            if name == "loss_type" and value in [*LOSS_TYPES]:
+                remedy = f"give {LOSS_TYPES[value]}"
+            refused.append(f"{name}={value!r} ({remedy})")
         elif "." in name:
             head, _, field = name.partition(".")
             given = f"sampler_options={{{field!r}: ...}}" if head == "sampler" else f"{head}=...({field}=...)"

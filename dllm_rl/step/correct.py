@@ -99,7 +99,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`.
     """
     stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
-    weights = corrector.weights(stats)
+    weights = corrector.weights(stats.copied())
     check_weights(corrector, weights, stats.mask)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on

@@ -18,6 +18,8 @@ TORCH_SETTINGS = {
     "get_float32_matmul_precision": "set_float32_matmul_precision",
     "get_deterministic_debug_mode": "set_deterministic_debug_mode",
 }
+# Of torch's inference mode, which has no function that sets it: what turned it back stays in force as long as it exists.
+INFERENCE_MODES: list[Any] = []
 
 
 @contextmanager
@@ -33,9 +35,13 @@ def process_restored() -> Iterator[None]:
         directory = None
     torch: Any = sys.modules.get("torch")  # tasks never import it; a process without it has no setting to lose
     before = {} if torch is None else {name: getattr(torch, name)() for name in TORCH_SETTINGS}
+    is_inference = torch is not None and torch.is_inference_mode_enabled()
     try:
         yield
     finally:
+        if before and torch.is_inference_mode_enabled() != is_inference:
+            INFERENCE_MODES.append(torch.inference_mode(is_inference))
+            INFERENCE_MODES[-1].__enter__()  # sets the grad mode, too, which is restored next
         for name, value in before.items():
             if getattr(torch, name)() != value:
                 # Without a default device, tensors are made on the CPU. None says so at no cost.

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import correctors as weighing
 from dllm_rl.algorithms.losses import GSPO, SequenceMean, TokenMean, TrustBand
+from dllm_rl.step.correct import Rows, apply_corrector
 from dllm_rl.testing import loss_of, make_batch, make_stats
 from recipes.sudoku_unique import recipe as main_job
 
@@ -352,3 +353,47 @@ def test_what_is_not_weights_and_a_mask_for_each_token_is_refused_by_name(change
         c.check_weights(corrector, corrector.weights(stats), mask)
     with pytest.raises(ValueError, match=said):
         c.Compose(parts=(corrector, c.Reject())).weights(stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w._replace(loss_mask=torch.ones_like(w.loss_mask)), "tokens that are not in stats.mask"),
+        (lambda w: w._replace(importance_weights=w.importance_weights * math.nan), "the weight nan; weights must be"),
+        (lambda w: w._replace(importance_weights=w.importance_weights / 0), "the weight inf; weights must be finite"),
+        (lambda w: w._replace(importance_weights=-w.importance_weights), "the weight -1.0; weights must be finite"),
+    ],
+)
+def test_values_that_would_train_something_else_are_refused(change, said):
+    mask = tensor([[True, True, False]])
+    stats = make_stats(torch.zeros(1, 3), torch.ones(1), mask)
+    corrector = c.FunctionCorrector(function=lambda given: change(c.TIS().weights(given)))
+    with pytest.raises(ValueError, match=f"^corrector=FunctionCorrector.* {said}"):
+        c.check_weights(corrector, corrector.weights(stats), mask)
+    outside = c.TIS().weights(stats)
+    outside.importance_weights[0, 2] = math.nan  # which nothing reads
+    c.check_weights(corrector, outside, mask)
+
+
+class Careless(c.Corrector):
+    """Weights of 1, and zeros over all that it was given."""
+
+    def weights(self, stats):
+        result = super().weights(stats)
+        for values in vars(stats).values():
+            if values is not None:
+                values.zero_()
+        return result
+
+
+def test_a_corrector_that_writes_into_what_it_gets_changes_nothing():
+    mask = tensor([[True, True, False]])
+    stats = make_stats(tensor([[0.5, -0.5, 0.0]]), torch.ones(1), mask)
+    rows = Rows(stats, mask, torch.ones(1, 3, dtype=torch.long), tensor([True]), torch.ones(1), stats.advantages)
+    before = {name: values.clone() for name, values in vars(stats).items()}
+    found, metrics = apply_corrector(Careless(), rows)
+    expected, expected_metrics = apply_corrector(c.NoCorrection(), rows)
+    assert torch.equal(found.loss_mask, mask) and metrics == expected_metrics
+    assert all(torch.equal(before[name], values) for name, values in vars(stats).items())
+    both = apply_corrector(c.Compose(parts=(Careless(), c.TIS(cap=1.5))), rows)[0]
+    assert torch.equal(both.importance_weights, apply_corrector(c.TIS(cap=1.5), rows)[0].importance_weights)

@@ -524,3 +524,34 @@ def test_what_is_not_one_value_per_token_is_refused_by_name(setting, wrong):
     function = (lambda given, **counts: wrong(given * 1.0)) if setting == "loss_reduction" else wrong
     with pytest.raises(ValueError, match=rf"^{setting}=.* returned .*; return one value per token, of shape \(B, T\)"):
         policy_loss(batch.old_logprobs, batch, **options | {name: function})
+
+
+def careless_loss(log_ratio, advantages, mask):
+    """Reinforce, which writes into all that it is given."""
+    mask.zero_()
+    advantages.mul_(2)
+    return log_ratio.div_(2) * advantages[:, None]
+
+
+def careless_mean(mask, **counts):
+    coefficients = TokenMean()(mask, **counts)
+    mask.zero_()
+    return coefficients
+
+
+@pytest.mark.parametrize("given", [tensor([1.0, -1.0]), tensor([[1.0, 0.5], [-1.0, -2.0]])], ids=["row", "token"])
+def test_a_loss_that_writes_into_what_it_gets_changes_nothing(given):
+    """Neither this update nor the next one of the same batch."""
+    mask = tensor([[True, True], [True, False]])
+    batch = make_batch(mask, given.clone(), reference_logprobs=torch.full((2, 2), -2.0))
+    logps = batch.old_logprobs + tensor([[0.1, -0.2], [0.3, 0.0]])
+    rest = {"beta": 0.1, "kl": K3()}
+    expected = policy_loss(logps, batch, surrogate=losses.Reinforce(), loss_reduction=TokenMean(), **rest)
+    for _ in range(2):
+        loss, metrics, gradient = policy_loss(
+            logps, batch, surrogate=careless_loss, loss_reduction=careless_mean, **rest
+        )
+        assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[2])
+        assert metrics.keys() == expected[1].keys()
+        assert all(torch.equal(a, b) for name in metrics for a, b in zip(metrics[name], expected[1][name], strict=True))
+    assert torch.equal(batch.loss_mask, mask) and torch.equal(batch.advantages, given)

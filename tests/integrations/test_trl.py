@@ -64,7 +64,7 @@ from dllm_rl import (
     quantized_copy,
     tiny_llama,
 )
-from dllm_rl.frontend.trl_names import unused_defaults
+from dllm_rl.frontend.trl_names import LOSS_TYPES, unused_defaults
 from dllm_rl.integrations import trl as ours
 from dllm_rl.integrations import trl_settings
 from dllm_rl.models.lora import add_lora
@@ -1221,3 +1221,19 @@ def test_trls_own_tests_run_with_this_trainer_in_the_place_of_trls(tmp_path):
     assert told[-1] == "2 passed, 1 refused, 1 failed, 1 skipped" and done.returncode == 1
     assert told[-3].startswith("refused: test_is_refused: DiffusionGRPOTrainer has no use for tools")
     assert told[-2] == "failed: test_fails: ValueError: of the test itself"
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_grpo_names_the_classes_that_the_trainer_takes_for_a_loss_type(tmp_path, loss_type):
+    level = "sequence" if loss_type == "luspo" else "token"
+    args = config(tmp_path, loss_type=loss_type, importance_sampling_level=level)
+    recipe, remedy = trl_settings.make_recipe(tiny(), args), LOSS_TYPES[loss_type]
+    loss, reduction = recipe.resolved_loss, type(recipe.resolved_loss_reduction).__name__
+    if loss_type == "bnpo":  # whose mean is over a micro-batch, which only the trainer has
+        assert remedy.startswith("loss_type='dapo'") and reduction == "TokenMean"
+    else:
+        assert remedy.startswith(f"loss={type(loss).__name__}(")
+        default = type(recipe.replace(loss=loss, loss_reduction=None).resolved_loss_reduction).__name__
+        assert f"loss_reduction={reduction}(" in remedy or ("loss_reduction" not in remedy and default == reduction)
+    with pytest.raises(ValueError, match=re.escape(f"loss_type={loss_type!r} (give {remedy})")):
+        grpo_recipe(tiny(), ROWS, reward, max_new_tokens=2, loss_type=loss_type)

@@ -140,3 +140,22 @@ def test_a_folder_that_was_deleted_stops_no_grader(tmp_path, monkeypatch):
     (tmp_path / "gone").rmdir()
     task = task_from_dataset(ROWS, reward_funcs=lambda completions, **columns: [1.0])
     assert grade(task, [task[0]], ["4"])[0].value == 1
+
+
+def test_inference_mode_that_a_grader_turns_on_does_not_last():
+    """Whether the grader lets go of the mode, or keeps it in force as long as the process lives."""
+    kept = []
+
+    def inference_script(completions, **columns):
+        mode = torch.inference_mode()
+        mode.__enter__()
+        kept.append(mode)
+        return [0.0] * len(completions)
+
+    task = task_from_dataset(ROWS, reward_funcs=inference_script)
+    for _ in range(2):
+        grade(task, [task[0]], ["4"])
+        weight = torch.ones(2, requires_grad=True)
+        assert len(kept) and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        weight.sum().backward()
+        assert weight.grad.tolist() == [1, 1] and not torch.ones(2).is_inference()

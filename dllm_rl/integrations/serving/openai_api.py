@@ -103,6 +103,8 @@ class Fields(BaseModel):
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_TEXTS)] = Field(
         default=[], description=f"a text or up to {MAX_STOP_TEXTS} texts"
     )
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     trace: bool = False
@@ -179,6 +181,8 @@ def read_request(
         raise Refused(400, f"best_of={fields.best_of!r} must be n={fields.n}; leave it out", "best_of")
     if fields.stream_options is not None and not fields.stream:
         raise Refused(400, "stream_options needs stream=true; leave it out", "stream_options")
+    if not all(0 <= token < policy.vocab_size for token in fields.stop_token_ids):
+        raise Refused(400, f"stop_token_ids: token ids must lie in [0, {policy.vocab_size})", "stop_token_ids")
     settings = fields.model_dump(include=SETTINGS, exclude_none=True)
     if fields.cache == "none":  # as the command's option: without the server's cache
         settings["cache"] = None
@@ -232,6 +236,8 @@ def _read_fields(model: type[CompletionFields] | type[ChatFields], data: bytes) 
 def _refusal(model: type[Fields], values: Mapping[str, Any], error: ValidationError) -> Refused:
     """Convert the first error to a line with the field, its value, and what it should be."""
     first = error.errors()[0]
+    if not first["loc"]:  # pydantic cannot print the name
+        return Refused(400, "a field's name has half a character (a lone surrogate); leave the field out")
     field = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         name = ".".join(map(str, first["loc"]))
@@ -329,12 +335,14 @@ class Choice:
     """One completion of a response.
 
     Args:
-        text: Text before the first end token and before the first stop text.
-        tokens: Text of each token up to and including the end token, or up to the stop text (`token_texts`).
+        text: Text before the first end token, stop token and stop text, with the last two if the request says so.
+        tokens: Text of each token up to and including the end or stop token, or of `text` if a stop text ended it
+            (`token_texts`).
         offsets: Where in `text` each of `tokens` begins; and the end of the last.
         logprobs: Log-prob of each of `tokens` in nats (`written_logprobs`); None if it is not finite.
-        num_tokens: Number of tokens up to and including the end token. A stop text does not reduce it.
-        is_ended: Whether an end token or a stop text ended the completion. False: it reached its full length.
+        num_tokens: Number of tokens up to and including the end or stop token. A stop text does not reduce it.
+        is_ended: Whether an end token, a stop token or a stop text ended the completion. False: it reached its full
+            length.
         trace: Trace of the completion, as in a `.jsonl` file. None: not requested.
     """
 
@@ -353,24 +361,31 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     Raises:
         Refused: A trace is requested, and the sampler rewrites tokens.
     """
+    fields = request.fields
     sampled = completion_token_ids(rollout)[0][: request.max_tokens]
     before = before_end(policy, sampled)
+    before = [*takewhile(lambda token: token not in fields.stop_token_ids, before)]
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
+    if is_ended and fields.include_stop_str_in_output and ids[-1] in fields.stop_token_ids:
+        before = ids
     written = written_logprobs(rollout)[0][rollout.completion_mask[0]].tolist()
     logprobs = [x if math.isfinite(x) else None for x in written]
     text = text_of(policy, before)
     tokens, offsets = token_texts(policy, ids, text)
-    stops = [request.fields.stop] if isinstance(request.fields.stop, str) else request.fields.stop
-    stop_positions = [position for stop in stops if (position := text.find(stop)) >= 0]
-    if stop_positions:
-        text = text[: min(stop_positions)]
+    if ids and not tokens[-1] and ids[-1] in fields.stop_token_ids:  # left out of the text, as an end token is
+        tokens[-1] = policy.tokenizer.decode([ids[-1]], skip_special_tokens=False)
+    stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+    found = [(position, stop) for stop in stops if (position := text.find(stop)) >= 0]
+    if found:
+        position, stop = min(found)
+        text = text[: position + len(stop) * fields.include_stop_str_in_output]
         tokens = tokens[: sum(end <= len(text) for end in offsets[1:])]
         while tokens and not tokens[-1]:  # the first bytes of a character after `text`
             tokens.pop()
     try:
         # The group would be that of the server's batch, which has prompts of other requests.
-        trace = trace_rows(rollout)[0] | {"group": None} if request.fields.trace else None
+        trace = trace_rows(rollout)[0] | {"group": None} if fields.trace else None
     except ValueError as error:
         raise Refused(400, f"trace=true: {error}", "trace") from None
     return Choice(
@@ -379,7 +394,7 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
         offsets[: len(tokens) + 1],
         logprobs[: len(tokens)],
         num_tokens=len(ids),
-        is_ended=is_ended or bool(stop_positions),
+        is_ended=is_ended or bool(found),
         trace=trace,
     )
 

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import suppress
 from typing import Any
 
@@ -137,8 +137,15 @@ VALUES = (
     ("builtins", "range"),
     ("fractions", "Fraction"),
     ("decimal", "Decimal"),
-    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta")),
+    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
 )
+# Results whose items are passed, and make an object of the same kind: what is read once, or shows a dict.
+SERIES: dict[str, tuple[Any, Any]] = {
+    "keys": (KeysView, lambda items: dict.fromkeys(items).keys()),
+    "values": (ValuesView, lambda items: dict(enumerate(items)).values()),
+    "items": (ItemsView, lambda items: dict(items).items()),
+    "iterator": (Iterator, iter),
+}
 
 
 class Shared:
@@ -182,6 +189,16 @@ class Shared:
             return ["value", *key, *map(self.pack, value.__reduce__()[1])]
         raise TypeError(f"{type(value).__name__} is not plain data")
 
+    def pack_result(self, value: Any) -> Any:
+        """Return the result of a call as JSON, which may also be one of SERIES: the caller reads it, and nobody else.
+
+        As an argument it is refused, because what the function reads of it would be left for the caller.
+        """
+        for name, (series, _) in SERIES.items():
+            if isinstance(value, series):
+                return [name, *map(self.pack, value)]
+        return self.pack(value)
+
     def unpack(self, packed: Any) -> Any:
         """Return the value that `pack` wrote. Raises an exception of some kind if nothing wrote it so."""
         if not isinstance(packed, list):
@@ -208,6 +225,8 @@ class Shared:
                 if (module, name) not in VALUES:
                     raise ValueError(f"{module}.{name} is not one of VALUES")
                 return getattr(importlib.import_module(module), name)(*map(self.unpack, items))
+            case _ if kind in SERIES:
+                return SERIES[kind][1]([*map(self.unpack, parts)])
         extra, *contents = parts
         value: Any
         if kind == "deque":
@@ -284,7 +303,7 @@ def serve(requests: Any, replies: Any) -> None:
             name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
             value = [part if isinstance(part, int | float | str) else str(part) for part in error.args]
         try:
-            reply = json.dumps([shared.pack_objects(), name, shared.pack(value)])
+            reply = json.dumps([shared.pack_objects(), name, shared.pack_result(value)])
         except (TypeError, ValueError, RecursionError) as error:
             reply = str(error)
         print(reply, file=replies, flush=True)

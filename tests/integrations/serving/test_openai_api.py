@@ -146,6 +146,26 @@ def test_a_stop_text_ends_the_text(server):
     assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
 
 
+def test_vllms_settings_of_what_stops(server, policy):
+    """vLLM leaves the stop text or token out of the text, unless `include_stop_str_in_output` asks for it."""
+    asked = {"prompt": "1+2=", "seed": 2, "temperature": 2.0, "logprobs": 0}
+    whole = server.complete(**asked)
+    full = whole["choices"][0]["text"]
+    assert len(full) > 3 and full[0] not in full[1:3]
+    ids = policy.tokenizer.encode(full, add_special_tokens=False)
+    assert len(ids) == len(full)  # a token for each character
+    for stop, end in (({"stop": [full[2:4], full[1:3]]}, 3), ({"stop_token_ids": [ids[1]]}, 2)):
+        for include in (False, True):
+            answer = server.complete(**asked, **stop, include_stop_str_in_output=include)
+            (choice,) = answer["choices"]
+            assert choice["text"] == full[: end if include else 1] and choice["finish_reason"] == "stop"
+            if "stop_token_ids" in stop:  # counted, and scored, as an end token is
+                assert choice["logprobs"]["tokens"] == [*full[:2]] and answer["usage"]["completion_tokens"] == 2
+                assert choice["logprobs"]["text_offset"] == [0, 1]
+    end = policy.spec.eos_ids[0]  # which ends completions anyway
+    assert server.complete(**asked, stop_token_ids=[end])["choices"] == whole["choices"]
+
+
 def test_an_end_token_ends_the_text_and_is_counted():
     """Every token but the end token is suppressed: the completion is empty, and one token long."""
     policy = diffusion()
@@ -236,6 +256,9 @@ def made(name, **settings):
         ({"best_of": 3}, 400, "best_of", "best_of=3 must be n=1"),
         ({"stop": ["a"] * 5}, 400, "stop", "must be a text or up to 4 texts"),
         ({"stop": ["a", ""]}, 400, "stop", 'stop=["a", ""] must be a text or up to 4 texts'),
+        ({"stop_token_ids": [5, 10**9]}, 400, "stop_token_ids", "stop_token_ids: token ids must lie in [0, "),
+        ({"stop_token_ids": 5}, 400, "stop_token_ids", "stop_token_ids=5 should be a valid list"),
+        ({"include_stop_str_in_output": 1}, 400, "include_stop_str_in_output", "should be a valid boolean"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "needs stream=true; leave it out"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options", "a valid boolean"),
         ({"stream": True, "stream_options": []}, 400, "stream_options", "stream_options=[] should be a valid dict"),
@@ -274,6 +297,8 @@ def made(name, **settings):
             None,
             "commit={'class_path': 'Threshold'} is no Commit; give",
         ),
+        ({"commit": {"class_path": "Threshold", "init_args": 5}}, 400, None, "'init_args': 5} is no Commit; give a name"),
+        ({"\ud800": 1}, 400, None, "a field's name has half a character (a lone surrogate); leave the field out"),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
         (
             {"diffusion_steps": 41},

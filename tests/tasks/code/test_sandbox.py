@@ -198,7 +198,8 @@ D = datetime.datetime(2020, 2, 29, 1)
 values = [
     10**5000, -(2**53), 2**53 - 1, 1j, -0.0, b"\\xff\\0", "\\ud800", frozenset({1, (2, frozenset())}), range(3, 9, 2),
     collections.Counter("aab"), collections.OrderedDict(b=1, a=2), collections.deque([1], maxlen=2), bytearray(b"a"),
-    fractions.Fraction(1, 3), decimal.Decimal("1.10"), D, D.date(), D.time(), D - D, {(1, 2): [None, True]},
+    fractions.Fraction(1, 3), decimal.Decimal("1.10"), D, D.date(), D.time(), D - D,
+    datetime.timezone(D - D, "x"), D.replace(tzinfo=datetime.timezone.utc), {(1, 2): [None, True]},
 ]
 for x in values:
     y = f(x)
@@ -214,6 +215,31 @@ assert f(collections.defaultdict(list))["new"] == []
         tests = f"try: f({argument})\nexcept Exception: pass"  # what cannot be passed is no error of the function
         passed, output = sandbox.run("", "def f(x): return x", tests, "f", 60)
         assert not passed and f"an argument is not plain data (TypeError('{said} is not plain data'))" in output
+
+
+@needs_sandbox
+def test_a_result_may_be_read_once_or_show_a_dict() -> None:
+    code = """
+def f(kind, x):
+    match kind:
+        case "generator": return (each for each in x)
+        case "map": return map(str, x)
+        case "keys": return x.keys()
+        case "values": return x.values()
+        case "items": return x.items()
+        case "endless": return iter(int, 1)
+        case "raises": return (1 / each for each in x)
+"""
+    tests = """
+made = f("generator", [[1], 2])
+assert list(made) == [[1], 2] and list(made) == [] and f("generator", [1]) != [1]
+assert sorted(f("map", {2, 1})) == ["1", "2"]
+d = {"a": 1, "b": 1}
+assert f("keys", d) == {"a", "b"} and list(f("values", d)) == [1, 1] and f("items", d) == {("a", 1), ("b", 1)}
+"""
+    assert sandbox.run("", code, tests, "f", 60) == (True, "")
+    assert not sandbox.run("", code, "f('raises', [0])", "f", 60)[0]
+    assert not sandbox.run("", code, "next(f('endless', 0))", "f", 2)[0]
 
 
 @needs_sandbox
