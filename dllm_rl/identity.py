@@ -9,6 +9,7 @@ import dis
 import functools
 import inspect
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -306,14 +307,50 @@ def _is_setting(name: str, value: Any, codes: Iterable[CodeType]) -> bool:
         steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
         if any(opname in _STORING and argval == name and argval not in code.co_cellvars for opname, argval in steps):
             return False
-        changes_items = any(opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for opname, _ in steps)
-        if not is_fixed and name in _names_in(code) and (changes_items or _CHANGING_METHODS & {*code.co_names}):
+        if not is_fixed and name in _changed_in(code):
             return False
     return True
 
 
-def _names_in(code: CodeType) -> set[str]:
-    return {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
+@functools.lru_cache(maxsize=1024)
+def _changed_in(code: CodeType) -> frozenset[str]:
+    """Return the names in what the code changes in place: X of X[key] = value, of del X[key], and of X.append(value)."""
+    steps = [part for step in dis.get_instructions(code) for part in _parts_of(step)]
+    found: set[str] = set()
+    for index, (kind, name, _) in enumerate(steps):
+        end = index
+        if kind in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            if steps[index - 1][0] == "SWAP":  # X[key] += value copies X and the key before it reads the item
+                copies = [i for i in range(1, index) if steps[i][0] == steps[i - 1][0] == "COPY"]
+                end = copies[-1] - 1 if copies else index
+            end = _start_of_expression(steps, end)  # of the key
+        elif not (kind in ("LOAD_METHOD", "LOAD_ATTR") and name in _CHANGING_METHODS):
+            continue
+        start = _start_of_expression(steps, end)
+        if any("JUMP" in kind for kind, _, _ in steps[start:index]):  # an expression such as `a if b else c`
+            start, end = 0, len(steps)
+        found |= {name for kind, name, _ in steps[start:end] if isinstance(name, str) and kind != "LOAD_CONST"}
+    return frozenset(found)
+
+
+def _parts_of(step: dis.Instruction) -> list[tuple[str, Any, int]]:
+    """Return (operation, name or argument, change of the stack's height) of an instruction.
+
+    Those that stand for two, such as LOAD_FAST_LOAD_FAST, become two.
+    """
+    if isinstance(step.argval, tuple) and "_FAST" in step.opname:
+        kinds = re.findall("LOAD|STORE", step.opname)
+        return [(kind, name, 1 if kind == "LOAD" else -1) for kind, name in zip(kinds, step.argval, strict=True)]
+    return [(step.opname, step.argval, dis.stack_effect(step.opcode, step.arg, jump=False))]
+
+
+def _start_of_expression(steps: list[tuple[str, Any, int]], end: int) -> int:
+    """Return the index at which the expression begins whose value is on top of the stack before the step `end`."""
+    missing = 1
+    while missing > 0 and end > 0:
+        end -= 1
+        missing -= steps[end][2]
+    return end
 
 
 def _defaults_of(function: FunctionType) -> dict[str, Any]:
@@ -379,7 +416,7 @@ def _parameters_of(code: CodeType) -> tuple[Any, ...]:
 
 def _without_docstring(code: CodeType) -> list[Any]:
     """Return a function's constants. The first one is its docstring, if it is text that no instruction loads."""
-    loaded = {step.arg for step in dis.get_instructions(code) if step.opname == "LOAD_CONST"}
+    loaded = {step.arg for step in dis.get_instructions(code) if step.opcode in dis.hasconst}
     return [constant if index in loaded else None for index, constant in enumerate(code.co_consts)]
 
 

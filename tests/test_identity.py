@@ -30,10 +30,20 @@ class Grader:
         return list(map(self.help, completions))
 f = Grader(2)
 """
+TABLES = """
+class Grader:
+    def __init__(self, table, seen): self.table, self.seen = table, seen
+    def __call__(self, completions):
+        self.seen[completions] += self.table[completions]
+        self.seen.pop(self.table['a'])
+        return self.table['a']
+f = Grader({'a': 1}, {'b': 2})
+"""
 DIFFERENT = {
     "a sign": ("def f(c): return [len(t) for t in c]", "def f(c): return [-len(t) for t in c]"),
     "a constant": ("def f(c): return [1.0]", "def f(c): return [2.0]"),
     "an integer and a float": ("def f(c): return 1", "def f(c): return 1.0"),
+    "a returned sign": ("def f(c): return -300", "def f(c): return 300"),
     "a set": ("def f(c): return c in {1, 2}", "def f(c): return c in {1, 3}"),
     "a called function": ("def f(c): return max(c)", "def f(c): return min(c)"),
     "a default": ("def f(c, k=1): return k", "def f(c, k=-1): return k"),
@@ -55,6 +65,15 @@ DIFFERENT = {
         "from functools import partial\ndef g(c, k): return k\nf = partial(g, k=1)",
         "from functools import partial\ndef g(c, k): return k\nf = partial(g, k=2)",
     ),
+    "a table of a function that fills a list of its own": (
+        "K = {'a': 1}\ndef f(c):\n  out = []\n  for t in c: out.append(K[t])\n  return out",
+        "K = {'a': -1}\ndef f(c):\n  out = []\n  for t in c: out.append(K[t])\n  return out",
+    ),
+    "a table of a function that counts": (
+        "K = {'a': 1}\ndef f(c):\n  n = {}\n  for t in c: n[t] += K[t]; n[K[t]] = 1; del n[K[0]]\n  return n",
+        "K = {'a': -1}\ndef f(c):\n  n = {}\n  for t in c: n[t] += K[t]; n[K[t]] = 1; del n[K[0]]\n  return n",
+    ),
+    "an object's table, beside one that it fills": (TABLES, TABLES.replace("'a': 1", "'a': -1")),
     "an object's setting": (CLASS, CLASS.replace("(2)", "(3)")),
     "an object's method": (CLASS, CLASS.replace("self.best - ", "self.best + ")),
     "a class's number": (CLASS, CLASS.replace("1.0", "-1.0")),
@@ -79,6 +98,13 @@ SAME = {
         "K = [1]\ndef f(c):\n  K.append(c)\n  return 1",
     ),
     "a table that it fills": ("K = {}\ndef f(c):\n  K[c] = 1", "K = {1: 1}\ndef f(c):\n  K[c] = 1"),
+    "a table of counts": (
+        "K = {}\ndef f(c):\n  for t in c: K[t if t else 1] += len(t)",
+        "K = {1: 1}\ndef f(c):\n  for t in c: K[t if t else 1] += len(t)",
+    ),
+    "a table of lists": ("K = {}\ndef f(c, t): K[c][t].append(1)", "K = {1: 1}\ndef f(c, t): K[c][t].append(1)"),
+    "a table of which it deletes": ("K = {}\ndef f(c): del K[c]", "K = {1: 1}\ndef f(c): del K[c]"),
+    "an object's table that it fills": (TABLES, TABLES.replace("'b': 2", "'b': 3")),
     "a counter": ("K = 0\ndef f(c):\n  global K\n  K += 1", "K = 9\ndef f(c):\n  global K\n  K += 1"),
     "an object's counter": (CLASS, f"{CLASS}f([])"),
 }

@@ -28,6 +28,7 @@ from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_
 from dllm_rl.frontend.grpo import wrap_model
 from dllm_rl.integrations.trl_settings import (
     check_adapters,
+    check_peft_model,
     check_rewards,
     check_settings,
     check_trainer_callbacks,
@@ -368,7 +369,7 @@ def open_policy(model: Any, processing_class: Any, args: Any) -> Policy:
             processing_class = AutoTokenizer.from_pretrained(source)  # as TRL does
         is_adapted = isinstance(model, PeftModel)
         if is_adapted:
-            check_adapters(model.peft_config[model.active_adapter], "model")
+            check_peft_model(model)
             model = model.get_base_model()
         wrap = wrap_module if is_adapted and processing_class is not None else wrap_model
         policy = wrap(model, processing_class)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any, Literal
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
@@ -103,6 +104,21 @@ def check_adapters(config: Any, setting: str) -> None:
     check_peft_config(config, setting)
     if config.lora_dropout:
         raise ValueError(f"{setting}: lora_dropout={config.lora_dropout}: forwards have no dropout; set it to 0")
+
+
+def check_peft_model(model: Any) -> None:
+    """Raise ValueError for a PeftModel whose adapters would not be trained, or not be in the model's forwards."""
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"model has the active adapters {active}, and one is trained: call model.set_adapter(NAME)")
+    check_adapters(model.peft_config[active[0]], "model")
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("model's adapters are merged into its weights: call model.unmerge_adapter()")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("model's adapters are switched off: call model.enable_adapter_layers()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model's adapters are frozen: load them by PeftModel.from_pretrained(..., is_trainable=True)")
 
 
 def check_rewards(reward_funcs: Any) -> None:

@@ -721,6 +721,26 @@ def test_adapters_that_load_policy_would_refuse_are_refused_before_training(tmp_
         trainer(tmp_path, **given)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.merge_adapter(), r"adapters are merged into its weights: call model.unmerge_adapter\(\)"),
+        (lambda model: model.disable_adapter_layers(), "adapters are switched off: call model.enable_adapter_layers"),
+        (lambda model: model.requires_grad_(False), r"adapters are frozen: load them by .*is_trainable=True"),
+        (
+            lambda model: (model.add_adapter("b", LoraConfig(**LORA)), model.base_model.set_adapter(["default", "b"])),
+            r"the active adapters \['default', 'b'\], and one is trained: call model.set_adapter\(NAME\)",
+        ),
+    ],
+)
+def test_adapters_that_would_not_be_trained_are_refused(tmp_path, change, message):
+    policy = tiny()
+    model = get_peft_model(policy.module, LoraConfig(**LORA))
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=model, processing_class=policy.tokenizer)
+
+
 def test_another_method_of_peft_is_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config: peft_type='IA3' is not supported; only LoRA is"):
         trainer(tmp_path, peft_config=IA3Config(target_modules=["query"], feedforward_modules=[]))
