@@ -345,7 +345,7 @@ def rank_and_draw(
     available = {"uniforms": rank_uniforms, "hidden": hidden}
     inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head
-        return rank(**inputs).float().clamp(min=LOWEST_SCORE), None
+        return scores_of(rank, inputs), None
     params, mask_id = sampling_params, policy.spec.mask_id
     is_untempered = params.temperature in (0, 1) and not params.filters
     slab_elements = SLAB_ELEMENTS.get(hidden.device.type, SLAB_ELEMENTS["cuda"])
@@ -389,13 +389,22 @@ def rank_and_draw(
             given["logits"] = logits
             scores: tuple[Tensor, ...] = ()
             if rank is not None:
-                scores = (rank(**{name: given[name] for name in reads}).float().clamp(min=LOWEST_SCORE),)
+                scores = (scores_of(rank, {name: given[name] for name in reads}),)
             outputs.append((*scores, *drawn))
         return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
     outputs = chunked(run_chunk, hidden, *inputs.values(), policy=policy)
     drawn = outputs if rank is None else outputs[1:]
     return None if rank is None else outputs[0], Drawn(*drawn) if drawn else None
+
+
+def scores_of(rank: Rank, inputs: dict[str, Tensor]) -> Float[Tensor, " K"]:
+    """Return the scores of positions. A custom rank gets copies, because it may write into them, but of the logits,
+    which nothing reads after it.
+    """
+    if getattr(rank, "base_rank", rank).is_custom:
+        inputs = {name: x if name == "logits" else x.clone() for name, x in inputs.items()}
+    return rank(**inputs).float().clamp(min=LOWEST_SCORE)
 
 
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:

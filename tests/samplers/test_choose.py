@@ -385,3 +385,31 @@ def test_tokens_are_drawn_from_the_logits_that_ranked(options, monkeypatch):
     assert num_products > num_steps
     assert torch.equal(ours.tokens, in_chunks.tokens)
     torch.testing.assert_close(ours.logprobs, in_chunks.logprobs, atol=1e-5, rtol=0)
+
+
+def careless(hidden=None, tokens=None, normalizer=None, uniforms=None, logits=None):
+    """Scores by the uniforms, and other contents of all that the rank was given."""
+    scores = uniforms.clone()
+    for values in (hidden, tokens, normalizer, uniforms, logits):
+        if values is not None:
+            values.zero_()
+    return scores
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        lambda hidden, uniforms: careless(hidden=hidden, uniforms=uniforms),
+        lambda hidden, tokens, normalizer, uniforms, logits: careless(hidden, tokens, normalizer, uniforms, logits),
+    ],
+    ids=["before the draw", "after it"],
+)
+def test_a_rank_that_writes_into_what_it_gets_changes_no_draw(rank):
+    policy = tiny_llama(characters="12345678=", causal=False, hidden_size=16, num_layers=1, head_std=1.0)
+    prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id, seeds=[1, 2])
+    made = [
+        Unmask(max_new_tokens=4, temperature=1.0, rank=each)(policy, prompts, torch.Generator())
+        for each in (rank, lambda uniforms: uniforms)
+    ]
+    assert torch.equal(made[0].tokens, made[1].tokens) and torch.equal(made[0].logprobs, made[1].logprobs)
+    assert torch.equal(made[0].unmask_step, made[1].unmask_step)
