@@ -13,6 +13,7 @@ import codecs
 import os
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
@@ -61,7 +62,7 @@ def make_models(folder: Path) -> None:
 def zen() -> list[str]:
     """Return the prompts of TRL's test data set: the beginnings of the lines of the Zen of Python."""
     with redirect_stdout(None):
-        import this  # noqa: PLC0415
+        import this
     lines = [line.split() for line in codecs.decode(this.s, "rot13").splitlines()[2:]]
     sizes = [*NUM_WORDS, *(len(line) - 1 for line in lines[len(NUM_WORDS) :])]
     return [" ".join(line[:size]).rstrip(".") for line, size in zip(lines, sizes, strict=True)]
@@ -137,9 +138,9 @@ class Suite:
         error = call.excinfo
         if report.skipped:
             self.counts["skipped"] += 1
-        elif report.failed and error.errisinstance((ValueError, RuntimeError)) and is_own(error):
+        elif report.failed and (refusal := refusal_of(error.value)):
             self.counts["refused"] += 1
-            print(f"\nrefused: {item.name}: {str(error.value).splitlines()[0]}", flush=True)
+            print(f"\nrefused: {item.name}: {refusal}", flush=True)
         elif report.failed:
             self.counts["failed"] += 1
             print(f"\nfailed: {item.name}: {error.exconly()[:300]}", flush=True)
@@ -148,9 +149,14 @@ class Suite:
         return report
 
 
-def is_own(error: Any) -> bool:
-    """Return whether this library raised the error."""
-    return Path(error.traceback[-1].path).is_relative_to(Path(dllm_rl.__file__).parent)
+def refusal_of(error: BaseException) -> str:
+    """Return the first line of this library's refusal that ended a test, or that the test compared with TRL's text."""
+    for raised in (error, error.__context__):
+        if isinstance(raised, ValueError | RuntimeError):
+            file = Path(traceback.extract_tb(raised.__traceback__)[-1].filename)
+            if file.is_relative_to(Path(dllm_rl.__file__).parent):
+                return str(raised).splitlines()[0]
+    return ""
 
 
 def main(arguments: list[str]) -> int:

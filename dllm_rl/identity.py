@@ -314,7 +314,7 @@ def _is_setting(name: str, value: Any, codes: Iterable[CodeType]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _changed_in(code: CodeType) -> frozenset[str]:
-    """Return the names in what the code changes in place: X of X[key] = value, of del X[key], and of X.append(value)."""
+    """Return the names in what the code changes in place: X of X[key] = value, del X[key] and X.append(value)."""
     steps = [part for step in dis.get_instructions(code) for part in _parts_of(step)]
     found: set[str] = set()
     for index, (kind, name, _) in enumerate(steps):

@@ -177,7 +177,7 @@ def test_code_counts_what_it_reads_of_the_users_modules(tmp_path, monkeypatch, p
     (tmp_path / "mine").mkdir()
     folder, name = (tmp_path / "mine", "mine.rules") if package else (tmp_path, "rules")
     digests = []
-    for sign, uses in ((1, "score"), (1, "score"), (-1, "score"), (-1, "SIGN"), (2, "SIGN"), (2, "calls"), (3, "calls")):
+    for sign, uses in zip((1, 1, -1, -1, 2, 2, 3), [*["score"] * 3, *["SIGN"] * 2, *["calls"] * 2], strict=True):
         (folder / "rules.py").write_text(RULES.format(sign=sign))
         for module in ("mine", "mine.rules", "rules"):
             sys.modules.pop(module, None)

@@ -130,6 +130,8 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     _check_columns(row)
     arguments = _template_arguments(row)
     only_answers = True
+    if "messages" in row and "completion" in row:
+        raise ValueError("has messages and a completion, and one of them would not be learned; drop the other column")
     if "messages" in row:
         only_answers = recipe.assistant_only_loss
         messages, answers = _answers(row["messages"], only_answers=only_answers)

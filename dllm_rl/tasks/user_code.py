@@ -18,7 +18,7 @@ TORCH_SETTINGS = {
     "get_float32_matmul_precision": "set_float32_matmul_precision",
     "get_deterministic_debug_mode": "set_deterministic_debug_mode",
 }
-# Of torch's inference mode, which has no function that sets it: what turned it back stays in force as long as it exists.
+# What turned torch's inference mode back, which no function sets: each stays in force as long as it exists.
 INFERENCE_MODES: list[Any] = []
 
 

@@ -306,6 +306,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
             "^train=True of message 0, of role",
         ),
         ({"messages": [say("assistant", "2", train_detail=[])]}, r"^train_detail=\[\] of message 0 is not supported"),
+        ({"messages": [say("assistant", "2")], "completion": "2"}, "^has messages and a completion, and one of them"),
         (PAIR | {"label": False}, "^label=False is not supported: KTO's"),
         ({"prompt": "1", "completion": "2", "label": 0}, "^label=0 is not supported: KTO's"),
         ({"text": "12", "weight": 0}, "^weight=0 is not supported: rows count alike"),

@@ -297,7 +297,7 @@ def made(name, **settings):
             None,
             "commit={'class_path': 'Threshold'} is no Commit; give",
         ),
-        ({"commit": {"class_path": "Threshold", "init_args": 5}}, 400, None, "'init_args': 5} is no Commit; give a name"),
+        ({"commit": {"class_path": "Threshold", "init_args": 5}}, 400, None, "'init_args': 5} is no Commit; give"),
         ({"\ud800": 1}, 400, None, "a field's name has half a character (a lone surrogate); leave the field out"),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
         (
