@@ -152,6 +152,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             check_routers(policy)
         if reference is not None:
             reference.module.to(self.accelerator.device).requires_grad_(False)
+            self.ref_model = reference.module  # under TRL's name; its own code does not read it, as its beta was 0
             if synced:
                 self.add_callback(SyncRefModelCallback(reference.module, self.accelerator))
         elif recipe.beta:

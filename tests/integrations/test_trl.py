@@ -334,7 +334,8 @@ def test_the_reference_follows_the_weights(tmp_path):
     run = run_of(
         tmp_path, Trajectory(), NoCorrection(), None, settings=settings | {"max_steps": 4, "num_iterations": 1}
     )
-    name, reference = next(iter(run._context.reference.module.named_parameters()))
+    assert run.ref_model is run._context.reference.module
+    name, reference = next(iter(run.ref_model.named_parameters()))
     first, second = (run.weights[step][name] for step in (0, 2))
     final = run._policy.module.get_parameter(name)
     expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * final
