@@ -105,7 +105,8 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_arms_of_a_job_that_was_ended_save_and_it_goes_on(number, tmp_path):
     """Killed, the job can say nothing any more, and its arms notice."""
-    words = [sys.executable, "-u", job.__file__, *TINY, "--output_dir", str(tmp_path), "--num_steps"]
+    words = [sys.executable, "-u", job.__file__, *TINY, "--lr_schedule_steps", "100000", "--output_dir", str(tmp_path)]
+    words.append("--num_steps")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*words, "100000"], stdout=subprocess.PIPE, text=True, env=environment) as process:
         lines = iter(process.stdout.readline, "")
