@@ -600,14 +600,14 @@ def policy_loss(
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
     keywords = loss_inputs(objective_fn.inputs, batch) if objective_fn.inputs else {}
-    given = log_ratio.clone(), batch.advantages.clone(), loss_mask.clone()  # a loss may write into what it gets
+    copies = log_ratio.clone(), batch.advantages.clone(), loss_mask.clone()  # a loss may write into what it gets
     if batch.advantages.dim() == 1:
         advantages = batch.advantages[:, None]
-        objective = objective_fn(*given, **keywords)
+        objective = objective_fn(*copies, **keywords)
         check_shape("loss", objective_fn, objective, logps.shape)
     else:
         advantages = batch.advantages
-        objective = apply_per_token(objective_fn, *given, **keywords)
+        objective = apply_per_token(objective_fn, copies[0], copies[1], copies[2], **keywords)
     flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed only once, because `nonzero` waits for the GPU
 
     def at_tokens(values: Tensor) -> Tensor:

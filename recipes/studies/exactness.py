@@ -627,8 +627,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("estimator", nargs="?", help="MODULE.NAME of an estimator of your own")
     parser.add_argument("--sampler", choices=SAMPLERS, default="llada", help="whose rollouts your estimator scores")
-    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="fewer take less time")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="of the masks of each rollout, where they are random")
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of exactness.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -638,7 +636,7 @@ def main() -> None:
     measured: dict[str, list[dict[str, Any]]] = {}
     if not options.report:
         for name, row in rows.items():
-            measured[name] = [measure(row, *network, options.draws) for network in NETWORKS[: options.networks]]
+            measured[name] = [measure(row, *network, DRAWS) for network in NETWORKS]
             print(name, flush=True)
     if measured and not options.estimator:
         write_json(STORED, measured)

@@ -79,8 +79,10 @@ def test_informed_masks_follow_the_change_of_confidence():
 
 
 def test_an_estimator_of_ones_own_has_its_row_beside_the_stored_ones(monkeypatch, capsys):
-    words = ["exactness", "recipes.examples.own_estimator.Halves", "--networks", "1", "--draws", "2"]
+    words = ["exactness", "recipes.examples.own_estimator.Halves"]
     monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(exactness, "NETWORKS", exactness.NETWORKS[:1])
+    monkeypatch.setattr(exactness, "DRAWS", 2)
     exactness.main()
     printed = capsys.readouterr().out
     assert printed.count(f"| {words[1]} | completion |") == 1 and printed.count(f"| {words[1]} |") == 2
