@@ -35,6 +35,10 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
 
     python -m recipes.studies.orders_trained [--parts nvfp4]   run what is missing, orders_trained.json, the tables
     python -m recipes.studies.orders_trained --report          run nothing
+    python -m recipes.studies.orders_trained --draw            README's picture of the part nvfp4: the mean curves
+
+Seven runs of a commit before rewards were in float64 (five arms of seed 0, two of seed 1) were repeated on
+today's code, so that all runs of the part nvfp4 are of one commit and one processor.
 """
 
 import argparse
@@ -42,7 +46,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 from dllm_rl import (
     NVFP4,
@@ -60,8 +67,10 @@ from dllm_rl import (
     Scheme,
 )
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.files import read_json, write_json
+from dllm_rl.files import read_json, replacing, write_json
+from dllm_rl.monitoring.plots import default_style, read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy
+from recipes.quantized_sudoku import ESS, MISMATCH, STYLES
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import (
@@ -75,12 +84,16 @@ from recipes.studies.paired import (
     markdown,
     paired,
     restore_runs,
+    result_path,
     run_missing,
+    student_t,
     train_one,
 )
 from recipes.sudoku_unique import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # every run
+CURVES = STORED.with_name("orders_trained_curves.json")  # by arm and metric: a list of steps for each seed
+PICTURE = Path(__file__).parents[1] / "quantized_sudoku.png"
 RANKS: dict[str, Rank] = {"random": RandomOrder(), "left_to_right": LeftToRight(), "max_prob": MaxProb()}
 RATES = {"random": 1e-3, "left_to_right": 1e-3, "max_prob": 5e-4}
 FORMATS: dict[str, Scheme | None] = {
@@ -214,12 +227,99 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
+def page_tables() -> dict[str, str]:
+    """The tables of orders.md, by name: the arms and the claims of the part nvfp4."""
+    results = by_arm(read_json(STORED))
+    claims = families(results)
+    return {
+        "arms": markdown(arm_rows(replace(STUDY, arms=PARTS["nvfp4"]), results, COLUMNS), ("arm", *COLUMNS, "ess")),
+        "claims": markdown(claimed_rows(claims["nvfp4, the learner"])),
+        "claims of the copy": markdown(claimed_rows(claims["nvfp4, the copy"])),
+    }
+
+
+LABELS = {
+    "unquantized": "the model samples",
+    "uncorrected": "an NVFP4 copy samples",
+    "corrected": "the copy samples, TIS",
+}
+DRAWN = {"random: unquantized": "unquantized", "random: nvfp4": "uncorrected", "random: nvfp4, tis": "corrected"}
+COMPARED = {  # arm: label, color
+    "random: nvfp4": ("no\ncorrection", STYLES["uncorrected"]["color"]),
+    "random: nvfp4, tis": ("TIS", STYLES["corrected"]["color"]),
+    "random: nvfp4, permuted": ("shuffled\nTIS", "#888888"),
+    HALF: ("half\nthe rate", "#888888"),
+}
+PANELS = {  # metric: title, unit
+    "rewards/solve_rate/mean": ("Rollouts that solve their puzzle", "share"),
+    MISMATCH: ("Mismatch", "mean |log ratio|, nats a token"),
+    ESS: ("Effective sample size", "share of the tokens"),
+}
+
+
+def store_curves(root: Path) -> None:
+    """Write the drawn arms' metrics of every step, of all seeds, if their folders are there."""
+    folders = {arm: [root / "runs" / result_path(root, arm, seed).stem for seed in range(STUDY.seeds)] for arm in DRAWN}
+    if all(folder.exists() for seeds in folders.values() for folder in seeds):
+        steps = {arm: [read_metrics(folder) for folder in seeds] for arm, seeds in folders.items()}
+        curves = {
+            arm: {
+                metric: [[round(row[metric], 5) for row in rows if metric in row] for rows in runs] for metric in PANELS
+            }
+            for arm, runs in steps.items()
+        }
+        write_json(CURVES, curves)
+
+
+def draw(path: Path) -> None:
+    """The means of the seeds at each step, and after training each arm less the unquantized one."""
+    curves, results = read_json(CURVES), by_arm(read_json(STORED))
+    with replacing(path) as partial, default_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(14, 4.4), layout="constrained")
+        *axes, after = figure.subplots(1, len(PANELS) + 1, width_ratios=(1, 1, 1, 1.2))
+        for axis, (metric, (title, unit)) in zip(axes, PANELS.items(), strict=True):
+            for arm, name in DRAWN.items():
+                means = torch.tensor(curves[arm][metric], dtype=torch.float64).mean(0)
+                style = {key: STYLES[name][key] for key in ("color", "linestyle")}
+                axis.plot(range(1, len(means) + 1), means, **style, linewidth=1.6, label=LABELS[name])
+            axis.set(title=title, ylabel=unit, xlabel="RL step")
+            axis.grid(alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(DRAWN))
+        for offset, marker, (how, (column, _)) in zip((-0.12, 0.12), "os", BOTH.items(), strict=True):
+            for place, (arm, (_, color)) in enumerate(COMPARED.items()):
+                apart = paired(results, arm, "random: unquantized", column)
+                half = student_t(len(apart)) * stdev(apart) / len(apart) ** 0.5
+                style = {"marker": marker, "color": color, "markerfacecolor": color if marker == "o" else "white"}
+                after.errorbar([place + offset], [mean(apart)], [half], **style, capsize=3)
+            after.plot(
+                [],
+                [],
+                marker=marker,
+                color="gray",
+                linestyle="",
+                label=how,
+                fillstyle="full" if marker == "o" else "none",
+            )
+        after.axhline(0, color=STYLES["unquantized"]["color"], linestyle=":")
+        after.set_xticks(range(len(COMPARED)), [label for label, _ in COMPARED.values()], fontsize=8)
+        after.set(title="Held-out puzzles solved after training", ylabel="share, less that of own rollouts")
+        after.grid(alpha=0.3, axis="y")
+        after.legend(loc="lower left")
+        figure.savefig(partial, dpi=110, format="png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: store what is there")
     parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
+    parser.add_argument("--draw", action="store_true", help=f"run nothing: draw {PICTURE.name}")
     options = parser.parse_args()
+    if options.draw:
+        draw(PICTURE)
+        return
     root, kept = options.output_dir, read_json(STORED) if STORED.exists() else []
     if not options.report:
         restore_runs(kept, root)
@@ -229,6 +329,7 @@ def main() -> None:
             write_json(STORED, list(load(root).values()))
         kept = list(load(root).values())
         write_json(STORED, kept)
+        store_curves(root)
     print(report(by_arm(kept)))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from dllm_rl.files import read_json
-from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
+from recipes.studies import late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
 from recipes.studies.paired import Results, by_arm, interval, markdown, paired
 
@@ -71,9 +71,7 @@ def main_job() -> str:
 def page_tables() -> dict[str, str]:
     int4, late_weights = "INT4 weights", "weights four updates old"
     low_bits = by_arm(read_json(low_bits_tuned.STORED)["runs"])
-    sudoku = by_arm([*read_json(int4_orders_controls.STORED), *read_json(int4_orders.STORED)["runs"]])
     late = by_arm(read_json(late_rollouts.STORED)["runs"])
-    permuted = next(name for name, _ in sudoku if "permuted" in name)
     return {
         "main job": main_job(),
         "order": order(),
@@ -87,18 +85,6 @@ def page_tables() -> dict[str, str]:
                 (int4, "AIS", "int4, ais", "int4"),
                 (int4, "aligned forward", "int4, aligned", "int4"),
                 (int4, SHUFFLED, "int4, permuted tis", "int4"),
-            ],
-        ),
-        "from scratch": solved(
-            sudoku,
-            [
-                ("random order, unquantized", "none", "random: unquantized", None),
-                ("random order, INT4", "none", "random: int4", "random: unquantized"),
-                ("random order, INT4", "TIS", "random: int4, tis", "random: int4"),
-                ("random order, INT4", SHUFFLED, permuted, "random: int4"),
-                ("`MaxProb`, unquantized", "none", "max_prob: unquantized", "random: unquantized"),
-                ("`MaxProb`, INT4", "none", "max_prob: int4", "max_prob: unquantized"),
-                ("`MaxProb`, INT4", "TIS", "max_prob: int4, tis", "max_prob: int4"),
             ],
         ),
         "late": solved(

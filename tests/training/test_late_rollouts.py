@@ -878,6 +878,7 @@ def test_the_parts_of_the_mismatch_have_the_signs_of_the_whole():
         settings=SimpleNamespace(likelihood=likelihood, micro_batch_size=None),
         policy="learner",
         rollout_policy="copy",
+        learner_samples=False,
         log=SimpleNamespace(stage=lambda name: nullcontext()),
         arithmetic=nullcontext,
     )
