@@ -108,7 +108,9 @@ def test_the_arms_of_a_job_that_was_ended_save_and_it_goes_on(number, tmp_path):
     words = [sys.executable, "-u", job.__file__, *TINY, "--lr_schedule_steps", "100000", "--output_dir", str(tmp_path)]
     words.append("--num_steps")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*words, "100000"], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    with subprocess.Popen([*words, "100000"], **options) as process:
         lines = iter(process.stdout.readline, "")
         begun = {next(line.partition(":")[0] for line in lines if " 1 of 100000 steps" in line) for _ in range(3)}
         assert begun == {"unquantized", "NVFP4, no correction", "NVFP4, TIS"}
