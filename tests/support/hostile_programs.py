@@ -36,7 +36,7 @@ HOSTILE = {
     "a pattern that backtracks": ("import re\nre.match('(a+)+$', 'a' * 64 + 'b')", STOPPED),
     "a number without end": ("9**9**9", STOPPED),
     "a call that sleeps": ("import time\ndef f(): time.sleep(1000)", STOPPED),
-    "an infinite generator": ("import itertools\ndef f(): return itertools.count()", "count is not plain data"),
+    "an infinite generator": ("import itertools\ndef f(): return itertools.count()", "MemoryError"),
     "an infinite list": ("import itertools\nx = [bytearray(1 << 20) for _ in itertools.count()]", "MemoryError"),
     "deep recursion": ("def r(): r()\nr()", "RecursionError"),
     "recursion through the stack": (
