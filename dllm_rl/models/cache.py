@@ -1,12 +1,13 @@
 """What a model stores of the columns that it ran, so that later columns attend to these without running them again."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class ColumnCache(Protocol):
     """The interface of a cache: `FamilySpec.new_cache` makes one, and the family's `encode` appends columns to it.
 
