@@ -81,12 +81,15 @@ def peers() -> str:
 
 
 def peers_trl() -> str:
-    """How long TRL's trainer takes, in times of ours."""
-    rows = []
+    """How long TRL's trainer takes, in times of ours, and the memory of both where it was measured."""
+    rows, peak = [], stored("peers-trl-cpu")["peak_mib"]
     for found in stored("peers-trl-cpu")["rows"]:
         row = {"vocabulary": f"{found['vocabulary']:,}", "completions": str(4 * found["prompts"])}
         row |= {"tokens: prompt + new": f"{found['prompt']} + {found['new']}"}
-        rows.append(row | {what: f"{found[f'TRL / ours, {what}']:.2f}" for what in ("step", "generation")})
+        row |= {what: f"{found[f'TRL / ours, {what}']:.2f}" for what in ("step", "generation")}
+        is_measured = all(found[name] == peak[name] for name in ("vocabulary", "prompts", "prompt", "new"))
+        row["memory, MiB: TRL, ours"] = f"{peak['TRL']:,}, {peak['ours']:,}" if is_measured else "-"
+        rows.append(row)
     return markdown(rows)
 
 
