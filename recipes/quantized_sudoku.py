@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import IO, Any
 
-from dllm_rl import NVFP4, TIS, Callback, NoCorrection, Policy, RandomOrder, Recipe
+from dllm_rl import NVFP4, TIS, Callback, NoCorrection, Policy, RandomOrder, Recipe, Sampler
 from dllm_rl.callbacks import RunControl
 from dllm_rl.cli.run_recipe import as_program
 from dllm_rl.config import from_command_line
@@ -83,13 +83,13 @@ def label(arm: Recipe) -> str:
     return f"{type(arm.rollout_quantization).__name__}, {correction}"
 
 
-def solved_at_temperature_1(policy: Policy, recipe: Recipe) -> float:
-    """The share of two completions per test puzzle that solve it, sampled as in training, but of this policy."""
+def sampled_solve_rate(policy: Policy, recipe: Recipe, sampler: Sampler) -> float:
+    """The share of two completions per test puzzle that solve it, at the sampler's temperature."""
     from dllm_rl.evaluation.evaluate import evaluate
 
     policy.module.eval()
     options = {"seed": recipe.seed, "samples": 2, "batch_size": 400}
-    return evaluate(policy, recipe.eval_task, recipe.sampler, **options).means["solve_rate"]
+    return evaluate(policy, recipe.eval_task, sampler, **options).means["solve_rate"]
 
 
 class OnScreen(Callback):
@@ -122,7 +122,7 @@ def train_arm(recipe: Recipe) -> None:
         with as_program():
             summary = train(replace(recipe, callbacks=(*recipe.callbacks, OnScreen(label(recipe), screen))))
             result = {"greedy": summary["eval_after"]["solve_rate"], "seconds": summary["seconds"]}
-            result["at temperature 1"] = solved_at_temperature_1(summary.policy, recipe)
+            result["at temperature 1"] = sampled_solve_rate(summary.policy, recipe, recipe.sampler)
             write_json(folder / "result.json", result)
 
 
@@ -238,7 +238,7 @@ def compare(recipe: Recipe) -> None:
     start = replace(arms["unquantized"], num_steps=0, eval_steps=0, output_dir=str(folder))
     warm = train(start)
     before = {"greedy": warm["eval_after"]["solve_rate"]}
-    before["at temperature 1"] = solved_at_temperature_1(warm.policy, recipe)
+    before["at temperature 1"] = sampled_solve_rate(warm.policy, recipe, recipe.sampler)
     shared = {"model": warm["checkpoint"], "sft_warmup_steps": 0, "validation_task": recipe.eval_task}
     arms = {
         name: replace(arm, **shared, name=f"{recipe.name}-{name}", output_dir=str(folder / name))

@@ -430,9 +430,7 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     # A model that was never saved has no architectures.
     config["architectures"] = config.get("architectures") or [class_name]
     spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
-    if (
-        spec.files.stock_model is not None
-    ):  # a class from a checkpoint's code, which `load_policy` converts to a stock class
+    if spec.files.stock_model is not None:  # a class of a checkpoint's code, which `load_policy` converts
         raise ValueError(
             f"{class_name} is defined by code that comes with its checkpoint; pass the checkpoint's folder or id "
             "instead of the module, so that a stock transformers class is used"

@@ -38,7 +38,7 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
     python -m recipes.studies.orders_trained --draw            README's picture of the part nvfp4: the mean curves
 
 Seven runs of a commit before rewards were in float64 (five arms of seed 0, two of seed 1) were repeated on
-today's code, so that all runs of the part nvfp4 are of one commit and one processor.
+the code of the others, so that all runs of the part nvfp4 are of one commit and one processor.
 """
 
 import argparse
@@ -60,17 +60,14 @@ from dllm_rl import (
     LeftToRight,
     MaxProb,
     NoCorrection,
-    Policy,
     RandomOrder,
     Rank,
-    Sampler,
     Scheme,
 )
-from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, replacing, write_json
 from dllm_rl.monitoring.plots import default_style, read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.quantized_sudoku import ESS, MISMATCH, STYLES
+from recipes.quantized_sudoku import ESS, MISMATCH, STYLES, sampled_solve_rate
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import (
@@ -146,16 +143,12 @@ def run_evaluated(study: Study, root: Path, num_steps: int, name: str, seed: int
     if policy is None:
         kept |= dict.fromkeys(COLUMNS, 0.0)
     else:
-
-        def rate(policy: Policy, sampler: Sampler) -> float:
-            task = study.base.eval_task
-            return evaluate(policy, task, sampler, seed=seed, samples=2, batch_size=400).means[study.metric]
-
         own, scheme = study.arms[name]["sampler"], study.arms[name]["rollout_quantization"]
-        policy.module.eval()
-        kept["sampled"] = rate(policy, own)
-        kept["sampled, max_prob"] = rate(policy, own.replace(rank=MaxProb()))
-        kept["quantized, sampled"] = rate(quantized_copy(policy, scheme), own) if scheme else kept["sampled"]
+        recipe = replace(study.base, seed=seed)
+        kept["sampled"] = sampled_solve_rate(policy, recipe, own)
+        kept["sampled, max_prob"] = sampled_solve_rate(policy, recipe, own.replace(rank=MaxProb()))
+        copy = quantized_copy(policy, scheme) if scheme else policy
+        kept["quantized, sampled"] = sampled_solve_rate(copy, recipe, own) if scheme else kept["sampled"]
     keep(root, kept)
 
 
