@@ -122,7 +122,6 @@ _NOISE = {  # logger -> part of a harmless message
     "torchao": "Failed to load",  # CUDA extensions, on a machine without CUDA
     "torch.utils._pytree": "is an Enum subclass",  # a deprecation inside torchao
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional faster kernel
-    "bitsandbytes.autograd._functions": "inputs will be cast from",  # at every matrix product
 }
 
 

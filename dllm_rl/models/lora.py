@@ -259,11 +259,6 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
 
 
-def has_int8(module: nn.Module) -> bool:
-    """Return whether a layer has bitsandbytes weights of 8 bits, whose products round their inputs too."""
-    return any(is_bitsandbytes(layer) and not hasattr(layer.weight, "quant_state") for layer in module.modules())
-
-
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
     """Return a linear layer's weight, dequantized from bitsandbytes and gathered if sharded."""
@@ -277,6 +272,29 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
     # At its first forward, an 8-bit layer moves its codes and its scales (each row's largest |w|, code 127) to `state`.
     holder: Any = layer.state if weight.SCB is None else weight
     return (holder.CB * (holder.SCB.float() / 127)[:, None]).to(layer.plain_dtype)
+
+
+class _EightBitProduct(torch.autograd.Function):
+    """The product with a layer's dequantized weight, which is computed again for the backward, and not stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, plain_weight(layer), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad_output,) = grad_outputs
+        return (grad_output @ plain_weight(ctx.layer).to(grad_output.dtype)).to(ctx.dtype), None
+
+
+def eight_bit_product(layer: nn.Linear, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+    """Return the output of a frozen layer with bitsandbytes weights of 8 bits.
+
+    bitsandbytes itself also rounds the inputs, by how large those of the whole batch are. A row's output would depend
+    on the other rows, and differ from that of a checkpoint of the merged weights.
+    """
+    return _EightBitProduct.apply(x, layer)
 
 
 def is_stacked(layer: nn.Module) -> bool:

@@ -57,6 +57,7 @@ from dllm_rl.models.lora import (
     adapted_layers,
     add_lora,
     call_without_adapters,
+    eight_bit_product,
     has_adapted_or_low_bit,
     is_bitsandbytes,
     is_of_peft,
@@ -93,6 +94,8 @@ class ModulePolicy:
                 layer.use_nested_tensor = False
             elif is_bitsandbytes(layer):  # 8-bit layers do not know the dtype of the weights that they were made from
                 layer.plain_dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+                if not hasattr(layer.weight, "quant_state"):
+                    layer.forward = partial(eight_bit_product, layer)
         self.spec = spec
         self.tokenizer = tokenizer
         self.vocab_size: int = spec.vocab_size or module.config.vocab_size
@@ -321,8 +324,7 @@ def load_policy(
         device: Device of the weights.
         block_size: Block size of a block-causal model. None: the checkpoint's block size.
         quantization: "nf4" or "int8" quantizes the weights with bitsandbytes, and freezes all of them: only adapters
-            (`lora`) can then be trained. The products of "int8" also round their inputs, so that a checkpoint of the
-            merged weights computes other logits than the policy that was trained. None: no quantization.
+            (`lora`) can then be trained. None: no quantization.
         lora: Adapters to train instead of the weights. None: train the weights.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.

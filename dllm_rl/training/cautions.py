@@ -11,7 +11,6 @@ from dllm_rl.algorithms.losses import K1, PPOClip, Reinforce
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, OneStep, Trajectory
 from dllm_rl.models.base import Policy, has_bf16_products, trainable_parameters
-from dllm_rl.models.lora import has_int8
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
 from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
@@ -44,12 +43,6 @@ def cautions(recipe: Recipe) -> list[str]:
         warnings.append(
             f"{weights} without lora and learning_rate={recipe.learning_rate}: bf16 weights above "
             f"{largest_updated_weight:.1g} round such updates away; use {fp32}: fp32 weights, bf16 products"
-        )
-    if recipe.base_quantization == "int8" or (isinstance(recipe.model, Policy) and has_int8(recipe.model.module)):
-        warnings.append(
-            "the products of a base in 8 bits also round their inputs, and a checkpoint's merged weights do not: "
-            "opened, it computes other logits than the policy that was trained; use "
-            f"{as_written(base_quantization='nf4')}"
         )
     if recipe.beta and recipe.kl == K1():
         warnings.append(

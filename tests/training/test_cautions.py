@@ -95,22 +95,6 @@ def test_weights_that_are_too_coarse_for_their_updates():
         assert cautions(replace(full, **changes)) == []
 
 
-@pytest.mark.parametrize("as_policy", [False, True])
-def test_a_base_in_8_bits(as_policy):
-    """Its checkpoint computes other logits, and a base in 4 bits has another caution or none."""
-    layers = pytest.importorskip("bitsandbytes").nn
-    names = {"int8": layers.Linear8bitLt, "nf4": layers.Linear4bit}
-    for quantization, kind in names.items():
-        recipe = tiny_recipe("x", model="a/checkpoint", base_quantization=quantization, lora=Lora())
-        if as_policy:
-            policy = tiny_masked_lm(characters="12")
-            policy.module.add_module("in_few_bits", kind(8, 8))
-            recipe = tiny_recipe("x", model=policy, lora=Lora())
-        said = [line for line in cautions(recipe) if line.startswith("the products of a base in 8 bits")]
-        assert len(said) == (quantization == "int8")
-        assert all("use base_quantization='nf4'" in line and "\n" not in line for line in said)
-
-
 def test_a_policy_in_bf16_that_is_too_coarse_for_its_updates():
     policy = tiny_masked_lm(characters="12")
     policy.module.bfloat16()

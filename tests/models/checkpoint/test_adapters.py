@@ -346,8 +346,7 @@ def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
     merged = load_policy(tmp_path / "merged")
     state = merged.module.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in merged_tensors(policy.module) if name in state)
-    if quantization == "nf4":  # 8-bit products round their inputs too, the merged model does not
-        torch.testing.assert_close(merged.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("forward", [False, True])
@@ -368,6 +367,34 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
             compared += 1
             assert ((found - exact[name]).abs() <= 0.51 * step + 1e-3 * exact[name].abs()).all(), name
     assert compared == FAMILIES["qwen3"]
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen3"])  # with and without biases
+def test_a_base_in_eight_bits_computes_with_its_weights_alone(tmp_path, family):
+    """Logits and gradients are those of ordinary layers with the dequantized weights, for a row with or without the
+    other rows: the inputs, of which some are far above the others, are not rounded.
+    """
+    pytest.importorskip("bitsandbytes")
+    folder = checkpoint(tmp_path / "base", family)
+    policy, plain = load_policy(folder, quantization="int8"), load_policy(folder)
+    table = policy.module.get_input_embeddings().weight.data
+    table[5] *= 50
+    plain.module.load_state_dict(dict(merged_tensors(policy.module)), strict=False)
+    for each in (policy, plain, copied := copy.deepcopy(policy)):
+        add_lora(each, Lora(r=4))
+        stir(each)
+    tokens, mask = batch()
+    tokens[0, 3] = 5
+    expected = plain.logits(tokens, mask)
+    torch.testing.assert_close(policy.logits(tokens, mask), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copied.logits(tokens[1:], mask[1:]), expected[1:], rtol=1e-5, atol=1e-5)
+    gradients = []
+    for each in (policy, plain):
+        each.logits(tokens, mask).logsumexp(-1).sum().backward()
+        gradients.append({name: p.grad for name, p in each.module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
