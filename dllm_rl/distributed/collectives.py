@@ -215,6 +215,22 @@ def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
     return objects if processes.num_processes == 1 else gather_object(objects)
 
 
+@collective
+def check_same(values: dict[str, str], processes: Processes) -> None:
+    """Raise ValueError, in every process, for the first value that differs between the processes."""
+    of_processes = gather_objects([values], processes)
+    for name in of_processes[0]:
+        for index, others in enumerate(of_processes):
+            if others.get(name) != of_processes[0][name]:
+                texts = [str(each.get(name)) for each in (of_processes[0], others)]
+                at = next((i for i, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+                first, other = (f"...{text[at - 30 : at + 50]}" if at > 30 else text[:80] for text in texts)
+                raise ValueError(
+                    f"{name} differs between the processes of the run, which must train alike: {first} in process 0, "
+                    f"and {other} in process {index}; give all of them the same, and seed what is drawn"
+                )
+
+
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     """Return this process's rows of a tensor with the rows of all processes."""
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.checkpoints.resume import contents_of
 from dllm_rl.checkpoints.run_folder import in_own_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
@@ -37,7 +36,7 @@ from dllm_rl.training.policies import (
 )
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import install_emergency_saves, make_writer, save
-from dllm_rl.training.start import launch, open_log, restore
+from dllm_rl.training.start import check_same_recipe, launch, open_log, restore
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluation_interval
 
@@ -61,9 +60,9 @@ def fine_tune(recipe: SFT) -> Summary:
     # Before the folder is created, so that a malformed file leaves no folder.
     rows, held_out_rows = read_datasets(recipe.dataset, recipe.eval_dataset, recipe.eval_split)
     recipe = replace(recipe, dataset=rows, eval_dataset=held_out_rows)
+    contents = check_same_recipe(recipe, accelerator)
     folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     policy, base = _load_policy(recipe, accelerator, folder, saved_state)
-    contents = contents_of(recipe)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
@@ -159,11 +158,12 @@ def _load_policy(
         policy = build_policy(recipe, accelerator.device)
         check_low_bit(recipe, policy)
         if folder and saved_state:
-            from_main(partial(check_base, recipe, policy, saved_state), accelerator)
+            check_base(recipe, policy, saved_state, accelerator)
             load_adapter(policy, folder / "adapter")
-        elif recipe.lora is not None:
-            base = from_main(partial(digest_of_base, recipe, policy), accelerator)
-            add_lora(policy, recipe.lora)
+        else:
+            base = digest_of_base(recipe, policy, accelerator)
+            if recipe.lora is not None:
+                add_lora(policy, recipe.lora)
     return policy, base
 
 

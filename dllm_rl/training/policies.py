@@ -15,7 +15,7 @@ from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
-from dllm_rl.distributed.collectives import collective, from_main
+from dllm_rl.distributed.collectives import check_same, collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.files import replacing
@@ -84,7 +84,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
         is_warmed_up = state.warmup_steps > 0
         policy = load_from_run_folder(recipe, base, dtype, device) if is_warmed_up else build_policy(recipe, device)
         if not is_warmed_up:  # else the folder has been verified
-            from_main(partial(check_base, recipe, policy, state), accelerator)
+            check_base(recipe, policy, state, accelerator)
         load_adapter(policy, folder / "adapter")
     check_low_bit(recipe, policy)
     return shard_policy(
@@ -92,20 +92,28 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
     )
 
 
-def digest_of_base(recipe: AnyRecipe, policy: Policy) -> str | None:
+@collective
+def digest_of_base(recipe: AnyRecipe, policy: Policy, accelerator: Accelerator) -> str | None:
     """Return the digest of the recipe's model, to which its adapters belong; None without adapters. `policy` is the
     model as `build_policy` made it.
+
+    Raises:
+        ValueError: The function that is the model, or the script that made it, made others in other processes.
     """
-    if recipe.lora is None:
-        return None
     if isinstance(recipe.model, str):  # the files: their digest is the same on every device and in every dtype
-        return digest_of_checkpoint(checkpoint_folder(recipe.model))
-    return fingerprint(policy)
+        digest_of_files = partial(digest_of_checkpoint, checkpoint_folder(recipe.model))
+        return None if recipe.lora is None else from_main(digest_of_files, accelerator)
+    if recipe.lora is None and accelerator.num_processes == 1:
+        return None
+    digest = fingerprint(policy)
+    check_same({"model": f"weights, config and tokenizer of the digest {digest}"}, accelerator)
+    return None if recipe.lora is None else digest
 
 
-def check_base(recipe: AnyRecipe, policy: Policy, state: TrainingState) -> None:
+@collective
+def check_base(recipe: AnyRecipe, policy: Policy, state: TrainingState, accelerator: Accelerator) -> None:
     """Raise ValueError if the recipe's model is not the one on which the checkpoint's adapters were trained."""
-    if digest_of_base(recipe, policy) != state.base:
+    if digest_of_base(recipe, policy, accelerator) != state.base:
         model = f" {recipe.model!r}" if isinstance(recipe.model, str) else ""
         raise ValueError(
             f"model{model}: its weights, config or tokenizer are not those on which this run's adapters were trained; "

@@ -16,7 +16,7 @@ from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
-from dllm_rl.distributed.collectives import from_main, make_accelerator
+from dllm_rl.distributed.collectives import check_same, from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack
 from dllm_rl.likelihoods.estimators import EXACT
@@ -62,6 +62,9 @@ from dllm_rl.training.sharded_learner import (
 )
 from dllm_rl.training.validation import validation_interval
 
+# Settings that may differ between the processes: what only the main process uses, and addresses of engines.
+OF_A_PROCESS = ("output_dir", "resume_from_checkpoint", "callbacks", "report_to", "logging_steps", "rollout_engine")
+
 
 def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
     """Prepare a run up to its first step: check the recipe, load the policies, and restore the state of a resumed run.
@@ -88,10 +91,10 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         methods = "set_up, submit, ready, forget, when_free, num_free, wait, mend"
         raise ValueError(f"pool={type(pool).__name__} lacks a method of Pool; it needs {methods}")
     accelerator, stop, peers = launch(recipe)
+    contents = check_same_recipe(recipe, accelerator)  # before any of the code runs
 
     # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.
     resume_folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
-    contents = contents_of(recipe)  # before any of the code runs
     if not resume_folder:
         policy, base = load_and_rehearse(recipe, accelerator, features)
         teacher = teacher_policy(recipe, policy, accelerator)
@@ -270,6 +273,17 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
+def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> dict[str, str]:
+    """Return `contents_of` the recipe. Raise ValueError if its settings, rows or code differ between the processes, as
+    after a shuffle without a seed: each would train a model of its own.
+    """
+    contents = contents_of(recipe)
+    if accelerator.num_processes > 1:
+        settings = {name: describe_json(value) for name, value in recipe.settings().items() if name not in OF_A_PROCESS}
+        check_same(settings | contents, accelerator)
+    return contents
+
+
 def open_log(
     recipe: AnyRecipe,
     accelerator: Accelerator,
@@ -307,7 +321,7 @@ def load_and_rehearse(
     file. Return the policy, and the digest of its weights if they get adapters.
     """
     policy = build_policy(recipe, loading_device(recipe.shard_size, accelerator))
-    base = from_main(partial(digest_of_base, recipe, policy), accelerator)
+    base = digest_of_base(recipe, policy, accelerator)
     check_low_bit(recipe, policy)
     recipe.likelihood.check_policy(policy)
     check_value_model(recipe.value_model, policy)
