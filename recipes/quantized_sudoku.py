@@ -18,6 +18,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import mean
@@ -44,6 +45,15 @@ recipe = replace(
     eval_steps=10,
 )
 
+ARMS = multiprocessing.get_context("forkserver")  # an arm is forked from a process that has imported this:
+ARMS.set_forkserver_preload(
+    [
+        "dllm_rl.training.trainer",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm",
+    ]
+)
 MISMATCH, ESS = "rollout_corr/abs_log_ratio_mean", "rollout_corr/ess"
 STYLES = {  # of the picture
     "unquantized": {"color": "#2f9e6e", "linestyle": ":", "marker": "^"},
@@ -136,8 +146,7 @@ def end_with_parent() -> None:
 
 def train_side_by_side(arms: Mapping[str, Recipe]) -> None:
     """Train the arms at the same time, and wait for them. If one fails, or on Ctrl-C, the others save and end, too."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = {name: spawn.Process(target=train_arm, args=(arm,), daemon=True) for name, arm in arms.items()}
+    processes = {name: ARMS.Process(target=train_arm, args=(arm,), daemon=True) for name, arm in arms.items()}
     try:
         for process in processes.values():
             process.start()
@@ -235,6 +244,7 @@ def compare(recipe: Recipe) -> None:
     folder = Path(recipe.output_dir or default_folder(recipe)).absolute()
     names = "; ".join(map(label, arms.values()))
     print(f"{recipe.name}, seed {recipe.seed}: a warm-up, then {recipe.num_steps} steps of {names}, into {folder}")
+    forkserver.ensure_running()  # it imports during the warm-up
     start = replace(arms["unquantized"], num_steps=0, eval_steps=0, output_dir=str(folder))
     warm = train(start)
     before = {"greedy": warm["eval_after"]["solve_rate"]}

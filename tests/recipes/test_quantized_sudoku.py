@@ -41,7 +41,7 @@ def test_the_arms_are_those_of_the_study():
 @pytest.fixture
 def forked(monkeypatch):
     """Arms are forked from a server that has imported the library."""
-    monkeypatch.setattr(job.multiprocessing, "get_context", lambda method: SERVER)
+    monkeypatch.setattr(job, "ARMS", SERVER)
 
 
 def run_job(monkeypatch, *options):
