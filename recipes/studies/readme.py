@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from statistics import mean
 
 from dllm_rl.files import read_json
-from recipes.studies import late_rollouts, low_bits_tuned, orders, orders_trained
+from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
 from recipes.studies.paired import Results, by_arm, interval, markdown, paired
 
-SHUFFLED = "shuffled TIS (control)"
-Row = tuple[str, str, str, str | None]  # rollouts, correction, arm, the arm that it is compared with
+NVFP4 = "random: nvfp4"
+Row = tuple[str, str, str, str, str, str]  # copy, its arm, the arm without the copy, correction, its arm, control
 
 
 def order() -> str:
@@ -25,76 +25,65 @@ def order() -> str:
     return markdown(rows)
 
 
-def solved(results: Results, rows: Sequence[Row]) -> str:
-    """The solve rates after training, and the paired differences from another row."""
+def arms(results: Results, task: str, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """What quantized or old rollouts cost in training, and what a correction gains. All are differences of paired
+    seeds.
+    """
     table = []
-    numbers = {arm: number for number, (_, _, arm, _) in enumerate(rows, 1)}
-    for rollouts, correction, arm, other in rows:
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
-        row = {"row": str(numbers[arm]), "rollouts": rollouts, "correction": correction}
-        row["solved"] = interval([run["after"] for run in runs])
-        row["difference"] = f"{interval(paired(results, arm, other))} from row {numbers[other]}" if other else ""
-        table.append(row)
-    return markdown(table)
+    for copy, plain, best, correction, corrected, shuffled in rows:
+        gain, control = (interval(paired(results, arm, plain)) if arm else "" for arm in (corrected, shuffled))
+        table.append(
+            {
+                "trained on, and the order of sampling": task,
+                "rollouts of": copy,
+                "cost without a correction": interval(paired(results, best, plain)),
+                "correction": correction,
+                "gain of the correction": gain,
+                "gain of shuffled TIS": control,
+            }
+        )
+    return table
 
 
-def main_job() -> str:
-    """The arms of recipes/quantized_sudoku.py and their controls, on the seeds that have all of them."""
-    rows: list[Row] = [
-        ("the model itself", "none", "random: unquantized", None),
-        ("an NVFP4 copy", "none", "random: nvfp4", "random: unquantized"),
-        ("an NVFP4 copy", "TIS", "random: nvfp4, tis", "random: nvfp4"),
-        ("an NVFP4 copy", SHUFFLED, "random: nvfp4, permuted", "random: nvfp4"),
-        ("an NVFP4 copy", "half the learning rate (control)", orders_trained.HALF, "random: nvfp4"),
-    ]
-    stored = by_arm(read_json(orders_trained.STORED))
-    planned = range(orders_trained.STUDY.seeds)
-    whole = [seed for seed in planned if all((arm, seed) in stored for _, _, arm, _ in rows)]
-    results = {key: run for key, run in stored.items() if key[1] in whole}
-    before = interval([results["random: unquantized", seed]["before"] for seed in whole])
-    heads = ["row", "rollouts of", "correction", "solved greedily", "solved at temperature 1", "difference"]
-    heads += ["greedily", "at temperature 1"]
-    lines = [["", "none: before RL", "", before, "", "", "", ""]]
-    numbers = {arm: str(number) for number, (_, _, arm, _) in enumerate(rows, 1)}
-    for rollouts, correction, arm, other in rows:
-        line = [numbers[arm], rollouts, correction]
-        line += [interval([results[arm, seed][column] for seed in whole]) for column in ("after", "sampled")]
-        line.append(f"from row {numbers[other]}" if other else "")
-        line += [interval(paired(results, arm, other, column)) if other else "" for column in ("after", "sampled")]
-        lines.append(line)
-    table = [dict(zip(heads, line, strict=True)) for line in lines]
-    if len(whole) < len(planned):
-        table = [row | {"seeds": f"{len(whole)} of {len(planned)}"} for row in table]
-    return markdown(table)
+def training() -> str:
+    """The corrections in training: the main job, and three studies."""
+    long = [*read_json(int4_orders.STORED)["runs"], *read_json(int4_orders_controls.STORED)]
+    int4, max_prob, numbers, lag = "random: int4", "max_prob: int4", "int4", "lag 4"
+    rows = arms(
+        by_arm(read_json(orders_trained.STORED)),
+        "4x4 Sudoku for 60 steps (the main job), random",
+        [("an NVFP4 copy", NVFP4, "random: unquantized", "TIS", f"{NVFP4}, tis", f"{NVFP4}, permuted")],
+    )
+    rows += arms(
+        by_arm(long),
+        "4x4 Sudoku for 180 steps, random",
+        [("an INT4 copy", int4, "random: unquantized", "TIS", f"{int4}, tis", f"{int4}, permuted tis")],
+    )
+    rows += arms(
+        by_arm(long),
+        "4x4 Sudoku for 180 steps, `MaxProb`",
+        [("an INT4 copy", max_prob, "max_prob: unquantized", "TIS", f"{max_prob}, tis", "")],
+    )
+    rows += arms(
+        by_arm(read_json(low_bits_tuned.STORED)["runs"]),
+        "SmolLM2-135M on sums, random",
+        [
+            ("an FP8 copy", "FP8", "unquantized", "", "", ""),
+            ("an INT4 copy", numbers, "unquantized", "TIS", "int4, tis", "int4, permuted tis"),
+            ("an INT4 copy", numbers, "unquantized", "AIS", "int4, ais", ""),
+            ("an INT4 copy", numbers, "unquantized", "aligned forward", "int4, aligned", ""),
+        ],
+    )
+    rows += arms(
+        by_arm(read_json(late_rollouts.STORED)["runs"]),
+        "4x4 Sudoku for 80 steps, `MaxProb`",
+        [
+            ("an FP8 copy, four updates old", lag, "lag 0", "TIS", "lag 4, tis", "lag 4, placebo"),
+            ("an FP8 copy, four updates old", lag, "lag 0", "dual clip", "lag 4, dual clip", ""),
+        ],
+    )
+    return markdown(rows)
 
 
 def page_tables() -> dict[str, str]:
-    int4, late_weights = "INT4 weights", "weights four updates old"
-    low_bits = by_arm(read_json(low_bits_tuned.STORED)["runs"])
-    late = by_arm(read_json(late_rollouts.STORED)["runs"])
-    return {
-        "main job": main_job(),
-        "order": order(),
-        "pretrained": solved(
-            low_bits,
-            [
-                ("unquantized", "none", "unquantized", None),
-                ("FP8 weights", "none", "FP8", "unquantized"),
-                (int4, "none", "int4", "unquantized"),
-                (int4, "TIS", "int4, tis", "int4"),
-                (int4, "AIS", "int4, ais", "int4"),
-                (int4, "aligned forward", "int4, aligned", "int4"),
-                (int4, SHUFFLED, "int4, permuted tis", "int4"),
-            ],
-        ),
-        "late": solved(
-            late,
-            [
-                ("newest weights", "none", "lag 0", None),
-                (late_weights, "none", "lag 4", "lag 0"),
-                (late_weights, "TIS", "lag 4, tis", "lag 4"),
-                (late_weights, "shuffled TIS (control)", "lag 4, placebo", "lag 4"),
-                (late_weights, "dual clip", "lag 4, dual clip", "lag 4, tis"),
-            ],
-        ),
-    }
+    return {"order": order(), "training": training()}
