@@ -31,13 +31,19 @@ from dllm_rl.training import finish, hooks, trainer
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
 
+def small_model():
+    return tiny_masked_lm(
+        characters="123456=", hidden_size=16, num_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+
+
 def close(completions, answer, **columns):
     return [sum(a == b for a, b in zip(*pair, strict=False)) / 2 for pair in zip(completions, answer, strict=True)]
 
 
 def run(folder, **settings):
     options = {"max_new_tokens": 2, "num_steps": 6, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
-    policy = tiny_masked_lm(characters="123456=")
+    policy = small_model()
     return grpo(policy, ROWS, close, output_dir=str(folder), **options | {"save_steps": 100} | settings)
 
 
@@ -166,7 +172,7 @@ class StopOnSave(Callback):
 @pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
 @pytest.mark.repeated
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
-    tiny_masked_lm(characters="123456=").save_pretrained(tmp_path / "model")
+    small_model().save_pretrained(tmp_path / "model")
     settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
     options = {"max_new_tokens": 2, "num_steps": 9, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
     summary = grpo(str(tmp_path / "model"), ROWS, close, output_dir=str(tmp_path / "run"), **options | settings)
@@ -196,6 +202,7 @@ def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
 
 
 @pytest.mark.parametrize("num_runs", [2, 3])
+@pytest.mark.repeated(every=1000)
 def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
     callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveNumbered()]
     for i in range(num_runs):
@@ -224,7 +231,7 @@ def test_of_a_loss_the_lowest_is_the_best(tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
     options = {"max_length": 8, "num_steps": 4, "eval_steps": 1, "save_steps": 100, "report_to": "none"}
     summary = sft(
-        tiny_masked_lm(characters="123456="),
+        small_model(),
         rows,
         output_dir=str(tmp_path),
         learning_rate=0.3,  # too large: the loss rises again
@@ -263,6 +270,7 @@ def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, 
 
 
 @pytest.mark.parametrize("changed", ["validation_task", "eval_sampler"])
+@pytest.mark.repeated(every=1000)
 def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_path, capsys, monkeypatch, changed):
     choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward")
     run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
@@ -279,7 +287,7 @@ def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_pa
 
 @pytest.mark.parametrize("load", [True, False])
 @pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
-@pytest.mark.repeated(every=3)
+@pytest.mark.repeated
 def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, monkeypatch, case, load):
     settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
     with monkeypatch.context() as patched:
@@ -338,7 +346,7 @@ class Named(Callback):
 
 
 @pytest.mark.parametrize("name", ["step", "reward", "eval/reward", "other/number"])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_a_number_of_a_callback_replaces_none_of_the_runs_or_of_another_callback(tmp_path, name):
     """`eval/reward` also at a step without an evaluation: the next one would pick the best checkpoint by it."""
     with pytest.raises(ValueError, match=rf"Named\.on_step returned '{name}', a name of the run .*'mine/{name}'"):
@@ -357,7 +365,7 @@ def test_sft_keeps_its_numbers_too(tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
     options = {"max_length": 8, "num_steps": 1, "report_to": "none", "output_dir": str(tmp_path)}
     with pytest.raises(ValueError, match=r"Named\.on_step returned 'loss'"):
-        sft(tiny_masked_lm(characters="123456="), rows, **options, callbacks=[Named("loss")])
+        sft(small_model(), rows, **options, callbacks=[Named("loss")])
 
 
 @pytest.mark.parametrize(
@@ -425,7 +433,7 @@ def test_a_hook_that_no_run_can_call_is_refused_before_the_model_is_loaded(tmp_p
     def model(seed):
         raise AssertionError("loaded")
 
-    recipe = grpo_recipe(tiny_masked_lm(characters="123456="), ROWS, close, output_dir=str(tmp_path / "run"))
+    recipe = grpo_recipe(small_model(), ROWS, close, output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=said):
         replace(recipe, model=model, callbacks=[callback()])
 
@@ -499,7 +507,7 @@ def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_ane
     [{"seen": {1, 2}}, {"pair": (1, 2)}, {"by step": {1: 0.5}}, {"mean": float("nan")}, [1], "text"],
     ids=["a set", "a tuple", "keys that are numbers", "NaN", "a list", "text"],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_a_state_that_json_would_change_is_refused_before_the_first_step(tmp_path, value):
     callback = Counting()
     callback.state = lambda: value
@@ -538,7 +546,7 @@ def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
     [{"micro_batch_size": 2}, {"rollout_batch_size": 3}, {"gradient_checkpointing": True}, {"max_retained_graphs": 0}],
     ids=str,
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_a_resume_may_save_memory_and_says_so(tmp_path, capsys, change):
     """What an OOM asks for changes no meaning of the run: it needs no `allow_changed`, and is recorded."""
     run(tmp_path, num_steps=1)
@@ -557,6 +565,7 @@ def test_what_no_resume_can_change_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"beta": 0.1}, {"teacher": "reference"}], ids=str)
+@pytest.mark.repeated(every=1000)
 def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, change):
     run(tmp_path, num_steps=1)
     resume = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest", **change}
@@ -567,7 +576,7 @@ def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, chan
 
 def test_weights_of_several_dtypes_keep_them_in_a_resume(tmp_path):
     """A frozen body in bf16 below a head in fp32: one dtype for all would round what is trained."""
-    policy = tiny_masked_lm(characters="123456=")
+    policy = small_model()
     policy.module.to(torch.bfloat16).requires_grad_(False)
     policy.module.lm_head.float()
     policy.module.lm_head.requires_grad_(True)
@@ -588,6 +597,7 @@ def mixture():
 
 
 @pytest.mark.parametrize("name", ["llada", "mixture"])
+@pytest.mark.repeated(every=1000)
 def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, monkeypatch, name):
     """Their tensors have the names of the published layout, or one tensor per expert."""
 

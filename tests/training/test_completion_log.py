@@ -54,6 +54,7 @@ def test_zero_means_never(tmp_path, capsys):
         tiny_recipe(tmp_path, log_completions_steps=-1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_adds_to_them(tmp_path):
     recipe = tiny_recipe(tmp_path, log_completions_steps=1, save_steps=1, save_total_limit=9)
     train(recipe)

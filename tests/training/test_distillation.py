@@ -229,6 +229,7 @@ def test_with_adapters_the_reference_is_the_base(tmp_path):
     assert not (tmp_path / "reference").exists()
 
 
+@pytest.mark.slow
 def test_an_autoregressive_student_has_a_teacher(tmp_path):
     larger = partial(tiny_llama, causal=True, **SIZES | {"hidden_size": 64})
     given = {"rollout_quantization": None, "report_to": None, "num_steps": 1}
@@ -245,6 +246,7 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
     assert metrics_of(tmp_path)[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
     few_rows = {"teacher_substeps": 4, "train_batch_size": 2, "num_generations": 2}

@@ -122,6 +122,7 @@ def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monke
     assert "and saving it failed too: [Errno 28]" in note and steps(tmp_path) == [0]
 
 
+@pytest.mark.slow
 def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -129,6 +129,7 @@ def test_no_batch_is_too_old_whatever_workers_take_and_each_is_trained_on_once(w
         assert_bounded(simulate(times.__getitem__, workers=workers, late=late, steps=5), late)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.floats(0.01, 20.0), min_size=2, max_size=24),
@@ -215,6 +216,7 @@ def slow_first(number):
 
 
 @pytest.mark.parametrize("changes", [{}, {"likelihood": Coupled(), "rollout_quantization": None}])
+@pytest.mark.repeated(every=1000)
 def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trained_on(changes, tmp_path):
     """The run is the loop written by hand: batch b of the weights that the metrics name, trained on in the step that
     they name."""
@@ -281,6 +283,7 @@ def test_a_resume_keeps_finished_batches_and_makes_the_others_again(tmp_path):
         train(replace(resumed, **changed), InProcessPool())
 
 
+@pytest.mark.slow
 def test_a_resume_may_change_the_schedule_or_the_bound(tmp_path):
     """From in_order with K = 3 to first_ready with K = 1: stored batches that would be too old are made again."""
 

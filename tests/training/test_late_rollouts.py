@@ -143,6 +143,7 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     ],
     ids=["twice", "three times", "fewer steps than the lag", "the end repeated", "a shorter run, then longer again"],
 )
+@pytest.mark.repeated(every=1000)
 def test_more_steps_on_a_resume_are_those_of_a_run_with_these_steps(tmp_path, late, ends):
     changes = {
         "late": late,
@@ -268,6 +269,7 @@ def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
     [{"max_staleness": 1}, {"num_iterations": 2}, {"likelihood": Trajectory()}, {"resample_masks": False}],
     ids=str,
 )
+@pytest.mark.repeated
 def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedule, tmp_path):
     """They are of weights that are too old now, or have other log-probs than a step reads."""
     asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5}
@@ -284,6 +286,7 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedul
 @pytest.mark.parametrize(
     "changes", [{"likelihood": ELBO(num_samples=3)}, {"likelihood": OneStep()}, {"seed": 5}], ids=str
 )
+@pytest.mark.repeated
 def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedule, tmp_path):
     """The sampler has the learner's weights: log-probs of the same masks agree."""
 
@@ -817,6 +820,7 @@ def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, 
 
 
 @pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
+@pytest.mark.repeated(every=1000)
 def test_a_resume_with_another_batch_size_makes_the_batches_again(schedule, tmp_path, monkeypatch):
     """Those of the checkpoint have another number of prompts, which other processes could not divide."""
     seen = []

@@ -93,6 +93,7 @@ class Suppressed(Unmask):
 
 
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(include_order=False), Coupled(), EUBO(), Sandwich()])
+@pytest.mark.repeated
 def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch, likelihood):
     """Its log-prob is -inf before and after the update, whose direction is measured in each step here."""
     monkeypatch.setattr("dllm_rl.step.settings.DIRECTION_STEPS", 1)

@@ -173,6 +173,7 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     assert replaced >= 4
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_with_nothing_to_replace_changes_nothing(tmp_path):
     a = train(tiny_recipe(tmp_path / "a", num_steps=1))
     b = train(tiny_recipe(tmp_path / "b", num_steps=1, max_num_gen_batches=5))
@@ -262,6 +263,7 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     ],
     ids=["one group", "none", "a KL term trains on all", "masks of a second update"],
 )
+@pytest.mark.repeated
 def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_path, changes, trained):
     """All sixteen rows are measured. The others' ratios must reach neither its weights nor its metrics."""
     seen = []

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from repetitions import slow
+from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of
 
 from dllm_rl import Callback, Lora, UniformPrompts, grpo_recipe, tiny_masked_lm, train
@@ -212,7 +212,10 @@ def fail_and_go_on(folder, place, pool=InProcessPool, **changes):
     return newest, run(folder, pool, **changes, resume_from_checkpoint="latest")
 
 
-@pytest.mark.parametrize("place", [*BEFORE, *AFTER])
+FIRST = ("a reward of a rollout", "the loss", "the sync of the engine", "on_step of second")
+
+
+@pytest.mark.parametrize("place", few([*BEFORE, *AFTER], FIRST))
 def test_an_error_anywhere_loses_no_step_and_the_run_goes_on_bit_for_bit(tmp_path, whole, place):
     summary, folder = whole
     newest, resumed = fail_and_go_on(tmp_path, place)
@@ -223,7 +226,9 @@ def test_an_error_anywhere_loses_no_step_and_the_run_goes_on_bit_for_bit(tmp_pat
     assert resumed["eval_after"] == summary["eval_after"]
 
 
-@pytest.mark.parametrize("place", ["a reward of a rollout", "a reward of an evaluation", "on_step of second"])
+@pytest.mark.parametrize(
+    "place", [slow("a reward of a rollout"), "a reward of an evaluation", slow("on_step of second")]
+)
 def test_the_logs_keep_each_steps_completions_and_seconds(tmp_path, place):
     """Also those of a step that was updated, and not logged: it is not sampled again."""
     newest, _ = fail_and_go_on(tmp_path, place, log_completions_steps=1)
@@ -236,6 +241,7 @@ def test_the_logs_keep_each_steps_completions_and_seconds(tmp_path, place):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.repeated(every=1000)
 def test_an_end_of_any_kind_loses_none(tmp_path, whole, monkeypatch, kind):
     """In the log: a full disk, an interrupt in another thread than the main one, `sys.exit()`."""
     append = JsonLines.append
@@ -311,7 +317,8 @@ class FailingPool(InProcessPool):
 LATE = {"rollout_workers": 1, "max_staleness": 1, "prompt_source": prompts(uses_history=False)}
 
 
-@pytest.mark.parametrize("place", ["the pool", slow("the sync of the engine"), slow("on_step of first")])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["the pool", "the sync of the engine", "on_step of first"])
 def test_late_rollouts_lose_none(tmp_path, place):
     _, resumed = fail_and_go_on(tmp_path / "parts", place, FailingPool, **LATE)
     assert_same_weights(run(tmp_path / "whole", InProcessPool(), **LATE), resumed)
@@ -347,7 +354,7 @@ def tune(folder, *, fails=None, **changes):
     return fine_tune(SFT(**settings | files | {"lr_schedule": beginning_rate} | changes))
 
 
-@pytest.mark.parametrize("place", ["the learning rate", "on_evaluate of second", slow("on_step of first")])
+@pytest.mark.parametrize("place", [slow("the learning rate"), "on_evaluate of second", slow("on_step of first")])
 def test_fine_tuning_loses_none(tmp_path, place):
     with pytest.raises(Fault):
         tune(tmp_path / "parts", fails=place)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
 
@@ -191,6 +192,7 @@ FP8 = {"rollout_quantization": Float8WeightOnly(), "corrector": TIS(), "likeliho
 @pytest.mark.parametrize(
     "changes", [{}, {"num_iterations": 0}, {"lora": Lora()}, FP8], ids=["both", "no_grpo", "lora", "fp8"]
 )
+@pytest.mark.repeated(every=1000)
 def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     changes = {"save_steps": 2, "num_steps": 4, "lr_schedule_steps": 4, **changes}
     whole = train(recipe_of(tmp_path / "whole", **changes))
@@ -211,6 +213,7 @@ def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     ],
     ids=["killed", "error"],
 )
+@pytest.mark.repeated(every=1000)
 def test_a_run_that_ends_within_a_step_continues_bit_for_bit(tmp_path, module, name, calls, save_steps):
     """What the step has added to the store is gone with the step."""
     changes = {"save_steps": save_steps, "num_steps": 4}
@@ -271,6 +274,7 @@ def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"replay": Replay(min_reward=0.0, batch_size=4), "allow_changed": "replay"}])
+@pytest.mark.repeated(every=1000)
 def test_a_run_without_a_right_answer_yet_is_resumed(tmp_path, changes):
     """No update has made moments of the optimizer."""
     task = {"task": NeverRight, "num_iterations": 0}
@@ -299,7 +303,7 @@ def test_right_answers_become_likelier(tmp_path):
     assert losses[1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("num_steps", "told"), [(20, 20), (22, 20), (3, 3)])
+@pytest.mark.parametrize(("num_steps", "told"), [slow(20, 20), slow(22, 20), (3, 3)])
 def test_a_run_without_right_answers_says_so(tmp_path, capsys, num_steps, told):
     train(recipe_of(tmp_path, task=NeverRight, num_steps=num_steps, num_iterations=0, train_batch_size=1))
     said = capsys.readouterr().out
@@ -339,6 +343,7 @@ def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
     assert spy.rates == pytest.approx([(rate or 1e-3) / 2] * 3 + [(rate or 1e-3) / 4] * 3)
 
 
+@pytest.mark.slow
 def test_bf16_updates_use_the_weights_of_the_update_before(tmp_path):
     """Autocast keeps bf16 copies of the weights: with and without its cache, the same weights result."""
     made = []
@@ -364,6 +369,7 @@ def test_without_a_policy_gradient_a_likelihood_that_draws_masks_works_too(tmp_p
     assert all(row["replay/updates"] == 3 and "grad_norm" not in row for row in metrics_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_causal_model(tmp_path):
     train(recipe_of(tmp_path, recipe=tiny_recipe_ar, num_steps=2))
     assert all(row["replay/updates"] == 3 for row in metrics_of(tmp_path))

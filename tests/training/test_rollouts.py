@@ -178,6 +178,7 @@ def test_a_sampler_that_ignores_the_seeds_draws_other_numbers_in_every_batch(tmp
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.repeated(every=1000)
 def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(tmp_path, make):
     """With dynamic sampling, whose later draws count too. What the sampler was asked and returned is counted here."""
     seen = []
@@ -284,6 +285,7 @@ def judged_recipe(directory, function=judge, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"advantages": LeaveOneOut()}, {"max_num_gen_batches": 3}])
+@pytest.mark.repeated
 def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_path, settings, monkeypatch):
     recipe = judged_recipe(tmp_path, **settings)
     seen = []
@@ -310,6 +312,7 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.5}, {"entropy_coeff": 0.1}, {"corrector": Reject(threshold=1e-9)}])
+@pytest.mark.repeated
 def test_a_completion_without_a_reward_is_in_no_term_and_no_mean_of_the_loss(tmp_path, settings, monkeypatch):
     """Tokens that the corrector rejects are in no mean either; the rows of a group without an advantage are."""
     seen = []
@@ -347,6 +350,7 @@ def odd_rows(stats):
 @pytest.mark.parametrize(
     "corrector", [odd_rows, Reject(threshold=5e-4), MIS(min_ratio=0.9, max_ratio=1.1, level="sequence", outside="drop")]
 )
+@pytest.mark.repeated(every=1000)
 def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_path, corrector, monkeypatch):
     """The coefficients of what stays sum to 1, as under `TokenMean`; those of a constant length to the mean length."""
     seen, make = [], update_module.make_batches
@@ -399,6 +403,7 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_retained_graphs": 0}, {"zero_mismatch": True}])
+@pytest.mark.repeated(every=1000)
 def test_a_completion_without_a_reward_has_the_mismatch_that_it_has(tmp_path, settings):
     """Here none: learner and rollout are one model."""
     given = {"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()}

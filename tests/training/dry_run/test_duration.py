@@ -65,7 +65,7 @@ def measured(part, what, **more):
         ("fp8", "FP8 products, compiled", Float8Dynamic(), True),
     ],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled):
     """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
     sampler = Unmask(max_new_tokens=128, diffusion_steps=64, block_size=32)

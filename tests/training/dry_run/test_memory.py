@@ -102,6 +102,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", few(CASES, ["adapters, recomputed"], ["full, bf16", "constant memory", "renoise"]))
 def test_the_plan_agrees_with_the_allocator_within_a_quarter(tmp_path, case):
     recipe = recipe_of(tmp_path, **CASES[case])

@@ -196,7 +196,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_the_estimate_is_near_a_count_of_live_tensors(name):
     recipe = recipe_of(name)
     lora = recipe.lora and replace(recipe.lora, dropout=0.05)
@@ -332,7 +332,6 @@ def test_fields_that_cannot_be(changes, words):
 
 
 @pytest.mark.usefixtures("one_layer")
-@pytest.mark.usefixtures("one_layer")
 def test_a_plan_warns_as_the_run_would():
     recipe = job_8b()
     assert "warning" not in plan(recipe)
@@ -371,6 +370,7 @@ def test_an_assumed_prompt_fits_the_models_positions(tmp_path, family, positions
             planned(**settings)
 
 
+@pytest.mark.usefixtures("one_layer")
 def test_a_plan_says_that_a_teacher_is_not_counted():
     recipe = job_8b()
     assert "teacher" not in plan(recipe)
@@ -378,6 +378,7 @@ def test_a_plan_says_that_a_teacher_is_not_counted():
         assert f"\nteacher               not counted: {counted}" in plan(replace(recipe, teacher=teacher))
 
 
+@pytest.mark.usefixtures("one_layer")
 def test_a_plan_says_that_workers_are_not_counted():
     recipe = replace(job_8b(), rollout_workers=2, max_staleness=1, torch_compile=False)
     text = plan(replace(recipe, rollout_quantization=None))
