@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.checkpoints.resume import contents_of
 from dllm_rl.checkpoints.run_folder import in_own_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
@@ -60,9 +61,10 @@ def fine_tune(recipe: SFT) -> Summary:
     # Before the folder is created, so that a malformed file leaves no folder.
     rows, held_out_rows = read_datasets(recipe.dataset, recipe.eval_dataset, recipe.eval_split)
     recipe = replace(recipe, dataset=rows, eval_dataset=held_out_rows)
-    contents = check_same_recipe(recipe, accelerator)
+    check_same_recipe(recipe, accelerator)
     folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     policy, base = _load_policy(recipe, accelerator, folder, saved_state)
+    contents = contents_of(recipe)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)

@@ -62,8 +62,12 @@ from dllm_rl.training.sharded_learner import (
 )
 from dllm_rl.training.validation import validation_interval
 
-# Settings that may differ between the processes: what only the main process uses, and addresses of engines.
-OF_A_PROCESS = ("output_dir", "resume_from_checkpoint", "callbacks", "report_to", "logging_steps", "rollout_engine")
+# Settings that may differ between the processes: what the main process alone uses, and what may name the process's own
+# device, folder or server. Weights and rows are compared.
+OF_A_PROCESS = (
+    *("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "rollout_engine"),
+    *("model", "teacher", "task", "validation_task", "eval_task"),
+)
 
 
 def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
@@ -91,10 +95,11 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         methods = "set_up, submit, ready, forget, when_free, num_free, wait, mend"
         raise ValueError(f"pool={type(pool).__name__} lacks a method of Pool; it needs {methods}")
     accelerator, stop, peers = launch(recipe)
-    contents = check_same_recipe(recipe, accelerator)  # before any of the code runs
+    check_same_recipe(recipe, accelerator)
 
     # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.
     resume_folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
+    contents = contents_of(recipe)  # before any of the code runs
     if not resume_folder:
         policy, base = load_and_rehearse(recipe, accelerator, features)
         teacher = teacher_policy(recipe, policy, accelerator)
@@ -273,15 +278,18 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> dict[str, str]:
-    """Return `contents_of` the recipe. Raise ValueError if its settings, rows or code differ between the processes, as
-    after a shuffle without a seed: each would train a model of its own.
+def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> None:
+    """Raise ValueError if the settings or rows differ between the processes, as after a shuffle without a seed: each
+    would train a model of its own. User code may differ, such as a reward model on the process's device.
     """
-    contents = contents_of(recipe)
-    if accelerator.num_processes > 1:
-        settings = {name: describe_json(value) for name, value in recipe.settings().items() if name not in OF_A_PROCESS}
-        check_same(settings | contents, accelerator)
-    return contents
+    if accelerator.num_processes == 1:
+        return
+    values = {name: describe_json(value) for name, value in recipe.settings().items() if name not in OF_A_PROCESS}
+    values["callbacks"] = ", ".join(type(callback).__name__ for callback in recipe.callbacks)
+    for name in ("task", "validation_task", "eval_task"):
+        if (task := getattr(recipe, name, None)) is not None:
+            values[name] = f"{len(task)} problems of {task.name}, {task.version}, {getattr(task, 'rows', None)}"
+    check_same(values, accelerator)
 
 
 def open_log(

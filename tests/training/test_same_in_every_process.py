@@ -6,7 +6,7 @@ PROGRAM = """
 import itertools, os, random, re, sys
 from pathlib import Path
 import torch
-from dllm_rl import Lora, grpo, sft, tiny_masked_lm
+from dllm_rl import Callback, Lora, grpo, sft, tiny_masked_lm
 
 rank = int(os.environ["RANK"])
 folders = map(str, (Path(sys.argv[1]) / f"run{i}" for i in itertools.count()))
@@ -14,7 +14,7 @@ rows = [{"prompt": f"{a}=", "completion": a} for a in "12345678"]
 shuffled = random.Random(rank).sample(rows, len(rows))
 small = {"max_new_tokens": 1, "train_batch_size": 2, "num_generations": 2, "eval_split": 2}
 common = {"num_steps": 1, "report_to": "none"}
-value = [0.0, 1.0][rank]
+device = torch.device("cuda", rank)  # of a reward model: what rewards refer to may differ
 
 
 def model(seed=0):
@@ -22,11 +22,11 @@ def model(seed=0):
 
 
 def reward(completions, **columns):
-    return [float(text == "1") for text in completions]
+    return [float(text == "1") + 0 * device.index for text in completions]
 
 
-def other_constant(completions, **columns):
-    return [value for text in completions]
+class Noting(Callback):
+    pass
 
 
 def drawn_model():
@@ -48,7 +48,7 @@ def refused(name, train, *arguments, **settings):
 
 
 refused("task", grpo, model(), shuffled, reward, **small)
-refused("the code of task", grpo, model(), rows, other_constant, **small)
+refused("callbacks", grpo, model(), rows, reward, callbacks=[Noting()][rank:], **small)
 refused("seed", grpo, model(), rows, reward, seed=rank, **small)
 refused("num_generations", grpo, model(), rows, reward, **small | {"num_generations": 2 + rank})
 refused("model", grpo, drawn_model, rows, reward, **small)
@@ -56,14 +56,14 @@ refused("model", grpo, drawn_model(), rows, reward, lora=Lora(), **small)
 refused("dataset", sft, model(), shuffled, train_batch_size=2)
 refused("learning_rate", sft, model(), rows, train_batch_size=2, learning_rate=1e-3 + rank)
 refused("model", sft, drawn_model(), rows, train_batch_size=2)
-settings = {"logging_steps": 1 + rank, "callbacks": (), "save_steps": 1}
+settings = {"logging_steps": 1 + rank, "save_steps": 1}
 summary = grpo(model(), rows, reward, output_dir=next(folders), **small | common | settings)
 print(*(weight.double().sum().item() for weight in summary.policy.module.parameters()))
 """
 
 
 def test_what_differs_between_the_processes_is_refused_in_each(tmp_path):
-    """Rows, code, numbers and weights, of RL and of SFT; what the main process alone reads may differ."""
+    """Rows, settings and weights, of RL and of SFT. What the main process alone reads, and what rewards refer to, may."""
     first, second = run_ranks(PROGRAM, 2, tmp_path)
     told = [[line for line in out.splitlines() if "differs between" in line] for out in (first, second)]
     assert told[0] == told[1] and len(told[0]) == 9
