@@ -63,7 +63,7 @@ print(*(weight.double().sum().item() for weight in summary.policy.module.paramet
 
 
 def test_what_differs_between_the_processes_is_refused_in_each(tmp_path):
-    """Rows, settings and weights, of RL and of SFT. What the main process alone reads, and what rewards refer to, may."""
+    """Rows, settings and weights, of RL and of SFT. What the main process or rewards read, may."""
     first, second = run_ranks(PROGRAM, 2, tmp_path)
     told = [[line for line in out.splitlines() if "differs between" in line] for out in (first, second)]
     assert told[0] == told[1] and len(told[0]) == 9
