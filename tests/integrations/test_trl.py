@@ -163,7 +163,7 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
     ("likelihood", "corrector", "scheme"),
     [case if case in FAST else pytest.param(*case, marks=pytest.mark.nightly) for case in CASES],
 )
-@pytest.mark.repeated(every=5)
+@pytest.mark.repeated
 def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
     run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
     result, gradients = learner(run, likelihood=likelihood, corrector=corrector, rollout_quantization=scheme)
@@ -175,7 +175,7 @@ def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, 
 
 
 @pytest.mark.parametrize("field", ["importance_weights", "loss_mask", "old_logprobs", "advantages", "views", "rollout"])
-@pytest.mark.repeated(every=2)
+@pytest.mark.repeated(every=1000)
 def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch, field):
     rows_of = ours.rows_of
 
@@ -204,6 +204,7 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
     ],
 )
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.repeated
 def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
     result, gradients = learner(run, likelihood=Trajectory(), **own)
@@ -474,6 +475,7 @@ def test_a_loaded_model_brings_the_tokenizer_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
+@pytest.mark.repeated
 def test_losses_of_the_library(tmp_path, loss):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
     _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
@@ -518,6 +520,7 @@ def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
 
 
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
+@pytest.mark.repeated(every=1000)
 def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
     """A rollout's first step reads the same masks in every row of a group, and TRL shuffles the rows."""
     counts = [0]
@@ -536,6 +539,7 @@ def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
 
 
 @pytest.mark.parametrize(("likelihood", "lora"), [(ELBO, False), (Coupled, True)])
+@pytest.mark.repeated(every=1000)
 def test_memory_does_not_grow_with_the_number_of_views(tmp_path, likelihood, lora):
     """The peak of a whole run's tensors, against that of the same run with a graph through all views."""
 
@@ -566,6 +570,7 @@ def weights_of(run):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
+@pytest.mark.repeated
 def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
     later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
@@ -609,6 +614,7 @@ torch.save((run.gradients, [log["loss"] for log in run.state.log_history if "los
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "generations"), [(False, 8), (True, 32)])
 def test_two_processes_equal_one(tmp_path, lora, generations):
     """With 32 completions a prompt, the two processes share its group. With its small eps Adam would turn rounding into
@@ -628,6 +634,7 @@ MODELS = ["llada", "dream", "sdar", "llada2", "bert", "nemotron"]
 
 
 @pytest.mark.parametrize("family", MODELS)
+@pytest.mark.repeated
 def test_what_is_saved_is_reopened(tmp_path, family):
     """A run's checkpoint, in the stock class's layout, and `save_model`, in the published one."""
     source = checkpoint(tmp_path / "source", family)
@@ -655,6 +662,7 @@ def test_what_is_saved_is_reopened(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bert"])
+@pytest.mark.repeated
 def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
     names = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
@@ -1110,6 +1118,7 @@ def of_residues(tmp_path, **special):
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.repeated(every=1000)
 def test_residues_are_graded_and_logged_without_spaces(tmp_path, monkeypatch, is_chat):
     """As `grpo` gives them; words keep their spaces."""
     policy = of_residues(tmp_path, eos_token="[SEP]")
@@ -1137,6 +1146,7 @@ def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "[SEP]"}])
+@pytest.mark.repeated(every=1000)
 def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, monkeypatch, special):
     """BERT's text ends with [SEP], which its tokenizer does not call eos."""
     policy = of_residues(tmp_path, **special)

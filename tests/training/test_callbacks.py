@@ -197,6 +197,7 @@ print(summary["stopped"]["reason"])
 
 
 @pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.repeated(every=1000)
 def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
     assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
 
