@@ -434,6 +434,7 @@ def test_the_console_has_trls_numbers_and_the_log_all(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "1="), ({"more": "23"}, "231="), ({"more": "4"}, "41=")])
+@pytest.mark.repeated(every=1000)
 def test_variables_of_the_chat_template_are_in_the_prompts(tmp_path, monkeypatch, given, expected):
     monkeypatch.setattr("trl_runs.reward", lambda completions, **_: [0.0] * len(completions))
     policy = tiny()
@@ -482,6 +483,7 @@ def test_losses_of_the_library(tmp_path, loss):
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_diffusion_gemma_by_default(tmp_path):
     """Its noise is random tokens: sampler and likelihood are those of `grpo`."""
     model = tiny_diffusion_gemma(characters="12345678=", canvas_length=4, hidden_size=32)
@@ -538,8 +540,8 @@ def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
     assert counts[0] == counts[1] < 2 * num_views * len(run.first[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("likelihood", "lora"), [(ELBO, False), (Coupled, True)])
-@pytest.mark.repeated(every=1000)
 def test_memory_does_not_grow_with_the_number_of_views(tmp_path, likelihood, lora):
     """The peak of a whole run's tensors, against that of the same run with a graph through all views."""
 

@@ -89,6 +89,7 @@ def test_without_its_promise_an_older_rollout_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
+@pytest.mark.repeated(every=1000)
 def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
     changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": likelihood}
     feature = DropSmallViews(least=10**6)
@@ -105,6 +106,7 @@ def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
     assert 0 < one["grad_norm"] != plain["grad_norm"] == every["grad_norm"]
 
 
+@pytest.mark.slow
 def test_the_reference_scores_the_views_that_are_left(tmp_path):
     """The learner is the reference before the first update, so that the KL term is 0 in every view."""
     likelihood = ELBO(num_samples=3)  # a position is scored in several views
@@ -117,6 +119,7 @@ def test_the_reference_scores_the_views_that_are_left(tmp_path):
     assert metrics_of(tmp_path / "one")[0]["kl"] == 0
 
 
+@pytest.mark.slow
 def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
     """The trap: the order's log-probs of the dropped steps stay in the rollout's, and the learner has none."""
     changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": Trajectory()}
@@ -152,6 +155,7 @@ class Twice(StepFeature):
 
 
 @pytest.mark.parametrize(("before", "numbers"), [((), "4 of 16"), ((Twice(),), "8 of 32")])
+@pytest.mark.repeated(every=1000)
 def test_a_row_does_not_leave_its_place(before, numbers, tmp_path):
     """Else completions.jsonl would pair a completion with another's tokens and advantage."""
     with pytest.raises(ValueError, match=f"^features: after_rollout of Filters left out {numbers} rows; keep them"):
@@ -180,6 +184,7 @@ class Fails(StepFeature):
 
 
 @pytest.mark.parametrize("method", ["after_update", "syncs"])
+@pytest.mark.repeated(every=1000)
 def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=4, save_steps=4)
     with pytest.raises(RuntimeError, match="mine"):
@@ -307,6 +312,7 @@ class Counted(StepFeature):
 
 
 @pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.repeated(every=1000)
 def test_an_error_of_a_state_loses_no_step(tmp_path, async_save):
     settings = {"num_steps": 3, "save_steps": 2, "save_total_limit": 9, "lr_schedule_steps": 3}
     whole, parts = (tiny_recipe(tmp_path / name, async_save=async_save, **settings) for name in ("whole", "parts"))
@@ -341,6 +347,7 @@ def test_a_state_that_no_feature_takes_is_named(tmp_path, capsys):
     assert "no feature of this run takes the checkpoint's state of Counted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_of_the_copy_has_the_last_weights(tmp_path):
     """Although the feature skipped the last sync."""
     recipe = tiny_recipe(tmp_path, num_steps=3, learning_rate=0.05, rollout_quantization=Int8WeightOnly())

@@ -132,6 +132,7 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     assert metrics_of(tmp_path / "run") == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("late", "ends"),
     [
@@ -143,7 +144,6 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     ],
     ids=["twice", "three times", "fewer steps than the lag", "the end repeated", "a shorter run, then longer again"],
 )
-@pytest.mark.repeated(every=1000)
 def test_more_steps_on_a_resume_are_those_of_a_run_with_these_steps(tmp_path, late, ends):
     changes = {
         "late": late,
