@@ -151,6 +151,7 @@ def test_a_recipe_may_leave_the_rest_of_large_files_unread(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "tokenizer.json"])
+@pytest.mark.repeated
 def test_a_flipped_byte_is_never_loaded(run, name, capsys):
     """By `load_policy` and all that goes through it: no command answers with weights that nobody trained."""
     newest = run / "checkpoints" / "step-000003"

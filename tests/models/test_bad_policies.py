@@ -119,6 +119,7 @@ def test_a_quantized_copy_is_not_saved(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": Lora()}, {"lora": Lora(r=8), "beta": 0.1}])
+@pytest.mark.repeated(every=1000)
 def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
     policy = small()
     add_lora(policy, Lora(r=8))
@@ -157,6 +158,7 @@ def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_supervised_training_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["prompt"][0]} for row in ROWS]
 
@@ -237,6 +239,7 @@ def test_an_empty_prompt_beside_others_of_a_diffusion_model_is_the_prompt_alone(
 
 @pytest.mark.parametrize("train_with", [grpo, sft], ids=["grpo", "sft"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.repeated
 def test_a_base_in_few_bits_without_adapters_is_frozen_and_not_trained(tmp_path, quantization, train_with):
     pytest.importorskip("bitsandbytes")
     small().save_pretrained(tmp_path / "base")

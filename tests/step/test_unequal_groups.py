@@ -161,6 +161,7 @@ def test_wrong_sizes_are_named(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists(), "before the first step"
 
 
+@pytest.mark.slow
 def test_a_replayed_run_continues_with_the_same_bits(tmp_path):
     train(unequal(tmp_path / "whole", num_steps=4), features=(rows.replay(),))
     train(unequal(tmp_path / "parts", num_steps=2, lr_schedule_steps=4), features=(rows.replay(),))
