@@ -1,11 +1,13 @@
 """What README promises: its test command is CI's, its examples run."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from readme import PAGES, README, example
 from safetensors.torch import load_file
 
@@ -24,6 +26,22 @@ def test_the_first_example_trains(tmp_path, monkeypatch):
     (tmp_path / "first.py").write_text(example("Train on your own reward").replace("num_steps=100", "num_steps=2"))
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path("first.py")["summary"]["eval_problems"] == 6
+
+
+@pytest.mark.slow
+def test_every_example_runs(tmp_path, monkeypatch):
+    """TRL's comes last: its arguments set accelerate's precision for the rest of a process."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, block in enumerate(sorted(blocks, key=lambda block: "from trl" in block)):
+        path = tmp_path / f"block_{number}.py"
+        path.write_text(re.sub(r"\b100\b", "2", block))
+        try:
+            names |= runpy.run_path(str(path), names)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    assert names["summary"]["recipe"]["num_steps"] == 2 and names["trainer"].state.global_step == 2
 
 
 @pytest.mark.slow

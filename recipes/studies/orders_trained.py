@@ -297,7 +297,7 @@ def draw(path: Path) -> None:
             )
         after.axhline(0, color=STYLES["unquantized"]["color"], linestyle=":")
         after.set_xticks(range(len(COMPARED)), [label for label, _ in COMPARED.values()], fontsize=8)
-        after.set(title="Held-out puzzles solved after training", ylabel="share, less that of own rollouts")
+        after.set(title="Held-out puzzles solved after training", ylabel="share, minus that of own rollouts")
         after.grid(alpha=0.3, axis="y")
         after.legend(loc="lower left")
         figure.savefig(partial, dpi=110, format="png")
