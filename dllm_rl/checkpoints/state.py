@@ -33,6 +33,7 @@ class TrainingState:
     unlogged_seconds: dict[str, float] = field(default_factory=dict)  # in each stage of that step, up to its update
     contents: dict[str, str] = field(default_factory=dict)  # digests of the recipe's code and files (`contents_of`)
     base: str | None = None  # digest of the weights under the adapters
+    teacher: str | None = None  # digest of what teaches; None: nothing, or the reference
     reference: str | None = None  # digest of the manifest in the run's folder `reference`
     frozen: list | None = None  # names of frozen weights, in a run without adapters
     begin_ids: list | None = None  # ids before every prompt of plain text, `dllm_rl.decoding.tokens.begin_ids`

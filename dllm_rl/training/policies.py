@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from dllm_rl import manifest
 from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.algorithms.values import ValueModel
+from dllm_rl.checkpoints.resume import allowed_changes
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import check_same, collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.distributed.stop import as_written
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.router_replay import check_replay
@@ -100,14 +102,24 @@ def digest_of_base(recipe: AnyRecipe, policy: Policy, accelerator: Accelerator) 
     Raises:
         ValueError: The function that is the model, or the script that made it, made others in other processes.
     """
-    if isinstance(recipe.model, str):  # the files: their digest is the same on every device and in every dtype
-        digest_of_files = partial(digest_of_checkpoint, checkpoint_folder(recipe.model))
-        return None if recipe.lora is None else from_main(digest_of_files, accelerator)
-    if recipe.lora is None and accelerator.num_processes == 1:
+    if recipe.lora is None and (isinstance(recipe.model, str) or accelerator.num_processes == 1):
         return None
-    digest = fingerprint(policy)
-    check_same({"model": f"weights, config and tokenizer of the digest {digest}"}, accelerator)
+    digest = digest_of_policy("model", recipe.model, policy, accelerator)
     return None if recipe.lora is None else digest
+
+
+@collective
+def digest_of_policy(setting: str, model: Any, policy: Policy, accelerator: Accelerator) -> str:
+    """Return a digest of weights, config and tokenizer of what `build_policy` has made of a setting's `model`.
+
+    Raises:
+        ValueError: It has made another policy in another process.
+    """
+    if isinstance(model, str):  # the files: their digest is the same on every device and in every dtype
+        return from_main(partial(digest_of_checkpoint, checkpoint_folder(model)), accelerator)
+    digest = fingerprint(policy)
+    check_same({setting: f"weights, config and tokenizer of the digest {digest}"}, accelerator)
+    return digest
 
 
 @collective
@@ -346,6 +358,28 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     check_teacher(policy, teacher)
     teacher.module.requires_grad_(False)
     return teacher
+
+
+@collective
+def digest_of_teacher(
+    recipe: Recipe, teacher: Policy | None, saved_state: TrainingState | None, accelerator: Accelerator
+) -> str | None:
+    """Return the digest of the teacher; None without one.
+
+    Raises:
+        ValueError: The run that is resumed, whose state is `saved_state`, had another teacher.
+    """
+    digest = None if teacher is None else digest_of_policy("teacher", recipe.teacher, teacher, accelerator)
+    if (
+        saved_state is not None
+        and digest != saved_state.teacher
+        and "teacher" not in allowed_changes(recipe.settings())
+    ):
+        raise ValueError(
+            "teacher: its weights, config or tokenizer are not those of the run that is resumed; put those back, or "
+            f"resume with {as_written(allow_changed='teacher')}"
+        )
+    return digest
 
 
 def check_teacher(policy: Policy, teacher: Policy) -> None:

@@ -44,6 +44,7 @@ from dllm_rl.training.policies import (
     check_low_bit,
     check_value_model,
     digest_of_base,
+    digest_of_teacher,
     initialize_run,
     make_optimizer,
     reference_policy,
@@ -116,12 +117,15 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
     if resume_folder:
         policy = resumed_policy(recipe, resume_folder, saved_state, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
+        teacher_digest = digest_of_teacher(recipe, teacher, saved_state, accelerator)
         check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
         state = restore(recipe, resume_folder, saved_state, contents, policy, optimizer, log)
     else:
+        teacher_digest = digest_of_teacher(recipe, teacher, None, accelerator)
         state = initialize_run(recipe, policy, accelerator, log, base=base, contents=contents)
         optimizer = make_optimizer(recipe, policy)
+    state = replace(state, teacher=teacher_digest)
 
     model_size = num_parameters(recipe.model if isinstance(recipe.model, str) else policy)
     for caution in learning_rate_warnings(recipe.learning_rate, model_size):

@@ -16,6 +16,7 @@ FULL = {
     "best_step": 2,
     "best_value": 0.5,
     "reference": "0" * 64,
+    "teacher": "fe",
     "unlogged": {"loss": 0.5},
     "unlogged_seconds": {"update": 0.5},
     "callbacks": [["Counting", {"steps": 3}]],

@@ -71,6 +71,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 LOAD_ADAPTER_HINT = "open the base, and call dllm_rl.models.checkpoint.adapters.load_adapter with it and this folder"
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
+# Files beside the weights that say what a checkpoint computes: its config, end tokens, tokenizer and chat template.
+READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+READ += ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+READ += ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
 # Fields of a config that choose an implementation of attention or experts.
 IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
@@ -268,9 +272,7 @@ def digest_of_checkpoint(folder: Path) -> str:
     if (adapter := adapter_folder(folder)) is not None:
         own = digest_of_files(adapter, ["adapter_config.json", "adapter_model.safetensors"])
         return digest_of_value([own, digest_of_checkpoint(base_of_adapter(adapter))])
-    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "vocab.json"}
-    names |= {"merges.txt", "tokenizer.model"}
-    return digest_of_files(folder, [*weight_files(folder), *(name for name in names if (folder / name).is_file())])
+    return digest_of_files(folder, [*weight_files(folder), *(name for name in READ if (folder / name).is_file())])
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:
