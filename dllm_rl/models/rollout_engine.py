@@ -57,6 +57,13 @@ class FunctionEngine(RolloutEngine):
         return self.sync_fn(learner, policy)
 
 
+def check_single_process(learner: Policy, engine: str) -> None:
+    """Raise ValueError if a run has several processes, for an engine that takes the weights of one."""
+    is_initialized = torch.distributed.is_initialized()
+    if hasattr(learner.module, "sharding") or (is_initialized and torch.distributed.get_world_size() > 1):
+        raise ValueError(f"rollout_engine={engine} needs a run of one process; start it without a launcher")
+
+
 def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
     """Return the policy with another forward, without gradient.
 

@@ -43,6 +43,26 @@ class Autoregress(Sampler):
     def check(self) -> None:
         SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
 
+    def sampling_params(self, policy: Policy, prompts: Prompts) -> SamplingParams:
+        """Return the settings of the sampling distribution for these prompts.
+
+        Raises:
+            ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
+        """
+        if policy.spec.attention != "causal":
+            sampler = type(self).__name__
+            raise ValueError(f"policy {policy.spec.name!r} is not causal; {sampler} needs a causal one: use Unmask")
+        if prompts.infill_mask is not None:
+            raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
+        has_token = prompts.attention_mask.any(-1)
+        if not has_token.all():
+            row = int(has_token.long().argmin())
+            raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
+        mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
+        suppressed = self.suppress if mask_id is None else (*self.suppress, mask_id)
+        suppress = check_fits(policy, prompts, self.max_new_tokens, suppressed)
+        return SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
+
     @torch.no_grad()
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
         """Complete the prompts.
@@ -57,20 +77,9 @@ class Autoregress(Sampler):
             in nats.
 
         Raises:
-            ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
+            ValueError: As `sampling_params` says.
         """
-        if policy.spec.attention != "causal":
-            raise ValueError(f"policy {policy.spec.name!r} is not causal; Autoregress needs a causal one: use Unmask")
-        if prompts.infill_mask is not None:
-            raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
-        has_token = prompts.attention_mask.any(-1)
-        if not has_token.all():
-            row = int(has_token.long().argmin())
-            raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
-        mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
-        suppressed = self.suppress if mask_id is None else (*self.suppress, mask_id)
-        suppress = check_fits(policy, prompts, self.max_new_tokens, suppressed)
-        sampling_params = SamplingParams(self.temperature, self.top_k, self.top_p, suppress)
+        sampling_params = self.sampling_params(policy, prompts)
         device = policy.device
         num_rows = len(prompts.tokens)
         seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
@@ -104,7 +113,10 @@ class Autoregress(Sampler):
             is_unfinished = is_unfinished & ~torch.isin(drawn.tokens, eos)
             if not is_unfinished.any():
                 break
-        return _rollout(policy, prompts, sampling_params, attention_mask, steps)
+        is_drawn = torch.stack([is_unfinished for _, is_unfinished in steps], dim=1)
+        fields = zip(*(drawn for drawn, _ in steps), strict=True)
+        drawn = Drawn._make(None if values[0] is None else torch.stack(values, dim=1) for values in fields)
+        return left_to_right_rollout(policy, prompts, sampling_params, drawn, is_drawn)
 
 
 def _draw(
@@ -123,17 +135,22 @@ def _draw(
     return drawn._replace(log_mass=log_mass, support=support)
 
 
-def _rollout(
+def left_to_right_rollout(
     policy: Policy,
     prompts: Prompts,
     sampling_params: SamplingParams,
-    attention_mask: Bool[Tensor, "B T"],
-    steps: list[tuple[Drawn, Bool[Tensor, " B"]]],
+    drawn: Drawn,
+    is_drawn: Bool[Tensor, "B K"],
 ) -> Rollout:
-    """Build the rollout from the draws of each step, and the rows that were unfinished in it."""
-    is_drawn = torch.stack([is_unfinished for _, is_unfinished in steps], dim=1)
-    fields = zip(*(drawn for drawn, _ in steps), strict=True)
-    drawn = Drawn._make(None if values[0] is None else torch.stack(values, dim=1) for values in fields)
+    """Build the rollout of completions that were written from left to right.
+
+    Args:
+        policy: Policy that sampled.
+        prompts: Prompts of the rows.
+        sampling_params: Settings of the sampling distribution.
+        drawn: Draws of the K steps, each field (B, K) or (B, K, C). Those of a finished row are ignored.
+        is_drawn: Whether the row was unfinished in the step.
+    """
     tokens = torch.where(is_drawn, drawn.tokens, policy.pad_id)
     prompt_tokens = prompts.tokens.to(policy.device)
     prompt_width = prompt_tokens.shape[1]
@@ -145,13 +162,13 @@ def _rollout(
         support = make_filter_support(drawn.log_mass.masked_fill(~is_drawn, 0.0), ids).padded(prompt_width)
     return Rollout(
         tokens=torch.cat([prompt_tokens, tokens], dim=1),
-        attention_mask=attention_mask,
+        attention_mask=torch.cat([prompts.attention_mask.to(policy.device), is_drawn], dim=1),
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, unmask_step, -1),
         logprobs=F.pad(drawn.logprobs.masked_fill(~is_drawn, 0.0), (prompt_width, 0)),
         group=prompts.group.to(policy.device),
         weights_version=policy.weights_version,
         sampling_params=sampling_params,
-        forwards=len(steps),
+        forwards=is_drawn.shape[1],
         filter_support=support,
     )

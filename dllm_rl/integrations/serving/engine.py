@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import adapted_layers, merged_state_dict
-from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
+from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
 from dllm_rl.models.tensor_bytes import deserialize, record_from_json, serialize
 from dllm_rl.records import Record, option, to_json
 from dllm_rl.rng import row_seeds
@@ -50,10 +50,7 @@ class HTTPEngine(RolloutEngine):
 
     def load(self, learner: Policy) -> Policy:
         """Send all weights of the learner to the server. Return the rollout policy that `HTTPSampler` needs."""
-        if hasattr(learner.module, "sharding") or (
-            torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        ):
-            raise ValueError("rollout_engine=HTTPEngine needs a run of one process; start it without a launcher")
+        check_single_process(learner, "HTTPEngine")
         client = Client(self, learner.weights_version, secrets.token_hex(16))
         client.post("/weights", merged_state_dict(learner.module), is_load=True)
         rollout_policy = with_forward(learner, client.logits)
