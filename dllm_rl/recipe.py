@@ -122,6 +122,13 @@ class Recipe(StepSettings):
                 "to False, and take the folder that summary.json names as best_checkpoint",
             ),
             (
+                self.rollout_engine is not None
+                and not self.rollout_engine.gives_logits
+                and not self.likelihood.exact_ratios,
+                f"rollout_engine={describe(self.rollout_engine)} records the log-probs of the tokens that it samples, "
+                f"and likelihood={self.likelihood.name!r} scores others: use Causal() for an autoregressive model",
+            ),
+            (
                 self.router_replay is not None and not is_quantized,
                 "router_replay='R3' reuses the experts of a quantized copy, and without rollout_quantization there is "
                 "no copy: set a scheme, or router_replay=None",

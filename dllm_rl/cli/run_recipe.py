@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 # Imported so that options can name the samplers and engines of servers.
-import dllm_rl.integrations.serving.engine  # noqa: F401
+import dllm_rl.integrations.serving.engine
+import dllm_rl.integrations.vllm  # noqa: F401
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls, interactive, line_of, printing_anything

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Imported so that the sampler of a run that sampled from a server can be read.
-import dllm_rl.integrations.serving.engine  # noqa: F401
+import dllm_rl.integrations.serving.engine
+import dllm_rl.integrations.vllm  # noqa: F401
 from dllm_rl.cli.options import recipe_of
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import annotations_of, from_json

@@ -24,11 +24,12 @@ from dllm_rl.types import Prompts, Rollout
 
 VERSIONS = "0.32"  # of vLLM, that were tried; pyproject.toml has them too
 SHARED_MEMORY = Path("/dev/shm")
-# Arguments of vLLM's `LLM` on which the record of a rollout depends.
+# Arguments of vLLM's `LLM` that the engine needs.
 FIXED_ARGUMENTS = {
     "skip_tokenizer_init": True,  # tokens go in and come out, never text
     "generation_config": "vllm",  # no sampling settings of the checkpoint
     "logprobs_mode": "processed_logprobs",  # those of the distribution that samples
+    "use_tqdm_on_load": False,
 }
 OWN_ARGUMENTS = ("model", "dtype", "quantization", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
@@ -58,6 +59,7 @@ class VLLMEngine(RolloutEngine):
     max_model_len: int | None = option(default=None, at_least=2)
     engine_args: dict[str, Any] | None = None
     is_exclusive = True
+    gives_logits = False
 
     def check(self) -> None:
         if taken := sorted({*FIXED_ARGUMENTS, *OWN_ARGUMENTS} & {*(self.engine_args or {})}):
@@ -102,6 +104,9 @@ class Client:
                 "has; leave rollout_engine out"
             )
         arguments: dict[str, Any] = {name: getattr(engine, name) for name in OWN_ARGUMENTS if name != "model"}
+        if vllm.platforms.current_platform.is_cpu():
+            # On a CPU vLLM 0.32 stops when it splits the prompt of a row with a seed: its generators have no offset.
+            arguments["enable_chunked_prefill"] = False
         arguments |= FIXED_ARGUMENTS | (engine.engine_args or {})
         with _written(learner) as folder:
             try:

@@ -24,6 +24,13 @@ class RolloutEngine(Record):
         """Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too."""
         return False
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the policy of `load` computes logits. If not, the log-probs that its sampler records are those of the
+        rollout, and the run's likelihood must be exact.
+        """
+        return True
+
     def load(self, learner: Policy) -> Policy:
         """Return the policy that samplers receive, with the learner's weights and version; see `with_forward`.
 

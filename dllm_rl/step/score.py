@@ -114,12 +114,12 @@ def check_rollout_logprobs(samples: Samples, source: str, feature: StepFeature) 
 
 
 def rollout_logprob_source(
-    likelihood: LikelihoodEstimator, *, learner_samples: bool, changes_views: bool = False
+    likelihood: LikelihoodEstimator, *, learner_samples: bool, changes_views: bool = False, gives_logits: bool = True
 ) -> Literal["recorded", "scored", "learner"]:
     """Return the source of the rollout's log-probs: "recorded" (by the sampler; the estimator would compute
     the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
-    if likelihood.exact_for_sampler and not changes_views:
+    if (likelihood.exact_for_sampler or not gives_logits) and not changes_views:
         return "recorded"
     return "learner" if learner_samples else "scored"
 
@@ -151,7 +151,12 @@ def score(
     settings, policy = context.settings, context.policy
     likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
     changing = [feature for feature in context.features if feature.changes_views]
-    source = rollout_logprob_source(likelihood, learner_samples=context.learner_samples, changes_views=bool(changing))
+    source = rollout_logprob_source(
+        likelihood,
+        learner_samples=context.learner_samples,
+        changes_views=bool(changing),
+        gives_logits=settings.rollout_engine is None or settings.rollout_engine.gives_logits,
+    )
     for feature in changing:  # for the reference too
         views = feature.views_to_score(context, rollout, views, recorded=False)
     reference_logprobs = None
