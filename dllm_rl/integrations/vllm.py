@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -63,7 +62,9 @@ class VLLMEngine(RolloutEngine):
 
     def check(self) -> None:
         if taken := sorted({*FIXED_ARGUMENTS, *OWN_ARGUMENTS} & {*(self.engine_args or {})}):
-            raise ValueError(f"engine_args: {taken[0]!r} is set by the engine; use a setting of VLLMEngine, or leave it")
+            raise ValueError(
+                f"engine_args: {taken[0]!r} is set by the engine; use a setting of VLLMEngine, or leave it"
+            )
 
     def load(self, learner: Policy) -> Policy:
         """Start vLLM with the learner's weights. Return the rollout policy that `VLLMSampler` needs."""
@@ -74,11 +75,10 @@ class VLLMEngine(RolloutEngine):
         return rollout_policy
 
     def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
-        """Give vLLM the learner's weights and their version. Return the seconds that it took."""
-        start = time.perf_counter()
+        """Give vLLM the learner's weights and their version. `time/sync` has the seconds that it takes."""
         policy.module.client.update(learner)
         policy.weights_version = learner.weights_version
-        return {"time/engine_sync": time.perf_counter() - start}
+        return {}
 
 
 class Client:
@@ -112,7 +112,8 @@ class Client:
             try:
                 self.llm = vllm.LLM(model=str(folder), **arguments)
             except (ValueError, RuntimeError, TypeError) as error:
-                raise ValueError(f"rollout_engine: vLLM does not start: {error}") from error
+                reason = str(error).partition("\n")[0]  # vLLM has printed the rest
+                raise ValueError(f"rollout_engine: vLLM does not start: {reason}") from error
         self.max_model_len: int = self.llm.model_config.max_model_len
         self.weights_version: int | None = learner.weights_version
 

