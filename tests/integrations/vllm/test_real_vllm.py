@@ -18,7 +18,7 @@ from dllm_rl import Prompts, tiny_llama
 from dllm_rl.diagnostics.trace_check import check_trace
 from dllm_rl.diagnostics.traces import read_trace, write_trace
 from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler
-from dllm_rl.models.lora import add_lora, adapted_layers
+from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.rng import generator_for
 from dllm_rl.testing import check_engine
