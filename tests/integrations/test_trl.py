@@ -174,8 +174,8 @@ def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, 
     assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["importance_weights", "loss_mask", "old_logprobs", "advantages", "views", "rollout"])
-@pytest.mark.repeated(every=1000)
 def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch, field):
     rows_of = ours.rows_of
 
@@ -320,6 +320,7 @@ def test_truncated_completions_are_in_no_mean_over_tokens(tmp_path):
     assert batch.num_tokens == 4 * int((~truncated).sum()) and batch.num_sequences == len(truncated)
 
 
+@pytest.mark.slow
 def test_a_batch_of_truncated_completions_alone_changes_nothing(tmp_path):
     settings = {"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1}
     model = tiny()
@@ -476,7 +477,7 @@ def test_a_loaded_model_brings_the_tokenizer_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_losses_of_the_library(tmp_path, loss):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
     _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
@@ -521,8 +522,8 @@ def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
     assert difference(run.gradients[0], gradients[0]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
-@pytest.mark.repeated(every=1000)
 def test_a_view_runs_equal_rows_of_a_group_once(tmp_path, likelihood):
     """A rollout's first step reads the same masks in every row of a group, and TRL shuffles the rows."""
     counts = [0]
@@ -572,7 +573,7 @@ def weights_of(run):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
     later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
@@ -636,7 +637,7 @@ MODELS = ["llada", "dream", "sdar", "llada2", "bert", "nemotron"]
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_what_is_saved_is_reopened(tmp_path, family):
     """A run's checkpoint, in the stock class's layout, and `save_model`, in the published one."""
     source = checkpoint(tmp_path / "source", family)
@@ -664,7 +665,7 @@ def test_what_is_saved_is_reopened(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bert"])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
     names = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
@@ -996,6 +997,7 @@ trainer.save_model("sums/best")
 """
 
 
+@pytest.mark.slow
 def test_the_two_lines_of_the_page_change_a_script_of_trls(tmp_path, monkeypatch):
     """TRL's own features: two rewards, one of them async, a callback, a tracker, evaluations, the best model, LoRA."""
     monkeypatch.chdir(tmp_path)
@@ -1031,6 +1033,7 @@ class Kept(ours.DiffusionGRPOTrainer):
 runs = []
 
 
+@pytest.mark.slow
 def test_the_block_of_the_page_plans_the_batch_that_it_trains(tmp_path, monkeypatch, capsys):
     """On a small LLaDA. tests/test_docs.py has the plan's numbers for the large one."""
     monkeypatch.chdir(tmp_path)
@@ -1140,6 +1143,7 @@ def test_residues_are_graded_and_logged_without_spaces(tmp_path, monkeypatch, is
     assert [*run._logs["completion"]] == graded[-len(run._logs["completion"]) :]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
     graded = []
     monkeypatch.setattr("trl_runs.reward", lambda completions, **_: graded.extend(completions) or [0.0] * 32)

@@ -182,7 +182,7 @@ def test_a_process_without_trained_rows_has_no_graph_to_go_back_through(tmp_path
     ],
 )
 @pytest.mark.usefixtures("exact_arithmetic")
-@pytest.mark.repeated(every=3)
+@pytest.mark.repeated
 def test_what_is_kept(tmp_path, changes, kept):
     """An update runs the other forwards again. Its gradient does not depend on which graphs were kept."""
     step = Step(tiny_recipe(tmp_path, likelihood=Coupled(num_samples=2), **changes))

@@ -79,6 +79,7 @@ class TestSchedule:
         with pytest.raises(ValueError, match="lr_schedule_steps=5 would change the learning rates"):
             train(small(tmp_path, num_steps=5, lr_schedule_steps=5, resume_from_checkpoint="latest"))
 
+    @pytest.mark.slow
     def test_with_a_horizon_of_its_own_two_parts_are_the_whole(self, tmp_path):
         whole = train(small(tmp_path / "whole", num_steps=2, lr_schedule_steps=6))
         train(small(tmp_path / "parts", num_steps=1, lr_schedule_steps=6))

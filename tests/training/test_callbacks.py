@@ -170,7 +170,7 @@ class StopOnSave(Callback):
 
 
 @pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
     small_model().save_pretrained(tmp_path / "model")
     settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
@@ -270,8 +270,8 @@ def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, 
     assert (said in capsys.readouterr().out) == (best[0] != 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["validation_task", "eval_sampler"])
-@pytest.mark.repeated(every=1000)
 def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_path, capsys, monkeypatch, changed):
     choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward")
     run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
@@ -620,6 +620,7 @@ def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, 
     assert best["best_step"] == 1 and best.policy.weights_version == 1
 
 
+@pytest.mark.slow
 def test_a_quantized_copy_in_bf16_is_evaluated_in_the_arithmetic_of_rollouts(tmp_path, monkeypatch):
     """Its weights are in bf16; a module that adds a buffer in fp32 computes with them under autocast alone."""
     seen, evaluate_with = [], finish.evaluate_with

@@ -286,7 +286,7 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedul
 @pytest.mark.parametrize(
     "changes", [{"likelihood": ELBO(num_samples=3)}, {"likelihood": OneStep()}, {"seed": 5}], ids=str
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedule, tmp_path):
     """The sampler has the learner's weights: log-probs of the same masks agree."""
 
@@ -819,8 +819,8 @@ def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, 
     assert metrics_of(run) == metrics_of(tmp_path / "here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
-@pytest.mark.repeated(every=1000)
 def test_a_resume_with_another_batch_size_makes_the_batches_again(schedule, tmp_path, monkeypatch):
     """Those of the checkpoint have another number of prompts, which other processes could not divide."""
     seen = []

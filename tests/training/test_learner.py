@@ -21,6 +21,7 @@ from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
 
 
+@pytest.mark.slow
 def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):
     """As far from the step's start as without autocast's cache, which holds bf16 copies of the weights."""
     changes = {"bf16": True, "num_iterations": 2, "num_steps": 1, "max_retained_graphs": 0, "learning_rate": 0.01}

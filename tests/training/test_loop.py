@@ -90,6 +90,7 @@ def test_on_policy_every_weighting_is_none(corrector, tmp_path):
     assert_same_weights(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss_reduction",
     [

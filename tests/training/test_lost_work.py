@@ -259,6 +259,7 @@ def test_an_end_of_any_kind_loses_none(tmp_path, whole, monkeypatch, kind):
     assert metrics_of(tmp_path) == metrics_of(whole[1])
 
 
+@pytest.mark.slow
 def test_an_error_in_on_save_of_a_step_that_is_saved(tmp_path, whole):
     newest, resumed = fail_and_go_on(tmp_path, "on_save of second", save_steps=FAILS)
     assert newest == FAILS
@@ -266,6 +267,7 @@ def test_an_error_in_on_save_of_a_step_that_is_saved(tmp_path, whole):
     assert metrics_of(tmp_path) == metrics_of(whole[1])
 
 
+@pytest.mark.slow
 def test_a_second_error_in_the_same_place_loses_none(tmp_path, whole):
     """The step's hooks and its evaluation are called again until they succeed, also after an error in a later step."""
     place = "on_step of second"
@@ -277,6 +279,7 @@ def test_a_second_error_in_the_same_place_loses_none(tmp_path, whole):
     assert metrics_of(tmp_path) == metrics_of(whole[1])
 
 
+@pytest.mark.slow
 def test_an_error_in_the_last_step_loses_none(tmp_path, whole):
     """Also its evaluation: a resume makes it and finishes the run."""
     short = {"num_steps": FAILS, "lr_schedule_steps": STEPS}
@@ -286,6 +289,7 @@ def test_an_error_in_the_last_step_loses_none(tmp_path, whole):
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole") == metrics_of(whole[1])[:FAILS]
 
 
+@pytest.mark.slow
 def test_adapters_with_dropout_draw_the_same_masks_after_an_error_between_forward_and_update(tmp_path):
     adapted = {"lora": Lora(r=2, dropout=0.3), "micro_batch_size": 8}
     _, resumed = fail_and_go_on(tmp_path / "parts", "the loss", **adapted)

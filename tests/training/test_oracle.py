@@ -87,7 +87,7 @@ def test_the_best_texts_are_kept_and_their_mean_is_logged(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 19])
-@pytest.mark.repeated
+@pytest.mark.repeated(every=1000)
 def test_the_budget_ends_the_run_with_a_checkpoint_that_a_larger_one_continues(tmp_path, budget):
     counted = Counted()
     summary = design(tmp_path, Oracle(counted, budget=budget))

@@ -205,6 +205,7 @@ def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "calls", "save_steps"),
     [
@@ -213,7 +214,6 @@ def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     ],
     ids=["killed", "error"],
 )
-@pytest.mark.repeated(every=1000)
 def test_a_run_that_ends_within_a_step_continues_bit_for_bit(tmp_path, module, name, calls, save_steps):
     """What the step has added to the store is gone with the step."""
     changes = {"save_steps": save_steps, "num_steps": 4}
@@ -289,6 +289,7 @@ def parameters_of(*summaries):
     return zip(*(summary.policy.module.parameters() for summary in summaries), strict=True)
 
 
+@pytest.mark.slow
 def test_right_answers_become_likelier(tmp_path):
     """Without a policy gradient, too: the loss of the answers in the store, under one set of masks."""
     stores, losses = [], []

@@ -372,6 +372,7 @@ def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 0, "replay": Replay(min_reward=2.0)}])
+@pytest.mark.repeated(every=1000)
 def test_no_token_is_rejected_where_none_is_trained(tmp_path, changes):
     def same(completions, **_):
         return [1.0] * len(completions)

@@ -55,6 +55,7 @@ def measured(part, what, **more):
     return next(row["seconds"] for row in rows if row["what"] == what and more.items() <= row.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "what", "scheme", "compiled"),
     [
@@ -65,7 +66,6 @@ def measured(part, what, **more):
         ("fp8", "FP8 products, compiled", Float8Dynamic(), True),
     ],
 )
-@pytest.mark.repeated(every=1000)
 def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled):
     """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
     sampler = Unmask(max_new_tokens=128, diffusion_steps=64, block_size=32)
