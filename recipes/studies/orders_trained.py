@@ -270,8 +270,8 @@ def draw(path: Path) -> None:
     with replacing(path) as partial, default_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(14, 4.4), layout="constrained")
-        *axes, after = figure.subplots(1, len(PANELS) + 1, width_ratios=(1, 1, 1, 1.2))
+        figure = Figure(figsize=(9, 7), layout="constrained")
+        *axes, after = figure.subplots(2, 2).flat
         for axis, (metric, (title, unit)) in zip(axes, PANELS.items(), strict=True):
             for arm, name in DRAWN.items():
                 means = torch.tensor(curves[arm][metric], dtype=torch.float64).mean(0)
@@ -279,7 +279,7 @@ def draw(path: Path) -> None:
                 axis.plot(range(1, len(means) + 1), means, **style, linewidth=1.6, label=LABELS[name])
             axis.set(title=title, ylabel=unit, xlabel="RL step")
             axis.grid(alpha=0.3)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(DRAWN))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
         for offset, marker, (how, (column, _)) in zip((-0.12, 0.12), "os", BOTH.items(), strict=True):
             for place, (arm, (_, color)) in enumerate(COMPARED.items()):
                 apart = paired(results, arm, "random: unquantized", column)

@@ -31,13 +31,13 @@ def arms(results: Results, task: str, rows: Sequence[Row]) -> list[dict[str, str
     """
     table = []
     for copy, plain, best, correction, corrected, shuffled in rows:
-        gain, control = (interval(paired(results, arm, plain)) if arm else "" for arm in (corrected, shuffled))
+        gain, control = (interval(paired(results, arm, plain)) if arm else "-" for arm in (corrected, shuffled))
         table.append(
             {
                 "trained on, and the order of sampling": task,
                 "rollouts of": copy,
                 "cost without a correction": interval(paired(results, best, plain)),
-                "correction": correction,
+                "correction": correction or "-",
                 "gain of the correction": gain,
                 "gain of shuffled TIS": control,
             }
