@@ -57,7 +57,6 @@ MAY_IMPORT = {
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",
-    "testing": "records types algorithms models decoding quantization likelihoods samplers diagnostics",
     # floor 7
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
@@ -67,12 +66,14 @@ MAY_IMPORT = {
     "config": "screen records recipe presets ",
     "frontend": "screen records tasks algorithms distributed models likelihoods samplers recipe presets training",
     # floor 9
+    "testing": "device files rng screen records types versions tasks algorithms distributed models decoding "
+    "quantization likelihoods samplers monitoring checkpoints diagnostics step recipe presets training frontend",
     "integrations": "rng screen records types tasks algorithms distributed models decoding quantization likelihoods "
     "samplers diagnostics evaluation step recipe training frontend",
     # floor 10
     "cli": "device files manifest screen records versions types tasks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation integrations "
-    "config step training supervised",
+    "config step training supervised testing",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {

@@ -66,7 +66,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
     Raise ValueError if an option that names a file, folder or host is empty, as an unset shell variable is.
     """
-    for name in ("model", "models", "path", "file", "output_dir", "csv", "plot", "token_file", "name", "host"):
+    for name in ("model", "models", "path", "file", "output_dir", "output", "plot", "token_file", "name", "host"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the current folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
@@ -268,12 +268,23 @@ def add_lm_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("doctor", help="report where the mismatch of quantized rollouts comes from")
+    about = "check whether the library works with a model; of a run, report where the mismatch of its rollouts is from"
+    more = "With a run's folder, or with --task, the second is done. The report of the first has no texts and no paths"
+    sub = commands.add_parser("doctor", help=about, description=f"{about}. {more}")
     add = sub.add_argument
-    add("model", help="a checkpoint's or a run's folder")
-    add("--quantization", help="a scheme, or none (default: the run's, or Float8WeightOnly)")
-    add("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
-    add("--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)")
+    add("model", help="a checkpoint's or a run's folder, or a hub's id")
+    quantization_help = "a scheme, or none (default: those that the device runs; with a task the run's, or"
+    add("--quantization", help=f"{quantization_help} Float8WeightOnly)")
+    add("--seed", type=int, default=0)
+    add("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
+    add_model_options(sub)
+    add = sub.add_argument_group("of a model").add_argument
+    add("--quick", action="store_true", help="leave the training step out")
+    add("--sections", nargs="+", metavar="SECTION", help="text, sampler, quantized, batch, step, sync, resume")
+    add("--output", metavar="FILE", help="file of the report (default report.json)")
+    add = sub.add_argument_group("of a run, or with --task").add_argument
+    add("--task", help="task whose prompts are sampled (default: the run's)")
+    add("--num_prompts", type=int, help="number of prompts, with two completions each (default 32)")
     add("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or the task's)")
     add(
         "--diffusion_steps",
@@ -282,16 +293,36 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     )
     add("--temperature", type=float, help="default: the run's, or 1")
     add("--rank", help="default: the run's, or MaxProb, which is the default of grpo")
-    add_model_options(sub)
-    add("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
     add("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
-    add("--seed", type=int, default=0)
     add("--json", action="store_true", help="one JSON object instead of tables")
     sub.set_defaults(run=doctor)
 
 
+# Options of `doctor` that only a model has, or only a run or a task.
+OF_MODEL = ("quick", "sections", "output")
+OF_TASK = ("num_prompts", "max_new_tokens", "diffusion_steps", "temperature", "rank", "bound", "json")
+
+
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
+    """Check a model, and return 1 if something is wrong, else 0. Of a run, or with a task, print the causes of the
+    mismatch, and return 1 if it is above --bound (mean |log-ratio|, nats), else 0.
+    """
+    from dllm_rl.cli.options import recipe_of
+
+    has_task = arguments.task is not None or recipe_of(arguments.model) is not None
+    for name in OF_MODEL if has_task else OF_TASK:
+        if getattr(arguments, name) not in (None, False):
+            place = "a run's folder has no such check" if has_task else "it is for a run's folder, or with --task"
+            raise ValueError(f"--{name}: {place}; leave it out")
+    if has_task:
+        return report_mismatch(arguments)
+    from dllm_rl.cli.check_model import check_model_command
+
+    return check_model_command(arguments)
+
+
+def report_mismatch(arguments: argparse.Namespace) -> int:
+    """Print where the mismatch of a run's or a task's rollouts is from; return as `doctor` does."""
     from dllm_rl.cli.options import recipe_of
     from dllm_rl.cli.run_settings import problems_of, sampler_of, scheme_of, task_named
     from dllm_rl.decoding.tokens import default_max_new_tokens, encode
@@ -301,15 +332,16 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.samplers.with_settings import sampler_with
     from dllm_rl.tasks.protocols import TASKS
 
-    if arguments.num_prompts < 1:
-        raise ValueError(f"num_prompts={arguments.num_prompts} must be at least 1")
+    num_prompts = 32 if arguments.num_prompts is None else arguments.num_prompts
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts={num_prompts} must be at least 1")
     recipe = recipe_of(arguments.model)
-    name = arguments.task or "sudoku"
-    if recipe is not None and arguments.task is None:
-        problems = problems_of(arguments.model, arguments.num_prompts)
+    name = arguments.task
+    if name is None:
+        problems = problems_of(arguments.model, num_prompts)
     elif name in TASKS:
         task = TASKS[name](**task_named([arguments.model], name)[1])
-        problems = [task[i] for i in range(min(arguments.num_prompts, len(task)))]
+        problems = [task[i] for i in range(min(num_prompts, len(task)))]
     else:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
     if not problems:

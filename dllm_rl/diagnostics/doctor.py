@@ -177,11 +177,7 @@ def diagnose(
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, views), 0)
     # Padding and batch shape are measured only on the learner.
     steps["padding"] = learner - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
-    in_one_batch = score(policy, rollout, views, micro_batch_size=None)
-    in_small_batches = score(
-        policy, rollout, views, micro_batch_size=max(group_sizes(rollout.group))
-    )  # one prompt per batch
-    steps["batch shape"] = in_one_batch - in_small_batches
+    steps["batch shape"] = batch_shape_difference(score, policy, rollout, views)
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
@@ -230,6 +226,14 @@ def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: 
         before = after
     steps["head precision"] = (learner - first) + (last - rollout)
     return steps
+
+
+def batch_shape_difference(
+    score: Callable[..., Tensor], policy: Policy, rollout: Rollout, views: Views
+) -> Float[Tensor, "B T"]:
+    """Return the log-probs of a rollout that is scored in one batch, minus those of one prompt per batch."""
+    in_one_batch = score(policy, rollout, views, micro_batch_size=None)
+    return in_one_batch - score(policy, rollout, views, micro_batch_size=max(group_sizes(rollout.group)))
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:

@@ -397,6 +397,16 @@ def copied(policy: Policy) -> Policy:
     return policy_copy
 
 
+def with_new_layers(policy: Policy) -> Policy:
+    """Return a copy of the policy whose module has new layers with the same tensors: what is added to its layers
+    changes only the copy.
+    """
+    tensors: dict[int, Any] = {id(t): t for t in (*policy.module.parameters(), *policy.module.buffers())}
+    policy_copy = copy.copy(policy)
+    policy_copy.module = copy.deepcopy(policy.module, tensors)
+    return policy_copy
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Rows of similar length.

@@ -32,6 +32,7 @@ from dllm_rl.models.base import (
     linear_head,
     mlm_head,
     position_ids,
+    with_new_layers,
 )
 from dllm_rl.models.cache import TokenCache
 from dllm_rl.models.checkpoint.adapters import load_adapter, read_adapter_config
@@ -636,13 +637,7 @@ def as_causal(policy: Policy) -> ModulePolicy:
             f"{policy.spec.name!r} models do not decode from left to right; use a model made by "
             "diffusion_from_causal, or a Nemotron-Labs-Diffusion model"
         )
-    tensors = [*policy.module.parameters(), *policy.module.buffers()]
-    module = copy.deepcopy(policy.module, {id(tensor): tensor for tensor in tensors})  # new layers, the same tensors
-    module.config.is_causal = True
-    vars(module.config).pop(FAMILY_FIELD, None)
-    for layer in module.modules():
-        if hasattr(layer, "is_causal"):
-            layer.is_causal = True
+    module = module_with_attention(policy, causal=True)
     spec = replace(policy.spec, attention="causal", shift=True, block_size=None, causal_context=False)
     # It is a stock causal model, but for `mask_id`, which `Autoregress` never draws.
     spec = replace(spec, is_also_causal=False, encode=encode_base, files=spec.files.of_stock_class())
@@ -651,6 +646,17 @@ def as_causal(policy: Policy) -> ModulePolicy:
     for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):
         setattr(causal, name, getattr(policy, name))
     return causal
+
+
+def module_with_attention(policy: Policy, *, causal: bool) -> Module:
+    """Return a module of new layers with the policy's tensors, whose attention is causal or full."""
+    module = with_new_layers(policy).module
+    module.config.is_causal = causal
+    vars(module.config).pop(FAMILY_FIELD, None)
+    for layer in module.modules():
+        if hasattr(layer, "is_causal"):
+            layer.is_causal = causal
+    return module
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> ModulePolicy:

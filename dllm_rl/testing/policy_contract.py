@@ -50,18 +50,40 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
         check_tokenizer(policy.tokenizer)
     except ValueError as error:
         raise AssertionError(str(error)) from None
-    tokens, mask = _rows(policy, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        logits = policy.logits(tokens, mask)
-        _check_logits(policy, tokens, mask, logits)
-        _check_rows(policy, tokens, mask, logits)
-        _check_attention(policy, tokens[:1], mask[:1])
-        if policy.quantization is None:  # a quantized copy is not saved
+    tokens, mask, logits = check_forward(policy, seed=seed)
+    if policy.quantization is None:  # a quantized copy is not saved
+        with torch.no_grad():
             _check_saving(policy, tokens, mask, logits)
     _check_gradient(policy, tokens, mask)
     if policy.lora is None:
         _check_adapters(policy, tokens, mask, logits)
     _check_quantized(policy, tokens, mask, logits)
+
+
+@torch.no_grad()
+def check_forward(policy: Policy, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the part of the contract that three short rows show, without a copy of the module: logits are finite and
+    repeatable, do not depend on padding or other rows, and each position attends as `spec.attention` says.
+
+    Returns:
+        Tokens and attention mask (3, T) of the rows, and their logits (3, T, V).
+
+    Raises:
+        AssertionError: A requirement is violated. The message says which.
+    """
+    tokens, mask = _rows(policy, torch.Generator().manual_seed(seed))
+    logits = policy.logits(tokens, mask)
+    _check_logits(policy, tokens, mask, logits)
+    _check_rows(policy, tokens, mask, logits)
+    _check_attention(policy, tokens[:1], mask[:1])
+    return tokens, mask, logits
+
+
+@torch.no_grad()
+def equals_fresh_copy(learner: Policy, rollout: Policy, scheme: Any, tokens: Tensor, mask: Tensor) -> bool:
+    """Return whether a quantized copy that was synced computes the bits of a new copy of the learner."""
+    fresh = quantized_copy(learner, scheme)
+    return torch.equal(rollout.logits(tokens, mask), fresh.logits(tokens, mask))
 
 
 def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"], Bool[Tensor, "3 T"]]:
@@ -182,8 +204,8 @@ def _check_quantized(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
             parameter.mul_(0.5)
         learner.weights_version += 1
         sync_weights(learner, rollout)
-        fresh = quantized_copy(learner, FakeQuantize(weight="int8")).logits(tokens, mask)
-        assert torch.equal(rollout.logits(tokens, mask), fresh), "after sync_weights the copy must be a fresh copy's"
+        is_fresh = equals_fresh_copy(learner, rollout, FakeQuantize(weight="int8"), tokens, mask)
+        assert is_fresh, "after sync_weights the copy must be a fresh copy's"
 
 
 def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:

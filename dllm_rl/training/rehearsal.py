@@ -1,11 +1,9 @@
 """Rehearse a step before a run, on one group per process. Weights, gradients and random generators stay unchanged."""
 
-import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
-from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters
+from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters, with_new_layers
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
@@ -95,15 +93,8 @@ def rehearse(
 
 def compute_gradients(context: StepContext, rollout: Rollout) -> None:
     """Score this process's group and compute the gradients of its first micro-batch. No weight changes."""
-    settings, processes = context.settings, context.accelerator.num_processes
-    generations = settings.num_generations
-    group = equal_groups(processes, generations)
-    all_groups, advantages = made_up_advantages(settings)
-    # A group whose advantages are 0 gets advantages of both signs, so that every group has a loss.
-    both_signs = torch.linspace(1, -1, generations).repeat(settings.train_batch_size)
-    advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
-    weights = torch.ones(len(group), dtype=torch.double)
-    samples = Samples(rollout, group, advantages, advantages, weights, (generations,) * processes)
+    settings = context.settings
+    samples = made_up_samples(context, rollout)
     with context.arithmetic(learner=True):
         scored = score_samples(context, samples, 0)
     with context.arithmetic(learner=True):
@@ -116,6 +107,19 @@ def compute_gradients(context: StepContext, rollout: Rollout) -> None:
             likelihood=settings.likelihood,
             micro_batch_size=settings.micro_batch_size,
         )
+
+
+def made_up_samples(context: StepContext, rollout: Rollout) -> Samples:
+    """Return the samples of one group per process, whose advantages are those of made-up rewards."""
+    settings, processes = context.settings, context.accelerator.num_processes
+    generations = settings.num_generations
+    group = equal_groups(processes, generations)
+    all_groups, advantages = made_up_advantages(settings)
+    # A group whose advantages are 0 gets advantages of both signs, so that every group has a loss.
+    both_signs = torch.linspace(1, -1, generations).repeat(settings.train_batch_size)
+    advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
+    weights = torch.ones(len(group), dtype=torch.double)
+    return Samples(rollout, group, advantages, advantages, weights, (generations,) * processes)
 
 
 def check_warmup(policy: Policy, problem: Problem, max_new_tokens: int, *, corruption: float) -> None:
@@ -177,11 +181,7 @@ def as_trained(policy: Policy, lora: Lora | None) -> Iterator[Policy]:
     learner = policy
     trained = trainable_parameters(module)
     if lora is not None and policy.lora is None:
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-        learner = copy.copy(policy)
-        learner.module = copy.deepcopy(
-            module, shared
-        )  # new layers with the same tensors, so that the adapters change only the copy
+        learner = with_new_layers(policy)
         add_lora(learner, lora)
     try:
         yield learner

@@ -187,7 +187,7 @@ def test_a_quick_check_may_be_asked_for(run, command, monkeypatch, capsys):
     flip(newest / "optimizer.pt", at=(newest / "optimizer.pt").stat().st_size - 3)
     name, *options = command
     small = [] if name == "evaluate" else ["--max_new_tokens", "1"]
-    small += ["--num_prompts", "1", "--quantization", "none"] if name == "doctor" else []
+    small += ["--task", "sudoku", "--num_prompts", "1", "--quantization", "none"] if name == "doctor" else []
     for model in (newest, run / "only"):
         if model != newest:  # a run whose one checkpoint is damaged
             shutil.copytree(newest, model / "checkpoints" / newest.name)

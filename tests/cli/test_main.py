@@ -71,7 +71,7 @@ def test_the_head_is_in_fp32_unless_told_otherwise(monkeypatch, flags, half_head
         raise ValueError("this is enough")
 
     monkeypatch.setattr(commands, "open_policy", opened)
-    assert main(["doctor", "folder", "--quantization", "none", *flags]) == 2
+    assert main(["doctor", "folder", "--task", "sudoku", "--quantization", "none", *flags]) == 2
     assert seen == [{"half_head": half_head}]
 
 
@@ -85,7 +85,7 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
 
     monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", looked)
     words = "--quantization none --num_prompts 3 --max_new_tokens 8 --diffusion_steps 4 --temperature 0.5 --seed 7"
-    assert main(["doctor", str(tmp_path), *words.split()]) == 2
+    assert main(["doctor", str(tmp_path), "--task", "sudoku", *words.split()]) == 2
     assert (seen["scheme"], seen["seed"], seen["prompts"].group.tolist()) == (None, 7, [0, 0, 1, 1, 2, 2])
     assert seen["sampler"] == Unmask(max_new_tokens=8, diffusion_steps=4, temperature=0.5, rank=MaxProb())
 

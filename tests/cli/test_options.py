@@ -15,7 +15,7 @@ from dllm_rl.models.tiny import tiny_llama
 COMMANDS = {
     "sample": ["1=", "--max_new_tokens", "2", "--json"],
     "evaluate": ["--task", "sudoku", "--limit", "1", "--diffusion_steps", "1", "--json"],
-    "doctor": ["--num_prompts", "1", "--diffusion_steps", "1", "--quantization", "none", "--json"],
+    "doctor": ["--task", "sudoku", "--num_prompts", "1", "--diffusion_steps", "1", "--quantization", "none", "--json"],
 }
 
 

@@ -1,0 +1,34 @@
+"""`dllm-rl doctor MODEL`: whether the library works with a model, and what its quantized rollouts are worth."""
+
+import argparse
+from pathlib import Path
+
+from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.quantization.schemes import Scheme
+from dllm_rl.testing.model_check.check import SECTIONS, check_model
+
+SLOW = "step"  # the section that --quick leaves out
+
+
+def check_model_command(arguments: argparse.Namespace) -> int:
+    """Print what each section found, and write the report. Return 1 if something is wrong, else 0."""
+    sections = arguments.sections or [name for name in SECTIONS if not (arguments.quick and name == SLOW)]
+    if unknown := [name for name in sections if name not in SECTIONS]:
+        raise ValueError(f"--sections {unknown[0]} is not one of {', '.join(SECTIONS)}")
+    if arguments.quick and arguments.sections:
+        raise ValueError(f"--quick leaves {SLOW!r} out, and --sections names what to run; give one of them")
+    schemes = None
+    if arguments.quantization is not None:
+        schemes = read_methods(Scheme, "quantization", [arguments.quantization], arguments.fields)
+        if schemes == [None]:
+            raise ValueError("--quantization none has no copy to measure: leave it out, or name other --sections")
+    output = Path(arguments.output or "report.json")
+    results = check_model(
+        lambda: open_policy(arguments, half_head=arguments.half_head),
+        [name for name in SECTIONS if name in sections],
+        schemes=schemes,
+        seed=arguments.seed,
+        output=output,
+    )
+    print(f"\n{output} has these numbers, without texts and paths of yours")
+    return int(any(result.finding.verdict == "wrong" for result in results))

@@ -1,0 +1,1 @@
+"""Whether the library works with a model: the sections of `dllm-rl doctor MODEL`."""
