@@ -156,7 +156,18 @@ def test_the_tokenizer_of_another_model(causal_folder):
     assert verdict == "wrong" and "put the tokenizer of this model into its folder" in shown
 
 
-LAYOUTS = "llada illada llada_moe dream rnd1 a2d_qwen3 sdar stable_diffcoder nemotron llada2".split()
+LAYOUTS = [
+    "llada",
+    "illada",
+    "llada_moe",
+    "dream",
+    "rnd1",
+    "a2d_qwen3",
+    "sdar",
+    "stable_diffcoder",
+    "nemotron",
+    "llada2",
+]
 
 
 @pytest.mark.repeated
