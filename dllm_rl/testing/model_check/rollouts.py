@@ -110,11 +110,11 @@ def quantized_section(subject: Subject) -> Finding:
             found[name] = {"verdict": "not run"}
             shown.append(f"{name:16}  not run: {line_of(error)}")
             continue
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the scheme before
         try:
             numbers = measured_scheme(subject, scheme)
         except (ValueError, RuntimeError) as error:  # one scheme must not hide the others
-            if policy.device.type == "cuda":
-                torch.cuda.empty_cache()
             found[name] = {"verdict": "wrong", "error": type(error).__name__}
             shown.append(f"{name:16}  wrong    {line_of(error)}")
             continue

@@ -135,7 +135,8 @@ def judge(text: Scores, shuffled: Scores, own_gain: float | None) -> Finding:
         line = f", and yet its own completions are {own_gain:.1f} nats likelier than shuffled ones"
         advice = (
             "the model is trained, but not on these tokens: put the tokenizer of this model into its folder (the ids "
-            "of the present one are other words); only if it never saw English is nothing wrong"
+            "of the present one are other words); nothing is wrong only if it never saw English, or if its weights "
+            "are random and large"
         )
         return Finding("wrong", line, advice, "tokenizer")
     line = ": it tells neither this text nor its own completions from shuffled ones"
