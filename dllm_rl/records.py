@@ -389,7 +389,10 @@ def _main_module_name() -> str:
     file = getattr(main, "__file__", None)
     if file is None:
         return "__main__"
-    path = Path(os.path.relpath(file)).with_suffix("")
+    try:
+        path = Path(os.path.relpath(file)).with_suffix("")
+    except FileNotFoundError:  # the working directory has been deleted
+        return Path(file).stem
     return path.name if ".." in path.parts else ".".join(path.parts)
 
 

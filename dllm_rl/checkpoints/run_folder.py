@@ -21,6 +21,7 @@ Train = TypeVar("Train", bound=Callable[..., Any])
 # through a step without an update, before the first step.
 REHEARSAL = ".rehearsal"
 RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
+OF_A_RUN = (*RUN_MARKERS, "completions.jsonl", "best.jsonl", "tensorboard", "training.png", "reference")
 
 
 def in_own_folder(train: Train) -> Train:
@@ -37,9 +38,15 @@ def in_own_folder(train: Train) -> Train:
             if os.environ.get("RANK", "0") == "0":
                 print(f"output_dir: {folder}", flush=True)
         which = recipe.resume_from_checkpoint
-        if which not in (None, "latest"):
-            which = str(Path(which).absolute())
-        recipe = recipe.replace(output_dir=str(folder.absolute()), resume_from_checkpoint=which)
+        try:
+            if which not in (None, "latest"):
+                which = str(Path(which).absolute())
+            recipe = recipe.replace(output_dir=str(folder.absolute()), resume_from_checkpoint=which)
+        except FileNotFoundError:
+            raise ValueError(
+                f"output_dir={str(folder)!r}, or resume_from_checkpoint, is relative to the working directory, which "
+                "has been deleted; change to one that exists, or give absolute paths"
+            ) from None
         return train(recipe, *others, **options)
 
     return cast(Train, wrapped)
@@ -95,6 +102,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     remove(directory / REHEARSAL)  # an interrupted run leaves it
     existing_files = [name for name in RUN_MARKERS if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
+        check_not_deleted(recipe, directory)
         calls = directory / "oracle.jsonl"
         if recipe.overwrite_output_dir and calls.exists() and calls.stat().st_size:
             raise ValueError(
@@ -167,6 +175,17 @@ def has_steps(directory: Path) -> bool:
 
 def clear_folder(directory: Path) -> None:
     """Delete the run in a folder."""
-    logs = ("completions.jsonl", "best.jsonl")
-    for name in (*RUN_MARKERS, *logs, "tensorboard", "training.png", "reference"):
+    for name in OF_A_RUN:
         remove(directory / name)
+
+
+def check_not_deleted(recipe: Settings, directory: Path) -> None:
+    """Raise ValueError if overwrite_output_dir would delete what the run reads."""
+    for setting in ("model", "teacher") if recipe.overwrite_output_dir else ():
+        source = getattr(recipe, setting, None)
+        parents = [*Path(source).resolve().parents, Path(source).resolve()] if isinstance(source, str) else []
+        if any((directory / name).resolve() in parents for name in OF_A_RUN):
+            raise ValueError(
+                f"{setting}={source!r} is of the run in output_dir={str(directory)!r}, which "
+                f"{as_written(overwrite_output_dir=True)} would delete; give another output_dir"
+            )

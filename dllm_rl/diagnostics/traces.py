@@ -63,7 +63,7 @@ def write_trace(path: str | Path, rollout: Rollout) -> None:
     Raises:
         ValueError: The sampler rewrote tokens, which a trace cannot represent.
     """
-    write_text(Path(path), "\n".join(map(json.dumps, trace_rows(rollout))) + "\n")
+    write_text(Path(path).expanduser(), "\n".join(map(json.dumps, trace_rows(rollout))) + "\n")
 
 
 def trace_rows(rollout: Rollout) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def read_trace(path: str | Path) -> Rollout:
             The message names file, line and field.
     """
     rows: list[Rollout] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(Path(path).expanduser().read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

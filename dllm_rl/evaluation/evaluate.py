@@ -77,7 +77,7 @@ def evaluate(  # noqa: PLR0913
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
-    path = None if completions is None else Path(completions)
+    path = None if completions is None else Path(completions).expanduser()
     # The fingerprint shows whether this policy made the stored completions. Without a file it is not needed.
     if path is not None and weights is None:
         weights = fingerprint(policy)

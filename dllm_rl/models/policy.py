@@ -407,13 +407,14 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
     """
     if has_adapted_or_low_bit(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
-    verify_if_present(Path(directory), verify_checkpoint)
-    check_regular(Path(directory))
+    directory = Path(directory).expanduser()
+    verify_if_present(directory, verify_checkpoint)
+    check_regular(directory)
     module_tensors = merged_state_dict(policy.module)
     # transformers chooses under which of its names a tied tensor is saved; `module_tensors` has the first.
     names = {id(tensor): name for name, tensor in module_tensors.items()}
     tensors = dict(policy.module.named_parameters(remove_duplicate=False))
-    state = {names.get(id(tensors.get(name)), name): value for name, value in read_tensors(Path(directory)).items()}
+    state = {names.get(id(tensors.get(name)), name): value for name, value in read_tensors(directory).items()}
     if mismatched := mismatched_tensors(state, module_tensors):
         name = type(policy.module).__name__
         raise ValueError(

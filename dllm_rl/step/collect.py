@@ -33,6 +33,7 @@ from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.types import Rollout
 
 
@@ -240,7 +241,8 @@ def compute_advantages(
             function.
     """
     # Copies: a rule that changes its arguments in place, such as `rewards -= rewards.mean()`, changes no samples.
-    advantages = function(rewards.clone(), group.clone(), **{name: x.clone() for name, x in components.items()})
+    with process_restored():
+        advantages = function(rewards.clone(), group.clone(), **{name: x.clone() for name, x in components.items()})
     advantages = advantages.float() if isinstance(advantages, Tensor) else advantages
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():

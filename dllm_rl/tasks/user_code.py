@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import Error, deepcopy
 from types import NoneType
 from typing import Any
@@ -48,7 +48,8 @@ def process_restored() -> Iterator[None]:
                 is_no_device = name == "get_default_device" and value.type == "cpu"
                 getattr(torch, TORCH_SETTINGS[name])(None if is_no_device else value)
         if directory is not None:
-            os.chdir(directory)
+            with suppress(FileNotFoundError):  # the call has deleted it
+                os.chdir(directory)
 
 
 def own_copy(value: Any) -> Any:

@@ -104,7 +104,8 @@ def take_steps(
         metrics = run.state.unlogged
         if metrics is None:
             restart_dropout(run.policy.module, step)
-            metrics = take_step(step)
+            with process_restored():  # after the user's losses, samplers and other methods
+                metrics = take_step(step)
         end_step(run, step, metrics, evaluate)  # on a signal, saves and then ends the process
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(run.recipe.directory)}")
     wait_for_checkpoint(run)

@@ -32,6 +32,7 @@ from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
 from dllm_rl.training.validation import evaluate_with, format_metrics
@@ -177,7 +178,8 @@ def call_model_function(model: Callable[..., Policy], seed: int, *, dry_run: boo
     """
     parameters = inspect.signature(model).parameters
     keywords = {"seed": seed, "dry_run": dry_run}
-    return model(**{name: value for name, value in keywords.items() if name in parameters})
+    with process_restored():
+        return model(**{name: value for name, value in keywords.items() if name in parameters})
 
 
 def apply_compute_settings(recipe: AnyRecipe, policy: Policy) -> Policy:

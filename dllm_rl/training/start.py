@@ -30,6 +30,7 @@ from dllm_rl.step.collect import component_reward_weights, fit_prompts
 from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
+from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
@@ -343,5 +344,6 @@ def load_and_rehearse(
     policy = shard_policy(
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )
-    rehearse(recipe, policy, problem, accelerator, features)
+    with process_restored():
+        rehearse(recipe, policy, problem, accelerator, features)
     return policy, base

@@ -10,6 +10,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler
 from dllm_rl.tasks.base import Task
+from dllm_rl.tasks.user_code import process_restored
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
 MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a multiple of this number
@@ -18,7 +19,8 @@ MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a mul
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
     """Evaluate a policy on a task with the recipe's eval sampler; return the mean metrics."""
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
-    return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
+    with process_restored():  # after the methods of a sampler of the user's
+        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

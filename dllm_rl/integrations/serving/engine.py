@@ -148,7 +148,7 @@ def read_token(path: str) -> str:
     Raises:
         ValueError: The content is not one word of printable ASCII characters.
     """
-    token = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    token = Path(path).expanduser().read_text(encoding="utf-8", errors="replace").strip()
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError(f"token_file={path} must hold one line of printable ASCII without spaces")
     return token

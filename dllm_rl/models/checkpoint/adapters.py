@@ -96,7 +96,7 @@ def save_adapter(
     lora = policy.lora
     if lora is None:
         raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(policy)
     calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count
@@ -129,7 +129,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
 
     Raise ValueError for a method other than LoRA, or for tensors that do not fit.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     config, saved_state, metadata = read_adapter(directory)
     # peft on a module in the stock class's layout has saved the stock class's names.
     names = stock_to_original(policy.spec)

@@ -575,7 +575,7 @@ def save_module(
     With `custom`, write the tensors under the module's names, as `load_weights` reads them, and the spec's name into
     config.json, so that `find_family` refuses it.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
