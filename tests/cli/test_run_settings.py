@@ -525,6 +525,7 @@ def test_prompts_by_a_pipe_have_the_form_of_the_runs_too(tmp_path, capsys, monke
     assert found[0] == found[1] != prompt
 
 
+@pytest.mark.slow
 def test_no_cache_is_a_setting_too(tmp_path, capsys):
     sampler = Unmask(max_new_tokens=16, cache=PrefixCache())
     train(tiny_recipe(tmp_path, num_steps=1, sft_warmup_steps=0, eval_sampler=sampler))

@@ -344,7 +344,6 @@ def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
     assert spy.rates == pytest.approx([(rate or 1e-3) / 2] * 3 + [(rate or 1e-3) / 4] * 3)
 
 
-@pytest.mark.slow
 def test_bf16_updates_use_the_weights_of_the_update_before(tmp_path):
     """Autocast keeps bf16 copies of the weights: with and without its cache, the same weights result."""
     made = []

@@ -182,6 +182,7 @@ def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     assert build_policy(replace(recipe, float32_head=True), torch.device("cpu")).float32_head is True
 
 
+@pytest.mark.slow
 def test_a_run_in_float16(tmp_path):
     """float16 is a dtype of the weights, with adapters on them: AdamW's own numbers need fp32."""
     tiny_llama(characters="1234.=", causal=False, hidden_size=32, num_layers=1).save_pretrained(tmp_path / "base")
