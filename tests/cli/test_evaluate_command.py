@@ -248,6 +248,7 @@ def test_a_model_against_itself_differs_by_nothing(model, capsys):
     ("protocol", "metric"),
     [("strict", "solve_rate"), ("d1", "cell_accuracy"), ("spg", "cell_accuracy"), ("espo", "cell_accuracy")],
 )
+@pytest.mark.repeated
 def test_a_comparison_shows_the_metric_of_the_protocol(model, capsys, tmp_path, protocol, metric):
     command = ("evaluate", model, model, "--task", "sudoku", "--limit", 3, "--diffusion_steps", 1, "--output_dir")
     table = " ".join(output(capsys, *command, tmp_path, "--protocol", protocol).split())

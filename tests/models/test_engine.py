@@ -47,6 +47,7 @@ def held_apart(noise=0.0):
     return FunctionEngine(load_fn=load, sync_fn=sync)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]), ids=["full", "causal"])
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_an_engine_of_the_same_arithmetic_trains_as_the_learner_alone(tmp_path, make):
