@@ -116,6 +116,7 @@ def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
 
 
 @pytest.mark.parametrize("scheme", few([*SCHEMES, None], [*FEW, "Int4WeightOnly", None]))
+@pytest.mark.repeated
 def test_a_sync_equals_a_fresh_quantization_bitwise_and_moves_no_storage(policy, scheme):
     config, (tokens, mask) = SCHEMES[scheme] if scheme else None, batch(policy)
     rollout_policy = quantized_copy(policy, config)

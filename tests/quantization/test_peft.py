@@ -53,7 +53,7 @@ KINDS = {
 
 @pytest.mark.parametrize("scheme", [Int8WeightOnly(), Float8WeightOnly(), None])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.repeated(every=5)
+@pytest.mark.repeated
 def test_the_merged_layers_are_quantized_synced_and_saved(tmp_path, kind, scheme):
     policy, model = adapted(**KINDS[kind])
     plain = unloaded(policy, model)
@@ -73,6 +73,7 @@ def test_the_merged_layers_are_quantized_synced_and_saved(tmp_path, kind, scheme
 
 
 @pytest.mark.parametrize("state", ["two adapters", "merged already", "off", "the base is trained too"])
+@pytest.mark.repeated
 def test_a_copy_computes_what_peft_computes_now(state):
     policy, model = adapted(names=["second"])
     if state == "two adapters":
