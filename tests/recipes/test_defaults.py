@@ -64,6 +64,7 @@ def nothing(completions):
 
 
 @pytest.mark.parametrize(("steps", "segments"), [(3, None), (4, 2), (8, 2), (16, 4), (64, 8)])
+@pytest.mark.repeated
 def test_grpo_is_the_default(steps, segments):
     rows = [{"prompt": character} for character in "abcdefghij" * 3]
     given = {"max_new_tokens": 64, "sampler_options": {"diffusion_steps": steps}}

@@ -80,6 +80,7 @@ def run(folder, calls, *, stop_at=None, **settings):
 
 
 @pytest.mark.parametrize("stop_at", [20, 41])
+@pytest.mark.repeated(every=1000)
 def test_a_resume_mutates_the_same_elites_and_pays_for_no_call_twice(tmp_path, stop_at):
     whole, stopped = [], []
     run(tmp_path / "whole", whole)

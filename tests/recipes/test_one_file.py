@@ -131,6 +131,7 @@ def test_the_package_does_the_same(changed, tmp_path):
     assert (max(row["clip_ratio/region_mean"] for row in package.metrics) > 0.1) == (settings.num_iterations > 1)
 
 
+@pytest.mark.slow
 def test_it_warms_up_and_prints_what_each_step_did(monkeypatch, capsys):
     sizes = {name: size for name, size in SIZES.items() if name != "characters"}
     monkeypatch.setattr(one_file, "tiny_masked_lm", partial(tiny_masked_lm, **sizes))

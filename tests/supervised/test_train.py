@@ -254,6 +254,7 @@ def test_a_step_goes_as_far_as_rate_schedule_and_clipped_gradient_say(tmp_path):
     assert moved == pytest.approx(0.0025, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_model_keeps_its_dtype(tmp_path):
     model = tiny_masked_lm(**SIZES)
     model.module.bfloat16()
