@@ -79,8 +79,8 @@ def run(folder, calls, *, stop_at=None, **settings):
     return train(recipe.replace(**settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [20, 41])
-@pytest.mark.repeated(every=1000)
 def test_a_resume_mutates_the_same_elites_and_pays_for_no_call_twice(tmp_path, stop_at):
     whole, stopped = [], []
     run(tmp_path / "whole", whole)

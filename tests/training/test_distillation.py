@@ -211,6 +211,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
     assert teacher_policy(replace(recipe, teacher=None), policy, Accelerator(cpu=True)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", few(["reference", other_model], [other_model]))
 def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
     recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, sft_warmup_steps=2, train_batch_size=2)

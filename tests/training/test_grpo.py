@@ -297,6 +297,7 @@ def test_a_streamed_data_set_needs_a_bound():
         task_from_dataset(stream, reward_funcs=right)
 
 
+@pytest.mark.slow
 def test_a_path_may_be_a_path_object(tmp_path):
     folder = tmp_path / "My Model"
     tiny_masked_lm(**SMALL).save_pretrained(folder)
