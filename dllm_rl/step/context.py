@@ -33,6 +33,10 @@ class StepFeature:
     `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
     the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
     step to step goes through `state` and `load_state`, or is gone after a resume.
+
+    A step calls `after_rollout` and `before_scoring` once, before the completions are scored. For each set of masks it
+    calls `token_advantages`, `views_to_score`, `views_to_learn` (if the rollout policy is scored) and `check_scores`.
+    Then it calls `metrics`, `learn`, `after_update` and `syncs`. `around_forward` and `around_learner` wrap forwards.
     """
 
     max_staleness: int = 0  # steps by which the rollout's weights may be older, if `syncs` returns False
