@@ -27,6 +27,8 @@ NO_ARGUMENTS: Mapping[str, Any] = {}
 _FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt continue_final_message tokenize
 padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs
 sanitize_control_tokens"""
+# What a message may say beside its content.
+MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -168,9 +170,11 @@ def _quote(prompt: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def check_chat(messages: Any) -> None:
-    """Raise ValueError unless `messages` is a chat: messages with a role, and content that a template can render."""
-    error = f"prompt={_quote(messages)} is neither text nor chat messages, each with role and content"
+def check_chat(messages: Any, name: str = "prompt") -> None:
+    """Raise ValueError, with the column's name, unless `messages` is a chat: messages with a role, and content that a
+    template can render.
+    """
+    error = f"{name}={_quote(messages)} is neither text nor chat messages, each with role and content"
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(error)
     for number, message in enumerate(messages):
@@ -302,7 +306,17 @@ class _Chat:
             raise ValueError(f"tools={_quote(arguments['tools'])} are not written by the model's chat template")
 
     def _check_messages(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
-        """Raise ValueError if the template omits a message, or writes a list of parts in Python's notation."""
+        """Raise ValueError if the template omits a message, or what it has beside its content, or writes a list of
+        parts in Python's notation.
+        """
+        template = str(self.policy.tokenizer.chat_template)
+        for number, message in enumerate(messages):
+            for key in filter(message.get, MESSAGE_KEYS):
+                if not re.search(rf"\b{key}\b", template):
+                    raise ValueError(
+                        f"{key}={_quote(message[key])} of message {number} is not read by the model's chat template; "
+                        "put it into the content, or leave it out"
+                    )
         # A text may also occur in another message, so each is framed by a text of its own and all are written again.
         framed_texts: list[tuple[int, str, str]] = []  # number of the message, frame, and the text in its frame
 

@@ -141,6 +141,8 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
         pieces = _pair(policy, row["prompt"], row["completion"], arguments, only_answers=only_answers)
     elif "text" in row:
         _check_plain_text(arguments)
+        if not isinstance(row["text"], str):
+            raise ValueError(f"text={quote(row['text'])} is not text")
         pieces = [(begin_ids(policy), False), (text_ids(policy, row["text"]), True)]
     else:
         raise ValueError(f"has no columns messages, prompt and completion, or text, only {', '.join(sorted(row))}")
@@ -215,14 +217,16 @@ def _check_plain_text(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}={quote(value)} needs chat messages, and the row is plain text; drop it")
 
 
-def _answers(messages: Any, *, only_answers: bool, since: int = 0) -> tuple[list[dict[str, Any]], list[int]]:
+def _answers(
+    messages: Any, *, only_answers: bool, since: int = 0, columns: str = "messages"
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Return messages without their LEARNED_MARKS, and the indices of those that are learned as answers: the
     assistant's from the index `since` on, except those of mark 0.
 
     Raises:
         ValueError: A message is malformed, or its mark contradicts what is learned.
     """
-    check_chat(messages)
+    check_chat(messages, columns)
     answers = []
     for number, message in enumerate(messages):
         is_answer = message["role"] == "assistant" and number >= since
@@ -254,9 +258,14 @@ def _pair(
     """Return the pieces of a prompt and its completion, each text or messages. A text completion of chat messages
     becomes the assistant's message.
     """
+    for name, value in {"prompt": prompt, "completion": completion}.items():
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"{name}={quote(value)} is neither text nor chat messages")
     turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     before = [] if isinstance(prompt, str) else [*prompt]
-    messages, answers = _answers([*before, *turns], only_answers=only_answers, since=len(before))
+    messages, answers = _answers(
+        [*before, *turns], only_answers=only_answers, since=len(before), columns="prompt and completion"
+    )
     last = messages[-1]
     is_answer = len(turns) == 1 and last["role"] == "assistant" and isinstance(last["content"], str)
     if isinstance(prompt, str):

@@ -242,10 +242,20 @@ def test_a_template_that_drops_or_garbles_a_message_is_named(policy, monkeypatch
         prompt_ids(policy, prompt)
 
 
+def test_what_a_message_says_beside_its_content_is_written_or_refused(policy, monkeypatch):
+    """In prompts, too: the model would not see the call."""
+    prompt = [user("a"), CALL | {"content": "b"}, user("c")]
+    with pytest.raises(ValueError, match=r"^tool_calls=.* of message 1 is not read by the model's chat template"):
+        prompt_ids(policy, prompt)
+    template = "{% for m in messages %}{{ m.content }}{{ 'd' if m.tool_calls }}{% endfor %}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    assert policy.tokenizer.decode(prompt_ids(policy, prompt)) == "abdc"
+
+
 def test_what_a_template_can_write_is_taken(policy, monkeypatch):
     written = "{% for m in messages %}{% for p in m.content %}{{ p.text or p }}{% endfor %}{% endfor %}"
     monkeypatch.setattr(policy.tokenizer, "chat_template", written)
-    prompt = ({"role": "user", "content": PARTS, "name": None}, CALL | {"content": ""}, user(" b "))
+    prompt = ({"role": "user", "content": PARTS, "name": None}, CALL | {"tool_calls": [], "content": ""}, user(" b "))
     assert policy.tokenizer.decode(prompt_ids(policy, prompt)) == "a b "
 
 

@@ -324,6 +324,15 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
         (PAIR | {"chat_template_kwargs": "thinking"}, "^chat_template_kwargs='thinking' must be a dict"),
         ({"text": "12", "tools": [TOOL]}, "^tools=.* needs chat messages"),
         ({"prompt": "1=", "completion": "2", "chat_template_kwargs": {"x": 1}}, "^x=1 needs chat messages"),
+        (
+            {"messages": [say("user", "1"), say("assistant", "", tool_calls=[TOOL])]},
+            "^tool_calls=.* of message 1 is not read by the model's chat template; put it into the content",
+        ),
+        (PAIR | {"completion": [say("assistant", "2", reasoning_content="3")]}, "^reasoning_content='3' of message 1"),
+        ({"text": float("nan")}, "^text=nan is not text"),
+        ({"prompt": "1=", "completion": float("nan")}, "^completion=nan is neither text nor chat messages"),
+        ({"prompt": 3, "completion": "2"}, "^prompt=3 is neither text nor chat messages"),
+        ({"messages": "[]"}, "^messages='[^']*' is neither text nor chat messages"),
     ],
 )
 def test_what_a_row_says_and_nothing_reads_is_refused_by_name(row, message):
