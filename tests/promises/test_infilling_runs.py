@@ -156,7 +156,6 @@ UNFILLED = r"^sampler=.*AfterThePrompt\(.*\) did not fill {} of {} blanks; write
 
 
 @pytest.mark.parametrize(("marked", "written"), [(0, 0), (0, 10), (10, 0), (9, 10), (10, 9)])
-@pytest.mark.repeated
 def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
     policy, own = tiny_masked_lm(**SIZES | {"characters": DIGITS}), AfterThePrompt(max_new_tokens=1)
     own = own.replace(marked=marked, written=written)  # of the ten blanks of four problems
