@@ -230,6 +230,7 @@ def test_a_circle_in_the_table_is_seen(monkeypatch):
         floors()
 
 
+@pytest.mark.slow
 def test_a_class_is_found_by_its_name_among_few_modules():
     program = """
 import sys
@@ -255,6 +256,7 @@ def test_tasks_import_no_torch():
     assert done.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_correctors_and_metrics_need_torch_alone():
     """Somebody with another trainer takes them without this library's other dependencies."""
     program = """
@@ -270,6 +272,7 @@ assert reward > 0.5 and 0 < metrics["rollout_corr/ess"] <= 1, (reward, metrics)
     subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, check=True)
 
 
+@pytest.mark.slow
 def test_the_help_of_a_recipe_imports_no_library_of_training():
     program = """
 import atexit, runpy, sys
