@@ -99,8 +99,8 @@ def leave_repetitions(items):
         if item.get_closest_marker("repeated") and not any(map(item.get_closest_marker, ("slow", "nightly"))):
             cases[item.nodeid.partition("[")[0]].append(item)
     for same in cases.values():
-        every = same[0].get_closest_marker("repeated").kwargs.get("every")
-        kept = (same[0], same[-1]) if every is None else same[::every]
+        asked = same[0].get_closest_marker("repeated").kwargs
+        kept = same[:1] if asked.get("first_only") else same[:: asked.get("every", max(1, len(same) - 1))]
         for item in same:
             if item not in kept:
                 item.add_marker("slow")

@@ -180,7 +180,7 @@ def test_a_ctrl_c_at_a_prompt_returns_the_policy_so_far_and_the_next_one_is_hear
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(), "rollout_quantization": None}], ids=["all", "adapters"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, changes):
     summary = train(small(tmp_path, num_steps=1, **changes))
     assert summary == json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))

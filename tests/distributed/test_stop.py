@@ -169,7 +169,7 @@ LAUNCHER = (
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
 @pytest.mark.parametrize("late", ["", "import torch; "])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_process_does_not_outlive_a_launcher_that_dies_while_it_imports(late):
     """It asks before the other imports; after them its parent is another process."""
     hears = "print('importing', flush=True)"
@@ -205,7 +205,7 @@ dist.barrier()  # a script may go on with the group after a run
 
 
 @pytest.mark.parametrize(("way", "is_left"), [("ends", False), ("fails", True)])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_the_process_group_of_a_run_that_ended_well_is_destroyed_before_python_shuts_down(tmp_path, way, is_left):
     done = subprocess.run([sys.executable, "-c", RUNS, str(tmp_path), way], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{is_left}\n"), done.stderr

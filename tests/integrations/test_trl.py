@@ -435,7 +435,7 @@ def test_the_console_has_trls_numbers_and_the_log_all(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "1="), ({"more": "23"}, "231="), ({"more": "4"}, "41=")])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_variables_of_the_chat_template_are_in_the_prompts(tmp_path, monkeypatch, given, expected):
     monkeypatch.setattr("trl_runs.reward", lambda completions, **_: [0.0] * len(completions))
     policy = tiny()
@@ -477,7 +477,7 @@ def test_a_loaded_model_brings_the_tokenizer_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_losses_of_the_library(tmp_path, loss):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
     _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
@@ -573,7 +573,7 @@ def weights_of(run):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
     later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
@@ -637,7 +637,7 @@ MODELS = ["llada", "dream", "sdar", "llada2", "bert", "nemotron"]
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_what_is_saved_is_reopened(tmp_path, family):
     """A run's checkpoint, in the stock class's layout, and `save_model`, in the published one."""
     source = checkpoint(tmp_path / "source", family)
@@ -665,7 +665,7 @@ def test_what_is_saved_is_reopened(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bert"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
     names = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
@@ -1123,7 +1123,7 @@ def of_residues(tmp_path, **special):
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_residues_are_graded_and_logged_without_spaces(tmp_path, monkeypatch, is_chat):
     """As `grpo` gives them; words keep their spaces."""
     policy = of_residues(tmp_path, eos_token="[SEP]")
@@ -1152,7 +1152,7 @@ def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "[SEP]"}])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, monkeypatch, special):
     """BERT's text ends with [SEP], which its tokenizer does not call eos."""
     policy = of_residues(tmp_path, **special)

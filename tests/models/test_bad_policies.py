@@ -119,7 +119,7 @@ def test_a_quantized_copy_is_not_saved(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": Lora()}, {"lora": Lora(r=8), "beta": 0.1}])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
     policy = small()
     add_lora(policy, Lora(r=8))

@@ -137,7 +137,7 @@ def test_a_text_that_is_no_token_is_refused(tmp_path, token):
 
 
 @pytest.mark.parametrize("name", ["ESM-2", "BERT of residues"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_grpo_designs_sequences_of_a_saved_model_of_residues(tmp_path, name):
     """One prompt: the reward sees residues alone, in full length; the checkpoint opens again."""
     policy = policy_of(VOCABULARIES[name][0](tmp_path))

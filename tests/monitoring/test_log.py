@@ -218,7 +218,7 @@ def test_a_refused_name_costs_a_tracker_that_number_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("way", ["the tracker fails", "the run fails", "another does not start"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_tracker_of_a_run_does_not_block_the_next(tmp_path, wandb, monkeypatch, way):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Picky)
     recipe = tiny_recipe(tmp_path / "a", report_to="wandb", num_steps=1)

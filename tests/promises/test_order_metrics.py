@@ -29,7 +29,7 @@ def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path)
 
 
 @pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)], ids=["confidence", "noisy"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_unquantized_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path, rank):
     """The sampler's record of tokens and order is what the learner finds, in micro-batches too, or the run stops."""
     settings = {"rollout_quantization": None, "zero_mismatch": True, "micro_batch_size": 4}

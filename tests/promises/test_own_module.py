@@ -95,7 +95,7 @@ def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     [own_policy, pretrained_policy, shifted_llama, shifted_llama()],
     ids=["plain", "with a config", "with another spec", "policy with another spec"],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_sft_of_it_resumes_and_tells_how_rl_starts_from_its_weights(tmp_path, capsys, model):
     whole = fine_tune(tiny_sft(tmp_path / "whole", model=model, num_steps=2))
     fine_tune(tiny_sft(tmp_path / "parts", model=model, num_steps=1, lr_schedule_steps=2))

@@ -112,7 +112,7 @@ class ReadsRatio(Reinforce):
 
 
 @pytest.mark.parametrize("late", [{}, {"rollout_workers": 1, "max_staleness": 1}], ids=["same_step", "late"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_loss_without_a_ratio_scores_no_masks_of_later_updates(late, tmp_path, monkeypatch):
     """It learns the same, to the bit, from fewer forwards, and logs no ratio that it did not measure."""
     settings = {"corrector": NoCorrection(), "beta": 0.0, "num_iterations": 3, "num_steps": 2, **late}

@@ -89,7 +89,7 @@ def test_without_its_promise_an_older_rollout_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
     changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": likelihood}
     feature = DropSmallViews(least=10**6)
@@ -155,7 +155,7 @@ class Twice(StepFeature):
 
 
 @pytest.mark.parametrize(("before", "numbers"), [((), "4 of 16"), ((Twice(),), "8 of 32")])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_row_does_not_leave_its_place(before, numbers, tmp_path):
     """Else completions.jsonl would pair a completion with another's tokens and advantage."""
     with pytest.raises(ValueError, match=f"^features: after_rollout of Filters left out {numbers} rows; keep them"):
@@ -184,7 +184,7 @@ class Fails(StepFeature):
 
 
 @pytest.mark.parametrize("method", ["after_update", "syncs"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=4, save_steps=4)
     with pytest.raises(RuntimeError, match="mine"):
@@ -312,7 +312,7 @@ class Counted(StepFeature):
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_an_error_of_a_state_loses_no_step(tmp_path, async_save):
     settings = {"num_steps": 3, "save_steps": 2, "save_total_limit": 9, "lr_schedule_steps": 3}
     whole, parts = (tiny_recipe(tmp_path / name, async_save=async_save, **settings) for name in ("whole", "parts"))

@@ -170,7 +170,7 @@ class StopOnSave(Callback):
 
 
 @pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
     small_model().save_pretrained(tmp_path / "model")
     settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
@@ -197,13 +197,13 @@ print(summary["stopped"]["reason"])
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
     assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
 
 
 @pytest.mark.parametrize("num_runs", [2, 3])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
     callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveNumbered()]
     for i in range(num_runs):
@@ -347,7 +347,7 @@ class Named(Callback):
 
 
 @pytest.mark.parametrize("name", ["step", "reward", "eval/reward", "other/number"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_number_of_a_callback_replaces_none_of_the_runs_or_of_another_callback(tmp_path, name):
     """`eval/reward` also at a step without an evaluation: the next one would pick the best checkpoint by it."""
     with pytest.raises(ValueError, match=rf"Named\.on_step returned '{name}', a name of the run .*'mine/{name}'"):
@@ -508,7 +508,7 @@ def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_ane
     [{"seen": {1, 2}}, {"pair": (1, 2)}, {"by step": {1: 0.5}}, {"mean": float("nan")}, [1], "text"],
     ids=["a set", "a tuple", "keys that are numbers", "NaN", "a list", "text"],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_state_that_json_would_change_is_refused_before_the_first_step(tmp_path, value):
     callback = Counting()
     callback.state = lambda: value
@@ -547,7 +547,7 @@ def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
     [{"micro_batch_size": 2}, {"rollout_batch_size": 3}, {"gradient_checkpointing": True}, {"max_retained_graphs": 0}],
     ids=str,
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_may_save_memory_and_says_so(tmp_path, capsys, change):
     """What an OOM asks for changes no meaning of the run: it needs no `allow_changed`, and is recorded."""
     run(tmp_path, num_steps=1)
@@ -566,7 +566,7 @@ def test_what_no_resume_can_change_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"beta": 0.1}, {"teacher": "reference"}], ids=str)
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, change):
     run(tmp_path, num_steps=1)
     resume = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest", **change}
@@ -598,7 +598,7 @@ def mixture():
 
 
 @pytest.mark.parametrize("name", ["llada", "mixture"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, monkeypatch, name):
     """Their tensors have the names of the published layout, or one tensor per expert."""
 

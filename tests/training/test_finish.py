@@ -36,7 +36,7 @@ class AtEnd(Callback):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("no font"), ImportError("matplotlib")])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_picture_that_cannot_be_drawn_costs_only_the_picture(tmp_path, monkeypatch, capsys, error):
     def fail(directory):
         raise error

@@ -147,7 +147,7 @@ def test_a_reward_without_weight_makes_no_group_worth_keeping(weight, draws, tmp
 
 
 @pytest.mark.parametrize("name", ["reward", "parsed"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_reward_function_may_have_the_name_of_a_metric(tmp_path, name):
     def penalty(completions, **_):
         return [-100.0 * text.count("1") for text in completions]
@@ -389,7 +389,7 @@ def test_a_resume_with_another_reward_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "policy", "function"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_adapters_do_not_continue_on_another_base(tmp_path, kind):
     def base(seed):
         policy = tiny_masked_lm(**SMALL, seed=seed)
@@ -506,7 +506,7 @@ def llama():
 
 
 @pytest.mark.parametrize("name", ["processing_class", "tokenizer"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_loaded_model_is_trained_with_its_tokenizer(tmp_path, name):
     model = llama()
     before = model.lm_head.weight.clone()
@@ -587,7 +587,7 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
 
 
 @pytest.mark.parametrize("rule", [SoftEdit(rate=0.5), Remask(eta=0.5)])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
     """Its steps cannot be merged, so a default with segments would end the run in its first step."""
     rank = RandomOrder() if isinstance(rule, Remask) else MaxProb()
@@ -689,7 +689,7 @@ def test_a_given_samplers_fields_are_its_own(changes, said):
 
 
 @pytest.mark.parametrize("sampler", [Plain(max_new_tokens=4), Warm(max_new_tokens=4)], ids=["plain", "warm"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampler(tmp_path, sampler):
     """Nothing says how long its texts may be: 256 tokens, the default of `Unmask`, would be too many."""
     given = options(tmp_path, sampler=sampler, rollout_quantization=None)

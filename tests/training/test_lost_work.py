@@ -241,7 +241,7 @@ def test_the_logs_keep_each_steps_completions_and_seconds(tmp_path, place):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_an_end_of_any_kind_loses_none(tmp_path, whole, monkeypatch, kind):
     """In the log: a full disk, an interrupt in another thread than the main one, `sys.exit()`."""
     append = JsonLines.append

@@ -87,7 +87,7 @@ def test_the_best_texts_are_kept_and_their_mean_is_logged(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 19])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_the_budget_ends_the_run_with_a_checkpoint_that_a_larger_one_continues(tmp_path, budget):
     counted = Counted()
     summary = design(tmp_path, Oracle(counted, budget=budget))
@@ -219,7 +219,7 @@ def test_novelty_tells_apart_what_the_function_does(tmp_path, function, new):
 
 
 @pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_novelty_is_logged_and_only_trains(tmp_path, at):
     """Its mean is the share of new texts, in each order of the functions; an evaluation's reward is the oracle's."""
     oracle = Oracle(Counted())

@@ -138,7 +138,7 @@ def test_what_acts_while_a_checkpoint_is_loaded_is_refused_of_a_given_model(tmp_
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_given_base_in_few_bits_is_not_copied_to_the_host(tmp_path, quantization):
     """Its codes without their scales would be sampled from and saved. A teacher's are neither."""
     pytest.importorskip("bitsandbytes")

@@ -192,7 +192,7 @@ FP8 = {"rollout_quantization": Float8WeightOnly(), "corrector": TIS(), "likeliho
 @pytest.mark.parametrize(
     "changes", [{}, {"num_iterations": 0}, {"lora": Lora()}, FP8], ids=["both", "no_grpo", "lora", "fp8"]
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_continues_bit_for_bit(tmp_path, changes):
     changes = {"save_steps": 2, "num_steps": 4, "lr_schedule_steps": 4, **changes}
     whole = train(recipe_of(tmp_path / "whole", **changes))
@@ -274,7 +274,7 @@ def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"replay": Replay(min_reward=0.0, batch_size=4), "allow_changed": "replay"}])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_run_without_a_right_answer_yet_is_resumed(tmp_path, changes):
     """No update has made moments of the optimizer."""
     task = {"task": NeverRight, "num_iterations": 0}

@@ -178,7 +178,7 @@ def test_a_sampler_that_ignores_the_seeds_draws_other_numbers_in_every_batch(tmp
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(tmp_path, make):
     """With dynamic sampling, whose later draws count too. What the sampler was asked and returned is counted here."""
     seen = []
@@ -350,7 +350,7 @@ def odd_rows(stats):
 @pytest.mark.parametrize(
     "corrector", [odd_rows, Reject(threshold=5e-4), MIS(min_ratio=0.9, max_ratio=1.1, level="sequence", outside="drop")]
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_path, corrector, monkeypatch):
     """The coefficients of what stays sum to 1, as under `TokenMean`; those of a constant length to the mean length."""
     seen, make = [], update_module.make_batches
@@ -372,7 +372,7 @@ def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 0, "replay": Replay(min_reward=2.0)}])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_no_token_is_rejected_where_none_is_trained(tmp_path, changes):
     def same(completions, **_):
         return [1.0] * len(completions)
@@ -404,7 +404,7 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_retained_graphs": 0}, {"zero_mismatch": True}])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_has_the_mismatch_that_it_has(tmp_path, settings):
     """Here none: learner and rollout are one model."""
     given = {"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()}

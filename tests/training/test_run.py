@@ -136,7 +136,7 @@ def fail():
     ("what", "error", "steps"),
     [(fail, Exception, [0, 1]), (partial(os.kill, os.getpid(), signal.SIGTERM), SystemExit, [0, 1, 2])],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_an_error_and_a_signal_wait_for_what_is_being_written(tmp_path, monkeypatch, what, error, steps):
     """The first checkpoint's writing is held up until the step that ends the run."""
     ended = threading.Event()

@@ -97,7 +97,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("named", NAMED.values(), ids=NAMED)
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path):
     """On validation_task: its metrics are enough, and those of eval_task or task do not count."""
 

@@ -247,7 +247,7 @@ def of_rows(tmp_path, rows, **changes):
         ("1é", "text '1é' cannot be tokenized"),
     ],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_each_solution_that_is_drawn_is_read_before_the_run(tmp_path, solution, message):
     """One row of sixteen; the run would end after some steps of the warm-up."""
     rows = [row | {"completion": solution} if row["prompt"] == "22=" else row for row in ROWS]

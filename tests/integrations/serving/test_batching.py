@@ -86,7 +86,7 @@ def test_a_batch_has_at_most_its_size_and_the_oldest_run_first(make, batches):
 
 
 @pytest.mark.parametrize("policy", [diffusion(), causal()], ids=["full", "causal"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_everyone_gets_the_completion_that_is_theirs(make, policy):
     """Under exact batches bit for bit the one of a batch of one; else to rounding, for each seed and prompt its own."""
     sampler = SAMPLERS[sampler_for(policy)]

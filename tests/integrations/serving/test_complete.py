@@ -25,7 +25,7 @@ DIGITS = {"characters": "0123456789=_"}
     ],
     ids=["diffusion", "causal", "random tokens"],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_it_is_the_policys_sampler_with_the_given_settings(make, sampler, changes):
     policy = make(**DIGITS)
     if isinstance(sampler, Renoise):

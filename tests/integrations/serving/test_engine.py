@@ -52,7 +52,7 @@ def weights(run):
     [(tiny_recipe, tiny_masked_lm, Unmask), (tiny_recipe_ar, partial(tiny_llama, causal=True), Autoregress)],
     ids=["full", "causal"],
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampler):
     """All bits on a CPU: rewards, log-probs and weights. The server samples in a thread that owns other weights."""
     plain = make(tmp_path / "a", rollout_quantization=None, report_to=None)
@@ -83,7 +83,7 @@ def rows_of(folder):
 @pytest.mark.parametrize(
     ("make", "model"), [(tiny_recipe, tiny_masked_lm), (tiny_recipe_ar, partial(tiny_llama, causal=True))]
 )
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_path, make, model):
     """All bits on a CPU: weights, evaluations, mismatch metrics, and those of the quantization."""
     plain = make(tmp_path / "a", rollout_quantization=Float8WeightOnly(), report_to=None)

@@ -189,7 +189,7 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["weights", "lora"])
 @pytest.mark.parametrize("family", ["llada", "esm2", "qwen3"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_transformers_opens_what_was_trained(tmp_path, family, lora):
     """The policy that `grpo` returned and the run's checkpoint are written as the same stock folder."""
     base = checkpoint(tmp_path / "base", family)
@@ -398,7 +398,7 @@ def test_a_base_in_eight_bits_computes_with_its_weights_alone(tmp_path, family):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.repeated(every=1000)
+@pytest.mark.repeated(first_only=True)
 def test_a_merged_base_in_eight_bits_has_the_dtype_of_its_module(tmp_path, dtype):
     pytest.importorskip("bitsandbytes")
     folder = checkpoint(tmp_path / "base", "qwen3")
