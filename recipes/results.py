@@ -32,13 +32,20 @@ def rates_of(run: Mapping[str, Any], of: str = RATES) -> str:
     return rates.replace("; then RL: ", "→").replace(" -> ", "→")
 
 
-def latin_squares(found: Mapping[str, Any]) -> str:
+def latin_squares(arms: Sequence[Mapping[str, Any]]) -> str:
     rows = []
-    for arm in found["latin_sudoku"]["rows"]:
+    for arm in arms:
         row = {"rollouts": arm["rollouts"], "mean abs(log rho), nats": f"{mean(arm['mismatch']):.3f}"}
         row |= {"ESS": f"{mean(arm['ESS']):.3f}", "least ESS": f"{min(arm['least ESS']):.3f}"}
         rows.append(row | arrows(arm["before"], arm["after"]))
     return markdown(rows)
+
+
+def shortest_to_longest(times: Sequence[str]) -> str:
+    """ "485 + 833", "485 + 421" -> "485 + 421 to 833"; the first part is the same in all runs."""
+    firsts, numbers = zip(*(time.rpartition("+ ")[::2] for time in times), strict=True)
+    first = f"{firsts[0]}+ " if firsts[0] else ""
+    return f"{first}{min(numbers, key=int)} to {max(numbers, key=int)}"
 
 
 def sudoku(found: Mapping[str, Any]) -> str:
@@ -67,10 +74,23 @@ def pretrained(found: Mapping[str, Any]) -> str:
         runs = [run for run in found["pretrained"] if run["recipe"] == name]
         rates = dict.fromkeys((f"seed {seed}" for seed in range(5)), "-")
         rates |= by_seed([*map(rates_of, runs)])
-        rows.append({"recipe": name, "corrector": "AIS", **rates, "seconds": ", ".join(run["seconds"] for run in runs)})
+        rows.append(
+            {
+                "recipe": name,
+                "corrector": "AIS",
+                **rates,
+                "seconds": shortest_to_longest([run["seconds"] for run in runs]),
+            }
+        )
     return markdown(rows)
 
 
 def page_tables() -> dict[str, str]:
     found = read_json(STORED)
-    return {"Latin squares": latin_squares(found), "Sudoku": sudoku(found), "pretrained models": pretrained(found)}
+    recipe, *five_levels = found["latin_sudoku"]["rows"]
+    return {
+        "Latin squares": latin_squares([recipe]),
+        "Latin squares at five levels": latin_squares([recipe, *five_levels]),
+        "Sudoku": sudoku(found),
+        "pretrained models": pretrained(found),
+    }
