@@ -556,6 +556,7 @@ def test_greedy_samples_differ_in_random_order_alone(model, capsys):
         assert row["samples"] == 3
 
 
+@pytest.mark.slow
 def test_a_setting_without_a_metric_leaves_its_cell_empty(model, capsys, tmp_path, monkeypatch):
     """The own metric is None for short texts, so that one length has none of it."""
     (tmp_path / "judged.py").write_text("""

@@ -507,6 +507,7 @@ def standard_input(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_prompts_by_a_pipe_have_the_form_of_the_runs_too(tmp_path, capsys, monkeypatch):
     """Of an infilling run, whose prompts have blanks; and a task whose file is gone is not opened."""
     task = Sudoku(split="test", size=4, infill=True)
@@ -549,6 +550,7 @@ def test_a_function_that_takes_a_seed_makes_the_model(run, capsys):
     assert main(["sample", str(run), "12=", "--make_model", name, "--max_new_tokens", "4"]) == 0
 
 
+@pytest.mark.slow
 def test_a_supervised_run_is_diagnosed_under_the_default_scheme(tmp_path, capsys):
     rows = [{"prompt": f"{a}=", "completion": f"{a}"} for a in "1234"] * 2
     model = tiny_masked_lm(**SIZES)

@@ -204,8 +204,8 @@ dist.barrier()  # a script may go on with the group after a run
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "is_left"), [("ends", False), ("fails", True)])
-@pytest.mark.repeated(first_only=True)
 def test_the_process_group_of_a_run_that_ended_well_is_destroyed_before_python_shuts_down(tmp_path, way, is_left):
     done = subprocess.run([sys.executable, "-c", RUNS, str(tmp_path), way], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{is_left}\n"), done.stderr

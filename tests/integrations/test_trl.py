@@ -204,7 +204,7 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
     ],
 )
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
     run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
     result, gradients = learner(run, likelihood=Trajectory(), **own)
@@ -571,9 +571,9 @@ def weights_of(run):
     return {name: x.detach().clone() for name, x in run._policy.module.named_parameters() if x.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
-@pytest.mark.repeated(first_only=True)
 def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
     later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
@@ -1151,8 +1151,8 @@ def test_a_tokenizer_of_words_keeps_its_spaces(tmp_path, monkeypatch):
     assert any(" " in text for text in graded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [{}, {"eos_token": "[SEP]"}])
-@pytest.mark.repeated(first_only=True)
 def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, monkeypatch, special):
     """BERT's text ends with [SEP], which its tokenizer does not call eos."""
     policy = of_residues(tmp_path, **special)

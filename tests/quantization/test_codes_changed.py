@@ -119,6 +119,7 @@ def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
     assert felt["quantization/codes_changed"] > 0.01 and felt["quantization/scale_change"] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_with_four_bit_rollouts_learns_and_weighs_their_tokens(tmp_path):
     """Left to right, whose order both policies have: weights alone with TIS, and with inputs and an aligned forward."""
     sampler = tiny_recipe(tmp_path).sampler.replace(rank=LeftToRight())

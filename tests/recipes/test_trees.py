@@ -356,6 +356,7 @@ def test_a_model_that_does_not_see_both_sides_is_refused(policy):
         sample(other)
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_the_advantages_of_the_nodes(tmp_path):
     short = replace(recipe, num_steps=1, train_batch_size=2, eval_task=recipe.task, eval_steps=0)
     seen = {}

@@ -183,8 +183,8 @@ class Fails(StepFeature):
         return {} if step is None else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["after_update", "syncs"])
-@pytest.mark.repeated(first_only=True)
 def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=4, save_steps=4)
     with pytest.raises(RuntimeError, match="mine"):
@@ -311,8 +311,8 @@ class Counted(StepFeature):
         self.updates = int(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.repeated(first_only=True)
 def test_an_error_of_a_state_loses_no_step(tmp_path, async_save):
     settings = {"num_steps": 3, "save_steps": 2, "save_total_limit": 9, "lr_schedule_steps": 3}
     whole, parts = (tiny_recipe(tmp_path / name, async_save=async_save, **settings) for name in ("whole", "parts"))

@@ -146,8 +146,8 @@ def test_a_reward_without_weight_makes_no_group_worth_keeping(weight, draws, tmp
     assert row["dynamic_sampling/draws"] == draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reward", "parsed"])
-@pytest.mark.repeated(first_only=True)
 def test_a_reward_function_may_have_the_name_of_a_metric(tmp_path, name):
     def penalty(completions, **_):
         return [-100.0 * text.count("1") for text in completions]

@@ -232,6 +232,7 @@ def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
     assert all(torch.equal(value, untouched[name]) for name, value in weights_of(summary).items())
 
 
+@pytest.mark.slow
 def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path):
     """Six groups of which one is live: all scored by a KL term of weight 1e-30, or as a sample of every other group."""
     changes = {"advantages": one_live_group, "train_batch_size": 6, "num_steps": 1}

@@ -68,6 +68,7 @@ def sampled(sampler, policy, rows: int) -> Rollout:
     ("how", "rows"),
     [("dream", 3), ("sdar, cached", 3), ("llama", 3), slow("dream", 4), slow("sdar", 2), slow("llama", 6)],
 )
+@pytest.mark.repeated
 def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
     """Rows end early, at different times; the filters keep different numbers of tokens. Elsewhere than with full
     attention rows leave a batch at different times, and sums may round in the last bit."""

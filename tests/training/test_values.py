@@ -136,6 +136,7 @@ def test_a_value_does_not_depend_on_what_its_step_draws():
     assert (before[last] - after[last]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_states_tell():
     """A target that is a function of the tokens of the first steps: nothing is explained of step 0, most of step 3."""
     policy = tiny_masked_lm(**SIZES)

@@ -191,6 +191,7 @@ def test_a_trace_is_one_that_check_trace_accepts(policy, server, tmp_path, strea
     assert not report.differs and not report.faults
 
 
+@pytest.mark.slow
 def test_special_tokens_have_no_place_in_the_text(policy):
     """A completion with padding in it: its texts leave that out, and so do offsets and the cut at a stop text."""
     with running(policy, {"max_new_tokens": 10, "temperature": 1.5}) as server:
@@ -365,6 +366,7 @@ def test_a_tokenizer_without_a_template_cannot_chat(causal_server):
     assert status == 400 and "the tokenizer has no chat template; give plain text" in answer["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cut():
     policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
     prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=policy.pad_id)
