@@ -289,6 +289,7 @@ def test_groups_cost_what_their_rows_cost():
     assert run == [4, 14, 14]
 
 
+@pytest.mark.slow
 def test_the_gradient_of_shared_rows_repeats_bit_for_bit_in_two_threads():
     """The states of one row serve its group: their gradients are added in one order."""
     policy = tiny_masked_lm(characters="123456", hidden_size=64, num_layers=1, head_std=0.3)
