@@ -1040,6 +1040,7 @@ def test_the_block_of_the_page_plans_the_batch_that_it_trains(tmp_path, monkeypa
     runs.clear()
     block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     for old, new in (
+        ("from dllm_rl.integrations.trl import DiffusionGRPOTrainer\n", ""),  # `Kept` below has its place
         ("=256", "=8"),
         ("diffusion_steps=128", "diffusion_steps=4"),
         ("block_size=32", "block_size=4"),
