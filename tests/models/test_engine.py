@@ -61,6 +61,7 @@ def test_an_engine_of_the_same_arithmetic_trains_as_the_learner_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("likelihood", [None, Coupled()], ids=["recorded", "scored"])
+@pytest.mark.repeated(first_only=True)
 def test_what_an_engine_computes_otherwise_is_measured(tmp_path, likelihood):
     more = {} if likelihood is None else {"likelihood": likelihood}
     engine = held_apart(noise=0.5)

@@ -335,6 +335,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
 
 @pytest.mark.parametrize("support", few(["per_policy", "unfiltered", "rollout"], ["per_policy", "rollout"]))
 @pytest.mark.parametrize("make", [tiny_recipe, pytest.param(tiny_recipe_ar, marks=pytest.mark.slow)])
+@pytest.mark.repeated(first_only=True)
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantized and on-policy, the first step has no mismatch under any of them."""
     recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)

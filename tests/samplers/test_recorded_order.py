@@ -71,6 +71,7 @@ def test_without_the_record_a_rollout_is_the_same(name, computed):
     ],
     ids=["exact", "function", "tokens", "merged", "drawn", "one_step", "elbo", "sandwich"],
 )
+@pytest.mark.repeated(first_only=True)
 def test_a_run_computes_the_order_if_its_likelihood_reads_it(likelihood, reads, computed, tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1, likelihood=likelihood))
     assert bool(computed) == reads

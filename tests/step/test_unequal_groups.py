@@ -174,6 +174,7 @@ def test_a_replayed_run_continues_with_the_same_bits(tmp_path):
     assert whole[3]["replay/rows"] == 6 and all(1 <= row["replay/age"] <= row["replay/age_max"] for row in whole[1:])
 
 
+@pytest.mark.slow
 def test_a_replayed_row_is_what_its_step_sampled(tmp_path):
     """Its tokens, log-probs, reward and advantage, and its age; only rows above their group's mean are kept."""
     store, seen = rows.replay(), Seen()

@@ -247,6 +247,7 @@ class StopAfterTwo(Callback):
             run.stop("enough")
 
 
+@pytest.mark.slow
 def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
     """A resume that compares more groups reads a log-prob of 0 for none of them: the copy is unquantized, so that
     learner and rollout agree.

@@ -75,6 +75,7 @@ def test_unquantized_rollouts_have_exactly_no_mismatch(make, tmp_path):
         assert {name: row[f"rollout_corr/{name}"] for name in exact} == exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "corrector",
     [
@@ -109,6 +110,7 @@ def test_micro_batches_change_nothing_beyond_rounding(loss_reduction, tmp_path):
         assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path):
     # A KL term of weight 1e-30 keeps every row in the batch and adds nothing that fp32 could show.
     # Plain descent, as above: AdamW would show the rounding of gradients near zero at full scale.
@@ -313,6 +315,7 @@ def test_aligned_forward_leaves_no_mismatch(tmp_path):
     assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_global_random_state_is_untouched(tmp_path):
     before = torch.random.get_rng_state()
     train(tiny_recipe(tmp_path, sft_warmup_steps=2, num_steps=1))
@@ -349,6 +352,7 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     }
 
 
+@pytest.mark.slow
 def test_kl_starts_at_zero_and_grows(tmp_path):
     train(tiny_recipe(tmp_path, beta=0.1, learning_rate=1e-2))
     kls = [row["kl"] for row in metrics_of(tmp_path)]

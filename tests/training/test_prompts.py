@@ -199,6 +199,7 @@ def test_the_next_prompt_that_fits_takes_the_place():
         fit_prompts(replace(recipe, max_prompt_length=3), recipe.model(), [0])
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_prompt_reaches_changes_nothing(tmp_path):
     a, b = (train(tiny_recipe(tmp_path / str(n), num_steps=1, max_prompt_length=n)) for n in (None, 48))
     assert_same_weights(a, b)

@@ -404,8 +404,8 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
         train(judged_recipe(tmp_path, advantages=mine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"max_retained_graphs": 0}, {"zero_mismatch": True}])
-@pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_has_the_mismatch_that_it_has(tmp_path, settings):
     """Here none: learner and rollout are one model."""
     given = {"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()}

@@ -231,6 +231,7 @@ def test_a_damaged_file_is_named(tmp_path):
         load_states([head], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_size_is_refused_before_it_samples(tmp_path):
     changes = {"likelihood": Trajectory(include_order=False), "num_steps": 1, "lr_schedule_steps": 2}
     train(tiny_recipe(tmp_path, value_model=ValueModel(hidden_size=16), **changes))

@@ -644,6 +644,7 @@ def test_adapters_are_trained_through_the_rollouts_quantized_operands(tmp_path, 
     assert all(torch.equal(again[name], last[name]) for name in last)
 
 
+@pytest.mark.slow
 def test_the_reference_of_aligned_adapters_is_the_plain_base(tmp_path):
     aligned_run = {"lora": Lora(r=4), "corrector": Aligned(), "rollout_quantization": int3_emulated}
     train(recipe(tmp_path, "run", **aligned_run, beta=0.1))
