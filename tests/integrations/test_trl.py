@@ -27,6 +27,7 @@ from layouts import checkpoint
 from live_bytes import LiveBytes
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
+from repetitions import nightly
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizer, PrinterCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import LORA, ROWS, Watched, config, reward, tiny, trainer
@@ -573,7 +574,7 @@ def weights_of(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), (2, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(1, 2), nightly(2, 2), nightly(1, 4), (2, 4)])
 def test_a_resume_ends_with_the_same_bits(tmp_path, lora, num_iterations, steps_per_generation):
     """With quantized rollouts, a corrector and evaluations between, in one epoch: TRL's sampler draws the prompts of a
     later epoch from where it stands. Two steps of accumulation are an update: a rollout serves 1, 2, 2 and 4 of them.
