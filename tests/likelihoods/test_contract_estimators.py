@@ -62,6 +62,7 @@ def test_contract(name):
 
 @pytest.mark.parametrize("sizes", [[3, 2, 2], [4, 1, 1]], ids=str)
 @pytest.mark.parametrize("name", ["one_step", "coupled", "trajectory", "causal"])
+@pytest.mark.repeated
 def test_contract_of_groups_of_unequal_size(name, sizes):
     inputs = made(causal=name == "causal", num_generations=sizes)
     check_estimator(ESTIMATORS[name], *inputs)
@@ -164,6 +165,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.repeated
 def test_contract_of_orders(name):
     """With the order's log-prob and without it."""
     inputs = made(**ORDERS[name])

@@ -113,6 +113,7 @@ def assert_mean(estimator, rollout, by_hand):
 @pytest.mark.parametrize(
     ("make", "settings"), cases(lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO), ids=named
 )
+@pytest.mark.repeated(every=3)
 def test_the_mean_is_the_documented_expectation(make, settings):
     if estimator := made(make, settings):
         assert_mean(estimator, rollout_of(ROWS), expected(make, **settings))

@@ -483,6 +483,7 @@ def ratio(logits, tokens):
 @pytest.mark.parametrize(
     "rank", [naive_entropy, nan_at_some, log_of_a_negative_number, ratio], ids=lambda f: f.__name__
 )
+@pytest.mark.repeated(every=5)
 def test_a_rank_that_returns_nan_is_named(policy, monkeypatch, rank, options):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
     with pytest.raises(ValueError, match=f"rank={rank.__name__} returned NaN, which has no place in an order; return"):
