@@ -1,6 +1,7 @@
 """Run the sections one after the other, print each as soon as it is known, and write the report."""
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def check_model(
         except ERRORS as error:
             finding = failed(error)
         except KeyboardInterrupt:
-            say(f"interrupted in {name}; what is above is in the report")
+            say(f"interrupted in {name}{f'; {output} has the sections above' if output and results else ''}")
             raise
         results.append(Result(name, finding, time.perf_counter() - start))
         for line in lines_of(results[-1]):
@@ -198,11 +199,20 @@ def report(results: Sequence[Result], subject: Subject | None) -> dict[str, Any]
             "verdict": each.finding.verdict,
             "reason": each.finding.reason,
             "seconds": round(each.seconds, 2),
-            "numbers": each.finding.numbers,
+            "numbers": finite(each.finding.numbers),
         }
         for each in results
     ]
     return found
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with None in place of each number that JSON does not have: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Does the model learn, sync and resume? One training step of adapters, and what follows an update."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from dllm_rl.training.dry_run.memory import PlannedStep, num_weights, step_memor
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.rehearsal import as_trained, made_up_samples
+from dllm_rl.types import starts_group
 
 GB = 1e9
 GENERATIONS = 6  # of the step's prompt, as in the presets
@@ -43,7 +45,7 @@ def step_section(subject: Subject) -> Finding:
     recipe = step_recipe(subject)
     prompts = subject.prompts.rows(torch.zeros(GENERATIONS, dtype=torch.long))
     seeds = row_seeds(subject.generator("step"), GENERATIONS)
-    prompts = type(prompts)(prompts.tokens, prompts.attention_mask, prompts.group, seeds=seeds)
+    prompts = replace(prompts, seeds=seeds)
     with as_trained(policy, recipe.lora) as learner:
         accelerator = make_accelerator(device=policy.device)
         context = make_step(recipe, accelerator=accelerator, policy=learner, rollout_policy=learner)
@@ -128,7 +130,7 @@ def sync_section(subject: Subject) -> Finding:
     """Change the adapters, sync a quantized copy, and compare it with a new copy."""
     policy = subject.policy
     scheme = (subject.schemes or [None])[0] or Float8WeightOnly()
-    prompts = subject.prompts.rows((subject.prompts.group.diff(prepend=torch.tensor([-1])) != 0).nonzero()[:, 0])
+    prompts = subject.prompts.rows(starts_group(subject.prompts.group).nonzero()[:, 0])
     tokens, mask = prompts.tokens.to(policy.device), prompts.attention_mask.to(policy.device)
     with torch.no_grad(), as_trained(policy, step_recipe(subject).lora) as learner:
         copy, copy_seconds = timed(policy, lambda: quantized_copy(learner, scheme))

@@ -67,8 +67,8 @@ def sampler_section(subject: Subject) -> Finding:
         "tokens": report.total.num_tokens,
         "forwards": rollout.forwards,
         "seconds_per_forward": seconds,
-        "replay_abs_mean": finite(report.total.mean_abs),
-        "replay_abs_max": finite(report.total.max_abs),
+        "replay_abs_mean": report.total.mean_abs,
+        "replay_abs_max": report.total.max_abs,
         "faults": {fault.kind: fault.count for fault in report.faults},
     }
     line = f"{report.num_rows} completions, {rollout.forwards} forwards of {seconds:.3g} s; {report.verdict}"
@@ -212,8 +212,3 @@ def batch_section(subject: Subject) -> Finding:
     if share <= RATIO_SHARE:
         return Finding("ok", line, numbers=numbers)
     return Finding("look", line, ADVICE["batch shape"], "batch shape", numbers)
-
-
-def finite(value: float) -> float | None:
-    """Return the number, or None for one that JSON does not have."""
-    return value if math.isfinite(value) else None
