@@ -7,6 +7,7 @@ model still tells its own completions from shuffled ones.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,7 @@ def text_section(subject: Subject) -> Finding:
     if better is not None:
         alternative, scores = better
         numbers |= {"alternative_accuracy": scores.accuracy, "alternative_logprob": scores.logprob}
-        found += f"; otherwise read, {scores.accuracy:.0%} and {scores.logprob:.2f} nats"
+        found += f"; read as below, {scores.accuracy:.0%} and {scores.logprob:.2f} nats"
         is_usable = alternative.reason == "autoregressive weights" and text.logprob - shuffled.logprob >= MIN_GAIN
         return Finding("look" if is_usable else "wrong", found, alternative.advice, alternative.reason, numbers)
     own = None if text.logprob - shuffled.logprob >= MIN_GAIN else own_gain(subject)
@@ -290,7 +291,8 @@ def mask_candidates(policy: Policy) -> list[int]:
     found = [getattr(tokenizer, "mask_token_id", None)]
     if hasattr(tokenizer, "get_vocab"):
         names = tokenizer.get_vocab().items()
-        found += sorted(token for name, token in names if "mask" in name.lower() and not name.strip("▁Ġ ").isalpha())
+        special = [token for name, token in names if re.fullmatch(r"[<\[].*mask.*[>\]]", name, re.IGNORECASE)]
+        found += sorted(special, reverse=True)
     found += [family.mask_id for family in FAMILIES if family.files.mask_vocabulary == size]
     usual = (token for token in found if token is not None and 0 <= token < size and token != policy.spec.mask_id)
     return list(dict.fromkeys(usual))[:MAX_MASKS]
