@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dllm_rl.quantization.schemes import Int4WeightOnly
 from dllm_rl.testing.model_check import check, learning, rollouts, subject
 from dllm_rl.testing.model_check.check import SECTIONS, check_model
 from dllm_rl.testing.model_check.rollouts import judge_schemes
-from dllm_rl.testing.model_check.text import Scores, judge
+from dllm_rl.testing.model_check.text import Scores, judge, mask_candidates
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +213,15 @@ def test_verdicts_on_schemes_by_hand():
     fine = judge_schemes({"Float8WeightOnly": {"verdict": "ok"}}, {}, ())
     assert fine == rollouts.Finding("ok", "as the model: Float8WeightOnly")
     assert judge_schemes({"Int4Packed": {"verdict": "not run"}}, {}, ()).verdict == "look"
+
+
+def test_the_mask_is_sought_among_special_tokens():
+    names = {"mask": 3, " masked": 4, "_mask": 5, "(mask": 6, "[MASK]": 7, "<eos>": 8, "<|mdm_mask|>": 90, "<mask>": 99}
+    tokenizer = SimpleNamespace(mask_token_id=None, get_vocab=lambda: names)
+    policy = SimpleNamespace(tokenizer=tokenizer, vocab_size=91, spec=SimpleNamespace(mask_id=None))
+    assert mask_candidates(policy) == [90, 7]
+    policy.spec.mask_id, tokenizer.mask_token_id = 7, 5
+    assert mask_candidates(policy) == [5, 90]
 
 
 @pytest.mark.parametrize(
