@@ -30,5 +30,13 @@ def check_model_command(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         output=output,
     )
-    print(f"\n{output} has these numbers, without texts and paths of yours")
-    return int(any(result.finding.verdict == "wrong" for result in results))
+    wrong, look = ([each.name for each in results if each.finding.verdict == kind] for kind in ("wrong", "look"))
+    if wrong:
+        summary = (
+            f"wrong: {', '.join(wrong)}; mend this first and run the command again, because the other numbers are "
+        )
+        summary += "those of the model as it is now"
+    else:
+        summary = f"nothing is wrong; a person must judge: {', '.join(look)}" if look else "everything is ok"
+    print(f"\n{summary}\n{output} has these numbers, without texts and paths of yours")
+    return int(bool(wrong))

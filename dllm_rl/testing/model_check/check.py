@@ -18,7 +18,7 @@ from dllm_rl.models.lora import moe_layers
 from dllm_rl.screen import escape_controls, line_of
 from dllm_rl.testing.model_check.learning import GB, resume_section, step_section, sync_section
 from dllm_rl.testing.model_check.rollouts import batch_section, quantized_section, sampler_section
-from dllm_rl.testing.model_check.subject import Finding, Subject, is_stock
+from dllm_rl.testing.model_check.subject import Finding, Subject, Verdict, is_stock
 from dllm_rl.testing.model_check.text import text_section
 from dllm_rl.testing.policy_contract import check_forward
 from dllm_rl.training.dry_run.memory import num_weights
@@ -143,7 +143,7 @@ def loaded(open_model: Callable[[], Policy]) -> tuple[Policy, Finding]:
             advice = "the forward does not do what the library needs: correct the module, its spec or its config.json"
             if moe_layers(policy.module):  # rounding may send a token to another expert
                 advice = "with experts, rounding can do this: read the section on batches; in fp32 it should be gone"
-            verdict = "look" if moe_layers(policy.module) else "wrong"
+            verdict: Verdict = "look" if moe_layers(policy.module) else "wrong"
             return policy, Finding(verdict, f"{line}; {error}", advice, "forward", numbers)
     if num_ids is not None and num_ids > policy.vocab_size:
         line += f"; the tokenizer has {num_ids} tokens, and the model {policy.vocab_size}"
@@ -230,8 +230,8 @@ def model_facts(policy: Policy) -> dict[str, Any]:
     if not is_stock(policy):
         return {"class": "own"}
     config = policy.module.config.get_text_config()
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("head_dim", "num_experts", "num_experts_per_tok", "tie_word_embeddings")
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names += ["head_dim", "num_experts", "num_experts_per_tok", "tie_word_embeddings"]
     facts = {name: value for name in names if isinstance(value := getattr(config, name, None), int | float)}
     family = policy.spec.name if getattr(policy, "library_spec", None) is policy.spec else "own"
     return {"class": type(policy.module).__name__, "family": family, **facts}

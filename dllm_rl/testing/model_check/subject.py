@@ -101,7 +101,7 @@ class Subject:
         if kind is Autoregress:
             return Autoregress(max_new_tokens=length, temperature=1.0)
         if kind is Renoise:
-            return Renoise(max_new_tokens=spec.block_size, diffusion_steps=8, answer="drawn")
+            return Renoise(max_new_tokens=spec.block_size or NEW_TOKENS, diffusion_steps=8, answer="drawn")
         block = spec.block_size or (BLOCK if length > BLOCK else length)
         num_blocks = -(-length // block) + 1  # the first block may begin in the prompt
         steps = min(length, max(-(-length // TOKENS_PER_STEP), num_blocks))

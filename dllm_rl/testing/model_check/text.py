@@ -219,7 +219,7 @@ def hidden_scores(
         at = hidden & (fold == number)
         if not at.any():
             continue
-        shown = tokens if is_causal else tokens.masked_fill(at, mask_id)
+        shown = tokens if is_causal or mask_id is None else tokens.masked_fill(at, mask_id)
         logits = policy.logits(shown, attention_mask, at).float()
         if mask_id is not None:
             logits[:, mask_id] = -torch.inf  # it is never written
@@ -265,9 +265,9 @@ def alternatives(policy: Policy) -> Iterator[Alternative]:
             "the attention is causal, and these weights predict text better with full attention: they are of a "
             'diffusion model; add "is_causal": false and "mask_token_id" to config.json, as its authors have it'
         )
-        for shift in (False, True):
+        for is_shifted in (False, True):
             for token in mask_candidates(policy)[:2]:
-                other = with_spec(policy, attention="full", shift=shift, mask_id=token)
+                other = with_spec(policy, attention="full", shift=is_shifted, mask_id=token)
                 other.module = module
                 yield Alternative("causal attention", other, advice)
     if (head := embedding_as_head(policy)) is not None:
