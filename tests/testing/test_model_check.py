@@ -197,22 +197,24 @@ def test_random_weights_with_a_tokenizer_of_english_are_not_ok(folder):
 def test_four_bits_are_measured_and_named(trained):
     verdict, shown = checked(trained, "quantized", schemes=[Int4WeightOnly(group_size=64)])["quantized"]
     assert verdict == "look" and "low ESS: Int4WeightOnly" in shown
-    assert "correct its rollouts: --sampler.rank RandomOrder" in shown and "down_proj" in shown
+    assert "many denoising steps: --sampler.rank RandomOrder" in shown and "down_proj" in shown
 
 
 def test_verdicts_on_schemes_by_hand():
     found = {"Float8WeightOnly": "ok", "Int8Dynamic": "look", "Int4WeightOnly": "look", "Int4Packed": "not run"}
-    finding = judge_schemes({name: {"verdict": verdict} for name, verdict in found.items()}, {}, ())
+    finding = judge_schemes({name: {"verdict": verdict} for name, verdict in found.items()}, {}, (), "full")
     assert finding.verdict == "look"
     assert finding.line == "as the model: Float8WeightOnly; low ESS: Int8Dynamic, Int4WeightOnly"
     assert "take Float8WeightOnly, or sample unquantized" in finding.advice
     assert (
         "if you need Int4WeightOnly, correct" in finding.advice and "if you need Int8Dynamic, train" in finding.advice
     )
-    assert judge_schemes({"Float8WeightOnly": {"verdict": "wrong"}}, {}, ()).verdict == "wrong"
-    fine = judge_schemes({"Float8WeightOnly": {"verdict": "ok"}}, {}, ())
+    causal = judge_schemes({"NVFP4": {"verdict": "look"}}, {}, (), "causal")
+    assert "RandomOrder" not in causal.advice and "--corrector TIS" in causal.advice
+    assert judge_schemes({"Float8WeightOnly": {"verdict": "wrong"}}, {}, (), "full").verdict == "wrong"
+    fine = judge_schemes({"Float8WeightOnly": {"verdict": "ok"}}, {}, (), "full")
     assert fine == rollouts.Finding("ok", "as the model: Float8WeightOnly")
-    assert judge_schemes({"Int4Packed": {"verdict": "not run"}}, {}, ()).verdict == "look"
+    assert judge_schemes({"Int4Packed": {"verdict": "not run"}}, {}, (), "full").verdict == "look"
 
 
 def test_the_mask_is_sought_among_special_tokens():

@@ -32,6 +32,10 @@ from dllm_rl.screen import escape_controls, line_of
 from dllm_rl.testing.model_check.subject import Finding, Subject, bits_of, is_stock
 
 FOUR_BITS = ("Int4WeightOnly", "Int4Packed", "NVFP4", "MXFP4")
+# Options of a recipe that correct the rollouts of four bits, by the model's attention.
+EXACT = "--likelihood Trajectory --likelihood.num_segments none --corrector TIS"
+CORRECTION = dict.fromkeys(("full", "block_causal"), f"--sampler.rank RandomOrder {EXACT}")
+CORRECTION |= {"encoder_decoder": EXACT, "causal": "--corrector TIS"}
 SCHEMES = (
     Float8WeightOnly(),
     Float8Dynamic(),
@@ -126,10 +130,14 @@ def quantized_section(subject: Subject) -> Finding:
         )
         layers = ", ".join(f"{layer} {error:.1%}" for layer, error in numbers["worst_layers"][:3])
         shown.append(f"{'':16}  largest errors of outputs: {layers}")
-    return judge_schemes(found, {"schemes": found, "seconds_per_forward": own_seconds}, tuple(shown))
+    return judge_schemes(
+        found, {"schemes": found, "seconds_per_forward": own_seconds}, tuple(shown), policy.spec.attention
+    )
 
 
-def judge_schemes(found: dict[str, dict[str, Any]], numbers: dict[str, Any], shown: tuple[str, ...]) -> Finding:
+def judge_schemes(
+    found: dict[str, dict[str, Any]], numbers: dict[str, Any], shown: tuple[str, ...], attention: str
+) -> Finding:
     """Return the verdict of the worst scheme, and name those that can be used as they are."""
     by_verdict: dict[str, list[str]] = {}
     for name, each in found.items():
@@ -150,8 +158,8 @@ def judge_schemes(found: dict[str, dict[str, Any]], numbers: dict[str, Any], sho
         advice.append(f"rollouts of {' and '.join(low)} differ much from the model's own: {instead}")
         if four_bits := [name for name in low if name in FOUR_BITS]:
             advice.append(
-                f"if you need {' or '.join(four_bits)}, correct its rollouts: --sampler.rank RandomOrder --likelihood "
-                "Trajectory --likelihood.num_segments none --corrector TIS (docs/mismatch.md)"
+                f"if you need {' or '.join(four_bits)}, correct its rollouts, which is slow for many denoising steps: "
+                f"{CORRECTION[attention]} (docs/mismatch.md)"
             )
         if eight_bits := [name for name in low if name not in FOUR_BITS]:
             advice.append(
