@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.rng import row_seeds
-from dllm_rl.types import Rollout, Views, group_numbers, starts_group
+from dllm_rl.types import Rollout, Views, group_numbers
 
 
 def row_generators(rollout: Rollout, generator: Generator, *, per_group: bool = False) -> list[Generator]:
@@ -20,8 +20,9 @@ def row_generators(rollout: Rollout, generator: Generator, *, per_group: bool = 
     """
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
     if per_group:
-        group = rollout.group.cpu()
-        rows = rows[starts_group(group)][group_numbers(group)]
+        number = group_numbers(rollout.group.cpu())
+        first = rows.new_zeros(int(number.max()) + 1).scatter_reduce(0, number, rows, "amin", include_self=False)
+        rows = first[number]  # whatever the order of the group's rows is now
     # A row's seed depends on its index in the global batch, not on the process that has the row.
     seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.types import Logprobs, Rollout
+from dllm_rl.types import Logprobs, Rollout, starts_group
 
 
 def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int, ...]:
@@ -48,6 +48,13 @@ class Samples:
     counts: tuple[int, ...]
     rollout_logprobs: tuple[Float[Tensor, "b T"], ...] = ()
     batch_number: int = 0
+
+    def __post_init__(self) -> None:
+        if int(starts_group(self.group).sum()) > len(self.group.unique()):
+            raise ValueError(
+                "Samples: rows of one group are apart, and a group is read as rows that follow each other; reorder "
+                "whole groups, and rows within their group"
+            )
 
     def local(self, values: Shaped[Tensor, "B *C"], accelerator: Accelerator) -> Shaped[Tensor, "b *C"]:
         """Return this process's rows of values of all rows, on its device."""

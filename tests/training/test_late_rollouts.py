@@ -327,6 +327,11 @@ def reversed_and_padded(samples, pad_id):
     return samples.reorder(order, samples.counts, samples.rollout.rows(order).padded(3, pad_id=pad_id))
 
 
+def swapped_within_groups(samples, pad_id):
+    order = torch.arange(len(samples.group)).view(-1, 2).flip(1).flatten()
+    return samples.reorder(order, samples.counts, samples.rollout.rows(order))
+
+
 def twice_reversed(samples, pad_id):
     return reversed_rows(reversed_rows(samples, pad_id), pad_id)
 
@@ -340,9 +345,12 @@ def cuts_columns(samples, pad_id):
     return replace(samples, rollout=rollout.padded(1, pad_id=pad_id))
 
 
-def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path):
-    """Those of the weights that sampled, half a nat away from today's; each row also keeps its masks."""
-    recipe = late_recipe(tmp_path, late=1, likelihood=ELBO(num_samples=2))
+@pytest.mark.parametrize("likelihood", [ELBO(num_samples=2), OneStep(prompt_mask=0.5)], ids=["ELBO", "OneStep"])
+def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path, likelihood):
+    """Those of the weights that sampled, half a nat away from today's; each row also keeps its masks, those of its
+    prompt, too.
+    """
+    recipe = late_recipe(tmp_path, late=1, likelihood=likelihood)
     accelerator, policy = make_accelerator(), build_policy(recipe, torch.device("cpu"))
     context = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
     samples = add_rollout_logprobs(context, collect(context, 0)[0], 0)
@@ -354,9 +362,8 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path):
         made = score_samples(context, late, 0)
         logps, completion = made.logps[0], made.samples.rollout.completion_mask
         at = logps.views.scored(completion)
-        torch.testing.assert_close(
-            (logps.old_logprobs - logps.rollout_logprobs)[at].mean().item(), 0.5, atol=1e-4, rtol=0
-        )
+        apart = (logps.old_logprobs - logps.rollout_logprobs)[at]
+        torch.testing.assert_close(apart, torch.full_like(apart, 0.5), atol=1e-4, rtol=0)
         return torch.where(at, logps.rollout_logprobs, 0).sum(-1)
 
     plain = scored(None)
@@ -364,6 +371,7 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path):
         (reversed_rows, plain.flip(0)),
         (reversed_and_padded, plain.flip(0)),
         (twice_reversed, plain),
+        (swapped_within_groups, plain.view(-1, 2).flip(1).flatten()),
     ):
         torch.testing.assert_close(scored(change), expected)
     for change in (forgets, cuts_columns):
@@ -373,6 +381,8 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path):
     with pytest.raises(ValueError, match=r"^Samples.reorder: late"):
         late.reorder(order, (len(order) // 2,) * 2, late.rollout)
     fresh = replace(late, rollout_logprobs=())
+    with pytest.raises(ValueError, match=r"^Samples: rows of one group are apart"):
+        fresh.reorder(order.view(2, -1).T.flatten(), fresh.counts, fresh.rollout)
     for pair in ((late, late), (late, fresh), (fresh, late)):
         with pytest.raises(ValueError, match=r"^Samples.concatenate: late"):
             pair[0].concatenate(pair[1], pad_id=policy.pad_id)
