@@ -37,6 +37,9 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
     python -m recipes.studies.orders_trained --report          run nothing
     python -m recipes.studies.orders_trained --draw            README's picture of the part nvfp4: the mean curves
 
+Of the part formats, FP8's arms are whole. Its claims, which count for Holm's correction together with those of the
+other two formats, wait for these. Its runs are of a later commit than those of nvfp4, in which nothing of them changed.
+
 Seven runs of a commit before rewards were in float64 (five arms of seed 0, two of seed 1) were repeated on
 the code of the others, so that all runs of the part nvfp4 are of one commit and one processor.
 """
@@ -76,6 +79,7 @@ from recipes.studies.paired import (
     arm_rows,
     by_arm,
     claimed_rows,
+    interval,
     keep,
     load,
     markdown,
@@ -220,11 +224,30 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
+def differences_of_fp8(results: Results) -> str:
+    """What FP8 costs, and what TIS changes with it, without p: the claims' part is not whole."""
+    fp8 = "random: fp8"
+    pairs = {
+        "unquantized rollouts less FP8's": ("random: unquantized", fp8),
+        "TIS less no corrector": (f"{fp8}, tis", fp8),
+        "TIS less its permuted weights": (f"{fp8}, tis", f"{fp8}, permuted"),
+    }
+    return markdown(
+        [
+            {"difference": what} | {how: interval(paired(results, a, b, learner)) for how, (learner, _) in BOTH.items()}
+            for what, (a, b) in pairs.items()
+        ]
+    )
+
+
 def page_tables() -> dict[str, str]:
-    """The tables of orders.md, by name: the arms and the claims of the part nvfp4."""
+    """The tables of orders.md, by name: the arms and the claims of the part nvfp4, and FP8's arms."""
     results = by_arm(read_json(STORED))
     claims = families(results)
+    fp8 = {name: arm for name, arm in STUDY.arms.items() if name.startswith("random: fp8") and "inputs" not in name}
     return {
+        "arms of FP8": markdown(arm_rows(replace(STUDY, arms=fp8), results, COLUMNS), ("arm", *COLUMNS, "ess")),
+        "differences of FP8": differences_of_fp8(results),
         "arms": markdown(arm_rows(replace(STUDY, arms=PARTS["nvfp4"]), results, COLUMNS), ("arm", *COLUMNS, "ess")),
         "claims": markdown(claimed_rows(claims["nvfp4, the learner"])),
         "claims of the copy": markdown(claimed_rows(claims["nvfp4, the copy"])),

@@ -8,7 +8,7 @@ from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, lo
 from recipes.studies.order_flips import bias
 from recipes.studies.paired import Results, by_arm, interval, markdown, paired
 
-NVFP4 = "random: nvfp4"
+NVFP4, FP8 = "random: nvfp4", "random: fp8"
 Row = tuple[str, str, str, str, str, str]  # copy, its arm, the arm without the copy, correction, its arm, control
 
 
@@ -52,7 +52,10 @@ def training() -> str:
     rows = arms(
         by_arm(read_json(orders_trained.STORED)),
         "4x4 Sudoku for 60 steps (the main job), random",
-        [("an NVFP4 copy", NVFP4, "random: unquantized", "TIS", f"{NVFP4}, tis", f"{NVFP4}, permuted")],
+        [
+            ("an NVFP4 copy", NVFP4, "random: unquantized", "TIS", f"{NVFP4}, tis", f"{NVFP4}, permuted"),
+            ("an FP8 copy", FP8, "random: unquantized", "TIS", f"{FP8}, tis", f"{FP8}, permuted"),
+        ],
     )
     rows += arms(
         by_arm(long),
