@@ -42,7 +42,7 @@ def latin_squares(arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shortest_to_longest(times: Sequence[str]) -> str:
-    """ "485 + 833", "485 + 421" -> "485 + 421 to 833"; the first part is the same in all runs."""
+    """Of "485 + 833" and "485 + 421": "485 + 421 to 833". The first part is the same in all runs."""
     firsts, numbers = zip(*(time.rpartition("+ ")[::2] for time in times), strict=True)
     first = f"{firsts[0]}+ " if firsts[0] else ""
     return f"{first}{min(numbers, key=int)} to {max(numbers, key=int)}"
