@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from text_model import text_policy, word_tokenizer
 
 from dllm_rl import load_policy
 from dllm_rl.cli.main import main
-from dllm_rl.models.checkpoint.adapters import save_adapter
+from dllm_rl.models.checkpoint.adapters import adapter_state, save_adapter
 from dllm_rl.models.checkpoint.loading import digest_of_checkpoint
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
@@ -155,6 +156,30 @@ def test_the_tokenizer_of_another_model(causal_folder):
     word_tokenizer(reverse=True).save_pretrained(causal_folder)
     verdict, shown = checked(causal_folder, "text")["text"]
     assert verdict == "wrong" and "put the tokenizer of this model into its folder" in shown
+
+
+def test_a_resume_that_loses_a_bit(tmp_path, monkeypatch):
+    load = learning.load_adapter
+
+    def lossy(policy, folder):
+        load(policy, folder)
+        next(iter(adapter_state(policy).values())).view(-1)[0].add_(1)
+
+    folder = checkpoint(tmp_path / "llada", "llada")
+    assert checked(folder, "resume")["resume"][0] == "ok"
+    monkeypatch.setattr(learning, "load_adapter", lossy)
+    verdict, shown = checked(folder, "resume")["resume"]
+    assert verdict == "wrong" and "these differ: adapters, logits" in shown
+
+
+def test_logits_that_depend_on_the_batch(tmp_path):
+    policy = load_policy(checkpoint(tmp_path / "llada", "llada"))
+    encode = policy.spec.encode
+    shaky = lambda module, tokens, *rest: encode(module, tokens, *rest) * (1.1 if len(tokens) > 4 else 1)  # noqa: E731
+    policy.spec = replace(policy.spec, encode=shaky)
+    *_, result = check_model(lambda: policy, ("batch",), say=lambda line: None)
+    assert result.finding.verdict == "look" and result.finding.numbers["share_outside"] > 0.1
+    assert "zero_mismatch" in result.finding.advice
 
 
 LAYOUTS = [
