@@ -120,7 +120,7 @@ def test_the_mean_is_the_documented_expectation(make, settings):
 
 
 @pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.Trajectory)], ids=named)
-@pytest.mark.repeated(every=5)
+@pytest.mark.repeated(every=3)
 def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     """A row of confidence-ranked unmasking in three steps: its steps or segments, and the order if nothing is merged or
     drawn."""
@@ -142,6 +142,7 @@ BASES = [made(*case) for case in cases(lik.ELBO, lik.Coupled, lik.Quadrature, li
 
 
 @pytest.mark.parametrize(("make", "settings"), cases(lik.EUBO, lik.Sandwich), ids=named)
+@pytest.mark.repeated(every=3)
 def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
     """Position by position, in Python floats: (1/beta) log sum_n w_n p_i(m_n)^beta, and its mix with sum_n w_n l_i."""
     rollout, beta, mix = rollout_of(6), settings["beta"], settings.get("mix", 1.0)

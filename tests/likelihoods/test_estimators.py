@@ -134,6 +134,7 @@ def test_antithetic_pairs_cover_the_completion_and_mirror_k():
     assert {int(k) for k in masked.sum(-1).unique()} == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_quadrature_bias_is_what_its_nodes_say():
     """Over all masks of its sizes, two nodes give w_1 g(k_1) + w_2 g(k_2): 0.5 g(1) + 0.5 g(3) at L = 3."""
     rollout = TOY.rollout([COMPLETION] * 6000)

@@ -63,6 +63,7 @@ def test_the_law_is_the_enumeration_of_all_draws(fp64, part):
     [(2, 4, {}), (3, 4, {"temperature": 0.7}), (2, 2, {}), (2, 4, {"temperature": 1.3, "top_k": 2})],
     ids=str,
 )
+@pytest.mark.repeated
 def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, diffusion_steps, size, options):
     """sum over all outcomes of P A grad log P, as `forward_backward` makes it, is grad E[A] by enumeration, to
     1e-10 of its norm; that of the tokens given the order is another vector."""

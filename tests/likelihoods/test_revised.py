@@ -112,6 +112,7 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
 
 
 @pytest.mark.parametrize("toy_of", [TOYS[0], (REMASK, [[0], [1]], 3, {}), TOYS[3], TOYS[6]], ids=str)
+@pytest.mark.repeated
 def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, toy_of):
     """sum over all sequences of P A grad log P, as `forward_backward` makes it, is grad E[A] by enumeration to
     1e-10 of its norm, and the finite difference; the last writings' alone is another vector."""

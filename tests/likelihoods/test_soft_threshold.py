@@ -149,6 +149,7 @@ def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **o
     ],
     ids=str,
 )
+@pytest.mark.repeated
 def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, blocks, options):
     """The reward pays for few steps too. An update's gradient, with kept graphs and without, is the enumeration's
     difference quotient to 1e-6; without the sets' part it is another vector."""
