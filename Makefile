@@ -1,11 +1,11 @@
 # What one runs by hand; the virtual environment is made as README says.
 PYTHON = .venv/bin/python
 
-# 10 processor minutes, without a network.
+# 8 processor minutes, without a network.
 test:
 	$(PYTHON) -m pytest
 
-# 22 processor minutes: documents and the tables of their pages, several processes, a simulated GPU. Of TRL the oldest
+# 27 processor minutes: documents and the tables of their pages, several processes, a simulated GPU. Of TRL the oldest
 # version is installed from the package index.
 slow:
 	$(PYTHON) -m pytest -m "slow and not nightly"

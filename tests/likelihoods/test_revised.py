@@ -93,6 +93,7 @@ def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
 
 
 @pytest.mark.parametrize("toy_of", few(TOYS, TOYS[::3]), ids=str)
+@pytest.mark.repeated
 def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     """Pearson's chi-square over the sequences that are expected five times or more, the others as one."""
     rule, blocks, diffusion_steps, options = toy_of
@@ -203,6 +204,7 @@ OTHERS = [({"block_size": 4}, RULES[0]), ({"top_k": 5, "temperature": 0.7}, RULE
     ("options", "rule"), [*(({}, rule) for rule in RULES), *OTHERS],
     ids=["remask", "soft_edit", "soft_edit, max_prob", "remask, blocks", "soft_edit, max_prob, top_k"],
 )  # fmt: skip
+@pytest.mark.repeated
 def test_recorded_logprobs_are_the_replayed_ones(rule, options):
     assert_replayed(rule, options, atol=1e-5)
 
@@ -237,7 +239,7 @@ def assert_replayed(rule, options, *, atol):
     ("rule", "cache"), [*((rule, None) for rule in RULES), (RULES[0], BlockCache())],
     ids=["remask", "soft_edit", "soft_edit, max_prob", "remask, cache"],
 )  # fmt: skip
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     """Also where a view edits a block without masks."""
     policy = block_causal()
@@ -347,6 +349,7 @@ def test_an_unquantized_run_has_exactly_no_mismatch(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WORDS)
+@pytest.mark.repeated(first_only=True)
 def test_the_sum_of_a_positions_writes_is_no_tokens_log_prob(tmp_path, name):
     """Of an untrained model no token is below 1e-4, and the sum of six writes may be."""
     settings = {"likelihood": lik.Trajectory(include_order=False), "num_steps": 1}

@@ -124,6 +124,7 @@ def views(estimator):
 
 
 @pytest.mark.parametrize("estimator", [lik.Trajectory(), lik.Coupled()])
+@pytest.mark.repeated(first_only=True)
 def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimator):
     policy, _, rollout, noise, replay = views(estimator)
     note = replay.features[-1].ids
@@ -150,6 +151,7 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
 
 
 @pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)], ids=["confidence", "drawn"])
+@pytest.mark.repeated(first_only=True)
 def test_an_update_replays_where_the_order_has_a_law(rank):
     """The backward of a view makes a forward of its own. Its gradient is that of the scores, with the experts of the
     rollout; with the learner's own experts it would be another one."""

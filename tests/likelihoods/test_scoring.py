@@ -226,6 +226,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     ids=["plackett_luce", "soft_threshold"],
 )
 @pytest.mark.usefixtures("exact_arithmetic")
+@pytest.mark.repeated(first_only=True)
 def test_packed_scoring_of_noisy_orders(options):
     """Several blocks of a row in one view, each with its own draws: log-probs and gradient of the steps one by one."""
     policy = block_causal_policy()
@@ -253,6 +254,7 @@ def test_packed_scoring_of_noisy_orders(options):
         pytest.param("block_causal", Confidence(), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.repeated(first_only=True)
 def test_an_order_with_more_steps_than_columns_is_scored(kind, rank):
     """`LateSchedule` waits for as long as a block has more steps than positions, here past the row's last column."""
     estimators = [lik.Trajectory()]

@@ -108,6 +108,7 @@ def test_a_process_that_is_gone_is_started_again(server) -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), ""])
+@pytest.mark.repeated(first_only=True)
 def test_a_reply_that_nobody_read_answers_no_later_question(raised, monkeypatch, own_server) -> None:
     """The wait is interrupted, or the process ends meanwhile."""
     started = own_server.process = own_server.start()

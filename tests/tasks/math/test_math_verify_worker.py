@@ -50,6 +50,7 @@ def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) ->
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 9])
+@pytest.mark.repeated
 def test_a_pair_at_which_a_worker_ends_is_tried_once_more(num_workers: int, monkeypatch, tmp_path) -> None:
     """Answers say what happens at their comparison; a file counts the attempts at each."""
     from dllm_rl.tasks.math import math_verify_worker as verify_worker
