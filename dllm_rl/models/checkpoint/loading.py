@@ -72,9 +72,11 @@ FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safet
 LOAD_ADAPTER_HINT = "open the base, and call dllm_rl.models.checkpoint.adapters.load_adapter with it and this folder"
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
 # Files beside the weights that say what a checkpoint computes: its config, end tokens, tokenizer and chat template.
-READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-READ += ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-READ += ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
+READ = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+)
 # Fields of a config that choose an implementation of attention or experts.
 IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
