@@ -37,6 +37,12 @@ def check_model_command(arguments: argparse.Namespace) -> int:
         )
         summary += "those of the model as it is now"
     else:
-        summary = f"nothing is wrong; a person must judge: {', '.join(look)}" if look else "everything is ok"
-    print(f"\n{summary}\n{output} has these numbers, without texts and paths of yours")
+        summary = f"nothing is wrong; a person must judge: {', '.join(look)}" if look else "every check passed"
+        if "sampler" in sections:
+            summary += "; whether the completions are answers is for you to read"
+    if left_out := [name for name in SECTIONS if name not in sections]:
+        summary += f"; not run: {', '.join(left_out)}"
+    print(
+        f"\n{summary}\n{output} has the numbers and versions, and no texts or paths, so that it can be sent to others"
+    )
     return int(bool(wrong))

@@ -83,7 +83,9 @@ class TraceReport:
         if self.differs:
             findings.append(f"logprobs: mean |d| {self.total.mean_abs:.3g} nats, above {self.bound:g}: {CAUSES}")
         elif self.total.num_tokens:
-            findings.append(f"log-probs agree: mean |d| {self.total.mean_abs:.2g} nats, bound {self.bound:g}")
+            findings.append(
+                f"sampled and replayed log-probs agree: mean |d| {self.total.mean_abs:.2g} nats, bound {self.bound:g}"
+            )
         else:
             findings.append("log-probs were not compared")
         return "; ".join(findings)

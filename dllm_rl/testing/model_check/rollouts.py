@@ -77,7 +77,8 @@ def sampler_section(subject: Subject) -> Finding:
     }
     line = f"{report.num_rows} completions, {rollout.forwards} forwards of {seconds:.3g} s; {report.verdict}"
     if report.ok:
-        return Finding("ok", line, "read the completion: is it an answer?", "", numbers, shown)
+        advice = "read the completions: if they are no answers, rewards will be near 0, so train supervised first"
+        return Finding("ok", line, advice, "", numbers, shown)
     if not report.differs and all(fault.kind == "order" for fault in report.faults):
         advice = (
             "positions that are nearly tied change places with the batch's shape: a ratio of the order is then noise"
@@ -99,8 +100,10 @@ def quantized_section(subject: Subject) -> Finding:
     _, own_seconds = subject.sampled
     found: dict[str, dict[str, Any]] = {}
     shown = [
-        "d: difference of log-probs in nats; ESS with a weight per token, and per completion; share of prompts that "
-        f"begin in the model's order; seconds of a forward, unquantized {own_seconds:.3g}",
+        "d: the copy's log-prob minus the model's, in nats; ESS: effective sample size of the tokens and of whole "
+        f"completions, 1 if copy and model agree, ok from {MILD} and {STRONG} on",
+        "same order: share of the prompts in whose first step both write the same positions; seconds of a forward, "
+        f"{own_seconds:.3g} unquantized",
         f"{'':16}  verdict  mean |d|  ESS tokens  ESS compl.  same order  s/forward",
     ]
     for scheme in SCHEMES if subject.schemes is None else subject.schemes:
@@ -154,12 +157,13 @@ def judge_schemes(
     if wrong:
         advice.append(f"do not sample with {' or '.join(wrong)}")
     if low:
-        instead = f"take {' or '.join(fine)}, or sample unquantized" if fine else "sample unquantized"
+        unquantized = "sample unquantized (--rollout_quantization none)"
+        instead = f"take {' or '.join(fine)}, or {unquantized}" if fine else unquantized
         advice.append(f"rollouts of {' and '.join(low)} differ much from the model's own: {instead}")
         if four_bits := [name for name in low if name in FOUR_BITS]:
             advice.append(
-                f"if you need {' or '.join(four_bits)}, correct its rollouts, which is slow for many denoising steps: "
-                f"{CORRECTION[attention]} (docs/mismatch.md)"
+                f"if you need {' or '.join(four_bits)}, correct its rollouts by these options of the training command, "
+                f"which is slow for many denoising steps: {CORRECTION[attention]} (docs/mismatch.md)"
             )
         if eight_bits := [name for name in low if name not in FOUR_BITS]:
             advice.append(

@@ -100,7 +100,7 @@ def text_section(subject: Subject) -> Finding:
     if better is not None:
         alternative, scores = better
         numbers |= {"alternative_accuracy": scores.accuracy, "alternative_logprob": scores.logprob}
-        found += f"; read as below, {scores.accuracy:.0%} and {scores.logprob:.2f} nats"
+        found += f"; with the change below, {scores.accuracy:.0%} and {scores.logprob:.2f} nats"
         is_usable = alternative.reason == "autoregressive weights" and text.logprob - shuffled.logprob >= MIN_GAIN
         return Finding("look" if is_usable else "wrong", found, alternative.advice, alternative.reason, numbers)
     own = None if text.logprob - shuffled.logprob >= MIN_GAIN else own_gain(subject)
