@@ -362,6 +362,7 @@ def test_a_printed_config_of_a_recipe_is_read_back(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("prefix", ["sampler", "sampler.turn"])
+@pytest.mark.repeated(first_only=True)
 def test_none_is_a_value_in_a_class_in_a_class(prefix, tmp_path, capsys):
     """Also of a recipe, a file or an option before it whose value is another."""
     cached = ["--sampler.turn.cache", "PrefixCache", "--sampler.turn.cache.refresh", "3"]
@@ -380,6 +381,7 @@ def test_none_is_a_value_in_a_class_in_a_class(prefix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows", [list, Dataset.from_list])
+@pytest.mark.repeated(first_only=True)
 def test_a_printed_config_leaves_out_the_rows_and_functions_of_a_script(rows, recipe, tmp_path, capsys):
     def right(completions, answer, **columns):
         return [float(text == each) for text, each in zip(completions, answer, strict=True)]

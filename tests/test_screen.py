@@ -196,6 +196,7 @@ def test_what_an_object_in_place_of_a_terminal_cannot_encode_is_escaped(monkeypa
     ("stream", "encoding", "errors"),
     [("stdout", "ascii", "strict"), ("stdout", "latin-1", "surrogateescape"), ("stderr", "ascii", "strict")],
 )
+@pytest.mark.repeated(first_only=True)
 def test_what_a_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, capfd, stream, encoding, errors):
     """Of commands and runs, also what a grader prints; afterwards the stream is as before."""
     written = io.BytesIO()
