@@ -54,7 +54,7 @@ STRING_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
 LOSS_TYPES = {
     "bnpo": "loss_type='dapo', whose mean is over all tokens of an update",
     "cispo": "loss=CISPO(max_ratio=epsilon_high)",
-    "luspo": "loss=GSPO(epsilon=epsilon), loss_reduction=FixedLengthMean(length=1)",
+    "luspo": "loss=GSPO(epsilon=epsilon, epsilon_high=epsilon_high), loss_reduction=FixedLengthMean(length=1)",
     "sapo": "loss=SAPO(), loss_reduction=SequenceMean()",
     "vespo": "loss=VESPO()",
 }
