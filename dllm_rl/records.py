@@ -222,6 +222,8 @@ def fit(name: str, annotation: Any, value: Any, bound: Bound | None = None) -> A
         if len(value) != len(items):
             raise ValueError(f"{name}={value!r} must have {len(items)} values")
         return tuple(fit(f"{name}[{i}]", *pair, bound) for i, pair in enumerate(zip(items, value, strict=True)))
+    if dict in origins and len({*origins} - {types.NoneType}) == 1 and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dictionary")
     words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
     if words and value not in words and not any(kind in (int, float, bool, str) for kind in kinds):
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, words))}")

@@ -190,7 +190,7 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
         (
             {"dataset": [{"prompt": "1", "completion": []}] * 3},
-            "dataset: row 0: prompt=.. is neither text nor",
+            r"dataset: row 0: prompt and completion=\[\] is neither text nor chat messages",
         ),
         ({"dataset": []}, "dataset is empty"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),
