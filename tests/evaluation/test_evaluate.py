@@ -293,12 +293,23 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["one.jsonl", "two.jsonl"]
 
 
+def test_the_seconds_of_a_batch_are_shared_by_its_rows(policy, monkeypatch):
+    clock = iter([0.0, 6.0])
+    monkeypatch.setattr("dllm_rl.evaluation.evaluate.time.perf_counter", lambda: next(clock))
+    found = evaluate(policy, sudoku(size=3), SAMPLER)
+    assert [answer.seconds for answer in found.answers] == [2.0] * 3
+    assert found.summary["seconds"] == 6.0
+
+
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
 def test_means_and_intervals_by_hand():
     found = Evaluation(answers([1, 0, 1, 1]), {"seed": 0}).summary
     assert (found["n"], found["samples"], found["tokens"], found["forwards"], found["seconds"]) == (4, 1, 12, 2, 1.0)
+    # of each answer 3 tokens, half a forward of its batch, and 5 forwards of its own
+    stepped = Evaluation(tuple(replace(answer, steps=5) for answer in answers([1, 0, 1, 1])), {}).summary
+    assert (stepped["forwards_per_answer"], stepped["tokens_per_forward"]) == (5, 3 / 5)
     assert found["accuracy"] == found["reward"] == 0.75
     assert found["accuracy_interval"] == list(wilson(3, 4))
     assert found["parsed"] == 1.0 and found["parsed_interval"] == list(wilson(4, 4))

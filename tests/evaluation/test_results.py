@@ -297,6 +297,15 @@ def test_each_side_of_a_difference_has_its_own_number_of_completions():
     assert paired_differences(halves, now)["accuracy"] == [-0.5, None, None]
 
 
+def test_the_interval_of_a_difference_divides_each_side_by_its_own_number_of_completions():
+    """Before, each problem has two completions, which agree: the interval is that of the means of the problems."""
+    now, before = (1.0, 1.0, 0.0, 1.0), (0.0, 1.0, 0.0, 0.0)
+    twice = [Reward(value, True, {"accuracy": value}) for value in before for _ in range(2)]
+    doubled = Evaluation(tuple(GradedAnswer(*divmod(place, 2), reward) for place, reward in enumerate(twice)), {})
+    found = paired_differences(graded(*now), doubled)["accuracy"]
+    assert found == paired_differences(graded(*now), graded(*before))["accuracy"] and None not in found
+
+
 def test_the_best_is_named_with_how_many_it_is_the_best_of_and_the_last():
     found = best_of([(0.5, "step 60"), (0.75, "step 120"), (0.625, "step 180")], "solve rate")
     assert found == (

@@ -22,7 +22,7 @@ from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization.schemes import Int4WeightOnly
 from dllm_rl.testing.model_check import check, learning, rollouts, subject
 from dllm_rl.testing.model_check.check import SECTIONS, check_model
-from dllm_rl.testing.model_check.rollouts import judge_schemes
+from dllm_rl.testing.model_check.rollouts import judge_schemes, verdict_of
 from dllm_rl.testing.model_check.text import Scores, judge, mask_candidates
 
 
@@ -311,3 +311,10 @@ def test_names_of_ones_own_code_stay_out_of_the_report(tmp_path):
 def test_options_that_do_not_fit_are_refused(words, said, tmp_path, capsys):
     assert main(["doctor", str(tmp_path), *words.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "completions", "verdict"), [(0.97, 0.8, "ok"), (0.97, 0.5, "look"), (0.9, 0.8, "look")]
+)
+def test_both_effective_sample_sizes_must_be_high(tokens, completions, verdict):
+    assert verdict_of(tokens, completions) == verdict

@@ -62,6 +62,23 @@ def steps(run) -> list[int]:
     return [step for step, _ in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
+def test_weights_that_a_failed_optimizer_step_has_changed_are_not_saved(tmp_path, monkeypatch):
+    """The third update changes a weight, and then fails: no later checkpoint than that of the start is whole."""
+    plain, calls = torch.optim.AdamW.step, []
+
+    def halfway(self, *arguments, **keywords):
+        calls.append(self)
+        if len(calls) < 3:
+            return plain(self, *arguments, **keywords)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1)
+        raise ZeroDivisionError("halfway")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", halfway)
+    note = failed(tmp_path / "run", ZeroDivisionError)
+    assert steps(tmp_path / "run") == [0] and "step 2" in note
+
+
 def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whole_one(tmp_path):
     task = Raising()
     note = failed(tmp_path / "run", RuntimeError, task=task)

@@ -192,7 +192,7 @@ def measured_scheme(subject: Subject, scheme: Any) -> dict[str, Any]:
     both = Comparison(policy, copy, copy.quantization, rollout, views, exact.logprobs)
     layers = [(name if is_stock(policy) else "own layer", error) for name, error in worst_layers(both)]
     order = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
-    verdict = "ok" if tokens.ess >= MILD and completions.ess >= STRONG else "look"
+    verdict = verdict_of(tokens.ess, completions.ess)
     return {
         "verdict": "wrong" if nonfinite else verdict,
         "abs_mean": tokens.mean_abs,
@@ -206,6 +206,11 @@ def measured_scheme(subject: Subject, scheme: Any) -> dict[str, Any]:
         "seconds_per_forward": seconds,
         "worst_layers": layers,
     }
+
+
+def verdict_of(ess_tokens: float, ess_completions: float) -> str:
+    """Return "ok" if neither effective sample size is below its bound, else "look"."""
+    return "ok" if ess_tokens >= MILD and ess_completions >= STRONG else "look"
 
 
 def batch_section(subject: Subject) -> Finding:
