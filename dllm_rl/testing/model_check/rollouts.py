@@ -100,8 +100,8 @@ def quantized_section(subject: Subject) -> Finding:
     _, own_seconds = subject.sampled
     found: dict[str, dict[str, Any]] = {}
     shown = [
-        "d: the copy's log-prob minus the model's, in nats; ESS: effective sample size of the tokens and of whole "
-        f"completions, 1 if copy and model agree, ok from {MILD} and {STRONG} on",
+        "d: difference of the log-probs of copy and model, in nats; ESS: effective sample size of the tokens and of "
+        f"whole completions, 1 if copy and model agree, ok from {MILD} and {STRONG} on",
         "same order: share of the prompts in whose first step both write the same positions; seconds of a forward, "
         f"{own_seconds:.3g} unquantized",
         f"{'':16}  verdict  mean |d|  ESS tokens  ESS compl.  same order  s/forward",
