@@ -207,9 +207,8 @@ def grpo_recipe(  # noqa: PLR0913
     else:
         sampler_class = Unmask
     given_sampler = settings.get("sampler")
-    if (
-        isinstance(given_sampler, Unmask | Autoregress) and sampler_class is not Renoise
-    ):  # also one that decodes in an engine
+    # A given sampler may also be one that decodes in an engine.
+    if isinstance(given_sampler, Unmask | Autoregress) and sampler_class is not Renoise:
         options = settings_for(sampler_class, given_sampler)
     with name_field_in_error("sampler_options"):
         sampler = sampler_class(**options)
