@@ -1,92 +1,148 @@
-"""The tables of the README from the stored results of the studies: `python -m recipes.studies --write` writes them."""
+"""The tables and the picture of the README, and the README's table again for a page of the studies.
 
-from collections.abc import Sequence
-from statistics import mean
+python -m recipes.studies --write        the tables, from the stored results of the studies
+python -m recipes.studies.readme         the picture
+"""
 
-from dllm_rl.files import read_json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from textwrap import fill
+from typing import Any
+
+from dllm_rl.files import read_json, replacing
+from dllm_rl.monitoring.plots import default_style
 from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
-from recipes.studies.paired import Results, by_arm, interval, markdown, paired
+from recipes.studies.paired import Results, by_arm, interval, markdown, paired, student_t
 
-NVFP4, FP8 = "random: nvfp4", "random: fp8"
-Row = tuple[str, str, str, str, str, str]  # copy, its arm, the arm without the copy, correction, its arm, control
-
-
-def order() -> str:
-    """The share of the gradient's bias, by order and format."""
-    models = read_json(orders.STORED)
-    rows = []
-    for copied in ("FP8", "INT4", "NVFP4"):
-        row = {"rollouts": f"{copied} weights"}
-        for name, head in (("random", "random"), ("left_to_right", "left to right"), ("max_prob", "`MaxProb`")):
-            errors = [mean(bias(model, name, copied, weights) for model in models) for weights in ("none", "tis")]
-            row[f"{head}: without, with TIS"] = ", ".join(f"{error:.2f}" for error in errors)
-        rows.append(row)
-    return markdown(rows)
+PICTURE = Path(__file__).with_suffix(".png")
+FORMATS = ("FP8", "INT4", "NVFP4")
+ORDERS = {"random": "random", "left_to_right": "left to right", "max_prob": "MaxProb"}
+STYLES: dict[str, dict[str, Any]] = {  # of the picture, by correction; the first two also in its first panel
+    "none": {"color": "#d9772b", "marker": "o", "label": "no correction"},
+    "TIS": {"color": "#3b7dd8", "marker": "s", "label": "TIS"},
+    "shuffled TIS": {"color": "#888888", "marker": "x", "label": "shuffled TIS, a control"},
+    "dual clip": {"color": "#2f9e6e", "marker": "D", "label": "dual clip"},
+}
 
 
-def arms(results: Results, task: str, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """What quantized or old rollouts cost in training, and what a correction gains. All are differences of paired
-    seeds.
-    """
-    table = []
-    for copy, plain, best, correction, corrected, shuffled in rows:
-        gain, control = (interval(paired(results, arm, plain)) if arm else "-" for arm in (corrected, shuffled))
-        table.append(
-            {
-                "trained on, and the order of sampling": task,
-                "rollouts of": copy,
-                "cost without a correction": interval(paired(results, best, plain)),
-                "correction": correction or "-",
-                "gain of the correction": gain,
-                "gain of shuffled TIS": control,
-            }
-        )
-    return table
+@dataclass(frozen=True)
+class Case:
+    """Runs that train on the rollouts of a copy, with paired seeds."""
+
+    copy: str
+    task: str
+    results: Results
+    best: str  # the arm that trains on the rollouts of the model itself
+    plain: str  # the arm without a correction
+    corrected: Mapping[str, str] = field(default_factory=dict)  # by correction its arm
+
+    def gain(self, correction: str) -> str:
+        arm = self.corrected.get(correction)
+        return interval(paired(self.results, arm, self.plain)) if arm else "-"
+
+
+def cases() -> list[Case]:
+    short = by_arm(read_json(orders_trained.STORED))
+    long = by_arm([*read_json(int4_orders.STORED)["runs"], *read_json(int4_orders_controls.STORED)])
+    sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
+    late = by_arm(read_json(late_rollouts.STORED)["runs"])
+
+    def sudoku(scheme: str) -> Mapping[str, str]:
+        return {"TIS": f"random: {scheme}, tis", "shuffled TIS": f"random: {scheme}, permuted"}
+
+    own, mine = "random: unquantized", "unquantized"
+    int4 = {"TIS": "random: int4, tis", "shuffled TIS": "random: int4, permuted tis"}
+    of_sums = {name: f"int4, {arm}" for name, arm in (("TIS", "tis"), ("shuffled TIS", "permuted tis"), ("AIS", "ais"))}
+    of_lag = {name: f"lag 4, {arm}" for name, arm in (("TIS", "tis"), ("shuffled TIS", "placebo"))}
+    of_lag["dual clip"] = "lag 4, dual clip"
+    of_sums["aligned forward"] = "int4, aligned"
+    return [
+        Case("FP8", "Sudoku", short, own, "random: fp8", sudoku("fp8")),
+        Case("FP8", "sums", sums, mine, "FP8"),
+        Case("NVFP4", "Sudoku (the main job)", short, own, "random: nvfp4", sudoku("nvfp4")),
+        Case("INT4", "Sudoku, longer", long, own, "random: int4", int4),
+        Case(
+            "INT4",
+            "Sudoku, longer, `MaxProb`",
+            long,
+            "max_prob: unquantized",
+            "max_prob: int4",
+            {"TIS": "max_prob: int4, tis"},
+        ),
+        Case("INT4", "sums", sums, mine, "int4", of_sums),
+        Case("FP8, four updates old", "Sudoku, `MaxProb`", late, "lag 0", "lag 4", of_lag),
+    ]
 
 
 def training() -> str:
-    """The corrections in training: the main job, and three studies."""
-    long = [*read_json(int4_orders.STORED)["runs"], *read_json(int4_orders_controls.STORED)]
-    int4, max_prob, numbers, lag = "random: int4", "max_prob: int4", "int4", "lag 4"
-    rows = arms(
-        by_arm(read_json(orders_trained.STORED)),
-        "4x4 Sudoku for 60 steps (the main job), random",
-        [
-            ("an NVFP4 copy", NVFP4, "random: unquantized", "TIS", f"{NVFP4}, tis", f"{NVFP4}, permuted"),
-            ("an FP8 copy", FP8, "random: unquantized", "TIS", f"{FP8}, tis", f"{FP8}, permuted"),
-        ],
-    )
-    rows += arms(
-        by_arm(long),
-        "4x4 Sudoku for 180 steps, random",
-        [("an INT4 copy", int4, "random: unquantized", "TIS", f"{int4}, tis", f"{int4}, permuted tis")],
-    )
-    rows += arms(
-        by_arm(long),
-        "4x4 Sudoku for 180 steps, `MaxProb`",
-        [("an INT4 copy", max_prob, "max_prob: unquantized", "TIS", f"{max_prob}, tis", "")],
-    )
-    rows += arms(
-        by_arm(read_json(low_bits_tuned.STORED)["runs"]),
-        "SmolLM2-135M on sums, random",
-        [
-            ("an FP8 copy", "FP8", "unquantized", "", "", ""),
-            ("an INT4 copy", numbers, "unquantized", "TIS", "int4, tis", "int4, permuted tis"),
-            ("an INT4 copy", numbers, "unquantized", "AIS", "int4, ais", ""),
-            ("an INT4 copy", numbers, "unquantized", "aligned forward", "int4, aligned", ""),
-        ],
-    )
-    rows += arms(
-        by_arm(read_json(late_rollouts.STORED)["runs"]),
-        "4x4 Sudoku for 80 steps, `MaxProb`",
-        [
-            ("an FP8 copy, four updates old", lag, "lag 0", "TIS", "lag 4, tis", "lag 4, placebo"),
-            ("an FP8 copy, four updates old", lag, "lag 0", "dual clip", "lag 4, dual clip", ""),
-        ],
-    )
+    """What quantized or old rollouts cost, and what a correction gains: differences of paired seeds."""
+    rows = []
+    for case in cases():
+        others = [f"{name} {case.gain(name)}" for name in case.corrected if name not in ("TIS", "shuffled TIS")]
+        rows.append(
+            {
+                "rollouts of a copy in": case.copy,
+                "task": case.task,
+                "cost without a correction": interval(paired(case.results, case.best, case.plain)),
+                "gain of TIS": case.gain("TIS"),
+                "gain of shuffled TIS": case.gain("shuffled TIS"),
+                "gain of others": ", ".join(others) or "-",
+            }
+        )
     return markdown(rows)
 
 
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half-width of its 95 % interval (Student's t)."""
+    return mean(values), student_t(len(values)) * stdev(values) / len(values) ** 0.5
+
+
+def draw(path: Path) -> None:
+    """The error of the gradient by order and format, and what a trained model loses to the rollouts of a copy."""
+    models = read_json(orders.STORED)
+    with replacing(path) as partial, default_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.5, 8.5), layout="constrained")
+        exact, after = figure.subplots(2, 1)
+        places = {(order, copy): 4 * i + j for i, order in enumerate(ORDERS) for j, copy in enumerate(FORMATS)}
+        for shift, weights, name in ((-0.14, "none", "none"), (0.14, "tis", "TIS")):
+            for (order, copy), place in places.items():
+                center, half = estimate([bias(model, order, copy, weights) for model in models])
+                exact.errorbar([place + shift], [center], [half], linestyle="", capsize=3, **STYLES[name])
+        labels = {
+            place: f"{copy}\n\n{ORDERS[order]}" if copy == "INT4" else copy for (order, copy), place in places.items()
+        }
+        exact.set_xticks(list(labels), list(labels.values()), fontsize=8)
+        exact.set(title="Error of the policy gradient", ylabel="length, relative to the true gradient", ylim=(0, None))
+        exact.set_xlabel("format of the copy, and order of unmasking")
+
+        rows = cases()
+        for place, case in enumerate(rows):
+            arms = {"none": case.plain} | {name: arm for name, arm in case.corrected.items() if name in STYLES}
+            for index, (name, arm) in enumerate(arms.items()):
+                center, half = estimate(paired(case.results, arm, case.best))
+                shift = 0.2 * (index - (len(arms) - 1) / 2)
+                after.errorbar([place + shift], [center], [half], linestyle="", capsize=3, **STYLES[name])
+        after.axhline(0, color="black", linewidth=0.8)
+        names = [f"{fill(case.copy, 11)}\n{fill(case.task, 11)}".replace("`", "") for case in rows]
+        after.set_xticks(range(len(rows)), names, fontsize=8)
+        after.set(
+            title="Held-out problems solved after training", ylabel="share, minus that of training on own rollouts"
+        )
+        for axis in (exact, after):
+            axis.grid(alpha=0.3, axis="y")
+        found = dict(zip(*after.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found))
+        figure.savefig(partial, dpi=110, format="png")
+
+
 def page_tables() -> dict[str, str]:
-    return {"order": order(), "training": training()}
+    return {"training": training()}
+
+
+if __name__ == "__main__":
+    draw(PICTURE)
