@@ -85,7 +85,7 @@ class CachedForward:
         self.positions = position_ids(attention_mask)
         self.cached_columns = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))  # rows of `past`
-        self.past: list[Tensor] = []  # of a `ColumnCache`; empty before the first forward
+        self.past: list[Tensor] = []  # of `column_cache`; empty before the first forward
         # Of a block-causal model: `past` and `rows` at the block's start.
         self.block_start: tuple[list[Tensor], Tensor] | None = None
         self.columns: tuple[int, int] | None = None  # columns of the current block
@@ -150,9 +150,11 @@ class CachedForward:
         module = self.policy.module
         key_columns = torch.cat([self.cached_columns, query_columns])
         device_rows, query_index, key_index = copy_to_device(tokens.device, rows, query_columns, key_columns)
-        cache = self.policy.spec.new_cache(module)
         if self.past:
-            cache.set_tensors(self.past)  # the model appends to this cache, and the tensors of `past` do not change
+            self.column_cache.set_tensors(self.past)  # to which the model appends; the tensors of `past` do not change
+        else:
+            self.column_cache = self.policy.spec.new_cache(module)
+        cache = self.column_cache
         row_tokens, positions = tokens[device_rows], self.positions[device_rows]
         attention_mask = self.attention_mask[device_rows]
         bias = attention_bias(self.policy, row_tokens, attention_mask, positions, query_index, key_index)
@@ -169,6 +171,7 @@ class CachedForward:
             (index,) = copy_to_device(tokens.device, is_stored.nonzero()[:, 0])
             self.past = [x[..., index, :] for x in stored]
             self.cached_columns = columns_to_store
+        cache.set_tensors(self.past)  # the memory of the other columns is free again
         return states
 
 
