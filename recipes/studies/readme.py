@@ -39,9 +39,9 @@ class Case:
     plain: str  # the arm without a correction
     corrected: Mapping[str, str] = field(default_factory=dict)  # by correction its arm
 
-    def gain(self, correction: str) -> str:
-        arm = self.corrected.get(correction)
-        return interval(paired(self.results, arm, self.plain)) if arm else "-"
+    def gain(self, correction: str, over: str = "none") -> str:
+        arm, other = ({"none": self.plain, **self.corrected}.get(name) for name in (correction, over))
+        return interval(paired(self.results, arm, other)) if arm and other else "-"
 
 
 def cases() -> list[Case]:
@@ -89,6 +89,7 @@ def training() -> str:
                 "cost without a correction": interval(paired(case.results, case.best, case.plain)),
                 "gain of TIS": case.gain("TIS"),
                 "gain of shuffled TIS": case.gain("shuffled TIS"),
+                "TIS less shuffled TIS": case.gain("TIS", "shuffled TIS"),
                 "gain of others": ", ".join(others) or "-",
             }
         )
@@ -129,6 +130,7 @@ def draw(path: Path) -> None:
                 after.errorbar([place + shift], [center], [half], linestyle="", capsize=3, **STYLES[name])
         after.axhline(0, color="black", linewidth=0.8)
         names = [f"{fill(case.copy, 11)}\n{fill(case.task, 11)}".replace("`", "") for case in rows]
+        names[-1] += "\n(0: new FP8)"
         after.set_xticks(range(len(rows)), names, fontsize=8)
         after.set(
             title="Held-out problems solved after training", ylabel="share, minus that of training on own rollouts"
