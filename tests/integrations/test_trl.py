@@ -230,11 +230,11 @@ LOSS_SETTINGS += [
 
 
 def random_batch(rows=8, length=5):
-    """A scored batch whose completions have several lengths, with log-probs of after an update."""
+    """A scored batch whose completions have several lengths, with log-probs of after an update, also of padding."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
-    old = torch.where(mask, -torch.rand(rows, length, generator=generator) * 3, 0)
-    new = old + torch.where(mask, torch.randn(rows, length, generator=generator) / 3, 0)
+    old = -torch.rand(rows, length, generator=generator) * 3
+    new = old + torch.randn(rows, length, generator=generator) / 3
     rollout = Rollout(
         torch.ones_like(mask, dtype=torch.long), mask, mask, mask.long() - 1, old, torch.arange(rows), weights_version=3
     )
@@ -1217,6 +1217,11 @@ MODEL = "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5"
 REWARD = "trl-internal-testing/tiny-Qwen2ForSequenceClassification-2.5"
 
 
+class TestGetHighEntropyMask:
+    def test_of_a_mock(self):
+        raise AssertionError("not run")
+
+
 class TestTrainer(TrlTestCase):
     @pytest.mark.parametrize("layout", ["standard_prompt_only", "conversational_prompt_only"])
     def test_trains(self, layout):
@@ -1233,6 +1238,10 @@ class TestTrainer(TrlTestCase):
 
     def test_fails(self):
         raise ValueError("of the test itself")
+
+    @pytest.mark.parametrize("level", ["token", "sequence"])
+    def test_luspo_loss_ignores_padding(self, level):
+        raise AssertionError("not run")
 
     def test_reads_other_rows(self):
         load_dataset("trl-internal-testing/zen-image", split="train")
@@ -1257,9 +1266,13 @@ def test_trls_own_tests_run_with_this_trainer_in_the_place_of_trls(tmp_path):
     command = [sys.executable, "-m", "benchmarks.trl_suite", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     told = done.stdout.splitlines()
-    assert told[-1] == "2 passed, 1 refused, 1 failed, 1 skipped" and done.returncode == 1
-    assert told[-3].startswith("refused: test_is_refused: DiffusionGRPOTrainer has no use for tools")
-    assert told[-2] == "failed: test_fails: ValueError: of the test itself"
+    assert told[-1] == "2 passed, 1 refused, 1 failed, 1 skipped, 3 left out" and done.returncode == 1
+    assert "\nrefused: test_is_refused: DiffusionGRPOTrainer has no use for tools" in done.stdout
+    assert "failed: test_fails: ValueError: of the test itself" in told
+    assert [line.rpartition(":")[0] for line in told[-3:-1]] == [
+        "left out: 1 of TestGetHighEntropyMask",
+        "left out: 2 of test_luspo_loss_ignores_padding",
+    ]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
