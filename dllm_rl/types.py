@@ -72,10 +72,12 @@ class BatchRecord(_Movable):
     Attributes:
         FILL: Padding value of each field where a row has no token. Fields that are not listed are padded with 0.
         IF_NONE: Value everywhere of a field (B, T) that is None.
+        MAY_DIFFER: Fields without rows that may differ between records that are merged; the first one's is taken.
     """
 
     FILL: ClassVar[dict[str, Any]] = {}
     IF_NONE: ClassVar[dict[str, int | float]] = {}
+    MAY_DIFFER: ClassVar[tuple[str, ...]] = ()
 
     def padded(self: RecordT, columns: int, *, pad_id: int = 0, right: bool = False) -> RecordT:
         """Pad with `columns` columns on the left or right: `tokens` with pad_id, other fields with FILL."""
@@ -117,11 +119,20 @@ class BatchRecord(_Movable):
 
         A field that is None in any record is None in the result, because a field must have every row. A field of
         IF_NONE has the value that None stands for.
+
+        Raises:
+            ValueError: A setting, which holds for all rows of a record, differs.
         """
         merged_fields: dict[str, Any] = {}
         for field in dataclasses.fields(records[0]):
             values = [getattr(record, field.name) for record in records]
             if not any(isinstance(value, Tensor | BatchRecord) for value in values):
+                other = next((value for value in values if value != values[0]), values[0])
+                if other != values[0] and field.name not in records[0].MAY_DIFFER:
+                    raise ValueError(
+                        f"{type(records[0]).__name__}.{field.name} is {values[0]} in some rows and {other} in others, "
+                        "and holds for all rows of a batch: sample and score them apart"
+                    )
                 continue
             if field.name in records[0].IF_NONE:
                 tensor = next(value for value in values if value is not None)
@@ -467,7 +478,7 @@ class Rollout(BatchRecord):
             nats; 0 elsewhere.
         group: Group of each row; the rows of a group are adjacent. A completion's reward is compared with those of its
             group.
-        weights_version: Version of the weights that sampled.
+        weights_version: Version of the weights that sampled; the oldest, if rollouts were put together.
         sampling_params: Temperature and filters of the sampling distribution; the learner uses the same.
         forwards: Model calls that sampling the batch took.
         filter_support: Support of a filtered distribution. This field and the next ones are None if the sampler records
@@ -486,6 +497,7 @@ class Rollout(BatchRecord):
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
     IF_NONE: ClassVar[dict[str, int | float]] = {"loss_weights": 1, "first_step": 0}
+    MAY_DIFFER: ClassVar[tuple[str, ...]] = ("weights_version", "forwards")
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
@@ -527,6 +539,7 @@ class Rollout(BatchRecord):
         return dataclasses.replace(
             BatchRecord.merge_records(padded_parts, torch.cat),
             group=starts.long().cumsum(0) - 1,
+            weights_version=min(part.weights_version for part in parts),
             forwards=sum(part.forwards for part in parts),
         )
 

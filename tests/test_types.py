@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dllm_rl.types import (
+    Order,
     Prompts,
     Rollout,
     SamplingParams,
@@ -107,6 +108,22 @@ def test_groups_of_rollouts_stay_apart_when_they_are_put_together():
     first, second = replace(first, group=torch.tensor([5, 5, 2])), replace(second, group=torch.tensor([2, 2]))
     assert Rollout.concatenate([first, second], pad_id=0).group.tolist() == [0, 0, 1, 2, 2]
     assert first.replace_rows(torch.tensor([2, 0]), second, pad_id=0).group.tolist() == [5, 5, 2]
+
+
+def test_rollouts_of_different_settings_are_not_put_together():
+    """Scoring would take the first one's temperature, steps or rank for all rows."""
+    zeros = torch.zeros(2, 2, dtype=torch.long)
+    plain = replace(rollout([[1, 2], [3, 4]]), order=Order(zeros, rank_name="MaxProb"))
+    older = replace(plain, weights_version=plain.weights_version - 1, forwards=3)
+    assert Rollout.concatenate([plain, older], pad_id=0).weights_version == older.weights_version
+    for other, message in (
+        (replace(plain, sampling_params=SamplingParams(temperature=0.5)), "Rollout.sampling_params is "),
+        (replace(plain, order=Order(zeros, rank_name="Entropy")), "Order.rank_name is MaxProb in some rows and Entropy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Rollout.concatenate([plain, plain, other], pad_id=0)
+        with pytest.raises(ValueError, match=message):
+            plain.replace_rows(torch.tensor([0, 1]), other, pad_id=0)
 
 
 def test_masks_of_rows_and_rows_that_are_not_scored():

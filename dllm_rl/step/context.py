@@ -39,7 +39,7 @@ class StepFeature:
     Then it calls `metrics`, `learn`, `after_update` and `syncs`. `around_forward` and `around_learner` wrap forwards.
     """
 
-    max_staleness: int = 0  # steps by which the rollout's weights may be older, if `syncs` returns False
+    max_staleness: int = 0  # steps by which weights of rows may be older: `syncs` returns False, or rows are added
     changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
 
     def around_forward(self, context: "StepContext") -> AbstractContextManager:

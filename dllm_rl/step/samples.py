@@ -98,7 +98,7 @@ class Samples:
     def concatenate(self, other: "Samples", *, pad_id: int) -> "Samples":
         """Return the samples with the rows of `other` after those of each process. Their groups stay apart.
 
-        A feature adds rows of earlier steps by it (`StepFeature.after_rollout`).
+        A feature adds rows of earlier steps by it, not older than its `max_staleness` (`StepFeature.after_rollout`).
 
         Raises:
             ValueError: Samples of the two are late: their log-probs belong to the masks of their own batch.

@@ -11,6 +11,7 @@ from functools import partial
 from dllm_rl.checkpoints.run_folder import in_own_folder
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import describe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepFeature
@@ -24,6 +25,7 @@ from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_with, validation_interval
+from dllm_rl.types import Rollout
 
 
 @in_own_folder
@@ -67,13 +69,9 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
         samples, completions, metrics = run.async_rollouts.collect(step_index)
     for feature in step.features:
-        num_rows = len(samples.rollout.tokens)
+        before = samples.rollout
         samples, feature_metrics = feature.after_rollout(step, samples, step_index)
-        if (num_left_out := num_rows - len(samples.rollout.tokens)) > 0:  # they have no place in `completions`
-            raise ValueError(
-                f"features: after_rollout of {type(feature).__name__} left out {num_left_out} of {num_rows} rows; keep "
-                "them, with reward NaN and advantage 0, and they do not count"
-            )
+        check_rows(run.recipe, feature, before, samples.rollout)
         metrics |= feature_metrics
     result = train_step(step, samples, step_index, run.optimizer)
     metrics |= result.metrics
@@ -91,6 +89,22 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     if interval and (step_index % interval == 0 or step_index + 1 == run.recipe.num_steps):
         log_completions(run, step_index, completions, samples, result.samples, result.logps)
     return metrics | sync_metrics
+
+
+def check_rows(recipe: Recipe, feature: StepFeature, before: Rollout, after: Rollout) -> None:
+    """Raise ValueError if a feature left out rows, or added older ones whose log-probs would be of today's weights."""
+    where, num_rows = f"features: after_rollout of {type(feature).__name__}", len(before.tokens)
+    if (num_left_out := num_rows - len(after.tokens)) > 0:  # they have no place in `completions`
+        raise ValueError(
+            f"{where} left out {num_left_out} of {num_rows} rows; keep them, with reward NaN and advantage 0, and they "
+            "do not count"
+        )
+    if after.weights_version < before.weights_version and not recipe.likelihood.exact_for_sampler:
+        raise ValueError(
+            f"{where} added rows of weights_version={after.weights_version} to those of {before.weights_version}, and "
+            f"likelihood={describe(recipe.likelihood)} would take today's weights for those that sampled them: use a "
+            "likelihood that is exact for the sampler, such as Trajectory()"
+        )
 
 
 def validate(run: Run[Recipe], step: int) -> dict[str, float]:

@@ -42,6 +42,8 @@ class Stored:
 
 
 class ReplayRows(StepFeature):
+    max_staleness = 2**31  # a stored row may be of any earlier step
+
     def __init__(self, *, capacity, num_rows, seed=0):
         self.capacity, self.num_rows, self.seed = capacity, num_rows, seed
         self.stored = self.next_stored = None

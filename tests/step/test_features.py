@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import Wrapped, tiny_recipe
 
-from dllm_rl import ELBO, Coupled, Int8WeightOnly, StepFeature, Trajectory, evaluate, quantized_copy, train
+from dllm_rl import ELBO, Coupled, Int8WeightOnly, OneStep, StepFeature, Trajectory, evaluate, quantized_copy, train
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
@@ -152,6 +152,27 @@ class Twice(StepFeature):
 
     def after_rollout(self, context, samples, step):
         return samples.concatenate(samples, pad_id=context.policy.pad_id), {}
+
+
+class Again(StepFeature):
+    """Trains on the rows of the step before, too."""
+
+    earlier, max_staleness = None, 1
+
+    def after_rollout(self, context, samples, step):
+        earlier, self.earlier = self.earlier, samples
+        return (samples if earlier is None else samples.concatenate(earlier, pad_id=context.policy.pad_id)), {}
+
+
+def test_rows_of_older_weights_need_the_log_probs_that_the_sampler_recorded(tmp_path):
+    """Else their ratio to the weights that sampled them would be 1."""
+    changes = {"num_steps": 2, "rollout_quantization": None, "corrector": NoCorrection()}
+    with pytest.raises(ValueError, match=r"^features: after_rollout of Again added rows of weights_version=0 to those"):
+        train(tiny_recipe(tmp_path / "estimate", likelihood=OneStep(), **changes), features=(Again(),))
+    assert len(metrics_of(tmp_path / "estimate")) == 1
+    train(tiny_recipe(tmp_path / "exact", likelihood=Trajectory(), **changes), features=(Again(),))
+    late = metrics_of(tmp_path / "exact")[1]
+    assert late["rollout_corr/abs_log_ratio_max"] > 1e-4
 
 
 @pytest.mark.parametrize(("before", "numbers"), [((), "4 of 16"), ((Twice(),), "8 of 32")])
