@@ -47,8 +47,7 @@ OF_PRIVATE_METHODS = {
     "test_get_off_policy_mask": "calls TRL's function without a trainer",
     "test_get_off_policy_mask_padding": "calls TRL's function without a trainer",
     "test_luspo_loss_ignores_padding": "calls _compute_loss with a batch made by hand, whose rows no sampler wrote",
-    "test_sampling_logps_none_yields_neutral_importance_ratio": "switches a trainer to vLLM after __init__, and replaces "
-    "its _generate",
+    "test_sampling_logps_none_yields_neutral_importance_ratio": "sets use_vllm after __init__, and replaces _generate",
 }
 NEVER_ENDS = "test_train_with_mask_truncated_completions_all_masked"  # needs a model that does not write its end token
 
