@@ -1,7 +1,7 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from dllm_rl.algorithms.losses import is_per_token
 from dllm_rl.algorithms.replay import Replay
@@ -22,8 +22,6 @@ REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
 class Recipe(StepSettings):
     """The settings of reinforcement learning."""
-
-    plotted_metric: ClassVar[str] = "reward"
 
     validation_task: Task = option(help="problems to evaluate every eval_steps, and to decide when the warm-up ends")
     eval_task: Task = option(help="held-out problems, evaluated only before and after RL")

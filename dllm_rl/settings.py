@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch.nn import Module
 
@@ -39,8 +39,6 @@ def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
 
 class Settings(Record):
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
-
-    plotted_metric: ClassVar[str] = "loss"  # of an evaluation, in the summary and the picture
 
     name: str = option(help="name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = option(

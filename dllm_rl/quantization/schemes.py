@@ -5,7 +5,7 @@ docs/papers.md explains the tags [paper] and [ours].
 
 import copy
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ FLOAT_FORMATS = {
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}  # numbers of neighboring inputs that share a scale
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
 Format = Literal["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary", "nvfp4", "mxfp4"]
-FORMATS = get_args(Format)
 TINY = 1e-12  # lower limit of a row's max |x|, so that a row of zeros gives zeros and not 0/0
 E4M3_ADVICE = "FakeQuantize with weight=e4m3 and activation=e4m3"  # in error messages
 

@@ -1,5 +1,7 @@
 """Emulated quantizers against a cast to float8, against torchao's tensors, and against values worked by hand."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -13,11 +15,11 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import (
     FLOAT_FORMATS,
-    FORMATS,
     MXFP4,
     NVFP4,
     EmulatedLinear,
     FakeQuantize,
+    Format,
     codes_and_scale,
     round_to_float,
 )
@@ -107,7 +109,7 @@ def test_one_scale_per_row_or_per_tensor():
     assert torch.equal(rounded(x, "five_level", "tensor"), torch.tensor([[0.0, 0.0], [4.0, 4.0]]))  # ties to even
 
 
-@pytest.mark.parametrize("scheme", FORMATS)
+@pytest.mark.parametrize("scheme", get_args(Format))
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_zero_rows_give_zeros(scheme, granularity):
     x = weight(3)
