@@ -83,21 +83,34 @@ def d1_trainer(trainer_class: type, mask_id: int) -> Any:
     return trainer
 
 
-class Peers:
-    """Both implementations on one model, and one batch of prompts of equal length."""
+class OneModel:
+    """A model and one batch of prompts of equal length, with our rollouts of it."""
 
-    def __init__(self, shape: Shape, trainer_class: type) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape, self.policy = shape, random_policy(shape, torch.device("cpu"))
         self.model, self.mask_id = self.policy.module, self.policy.spec.mask_id
         self.model.config.use_cache = False
-        with torch.no_grad():  # d1 does not suppress the mask token: here it is never likely
+        with torch.no_grad():  # the others do not suppress the mask token: here it is never likely
             self.model.get_output_embeddings().weight[self.mask_id] = 0
-        self.trainer = d1_trainer(trainer_class, self.mask_id)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, shape.vocabulary, (shape.batch // GROUP, shape.prompt), generator=generator).tolist()
         seeds = range(shape.batch)
         prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, num_generations=GROUP, seeds=seeds)
         self.prompts = replace(prompts, reads_order=False)
+
+    def our_rollout(self, temperature: float) -> Rollout:
+        shape = self.shape
+        settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
+        sampler = Unmask(**settings, temperature=temperature, rank=Confidence())
+        return sampler(self.policy, self.prompts, torch.Generator())
+
+
+class Peers(OneModel):
+    """Both implementations on one model."""
+
+    def __init__(self, shape: Shape, trainer_class: type) -> None:
+        super().__init__(shape)
+        self.trainer = d1_trainer(trainer_class, self.mask_id)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
 
     @torch.no_grad()
@@ -107,12 +120,6 @@ class Peers:
         return self.trainer.generate(
             self.model, self.prompts.tokens, **lengths, temperature=temperature, mask_id=self.mask_id
         )
-
-    def our_rollout(self, temperature: float) -> Rollout:
-        shape = self.shape
-        settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
-        sampler = Unmask(**settings, temperature=temperature, rank=Confidence())
-        return sampler(self.policy, self.prompts, torch.Generator())
 
     def their_inputs(self, rollout: Rollout) -> dict[str, Any]:
         start = self.shape.prompt
