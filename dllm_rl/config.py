@@ -125,7 +125,10 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
     unwritten = _tasks_of_a_script(recipe) if ("print_config", None) in options else set()
     if problems := [path for path, _ in options if path.split(".")[0] in unwritten]:
         raise ValueError(f"--{problems[0]}: --print_config leaves out the task, whose rows are no text: give it later")
-    parser = make_parser(recipe, unwritten)
+    names = {path.split(".")[0] for path, _ in options}
+    if names & {"help", "print_config"}:
+        names |= _settable(recipe).keys() - unwritten
+    parser = make_parser(recipe, names)
     if ("help", None) in options:  # parsing would first check all defaults, which takes as long as the imports
         parser.print_help()
         raise SystemExit(0)
@@ -167,8 +170,10 @@ def _made(value: Any, path: str) -> Any:
         raise ValueError("\n".join(lines)) from None
 
 
-def make_parser(recipe: Any, unwritten: Collection[str] = ()) -> jsonargparse.ArgumentParser:
-    """Return the parser of a recipe's settings. The defaults are the recipe's values; `unwritten` ones have none."""
+def make_parser(recipe: Any, names: Collection[str]) -> jsonargparse.ArgumentParser:
+    """Return the parser of the settings of a recipe that have these names, as each costs milliseconds. The defaults are
+    the recipe's values.
+    """
     parser = jsonargparse.ArgumentParser(
         usage="[accelerate launch] RECIPE.py [--NAME VALUE ...]",
         exit_on_error=False,
@@ -180,10 +185,11 @@ def make_parser(recipe: Any, unwritten: Collection[str] = ()) -> jsonargparse.Ar
         text = f"set of settings, which the other options override: {', '.join(PRESETS)}"
         parser.add_argument("--preset", default=jsonargparse.SUPPRESS, help=text)
     for name, (annotation, default) in _settable(recipe).items():
+        if name not in names:
+            continue
         setting = next(field for field in dataclasses.fields(recipe) if field.name == name)
         bound: Bound | None = setting.metadata.get("bound")
         help = setting.metadata.get("help", "") + (f" ({bound})" if bound else "")
-        default = jsonargparse.SUPPRESS if name in unwritten else default
         parser.add_argument(f"--{name}", type=annotation, default=default, help=help)
     return parser
 
