@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -88,6 +89,7 @@ ROOMS = {
 NO_TORCH = {"tasks", "identity", "files", "manifest", "screen", "records", "config", "versions"}
 
 
+@cache
 def imported(source: str, where: str) -> set[str]:
     """Dotted names that a module imports: at its top, inside a function, or as a text given to `import_module`."""
     names: set[str] = set()
@@ -128,6 +130,7 @@ def violations(sources: dict[str, str]) -> list[str]:
     return found
 
 
+@cache
 def sources() -> dict[str, str]:
     return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
