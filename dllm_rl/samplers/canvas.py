@@ -391,9 +391,8 @@ class BlockTracker:
         return step.rows[is_complete]
 
     def finish_rows(self, rows: Int[Tensor, " C"]) -> None:
-        """Remove rows that ended early from all later steps."""
+        """Remove rows that have completed a block, and ended early in it, from all later steps."""
         self.num_masked[rows] = 0
-        self.stays_open[rows] = False
 
 
 def positions_of(canvas: Canvas, step: StepRows) -> StepPositions:

@@ -35,7 +35,7 @@ def finish(run: Run[Recipe]) -> Summary:
         eval_after_quantized = eval_after
         if not run.learner_samples:
             if run.engine is not None and run.rollout_policy.weights_version != run.policy.weights_version:
-                run.engine.sync(run.policy, run.rollout_policy)  # a feature skipped the last sync
+                run.engine.sync(run.policy, run.rollout_policy)  # the best one is loaded, or a feature skipped it
             rollout_recipe = recipe.replace(eval_sampler=_sampler_of_rollouts(recipe))
             assert run.step is not None, "of RL"
             with run.step.arithmetic():  # as in rollouts

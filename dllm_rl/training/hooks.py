@@ -193,8 +193,8 @@ def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, fl
 
 @collective
 def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
-    """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. The rollout
-    policy gets the same weights.
+    """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. `finish` then
+    syncs the rollout policy, whose version is another one.
 
     Call it after `wait_for_checkpoint`.
     """
@@ -207,7 +207,5 @@ def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], 
     run.policy.weights_version = state.version
     if learner_samples:
         run.rollout_policy = run.policy
-    elif run.engine is not None:
-        run.engine.sync(run.policy, run.rollout_policy)
     run.checkpoint = str(folder)
     run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
