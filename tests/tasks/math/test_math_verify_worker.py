@@ -1,10 +1,15 @@
 """The script that compares answers by math-verify: parsing in two stages, and workers that end."""
 
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from answer_pairs import EQUAL, UNEQUAL
+
+from dllm_rl.tasks.math import math_verify
 
 # Of these, SLL prediction alone fails on the first four; the last are no expressions.
 SPECIAL = {
@@ -52,8 +57,14 @@ def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) ->
 @pytest.mark.parametrize("num_workers", [1, 2, 9])
 @pytest.mark.repeated
 def test_a_pair_at_which_a_worker_ends_is_tried_once_more(num_workers: int, monkeypatch, tmp_path) -> None:
-    """Answers say what happens at their comparison; a file counts the attempts at each."""
-    from dllm_rl.tasks.math import math_verify_worker as verify_worker
+    """Answers say what happens at their comparison; a file counts the attempts at each. What compares them is replaced,
+    so that the import of its libraries, which takes a second, is left out."""
+    libraries = ("atn.PredictionMode", "error.ErrorListener", "error.Errors")
+    for name in (*(f"antlr4.{library}" for library in libraries), "latex2sympy2_extended", "math_verify"):
+        monkeypatch.setitem(sys.modules, name, MagicMock(ErrorListener=object))
+    spec = spec_from_file_location("worker", Path(math_verify.__file__).with_name("math_verify_worker.py"))
+    verify_worker = module_from_spec(spec)
+    spec.loader.exec_module(verify_worker)
 
     def read(answer: str) -> str:
         return answer
