@@ -75,6 +75,18 @@ def no_fsync():
 
 
 @pytest.fixture
+def no_rehearsal(request, monkeypatch):
+    """Runs begin without the rehearsal, which takes a third of a tiny run: for files about what comes after it."""
+    if "rehearsal" not in request.fixturenames:
+        monkeypatch.setattr("dllm_rl.training.start.rehearse", lambda *_: None)
+
+
+@pytest.fixture
+def rehearsal():
+    """A test of such a file that is about the rehearsal, too."""
+
+
+@pytest.fixture
 def exact_arithmetic():
     """The arithmetic of `zero_mismatch`, in which a row rounds alike in every batch on every processor. A test takes it
     where bits must agree between forwards of other rows; without it they agree to rounding alone."""

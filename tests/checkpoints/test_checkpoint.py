@@ -23,6 +23,8 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_resume_continues_bit_for_bit(tmp_path):
     changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2, "save_total_limit": 9}

@@ -18,6 +18,8 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.start import check_features
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 class SyncEvery(StepFeature):
     """The rollout policy gets new weights every `steps` updates."""

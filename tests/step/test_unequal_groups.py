@@ -26,6 +26,8 @@ from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.types import Batch, Views, equal_groups, group_sizes, pack_groups
 from recipes.examples.unequal_groups import EqualPrompts, MoreWhereMixed
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 REWARDS = torch.tensor([[0.0, 1.0, 0.5], [2.0, 0.0, -1.0]], dtype=torch.float64)  # of each prompt's three tokens
 LOGITS = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.1, -0.4]], dtype=torch.float64)
 GROUP = torch.tensor([0, 0, 1, 1, 1])
@@ -155,7 +157,7 @@ class Wrong(UniformPrompts):
         return torch.zeros_like(prompts)
 
 
-def test_wrong_sizes_are_named(tmp_path):
+def test_wrong_sizes_are_named(tmp_path, rehearsal):
     with pytest.raises(ValueError, match=r"group_sizes of prompt_source=.*Wrong\(\) must return .* from 1 on"):
         train(tiny_recipe(tmp_path, prompt_source=Wrong()))
     assert not (tmp_path / "metrics.jsonl").exists(), "before the first step"

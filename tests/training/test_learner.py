@@ -20,6 +20,8 @@ from dllm_rl.step.update import update_direction
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 @pytest.mark.slow
 def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):

@@ -26,6 +26,8 @@ from dllm_rl.step.score import metric_weights
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):

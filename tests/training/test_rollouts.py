@@ -43,6 +43,8 @@ from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout, any_in_group
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 PROMPTS = Prompts.from_ids(
     [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, num_generations=2, seeds=list(range(100, 108))
 )
