@@ -43,6 +43,7 @@ def opened(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.repeated(first_only=True)
 def test_every_command_takes_device_and_dtype(command, model, opened, capsys):
     with SimulatedCuda():
         for more in ([], ["--device", "cpu", "--dtype", "bfloat16"], ["--device", "cuda:0", "--dtype", "auto"]):

@@ -94,7 +94,7 @@ def test_a_style_that_cannot_be_drawn_with_is_not_used(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("", "False"), ("QtAggg", "False"), ("module://own.backend", "True")])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_picture_of_a_run_chooses_no_backend(tmp_path, name, chosen):
     """A notebook's first use of pyplot, after a run, chooses the backend that shows figures. One that MPLBACKEND names
     is kept, and one that is not installed costs no picture."""

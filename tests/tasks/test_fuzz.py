@@ -126,7 +126,7 @@ SOME = [each if number % 5 == 0 else slow(*each) for number, each in enumerate(G
 
 
 @pytest.mark.parametrize(("task", "grader"), SOME, ids=NAMES)
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_million_characters_take_linear_time(task: str, grader) -> None:
     """That of math-verify's own processes is bounded otherwise, in math/test_math_verify.py."""
     for text in LONG:

@@ -66,6 +66,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize("name", MOVING)
+@pytest.mark.repeated
 def test_user_code_that_moves_changes_no_place_of_the_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     policy().save_pretrained("base")

@@ -45,6 +45,7 @@ def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "nemotron"])
+@pytest.mark.repeated
 def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
     source = published(tmp_path / "source", family)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))

@@ -195,8 +195,8 @@ COUNTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTED)
-@pytest.mark.repeated(first_only=True)
 def test_the_estimate_is_near_a_count_of_live_tensors(name):
     recipe = recipe_of(name)
     lora = recipe.lora and replace(recipe.lora, dropout=0.05)
