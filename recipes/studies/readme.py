@@ -39,9 +39,9 @@ class Case:
     plain: str  # the arm without a correction
     corrected: Mapping[str, str] = field(default_factory=dict)  # by correction its arm
 
-    def gain(self, correction: str, over: str = "none") -> str:
+    def gain(self, column: str, correction: str, over: str = "none") -> str:
         arm, other = ({"none": self.plain, **self.corrected}.get(name) for name in (correction, over))
-        return interval(paired(self.results, arm, other)) if arm and other else "-"
+        return interval(paired(self.results, arm, other, column)) if arm and other else "-"
 
 
 def cases() -> list[Case]:
@@ -77,19 +77,21 @@ def cases() -> list[Case]:
     ]
 
 
-def training() -> str:
+def training(column: str) -> str:
     """What quantized or old rollouts cost, and what a correction gains: differences of paired seeds."""
     rows = []
     for case in cases():
-        others = [f"{name} {case.gain(name)}" for name in case.corrected if name not in ("TIS", "shuffled TIS")]
+        if not all(column in run for (arm, _), run in case.results.items() if arm == case.plain):
+            continue
+        others = [f"{name} {case.gain(column, name)}" for name in case.corrected if name not in ("TIS", "shuffled TIS")]
         rows.append(
             {
                 "rollouts of a copy in": case.copy,
                 "task": case.task,
-                "cost without a correction": interval(paired(case.results, case.best, case.plain)),
-                "gain of TIS": case.gain("TIS"),
-                "gain of shuffled TIS": case.gain("shuffled TIS"),
-                "TIS less shuffled TIS": case.gain("TIS", "shuffled TIS"),
+                "cost without a correction": interval(paired(case.results, case.best, case.plain, column)),
+                "gain of TIS": case.gain(column, "TIS"),
+                "gain of shuffled TIS": case.gain(column, "shuffled TIS"),
+                "TIS less shuffled TIS": case.gain(column, "TIS", "shuffled TIS"),
                 "gain of others": ", ".join(others) or "-",
             }
         )
@@ -143,7 +145,7 @@ def draw(path: Path) -> None:
 
 
 def page_tables() -> dict[str, str]:
-    return {"training": training()}
+    return {"training": training("after"), "training at temperature 1": training("sampled")}
 
 
 if __name__ == "__main__":
