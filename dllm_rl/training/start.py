@@ -36,7 +36,7 @@ from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, 
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
-from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
+from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, WorkerPool
 from dllm_rl.training.make_step import make_step, run_features
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
@@ -72,7 +72,7 @@ OF_A_PROCESS = (
 )
 
 
-def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
+def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[StepFeature] = ()) -> Run[Recipe]:
     """Prepare a run up to its first step: check the recipe, load the policies, and restore the state of a resumed run.
 
     Raises:
@@ -93,9 +93,9 @@ def start(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeatu
         pool = None  # only the main process talks to the workers
     elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
-    elif not isinstance(pool, Pool):
+    elif not isinstance(pool, WorkerPool):
         methods = "set_up, submit, ready, forget, when_free, num_free, wait, mend"
-        raise ValueError(f"pool={type(pool).__name__} lacks a method of Pool; it needs {methods}")
+        raise ValueError(f"pool={type(pool).__name__} lacks a method of WorkerPool; it needs {methods}")
     accelerator, stop, peers = launch(recipe)
     check_same_recipe(recipe, accelerator)
 

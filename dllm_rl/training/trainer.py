@@ -20,7 +20,7 @@ from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import record_update, take_steps
-from dllm_rl.training.late_rollouts.schedule import Pool
+from dllm_rl.training.late_rollouts.schedule import WorkerPool
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
@@ -30,7 +30,7 @@ from dllm_rl.types import Rollout
 
 @in_own_folder
 @leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
-def train(recipe: Recipe, pool: Pool | None = None, features: Sequence[StepFeature] = ()) -> Summary:
+def train(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[StepFeature] = ()) -> Summary:
     """Train with a recipe and return the run's summary.
 
     Call it for a recipe that you wrote yourself; call `grpo` if you have a model, a data set and reward functions. If

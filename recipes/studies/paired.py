@@ -29,7 +29,7 @@ from dllm_rl import Callback, Policy, Recipe
 from dllm_rl.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from dllm_rl.training.late_rollouts.schedule import Pool
+    from dllm_rl.training.late_rollouts.schedule import WorkerPool
 
 TUNED_ON = (100, 101)  # seeds of trials, which no study takes
 Results = Mapping[tuple[str, int], dict[str, Any]]  # (arm, seed) -> what its run left
@@ -121,13 +121,13 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "Pool | None" = None) -> None:
+def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "WorkerPool | None" = None) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json."""
     keep(root, train_one(study, root, num_steps, arm, seed, pool)[0])
 
 
 def train_one(
-    study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "Pool | None" = None
+    study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "WorkerPool | None" = None
 ) -> tuple[dict[str, Any], Policy | None]:
     """Train and evaluate one arm. Returns what `keep` takes, and the learner. A run whose gradient is not finite has
     diverged: its rates count as 0, and there is no learner."""

@@ -308,7 +308,7 @@ def test_a_pool_without_the_methods_is_refused_before_any_work(tmp_path):
         set_up = submit = ready = result = forget = None
 
     for schedule in ("first_ready", "in_order"):
-        with pytest.raises(ValueError, match=r"pool=Old lacks a method of Pool; it needs .* wait, mend"):
+        with pytest.raises(ValueError, match=r"pool=Old lacks a method of WorkerPool; it needs .* wait, mend"):
             train(first_ready_recipe(tmp_path / "run", rollout_schedule=schedule), Old())
     assert not (tmp_path / "run").exists()
 

@@ -17,7 +17,7 @@ from dllm_rl.training.late_rollouts.schedule import (
     ORDER_FILE,
     AsyncRollouts,
     PendingBatch,
-    Pool,
+    WorkerPool,
     file_names,
     is_of_recipe,
     read_pending_file,
@@ -90,7 +90,7 @@ class FirstReadyRollouts(AsyncRollouts):
         with self.lock:
             self.is_open = False
 
-    def _choose(self, step: int, pool: Pool) -> tuple[int, bytes] | None:
+    def _choose(self, step: int, pool: WorkerPool) -> tuple[int, bytes] | None:
         with self.lock:
             pool.mend([number for number, batch in self.pending.items() if batch.made is None])
             self.start_jobs()
@@ -102,7 +102,7 @@ class FirstReadyRollouts(AsyncRollouts):
             self.taken, self.taken_step = number, step
             return number, made[number]
 
-    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
+    def _submit_next(self, step: int, weights: bytes, pool: WorkerPool) -> None:
         with self.lock:
             assert self.taken is not None, "a step has taken a batch"
             pool.forget(self.taken)

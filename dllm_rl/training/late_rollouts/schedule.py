@@ -109,7 +109,7 @@ def is_of_recipe(samples: Samples, recipe: Recipe, folder: Path) -> bool:
 
 
 @runtime_checkable
-class Pool(Protocol):
+class WorkerPool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
@@ -229,7 +229,7 @@ class AsyncRollouts:
 
     recipe: Recipe
     context: StepContext
-    pool: Pool | None  # None in the other processes
+    pool: WorkerPool | None  # None in the other processes
     pending: dict[int, PendingBatch] = field(default_factory=dict)
 
     @property
@@ -327,7 +327,7 @@ class AsyncRollouts:
             self.pool.wait()
         return found
 
-    def _choose(self, step: int, pool: Pool) -> tuple[int, bytes] | None:
+    def _choose(self, step: int, pool: WorkerPool) -> tuple[int, bytes] | None:
         """Return the number and the bytes of the batch to train on; None if it is not finished."""
         if self.pending[step].made is None:
             pool.mend([step])
@@ -352,7 +352,7 @@ class AsyncRollouts:
             self._submit_next(step, weights, self.pool)
         return split_mismatch(run, result) if self.recipe.max_staleness else {}
 
-    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
+    def _submit_next(self, step: int, weights: bytes, pool: WorkerPool) -> None:
         """Forget the batch that the learner has trained on, and submit the next one."""
         if self.pending.pop(step).made is None:
             pool.forget(step)
