@@ -100,7 +100,13 @@ def read_json(path: Path) -> Any:
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as a JSON file has them: a tuple is a list, and what JSON lacks, such as dates and NaN, is text."""
-    return json.loads(json.dumps(dict(values), default=str, skipkeys=True), parse_constant=str)
+    try:
+        return json.loads(json.dumps(dict(values), default=str, skipkeys=True), parse_constant=str)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or a list in itself
+        if len(values) > 1:
+            return {name: part for pair in values.items() for name, part in as_json(dict([pair])).items()}
+        ((name, value),) = values.items()
+        return {name: hex(value) if isinstance(value, int) else f"a {type(value).__name__} that JSON cannot hold"}
 
 
 def flush(path: Path) -> bool:

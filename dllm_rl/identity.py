@@ -150,7 +150,8 @@ class _Digest:
             return _hashed("text", value.encode("utf-8", "surrogatepass"))
         if hasattr(value, "dtype"):  # a number of NumPy, which is told apart from Python's by its dtype
             return _hashed(str(value.dtype), repr(value.item()).encode())
-        return _hashed(type(value).__qualname__, repr(value).encode())
+        is_long = isinstance(value, int) and value.bit_length() > 2**13  # Python writes no more than 4300 digits
+        return _hashed(type(value).__qualname__, (hex(value) if is_long else repr(value)).encode())
 
     def of_compound(self, value: Any) -> bytes:
         if isinstance(value, list | tuple):

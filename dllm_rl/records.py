@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import json
 import math
 import re
 import sys
@@ -396,6 +397,14 @@ def _main_module_name() -> str:
     except FileNotFoundError:  # the working directory has been deleted
         return Path(file).stem
     return path.name if ".." in path.parts else ".".join(path.parts)
+
+
+def without_folders(stored: Any) -> str:
+    """Return a setting that `to_json` returned as text, in which the running script stands without its folders: these
+    are relative to the working directory.
+    """
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
+    return re.sub(rf"(?<![\w.])(\w+\.)+(?={re.escape(script)}\.)", "", json.dumps(stored))
 
 
 def to_json(value: Any) -> Any:

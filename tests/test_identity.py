@@ -9,7 +9,7 @@ import sys
 import pytest
 from hash_seeds import printed_under_hash_seeds
 
-from dllm_rl.identity import digest_of_code, digest_of_value
+from dllm_rl.identity import digest_of_code, digest_of_rows, digest_of_value
 from dllm_rl.tasks import Countdown, Sudoku
 
 
@@ -130,6 +130,13 @@ def test_code_of_libraries_has_no_digest_and_an_endless_reference_ends():
     endless: list = [1]
     endless.append(endless)
     assert digest_of_value(endless) != digest_of_value([1, [1]])
+
+
+def test_integers_of_any_length_have_digests():
+    """Python writes no number of more than 4300 digits, unless it is asked for its hexadecimal ones."""
+    long = 10**5000
+    assert len({digest_of_value(value) for value in (long, -long, long + 1, hex(long))}) == 4
+    assert digest_of_rows([{"n": long}]) == digest_of_rows([{"n": 10**5000}]) != digest_of_rows([{"n": long + 1}])
 
 
 def test_digests_are_the_same_in_every_process():

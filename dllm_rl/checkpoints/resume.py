@@ -7,7 +7,7 @@ from typing import Any
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.identity import digest_of_code, digest_of_value
-from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json
+from dllm_rl.records import ADDRESS, describe_json, nearest_hint, to_json, without_folders
 from dllm_rl.settings import Settings
 
 # Fields that trade memory for time. A resume may change them, and says that numbers then differ by rounding.
@@ -119,7 +119,9 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
         )
     allowed = allowed_changes(settings)
     for name, value in settings.items():
-        if name not in MAY_CHANGE and name not in allowed and before[name] != value:
+        if name in MAY_CHANGE | allowed or before[name] == value:
+            continue
+        if without_folders(before[name]) != without_folders(value):  # the code itself is compared below
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
             remedy = f"resume with the same recipe{allow}"
             now, then = describe_json(value), describe_json(before[name])

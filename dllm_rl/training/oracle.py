@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import update_wrapper
+from reprlib import repr as quote
 from typing import Any
 
 from dllm_rl.callbacks import Callback, RunControl
@@ -17,20 +18,26 @@ from dllm_rl.monitoring.json_lines import JsonLines, json_objects
 from dllm_rl.records import Bound, describe
 from dllm_rl.tasks.datasets import RewardFunction, finite_or_none, one_per_completion
 
+MAX_BITS = 2**13  # of a number: Python reads and writes integers of up to 4300 decimal digits
+MAX_DEPTH = 32  # of lists and dicts in each other
 
-def check_json(name: str, value: Any) -> None:
+
+def check_json(name: str, value: Any, depth: int = 0) -> None:
     """Raise ValueError for an argument that JSON cannot hold exactly: two different ones would share one reward, or a
     resume would pay again for a known one.
     """
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    is_long = isinstance(value, int) and value.bit_length() > MAX_BITS
+    is_exact = not is_long and (type(value) is not float or math.isfinite(value))
+    if depth < MAX_DEPTH and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         for key, part in value.items():
-            check_json(f"{name}[{key!r}]", part)
-    elif isinstance(value, list | tuple):
+            check_json(f"{name}[{key!r}]", part, depth + 1)
+    elif depth < MAX_DEPTH and isinstance(value, list | tuple):
         for index, part in enumerate(value):
-            check_json(f"{name}[{index}]", part)
-    elif type(value) not in (str, int, float, bool, type(None)) or value in (math.inf, -math.inf) or value != value:
+            check_json(f"{name}[{index}]", part, depth + 1)
+    elif type(value) not in (str, int, float, bool, type(None)) or not is_exact:
+        shown = f"of {value.bit_length()} bits" if is_long else quote(value)
         raise ValueError(
-            f"Oracle: the column {name} has a value of type {type(value).__name__}, {value!r:.60}, and known texts are "
+            f"Oracle: the column {name} has a value of type {type(value).__name__}, {shown}, and known texts are "
             "stored as JSON: give text, numbers, lists, or dicts with keys of text, such as array.tolist()"
         )
 

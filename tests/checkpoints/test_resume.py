@@ -1,6 +1,7 @@
 """What a resume may change, and how a checkpoint of another recipe is refused."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,36 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     check_recipe(tiny_recipe(tmp_path, **again | {"num_steps": 1}), state)  # nothing is left to do
     with pytest.raises(ValueError, match="num_steps=0 is less than the checkpoint's step 1"):
         check_recipe(tiny_recipe(tmp_path, **again | {"num_steps": 0}), state)
+
+
+def schedule(step, num_steps):
+    return 1.0
+
+
+def another(step, num_steps):
+    return 0.5
+
+
+@pytest.mark.parametrize("places", [("jobs", "."), (".", "jobs"), ("jobs/sub", ".")])
+def test_a_script_may_resume_from_another_working_directory(tmp_path, monkeypatch, places):
+    """The name of a script's function is relative to it."""
+    (tmp_path / "jobs/sub").mkdir(parents=True)
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "jobs/sub/mine.py"))
+    monkeypatch.setattr(main, "__spec__", None)
+    for function in (schedule, another):
+        monkeypatch.setattr(function, "__module__", "__main__")
+    recipe = tiny_recipe("/x", num_steps=2, lr_schedule=schedule)
+    states, names = [], set()
+    for place in places:
+        monkeypatch.chdir(tmp_path / place)
+        settings = recipe.settings()
+        names.add(describe_json(settings["lr_schedule"]))
+        states.append(TrainingState(step=2, version=2, dtype="float32", recipe=settings, contents=contents_of(recipe)))
+    assert len(names) == 2 and all("mine.schedule" in name for name in names)
+    check_recipe(recipe, states[0])
+    with pytest.raises(ValueError, match=r"mine\.another.* differs from the checkpoint's .*mine\.schedule"):
+        check_recipe(replace(recipe, lr_schedule=another), states[0])
 
 
 MAY_CHANGE = {

@@ -140,6 +140,11 @@ def test_a_field_that_json_has_no_form_for_is_text():
     fields = {"day": date(2026, 1, 2), "share": math.nan, "deep": {"low": [-math.inf, 1]}, (1, 2): 3, "answer": "7"}
     stored = as_json(fields)
     assert stored == {"day": "2026-01-02", "share": "NaN", "deep": {"low": ["-Infinity", 1]}, "answer": "7"}
+    loop = []
+    loop.append(loop)
+    long = as_json(fields | {"long": 10**5000, "loop": loop, "more": [10**5000]})  # Python writes 4300 digits
+    assert int(long.pop("long"), 16) == 10**5000
+    assert long == stored | dict.fromkeys(("loop", "more"), "a list that JSON cannot hold")
 
 
 def test_a_long_text_is_shown_by_its_ends():

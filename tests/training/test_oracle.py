@@ -566,8 +566,21 @@ def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
     assert trained.weights_version == 2, "the caller's policy stays as it is"
 
 
+LONG = 10**5000  # Python writes no such number
+DEEP: list = []
+for _ in range(100):
+    DEEP = [DEEP]
+IN_ITSELF: list = []
+IN_ITSELF.append(IN_ITSELF)
+
+
 @pytest.mark.parametrize(
-    "value", [np.zeros(3), np.float32(1), float("nan"), float("inf"), {1, 2}, object(), {1: "a"}, [{"a": (b"x",)}]]
+    "value",
+    [
+        *(np.zeros(3), np.float32(1), float("nan"), float("inf"), {1, 2}, object(), {1: "a"}, [{"a": (b"x",)}]),
+        *(LONG, {"a": [-LONG]}, DEEP, IN_ITSELF),
+    ],
+    ids=lambda value: type(value).__name__,
 )
 def test_an_argument_that_json_cannot_hold_is_refused(value):
     oracle = Oracle(lambda completions, at: [0.0] * len(completions))
