@@ -35,7 +35,10 @@ from dllm_rl.models.tiny import tiny_llama, tiny_moe
 
 OWNER = "trl-internal-testing/"
 CHARACTERS = "".join(map(chr, range(32, 127)))
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% if enable_thinking is false %}(at once) {% endif %}{% endif %}"
+)
 # How many words of a line of the Zen of Python are the prompt, in the order of the lines; of later lines all but one.
 NUM_WORDS = (4, 2, 3, 1, 4, 3, 1, 4, 3, 3, 2, 6)
 SKIPPED = ("ConditionalGeneration", "Remote")  # in the names of models of images, and of remote code
@@ -57,7 +60,7 @@ def make_models(folder: Path) -> None:
     policy = tiny_llama(
         causal=False, characters=CHARACTERS, hidden_size=16, num_layers=2, max_length=1024, head_std=0.1
     )
-    policy.tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}assistant: {% endif %}"
+    policy.tokenizer.chat_template = TEMPLATE
     policy.save_pretrained(folder / "language")
     many = CHARACTERS + "".join(map(chr, range(0x4E00, 0x9FA6)))  # so many that the end token is hardly drawn
     endless = tiny_llama(causal=False, characters=many, hidden_size=16, num_layers=2, max_length=1024, head_std=0.1)
