@@ -346,7 +346,9 @@ class ServerClient(Client):
             try:
                 self._ask("POST", "/collective_rpc", call)
             except ValueError as error:
-                raise ValueError(f"{error}; does the server see {folder.parent}? Otherwise set folder") from error
+                raise ValueError(
+                    f"{error}; start the server with the run's model, and set folder if it does not see {folder.parent}"
+                ) from error
 
     def reset_prefix_cache(self) -> bool:
         return self._ask("POST", "/reset_prefix_cache")["success"]

@@ -385,7 +385,7 @@ SERVER_REFUSED = {
     "version": "has vLLM 0.33.0, and VLLMServer needs 0.32",
     "dev mode": "has no /update_weight_version; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and",
     "raw": "another distribution than the one that it samples from; start it with --logprobs-mode processed_logprobs",
-    "folder": r"/collective_rpc answers 500: .*No such file\\nor directory.*; does the server see .*unseen",
+    "folder": r"/collective_rpc answers 500: .*No such file\\nor directory.*; start the server with .*unseen$",
     "diffusion": r"VLLMServer cannot sample from diffusion_lm \(full attention\)",
 }
 
