@@ -33,6 +33,8 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 FIRST_READY = {"report_to": None, "log_completions_steps": 0, "rollout_schedule": "first_ready"}
 
 

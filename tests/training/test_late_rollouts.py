@@ -59,6 +59,8 @@ from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs, Rollout, Views
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 QUIET = {"report_to": None, "log_completions_steps": 0}
 
 

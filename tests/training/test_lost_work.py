@@ -26,6 +26,8 @@ from dllm_rl.supervised.sft import SFT
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 STEPS, FAILS = 3, 2  # the error is met in the second of three steps
 

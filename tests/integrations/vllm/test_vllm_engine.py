@@ -305,6 +305,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("engine", [Forgetful, ForgetfulServer], ids=["process", "server"])
 @pytest.mark.parametrize("found_by", LEFT_OUT)
+@pytest.mark.repeated
 def test_a_sync_that_is_left_out_stops_the_run(tmp_path, server, engine, found_by):
     where = {"url": server.url} if engine is ForgetfulServer else {}
     error, said = LEFT_OUT[found_by]
