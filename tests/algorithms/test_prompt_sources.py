@@ -24,6 +24,8 @@ from dllm_rl.step.collect import draw_group_sizes, prompt_indices
 from dllm_rl.training.trainer import train
 from dllm_rl.types import equal_groups
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def graded(*groups):
     """The rewards (B, 1) and the groups (B,) of groups of two completions, as a run has them."""

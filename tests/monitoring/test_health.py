@@ -15,6 +15,8 @@ from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 GOOD = {
     "rollout_corr/ess": 0.95,
     "off_policy/old/contribution_positive": -0.004,

@@ -18,6 +18,8 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
 

@@ -26,6 +26,8 @@ from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import RetainedGraphs, any_in_group
 from recipes.studies.surrogates import StableDRL
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 MANY = 99
 
 

@@ -28,6 +28,8 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.tasks.base import Reward
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 RATE, PROMPTS, GROUP, SHORTER = 0.5, 3, 4, 5
 A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [0.0, 0.0, 0.0, 0.0], [-1.5, 0.5, 0.75, 0.25]])
 
@@ -74,7 +76,6 @@ class Planted:
 
     def train(self):
         self.summary = train(self.recipe)
-        self.rollouts = self.rollouts[1:]  # the first is the rehearsal's
         folders = list_checkpoints(self.directory / "checkpoints")
         self.weights = [load_policy(folder).module.state_dict() for _, folder in folders]
         return metrics_of(self.directory)
@@ -304,14 +305,12 @@ def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_p
         once, sample = [], planted.recipe.sampler  # the same completions at every step: only masks can differ
 
         def same(policy, prompts, generator):
-            if policy.tokenizer and len(prompts.tokens) == GROUP:  # the rehearsal's
-                return sample(policy, prompts, generator)
             once.append(sample(policy, prompts, generator))
             return replace(once[0], weights_version=policy.weights_version)
 
         planted.recipe = replace(planted.recipe, sampler=FunctionSampler(function=same, max_new_tokens=16))
         planted.train()
-        return [noise.masked for noise in drawn[1:]]  # the first is the rehearsal's
+        return [noise.masked for noise in drawn]
 
     first, again, other = masks("a"), masks("b"), masks("c", seed=4, model=partial(tiny_masked_lm, **SIZES))
     assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -323,7 +322,7 @@ def test_the_upper_bound_is_for_negative_advantages(tmp_path, monkeypatch):
     told, adapt = [], Sandwich.with_advantages
     monkeypatch.setattr(Sandwich, "with_advantages", lambda *given: told.append(adapt(*given)) or told[-1])
     Planted(tmp_path, likelihood=Sandwich(mix=0.25)).train()
-    assert told[1].upper_bound_weight.tolist() == [0, 0.25, 0, 0.25] + [0] * 4 + [0.25, 0, 0, 0]
+    assert told[0].upper_bound_weight.tolist() == [0, 0.25, 0, 0.25] + [0] * 4 + [0.25, 0, 0, 0]
 
 
 def test_the_model_is_made_from_the_runs_seed(tmp_path):
@@ -366,7 +365,7 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     summary = planted.summary
     assert (summary["eval_before"]["reward"], summary["eval_after"]["reward"]) == (0.5, 0.5)
     assert (summary["eval_after_quantized"]["reward"], summary["eval_after_quantized"]["solve_rate"]) == (1.0, 1.0)
-    assert row["eval/reward"] == 0.5 and calls[1:] == ["learner", "learner", "learner", "quantized"]
+    assert row["eval/reward"] == 0.5 and calls == ["learner", "learner", "learner", "quantized"]
 
 
 class Worth(Ones):

@@ -28,6 +28,8 @@ from dllm_rl.callbacks import RunControl, check_callbacks, state_of
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.training import finish, hooks, trainer
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
 

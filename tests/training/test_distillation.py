@@ -26,6 +26,8 @@ from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy, teacher_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 STATE_ONLY = Unmask(max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), temperature=1.0)
 
 
@@ -332,7 +334,7 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         ({"sampler": STATE_ONLY.replace(top_k=3)}, "teacher with top_k or top_p"),
     ],
 )
-def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, changes, message):
+def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, rehearsal, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         train(taught_recipe(tmp_path / "run", teacher_substeps=2, **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "metrics.jsonl").exists()

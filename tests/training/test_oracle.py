@@ -19,6 +19,8 @@ from run_outputs import metrics_of
 from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SPECIAL = ["<eos>", "<pad>", "<mask>"]
 OPTIONS = {"num_steps": 6, "train_batch_size": 2, "num_generations": 8, "report_to": "none", "max_new_tokens": 3}
 ROWS = [{"prompt": ""}]
@@ -57,7 +59,7 @@ def started(folder, function, **settings):
     return oracle
 
 
-def test_only_training_steps_call_and_each_text_once(tmp_path):
+def test_only_training_steps_call_and_each_text_once(tmp_path, rehearsal):
     """Not the rehearsal, the evaluations before, during and after the run; unwrapped, each of them calls."""
     plain, wrapped = Counted(), Counted()
     design(tmp_path / "plain", plain, eval_steps=2)

@@ -24,6 +24,8 @@ from dllm_rl.tasks import Reward, Sudoku
 from dllm_rl.training import replay_store
 from dllm_rl.training.replay_store import Answer, ReplayStore, examples_of
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SMALL = {"min_reward": 1.0, "num_updates": 3, "batch_size": 4}
 
 
@@ -135,15 +137,14 @@ def keep(made, function):
 def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     train(recipe_of(tmp_path, num_steps=3, replay=Replay(min_reward=1.0, num_updates=4, batch_size=64)))
-    seen = spy.seen[1:]  # the first is the rehearsal's
     masks = [
         {tuple(row.tolist()): (a != b).tolist() for row, a, b in zip(tokens, tokens, visible, strict=True)}
-        for tokens, visible, _ in seen
+        for tokens, visible, _ in spy.seen
     ]
     again = [(a[row], b[row]) for i, a in enumerate(masks) for b in masks[i + 1 :] for row in a.keys() & b.keys()]
     assert len(again) > 20 and sum(a != b for a, b in again) > 0.9 * len(again)
     assert all(a != b for i, a in enumerate(spy.noise) for b in spy.noise[i + 1 :])
-    for tokens, visible, weight in seen:
+    for tokens, visible, weight in spy.seen:
         assert ((tokens != visible) == (weight > 0)).all()
         assert (weight[weight > 0] >= 1).all(), "1 / t: every token counts alike, in short answers and in long ones"
         assert not (tokens != visible)[:, :17].any(), "the prompt of 17 characters"

@@ -24,6 +24,8 @@ from dllm_rl.training.policies import check_value_model
 from dllm_rl.training.saving import load_states, state_file
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def rollout_of(policy, *, rows=6, temperature=1.0):
     prompts = Prompts.from_ids([[1, 2], [3]], pad_id=policy.pad_id, num_generations=rows // 2)
