@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import peft
 import pytest
 import torch
 import transformers
@@ -217,6 +218,29 @@ def test_transformers_opens_what_was_trained(tmp_path, family, lora):
     torch.testing.assert_close(opened, trained, rtol=0, atol=1e-4)
     assert (load_policy(base).logits(tokens, mask) - summary.policy.logits(tokens, mask)).abs().max() > 0.1
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "policy").get_vocab() == policy.tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_peft_loads_a_run_s_adapters_into_the_base_of_transformers(tmp_path):
+    """docs/export.md, "With peft"."""
+    base = checkpoint(tmp_path / "base", "dream")
+    rows = [{"prompt": text} for text in ("ab", "cd", "ef")]
+    settings = {"max_new_tokens": 4, "num_steps": 2, "warmup_steps": 0, "learning_rate": 0.1, "report_to": "none"}
+
+    def reward(completions):
+        return [float(sum(map(ord, text)) % 7) for text in completions]
+
+    summary = grpo(str(base), rows, reward, lora=Lora(r=4), output_dir=str(tmp_path / "run"), **settings)
+    load_policy(base).save_pretrained(tmp_path / "stock", stock=True)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype="float32")
+    opened = peft.PeftModel.from_pretrained(stock, f"{summary['checkpoint']}/adapter").eval()
+    tokens, mask = batch()
+    with torch.no_grad():
+        logits = opened(tokens, attention_mask=mask.long()).logits
+        trained = summary.policy.logits(tokens, mask)
+    assert summary.policy.spec.shift  # the state at t-1 predicts the token at t
+    torch.testing.assert_close(logits[:, :-1], trained[:, 1:], rtol=0, atol=1e-4)
+    assert (load_policy(base).logits(tokens, mask) - trained).abs().max() > 0.1
 
 
 def test_adapters_of_llada_bear_the_authors_names(tmp_path):
