@@ -28,7 +28,7 @@ _FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt 
 padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs
 sanitize_control_tokens"""
 # What a message may say beside its content.
-MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio")
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -187,6 +187,9 @@ def check_chat(messages: Any, name: str = "prompt") -> None:
         has_calls = content is None and message.get("tool_calls")
         if not (isinstance(content, str) or has_parts or has_calls):
             raise ValueError(f"{error}: content={_quote(content)} of message {number} is not text; give text")
+        for part in content if has_parts else ():  # a template leaves out what it does not know
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"{error}: {_quote(part)} of message {number} is not text, and only text is read")
 
 
 def _with_text(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

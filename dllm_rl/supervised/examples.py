@@ -35,6 +35,7 @@ UNSUPPORTED_COLUMNS = {
         ("system", "system_prompt", "history", "functions", "documents"),
         "put it into a message before the answer, or drop the column",
     ),
+    "suffix": "a completion between two texts is not learned; drop the column, or leave such rows out",
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),
         "the model reads only text; leave such rows out, or drop the column",

@@ -328,6 +328,16 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
             {"messages": [say("user", "1"), say("assistant", "", tool_calls=[TOOL])]},
             "^tool_calls=.* of message 1 is not read by the model's chat template; put it into the content",
         ),
+        (PAIR | {"suffix": "3"}, "^suffix='3' is not supported"),
+        (PAIR | {"completion": [say("assistant", "2", refusal="no")]}, "^refusal='no' of message 1"),
+        (
+            PAIR | {"prompt": [say("user", [{"type": "image", "image": "x"}, {"type": "text", "text": "1"}])]},
+            "{'type': 'image', 'image': 'x'} of message 0 is not text",
+        ),
+        (
+            {"messages": [say("user", "1"), say("assistant", [{"type": "refusal", "refusal": "2"}])]},
+            "of message 1 is not",
+        ),
         (PAIR | {"completion": [say("assistant", "2", reasoning_content="3")]}, "^reasoning_content='3' of message 1"),
         ({"text": float("nan")}, "^text=nan is not text"),
         ({"prompt": "1=", "completion": float("nan")}, "^completion=nan is neither text nor chat messages"),
