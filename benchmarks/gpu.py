@@ -240,7 +240,8 @@ def step(rehearse: bool, device: str) -> list[Row]:
         fields = {"torch_compile": False} if scheme == "bf16" else {"rollout_quantization": schemes.Float8Dynamic()}
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(
-                job_8b, model=made, output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1, eval_steps=0,
+                job_8b, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
+                eval_steps=0,
                 task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
                 eval_task=few, sampler=job_8b.sampler.replace(**given), eval_sampler=job_8b.sampler.replace(**given),
                 **small, **fields,
