@@ -11,6 +11,8 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.training import warmup
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()

@@ -28,6 +28,8 @@ from dllm_rl.training.prompts import check_prompts
 from dllm_rl.training.trainer import train
 from recipes.examples.sampler_at_once import AtOnce
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 DIGITS = "0123456789"
 
 

@@ -19,6 +19,8 @@ from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROW = {"step": 0, "prompt": "12", "completion": "34", "reward": 1.0, "advantage": 0.5, "mismatch": -0.25}
 ROW |= {"parts": {"parsed": 1.0}, "tokens": []}
 

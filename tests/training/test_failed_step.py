@@ -16,6 +16,8 @@ from dllm_rl.step.collect import draw_indices
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 # The recipe's grader raises on a problem that step 2 draws and no earlier one.
 DRAWN = [draw_indices(64, 4, 0, "train", step).tolist() for step in range(3)]
 HIT = next(i for i in DRAWN[2] if i not in {0, *DRAWN[0], *DRAWN[1]})
@@ -103,7 +105,7 @@ def test_a_gradient_that_is_not_finite_loses_no_step(tmp_path):
 
     calls, before = [], 10**9
     train(small(tmp_path / "counted", loss=huge, num_steps=1))
-    calls, before = [], len(calls)  # of the rehearsal and the first step
+    calls, before = [], len(calls)  # of the first step
     note = failed(tmp_path, FloatingPointError, loss=huge)
     assert "failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
 
@@ -151,7 +153,7 @@ def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_pa
     assert train(small(tmp_path, resume_from_checkpoint="latest"))["eval_after"]
 
 
-def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
+def test_what_is_no_failed_step_leaves_none(tmp_path, rehearsal, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 

@@ -12,6 +12,8 @@ from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.training.model_card import NOT_UPLOADED, card
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 
 

@@ -13,6 +13,8 @@ from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train, validate
 from dllm_rl.training.validation import evaluate_with, format_metrics, validation_interval
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
     run = start(recipe := tiny_recipe(tmp_path))
@@ -98,7 +100,7 @@ NAMED = {
 
 @pytest.mark.parametrize("named", NAMED.values(), ids=NAMED)
 @pytest.mark.repeated(first_only=True)
-def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path):
+def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path, rehearsal):
     """On validation_task: its metrics are enough, and those of eval_task or task do not count."""
 
     def of(folder, name, **tasks):

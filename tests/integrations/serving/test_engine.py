@@ -27,6 +27,8 @@ from dllm_rl.samplers.with_settings import with_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch):
