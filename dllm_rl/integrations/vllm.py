@@ -3,12 +3,13 @@
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -332,6 +333,13 @@ class ServerClient(Client):
                 f"rollout_engine: {engine.url} returns the log-probs of another distribution than the one that it "
                 "samples from; start it with --logprobs-mode processed_logprobs"
             )
+        names = self._ask("POST", "/weight_checker", {"action": "checksum"})["checksums"]
+        served, wanted = _layers(names), _layers(learner.module.state_dict())
+        if served != wanted:  # the server would keep its own weights in the others
+            raise ValueError(
+                f"rollout_engine: {engine.url} has a model of {len(served)} layers, and the run's has {len(wanted)}; "
+                "start the server with the run's model"
+            )
         self.update(learner)
 
     def get_label(self) -> str:
@@ -482,6 +490,11 @@ def _vllm() -> Any:
     if not _was_tried(vllm.__version__):
         raise ValueError(f"{wanted}, and {vllm.__version__} is installed: {install}")
     return vllm
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """Return the numbers of the layers that have weights of these names."""
+    return {found[1] for name in names if (found := re.search(r"\.(\d+)\.", name))}
 
 
 def _was_tried(version: str) -> bool:

@@ -1,13 +1,15 @@
 """Rollouts by vLLM: do runs learn as with this library's sampler, why do the log-probs differ, and what does it cost?
 
-The model is that of engines/vllm_sudoku.py, which all parts run on a CPU. The pages are docs/vllm.md.
+The model is that of engines/vllm_sudoku.py; `costs` has SmolLM2-135M, too (`pip install gguf`). All parts run on a CPU.
+The page is docs/vllm.md.
 
 runs    vLLM in bf16 with TIS, and this library's sampler in the learner's fp32: 60 steps on three seeds, paired. A
         pair has the same warm-up and the same prompts; the samplers draw different tokens from the same seeds.
 parts   mean |d| in nats a token between two ways to compute the log-probs of the same tokens, at temperature 1: of 256
         completions that vLLM sampled from the model which the first run trained. vLLM computes log-probs while it
         samples (a token at a time, from its cache), or afterwards in one pass over prompt and completion.
-costs   processor seconds of a rollout of 256 completions, of all processes, with the samplers in turn, and of a sync.
+costs   processor seconds of the stages of a step, of all processes, with the samplers in turn. Completions have 16
+        tokens and no end token, so that all samplers sample as many.
 
     python -m recipes.studies.vllm_rollouts runs parts costs        run these, then print the tables
 """
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl import Autoregress, Policy, Rollout, load_policy
+from dllm_rl import Autoregress, Causal, Policy, Rollout, load_policy
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.diagnostics.trace_check import replayed
 from dllm_rl.files import read_json, write_json
@@ -32,6 +34,7 @@ from dllm_rl.integrations.vllm import Client
 from dllm_rl.models.base import copied
 from dllm_rl.rng import generator_for
 from dllm_rl.types import Prompts
+from recipes import smollm2_arithmetic
 from recipes.engines.vllm_sudoku import recipe
 from recipes.studies.paired import markdown
 
@@ -42,7 +45,8 @@ AUTOREGRESS = Autoregress(max_new_tokens=16, temperature=1.0)
 ARMS: dict[str, dict[str, Any]] = {"vLLM": {}, "in process": {"rollout_engine": None, "sampler": AUTOREGRESS}}
 METRICS = {"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"}
 TRAINED = FOLDER / "vLLM_0" / "checkpoints" / f"step-{STEPS:06}"
-REPETITIONS = 5
+REPETITIONS = {"0.8 million": 5, "135 million": 3}  # by the model's weights
+FORMATS = ("bfloat16", "float32")
 Clock = Callable[[], float]
 
 
@@ -73,8 +77,8 @@ def runs() -> None:
             gc.collect()  # ends the run's vLLM
 
 
-def prompts_of(policy: Policy, num_prompts: int, num_generations: int) -> Prompts:
-    problems = [recipe.eval_task[index] for index in range(num_prompts)]
+def prompts_of(policy: Policy, num_prompts: int, num_generations: int, task: Any = recipe.eval_task) -> Prompts:
+    problems = [task[index] for index in range(num_prompts)]
     return encode(policy, problems, num_generations=num_generations)
 
 
@@ -104,7 +108,7 @@ def parts() -> None:
     prompts, engine = prompts_of(policy, 64, 4), recipe.rollout_engine
     assert engine is not None
     found: dict[str, Any] = {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in FORMATS:
         rollout_policy = engine.replace(dtype=dtype).load(policy)
         rollout = recipe.sampler(rollout_policy, prompts, generator_for("parts"))
         mask, client = rollout.completion_mask, rollout_policy.module.client
@@ -129,17 +133,41 @@ def processor_seconds() -> float:
 
 
 def costs() -> None:
-    """Sample the same prompts by each sampler in turn, and sync in between."""
-    policy = load_policy(str(TRAINED), dtype=torch.float32)
-    prompts, engine = prompts_of(policy, 32, 8), recipe.rollout_engine
-    assert engine is not None
-    opened = {dtype: engine.replace(dtype=dtype).load(policy) for dtype in ("bfloat16", "float32")}
+    """Run the stages of a step in turn, with each sampler."""
+    tiny = recipe.model()
+    smollm2 = load_policy(smollm2_arithmetic.weights.smollm2(), dtype=torch.float32)
+    batches = {
+        "0.8 million": (tiny, prompts_of(tiny, 32, 8)),
+        "135 million": (smollm2, prompts_of(smollm2, 2, 8, smollm2_arithmetic.recipe.eval_task)),
+    }
+    stored: dict[str, Any] = {}
+    for size, (policy, prompts) in batches.items():
+        stored[size] = {"completions": len(prompts.tokens), "seconds": costs_of(policy, prompts, REPETITIONS[size])}
+        store("costs", stored)
+        gc.collect()  # ends vLLM
+
+
+def costs_of(policy: Policy, prompts: Prompts, repetitions: int) -> dict[str, dict[str, list[float]]]:
+    policy.spec = replace(policy.spec, eos_ids=())
+    assert recipe.rollout_engine is not None
+    engine = recipe.rollout_engine.replace(max_model_len=64)
+    opened = {dtype: engine.replace(dtype=dtype).load(policy) for dtype in FORMATS}
+    rollout = AUTOREGRESS(policy, prompts, generator_for("costs"))
+    optimizer, likelihood = torch.optim.AdamW(policy.module.parameters(), lr=0.0), Causal()
+
+    def update() -> None:
+        views = likelihood.draw_views(rollout, generator_for("views"))
+        scores = likelihood.view_logprobs(policy, rollout, views, retain_graphs=True)
+        optimizer.zero_grad()
+        likelihood.combine(scores, views)[rollout.completion_mask].mean().backward()
+        optimizer.step()
+
     jobs: dict[str, Callable[[], Any]] = {"in process": lambda: AUTOREGRESS(policy, prompts, generator_for("costs"))}
     for dtype, rollout_policy in opened.items():
         jobs[f"vLLM, {dtype}"] = lambda p=rollout_policy: recipe.sampler(p, prompts, generator_for("costs"))
-    jobs["sync"] = lambda: engine.sync(policy, opened["bfloat16"])
+    jobs |= {"sync": lambda: engine.sync(policy, opened["bfloat16"]), "update": update}
     found: dict[str, dict[str, list[float]]] = {name: {"processor": [], "wall": []} for name in jobs}
-    for repetition in range(REPETITIONS + 1):
+    for repetition in range(repetitions + 1):
         for name, job in jobs.items():
             clocks: dict[str, Clock] = {"processor": processor_seconds, "wall": time.perf_counter}
             before = {kind: clock() for kind, clock in clocks.items()}
@@ -147,7 +175,7 @@ def costs() -> None:
             for kind, clock in clocks.items():
                 if repetition:  # the first one warms up
                     found[name][kind].append(round(clock() - before[kind], 4))
-    store("costs", found)
+    return found
 
 
 def shown(difference: float) -> str:
@@ -176,10 +204,16 @@ def page_tables() -> dict[str, str]:
         {"what differs": text} | {f"vLLM in {dtype}": shown(found["parts"][dtype][pair]) for dtype in found["parts"]}
         for text, pair in pairs.items()
     ]
-    costs_of = [
-        {"what": name, "processor seconds": f"{median(each['processor']):.2f}"} for name, each in found["costs"].items()
-    ]
-    return {"runs": markdown(rows), "parts": markdown(compared), "costs": markdown(costs_of)}
+    steps = []
+    for size, batch in found["costs"].items():
+        spent = {name: median(each["processor"]) for name, each in batch["seconds"].items()}
+        update, sync = spent.pop("update"), spent.pop("sync")
+        for name, rollout in spent.items():
+            stages = {"rollout": rollout, "update": update, "sync": sync if name != "in process" else 0.0}
+            stages["step"] = sum(stages.values())
+            row = {"weights": size, "completions": str(batch["completions"]), "rollouts": name}
+            steps.append(row | {stage: f"{seconds:.2f}" if seconds else "-" for stage, seconds in stages.items()})
+    return {"runs": markdown(rows), "parts": markdown(compared), "costs": markdown(steps)}
 
 
 def main() -> None:

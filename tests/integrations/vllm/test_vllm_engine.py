@@ -120,6 +120,8 @@ class Server(HTTPServer):
             return 200, {"choices": [self.choice(body["token_ids"], body["sampling_params"])]}
         if not self.dev_mode:
             return 404, {"detail": "Not Found"}
+        if path == "/weight_checker":
+            return 200, {"checksums": dict.fromkeys(self.llm.module.state_dict(), "")}
         if path == "/weight_info":
             return 200, {"weight_version": self.llm.get_weight_version()}
         if path == "/update_weight_version":
@@ -384,8 +386,9 @@ def test_what_cannot_be_opened_is_refused_in_one_line(monkeypatch, stand_in, cas
 
 SERVER_REFUSED = {
     "version": "has vLLM 0.33.0, and VLLMServer needs 0.32",
-    "dev mode": "has no /update_weight_version; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and",
+    "dev mode": "has no /weight_checker; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and",
     "raw": "another distribution than the one that it samples from; start it with --logprobs-mode processed_logprobs",
+    "layers": "has a model of 2 layers, and the run's has 1; start the server with the run's model",
     "folder": r"/collective_rpc answers 500: .*No such file\\nor directory.*; start the server with .*unseen$",
     "diffusion": r"VLLMServer cannot sample from diffusion_lm \(full attention\)",
 }
@@ -395,7 +398,11 @@ SERVER_REFUSED = {
 def test_a_server_that_cannot_be_used_is_refused_in_one_line(tmp_path, server, case):
     server.version = "0.33.0" if case == "version" else server.version
     server.dev_mode, server.is_raw = case != "dev mode", case == "raw"
-    policy, engine = learner() if case != "diffusion" else tiny_llama(**SIZES, causal=False), VLLMServer(url=server.url)
+    policy, engine = learner(), VLLMServer(url=server.url)
+    if case == "diffusion":
+        policy = tiny_llama(**SIZES, causal=False)
+    if case == "layers":
+        policy = tiny_llama(**SIZES | {"num_layers": 1}, causal=True)
     if case == "folder":
         (tmp_path / "unseen").mkdir()
         engine = engine.replace(folder=str(tmp_path / "unseen"))
