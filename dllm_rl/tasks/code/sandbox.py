@@ -151,9 +151,10 @@ SERIES: dict[str, tuple[Any, Any]] = {
 class Shared:
     """Plain data of one call as JSON, for both processes.
 
-    Plain data are None, numbers, texts, bytes, the containers of MUTABLE, tuples (named ones, too), frozensets and
-    VALUES. An object of a derived class becomes one of its plain base class. A mutable object is written once and then
-    referred to by its index, so that the reply can change the caller's objects and return them.
+    Plain data are None, numbers, texts, bytes, the containers of MUTABLE, tuples (named ones, too), frozensets,
+    Python's built-in classes and VALUES. An object of a derived class becomes one of its plain base class. A mutable
+    object is written once and then referred to by its index, so that the reply can change the caller's objects and
+    return them.
 
     Args:
         namespace: Names of the process, among which named tuples have their class.
@@ -184,6 +185,8 @@ class Shared:
             if isinstance(value, kind):
                 self._share(value)
                 return [name, self._extra(value), *self._contents(value)]
+        if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
+            return ["class", value.__name__]
         key = type(value).__module__, type(value).__name__
         if key in VALUES:
             return ["value", *key, *map(self.pack, value.__reduce__()[1])]
@@ -220,6 +223,10 @@ class Shared:
             case "namedtuple":
                 name, fields, *items = parts
                 return self._tuple_class(name, fields)._make(map(self.unpack, items))
+            case "class":
+                if not isinstance(kind := vars(builtins)[parts[0]], type):
+                    raise ValueError(f"{parts[0]} is not a class")
+                return kind
             case "value":
                 module, name, *items = parts
                 if (module, name) not in VALUES:
