@@ -17,6 +17,8 @@ from dllm_rl.step.score import token_entropy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for(tmp_path):
     seen = []

@@ -16,6 +16,8 @@ from dllm_rl.models.lora_settings import Lora
 from dllm_rl.training.trainer import train
 from recipes.sudoku_tiny_llada import recipe as base_recipe
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def recipe(directory: Path, base: Path, **fields):
     few = {"train_batch_size": 2, "num_generations": 4, "sft_warmup_steps": 0, "eval_steps": 0, "num_steps": 2}

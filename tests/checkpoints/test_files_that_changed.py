@@ -5,8 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from repetitions import slow
 
 from dllm_rl import Lora, grpo, tiny_masked_lm
+
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 ROWS = [{"prompt": f"{a}="} for a in "12345678"]
 SETTINGS = {"max_new_tokens": 2, "train_batch_size": 2, "num_generations": 2, "eval_split": 2, "report_to": "none"}
@@ -64,11 +67,11 @@ CHANGES = {
     ("of", "change"),
     [
         ("teacher", "weights"),
-        ("teacher", "config"),
-        ("teacher", "the same"),
-        ("model", "link"),
+        slow("teacher", "config"),
+        slow("teacher", "the same"),
+        slow("model", "link"),
         ("model", "end tokens"),
-        ("model", "special tokens"),
+        slow("model", "special tokens"),
         ("model", "the same"),
     ],
 )

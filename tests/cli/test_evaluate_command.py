@@ -203,8 +203,8 @@ def test_the_numbers_of_a_comparison_break_lines_and_names_do_not(compared):
 
 def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     options = words("--task sudoku --limit 6 --diffusion_steps 1,4 --temperature 1")
-    command = ("evaluate", *runs, *options, "--plot", tmp_path / "c.png", "--output_dir", tmp_path)
-    assert main(list(map(str, (*command, "--json")))) == 0
+    command = ("evaluate", *runs, *options, "--output_dir", tmp_path)
+    assert main(list(map(str, (*command, "--plot", tmp_path / "c.png", "--json")))) == 0
     printed = capsys.readouterr()
     assert "skipped" in printed.err and "step-000001" in printed.err
     found = [json.loads(line) for line in printed.out.splitlines()]

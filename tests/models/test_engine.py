@@ -22,6 +22,8 @@ from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import plan
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def held_apart(noise=0.0):
     """An engine that computes logits with weights of its own, which a sync copies."""
@@ -122,7 +124,7 @@ def test_what_an_engine_cannot_have_is_refused_in_a_line(tmp_path, changes, said
     assert "\n" not in str(error.value)
 
 
-def test_a_rehearsal_loads_the_engine_before_any_file(tmp_path):
+def test_a_rehearsal_loads_the_engine_before_any_file(tmp_path, rehearsal):
     def load(policy):
         raise ValueError("no server answers")
 

@@ -37,6 +37,8 @@ from dllm_rl.types import Batch, equal_groups
 from recipes.examples.trees import NodeAdvantages, Tree, recipe, tree
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SETTINGS = {"max_new_tokens": 2, "diffusion_steps": 2, "temperature": 1.0, "rank": RandomOrder()}
 TREE = Tree(**SETTINGS, branches=2, step=1)
 ROWS = 4  # of a group: 2 roots x 2 branches, or a flat group
