@@ -80,6 +80,18 @@ def peers() -> str:
     return markdown(rows)
 
 
+def peers_dllm() -> str:
+    """How long dllm's sampler takes, in times of ours."""
+    rows = []
+    for found in stored("peers-dllm-cpu")["rows"]:
+        row = {"denoising steps": str(found["steps"]), "vocabulary": f"{found['vocabulary']:,}"}
+        row |= {"tokens": str(found["tokens"]), "batch": str(found["batch"])}
+        rows.append(
+            row | {"rollout": f"{found['dllm / ours']:.2f}", "rollout, greedy": f"{found['dllm / ours, greedy']:.2f}"}
+        )
+    return markdown(rows)
+
+
 def peers_trl() -> str:
     """How long TRL's trainer takes, in times of ours, and the memory of both where it was measured."""
     rows, peak = [], stored("peers-trl-cpu")["peak_mib"]
@@ -132,5 +144,5 @@ def likelihoods() -> str:
 
 def page_tables() -> dict[str, str]:
     of_gpus = {"a run on a GPU": run_on_a_gpu(), "the sampler on a GPU": sampler_on_a_gpu()}
-    of_peers = {"d1": peers(), "TRL": peers_trl(), "the step and its products": limit()}
+    of_peers = {"d1": peers(), "dllm": peers_dllm(), "TRL": peers_trl(), "the step and its products": limit()}
     return of_gpus | of_peers | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}
