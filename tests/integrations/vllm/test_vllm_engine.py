@@ -111,6 +111,10 @@ class Server(HTTPServer):
     def start_vllm(self):
         self.llm = LLM(str(self.folder))
 
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
     def answer(self, path, body):
         if path == "/version":
             return 200, {"version": self.version}
@@ -187,8 +191,7 @@ def server(tmp_path):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.stop()
     thread.join()
 
 
@@ -333,21 +336,26 @@ def test_a_server_that_restarts_or_serves_another_run_is_noticed(server, before,
     assert "\n" not in str(error.value)
 
 
-def test_a_run_whose_server_restarts_saves_its_last_step_and_goes_on(tmp_path, monkeypatch, server):
+@pytest.mark.parametrize("event", ["restarts", "ends"])
+def test_a_run_whose_server_restarts_or_ends_saves_its_last_step(tmp_path, monkeypatch, server, event):
     sync = VLLMServer.sync
+    error, said = (ValueError, "the server was restarted")
+    if event == "ends":
+        error, said = (ConnectionError, "/weight_info: ConnectionRefusedError .* is a vLLM server running there")
 
-    def sync_after_a_restart(engine, learner, policy):
+    def sync_after_the_event(engine, learner, policy):
         if learner.weights_version == 2:
-            server.start_vllm()
+            server.start_vllm() if event == "restarts" else server.stop()
         return sync(engine, learner, policy)
 
     run = recipe_of(tmp_path, num_steps=3, save_steps=10, rollout_engine=VLLMServer(url=server.url))
     with monkeypatch.context() as patched:
-        patched.setattr(VLLMServer, "sync", sync_after_a_restart)
-        with pytest.raises(ValueError, match="the server was restarted"):
+        patched.setattr(VLLMServer, "sync", sync_after_the_event)
+        with pytest.raises(error, match=said):
             train(run)
     assert (tmp_path / "checkpoints" / "step-000002").is_dir()
-    assert train(replace(run, resume_from_checkpoint="latest")).policy.weights_version == 3
+    if event == "restarts":
+        assert train(replace(run, resume_from_checkpoint="latest")).policy.weights_version == 3
 
 
 def test_grpo_evaluates_the_learner_in_this_process(tmp_path):
