@@ -295,7 +295,8 @@ def test_conventions_that_cannot_be():
 def test_records_stay_together():
     """Padding and replaced rows carry the kept sets with them, of whatever width."""
     policy = tiny(is_causal=False)
-    wide, narrow = sampled(policy, top_k=5), sampled(policy, top_k=2)
+    wide = sampled(policy, top_k=5)
+    narrow = replace(sampled(policy, top_k=2), sampling_params=wide.sampling_params)
     joined = wide.replace_rows(torch.tensor([0, 1, 2]), narrow.rows(torch.arange(3)), pad_id=0)
     assert (
         torch.equal(joined.filter_support.ids[:3, :, :2], narrow.filter_support.ids[:3])
