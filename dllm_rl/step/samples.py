@@ -50,6 +50,10 @@ class Samples:
     batch_number: int = 0
 
     def __post_init__(self) -> None:
+        shape = (sum(self.counts),)
+        for name in ("group", "rewards", "advantages", "metric_weights"):
+            if (found := tuple(getattr(self, name).shape)) != shape:
+                raise ValueError(f"Samples: {name} is of shape {found}, and counts={self.counts} are {shape[0]} rows")
         if int(starts_group(self.group).sum()) > len(self.group.unique()):
             raise ValueError(
                 "Samples: rows of one group are apart, and a group is read as rows that follow each other; reorder "

@@ -244,6 +244,10 @@ def test_samples_of_several_processes_are_joined_by_rank(tmp_path):
     joined = samples(0, (2, 3)).concatenate(samples(10, (1, 2)), pad_id=0)
     assert joined.rewards.tolist() == [0, 1, 10, 2, 3, 4, 11, 12] and joined.counts == (3, 5)
     assert joined.group.tolist() == [0, 1, 5, 2, 3, 4, 6, 7] and len(joined.rollout.tokens) == 3
+    for name in ("group", "rewards", "advantages", "metric_weights"):  # one number would count for every row
+        for wrong in (getattr(joined, name)[:1], getattr(joined, name)[:, None]):
+            with pytest.raises(ValueError, match=rf"^Samples: {name} is of shape .* and counts=\(3, 5\) are 8 rows"):
+                replace(joined, **{name: wrong})
 
 
 def test_weights_and_steps_that_are_none_keep_their_meaning_when_rollouts_merge():
