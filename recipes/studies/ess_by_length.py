@@ -6,7 +6,7 @@ that of completions, of which each has one weight, the product of its tokens' ra
 two can it be, and at which length?
 
 The model is SmolLM2-135M, made a masked-diffusion model and trained on the prose of Python's documentation
-(`pydoc_data.topics` of the Python that runs this), all of it in bf16: 80 steps of supervised training on rows of some
+(`pydoc_data.topics` of the Python that runs this), all of it in bf16: 60 steps of supervised training on rows of some
 200 tokens, adapters of rank 16. A fifth of the topics is held out: prompts are pieces of 32 tokens of them, one
 completion for each, the same prompts in every cell. Completions of 16, 32, 64, 128, 256 and 512 tokens are sampled at
 temperature 1, 16 tokens a step (16 tokens are therefore one step, 512 are 32 steps) without an end token. The copy
@@ -16,7 +16,7 @@ learner in fp32. Orders are `RandomOrder` and `MaxProb`; under `MaxProb` the lea
 the copy does, of which no ratio here says anything. FP8 is measured at all lengths in both orders, bf16 in random order
 up to 256 tokens, the others at 16 and 64.
 
-"After RL" is after 16 steps of GRPO on uncorrected FP8 rollouts: 4 prompts of 8 completions of 32 tokens, at 5e-4
+"After RL" is after 12 steps of GRPO on uncorrected FP8 rollouts: 4 prompts of 8 completions of 32 tokens, at 5e-4
 (not tuned). The reward is the share of a completion's characters that are in words of the documentation.
 
 ESS is (sum of w)^2 / (N sum of w^2). That of N completions is at least 1 / N, and is too high where few large weights
@@ -164,9 +164,9 @@ SUPERVISED: SFT = replace(
     max_length=None,
     completion_length=None,
     train_batch_size=4,
-    num_steps=80,
+    num_steps=60,
     eval_steps=0,
-    save_steps=80,
+    save_steps=60,
     output_dir=str(RUNS / "sft"),
     resume_from_checkpoint="latest",
 )
@@ -185,7 +185,7 @@ RL = replace(
     corrector=NoCorrection(),
     beta=0.0,
     train_batch_size=4,
-    num_steps=16,
+    num_steps=12,
     output_dir=str(RUNS / "rl"),
     resume_from_checkpoint="latest",
 )
