@@ -132,6 +132,7 @@ def confine() -> None:
 
 _KINDS = (Counter, OrderedDict, defaultdict, dict, list, set, bytearray, deque)  # a derived class before its base
 MUTABLE: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
+CLASSES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 # Immutable classes, by module and name. `__reduce__` gives the arguments that make an equal object.
 VALUES = (
     ("builtins", "range"),
@@ -185,8 +186,9 @@ class Shared:
             if isinstance(value, kind):
                 self._share(value)
                 return [name, self._extra(value), *self._contents(value)]
-        if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
-            return ["class", value.__name__]
+        for name, kind in CLASSES.items():
+            if value is kind:
+                return ["class", name]
         key = type(value).__module__, type(value).__name__
         if key in VALUES:
             return ["value", *key, *map(self.pack, value.__reduce__()[1])]
@@ -224,9 +226,7 @@ class Shared:
                 name, fields, *items = parts
                 return self._tuple_class(name, fields)._make(map(self.unpack, items))
             case "class":
-                if not isinstance(kind := vars(builtins)[parts[0]], type):
-                    raise ValueError(f"{parts[0]} is not a class")
-                return kind
+                return CLASSES[parts[0]]
             case "value":
                 module, name, *items = parts
                 if (module, name) not in VALUES:
