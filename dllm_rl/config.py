@@ -114,8 +114,8 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
             is_alone = path in ("help", "print_config")
             value = "" if is_alone else _check_option(recipe, path, text or "", options)
             if (text, value) == ("none", "null"):  # jsonargparse would read --a.b.c=null as the text None
-                path, *names = path.split(".")
-                for name in reversed(names):
+                path, *fields = path.split(".")
+                for name in reversed(fields):
                     value = f'{{"{name}": {value}}}'
             words.append(f"--{path}" if is_alone else f"--{path}={value}")
         except ValueError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, block_ranks, position_ids
+from dllm_rl.models.cache import ColumnCache
 from dllm_rl.records import Record, option
 
 
@@ -85,6 +86,7 @@ class CachedForward:
         self.positions = position_ids(attention_mask)
         self.cached_columns = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))  # rows of `past`
+        self.column_cache: ColumnCache  # the family's object, made where nothing is stored
         self.past: list[Tensor] = []  # of `column_cache`; empty before the first forward
         # Of a block-causal model: `past` and `rows` at the block's start.
         self.block_start: tuple[list[Tensor], Tensor] | None = None
