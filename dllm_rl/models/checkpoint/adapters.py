@@ -58,8 +58,11 @@ def check_peft_config(config: Any, source: str | Path = "peft_config") -> None:
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
     for name, value in fields.items():
-        # Numbers and texts are options of settings that are themselves a flag, a dict or a list.
-        if name not in PEFT_FIELDS and (value is True or (isinstance(value, dict | list | tuple | set) and value)):
+        # Numbers and texts are options of settings that are themselves a flag (named use_...), a dict or a list.
+        is_on = value is True or (
+            bool(value) and (name.startswith("use_") or isinstance(value, dict | list | set | tuple))
+        )
+        if name not in PEFT_FIELDS and is_on:
             raise ValueError(f"{source}: {name}={value!r} is not supported; {REMEDY}")
 
 

@@ -495,6 +495,7 @@ def test_adapters_that_do_not_fit(tmp_path):
         {"rank_pattern": {"q_proj": 4}},
         {"use_rslora": True},
         {"use_dora": True},
+        {"use_dora": 1},
         {"modules_to_save": ["lm_head"]},
         {"bias": "lora_only"},
         {"lora_bias": True},
