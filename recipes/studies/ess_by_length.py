@@ -20,13 +20,14 @@ up to 256 tokens, the others at 16 and 64.
 (not tuned). The reward is the share of a completion's characters that are in words of the documentation.
 
 ESS is (sum of w)^2 / (N sum of w^2). That of N completions is at least 1 / N, and is too high where few large weights
-are rare, so that the number of them decides what it says; three other numbers stand beside it. `sd of the sum` is the
+are rare, so that the number of them decides what it says; other numbers stand beside it. `mean weight` has the mean 1
+if enough completions are drawn. `sd of the sum` is the
 standard deviation of a completion's log-weight, `Gaussian` is exp(-sd^2), which the ESS would be if this weight were
 Gaussian, and `independent` is the ESS of tokens to the power of the length, which it would be if tokens were
 independent. `mean ratio` is the ESS of the geometric mean of a completion's ratios. `largest` is the largest difference
-of a token's log-probs, and `first step` the share of the sum of their squares that the first 16 tokens have, which are
-written while all are masked. Intervals (95 %) are of a bootstrap over prompts; that of a completion ESS near 1 / N is
-too narrow.
+of a token's log-probs, `first step` the share of the sum of their squares that the first 16 tokens have, which are
+written while all are masked, and `later` the root mean square of those after it. Intervals (95 %) are of a bootstrap
+over prompts; that of a completion ESS near 1 / N is too narrow.
 
 Claims, of FP8 in both orders before RL unless they say otherwise, by the bootstrap, two-sided, with Holm's correction:
 
@@ -53,6 +54,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import exp
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import mean
@@ -272,6 +274,10 @@ def completion_ess(rows: Tensor) -> Tensor:
     return ess(rows[..., 1])
 
 
+def mean_weight(rows: Tensor) -> Tensor:
+    return rows[..., 1].exp().mean(-1)
+
+
 def mean_ratio_ess(rows: Tensor) -> Tensor:
     return ess(rows[..., 1] / rows[..., 0])
 
@@ -311,7 +317,15 @@ def shown(cell: Cell, of: Statistic) -> str:
 
 
 def small(number: float) -> str:
-    return f"{number:.2f}" if number >= 0.005 else f"{number:.0e}"
+    return f"{number:.2f}" if number >= 0.005 else "<0.005"
+
+
+def later(cell: Cell) -> str:
+    """The root mean square of d after the first step."""
+    if cell.length == TOKENS_PER_STEP:
+        return "-"
+    squares = sum(row[2] - row[5] for row in cell.rows)
+    return f"{(squares / len(cell.rows) / (cell.length - TOKENS_PER_STEP)) ** 0.5:.2f}"
 
 
 def cell_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
@@ -326,14 +340,15 @@ def cell_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
                 "N": str(len(cell.rows)),
                 "ESS of tokens": shown(cell, token_ess),
                 "ESS of completions": shown(cell, completion_ess),
-                "1 / N": small(1 / len(cell.rows)),
-                "Gaussian": small(torch.tensor(-(deviation**2)).exp().item()),
+                "mean weight": small(value(cell, mean_weight)),
+                "Gaussian": small(exp(-(deviation**2))),
                 "independent": small(tokens**cell.length),
                 "mean ratio": f"{value(cell, mean_ratio_ess):.2f}",
                 "sd of a token": f"{value(cell, token_sd):.2f}",
                 "sd of the sum": f"{deviation:.2f}",
                 "largest": f"{max(row[6] for row in cell.rows):.1f}",
                 "first step": f"{sum(row[5] for row in cell.rows) / sum(row[2] for row in cell.rows):.2f}",
+                "later": later(cell),
             }
         )
     return rows
@@ -481,7 +496,7 @@ def page_tables() -> dict[str, str]:
     cells = cells_of(stored)
     tables = {when: markdown(cell_rows([cell for cell in cells if cell.when == when])) for when in ("before", "after")}
     tables["claims"] = markdown(claim_rows(cells))
-    return tables | {"training": markdown(training_rows(stored["rl"]))} if "rl" in stored else tables
+    return tables | ({"training": markdown(training_rows(stored["rl"]))} if "rl" in stored else {})
 
 
 if __name__ == "__main__":
