@@ -420,7 +420,7 @@ def claim_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
 
 
 def training_rows(steps: Sequence[dict[str, float]]) -> list[dict[str, str]]:
-    """The RL run in four parts: the rewards of its rollouts, and their ESS, the mean over the steps."""
+    """The RL run in four parts: the rewards of its rollouts, and the ESS of their tokens, means over the steps."""
     rows = []
     for quarter in range(4):
         first, end = (len(steps) * each // 4 for each in (quarter, quarter + 1))
@@ -430,7 +430,7 @@ def training_rows(steps: Sequence[dict[str, float]]) -> list[dict[str, str]]:
                 "steps": f"{first + 1} to {end}",
                 "reward": f"{mean(step['reward'] for step in part):.3f}",
                 "ESS of tokens": f"{mean(step['rollout_corr/ess'] for step in part):.2f}",
-                "of completions": f"{mean(1 / (1 + step['rollout_corr/chi2_seq']) for step in part):.2f}",
+                "least of a step": f"{min(step['rollout_corr/ess'] for step in part):.3f}",
                 "mean abs log ratio": f"{mean(step['rollout_corr/abs_log_ratio_mean'] for step in part):.2f}",
             }
         )
