@@ -37,8 +37,7 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
     python -m recipes.studies.orders_trained --report          run nothing
     python -m recipes.studies.orders_trained --draw            README's picture of the part nvfp4: the mean curves
 
-Of the part formats, FP8's arms are whole. Its claims, which count for Holm's correction together with those of the
-other two formats, wait for these. Its runs are of a later commit than those of nvfp4, in which nothing of them changed.
+The runs of the part formats are of a later commit than those of nvfp4, in which nothing of them changed.
 
 Seven runs of a commit before rewards were in float64 (five arms of seed 0, two of seed 1) were repeated on
 the code of the others, so that all runs of the part nvfp4 are of one commit and one processor.
@@ -224,33 +223,35 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def differences_of_fp8(results: Results) -> str:
-    """What FP8 costs, and what TIS changes with it, without p: the claims' part is not whole."""
-    fp8 = "random: fp8"
-    pairs = {
-        "unquantized rollouts less FP8's": ("random: unquantized", fp8),
-        "TIS less no corrector": (f"{fp8}, tis", fp8),
-        "TIS less its permuted weights": (f"{fp8}, tis", f"{fp8}, permuted"),
-    }
+def costs(results: Results) -> str:
+    """What the rollouts of each format cost the learner, of which nothing was claimed."""
     return markdown(
         [
-            {"difference": what} | {how: interval(paired(results, a, b, learner)) for how, (learner, _) in BOTH.items()}
-            for what, (a, b) in pairs.items()
+            {"rollouts": name}
+            | {
+                how: interval(paired(results, "random: unquantized", f"random: {name}", learner))
+                for how, (learner, _) in BOTH.items()
+            }
+            for name in ("fp8", "fp8 with inputs", "int4", "nvfp4")
         ]
     )
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of orders.md, by name: the arms and the claims of the part nvfp4, and FP8's arms."""
+    """The tables of orders.md, by name: the arms and the claims of the parts nvfp4 and formats."""
     results = by_arm(read_json(STORED))
     claims = families(results)
-    fp8 = {name: arm for name, arm in STUDY.arms.items() if name.startswith("random: fp8") and "inputs" not in name}
+    arms = {
+        part: markdown(arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS), ("arm", *COLUMNS, "ess"))
+        for part in ("nvfp4", "formats")
+    }
     return {
-        "arms of FP8": markdown(arm_rows(replace(STUDY, arms=fp8), results, COLUMNS), ("arm", *COLUMNS, "ess")),
-        "differences of FP8": differences_of_fp8(results),
-        "arms": markdown(arm_rows(replace(STUDY, arms=PARTS["nvfp4"]), results, COLUMNS), ("arm", *COLUMNS, "ess")),
+        "arms": arms["nvfp4"],
         "claims": markdown(claimed_rows(claims["nvfp4, the learner"])),
         "claims of the copy": markdown(claimed_rows(claims["nvfp4, the copy"])),
+        "arms of formats": arms["formats"],
+        "costs of formats": costs(results),
+        "claims of formats": markdown(claimed_rows(claims["formats"])),
     }
 
 

@@ -61,8 +61,10 @@ def cases() -> list[Case]:
     of_sums["aligned forward"] = "int4, aligned"
     return [
         Case("FP8", "Sudoku", short, own, "random: fp8", sudoku("fp8")),
+        Case("FP8, inputs too", "Sudoku", short, own, "random: fp8 with inputs", sudoku("fp8 with inputs")),
         Case("FP8", "sums", sums, mine, "FP8"),
-        Case("NVFP4", "Sudoku (the main job)", short, own, "random: nvfp4", sudoku("nvfp4")),
+        Case("NVFP4", "Sudoku, the main job", short, own, "random: nvfp4", sudoku("nvfp4")),
+        Case("INT4", "Sudoku", short, own, "random: int4", sudoku("int4")),
         Case("INT4", "Sudoku, longer", long, own, "random: int4", int4),
         Case(
             "INT4",
