@@ -219,9 +219,9 @@ def plan() -> list[Cell]:
     cells += [Cell("before", name, "random", length) for length in (16, 64) for name in FORMATS]
     cells += [Cell("after", "FP8", order, length) for length in (16, 64, 128) for order in orders]
     cells += [Cell("before", "FP8", order, 256) for order in orders]
+    cells += [Cell("before", "FP8", order, 512) for order in orders]
     cells += [Cell("before", "bf16", "random", length) for length in (32, 128, 256)]
     cells += [Cell("before", name, "MaxProb", 64) for name in FORMATS]
-    cells += [Cell("before", "FP8", order, 512) for order in orders]
     return list({cell.key: cell for cell in cells}.values())
 
 
