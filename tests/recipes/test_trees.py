@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +41,15 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 SETTINGS = {"max_new_tokens": 2, "diffusion_steps": 2, "temperature": 1.0, "rank": RandomOrder()}
 TREE = Tree(**SETTINGS, branches=2, step=1)
 ROWS = 4  # of a group: 2 roots x 2 branches, or a flat group
-CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
+
+
+class Context:
+    """What a feature reads of a step's context. The accelerator is made anew: other tests reset accelerate's state."""
+
+    accelerator = property(lambda self: Accelerator(cpu=True))
+
+
+CONTEXT = Context()
 
 
 class Toy:

@@ -36,7 +36,13 @@ def views_of(rollout, num_segments=None):
     return Trajectory(num_segments=num_segments).draw_views(rollout, generator_for(1))
 
 
-CONTEXT = SimpleNamespace(accelerator=Accelerator(cpu=True))
+class Context:
+    """What a feature reads of a step's context. The accelerator is made anew: other tests reset accelerate's state."""
+
+    accelerator = property(lambda self: Accelerator(cpu=True))
+
+
+CONTEXT = Context()
 OPTIMIZER = None  # the head has its own
 
 
@@ -64,7 +70,9 @@ def test_a_completion_without_a_reward_has_no_advantage_and_teaches_nothing():
     policy = tiny_masked_lm(**SIZES)
     rollout = rollout_of(policy)
     target = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 0.0])
-    context = SimpleNamespace(**vars(CONTEXT), policy=policy, settings=SimpleNamespace(micro_batch_size=None))
+    context = SimpleNamespace(
+        accelerator=CONTEXT.accelerator, policy=policy, settings=SimpleNamespace(micro_batch_size=None)
+    )
 
     def after_three_steps(rows, rewards):  # after the first, the values of the zero-initialized head are not 0
         head, part = ValueHead(ValueModel(), seed=0), rollout.rows(rows)
