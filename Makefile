@@ -1,7 +1,7 @@
 # What one runs by hand; the virtual environment is made as README says.
 PYTHON = .venv/bin/python
 
-# 7 processor minutes, without a network.
+# 8 processor minutes, without a network.
 test:
 	$(PYTHON) -m pytest
 
