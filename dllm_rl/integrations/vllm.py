@@ -1,6 +1,5 @@
 """Rollout engines that sample from autoregressive models with vLLM: `pip install -e ".[vllm]"`."""
 
-import http.client
 import json
 import os
 import re
@@ -17,11 +16,11 @@ from importlib.util import find_spec
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 from torch import Generator, Tensor
 
+from dllm_rl.integrations.http_request import check_url, request
 from dllm_rl.models.base import Policy
 from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
 from dllm_rl.records import option
@@ -107,9 +106,7 @@ class VLLMServer(RolloutEngine):
     gives_logits = False
 
     def check(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={self.url!r} is not the address of a server; give http://HOST:PORT")
+        check_url(self.url)
 
     def load(self, learner: Policy) -> Policy:
         """Give the server the learner's weights. Return the rollout policy that `VLLMSampler` needs."""
@@ -381,29 +378,22 @@ class ServerClient(Client):
             ValueError: The server refuses.
             ConnectionError: The server is not reachable, or does not respond in time.
         """
-        url = self.engine.url
-        parts = urlsplit(url)
-        connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = connection_type(parts.hostname or "", parts.port, timeout=self.engine.timeout)
-        data = None if body is None else json.dumps(body)
-        try:
-            connection.request(method, parts.path.rstrip("/") + path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            text = response.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(
-                f"rollout_engine: {url}{path}: {type(error).__name__} {error}; is a vLLM server running there?"
-            ) from error
-        finally:
-            connection.close()
-        if response.status == 404:
+        url, timeout = self.engine.url, self.engine.timeout
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        status, answer = request(url, path, data, headers, timeout=timeout, program="a vLLM server", method=method)
+        text = answer.decode(errors="replace")
+        if status == 404:
             raise ValueError(
                 f"rollout_engine: {url} has no {path}; start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, and "
                 "with --tokens-only"
             )
-        if response.status != 200:
-            raise ValueError(f"rollout_engine: {url}{path} answers {response.status}: {' '.join(text.split())[:300]}")
-        return json.loads(text)
+        if status != 200:
+            raise ValueError(f"rollout_engine: {url}{path} answers {status}: {' '.join(text.split())[:300]}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ValueError(f"rollout_engine: {url}{path} answers no JSON; is a vLLM server running there?") from None
 
 
 class VLLMSampler(Autoregress):

@@ -1,6 +1,5 @@
 """A rollout engine that sends weights to a server (`dllm-rl serve MODEL --allow_updates`) and samples there."""
 
-import http.client
 import json
 import os
 import secrets
@@ -8,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from dllm_rl.integrations.http_request import request
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import adapted_layers, merged_state_dict
 from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
@@ -99,26 +98,12 @@ class Client:
             ValueError: The server refuses.
             ConnectionError: The server is not reachable, or does not respond in time.
         """
-        url = self.engine.url
-        parts = urlsplit(url)
-        connection_types = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        if parts.scheme not in connection_types or not parts.hostname:
-            raise ValueError(f"url={url!r} is not the address of a server; give http://HOST:PORT")
-        connection = connection_types[parts.scheme](parts.hostname, parts.port, timeout=self.engine.timeout)
+        url, timeout = self.engine.url, self.engine.timeout
         body = serialize(tensors, {"run": self.run, "weights_version": self.weights_version} | header)
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/octet-stream"}
-        try:
-            connection.request("POST", parts.path.rstrip("/") + path, body, headers)
-            response = connection.getresponse()
-            data = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(
-                f"rollout_engine: {url}{path}: {type(error).__name__} {error}; is `dllm-rl serve` running there?"
-            ) from error
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise ValueError(f"rollout_engine: {url}{path} answers {response.status}: {_error_message(data)}")
+        status, data = request(url, path, body, headers, timeout=timeout, program="`dllm-rl serve`")
+        if status != 200:
+            raise ValueError(f"rollout_engine: {url}{path} answers {status}: {_error_message(data)}")
         return deserialize(data)
 
     def logits(

@@ -419,6 +419,17 @@ def test_a_server_that_cannot_be_used_is_refused_in_one_line(tmp_path, server, c
     assert "\n" not in str(error.value)
 
 
+def test_a_server_of_pages_is_refused_in_one_line(server, monkeypatch):
+    def page(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"<html>\n")
+
+    monkeypatch.setattr(Handler, "do_GET", page)
+    with pytest.raises(ValueError, match=f"^rollout_engine: {server.url}/version answers no JSON; is a vLLM server"):
+        VLLMServer(url=server.url).load(learner())
+
+
 def test_a_server_that_is_not_there_is_refused_before_the_run(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
