@@ -401,10 +401,12 @@ def _main_module_name() -> str:
 
 def without_folders(stored: Any) -> str:
     """Return a setting that `to_json` returned as text, in which the running script stands without its folders: these
-    are relative to the working directory.
+    are relative to the working directory. Only the script's own folders are left out, not those of another module.
     """
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
-    return re.sub(rf"(?<![\w.])(\w+\.)+(?={re.escape(script)}\.)", "", json.dumps(stored))
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").resolve()
+    folders = script.parts[1:-1]
+    relative = "|".join(re.escape(".".join(folders[i:])) for i in range(len(folders)))
+    return re.sub(rf"(?<![\w.])(?:{relative})\.(?={re.escape(script.stem)}\.)", "", json.dumps(stored))
 
 
 def to_json(value: Any) -> Any:

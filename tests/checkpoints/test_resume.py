@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sft_toys import tiny_sft
@@ -15,7 +16,7 @@ from dllm_rl.algorithms.optimizers import ConstantRate, CosineWithWarmup, Linear
 from dllm_rl.checkpoints.resume import check_recipe, contents_of, default_settings
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
-from dllm_rl.records import describe, describe_json, to_json
+from dllm_rl.records import describe, describe_json, to_json, without_folders
 from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.datasets import task_from_dataset
@@ -69,6 +70,15 @@ def test_a_script_may_resume_from_another_working_directory(tmp_path, monkeypatc
     check_recipe(recipe, states[0])
     with pytest.raises(ValueError, match=r"mine\.another.* differs from the checkpoint's .*mine\.schedule"):
         check_recipe(replace(recipe, lr_schedule=another), states[0])
+
+
+@pytest.mark.parametrize("place", ["jobs/sub", "jobs", "."])
+def test_only_the_folders_of_the_script_are_left_out_of_a_name(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "jobs/sub/mine.py"), raising=False)
+    relative = ".".join((*Path("jobs/sub").relative_to(place).parts, "mine.f"))
+    assert without_folders({"x": [relative]}) == without_folders({"x": ["mine.f"]})
+    for other in ("elsewhere.mine.f", "subs.mine.f", "jobs.mine.f", "mine.sub.f"):
+        assert without_folders(other) == f'"{other}"'
 
 
 MAY_CHANGE = {
