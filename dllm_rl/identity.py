@@ -21,6 +21,7 @@ from pickle import PicklingError
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+MAX_BITS = 2**13  # of an integer that is written as text: Python writes no more than 4300 decimal digits
 THREADS = 4  # hashlib releases the interpreter's lock
 # Methods of containers that change them: what a function changes is its state, and no setting.
 _CHANGING_METHODS = {
@@ -150,7 +151,7 @@ class _Digest:
             return _hashed("text", value.encode("utf-8", "surrogatepass"))
         if hasattr(value, "dtype"):  # a number of NumPy, which is told apart from Python's by its dtype
             return _hashed(str(value.dtype), repr(value.item()).encode())
-        is_long = isinstance(value, int) and value.bit_length() > 2**13  # Python writes no more than 4300 digits
+        is_long = isinstance(value, int) and value.bit_length() > MAX_BITS
         return _hashed(type(value).__qualname__, (hex(value) if is_long else repr(value)).encode())
 
     def of_compound(self, value: Any) -> bytes:

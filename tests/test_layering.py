@@ -60,8 +60,8 @@ MAY_IMPORT = {
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",
     # floor 7
     "presets": "screen records algorithms models likelihoods samplers recipe",
-    "training": "device files manifest rng screen records versions types tasks algorithms callbacks distributed "
-    "models decoding quantization likelihoods samplers monitoring checkpoints recipe "
+    "training": "device files identity manifest rng screen records versions types tasks algorithms callbacks "
+    "distributed models decoding quantization likelihoods samplers monitoring checkpoints recipe "
     "diagnostics evaluation step supervised",
     # floor 8
     "config": "screen records recipe presets ",

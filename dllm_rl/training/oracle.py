@@ -14,11 +14,11 @@ from typing import Any
 from dllm_rl.callbacks import Callback, RunControl
 from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import write_text
+from dllm_rl.identity import MAX_BITS
 from dllm_rl.monitoring.json_lines import JsonLines, json_objects
 from dllm_rl.records import Bound, describe
 from dllm_rl.tasks.datasets import RewardFunction, finite_or_none, one_per_completion
 
-MAX_BITS = 2**13  # of a number: Python reads and writes integers of up to 4300 decimal digits
 MAX_DEPTH = 32  # of lists and dicts in each other
 
 

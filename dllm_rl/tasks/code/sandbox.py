@@ -186,9 +186,8 @@ class Shared:
             if isinstance(value, kind):
                 self._share(value)
                 return [name, self._extra(value), *self._contents(value)]
-        for name, kind in CLASSES.items():
-            if value is kind:
-                return ["class", name]
+        if type(value) is type and CLASSES.get(value.__name__) is value:
+            return ["class", value.__name__]
         key = type(value).__module__, type(value).__name__
         if key in VALUES:
             return ["value", *key, *map(self.pack, value.__reduce__()[1])]
