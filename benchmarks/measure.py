@@ -1,5 +1,6 @@
 """Seconds and peak memory of a function, each arm in a process of its own so that no arm inherits another's memory."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -194,3 +195,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def peer_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a comparison with another project's code; `repeats` is 1 with --smoke."""
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
+    parser.add_argument("--json", help="where to write the numbers")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.repeats = 1
+    return arguments
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> str:
+    """The table of a comparison without its seconds (columns whose name ends with ", s")."""
+    return table([{name: each for name, each in row.items() if not name.endswith(", s")} for row in rows])

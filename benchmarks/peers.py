@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from benchmarks.measure import fastest, machine, table, write_json
+from benchmarks.measure import fastest, machine, peer_arguments, ratios_of, write_json
 from benchmarks.sampler import Shape, random_policy
 from benchmarks.update import advantages_of, step
 from dllm_rl.likelihoods.estimators import OneStep
@@ -212,17 +212,14 @@ def compared(shape: Shape, trainer_class: type, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d1", required=True, help="checkout of github.com/dllm-reasoning/d1")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
-    parser.add_argument("--json", help="where to write the numbers")
-    arguments = parser.parse_args()
+    arguments = peer_arguments(parser)
     torch.set_num_threads(1)
     trainer_class = d1_trainer_class(arguments.d1)
-    repeats, rows = 1 if arguments.smoke else arguments.repeats, []
+    repeats, rows = arguments.repeats, []
     for shape in SMOKE if arguments.smoke else SHAPES:
         rows.append(compared(shape, trainer_class, repeats))
         print(rows[-1], flush=True)
-    print(table([{name: each for name, each in row.items() if not name.endswith(", s")} for row in rows]))
+    print(ratios_of(rows))
     facts = {k: str(v) for k, v in vars(BASE).items() if k in ("layers", "hidden", "heads", "intermediate", "block")}
     write_json(arguments.json, {"machine": machine("cpu"), "repeats": repeats, "shape": facts, "rows": rows})
 

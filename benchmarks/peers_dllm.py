@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import fastest, machine, table, write_json
+from benchmarks.measure import fastest, machine, peer_arguments, ratios_of, write_json
 from benchmarks.peers import BASE, SMOKE, TEMPERATURE, OneModel
 
 CHANGES: list[dict[str, int]] = [
@@ -86,17 +86,14 @@ def compared(shape: Any, sampler_class: type, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dllm", required=True, help="checkout of github.com/ZHZisZZ/dllm")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
-    parser.add_argument("--json", help="where to write the numbers")
-    arguments = parser.parse_args()
+    arguments = peer_arguments(parser)
     torch.set_num_threads(1)
     sampler_class = dllm_sampler_class(arguments.dllm)
-    repeats, rows = 1 if arguments.smoke else arguments.repeats, []
+    repeats, rows = arguments.repeats, []
     for shape in SMOKE if arguments.smoke else [replace(BASE, **change) for change in CHANGES]:
         rows.append(compared(shape, sampler_class, repeats))
         print(rows[-1], flush=True)
-    print(table([{name: each for name, each in row.items() if not name.endswith(", s")} for row in rows]))
+    print(ratios_of(rows))
     write_json(arguments.json, {"machine": machine("cpu"), "repeats": repeats, "rows": rows})
 
 

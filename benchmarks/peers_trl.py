@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.measure import machine, peak_above, peak_in_fresh_process, table, write_json
+from benchmarks.measure import machine, peak_above, peak_in_fresh_process, peer_arguments, ratios_of, write_json
 from dllm_rl import Autoregress, Causal
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.policy import make_policy
@@ -208,18 +208,15 @@ def compared(*, sizes: Size, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
-    parser.add_argument("--json", help="where to write the numbers")
-    arguments = parser.parse_args()
+    arguments = peer_arguments(parser)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows = []
     for sizes in SMOKE if arguments.smoke else SIZES:
-        rows.append(compared(sizes=sizes, repeats=1 if arguments.smoke else arguments.repeats))
+        rows.append(compared(sizes=sizes, repeats=arguments.repeats))
         del rows[-1]["peak_mib"]  # of the heap
         print(rows[-1], flush=True)
     peaks = peak_in_fresh_process(compared, sizes=sizes)
-    print(table([{name: each for name, each in row.items() if not name.endswith(", s")} for row in rows]), peaks)
+    print(ratios_of(rows), peaks)
     about = {"machine": machine("cpu"), "repeats": arguments.repeats}
     write_json(arguments.json, about | {"rows": rows, "peak_mib": asdict(sizes) | peaks})
 

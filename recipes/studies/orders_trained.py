@@ -35,7 +35,7 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
 
     python -m recipes.studies.orders_trained [--parts nvfp4]   run what is missing, orders_trained.json, the tables
     python -m recipes.studies.orders_trained --report          run nothing
-    python -m recipes.studies.orders_trained --draw            README's picture of the part nvfp4: the mean curves
+    python -m recipes.studies.orders_trained --draw            the mean curves of the part nvfp4 (orders.md)
 
 The runs of the part formats are of a later commit than those of nvfp4, in which nothing of them changed.
 
@@ -48,7 +48,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ from recipes.studies.paired import (
     arm_rows,
     by_arm,
     claimed_rows,
+    half_width,
     interval,
     keep,
     load,
@@ -86,7 +87,6 @@ from recipes.studies.paired import (
     restore_runs,
     result_path,
     run_missing,
-    student_t,
     train_one,
 )
 from recipes.sudoku_unique import recipe
@@ -307,7 +307,7 @@ def draw(path: Path) -> None:
         for offset, marker, (how, (column, _)) in zip((-0.12, 0.12), "os", BOTH.items(), strict=True):
             for place, (arm, (_, color)) in enumerate(COMPARED.items()):
                 apart = paired(results, arm, "random: unquantized", column)
-                half = student_t(len(apart)) * stdev(apart) / len(apart) ** 0.5
+                half = half_width(apart)
                 style = {"marker": marker, "color": color, "markerfacecolor": color if marker == "o" else "white"}
                 after.errorbar([place + offset], [mean(apart)], [half], **style, capsize=3)
             after.plot(

@@ -199,12 +199,16 @@ def student_t(n: int) -> float:
     return round(degrees**0.5 * tan(low), 3)
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean (Student's t)."""
+    return student_t(len(values)) * stdev(values) / len(values) ** 0.5
+
+
 def interval(values: Sequence[float], digits: int = 3) -> str:
     """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
     if len(values) < 2:
         return f"{mean(values):.{digits}f}"
-    half = student_t(len(values)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.{digits}f}±{half:.{digits}f}"
+    return f"{mean(values):.{digits}f}±{half_width(values):.{digits}f}"
 
 
 def share(results: Results, arm: str, against: str, whole: str) -> str:

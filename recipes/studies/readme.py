@@ -1,4 +1,4 @@
-"""The tables and the picture of the README, and the README's table again for a page of the studies.
+"""The picture of the README, and the tables of quantized_rollouts.md, which has the picture, too.
 
 python -m recipes.studies --write        the tables, from the stored results of the studies
 python -m recipes.studies.readme         the picture
@@ -7,7 +7,7 @@ python -m recipes.studies.readme         the picture
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from textwrap import fill
 from typing import Any
 
@@ -15,7 +15,7 @@ from dllm_rl.files import read_json, replacing
 from dllm_rl.monitoring.plots import default_style
 from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
-from recipes.studies.paired import Results, by_arm, interval, markdown, paired, student_t
+from recipes.studies.paired import Results, by_arm, half_width, interval, markdown, paired
 
 PICTURE = Path(__file__).with_suffix(".png")
 FORMATS = ("FP8", "INT4", "NVFP4")
@@ -35,9 +35,10 @@ class Case:
     copy: str
     task: str
     results: Results
-    best: str  # the arm that trains on the rollouts of the model itself
+    best: str  # the arm whose rollouts are the best, usually those of the model itself
     plain: str  # the arm without a correction
     corrected: Mapping[str, str] = field(default_factory=dict)  # by correction its arm
+    zero: str = ""  # of the picture: what `best` is, if it is not rollouts of the model itself
 
     def gain(self, column: str, correction: str, over: str = "none") -> str:
         arm, other = ({"none": self.plain, **self.corrected}.get(name) for name in (correction, over))
@@ -75,7 +76,7 @@ def cases() -> list[Case]:
             {"TIS": "max_prob: int4, tis"},
         ),
         Case("INT4", "sums", sums, mine, "int4", of_sums),
-        Case("FP8, four updates old", "Sudoku, `MaxProb`", late, "lag 0", "lag 4", of_lag),
+        Case("FP8, four updates old", "Sudoku, `MaxProb`", late, "lag 0", "lag 4", of_lag, "\n(0: new FP8)"),
     ]
 
 
@@ -100,9 +101,9 @@ def training(column: str) -> str:
     return markdown(rows)
 
 
-def estimate(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half-width of its 95 % interval (Student's t)."""
-    return mean(values), student_t(len(values)) * stdev(values) / len(values) ** 0.5
+def point(axis: Any, place: float, values: Sequence[float], style: str) -> None:
+    """Draw the mean and its 95 % interval."""
+    axis.errorbar([place], [mean(values)], [half_width(values)], linestyle="", capsize=3, **STYLES[style])
 
 
 def draw(path: Path) -> None:
@@ -116,8 +117,7 @@ def draw(path: Path) -> None:
         places = {(order, copy): 4 * i + j for i, order in enumerate(ORDERS) for j, copy in enumerate(FORMATS)}
         for shift, weights, name in ((-0.14, "none", "none"), (0.14, "tis", "TIS")):
             for (order, copy), place in places.items():
-                center, half = estimate([bias(model, order, copy, weights) for model in models])
-                exact.errorbar([place + shift], [center], [half], linestyle="", capsize=3, **STYLES[name])
+                point(exact, place + shift, [bias(model, order, copy, weights) for model in models], name)
         labels = {
             place: f"{copy}\n\n{ORDERS[order]}" if copy == "INT4" else copy for (order, copy), place in places.items()
         }
@@ -129,12 +129,10 @@ def draw(path: Path) -> None:
         for place, case in enumerate(rows):
             arms = {"none": case.plain} | {name: arm for name, arm in case.corrected.items() if name in STYLES}
             for index, (name, arm) in enumerate(arms.items()):
-                center, half = estimate(paired(case.results, arm, case.best))
                 shift = 0.2 * (index - (len(arms) - 1) / 2)
-                after.errorbar([place + shift], [center], [half], linestyle="", capsize=3, **STYLES[name])
+                point(after, place + shift, paired(case.results, arm, case.best), name)
         after.axhline(0, color="black", linewidth=0.8)
-        names = [f"{fill(case.copy, 11)}\n{fill(case.task, 11)}".replace("`", "") for case in rows]
-        names[-1] += "\n(0: new FP8)"
+        names = [f"{fill(case.copy, 11)}\n{fill(case.task, 11)}{case.zero}".replace("`", "") for case in rows]
         after.set_xticks(range(len(rows)), names, fontsize=8)
         after.set(
             title="Held-out problems solved after training", ylabel="share, minus that of training on own rollouts"
