@@ -20,7 +20,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.step.context import StepContext, StepFeature, overrides
 from dllm_rl.step.samples import Samples
-from dllm_rl.step.settings import StepSettings
+from dllm_rl.step.settings import MEASURE_STEPS, StepSettings
 from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
 
 
@@ -32,6 +32,7 @@ class ScoredSamples:
         samples: The samples, after load balancing.
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
         order_agreement: (sum, count) pairs of this process: how often the learner commits the rollout's positions.
+            Empty in a step that does not measure it.
         routing_counts: Choices of experts in this process (`routing_counts`). None: no experts are compared.
         graphs: Graphs of the first set's forwards, for the first update. None (default): the update runs them again.
     """
@@ -71,7 +72,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
     order: SumsAndCounts = {}
     routing = None
-    if not context.learner_samples:
+    if not context.learner_samples and step % MEASURE_STEPS == 0:  # from the first batch, whose scoring is rehearsed
         # Importance weights do not correct a different order of positions, or different experts. Compare before
         # `score`, which may retain graphs: their memory and this comparison's would add up.
         with join_uneven_forwards(context.policy):  # both run the learner, which may be sharded

@@ -17,7 +17,7 @@ from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.settings import Settings
 from dllm_rl.tasks.base import Task
 
-DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
+MEASURE_STEPS = 5  # steps from one measurement to the next of the metrics that take forwards of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,5 +218,5 @@ class StepSettings(Settings):
             max_staleness=self.max_staleness,
             # Not with an aligned forward: the extra forward of the measurement would quantize the updated weights, and
             # the next `quantization/codes_changed` would count no change.
-            measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
+            measure=(step + 1) % MEASURE_STEPS == 0 and not self.corrector.align_forward,
         )

@@ -105,7 +105,7 @@ def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_pa
         True,
         False,
     ]
-    monkeypatch.setattr("dllm_rl.step.settings.DIRECTION_STEPS", 1)
+    monkeypatch.setattr("dllm_rl.step.settings.MEASURE_STEPS", 1)
     rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
 
     def right(completions, answer, **columns):

@@ -14,13 +14,13 @@ NAMES = {"rollout_corr/order_agreement", "rollout_corr/order_agreement_rows"}
 
 def one_step(directory, rank, **changes):
     sampler = Unmask(max_new_tokens=16, diffusion_steps=2, temperature=1.0, rank=rank)
-    train(tiny_recipe(directory, sampler=sampler, num_steps=1, **changes))
-    (row,) = metrics_of(directory)
-    return row
+    train(tiny_recipe(directory, sampler=sampler, **{"num_steps": 1, **changes}))
+    return metrics_of(directory)[0]
 
 
 def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path):
-    row = one_step(tmp_path / "a", MaxProb(), rollout_quantization=five_level_emulated)
+    row = one_step(tmp_path / "a", MaxProb(), rollout_quantization=five_level_emulated, num_steps=2)
+    assert NAMES.isdisjoint(metrics_of(tmp_path / "a")[1]), "it takes a forward: every fifth step, from the first"
     assert 0 < row["rollout_corr/order_agreement"] < 1 and row["rollout_corr/order_agreement_rows"] < 1
     for i, (rank, scheme) in enumerate(
         ((RandomOrder(), five_level_emulated), (Confidence(), five_level_emulated), (MaxProb(), None))

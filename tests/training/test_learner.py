@@ -99,7 +99,7 @@ class Suppressed(Unmask):
 @pytest.mark.repeated
 def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch, likelihood):
     """Its log-prob is -inf before and after the update, whose direction is measured in each step here."""
-    monkeypatch.setattr("dllm_rl.step.settings.DIRECTION_STEPS", 1)
+    monkeypatch.setattr("dllm_rl.step.settings.MEASURE_STEPS", 1)
     sampler = Suppressed(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=Confidence(), suppress=(0, 2))
     changes = {"sampler": sampler, "corrector": NoCorrection(), "rollout_quantization": None}
     train(tiny_recipe(tmp_path, likelihood=likelihood, num_steps=2, **changes))
