@@ -228,9 +228,13 @@ def time_lines(step: PlannedStep) -> list[str]:
     num_steps = step.recipe.num_steps
     hours = num_steps * sum(seconds.values()) / 3600
     return [
-        "time of a step on an H100 or H200, estimated from the step's matrix products, at the percentage "
-        f"below of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, or from {HOST_SECONDS * 1e6:.0f} us of host time per linear layer "
-        "if that takes longer",
-        *(f"  {name:15}  {seconds[name]:8.1f} s at {share:.0%}" for name, share in shares.items()),
-        f"  {'run':15}  {hours:8.1f} h for num_steps={num_steps}, without evaluations, saves and waiting times",
+        "time of a step on an H100 or H200, estimated from the step's matrix products, or from "
+        f"{HOST_SECONDS * 1e6:.0f} us of host time per linear layer if that takes longer",
+        *(
+            f"  {name:15}  {seconds[name]:8.1f} s at {share:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s"
+            f"{': the log-probabilities of the completions before the update' * (name == 'scoring')}"
+            for name, share in shares.items()
+        ),
+        f"  {'run':15}  {hours:8.1f} h for num_steps={num_steps}, without rewards, evaluations, saves and waiting "
+        "times",
     ]
