@@ -75,6 +75,7 @@ spec = FamilySpec(
     vocab_size=len(tokenizer),
     mask_id=tokenizer.mask_token_id,
     eos_ids=(tokenizer.eos_token_id,),
+    max_length=64,
     encode=encode,
     head=lambda module, states: module.head(states),
     new_cache=LatentCache,

@@ -53,6 +53,7 @@ def mine(seed=0):
         vocab_size=len(tokenizer),
         mask_id=tokenizer.mask_token_id,
         eos_ids=(tokenizer.eos_token_id,),
+        max_length=64,  # the positions of `place`
         encode=lambda module, tokens, attention_mask, positions: module.states(tokens, attention_mask, positions),
         head=lambda module, states: module.head(states),
         lora_targets=("qkv", "out", "up", "down"),

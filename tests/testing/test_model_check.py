@@ -288,6 +288,20 @@ def test_a_failed_section_hides_no_other_and_an_interrupt_keeps_what_is_known(tr
     assert sections[1]["numbers"]["error"] == "OutOfMemoryError" and "/home" not in output.read_text()
 
 
+def test_a_module_with_fewer_positions_than_its_spec_says_fails_in_its_section_alone(monkeypatch):
+    monkeypatch.setattr(subject, "NEW_TOKENS", 40)
+
+    def make():
+        policy = own_policy()
+        policy.spec = replace(policy.spec, max_length=None)  # the module has 40, and a prompt takes 8
+        return policy
+
+    lines = []
+    results = check_model(make, ("sampler", "resume"), say=lines.append)
+    assert [each.finding.verdict for each in results] == ["ok", "wrong", "ok"]
+    assert any("compare vocab_size and max_length of its spec" in line for line in lines)
+
+
 def test_names_of_ones_own_code_stay_out_of_the_report(tmp_path):
     output = tmp_path / "report.json"
     check_model(

@@ -34,7 +34,7 @@ SECTIONS: dict[str, Callable[[Subject], Finding]] = {
     "resume": resume_section,
 }
 # What a model, a device or a disk may raise. Other errors are faults of the library and end the command.
-ERRORS = (ValueError, RuntimeError, OSError, ArithmeticError, ImportError)
+ERRORS = (ValueError, RuntimeError, OSError, ArithmeticError, ImportError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,11 @@ def failed(error: BaseException) -> Finding:
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         advice = "free the GPU of other processes, or take a larger one; --quick leaves the training step out"
+    elif isinstance(error, IndexError):
+        advice = (
+            "a token or a position is outside a table of the module: compare vocab_size and max_length of its spec "
+            "with its embeddings"
+        )
     numbers = {"error": type(error).__name__, "place": place_of(error)}
     return Finding("wrong", line_of(error), advice, "error", numbers)
 
