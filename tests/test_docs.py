@@ -591,7 +591,7 @@ def test_the_plan_of_the_page_for_trls_users_has_its_numbers(capsys):
     peak, hours = (
         float(re.search(rf"\n  {line} +([\d.]+) {unit}", printed)[1]) for line, unit in (("peak", "GB"), ("run", "h"))
     )
-    assert f"# {peak:.1f} GB, {hours:.1f} h on an H100, not compiled\n" in f"{code}\n"
+    assert f"# grpo: {peak:.1f} GB, {hours:.1f} h on an H100, not compiled\n" in f"{code}\n"
 
 
 @pytest.mark.nightly  # the shapes of 650 million weights

@@ -194,14 +194,14 @@ def page_tables() -> dict[str, str]:
             cells |= {"mean abs log-ratio": f"{row['mean abs log-ratio']:.4f}", "ESS": f"{row['ESS']:.5f}"}
             rows.append(cells)
     pairs = {
-        "everything: vLLM as it samples, and the learner": "sampled, learner",
-        "a token at a time, or in one pass (vLLM)": "sampled, one pass",
-        "256 rows at once, or one (vLLM, one pass)": "one pass, row by row",
-        "vLLM's kernels, or transformers' (one pass)": "one pass, transformers",
-        "the format, or fp32 (transformers, one pass)": "transformers, learner",
+        "everything: vLLM while it samples, against the learner": "sampled, learner",
+        "vLLM a token at a time, against vLLM in one pass": "sampled, one pass",
+        "vLLM in one pass over 256 rows, against one row": "one pass, row by row",
+        "vLLM's kernels, against transformers' in the same format": "one pass, transformers",
+        "transformers in this format, against transformers in fp32": "transformers, learner",
     }
     compared = [
-        {"what differs": text} | {f"vLLM in {dtype}": shown(found["parts"][dtype][pair]) for dtype in found["parts"]}
+        {"compared": text} | {f"vLLM in {dtype}": shown(found["parts"][dtype][pair]) for dtype in found["parts"]}
         for text, pair in pairs.items()
     ]
     steps = []
