@@ -307,9 +307,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Check a model, and return 1 if something is wrong, else 0. Of a run, or with a task, print the causes of the
     mismatch, and return 1 if it is above --bound (mean |log-ratio|, nats), else 0.
     """
-    from dllm_rl.cli.options import recipe_of
-
-    has_task = arguments.task is not None or recipe_of(arguments.model) is not None
+    has_task = arguments.task is not None or (Path(arguments.model) / "checkpoints").is_dir()
     for name in OF_MODEL if has_task else OF_TASK:
         if getattr(arguments, name) not in (None, False):
             place = "a run's folder has no such check" if has_task else "it is for a run's folder, or with --task"

@@ -133,16 +133,18 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
 
 
 def recipe_of(model: str) -> dict[str, Any] | None:
-    """Return the recipe stored in a run's newest checkpoint, as text and numbers; None if `model` is no run's folder.
+    """Return the recipe stored in a run's checkpoint, as text and numbers: in the newest one, or in the one that `model`
+    is. None if `model` is neither a run's folder nor its checkpoint.
 
     Raises:
-        ValueError: The folder has no complete checkpoint.
+        ValueError: The run's folder has no complete checkpoint, or the stored state is damaged.
     """
-    if not (Path(model) / "checkpoints").is_dir():
+    state = Path(checkpoint_of(model, quick=True)) / "state.json"
+    if not state.is_file():
         return None
     from dllm_rl.files import read_json
 
-    recipe: dict[str, Any] = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")["recipe"]
+    recipe: dict[str, Any] | None = read_json(state).get("recipe")
     return recipe
 
 

@@ -124,5 +124,4 @@ def _next_command(run: Run[Recipe]) -> str:
     folder = Path(recipe.directory)
     if run.checkpoint == str(best_folder(run)) and run.state.best_step != run.state.step:
         folder = Path(run.checkpoint)  # the run's folder opens its last checkpoint
-        options += f" --max_new_tokens {recipe.eval_sampler.max_new_tokens}"
     return f"Sample:     dllm-rl sample {shlex.quote(str(folder))} {shlex.quote(text)}{options}{model_option}"

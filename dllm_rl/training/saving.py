@@ -155,7 +155,8 @@ def save_on_error(run: Run[AnyRecipe], kind: object, error: BaseException | None
     recipe = run.recipe
     steps_done = run.state.step
     done = "was complete" if run.state.unlogged is None else "was updated"
-    note = f"process {run.accelerator.process_index}: failed after step {steps_done} {done}"
+    stage = f", whose last stage was {run.log.entered}" if run.log.entered else ""
+    note = f"process {run.accelerator.process_index}{stage}: failed after step {steps_done} {done}"
     if run.accelerator.num_processes > 1 and is_collective_error(error):
         note += (
             ": another process ended (its message says why), or kept this one waiting for "

@@ -53,8 +53,9 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_evaluate_takes_task_and_sampler_from_the_run_and_finds_its_numbers(run, capsys):
-    assert main(["evaluate", str(run), "--json"]) == 0
+@pytest.mark.parametrize("checkpoint", ["", "checkpoints/step-000001"])
+def test_evaluate_takes_task_and_sampler_from_the_run_and_finds_its_numbers(run, capsys, checkpoint):
+    assert main(["evaluate", str(run / checkpoint), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     summary = json.loads((run / "summary.json").read_text())
     assert row["task"] == "sudoku" and row["n"] == summary["eval_problems"]
@@ -303,6 +304,12 @@ def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, opt
     assert seen["scheme"] == (None if options else Int8WeightOnly())
 
 
+def test_the_doctor_checks_a_runs_checkpoint_as_a_model(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dllm_rl.cli.check_model.check_model_command", lambda arguments: seen.append(arguments.quick))
+    assert not main(["doctor", str(run / "checkpoints" / "step-000001"), "--quick"]) and seen == [True]
+
+
 def test_a_doctor_asked_for_the_runs_task_samples_the_runs_problems(run, monkeypatch):
     seen = []
 
@@ -473,6 +480,7 @@ def test_problems_of_an_infilling_run_have_its_blanks(tmp_path, max_new_tokens):
 def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys, options):
     for module in (options_module, run_settings):
         monkeypatch.setattr(module, "recipe_of", lambda model: {"eval_task": made("mine.Words")})
+    (tmp_path / "checkpoints").mkdir()
     assert main(["doctor", str(tmp_path), *options]) == 2
     assert ("num_prompts=0" if options else "--task") in capsys.readouterr().err
 
@@ -579,4 +587,3 @@ def test_the_printed_command_and_the_card_are_of_the_best_checkpoint(tmp_path, c
     is_last = step == 3
     assert f"{step} of 3 steps" in card and f"{rows[step - 1]['reward']:.4g}" in card
     assert (summary["checkpoint"] in line) == (not is_last)
-    assert ("--max_new_tokens 16" in line) == (not is_last)

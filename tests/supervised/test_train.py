@@ -81,9 +81,7 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
         patched.setattr(SupervisedTrainer, "step", failing)
         fine_tune(recipe)
-    assert raised.value.__notes__[0].startswith(
-        "process 0: failed after step 2 was complete; fix the cause and continue"
-    )
+    assert "failed after step 2 was complete; fix the cause and continue" in raised.value.__notes__[0]
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000002"]
     resumed = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
     assert_same_weights(fine_tune(replace(recipe, output_dir=str(tmp_path / "whole"))), resumed)

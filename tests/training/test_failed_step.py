@@ -86,7 +86,8 @@ def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whol
     note = failed(tmp_path / "run", RuntimeError, task=task)
     assert steps(tmp_path / "run") == [0, 2]
     assert note.startswith(
-        "process 0: failed after step 2 was complete; fix the cause and continue with resume_from_checkpoint='latest'"
+        "process 0, whose last stage was reward: failed after step 2 was complete; fix the cause and continue with "
+        "resume_from_checkpoint='latest'"
     )
     assert "\n" not in note
     again = failed(tmp_path / "run", RuntimeError, task=task, resume_from_checkpoint="latest")
@@ -107,7 +108,7 @@ def test_a_gradient_that_is_not_finite_loses_no_step(tmp_path):
     train(small(tmp_path / "counted", loss=huge, num_steps=1))
     calls, before = [], len(calls)  # of the first step
     note = failed(tmp_path, FloatingPointError, loss=huge)
-    assert "failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
+    assert "stage was update: failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
 
 
 def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
@@ -149,7 +150,7 @@ def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr("dllm_rl.training.results.write_json", full)
         note = failed(tmp_path, OSError)
-    assert note.startswith("process 0: failed after step 3 was complete; fix the cause and continue with resume_")
+    assert "failed after step 3 was complete; fix the cause and continue with resume_" in note
     assert train(small(tmp_path, resume_from_checkpoint="latest"))["eval_after"]
 
 
