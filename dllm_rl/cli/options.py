@@ -133,8 +133,9 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
 
 
 def recipe_of(model: str) -> dict[str, Any] | None:
-    """Return the recipe stored in a run's checkpoint, as text and numbers: in the newest one, or in the one that `model`
-    is. None if `model` is neither a run's folder nor its checkpoint.
+    """Return the recipe stored in a run's newest checkpoint, or in the checkpoint that `model` is, as text and numbers.
+
+    None if `model` is neither a run's folder nor a run's checkpoint.
 
     Raises:
         ValueError: The run's folder has no complete checkpoint, or the stored state is damaged.
