@@ -248,19 +248,16 @@ def measure(task: TaskOf, policy: Policy, split: str, folder: Path) -> dict[str,
     return found
 
 
-def run_one(name: str, root: Path, arm: str, rates: Mapping[str, float], seed: int, key: str) -> None:
-    """Train an arm of a seed in its phases, and measure it; leaves `root`/results/`key`_`seed`.json."""
+def train_phases(
+    base: Recipe, policy: Policy, phases: Sequence[Mapping[str, Any]], seed: int, folder: Path, budget: float = BUDGET
+) -> tuple[Policy, dict[str, float]]:
+    """Train a model in phases, which share the budget equally. Returns it, and what each phase used."""
     from dllm_rl.training.trainer import train
 
-    task = TASKS[name]
-    folder = root / "runs" / f"{key}_{seed}"
-    policy = load_policy(str(start_of(task, seed, root)))
-    kept: dict[str, Any] = {"task": name, "arm": arm, "seed": seed, "rates": dict(rates), "key": key}
-    phases = arms_of(task, rates)[arm]
-    few = replace(task.base.eval_task, size=8)  # the trainer evaluates before and after: not used here
-    began = time.process_time()
+    few = replace(base.eval_task, size=8)  # the trainer evaluates before and after: not used here
+    kept: dict[str, float] = {}
     for phase, changes in enumerate(phases):
-        clock = Budget(BUDGET / len(phases))
+        clock = Budget(budget / len(phases))
         settings = {
             "name": folder.name,
             "model": policy,
@@ -273,8 +270,20 @@ def run_one(name: str, root: Path, arm: str, rates: Mapping[str, float], seed: i
             "output_dir": str(folder / str(phase)),
             "overwrite_output_dir": True,
         }
-        policy = train(replace(task.base, **(settings | changes)), features=(clock,)).policy
+        policy = train(replace(base, **(settings | dict(changes))), features=(clock,)).policy
         kept |= {f"used, {phase}": clock.used, f"steps, {phase}": clock.steps}
+    return policy, kept
+
+
+def run_one(name: str, root: Path, arm: str, rates: Mapping[str, float], seed: int, key: str) -> None:
+    """Train an arm of a seed in its phases, and measure it; leaves `root`/results/`key`_`seed`.json."""
+    task = TASKS[name]
+    folder = root / "runs" / f"{key}_{seed}"
+    policy = load_policy(str(start_of(task, seed, root)))
+    kept: dict[str, Any] = {"task": name, "arm": arm, "seed": seed, "rates": dict(rates), "key": key}
+    began = time.process_time()
+    policy, used = train_phases(task.base, policy, arms_of(task, rates)[arm], seed, folder)
+    kept |= used
     kept |= {"seconds": time.process_time() - began, "cpu": capability(), "versions": versions()}
     kept |= measure(task, policy, "validation" if seed in TUNED_ON else "test", folder)
     result_path(root, key, seed).parent.mkdir(parents=True, exist_ok=True)
