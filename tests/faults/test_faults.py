@@ -91,7 +91,8 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     stage = "reward" if case == "raises" else "(reward|rollout)"
     assert re.search(rf"in {stage}, after 1 steps.*this run ends; continue with (--)?resume_from_checkp", lines[0])
     assert code == (-signal.SIGKILL if "first" in case else 75)
-    assert ("process 1: failed after step 1 was complete; fix the cause" in out) == (case == "raises")
+    note = "process 1, whose last stage was reward: failed after step 1 was complete; fix the cause"
+    assert (note in out) == (case == "raises")
     assert out.count("Traceback") == (2 if case == "raises" else 0), "the process's own, and what its error came from"
     assert saved == ([0] if "," in case else [0, 1]) and (same is True or "shared" in case), same
 
@@ -100,9 +101,8 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
 def test_a_process_that_is_stuck_is_named_with_its_stage(processes):
     """It lives, so that the limit of an exchange ends the run."""
     code, out, saved, same = processes["is stuck"]
-    said = [
-        line for line in out.splitlines() if line.startswith("process 0: failed after step 1 was complete: another pro")
-    ]
+    start = "^process 0, whose last stage was .*: failed after step 1 was complete: another pro.*$"
+    said = re.findall(start, out, re.MULTILINE)
     assert code == 1 and len(said) == 1 and "resume_from_checkpoint='latest'" in said[0], out
     assert re.search(r"^process 1 \(\S+, pid \d+\) was last heard in reward, after 1 steps$", out, re.MULTILINE), out
     assert saved == [0, 1] and same is True, same
