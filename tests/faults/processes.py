@@ -94,7 +94,7 @@ def main(root: Path) -> dict[str, list[Any]]:
         saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
         same, more = None, ""
         if processes == 2:
-            again = {"task": Faulty("none"), "resume_from_checkpoint": "latest"}
+            again = {"task": Faulty("none"), "allow_changed": "task", "resume_from_checkpoint": "latest"}
             resumed, more = run(small_recipe(directory, "two processes", **settings | again), processes=2)
             same = resumed == 0 and outcome(directory) == outcome(root / "whole")
         found[case] = [code, out, saved, same or more]
