@@ -17,6 +17,7 @@ from dllm_rl.monitoring import log as module
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.training.trainer import train
+from recipes.sudoku_unique import recipe as main_job
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -130,7 +131,8 @@ def wandb(monkeypatch):
 
 
 def test_tensorboard_is_the_default(tmp_path):
-    train(tiny_recipe(tmp_path, sft_warmup_steps=2, sft_warmup_eval_steps=2))
+    settings = {"report_to": main_job.report_to, "sft_warmup_steps": 2, "sft_warmup_eval_steps": 2}
+    train(tiny_recipe(tmp_path, **settings))
     found = events(tmp_path / "tensorboard")
     assert [event.step for event in found.Scalars("reward")] == [0, 1]
     assert [event.step for event in found.Scalars("warmup/loss")] == [0, 1]

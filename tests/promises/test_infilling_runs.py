@@ -57,7 +57,7 @@ def recipe_of(directory, **changes):
     sampler = Unmask(max_new_tokens=0, temperature=1.0, suppress=(0, 2))
     return tiny_recipe(
         directory,
-        model=partial(tiny_masked_lm, **SIZES | {"characters": DIGITS}),
+        model=partial(tiny_masked_lm, **SIZES | {"characters": DIGITS, "num_layers": 2}),
         task=Missing(),
         validation_task=Missing(),
         eval_task=Missing(),
@@ -105,7 +105,7 @@ def test_other_ways_of_a_step_take_it(tmp_path, changes):
 
 
 def test_an_evaluation_grades_and_keeps_the_whole_text(tmp_path):
-    policy, stored = tiny_masked_lm(**SIZES | {"characters": DIGITS}), tmp_path / "made.jsonl"
+    policy, stored = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2}), tmp_path / "made.jsonl"
     sampler = Unmask(max_new_tokens=0, suppress=(0, 2))
     first = evaluate(policy, Missing(), sampler, limit=4, completions=stored)
     rows = [json.loads(line) for line in stored.read_text().splitlines()]
@@ -128,10 +128,10 @@ def test_memory_and_lengths_are_known_before(tmp_path):
 
 
 def test_what_cannot_be_infilled_is_refused():
-    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
+    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2})
     with pytest.raises(ValueError, match="a problem has blanks, and the warm-up appends"):
         solution_examples(policy, [replace(Missing()[0], solution="12")], max_new_tokens=4)
-    causal = tiny_llama(causal=True, **SIZES | {"characters": DIGITS})
+    causal = tiny_llama(causal=True, **SIZES | {"characters": DIGITS, "num_layers": 2})
     with pytest.raises(ValueError, match="blank='_' is to be filled in, and the model has no mask token"):
         encode(causal, [Missing()[0]])
     prompts = encode(policy, [Missing()[0]])
@@ -159,7 +159,7 @@ UNFILLED = r"^sampler=.*AfterThePrompt\(.*\) did not fill {} of {} blanks; write
 
 @pytest.mark.parametrize(("marked", "written"), [(0, 0), (0, 10), (10, 0), (9, 10), (10, 9)])
 def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
-    policy, own = tiny_masked_lm(**SIZES | {"characters": DIGITS}), AfterThePrompt(max_new_tokens=1)
+    policy, own = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2}), AfterThePrompt(max_new_tokens=1)
     own = own.replace(marked=marked, written=written)  # of the ten blanks of four problems
     with pytest.raises(ValueError, match=UNFILLED.format(10 - min(marked, written), 10)):
         evaluate(policy, Missing(), own, limit=4)
@@ -170,7 +170,7 @@ def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
 
 
 def test_a_sampler_of_ones_own_may_fill_blanks(tmp_path):
-    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
+    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2})
     own = AfterThePrompt(max_new_tokens=1, marked=1000, written=1000)
     assert {answer.reward.parsed for answer in evaluate(policy, Missing(), own, limit=4).answers} == {False}
     (row,) = complete(policy, [Missing()[1]], own)["rows"]

@@ -1,15 +1,18 @@
 """Nine small runs that take every branch of the loop but fresh masks; in several, rewards of groups are all equal."""
 
+from functools import partial
 from pathlib import Path
 
 from run_outputs import metrics_of
-from tiny_recipe import OddPuzzles, tiny_recipe
+from tiny_recipe import SIZES, OddPuzzles, tiny_recipe
 
 from dllm_rl.algorithms.correctors import TIS, Compose, QaRL, Reject
 from dllm_rl.algorithms.losses import K2
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.trainer import train
 
+MODEL = partial(tiny_masked_lm, **SIZES | {"num_layers": 2})
 PAIRS = {"num_generations": 2, "train_batch_size": 8}
 TWICE = PAIRS | {"num_iterations": 2, "resample_masks": False}
 CONFIGURATIONS = {
@@ -28,6 +31,6 @@ CONFIGURATIONS = {
 
 def run(name: str, directory: Path) -> list[dict[str, float]]:
     """Every number of metrics.jsonl but the times."""
-    settings = {"num_steps": 3, "learning_rate": 5e-3, "likelihood": Trajectory(include_order=False)}
+    settings = {"model": MODEL, "num_steps": 3, "learning_rate": 5e-3, "likelihood": Trajectory(include_order=False)}
     train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name]}))
     return metrics_of(directory)

@@ -35,6 +35,7 @@ METHODS = {
 }
 ROWS = {"all": None, "group": 2}
 BATCH = {"train_batch_size": 12, "num_generations": 2, "learning_rate": 1e-3, "save_steps": 10**6}
+BATCH |= {"log_completions_steps": 50}
 FLOOR = 1e-3  # of a metric's size, below which its differences are taken as they are
 
 

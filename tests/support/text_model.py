@@ -37,7 +37,7 @@ def text_policy(*, causal=False, tied=False, seed=0):
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=192,
         rope_theta=100.0,

@@ -73,7 +73,7 @@ def test_a_resumed_run_adds_to_them(tmp_path):
 
 def test_mismatch_and_advantage_by_hand(tmp_path):
     """The learner gives every token exp(0.25) times the rollout's probability; the last group is not scored."""
-    run = start(tiny_recipe(tmp_path))
+    run = start(tiny_recipe(tmp_path, log_completions_steps=1))
     samples, answers, _ = collect(run.step, 0)
     rollout, rewards = samples.rollout, samples.rewards
     learned = dataclasses.replace(samples, advantages=torch.arange(16.0))
@@ -100,7 +100,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
 
 def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     """JSON has none for it, and a rollout may have one."""
-    run = start(tiny_recipe(tmp_path))
+    run = start(tiny_recipe(tmp_path, log_completions_steps=1))
     samples, answers, _ = collect(run.step, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     samples = dataclasses.replace(samples, rollout=rollout, advantages=torch.full((16,), torch.inf))
