@@ -29,6 +29,8 @@ from recipes.examples import turns
 from recipes.studies.surrogates import __name__ as surrogates
 from recipes.sudoku_unique import __file__ as main_job_file
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 OWN = """
 from dllm_rl import Corrector, option
 
@@ -347,13 +349,14 @@ WORDS = (
 
 
 @pytest.mark.parametrize("words", ["", "--num_steps 9 --report_to none", WORDS, "--sampler.cache DualCache"])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(printed(recipe, [*words.split(), "--print_config"], capsys))
     assert from_command_line(recipe, ["--config", str(file)]) == from_command_line(recipe, words.split())
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("made", [renoise_sudoku.recipe, turns.recipe], ids=["infinity", "a sampler in a sampler"])
 def test_a_printed_config_of_a_recipe_is_read_back(made, tmp_path, capsys):
     file = tmp_path / "run.yaml"
@@ -361,8 +364,8 @@ def test_a_printed_config_of_a_recipe_is_read_back(made, tmp_path, capsys):
     assert from_command_line(made, ["--config", str(file)]) == made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["sampler", "sampler.turn"])
-@pytest.mark.repeated(first_only=True)
 def test_none_is_a_value_in_a_class_in_a_class(prefix, tmp_path, capsys):
     """Also of a recipe, a file or an option before it whose value is another."""
     cached = ["--sampler.turn.cache", "PrefixCache", "--sampler.turn.cache.refresh", "3"]
@@ -405,6 +408,7 @@ def test_text_that_is_no_yaml_is_refused_in_a_line(recipe, words, capsys):
     assert "is no YAML" in line and line.startswith(f"error: {words.split()[0][2:]}=")
 
 
+@pytest.mark.slow
 def test_a_config_of_ones_own_class_is_read_back(recipe, own_module, tmp_path, capsys):
     words = ["--corrector", own_module, "--corrector.strength", "0.5"]
     Path("run.yaml").write_text(printed(recipe, [*words, "--print_config"], capsys))
@@ -528,6 +532,7 @@ class Colors:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_a_task_whose_values_are_texts_is_printed_and_read_back(recipe, tmp_path, capsys):
     recipe = replace(recipe, task=Colors(names=["a", "b"], folder=Path("x")))
     (tmp_path / "run.yaml").write_text(printed(recipe, ["--task.size", "3", "--print_config"], capsys))

@@ -21,6 +21,7 @@ def nothing(completions, **_):
     return [0.0] * len(completions)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     ("model", "name", "sampler"),
     [
@@ -69,6 +70,7 @@ def test_a_presets_steps_are_one_per_two_tokens_for_any_length(length, block_siz
         assert grpo_recipe(name, ROWS, nothing, max_new_tokens=length).sampler.diffusion_steps == -(-length // 2)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("given", "sizes"),  # prompts, completions per prompt, completions per forward
     [

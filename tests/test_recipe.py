@@ -23,6 +23,8 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.sft import SFT
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 @pytest.fixture
 def recipe(tmp_path):

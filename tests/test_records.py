@@ -261,6 +261,7 @@ LIBRARY = [case for case in constants() if case.values[0].__module__.startswith(
 FLOATS = [case for case in LIBRARY if float in union_members(annotations_of(case.values[0])[case.values[1]])]
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(("function", "keyword"), FLOATS)
 def test_an_extreme_constant_is_refused_or_computes_finite_numbers(function, keyword):
     refused = 0
@@ -299,6 +300,7 @@ def renoised(**settings):
     return Renoise(**options)(renoise_toys.toy(), prompts, GENERATOR)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("sample", [sampled, autoregressed])
 @pytest.mark.parametrize("keyword", ["temperature", "top_p"])
 def test_an_extreme_temperature_or_top_p_is_refused_or_samples(sample, keyword):
@@ -340,6 +342,7 @@ def test_towards_zero_the_draws_are_the_likeliest_tokens(sample):
             assert torch.equal(ours.tokens, Unmask(**options, temperature=0.0)(TOY, prompts, GENERATOR).tokens)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("keyword", ["t_max", "t_min", "entropy_bound", "confidence_threshold"])
 def test_an_extreme_number_of_renoise_is_refused_or_samples(keyword):
     for value in (*SMALL, *LARGE, math.nan):

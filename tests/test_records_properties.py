@@ -94,6 +94,7 @@ def test_there_are_records_of_every_kind():
     assert {"TIS", "PPOClip", "Unmask", "Trajectory", "Confidence", "BlockCache", "Lora", "AdamW", "K3"} <= set(RECORDS)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_a_record_is_frozen_pasted_stored_and_sent(name):
     record = RECORDS[name]
@@ -114,6 +115,7 @@ def test_a_record_is_frozen_pasted_stored_and_sent(name):
     assert len(set(made)) == len(different), "equal if and only if written alike"
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_a_record_takes_keywords_of_the_right_type_only(name):
     record = RECORDS[name]

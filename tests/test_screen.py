@@ -21,6 +21,8 @@ from dllm_rl.screen import escape_controls, line_of, literal, printing_anything
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 HOSTILE = "[/INST][red]x[/red]\x1b]0;title\x07\u202e{a}"
 SHOWN = "[/INST][red]x[/red]\u241b]0;title\u2407\ufffd{a}"
 

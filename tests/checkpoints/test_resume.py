@@ -23,7 +23,10 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
+
+@pytest.mark.slow
 def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     file = tmp_path / "checkpoints/step-000001/state.json"
@@ -85,8 +88,14 @@ MAY_CHANGE = {
     **{"output_dir": "elsewhere", "resume_from_checkpoint": "latest", "overwrite_output_dir": True, "dry_run": True},
     **{"eval_steps": 1, "eval_batch_size": 2, "num_mismatch_groups": 3},
     **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick"},
-    **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": None, "push_to_hub": "me/it"},
-    **{"stop_seconds": 1.0, "reward_timeout": None, "collective_timeout": 60.0, "peer_timeout": 60.0},
+    **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": "wandb"},
+    **{
+        "push_to_hub": "me/it",
+        "stop_seconds": 1.0,
+        "reward_timeout": None,
+        "collective_timeout": 60.0,
+        "peer_timeout": 60.0,
+    },
     **{"num_steps": 9, "lr_schedule_steps": 5, "max_prompt_length": 20, "shard_size": 0},
     **{"micro_batch_size": 1, "rollout_batch_size": 1, "gradient_checkpointing": True, "max_retained_graphs": 0},
 }

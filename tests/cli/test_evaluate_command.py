@@ -106,6 +106,7 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     assert [json.loads(line)["max_new_tokens"] for line in lines] == [8, 12]
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_the_rows_of_every_command(model, capsys, tmp_path):
     def rows(*options):
         output(capsys, "evaluate", model, *words("--task sudoku --limit 2 --output_dir"), tmp_path, *options)
@@ -161,6 +162,7 @@ def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, c
     assert again == found
 
 
+@pytest.mark.slow
 def test_two_dtypes_keep_their_completions_apart(capsys, tmp_path):
     """The numbers of a checkpoint in bf16 are the same in both; what is sampled is not the same."""
     policy = tiny_masked_lm(characters=CHARACTERS, **SMALL)
@@ -201,6 +203,7 @@ def test_the_numbers_of_a_comparison_break_lines_and_names_do_not(compared):
         assert lines[place].split()[1:] == ["0.500", "[0.100,", "0.900]", "2.0", "x", "4.0", "0.5"]
 
 
+@pytest.mark.slow
 def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     options = words("--task sudoku --limit 6 --diffusion_steps 1,4 --temperature 1")
     command = ("evaluate", *runs, *options, "--output_dir", tmp_path)
@@ -546,6 +549,7 @@ def text():
         assert message in refusal(capsys, *command, "--task", *options)
 
 
+@pytest.mark.slow
 def test_greedy_samples_differ_in_random_order_alone(model, capsys):
     options = ["--task", "sudoku", "--limit", "2", "--samples", "3", "--diffusion_steps", "16", "--json"]
     assert main(["evaluate", model, *options]) == 2

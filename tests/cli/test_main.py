@@ -52,6 +52,7 @@ def test_help_lists_the_tasks_and_protocols_of_the_table(capsys):
         assert protocol_names()[-1] in shown
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("words", "status"),
     [("--help", 0), ("evaluate --help", 0), ("evaluat", 2), ("evaluate model --task sudoku --mistyped 1", 2)],

@@ -65,6 +65,7 @@ def test_a_device_is_one_that_the_machine_has():
                 find_device(name)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     "maker", [own_policy, pretrained_policy, shifted_llama], ids=["plain", "with a config", "with another spec"]
 )

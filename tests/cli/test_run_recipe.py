@@ -16,6 +16,8 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl import Lora, Recipe, load_policy, main, tiny_masked_lm, train
 from dllm_rl.config import from_command_line
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROOT = Path(__file__).parents[2]
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 
@@ -47,7 +49,7 @@ def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         main(small(tmp_path / "run"))
 
 
-def test_a_refused_run_deletes_nothing(tmp_path):
+def test_a_refused_run_deletes_nothing(tmp_path, rehearsal):
     train(small(tmp_path / "run"))
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     bad = {"overwrite_output_dir": True, "sft_warmup_steps": 2, "sft_warmup_metric": "solved"}

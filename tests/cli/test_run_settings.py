@@ -36,6 +36,8 @@ from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.prompt_texts import BLANK
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def made(name, **settings):
     """A record as a checkpoint stores it."""
@@ -494,6 +496,7 @@ def test_what_only_a_runs_own_rules_can_do_is_left_out_with_others(passed):
     assert sampler_with(policy, compiled, {"temperature": 0.5}).compile_step
 
 
+@pytest.mark.slow
 def test_a_custom_policy_computes_logits_as_it_says_and_a_runs_as_the_run(tmp_path):
     asked = {"make_model": None, "dtype": "auto", "device": "cpu", "verify_checkpoint": "full"}
     policy = half_policy()
@@ -575,6 +578,7 @@ def test_a_supervised_run_is_diagnosed_under_the_default_scheme(tmp_path, capsys
     assert worst[0]["scheme"] == worst[1]["scheme"] and "Float8" in str(worst[0]["scheme"])
 
 
+@pytest.mark.slow
 def test_the_printed_command_and_the_card_are_of_the_best_checkpoint(tmp_path, capsys):
     best = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_end": True}
     recipe = tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9, sft_warmup_steps=0, **best)

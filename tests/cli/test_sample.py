@@ -199,6 +199,7 @@ def test_chat_asks_with_the_models_template(capsys):
         sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], own)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     ("commit", "rank"),
     [
@@ -221,6 +222,7 @@ def test_a_rule_gets_the_scores_that_it_is_made_for_unless_another_rank_is_asked
     assert f"(...) needs the scores of {rank}(), and rank=MaxProb has other scores" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_live_display_shows_prompts_whose_turn_has_not_come(capsys):
     """`Renoise` samples prompts of like lengths together: the rows of a later call have no tokens at first."""
     pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")

@@ -155,6 +155,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("model", MODELS)
 def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):

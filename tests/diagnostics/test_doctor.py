@@ -91,6 +91,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(("name", "plant"), [(name, plant) for name, plants in PLANTED.items() for plant in plants])
 def test_a_planted_cause_is_ranked_first(name, plant):
     policy = make()
@@ -165,6 +166,7 @@ def test_autoregressive_policies_are_examined_too():
     assert {c.name: c.mean_abs for c in report.causes}["cache or sampler"] < 1e-5
 
 
+@pytest.mark.slow
 def test_heads_in_16_bits_are_a_cause_and_heads_in_fp32_are_none():
     """The same quantized model with both heads either way: the cause is there or spared."""
     policy, config = make(), int3_emulated

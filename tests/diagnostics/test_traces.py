@@ -139,6 +139,7 @@ CLEAN = {
 }
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_clean_trace_has_no_fault(name):
     report = check_trace(model(), sampled(**CLEAN[name]), micro_batch_size=2)

@@ -164,7 +164,7 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
     ("likelihood", "corrector", "scheme"),
     [case if case in FAST else pytest.param(*case, marks=pytest.mark.nightly) for case in CASES],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
     run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
     result, gradients = learner(run, likelihood=likelihood, corrector=corrector, rollout_quantization=scheme)
@@ -346,6 +346,7 @@ def test_the_reference_follows_the_weights(tmp_path):
     assert (first - final).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_peft_model_is_trained_further_against_its_own_adapters(tmp_path):
     """Its adapters change the weights from the start, and its reference has a copy of them, as in TRL."""
     policy = tiny()
@@ -414,6 +415,7 @@ def test_the_rollouts_of_a_step_have_their_own_random_numbers(tmp_path, monkeypa
     assert len(drawn) == 4 and len(torch.cat(drawn).unique()) == 4 * 16
 
 
+@pytest.mark.slow
 def test_the_console_has_trls_numbers_and_the_log_all(tmp_path, capsys):
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "beta": 0.1}
     run = ours.DiffusionGRPOTrainer(
@@ -665,8 +667,8 @@ def test_what_is_saved_is_reopened(tmp_path, family):
     assert config[0]["architectures"] == config[1]["architectures"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bert"])
-@pytest.mark.repeated(first_only=True)
 def test_saved_adapters_are_reopened_on_their_base(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
     names = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
@@ -706,6 +708,7 @@ def test_what_has_no_meaning_is_refused_by_name_and_all_at_once(tmp_path):
         assert part in str(refused.value)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -55,6 +55,7 @@ def made(causal: bool = False, num_generations: int | list[int] = 2, **changes):
     return policy, Unmask(**options)(policy, prompts, generator)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_contract(name):
     check_estimator(ESTIMATORS[name], *made(causal=name == "causal"))
@@ -115,6 +116,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("promise", BROKEN)
 def test_contract_notices(promise):
     with pytest.raises(AssertionError, match=promise):
@@ -150,6 +152,7 @@ UNTRUE = {
 }
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("name", UNTRUE)
 def test_contract_notices_what_is_declared_and_untrue(name):
     message, estimator = UNTRUE[name]

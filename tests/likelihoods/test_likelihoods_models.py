@@ -50,6 +50,7 @@ def sampled(policy, *, num_generations: int = 2, ids=RAGGED, **options) -> Rollo
     return Unmask(**options)(policy, prompts, seeded(7))
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
 @pytest.mark.parametrize(
     "options",
@@ -109,6 +110,7 @@ def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
         lik.ELBO().logprobs(CAUSAL, rollout, lik.ELBO().draw_views(rollout, seeded()))
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_padding_changes_neither_masks_nor_logprobs(family, name):
@@ -125,6 +127,7 @@ def test_padding_changes_neither_masks_nor_logprobs(family, name):
     torch.testing.assert_close(estimator.logprobs(policy, padded, again)[:, 3:], logps, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_is_exact_for_the_sampler_where_it_says_so(name):
     policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
@@ -234,6 +237,7 @@ def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     assert len(rows) == 8
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_global_generators_are_untouched_and_draws_repeat(name):
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
@@ -251,6 +255,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", [*ESTIMATORS, *OTHERS])
 def test_an_estimator_is_random_where_two_draws_differ(name):
     """Inner updates then take masks of their own. Ten draws are not all alike by chance."""
@@ -260,6 +265,7 @@ def test_an_estimator_is_random_where_two_draws_differ(name):
     assert estimator.is_random == any(not torch.equal(first, other) for other in others)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_through_combine_matches_finite_differences(name):
     estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], num_generations=1)
@@ -271,6 +277,7 @@ def test_gradient_through_combine_matches_finite_differences(name):
     assert torch.autograd.gradcheck(partial(estimator.combine, views=noise), scores.requires_grad_(), atol=1e-6)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_ratio_under_shared_masks_is_exactly_one_on_policy(name):
     """The same weights on both sides, scored twice: a log-ratio of exactly 0, and not with masks drawn anew."""

@@ -275,6 +275,7 @@ def test_open_positions_inside_a_prompt_are_revised_too():
         assert torch.equal((rollout.events.step >= 0).any(-1), rollout.completion_mask)
 
 
+@pytest.mark.slow
 def test_events_are_carried_with_the_record():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
     estimator = lik.Trajectory()

@@ -58,6 +58,7 @@ def assert_noted(policy, rollout):
     assert len(rollout.experts[rollout.completion_mask].unique(dim=0)) > 2
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("settings", [{}, {"rank": RandomOrder()}, {"block_size": 4}, {"temperature": 0.0}])
 def test_the_sampler_notes_the_experts_of_the_states_that_it_committed(settings):
     """Prompts of 3 to 40 tokens: rows go through the model in buckets."""
@@ -92,6 +93,7 @@ def test_nothing_is_noted_unless_it_is_asked_for(monkeypatch):
         with_sampled_experts(noise, rollout)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     ("layers", "whole", "rank"), [(None, False, MaxProb()), (None, False, RandomOrder()), ((0, 1), True, RandomOrder())]
 )

@@ -75,6 +75,7 @@ def test_chunks_by_hand():
     assert chunks(replace(shared, features=(Packed(),)), 2) == chunks(noise, 2), "its forward shares no rows"
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("kind", ["llada", "roberta", "causal"])
 def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkeypatch):
     """A causal row that ends early has padding behind it, too."""

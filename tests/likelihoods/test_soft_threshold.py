@@ -213,6 +213,7 @@ def sample(policy, rows, *, seed=0, rank=rules.MaxProb(), **options):
     return Unmask(rank=rank, **settings)(policy, prompts, torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     ("tau", "softness", "options"),
     [(0.6, 0.5, {}), (0.9, 1.0, {"temperature": 0.7}), (0.5, 0.3, {"block_size": 2, "top_k": 2})],

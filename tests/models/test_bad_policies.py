@@ -128,6 +128,7 @@ def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
     def policy():
         made = small()

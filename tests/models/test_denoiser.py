@@ -134,6 +134,7 @@ def test_a_quantized_copy_has_both_sides_and_the_experts(scheme):
     assert torch.equal(scored(copied, again), scored(fresh, again))
 
 
+@pytest.mark.slow
 def test_adapters_are_one_for_both_sides():
     policy = tiny(2)
     rollout = sampled(policy)

@@ -103,6 +103,7 @@ def test_gradients_are_those_of_the_merged_stacks(checkpointing):
                 assert a.grad.norm() > 0 and layer.base_layer.gate_up_proj.grad is None
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("scheme", [Float8WeightOnly, Int8Dynamic, None])
 def test_the_rollouts_copy_holds_the_merged_experts_and_syncs_in_place(scheme):
     tokens, mask = batch()

@@ -32,6 +32,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_save_and_load_is_bitwise_and_silent(tmp_path, make, capfd):
     policy = make(characters="0123 =\n", seed=3)

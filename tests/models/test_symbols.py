@@ -172,6 +172,7 @@ def test_grpo_designs_sequences_of_a_saved_model_of_residues(tmp_path, name):
     assert load_policy(summary["checkpoint"]).spec.eos_ids == policy.spec.eos_ids
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("special", [[], ["<eos>"]])
 @pytest.mark.parametrize("mask_id", [2, 1])
 def test_the_default_end_of_esm_is_no_end_where_it_is_the_mask(tmp_path, special, mask_id):

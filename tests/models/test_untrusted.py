@@ -37,6 +37,7 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
         load_policy(folder)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", [*NAMES, "extra.json"])
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, make):

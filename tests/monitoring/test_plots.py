@@ -74,6 +74,7 @@ def test_a_picture_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     assert plot(tmp_path).is_file()
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("backend", ["svg", "pdf", "agg"])
 def test_the_callers_backend_and_figures_stay(tmp_path, backend):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **ALWAYS}) + "\n")

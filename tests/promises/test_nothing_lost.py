@@ -25,6 +25,8 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def small(directory, **changes):
     sizes = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
@@ -40,6 +42,7 @@ class TestLoraAfterAWarmUp:
         add_lora(policy, Lora(r=2))
         assert all(parameter.grad is None for parameter in policy.module.parameters())
 
+    @pytest.mark.slow
     def test_grad_norm_is_of_what_is_trained_and_a_resumed_run_is_the_same(self, tmp_path):
         changes = {"lora": Lora(r=2), "sft_warmup_steps": 2, "num_steps": 2, "save_total_limit": 9}
         whole = train(small(tmp_path / "a", **changes))
@@ -111,7 +114,7 @@ class TestMetrics:
         assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
         assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
-    def test_rows_are_on_disk_before_the_checkpoint(self, tmp_path, monkeypatch):
+    def test_rows_are_on_disk_before_the_checkpoint(self, tmp_path, rehearsal, monkeypatch):
         order = []
         monkeypatch.setattr(RunLog, "flush", lambda self: order.append("rows"))
         saved = checkpoint.save
@@ -124,13 +127,13 @@ class TestFullDisk:
     def usage(self, free):
         return lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
 
-    def test_it_is_seen_before_anything_is_written(self, tmp_path, monkeypatch):
+    def test_it_is_seen_before_anything_is_written(self, tmp_path, rehearsal, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", self.usage(1_000_000))
         with pytest.raises(OSError, match=r"the disk is full; it takes 1\.1 MB, 1\.0 MB are free"):
             train(small(tmp_path, num_steps=1))
         assert not tmp_path.exists() or not any(tmp_path.iterdir())
 
-    def test_a_write_that_fails_stops_the_run_and_leaves_nothing_behind(self, tmp_path, monkeypatch):
+    def test_a_write_that_fails_stops_the_run_and_leaves_nothing_behind(self, tmp_path, rehearsal, monkeypatch):
         def full(*arguments):
             arguments[1].write_bytes(b"half")
             raise RuntimeError("unexpected pos 679680 vs 679574")
@@ -197,6 +200,7 @@ sys.stdin.read()
             other.send_signal(signal.SIGKILL)
         train(small(tmp_path, num_steps=1, overwrite_output_dir=True))
 
+    @pytest.mark.repeated(every=3)
     @pytest.mark.parametrize(
         ("held", "now", "taken"),
         [

@@ -9,6 +9,8 @@ from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, RandomOrde
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 NAMES = {"rollout_corr/order_agreement", "rollout_corr/order_agreement_rows"}
 
 

@@ -15,6 +15,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 MOE = partial(sharp_moe, num_experts=4, head_std=0.3, **MOE_SIZES)
 
 

@@ -150,6 +150,7 @@ ESTIMATORS = [
 ]
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=attrgetter("name"))
 def test_random_says_whether_two_draws_differ(estimator):
     policy = tiny_masked_lm(characters="1234.=", **SMALL)

@@ -84,6 +84,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
     assert torch.equal(policy.logits(*batch()), plain)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("family", few([tiny_masked_lm, tiny_llama], [tiny_masked_lm]))
 @pytest.mark.parametrize("scheme", KINDS, ids=describe)
 def test_gradient_is_the_straight_through_definition(scheme, family):
@@ -102,6 +103,7 @@ def test_gradient_is_the_straight_through_definition(scheme, family):
             assert (g == 0).all() == (w == 0).all(), name
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_a_layers_product_is_that_of_its_dequantized_operands(scheme):
     layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme)))

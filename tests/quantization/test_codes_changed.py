@@ -23,6 +23,8 @@ from dllm_rl.quantization.rollout_policy import (
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, codes_and_scale
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def changes(layer, weight):
     return {name: (float(total), count) for name, (total, count) in load_weight_(layer, weight)[0].items()}
@@ -68,6 +70,7 @@ SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", 
 SCHEMES += ["ternary_emulated", "NVFP4", "MXFP4", "nvfp4_emulated"]
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in SCHEMES), *((name, torch.bfloat16) for name in SCHEMES[::5])],

@@ -99,6 +99,7 @@ def test_a_mixture_in_bf16_stays_in_bf16():
     torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("scheme", FEW)
 def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
     rollout_policy = quantized_copy(policy, SCHEMES[scheme])
@@ -169,6 +170,7 @@ def definition(policy, rollout_policy):
             source.forward = lambda x, s=source, t=target: product(x, s.weight, t, s.bias)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("scheme", FEW)
 def test_the_aligned_gradient_is_the_straight_through_definition(policy, scheme):
     tokens, mask = batch(policy)

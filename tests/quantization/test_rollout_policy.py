@@ -170,6 +170,7 @@ def test_a_sync_launches_as_many_kernels_for_many_layers_as_for_few(lora, scheme
     assert counts[1] - counts[0] == (3 * len(LLAMA_LINEARS) if lora else 0)  # the adapters' products, one by one
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=describe)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.float32]))
 def test_a_copy_in_bf16_is_its_own_and_a_sync_rounds_as_the_first_copy_did(dtype, scheme):
@@ -336,6 +337,7 @@ def test_no_plain_copy_of_a_quantized_weight_is_made():
     assert len(shapes) == 3 and seen and not shapes & set(seen)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("scheme", "bad"),
     [*((scheme, float("nan")) for scheme in SCHEMES), (int3_emulated, float("inf")), (SCHEMES[0], float("-inf"))],
@@ -359,6 +361,7 @@ def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
         sync_weights(policy, rollout)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=describe)
 def test_no_weight_of_a_rollout_policy_is_trained(scheme):
     policy = llada()
@@ -373,6 +376,7 @@ def test_a_row_of_zeros_has_the_smallest_scale():
     assert packed.scale.flatten().tolist() == pytest.approx([1 / 448, 1e-12, 1 / 448], rel=1e-6, abs=0)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_zero_rows_and_zero_inputs_give_zeros(scheme):
     policy = llada()

@@ -54,6 +54,7 @@ def check(policy, rank, commit, **options):
     return check_order(rank, commit, policy=policy, suppress=(2, 3, 4), **options)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(("rank", "commit", "compiled"), CASES)
 def test_shares_are_the_trajectorys_or_the_order_is_unknown(monkeypatch, rank, commit, compiled):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
@@ -161,6 +162,7 @@ def test_declared_rules_keep_the_contract_or_are_caught():
 NOISY = rules.PlackettLuce(temperature=0.5)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fixed"])
 @pytest.mark.parametrize(
     ("base", "known"),

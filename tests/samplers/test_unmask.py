@@ -227,6 +227,7 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
         assert drawn[0] == count
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 1.0}]
 )
@@ -343,6 +344,7 @@ def count_of_three(num_masked, steps_left):
     return torch.full_like(num_masked, 3)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -490,6 +492,7 @@ def test_a_rank_that_returns_nan_is_named(policy, monkeypatch, rank, options):
         sample(policy, IDS[:2], [5, 6], rank=rank, suppress=(3,), **options)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     "options", [slow({}), {"block_size": 4}, {"compile_step": True}, slow({"commit": rules.LateSchedule()})]
 )

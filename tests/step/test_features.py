@@ -69,6 +69,7 @@ class LogHighest(StepFeature):
         return {"mine/p99": self.found}
 
 
+@pytest.mark.slow
 def test_a_sync_every_four_updates(tmp_path):
     feature = SyncEvery(4)
     recipe = tiny_recipe(tmp_path, num_steps=6, rollout_quantization=int3_emulated, learning_rate=1e-2)

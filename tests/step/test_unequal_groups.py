@@ -88,6 +88,7 @@ def test_rows_are_packed_in_whole_groups():
     assert rows_of_processes(torch.tensor([1, 5, 2, 6]), 2) == (6, 8) and group_sizes(group) == [3, 2, 1, 4]
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("model", ["full", "cached", "causal"])
 def test_a_row_does_not_depend_on_the_size_of_its_group(model):
     """Groups of 3, 1 and 2 beside the same rows as groups of one: the shared first forward changes nothing."""

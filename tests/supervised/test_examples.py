@@ -294,6 +294,7 @@ CONTINUED = {"prompt": [say("user", "1"), say("assistant", "X")], "completion": 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("row", "message"),
     [

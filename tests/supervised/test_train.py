@@ -29,6 +29,7 @@ from dllm_rl.training.trainer import train
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_layout_does_not_change_the_gradient(kind):
     policy = MODELS[kind]()

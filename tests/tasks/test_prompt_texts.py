@@ -32,6 +32,7 @@ METRICS = {Sudoku: "solve_rate", Countdown: "accuracy"}
 PROTOCOLS = {Sudoku: ("strict", "d1"), Countdown: ("strict",)}  # d1 reads Countdown's expression in a box
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     "opening", ["", "<reasoning>", "<answer>", "<answer>\n", "<reasoning>\n</reasoning>\n<answer>\n"]
 )

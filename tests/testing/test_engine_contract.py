@@ -41,6 +41,7 @@ def checked(engine, attention="full", sampler=None, **options):
     check_engine(engine, policy, prompts(policy), sampler or SAMPLERS[attention], **options)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("scheme", [None, Int8WeightOnly()], ids=["learner", "int8"])
 @pytest.mark.parametrize("attention", SAMPLERS)
 def test_this_librarys_copies_pass(tmp_path, attention, scheme):
@@ -145,6 +146,7 @@ FAULTS = {
 CAUSAL = ("other tokens", "dropped end", "lost seed")
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("fault", "attention"), [*((fault, "full") for fault in FAULTS), *((fault, "causal") for fault in CAUSAL)]
 )

@@ -129,12 +129,12 @@ def test_a_quantized_copy_that_is_not_synced(trained, monkeypatch):
 
 def test_a_layer_with_nan(folder):
     def spoil(state):
-        state["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+        state["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
 
     rewrite(folder, spoil)
     found = checked(folder, "text", output=folder / "report.json")
     verdict, shown = found["load"]
-    assert verdict == "wrong" and "model.layers.1.mlp.up_proj.weight" in shown and "text" not in found
+    assert verdict == "wrong" and "model.layers.0.mlp.up_proj.weight" in shown and "text" not in found
     (section,) = json.loads((folder / "report.json").read_text())["sections"]
     assert section["reason"] == "error" and section["numbers"]["error"] == "ValueError"
     assert section["numbers"]["place"].startswith("dllm_rl.models.checkpoint.loading:")
@@ -196,7 +196,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_every_layout_passes(family, tmp_path):
     """Random weights: nothing is wrong, and nothing says that the model knows a text."""
@@ -208,6 +208,7 @@ def test_every_layout_passes(family, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_random_weights_with_a_tokenizer_of_english_are_not_ok(folder):
     def forget(state):
         for number, (name, x) in enumerate(sorted(state.items())):
@@ -219,6 +220,7 @@ def test_random_weights_with_a_tokenizer_of_english_are_not_ok(folder):
     assert verdict == "look" and "it tells neither this text nor its own completions from shuffled ones" in shown
 
 
+@pytest.mark.slow
 def test_four_bits_are_measured_and_named(trained):
     verdict, shown = checked(trained, "quantized", schemes=[Int4WeightOnly(group_size=64)])["quantized"]
     assert verdict == "look" and "low ESS: Int4WeightOnly" in shown

@@ -204,8 +204,8 @@ def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
     assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_runs", [2, 3])
-@pytest.mark.repeated(first_only=True)
 def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
     callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveNumbered()]
     for i in range(num_runs):
@@ -260,7 +260,7 @@ BEST = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_
     ],
     ids=["same", "another spelling", "another direction", "another metric"],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, monkeypatch, changed, best):
     choose(monkeypatch, [0.9, 0.2, 0.1, 0.3], "eval/reward", "eval/close")
     run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST)
@@ -290,7 +290,7 @@ def test_a_resume_with_other_evaluations_forgets_the_best_of_the_old_ones(tmp_pa
 
 @pytest.mark.parametrize("load", [True, False])
 @pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, monkeypatch, case, load):
     settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
     with monkeypatch.context() as patched:
@@ -527,6 +527,7 @@ def test_a_state_that_changes_after_it_was_read_is_stored_as_it_was():
     assert stored == {"steps": [1]}
 
 
+@pytest.mark.slow
 def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
     run(tmp_path, num_steps=2, lr_scheduler_type="constant")
     resume = {"num_steps": 3, "resume_from_checkpoint": "latest", "learning_rate": 1e-3, "max_grad_norm": 0.5}
@@ -544,12 +545,12 @@ def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
         run(tmp_path, num_steps=4, lr_scheduler_type="constant", resume_from_checkpoint="latest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"micro_batch_size": 2}, {"rollout_batch_size": 3}, {"gradient_checkpointing": True}, {"max_retained_graphs": 0}],
     ids=str,
 )
-@pytest.mark.repeated(first_only=True)
 def test_a_resume_may_save_memory_and_says_so(tmp_path, capsys, change):
     """What an OOM asks for changes no meaning of the run: it needs no `allow_changed`, and is recorded."""
     run(tmp_path, num_steps=1)
@@ -577,6 +578,7 @@ def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(tmp_path, chan
             run(tmp_path, **resume, allow_changed=allowed)
 
 
+@pytest.mark.slow
 def test_weights_of_several_dtypes_keep_them_in_a_resume(tmp_path):
     """A frozen body in bf16 below a head in fp32: one dtype for all would round what is trained."""
     policy = small_model()
@@ -599,8 +601,8 @@ def mixture():
     return tiny_moe(characters="123456=", causal=False, num_layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada", "mixture"])
-@pytest.mark.repeated(first_only=True)
 def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, monkeypatch, name):
     """Their tensors have the names of the published layout, or one tensor per expert."""
 

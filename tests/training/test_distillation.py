@@ -157,9 +157,10 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
 
 
 def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
-    train(taught_recipe(tmp_path / "same", zero_mismatch=True, num_steps=1))
+    settings = {"model": partial(tiny_masked_lm, **SIZES | {"num_layers": 2}), "zero_mismatch": True, "num_steps": 1}
+    train(taught_recipe(tmp_path / "same", **settings))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
-    train(taught_recipe(tmp_path / "refine_steps", zero_mismatch=True, num_steps=1, teacher_substeps=8))
+    train(taught_recipe(tmp_path / "refine_steps", **settings, teacher_substeps=8))
     assert metrics_of(tmp_path / "refine_steps")[0]["teacher/reverse_kl"] > 1e-4
 
 
@@ -188,6 +189,7 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     assert metrics_of(tmp_path)[0]["reward"] == pytest.approx(before.rewards.mean().item())  # stays the task's
 
 
+@pytest.mark.slow
 def test_equal_rewards_of_the_task_teach_with_a_teacher(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(log, "EQUAL_REWARD_STEPS", 2)
     task = task_from_dataset([{"prompt": "1="}] * 4, reward_funcs=[lambda completions, **_: [0.0] * len(completions)])
@@ -225,6 +227,7 @@ def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
     assert "kl" not in metrics_of(tmp_path / "whole")[0]  # the reference alone adds no KL term
 
 
+@pytest.mark.slow
 def test_with_adapters_the_reference_is_the_base(tmp_path):
     train(taught_recipe(tmp_path, lora=Lora(), zero_mismatch=True, teacher_coeff=0.5, learning_rate=1e-2))
     first, second = metrics_of(tmp_path)
@@ -310,6 +313,7 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         taught_recipe(tmp_path, **changes)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

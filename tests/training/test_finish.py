@@ -15,6 +15,8 @@ from dllm_rl.training.finish import _next_command
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_a_dry_run_has_no_policy(tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_rl.training.trainer.plan", lambda recipe: "the plan")

@@ -217,6 +217,7 @@ def slow_first(number):
     return 3.5 if number % 4 == 0 else 0.5
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("changes", [{}, {"likelihood": Coupled(), "rollout_quantization": None}])
 def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trained_on(changes, tmp_path):
     """The run is the loop written by hand: batch b of the weights that the metrics name, trained on in the step that
@@ -250,6 +251,7 @@ def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trai
         assert torch.equal(weight, of_run[name]), name
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_finished_batches_and_makes_the_others_again(tmp_path):
     recipe = first_ready_recipe(tmp_path / "run", late=3, num_steps=8, save_steps=2, save_total_limit=9)
     train(recipe, InProcessPool(slow_first))

@@ -40,6 +40,8 @@ from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.datasets import digest_of, task_from_dataset
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
 
@@ -86,7 +88,7 @@ def test_a_reward_may_ask_for_speed(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/quick/mean"] + row["rewards/right/mean"])
 
 
-def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
+def test_each_reward_is_normalized_on_its_own(tmp_path, rehearsal, monkeypatch):
     seen = []
 
     class Spy(Decoupled):
@@ -109,6 +111,7 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
 
 
+@pytest.mark.slow
 def test_ones_own_advantages_may_read_any_component_and_expect_shares(tmp_path):
     """A run first tries them on artificial rewards, which have as many components, in [0, 1]."""
 
@@ -238,6 +241,7 @@ def test_a_block_causal_model_trains_with_the_default(tmp_path):
     assert summary["eval_after"].keys() >= {"right"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
 def test_a_model_whose_noise_is_random_tokens(tmp_path):
     policy = tiny_diffusion_gemma(characters="1234=", canvas_length=4, hidden_size=16, moe_intermediate_size=16)
@@ -359,6 +363,7 @@ def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
     assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_rows_is_refused(tmp_path):
     """The evaluation before training was of other problems, and a held-out problem may have been trained on."""
     more = [*ROWS, *({"prompt": f"{a}=", "answer": a} for a in "1234")]
@@ -388,8 +393,8 @@ def test_a_resume_with_another_reward_is_refused(tmp_path):
     run(signed(-1.0), resume_from_checkpoint="latest", allow_changed="task,validation_task,eval_task")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "policy", "function"])
-@pytest.mark.repeated(first_only=True)
 def test_adapters_do_not_continue_on_another_base(tmp_path, kind):
     def base(seed):
         policy = tiny_masked_lm(**SMALL, seed=seed)
@@ -586,8 +591,8 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(max_new_tokens=64, sampler_options={"commit": SoftThreshold(tau=0.9)}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [SoftEdit(rate=0.5), Remask(eta=0.5)])
-@pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
     """Its steps cannot be merged, so a default with segments would end the run in its first step."""
     rank = RandomOrder() if isinstance(rule, Remask) else MaxProb()
@@ -688,8 +693,8 @@ def test_a_given_samplers_fields_are_its_own(changes, said):
     recipe_of(sampler=Warm(max_new_tokens=4), max_new_tokens=4, temperature=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Plain(max_new_tokens=4), Warm(max_new_tokens=4)], ids=["plain", "warm"])
-@pytest.mark.repeated(first_only=True)
 def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampler(tmp_path, sampler):
     """Nothing says how long its texts may be: 256 tokens, the default of `Unmask`, would be too many."""
     given = options(tmp_path, sampler=sampler, rollout_quantization=None)
@@ -703,7 +708,7 @@ def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampl
         (Stepless, r"records none for some .*; record them, or use OneStep\(\)"),
     ],
 )
-def test_a_sampler_that_the_default_cannot_score_is_refused_before_anything_is_written(tmp_path, kind, said):
+def test_a_sampler_that_the_default_cannot_score_is_refused_before_anything_is_written(tmp_path, rehearsal, kind, said):
     given = options(tmp_path / "run", sampler=kind(max_new_tokens=4), rollout_quantization=None, num_steps=1)
     with pytest.raises(ValueError, match=said):
         grpo(own_policy, ROWS, right, **given)

@@ -168,6 +168,7 @@ def test_more_steps_on_a_resume_are_those_of_a_run_with_these_steps(tmp_path, la
 SEVERAL_MASKS = {"likelihood": Coupled(), "rollout_quantization": None, "num_iterations": 2, "corrector": TIS()}
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -234,6 +235,7 @@ class EveryGroup(StepFeature):
         return replace(samples, advantages=signs), {}
 
 
+@pytest.mark.slow
 def test_a_feature_cannot_train_on_what_a_worker_did_not_score(tmp_path):
     changes = {"task": OddPuzzles(), "likelihood": Coupled(), "num_mismatch_groups": 1, "train_batch_size": 8}
     recipe = late_recipe(tmp_path / "coupled", num_steps=1, **changes)
@@ -272,7 +274,7 @@ def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
     [{"max_staleness": 1}, {"num_iterations": 2}, {"likelihood": Trajectory()}, {"resample_masks": False}],
     ids=str,
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedule, tmp_path):
     """They are of weights that are too old now, or have other log-probs than a step reads."""
     asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5}
@@ -285,11 +287,11 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedul
     assert all(row["staleness"] <= changes.get("max_staleness", 2) for row in rows[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
 @pytest.mark.parametrize(
     "changes", [{"likelihood": ELBO(num_samples=3)}, {"likelihood": OneStep()}, {"seed": 5}], ids=str
 )
-@pytest.mark.repeated(first_only=True)
 def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedule, tmp_path):
     """The sampler has the learner's weights: log-probs of the same masks agree."""
 

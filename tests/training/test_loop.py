@@ -31,7 +31,9 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
-    summary = train(make(tmp_path / "run", sft_warmup_steps=3, sft_warmup_eval_steps=2, eval_steps=1))
+    summary = train(
+        make(tmp_path / "run", sft_warmup_steps=3, sft_warmup_eval_steps=2, eval_steps=1, report_to="tensorboard")
+    )
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text()) == summary
     for part in ("eval_before", "eval_after"):
@@ -190,6 +192,7 @@ def descent(parameters, lr, betas, weight_decay):
     return torch.optim.SGD(parameters, lr=lr)
 
 
+@pytest.mark.slow
 def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
     """Also if the run is resumed with another rate and weight decay. AdamW's state is loaded in one way, any other's in
     another.
@@ -362,7 +365,7 @@ def test_kl_starts_at_zero_and_grows(tmp_path):
 
 
 class TestRefusals:
-    def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):
+    def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path, rehearsal):
         wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, sft_warmup_steps=10**6)
         with pytest.raises(ValueError, match="use Autoregress"):
             train(wrong)

@@ -220,8 +220,8 @@ def test_novelty_tells_apart_what_the_function_does(tmp_path, function, new):
     assert [reward.value for reward in graded] == [1 + 0.5 * number for number in new]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.repeated(first_only=True)
 def test_novelty_is_logged_and_only_trains(tmp_path, at):
     """Its mean is the share of new texts, in each order of the functions; an evaluation's reward is the oracle's."""
     oracle = Oracle(Counted())
@@ -296,7 +296,7 @@ class Breaks(Counted):
     ("error", "size", "cache"),
     [(KeyError("away"), 1, True), (TimeoutError(), 3, False), (SystemExit(3), 1, False), (OSError(5), 64, True)],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_an_exception_ends_the_run_without_another_call(tmp_path, size, cache, error):
     """The failing text is not called again, nor one after it; a resume goes on with what is not measured."""
     at = 1 if size == 64 else 3
@@ -313,6 +313,7 @@ def test_an_exception_ends_the_run_without_another_call(tmp_path, size, cache, e
     assert len(metrics_of(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_folder_needs_its_paid_calls(tmp_path):
     """Without them the budget would begin anew, and known texts would be paid for again."""
     first = Counted()
@@ -366,6 +367,7 @@ def test_without_a_measurement_another_reward_trains_nothing(tmp_path, at, weigh
         assert rewards["D"].value == (5 * weight - 2 if "D" in measured else None)
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("settings", [{}, {"reward_timeout": 7.0}, {"save_steps": 20}])
 @pytest.mark.parametrize("wrapped", [[Oracle(Counted())], [Counted(), Oracle(Counted())]])
 def test_a_paid_step_has_no_time_limit_and_is_saved(settings, wrapped):
@@ -495,6 +497,7 @@ def test_a_killed_run_pays_for_no_text_twice_and_gives_the_same_result(tmp_path)
     assert rewards[0] == rewards[1] and len(rewards[0]) > 1
 
 
+@pytest.mark.slow
 def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
     """Its code as it is printed, with a small ESM-2 and two steps: sequences keep scaffold and length, 4 x 8 a step."""
     page = (Path(__file__).parents[2] / "docs" / "protein-dna.md").read_text()
@@ -547,6 +550,7 @@ def test_an_oracle_may_be_among_the_callbacks_too(tmp_path):
     assert design(tmp_path, oracle, num_steps=1, callbacks=[oracle])["stages"]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
     """As while the results of its first step are awaited: its weights were trained by another run."""
     ready = tmp_path / "ready"

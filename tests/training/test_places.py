@@ -13,6 +13,8 @@ from dllm_rl import GroupRelative, Lora, PPOClip, RandomOrder, grpo, load_policy
 from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
 from dllm_rl.models.lora import add_lora
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROWS = [{"prompt": f"{a}="} for a in "12345678"]
 SETTINGS = {"max_new_tokens": 2, "train_batch_size": 2, "num_generations": 2, "eval_split": 2, "num_steps": 1}
 SETTINGS |= {"report_to": "none"}

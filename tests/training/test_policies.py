@@ -116,6 +116,7 @@ def in_bf16():
 NF4 = {"base_quantization": "nf4", "lora": Lora(r=2)}
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     "model", [tiny_masked_lm(**SIZES), partial(tiny_masked_lm, **SIZES)], ids=["policy", "function"]
@@ -137,8 +138,8 @@ def test_what_acts_while_a_checkpoint_is_loaded_is_refused_of_a_given_model(tmp_
     assert not [*tmp_path.glob("*/metrics.jsonl")], "before a file is written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.repeated(first_only=True)
 def test_a_given_base_in_few_bits_is_not_copied_to_the_host(tmp_path, quantization):
     """Its codes without their scales would be sampled from and saved. A teacher's are neither."""
     pytest.importorskip("bitsandbytes")

@@ -274,8 +274,8 @@ def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
         assert "grad_norm" not in row and row["quantization/codes_changed"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"replay": Replay(min_reward=0.0, batch_size=4), "allow_changed": "replay"}])
-@pytest.mark.repeated(first_only=True)
 def test_a_run_without_a_right_answer_yet_is_resumed(tmp_path, changes):
     """No update has made moments of the optimizer."""
     task = {"task": NeverRight, "num_iterations": 0}
@@ -337,6 +337,7 @@ def test_a_collapse_is_said_once(tmp_path, capsys):
     assert said.count("replay: completions/distinct_ratio=0.12") == 1 and "StopBelow" in said
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("rate", [None, 3e-3])
 def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
     spy = Spy(monkeypatch)
@@ -345,6 +346,7 @@ def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
     assert spy.rates == pytest.approx([(rate or 1e-3) / 2] * 3 + [(rate or 1e-3) / 4] * 3)
 
 
+@pytest.mark.slow
 def test_bf16_updates_use_the_weights_of_the_update_before(tmp_path):
     """Autocast keeps bf16 copies of the weights: with and without its cache, the same weights result."""
     made = []

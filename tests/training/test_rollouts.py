@@ -70,7 +70,7 @@ def sampled(sampler, policy, rows: int) -> Rollout:
     ("how", "rows"),
     [("dream", 3), ("sdar, cached", 3), ("llama", 3), slow("dream", 4), slow("sdar", 2), slow("llama", 6)],
 )
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
     """Rows end early, at different times; the filters keep different numbers of tokens. Elsewhere than with full
     attention rows leave a batch at different times, and sums may round in the last bit."""
@@ -162,6 +162,7 @@ def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
     assert first and again and not first & again
 
 
+@pytest.mark.slow
 def test_a_sampler_that_ignores_the_seeds_draws_other_numbers_in_every_batch(tmp_path):
     drawn, plain = [], Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
 
@@ -202,6 +203,7 @@ def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(t
         assert metrics["dynamic_sampling/draws"] > 1 and metrics["num_tokens"] == sum(seen)
 
 
+@pytest.mark.slow
 def test_num_tokens_goes_on_after_a_resume(tmp_path):
     """A step of a 4x4 Sudoku has 16 completions of 16 tokens, each after a prompt of 17: 528 tokens."""
     train(tiny_recipe(tmp_path, num_steps=1, lr_schedule_steps=2))
@@ -288,7 +290,7 @@ def judged_recipe(directory, function=judge, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"advantages": LeaveOneOut()}, {"max_num_gen_batches": 3}])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_path, settings, monkeypatch):
     recipe = judged_recipe(tmp_path, **settings)
     seen = []
@@ -315,7 +317,7 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.5}, {"entropy_coeff": 0.1}, {"corrector": Reject(threshold=1e-9)}])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_is_in_no_term_and_no_mean_of_the_loss(tmp_path, settings, monkeypatch):
     """Tokens that the corrector rejects are in no mean either; the rows of a group without an advantage are."""
     seen = []

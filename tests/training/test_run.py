@@ -26,6 +26,8 @@ from dllm_rl.training.hooks import record_update
 from dllm_rl.training.saving import checkpoint_if_due
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit
 
 

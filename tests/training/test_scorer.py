@@ -24,6 +24,8 @@ from dllm_rl.step.score import (
 )
 from dllm_rl.training.make_step import AlignedForward, make_step
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def arithmetic(recipe):
     policy = recipe.model()
@@ -75,6 +77,7 @@ def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, c
     assert active_rows(tiny_recipe(tmp_path, **changes), samples).tolist() == [True] * 5
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("changes", "copied", "rollout", "aligned"),
     [

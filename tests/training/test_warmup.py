@@ -22,6 +22,8 @@ from dllm_rl.training import warmup
 from dllm_rl.training.trainer import train
 from dllm_rl.training.warmup import drawn_problems, warm_up
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
 
@@ -248,7 +250,7 @@ def of_rows(tmp_path, rows, **changes):
     ],
 )
 @pytest.mark.repeated(first_only=True)
-def test_each_solution_that_is_drawn_is_read_before_the_run(tmp_path, solution, message):
+def test_each_solution_that_is_drawn_is_read_before_the_run(tmp_path, rehearsal, solution, message):
     """One row of sixteen; the run would end after some steps of the warm-up."""
     rows = [row | {"completion": solution} if row["prompt"] == "22=" else row for row in ROWS]
     with pytest.raises(ValueError, match=message):

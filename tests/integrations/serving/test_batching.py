@@ -238,6 +238,7 @@ def test_a_completion_that_is_refused_takes_no_other_with_it(make, batches):
     assert [len(batch) for batch in batches] == [3, 1, 1, 1]
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("length", range(1, 13))
 def test_scaled_steps_are_enough_wherever_a_completion_begins_in_a_block(length):
     policy = diffusion()

@@ -13,6 +13,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Renoise
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 DIGITS = {"characters": "0123456789=_"}
 
 

@@ -82,10 +82,10 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "model"), [(tiny_recipe, tiny_masked_lm), (tiny_recipe_ar, partial(tiny_llama, causal=True))]
 )
-@pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_path, make, model):
     """All bits on a CPU: weights, evaluations, mismatch metrics, and those of the quantization."""
     plain = make(tmp_path / "a", rollout_quantization=Float8WeightOnly(), report_to=None)
@@ -210,6 +210,7 @@ def loaded():
 NAME = "lm_head.dense.weight"
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("changes", "header", "said"),
     [
@@ -396,6 +397,7 @@ def test_a_model_of_another_shape_is_refused():
         HTTPEngine(url=server.url).load(tiny_masked_lm(**SIZES))
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("data", [b"", b"pickle", serialize({}, []), serialize({}, None)])
 @pytest.mark.parametrize("path", ["/weights", "/rollouts", "/logits"])
 def test_other_bytes_are_refused(data, path):

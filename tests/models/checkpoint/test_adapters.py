@@ -55,6 +55,7 @@ def stir(policy, std: float = 0.1) -> None:
         layer.lora_B.weight.data.normal_(0, std, generator=generator)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("family", few(FAMILIES, ["llada2", "dream", "modernbert"], ["llada", "sdar_moe"]))
 def test_adapters_of_every_family(tmp_path, family):
     folder = checkpoint(tmp_path / "base", family)
@@ -488,6 +489,7 @@ def test_adapters_that_do_not_fit(tmp_path):
         load_adapter(tiny_llama(characters="ab", causal=False), tmp_path)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -607,6 +609,7 @@ def recipe(tmp_path, name: str, **fields):
     return replace(base, **(few | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

@@ -48,6 +48,7 @@ def comes_back(policy, folder) -> bool:
     return torch.equal(logits(again), logits(policy))
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_spec_that_differs_in_one_field_is_not_replaced_by_the_familys(tmp_path, change):
     policy = llama()

@@ -45,6 +45,7 @@ def ones(tokens: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.bfloat16]))
 @pytest.mark.parametrize("family", ORIGINAL)
 def test_the_original_layout_comes_back_bit_for_bit(tmp_path, family, dtype):
@@ -68,6 +69,7 @@ def test_a_head_apart_from_the_embedding_is_saved_although_the_config_ties_them(
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("family", STOCK)
 def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
@@ -144,6 +146,7 @@ def aliases(family: str) -> set[str]:
     }.get(family, set())
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("family", "attention", "shift", "block"),
     [
@@ -182,6 +185,7 @@ def test_what_a_family_is(policies, family, attention, shift, block):
     )
 
 
+@pytest.mark.repeated(every=5)
 @pytest.mark.parametrize("family", EVERY)
 def test_padding_on_either_side_changes_nothing(policies, family):
     policy, tokens = policies(family), ids(11)
@@ -194,6 +198,7 @@ def test_padding_on_either_side_changes_nothing(policies, family):
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("family", [family for family in ORIGINAL if family != "nemotron_ar"])
 def test_what_is_sampled_is_scored_as_sampled(policies, family):
     policy, generator = policies(family), torch.Generator().manual_seed(0)
@@ -207,6 +212,7 @@ def test_what_is_sampled_is_scored_as_sampled(policies, family):
 ALIKE = ("llada_tied", "sdar_moe", "a2d_qwen3", "roberta", "llama", "smollm2")  # each as one that is tested
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("family", [family for family in EVERY if family not in ALIKE])
 @pytest.mark.parametrize("left", few([0, 3], [3]))
 def test_who_sees_whom(policies, family, left):
@@ -251,6 +257,7 @@ def test_an_unshifted_head_is_the_modules(policies, family):
     torch.testing.assert_close(policy.logits(tokens, ones(tokens), marked), got[0, [2, 5]], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("num_masks", [0, 1, 5, 8])
 @pytest.mark.parametrize("family", ["bert", "esm2", "esm1b", "esm_plain"])
 def test_masked_logits_are_those_of_transformers(policies, family, num_masks):
@@ -263,6 +270,7 @@ def test_masked_logits_are_those_of_transformers(policies, family, num_masks):
         torch.testing.assert_close(policy.logits(given, mask)[:, -9:], expected, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("length", [1, 2, 9])
 @pytest.mark.parametrize("given", [[], [5]])
 def test_esm_completes_a_prompt_of_masks_alone(policies, given, length):

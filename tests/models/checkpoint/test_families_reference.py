@@ -174,6 +174,7 @@ def reference_nemotron(config, w, tokens):
     return torch.cat([logits[:1], logits[:-1]]) if causal else logits
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(
     ("family", "reference"),
     [

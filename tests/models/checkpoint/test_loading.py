@@ -195,6 +195,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
             loading.load_config(text)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("family", ["llada", "bert", "llama"])
 def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
     """The headers of one would be checked, and the other loaded: of the index, of one file, or of adapters."""
@@ -224,6 +225,7 @@ def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
         load_policy(config)
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize("sizes", [(2000, 10**9), (10**9, 2000)], ids=["shards first", "one file first"])
 def test_weights_are_saved_over_others_without_leaving_any(tmp_path, monkeypatch, stock, sizes):

@@ -37,6 +37,7 @@ def spelled(kind: str, key: str) -> dict | None:
     return None if kind == "none" else {key: kind.split(",")[0]} | SCALINGS[kind]
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(("kind", "key"), [("yarn", "rope_type"), *((kind, "type") for kind in SCALINGS)])
 def test_scaling_is_read_as_transformers_reads_it(tmp_path, kind, key):
     scaling = spelled(kind, key)

@@ -83,6 +83,7 @@ def assert_equal(one: dict, other: dict) -> None:
 ALIKE = ("llada_tied", "sdar_moe", "a2d_qwen3", "roberta", "smollm2")  # each as one that is tested
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize(
     "lora", [pytest.param(None, id="full", marks=pytest.mark.slow), pytest.param(Lora(r=4, dropout=0.3), id="lora")]
 )

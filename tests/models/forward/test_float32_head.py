@@ -115,6 +115,7 @@ def test_no_fp32_copy_of_the_head_is_made(monkeypatch):
     assert largest.seen == 320  # the spy does see a copy
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(("family", "dtype"), crossed(FAMILIES, HALF, row="bert", column="bfloat16"))
 def test_a_16_bit_models_logits_are_the_exact_products(tmp_path, family, dtype):
     policy = load_policy(checkpoint(tmp_path, family), dtype=dtype)
@@ -132,6 +133,7 @@ def test_a_16_bit_models_logits_are_the_exact_products(tmp_path, family, dtype):
     assert rounded.dtype == HALF[dtype] and (rounded.double() - logits).abs().max() > 1e-4
 
 
+@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_fp32_model_is_left_alone_to_the_bit(tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))

@@ -59,6 +59,7 @@ def test_a_forward_notes_what_its_routers_took(policy):
     assert len(noted[mask].unique()) > 2
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("checkpointing", [slow(False), True])
 def test_replay_is_the_definition_with_its_gradient(policy, checkpointing):
     """The router's own scores at the experts given, normalized as it does; every gradient, the router's too."""

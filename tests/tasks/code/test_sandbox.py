@@ -75,6 +75,7 @@ def test_sixty_hostile_programs_end_in_their_limits_and_leave_nothing(marker) ->
     attack_all(HOSTILE, marker)
 
 
+@pytest.mark.repeated(every=3)
 @needs_sandbox
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_program_that_pretends_does_not_pass(name) -> None:
@@ -345,6 +346,7 @@ class Negative(ValueError):
 OWN = "class Own(KeyError, ValueError): pass\n"
 
 
+@pytest.mark.repeated(every=3)
 @needs_sandbox
 @pytest.mark.parametrize(
     ("prelude", "raises", "expected", "passes"),

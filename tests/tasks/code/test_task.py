@@ -204,6 +204,7 @@ def test_a_thousand_hostile_completions_run_nothing_and_do_not_pass(pieces, wild
     assert graded.parsed or graded.value == 0.0
 
 
+@pytest.mark.slow
 def test_a_million_characters_take_linear_time() -> None:
     for piece in PIECES:
         with linear_time():
@@ -222,6 +223,7 @@ def test_the_sandbox_s_reward_is_the_tests(tmp_path) -> None:
     assert task.reward(problems[0], "    return k * 3.141592653589793 * r * r\n").value == 1.0
 
 
+@pytest.mark.repeated
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.parametrize(
     "begun", ["", "    # twice the half of x\n", '    """Twice."""\n', "    y = half(x)\n    return (\n"]

@@ -52,6 +52,7 @@ def targets(reachable: frozenset[Fraction], rng: Random) -> list[int]:
     return rng.sample(within, min(8, len(within))) + rng.sample(without, min(8, len(without)))
 
 
+@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("tabulated", [1, 4])
 @pytest.mark.parametrize(("count", "trials"), [(1, 2), (2, 6), (3, 8), (4, 2)])
 @pytest.mark.parametrize("operators", ["+-*/", "-/", "+*"])

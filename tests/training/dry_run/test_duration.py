@@ -77,7 +77,7 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
 @pytest.mark.parametrize("rows", [8, 48])
 @pytest.mark.parametrize("lora", [sudoku.lora, None])
 @pytest.mark.parametrize("likelihood", [lik.OneStep(), lik.Coupled()])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_compiled_bf16_is_planned_at_the_ratio_that_the_h100_measured(policy, rows, lora, likelihood):
     speeds = {
         row["what"]: row["tokens/s"]
