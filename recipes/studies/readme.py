@@ -87,10 +87,12 @@ def training(column: str) -> str:
         if not all(column in run for (arm, _), run in case.results.items() if arm == case.plain):
             continue
         others = [f"{name} {case.gain(column, name)}" for name in case.corrected if name not in ("TIS", "shuffled TIS")]
+        ess = mean(run["ess"] for (arm, _), run in case.results.items() if arm == case.plain)
+        row = {"rollouts of a copy in": case.copy, "task": case.task}
+        row |= {"ESS": f"{ess:.3f}"} if column == "after" else {}
         rows.append(
-            {
-                "rollouts of a copy in": case.copy,
-                "task": case.task,
+            row
+            | {
                 "cost without a correction": interval(paired(case.results, case.best, case.plain, column)),
                 "gain of TIS": case.gain(column, "TIS"),
                 "gain of shuffled TIS": case.gain(column, "shuffled TIS"),
