@@ -73,6 +73,14 @@ class _Rule:
         """Whether it is not of the library."""
         return isinstance(self, FunctionRecord) or not type(self).__module__.startswith("dllm_rl.")
 
+    def check_order(self, kind: str, orders: tuple[str, ...]) -> None:
+        """Raise ValueError if a custom rule declares none of these orders, and no order of the library's own rules."""
+        if self.is_custom and self.order not in (*orders, "unknown", "max_prob", *SCORED_ORDERS):
+            raise ValueError(
+                f"{kind}={self.name} declares order={self.order!r}, which is none of {', '.join(orders)}; leave order "
+                "out if the probability of the positions is not known"
+            )
+
 
 class Rank(_Rule, Record):
     """A score of each of K masked positions; positions with the highest scores are committed first.
@@ -112,6 +120,7 @@ class Rank(_Rule, Record):
         raise TypeError(f"{type(self).__name__} must define __call__ with some of {', '.join(RANK_INPUTS)}")
 
     def check(self) -> None:
+        self.check_order("rank", ("deterministic", "independent"))
         allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
         contradicting = self.reads - allowed.get(self.order, self.reads)
         if contradicting:
@@ -290,7 +299,7 @@ class Commit(_Rule, Record):
     def order(self) -> str:
         """The kind of order that the choice of positions makes.
 
-        "deterministic": the positions are a function of the rule's inputs, and the rule does not compare random numbers
+        "deterministic": the positions are a function of the rule's inputs, and the rule does not compare `uniforms`
         with numbers that depend on the weights, because the positions would then have a probability that depends on the
         weights. "unknown": not known. `SoftThreshold` has a kind of its own.
         """
@@ -341,6 +350,7 @@ class Commit(_Rule, Record):
         raise TypeError(f"{type(self).__name__} must define __call__(scores, masked, steps_left)")
 
     def check(self) -> None:
+        self.check_order("commit", ("deterministic",))
         self.reads  # noqa: B018  raises if the inputs contradict each other
 
     def choose(

@@ -184,3 +184,13 @@ def test_a_rank_of_ones_own_goes_with_any_rule_but_that_of_known_probabilities()
 
     sampler = Unmask(max_new_tokens=4, rank=first, commit=rules.Threshold(tau=0.9))
     assert sampler(policy, prompts, generator_for(0)).completion_mask.sum() == 4
+
+
+def test_an_order_that_no_rule_has_is_refused():
+    """A commit rule has no order "independent": what follows from `uniforms` alone is "deterministic"."""
+    for base, kind, wrong in ((rules.Rank, "rank", "random"), (rules.Commit, "commit", "independent")):
+        mine = type("Mine", (base,), {"order": wrong, "__call__": lambda self, uniforms: uniforms})
+        with pytest.raises(ValueError, match=f"{kind}=Mine declares order='{wrong}', which is none of determ"):
+            mine()
+        assert type("Fine", (mine,), {"order": "deterministic" if kind == "commit" else "independent"})()
+    assert type("Narrow", (rules.Confidence,), {})().order == "confidence"

@@ -870,7 +870,7 @@ def test_an_order_whose_rank_the_sampler_does_not_name_is_not_scored_by_another(
 
 def test_workers_of_a_rank_with_weights_of_its_own_are_refused(tmp_path):
     class Learned(Rank):
-        order = "random"
+        order = "deterministic"
 
         def __call__(self, hidden):
             return hidden[:, 0]
