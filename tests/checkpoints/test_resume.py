@@ -89,13 +89,8 @@ MAY_CHANGE = {
     **{"eval_steps": 1, "eval_batch_size": 2, "num_mismatch_groups": 3},
     **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick"},
     **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": "wandb"},
-    **{
-        "push_to_hub": "me/it",
-        "stop_seconds": 1.0,
-        "reward_timeout": None,
-        "collective_timeout": 60.0,
-        "peer_timeout": 60.0,
-    },
+    **{"push_to_hub": "me/it", "stop_seconds": 1.0, "reward_timeout": None},
+    **{"collective_timeout": 60.0, "peer_timeout": 60.0},
     **{"num_steps": 9, "lr_schedule_steps": 5, "max_prompt_length": 20, "shard_size": 0},
     **{"micro_batch_size": 1, "rollout_batch_size": 1, "gradient_checkpointing": True, "max_retained_graphs": 0},
 }

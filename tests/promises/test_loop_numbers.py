@@ -45,7 +45,7 @@ class Planted:
         self.rollouts = []
         base = tiny_recipe(directory)
         settings = {
-            "model": partial(tiny_masked_lm, **SIZES, head_std=0.3),
+            "model": partial(tiny_masked_lm, **SIZES | {"num_layers": 2}, head_std=0.3),
             "seed": 3,
             "likelihood": OneStep(prompt_mask=0.0),
             "corrector": NoCorrection(),
