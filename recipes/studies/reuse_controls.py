@@ -196,12 +196,6 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def page_tables() -> dict[str, str]:
-    """The tables of reuse.md."""
-    results = by_arm(read_json(STORED))
-    return {"arms": markdown(arm_rows(results)), "claims": markdown(claimed_rows(claims(results)))}
-
-
 def by_arm(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     return {(run["arm"], run["seed"]): run for run in runs}
 
