@@ -218,7 +218,7 @@ def slow_first(number):
 
 
 @pytest.mark.repeated(first_only=True)
-@pytest.mark.parametrize("changes", [{}, {"likelihood": Coupled(), "rollout_quantization": None}])
+@pytest.mark.parametrize("changes", [{"likelihood": Coupled(), "rollout_quantization": None}, {}])
 def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trained_on(changes, tmp_path):
     """The run is the loop written by hand: batch b of the weights that the metrics name, trained on in the step that
     they name."""
