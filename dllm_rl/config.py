@@ -321,10 +321,10 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
             raise ValueError(f"--{path} is a setting of a class: choose it by --{prefix[:-1]}, one of {classes}")
         owner = type(value) if isinstance(value, base) else base
         if chosen is not None and chosen != "none" and "{" not in chosen and issubclass(base, Record):
-            owner = _class_named(base, chosen, prefix[:-1])
+            owner = class_named(base, chosen, prefix[:-1])
         settable = {f.name: annotations_of(owner)[f.name] for f in dataclasses.fields(owner) if f.init}  # type: ignore[arg-type]
     if last == "help":  # of the class that is chosen, or of another one
-        return _class_path(_class_named(base, text, path) if text else owner)
+        return _class_path(class_named(base, text, path) if text else owner)
     if last not in settable:
         _refuse(path, prefix, settable, owner)
     annotation = settable[last]
@@ -338,7 +338,7 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
                 return _class_path(base)
             example = dataclasses.fields(base)[0].name
             raise ValueError(f"{path}={text!r}: a {last} is chosen by its recipe; set its fields: --{path}.{example}")
-        record = _class_named(base, text, path)
+        record = class_named(base, text, path)
         required = required_settings(record).keys()
         given = {option.rpartition(".")[2] for option, _ in options if option.rpartition(".")[0] == path}
         if (missing := sorted(required - given)) and type(getattr(value, last, None)) is not record:
@@ -372,7 +372,7 @@ def _class_path(record: type) -> str:
     return f"{record.__module__}.{record.__qualname__}"
 
 
-def _class_named(base: type[Record], text: str, path: str) -> type[Record]:
+def class_named(base: type[Record], text: str, path: str) -> type[Record]:
     """Return the class that text names: one of the library, or MODULE.NAME, which is imported."""
     if "." not in text:
         return subclass_named(base, text, path)

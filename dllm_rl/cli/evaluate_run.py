@@ -230,6 +230,10 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     has one step per token.
     """
     sampler_class = sampler_for(policy)
+    rules = [  # read first, because this imports a rank of the user's, which the run's sampler may have
+        swept_methods(base, name, arguments) or [None]
+        for name, base in (("commit", Commit), ("rank", Rank), ("cache", Cache))
+    ]
     run_sampler = sampler_of(arguments.models[0]) if len(arguments.models) == 1 else None
     run = run_sampler if isinstance(run_sampler, sampler_class) else None
     temperature = arguments.temperature
@@ -238,10 +242,6 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     filters = {name: getattr(arguments, name) for name in ("top_k", "top_p", "suppress")}
     shared = {"temperature": temperature, "block_size": arguments.block_size} | filters
     lengths = arguments.max_new_tokens or [default_length(policy, task, run_sampler)]
-    rules = [
-        swept_methods(base, name, arguments) or [None]
-        for name, base in (("commit", Commit), ("rank", Rank), ("cache", Cache))
-    ]
     plans: list[Plan] = []
     for length, commit, rank, cache, steps in product(lengths, *rules, arguments.diffusion_steps or [None]):
         rule = commit or getattr(run, "commit", Schedule())

@@ -64,19 +64,20 @@ def read_methods(
     Args:
         base: Base class of the methods.
         option: Name of the option.
-        names: Names of the classes, the option's value.
+        names: Names of the classes, the option's value: classes of the library, or MODULE.NAME, which is imported.
         fields: Values of the fields, as `split_fields` returns them.
         prefix: Text before an option's name where the user writes it, for error messages.
 
     Raises:
         ValueError: A class or a field is unknown, or a value is missing or wrong.
     """
-    from dllm_rl.records import annotations_of, make_record, required_settings, subclass_named
+    from dllm_rl.config import class_named  # local: imports torch, which would slow --help
+    from dllm_rl.records import annotations_of, make_record, required_settings
 
     settings = fields.get(option, {})
     if settings and not names:
         raise ValueError(f"{prefix}{option}.{min(settings)} needs {prefix}{option}, the class with this setting")
-    classes = [None if name == "none" else subclass_named(base, name, option) for name in names]
+    classes = [None if name == "none" else class_named(base, name, option) for name in names]
     for field in settings:
         if not any(record is not None and field in annotations_of(record) for record in classes):
             raise ValueError(f"{prefix}{option}.{field} is no setting of {', '.join(names)}; leave it out")

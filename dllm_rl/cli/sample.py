@@ -30,6 +30,7 @@ from dllm_rl.types import Rollout
 
 def sample_command(arguments: argparse.Namespace) -> None:
     """Complete the prompts, and print the completions, or with --json one JSON object."""
+    passed = passed_options(arguments)  # imports a rank of the user's, which the run's sampler may have
     run_sampler = sampler_of(arguments.model)
     texts: list[Any] = arguments.prompts or ([] if sys.stdin.isatty() else lines_of_input())
     texts = texts or problems_of(arguments.model, 4) or lines_of_input()
@@ -41,7 +42,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
     record = complete(
         policy,
         problems,
-        sampler_with(policy, run_sampler, passed_options(arguments)),
+        sampler_with(policy, run_sampler, passed),
         num_generations=arguments.num_generations,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,

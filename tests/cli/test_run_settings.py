@@ -74,7 +74,7 @@ def test_an_option_replaces_the_runs_own(run, capsys):
 
 def store(monkeypatch, **settings):
     """Let any model be a run with these settings, as a checkpoint stores them."""
-    stored = json.loads(json.dumps({name: to_json(value) for name, value in settings.items()}))
+    stored = json.loads(json.dumps({name: v if isinstance(v, dict) else to_json(v) for name, v in settings.items()}))
     for module in (options_module, run_settings):
         monkeypatch.setattr(module, "recipe_of", lambda model: stored)
 
@@ -213,6 +213,21 @@ class TestEvaluatePlans:
         assert [(row["rank"], row["diffusion_steps"]) for row, _ in plans] == [
             ("RandomOrder()", 2), ("RandomOrder()", 4), ("MaxProb()", 2), ("MaxProb()", 4)]  # fmt: skip
         assert all(sampler.suppress == (0, 2) for _, sampler in plans)
+
+    def test_a_rank_of_ones_own_is_imported_and_the_runs_sampler_with_it_is_kept(self, monkeypatch, tmp_path):
+        (tmp_path / "rank_of_mine.py").write_text(
+            "from dllm_rl import Rank\n\nclass Peak(Rank):\n    sharpness: float = 1.0\n\n"
+            "    def __call__(self, logits, normalizer):\n        return self.sharpness * logits.amax(-1)\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        stored = made("Unmask", max_new_tokens=8, block_size=4, rank=made("rank_of_mine.Peak", sharpness=2.0))
+        options = "--rank rank_of_mine.Peak --rank.sharpness 2.0"
+        ((row, sampler),) = self.plans(monkeypatch, stored, options)
+        assert (row["max_new_tokens"], row["block_size"]) == (8, 4)
+        assert type(sampler.rank).__name__ == "Peak" and sampler.rank.sharpness == 2.0
+        for name, message in (("Absent", "has no attribute 'Absent'"), ("Rank.check", "is no subclass of Rank")):
+            with pytest.raises(ValueError, match=message):
+                self.plans(monkeypatch, stored, f"--rank rank_of_mine.{name}")
 
     def test_a_rule_that_needs_another_rank_gets_it(self, monkeypatch):
         options = "--commit Threshold,EntropyBound --commit.tau 0.9 --commit.gamma 0.5"
