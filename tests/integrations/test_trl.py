@@ -80,6 +80,7 @@ from dllm_rl.types import Batch, Rollout, Views
 LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
 CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]
 SCHEMES = [None, Int8WeightOnly(), Float8WeightOnly()]
+TWO_PARTS = {"gradient_accumulation_steps": 2}  # of each update's rows
 # Every pair of an estimator, a corrector and a scheme occurs; the other combinations run in the nightly part.
 CASES = [(a, b, c) for a in LIKELIHOODS for b in CORRECTORS for c in SCHEMES]
 FAST = [
@@ -166,7 +167,7 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
 )
 @pytest.mark.repeated(first_only=True)
 def test_losses_and_gradients_are_the_learners(tmp_path, likelihood, corrector, scheme, lora):
-    run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora)
+    run = run_of(tmp_path, likelihood, corrector, scheme, lora=lora, settings=TWO_PARTS)
     result, gradients = learner(run, likelihood=likelihood, corrector=corrector, rollout_quantization=scheme)
     assert len(gradients) == len(run.gradients) == 2
     for own, trls in zip(gradients, run.gradients, strict=True):
@@ -207,7 +208,7 @@ def test_the_comparison_sees_what_is_moved_to_another_row(tmp_path, monkeypatch,
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.repeated(first_only=True)
 def test_settings_of_grpo_config_are_the_learners(tmp_path, trls, own, lora):
-    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls)
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, lora=lora, settings=trls | TWO_PARTS)
     result, gradients = learner(run, likelihood=Trajectory(), **own)
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
     assert abs(run.losses[-1] - result.metrics["loss"]) < 1e-6
@@ -334,9 +335,8 @@ def test_a_batch_of_truncated_completions_alone_changes_nothing(tmp_path):
 def test_the_reference_follows_the_weights(tmp_path):
     """TRL's formula, at its steps: reference = 0.75 reference + 0.25 weights."""
     settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
-    run = run_of(
-        tmp_path, Trajectory(), NoCorrection(), None, settings=settings | {"max_steps": 4, "num_iterations": 1}
-    )
+    settings |= {"max_steps": 4, "num_iterations": 1, "gradient_accumulation_steps": 1}
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings)
     assert run.ref_model is run._context.reference.module
     name, reference = next(iter(run.ref_model.named_parameters()))
     first, second = (run.weights[step][name] for step in (0, 2))
@@ -482,7 +482,7 @@ def test_a_loaded_model_brings_the_tokenizer_of_its_folder(tmp_path):
 @pytest.mark.parametrize("loss", [GSPO(), CISPO(), VESPO(), Reinforce()])
 @pytest.mark.repeated(first_only=True)
 def test_losses_of_the_library(tmp_path, loss):
-    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss)
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, loss=loss, settings=TWO_PARTS)
     _, gradients = learner(run, likelihood=Trajectory(), loss=loss)
     assert all(difference(*pair) < 1e-6 for pair in zip(gradients, run.gradients, strict=True))
 

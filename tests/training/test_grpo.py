@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import permutations
 
 import pytest
@@ -426,8 +426,14 @@ def test_an_option_of_slurm_that_nothing_reads_is_refused(tmp_path, monkeypatch)
     assert grpo(*arguments, **options(tmp_path, num_steps=0, resume_from_checkpoint="latest"))["eval_problems"] == 1
 
 
+@cache
+def a_model():
+    """For recipes that nobody runs."""
+    return tiny_masked_lm(**SMALL)
+
+
 def recipe_of(**settings):
-    return grpo_recipe(model=tiny_masked_lm(**SMALL), train_dataset=ROWS, reward_funcs=right, **settings)
+    return grpo_recipe(model=a_model(), train_dataset=ROWS, reward_funcs=right, **settings)
 
 
 def test_trls_names_set_what_they_mean():

@@ -27,6 +27,7 @@ from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.tasks import Sudoku
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
 
@@ -207,6 +208,7 @@ def test_the_engine_keeps_the_contract_of_engines(sampler):
     check_engine(VLLMEngine(), policy, prompts(policy), sampler, bound=1e-5)
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("sampler", [SAMPLER, SAMPLER.replace(suppress=(4, "2"))], ids=["plain", "suppress"])
 def test_a_server_keeps_the_contract_of_engines(server, sampler):
     policy = learner()
@@ -251,11 +253,14 @@ def test_what_vllm_is_asked():
 
 
 def recipe_of(folder, **changes):
-    """Of four tokens, each of which the stand-in computes in a forward of its own."""
+    """Of two prompts and four tokens, each of which the stand-in computes in a forward of its own."""
     changes = {
         "sampler": VLLMSampler(max_new_tokens=4, temperature=1.0),
         "eval_sampler": Autoregress(max_new_tokens=4, temperature=0.0),
         "rollout_engine": VLLMEngine(),
+        "train_batch_size": 2,
+        "validation_task": Sudoku(split="validation", size=2),
+        "eval_task": Sudoku(split="test", size=2),
         **changes,
     }
     return replace(tiny_recipe_ar(folder, rollout_quantization=None, report_to=None), **changes)
