@@ -73,11 +73,11 @@ class _Rule:
         """Whether it is not of the library."""
         return isinstance(self, FunctionRecord) or not type(self).__module__.startswith("dllm_rl.")
 
-    def check_order(self, kind: str, orders: tuple[str, ...]) -> None:
+    def check_order(self, kind: str, order: str, orders: tuple[str, ...]) -> None:
         """Raise ValueError if a custom rule declares none of these orders, and no order of the library's own rules."""
-        if self.is_custom and self.order not in (*orders, "unknown", "max_prob", *SCORED_ORDERS):
+        if self.is_custom and order not in (*orders, "unknown", "max_prob", *SCORED_ORDERS):
             raise ValueError(
-                f"{kind}={self.name} declares order={self.order!r}, which is none of {', '.join(orders)}; leave order "
+                f"{kind}={self.name} declares order={order!r}, which is none of {', '.join(orders)}; leave order "
                 "out if the probability of the positions is not known"
             )
 
@@ -120,7 +120,7 @@ class Rank(_Rule, Record):
         raise TypeError(f"{type(self).__name__} must define __call__ with some of {', '.join(RANK_INPUTS)}")
 
     def check(self) -> None:
-        self.check_order("rank", ("deterministic", "independent"))
+        self.check_order("rank", self.order, ("deterministic", "independent"))
         allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
         contradicting = self.reads - allowed.get(self.order, self.reads)
         if contradicting:
@@ -350,7 +350,7 @@ class Commit(_Rule, Record):
         raise TypeError(f"{type(self).__name__} must define __call__(scores, masked, steps_left)")
 
     def check(self) -> None:
-        self.check_order("commit", ("deterministic",))
+        self.check_order("commit", self.order, ("deterministic",))
         self.reads  # noqa: B018  raises if the inputs contradict each other
 
     def choose(
