@@ -56,6 +56,7 @@ def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatc
     assert saved.keys() == now.keys() and all(torch.equal(saved[name], now[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_trls_users_call_grpo_as_its_page_does(tmp_path, monkeypatch):
     """Rows, reward functions, of which one is async, and TRL's names."""
     page = README.with_name("docs").joinpath("trl.md").read_text()
@@ -102,6 +103,7 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
     assert "--reward_timeout" in rows[str(TIMEOUT_STATUS)]
 
 
+@pytest.mark.slow
 def test_the_infilling_example_trains(tmp_path, monkeypatch):
     arguments = "--num_steps 2 --train_batch_size 4 --num_generations 4 --output_dir run"
     monkeypatch.setattr("sys.argv", ["missing.py", *arguments.split()])

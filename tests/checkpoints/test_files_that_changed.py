@@ -70,7 +70,7 @@ CHANGES = {
         slow("teacher", "config"),
         slow("teacher", "the same"),
         slow("model", "link"),
-        ("model", "end tokens"),
+        slow("model", "end tokens"),
         slow("model", "special tokens"),
         ("model", "the same"),
     ],

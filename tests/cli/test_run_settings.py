@@ -55,6 +55,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("checkpoint", ["", "checkpoints/step-000001"])
 def test_evaluate_takes_task_and_sampler_from_the_run_and_finds_its_numbers(run, capsys, checkpoint):
     assert main(["evaluate", str(run / checkpoint), "--json"]) == 0

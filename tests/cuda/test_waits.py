@@ -69,7 +69,7 @@ def test_a_sampler_step_waits_once_at_most(name, tmp_path):
         assert found == 4, "the rows that share a prompt, and whether a score is NaN, once a rollout: " + cuda.report()
 
 
-@pytest.mark.parametrize("name", few(ESTIMATORS, ["trajectory", "packed"]))
+@pytest.mark.parametrize("name", few(ESTIMATORS, ["trajectory"]))
 def test_a_scored_view_waits_twice_at_most(name, tmp_path):
     """Forward alone and with its backward: once for which positions are scored, once where transformers asks."""
     likelihood = ESTIMATORS[name]

@@ -191,7 +191,7 @@ SAMPLED = {
 
 @pytest.mark.parametrize("task", SAMPLED)
 @pytest.mark.parametrize("form", ["a row each", "lists", "other ids", "shuffled"])
-@pytest.mark.repeated(every=6)
+@pytest.mark.repeated(every=12)
 def test_the_samples_of_a_problem_are_known_by_its_text_or_fields(tmp_path, task, form) -> None:
     """As with `doc_id`: three problems, whatever the number of samples."""
     texts = {"sudoku": [GRID, "no", GRID, "no"], "code": ["def f():\n    return 1", "no"] * 2}.get(

@@ -366,7 +366,7 @@ CORRECTORS = ["TIS", "MIS", "IcePop", "Reject", "AIS"]
 
 @pytest.mark.parametrize(
     ("corrector", "name"),
-    [("AIS", "remask"), slow("TBPO", "soft_edit"), *(nightly(c, "soft_edit") for c in CORRECTORS)],
+    [slow("AIS", "remask"), slow("TBPO", "soft_edit"), *(nightly(c, "soft_edit") for c in CORRECTORS)],
 )
 def test_correctors_run_on_a_rollout_that_revises(tmp_path, name, corrector):
     changes = {"corrector": getattr(correctors, corrector)(), "likelihood": lik.Trajectory()}

@@ -99,6 +99,7 @@ def of_the_wrong_sign(log_ratio, advantages, mask):
     return -PPOClip()(log_ratio, advantages, mask)
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("loss", [of_the_wrong_sign, PPOClip()])
 def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_path, capsys, monkeypatch):
     assert [tiny_recipe("x").update_settings(step).measure for step in range(6)] == [False] * 4 + [

@@ -154,7 +154,7 @@ def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "correction"), crossed(ESTIMATORS, CORRECTORS, row="trajectory", column="tis"))
-@pytest.mark.repeated(every=4)
+@pytest.mark.repeated
 def test_gradient_is_plain_autograds(name, correction):
     """Every loss and every aggregation; KL term, entropy bonus and micro-batch size change from case to case."""
     policy, estimator, rollout, noise, advantages = setting(name)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from repetitions import few
+from repetitions import few, slow
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -157,7 +157,7 @@ class AfterThePrompt(AtOnce):
 UNFILLED = r"^sampler=.*AfterThePrompt\(.*\) did not fill {} of {} blanks; write the positions of prompts.infill_mask"
 
 
-@pytest.mark.parametrize(("marked", "written"), [(0, 0), (0, 10), (10, 0), (9, 10), (10, 9)])
+@pytest.mark.parametrize(("marked", "written"), [slow(0, 0), slow(0, 10), slow(10, 0), (9, 10), (10, 9)])
 def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
     policy, own = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2}), AfterThePrompt(max_new_tokens=1)
     own = own.replace(marked=marked, written=written)  # of the ten blanks of four problems

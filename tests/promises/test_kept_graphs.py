@@ -112,7 +112,7 @@ CASES = {
 }
 
 
-OFTEN = ["sandwich, KL", "aligned", "causal"]
+OFTEN = ["sandwich, KL", "aligned"]
 
 
 @pytest.mark.parametrize("case", few(CASES, OFTEN))

@@ -30,6 +30,7 @@ def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path)
         assert not NAMES & set(one_step(tmp_path / str(i), rank, rollout_quantization=scheme))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=0.3)], ids=["confidence", "noisy"])
 @pytest.mark.repeated(first_only=True)
 def test_unquantized_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path, rank):

@@ -53,7 +53,7 @@ KINDS = {
 
 @pytest.mark.parametrize("scheme", [Int8WeightOnly(), Float8WeightOnly(), None])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_the_merged_layers_are_quantized_synced_and_saved(tmp_path, kind, scheme):
     policy, model = adapted(**KINDS[kind])
     plain = unloaded(policy, model)

@@ -88,6 +88,7 @@ def scored(policy, rollout, estimator=Trajectory()):
     return estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator()))
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_every_outcome_has_its_probability(per_step):
     toy, ids, count = Toy(), [[A], [B, B, A]], 800
@@ -191,7 +192,7 @@ def without_hidden_columns(policy, rollout):
         WRITE.replace(rank=RandomOrder(), top_k=2),
     ],
 )
-@pytest.mark.repeated(every=3)
+@pytest.mark.repeated(first_only=True)
 def test_rows_whose_prompts_and_tool_texts_differ(make, turn):
     policy = make(characters="abc", hidden_size=32, num_layers=2, intermediate_size=32, head_std=0.1)
     prompts = Prompts.from_ids([[A], [B, B, A, A], [A, B]], pad_id=PAD, num_generations=[16, 3, 1], seeds=range(20))

@@ -56,7 +56,7 @@ def update_gradient(tokens, *, weights):
     return logits.grad
 
 
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("weights", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_mean_gradient_is_that_of_the_mean_over_prompts(weights):
     """All 3^5 outcomes of two groups of 2 and 3. Without the weights, the larger group counts more."""
     probabilities = LOGITS.softmax(-1)

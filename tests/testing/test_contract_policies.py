@@ -25,6 +25,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 def test_made_here(make):
     policy = make()
@@ -34,7 +35,7 @@ def test_made_here(make):
     assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("layout", few([*ORIGINAL, *STOCK], ["dream", "llada2", "qwen3", "modernbert"]))
+@pytest.mark.parametrize("layout", few([*ORIGINAL, *STOCK], ["dream", "llada2"]))
 def test_every_family_in_its_published_layout(layout, tmp_path):
     check_policy(load_policy(checkpoint(tmp_path, layout)))
 

@@ -68,7 +68,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize("name", MOVING)
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_user_code_that_moves_changes_no_place_of_the_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     policy().save_pretrained("base")
@@ -91,6 +91,7 @@ def test_a_working_directory_that_was_deleted(tmp_path, monkeypatch):
             grpo(policy(), ROWS, reward, **settings | SETTINGS)
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("setting", ["model", "teacher"])
 def test_what_a_run_reads_is_not_deleted_by_it(tmp_path, monkeypatch, setting):
     """Also behind a link, and by a relative path."""

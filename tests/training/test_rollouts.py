@@ -114,7 +114,8 @@ def test_shorter_batches_are_filled_up_on_the_right():
 
 
 @pytest.mark.parametrize(
-    "make", [tiny_recipe, tiny_recipe_ar, slow(partial(tiny_recipe, model=partial(tiny_llama, causal=False, **SIZES)))]
+    "make",
+    [tiny_recipe, slow(tiny_recipe_ar), slow(partial(tiny_recipe, model=partial(tiny_llama, causal=False, **SIZES)))],
 )
 def test_a_step_of_a_run(tmp_path, make):
     """With dynamic sampling, whose second draw has other prompts and fewer."""

@@ -80,7 +80,7 @@ def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ORIGINAL)
-@pytest.mark.repeated(every=4)
+@pytest.mark.repeated
 def test_what_other_tools_save_is_reopened_with_the_familys_attention_and_shift(tmp_path, policies, family):
     """`Trainer.save_model` calls the module's own save_pretrained, which writes the stock class's layout."""
     policy = policies(family)
