@@ -27,11 +27,11 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 
 def test_resume_continues_bit_for_bit(tmp_path):
-    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2, "save_total_limit": 9}
-    changes |= {"num_steps": 3, "train_batch_size": 2, "report_to": None}
+    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 1, "save_total_limit": 9}
+    changes |= {"num_steps": 2, "train_batch_size": 2, "report_to": None}
     whole = weights_of(train(tiny_recipe(tmp_path, **changes)))
     rows = metrics_of(tmp_path)
-    for step in (2, 0):
+    for step in (1, 0):
         start = str(tmp_path / "checkpoints" / f"step-00000{step}")
         again = weights_of(train(tiny_recipe(tmp_path, resume_from_checkpoint=start, **changes)))
         assert all(torch.equal(again[name], weight) for name, weight in whole.items()), f"resumed at {step}"
@@ -107,7 +107,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=1, resume_from_checkpoint="latest"))
+        train(tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest"))
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 1]
 
 

@@ -392,6 +392,6 @@ def test_gradients_of_weights_that_are_not_optimized_do_not_add_up(tmp_path):
     """At a rate of about 0 the norms are those of an optimizer of all weights."""
     norms = []
     for name, optim in (("some", last_weights), ("all", all_weights)):
-        train(tiny_recipe(tmp_path / name, num_steps=3, learning_rate=1e-9, optim=optim))
+        train(tiny_recipe(tmp_path / name, num_steps=2, learning_rate=1e-9, optim=optim))
         norms.append([row["grad_norm"] for row in metrics_of(tmp_path / name)])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 3
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 2

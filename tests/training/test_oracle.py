@@ -62,16 +62,16 @@ def started(folder, function, **settings):
 def test_only_training_steps_call_and_each_text_once(tmp_path, rehearsal):
     """Not the rehearsal, the evaluations before, during and after the run; unwrapped, each of them calls."""
     plain, wrapped = Counted(), Counted()
-    design(tmp_path / "plain", plain, eval_steps=2)
-    assert len(plain.texts) == 8 + 1 + 6 * 16 + 3 + 1
+    design(tmp_path / "plain", plain, eval_steps=2, num_steps=4)
+    assert len(plain.texts) == 8 + 1 + 4 * 16 + 2 + 1
     oracle = Oracle(wrapped)
-    summary = design(tmp_path / "run", oracle, eval_steps=2)
+    summary = design(tmp_path / "run", oracle, eval_steps=2, num_steps=4)
     rows = metrics_of(tmp_path / "run")
     assert Counter(wrapped.texts).most_common(1)[0][1] == 1 and {*wrapped.texts} <= {*plain.texts}
     assert rows[-1]["oracle/calls"] == len(wrapped.texts) == oracle.calls and set(wrapped.sizes) == {1}
     assert [row["reward"] for row in rows] == [row["reward"] for row in metrics_of(tmp_path / "plain")]
     known = len(wrapped.texts)
-    assert rows[0]["oracle/frac_repeated"] == 1 - rows[0]["oracle/calls"] / 16 and known < 6 * 16
+    assert rows[0]["oracle/frac_repeated"] == 1 - rows[0]["oracle/calls"] / 16 and known < 4 * 16
     assert summary["eval_before"] == {}  # nothing is known yet
     texts = lines(tmp_path / "run" / "oracle.jsonl")
     assert [row["arguments"]["completions"] for row in texts] == wrapped.texts
