@@ -199,7 +199,7 @@ def test_chat_asks_with_the_models_template(capsys):
         sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], own)
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize(
     ("commit", "rank"),
     [

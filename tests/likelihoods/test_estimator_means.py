@@ -8,6 +8,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy, elbo_by_hand
 from order_toys import as_rollout, outcomes
+from repetitions import slow
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import FunctionLikelihood
@@ -110,17 +111,31 @@ def assert_mean(estimator, rollout, by_hand):
     assert error < 0.06  # or the line above would say nothing
 
 
+OFTEN = [
+    (lik.OneStep, {"prompt_mask": 0.0}),
+    (lik.ELBO, {"num_samples": 2, "stratified": True, "antithetic": False}),
+    (lik.ELBO, {"num_samples": 4, "stratified": True, "antithetic": True}),
+    (lik.Coupled, {"num_samples": 3}),
+    (lik.Quadrature, {"nodes": 3}),
+    (lik.BlockELBO, {"block_size": 2, "num_samples": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    ("make", "settings"), cases(lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO), ids=named
+    ("make", "settings"),
+    [
+        case if case in OFTEN else slow(*case)
+        for case in cases(lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO)
+    ],
+    ids=named,
 )
-@pytest.mark.repeated(every=3)
 def test_the_mean_is_the_documented_expectation(make, settings):
     if estimator := made(make, settings):
         assert_mean(estimator, rollout_of(ROWS), expected(make, **settings))
 
 
 @pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.Trajectory)], ids=named)
-@pytest.mark.repeated(every=3)
+@pytest.mark.repeated(every=5)
 def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     """A row of confidence-ranked unmasking in three steps: its steps or segments, and the order if nothing is merged or
     drawn."""

@@ -93,7 +93,7 @@ def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
 
 
 @pytest.mark.parametrize("toy_of", few(TOYS, TOYS[::3]), ids=str)
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     """Pearson's chi-square over the sequences that are expected five times or more, the others as one."""
     rule, blocks, diffusion_steps, options = toy_of
@@ -204,11 +204,12 @@ OTHERS = [({"block_size": 4}, RULES[0]), ({"top_k": 5, "temperature": 0.7}, RULE
     ("options", "rule"), [*(({}, rule) for rule in RULES), *OTHERS],
     ids=["remask", "soft_edit", "soft_edit, max_prob", "remask, blocks", "soft_edit, max_prob, top_k"],
 )  # fmt: skip
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_recorded_logprobs_are_the_replayed_ones(rule, options):
     assert_replayed(rule, options, atol=1e-5)
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("rule", RULES[::2], ids=["remask", "soft_edit, max_prob"])
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit(rule):

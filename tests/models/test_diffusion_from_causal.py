@@ -115,7 +115,7 @@ def test_a_model_trained_both_ways_decodes_as_its_autoregressive_checkpoint(tmp_
     assert torch.equal(as_causal(both).logits(tokens, mask), autoregressive.logits(tokens, mask))
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("options", [{}, {"suppress": (3,)}, {"top_k": 5}, {"temperature": 0.0}])
 def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path, options):
     """Also of an untrained model, whose mask is as likely as any token."""

@@ -141,7 +141,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", [quantize.Float8WeightOnly(), quantize.Int8Dynamic()], ids=describe)
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_sync_launches_as_many_kernels_for_many_layers_as_for_few(lora, scheme, dtype, monkeypatch):
     """All layers of one shape are quantized together, to the bits that they have one by one."""
     counts = []

@@ -41,7 +41,7 @@ def checked(engine, attention="full", sampler=None, **options):
     check_engine(engine, policy, prompts(policy), sampler or SAMPLERS[attention], **options)
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("scheme", [None, Int8WeightOnly()], ids=["learner", "int8"])
 @pytest.mark.parametrize("attention", SAMPLERS)
 def test_this_librarys_copies_pass(tmp_path, attention, scheme):

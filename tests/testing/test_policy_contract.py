@@ -112,7 +112,7 @@ def test_a_weight_that_is_not_saved(monkeypatch):
         check_policy(own_policy())
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("kind", [pretrained, with_remote_code], ids=["of a script", "of remote code"])
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["weights", "adapters"])
 def test_a_class_that_transformers_lacks_keeps_its_promises(kind, lora):
@@ -122,6 +122,7 @@ def test_a_class_that_transformers_lacks_keeps_its_promises(kind, lora):
     check_policy(policy)
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["weights", "adapters"])
 def test_a_transformers_class_with_another_spec_than_its_familys_keeps_its_promises(lora):
     policy = shifted_llama()

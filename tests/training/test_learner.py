@@ -96,7 +96,7 @@ class Suppressed(Unmask):
 
 
 @pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(include_order=False), Coupled(), EUBO(), Sandwich()])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch, likelihood):
     """Its log-prob is -inf before and after the update, whose direction is measured in each step here."""
     monkeypatch.setattr("dllm_rl.step.settings.MEASURE_STEPS", 1)

@@ -55,7 +55,7 @@ def stir(policy, std: float = 0.1) -> None:
         layer.lora_B.weight.data.normal_(0, std, generator=generator)
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("family", few(FAMILIES, ["llada2", "dream", "modernbert"], ["llada", "sdar_moe"]))
 def test_adapters_of_every_family(tmp_path, family):
     folder = checkpoint(tmp_path / "base", family)
@@ -167,6 +167,7 @@ def test_adapters_left_out_twice_come_back_after_both():
     assert seen == [{False}] and active() == {True}
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("family", ["llama", "dream"])
 def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
     peft = pytest.importorskip("peft")
@@ -329,6 +330,7 @@ def test_a_base_in_few_bits_is_made_on_the_device_that_was_asked_for(tmp_path, q
     assert asked == [{"": "cpu"}, {"": "cuda:1"}]
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("scheme", [Int4WeightOnly(group_size=32), Float8WeightOnly(), Int8WeightOnly()], ids=str)
 def test_rollouts_of_a_base_in_four_bits_are_quantized_as_those_of_its_weights(tmp_path, scheme):
     """The codes of nf4 are packed, two to a byte in one column: they have not the layer's shape."""
@@ -394,6 +396,7 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
     assert compared == FAMILIES["qwen3"]
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("family", ["bert", "qwen3"])  # with and without biases
 def test_a_base_in_eight_bits_computes_with_its_weights_alone(tmp_path, family):
     """Logits and gradients are those of ordinary layers with the dequantized weights, for a row with or without the
@@ -689,7 +692,7 @@ def test_dropout_with_an_aligned_forward_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llada", "llada2", "dream", "sdar", "nemotron", "llada_moe"])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_what_peft_saves_of_the_stock_module_is_read(tmp_path, family):
     """Its adapters have the stock class's names, and not the original checkpoint's."""
     peft = pytest.importorskip("peft")

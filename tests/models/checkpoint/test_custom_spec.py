@@ -59,7 +59,7 @@ def test_a_spec_that_differs_in_one_field_is_not_replaced_by_the_familys(tmp_pat
 
 
 @pytest.mark.parametrize("family", [*ORIGINAL, *STOCK])
-@pytest.mark.repeated(every=6)
+@pytest.mark.repeated(every=12)
 def test_of_every_family_a_changed_spec_is_refused_by_name_and_the_same_spec_opens(tmp_path, family):
     opened = load_policy(checkpoint(tmp_path, family))
     same = with_spec(opened)

@@ -69,7 +69,7 @@ def test_a_head_apart_from_the_embedding_is_saved_although_the_config_ties_them(
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.repeated(every=4)
+@pytest.mark.repeated
 @pytest.mark.parametrize("family", STOCK)
 def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)

@@ -45,7 +45,7 @@ def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "nemotron"])
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
     source = published(tmp_path / "source", family)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
@@ -64,7 +64,7 @@ def test_and_so_does_a_copy_in_the_layout_of_the_stock_class(tmp_path, family):
 
 @pytest.mark.parametrize("rows", [36, 42])
 @pytest.mark.parametrize("family", ["llada", "llada_tied", "llada_moe", "llada2", "dream", "sdar", "nemotron_ar"])
-@pytest.mark.repeated(every=4)
+@pytest.mark.repeated(every=7)
 def test_a_resized_vocabulary_is_opened_again(tmp_path, family, rows):
     source = published(tmp_path / "source", family)
     fields = json.loads((source / "config.json").read_text())
@@ -195,7 +195,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
             loading.load_config(text)
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("family", ["llada", "bert", "llama"])
 def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
     """The headers of one would be checked, and the other loaded: of the index, of one file, or of adapters."""

@@ -223,7 +223,7 @@ def test_the_sandbox_s_reward_is_the_tests(tmp_path) -> None:
     assert task.reward(problems[0], "    return k * 3.141592653589793 * r * r\n").value == 1.0
 
 
-@pytest.mark.repeated
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.parametrize(
     "begun", ["", "    # twice the half of x\n", '    """Twice."""\n', "    y = half(x)\n    return (\n"]

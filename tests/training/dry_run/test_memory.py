@@ -204,6 +204,7 @@ def test_what_a_save_merges_leaves_the_device_layer_by_layer():
     assert all(p.is_meta for p in twin.parameters())
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("limit", [2**17, 2**28], ids=["bounded", "whole"])
 def test_the_plan_knows_what_a_sync_of_all_layers_of_a_shape_takes(tmp_path, lora, limit, monkeypatch):
