@@ -238,17 +238,20 @@ def costs(results: Results) -> str:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of orders.md, by name: the arms and the claims of the parts nvfp4 and formats."""
+    """The tables of orders.md, by name: the arms and the claims of the parts."""
     results = by_arm(read_json(STORED))
     claims = families(results)
     arms = {
         part: markdown(arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS), ("arm", *COLUMNS, "ess"))
-        for part in ("nvfp4", "formats")
+        for part in PARTS
     }
     return {
         "arms": arms["nvfp4"],
         "claims": markdown(claimed_rows(claims["nvfp4, the learner"])),
         "claims of the copy": markdown(claimed_rows(claims["nvfp4, the copy"])),
+        "arms of orders": arms["orders"],
+        "claims of orders": markdown(claimed_rows(claims["orders"])),
+        "claims of the order by itself": markdown(claimed_rows(claims["the order by itself"])),
         "arms of formats": arms["formats"],
         "costs of formats": costs(results),
         "claims of formats": markdown(claimed_rows(claims["formats"])),

@@ -51,8 +51,12 @@ def cases() -> list[Case]:
     sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
     late = by_arm(read_json(late_rollouts.STORED)["runs"])
 
-    def sudoku(scheme: str) -> Mapping[str, str]:
-        return {"TIS": f"random: {scheme}, tis", "shuffled TIS": f"random: {scheme}, permuted"}
+    def sudoku(scheme: str, order: str = "random") -> Mapping[str, str]:
+        return {"TIS": f"{order}: {scheme}, tis", "shuffled TIS": f"{order}: {scheme}, permuted"}
+
+    def nvfp4(order: str, name: str) -> Case:
+        arms = (f"{order}: unquantized", f"{order}: nvfp4", sudoku("nvfp4", order))
+        return Case("NVFP4", f"Sudoku, {name}", short, *arms)
 
     own, mine = "random: unquantized", "unquantized"
     int4 = {"TIS": "random: int4, tis", "shuffled TIS": "random: int4, permuted tis"}
@@ -64,7 +68,9 @@ def cases() -> list[Case]:
         Case("FP8", "Sudoku", short, own, "random: fp8", sudoku("fp8")),
         Case("FP8, inputs too", "Sudoku", short, own, "random: fp8 with inputs", sudoku("fp8 with inputs")),
         Case("FP8", "sums", sums, mine, "FP8"),
-        Case("NVFP4", "Sudoku, the main job", short, own, "random: nvfp4", sudoku("nvfp4")),
+        nvfp4("random", "main job"),
+        nvfp4("left_to_right", "left to right"),
+        nvfp4("max_prob", "`MaxProb`"),
         Case("INT4", "Sudoku", short, own, "random: int4", sudoku("int4")),
         Case("INT4", "Sudoku, longer", long, own, "random: int4", int4),
         Case(
