@@ -76,6 +76,7 @@ STORED = Path(__file__).with_suffix(".json")
 HIDDEN, ARBITRARY = "RAFT, 96 grids never stored", "RAFT, arbitrary squares"
 RAFT_64, BOTH_64, LONG = "RAFT, newest 64", "GRPO with replay, newest 64", "GRPO, three budgets"
 ARMS = (GRPO, RAFT, BOTH, HIDDEN, ARBITRARY, RAFT_64, BOTH_64, LONG)
+SHARES = {"solve_rate": "right", "hidden": "hidden", "chosen": "chosen"}  # as stored: as in the table
 Results = Mapping[tuple[str, int], dict[str, Any]]
 
 
@@ -132,7 +133,7 @@ def among(policy: Policy, seed: int) -> dict[str, float]:
     sampler = base.eval_sampler.replace(diffusion_steps=16, temperature=1.0)
     policy.module.eval()
     means = evaluate(policy, Squares(**asked), sampler, batch_size=512, samples=2).means
-    return {name: means[name] for name in ("hidden", "chosen", "solve_rate")}
+    return {name: means[name] for name in SHARES}
 
 
 def run_one(root: Path, arm: str, seed: int) -> None:
@@ -190,8 +191,9 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
             row = {"arm": arm, "seeds": str(len(runs))}
             row |= {column: interval([run[column] for run in runs]) for column in COLUMNS}
             row["range of full@1"] = " to ".join(f"{f([run['full@1'] for run in runs]):.3f}" for f in (min, max))
-            for name in ("hidden", "chosen"):
-                row |= {f"{name}, {when}": interval([run[when][name] for run in runs]) for when in ("before", "after")}
+            for name, column in SHARES.items():
+                for when in ("before", "after"):
+                    row[f"{column}, {when}"] = interval([run[when][name] for run in runs])
             rows.append(row)
     return rows
 
