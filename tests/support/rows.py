@@ -2,21 +2,26 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from tiny_recipe import SIZES as MODEL
 from tiny_recipe import tiny_recipe
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dllm_rl import TIS, OneStep, Prompts, Rollout, Trajectory, Unmask, train
 from dllm_rl.algorithms.prompt_sources import UniformPrompts
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
 from recipes.examples.replay import ReplayRows
 from recipes.examples.unequal_groups import EqualPrompts
 
 SIZES = (1, 5, 2, 6)
+# In its first steps this model writes an even number of answers worth storing: two processes replay equally many rows.
+EVEN = partial(tiny_masked_lm, **MODEL | {"num_layers": 2})
 
 
 _NO_TOKENS = torch.zeros(0, 1, dtype=torch.long)
@@ -53,7 +58,7 @@ def run(directory, **changes):
 
     hook = register_optimizer_step_pre_hook(keep)
     with mock.patch.object(balance, "plan_swaps", counted), mock.patch.object(balance, "MIN_SAVING", 0):
-        train(replace(unequal(directory), **changes), features=(replay(), EqualPrompts()))
+        train(replace(unequal(directory, model=EVEN), **changes), features=(replay(), EqualPrompts()))
     hook.remove()
     if os.environ.get("RANK", "0") == "0":
         torch.save((torch.stack(gradients), len(swaps)), Path(directory) / "gradients.pt")
