@@ -54,7 +54,6 @@ def check(policy, rank, commit, **options):
     return check_order(rank, commit, policy=policy, suppress=(2, 3, 4), **options)
 
 
-@pytest.mark.repeated(every=4)
 @pytest.mark.parametrize(("rank", "commit", "compiled"), CASES)
 def test_shares_are_the_trajectorys_or_the_order_is_unknown(monkeypatch, rank, commit, compiled):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
