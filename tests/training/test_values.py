@@ -219,7 +219,6 @@ def test_one_rate_fits_every_width():
         assert loss < 0.1
 
 
-@pytest.mark.slow
 def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
     changes = {"likelihood": Trajectory(num_segments=2), "value_model": ValueModel(), "save_steps": 2}
     train(tiny_recipe(tmp_path / "whole", num_steps=4, **changes))

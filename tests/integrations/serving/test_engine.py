@@ -210,7 +210,6 @@ def loaded():
 NAME = "lm_head.dense.weight"
 
 
-@pytest.mark.repeated(every=3)
 @pytest.mark.parametrize(
     ("changes", "header", "said"),
     [
