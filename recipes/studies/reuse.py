@@ -11,7 +11,7 @@ costs 1 and one with its backward costs 3. They are counted on the model's first
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -508,15 +508,16 @@ def start_of(task: TaskOf, seed: int, root: Path) -> Path:
 def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The stored runs, and those below `root`, by task, arm (or trial) and seed."""
     runs = read_json(STORED) if STORED.exists() else []
-    found = {(run["task"], run["key"], run["seed"]): run for run in runs}
-    for path in sorted(root.glob("*/results/*.json")):
-        run = read_json(path)
-        found[run["task"], run["key"], run["seed"]] = run
-    return found
+    return by_key([*runs, *map(read_json, sorted(root.glob("*/results/*.json")))])
+
+
+def by_key(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Runs by task, arm (or trial) and seed; of equal ones the last."""
+    return {(run["task"], run["key"], run["seed"]): run for run in runs}
 
 
 def page_tables() -> dict[str, str]:
-    runs = {(run["task"], run["key"], run["seed"]): run for run in read_json(STORED)}
+    runs = by_key(read_json(STORED))
     rows = {"rates": rate_rows, "claims": claim_rows, "winners": winner_rows, "past the ends": beyond_rows}
     rows |= {"grids": grid_rows} | {f"arms of {name}": partial(arm_rows, name=name) for name in TASKS}
     return {name: markdown(of(runs)) for name, of in rows.items()}

@@ -37,7 +37,7 @@ and 0.426 to 0.907); a store of 64 0.562, all answers 0.917, GRPO 0.738; GRPO at
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from dllm_rl.tasks.sudoku.graders import first_cells
 from dllm_rl.versions import versions
 from recipes.studies import paired
 from recipes.studies.latin_limit import LATIN, SUDOKU
-from recipes.studies.paired import capability, claimed_rows, interval, markdown, result_path
+from recipes.studies.paired import by_arm, capability, claimed_rows, interval, markdown, result_path
 from recipes.studies.reuse import (
     BOTH,
     BUDGET,
@@ -65,12 +65,13 @@ from recipes.studies.reuse import (
     TASKS,
     arms_of,
     at_equal_diversity,
+    best_rates,
+    by_key,
     measure,
     start_of,
     train_phases,
 )
 from recipes.studies.reuse import STORED as TUNED
-from recipes.studies.reuse import best_rates as rates_of
 
 STORED = Path(__file__).with_suffix(".json")
 HIDDEN, ARBITRARY = "RAFT, 96 grids never stored", "RAFT, arbitrary squares"
@@ -114,8 +115,7 @@ class Squares(Sudoku):
 def recipe_of(arm: str, seed: int) -> tuple[Recipe, dict[str, Any], float]:
     """Of an arm the recipe, its changes to it, and its budget."""
     task = TASKS["latin"]
-    tuned = {(run["task"], run["key"], run["seed"]): run for run in read_json(TUNED)}
-    arms = arms_of(task, rates_of(tuned, "latin"))
+    arms = arms_of(task, best_rates(by_key(read_json(TUNED)), "latin"))
     newest = {RAFT_64: RAFT, BOTH_64: BOTH}
     (changes,) = arms[{HIDDEN: RAFT, ARBITRARY: RAFT, LONG: GRPO, **newest}.get(arm, arm)]
     right = {HIDDEN: "hidden", ARBITRARY: "chosen"}.get(arm, "rules")
@@ -202,10 +202,6 @@ def page_tables() -> dict[str, str]:
     """The tables of reuse.md."""
     results = by_arm(read_json(STORED))
     return {"arms": markdown(arm_rows(results)), "claims": markdown(claimed_rows(claims(results)))}
-
-
-def by_arm(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(run["arm"], run["seed"]): run for run in runs}
 
 
 def load(root: Path) -> list[dict[str, Any]]:
