@@ -379,7 +379,7 @@ def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: 
 
     Args:
         reliability: Effective sample size of the sequence weights, divided by the number of sequences, in (0, 1]
-            (metric `ais/rho`).
+            (metric `ais/ess`).
         divergence: D, the mean |log_mismatch|, in nats.
         variation: CV, the coefficient of variation of the token weights.
         tau: Value of D at which the factor tau/(D + tau) is 1/2, in nats, above 0.
@@ -396,7 +396,7 @@ class AIS(Corrector):
         CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
 
     All three statistics cover the corrected rows. Truncation is [digest], cap 2 is [ours]. No gradient goes through
-    lambda or w. Use it if the mismatch changes during a run. It logs ais/rho, ais/D, ais/CV and ais/lambda.
+    lambda or w. Use it if the mismatch changes during a run. It logs ais/ess, ais/D, ais/CV and ais/lambda.
 
     Args:
         cap: Largest weight, at least 1. Default: 2.
@@ -436,7 +436,7 @@ class AIS(Corrector):
         )
         lam = min(1.0, max(0.0, self.lambda_fn(reliability, divergence, variation, tau=self.tau)))
         weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact if lambda is 0 or 1
-        metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
+        metrics |= {"ais/ess": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
         return TokenWeights(torch.where(finite_mask, weights, 1), finite_mask, metrics)
 
 

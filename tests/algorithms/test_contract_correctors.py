@@ -61,7 +61,7 @@ def test_lambda_lies_in_the_unit_interval_for_any_finite_input(values, marked):
     for pool in ("product", "geometric"):
         weights, keep, metrics = c.AIS(pool=pool).weights(stats)
         assert 0 <= metrics["ais/lambda"] <= 1
-        assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
+        assert 1 / 3 - 1e-12 <= metrics["ais/ess"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
         assert torch.equal(keep, torch.tensor(marked))
         assert ((weights >= 0) & (weights <= 2)).all()
 

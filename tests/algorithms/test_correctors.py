@@ -184,7 +184,7 @@ def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
     # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
-    assert c.AIS().weights(make_stats(x, A, mask))[2]["ais/rho"] == pytest.approx(36 / 40)
+    assert c.AIS().weights(make_stats(x, A, mask))[2]["ais/ess"] == pytest.approx(36 / 40)
     close(c.TBPO(max_weight=9.0).weights(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
 
 
@@ -196,7 +196,7 @@ ALARM = 1 - (7 / 9) * (0.05 / (LN2 + 0.05)) / (1 + CV)
 
 def test_ais():
     weights, _, metrics = weigh(c.AIS(cap=3.0))
-    assert metrics["ais/rho"] == pytest.approx(7 / 9, rel=1e-12)
+    assert metrics["ais/ess"] == pytest.approx(7 / 9, rel=1e-12)
     assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
     assert metrics["ais/CV"] == pytest.approx(CV, rel=1e-12)
     assert metrics["ais/lambda"] == pytest.approx(ALARM, rel=1e-12)
@@ -209,14 +209,14 @@ def test_ais_geometric_reliability():
     # Sequence weights sqrt 2, 2^(1/3), 1.
     rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
     expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
-    assert weigh(c.AIS(pool="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+    assert weigh(c.AIS(pool="geometric"))[2]["ais/ess"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_ais_reliability_of_extreme_sequences_is_a_number():
     # Row sums 1600 and 0, of which the first counts as 20: (e^20 + 1)^2 / (2 (e^40 + 1)) is 1/2 and e^-20.
     mismatch = tensor([[800.0, 800.0], [0.0, 0.0]], dtype=torch.float64)
     metrics = c.AIS().weights(make_stats(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool)))[2]
-    assert metrics["ais/rho"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
+    assert metrics["ais/ess"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
 
 
 def test_alarm_grows_with_each_signal():
@@ -309,7 +309,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
     # AIS: products 1, 2, 1: rho = 4^2 / (3 * 6); D = ln 2 (0 + 1 + 1 + 2 + 3 + 0 + 0) / 7; weights sum to 13.75.
     _, keep, metrics = c.AIS().weights(make_stats(x, A, mask))
     assert torch.equal(keep, left)
-    assert metrics["ais/rho"] == pytest.approx(16 / 18, rel=1e-12)
+    assert metrics["ais/ess"] == pytest.approx(16 / 18, rel=1e-12)
     assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
     mean = 13.75 / 7
     assert metrics["ais/CV"] == pytest.approx(math.sqrt(71.3125 / 7 - mean**2) / mean, rel=1e-12)
