@@ -65,7 +65,8 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
         # Printed before the imports, which take seconds.
         if os.environ.get("RANK", "0") == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):
             warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
-            plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
+            plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps"
+            plan += f", into {recipe.output_dir}" if recipe.output_dir else ""  # else `train` chooses and prints it
             if isinstance(recipe, Recipe) and recipe.rollout_quantization is not None:
                 names = [type(part).__name__ for part in (recipe.rollout_quantization, recipe.corrector)]
                 plan += f"; rollouts in {names[0]}, corrector {names[1]}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import Lora, Recipe, load_policy, main, tiny_masked_lm, train
+from dllm_rl.checkpoints.run_folder import in_own_folder
 from dllm_rl.config import from_command_line
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
@@ -88,6 +90,17 @@ def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out.splitlines()[0]
     plan = f"tiny, seed 0: up to 2 warm-up steps, then 1 steps, into {tmp_path / 'run'}"
     assert first.startswith(f"{plan}; rollouts in Float8WeightOnly, corrector AIS; the time left")
+
+
+def test_without_output_dir_only_the_folder_that_the_run_takes_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setattr("dllm_rl.training.trainer.train", in_own_folder(lambda recipe, features: None))
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / "tiny-seed0"
+    earlier.mkdir(parents=True)
+    (earlier / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0}\n')
+    main(small(tmp_path, output_dir=None))
+    assert set(re.findall(r"runs/tiny[-\w]*", capsys.readouterr().out)) == {"runs/tiny-seed0-2"}
 
 
 @pytest.mark.slow
