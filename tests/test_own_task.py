@@ -31,7 +31,9 @@ def test_the_example_trains_on_its_own_task(program, tmp_path, monkeypatch, caps
 
 
 def test_its_task_by_hand(program):
-    tasks = runpy.run_path(program)["recipe"]
+    names = runpy.run_path(program)
+    tasks = names["recipe"]
+    assert names["held_out"]() == tasks.eval_task  # what `dllm-rl evaluate --task` makes
     problem = tasks.task[1001]
     assert (problem.prompt, problem.solution) == ("3003=", "0033")
     assert tasks.task.reward(problem, "0033") == Reward(1.0, True, {"accuracy": 1.0})

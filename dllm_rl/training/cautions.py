@@ -18,7 +18,7 @@ from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.collect import component_arguments, component_reward_weights, compute_advantages
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import equal_groups
+from dllm_rl.types import SamplingParams, equal_groups
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
 MAX_SAFE_RATE = 1e-4  # largest learning rate without a warning for a model of LARGE_MODEL parameters
@@ -67,6 +67,13 @@ def cautions(recipe: Recipe) -> list[str]:
             )
     corrects_mismatch = corrector.has_weights and recipe.has_separate_rollout_policy
     warnings += likelihood_warnings(recipe.likelihood, recipe.sampler, corrects_mismatch=corrects_mismatch)
+    params = SamplingParams(**{name: getattr(recipe.sampler, name, None) for name in ("top_k", "top_p")})
+    if params.filters and corrects_mismatch and recipe.sampling_support == "per_policy":
+        warnings.append(
+            f"sampler.top_k={params.top_k} and top_p={params.top_p} with sampling_support='per_policy': the filter may "
+            "keep other tokens for the learner than for the rollout, and the mean of the corrector's weights is then "
+            f"not 1; use {as_written(sampling_support='rollout')}, or leave the filter out"
+        )
     if not made_up_advantages(recipe)[1].any():
         name = describe(recipe.advantages)
         warnings.append(
@@ -173,6 +180,12 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             warnings.append(
                 f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
                 "of the ratios; leave both at None, or use rank=MaxProb() or RandomOrder()"
+            )
+        elif probability == "deterministic" and commit.adaptive:
+            warnings.append(
+                f"{pair}: how many positions a step writes depends on the weights, and neither the ratios nor the "
+                "gradient contain this choice; use rank=MaxProb() with commit=SoftThreshold(tau=...), or "
+                "commit=Schedule()"
             )
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(

@@ -1,6 +1,7 @@
 """A task of your own, for generated problems or a grader that needs more than a row: sort four digits.
 
 python recipes/examples/own_task.py
+dllm-rl evaluate runs/sorting-seed0 --task recipes.examples.own_task:held_out
 """
 
 from dataclasses import dataclass, replace
@@ -33,6 +34,10 @@ class Sorting:
         return Reward(right / 4, parsed=len(completion) == 4, breakdown={"accuracy": float(right == 4)})
 
 
+def held_out():  # what `dllm-rl evaluate --task` calls, without arguments
+    return Sorting(range(2, 10_000, 33))
+
+
 recipe = replace(
     base,
     name="sorting",
@@ -41,7 +46,7 @@ recipe = replace(
     num_steps=60,
     task=Sorting(range(0, 10_000, 3)),
     validation_task=Sorting(range(1, 10_000, 33)),
-    eval_task=Sorting(range(2, 10_000, 33)),
+    eval_task=held_out(),
     sampler=Unmask(max_new_tokens=4, diffusion_steps=2, temperature=1.0),
     eval_sampler=Unmask(max_new_tokens=4, diffusion_steps=2),
 )

@@ -19,9 +19,13 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.rules import (
     Confidence,
+    Entropy,
+    EntropyBound,
+    FunctionCommit,
     FunctionRank,
     MaxProb,
     PlackettLuce,
+    RandomOrder,
     Schedule,
     SoftThreshold,
     Threshold,
@@ -292,6 +296,35 @@ def test_orders_whose_law_is_not_known():
         assert cautions(replace(recipe, likelihood=likelihood.replace(include_order=False))) == []
         if "rank" not in options:
             assert cautions(replace(recipe, sampler=sampler(**options | {"rank": MaxProb()}))) == []
+
+
+def test_a_number_of_written_positions_that_no_gradient_sees():
+    halves = FunctionCommit(function=Threshold(tau=0.9).__call__, order="deterministic", adaptive=True)
+    for rank, commit in ((MaxProb(), Threshold(tau=0.9)), (Entropy(), EntropyBound(gamma=0.5)), (MaxProb(), halves)):
+        chosen = sampler(rank=rank, commit=commit)
+        recipe = tiny_recipe("x", sampler=chosen, likelihood=Trajectory(), corrector=NoCorrection())
+        (said,) = cautions(recipe)
+        assert f"commit={commit.name}: how many positions a step writes" in said and "\n" not in said
+        assert cautions(replace(recipe, likelihood=ELBO())) == []  # which leaves out every order
+        assert cautions(replace(recipe, sampler=chosen.replace(commit=Schedule()))) == []
+        assert cautions(replace(recipe, sampler=sampler(rank=MaxProb(), commit=SoftThreshold(tau=0.9)))) == []
+    by_chance = FunctionCommit(function=every_masked, order="deterministic", adaptive=True)
+    chosen = sampler(rank=RandomOrder(), commit=by_chance)
+    assert cautions(tiny_recipe("x", sampler=chosen, likelihood=Trajectory(), corrector=NoCorrection())) == []
+
+
+def every_masked(scores, masked, steps_left):
+    return masked
+
+
+def test_weights_of_distributions_with_other_supports():
+    for options in ({"top_k": 2}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}):
+        recipe = tiny_recipe("x", likelihood=Trajectory(), sampler=sampler(rank=MaxProb(), **options))
+        (said,) = cautions(recipe)
+        assert "top_p=" in said and "sampling_support='rollout'" in said and "\n" not in said
+        assert cautions(replace(recipe, sampling_support="rollout")) == []
+        assert cautions(replace(recipe, corrector=NoCorrection())) == []
+    assert cautions(replace(recipe, sampler=sampler(rank=MaxProb(), top_p=1.0))) == []
 
 
 def test_weights_of_what_is_no_likelihood_ratio():
