@@ -138,7 +138,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add("--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)")
     updates_help = "let requests that send the token replace the weights, as HTTPEngine does"
     add("--allow_updates", action="store_true", help=updates_help)
-    add("--quantization", default="none", help="quantization scheme of the weights (default none)")
+    add("--quantization", default="none", help="format of the weights, e.g. Int8WeightOnly (default none)")
     add_sampler_options(sub)
     add("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
     exact_batches_help = "make a completion's bits independent of its batch, which is slower"

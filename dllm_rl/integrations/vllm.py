@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.integrations.http_request import check_url, request
 from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import lazy_merged_tensors
 from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
@@ -504,7 +505,7 @@ def _written(learner: Policy, parent: str | None = None) -> Iterator[Path]:
     """Write the learner's weights, with adapters merged, to a folder that is deleted afterwards: in `parent`, or else
     in shared memory if there is room.
     """
-    size = sum(tensor.nbytes for tensor in learner.module.state_dict().values())
+    size = sum(tensor.nbytes for tensor in lazy_merged_tensors(learner.module).values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
     in_memory = str(SHARED_MEMORY) if has_room else None
     with tempfile.TemporaryDirectory(prefix="dllm_rl_vllm_", dir=parent or in_memory) as folder:

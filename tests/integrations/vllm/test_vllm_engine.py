@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from layouts import checkpoint
+from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe_ar
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +27,7 @@ from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler, VLLMServer
 from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.policy import load_policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.tasks import Sudoku
@@ -223,6 +226,20 @@ def test_adapters_are_merged_and_files_deleted():
     (llm,) = LLM.opened
     assert len({*llm.folders}) == 2 and not any(map(vllm.Path.exists, map(vllm.Path, llm.folders)))
     assert llm.closed  # when the check has dropped the policy
+
+
+def test_shared_memory_needs_room_for_the_weights_as_they_are_written(tmp_path, monkeypatch):
+    """Those of a base in four bits are packed in memory, and unpacked in the file."""
+    pytest.importorskip("bitsandbytes")
+    policy = load_policy(checkpoint(tmp_path, "qwen3"), quantization="nf4")
+    monkeypatch.setattr(vllm, "SHARED_MEMORY", tmp_path / "shm")
+    vllm.SHARED_MEMORY.mkdir()
+    with vllm._written(policy) as folder:
+        assert folder.parent == vllm.SHARED_MEMORY
+        size = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    monkeypatch.setattr(vllm.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    with vllm._written(policy) as folder:
+        assert folder.parent != vllm.SHARED_MEMORY
 
 
 def test_a_server_reads_the_file_in_the_folder_that_is_given(server, tmp_path):
