@@ -48,6 +48,18 @@ def sampler_on_a_gpu() -> str:
     return markdown(rows)
 
 
+def sampler_on_an_h200() -> str:
+    """Tokens a second, eager, of the ways that the other GPU's table has."""
+    speeds = {(row["what"], row["batch"]): row["tokens/s"] for row in stored("gpu")["parts"]["sampler"]["rows"]}
+    return markdown(
+        [
+            {"sampler": f"{way} (approximate)" if "cache" in way else way}
+            | {f"batch {batch}": f"{speeds[way, batch]:,.0f}" for batch in (1, 8, 64)}
+            for way in ("plain: the published algorithm", "exact", "dual cache")
+        ]
+    )
+
+
 def sampler() -> str:
     timed, memory = (stored(name)["lines"] for name in ("sampler_cpu_processor", "sampler_cpu"))
     rows = []
@@ -144,5 +156,6 @@ def likelihoods() -> str:
 
 def page_tables() -> dict[str, str]:
     of_gpus = {"a run on a GPU": run_on_a_gpu(), "the sampler on a GPU": sampler_on_a_gpu()}
+    of_gpus["the sampler on an H200"] = sampler_on_an_h200()
     of_peers = {"d1": peers(), "dllm": peers_dllm(), "TRL": peers_trl(), "the step and its products": limit()}
     return of_gpus | of_peers | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}

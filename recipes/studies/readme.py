@@ -15,7 +15,7 @@ from dllm_rl.files import read_json, replacing
 from dllm_rl.monitoring.plots import default_style
 from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
-from recipes.studies.paired import Results, by_arm, half_width, interval, markdown, paired
+from recipes.studies.paired import Contrast, Results, by_arm, half_width, holm, interval, markdown, paired, sign_flip
 
 PICTURE = Path(__file__).with_suffix(".png")
 FORMATS = ("FP8", "INT4", "NVFP4")
@@ -26,6 +26,11 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by correction; the firs
     "shuffled TIS": {"color": "#888888", "marker": "x", "label": "shuffled TIS, a control"},
     "dual clip": {"color": "#2f9e6e", "marker": "D", "label": "dual clip"},
 }
+
+
+def counted(differences: Sequence[float]) -> str:
+    """The mean with its interval, and how many of the seeds are above zero."""
+    return f"{interval(differences)} ({sum(each > 0 for each in differences)} of {len(differences)})"
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Case:
 
     def gain(self, column: str, correction: str, over: str = "none") -> str:
         arm, other = ({"none": self.plain, **self.corrected}.get(name) for name in (correction, over))
-        return interval(paired(self.results, arm, other, column)) if arm and other else "-"
+        return counted(paired(self.results, arm, other, column)) if arm and other else "-"
 
 
 def cases() -> list[Case]:
@@ -99,13 +104,50 @@ def training(column: str) -> str:
         rows.append(
             row
             | {
-                "cost without a correction": interval(paired(case.results, case.best, case.plain, column)),
+                "cost without a correction": counted(paired(case.results, case.best, case.plain, column)),
                 "gain of TIS": case.gain(column, "TIS"),
                 "gain of shuffled TIS": case.gain(column, "shuffled TIS"),
                 "TIS less shuffled TIS": case.gain(column, "TIS", "shuffled TIS"),
                 "gain of others": ", ".join(others) or "-",
             }
         )
+    return markdown(rows)
+
+
+def claims() -> str:
+    """Of each study of training, how many of its claims are shown after Holm's correction, and which."""
+
+    def of(contrasts: Sequence[Contrast], results: Results) -> dict[str, list[float]]:
+        return {each.claim: paired(results, each.arm, each.against, each.column) for each in contrasts}
+
+    short = orders_trained.families(by_arm(read_json(orders_trained.STORED)))
+    long = by_arm(read_json(int4_orders.STORED)["runs"])
+    controlled = long | by_arm(read_json(int4_orders_controls.STORED))
+    sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
+    late = by_arm(read_json(late_rollouts.STORED)["runs"])
+    of_studies: dict[str, Mapping[str, Sequence[float]]] = {
+        "[NVFP4, random order: the full-precision model](orders.md#in-training)": short["nvfp4, the learner"],
+        "[NVFP4, random order: the four-bit copy](orders.md#in-training)": short["nvfp4, the copy"],
+        "[FP8 and INT4, random order](orders.md#other-formats-fp8-and-int4)": short["formats"],
+        "[NVFP4, other orders](orders.md#left-to-right-and-under-maxprob)": short["orders"],
+        "[the order, without quantization](orders.md#the-order-by-itself)": short["the order by itself"],
+        "[INT4, longer, both orders](order_flips.md#training-in-both-orders)": int4_orders.claims(long),
+        "[INT4, longer, random order: controls](order_flips.md#training-in-both-orders)": int4_orders_controls.claims(
+            controlled
+        ),
+        "[sums, random order](low_bits.md#at-rates-tuned-for-each-arm)": of(low_bits_tuned.STUDY.contrasts, sums),
+        "[old FP8 copies, `MaxProb`](late_rollouts.md)": of(late_rollouts.CLAIMS, late),
+    }
+    rows = []
+    for study, found in of_studies.items():
+        tests = dict(zip(found, holm([sign_flip(values) for values in found.values()]), strict=True))
+        shown = [
+            ("" if mean(found[claim]) > 0 else "the opposite of ") + claim.removeprefix("random: ")
+            for claim, p in tests.items()
+            if p < 0.05
+        ]
+        row = {"claims about": study, "claims": str(len(found)), "shown": str(len(shown))}
+        rows.append(row | {"which are shown": "; ".join(shown) or "-"})
     return markdown(rows)
 
 
@@ -153,7 +195,11 @@ def draw(path: Path) -> None:
 
 
 def page_tables() -> dict[str, str]:
-    return {"training": training("after"), "training at temperature 1": training("sampled")}
+    return {
+        "training": training("after"),
+        "training at temperature 1": training("sampled"),
+        "claims in training": claims(),
+    }
 
 
 if __name__ == "__main__":
