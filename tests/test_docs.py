@@ -572,7 +572,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
         )
         rounded = [round(peak), round(sum(seconds)), pytest.approx(hours, rel=0.02)]
         assert [*map(float, numbers)] == rounded, (gpus, options)
-    assert len(made) == 10
+    assert len(made) == 12
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
     printed = made["1", "none"] + capsys.readouterr().out
