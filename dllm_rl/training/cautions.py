@@ -13,6 +13,7 @@ from dllm_rl.likelihoods.estimators import EXACT, LikelihoodEstimator, OneStep, 
 from dllm_rl.models.base import Policy, has_bf16_products, trainable_parameters
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
+from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import SCORED_ORDERS, order_probability
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
@@ -67,12 +68,17 @@ def cautions(recipe: Recipe) -> list[str]:
             )
     corrects_mismatch = corrector.has_weights and recipe.has_separate_rollout_policy
     warnings += likelihood_warnings(recipe.likelihood, recipe.sampler, corrects_mismatch=corrects_mismatch)
-    params = SamplingParams(**{name: getattr(recipe.sampler, name, None) for name in ("top_k", "top_p")})
-    if params.filters and corrects_mismatch and recipe.sampling_support == "per_policy":
+    sampler, support = recipe.sampler, recipe.sampling_support
+    if (
+        corrects_mismatch
+        and support == "per_policy"
+        and isinstance(sampler, Unmask | Autoregress)
+        and SamplingParams(1.0, sampler.top_k, sampler.top_p).filters
+    ):
         warnings.append(
-            f"sampler.top_k={params.top_k} and top_p={params.top_p} with sampling_support='per_policy': the filter may "
-            "keep other tokens for the learner than for the rollout, and the mean of the corrector's weights is then "
-            f"not 1; use {as_written(sampling_support='rollout')}, or leave the filter out"
+            f"sampler.top_k={sampler.top_k} and top_p={sampler.top_p} with sampling_support={support!r}: the filter "
+            "may keep other tokens for the learner than for the rollout, and the mean of the corrector's weights is "
+            f"then not 1; use {as_written(sampling_support='rollout')}, or leave the filter out"
         )
     if not made_up_advantages(recipe)[1].any():
         name = describe(recipe.advantages)

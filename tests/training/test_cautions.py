@@ -30,6 +30,7 @@ from dllm_rl.samplers.rules import (
     SoftThreshold,
     Threshold,
 )
+from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.cautions import cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.trainer import train
@@ -325,6 +326,11 @@ def test_weights_of_distributions_with_other_supports():
         assert cautions(replace(recipe, sampling_support="rollout")) == []
         assert cautions(replace(recipe, corrector=NoCorrection())) == []
     assert cautions(replace(recipe, sampler=sampler(rank=MaxProb(), top_p=1.0))) == []
+    assert cautions(replace(recipe, sampler=OwnSampler(max_new_tokens=16))) == []
+
+
+class OwnSampler(Sampler):
+    top_k: int = 0  # what it means is the sampler's own affair
 
 
 def test_weights_of_what_is_no_likelihood_ratio():
