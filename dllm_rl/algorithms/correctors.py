@@ -548,13 +548,14 @@ class Compose(Corrector):
         return all(part.only_masks for part in self.parts)
 
     def weights(self, stats: TokenStats) -> TokenWeights:
-        with_weights = [part for part in self.parts if part.has_weights]
-        if len(with_weights) == 1:
-            return with_weights[0].weights(stats)
+        with_weights = [(k, part) for k, part in enumerate(self.parts, start=1) if part.has_weights]
+        if len(with_weights) < 2:
+            _, only = (with_weights or [(1, NoCorrection())])[0]
+            return only.weights(stats)
         weights = torch.ones_like(stats.log_mismatch).detach()
         loss_mask = stats.mask
         metrics: dict[str, float] = {}
-        for position, part in enumerate(with_weights or [NoCorrection()], start=1):
+        for position, part in with_weights:
             result = part.weights(stats.copied())  # each sees the full mask, so that their order does not matter
             check_weights(part, result, stats.mask)
             weights = weights * result.importance_weights

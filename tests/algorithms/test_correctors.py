@@ -66,6 +66,9 @@ def test_compose_multiplies_weights_and_intersects_masks_in_any_order():
     close(squared[0], [1, 4, 12, 0.25])
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
     assert metrics["tis/capped_fraction_2"] == pytest.approx(1 / 9)
+    # The number is the part's place among all of them, and not among those with weights.
+    metrics = weigh(c.Compose(parts=(c.TIS(cap=3.0), c.Aligned(), c.TIS(cap=5.0))))[2]
+    assert metrics["tis/capped_fraction_3"] == pytest.approx(1 / 9) and "tis/capped_fraction_2" not in metrics
 
 
 def test_tbpo_alone_is_the_papers_mean_over_sequences():

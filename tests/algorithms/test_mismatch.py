@@ -282,6 +282,13 @@ def test_off_policy_metrics_by_hand():
     )
     unknown = replace(batch, rollout_logprobs=None)
     assert {name.split("/")[1] for name in off_policy_metrics(logps, unknown, old=zeros)} == {"old"}
+    # A third row without advantage, of 3 tokens, is not in the loss: its tokens count, and it is no sequence.
+    keep = torch.cat([keep, torch.zeros(1, 3, dtype=torch.bool)])
+    batch = make_batch(mask[[0, 1, 1]], tensor([2.0, -1.0, 0.0]), loss_mask=keep)
+    found = off_policy_metrics(logps[[0, 1, 1]], replace(batch, rollout_logprobs=None), old=zeros[[0, 1, 1]])
+    values = {name.rpartition("/")[2]: float(total / count) for name, (total, count) in found.items()}
+    assert values["contribution_positive"] == pytest.approx(-2 * (0 + 1) / 8)
+    assert values["max"] == pytest.approx((1 + 2) * LN2 / 2)
 
 
 def test_metrics_by_advantage_use_those_of_the_tokens_if_the_loss_does():

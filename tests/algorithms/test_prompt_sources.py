@@ -47,6 +47,10 @@ def test_the_last_group_of_each_prompt_counts():
     assert latest.mean.tolist() == [0.5, 3.0, 2.0] and latest.mixed.tolist() == [True, False, False]
     assert history.before(1).prompt.tolist() == [1, 2] and history.before(1).mixed.tolist() == [False, True]
     assert len(history.before(2).step) == 5 and len(RewardHistory(3).latest().prompt) == 0
+    # Groups of three, one of them a completion without a reward, and of one.
+    rewards = torch.tensor([[1.0], [torch.nan], [2.0], [5.0]])
+    history.add(2, torch.tensor([4, 5]), rewards, torch.tensor([0, 0, 0, 1]))
+    assert history.mean[-2:].tolist() == [1.5, 5.0] and history.mixed[-2:].tolist() == [True, False]
 
 
 def test_the_default_is_uniform_and_reads_nothing():

@@ -19,6 +19,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.models.base import trainable_parameters
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
@@ -36,6 +38,22 @@ def test_resume_continues_bit_for_bit(tmp_path):
         again = weights_of(train(tiny_recipe(tmp_path, resume_from_checkpoint=start, **changes)))
         assert all(torch.equal(again[name], weight) for name, weight in whole.items()), f"resumed at {step}"
         assert metrics_of(tmp_path) == rows, f"resumed at {step}"
+
+
+def test_an_optimizer_other_than_adamw_gets_its_state_and_the_weight_decay_of_the_resumed_recipe(tmp_path):
+    policy = tiny_masked_lm(characters="01", hidden_size=16, num_layers=1)
+    weights = trainable_parameters(policy.module)
+    first = torch.optim.SGD(weights, lr=1e-3, momentum=0.9, weight_decay=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    first.step()
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    resumed = torch.optim.SGD(weights, lr=1e-3, momentum=0.5, weight_decay=0.3)
+    checkpoint.load_optimizer(tmp_path, policy, resumed)
+    (group,) = resumed.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.3, 0.9)
+    moments = ((each.state[weight]["momentum_buffer"] for each in (first, resumed)) for weight in weights)
+    assert all(torch.equal(saved, loaded) for saved, loaded in moments)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

@@ -6,8 +6,11 @@ import shutil
 import signal
 
 import pytest
-from tiny_recipe import tiny_recipe
+from tiny_recipe import OddPuzzles, tiny_recipe
 
+from dllm_rl import Unmask
+from dllm_rl.checkpoints.run_folder import why_forget_best
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.training import warmup
 from dllm_rl.training.trainer import train
 
@@ -77,3 +80,22 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dllm_rl.files.fcntl.lockf", refuse)
     train(tiny_recipe(tmp_path / "run", num_steps=1))
     assert "has no locks: make sure that no other run writes there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, None),
+        ({"eval_sampler": Unmask(max_new_tokens=2)}, "eval_sampler has changed"),
+        ({"validation_task": OddPuzzles()}, "validation_task has changed"),
+        ({"metric_for_best_model": "parsed"}, "metric_for_best_model or greater_is_better has changed"),
+        ({"greater_is_better": False}, "metric_for_best_model or greater_is_better has changed"),
+        ({"learning_rate": 0.5}, None),
+    ],
+)
+def test_the_best_of_other_evaluations_no_longer_counts(tmp_path, changed, why):
+    recipe = tiny_recipe(tmp_path, metric_for_best_model="reward")
+    state = TrainingState(version=2, dtype="float32", best_step=1, best_value=0.5, recipe=recipe.settings())
+    folder = tmp_path / "checkpoints" / "step-000002"
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert why_forget_best(recipe.replace(**changed), state, folder) == why

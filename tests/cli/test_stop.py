@@ -85,6 +85,19 @@ def test_the_status_of_a_run_that_goes_on_was_killed_was_stopped_or_has_ended(tm
     assert seen(tmp_path, capsys) == f"{tmp_path}: ended\nstep 5/5  loss 0.25\n"
 
 
+def test_the_time_left_is_that_of_steps_as_long_as_one_of_the_last_20(tmp_path, capsys):
+    folder = tmp_path / "checkpoints/step-000022"
+    write_json(folder / "state.json", {"recipe": {"num_steps": 30, "likelihood": None}})
+    write_json(folder / manifest.NAME, {})
+    rows = [{"step": step, "step_time": 1000.0 if step < 2 else 60.0} for step in range(22)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lock(tmp_path / LOCK)
+    try:
+        assert seen(tmp_path, capsys).endswith("ETA 0:08:00\n")
+    finally:
+        unlock(tmp_path / LOCK)
+
+
 def test_the_status_of_this_process_leaves_its_lock(tmp_path, capsys):
     lock(tmp_path / LOCK)
     try:

@@ -242,7 +242,7 @@ def random_batch(rows=8, length=5):
     )
     views = Views(mask[None], mask[None].float())
     ones = torch.ones(rows, length)
-    numbers = {"num_tokens": int(mask.sum()), "num_sequences": rows, "rollout_logprobs": old}
+    numbers = {"num_tokens": int(mask.sum()), "num_sequences": rows, "rollout_logprobs": old - 0.5}
     advantages = torch.randn(rows, generator=generator)
     return Batch(rollout, views, advantages, old, old[None], ones, mask, None, **numbers), new
 

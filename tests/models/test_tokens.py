@@ -1,6 +1,7 @@
 """Text of users is text: what spells a special token does not become one, and templates keep their own."""
 
 import json
+from copy import copy
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dllm_rl.decoding.tokens import (
+    as_rollout,
     begin_ids,
     completion_token_ids,
     conversation_ids,
@@ -112,6 +114,16 @@ def test_blanks_are_open_positions(policy):
     assert encode(policy, [Problem("ab")]).infill_mask is None
     with pytest.raises(ValueError, match="blank='' is empty; leave it at None"):
         encode(policy, [Problem("ab", blank="")])
+
+
+def test_a_text_of_all_of_the_models_positions_is_scored_and_a_longer_one_is_refused(policy):
+    short = copy(policy)
+    short.spec = replace(policy.spec, max_length=4)
+    rollout = as_rollout(short, [([5, 6], [7, 8]), ([5], [7])])
+    assert rollout.tokens.tolist() == [[5, 6, 7, 8], [PAD, PAD, 5, 7]]
+    assert rollout.completion_mask.tolist() == [[False, False, True, True], [False, False, False, True]]
+    with pytest.raises(ValueError, match="a context and continuation of 5 tokens exceed the model's 4 positions"):
+        as_rollout(short, [([5, 6], [7, 8, 9])])
 
 
 def test_the_text_of_what_is_filled_in(policy):

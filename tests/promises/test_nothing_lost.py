@@ -210,8 +210,8 @@ sys.stdin.read()
                 {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "12"},
                 True,
             ),
-            ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # two runs of one job
             ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, False),
+            ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # two runs of one job
             ({"SLURM_JOB_ID": "7"}, {}, False),
             ({}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
         ],

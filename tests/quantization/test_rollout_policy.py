@@ -347,8 +347,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     policy = llada()
     rollout = quantized_copy(policy, scheme)
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
+    policy.weights_version = 1
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
+    assert rollout.weights_version == 0, "what is half written does not pass for the learner's weights"
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         quantized_copy(policy, scheme)
 

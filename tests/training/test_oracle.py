@@ -265,6 +265,14 @@ def test_a_failed_measurement_is_counted_and_called_again(tmp_path, cache, size)
     assert first == {"step": 0, "reward": None, "arguments": {"completions": "A"}}
 
 
+def test_a_resume_with_a_smaller_budget_than_its_calls_pays_for_none(tmp_path):
+    counted = Counted()
+    started(tmp_path, counted, budget=9)(completions=["A", "C", "D"])
+    again = started(tmp_path, counted, budget=1)
+    assert again.calls == 3 and again(completions=["AA", "CC", "DD", "A"]) == [None, None, None, 1 / 3]
+    assert counted.texts == ["A", "C", "D"]
+
+
 def test_failed_measurements_use_up_the_budget(tmp_path):
     calls = []
 
