@@ -27,7 +27,7 @@ def tiny_recipe(directory, **changes):
         validation_task=Sudoku(split="validation", size=8),
         eval_task=Sudoku(split="test", size=8),
         sampler=Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence()),
-        eval_sampler=Unmask(max_new_tokens=16, diffusion_steps=3, rank=Confidence()),
+        eval_sampler=Unmask(max_new_tokens=16, diffusion_steps=1, rank=Confidence()),
         corrector=AIS(),  # sudoku_unique takes none
         train_batch_size=4,
         num_generations=4,
