@@ -22,6 +22,8 @@ from dllm_rl.models.policy import load_weights
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 STATE = TrainingState(step=7, version=0, dtype="float32", recipe={})
 

@@ -114,6 +114,7 @@ def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
         assert (cuda.waits("copy"), cuda.waits("sync")) == (2, 4), cuda.report()
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     """What the corrector and the mismatch metrics see comes in one transfer, loss metrics and gradient norm in another,
     completions' lengths in a third; correctors, losses and metrics themselves wait for nothing. The rehearsal before

@@ -31,6 +31,8 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
 from dllm_rl.types import Batch, Prompts, Rollout
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 REMASK = {"name": "remask", "eta": 0.6}
 EDIT = {"name": "soft_edit", "rank": "RandomOrder", "rate": 0.3}
 SURE = {"name": "soft_edit", "rank": "MaxProb", "rate": 0.4}

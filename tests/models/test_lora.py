@@ -36,6 +36,8 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.quantization.schemes import Float8WeightOnly, Int8Dynamic
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 LORA = Lora(r=3, alpha=6.0, experts=True)
 
 

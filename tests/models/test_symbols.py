@@ -14,6 +14,8 @@ from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.tasks.base import Problem
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 RESIDUES = [*"LAGVSERTIDPKQNFYMHWC", *"XBUZO"]
 ESM = ["<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, ".", "-", "<null_1>", "<mask>"]
 SIXMERS = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "ATCGAT", "CCCCCC", "ATATAT", *"ATCGN"]

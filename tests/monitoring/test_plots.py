@@ -94,6 +94,7 @@ def test_a_style_that_cannot_be_drawn_with_is_not_used(tmp_path):
             assert [matplotlib.rcParams[name] for name in own] == [*own.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "chosen"), [("", "False"), ("QtAggg", "False"), ("module://own.backend", "True")])
 @pytest.mark.repeated(first_only=True)
 def test_a_picture_of_a_run_chooses_no_backend(tmp_path, name, chosen):

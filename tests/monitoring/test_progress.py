@@ -4,12 +4,15 @@ import atexit
 import io
 import re
 
+import pytest
 from rich.console import Console
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.monitoring.json_lines import current_rows, warmup_rows
 from dllm_rl.monitoring.progress import ProgressDisplay
 from dllm_rl.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 HEALTHY = {"rollout_corr/ess": 0.9876, "off_policy/old/contribution_positive": 0.00123}
 BROKEN = {"rollout_corr/ess": 0.123, "off_policy/rollout/contribution_negative/iteration_1": 0.0456}

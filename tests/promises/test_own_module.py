@@ -16,6 +16,8 @@ from dllm_rl.models.policy import load_weights
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -11,6 +11,8 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.samplers import Renoise
 from recipes.sudoku_unique import recipe as base
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
 def test_the_loop_trains_it(tmp_path):

@@ -30,6 +30,8 @@ from dllm_rl.quantization.linear import (
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SCHEMES = CPU_SCHEMES | {"Int4WeightOnly": quantize.Int4WeightOnly(group_size=8)}  # divides the toys' 24 and 32 inputs
 FEW = ("Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "int3_emulated")
 BLOCKS = ("NVFP4", "MXFP4", "nvfp4_emulated", "mxfp4_emulated")

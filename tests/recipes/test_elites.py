@@ -95,6 +95,7 @@ def test_a_resume_mutates_the_same_elites_and_pays_for_no_call_twice(tmp_path, s
     assert rewards[0][-1] > rewards[0][0] + 0.15  # parents are better than what the model writes at first
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_model_takes_elites_as_task_and_callback(tmp_path):
     """As docs/protein-dna.md says: the score gets texts, and its best become prompts."""
     oracle = Oracle(lambda completions: [text.count("A") / 6 for text in completions], budget=90)

@@ -78,6 +78,7 @@ def test_informed_masks_follow_the_change_of_confidence():
     torch.testing.assert_close(masked.mean(0), q, rtol=0, atol=5 * (0.25 / len(masked)) ** 0.5)
 
 
+@pytest.mark.slow
 def test_an_estimator_of_ones_own_has_its_row_beside_the_stored_ones(monkeypatch, capsys):
     words = ["exactness", "recipes.examples.own_estimator.Halves"]
     monkeypatch.setattr(sys, "argv", words)

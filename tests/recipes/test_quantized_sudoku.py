@@ -49,6 +49,7 @@ def run_job(monkeypatch, *options):
     job.main(replace(job.recipe, model=partial(tiny_masked_lm, characters="1234.=", **SMALL)))
 
 
+@pytest.mark.slow
 def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, capsys, forked):
     monkeypatch.chdir(tmp_path)
     run_job(monkeypatch)

@@ -25,6 +25,8 @@ from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def choice_of(rank, commit=rules.Schedule(), *, temperature=1.0):
     """The first step of three rows, six positions in one block of three steps: two positions a row are written."""

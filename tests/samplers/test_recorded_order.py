@@ -18,6 +18,8 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Sudoku
 from dllm_rl.types import Prompts
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ORDERS = {
     "confidence": {"rank": Confidence()},
     "in blocks, with a cache": {"rank": Confidence(), "block_size": 3, "cache": DualCache()},

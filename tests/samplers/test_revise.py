@@ -19,6 +19,8 @@ from dllm_rl.types import Prompts
 from tests.support.likelihood_toys import TablePolicy
 from tests.support.tiny_recipe import SIZES, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 REMASK = {"rank": rules.RandomOrder(), "commit": revise.Remask(eta=0.5)}
 EDIT = {"rank": rules.Confidence(), "commit": revise.Edit(tau=0.5)}
 SOFT = {"rank": rules.MaxProb(), "commit": revise.SoftEdit(rate=0.5)}

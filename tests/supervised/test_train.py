@@ -26,6 +26,8 @@ from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.training.fine_tune import fine_tune, read_datasets, rows_of_step, sft
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 ROOT = Path(__file__).parents[2]
 
 

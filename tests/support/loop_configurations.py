@@ -10,6 +10,8 @@ from dllm_rl.algorithms.correctors import TIS, Compose, QaRL, Reject
 from dllm_rl.algorithms.losses import K2
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.rules import Confidence
+from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
 
 MODEL = partial(tiny_masked_lm, **SIZES | {"num_layers": 2})
@@ -32,5 +34,6 @@ CONFIGURATIONS = {
 def run(name: str, directory: Path) -> list[dict[str, float]]:
     """Every number of metrics.jsonl but the times."""
     settings = {"model": MODEL, "num_steps": 3, "learning_rate": 5e-3, "likelihood": Trajectory(include_order=False)}
+    settings["eval_sampler"] = Unmask(max_new_tokens=16, diffusion_steps=3, rank=Confidence())  # of the stored curves
     train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name]}))
     return metrics_of(directory)

@@ -15,7 +15,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hash_seeds import printed_under_hash_seeds
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
@@ -166,22 +165,15 @@ def test_a_task_says_which_rows_it_has() -> None:
     assert len({digest_of(other) for other in (rows, rows[1:], rows[:-1], [{"prompt": "x"}, *rows[1:]])}) == 4
 
 
-def test_rows_are_told_apart_in_the_same_way_in_every_process() -> None:
-    """Also rows with values that JSON lacks: sets, objects at an address, keys that are not text."""
-    row = '{"prompt": "a", "any": {"x", "y", "z"}, "by": object(), "board": {(0, 0): 1, None: [{"p", "q"}]}}'
-    code = f"from dllm_rl.tasks.datasets import digest_of; print(digest_of([{row}]))"
-    assert len(printed_under_hash_seeds(code)) == 1
-
-
 def test_every_row_and_every_number_of_an_array_counts() -> None:
-    rows = [{"prompt": f"{i}=", "by": np.zeros(2000), "at": datetime.date(2020, 1, 1)} for i in range(300)]
+    rows = [{"prompt": f"{i}=", "by": np.zeros(2000), "at": datetime.date(2020, 1, 1)} for i in range(100)]
     middle = np.zeros(2000)
     middle[1000] = 1.0
     changes: list[dict] = [
         *({"by": by} for by in (middle, np.zeros(2000, "f4"), np.zeros((40, 50)), torch.zeros(2000), [middle])),
         *({"at": at} for at in (datetime.date(2021, 1, 1), b"\0", b"\1", {1, 2}, {1, 3}, Decimal(1), {(0, 1): "a"})),
     ]
-    for index in (0, 1, 150, 299):
+    for index in (0, 1, 50, 99):
         digests = {digest_of(rows)}
         for change in changes:
             edited = list(rows)

@@ -125,6 +125,7 @@ LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
 SOME = [each if number % 5 == 0 else slow(*each) for number, each in enumerate(GRADERS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "grader"), SOME, ids=NAMES)
 @pytest.mark.repeated(first_only=True)
 def test_a_million_characters_take_linear_time(task: str, grader) -> None:

@@ -17,6 +17,8 @@ from dllm_rl.training import prompts
 from dllm_rl.training.prompts import check_prompts
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 LONG = 60  # with 16 tokens to come, more than the model's 64
 
 

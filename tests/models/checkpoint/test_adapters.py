@@ -36,6 +36,8 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.quantization.schemes import Float8WeightOnly, Int4WeightOnly, Int8WeightOnly
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 FAMILIES = {
     "llada": 14, "illada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
     "rnd1": 8, "stable_diffcoder": 14, "a2d_qwen2": 14, "a2d_blocks": 14, "nemotron": 14, "nemotron_ar": 14,

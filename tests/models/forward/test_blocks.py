@@ -28,6 +28,8 @@ from dllm_rl.training import policies
 from dllm_rl.types import Batch, Rollout
 from recipes.sudoku_unique import recipe as main_job
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 SMALL = {
     "characters": "abcdefgh",
     "hidden_size": 16,
