@@ -10,6 +10,7 @@ import numpy as np
 
 LEVEL = 0.95
 Numbers = Sequence[float] | np.ndarray
+MAX_DRAWS = 2**16  # of rows at once: a large bootstrap stays in the cache, a small one needs few calls
 ROUNDING = 1e-9  # relative to the values; a bootstrap interval whose width is below it shows rounding alone
 
 
@@ -59,12 +60,13 @@ def bootstrap_interval(
     lengths = {len(each) for each in (numbers, divisors, before_values, divisors_before)}
     if len(lengths) > 1 or 0 in lengths or not (divisors > 0).all() or not (divisors_before > 0).all():
         raise ValueError(f"{len(numbers)} values: needs some, as many before, and a positive weight for each")
-    differences = []
-    for _ in range(resamples):
-        rows = generator.integers(0, len(numbers), len(numbers))  # the same rows for both: their difficulty cancels
-        differences.append(
-            numbers[rows].sum() / divisors[rows].sum() - before_values[rows].sum() / divisors_before[rows].sum()
-        )
+    differences: list[float] = []
+    while len(differences) < resamples:
+        at_once = min(max(1, MAX_DRAWS // len(numbers)), resamples - len(differences))
+        # The same rows for both: their difficulty cancels.
+        rows = generator.integers(0, len(numbers), (at_once, len(numbers)))
+        means = numbers[rows].sum(1) / divisors[rows].sum(1)
+        differences.extend(means - before_values[rows].sum(1) / divisors_before[rows].sum(1))
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     scale = max(abs(numbers / divisors).max(), abs(before_values / divisors_before).max())
     return (float(low), float(high)) if high - low > ROUNDING * scale else None
