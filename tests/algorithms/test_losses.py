@@ -244,6 +244,19 @@ def test_policy_loss_of_the_worked_example():
     assert float(loss) == pytest.approx(-(4 / 3 - 0.8) / 3, rel=1e-7)  # coefficients such as 1/9 are fp32
 
 
+def test_under_gspo_a_weight_is_that_of_its_own_tokens_gradient():
+    # Row ratio sqrt(1.21 * 1) = 1.1, A = 2, w = 1 and 2, one row of two tokens: -w 2.2 / 2 each. Their mean is -1.65.
+    old = torch.full((1, 2), -1.0, dtype=torch.float64)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    weights = tensor([[1.0, 2.0]], dtype=torch.float64)
+    batch = make_batch(both, tensor([2.0], dtype=torch.float64), importance_weights=weights, old_logprobs=old)
+    logps = old + tensor([[1.21, 1.0]], dtype=torch.float64).log()
+    surrogate = GSPO(epsilon=0.2, epsilon_high=0.2)
+    loss, _, gradient = loss_of(logps, batch, surrogate=surrogate, loss_reduction=SequenceMean())
+    close(loss, -3.3)
+    close(gradient, [[-1.1, -2.2]])
+
+
 def test_clipped_shares_are_told_apart_by_sign():
     # A = 1: 1.5 and 1.3 are clipped, 1 is not; A = -1: 0.5 is clipped, 1 and 1.3 are not; A = 0 counts nowhere.
     ratio = tensor([[1.5, 1.3, 1.0], [0.5, 1.0, 1.3], [1.5, 0.5, 1.0]], dtype=torch.float64)

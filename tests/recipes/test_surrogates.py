@@ -12,6 +12,7 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.config import override
 from dllm_rl.testing import check_corrector
+from recipes.studies.league import WD1
 from recipes.studies.surrogates import BGPO, DPPOTV, EBPO, GDSD, SequenceMasked, StableDRL
 from recipes.sudoku_unique import recipe
 
@@ -31,6 +32,13 @@ def close(actual, expected):
 
 def stable_drl_alone(log_ratio, advantages, mask):
     return StableDRL()(log_ratio, advantages, mask, sum_over_processes=lambda x: x)
+
+
+def test_wd1_weighs_by_two_softmaxes_of_each_group():
+    # A = 1/2 and -1/2: softmax(A) - softmax(-A) = +-tanh(1/2), times two; equal rewards have no weight.
+    rewards, group = tensor([1.0, 0.0, 3.0, 3.0, 3.0], dtype=torch.float64), tensor([0, 0, 1, 1, 1])
+    weight = 2 * math.tanh(0.5)
+    close(WD1()(rewards, group), [weight, -weight, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("surrogate", [BGPO(), EBPO(), GDSD(), stable_drl_alone])
