@@ -412,8 +412,15 @@ def test_the_rollouts_of_a_step_have_their_own_random_numbers(tmp_path, monkeypa
     row_seeds = ours.row_seeds
     monkeypatch.setattr(ours, "row_seeds", watched)
     settings = {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "max_steps": 2}
-    trainer(tmp_path, settings=settings).train()
+    run = trainer(tmp_path, settings=settings, eval_rows=ROWS[:4])
+    run.train()
     assert len(drawn) == 4 and len(torch.cat(drawn).unique()) == 4 * 16
+    evaluated = []
+    for _ in range(2):
+        drawn.clear()
+        run.evaluate()
+        evaluated.append(torch.cat(drawn))
+    assert torch.equal(*evaluated), "each evaluation has the same random numbers"
 
 
 @pytest.mark.slow

@@ -232,7 +232,16 @@ def test_quantized_inputs_of_a_row_do_not_depend_on_its_batch(scheme):
     assert 0.05 < expected < 0.2, "inputs are rounded to four bits"
 
 
-@pytest.mark.parametrize(("scheme", "block"), [(NVFP4(), 16), (MXFP4(inputs=True), 32)], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "block"),
+    [
+        (NVFP4(), 16),
+        (MXFP4(inputs=True), 32),
+        (FakeQuantize(weight="int8", activation="mxfp4"), 32),
+        (FakeQuantize(weight="nvfp4", activation="mxfp4"), 32),
+    ],
+    ids=str,
+)
 def test_a_layer_whose_inputs_are_no_multiple_of_the_block_is_named(scheme, block):
     sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 2}
     report = quantized_copy(tiny_masked_lm(characters="12", intermediate_size=72, **sizes), scheme).quantization_report

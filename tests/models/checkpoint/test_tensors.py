@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from repetitions import slow
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint import tensors as module
 from dllm_rl.models.checkpoint.tensors import (
@@ -19,6 +21,7 @@ from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
     rename_tensor,
     split_experts,
+    to_original,
     write_tensors,
 )
 
@@ -48,6 +51,17 @@ def test_shards_hold_what_one_file_held(tmp_path, family, monkeypatch):
     monkeypatch.undo()
     policy.save_pretrained(saved)  # one file replaces the shards
     assert [f.name for f in saved.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("head", [1.0, 2.0])
+def test_a_head_that_differs_from_the_embedding_is_written_although_the_config_ties_them(head):
+    state = {
+        name: LazyTensor((2, 2), torch.float32, partial(torch.full, (2, 2), value))
+        for name, value in {"model.embed_tokens.weight": 1.0, "lm_head.weight": head}.items()
+    }
+    tied = SimpleNamespace(tie_word_embeddings=True)
+    written = to_original(state, FamilySpec("tied", "full", mask_id=0), tied)
+    assert written.keys() == state.keys() - ({"lm_head.weight"} if head == 1.0 else set())
 
 
 def test_one_file_replaces_shards_and_their_index(tmp_path):
