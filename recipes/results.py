@@ -6,15 +6,16 @@ from statistics import mean
 from typing import Any
 
 from dllm_rl.files import read_json
-from recipes.studies.paired import markdown
+from recipes.studies.paired import interval, markdown
 
 STORED = Path(__file__).with_suffix(".json")
+STUDIES = STORED.with_name("studies")
 RATES = "solve rate before -> after (quantized net)"
-SUDOKU = {  # recipe -> what it is, and the corrector of its stored runs
-    "sudoku_unique": ("masked diffusion", "none"),
-    "sudoku_tiny_ar": ("autoregressive", "AIS"),
-    "sudoku_tiny_llada": ("LLaDA's layout", "AIS"),
-    "renoise_sudoku": ("DiffusionGemma's layout", "none"),
+SUDOKU = {  # recipe -> the corrector of its stored runs
+    "sudoku_unique": "none",
+    "sudoku_tiny_ar": "AIS",
+    "sudoku_tiny_llada": "AIS",
+    "renoise_sudoku": "none",
 }
 
 
@@ -41,30 +42,131 @@ def latin_squares(arms: Sequence[Mapping[str, Any]]) -> str:
     return markdown(rows)
 
 
-def shortest_to_longest(times: Sequence[str]) -> str:
-    """Of "485 + 833" and "485 + 421": "485 + 421 to 833". The first part is the same in all runs."""
-    firsts, numbers = zip(*(time.rpartition("+ ")[::2] for time in times), strict=True)
-    first = f"{firsts[0]}+ " if firsts[0] else ""
-    return f"{first}{min(numbers, key=int)} to {max(numbers, key=int)}"
+def span(numbers: Sequence[float], digits: int = 3) -> str:
+    """The least and the greatest."""
+    return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
+
+
+def minutes(seconds: Sequence[float], on: str) -> str:
+    return f"{span([each / 60 for each in seconds], 1)}, {on}"
+
+
+def end(rates: str) -> float:
+    """Of "0.270 -> 0.882 (0.882)" the rate after RL, without that of the quantized net."""
+    return float(rates.split(" (")[0].split()[-1])
+
+
+def numbers_of(study: str, arm: str, column: str) -> list[float]:
+    """A column of the runs of an arm, as a study stores them."""
+    stored = read_json((STUDIES / study).with_suffix(".json"))
+    return [run[column] for run in (stored if isinstance(stored, list) else stored["runs"]) if run["arm"] == arm]
+
+
+def overview(found: Mapping[str, Any]) -> str:
+    """What each recipe needs, how long it takes, and where it ends."""
+    rows = []
+    core, threads, unknown, never = "one core", "two threads", "not timed", "never run"
+    extra = '`pip install -e ".[{}]"`'.format
+
+    def row(recipe: str, what: str, time: str, ends: str, *needs: str, gpu: str = "") -> None:
+        needed = ", ".join((gpu or "a CPU", *needs))
+        row = {"recipe": f"`{recipe}.py`", "what it is": what, "needs": needed, "minutes": time}
+        rows.append(row | {"solved at the end": ends})
+
+    def sudoku_like(recipe: str, what: str) -> None:
+        runs = [run for run in found["sudoku"] if run["recipe"] == recipe]
+        time = minutes([float(run["seconds in all"]) for run in runs], threads)
+        row(recipe, what, time, span([end(run[RATES]) for run in runs]))
+
+    def pretrained_like(recipe: str, what: str, *needs: str) -> None:
+        runs = [run for run in found["pretrained"] if run["recipe"].endswith(recipe)]
+        time = minutes([sum(map(float, run["seconds"].split("+"))) for run in runs], core)
+        row(recipe, what, time, span([end(run[RATES]) for run in runs]), *needs)
+
+    rates = found["one_file"]["solve rate before -> after, seeds 0, 1, 2"]
+    ends = span([*map(end, rates)])
+    row("one_file", "[a whole training step in one file](#read-first-one-file)", "0.8, one core", ends)
+    ends = span(found["latin_sudoku"]["rows"][0]["after"])
+    what = "[RL teaches what no label says](#latin-squares-and-a-reward-that-knows-the-boxes)"
+    row("latin_sudoku", what, "about 1, one core", ends)
+    job = "#the-main-job-rollouts-in-four-bits-with-and-without-a-correction"
+    what = f"[what four-bit rollouts cost, and what a correction brings back]({job})"
+    arms = [
+        mean(numbers_of("orders_trained", f"random: {arm}", "after")) for arm in ("unquantized", "nvfp4", "nvfp4, tis")
+    ]
+    row("quantized_sudoku", what, "3 to 4.5, two cores", "{:.3f}, {:.3f} and {:.3f}, by arm".format(*arms))
+    time, ends = (
+        minutes(numbers_of("few_clues", "RL in two", "seconds"), core),
+        numbers_of("few_clues", "RL in two", "after"),
+    )
+    row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, interval(ends))
+    sudoku_like("sudoku_unique", "puzzles with one right answer")
+    sudoku_like("sudoku_tiny_ar", "`sudoku_unique` with an autoregressive model")
+    sudoku_like("sudoku_tiny_llada", "`sudoku_unique` in LLaDA's layout")
+    sudoku_like("renoise_sudoku", "`sudoku_unique` in DiffusionGemma's layout")
+    ends = span(found["sudoku_tiny_moe"]["after"])
+    row("sudoku_tiny_moe", "`sudoku_unique` with 8 experts, 2 per token", unknown, ends)
+    time = minutes(
+        [float(run["seconds, two threads, idle machine"].split(",")[0]) for run in found["countdown"]], threads
+    )
+    ends = span([end(run["accuracy before -> after"]) for run in found["countdown"]])
+    row("countdown_tiny", "Countdown: numbers make a target", time, ends)
+    what = "`sudoku_tiny_llada` with rollouts by llama.cpp in `Q8_0`"
+    ends = span(found["llama_cpp_sudoku"]["Q8_0, 1800 steps: after"])
+    row("engines/llama_cpp_sudoku", what, "7.7 to 9.0, one core", ends, extra("llamacpp"))
+    measured = "not stored; [60 steps](../docs/vllm.md#what-was-measured)"
+    row("engines/vllm_sudoku", "`sudoku_tiny_ar` with rollouts by vLLM", unknown, measured, extra("vllm"))
+    what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
+    row("async_sudoku", what, unknown, "not stored; [study](studies/late_rollouts.md)", extra("ray"))
+    what = "`sudoku_tiny` without a reward: the model learns to write in two steps from itself, writing in eight"
+    ends = interval(numbers_of("distillation", "teacher alone", "after"))
+    row("sudoku_distil", what, unknown, f"{ends} after 44 of its 50 steps ([study](studies/distillation.md))")
+    ends = interval(numbers_of("fast", "speed", "after"))
+    what = f"{ends} in 1.5 forwards, unquantized ([study](studies/fast.md))"
+    row("sudoku_fast", "a reward for few forwards", unknown, what)
+    ends = "0.785 to 0.843 ([log](studies/LOG.md))"
+    row("sudoku_revise", "`sudoku_unique` with a sampler that edits", "1.1, one core", ends)
+    holo, study = "`pip install pytorch-holo==0.0.5`", "a score: [study](studies/scaffolds.md)"
+    what = "[protein design](#protein-design-when-every-score-costs-money): one policy for many scaffolds"
+    row(
+        "scaffolds",
+        what,
+        minutes(numbers_of("scaffolds", "policy", "cpu_s"), f"{core}, after the warm-up"),
+        study,
+        holo,
+    )
+    what = "protein design: search for the best sequence of one function"
+    row(
+        "elites",
+        what,
+        minutes(numbers_of("scaffolds", "infilling", "cpu_s"), f"{core}, after the warm-up"),
+        study,
+        holo,
+    )
+    antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
+    pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
+    gguf = ("`pip install gguf`", "a download of 93 MB")
+    pretrained_like("smollm2_arithmetic", "pretrained: SmolLM2-135M, autoregressive, adds numbers", *gguf)
+    what = "pretrained: SmolLM2-135M, made a diffusion model by `smollm2_diffusion_sft.py` first"
+    pretrained_like("smollm2_diffusion", what, *gguf)
+    row("sudoku_9x9", "`sudoku_unique` on 9x9 Sudoku", never, never)
+    gpu = "a GPU of compute capability 8.9"
+    row("sudoku_9x9_gpu", "`sudoku_9x9` with 85 million weights", never, never, gpu=gpu)
+    return markdown(rows)
 
 
 def sudoku(found: Mapping[str, Any]) -> str:
     rows = []
 
-    def row(name: str, what: str, corrector: str, rates: Mapping[str, str], seconds: str = "-") -> None:
-        rows.append({"recipe": f"`{name}`", "what it is": what, "corrector": corrector, **rates, "seconds": seconds})
+    def row(name: str, corrector: str, rates: Mapping[str, str]) -> None:
+        rows.append({"recipe": f"`{name}`", "corrector": corrector, **rates})
 
-    for name, (what, corrector) in SUDOKU.items():
-        runs = [run for run in found["sudoku"] if run["recipe"] == name]
-        row(name, what, corrector, by_seed([*map(rates_of, runs)]), ", ".join(run["seconds in all"] for run in runs))
+    for name, corrector in SUDOKU.items():
+        row(name, corrector, by_seed([rates_of(run) for run in found["sudoku"] if run["recipe"] == name]))
     experts, cpp = found["sudoku_tiny_moe"], found["llama_cpp_sudoku"]
-    row("sudoku_tiny_moe", "8 experts, 2 per token", "AIS", arrows(experts["before"], experts["after"]))
-    rates = arrows(cpp["before"], cpp["Q8_0, 1800 steps: after"])
-    row("engines/llama_cpp_sudoku", "rollouts by llama.cpp in `Q8_0`", "AIS", rates)
-    runs = found["countdown"]
-    seconds = ", ".join(run["seconds, two threads, idle machine"].split(",")[0] for run in runs)
-    rates = by_seed([rates_of(run, "accuracy before -> after") for run in runs])
-    row("countdown_tiny", "numbers and a target", "none", rates, seconds)
+    row("sudoku_tiny_moe", "AIS", arrows(experts["before"], experts["after"]))
+    row("engines/llama_cpp_sudoku", "AIS", arrows(cpp["before"], cpp["Q8_0, 1800 steps: after"]))
+    row("countdown_tiny", "none", by_seed([rates_of(run, "accuracy before -> after") for run in found["countdown"]]))
     return markdown(rows)
 
 
@@ -74,14 +176,7 @@ def pretrained(found: Mapping[str, Any]) -> str:
         runs = [run for run in found["pretrained"] if run["recipe"] == name]
         rates = dict.fromkeys((f"seed {seed}" for seed in range(5)), "-")
         rates |= by_seed([*map(rates_of, runs)])
-        rows.append(
-            {
-                "recipe": name,
-                "corrector": "AIS",
-                **rates,
-                "seconds": shortest_to_longest([run["seconds"] for run in runs]),
-            }
-        )
+        rows.append({"recipe": name, "corrector": "AIS", **rates})
     return markdown(rows)
 
 
@@ -89,6 +184,7 @@ def page_tables() -> dict[str, str]:
     found = read_json(STORED)
     recipe, *five_levels = found["latin_sudoku"]["rows"]
     return {
+        "all recipes": overview(found),
         "Latin squares": latin_squares([recipe]),
         "Latin squares at five levels": latin_squares([recipe, *five_levels]),
         "Sudoku": sudoku(found),

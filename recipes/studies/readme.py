@@ -114,6 +114,18 @@ def training(column: str) -> str:
     return markdown(rows)
 
 
+def together(claims: Sequence[str]) -> str:
+    """The claims as one cell; two that differ in the decoding alone are one entry."""
+    entries = []
+    for claim in claims:
+        what, _, how = claim.rpartition(", ")
+        if how == "greedy" and f"{what}, temperature 1" in claims:
+            entries.append(f"{what}, greedy and at temperature 1")
+        elif how != "temperature 1" or f"{what}, greedy" not in claims:
+            entries.append(claim)
+    return "; ".join(entries) or "-"
+
+
 def claims() -> str:
     """Of each study of training, how many of its claims are shown after Holm's correction, and which."""
 
@@ -141,13 +153,15 @@ def claims() -> str:
     rows = []
     for study, found in of_studies.items():
         tests = dict(zip(found, holm([sign_flip(values) for values in found.values()]), strict=True))
+        names = {claim: claim.removeprefix("random: ") for claim in tests}
         shown = [
-            ("" if mean(found[claim]) > 0 else "the opposite of ") + claim.removeprefix("random: ")
+            ("" if mean(found[claim]) > 0 else "the opposite of ") + names[claim]
             for claim, p in tests.items()
             if p < 0.05
         ]
         row = {"claims about": study, "claims": str(len(found)), "shown": str(len(shown))}
-        rows.append(row | {"which are shown": "; ".join(shown) or "-"})
+        undecided = [names[claim] for claim, p in tests.items() if p >= 0.05]
+        rows.append(row | {"which are shown": together(shown), "which are undecided": together(undecided)})
     return markdown(rows)
 
 

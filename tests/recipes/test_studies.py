@@ -98,3 +98,11 @@ def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
         kept = paired.by_arm(read_json(FOLDER / f"{module.__name__.rpartition('.')[2]}.json"))
         module.picture(kept, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_claims_that_differ_in_the_decoding_alone_are_one_entry():
+    from recipes.studies.readme import together
+
+    claims = ["a, b, greedy", "a, b, temperature 1", "c, greedy", "d, temperature 1", "e"]
+    assert together(claims) == "a, b, greedy and at temperature 1; c, greedy; d, temperature 1; e"
+    assert together([]) == "-"
