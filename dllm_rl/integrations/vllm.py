@@ -53,7 +53,7 @@ class VLLMEngine(RolloutEngine):
 
     Args:
         dtype: Number format of vLLM's weights and products.
-        quantization: vLLM's quantization of the weights, such as "fp8". None (default): none.
+        quantization: vLLM's online quantization of the weights, such as "fp8_per_tensor". None (default): none.
         tensor_parallel_size: GPUs that share the weights.
         gpu_memory_utilization: Share of a GPU's memory for weights and cache, on a CPU of the machine's memory. The
             learner needs the rest.
@@ -256,7 +256,9 @@ class LocalClient(Client):
             try:
                 self.llm = vllm.LLM(model=str(folder), **arguments)
             except (ValueError, RuntimeError, TypeError) as error:
-                reason = str(error).partition("\n")[0]  # vLLM has printed the rest
+                # If vLLM's config refuses a setting, it is pydantic's error, whose first line only counts the errors.
+                message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+                reason = message.partition("\n")[0]  # vLLM has printed the rest
                 raise ValueError(f"rollout_engine: vLLM does not start: {reason}") from error
         # vLLM's process goes on when this one is killed: then the pipe closes, and the shell kills it.
         pids = [str(child.pid) for child in active_children() if child not in others]

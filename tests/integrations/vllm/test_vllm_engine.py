@@ -37,6 +37,13 @@ from dllm_rl.types import Prompts
 SAMPLER = VLLMSampler(max_new_tokens=6, temperature=0.7)
 
 
+class Refusal(ValueError):
+    """Of pydantic's ValidationError what the engine uses."""
+
+    def errors(self):
+        return [{"type": "value_error", "loc": (), "msg": "Value error, use fp8_per_tensor"}]
+
+
 class LLM:
     """Of vLLM's class what the engine uses. Logits of a prompt are cached until the prefix cache is reset."""
 
@@ -45,6 +52,8 @@ class LLM:
     def __init__(self, model, max_model_len=None, **arguments):
         if arguments.get("quantization") == "unknown":
             raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+        if arguments.get("quantization") == "fp8":
+            raise Refusal("1 validation error for VllmConfig\n  Value error, use fp8_per_tensor [type=value_error]")
         self.arguments, self.cached, self.folders, self.closed = arguments, {}, [], False
         self.version = "default"
         self.collective_rpc("reload_weights", kwargs={"weights_path": model})
@@ -403,12 +412,14 @@ REFUSED = {
     "family": r"cannot sample from LlamaForCausalLM \(causal_lm\), which vLLM 0.32.1\+cpu does not have",
     "diffusion": r"VLLMEngine cannot sample from diffusion_lm \(full attention\): it takes autoregressive models",
     "start": "rollout_engine: vLLM does not start: Engine core initialization failed.",
+    "setting": "rollout_engine: vLLM does not start: Value error, use fp8_per_tensor$",
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_opened_is_refused_in_one_line(monkeypatch, stand_in, case):
-    policy, engine = learner(), VLLMEngine(quantization="unknown" if case == "start" else None)
+    policy = learner()
+    engine = VLLMEngine(quantization={"start": "unknown", "setting": "fp8"}.get(case))
     if case == "version":
         stand_in.__version__ = "0.33.0"
     if case == "missing":
