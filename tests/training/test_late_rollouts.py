@@ -27,6 +27,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
 from dllm_rl.callbacks import Callback
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.integrations.serving.engine import HTTPEngine
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
@@ -51,6 +52,7 @@ from dllm_rl.training.late_rollouts.schedule import (
     InProcessPool,
     PendingBatch,
     add_rollout_logprobs,
+    is_of_recipe,
     read_pending_file,
     split_mismatch,
 )
@@ -309,6 +311,23 @@ def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedul
     train(replace(recipe, **resumed, **changes), Ahead(lambda _: 0.5))
     rows = metrics_of(tmp_path)
     assert len(rows) == 5 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"learning_rate": 0.5}, True),
+        ({"likelihood": ELBO(num_samples=3)}, False),
+        ({"seed": 5}, False),
+        ({"train_batch_size": 4}, False),
+    ],
+)
+def test_a_stored_batch_with_log_probs_of_masks_is_of_one_likelihood_and_seed(changes, fits, tmp_path):
+    recipe = tiny_recipe(tmp_path, likelihood=ELBO(num_samples=1), train_batch_size=2, num_iterations=1)
+    TrainingState(version=2, dtype="float32", recipe=recipe.settings()).write(tmp_path)
+    batch = SimpleNamespace(group=torch.tensor([0, 0, 1, 1]), rollout_logprobs=(torch.zeros(4, 3),))
+    assert is_of_recipe(batch, recipe.replace(**changes), tmp_path) == fits
 
 
 class Moves(StepFeature):
