@@ -953,6 +953,7 @@ def test_each_remedy_is_a_setting_or_says_what_else():
         "accelerate launch --cpu",
         "dllm-rl evaluate --samples",
         "each of its fields as an argument",
+        "reward_funcs that return None for cut answers",
         "the environment's HF_TOKEN",
         "train(grpo_recipe(...), features=...)",
     }
