@@ -214,11 +214,11 @@ def order_depends_on_tokens(sampler: Sampler) -> bool:
 
 
 def made_up_advantages(settings: StepSettings) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return the groups of a step, and the advantages of artificial rewards in [0, 1) that are all different. Each
-    component reward, if the advantages take them, is the artificial reward too.
+    """Return the groups of a step, and the advantages of artificial rewards in [0, 1) that are all different. The
+    component rewards, if the advantages take them, are powers of these, because a rule may subtract one from another.
     """
     group = equal_groups(settings.train_batch_size, settings.num_generations)
     rewards = torch.arange(len(group)) / len(group)
     weights = component_reward_weights(settings)
-    components = component_arguments(rewards.expand(len(weights), -1), weights)
+    components = component_arguments(rewards ** torch.arange(1, len(weights) + 1)[:, None], weights)
     return group, compute_advantages(settings.advantages, rewards, group, components)

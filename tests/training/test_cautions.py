@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.algorithms.advantages import LeaveOneOut
+from dllm_rl.algorithms.advantages import Advantages, LeaveOneOut
 from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
 from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
@@ -32,6 +32,7 @@ from dllm_rl.samplers.rules import (
 )
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.cautions import cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.trainer import train
 
@@ -39,6 +40,23 @@ from dllm_rl.training.trainer import train
 def test_what_can_learn_is_left_alone():
     assert cautions(tiny_recipe("x")) == [] and cautions(tiny_recipe_ar("x")) == []
     assert cautions(tiny_recipe("x", num_generations=1, advantages=torch.add)) == []  # a function of C: rewards + group
+
+
+def test_advantages_may_be_the_difference_of_two_rewards():
+    class AboveTheBaseline(Advantages):
+        takes_component_rewards = True
+
+        def __call__(self, rewards, group, *, parts, weights):
+            return parts[0] - parts[1]
+
+    def right(completions):
+        return [0.0] * len(completions)
+
+    def baseline(completions):
+        return [0.5] * len(completions)
+
+    task = task_from_dataset([{"prompt": "1="}], reward_funcs=[right, baseline], weights=[1.0, 0.0])
+    assert cautions(tiny_recipe("x", task=task, advantages=AboveTheBaseline())) == []
 
 
 def test_greedy_rollouts():
