@@ -193,10 +193,10 @@ def families(results: Results) -> dict[str, Claims]:
         "orders": orders,
         "formats": formats,
         "the order by itself": {
-            f"unquantized, random order is above MaxProb, {column}": paired(
+            f"unquantized, random order is above MaxProb, {how}": paired(
                 results, "random: unquantized", "max_prob: unquantized", column
             )
-            for column in ("after", "sampled, max_prob")
+            for how, column in {"greedy": "after", "temperature 1": "sampled, max_prob"}.items()
         },
     }
 

@@ -66,6 +66,14 @@ def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, c
     starts = {json.loads((folder / arm / "summary.json").read_text())["recipe"]["model"] for arm in STUDIED}
     assert starts == {str(folder / "checkpoints" / "step-000000")}
     assert default_folder(job.recipe) == Path("runs/quantized-sudoku-seed0-2"), "where the same command writes next"
+    for name in ("arms.json", "arms.png"):  # a finished job writes them again when it is resumed
+        (folder / name).unlink()
+    run_job(monkeypatch, "--resume_from_checkpoint", "latest")
+    again = json.loads((folder / "arms.json").read_text())
+    assert (folder / "arms.png").exists()
+    for row in (*numbers.values(), *again.values()):
+        row.pop("seconds", None)
+    assert again == numbers
 
 
 def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
