@@ -65,8 +65,10 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
             report_to=None,
             rollout_engine=HTTPEngine(url=server.url),
         )
-        apart = replace(apart, sampler=on_server(plain.sampler))
-        ours, theirs = train(apart), train(plain)
+        # The engine evaluates by the sampler of training at temperature 0: so does the learner, to compare them.
+        greedy = plain.sampler.greedy()
+        apart = replace(apart, sampler=on_server(plain.sampler), eval_sampler=greedy)
+        ours, theirs = train(apart), train(replace(plain, eval_sampler=greedy))
         assert server.batcher.policy.weights_version == 2
         of_server = merged_state_dict(server.batcher.policy.module)
     before = list(model(seed=apart.seed, **SIZES).module.parameters())
