@@ -45,6 +45,11 @@ def on_server(sampler):
     return HTTPSampler(**{field.name: getattr(sampler, field.name) for field in fields(sampler)})
 
 
+def greedy_as_rollouts(recipe):
+    """Evaluations by the sampler of training at temperature 0, as the engine's are."""
+    return replace(recipe, eval_sampler=recipe.sampler.greedy())
+
+
 def weights(run):
     return [weight.detach().clone() for weight in run.policy.module.parameters()]
 
@@ -57,7 +62,7 @@ def weights(run):
 @pytest.mark.repeated(first_only=True)
 def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampler):
     """All bits on a CPU: rewards, log-probs and weights. The server samples in a thread that owns other weights."""
-    plain = make(tmp_path / "a", rollout_quantization=None, report_to=None)
+    plain = greedy_as_rollouts(make(tmp_path / "a", rollout_quantization=None, report_to=None))
     with learning(model(seed=7, **SIZES)) as server:
         apart = make(
             tmp_path / "b",
@@ -65,10 +70,8 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
             report_to=None,
             rollout_engine=HTTPEngine(url=server.url),
         )
-        # The engine evaluates by the sampler of training at temperature 0: so does the learner, to compare them.
-        greedy = plain.sampler.greedy()
-        apart = replace(apart, sampler=on_server(plain.sampler), eval_sampler=greedy)
-        ours, theirs = train(apart), train(replace(plain, eval_sampler=greedy))
+        apart = replace(greedy_as_rollouts(apart), sampler=on_server(plain.sampler))
+        ours, theirs = train(apart), train(plain)
         assert server.batcher.policy.weights_version == 2
         of_server = merged_state_dict(server.batcher.policy.module)
     before = list(model(seed=apart.seed, **SIZES).module.parameters())
@@ -90,13 +93,14 @@ def rows_of(folder):
 )
 def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_path, make, model):
     """All bits on a CPU: weights, evaluations, mismatch metrics, and those of the quantization."""
-    plain = make(tmp_path / "a", rollout_quantization=Float8WeightOnly(), report_to=None)
+    plain = greedy_as_rollouts(make(tmp_path / "a", rollout_quantization=Float8WeightOnly(), report_to=None))
     with running(model(seed=7, **SIZES), token=TOKEN, allow_updates=True, scheme=Float8WeightOnly()) as server:
         assert list(quantized_layers(server.batcher.policy))
         apart = make(
             tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=HTTPEngine(url=server.url)
         )
-        ours, theirs = train(replace(apart, sampler=on_server(plain.sampler))), train(plain)
+        apart = replace(greedy_as_rollouts(apart), sampler=on_server(plain.sampler))
+        ours, theirs = train(apart), train(plain)
     assert all(map(torch.equal, weights(ours), weights(theirs)))
     assert ours["eval_after_quantized"] == theirs["eval_after_quantized"]
     seen = set()
