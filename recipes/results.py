@@ -126,7 +126,7 @@ def overview(found: Mapping[str, Any]) -> str:
     row("sudoku_fast", "a reward for few forwards", unknown, what)
     ends = "0.785 to 0.843 ([log](studies/LOG.md))"
     row("sudoku_revise", "`sudoku_unique` with a sampler that edits", "1.1, one core", ends)
-    holo, study = "`pip install pytorch-holo==0.0.5`", "a score: [study](studies/scaffolds.md)"
+    holo, study = '`pip install -e ".[holo]"`', "a score: [study](studies/scaffolds.md)"
     what = "[protein design](#protein-design-when-every-score-costs-money): one policy for many scaffolds"
     row(
         "scaffolds",
