@@ -101,6 +101,9 @@ def training(column: str) -> str:
         ess = mean(run["ess"] for (arm, _), run in case.results.items() if arm == case.plain)
         row = {"rollouts of a copy in": case.copy, "task": case.task}
         row |= {"ESS": f"{ess:.3f}"} if column == "after" else {}
+        row["solved after own rollouts"] = interval(
+            [run[column] for (arm, _), run in case.results.items() if arm == case.best]
+        )
         rows.append(
             row
             | {
