@@ -101,9 +101,9 @@ def training(column: str) -> str:
         ess = mean(run["ess"] for (arm, _), run in case.results.items() if arm == case.plain)
         row = {"rollouts of a copy in": case.copy, "task": case.task}
         row |= {"ESS": f"{ess:.3f}"} if column == "after" else {}
-        row["solved after own rollouts"] = interval(
-            [run[column] for (arm, _), run in case.results.items() if arm == case.best]
-        )
+        own = [run for (arm, _), run in case.results.items() if arm == case.best]
+        row |= {"solved before RL": interval([run["before"] for run in own])} if column == "after" else {}
+        row["solved after own rollouts"] = interval([run[column] for run in own])
         rows.append(
             row
             | {
