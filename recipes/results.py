@@ -95,11 +95,9 @@ def overview(found: Mapping[str, Any]) -> str:
         mean(numbers_of("orders_trained", f"random: {arm}", "after")) for arm in ("unquantized", "nvfp4", "nvfp4, tis")
     ]
     row("quantized_sudoku", what, "3 to 4.5, two cores", "{:.3f}, {:.3f} and {:.3f}, by arm".format(*arms))
-    time, ends = (
-        minutes(numbers_of("few_clues", "RL in two", "seconds"), core),
-        numbers_of("few_clues", "RL in two", "after"),
-    )
-    row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, interval(ends))
+    time = minutes(numbers_of("few_clues", "RL in two", "seconds"), core)
+    ends = interval(numbers_of("few_clues", "RL in two", "after"))
+    row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, ends)
     sudoku_like("sudoku_unique", "puzzles with one right answer")
     sudoku_like("sudoku_tiny_ar", "`sudoku_unique` with an autoregressive model")
     sudoku_like("sudoku_tiny_llada", "`sudoku_unique` in LLaDA's layout")
@@ -126,23 +124,16 @@ def overview(found: Mapping[str, Any]) -> str:
     row("sudoku_fast", "a reward for few forwards", unknown, what)
     ends = "0.785 to 0.843 ([log](studies/LOG.md))"
     row("sudoku_revise", "`sudoku_unique` with a sampler that edits", "1.1, one core", ends)
-    holo, study = '`pip install -e ".[holo]"`', "a score: [study](studies/scaffolds.md)"
-    what = "[protein design](#protein-design-when-every-score-costs-money): one policy for many scaffolds"
-    row(
-        "scaffolds",
-        what,
-        minutes(numbers_of("scaffolds", "policy", "cpu_s"), f"{core}, after the warm-up"),
-        study,
-        holo,
-    )
-    what = "protein design: search for the best sequence of one function"
-    row(
-        "elites",
-        what,
-        minutes(numbers_of("scaffolds", "infilling", "cpu_s"), f"{core}, after the warm-up"),
-        study,
-        holo,
-    )
+    proteins = {
+        "scaffolds": (
+            "policy",
+            "[protein design](#protein-design-when-every-score-costs-money): one policy for many scaffolds",
+        ),
+        "elites": ("infilling", "protein design: search for the best sequence of one function"),
+    }
+    for recipe, (arm, what) in proteins.items():
+        time = minutes(numbers_of("scaffolds", arm, "cpu_s"), f"{core}, after the warm-up")
+        row(recipe, what, time, "a score: [study](studies/scaffolds.md)", extra("holo"))
     antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
     pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
     gguf = ("`pip install gguf`", "a download of 93 MB")

@@ -322,8 +322,8 @@ class Claim:
     against: str
     of: str = "full"
 
-    def differences(self, results: Results) -> list[float]:
-        seeds = [s for s in SEEDS if all((self.task, arm, s) in results for arm in (self.arm, self.against))]
+    def differences(self, results: Results, of_seeds: Sequence[int] = SEEDS) -> list[float]:
+        seeds = [s for s in of_seeds if all((self.task, arm, s) in results for arm in (self.arm, self.against))]
         pairs = [(results[self.task, self.arm, s], results[self.task, self.against, s]) for s in seeds]
         if self.of in ("full", "few"):
             return [at_equal_diversity(*pair, self.of) for pair in pairs]
@@ -505,9 +505,9 @@ def start_of(task: TaskOf, seed: int, root: Path) -> Path:
     return warm_up(task.base, first, root / "warm" / str(first))
 
 
-def load(root: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def load(root: Path, stored: Path = STORED) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The stored runs, and those below `root`, by task, arm (or trial) and seed."""
-    runs = read_json(STORED) if STORED.exists() else []
+    runs = read_json(stored) if stored.exists() else []
     return by_key([*runs, *map(read_json, sorted(root.glob("*/results/*.json")))])
 
 

@@ -50,12 +50,13 @@ from recipes.studies.reuse import (
     GRIDS,
     GRPO,
     TASKS,
+    Claim,
     Job,
     Results,
-    at_equal_diversity,
     best_rates,
     better_beyond,
     by_key,
+    load,
     measure,
     score,
     start_of,
@@ -148,11 +149,7 @@ def runs_of_seed(root: Path, names: list[str], results: Results, seed: int) -> l
 
 def differences(results: Results, name: str, order: str, of: str) -> list[float]:
     """By seed an order less `MaxProb`: of a column, or at equal diversity ("full", "few")."""
-    seeds = [seed for seed in SEEDS if all((name, arm, seed) in results for arm in (order, MAX_PROB))]
-    pairs = [(results[name, order, seed], results[name, MAX_PROB, seed]) for seed in seeds]
-    if of in ("full", "few"):
-        return [at_equal_diversity(*pair, of) for pair in pairs]
-    return [mine[of] - other[of] for mine, other in pairs]
+    return Claim("", name, order, MAX_PROB, of).differences(results, SEEDS)
 
 
 def claims(results: Results) -> dict[str, list[float]]:
@@ -187,12 +184,6 @@ def page_tables() -> dict[str, str]:
     return {"arms": markdown(arm_rows(results)), "claims": markdown(claimed_rows(claims(results)))}
 
 
-def load(root: Path) -> Results:
-    """The stored runs, and those below `root`."""
-    runs = read_json(STORED) if STORED.exists() else []
-    return by_key([*runs, *map(read_json, sorted(root.glob("*/results/*.json")))])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/training-order"))
@@ -209,17 +200,17 @@ def main() -> None:
         paired.run_all(jobs, root, options.workers)
 
     if not options.report:
-        if trials(root, names, load(root)):
+        if trials(root, names, load(root, STORED)):
             start(TUNED_ON)
-        while jobs := trials(root, names, load(root)):
+        while jobs := trials(root, names, load(root, STORED)):
             paired.run_all(jobs, root, options.workers)
-            write_json(STORED, list(load(root).values()))
+            write_json(STORED, list(load(root, STORED).values()))
     for seed in () if options.report else options.seeds:
-        if jobs := runs_of_seed(root, names, load(root), seed):
+        if jobs := runs_of_seed(root, names, load(root, STORED), seed):
             start((seed,))
             paired.run_all(jobs, root, options.workers)
-            write_json(STORED, list(load(root).values()))
-    results = load(root)
+            write_json(STORED, list(load(root, STORED).values()))
+    results = load(root, STORED)
     print(markdown(arm_rows(results)))
     print(markdown(claimed_rows(claims(results))))
 
