@@ -1,4 +1,4 @@
-"""In which order should training sample, if evaluation keeps `MaxProb`? Claims before the runs; results: orders.md.
+"""In which order should training sample, if evaluation keeps `MaxProb`? Claims before the runs; see training_order.md.
 
 GRPO without quantization and without a corrector, on the five tasks of reuse.py, from their starts, with their budget
 of row-forwards (equal computation). Four arms, which differ in the order of the training rollouts:
@@ -179,7 +179,7 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of orders.md."""
+    """The tables of training_order.md."""
     results = by_key(read_json(STORED))
     return {"arms": markdown(arm_rows(results)), "claims": markdown(claimed_rows(claims(results)))}
 
