@@ -141,8 +141,8 @@ def claims() -> str:
     sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
     late = by_arm(read_json(late_rollouts.STORED)["runs"])
     of_studies: dict[str, Mapping[str, Sequence[float]]] = {
-        "[NVFP4, random order: the full-precision model](orders_trained.md#nvfp4-in-random-order)": short["nvfp4, the learner"],
-        "[NVFP4, random order: the four-bit copy](orders_trained.md#nvfp4-in-random-order)": short["nvfp4, the copy"],
+        "[NVFP4, random order: the full-precision model](orders_trained.md#nvfp4)": short["nvfp4, the learner"],
+        "[NVFP4, random order: the four-bit copy](orders_trained.md#nvfp4)": short["nvfp4, the copy"],
         "[FP8 and INT4, random order](orders_trained.md#fp8-and-int4)": short["formats"],
         "[NVFP4, other orders](orders_trained.md#left-to-right-and-under-maxprob)": short["orders"],
         "[the order, without quantization](orders_trained.md#the-order-by-itself)": short["the order by itself"],
