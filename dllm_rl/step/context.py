@@ -58,7 +58,9 @@ class StepFeature:
         return samples, {}
 
     def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:
-        """Move or reorder the samples between processes."""
+        """Move or reorder the samples between processes. Which groups are scored is known by now: give a group its
+        advantages in `after_rollout`.
+        """
         return samples
 
     def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:

@@ -50,7 +50,8 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     Call it before the step's first update. `step` is the number of the samples' batch.
 
     Raises:
-        ValueError: The update trains on rows that the worker of late rollouts did not score.
+        ValueError: The update trains on rows that are not scored: a worker of late rollouts left them out, or a feature
+            gave them advantages in `before_scoring`.
     """
     settings, all_groups = context.settings, context.trains_all_groups
     source = samples.source
@@ -58,7 +59,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
         # estimate the metrics of all groups.
         samples = replace(samples, metric_weights=metric_weights(settings, samples, step, all_groups=all_groups))
-    elif (active_rows(settings, samples, all_groups=all_groups) & (samples.metric_weights == 0)).any():
+    elif trains_unscored_rows(context, samples):
         raise ValueError(
             "the update trains on groups whose rollout log-probs their worker did not compute, because a feature or a "
             "changed setting made them count: use a likelihood that is exact for the sampler, such as Trajectory(), or "
@@ -67,6 +68,11 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     for feature in context.features:
         samples = feature.before_scoring(context, samples)
         check_rollout_logprobs(samples, source, feature)
+        if trains_unscored_rows(context, samples):
+            raise ValueError(
+                f"features: before_scoring of {type(feature).__name__} gave advantages to groups that had none, which "
+                "are not scored; change advantages and rewards in after_rollout"
+            )
     rollout = samples.rollout
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
@@ -236,6 +242,12 @@ def active_rows(settings: StepSettings, samples: Samples, *, all_groups: bool = 
         return torch.zeros_like(samples.advantages, dtype=torch.bool)
     is_active = any_in_group(samples.advantages != 0, samples.group) | (settings.trains_all_groups or all_groups)
     return is_active & ~samples.rewards.isnan()
+
+
+def trains_unscored_rows(context: StepContext, samples: Samples) -> bool:
+    """Return whether the update trains on a group that scoring leaves out."""
+    is_active = active_rows(context.settings, samples, all_groups=context.trains_all_groups)
+    return bool((is_active & (samples.metric_weights == 0)).any())
 
 
 def metric_weights(

@@ -195,6 +195,37 @@ def test_a_row_that_does_not_count_stays(tmp_path):
         assert row["completion"] in "".join(token["text"] for token in row["tokens"]).replace("<pad>", "")
 
 
+class Gives(StepFeature):
+    """Gives each completion an advantage, whatever it is worth, in one of its methods."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def given(self, method, samples):
+        advantages = torch.linspace(-1, 1, len(samples.advantages))
+        return replace(samples, advantages=advantages) if method == self.method else samples
+
+    def after_rollout(self, context, samples, step):
+        return self.given("after_rollout", samples), {}
+
+    def before_scoring(self, context, samples):
+        return self.given("before_scoring", samples)
+
+
+def test_advantages_that_come_after_the_choice_of_what_is_scored(tmp_path):
+    """Before it they count; after it, only groups that had advantages can get others."""
+
+    def norm(name, beginnings, method):
+        recipe = tiny_recipe(tmp_path / name, num_steps=1, corrector=NoCorrection(), num_mismatch_groups=1)
+        train(replace(recipe, task=Dull(recipe.task, beginnings)), features=(Gives(method),))
+        return metrics_of(recipe.output_dir)[0]["grad_norm"]
+
+    expected = norm("early", ".1234", "after_rollout")  # all groups are of equal rewards
+    assert norm("late", "", "before_scoring") == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"^features: before_scoring of Gives gave advantages to groups that had none"):
+        norm("too_late", ".1234", "before_scoring")
+
+
 class Fails(StepFeature):
     def __init__(self, method):
         self.calls = 0
