@@ -5,7 +5,7 @@ python -m recipes.studies.readme         the picture
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
@@ -20,6 +20,7 @@ from recipes.studies.paired import Contrast, Results, by_arm, half_width, holm, 
 PICTURE = Path(__file__).with_suffix(".png")
 FORMATS = ("FP8", "INT4", "NVFP4")
 ORDERS = {"random": "random", "left_to_right": "left to right", "max_prob": "MaxProb"}
+NAMES = ORDERS | {"max_prob": "`MaxProb`"}  # in tables
 STYLES: dict[str, dict[str, Any]] = {  # of the picture, by correction; the first two also in its first panel
     "none": {"color": "#d9772b", "marker": "o", "label": "no correction"},
     "TIS": {"color": "#3b7dd8", "marker": "s", "label": "TIS"},
@@ -33,138 +34,352 @@ def counted(differences: Sequence[float]) -> str:
     return f"{interval(differences)} ({sum(each > 0 for each in differences)} of {len(differences)})"
 
 
+BETTER = {  # the claims about TIS, in the words of the page: as the studies end their own
+    "TIS is better than no correction": "is above no corrector",
+    "TIS is better than shuffled TIS": "is above its permuted weights",
+    "TIS is better than no correction at half the learning rate": "is above half the rate",
+}
+COSTS = "the rollouts cost something"
+
+
 @dataclass(frozen=True)
 class Case:
     """Runs that train on the rollouts of a copy, with paired seeds."""
 
     copy: str
     task: str
+    order: str
     results: Results
     best: str  # the arm whose rollouts are the best, usually those of the model itself
     plain: str  # the arm without a correction
-    corrected: Mapping[str, str] = field(default_factory=dict)  # by correction its arm
+    corrected: Mapping[str, str]  # by correction its arm
+    claimed: Mapping[str, str]  # by claim in the words of the page: the claim of the study
     zero: str = ""  # of the picture: what `best` is, if it is not rollouts of the model itself
+
+    @property
+    def named(self) -> dict[str, str]:
+        return {"rollouts": self.copy, "task": self.task, "order": self.order}
+
+    def runs(self, arm: str) -> list[dict[str, Any]]:
+        return [run for (name, _), run in sorted(self.results.items()) if name == arm]
+
+    def share(self, arm: str | None, column: str) -> str:
+        return interval([run[column] for run in self.runs(arm)]) if arm else "-"
 
     def gain(self, column: str, correction: str, over: str = "none") -> str:
         arm, other = ({"none": self.plain, **self.corrected}.get(name) for name in (correction, over))
         return counted(paired(self.results, arm, other, column)) if arm and other else "-"
 
 
+SHUFFLED, HALF = "shuffled TIS", "no correction, half the learning rate"
+SHORT, LONGER, SUMS, LATE = "Sudoku, short", "Sudoku, longer", "sums", "Sudoku, late"
+
+
+def runs_of_studies() -> dict[str, Results]:
+    """By task its runs."""
+    return {
+        SHORT: by_arm(read_json(orders_trained.STORED)),
+        LONGER: by_arm([*read_json(int4_orders.STORED)["runs"], *read_json(int4_orders_controls.STORED)]),
+        SUMS: by_arm(read_json(low_bits_tuned.STORED)["runs"]),
+        LATE: by_arm(read_json(late_rollouts.STORED)["runs"]),
+    }
+
+
 def cases() -> list[Case]:
-    short = by_arm(read_json(orders_trained.STORED))
-    long = by_arm([*read_json(int4_orders.STORED)["runs"], *read_json(int4_orders_controls.STORED)])
-    sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
-    late = by_arm(read_json(late_rollouts.STORED)["runs"])
+    studies = runs_of_studies()
 
-    def sudoku(scheme: str, order: str = "random") -> Mapping[str, str]:
-        return {"TIS": f"{order}: {scheme}, tis", "shuffled TIS": f"{order}: {scheme}, permuted"}
+    def short(copy: str, scheme: str, order: str = "random") -> Case:
+        plain = f"{order}: {scheme}"
+        arms = {"TIS": f"{plain}, tis", SHUFFLED: f"{plain}, permuted"}
+        if plain == "random: nvfp4":
+            arms[HALF] = orders_trained.HALF
+        claimed = {better: f"{plain}, tis {ends}" for better, ends in BETTER.items() if order != "max_prob"}
+        return Case(copy, SHORT, NAMES[order], studies[SHORT], f"{order}: unquantized", plain, arms, claimed)
 
-    def nvfp4(order: str, name: str) -> Case:
-        arms = (f"{order}: unquantized", f"{order}: nvfp4", sudoku("nvfp4", order))
-        return Case("NVFP4", f"Sudoku, {name}", short, *arms)
+    def longer(order: str, corrected: Mapping[str, str], claimed: Mapping[str, str]) -> Case:
+        arms = (f"{order}: unquantized", f"{order}: int4", {"TIS": f"{order}: int4, tis", **corrected})
+        return Case("INT4", LONGER, NAMES[order], studies[LONGER], *arms, claimed)
 
-    own, mine = "random: unquantized", "unquantized"
-    int4 = {"TIS": "random: int4, tis", "shuffled TIS": "random: int4, permuted tis"}
-    of_sums = {name: f"int4, {arm}" for name, arm in (("TIS", "tis"), ("shuffled TIS", "permuted tis"), ("AIS", "ais"))}
-    of_lag = {name: f"lag 4, {arm}" for name, arm in (("TIS", "tis"), ("shuffled TIS", "placebo"))}
-    of_lag["dual clip"] = "lag 4, dual clip"
-    of_sums["aligned forward"] = "int4, aligned"
+    none, shuffled, half = BETTER
+    of_longer = {none: "random order: TIS is above no corrector"}
+    of_longer |= {better: f"TIS {BETTER[better]}" for better in (shuffled, half)}
+    of_sums = {"TIS": "tis", SHUFFLED: "permuted tis", "AIS": "ais", "aligned forward": "aligned"}
+    of_late = {"TIS": "tis", SHUFFLED: "placebo", "dual clip": "dual clip"}
     return [
-        Case("FP8", "Sudoku", short, own, "random: fp8", sudoku("fp8")),
-        Case("FP8, inputs too", "Sudoku", short, own, "random: fp8 with inputs", sudoku("fp8 with inputs")),
-        Case("FP8", "sums", sums, mine, "FP8"),
-        nvfp4("random", "main job"),
-        nvfp4("left_to_right", "left to right"),
-        nvfp4("max_prob", "`MaxProb`"),
-        Case("INT4", "Sudoku", short, own, "random: int4", sudoku("int4")),
-        Case("INT4", "Sudoku, longer", long, own, "random: int4", int4),
+        short("FP8", "fp8"),
+        short("FP8, inputs too", "fp8 with inputs"),
+        Case("FP8", SUMS, "random", studies[SUMS], "unquantized", "FP8", {}, {}),
+        short("NVFP4", "nvfp4"),
+        short("NVFP4", "nvfp4", "left_to_right"),
+        short("NVFP4", "nvfp4", "max_prob"),
+        short("INT4", "int4"),
+        longer(
+            "random",
+            {SHUFFLED: int4_orders_controls.PERMUTED, HALF: int4_orders_controls.HALF},
+            of_longer,
+        ),
+        longer(
+            "max_prob",
+            {},
+            {COSTS: "MaxProb: unquantized is above INT4", none: "MaxProb: TIS is above no corrector"},
+        ),
         Case(
             "INT4",
-            "Sudoku, longer, `MaxProb`",
-            long,
-            "max_prob: unquantized",
-            "max_prob: int4",
-            {"TIS": "max_prob: int4, tis"},
+            SUMS,
+            "random",
+            studies[SUMS],
+            "unquantized",
+            "int4",
+            {name: f"int4, {arm}" for name, arm in of_sums.items()} | {HALF: low_bits_tuned.HALF},
+            {COSTS: "INT4 costs something"} | {better: f"TIS {ends}" for better, ends in BETTER.items()},
         ),
-        Case("INT4", "sums", sums, mine, "int4", of_sums),
-        Case("FP8, four updates old", "Sudoku, `MaxProb`", late, "lag 0", "lag 4", of_lag, "\n(0: new FP8)"),
+        Case(
+            "FP8, four updates old",
+            LATE,
+            "`MaxProb`",
+            studies[LATE],
+            "lag 0",
+            "lag 4",
+            {name: f"lag 4, {arm}" for name, arm in of_late.items()},
+            {
+                COSTS: "a lag of 4 costs something",
+                none: "at a lag of 4 TIS is above no corrector",
+                shuffled: "at a lag of 4 TIS is above its placebo",
+            },
+            "\n(0: new FP8)",
+        ),
     ]
 
 
-def training(column: str) -> str:
-    """What quantized or old rollouts cost, and what a correction gains: differences of paired seeds."""
+def measured(column: str) -> list[Case]:
+    """The cases whose models were evaluated so."""
+    return [case for case in cases() if all(column in run for run in case.runs(case.plain))]
+
+
+def solved(column: str) -> str:
+    """The share of the held-out problems that each arm solves."""
     rows = []
-    for case in cases():
-        if not all(column in run for (arm, _), run in case.results.items() if arm == case.plain):
-            continue
-        others = [f"{name} {case.gain(column, name)}" for name in case.corrected if name not in ("TIS", "shuffled TIS")]
-        ess = mean(run["ess"] for (arm, _), run in case.results.items() if arm == case.plain)
-        row = {"rollouts of a copy in": case.copy, "task": case.task}
-        row |= {"ESS": f"{ess:.3f}"} if column == "after" else {}
-        own = [run for (arm, _), run in case.results.items() if arm == case.best]
-        row |= {"solved before RL": interval([run["before"] for run in own])} if column == "after" else {}
-        row["solved after own rollouts"] = interval([run[column] for run in own])
-        rows.append(
-            row
-            | {
-                "cost without a correction": counted(paired(case.results, case.best, case.plain, column)),
-                "gain of TIS": case.gain(column, "TIS"),
-                "gain of shuffled TIS": case.gain(column, "shuffled TIS"),
-                "TIS less shuffled TIS": case.gain(column, "TIS", "shuffled TIS"),
-                "gain of others": ", ".join(others) or "-",
-            }
-        )
+    for case in measured(column):
+        row = case.named
+        if column == "after":
+            row["before training"] = case.share(case.best, "before")
+        row |= {
+            "own rollouts": case.share(case.best, column),
+            "no correction": case.share(case.plain, column),
+            "TIS": case.share(case.corrected.get("TIS"), column),
+            SHUFFLED: case.share(case.corrected.get(SHUFFLED), column),
+        }
+        if column == "after":
+            row["ESS"] = f"{mean(run['ess'] for run in case.runs(case.plain)):.3f}"
+        rows.append(row)
     return markdown(rows)
 
 
-def together(claims: Sequence[str]) -> str:
-    """The claims as one cell; two that differ in the decoding alone are one entry."""
-    entries = []
-    for claim in claims:
-        what, _, how = claim.rpartition(", ")
-        if how == "greedy" and f"{what}, temperature 1" in claims:
-            entries.append(f"{what}, greedy and at temperature 1")
-        elif how != "temperature 1" or f"{what}, greedy" not in claims:
-            entries.append(claim)
-    return "; ".join(entries) or "-"
+def differences(column: str) -> str:
+    """What the rollouts of a copy cost, and what a correction gains: differences of paired seeds."""
+    return markdown(
+        [
+            case.named
+            | {
+                "cost without a correction": counted(paired(case.results, case.best, case.plain, column)),
+                "gain of TIS": case.gain(column, "TIS"),
+                f"gain of {SHUFFLED}": case.gain(column, SHUFFLED),
+                f"TIS minus {SHUFFLED}": case.gain(column, "TIS", SHUFFLED),
+            }
+            for case in measured(column)
+        ]
+    )
 
 
-def claims() -> str:
-    """Of each study of training, how many of its claims are shown after Holm's correction, and which."""
+def other_arms() -> str:
+    """The arms that only some of the cases have."""
+    return markdown(
+        [
+            {"arm": name}
+            | case.named
+            | {
+                "solved": case.share(arm, "after"),
+                "minus no correction": case.gain("after", name),
+                "TIS minus this arm": case.gain("after", "TIS", name),
+                "minus no correction, at temperature 1": (
+                    case.gain("sampled", name) if "sampled" in case.runs(arm)[0] else "-"
+                ),
+            }
+            for name in (HALF, "AIS", "aligned forward", "dual clip")
+            for case in cases()
+            if (arm := case.corrected.get(name))
+        ]
+    )
+
+
+def copies() -> str:
+    """What the four-bit copy of a trained model solves, greedily."""
+    rows = []
+    for case in cases():
+        if case.copy in ("NVFP4", "INT4"):
+            tis, deployed = case.corrected["TIS"], "quantized"
+            apart = [run[deployed] - run["after"] for run in case.runs(case.plain)]
+            rows.append(
+                case.named
+                | {
+                    "trained without a correction": case.share(case.plain, deployed),
+                    "trained with TIS": case.share(tis, deployed),
+                    "gain of TIS": counted(paired(case.results, tis, case.plain, deployed)),
+                    "copy minus full precision, no correction": counted(apart),
+                }
+            )
+    return markdown(rows)
+
+
+def families() -> dict[str, tuple[str, Mapping[str, Sequence[float]]]]:
+    """By name of a group of claims, as a link: its task, and by claim what is above zero where it holds. Holm's
+    correction is over a group."""
 
     def of(contrasts: Sequence[Contrast], results: Results) -> dict[str, list[float]]:
         return {each.claim: paired(results, each.arm, each.against, each.column) for each in contrasts}
 
-    short = orders_trained.families(by_arm(read_json(orders_trained.STORED)))
-    long = by_arm(read_json(int4_orders.STORED)["runs"])
-    controlled = long | by_arm(read_json(int4_orders_controls.STORED))
-    sums = by_arm(read_json(low_bits_tuned.STORED)["runs"])
-    late = by_arm(read_json(late_rollouts.STORED)["runs"])
-    of_studies: dict[str, Mapping[str, Sequence[float]]] = {
-        "[NVFP4, random order: the full-precision model](orders_trained.md#nvfp4)": short["nvfp4, the learner"],
-        "[NVFP4, random order: the four-bit copy](orders_trained.md#nvfp4)": short["nvfp4, the copy"],
-        "[FP8 and INT4, random order](orders_trained.md#fp8-and-int4)": short["formats"],
-        "[NVFP4, other orders](orders_trained.md#left-to-right-and-under-maxprob)": short["orders"],
-        "[the order, without quantization](orders_trained.md#the-order-by-itself)": short["the order by itself"],
-        "[INT4, longer, both orders](order_flips.md#training-in-both-orders)": int4_orders.claims(long),
-        "[INT4, longer, random order: controls](order_flips.md#training-in-both-orders)": int4_orders_controls.claims(
-            controlled
+    studies = runs_of_studies()
+    short, long = orders_trained.families(studies[SHORT]), studies[LONGER]
+    return {
+        "[Sudoku, short: NVFP4, random order](orders_trained.md#nvfp4)": (SHORT, short["nvfp4, the learner"]),
+        "[Sudoku, short: the NVFP4 copy](orders_trained.md#nvfp4)": (SHORT, short["nvfp4, the copy"]),
+        "[Sudoku, short: FP8 and INT4](orders_trained.md#fp8-and-int4)": (SHORT, short["formats"]),
+        "[Sudoku, short: NVFP4, other orders](orders_trained.md#left-to-right-and-under-maxprob)": (
+            SHORT,
+            short["orders"],
         ),
-        "[sums, random order](low_bits.md#at-rates-tuned-for-each-arm)": of(low_bits_tuned.STUDY.contrasts, sums),
-        "[old FP8 copies, `MaxProb`](late_rollouts.md)": of(late_rollouts.CLAIMS, late),
+        "[Sudoku, short: the order, own rollouts](orders_trained.md#the-order-by-itself)": (
+            SHORT,
+            short["the order by itself"],
+        ),
+        "[Sudoku, longer: INT4](order_flips.md#training-in-both-orders)": (LONGER, int4_orders.claims(long)),
+        "[Sudoku, longer: controls](order_flips.md#training-in-both-orders)": (
+            LONGER,
+            int4_orders_controls.claims(long),
+        ),
+        "[sums](low_bits.md#at-rates-tuned-for-each-arm)": (SUMS, of(low_bits_tuned.STUDY.contrasts, studies[SUMS])),
+        "[Sudoku, late](late_rollouts.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
     }
-    rows = []
-    for study, found in of_studies.items():
-        tests = dict(zip(found, holm([sign_flip(values) for values in found.values()]), strict=True))
-        names = {claim: claim.removeprefix("random: ") for claim in tests}
-        shown = [
-            ("" if mean(found[claim]) > 0 else "the opposite of ") + names[claim]
-            for claim, p in tests.items()
-            if p < 0.05
+
+
+def verdicts() -> dict[tuple[str, str], str]:
+    """By task and claim what was found, with Holm's p."""
+    found = {}
+    for task, claims in families().values():
+        p_values = holm([sign_flip(values) for values in claims.values()])
+        for (claim, values), p in zip(claims.items(), p_values, strict=True):
+            word = "undecided" if p >= 0.05 else "shown" if mean(values) > 0 else "the opposite is shown"
+            found[task, claim] = f"{word} ({p:.3f})"
+    return found
+
+
+def verdict(found: Mapping[tuple[str, str], str], task: str, claim: str | None) -> dict[str, str]:
+    """What was found of a claim, by decoding; one without a decoding in its name is about greedy decoding."""
+    return {
+        "greedy": found.get((task, f"{claim}, greedy")) or found.get((task, str(claim)), "-"),
+        "temperature 1": found.get((task, f"{claim}, temperature 1"), "-"),
+    }
+
+
+def claims_of_cases() -> str:
+    """Which claims about the cost and about TIS are shown."""
+    found, rows = verdicts(), []
+    for case in cases():
+        row = case.named
+        for words in (COSTS, *BETTER):
+            both = verdict(found, case.task, case.claimed.get(words))
+            late = both["temperature 1"]
+            row[words] = both["greedy"] if late == "-" else f"{both['greedy']}; at temperature 1 {late}"
+        if case.claimed:
+            rows.append(row)
+    return markdown(rows)
+
+
+OTHER_CLAIMS = {  # in the words of the page: task, the claim of the study
+    "Without a correction, the NVFP4 copy is better than the full-precision model.": (
+        SHORT,
+        "without a corrector the copy is above the learner",
+    ),
+    "The NVFP4 copy is better with TIS than without.": (SHORT, "the copy with TIS is above the copy without"),
+    "With NVFP4, TIS minus shuffled TIS is larger in random order than under `MaxProb`.": (
+        SHORT,
+        "TIS gains more over its permuted weights in random order than under MaxProb",
+    ),
+    "On own rollouts, random order is better than `MaxProb`.": (SHORT, "unquantized, random order is above MaxProb"),
+    "INT4 with TIS costs less in random order than under `MaxProb`.": (
+        LONGER,
+        "INT4 with TIS loses less in random order",
+    ),
+    "AIS is better than no correction.": (SUMS, "AIS is above no corrector"),
+    "The INT4 copy is better with the aligned forward than with no correction.": (
+        SUMS,
+        "the aligned forward's INT4 weights are above those of no corrector",
+    ),
+    "A lag of 1 costs something.": (LATE, "a lag of 1 costs something"),
+    "A lag of 2 costs something.": (LATE, "a lag of 2 costs something"),
+    "A lag of 8 costs something.": (LATE, "a lag of 8 costs something"),
+    "At a lag of 1, the dual clip is better than no correction.": (
+        LATE,
+        "at a lag of 1 the dual clip is above no corrector",
+    ),
+    "At a lag of 4, the dual clip is better than no correction.": (
+        LATE,
+        "at a lag of 4 the dual clip is above no corrector",
+    ),
+    "At a lag of 8, the dual clip is better than no correction.": (
+        LATE,
+        "at a lag of 8 the dual clip is above no corrector",
+    ),
+    "At a lag of 4, the dual clip is better than TIS.": (LATE, "at a lag of 4 the dual clip is above TIS"),
+    "At a lag of 4, AIS is better than no correction.": (LATE, "at a lag of 4 AIS is above no corrector"),
+}
+
+
+def other_claims() -> str:
+    found = verdicts()
+    return markdown(
+        [{"task": task, "claim": words} | verdict(found, task, claim) for words, (task, claim) in OTHER_CLAIMS.items()]
+    )
+
+
+def counts() -> str:
+    """By group of claims how many there are, and how many are shown."""
+    found = verdicts()
+    return markdown(
+        [
+            {
+                "group": name,
+                "claims": str(len(claims)),
+                "shown": str(sum(found[task, claim].startswith("shown") for claim in claims)),
+            }
+            for name, (task, claims) in families().items()
         ]
-        row = {"claims about": study, "claims": str(len(found)), "shown": str(len(shown))}
-        undecided = [names[claim] for claim, p in tests.items() if p >= 0.05]
-        rows.append(row | {"which are shown": together(shown), "which are undecided": together(undecided)})
+    )
+
+
+def stored_runs() -> str:
+    """By study its runs, the trials of its learning rates, and the time and the machine of both."""
+    rows = []
+    for study, task in {
+        orders_trained: SHORT,
+        int4_orders: LONGER,
+        int4_orders_controls: f"{LONGER}, controls",
+        low_bits_tuned: SUMS,
+        late_rollouts: LATE,
+    }.items():
+        kept, name = read_json(study.STORED), study.STORED.stem
+        runs, trials = (kept["runs"], kept["tuning"]) if isinstance(kept, dict) else (kept, [])
+        rows.append(
+            {
+                "task": task,
+                "command": f"`python -m recipes.studies.{name}`",
+                "data": f"[{name}.json]({name}.json)",
+                "runs": str(len(runs)),
+                "hours": f"{sum(run['s'] for run in runs) / 3600:.1f}",
+                "trials of learning rates": str(len(trials)),
+                "hours of trials": f"{sum(run['s'] for run in trials) / 3600:.1f}",
+            }
+        )
     return markdown(rows)
 
 
@@ -199,7 +414,12 @@ def draw(path: Path) -> None:
                 shift = 0.2 * (index - (len(arms) - 1) / 2)
                 point(after, place + shift, paired(case.results, arm, case.best), name)
         after.axhline(0, color="black", linewidth=0.8)
-        names = [f"{fill(case.copy, 11)}\n{fill(case.task, 11)}{case.zero}".replace("`", "") for case in rows]
+        tasks = [case.task.replace(", short", "").replace(", late", "") for case in rows]
+        tasks = [
+            task if case.order == "random" else f"{task}, {case.order.replace('`', '')}"
+            for task, case in zip(tasks, rows, strict=True)
+        ]
+        names = [f"{fill(case.copy, 11)}\n{fill(task, 11)}{case.zero}" for task, case in zip(tasks, rows, strict=True)]
         after.set_xticks(range(len(rows)), names, fontsize=8)
         after.set(
             title="Held-out problems solved after training", ylabel="share, minus that of training on own rollouts"
@@ -213,9 +433,16 @@ def draw(path: Path) -> None:
 
 def page_tables() -> dict[str, str]:
     return {
-        "training": training("after"),
-        "training at temperature 1": training("sampled"),
-        "claims in training": claims(),
+        "runs": stored_runs(),
+        "solved": solved("after"),
+        "differences": differences("after"),
+        "solved at temperature 1": solved("sampled"),
+        "differences at temperature 1": differences("sampled"),
+        "other arms": other_arms(),
+        "copies": copies(),
+        "claims": claims_of_cases(),
+        "other claims": other_claims(),
+        "groups of claims": counts(),
     }
 
 

@@ -103,9 +103,12 @@ def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
         assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_claims_that_differ_in_the_decoding_alone_are_one_entry():
-    from recipes.studies.readme import together
+def test_every_claim_of_the_studies_of_training_stands_in_a_table():
+    """The tables name claims in their own words: one that they do not know would be left out, or found nowhere."""
+    from recipes.studies import readme
 
-    claims = ["a, b, greedy", "a, b, temperature 1", "c, greedy", "d, temperature 1", "e"]
-    assert together(claims) == "a, b, greedy and at temperature 1; c, greedy; d, temperature 1; e"
-    assert together([]) == "-"
+    made = {(task, claim) for task, claims in readme.families().values() for claim in claims}
+    named = {(case.task, claim) for case in readme.cases() for claim in case.claimed.values()}
+    ends = ("", ", greedy", ", temperature 1")
+    found = {(task, claim + end) for task, claim in (*named, *readme.OTHER_CLAIMS.values()) for end in ends} & made
+    assert found == made
