@@ -358,7 +358,7 @@ def counts() -> str:
 
 
 def stored_runs() -> str:
-    """By study its runs, the trials of its learning rates, and the time and the machine of both."""
+    """By study its runs, the trials of its learning rates, and the time of both."""
     rows = []
     for study, task in {
         orders_trained: SHORT,
@@ -377,7 +377,7 @@ def stored_runs() -> str:
                 "runs": str(len(runs)),
                 "hours": f"{sum(run['s'] for run in runs) / 3600:.1f}",
                 "trials of learning rates": str(len(trials)),
-                "hours of trials": f"{sum(run['s'] for run in trials) / 3600:.1f}",
+                "hours of trials": f"{sum(run['s'] for run in trials) / 3600:.1f}" if trials else "-",
             }
         )
     return markdown(rows)
