@@ -260,10 +260,9 @@ class LocalClient(Client):
                 message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
                 reason = message.partition("\n")[0]  # vLLM has printed the rest
                 raise ValueError(f"rollout_engine: vLLM does not start: {reason}") from error
-        # vLLM's process goes on when this one is killed: then the pipe closes, and the shell kills it.
+        # vLLM's process goes on when this one is killed.
         pids = [str(child.pid) for child in active_children() if child not in others]
-        script = ["sh", "-c", 'read _; kill -9 "$@" 2> /dev/null', "sh", *pids]
-        self.guard = subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
+        self.guard = _when_this_process_ends("kill", "-9", *pids)
         self.max_model_len: int = self.llm.model_config.max_model_len
         self.sent = self.label(learner.weights_version)
         self.set_label(self.sent)
@@ -504,12 +503,22 @@ def _import_vllm() -> Any:
 
 @contextmanager
 def _written(learner: Policy, parent: str | None = None) -> Iterator[Path]:
-    """Write the learner's weights, with adapters merged, to a folder that is deleted afterwards: in `parent`, or else
-    in shared memory if there is room.
+    """Write the learner's weights, with adapters merged, to a folder that is deleted afterwards, even if this process
+    is killed: in `parent`, or else in shared memory if there is room.
     """
     size = sum(tensor.nbytes for tensor in lazy_merged_tensors(learner.module).values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
     in_memory = str(SHARED_MEMORY) if has_room else None
-    with tempfile.TemporaryDirectory(prefix="dllm_rl_vllm_", dir=parent or in_memory) as folder:
+    folder = tempfile.mkdtemp(prefix="dllm_rl_vllm_", dir=parent or in_memory)
+    guard = _when_this_process_ends("rm", "-rf", folder)
+    try:
         learner.save_pretrained(folder, stock=True)
         yield Path(folder)
+    finally:
+        guard.communicate(b"\n")  # deletes it now
+
+
+def _when_this_process_ends(*command: str) -> subprocess.Popen:
+    """Let a shell run a command when it gets a line, or when the pipe closes since this process ended or was killed."""
+    script = ["sh", "-c", 'read _; "$@" 2> /dev/null', "sh", *command]
+    return subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)

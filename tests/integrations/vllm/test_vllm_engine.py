@@ -5,11 +5,14 @@ test_real_vllm.py beside this file runs vLLM itself.
 
 import json
 import math
+import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import Pipe, get_context
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -249,6 +252,24 @@ def test_shared_memory_needs_room_for_the_weights_as_they_are_written(tmp_path, 
     monkeypatch.setattr(vllm.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
     with vllm._written(policy) as folder:
         assert folder.parent != vllm.SHARED_MEMORY
+
+
+def hold_weights(policy, parent, found):
+    with vllm._written(policy, str(parent)) as folder:
+        found.send(folder)
+        signal.pause()
+
+
+def test_weights_are_deleted_if_the_run_is_killed_during_a_sync(tmp_path):
+    found, sent = Pipe(duplex=False)
+    run = get_context("fork").Process(target=hold_weights, args=(learner(), tmp_path, sent))
+    run.start()
+    folder = found.recv()
+    assert (folder / "model.safetensors").is_file()
+    run.kill()
+    while folder.exists():  # the test's timeout ends it
+        time.sleep(0.01)
+    run.join()
 
 
 def test_a_server_reads_the_file_in_the_folder_that_is_given(server, tmp_path):
