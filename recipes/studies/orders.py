@@ -50,6 +50,7 @@ from recipes.sudoku_tiny import few_clues
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, lengths, flips, and every bias
 SEEDS = range(30, 50)
 ORDERS = ("random", "left_to_right", "max_prob")
+NAMES = {"random": "random", "left_to_right": "left to right", "max_prob": "`MaxProb`"}  # of the orders, in tables
 COPIES: dict[str, Scheme] = {
     "FP8": Float8WeightOnly(dequantized=True),
     "FP8 with inputs": FakeQuantize(weight="e4m3", activation="e4m3"),
@@ -102,28 +103,66 @@ def claims(models: Sequence[Model]) -> Mapping[str, list[float]]:
     return found
 
 
-def table(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By order and copy: the bias under each of the weights, the share of it that TIS leaves (of the means), the share
-    of steps that flip under max_prob, and the p of Holm's correction of the row's three claims."""
-    there = ROUNDS[0] + (ROUNDS[1] if all(map(is_whole, models)) else ())
-    heads = {"tis": "TIS", "cis": "CIS", "ais": "AIS (our lambda)"}
+def named_rows() -> list[dict[str, str]]:
+    """The first columns of a table: every order and copy."""
+    return [
+        {"order": NAMES[order], "copy": copied.replace(" with inputs", ", inputs too")}
+        for order, copied in product(ORDERS, COPIES)
+    ]
+
+
+def error_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order and copy: the error without a correction and with TIS, the share of it that TIS leaves (of the means),
+    and the share of steps that write another cell than the learner would."""
+    rows = named_rows()
+    for row, (order, copied) in zip(rows, product(ORDERS, COPIES), strict=True):
+        none, tis = ([bias(model, order, copied, weights) for model in models] for weights in ("none", "tis"))
+        row |= {"error, no correction": interval(none), "error, TIS": interval(tis)}
+        row["TIS leaves"] = f"{mean(tis) / mean(none):.2f}"
+        flips = [model["flips"][copied] for model in models]
+        row["steps that write another cell"] = interval(flips) if order == "max_prob" else "0"
+    return rows
+
+
+def correction_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order and copy: the error under each of the weights."""
+    heads = {
+        "none": "no correction",
+        "tis": "TIS",
+        "cis": "CIS",
+        "ais": "AIS (our lambda)",
+        "aligned": "aligned forward",
+    }
+    rows = named_rows()
+    for row, (order, copied) in zip(rows, product(ORDERS, COPIES), strict=True):
+        row |= {
+            head: interval([bias(model, order, copied, weights) for model in models]) for weights, head in heads.items()
+        }
+    return rows
+
+
+def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order and copy: whether each of its claims is shown, and the p of Holm's correction over all claims."""
     p_of = {row["stated before the runs"]: row["Holm's p"] for row in claimed_rows(claims(models))}
-    rows = []
-    for order, copied in product(ORDERS, COPIES):
-        found = {weights: [bias(model, order, copied, weights) for model in models] for weights in there}
-        row = {"order": order, "rollouts": copied}
-        row |= {heads.get(weights, weights): interval(biases) for weights, biases in found.items()}
-        row["TIS leaves"] = f"{mean(found['tis']) / mean(found['none']):.2f}"
-        row["flipped"] = interval([model["flips"][copied] for model in models]) if order == "max_prob" else "-"
-        for head, what in (("p, less", LESS), ("p, third", THIRD), ("p, share", SHARE)):
-            row[head] = p_of.get(claim(order, copied, what), "-")
-        rows.append(row)
+    heads = {
+        LESS: "less error than no correction",
+        THIRD: "less than a third of that error",
+        SHARE: "a smaller share of it than under `MaxProb`",
+    }
+    rows = [row for row in named_rows() if row["order"] != NAMES["max_prob"]]
+    for row, (order, copied) in zip(rows, product(("random", "left_to_right"), COPIES), strict=True):
+        for what, head in heads.items():
+            p = p_of.get(claim(order, copied, what))
+            row[head] = "-" if p is None else f"{'shown' if float(p) < 0.05 else 'not shown'}, p {p}"
+            row[head] = row[head].replace("p 0.000", "p < 0.001")
     return rows
 
 
 def page_tables() -> dict[str, str]:
     """The tables of orders.md, by name."""
-    return {"bias": markdown(table(read_json(STORED)))}
+    models = read_json(STORED)
+    rows = {"errors": error_rows, "claims": claim_rows, "corrections": correction_rows}
+    return {name: markdown(rows_of(models)) for name, rows_of in rows.items()}
 
 
 def main() -> None:
@@ -141,11 +180,12 @@ def main() -> None:
             if not is_whole(model):
                 model["settings"] |= run_model(model["seed"], ROUNDS[1])["settings"]
                 write_json(STORED, models)
-    if len(models) < len(SEEDS):
-        print(f"{len(models)} of {len(SEEDS)} models: no claim is read before the last")
+    whole = sum(map(is_whole, models))
+    if whole < len(SEEDS):
+        print(f"{whole} of {len(SEEDS)} models: no claim is read before the last")
         return
-    print(markdown(table(models)))
-    print(markdown(claimed_rows(claims(models))))
+    for rows in (error_rows(models), correction_rows(models), claimed_rows(claims(models))):
+        print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -209,17 +209,77 @@ def whole_seeds(results: Results, part: str) -> int:
     return sum(all((arm, seed) in results for arm in PARTS[part]) for seed in range(STUDY.seeds))
 
 
+WORDS = {  # of arms and claims, in tables
+    "random: ": "",
+    "left_to_right: ": "left to right, ",
+    "max_prob: ": "`MaxProb`, ",
+    "under MaxProb": "under `MaxProb`",
+    "above MaxProb": "above `MaxProb`",
+    "unquantized, random": "own rollouts: random",
+    "unquantized": "own rollouts",
+    "nvfp4": "NVFP4",
+    "fp8 with inputs": "FP8, inputs too",
+    "fp8": "FP8",
+    "int4": "INT4",
+    "its permuted weights": "shuffled TIS",
+    "permuted": "shuffled TIS",
+    " at half the rate": ", half the learning rate",
+    "half the rate": "half the learning rate",
+    "no corrector": "no correction",
+    "a corrector": "a correction",
+    ", tis is above": ": TIS is better than",
+    "is above the learner": "is better than the full-precision model",
+    "is above": "is better than",
+    ", tis": ", TIS",
+}
+
+
+def in_words(text: str) -> str:
+    for name, words in WORDS.items():
+        text = text.replace(name, words)
+    return text
+
+
+HEADS = {
+    "after": "greedy, `MaxProb` order",
+    "sampled": "temperature 1, order of training",
+    "sampled, max_prob": "temperature 1, `MaxProb` order",
+    "quantized": "copy, greedy",
+    "quantized, sampled": "copy, temperature 1",
+    "ess": "ESS",
+}
+
+
+def arms_of_part(results: Results, part: str) -> str:
+    """What each arm of a part solves."""
+    rows = arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS)
+    return markdown(
+        [{"trained on": in_words(row["arm"])} | {head: row[name] for name, head in HEADS.items()} for row in rows]
+    )
+
+
+def claims_of(claims: Claims) -> str:
+    """The claims of a family, with Holm's correction over them."""
+    rows = []
+    for row in claimed_rows(claims):
+        claim, how = in_words(row["stated before the runs"]).rsplit(", ", 1)
+        rows.append({"claim": claim, "solved": how, "difference": row["found, 95 %"]})
+        rows[-1] |= {"seeds above 0": row["above 0"], "p": row["Holm's p"]}
+        direction = "the opposite is shown" if row["found, 95 %"].startswith("-") else "shown"
+        rows[-1]["verdict"] = direction if float(row["Holm's p"]) < 0.05 else "not shown"
+    return markdown(rows)
+
+
 def report(results: Results) -> str:
     """How much is there, and of whole parts the arms and the claims: no claim is read before the last seed."""
     seeds = {part: whole_seeds(results, part) for part in PARTS}
     lines = [f"{part}: {number} of {STUDY.seeds} seeds" for part, number in seeds.items()]
-    for part, arms in PARTS.items():
+    for part in PARTS:
         if seeds[part] == STUDY.seeds:
-            columns = ("arm", *COLUMNS, "ess", "reward")
-            lines.append(markdown(arm_rows(replace(STUDY, arms=arms), results, COLUMNS), columns))
-    for family, rows in families(results).items():
+            lines.append(f"\n{arms_of_part(results, part)}")
+    for family, claims in families(results).items():
         if all(seeds[part] == STUDY.seeds for part in NEEDS.get(family, ("nvfp4",))):
-            lines.append(f"{family}:\n\n{markdown(claimed_rows(rows))}")
+            lines.append(f"{family}:\n\n{claims_of(claims)}")
     return "\n".join(lines)
 
 
@@ -227,34 +287,40 @@ def costs(results: Results) -> str:
     """What the rollouts of each format cost the learner, of which nothing was claimed."""
     return markdown(
         [
-            {"rollouts": name}
+            {"rollouts": in_words(arm)}
             | {
-                how: interval(paired(results, "random: unquantized", f"random: {name}", learner))
-                for how, (learner, _) in BOTH.items()
+                head: interval(paired(results, f"{arm.split(':')[0]}: unquantized", arm, learner))
+                for head, (learner, _) in zip(COST_HEADS, BOTH.values(), strict=True)
             }
-            for name in ("fp8", "fp8 with inputs", "int4", "nvfp4")
+            for arm in (
+                "random: fp8",
+                "random: fp8 with inputs",
+                "random: int4",
+                "random: nvfp4",
+                "left_to_right: nvfp4",
+                "max_prob: nvfp4",
+            )
         ]
     )
+
+
+COST_HEADS = ("cost, greedy, `MaxProb` order", "cost, temperature 1, order of training")
 
 
 def page_tables() -> dict[str, str]:
     """The tables of orders_trained.md, by name: the arms and the claims of the parts."""
     results = by_arm(read_json(STORED))
     claims = families(results)
-    arms = {
-        part: markdown(arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS), ("arm", *COLUMNS, "ess"))
-        for part in PARTS
-    }
     return {
-        "arms": arms["nvfp4"],
-        "claims": markdown(claimed_rows(claims["nvfp4, the learner"])),
-        "claims of the copy": markdown(claimed_rows(claims["nvfp4, the copy"])),
-        "arms of orders": arms["orders"],
-        "claims of orders": markdown(claimed_rows(claims["orders"])),
-        "claims of the order by itself": markdown(claimed_rows(claims["the order by itself"])),
-        "arms of formats": arms["formats"],
-        "costs of formats": costs(results),
-        "claims of formats": markdown(claimed_rows(claims["formats"])),
+        "costs": costs(results),
+        "arms": arms_of_part(results, "nvfp4"),
+        "claims": claims_of(claims["nvfp4, the learner"]),
+        "claims of the copy": claims_of(claims["nvfp4, the copy"]),
+        "arms of formats": arms_of_part(results, "formats"),
+        "claims of formats": claims_of(claims["formats"]),
+        "arms of orders": arms_of_part(results, "orders"),
+        "claims of orders": claims_of(claims["orders"]),
+        "claims of the order by itself": claims_of(claims["the order by itself"]),
     }
 
 

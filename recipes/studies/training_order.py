@@ -46,7 +46,6 @@ from recipes.studies import paired
 from recipes.studies.paired import TUNED_ON, capability, claimed_rows, interval, markdown, result_path
 from recipes.studies.reuse import (
     BEYOND,
-    COLUMNS,
     GRIDS,
     GRPO,
     TASKS,
@@ -74,6 +73,8 @@ ORDERS: dict[str, Rank] = {
     "left to right": LeftToRight(),
     "PlackettLuce": PlackettLuce(temperature=1.0),
 }
+IN_TABLES = {order: f"`{order}`" if order in (MAX_PROB, "PlackettLuce") else order for order in ORDERS}
+COMPARED = {"full": "equal diversity", "full@0": "greedy", "full@1": "temperature 1"}  # all one token a step
 OF = {"latin": "full", "rare": "full", "never": "full@0", "noisy": "full@1", "countdown": "full"}
 
 
@@ -162,26 +163,54 @@ def claims(results: Results) -> dict[str, list[float]]:
     }
 
 
-def arm_rows(results: Results) -> list[dict[str, str]]:
-    """By task and order the rate, what is solved, and the difference from `MaxProb` at equal diversity."""
+def arm_rows(results: Results, of: str) -> list[dict[str, str]]:
+    """By task and order: what is solved one token a step ("full") or in few steps ("few"), and the difference from
+    `MaxProb` at equal diversity."""
     rows = []
     for name in TASKS:
         for order in ORDERS:
             if runs := [results[name, order, seed] for seed in SEEDS if (name, order, seed) in results]:
-                row = {"task": name, "order": order, "seeds": str(len(runs)), "rate": f"{runs[0]['rate']:g}"}
-                row["steps"] = f"{mean(run['steps, 0'] for run in runs):.0f}"
-                row |= {column: interval([run[column] for run in runs]) for column in COLUMNS[:4]}
-                for of in ("full", "few"):
-                    more = differences(results, name, order, of)
-                    row[f"{of}, over MaxProb"] = interval(more) if more and order != MAX_PROB else "-"
+                row = {"task": name, "trained in": IN_TABLES[order]}
+                row["RL steps"] = f"{mean(run['steps, 0'] for run in runs):.0f}"
+                for head, temperature in (("temperature 1", 1), ("greedy", 0)):
+                    row[head] = interval([run[f"{of}@{temperature}"] for run in runs])
+                more = differences(results, name, order, of)
+                row["minus `MaxProb`, at equal diversity"] = interval(more) if more and order != MAX_PROB else "-"
                 rows.append(row)
+    return rows
+
+
+def claim_rows(results: Results) -> list[dict[str, str]]:
+    """By claim the difference, how many seeds are above 0, and the p of Holm's correction over all claims."""
+    rows = []
+    for row in claimed_rows(claims(results)):
+        name, _, claim = row["stated before the runs"].partition(": ")
+        order = claim.removesuffix(" differs from MaxProb")
+        rows.append({"task": name, "trained in": IN_TABLES[order], "compared": COMPARED[OF[name]]})
+        rows[-1] |= {"minus `MaxProb`": row["found, 95 %"], "seeds above 0": row["above 0"], "p": row["Holm's p"]}
+        direction = "worse" if row["found, 95 %"].startswith("-") else "better"
+        rows[-1]["verdict"] = f"shown: {direction}" if float(row["Holm's p"]) < 0.05 else "not shown"
+    return rows
+
+
+def rate_rows(results: Results) -> list[dict[str, str]]:
+    """By task and order the best rate, and between which it was found."""
+    rows = []
+    for name in TASKS:
+        row = {"task": name}
+        for order, head in IN_TABLES.items():
+            tried = scores(results, name, order)
+            row[head] = f"{best_rate(results, name, order):.3g} ({min(tried):.3g} to {max(tried):.3g})"
+        rows.append(row)
     return rows
 
 
 def page_tables() -> dict[str, str]:
     """The tables of training_order.md."""
     results = by_key(read_json(STORED))
-    return {"arms": markdown(arm_rows(results)), "claims": markdown(claimed_rows(claims(results)))}
+    tables = {"claims": claim_rows(results), "rates": rate_rows(results)}
+    tables |= {"one token a step": arm_rows(results, "full"), "few steps": arm_rows(results, "few")}
+    return {name: markdown(rows) for name, rows in tables.items()}
 
 
 def main() -> None:
@@ -211,8 +240,8 @@ def main() -> None:
             paired.run_all(jobs, root, options.workers)
             write_json(STORED, list(load(root, STORED).values()))
     results = load(root, STORED)
-    print(markdown(arm_rows(results)))
-    print(markdown(claimed_rows(claims(results))))
+    for rows in (arm_rows(results, "full"), arm_rows(results, "few"), claim_rows(results)):
+        print(markdown(rows))
 
 
 if __name__ == "__main__":
