@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator
+from torch import Generator, Tensor
 
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory, recorded
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.rules import FunctionCommit, highest
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts, Rollout
 
 LENGTH = 4  # tokens of a completion; with a vocabulary of two, 16 completions are possible
+DRAWS, CHANGE = 512, 3e-4  # random numbers of each position and each rollout; by what the scores change
 QUANTILE = 4.265  # of the standard normal distribution: a correct rule fails in one of 100,000 cases
 
 
@@ -26,7 +28,9 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
 
     It samples completions of four positions and a vocabulary of two tokens. An outcome is a completion and the step
     that wrote each token. The check compares how often each outcome occurs with its probability, the exponential of
-    `Trajectory()`. The log-probs that the sampler records must be equal to those of `Trajectory()`.
+    `Trajectory()`. The log-probs that the sampler records must be equal to those of `Trajectory()`. If the
+    commit rule reads `uniforms`, this is the probability of the tokens alone: the share of each choice of positions is
+    counted, and must not depend on the weights.
 
     Args:
         rank: Rank to check.
@@ -48,17 +52,62 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
         options = {"suppress": tuple({*range(policy.vocab_size)} - {a, b}), **options}
     prompts = Prompts.from_ids([[prompt]], pad_id=policy.pad_id, num_generations=rows, seeds=range(rows))
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, **options}
-    rollout = Unmask(rank=rank, commit=commit, **options)(policy, prompts, Generator())
+    sampler = Unmask(rank=rank, commit=commit, **options)
+    rollout = sampler(policy, prompts, Generator())
     assert rollout.order is not None, "a sampler that unmasks records the order"
     probability = rollout.order.probability
     if probability == "unknown":
         assert rollout.order.logprobs is None, "an order of unknown probability has no log-probs"
     else:
-        _check_counts(policy, rollout, probability)
+        reads_uniforms = "uniforms" in sampler.commit.reads
+        draws_positions = probability == "deterministic" and reads_uniforms and rollout.events is None
+        _check_counts(policy, rollout, probability, draws_positions=draws_positions)
+        if draws_positions:
+            _check_draws(policy, prompts, sampler)
     return probability
 
 
-def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
+def _check_draws(policy: Policy, prompts: Prompts, sampler: Unmask) -> None:
+    """Check that the same `uniforms` choose the same positions if all scores change a little, but not their order."""
+    commit, calls = sampler.commit, []
+
+    def keep(scores: Tensor, masked: Tensor, steps_left: Tensor, steps: Tensor) -> Tensor:
+        calls.append((scores, masked, steps_left, steps))
+        return masked & ((steps_left == 1)[:, None] | highest(scores, masked, count=torch.ones_like(steps)))
+
+    sampler.replace(commit=FunctionCommit(function=keep))(policy, prompts, Generator())
+    generator = Generator().manual_seed(0)
+    for call in calls:
+        scores, masked, steps_left, steps = (values.repeat_interleave(DRAWS, 0) for values in call)
+        inputs = {"uniforms": torch.rand(scores.shape, generator=generator).to(scores)}
+        inputs |= {"steps": steps} if "steps" in commit.reads else {}
+        # Neither a factor nor a constant, which a softmax or a ratio of scores would not see.
+        moved = scores + CHANGE * scores.sign() * scores.abs().sqrt()
+        chosen, chosen_moved = (commit(values, masked, steps_left, **inputs) & masked for values in (scores, moved))
+        changed = int((chosen != chosen_moved).any(-1).sum())
+        assert not changed, (
+            f"commit={commit.name} must not compare `uniforms` with numbers that depend on the weights: {changed} of "
+            f"{len(scores)} choices changed when the scores changed by about {CHANGE:g}; declare no order"
+        )
+
+
+def _choice_shares(rollout: Rollout) -> Tensor:
+    """Return the product over the steps of each row's share, among rows with the same earlier steps and tokens, of rows
+    that wrote the same positions in this step.
+    """
+
+    def count(*values: Tensor) -> Tensor:
+        _, number, counts = torch.cat(values, 1).unique(dim=0, return_inverse=True, return_counts=True)
+        return counts[number].double()
+
+    step_of, share = rollout.unmask_step, torch.ones(len(rollout.tokens), dtype=torch.float64)
+    for step in range(int(step_of.max()) + 1):
+        before = [values.masked_fill(step_of >= step, -1) for values in (step_of, rollout.tokens)]
+        share *= count(*before, step_of == step) / count(*before)
+    return share
+
+
+def _check_counts(policy: Policy, rollout: Rollout, probability: str, *, draws_positions: bool = False) -> None:
     """Compare the counts of the outcomes with their probabilities, by a chi-squared test."""
     views = Trajectory().draw_views(rollout, Generator())
     logps = Trajectory().logprobs(policy, rollout, views).sum(-1).double()
@@ -77,10 +126,11 @@ def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
     # In these cases `Trajectory()` gives the probability of the tokens, given the order.
     if probability == "independent" or events is not None:
         total = torch.bincount(order_number).double()
+    share = _choice_shares(rollout) if draws_positions else torch.ones(rows, dtype=torch.float64)
     _, outcome = torch.cat([*steps, *tokens, *draws], 1).unique(dim=0, return_inverse=True)
     first = torch.zeros(int(outcome.max()) + 1, dtype=torch.long).scatter_(0, outcome, torch.arange(rows))
     counts = torch.bincount(outcome).double()
-    expected = total[order_number[first]] * logps[first].exp()
+    expected = total[order_number[first]] * share[first] * logps[first].exp()
     is_frequent = expected >= 8
     # Rare outcomes, and outcomes that never occurred, are merged into one.
     observed = torch.cat([counts[is_frequent], counts[~is_frequent].sum()[None]])

@@ -137,9 +137,24 @@ def halves(scores, masked, steps_left):
     return rules.highest(scores, masked, count=torch.where(steps_left == 1, left, (left + 1) // 2))
 
 
+def some(scores, masked, steps_left, uniforms):
+    """The best one or, by chance, the best two; all that are left in the last step."""
+    return rules.highest(scores, masked, count=torch.where(steps_left == 1, 9, 1 + (uniforms[:, 0] < 0.3)))
+
+
+def a_part(scores, masked, steps_left, uniforms):
+    """Whatever the scores are."""
+    return masked & ((uniforms < 0.5) | (steps_left[:, None] == 1))
+
+
 def by_probability(scores, masked, steps_left, uniforms):
     """Compares random numbers with numbers that depend on the weights."""
     return masked & ((uniforms < scores.exp()) | (steps_left[:, None] == 1))
+
+
+def by_share(scores, masked, steps_left, uniforms):
+    """As `by_probability`, where a change that all scores share does not count."""
+    return masked & ((uniforms < scores.softmax(-1)) | (steps_left[:, None] == 1))
 
 
 CHANCE = torch.Generator().manual_seed(0)
@@ -152,8 +167,16 @@ def test_declared_rules_keep_the_contract_or_are_caught():
     assert check_order(FIXED(of_states_of_tiny), commit, rows=500) == "deterministic"
     assert check_order(rules.RandomOrder(), commit, rows=500) == "independent"
     assert check_order(mine, commit, rows=2) == check_order(FIXED(mine), halves, rows=2) == "unknown"
-    with pytest.raises(AssertionError, match="as often as Trajectory"):
-        check(tied_policy(period=2), FIXED(mine), FunctionCommit(function=by_probability, order="deterministic"))
+    for name in ("max_prob", "margin", "random"):
+        for drawn in (some, a_part):
+            known = "independent" if name == "random" else "deterministic"
+            assert (
+                check(tied_policy(period=2), RANKS[name], FunctionCommit(function=drawn, order="deterministic"))
+                == known
+            )
+    for wrong in (by_probability, by_share):
+        with pytest.raises(AssertionError, match=f"commit={wrong.__name__} must not compare `uniforms` with numbers"):
+            check(tied_policy(period=2), FIXED(mine), FunctionCommit(function=wrong, order="deterministic"))
     with pytest.raises(ValueError, match="rank=by_chance is declared deterministic, but gave other scores"):
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
