@@ -252,10 +252,13 @@ HEADS = {
 
 def arms_of_part(results: Results, part: str) -> str:
     """What each arm of a part solves."""
-    rows = arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS)
-    return markdown(
-        [{"trained on": in_words(row["arm"])} | {head: row[name] for name, head in HEADS.items()} for row in rows]
-    )
+    rows = []
+    for row in arm_rows(replace(STUDY, arms=PARTS[part]), results, COLUMNS):
+        settings = STUDY.arms[row["arm"]]
+        is_plain = settings["rollout_quantization"] and settings["corrector"] == NoCorrection() and row["arm"] != HALF
+        rows.append({"trained on": in_words(row["arm"]) + (", no correction" if is_plain else "")})
+        rows[-1] |= {head: row[name] for name, head in HEADS.items()}
+    return markdown(rows)
 
 
 def claims_of(claims: Claims) -> str:
