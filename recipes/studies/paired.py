@@ -25,6 +25,8 @@ from shutil import rmtree
 from statistics import covariance, mean, stdev, variance
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dllm_rl import Callback, Policy, Recipe
 from dllm_rl.files import read_json, write_json
 
@@ -229,10 +231,10 @@ def share(results: Results, arm: str, against: str, whole: str) -> str:
 
 def sign_flip(differences: Sequence[float]) -> float:
     """The exact two-sided p of paired differences: the share of 2^n choices of signs whose mean is as far from 0."""
-    sums = [0.0]
+    sums = np.zeros(1)
     for difference in differences:
-        sums = [total + signed for total in sums for signed in (difference, -difference)]
-    return sum(abs(total) >= abs(sums[0]) - 1e-12 for total in sums) / len(sums)
+        sums = np.concatenate((sums + difference, sums - difference))
+    return float(np.mean(np.abs(sums) >= abs(sums[0]) - 1e-12))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
