@@ -49,15 +49,23 @@ def sampler_on_a_gpu() -> str:
 
 
 def sampler_on_an_h200() -> str:
-    """Tokens a second, eager, of the ways that the other GPU's table has."""
-    speeds = {(row["what"], row["batch"]): row["tokens/s"] for row in stored("gpu")["parts"]["sampler"]["rows"]}
-    return markdown(
-        [
-            {"sampler": f"{way} (approximate)" if "cache" in way else way}
-            | {f"batch {batch}": f"{speeds[way, batch]:,.0f}" for batch in (1, 8, 64)}
-            for way in ("plain: the published algorithm", "exact", "dual cache")
-        ]
-    )
+    """Tokens a second, eager, and the memory beside the weights, of the ways that the other GPU's table has."""
+    found = {(row["what"], row["batch"]): row for row in stored("gpu")["parts"]["sampler"]["rows"]}
+    rows = []
+    for way in ("plain: the published algorithm", "exact", "dual cache"):
+        row = {"sampler": f"{way} (approximate)" if "cache" in way else way}
+        row |= {f"batch {batch}": f"{found[way, batch]['tokens/s']:,.0f}" for batch in (1, 8, 64)}
+        rows.append(row | {f"GiB, batch {batch}": f"{found[way, batch]['peak GiB']:.1f}" for batch in (1, 8, 64)})
+    return markdown(rows)
+
+
+def step_on_an_h200() -> str:
+    """Seconds of a training step, whose rewards were all equal, and all of the run's memory."""
+    (found,) = stored("gpu")["parts"]["step"]["rows"]
+    stages = ("rollout", "scoring", "update", "sync")
+    row = {"seconds of the step": f"{found['step, s']:.1f}"}
+    row |= {f"{stage}": f"{found[f'{stage}, s']:.1f}" for stage in stages}
+    return markdown([row | {"GiB, weights included": f"{found['peak GiB, all']:.1f}"}])
 
 
 def sampler() -> str:
@@ -156,6 +164,6 @@ def likelihoods() -> str:
 
 def page_tables() -> dict[str, str]:
     of_gpus = {"a run on a GPU": run_on_a_gpu(), "the sampler on a GPU": sampler_on_a_gpu()}
-    of_gpus["the sampler on an H200"] = sampler_on_an_h200()
+    of_gpus |= {"the sampler on an H200": sampler_on_an_h200(), "a step on an H200": step_on_an_h200()}
     of_peers = {"d1": peers(), "dllm": peers_dllm(), "TRL": peers_trl(), "the step and its products": limit()}
     return of_gpus | of_peers | {"the sampler": sampler(), "the learner": learner(), "likelihoods": likelihoods()}

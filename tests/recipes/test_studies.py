@@ -112,3 +112,43 @@ def test_every_claim_of_the_studies_of_training_stands_in_a_table():
     ends = ("", ", greedy", ", temperature 1")
     found = {(task, claim + end) for task, claim in (*named, *readme.OTHER_CLAIMS.values()) for end in ends} & made
     assert found == made
+
+
+@pytest.mark.parametrize(
+    ("claim", "found", "p", "outcome"),
+    [
+        ("A is above B", "0.10±0.05", "0.049", "shown"),
+        ("A is above B", "-0.10±0.05", "0.049", "opposite shown"),
+        ("A is above B", "-0.10±0.05", "0.050", "undecided"),
+        ("A harms", "-0.10±0.05", "0.010", "shown"),
+        ("levels harm", "0.10±0.05", "0.010", "opposite shown"),
+        ("A is harmed less", "0.10±0.05", "0.010", "shown"),
+        ("A and B differ", "-0.10±0.05", "0.010", "shown"),
+    ],
+)
+def test_what_became_of_a_claim(claim, found, p, outcome):
+    from recipes.studies import claims
+
+    row = {"stated before the runs": claim, "difference, 95 %": found, "above 0": "9 of 10", "Holm's p": p}
+    assert claims.outcome(row) == outcome
+
+
+def test_claims_that_begin_alike_are_one_entry():
+    from recipes.studies.claims import grouped
+
+    assert grouped(["12 s, A is above: B", "12 s, A is above: C", "D: E", "F"]) == "12 s, A is above: B, C; D: E; F"
+    assert grouped([]) == "-"
+
+
+def test_the_claims_of_each_study_are_counted():
+    """Whoever tests claims by Holm's correction adds the study to `claims.by_study`."""
+    from recipes.studies import claims
+
+    with_claims = {
+        path.stem
+        for path in FOLDER.glob("*.py")
+        if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())
+    }
+    others = {"paired", "readme", "claims"}  # of no study
+    others |= {"order_flips", "kernel_noise"}  # another test, and none
+    assert with_claims - others <= set(vars(claims))
