@@ -145,9 +145,7 @@ def test_the_claims_of_each_study_are_counted():
     from recipes.studies import claims
 
     with_claims = {
-        path.stem
-        for path in FOLDER.glob("*.py")
-        if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())
+        path.stem for path in FOLDER.glob("*.py") if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())
     }
     others = {"paired", "readme", "claims"}  # of no study
     others |= {"order_flips", "kernel_noise"}  # another test, and none
