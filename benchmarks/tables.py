@@ -30,7 +30,9 @@ def run_on_a_gpu() -> str:
             rates = {f"accuracy {when}": f"{run[when] + 1e-9:.3f}" for when in ("before", "after")}
             row = {"task": task, "rollouts": run["what"].split()[-1]} | rates
             row |= {"mean abs log-ratio, nats": f"{run['mean abs d, nats']:.3f}", "ESS": f"{run['ESS']:.3f}"}
-            rows.append(row | {"least ESS": f"{run['least ESS']:.3f}"})
+            row["least ESS"] = f"{run['least ESS']:.3f}"
+            seconds = {"seconds of a rollout": "rollout, s a step", "seconds of a step": "step, s"}
+            rows.append(row | {head: f"{run[name]:.3f}" for head, name in seconds.items()})
     return markdown(rows)
 
 
