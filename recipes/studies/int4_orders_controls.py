@@ -30,6 +30,7 @@ from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import at_rates
 from recipes.studies.paired import (
     Results,
+    Study,
     arm_rows,
     by_arm,
     claimed_rows,
@@ -52,6 +53,12 @@ STUDY = replace(
     },
     against={PERMUTED: NONE, HALF: NONE},
 )
+
+
+def rated() -> Study:
+    """The study with the rates that int4_orders.py chose."""
+    rates = read_json(int4_orders.STORED)["rates"]
+    return at_rates(STUDY, {PERMUTED: rates[GAINS], HALF: rates[NONE] / 2})
 
 
 def claims(results: Results) -> dict[str, list[float]]:
@@ -83,8 +90,7 @@ def main() -> None:
     kept = read_json(STORED) if STORED.exists() else []
     if not options.report:
         restore_runs(kept, root)
-        rated = at_rates(STUDY, {PERMUTED: tuned["rates"][GAINS], HALF: tuned["rates"][NONE] / 2})
-        run_missing(rated, root, pairs, num_steps=lambda _: STUDY.num_steps, workers=options.workers)
+        run_missing(rated(), root, pairs, num_steps=lambda _: STUDY.num_steps, workers=options.workers)
         kept = list(load(root).values())
         write_json(STORED, kept)
     if missing := len(pairs) - len(kept):

@@ -287,27 +287,25 @@ def report(results: Results) -> str:
 
 
 def costs(results: Results) -> str:
-    """What the rollouts of each format cost the learner, of which nothing was claimed."""
-    return markdown(
-        [
-            {"rollouts": in_words(arm)}
-            | {
-                head: interval(paired(results, f"{arm.split(':')[0]}: unquantized", arm, learner))
-                for head, (learner, _) in zip(COST_HEADS, BOTH.values(), strict=True)
-            }
-            for arm in (
-                "random: fp8",
-                "random: fp8 with inputs",
-                "random: int4",
-                "random: nvfp4",
-                "left_to_right: nvfp4",
-                "max_prob: nvfp4",
-            )
-        ]
-    )
+    """What the rollouts of each format cost the learner, of which nothing was claimed, and what TIS brings back."""
+    rows = []
+    for arm in (
+        "random: fp8",
+        "random: fp8 with inputs",
+        "random: int4",
+        "random: nvfp4",
+        "left_to_right: nvfp4",
+        "max_prob: nvfp4",
+    ):
+        order, name = arm.split(": ")
+        rows.append({"rollouts": in_words(name), "order": ORDER_NAMES[order]})
+        for what, more, less in (("cost", f"{order}: unquantized", arm), ("gain of TIS", f"{arm}, tis", arm)):
+            for how, (learner, _) in BOTH.items():
+                rows[-1][f"{what}, {how}"] = interval(paired(results, more, less, learner))
+    return markdown(rows)
 
 
-COST_HEADS = ("cost, greedy, `MaxProb` order", "cost, temperature 1, order of training")
+ORDER_NAMES = {"random": "random", "left_to_right": "left to right", "max_prob": "`MaxProb`"}  # in tables
 
 
 def page_tables() -> dict[str, str]:
