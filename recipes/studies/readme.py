@@ -7,7 +7,7 @@ python -m recipes.studies.readme         the picture
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from textwrap import fill
 from typing import Any
 
@@ -376,6 +376,7 @@ def stored_runs() -> str:
                 "data": f"[{name}.json]({name}.json)",
                 "runs": str(len(runs)),
                 "hours": f"{sum(run['s'] for run in runs) / 3600:.1f}",
+                "minutes of one run": f"{median(run['s'] for run in runs) / 60:.1f}",
                 "trials of learning rates": str(len(trials)),
                 "hours of trials": f"{sum(run['s'] for run in trials) / 3600:.1f}" if trials else "-",
             }
