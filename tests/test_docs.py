@@ -20,14 +20,15 @@ import transformers
 import yaml
 from layouts import checkpoint
 from markdown.extensions.toc import slugify
-from readme import example
+from readme import README, example
 from servers import TOKEN, running
 
 import dllm_rl
 from dllm_rl.config import from_command_line
 from dllm_rl.samplers.rules import FunctionRank
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.dry_run.plan import plan
+from dllm_rl.training.dry_run.plan import USABLE_SHARE, plan
+from recipes.llada_8b_sudoku import recipe as llada_8b
 from recipes.quantized_sudoku import recipe as main_job
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -566,17 +567,43 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
         words = "".join(re.findall(r"^`([^`]*)`", options)).replace("$ALL", " ".join(all_weights()))
         monkeypatch.setenv("WORLD_SIZE", gpus)
         text = made[gpus, options] = plan(from_command_line(recipe, words.split()))
-        peak, *seconds, hours = (
-            float(re.search(rf"^  {name} +([\d.]+) {unit}", text, re.MULTILINE)[1])
-            for name, unit in (("peak", "GB"), *((stage, "s at") for stage in STAGES), ("run", "h for"))
-        )
+        peak, *seconds, hours = estimated(text)
         rounded = [round(peak), round(sum(seconds)), pytest.approx(hours, rel=0.02)]
         assert [*map(float, numbers)] == rounded, (gpus, options)
     assert len(made) == 12
+    sharded, *_ = estimated(made["4", "`$ALL`"])
+    assert f"Training all weights takes {sharded:.0f} GB on each of four GPUs" in README.read_text()
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
     printed = made["1", "none"] + capsys.readouterr().out
     assert len(lines) > 5 and [line for line in lines if line not in printed] == []
+
+
+def estimated(text):
+    """Peak (GB), seconds of each stage, and hours of a plan."""
+    return [
+        float(re.search(rf"^  {name} +([\d.]+) {unit}", text, re.MULTILINE)[1])
+        for name, unit in (("peak", "GB"), *((stage, "s at") for stage in STAGES), ("run", "h for"))
+    ]
+
+
+@pytest.mark.nightly  # as above
+def test_the_plans_of_llada_8b_are_those_that_the_readme_shows():
+    text = README.read_text().partition("## LLaDA-8B on your GPU\n")[2].partition("\n## ")[0]
+    words, rows = [], []
+    for size, same, options, *numbers in re.findall(
+        r"^\| (\d+) GB.*? \| (the same and )?(none|`[^`]*`).* \| (\d+) GB \| (\d+) \|$", text, re.MULTILINE
+    ):
+        words = [*(words if same else ()), *options.strip("`").removeprefix("none").split()]
+        peak, *_, hours = estimated(plan(from_command_line(llada_8b, words)))
+        assert [round(peak), round(hours)] == [*map(int, numbers)], options
+        assert peak <= USABLE_SHARE * int(size), options
+        rows.append((size, f"{peak:.0f} GB", round(hours)))
+    assert [size for size, *_ in rows] == ["48", "32", "24", "12", "48"]
+    slower = f"an RTX 4090 about six times, for example {6 * rows[2][-1]} hours in the row of 24 GB"
+    assert slower in text
+    ours, d1 = (f"{peak}, {hours} h for 1,000 steps" for _, peak, hours in (rows[0], rows[-1]))
+    assert f"| {ours} | {d1};" in (DOCS / "train.md").read_text()
 
 
 @pytest.mark.nightly  # as above
