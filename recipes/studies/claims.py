@@ -63,12 +63,12 @@ def outcome(row: Mapping[str, str]) -> str:
 
 
 def of_league() -> Rows:
+    """Each league claims that the default of its time is above every other method."""
     rows = []
     for name, each in league.LEAGUES.items():
-        where = f"`{each.recipe.name}`, {each.diffusion_steps} denoising steps, {each.seconds:.0f} s"
         for row in league.stored_rows(name):
             if row["method"] != each.default:
-                claim = {"stated before the runs": f"{where}, {each.default} is above: {row['method']}"}
+                claim = {"stated before the runs": f"the default of that time does better than: {row['method']}"}
                 rows.append(claim | {"difference, 95 %": row["default beats it by"], "Holm's p": row["Holm's p"]})
     return rows
 
@@ -159,11 +159,11 @@ def by_study() -> dict[Asked, Rows]:
 
 
 def grouped(claims: Iterable[str]) -> str:
-    """The claims as one cell; those that begin alike, up to the last colon, are one entry."""
-    entries: dict[str, list[str]] = {}
+    """The claims as one cell; those that begin alike, up to the last colon, are one entry with each end once."""
+    entries: dict[str, dict[str, None]] = {}
     for claim in claims:
         begin, colon, end = claim.rpartition(": ")
-        entries.setdefault(begin + colon, []).append(end)
+        entries.setdefault(begin + colon, {})[end] = None
     return "; ".join(begin + ", ".join(ends) for begin, ends in entries.items()) or "-"
 
 
@@ -174,7 +174,7 @@ def claim_rows() -> list[dict[str, str]]:
         row = named(study) | {"claims": str(len(rows))}
         row |= {each: str(outcomes.count(each)) for each in (SHOWN, OPPOSITE, UNDECIDED)}
         wrong = [row["stated before the runs"] for row, each in zip(rows, outcomes, strict=True) if each == OPPOSITE]
-        table.append(row | {"claims of which the opposite is shown": grouped(wrong)})
+        table.append(row | {"what was claimed where the opposite is shown": grouped(wrong)})
     return table
 
 

@@ -136,7 +136,7 @@ def test_what_became_of_a_claim(claim, found, p, outcome):
 def test_claims_that_begin_alike_are_one_entry():
     from recipes.studies.claims import grouped
 
-    assert grouped(["12 s, A is above: B", "12 s, A is above: C", "D: E", "F"]) == "12 s, A is above: B, C; D: E; F"
+    assert grouped(["A is above: B", "A is above: C", "D: E", "F", "A is above: B"]) == "A is above: B, C; D: E; F"
     assert grouped([]) == "-"
 
 
