@@ -51,6 +51,12 @@ Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the
 SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", " after Latin squares"))
 SUMS = "sums, SmolLM2-135M"
 SHOWN, OPPOSITE, UNDECIDED = "shown", "opposite shown", "undecided"
+OPPOSITES = {
+    "does better than": "does worse than",
+    "weights help": "weights do harm",
+    "are above": "together are below",
+    "is at most 0.05 lower": "is more than 0.05 lower",
+}
 
 
 def outcome(row: Mapping[str, str]) -> str:
@@ -62,6 +68,20 @@ def outcome(row: Mapping[str, str]) -> str:
     return SHOWN if "differ" in claim or found.startswith("-") == harm else OPPOSITE
 
 
+def opposite(claim: str) -> str:
+    """What is found where the opposite of the claim is shown."""
+    for said, found in OPPOSITES.items():
+        if said in claim:
+            return claim.replace(said, found)
+    raise ValueError(f"add the words that turn {claim!r} round to OPPOSITES")
+
+
+def numbers(rows: Rows) -> str:
+    """Of how many seeds or models the tests of the claims are."""
+    found = {int(row.get("seeds") or row["above 0"].rpartition(" of ")[2]) for row in rows}
+    return " and ".join(map(str, sorted(found)))
+
+
 def of_league() -> Rows:
     """Each league claims that the default of its time is above every other method."""
     rows = []
@@ -69,7 +89,8 @@ def of_league() -> Rows:
         for row in league.stored_rows(name):
             if row["method"] != each.default:
                 claim = {"stated before the runs": f"the default of that time does better than: {row['method']}"}
-                rows.append(claim | {"difference, 95 %": row["default beats it by"], "Holm's p": row["Holm's p"]})
+                claim |= {"seeds": row["seeds"], "difference, 95 %": row["default beats it by"]}
+                rows.append(claim | {"Holm's p": row["Holm's p"]})
     return rows
 
 
@@ -129,7 +150,7 @@ def by_study() -> dict[Asked, Rows]:
             ess_early.claim_rows(ess_early.trials(read_json(ess_early.STORED)))
         ],
         ("the ESS by the length of the answer", "ess_by_length", "texts, SmolLM2-135M"): [
-            ess_by_length.claim_rows(ess_by_length.cells_of(ess_by_length.load()))
+            [row | {"seeds": "1"} for row in ess_by_length.claim_rows(ess_by_length.cells_of(ess_by_length.load()))]
         ],
         ("published methods in equal time", "league", f"{SUDOKU}; {FEW_CLUES}; Countdown"): [of_league()],
         ("noisy orders", "order", f"{SUDOKU}; Countdown"): [
@@ -171,10 +192,10 @@ def claim_rows() -> list[dict[str, str]]:
     table = []
     for study, rows in by_study().items():
         outcomes = [outcome(row) for row in rows]
-        row = named(study) | {"claims": str(len(rows))}
+        row = named(study) | {"seeds or models": numbers(rows), "claims": str(len(rows))}
         row |= {each: str(outcomes.count(each)) for each in (SHOWN, OPPOSITE, UNDECIDED)}
         wrong = [row["stated before the runs"] for row, each in zip(rows, outcomes, strict=True) if each == OPPOSITE]
-        table.append(row | {"what was claimed where the opposite is shown": grouped(wrong)})
+        table.append(row | {"what is shown instead of the claim": grouped(map(opposite, wrong))})
     return table
 
 
@@ -225,7 +246,9 @@ def solved_rows() -> list[dict[str, str]]:
         row = named(study) | {"seeds": span(map(len, runs.values()), 0)}
         row["before RL"] = span(mean(run["before"] for run in its if "before" in run) for its in runs.values())
         row["after RL, by arm"] = span(mean(run["after"] for run in its) for its in runs.values())
-        row["processor"] = ", ".join(dict.fromkeys(sorted(cpus)))
+        unknown = "not recorded" if len(set(cpus)) == 1 else "not recorded for some runs"
+        names = dict.fromkeys(unknown if cpu == "not recorded" else cpu for cpu in sorted(cpus))
+        row["processor"] = ", ".join(names)
         row["each seed"] = ", ".join(f"[{path.name}](../recipes/studies/{path.name})" for path in paths)
         table.append(row)
     return table

@@ -325,8 +325,9 @@ def rows_of(name: str, results: Results) -> list[dict[str, str]]:
     rows = []
     for method, its in sorted(by_method.items(), key=lambda each: -mean(run["after"] for run in each[1])):
         row = {"method": method, "held-out rate, 95 %": interval([run["after"] for run in its])}
-        claim = claims.get(method, {"difference, 95 %": "-", "Holm's p": "-"})
+        claim = claims.get(method, {"seeds": "-", "difference, 95 %": "-", "Holm's p": "-"})
         row |= {"default beats it by": claim["difference, 95 %"], "Holm's p": claim["Holm's p"]}
+        row["seeds"] = claim["seeds"]
         seconds = [run["s"] for run in its if "s" in run]  # a run that diverged has none
         row |= {"setting": its[0]["arm"].split(", ", 1)[1], "steps": str(its[0]["num_steps"])}
         rows.append(row | {"s in all": f"{mean(seconds):.0f}" if seconds else "-"})

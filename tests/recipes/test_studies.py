@@ -140,6 +140,21 @@ def test_claims_that_begin_alike_are_one_entry():
     assert grouped([]) == "-"
 
 
+def test_the_opposite_of_a_claim_is_said_as_a_finding():
+    from recipes.studies.claims import opposite
+
+    assert opposite("A does better than B under C") == "A does worse than B under C"
+    assert opposite("A and B are above C") == "A and B together are below C"
+    with pytest.raises(ValueError, match="'A wins'"):
+        opposite("A wins")
+
+
+def test_seeds_of_claims_are_those_of_their_tests():
+    from recipes.studies.claims import numbers
+
+    assert numbers([{"seeds": "10"}, {"above 0": "3 of 5"}, {"seeds": "5"}]) == "5 and 10"
+
+
 def test_the_claims_of_each_study_are_counted():
     """Whoever tests claims by Holm's correction adds the study to `claims.by_study`."""
     from recipes.studies import claims
