@@ -2,6 +2,7 @@
 sums come out the same everywhere. And the CPU on every machine, so that the numbers are the same ones: `pytest -m gpu`
 runs what is for a GPU, on the GPU."""
 
+import copy
 import gc
 import os
 from collections import defaultdict
@@ -53,6 +54,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)  # the defaults collect at every 700 objects, which is twice for each forward
         gc.enable()
 
 
@@ -77,6 +79,25 @@ def no_pictures():
 @pytest.fixture
 def pictures(no_pictures, monkeypatch):
     monkeypatch.setattr("dllm_rl.monitoring.plots.plot", no_pictures)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_models():
+    """A tiny model is made once in a process, and copied afterwards: to make and check it takes four times as long."""
+    from dllm_rl.models import tiny
+
+    make, made = tiny._make_policy, {}
+
+    def copied(model_class, config, tokenizer, *numbers):
+        key = (model_class, config.to_json_string(use_diff=False), str(tokenizer.get_vocab()), numbers)
+        if key not in made:
+            made[key] = make(model_class, config, tokenizer, *numbers)
+        first = made[key]
+        return copy.deepcopy(first, {id(first.spec): first.spec, id(first.tokenizer): tokenizer})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "_make_policy", copied)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

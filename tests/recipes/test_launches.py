@@ -70,6 +70,7 @@ def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
 
 def test_a_recipe_so_launched_says_one_line_and_ends_with_status_2(tmp_path, monkeypatch, capsys):
     _, environment = launched("--cpu", "--num_processes", "2")
+    capsys.readouterr()  # accelerate has named its defaults
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
