@@ -7,9 +7,10 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from logging import LogRecord, getLogger
+from logging import ERROR, LogRecord, getLogger
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -70,6 +71,7 @@ _DAMAGED = (
 ADAPTER_CONFIG = "adapter_config.json"
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 LOAD_ADAPTER_HINT = "open the base, and call dllm_rl.models.checkpoint.adapters.load_adapter with it and this folder"
+_QUIET = ContextVar("_QUIET", default=False)  # whether this thread is in `quiet_progress`
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
 # Files beside the weights that say what a checkpoint computes: its config, end tokens, tokenizer and chat template.
 READ = (
@@ -644,13 +646,12 @@ def name_in_errors(source: str | Path) -> Iterator[None]:
 def quiet_progress() -> Iterator[None]:
     """Hide transformers' progress bars and load reports. `check_report` raises an error for what they would list."""
     bars = logging.is_progress_bar_enabled()
-    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet = _QUIET.set(True)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        _QUIET.reset(quiet)
         if bars:
             logging.enable_progress_bar()
 
@@ -661,12 +662,16 @@ def num_parameters(model: str | Policy) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _escape_message(record: LogRecord) -> bool:
-    """Shorten a message of transformers, and escape its control characters: it may quote an untrusted checkpoint."""
+def _filter_message(record: LogRecord) -> bool:
+    """Hide what is no error in `quiet_progress`. Shorten other messages of transformers, and escape their control
+    characters: they may quote an untrusted checkpoint.
+    """
+    if _QUIET.get() and record.levelno < ERROR:
+        return False
     record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")
     record.args = None  # already part of the message
     return True
 
 
 for _handler in getLogger("transformers").handlers:
-    _handler.addFilter(_escape_message)
+    _handler.addFilter(_filter_message)

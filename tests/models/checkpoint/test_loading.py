@@ -3,7 +3,9 @@
 import json
 import shutil
 import socket
-from logging import Logger
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
+from logging import Logger, getLogger
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,23 +87,31 @@ def test_a_resized_vocabulary_is_opened_again(tmp_path, family, rows):
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_load_leaves_what_transformers_shows_as_it_was(tmp_path, shown):
-    """Whether it succeeds or fails."""
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    folder = published(tmp_path, "llada")
+def test_a_load_leaves_what_transformers_shows_as_it_was(tmp_path, monkeypatch, shown):
+    """Whether it succeeds or fails. During a load, its own thread shows errors alone."""
     set_bars = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    before = logging.is_progress_bar_enabled()
+    logger, folder = logging.get_logger("transformers.modeling_utils"), published(tmp_path, "llada")
+    (handler,) = getLogger("transformers").handlers
+
+    def messages():
+        monkeypatch.setattr(handler, "stream", StringIO())
+        logger.warning("a warning")
+        logger.error("an error")
+        return [line.removeprefix("[transformers] ") for line in handler.stream.getvalue().splitlines()]
+
     try:
-        logging.set_verbosity_info()
         set_bars[shown]()
         load_policy(folder)
-        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+        assert messages() == ["a warning", "an error"] and logging.is_progress_bar_enabled() == shown
         with pytest.raises(KeyError), loading.quiet_progress():
-            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+            assert messages() == ["an error"] and not logging.is_progress_bar_enabled()
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(messages).result() == ["a warning", "an error"]
             raise KeyError
-        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+        assert messages() == ["a warning", "an error"] and logging.is_progress_bar_enabled() == shown
     finally:
-        logging.set_verbosity(before[0])
-        set_bars[before[1]]()
+        set_bars[before]()
 
 
 def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
