@@ -71,6 +71,7 @@ def test_the_right_answers_are_one_vote_and_no_wrong_answer_is_in_it(text: str) 
         assert found.parsed or found.answer == "", (task, protocol)
 
 
+@pytest.mark.usefixtures("audited")
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_no_text_is_compiled_executed_or_imported(task: str, grader) -> None:
     """The interpreter's own audit hook would see any of these, whoever asks for them."""
@@ -91,13 +92,17 @@ SEEN: list[str] = []
 
 
 def _listen(event: str, arguments: tuple) -> None:
-    if "<unknown>" in arguments[:2]:  # `ast.parse`, which runs nothing; an error's line is looked for in such a file
+    if not WATCHING or "<unknown>" in arguments[:2]:  # `ast.parse` runs nothing; an error's line is looked for there
         return
-    if WATCHING and event.startswith(("exec", "compile", "import", "open", "os.", "subprocess.", "code.")):
+    if event.startswith(("exec", "compile", "import", "open", "os.", "subprocess.", "code.")):
         SEEN.append(event)
 
 
-sys.addaudithook(_listen)
+@pytest.fixture(scope="session")
+def audited() -> None:
+    """Have the interpreter call `_listen`. It does so until the process ends, and slows down all other tests."""
+    sys.addaudithook(_listen)
+
 
 LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
     "<answer>" + " " * 10**6 + "</answer>",
