@@ -36,13 +36,14 @@ from recipes.studies.paired import (
     Study,
     arm_rows,
     by_arm,
-    claimed_rows,
+    interval,
     load,
     markdown,
     paired,
     restore_runs,
     run_missing,
     run_one,
+    verdict_rows,
 )
 from recipes.sudoku_unique import recipe
 
@@ -88,16 +89,47 @@ def claims(results: Results) -> Mapping[str, list[float]]:
     }
 
 
-def claim_rows(results: Results) -> list[dict[str, str]]:
-    return claimed_rows(claims(results))
+ORDER_NAMES = {"max_prob": "`MaxProb`", "random": "random order"}  # in tables
+ROLLOUT_NAMES = {
+    "unquantized": "own rollouts",
+    "int4": "INT4, no correction",
+    "int4, tis": "INT4, TIS",
+    "int4, permuted tis": "INT4, shuffled TIS",
+    "int4 at half the rate": "INT4, no correction, half the learning rate",
+}
+CLAIMS = {
+    "INT4 with TIS loses less in random order": "INT4 with TIS costs less in random order than under `MaxProb`",
+    "MaxProb: unquantized is above INT4": "`MaxProb`: own rollouts are better than INT4 without a correction",
+    "MaxProb: TIS is above no corrector": "`MaxProb`: TIS is better than no correction",
+    "random order: TIS is above no corrector": "random order: TIS is better than no correction",
+}
+
+
+def arms_table(study: Study, results: Results, rates: Mapping[str, float]) -> str:
+    """What each arm solves, and what that is beside own rollouts and beside no correction of the same order."""
+
+    def apart(arm: str, against: str) -> str:
+        return interval(paired(results, arm, against))
+
+    rows = []
+    for row in arm_rows(study, results):
+        order, rollouts = (arm := row["arm"]).split(": ")
+        own, plain = f"{order}: unquantized", f"{order}: int4"
+        rows.append({"trained on": f"{ORDER_NAMES[order]}, {ROLLOUT_NAMES[rollouts]}"})
+        rows[-1] |= {"learning rate": f"{rates[arm]:.0e}".replace("e-0", "e-"), "solved": row["after"]}
+        rows[-1]["cost"] = "-" if arm == own else apart(own, arm)
+        rows[-1]["gain"] = "-" if arm in (own, plain) else apart(arm, plain)
+        rows[-1]["ESS"] = row["ess"]
+    return markdown(rows)
 
 
 def page_tables() -> dict[str, str]:
     kept = read_json(STORED)
     results = by_arm(kept["runs"])
-    rows = [row | {"rate": f"{kept['rates'][row['arm']]:g}"} for row in arm_rows(STUDY, results)]
-    arms = markdown(rows, ("arm", "rate", "after", "ess", "reward", "difference, 95 %"))
-    return {"arms": arms, "claims": markdown(claim_rows(results))}
+    return {
+        "arms": arms_table(STUDY, results, kept["rates"]),
+        "claims": markdown(verdict_rows(claims(results), CLAIMS.__getitem__)),
+    }
 
 
 def main() -> None:
@@ -120,10 +152,7 @@ def main() -> None:
         write_json(STORED, kept)
     if missing := len(pairs) - len(kept["runs"]):
         raise SystemExit(f"{missing} of {len(pairs)} runs are missing: no claim is read before the last; see {root}")
-    results = by_arm(kept["runs"])
-    rows = [row | {"rate": f"{kept['rates'][row['arm']]:g}"} for row in arm_rows(STUDY, results)]
-    print(markdown(rows, ("arm", "rate", "after", "ess", "reward", "difference, 95 %")))
-    print(markdown(claim_rows(results)))
+    print("\n".join(page_tables().values()))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,13 @@ from recipes.studies.late_rollouts import at_rates
 from recipes.studies.paired import (
     Results,
     Study,
-    arm_rows,
     by_arm,
-    claimed_rows,
     load,
     markdown,
     paired,
     restore_runs,
     run_missing,
+    verdict_rows,
 )
 
 STORED = Path(__file__).with_suffix(".json")  # every run
@@ -55,10 +54,14 @@ STUDY = replace(
 )
 
 
+def rates() -> dict[str, float]:
+    """By arm, from the rates that int4_orders.py chose."""
+    chosen = read_json(int4_orders.STORED)["rates"]
+    return {PERMUTED: chosen[GAINS], HALF: chosen[NONE] / 2}
+
+
 def rated() -> Study:
-    """The study with the rates that int4_orders.py chose."""
-    rates = read_json(int4_orders.STORED)["rates"]
-    return at_rates(STUDY, {PERMUTED: rates[GAINS], HALF: rates[NONE] / 2})
+    return at_rates(STUDY, rates())
 
 
 def claims(results: Results) -> dict[str, list[float]]:
@@ -69,14 +72,18 @@ def claims(results: Results) -> dict[str, list[float]]:
     }
 
 
-def claim_rows(results: Results) -> list[dict[str, str]]:
-    return claimed_rows(claims(results))
+CLAIMS = {
+    "TIS is above its permuted weights": "random order: TIS is better than shuffled TIS",
+    "TIS is above half the rate": "random order: TIS is better than no correction at half the learning rate",
+}
 
 
 def page_tables() -> dict[str, str]:
     results = by_arm([*read_json(STORED), *read_json(int4_orders.STORED)["runs"]])
-    arms = markdown(arm_rows(STUDY, results), ("arm", "after", "ess", "reward", "difference, 95 %"))
-    return {"arms": arms, "claims": markdown(claim_rows(results))}
+    return {
+        "arms": int4_orders.arms_table(STUDY, results, rates()),
+        "claims": markdown(verdict_rows(claims(results), CLAIMS.__getitem__)),
+    }
 
 
 def main() -> None:
@@ -85,7 +92,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
     options = parser.parse_args()
-    root, tuned = options.output_dir, read_json(int4_orders.STORED)
+    root = options.output_dir
     pairs = [(arm, seed) for seed, arm in product(range(STUDY.seeds), STUDY.arms)]
     kept = read_json(STORED) if STORED.exists() else []
     if not options.report:
@@ -95,9 +102,7 @@ def main() -> None:
         write_json(STORED, kept)
     if missing := len(pairs) - len(kept):
         raise SystemExit(f"{missing} of {len(pairs)} runs are missing: no claim is read before the last; see {root}")
-    results = by_arm([*kept, *tuned["runs"]])
-    print(markdown(arm_rows(STUDY, results), ("arm", "after", "ess", "reward", "difference, 95 %")))
-    print(markdown(claim_rows(results)))
+    print("\n".join(page_tables().values()))
 
 
 if __name__ == "__main__":

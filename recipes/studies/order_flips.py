@@ -63,7 +63,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.tasks.sudoku.solver import is_completion
-from recipes.studies.paired import holm, interval, markdown, sign_flip
+from recipes.studies.paired import half_width, holm, interval, markdown, sign_flip
 from recipes.sudoku_tiny import NO_DIGITS, any_grids, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, and by order, copy and weights: bias and noise
@@ -511,49 +511,78 @@ def over(models: Sequence[Model], of: Callable[[Model], float]) -> str:
     return interval([of(model) for model in models])
 
 
+ORDER_NAMES = {  # in tables
+    "max_prob": "`MaxProb`",
+    "confidence": "`Confidence`",
+    "plackett_luce 0.05": "`PlackettLuce`, 0.05",
+    "plackett_luce 0.1": "`PlackettLuce`, 0.1",
+    "plackett_luce 0.3": "`PlackettLuce`, 0.3",
+    "random": "random",
+}
+COPY_NAMES = {"INT4": "INT4", "FP8": "FP8", "kernel": "another attention kernel"}
+WEIGHT_NAMES = {
+    "none": "no correction",
+    "tis": "TIS",
+    "exact": "TIS without the cut",
+    "answer": "completion weights",
+    "ais": "AIS (our lambda)",
+    "aligned": "aligned forward",
+}
+
+
 def order_rows(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By order under INT4: the learner's expected reward, the bias under each of the weights, and the median noise."""
+    """By order under INT4: the learner's expected reward, and the error that each of the weights leaves."""
+    return [
+        {
+            "order": ORDER_NAMES[order],
+            "solved by the learner": over(models, lambda model, order=order: model["reward"][order]),
+        }
+        | {
+            name: over(models, lambda model, order=order, weights=weights: bias(model, order, "INT4", weights))
+            for weights, name in WEIGHT_NAMES.items()
+        }
+        for order in ORDERS
+    ]
+
+
+def noise_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order under INT4: the median noise of one rollout's gradient, to two digits."""
 
     def noise(order: str, weights: str) -> str:
         found = [model["settings"][str(Setting(order, "INT4", weights))]["noise"] for model in models]
-        return f"{median(found):.2g}"
+        return f"{float(f'{median(found):.2g}'):,.0f}"
 
     return [
-        {"order": order, "reward": over(models, lambda model, order=order: model["reward"][order])}
-        | {
-            weights: over(models, lambda model, order=order, weights=weights: bias(model, order, "INT4", weights))
-            for weights in WEIGHTS
-        }
-        | {f"noise, {weights}": noise(order, weights) for weights in NOISY}
+        {"order": ORDER_NAMES[order]} | {WEIGHT_NAMES[weights]: noise(order, weights) for weights in NOISY}
         for order in ORDERS
     ]
 
 
 def copy_rows(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By copy under max_prob: the share of positions that flip, and the bias of exact weights with flips and without.
-
-    More digits are given than intervals have, since kernel noise is small."""
+    """By copy under max_prob: the share of flips, and the error of exact weights with flips and without."""
     rows = []
     for name in COPIES:
         exact = ("max_prob", name, "exact")
         rows.append(
             {
-                "copy": name,
-                "flipped": over(models, lambda model, name=name: model["flips"][name]),
-                "exact": over(models, lambda model, exact=exact: bias(model, *exact)),
-                "exact, no flips": over(models, lambda model, exact=exact: bias(model, *exact, "no flips")),
+                "copy": COPY_NAMES[name],
+                "flips": over(models, lambda model, name=name: model["flips"][name]),
+                "TIS without the cut": over(models, lambda model, exact=exact: bias(model, *exact)),
+                "TIS without the cut, no flips": over(
+                    models, lambda model, exact=exact: bias(model, *exact, "no flips")
+                ),
             }
         )
     return rows
 
 
 def alone_rows(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By scored order under INT4: the bias of exact weights with the order's part, and of the tokens alone."""
+    """By scored order under INT4: the error of exact weights with the order's part, and of the tokens alone."""
     return [
         {
-            "order": order,
-            "tokens and order": over(models, lambda model, order=order: bias(model, order, "INT4", "exact")),
-            "tokens alone": over(models, lambda model, order=order: bias(model, order, "INT4", "exact", "alone")),
+            "order": ORDER_NAMES[order],
+            "tokens and order scored": over(models, lambda model, order=order: bias(model, order, "INT4", "exact")),
+            "only tokens scored": over(models, lambda model, order=order: bias(model, order, "INT4", "exact", "alone")),
         }
         for order in filter(scored, ORDERS)
     ]
@@ -566,16 +595,19 @@ def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     left = [bias(model, "plackett_luce 0.1", "INT4", "exact") / bias(model, *exact) for model in models]
     lost = [model["reward"]["max_prob"] - model["reward"]["plackett_luce 0.1"] for model in models]
     tests = holm([sign_flip([each - 0.5 for each in values]) for values in (shares, left)])
-    named = {
-        "the share of the bias that flips make is above 0.5": shares,
-        "the bias under plackett_luce 0.1, in parts of max_prob's, is below 0.5": left,
-        "the reward that plackett_luce 0.1 costs is below 0.02": lost,
-    }
-    p_values = [*(f"{p:.3f}" for p in tests), "-"]
-    return [
-        {"stated before the runs": claim, "found, 95 %": interval(values), "Holm's p of a difference": p}
-        for (claim, values), p in zip(named.items(), p_values, strict=True)
-    ]
+    rows = []
+    for claim, values, p, holds in (
+        ("the share of the error that flips make is above 0.5", shares, tests[0], mean(shares) > 0.5),
+        ("the error under `PlackettLuce`, 0.1, divided by that under `MaxProb`, is below 0.5",
+         left, tests[1], mean(left) < 0.5),
+        ("the share of solved puzzles that `PlackettLuce`, 0.1, loses is below 0.02",
+         lost, None, mean(lost) + half_width(lost) < 0.02),
+    ):  # fmt: skip
+        is_sure = p is None or p < 0.05
+        opposite = "the opposite is shown" if p is not None and is_sure else "not shown"
+        rows.append({"claim": claim, "found": interval(values), "p": "-" if p is None else f"{p:.3f}"})
+        rows[-1]["verdict"] = "shown" if holds and is_sure else opposite
+    return rows
 
 
 def picture(models: Sequence[Model], path: Path) -> None:
@@ -591,11 +623,11 @@ def picture(models: Sequence[Model], path: Path) -> None:
         for column, order in enumerate(ORDERS):
             found = [max(bias(model, order, "INT4", weights), 1e-3) for model in models]
             x = column + 0.15 * (place - (len(shown) - 1) / 2)
-            style = {"color": f"C{place}", "label": weights if column == 0 else None}
+            style = {"color": f"C{place}", "label": WEIGHT_NAMES[weights] if column == 0 else None}
             axis.plot([x] * len(found), found, ".", alpha=0.6, **style)
             axis.plot([x - 0.06, x + 0.06], [mean(found)] * 2, color=f"C{place}", linewidth=2)
-    axis.set(yscale="log", ylabel="bias / |gradient| (below 0.001: 0.001)", xticks=range(len(ORDERS)))
-    axis.set_xticklabels(ORDERS, fontsize="small")
+    axis.set(yscale="log", ylabel="error of the gradient (below 0.001: 0.001)", xticks=range(len(ORDERS)))
+    axis.set_xticklabels([name.replace("`", "").replace(", ", "\n") for name in ORDER_NAMES.values()], fontsize="small")
     axis.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
@@ -604,7 +636,13 @@ def picture(models: Sequence[Model], path: Path) -> None:
 
 def page_tables() -> dict[str, str]:
     models = read_json(STORED)
-    rows = {"orders": order_rows, "claims": claim_rows, "copies": copy_rows, "tokens alone": alone_rows}
+    rows = {
+        "orders": order_rows,
+        "claims": claim_rows,
+        "copies": copy_rows,
+        "tokens alone": alone_rows,
+        "noise": noise_rows,
+    }
     return {name: markdown(of(models)) for name, of in rows.items()}
 
 
@@ -618,8 +656,7 @@ def main() -> None:
         if not options.report and seed not in {model["seed"] for model in models}:
             models.append(run_model(seed))
             write_json(STORED, models)
-    for rows in (order_rows, copy_rows, alone_rows, claim_rows):
-        print(markdown(rows(models)))
+    print("\n".join(page_tables().values()))
     if not options.report:
         picture(models, STORED.with_suffix(".png"))
 

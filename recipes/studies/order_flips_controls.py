@@ -59,8 +59,20 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import Rank
 from dllm_rl.tasks.countdown.graders import countdown_strict
 from dllm_rl.training.trainer import train
-from recipes.studies.order_flips import BLANKS, PART, Canvases, Model, Setting, bias, canvases, measured, trained
-from recipes.studies.paired import claimed_rows, interval, markdown
+from recipes.studies.order_flips import (
+    BLANKS,
+    ORDER_NAMES,
+    PART,
+    WEIGHT_NAMES,
+    Canvases,
+    Model,
+    Setting,
+    bias,
+    canvases,
+    measured,
+    trained,
+)
+from recipes.studies.paired import claimed_rows, interval, markdown, verdict_rows
 from recipes.sudoku_tiny import NO_DIGITS, few_clues, learn
 
 STORED = Path(__file__).with_suffix(".json")  # a line a case and model
@@ -229,25 +241,41 @@ def of_case(stored: Sequence[Model], case: str) -> list[Model]:
     return [model for model in stored if model["case"] == case and model["steps"] < SKIPPED]
 
 
+CASE_NAMES = {  # in tables
+    "fresh": "twenty new models",
+    "after RL": "after RL in `MaxProb` order",
+    "after RL, random": "after RL in random order",
+    "Countdown": "Countdown",
+}
+
+
 def case_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
-    """By case, order and copy: the expected reward, the median length of the true gradient, the share of flipped steps,
-    and the bias of each of the weights, in lengths."""
+    """By case and order under INT4: the expected reward, the median length of the true gradient, and the error that
+    each of the weights leaves."""
     rows = []
-    for case, (order, copied) in product(SEEDS, ROWS):
+    for case, order in product(SEEDS, ("max_prob", "random")):
         models = of_case(stored, case)
-        if copied not in models[0]["flips"]:
-            continue
-        row = {"case": case, "order": order, "copy": copied, "models": str(len(models))}
-        row["reward"] = interval([model["reward"][order] for model in models])
-        row["length"] = f"{median(model['length'][order] for model in models):.3g}"
-        row["flipped"] = interval([model["flips"][copied] for model in models]) if order == "max_prob" else "-"
+        row = {"models": CASE_NAMES[case], "order": ORDER_NAMES[order]}
+        row["solved by the learner"] = interval([model["reward"][order] for model in models])
+        row["gradient's length"] = f"{median(model['length'][order] for model in models):.3g}"
         for weights in WEIGHTS:
-            row[weights] = interval([bias(model, order, copied, weights) for model in models])
+            row[WEIGHT_NAMES[weights]] = interval([bias(model, order, "INT4", weights) for model in models])
+        rows.append(row)
+    return rows
+
+
+def flip_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
+    """By case under INT4 and `max_prob`: the share of flips, and the errors with them and without."""
+    rows = []
+    for case in SEEDS:
+        models = of_case(stored, case)
+        row = {"models": CASE_NAMES[case], "flips": interval([model["flips"]["INT4"] for model in models])}
         for weights in ("tis", "exact"):
-            key = str(Setting("max_prob", copied, weights, "no flips"))
-            there = order == "max_prob" and key in models[0]["settings"]
-            held = [model["settings"][key]["bias"] for model in models] if there else []
-            row[f"{weights}, no flips"] = interval(held) if held else "-"
+            setting = ("max_prob", "INT4", weights)
+            row[WEIGHT_NAMES[weights]] = interval([bias(model, *setting) for model in models])
+            row[f"{WEIGHT_NAMES[weights]}, no flips"] = interval(
+                [bias(model, *setting, "no flips") for model in models]
+            )
         rows.append(row)
     return rows
 
@@ -266,32 +294,47 @@ def claims(stored: Sequence[Model], case: str) -> Mapping[str, list[float]]:
     }
 
 
+def families(stored: Sequence[Model]) -> list[dict[str, list[float]]]:
+    """What was claimed of fresh models, and of the others."""
+    fresh, *others = (claims(stored, case) for case in SEEDS)
+    return [dict(fresh), {claim: values for case in others for claim, values in case.items()}]
+
+
 def claim_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
-    """The two families of claims."""
-    rows = []
-    for family in (("fresh",), tuple(case for case in SEEDS if case != "fresh")):
-        every = {claim: values for case in family for claim, values in claims(stored, case).items()}
-        rows += claimed_rows(every)
-    return rows
+    return [row for family in families(stored) for row in claimed_rows(family)]
+
+
+SAID = {
+    "TIS leaves less bias in random order": "TIS leaves less error in random order than under `MaxProb`",
+    "the bias is more than twice that without flips": "the error under `MaxProb` is more than twice that without flips",
+}
+
+
+def verdicts(stored: Sequence[Model]) -> list[dict[str, str]]:
+    """`claim_rows` as the page has them."""
+
+    def said(claim: str) -> str:
+        case, what = claim.split(": ")
+        return f"{CASE_NAMES[case]}: {SAID[what]}"
+
+    return [row for family in families(stored) for row in verdict_rows(family, said, "models")]
 
 
 def noise_rows(stored: Sequence[Model]) -> list[dict[str, str]]:
-    """The bias under INT4 less that under noise of its size, without a claim."""
+    """The error under INT4 and under noise of its size, without a claim."""
     models = of_case(stored, "fresh")
-    return [
-        {"order": order, "weights": weights}
-        | {
-            "INT4 less noise, 95 %": interval(
-                [bias(model, order, "INT4", weights) - bias(model, order, "noise", weights) for model in models]
-            )
-        }
-        for order, weights in product(("max_prob", "random"), WEIGHTS)
-    ]
+    rows = []
+    for order, weights in product(("max_prob", "random"), WEIGHTS):
+        int4, noise = ([bias(model, order, copied, weights) for model in models] for copied in ("INT4", "noise"))
+        rows.append({"order": ORDER_NAMES[order], "correction": WEIGHT_NAMES[weights]})
+        rows[-1] |= {"error, INT4": interval(int4), "error, noise": interval(noise)}
+        rows[-1]["INT4 minus noise"] = interval([a - b for a, b in zip(int4, noise, strict=True)])
+    return rows
 
 
 def page_tables() -> dict[str, str]:
     models = read_json(STORED)
-    rows = {"cases": case_rows, "claims": claim_rows, "noise": noise_rows}
+    rows = {"cases": case_rows, "flips": flip_rows, "claims": verdicts, "noise": noise_rows}
     return {name: markdown(of(models)) for name, of in rows.items()}
 
 
@@ -314,8 +357,7 @@ def main() -> None:
             if ("Countdown", seed) not in there and len(of_case(stored, "Countdown")) < MODELS:
                 stored += run_countdown(seed)
                 write_json(STORED, stored)
-    for rows in (case_rows, claim_rows, noise_rows):
-        print(markdown(rows(stored)))
+    print("\n".join(page_tables().values()))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ from recipes.studies.paired import (
     result_path,
     run_missing,
     train_one,
+    verdict,
 )
 from recipes.sudoku_unique import recipe
 
@@ -268,8 +269,7 @@ def claims_of(claims: Claims) -> str:
         claim, how = in_words(row["stated before the runs"]).rsplit(", ", 1)
         rows.append({"claim": claim, "solved": how, "difference": row["found, 95 %"]})
         rows[-1] |= {"seeds above 0": row["above 0"], "p": row["Holm's p"]}
-        direction = "the opposite is shown" if row["found, 95 %"].startswith("-") else "shown"
-        rows[-1]["verdict"] = direction if float(row["Holm's p"]) < 0.05 else "not shown"
+        rows[-1]["verdict"] = verdict(row)
     return markdown(rows)
 
 

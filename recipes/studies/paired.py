@@ -303,6 +303,28 @@ def claimed_rows(found: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
     ]
 
 
+def verdict(row: Mapping[str, str]) -> str:
+    """What a row of `claimed_rows` says of its claim."""
+    direction = "the opposite is shown" if row["found, 95 %"].startswith("-") else "shown"
+    return direction if float(row["Holm's p"]) < 0.05 else "not shown"
+
+
+def verdict_rows(
+    found: Mapping[str, Sequence[float]], said: Callable[[str], str], counted: str = "seeds"
+) -> list[dict[str, str]]:
+    """`claimed_rows` with a verdict, as a page has them: each claim as it is `said`."""
+    return [
+        {
+            "claim": said(row["stated before the runs"]),
+            "difference": row["found, 95 %"],
+            f"{counted} above 0": row["above 0"],
+            "p": "< 0.001" if row["Holm's p"] == "0.000" else row["Holm's p"],
+            "verdict": verdict(row),
+        }
+        for row in claimed_rows(found)
+    ]
+
+
 def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = None) -> str:
     """The rows as a table: all columns of the first row, or those named."""
     heads = list(columns or rows[0]) if rows else []
