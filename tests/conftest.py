@@ -53,7 +53,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(20_000, 20, 20)  # the defaults collect at every 700 objects, which is twice for each forward
+        gc.set_threshold(20_000, 20, 20)  # by default 700 new objects start a collection
         gc.enable()
 
 

@@ -147,7 +147,7 @@ def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     heads = {
         LESS: "less error than no correction",
         THIRD: "less than a third of that error",
-        SHARE: "a smaller share of it than under `MaxProb`",
+        SHARE: "a smaller share left than under `MaxProb`",
     }
     rows = [row for row in named_rows() if row["order"] != NAMES["max_prob"]]
     for row, (order, copied) in zip(rows, product(("random", "left_to_right"), COPIES), strict=True):
