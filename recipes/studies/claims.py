@@ -44,7 +44,7 @@ from recipes.studies import (
     training_order,
     values,
 )
-from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown
+from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
 
 Rows = Sequence[Mapping[str, str]]
 Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the model if that was not made for the task
@@ -61,11 +61,11 @@ OPPOSITES = {
 
 def outcome(row: Mapping[str, str]) -> str:
     """Of a row of a table of claims. A claim of harm holds below 0, and one that two arms differ on either side."""
-    claim, (found,) = row["stated before the runs"], [cell for head, cell in row.items() if head.endswith("95 %")]
-    if float(row["Holm's p"]) >= 0.05:
+    claim, side = row["stated before the runs"], shown_side(row)
+    if not side:
         return UNDECIDED
     harm = re.search(r"\bharms?\b", claim) is not None
-    return SHOWN if "differ" in claim or found.startswith("-") == harm else OPPOSITE
+    return SHOWN if "differ" in claim or (side < 0) == harm else OPPOSITE
 
 
 def opposite(claim: str) -> str:

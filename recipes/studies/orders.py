@@ -44,7 +44,7 @@ from dllm_rl import NVFP4, FakeQuantize, Float8WeightOnly, Int4WeightOnly, Schem
 from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from recipes.studies.order_flips import PUZZLES, Model, Setting, bias, canvases, measured, trained
-from recipes.studies.paired import claimed_rows, interval, markdown
+from recipes.studies.paired import claimed_rows, interval, markdown, verdict
 from recipes.sudoku_tiny import few_clues
 
 STORED = Path(__file__).with_suffix(".json")  # by model: rewards, lengths, flips, and every bias
@@ -143,7 +143,7 @@ def correction_rows(models: Sequence[Model]) -> list[dict[str, str]]:
 
 def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     """By order and copy: whether each of its claims is shown, and the p of Holm's correction over all claims."""
-    p_of = {row["stated before the runs"]: row["Holm's p"] for row in claimed_rows(claims(models))}
+    row_of = {row["stated before the runs"]: row for row in claimed_rows(claims(models))}
     heads = {
         LESS: "less error than no correction",
         THIRD: "less than a third of that error",
@@ -152,8 +152,8 @@ def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     rows = [row for row in named_rows() if row["order"] != NAMES["max_prob"]]
     for row, (order, copied) in zip(rows, product(("random", "left_to_right"), COPIES), strict=True):
         for what, head in heads.items():
-            p = p_of.get(claim(order, copied, what))
-            row[head] = "-" if p is None else f"{'shown' if float(p) < 0.05 else 'not shown'}, p {p}"
+            found = row_of.get(claim(order, copied, what))
+            row[head] = ", p ".join([verdict(found), found["Holm's p"]]) if found else "-"
             row[head] = row[head].replace("p 0.000", "p < 0.001")
     return rows
 

@@ -72,6 +72,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from recipes.quantized_sudoku import ESS, MISMATCH, STYLES, sampled_solve_rate
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
+from recipes.studies.orders import NAMES
 from recipes.studies.paired import (
     Results,
     Study,
@@ -298,14 +299,11 @@ def costs(results: Results) -> str:
         "max_prob: nvfp4",
     ):
         order, name = arm.split(": ")
-        rows.append({"rollouts": in_words(name), "order": ORDER_NAMES[order]})
+        rows.append({"rollouts": in_words(name), "order": NAMES[order]})
         for what, more, less in (("cost", f"{order}: unquantized", arm), ("gain of TIS", f"{arm}, tis", arm)):
             for how, (learner, _) in BOTH.items():
                 rows[-1][f"{what}, {how}"] = interval(paired(results, more, less, learner))
     return markdown(rows)
-
-
-ORDER_NAMES = {"random": "random", "left_to_right": "left to right", "max_prob": "`MaxProb`"}  # in tables
 
 
 def page_tables() -> dict[str, str]:

@@ -303,10 +303,15 @@ def claimed_rows(found: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
     ]
 
 
+def shown_side(row: Mapping[str, str]) -> int:
+    """On which side of 0 a row of `claimed_rows` or `contrast_rows` shows its number: 1 above, -1 below, 0 on none."""
+    (found,) = (cell for head, cell in row.items() if head.endswith("95 %"))
+    return 0 if float(row["Holm's p"]) >= 0.05 else -1 if found.startswith("-") else 1
+
+
 def verdict(row: Mapping[str, str]) -> str:
     """What a row of `claimed_rows` says of its claim."""
-    direction = "the opposite is shown" if row["found, 95 %"].startswith("-") else "shown"
-    return direction if float(row["Holm's p"]) < 0.05 else "not shown"
+    return {1: "shown", -1: "the opposite is shown", 0: "not shown"}[shown_side(row)]
 
 
 def verdict_rows(
@@ -434,13 +439,6 @@ def tune(study: Study, root: Path) -> None:
 def better_two(results: Results, trials: Iterable[str]) -> list[str]:
     """The trials of an arm that reach most on the first of TUNED_ON."""
     return sorted(trials, key=lambda trial: -results[trial, TUNED_ON[0]]["after"])[:2]
-
-
-def best_trial(results: Results, trials: Iterable[str]) -> str:
-    """Of the better two, the trial with the higher mean over TUNED_ON; of equal ones the earlier in `trials`."""
-    trials = list(trials)
-    finalists = sorted(better_two(results, trials), key=trials.index)
-    return max(finalists, key=lambda trial: mean(results[trial, seed]["after"] for seed in TUNED_ON))
 
 
 def tune_in_two_rounds(

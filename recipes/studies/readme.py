@@ -15,12 +15,23 @@ from dllm_rl.files import read_json, replacing
 from dllm_rl.monitoring.plots import default_style
 from recipes.studies import int4_orders, int4_orders_controls, late_rollouts, low_bits_tuned, orders, orders_trained
 from recipes.studies.order_flips import bias
-from recipes.studies.paired import Contrast, Results, by_arm, half_width, holm, interval, markdown, paired, sign_flip
+from recipes.studies.orders import NAMES
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    by_arm,
+    claimed_rows,
+    half_width,
+    interval,
+    markdown,
+    paired,
+    shown_side,
+    verdict,
+)
 
 PICTURE = Path(__file__).with_suffix(".png")
 FORMATS = ("FP8", "INT4", "NVFP4")
-ORDERS = {"random": "random", "left_to_right": "left to right", "max_prob": "MaxProb"}
-NAMES = ORDERS | {"max_prob": "`MaxProb`"}  # in tables
+ORDERS = {order: name.replace("`", "") for order, name in NAMES.items()}  # in the picture
 STYLES: dict[str, dict[str, Any]] = {  # of the picture, by correction; the first two also in its first panel
     "none": {"color": "#d9772b", "marker": "o", "label": "no correction"},
     "TIS": {"color": "#3b7dd8", "marker": "s", "label": "TIS"},
@@ -266,14 +277,13 @@ def verdicts() -> dict[tuple[str, str], str]:
     """By task and claim what was found, with Holm's p."""
     found = {}
     for task, claims in families().values():
-        p_values = holm([sign_flip(values) for values in claims.values()])
-        for (claim, values), p in zip(claims.items(), p_values, strict=True):
-            word = "undecided" if p >= 0.05 else "shown" if mean(values) > 0 else "the opposite is shown"
-            found[task, claim] = f"{word} ({p:.3f})"
+        for row in claimed_rows(claims):
+            word, p = verdict(row) if shown_side(row) else "undecided", row["Holm's p"]
+            found[task, row["stated before the runs"]] = f"{word} ({p})"
     return found
 
 
-def verdict(found: Mapping[tuple[str, str], str], task: str, claim: str | None) -> dict[str, str]:
+def by_decoding(found: Mapping[tuple[str, str], str], task: str, claim: str | None) -> dict[str, str]:
     """What was found of a claim, by decoding; one without a decoding in its name is about greedy decoding."""
     return {
         "greedy": found.get((task, f"{claim}, greedy")) or found.get((task, str(claim)), "-"),
@@ -287,7 +297,7 @@ def claims_of_cases() -> str:
     for case in cases():
         row = case.named
         for words in (COSTS, *BETTER):
-            both = verdict(found, case.task, case.claimed.get(words))
+            both = by_decoding(found, case.task, case.claimed.get(words))
             late = both["temperature 1"]
             row[words] = both["greedy"] if late == "-" else f"{both['greedy']}; at temperature 1 {late}"
         if case.claimed:
@@ -338,7 +348,10 @@ OTHER_CLAIMS = {  # in the words of the page: task, the claim of the study
 def other_claims() -> str:
     found = verdicts()
     return markdown(
-        [{"task": task, "claim": words} | verdict(found, task, claim) for words, (task, claim) in OTHER_CLAIMS.items()]
+        [
+            {"task": task, "claim": words} | by_decoding(found, task, claim)
+            for words, (task, claim) in OTHER_CLAIMS.items()
+        ]
     )
 
 

@@ -43,7 +43,7 @@ from dllm_rl import LeftToRight, MaxProb, PlackettLuce, RandomOrder, Rank, Traje
 from dllm_rl.files import read_json, write_json
 from dllm_rl.versions import versions
 from recipes.studies import paired
-from recipes.studies.paired import TUNED_ON, capability, claimed_rows, interval, markdown, result_path
+from recipes.studies.paired import TUNED_ON, capability, claimed_rows, interval, markdown, result_path, shown_side
 from recipes.studies.reuse import (
     BEYOND,
     GRIDS,
@@ -188,8 +188,7 @@ def claim_rows(results: Results) -> list[dict[str, str]]:
         order = claim.removesuffix(" differs from MaxProb")
         rows.append({"task": name, "trained in": IN_TABLES[order], "compared": COMPARED[OF[name]]})
         rows[-1] |= {"minus `MaxProb`": row["found, 95 %"], "seeds above 0": row["above 0"], "p": row["Holm's p"]}
-        direction = "worse" if row["found, 95 %"].startswith("-") else "better"
-        rows[-1]["verdict"] = f"shown: {direction}" if float(row["Holm's p"]) < 0.05 else "not shown"
+        rows[-1]["verdict"] = {1: "shown: better", -1: "shown: worse", 0: "not shown"}[shown_side(row)]
     return rows
 
 
