@@ -29,15 +29,16 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 
 def test_resume_continues_bit_for_bit(tmp_path):
-    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 1, "save_total_limit": 9}
-    changes |= {"num_steps": 2, "train_batch_size": 2, "report_to": None}
-    whole = weights_of(train(tiny_recipe(tmp_path, **changes)))
-    rows = metrics_of(tmp_path)
+    changes = {"sft_warmup_steps": 1, "num_iterations": 2, "beta": 0.01, "save_steps": 1, "save_total_limit": 9}
+    changes |= {"num_steps": 2, "lr_schedule_steps": 2, "train_batch_size": 2, "report_to": None}
+    summary = train(tiny_recipe(tmp_path, **changes))
+    rows, folder = metrics_of(tmp_path), tmp_path / "checkpoints"
+    whole = {2: weights_of(summary), 1: weights_of({"checkpoint": str(folder / "step-000001")})}
     for step in (1, 0):
-        start = str(tmp_path / "checkpoints" / f"step-00000{step}")
-        again = weights_of(train(tiny_recipe(tmp_path, resume_from_checkpoint=start, **changes)))
-        assert all(torch.equal(again[name], weight) for name, weight in whole.items()), f"resumed at {step}"
-        assert metrics_of(tmp_path) == rows, f"resumed at {step}"
+        changes |= {"num_steps": step + 1, "resume_from_checkpoint": str(folder / f"step-00000{step}")}
+        again = weights_of(train(tiny_recipe(tmp_path, **changes)))
+        assert all(torch.equal(again[name], weight) for name, weight in whole[step + 1].items()), f"resumed at {step}"
+        assert metrics_of(tmp_path) == rows[: step + 1], f"resumed at {step}"
 
 
 def test_an_optimizer_other_than_adamw_gets_its_state_and_the_weight_decay_of_the_resumed_recipe(tmp_path):
@@ -56,25 +57,38 @@ def test_an_optimizer_other_than_adamw_gets_its_state_and_the_weight_decay_of_th
     assert all(torch.equal(saved, loaded) for saved, loaded in moments)
 
 
+EVERY = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """A run of three steps with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("three_steps")
+    train(tiny_recipe(folder, **EVERY))
+    return folder
+
+
+@pytest.fixture
+def run(three_steps, tmp_path):
+    return Path(shutil.copytree(three_steps, tmp_path / "run"))
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=2))
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
+    train(tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=2))
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [1, 2]
 
 
 def state_of(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
-    every = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "train_batch_size": 2}
-    train(tiny_recipe(tmp_path, **every))
-    folder, before = tmp_path / "checkpoints", {}
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(run, capsys):
+    folder, before = run / "checkpoints", {}
     for step, path in checkpoint.list_checkpoints(folder):
         before[step] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
-    capsys.readouterr()
     # Two steps in all: with the abandoned 2 and 3 still in place, a limit of 1 would delete the step 2 just written.
     resume = {"num_steps": 2, "lr_schedule_steps": 3, "save_total_limit": 1}
-    summary = train(tiny_recipe(tmp_path, **every | resume, resume_from_checkpoint=str(folder / "step-000001")))
+    summary = train(tiny_recipe(run, **EVERY | resume, resume_from_checkpoint=str(folder / "step-000001")))
     assert summary["checkpoint"] == str(folder / "step-000002") and state_of(Path(summary["checkpoint"]))["step"] == 2
     assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [2]
     said = capsys.readouterr().out.replace("\n", "")
@@ -83,9 +97,9 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
         assert str(aside) in said
         assert {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()} == before[step]
     # One that was set aside can be gone on from, and another of its step is set aside in turn, under a free name.
-    train(tiny_recipe(tmp_path, **every, resume_from_checkpoint="latest"))
+    train(tiny_recipe(run, **EVERY, resume_from_checkpoint="latest"))
     again = {"resume_from_checkpoint": str(folder / "step-000002.set-aside")}
-    summary = train(tiny_recipe(tmp_path, **every, **again))
+    summary = train(tiny_recipe(run, **EVERY, **again))
     assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
     assert summary["checkpoint"] == str(folder / "step-000003")
     assert {path.name for path in folder.glob("*-2")} == {"step-000002.set-aside-2", "step-000003.set-aside-2"}
@@ -109,24 +123,22 @@ def test_resuming_the_newest_sets_nothing_aside(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*set-aside*"))
 
 
-def test_a_half_written_folder_is_no_checkpoint(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=1))
-    (tmp_path / "checkpoints" / ".partial-000009-1").mkdir()
-    assert checkpoint.locate("latest", tmp_path / "checkpoints").name == "step-000001"
+def test_a_half_written_folder_is_no_checkpoint(run):
+    (run / "checkpoints" / ".partial-000009-1").mkdir()
+    assert checkpoint.locate("latest", run / "checkpoints").name == "step-000003"
     with pytest.raises(ValueError, match="is not a checkpoint folder"):
-        checkpoint.locate(str(tmp_path / "checkpoints" / ".partial-000009-1"), tmp_path / "checkpoints")
+        checkpoint.locate(str(run / "checkpoints" / ".partial-000009-1"), run / "checkpoints")
 
 
-def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    train(tiny_recipe(tmp_path, num_steps=1))
-
+def test_a_write_that_fails_leaves_the_old_checkpoint(run, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        train(tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest"))
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 1]
+        again = {"num_steps": 4, "lr_schedule_steps": 3, "resume_from_checkpoint": "latest"}
+        train(tiny_recipe(run, **EVERY | again))
+    assert [step for step, _ in checkpoint.list_checkpoints(run / "checkpoints")] == [0, 1, 2, 3]
 
 
 def test_room_is_needed_for_as_much_as_the_last_checkpoint_took(tmp_path, monkeypatch):

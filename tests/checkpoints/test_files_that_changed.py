@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 ROWS = [{"prompt": f"{a}="} for a in "12345678"]
 SETTINGS = {"max_new_tokens": 2, "train_batch_size": 2, "num_generations": 2, "eval_split": 2, "report_to": "none"}
-SETTINGS |= {"lr_schedule_steps": 4, "num_steps": 1}
+SETTINGS |= {"lr_schedule_steps": 4, "num_steps": 0}
 
 
 def policy(seed=0):
@@ -84,7 +84,7 @@ def test_a_teacher_or_a_base_of_adapters_that_changed_is_refused(tmp_path, of, c
     settings = SETTINGS | more | {"output_dir": str(tmp_path / "run")}
     grpo(model, ROWS, reward, **settings)
     CHANGES[change](tmp_path / "folder")
-    resumed = settings | {"num_steps": 2, "resume_from_checkpoint": "latest"}
+    resumed = settings | {"num_steps": 1, "resume_from_checkpoint": "latest"}
     if change != "the same":
         with pytest.raises(ValueError, match=f"{of}.*: its weights, config or tokenizer are not those"):
             grpo(model, ROWS, reward, **resumed)
@@ -96,7 +96,7 @@ def test_a_teacher_or_a_base_of_adapters_that_changed_is_refused(tmp_path, of, c
 def test_another_teacher_in_memory_is_refused(tmp_path):
     settings = SETTINGS | {"output_dir": str(tmp_path / "run")}
     grpo(policy(), ROWS, reward, teacher=policy(seed=1), **settings)
-    resumed = settings | {"num_steps": 2, "resume_from_checkpoint": "latest"}
+    resumed = settings | {"num_steps": 1, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"teacher: its weights.*, or resume with allow_changed='teacher'"):
         grpo(policy(), ROWS, reward, teacher=policy(seed=2), **resumed)
     grpo(policy(), ROWS, reward, teacher=policy(seed=1), **resumed)

@@ -154,7 +154,7 @@ def test_the_rows_of_a_data_set_are_not_stored():
 
 
 def test_a_resume_with_another_recipe(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=1))
+    train(tiny_recipe(tmp_path, num_steps=0))
     with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
     said = r"^corrector=TIS\(cap=2\.0, level='token'.*\) differs from the checkpoint's AIS\(cap=2\.0"
@@ -164,9 +164,9 @@ def test_a_resume_with_another_recipe(tmp_path):
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
     """Also where a field that both kinds have differs, and with no word of damage."""
-    rl = tiny_recipe(tmp_path / "rl", num_steps=1, adam_beta2=0.99)
+    rl = tiny_recipe(tmp_path / "rl", num_steps=0, adam_beta2=0.99)
     train(rl)
-    supervised = tiny_sft(tmp_path / "sft", num_steps=1)
+    supervised = tiny_sft(tmp_path / "sft", num_steps=0)
     fine_tune(supervised)
     with pytest.raises(ValueError, match=r"of another kind of run, without .*, task, .*; give its folder as model"):
         train(replace(rl, output_dir=str(tmp_path / "sft"), resume_from_checkpoint="latest"))

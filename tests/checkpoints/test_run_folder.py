@@ -28,7 +28,7 @@ def files_of(run):
 
 
 def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, monkeypatch, capfd):
-    settings = {"num_steps": 1, "sft_warmup_steps": 2, "sft_warmup_eval_steps": 9}
+    settings = {"num_steps": 1, "sft_warmup_steps": 1, "sft_warmup_eval_steps": 9}
     train(tiny_recipe(tmp_path / "whole", **settings))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
@@ -55,7 +55,7 @@ def test_a_run_with_a_step_is_not_started_again(tmp_path, left):
 
 
 def test_a_reference_of_another_run_is_refused(tmp_path):
-    train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1))
+    train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=0))
     train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=0, seed=1))
     shutil.rmtree(tmp_path / "a" / "reference")
     shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
@@ -67,10 +67,10 @@ def test_a_reference_of_another_run_is_refused(tmp_path):
 
 
 def test_a_folder_that_holds_a_run(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=1))
+    train(tiny_recipe(tmp_path, num_steps=0))
     with pytest.raises(ValueError, match="already contains a run"):
         train(tiny_recipe(tmp_path, num_steps=1))
-    train(tiny_recipe(tmp_path, num_steps=1, overwrite_output_dir=True))
+    train(tiny_recipe(tmp_path, num_steps=0, overwrite_output_dir=True))
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
@@ -78,7 +78,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("dllm_rl.files.fcntl.lockf", refuse)
-    train(tiny_recipe(tmp_path / "run", num_steps=1))
+    train(tiny_recipe(tmp_path / "run", num_steps=0))
     assert "has no locks: make sure that no other run writes there" in capsys.readouterr().out
 
 
