@@ -42,6 +42,7 @@ def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(tmp_
     assert capsys.readouterr().err.startswith("process 0: scoring, after 0 steps, has taken 0.01 s so far\n")
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_every_stage_of_a_run_is_watched(tmp_path, monkeypatch):
     stages = []
     monkeypatch.setattr(RunLog, "_print_heartbeats", lambda log, done: stages.append(log.place))

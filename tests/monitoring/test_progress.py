@@ -85,12 +85,12 @@ def test_the_time_left_is_known_of_long_steps():
 
 
 def test_a_run_shows_and_keeps_its_warm_up(tmp_path, capsys):
-    settings = {"sft_warmup_steps": 6, "sft_warmup_eval_steps": 3, "logging_steps": 4, "num_steps": 1}
+    settings = {"sft_warmup_steps": 4, "sft_warmup_eval_steps": 2, "logging_steps": 3, "num_steps": 1}
     train(tiny_recipe(tmp_path, **settings))
     out = capsys.readouterr().out
-    assert re.search(r"^warm-up 4/6  loss \d\.\d+  ETA 0:00:0\d$", out, re.MULTILINE)
+    assert re.search(r"^warm-up 3/4  loss \d\.\d+  ETA 0:00:0\d$", out, re.MULTILINE)
     assert "━" not in out.partition("training 1/1")[0].partition("highest and lowest")[0]
     rows = warmup_rows(tmp_path / "metrics.jsonl")
-    assert [row["warmup_step"] for row in rows] == list(range(6)) and rows[0]["warmup/loss"] > rows[5]["warmup/loss"]
-    assert [row["warmup_step"] for row in rows if "warmup/solve_rate" in row] == [2, 5]
+    assert [row["warmup_step"] for row in rows] == list(range(4)) and rows[0]["warmup/loss"] > rows[3]["warmup/loss"]
+    assert [row["warmup_step"] for row in rows if "warmup/solve_rate" in row] == [1, 3]
     assert [row["step"] for row in current_rows(tmp_path / "metrics.jsonl")] == [0]

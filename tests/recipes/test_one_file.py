@@ -87,13 +87,13 @@ class Recorded:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"num_steps": 6},
+        {"num_steps": 3},
         # Ratios leave 1 in the second update, and with such steps many of them the clip.
         pytest.param({"num_steps": 4, "num_iterations": 2, "learning_rate": 5e-3}, marks=pytest.mark.nightly),
         # Unequal shares: three steps write 6, 5 and 5 cells.
         pytest.param({"num_steps": 2, "diffusion_steps": 3, "seed": 1}, marks=pytest.mark.nightly),
     ],
-    ids=["6 steps", "two updates a rollout", "three unmasking steps"],
+    ids=["3 steps", "two updates a rollout", "three unmasking steps"],
 )
 def test_the_package_does_the_same(changed, tmp_path):
     settings = one_file.Settings(train_batch_size=8, num_generations=4, **changed)
