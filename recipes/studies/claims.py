@@ -143,7 +143,7 @@ def by_study() -> dict[Asked, Rows]:
             contrasts(late_rollouts.STUDY, late_rollouts.STORED, "runs"),
             contrasts(lag_two.STUDY, lag_two.STORED),
         ],
-        ("several updates of a late rollout", "late_rollouts", SUDOKU): [
+        ("several updates of a late rollout", "several_updates", SUDOKU): [
             contrasts(several_updates.STUDY, several_updates.STORED, "runs")
         ],
         ("the ESS of the first steps as a warning", "ess", f"{SUDOKU}; Countdown"): [
@@ -210,8 +210,8 @@ STORED: dict[Asked, Sequence[Path]] = {
     ("rollouts by llama.cpp", "mismatch", SUDOKU): [engines.STORED],
     ("rollouts by llama.cpp", "mismatch", f"{SUMS}, autoregressive"): [engines_ar.STORED],
     ("late rollouts", "late_rollouts", SUDOKU): [late_rollouts.STORED, lag_two.STORED],
-    ("late rollouts", "late_rollouts", SUMS): [late_pretrained.STORED],
-    ("several updates of a late rollout", "late_rollouts", SUDOKU): [several_updates.STORED],
+    ("late rollouts", "late_pretrained", SUMS): [late_pretrained.STORED],
+    ("several updates of a late rollout", "several_updates", SUDOKU): [several_updates.STORED],
     ("published methods in equal time", "league", SUDOKU): [
         path for name, path in league.STORED.items() if name.startswith("sudoku")
     ],

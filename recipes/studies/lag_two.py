@@ -18,7 +18,19 @@ from pathlib import Path
 
 from dllm_rl.files import read_json, write_json
 from recipes.studies import late_rollouts
-from recipes.studies.paired import Contrast, by_arm, load, run_missing, tables
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    by_arm,
+    contrast_rows,
+    contrast_values,
+    counted,
+    load,
+    markdown,
+    paired,
+    run_missing,
+    verdict_rows,
+)
 
 STORED = Path(__file__).with_suffix(".json")
 RATES = {"lag 0": 5e-4, "lag 2": 1.25e-4, "lag 2 at 2.5e-4": 2.5e-4}
@@ -34,6 +46,22 @@ STUDY = replace(
         Contrast("2.5e-4 is above 1.25e-4", "lag 2 at 2.5e-4", "lag 2"),
     ),
 )
+
+
+def cost_rows(results: Results) -> list[dict[str, str]]:
+    """By lag and rate what the lag costs."""
+    rows = []
+    for arm, rate in RATES.items():
+        (solved,) = late_rollouts.measured(results, arm, "after")
+        cost = counted(paired(results, "lag 0", arm)) if arm != "lag 0" else "-"
+        rows.append({"lag": arm[4], "learning rate": f"{rate:g}", "solved": solved, "cost": cost})
+    return rows
+
+
+def page_tables() -> dict[str, str]:
+    results = by_arm(read_json(STORED))
+    claims = verdict_rows(contrast_values(STUDY, results), late_rollouts.better)
+    return {"costs": markdown(cost_rows(results)), "claims": markdown(claims)}
 
 
 def main() -> None:
@@ -57,7 +85,8 @@ def main() -> None:
         results = load(options.output_dir)
         if len(results) == len(runs):
             write_json(STORED, list(results.values()))
-    print(tables(STUDY, results))
+    print(markdown(cost_rows(results)))
+    print(markdown(contrast_rows(STUDY, results)))
 
 
 if __name__ == "__main__":

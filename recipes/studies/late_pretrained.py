@@ -36,7 +36,7 @@ from dllm_rl import TIS, Int4WeightOnly, NoCorrection, PPOClip
 from dllm_rl.files import read_json
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
-from recipes.studies.paired import Results, Study, arm_rows, by_arm, interval, main, markdown
+from recipes.studies.paired import Results, Study, by_arm, interval, main, markdown, paired
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
@@ -85,11 +85,51 @@ def quarters(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+WORDS = {  # by arm: rollouts, lag, correction
+    "FP8": ("FP8", "0", "no correction"),
+    "lag 4": ("FP8", "4", "no correction"),
+    "lag 4, tis": ("FP8", "4", "TIS"),
+    "lag 4, dual clip": ("FP8", "4", "dual clip"),
+    "lag 4, slow": ("FP8", "4", "no correction, learning rate / 4"),
+    "int4": ("INT4", "0", "no correction"),
+    "int4, tis": ("INT4", "0", "TIS"),
+    "unquantized": ("own", "0", "no correction"),
+}
+
+
+def named(arm: str) -> dict[str, str]:
+    return dict(zip(("rollouts", "lag", "correction"), WORDS[arm], strict=True))
+
+
+def solved_rows(results: Results) -> list[dict[str, str]]:
+    """By arm what each seed solves, and the mean difference over the seeds that both arms have."""
+    rows = []
+    for arm in STUDY.arms:
+        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        row = named(arm) | {"each seed": ", ".join(f"{run['after']:.2f}" for run in runs)}
+        row["mean"] = interval([run["after"] for run in runs])
+        row["compared with"] = row["difference"] = "-"
+        if against := STUDY.against.get(arm):
+            rollouts, lag, correction = WORDS[against]
+            row["compared with"] = f"{rollouts}, lag {lag}, {correction}"
+            row["difference"] = interval(paired(results, arm, against))
+        rows.append(row)
+    return rows
+
+
+def ess_rows(results: Results) -> list[dict[str, str]]:
+    """By arm the ESS in four parts of the run, over all of it, and of its lowest step."""
+    rows = []
+    for arm, parts in zip(STUDY.arms, quarters(results), strict=True):
+        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        row = named(arm) | {head: cell for head, cell in parts.items() if head != "arm"}
+        rows.append(row | {"lowest step": interval([run["least ess"] for run in runs])})
+    return rows
+
+
 def page_tables() -> dict[str, str]:
     results = by_arm(read_json(STORED))
-    columns = ("arm", "after", "ess", "least ess", "difference, 95 %")
-    arms = markdown(arm_rows(STUDY, results, ["after", "least ess"]), columns)
-    return {"arms": arms, "quarters": markdown(quarters(results))}
+    return {"solved": markdown(solved_rows(results)), "ess": markdown(ess_rows(results))}
 
 
 if __name__ == "__main__":

@@ -41,16 +41,21 @@ from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from recipes.studies.controls import Permuted
 from recipes.studies.paired import (
     Contrast,
+    Results,
     Study,
     arm_rows,
     by_arm,
     contrast_rows,
+    contrast_values,
+    counted,
+    interval,
     load,
     markdown,
+    paired,
     result_path,
     run_missing,
     run_one,
-    tables,
+    verdict_rows,
 )
 from recipes.sudoku_unique import recipe
 
@@ -219,11 +224,93 @@ def main(study: Study, stored: Path, about: str | None) -> None:
     print(markdown(contrast_rows(study, results)))
 
 
+WORDS = {  # of arms and claims, in tables
+    "none again": "no correction, other prompts and draws",
+    "none": "no correction",
+    "dual clip": "dual clip",
+    "decoupled": "decoupled PPO",
+    "tis": "TIS",
+    "ais": "AIS",
+    "tbpo": "weights of TBPO",
+    "icepop": "IcePop",
+    "placebo": "shuffled TIS",
+}
+
+
+def lag_and_correction(arm: str) -> tuple[str, str]:
+    """Of an arm's name, the correction in the words of the page."""
+    lag, _, correction = arm.removeprefix("lag ").partition(", ")
+    return lag, WORDS[correction or "none"]
+
+
+def better(claim: str) -> str:
+    """A claim in the words of the pages."""
+    changes = {"no corrector": "no correction", "its placebo": "shuffled TIS", "is above": "is better than"}
+    for old, new in changes.items():
+        claim = claim.replace(old, new)
+    return claim[0].upper() + claim[1:]
+
+
+def measured(results: Results, arm: str, *columns: str) -> list[str]:
+    """Of each column the mean over the arm's runs, with its interval."""
+    runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+    return [interval([run[column] for run in runs]) for column in columns]
+
+
+def rates_tried(stored: Mapping[str, Any]) -> dict[str, str]:
+    """By arm the rate that was chosen, and in brackets the lowest and the highest one that were tried."""
+    tried: dict[str, list[float]] = {}
+    for run in stored["tuning"]:
+        tried.setdefault(run["arm"].rpartition(" at ")[0], []).append(run["learning_rate"])
+    return {arm: f"{rate:g} ({min(tried[arm]):g} to {max(tried[arm]):g})" for arm, rate in stored["rates"].items()}
+
+
+def rate_rows(stored: Mapping[str, Any]) -> list[dict[str, str]]:
+    """By correction its rates at each lag."""
+    tried = rates_tried(stored)
+    rows: dict[str, dict[str, str]] = {}
+    for arm in tried:
+        lag, correction = lag_and_correction(arm)
+        empty = {"correction": correction} | {f"lag {each}": "-" for each in (0, 1, 2, 4, 8)}
+        rows.setdefault(correction, empty)[f"lag {lag}"] = tried[arm]
+    return list(rows.values())
+
+
+def cost_rows(study: Study, results: Results) -> list[dict[str, str]]:
+    """By lag what it costs without a correction."""
+    rows = []
+    for arm, settings in study.arms.items():
+        if "," not in arm:
+            solved, ess, least = measured(results, arm, "after", "ess", "least ess")
+            row = {"lag": lag_and_correction(arm)[0], "learning rate": f"{settings['learning_rate']:g}"}
+            cost = counted(paired(results, "lag 0", arm)) if arm != "lag 0" else "-"
+            rows.append(row | {"solved": solved, "cost": cost, "mean ESS": ess.partition("±")[0], "lowest ESS": least})
+    return rows
+
+
+def gain_rows(study: Study, results: Results) -> list[dict[str, str]]:
+    """By lag and correction what it gains, and what is left of the cost."""
+    rows = []
+    for arm, settings in study.arms.items():
+        if "," in arm:
+            lag, correction = lag_and_correction(arm)
+            solved, ess, least = measured(results, arm, "after", "ess", "least ess")
+            row = {"lag": lag, "correction": correction, "learning rate": f"{settings['learning_rate']:g}"}
+            row |= {"solved": solved, "gain": counted(paired(results, arm, f"lag {lag}"))}
+            row["cost that is left"] = counted(paired(results, "lag 0", arm))
+            rows.append(row | {"mean ESS": ess.partition("±")[0], "lowest ESS": least})
+    return sorted(rows, key=lambda row: int(row["lag"]))
+
+
 def page_tables() -> dict[str, str]:
     stored = read_json(STORED)
     study, results = at_rates(STUDY, stored["rates"]), by_arm(stored["runs"])
-    rates = [{"arm": arm, "learning rate": f"{rate:g}"} for arm, rate in stored["rates"].items()]
-    return {"arms and claims": tables(study, results, "ess", "least ess"), "rates": markdown(rates)}
+    return {
+        "rates": markdown(rate_rows(stored)),
+        "costs": markdown(cost_rows(study, results)),
+        "gains": markdown(gain_rows(study, results)),
+        "claims": markdown(verdict_rows(contrast_values(study, results), better)),
+    }
 
 
 if __name__ == "__main__":

@@ -213,6 +213,11 @@ def interval(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f}±{half_width(values):.{digits}f}"
 
 
+def counted(differences: Sequence[float]) -> str:
+    """The mean with its interval, and how many of the seeds are above zero."""
+    return f"{interval(differences)} ({sum(each > 0 for each in differences)} of {len(differences)})"
+
+
 def share(results: Results, arm: str, against: str, whole: str) -> str:
     """(arm less against) / (whole less against), paired by seed, and Fieller's 95 % interval.
 
@@ -272,6 +277,11 @@ def arm_rows(study: Study, results: Results, columns: Sequence[str] = ("after",)
             row[column] = f"{mean(found):.3g}" if found else "-"
         rows.append(row)
     return rows
+
+
+def contrast_values(study: Study, results: Results) -> dict[str, list[float]]:
+    """By claim its differences, seed by seed: what `verdict_rows` takes."""
+    return {each.claim: paired(results, each.arm, each.against, each.column) for each in study.contrasts}
 
 
 def contrast_rows(study: Study, results: Results) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from recipes.studies.paired import (
     Results,
     by_arm,
     claimed_rows,
+    counted,
     half_width,
     interval,
     markdown,
@@ -38,11 +39,6 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by correction; the firs
     "shuffled TIS": {"color": "#888888", "marker": "x", "label": "shuffled TIS, a control"},
     "dual clip": {"color": "#2f9e6e", "marker": "D", "label": "dual clip"},
 }
-
-
-def counted(differences: Sequence[float]) -> str:
-    """The mean with its interval, and how many of the seeds are above zero."""
-    return f"{interval(differences)} ({sum(each > 0 for each in differences)} of {len(differences)})"
 
 
 BETTER = {  # the claims about TIS, in the words of the page: as the studies end their own

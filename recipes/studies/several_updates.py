@@ -26,7 +26,7 @@ from typing import Any
 from dllm_rl import TBPO, NoCorrection, PPOClip, QaRL
 from dllm_rl.files import read_json
 from recipes.studies import late_rollouts
-from recipes.studies.paired import Contrast, Study, by_arm, tables
+from recipes.studies.paired import Contrast, Study, by_arm, contrast_values, counted, markdown, paired, verdict_rows
 
 STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every run
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
@@ -57,10 +57,39 @@ STUDY = Study(
 )
 
 
+WORDS = {
+    "none": "no correction",
+    "dual clip": "dual clip",
+    "tbpo": "TBPO",
+    "wide tbpo": "TBPO, wide band",
+    "wide qarl": "QaRL, wide band",
+}
+MEASURED = {  # column of the page: of a run
+    "solved": "after",
+    "mean ESS": "ess",
+    "lowest ESS": "least ess",
+    "cut, advantage below 0": "below the band",
+    "cut, advantage above 0": "above the band",
+}
+
+
+def said(claim: str) -> str:
+    claim = claim.replace("TBPO with the digest's", "TBPO with its own band").replace("an aligned", "the aligned")
+    return late_rollouts.better(claim)
+
+
 def page_tables() -> dict[str, str]:
     stored = read_json(STORED)
-    study, columns = late_rollouts.at_rates(STUDY, stored["rates"]), ("below the band", "above the band")
-    return {"arms and claims": tables(study, by_arm(stored["runs"]), "ess", "least ess", *columns)}
+    results, tried, rows = by_arm(stored["runs"]), late_rollouts.rates_tried(stored), []
+    for arm in ARMS:
+        found = dict(zip(MEASURED, late_rollouts.measured(results, arm, *MEASURED.values()), strict=True))
+        gain = counted(paired(results, arm, "none")) if arm != "none" else "-"
+        row = {"correction": WORDS[arm], "learning rate": tried[arm], "solved": found.pop("solved"), "gain": gain}
+        rows.append(
+            row | {head: cell if head == "lowest ESS" else cell.partition("±")[0] for head, cell in found.items()}
+        )
+    claims = verdict_rows(contrast_values(STUDY, results), said)
+    return {"arms": markdown(rows), "claims": markdown(claims)}
 
 
 if __name__ == "__main__":
