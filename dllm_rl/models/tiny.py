@@ -1,6 +1,7 @@
 """Small models made from scratch: stock transformers classes with a character-level tokenizer."""
 
 import math
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ NUM_HEADS = 4  # default number of attention heads of a block
 # Fields of a config that the arguments and the tokenizer of a tiny model determine.
 TOKENS = ("vocab_size", "pad_token_id", "eos_token_id", "mask_token_id")
 ARGUMENTS = (*TOKENS, "hidden_size", "num_hidden_layers", "max_position_embeddings")
+_REPLACING = Lock()  # two threads would put back each other's functions
 GAIN = 0.7  # initial standard deviation of a block's weights, times sqrt(inputs)
 
 
@@ -245,11 +247,14 @@ def _make_policy(
 ) -> Any:
     """Make the module, and initialize it: matrices in blocks have std GAIN / sqrt(fan_in). Return its policy."""
     import transformers  # not at the top: both imports take seconds
+    from transformers.initialization import no_init_weights
 
     from dllm_rl.models.policy import make_policy
 
-    with torch.random.fork_rng(devices=[]):  # transformers initializes weights with the global RNG
+    # transformers would draw all weights, with the global RNG. It replaces functions of torch to leave that out.
+    with _REPLACING, no_init_weights():
         module = getattr(transformers, model_class)(config)
+    module.tie_weights()
     generator = Generator().manual_seed(seed)
     # With transformers' default, a std of 0.02 everywhere, a model of this size would not learn Sudoku in minutes.
     head = module.get_output_embeddings()
@@ -261,6 +266,8 @@ def _make_policy(
             layer.weight.normal_(0, std, generator=generator)
             if layer.bias is not None:
                 layer.bias.zero_()
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
         else:  # routers, and experts in stacks
             for weight in layer.parameters(recurse=False):
                 if weight.dim() > 1:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm, tiny_moe
+from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma, tiny_llama, tiny_masked_lm, tiny_moe
 
 
 def test_characters_come_back_as_they_were(tmp_path):
@@ -36,6 +36,24 @@ def test_first_weights_have_the_stated_deviations():
     expected = ((module.model.embed_tokens.weight, 0.3), (module.lm_head.weight, 0.1), (up, 0.7 / 96**0.5))
     for weight, std in expected:
         assert weight.std().item() == pytest.approx(std, rel=5 / (2 * weight.numel()) ** 0.5)
+
+
+def test_every_weight_is_set_and_nothing_is_drawn_from_the_global_generator(monkeypatch):
+    """transformers sets none of them; torch then fills with NaN what is allocated without a value."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    state = torch.random.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    try:
+        sizes = {"characters": "ab", "hidden_size": 8, "num_layers": 1}
+        made = [tiny_masked_lm(**sizes), tiny_llama(causal=True, attention_bias=True, **sizes)]
+        made += [tiny_moe(**sizes), tiny_diffusion_gemma(**sizes)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for module in (policy.module for policy in made):
+        assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+        tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
+        assert tied == module.config.get_text_config().tie_word_embeddings
 
 
 @pytest.mark.parametrize(
