@@ -31,7 +31,7 @@ def word_tokenizer(*, reverse=False, **special):
 
 def text_policy(*, causal=False, tied=False, seed=0):
     """Train on crops of the paragraph: hidden words without a chat template, or if causal the next word, and a chat."""
-    steps = 120 if causal else 250
+    steps = 40 if causal else 60
     tokenizer = word_tokenizer(**({} if causal else {"chat_template": None}))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -42,6 +42,7 @@ def text_policy(*, causal=False, tied=False, seed=0):
         max_position_embeddings=192,
         rope_theta=100.0,
         tie_word_embeddings=tied,
+        initializer_range=0.2,  # from transformers' 0.02 it takes four times as many steps
         is_causal=causal,
         pad_token_id=0,
         bos_token_id=None,
@@ -54,7 +55,7 @@ def text_policy(*, causal=False, tied=False, seed=0):
     text = torch.tensor(tokenizer.encode(PARAGRAPH, add_special_tokens=False))
     chat = torch.tensor(word_tokenizer().apply_chat_template(list(CHAT), return_dict=False))[None].repeat(16, 1)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
     for step in range(steps):
         starts = torch.randint(len(text) - 39, (16, 1), generator=generator)
         rows = chat if causal and step % 8 == 0 else text[starts + torch.arange(40)]
@@ -64,7 +65,7 @@ def text_policy(*, causal=False, tied=False, seed=0):
         hidden = hidden & (torch.arange(rows.shape[1]) > 0)
         shown = rows if causal else rows.masked_fill(hidden, 1)
         logprobs = policy.logits(shown, is_token, hidden).log_softmax(-1)
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         optimizer.zero_grad()
         (-logprobs.gather(1, rows[hidden][:, None]).mean()).backward()
         optimizer.step()

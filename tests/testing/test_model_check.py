@@ -28,7 +28,7 @@ from dllm_rl.testing.model_check.text import Scores, judge, mask_candidates
 
 @pytest.fixture(autouse=True)
 def short_completions(monkeypatch):
-    monkeypatch.setattr(subject, "NEW_TOKENS", 16)
+    monkeypatch.setattr(subject, "NEW_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +146,9 @@ def test_adapters_on_another_base(causal_folder, tmp_path):
     add_lora(policy, Lora(r=2))
     adapters = tmp_path / "adapters"
     save_adapter(policy, adapters, base=str(causal_folder), base_digest=digest_of_checkpoint(causal_folder))
-    assert checked(adapters, "text")["text"][0] == "ok"
+    assert checked(adapters)["load"][0] == "ok"
     rewrite(causal_folder, lambda state: state["model.norm.weight"].mul_(1.5))
-    verdict, shown = checked(adapters, "text")["load"]
+    verdict, shown = checked(adapters)["load"]
     assert verdict == "wrong" and "are not those on which the adapters" in shown
 
 
@@ -166,7 +166,6 @@ def test_a_resume_that_loses_a_bit(tmp_path, monkeypatch):
         next(iter(adapter_state(policy).values())).view(-1)[0].add_(1)
 
     folder = checkpoint(tmp_path / "llada", "llada")
-    assert checked(folder, "resume")["resume"][0] == "ok"
     monkeypatch.setattr(learning, "load_adapter", lossy)
     verdict, shown = checked(folder, "resume")["resume"]
     assert verdict == "wrong" and "these differ: adapters, logits" in shown
