@@ -92,13 +92,13 @@ def test_everyone_gets_the_completion_that_is_theirs(make, policy):
     sampler = SAMPLERS[sampler_for(policy)]
     for exact in (True, False):
         alone, together = (make(policy, exact_batches=exact, max_batch_size=size) for size in (1, 16))
-        jobs = [[CompletionJob([3 + i % 9] * (1 + i % 5), i, sampler) for i in range(12)] for _ in range(2)]
+        jobs = [[CompletionJob([3 + i] * (1 + i % 3), i, sampler) for i in range(6)] for _ in range(2)]
         for one, other in zip(run(alone, jobs[0]), run(together, jobs[1]), strict=True):
             assert completion_token_ids(one) == completion_token_ids(other)
             logprobs = [each.logprobs[each.completion_mask] for each in (one, other)]
             torch.testing.assert_close(*logprobs, **({"rtol": 0, "atol": 0} if exact else {}))
             assert one.tokens[one.attention_mask].tolist() == other.tokens[other.attention_mask].tolist()
-        assert len({tuple(completion_token_ids(each.future.result())[0]) for each in jobs[0]}) > 6
+        assert len({tuple(completion_token_ids(each.future.result())[0]) for each in jobs[0]}) > 3
 
 
 def test_exact_batches_hold_prompts_of_one_length(make, batches):
