@@ -22,7 +22,7 @@ from dllm_rl.samplers import Autoregress, Unmask, sampler_for
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.with_settings import with_settings
 
-SAMPLERS = {kind: kind(max_new_tokens=6, temperature=1.0) for kind in (Unmask, Autoregress)}
+SAMPLERS = {kind: kind(max_new_tokens=4, temperature=1.0) for kind in (Unmask, Autoregress)}
 SAMPLER = SAMPLERS[Unmask]
 
 
@@ -113,9 +113,9 @@ def test_completions_with_a_suffix_run_together_and_are_those_that_run_alone(mak
     together = run(make(), batched)
     assert [[len(ids) for ids in batch] for batch in batches] == [[2, 2, 2], [2, 2]]
     for one, other, suffix in zip(together, run(make(max_batch_size=1), alone), suffixes, strict=True):
-        assert completion_token_ids(one) == completion_token_ids(other) and len(completion_token_ids(one)[0]) == 6
+        assert completion_token_ids(one) == completion_token_ids(other) and len(completion_token_ids(one)[0]) == 4
         row = one.tokens[0][one.attention_mask[0]].tolist()
-        assert row[:2] == [3, 3] and tuple(row[8:]) == suffix
+        assert row[:2] == [3, 3] and tuple(row[6:]) == suffix
 
 
 def test_a_call_runs_alone_and_first_if_asked(make):
@@ -182,7 +182,7 @@ def test_an_error_ends_its_batch_and_not_the_thread(make):
         bad.future.result(60)
     with pytest.raises(ZeroDivisionError):
         worse.future.result(60)
-    assert good.future.result(60).tokens.shape == (1, 7)
+    assert good.future.result(60).tokens.shape == (1, 5)
 
 
 def test_closing_refuses_those_that_wait_and_finishes_the_batch_that_runs():
@@ -226,7 +226,7 @@ def test_a_completion_that_is_refused_takes_no_other_with_it(make, batches):
             raise ValueError("token 5")
         return SAMPLER(policy, prompts, generator)
 
-    picky = FunctionSampler(function=sample_without_5, max_new_tokens=6)
+    picky = FunctionSampler(function=sample_without_5, max_new_tokens=4)
     jobs = [CompletionJob([3] * 2, 0, picky), CompletionJob([5] * 2, 1, picky), CompletionJob([4] * 2, 2, picky)]
     batcher = make()
     with held(batcher):

@@ -11,17 +11,19 @@ from dllm_rl.decoding.tokens import decode, encode, full_texts
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Renoise
+from dllm_rl.tasks import Sudoku
 from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 DIGITS = {"characters": "0123456789=_"}
+SMALL = {"hidden_size": 32, "num_layers": 1, "head_std": 0.3}
 
 
 @pytest.mark.parametrize(
     ("make", "sampler", "changes"),
     [
-        (partial(tiny_masked_lm, head_std=0.3), Unmask(max_new_tokens=16), {"diffusion_steps": 4}),
+        (partial(tiny_masked_lm, **SMALL), Unmask(max_new_tokens=16), {"diffusion_steps": 4}),
         (partial(tiny_llama, causal=True), Autoregress(max_new_tokens=16, temperature=0.0), {"temperature": 0.5}),
         (tiny_diffusion_gemma, Renoise(max_new_tokens=4), {"answer": "drawn"}),
     ],
@@ -37,7 +39,8 @@ def test_it_is_the_policys_sampler_with_the_given_settings(make, sampler, change
         with torch.no_grad():
             expected = decode(policy, sampler.replace(**settings)(policy, prompts, generator_for(seed)))
         assert policy.complete(["37=", "12=3"], seed=seed, **settings) == expected
-    assert complete(policy, "37=") == policy.complete("37=") == policy.complete(["37="])[0]
+    (batched,) = policy.complete(["37="], **changes)
+    assert complete(policy, "37=", **changes) == policy.complete("37=", **changes) == batched
 
 
 def test_blanks_are_filled_in():
@@ -48,7 +51,8 @@ def test_blanks_are_filled_in():
 
 
 def test_a_runs_policy_completes_as_its_evaluations_do(tmp_path):
-    recipe = tiny_recipe(tmp_path, num_steps=1)
+    puzzles = {f"{name}_task": Sudoku(split="test", size=1) for name in ("validation", "eval")}
+    recipe = tiny_recipe(tmp_path, num_steps=1, train_batch_size=1, **puzzles)
     policy = train(recipe).policy
     text = recipe.eval_task[0].prompt
     assert policy.eval_sampler == recipe.eval_sampler
