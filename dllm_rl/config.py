@@ -108,11 +108,12 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
             raise ValueError(f"--preset {preset}: presets are for RL, and this is a {type(recipe).__name__}")
         recipe = typing.cast(Any, with_preset(recipe, str(preset)))
         options = [(path, text) for path, text in options if path != "preset"]
+    settable = _settable(recipe)
     words, problems = [], []
     for path, text in options:
         try:
             is_alone = path in ("help", "print_config")
-            value = "" if is_alone else _check_option(recipe, path, text or "", options)
+            value = "" if is_alone else _check_option(recipe, settable, path, text or "", options)
             if (text, value) == ("none", "null"):  # jsonargparse would read --a.b.c=null as the text None
                 path, *fields = path.split(".")
                 for name in reversed(fields):
@@ -127,7 +128,7 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
         raise ValueError(f"--{problems[0]}: --print_config leaves out the task, whose rows are no text: give it later")
     names = {path.split(".")[0] for path, _ in options}
     if names & {"help", "print_config"}:
-        names |= _settable(recipe).keys() - unwritten
+        names |= settable.keys() - unwritten
     parser = make_parser(recipe, names)
     if ("help", None) in options:  # parsing would first check all defaults, which takes as long as the imports
         parser.print_help()
@@ -137,7 +138,7 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(str(error))) from None
     defaults, changes = parser.get_defaults(), {}
-    for name in _settable(recipe):
+    for name in settable:
         if name in parsed and parsed[name] != defaults.get(name):
             try:
                 changes[name] = _made(parsed[name], name)
@@ -299,8 +300,14 @@ def _flattened(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, 
             yield path, "none" if value is None else value if isinstance(value, str) else text
 
 
-def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str, str | None]]) -> str:
-    """Return the text of an option as YAML: null for `none`, a list for `1,2`.
+def _check_option(
+    recipe: Any,
+    settings: Mapping[str, tuple[Any, Any]],
+    path: str,
+    text: str,
+    options: Sequence[tuple[str, str | None]],
+) -> str:
+    """Return the text of an option as YAML: null for `none`, a list for `1,2`. `settings`: those of the recipe.
 
     Raises:
         ValueError: There is no such setting of the classes that the options choose, or the text is no value of it.
@@ -308,7 +315,7 @@ def _check_option(recipe: Any, path: str, text: str, options: Sequence[tuple[str
     *parents, last = path.split(".")
     owner, prefix, value = type(recipe), "", recipe
     base: Any = None
-    settable = {name: annotation for name, (annotation, _) in _settable(recipe).items()}
+    settable = {name: annotation for name, (annotation, _) in settings.items()}
     for name in parents:
         base = _dataclass_of(settable.get(name))
         if base is None:
