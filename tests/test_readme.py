@@ -23,7 +23,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_first_example_trains(tmp_path, monkeypatch):
-    (tmp_path / "first.py").write_text(example("Train on your own reward").replace("num_steps=100", "num_steps=2"))
+    (tmp_path / "first.py").write_text(example("Train on your own reward").replace("num_steps=100", "num_steps=1"))
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path("first.py")["summary"]["eval_problems"] == 6
 

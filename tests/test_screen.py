@@ -112,7 +112,7 @@ def test_a_run_whose_prompts_look_like_markup_ends_well(tmp_path, capsys):
 def checkpoint(tmp_path_factory):
     """A model that answers with escape sequences."""
     directory = tmp_path_factory.mktemp("[red]checkpoint")
-    tiny_masked_lm(characters="\x1b1[").save_pretrained(directory)
+    tiny_masked_lm(**SIZES | {"characters": "\x1b1["}).save_pretrained(directory)
     return str(directory)
 
 
@@ -205,7 +205,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, capfd, st
     terminal = io.TextIOWrapper(written, encoding, errors)
     monkeypatch.setattr(sys, stream, terminal)
     symbols = "数学→é"
-    policy = tiny_masked_lm(characters=f"12={symbols}")
+    policy = tiny_masked_lm(**SIZES | {"characters": f"12={symbols}"})
     policy.save_pretrained(tmp_path / f"{symbols}-0")
 
     def score(completions, **columns):

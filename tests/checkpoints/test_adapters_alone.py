@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_rl import load_policy, manifest, tiny_llama
+from dllm_rl import Unmask, load_policy, manifest, tiny_llama
 from dllm_rl.checkpoints import checkpoint, run_folder
 from dllm_rl.cli.main import main
 from dllm_rl.models.checkpoint.loading import read_config
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 def recipe(directory: Path, base: Path, **fields):
     few = {"train_batch_size": 2, "num_generations": 4, "sft_warmup_steps": 0, "eval_steps": 0, "num_steps": 2}
+    few |= {"sampler": replace(base_recipe.sampler, diffusion_steps=4), "eval_sampler": Unmask(max_new_tokens=16)}
     few |= {"save_steps": 1, "save_total_limit": 9, "output_dir": str(directory), "report_to": None}
     few |= {"eval_task": replace(base_recipe.validation_task, size=8), "lora": Lora(r=2)}
     return replace(base_recipe, model=str(base), **few | fields)

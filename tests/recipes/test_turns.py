@@ -91,7 +91,7 @@ def scored(policy, rollout, estimator=Trajectory()):
 @pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_every_outcome_has_its_probability(per_step):
-    toy, ids, count = Toy(), [[A], [B, B, A]], 800
+    toy, ids, count = Toy(), [[A], [B, B, A]], 400
     prompts = Prompts.from_ids(ids, pad_id=PAD, num_generations=count)
     turn = WRITE.replace(diffusion_steps=2 // per_step, block_size=per_step)
     rollout = two_turns(turn, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
@@ -261,6 +261,7 @@ def test_the_calculator_on_hostile_texts(text, answer):
     assert calculator(text) == answer
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_a_step_of_training_has_no_mismatch(tmp_path):
     tiny = replace(
         recipe,

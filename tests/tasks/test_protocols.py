@@ -79,11 +79,3 @@ def test_the_built_in_prompt_of_countdown_asks_for_what_the_protocol_reads(tmp_p
     mine = under_protocol(Countdown(prompt_format="{numbers} to {target}"), protocol)
     assert "<answer>" not in mine[0].prompt[0]["content"]  # a prompt of the user's stays
     assert under_protocol(Countdown(), protocol)[0] == Countdown()[0]
-
-
-def test_no_task_imports_torch(monkeypatch) -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, dllm_rl.tasks.protocols; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -18,6 +18,7 @@ from dllm_rl.tasks.code import sandbox
 RIGHT = "def f(x):\n    return x + 1"
 TESTS = "assert f(1) == 2\nassert f(5) == 6"
 ROOT = Path(__file__).parents[3]
+FOLDER = Path(sandbox.__file__).parent  # there a process imports it alone
 DEFAULT = ("fork bomb", "100 GB", "sleep", "1 GB of output", "a file outside", "tcp", "a signal to its group", "ptrace")
 try:
     sandbox.require()
@@ -286,10 +287,10 @@ def test_without_the_tools_one_line_says_so(monkeypatch) -> None:
 @needs_sandbox
 def test_without_namespaces_one_line_says_so() -> None:
     """In a namespace that allows no further one, as where an administrator forbids them."""
-    program = "from dllm_rl.tasks.code import sandbox\ntry: sandbox.require()\nexcept ValueError as error: print(error)"
+    program = "import sandbox\ntry: sandbox.require()\nexcept ValueError as error: print(error)"
     forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh", sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
     assert done.stdout == (
         "the sandbox needs Linux 5.12, unshare and user namespaces "
         "(unshare: unshare failed: No space left on device); use 'static'\n"
@@ -331,9 +332,9 @@ def test_the_numbers_of_the_refused_calls_are_those_of_the_kernel_s_headers(mach
 def test_it_works_where_no_process_may_leave_a_core():
     """A hard limit of 0, which only the capability sys_resource could raise."""
     drop = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"] if os.getuid() == 0 else []
-    script = "from dllm_rl.tasks.code import sandbox; sandbox.require()"
+    script = "import sandbox; sandbox.require()"
     command = ["prlimit", "--core=0:0", *drop, sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
 
 

@@ -122,7 +122,7 @@ TREES = st.recursive(
 
 
 @given(st.one_of(ALPHABET, TREES))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_agrees_with_pythons_syntax_tree(text: str) -> None:
     assert evaluate(text) == reference(re.sub("[ \n]+", " ", text))
 

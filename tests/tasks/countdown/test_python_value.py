@@ -135,7 +135,7 @@ TREES = st.recursive(
 
 
 @given(st.one_of(TEXTS, TREES))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_agrees_with_pythons_syntax_tree(text: str) -> None:
     try:
         found = python_value(text)
