@@ -5,7 +5,6 @@ is 0 where nothing is scored. L is the number of completion tokens of a row, and
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
@@ -31,9 +30,10 @@ def row_generators(rollout: Rollout, generator: Generator, *, per_group: bool = 
 def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Float[Tensor, "B T"]:
     """Draw uniforms in [0, 1) at the `marked` positions, +inf at the others, by each row's generator, left to right."""
     out = torch.full(marked.shape, torch.inf)
-    for row, row_marked, generator in zip(out, marked.cpu(), generators, strict=True):
-        row[row_marked] = torch.rand(int(row_marked.sum()), generator=generator)
-    return out.to(marked.device)  # drawn on the host: the same numbers on every device
+    host_marked = marked.cpu()  # drawn on the host: the same numbers on every device
+    counts = host_marked.sum(-1).tolist()
+    out[host_marked] = torch.cat([torch.rand(n, generator=g) for n, g in zip(counts, generators, strict=True)])
+    return out.to(marked.device)
 
 
 def uniforms_per_row(
@@ -129,11 +129,10 @@ def sampled_segments(
         Indices of the segments, filled up with -2 in rows with fewer segments; the weight of each row that makes the
         sum over its segments unbiased.
     """
-    counts = segment.amax(-1).cpu() + 1
-    indices = []
-    for row_generator, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
-        permutation = torch.rand(max(count, 0), generator=row_generator).argsort()
-        drawn = permutation[:num_sampled_steps].sort().values
-        indices.append(F.pad(drawn, (0, num_sampled_steps - len(drawn)), value=-2))  # -1 is outside completions
+    counts = segment.amax(-1, keepdim=True).cpu() + 1
+    columns = torch.arange(max(int(counts.max()), num_sampled_steps))
+    keys = uniforms_at(columns < counts, row_generators(rollout, generator))
+    index = keys.argsort(dim=-1, stable=True)[:, :num_sampled_steps].sort(dim=-1).values
+    index = index.masked_fill(index >= counts, -2)  # -1 is outside completions
     weight = counts / counts.clamp(1, num_sampled_steps)
-    return torch.stack(indices, dim=1)[..., None].to(segment.device), weight[:, None].to(segment.device)
+    return index.T[..., None].to(segment.device), weight.to(segment.device)

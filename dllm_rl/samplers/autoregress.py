@@ -84,7 +84,7 @@ class Autoregress(Sampler):
         num_rows = len(prompts.tokens)
         seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
         # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
-        row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        row_generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         row_uniforms = [torch.rand(self.max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
         uniforms = torch.stack(row_uniforms).to(device)
 
