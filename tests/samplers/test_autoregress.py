@@ -17,6 +17,7 @@ from dllm_rl.models.rollout_engine import with_forward
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.types import SamplingParams
 
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 PROMPTS = [[5, 9, 4], [7, 12, 30, 8, 21, 6], [11]]
 
 
@@ -75,7 +76,7 @@ def test_a_samplers_cache_needs_keys_and_values():
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
-    policy = tiny_llama(characters="1234.=", causal=True, hidden_size=32, num_attention_heads=2, intermediate_size=32)
+    policy = tiny_llama(characters="1234.=", causal=True, **SMALL)
     ids, seeds = [[3 + (7 * row + i) % 6 for i in range(9)] for row in range(6)], list(range(6))
     many = Autoregress(max_new_tokens=8)(policy, prompts(ids, seeds=seeds), gen())
     few = Autoregress(max_new_tokens=8)(policy, prompts(ids[:count], seeds=seeds[:count]), gen())
@@ -88,14 +89,14 @@ def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
 @pytest.mark.parametrize("family", ["llama", "qwen3", slow("smollm2")])
 def test_greedy_is_generate(tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
-    rollout = Autoregress(max_new_tokens=12, temperature=0.0)(policy, prompts(), gen())
+    rollout = Autoregress(max_new_tokens=8, temperature=0.0)(policy, prompts(), gen())
     for row, ids in zip(rollout.tokens[:, 6:], PROMPTS, strict=True):
         alone = torch.tensor([ids])
         # One by one: generate's own left padding is not what is tested here.
         expected = policy.module.generate(
             alone,
             attention_mask=torch.ones_like(alone),
-            max_new_tokens=12,
+            max_new_tokens=8,
             do_sample=False,
             pad_token_id=1,
             eos_token_id=2,
@@ -142,7 +143,7 @@ def test_a_row_does_not_depend_on_padding_or_neighbors(qwen):
 
 
 def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
-    short, long = (Autoregress(max_new_tokens=n)(qwen, prompts(), gen(3)).tokens for n in (4, 20))
+    short, long = (Autoregress(max_new_tokens=n)(qwen, prompts(), gen(3)).tokens for n in (4, 10))
     assert torch.equal(short, long[:, : short.shape[1]])
 
 
@@ -157,7 +158,7 @@ def test_frequencies_are_the_exact_distribution():
         intermediate_size=16,
         head_std=0.2,
     )
-    ids, count = [3, 3], 10_000
+    ids, count = [3, 3], 5000
     rollout = Autoregress(max_new_tokens=2, temperature=0.8, suppress=(1,))(
         policy, prompts([ids], num_generations=count), gen(2)
     )
@@ -200,8 +201,8 @@ def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
 
 
 def test_the_end_token_ends_a_row():
-    policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
-    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3], [4, 3]], num_generations=50), gen())
+    policy = tiny_llama(characters="ab", causal=True, head_std=0.5, **SMALL)
+    rollout = Autoregress(max_new_tokens=12)(policy, prompts([[3], [4, 3]], num_generations=25), gen())
     new, mask = rollout.tokens[:, 2:], rollout.completion_mask[:, 2:]
     ends = (new == 2) & mask
     assert (ends.sum(-1) <= 1).all()
@@ -215,9 +216,9 @@ def test_the_end_token_ends_a_row():
 
 
 def test_any_of_several_end_tokens_ends_a_row():
-    policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
+    policy = tiny_llama(characters="ab", causal=True, head_std=0.5, **SMALL)
     policy.spec = replace(policy.spec, eos_ids=(2, 4))
-    rollout = Autoregress(max_new_tokens=30)(policy, prompts([[3]], num_generations=50), gen())
+    rollout = Autoregress(max_new_tokens=16)(policy, prompts([[3]], num_generations=50), gen())
     ends = set()
     for row, kept in zip(rollout.tokens[:, 1:].tolist(), rollout.completion_mask[:, 1:].tolist(), strict=True):
         length = next((i + 1 for i, token in enumerate(row) if token in (2, 4)), len(row))

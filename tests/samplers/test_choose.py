@@ -341,7 +341,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
 @pytest.mark.repeated(first_only=True)
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantized and on-policy, the first step has no mismatch under any of them."""
-    recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)
+    recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1, train_batch_size=2)
     rank = {"rank": MaxProb()} if make is tiny_recipe else {}
     recipe = replace(recipe, sampler=recipe.sampler.replace(top_k=3, **rank))
     train(recipe)

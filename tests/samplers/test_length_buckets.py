@@ -39,7 +39,8 @@ def split(monkeypatch):
 def policy_for(name, tmp_path):
     if name == "block cache":
         return load_policy(checkpoint(tmp_path, "sdar"))
-    return tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return tiny_llama(characters=CHARACTERS, causal=False, head_std=0.5, **sizes)
 
 
 def sample(policy, ids=IDS, seeds=range(12), *, fill=False, group=2, **options):
@@ -118,10 +119,10 @@ def test_a_step_waits_for_the_device_once_a_bucket_at_most(monkeypatch):
     waits = []
     with SimulatedCuda() as cuda:
         policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=1).to("cuda")
-        for steps in (4, 8):
+        for steps in (2, 4):
             with cuda.phase(f"{steps} steps"):
                 sample(policy, IDS[:3], range(6), diffusion_steps=steps)
             waits.append(cuda.waits(f"{steps} steps"))
-        assert waits[1] - waits[0] <= 4 * 3, cuda.report()
-        once = [cuda.waits(f"{steps} steps", place="samplers/unmask.py") for steps in (4, 8)]
+        assert waits[1] - waits[0] <= 2 * 3, cuda.report()
+        once = [cuda.waits(f"{steps} steps", place="samplers/unmask.py") for steps in (2, 4)]
         assert once == [4, 4], "each bucket's rows that share a prompt, and whether a score is NaN: " + cuda.report()

@@ -45,7 +45,7 @@ def computed(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("name", few(ORDERS, ["in blocks, with a cache", "soft_threshold"]))
 def test_without_the_record_a_rollout_is_the_same(name, computed):
-    policy = tiny_masked_lm(characters="123456789", head_std=0.1)
+    policy = tiny_masked_lm(characters="123456789", hidden_size=32, num_layers=1, num_attention_heads=2, head_std=0.2)
     prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, num_generations=3)
     sampler = Unmask(**{"max_new_tokens": 6, "temperature": 0.7, "diffusion_steps": 4} | ORDERS[name])
     recorded = sampler(policy, prompts, torch.Generator().manual_seed(1))
@@ -75,7 +75,8 @@ def test_without_the_record_a_rollout_is_the_same(name, computed):
 )
 @pytest.mark.repeated(first_only=True)
 def test_a_run_computes_the_order_if_its_likelihood_reads_it(likelihood, reads, computed, tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=1, likelihood=likelihood))
+    few = {"num_steps": 1, "train_batch_size": 1, "num_generations": 2, "eval_steps": 0}
+    train(tiny_recipe(tmp_path, likelihood=likelihood, **few))
     assert bool(computed) == reads
 
 

@@ -15,6 +15,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.types import Prompts
 from tests.support.likelihood_toys import TablePolicy
 from tests.support.tiny_recipe import SIZES, tiny_recipe
@@ -150,9 +151,8 @@ def test_a_block_without_steps_left_is_not_edited():
 @pytest.fixture(scope="module", params=["masked_lm", "llama"])
 def policy(request):
     characters = "0123456789 abcdefghijklmnop"
-    if request.param == "llama":
-        return tiny_llama(characters=characters, causal=False, num_layers=2, head_std=0.3)
-    return tiny_masked_lm(characters=characters, num_layers=2, head_std=0.3)
+    sizes = SIZES | {"characters": characters, "num_layers": 2, "head_std": 0.5}
+    return tiny_llama(causal=False, **sizes) if request.param == "llama" else tiny_masked_lm(**sizes)
 
 
 IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
@@ -229,7 +229,9 @@ def test_settings_out_of_range_are_named():
 
 def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
     sampler = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, **REMASK)
-    recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.Coupled(), num_steps=1)
+    recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.Coupled(), num_steps=1,
+                         train_batch_size=2, validation_task=Sudoku(split="validation", size=1),
+                         eval_task=Sudoku(split="test", size=1))  # fmt: skip
     before = tiny_masked_lm(**SIZES, seed=recipe.seed).module
     summary = train(recipe)
     moved = zip(before.parameters(), summary.policy.module.parameters(), strict=True)
@@ -266,7 +268,7 @@ def test_remasking_reconsiders_a_block_in_every_step_of_its_share():
     """Two positions, eight steps: both are often written early, and each may be masked again until the last step."""
     policy = TablePolicy(length=2, words=2, seed=3)
     rule = revise.Remask(eta=0.3)
-    for seed in range(20):
+    for seed in range(8):
         rollout = sample(policy, [[3]], [seed], length=2, diffusion_steps=8, rank=rules.RandomOrder(), commit=rule)
         assert rollout.forwards == 8
 

@@ -23,15 +23,15 @@ from dllm_rl.types import Prompts, SamplingParams
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
 LENGTH = 32
+# Head and embeddings large enough that confidences differ widely and tokens depend on their neighbors.
+SIZES = {"characters": CHARACTERS, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 64, "head_std": 0.5}
 IDS = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13, 14], [15, 16], [4, 4, 4], [20, 21, 22, 23, 24], [9, 8], [5, 17, 3, 11]]
 
 
 @pytest.fixture(scope="module", params=few(["masked_lm", "llama"], ["masked_lm"]))
 def policy(request):
-    # Head and embeddings large enough that confidences differ widely and tokens depend on their neighbors.
-    if request.param == "llama":
-        return tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
-    return tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
+    return tiny_llama(causal=False, **SIZES) if request.param == "llama" else tiny_masked_lm(**SIZES)
 
 
 def published(policy, prompt, *, length, steps, block_length):
@@ -65,7 +65,7 @@ def published(policy, prompt, *, length, steps, block_length):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("block_length", "steps"),
-    pairwise([8, 16, 32, None], [32, 16, 20, 12], kept=[(8, 20), (None, 32)]),
+    pairwise([8, 16, 32, None], [32, 16, 20, 12], kept=[(8, 12), (None, 12)]),
 )
 def test_equals_published_algorithm(policy, block_length, steps):
     """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
@@ -74,7 +74,7 @@ def test_equals_published_algorithm(policy, block_length, steps):
         policy, Prompts.from_ids(ids, pad_id=0), torch.Generator()
     )
     start = rollout.tokens.shape[1] - LENGTH
-    picked = (0, 2, 6) if len(ids) > 1 else (0,)
+    picked = (0, 2) if len(ids) > 1 else (0,)
     for row in picked:
         tokens, order = published(policy, ids[row], length=LENGTH, steps=steps, block_length=block_length or LENGTH)
         assert rollout.tokens[row, start:].tolist() == tokens
@@ -113,6 +113,9 @@ RULES = {
 }
 
 
+OFTEN_ENDING = {"suppress": tuple(range(3, 20)), "temperature": 4.0}
+
+
 def sample(policy, ids, seeds, *, width=0, length=20, on_step=None, **options):
     options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | options
     prompts = Prompts.from_ids(ids, pad_id=0, seeds=seeds)
@@ -125,21 +128,22 @@ def sample(policy, ids, seeds, *, width=0, length=20, on_step=None, **options):
 @pytest.mark.parametrize("name", few(RULES, ["plackett_luce", "threshold"]))
 def test_row_depends_on_itself_only(policy, name):
     """Alone, among eight, permuted and left-padded: the same tokens, order and log-probs."""
-    seeds = [11, 22, 33, 44, 55, 66, 77, 88]
-    together = sample(policy, IDS, seeds, **RULES[name])
+    seeds, length = [11, 22, 33, 44, 55, 66, 77, 88], 12
+    options = {"length": length, "block_size": 5, "diffusion_steps": 6} | RULES[name]
+    together = sample(policy, IDS, seeds, **options)
     order = [5, 2, 7, 0, 1, 3, 6, 4]
-    permuted = sample(policy, [IDS[i] for i in order], [seeds[i] for i in order], **RULES[name])
-    padded = sample(policy, IDS, seeds, width=12, **RULES[name])
+    permuted = sample(policy, [IDS[i] for i in order], [seeds[i] for i in order], **options)
+    padded = sample(policy, IDS, seeds, width=12, **options)
     ends = set()
     for row in (0, 2, 5):
-        alone = sample(policy, [IDS[row]], [seeds[row]], **RULES[name])
+        alone = sample(policy, [IDS[row]], [seeds[row]], **options)
         for other, index in ((together, row), (permuted, order.index(row)), (padded, row)):
-            torch.testing.assert_close(alone.tokens[0, -20:], other.tokens[index, -20:], rtol=0, atol=0)
-            torch.testing.assert_close(alone.unmask_step[0, -20:], other.unmask_step[index, -20:], rtol=0, atol=0)
-            torch.testing.assert_close(alone.logprobs[0, -20:], other.logprobs[index, -20:], rtol=0, atol=1e-5)
+            for column in ("tokens", "unmask_step", "logprobs"):
+                ours, theirs = getattr(alone, column)[0, -length:], getattr(other, column)[index, -length:]
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if column == "logprobs" else 0)
         ends.add(alone.forwards)
     if name in ("threshold", "soft_threshold", "entropy"):
-        assert len(ends) > 1 and together.forwards == int(together.unmask_step.max()) + 1 < 8 * 20  # ragged ends
+        assert len(ends) > 1 and together.forwards == int(together.unmask_step.max()) + 1 < 8 * length  # ragged ends
 
 
 @pytest.mark.parametrize("name", few(RULES, ["confidence"]))
@@ -155,8 +159,8 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 
 def assert_replayed(policy, name, *, atol):
     prompts = Prompts.from_ids(IDS[:3], pad_id=0, num_generations=2)
-    options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
-    rollout = Unmask(max_new_tokens=20, **options)(policy, prompts, torch.Generator().manual_seed(0))
+    options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 5} | RULES[name]
+    rollout = Unmask(max_new_tokens=12, **options)(policy, prompts, torch.Generator().manual_seed(0))
     estimator = Trajectory()
     noise = estimator.draw_views(rollout, torch.Generator())
     for size in (None, 2):
@@ -310,7 +314,7 @@ def test_a_count_beyond_the_open_masks_writes_those_alone(policy, length):
 
 def test_a_compiled_step_ends_a_row_whose_count_is_beyond_the_open_masks(policy, monkeypatch):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
-    options = {"block_size": 6, "commit": FourPerStep(), "approximate_early_exit": True}
+    options = {"block_size": 6, "commit": FourPerStep(), "approximate_early_exit": True} | OFTEN_ENDING
     ragged, fixed = (sample(policy, IDS, list(range(8)), compile_step=on, **options) for on in (False, True))
     assert torch.equal(fixed.tokens, ragged.tokens) and not fixed.completion_mask[:, -20:].all()
 
@@ -415,11 +419,12 @@ def test_suppressed_and_mask_tokens_are_never_drawn(policy):
 def test_approximate_early_exit_keeps_the_tail_masked(policy):
     """Rows stop after the block in which an end token stands; what was written before is what would have been, and
     replay, which sees the same masks behind, is exact."""
-    eos, length = policy.spec.eos_ids[0], 24
-    full = sample(policy, IDS, list(range(8)), length=length, diffusion_steps=12)
-    short = sample(policy, IDS, list(range(8)), length=length, diffusion_steps=12, approximate_early_exit=True)
+    eos, length, ids = policy.spec.eos_ids[0], 24, IDS[:4]
+    options = {"length": length, "diffusion_steps": 6} | OFTEN_ENDING
+    full = sample(policy, ids, range(4), **options)
+    short = sample(policy, ids, range(4), **options, approximate_early_exit=True)
     stopped = 0
-    for row in range(8):
+    for row in range(4):
         completion = full.tokens[row, -length:].tolist()
         blocks = [b for b in range(3) if eos in completion[8 * b : 8 * b + 8]]
         kept = 8 * (blocks[0] + 1) if blocks else length

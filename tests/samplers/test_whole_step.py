@@ -34,7 +34,7 @@ def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
     for cache in whole_steps.caches_of(policy):
         for rule in whole_steps.RULES if cache is None else ("confidence", "max_prob"):
-            given = whole_steps.RULES[rule] | {"diffusion_steps": 7}
+            given = whole_steps.RULES[rule] | {"diffusion_steps": 5, "max_new_tokens": 12}
             ragged, fixed = (whole_steps.sampled(policy, cache, compile_step=on, **given) for on in (False, True))
             assert whole_steps.differing(ragged, fixed) == [], (cache, rule)
             assert fixed.forwards == ragged.forwards
@@ -46,7 +46,7 @@ def ragged_and_fixed(sampler, policy, prompts):
 
 def test_uneven_blocks_step_by_step(uncompiled):
     """A last block of 2 after two of 5; `watch` sees every step."""
-    policy = tiny_llama(characters="1234.=", causal=False, head_std=0.3)
+    policy = tiny_llama(**whole_steps.SIZES, causal=False, head_std=0.5)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
     sampler = Unmask(max_new_tokens=12, block_size=5, temperature=1.0)
     ragged, fixed = [], []
@@ -75,7 +75,7 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"), block_size=64)
     policy.spec = replace(policy.spec, shift=True)
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id)
-    sampler = Unmask(max_new_tokens=61, diffusion_steps=6, cache=BlockCache())
+    sampler = Unmask(max_new_tokens=61, diffusion_steps=3, cache=BlockCache())
     ragged, fixed = ragged_and_fixed(sampler, policy, prompts)
     assert whole_steps.differing(ragged, fixed) == []
 
@@ -107,10 +107,10 @@ def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
         policy = tiny_llama(characters="1234.=", causal=False, num_layers=1).to("cuda")
         prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
         with cuda.phase("sampling"):
-            Unmask(max_new_tokens=8, compile_step=True, **given)(policy, prompts, torch.Generator())
+            Unmask(max_new_tokens=4, compile_step=True, **given)(policy, prompts, torch.Generator())
         # transformers reads the mask once a forward, but not where torch traces it: a graph reads nothing.
-        assert cuda.waits("sampling", place="samplers/whole_step.py") == 8 * each, cuda.report()
-        assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 8, cuda.report()
+        assert cuda.waits("sampling", place="samplers/whole_step.py") == 4 * each, cuda.report()
+        assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 4, cuda.report()
 
 
 def test_what_has_no_fixed_shapes_is_refused(tmp_path):

@@ -52,10 +52,11 @@ def differing(one, other):
 
 
 def sampled(policy, cache, seed=0, **given):
-    options = {"temperature": 1.0, "block_size": policy.spec.block_size or 8, "diffusion_steps": 12, **given}
+    options = {"max_new_tokens": 24, "temperature": 1.0, "diffusion_steps": 12, **given}
+    options = {"block_size": policy.spec.block_size or 8, **options}
     prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, num_generations=2)
     generator = torch.Generator().manual_seed(seed)
-    return Unmask(max_new_tokens=24, cache=cache, **options)(policy, prompts, generator)
+    return Unmask(cache=cache, **options)(policy, prompts, generator)
 
 
 def caches_of(policy):
