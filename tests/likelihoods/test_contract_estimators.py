@@ -171,7 +171,7 @@ ORDERS = {
 @pytest.mark.repeated
 def test_contract_of_orders(name):
     """With the order's log-prob and without it."""
-    inputs = made(**ORDERS[name])
+    inputs = made(**{"max_new_tokens": 4, "diffusion_steps": 2} | ORDERS[name])
     for likelihood in (lik.Trajectory(), lik.Trajectory(include_order=False)):
         check_estimator(likelihood, *inputs)
     with pytest.raises(AssertionError, match="reads_order=True"):

@@ -14,7 +14,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import FunctionLikelihood
 from dllm_rl.records import subclasses
 
-COMPLETION, ROWS = [2, 0, 1], 5000
+COMPLETION, ROWS = [2, 0, 1], 4000
 TOY = TablePolicy(length=3, words=3, seed=2)
 ALL = {0, 1, 2}
 OPTIONS = {
@@ -160,8 +160,8 @@ BASES = [made(*case) for case in cases(lik.ELBO, lik.Coupled, lik.Quadrature, li
 @pytest.mark.repeated(every=3)
 def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
     """Position by position, in Python floats: (1/beta) log sum_n w_n p_i(m_n)^beta, and its mix with sum_n w_n l_i."""
-    rollout, beta, mix = rollout_of(6), settings["beta"], settings.get("mix", 1.0)
-    advantages = torch.tensor([1.0, -1.0] * 3)
+    rollout, beta, mix = rollout_of(2), settings["beta"], settings.get("mix", 1.0)
+    advantages = torch.tensor([1.0, -1.0])
     for base in filter(None, BASES):
         estimator = make(base=base, **settings)
         views = estimator.draw_views(rollout, torch.Generator().manual_seed(2))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
+from repetitions import slow
 
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
 from dllm_rl.decoding.order import MIN_LOGPROB, stay_masked_logprobs
@@ -46,7 +47,9 @@ def some_toy(seed: int):
     return policy, blocks, pick.choice([1, 2, 3]), options
 
 
-@pytest.mark.parametrize("part", [*range(3), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(3, 10))])
+@pytest.mark.parametrize(
+    "part", [*range(2), slow(2), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(3, 10))]
+)
 def test_the_law_is_the_enumeration_of_all_draws(fp64, part):
     """A hundred toys: every outcome's log-prob to 1e-12, and all of them together are 1."""
     missing = []

@@ -151,7 +151,7 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, diff
     policy = TablePolicy(length=3, words=3, seed=4, scale=1.0)
     found = outcomes(policy, [[0, 1, 2]], diffusion_steps, **options)
     rewards = torch.randn(len(found), generator=GENERATOR.manual_seed(0))
-    directions = torch.randn(4, *policy.table.shape, generator=GENERATOR)
+    directions = torch.randn(2, *policy.table.shape, generator=GENERATOR)
     quotients, table = [], policy.table
     for direction in directions:
         ends = []
@@ -208,7 +208,7 @@ def sample(policy, rank, rows, *, diffusion_steps, seed=0, **options):
 def test_a_sampler_draws_by_the_law_and_records_it(diffusion_steps, tau, options):
     """Tokens, steps and draws pass a chi-square test; the record is what scoring finds, bit for bit."""
     policy = TablePolicy(length=3, words=3, seed=5)
-    rows = 8_000
+    rows = 5_000
     rollout = sample(policy, rules.PlackettLuce(temperature=tau), rows, diffusion_steps=diffusion_steps, **options)
     estimator = lik.Trajectory()
     noise = estimator.draw_views(rollout, GENERATOR)
