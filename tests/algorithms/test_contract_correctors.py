@@ -54,7 +54,7 @@ def test_an_entropy_that_is_read_off_the_mask_breaks_the_contract():
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
 def test_lambda_lies_in_the_unit_interval_for_any_finite_input(values, marked):
     stats = make_stats(torch.tensor(values), torch.ones(3), torch.tensor(marked))
@@ -66,7 +66,7 @@ def test_lambda_lies_in_the_unit_interval_for_any_finite_input(values, marked):
         assert ((weights >= 0) & (weights <= 2)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=st.floats(width=32)))
 def test_any_input_at_all_gives_finite_weights(values):
     mismatch = torch.tensor(values)

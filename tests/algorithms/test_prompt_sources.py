@@ -21,6 +21,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.records import to_json
 from dllm_rl.rng import generator_for
 from dllm_rl.step.collect import draw_group_sizes, prompt_indices
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 from dllm_rl.types import equal_groups
 
@@ -78,7 +79,8 @@ def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight
 def test_a_resume_draws_the_same_prompts(tmp_path):
     options = {"task": OddPuzzles(), "num_steps": 3, "save_steps": 2, "save_total_limit": 9, "max_num_gen_batches": 2}
     options |= {"prompt_source": MixedRewardPrompts(equal_weight=0.01), "log_completions_steps": 1, "seed": 3}
-    recipe = tiny_recipe(tmp_path / "run", report_to=None, **options)
+    options |= {"num_generations": 2, "eval_task": Sudoku(split="test", size=1)}
+    recipe = tiny_recipe(tmp_path / "run", validation_task=Sudoku(split="validation", size=1), **options)
     whole = train(recipe)
     rows, texts = metrics_of(tmp_path / "run"), current_rows(tmp_path / "run" / "completions.jsonl")
     stored = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "reward_history.safetensors")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
@@ -14,6 +14,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.score import token_entropy
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 
@@ -29,9 +30,11 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
 
     asking = c.Compose(parts=(c.FunctionCorrector(function=look, needs_entropy=True), c.NoCorrection()))
     drawn = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=RandomOrder())  # no order by the draw
-    train(tiny_recipe(tmp_path, num_steps=1, sampler=drawn, corrector=asking))
+    few = {"num_steps": 1, "eval_task": Sudoku(split="test", size=1)}
+    few["validation_task"] = Sudoku(split="validation", size=1)
+    train(tiny_recipe(tmp_path, sampler=drawn, corrector=asking, **few))
     asked = seen[-1]
-    train(tiny_recipe(tmp_path / "plain", num_steps=1, sampler=drawn, corrector=c.FunctionCorrector(function=look)))
+    train(tiny_recipe(tmp_path / "plain", sampler=drawn, corrector=c.FunctionCorrector(function=look), **few))
     plain = seen[-1]
     mask = asked.mask
     assert plain.entropy is None and torch.equal(plain.log_mismatch, asked.log_mismatch)
@@ -46,7 +49,7 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
 
 @pytest.mark.parametrize("rank", [Confidence(), PlackettLuce(temperature=1.0)])
 def test_views_that_score_that_a_position_stays_masked_do_not_count_in_its_entropy(rank):
-    policy = tiny_masked_lm(characters="1234.=", head_std=1.0)
+    policy = tiny_masked_lm(**SIZES, head_std=1.0)
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, num_generations=2, seeds=range(4))
     rollout = Unmask(max_new_tokens=4, temperature=1.0, rank=rank)(policy, prompts, torch.Generator())
     ordered, plain = (
@@ -61,7 +64,7 @@ def test_views_that_score_that_a_position_stays_masked_do_not_count_in_its_entro
 
 def test_the_entropy_is_of_the_distribution_that_the_sampler_drew_from():
     """Divided by a temperature of 10,000, all logits are equal; a top-k of 2 leaves two tokens."""
-    policy = tiny_masked_lm(characters="1234.=", head_std=1.0)
+    policy = tiny_masked_lm(**SIZES, head_std=1.0)
     prompts = Prompts.from_ids([[3, 4, 5]], pad_id=policy.pad_id, num_generations=2, seeds=range(2))
     found = []
     for settings in ({"temperature": 1e4}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1e4, "top_k": 2}):

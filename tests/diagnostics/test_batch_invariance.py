@@ -118,11 +118,11 @@ def test_attention_row_by_row_is_the_attention():
     assert q.grad.isfinite().all()
 
 
-def sampled(policy, lengths=(5, 9, 16, 3)):
+def sampled(policy, lengths=(5, 16, 3)):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, policy.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, num_generations=2)
-    return Unmask(max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
+    return Unmask(max_new_tokens=8, diffusion_steps=3, temperature=1.0, rank=MaxProb())(policy, prompts, generator)
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("masked_lm", torch.bfloat16), ("llada", torch.float32)])
@@ -137,7 +137,7 @@ def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, atte
             old = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             assert torch.equal(old, rollout.logprobs)
             check(rollout, noise, old, rollout.logprobs, policy, policy)
-        some = torch.tensor([2, 3, 6, 7])
+        some = torch.tensor([0, 1, 4, 5])
         part = estimator.logprobs(policy, rollout.rows(some), noise.rows(some))
         assert torch.equal(part, rollout.logprobs[some])
 
@@ -185,7 +185,7 @@ def test_a_difference_that_no_layer_makes_is_said_to_be_so():
     old = estimator.logprobs(policy, rollout, noise)
     recorded = old.clone()
     recorded[1, -1] += 0.5
-    expected = r"1 of 64 log-probs differ, the first at row 1, position 23 .*no layer differs"
+    expected = r"1 of 48 log-probs differ, the first at row 1, position 23 .*no layer differs"
     with pytest.raises(RuntimeError, match=expected):
         check(rollout, noise, old, recorded, policy, policy)
 
@@ -221,7 +221,9 @@ def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
 @pytest.mark.parametrize("zero_mismatch", [True, False])
 def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, monkeypatch, zero_mismatch):
     seen = []
-    recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch, train_batch_size=2, num_generations=2)
+    few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2, "eval_task": Sudoku(split="test", size=1)}
+    few["validation_task"] = Sudoku(split="validation", size=1)
+    recipe = zero_recipe(tmp_path, zero_mismatch=zero_mismatch, **few)
     draw, sample = type(recipe.likelihood).draw_views, recipe.sampler
 
     def watched_draw(*arguments):

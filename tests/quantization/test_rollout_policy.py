@@ -145,7 +145,7 @@ class Launches(TorchDispatchMode):
 def test_a_sync_launches_as_many_kernels_for_many_layers_as_for_few(lora, scheme, dtype, monkeypatch):
     """All layers of one shape are quantized together, to the bits that they have one by one."""
     counts = []
-    for num_layers in (2, 5):
+    for num_layers in (2, 3):
         policy = tiny_llama(**small | {"num_layers": num_layers}, causal=False)
         policy.module.to(dtype)
         if lora:
@@ -167,7 +167,7 @@ def test_a_sync_launches_as_many_kernels_for_many_layers_as_for_few(lora, scheme
         assert launches.count > 2 * counts[-1]
         assert equal(contents(together.module), contents(alone.module))
         assert found == pytest.approx(expected, rel=1e-6, abs=0) and min(found.values()) > 0
-    assert counts[1] - counts[0] == (3 * len(LLAMA_LINEARS) if lora else 0)  # the adapters' products, one by one
+    assert counts[1] - counts[0] == (len(LLAMA_LINEARS) if lora else 0)  # the adapters' products, one by one
 
 
 @pytest.mark.repeated(every=4)
@@ -529,7 +529,7 @@ def test_float8_products_weights_after_a_sync_are_torchaos_own(monkeypatch):
 
 
 def test_a_copy_shares_what_is_frozen_and_keeps_its_precision():
-    policy = tiny_llama(characters="abc", causal=False)
+    policy = llada()
     apart = quantized_copy(policy, quantize.Float8WeightOnly())
     add_lora(policy, Lora(r=2))
     shared = quantized_copy(policy, quantize.Float8WeightOnly())
