@@ -1,5 +1,6 @@
 """The command as a whole: its help, and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.protocols import TASKS, protocol_names
 from dllm_rl.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 EMPTY = [
     ["sample", "", "1"],
@@ -91,11 +94,18 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
     assert seen["sampler"] == Unmask(max_new_tokens=8, diffusion_steps=4, temperature=0.5, rank=MaxProb())
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """A run of one step with a checkpoint before it and one after it."""
-    train(tiny_recipe(tmp_path / "run", num_steps=1))
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("made") / "run"
+    train(tiny_recipe(folder, num_steps=1, train_batch_size=1, num_generations=2, rollout_quantization=None))
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    """A copy of it, which a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def test_the_command_says_which_are_whole(run, capsys):

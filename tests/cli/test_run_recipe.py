@@ -52,7 +52,7 @@ def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
 
 
 def test_a_refused_run_deletes_nothing(tmp_path, rehearsal):
-    train(small(tmp_path / "run"))
+    train(small(tmp_path / "run", num_steps=0))
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     bad = {"overwrite_output_dir": True, "sft_warmup_steps": 2, "sft_warmup_metric": "solved"}
     with pytest.raises(
@@ -61,7 +61,7 @@ def test_a_refused_run_deletes_nothing(tmp_path, rehearsal):
     ):
         train(small(tmp_path / "run", **bad))
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
-    assert train(small(tmp_path / "run", overwrite_output_dir=True))["checkpoint"]
+    assert train(small(tmp_path / "run", num_steps=0, overwrite_output_dir=True))["checkpoint"]
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
@@ -86,8 +86,9 @@ def test_one_process_names_the_run_for_all(tmp_path, monkeypatch, capsys, rank, 
 
 def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--sft_warmup_steps", "2"])
+    monkeypatch.setattr("dllm_rl.training.trainer.train", lambda recipe, features: None)
     main(small(tmp_path / "run"))
-    first = capsys.readouterr().out.splitlines()[0]
+    (first,) = capsys.readouterr().out.splitlines()
     plan = f"tiny, seed 0: up to 2 warm-up steps, then 1 steps, into {tmp_path / 'run'}"
     assert first.startswith(f"{plan}; rollouts in Float8WeightOnly, corrector AIS; the time left")
 
@@ -178,12 +179,12 @@ class Interrupting:
 
 
 def test_a_ctrl_c_at_a_prompt_returns_the_policy_so_far_and_the_next_one_is_heard(tmp_path, at_a_prompt):
-    recipe = small(tmp_path, num_steps=3)
+    recipe = small(tmp_path, num_steps=2)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        summary = train(replace(recipe, task=Interrupting(recipe.task, 4 + 1 + 4 + 2)))
-        assert summary["stopped"] == {"step": 2, "reason": "SIGINT"} and summary.policy.weights_version == 2
-        assert summary["checkpoint"] == str(tmp_path / "checkpoints" / "step-000002")
+        summary = train(replace(recipe, task=Interrupting(recipe.task, 4 + 1 + 2)))
+        assert summary["stopped"] == {"step": 1, "reason": "SIGINT"} and summary.policy.weights_version == 1
+        assert summary["checkpoint"] == str(tmp_path / "checkpoints" / "step-000001")
         assert json.loads((tmp_path / "summary.json").read_text()) == summary
         assert (tmp_path / "training.png").exists()
         assert all(parameter.grad is None for parameter in summary.policy.module.parameters())
@@ -196,8 +197,10 @@ def test_a_ctrl_c_at_a_prompt_returns_the_policy_so_far_and_the_next_one_is_hear
 
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(), "rollout_quantization": None}], ids=["all", "adapters"])
 @pytest.mark.repeated(first_only=True)
-def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, changes):
-    summary = train(small(tmp_path, num_steps=1, **changes))
+def test_a_program_returns_the_runs_summary_and_the_policy_that_it_trained(tmp_path, monkeypatch, capsys, changes):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1"])
+    summary = main(small(tmp_path, **changes))
+    assert capsys.readouterr().out.startswith(f"tiny, seed 0: 1 steps, into {tmp_path};")
     assert summary == json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     saved = load_policy(summary["checkpoint"])
     tokens = torch.tensor([[3, 4, 5, 6]])

@@ -22,6 +22,7 @@ from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, task_of
 from dllm_rl.frontend.grpo import num_blanks
 from dllm_rl.integrations.serving.engine import HTTPSampler
+from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.records import describe, from_json, to_json
@@ -50,9 +51,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     sampler = Unmask(max_new_tokens=16, diffusion_steps=None, commit=Threshold(tau=0.75))
     rollout = {"sampler": sampler.replace(temperature=0.8), "rollout_quantization": Int8WeightOnly()}
-    train(
-        tiny_recipe(folder, num_steps=1, sft_warmup_steps=0, eval_sampler=sampler.replace(suppress=(0, 2)), **rollout)
-    )
+    rollout |= {"train_batch_size": 1, "num_generations": 2, "likelihood": OneStep()}
+    evaluations = {"eval_sampler": sampler.replace(suppress=(0, 2)), "eval_task": Sudoku(split="test", size=4)}
+    train(tiny_recipe(folder, num_steps=1, **rollout, **evaluations))
     return folder
 
 
@@ -490,7 +491,7 @@ def test_problems_of_an_infilling_run_have_its_blanks(tmp_path, max_new_tokens):
     def reward(completions, **columns):
         return [float("3" in text) for text in completions]
 
-    grpo(tiny_masked_lm(characters="12345678=_", hidden_size=16, num_layers=1), rows, reward, **settings)
+    grpo(tiny_masked_lm(**SIZES | {"characters": "12345678=_"}), rows, reward, **settings)
     problems = run_settings.problems_of(str(tmp_path), 2)
     assert len(problems) == 2 and {num_blanks(problem) for problem in problems} == {1}
 
@@ -507,7 +508,7 @@ def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("passed", [{"commit": rules.EntropyBound(gamma=0.1)}, {"rank": rules.Margin()}], ids=str)
 def test_what_only_a_runs_own_rules_can_do_is_left_out_with_others(passed):
     """A compiled step."""
-    policy = tiny_masked_lm(characters="12")
+    policy = tiny_masked_lm(**SIZES)
     compiled = Unmask(max_new_tokens=4, rank=rules.MaxProb(), compile_step=True)
     assert not sampler_with(policy, compiled, passed).compile_step
     assert sampler_with(policy, compiled, {"temperature": 0.5}).compile_step
@@ -527,7 +528,7 @@ def test_a_custom_policy_computes_logits_as_it_says_and_a_runs_as_the_run(tmp_pa
 
 
 def half_policy():
-    policy = tiny_masked_lm(characters="12")
+    policy = tiny_masked_lm(**SIZES)
     policy.float32_head = False
     return policy
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from tiny_recipe import SIZES
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample
@@ -22,7 +23,7 @@ from dllm_rl.types import Rollout
 
 @pytest.fixture(scope="module")
 def policy():
-    return tiny_masked_lm(characters="1234.=<>&", head_std=0.3)
+    return tiny_masked_lm(**SIZES | {"characters": "1234.=<>&"}, head_std=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_a_causal_model_has_no_unmasking_options():
 
 
 def test_chat_asks_with_the_models_template(capsys):
-    policy = tiny_masked_lm(characters="1234.=<>user")
+    policy = tiny_masked_lm(**SIZES | {"characters": "1234.=<>user"})
     policy.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<.>{% endif %}"
     )
@@ -196,7 +197,7 @@ def test_chat_asks_with_the_models_template(capsys):
     sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], own)
     assert asked["ids"] == [policy.tokenizer.encode("<user>12=<.>", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
-        sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], own)
+        sample.complete(tiny_masked_lm(**SIZES), [sample.to_problem("1", chat=True, blank=None)], own)
 
 
 @pytest.mark.repeated(first_only=True)
@@ -237,7 +238,7 @@ def test_a_token_that_was_not_drawn_has_no_probability():
     pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
     policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
     prompts = encode(policy, [Problem("1+2="), Problem("3+4=")], seeds=[1, 2])
-    rollout = Renoise(max_new_tokens=16)(policy, prompts, generator_for(3))
+    rollout = Renoise(max_new_tokens=16, diffusion_steps=8)(policy, prompts, generator_for(3))
     found = written_logprobs(rollout)[rollout.completion_mask]
     recorded = (rollout.renoised.drawn, rollout.renoised.logprobs, rollout.tokens)
     drawn, logprobs, tokens = (values[rollout.completion_mask] for values in recorded)

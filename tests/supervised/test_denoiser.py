@@ -71,7 +71,7 @@ def test_several_answers_are_refused():
 
 def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
     policy = gemma()
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS[:7], "dataset")
     found = []
     for size in (None, 3):
         policy.module.zero_grad()
@@ -79,7 +79,7 @@ def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
         found.append(
             (loss, {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None})
         )
-        assert padding >= 0 and places >= 16 * 7
+        assert padding >= 0 and places >= 7 * 7
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5, msg=name)

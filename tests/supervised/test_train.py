@@ -52,11 +52,11 @@ def test_the_layout_does_not_change_the_gradient(kind):
 
 def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path):
     lora = Lora(r=4, alpha=64.0, dropout=0.05)
-    options = {"lora": lora, "eval_steps": 2, "gradient_checkpointing": True}
+    options = {"lora": lora, "eval_steps": 1, "gradient_checkpointing": True, "num_steps": 2}
     straight = fine_tune(tiny_sft(tmp_path / "straight", **options))
 
     def stopping(step, num_steps):
-        if step == 1 and not (tmp_path / "parts/checkpoints/step-000002").exists():
+        if step == 0 and not (tmp_path / "parts/checkpoints/step-000001").exists():
             os.kill(os.getpid(), signal.SIGUSR1)
         return LinearDecay()(step, num_steps)
 
@@ -74,44 +74,44 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
     """RL's way of saving is SFT's: the checkpoint holds what a run of so many steps ends with."""
 
     def failing(trainer, *given, place, **options):
-        if place == "step 2":
+        if place == "step 1":
             raise KeyError("a fault")
         return step(trainer, *given, place=place, **options)
 
     step = SupervisedTrainer.step
 
-    recipe = tiny_sft(tmp_path / "run", num_steps=3, save_steps=100)
+    recipe = tiny_sft(tmp_path / "run", num_steps=2, save_steps=100)
     with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
         patched.setattr(SupervisedTrainer, "step", failing)
         fine_tune(recipe)
-    assert "failed after step 2 was complete; fix the cause and continue" in raised.value.__notes__[0]
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000002"]
+    assert "failed after step 1 was complete; fix the cause and continue" in raised.value.__notes__[0]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000001"]
     resumed = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
     assert_same_weights(fine_tune(replace(recipe, output_dir=str(tmp_path / "whole"))), resumed)
 
 
 def test_lora_trains_adapters_alone(tmp_path):
     model = tiny_masked_lm(**SIZES)
-    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=Lora(r=4, alpha=64.0, dropout=0.05))).policy
+    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=Lora(r=4, alpha=64.0, dropout=0.05), num_steps=1)).policy
     state = {name.replace(".base_layer", ""): value for name, value in policy.module.state_dict().items()}
     for name, value in model.module.state_dict().items():
         assert torch.equal(state[name], value)
     assert any(value.any() for name, value in state.items() if "lora_B" in name)
-    assert (tmp_path / "checkpoints/step-000004/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "checkpoints/step-000001/adapter/adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["masked", pytest.param("causal", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("pictures")
 def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
-    settings = {"num_steps": 40, "train_batch_size": 14, "learning_rate": 1e-2, "eval_dataset": ROWS[:4]}
+    settings = {"num_steps": 21, "train_batch_size": 14, "learning_rate": 2e-2, "eval_dataset": ROWS[:4]}
     settings |= {"output_dir": str(tmp_path / "sft"), "max_length": 16, "report_to": None}
     summary = sft(MODELS[kind](), ROWS, **settings)
     assert summary["eval_after"]["loss"] < 0.5 * summary["eval_before"]["loss"]
     assert (tmp_path / "sft/training.png").stat().st_size > 1000
     rows = metrics_of(tmp_path / "sft")
     # An evaluation is 4 forwards of 4 rows, and a step 3 of 14: 2 % are 19.05 steps.
-    assert kind != "masked" or [row["step"] for row in rows if "eval/loss" in row] == [19, 39]
-    assert rows[-1]["epoch"] == pytest.approx(40 * 14 / 16) and rows[-1]["loss"] < rows[0]["loss"]
+    assert kind != "masked" or [row["step"] for row in rows if "eval/loss" in row] == [19]
+    assert rows[-1]["epoch"] == pytest.approx(21 * 14 / 16) and rows[-1]["loss"] < rows[0]["loss"]
     if kind == "masked":
         recipe = tiny_recipe(tmp_path / "rl", model=summary["checkpoint"], num_steps=1)
         first = load_policy(summary["checkpoint"]).module.state_dict()
@@ -224,9 +224,9 @@ def test_each_step_hides_other_tokens():
 
 def test_each_step_of_a_run_hides_other_tokens(tmp_path):
     """One row, and a learning rate that moves no weight: only the masks can change the loss."""
-    fine_tune(tiny_sft(tmp_path, dataset=ROWS[1:2] * 8, eval_dataset=ROWS[:1], learning_rate=1e-30))
+    fine_tune(tiny_sft(tmp_path, dataset=ROWS[1:2] * 8, eval_dataset=ROWS[:1], learning_rate=1e-30, num_steps=3))
     losses = sorted(row["loss"] for row in metrics_of(tmp_path))
-    assert len(losses) == 4 and all(after - before > 1e-3 for before, after in pairwise(losses))
+    assert len(losses) == 3 and all(after - before > 1e-3 for before, after in pairwise(losses))
 
 
 def test_replaced_tokens_are_those_of_the_recipes_share():

@@ -36,6 +36,8 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.cautions import cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("no_rehearsal")
+
 
 def test_what_can_learn_is_left_alone():
     assert cautions(tiny_recipe("x")) == [] and cautions(tiny_recipe_ar("x")) == []

@@ -49,7 +49,8 @@ def test_rows_of_a_run_are_its_own(tmp_path, capsys):
 
 
 def test_zero_means_never(tmp_path, capsys):
-    train(tiny_recipe(tmp_path, log_completions_steps=0, num_steps=1))
+    small = {"num_steps": 1, "train_batch_size": 1, "num_generations": 2, "rollout_quantization": None}
+    train(tiny_recipe(tmp_path, log_completions_steps=0, **small))
     assert not (tmp_path / "completions.jsonl").exists()
     assert "highest and lowest" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="log_completions_steps=-1 must be at least 0"):

@@ -21,6 +21,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.distillation import Teacher, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy, teacher_policy
@@ -38,6 +39,7 @@ def scoring(recipe):
 
 def taught_recipe(directory, **changes):
     given = {"sampler": STATE_ONLY, "rollout_quantization": None, "teacher": "reference", "report_to": None}
+    given |= {"eval_task": Sudoku(split="test", size=1)}
     return tiny_recipe(directory, **{**given, **changes})
 
 
@@ -139,7 +141,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
 
     before = [weight.clone() for weight in student.weights]
     wanted, directions = [], []
-    for _ in range(4):
+    for _ in range(2):
         direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in before]
         ends = []
         for sign in (1, -1):
@@ -158,6 +160,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
 
 def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
     settings = {"model": partial(tiny_masked_lm, **SIZES | {"num_layers": 2}), "zero_mismatch": True, "num_steps": 1}
+    settings |= {"train_batch_size": 2, "num_generations": 2}
     train(taught_recipe(tmp_path / "same", **settings))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
     train(taught_recipe(tmp_path / "refine_steps", **settings, teacher_substeps=8))
@@ -248,7 +251,7 @@ def test_an_autoregressive_student_has_a_teacher(tmp_path):
 def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
     """Under a rank that chooses by the draws: both probabilities are of tokens and order, and equal."""
     by_draws = Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0)
-    train(taught_recipe(tmp_path, sampler=by_draws, num_steps=1))
+    train(taught_recipe(tmp_path, sampler=by_draws, num_steps=1, train_batch_size=2, num_generations=2))
     assert metrics_of(tmp_path)[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
 
 
@@ -270,7 +273,7 @@ def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
 def test_micro_batches_change_nothing(tmp_path):
     policy = tiny_masked_lm(**SIZES)
     recipe = taught_recipe(tmp_path, teacher_substeps=4)
-    prompts = encode(policy, [recipe.task[i] for i in range(4)], num_generations=4, seeds=range(16))
+    prompts = encode(policy, [recipe.task[i] for i in range(2)], num_generations=3, seeds=range(6))
     rollout = recipe.sampler(policy, prompts, torch.Generator())
     whole, parts = (
         student_teacher_log_ratio(other_model(), rollout, rollout.group, **scoring(recipe) | {"micro_batch_size": size})

@@ -7,6 +7,7 @@ import torch
 from run_outputs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl import Callback
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora_settings import Lora
@@ -18,9 +19,9 @@ from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
-# The recipe's grader raises on a problem that step 2 draws and no earlier one.
-DRAWN = [draw_indices(64, 4, 0, "train", step).tolist() for step in range(3)]
-HIT = next(i for i in DRAWN[2] if i not in {0, *DRAWN[0], *DRAWN[1]})
+# The recipe's grader raises on a problem that step 1 draws and no earlier one.
+DRAWN = [draw_indices(64, 4, 0, "train", step).tolist() for step in range(2)]
+HIT = next(i for i in DRAWN[1] if i not in {0, *DRAWN[0]})
 
 
 class Raising:
@@ -47,9 +48,10 @@ class Raising:
 
 
 def small(folder, **changes):
-    """A recipe of three steps, with a reference, whose first checkpoint after the start is at its end."""
+    """A recipe of two steps, with a reference, whose first checkpoint after the start is at its end."""
     model = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1})
-    fixed = {"model": model, "beta": 0.1, "num_steps": 3, "learning_rate": 5e-3, "save_steps": 3}
+    fixed = {"model": model, "beta": 0.1, "num_steps": 2, "learning_rate": 5e-3, "save_steps": 2}
+    fixed |= {"rollout_quantization": None, "eval_task": Sudoku(split="test", size=1)}
     return tiny_recipe(folder, **fixed | changes)
 
 
@@ -65,12 +67,12 @@ def steps(run) -> list[int]:
 
 
 def test_weights_that_a_failed_optimizer_step_has_changed_are_not_saved(tmp_path, monkeypatch):
-    """The third update changes a weight, and then fails: no later checkpoint than that of the start is whole."""
+    """The second update changes a weight, and then fails: no later checkpoint than that of the start is whole."""
     plain, calls = torch.optim.AdamW.step, []
 
     def halfway(self, *arguments, **keywords):
         calls.append(self)
-        if len(calls) < 3:
+        if len(calls) < 2:
             return plain(self, *arguments, **keywords)
         with torch.no_grad():
             self.param_groups[0]["params"][0].add_(1)
@@ -78,20 +80,20 @@ def test_weights_that_a_failed_optimizer_step_has_changed_are_not_saved(tmp_path
 
     monkeypatch.setattr(torch.optim.AdamW, "step", halfway)
     note = failed(tmp_path / "run", ZeroDivisionError)
-    assert steps(tmp_path / "run") == [0] and "step 2" in note
+    assert steps(tmp_path / "run") == [0] and "step 1" in note
 
 
 def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whole_one(tmp_path):
     task = Raising()
     note = failed(tmp_path / "run", RuntimeError, task=task)
-    assert steps(tmp_path / "run") == [0, 2]
+    assert steps(tmp_path / "run") == [0, 1]
     assert note.startswith(
-        "process 0, whose last stage was reward: failed after step 2 was complete; fix the cause and continue with "
+        "process 0, whose last stage was reward: failed after step 1 was complete; fix the cause and continue with "
         "resume_from_checkpoint='latest'"
     )
     assert "\n" not in note
     again = failed(tmp_path / "run", RuntimeError, task=task, resume_from_checkpoint="latest")
-    assert again == note and steps(tmp_path / "run") == [0, 2], "a resume repeats the step"
+    assert again == note and steps(tmp_path / "run") == [0, 1], "a resume repeats the step"
     task.fixed = True
     parts = train(small(tmp_path / "run", task=task, resume_from_checkpoint="latest", allow_changed="task"))
     assert_same_weights(parts, train(small(tmp_path / "whole", task=task)))
@@ -100,14 +102,17 @@ def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whol
 def test_a_gradient_that_is_not_finite_loses_no_step(tmp_path):
     """It is met in the update, before the weights change."""
 
-    def huge(log_ratio, advantages, mask):
-        calls.append(1)
-        return log_ratio * (1.0 if len(calls) <= before else float("inf"))
+    class Done(Callback):
+        steps = 0
 
-    calls, before = [], 10**9
-    train(small(tmp_path / "counted", loss=huge, num_steps=1))
-    calls, before = [], len(calls)  # of the first step
-    note = failed(tmp_path, FloatingPointError, loss=huge)
+        def on_step(self, run, metrics):
+            self.steps = run.step
+
+    def huge(log_ratio, advantages, mask):
+        return log_ratio * (float("inf") if done.steps else 1.0)
+
+    done = Done()
+    note = failed(tmp_path, FloatingPointError, loss=huge, callbacks=[done])
     assert "stage was update: failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
 
 
@@ -150,7 +155,7 @@ def test_an_error_after_the_last_step_says_that_a_resume_finishes_the_run(tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr("dllm_rl.training.results.write_json", full)
         note = failed(tmp_path, OSError)
-    assert "failed after step 3 was complete; fix the cause and continue with resume_" in note
+    assert "failed after step 2 was complete; fix the cause and continue with resume_" in note
     assert train(small(tmp_path, resume_from_checkpoint="latest"))["eval_after"]
 
 
@@ -183,6 +188,6 @@ class Moved(Raising):
 def test_a_folder_that_is_renamed_during_the_run_is_missed_after_the_step(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(OSError, match="was removed or renamed during the run") as raised:
-        train(tiny_recipe(folder, task=Moved(folder), num_steps=4, save_steps=9))
+        train(small(folder, task=Moved(folder), save_steps=9))
     assert len(line_of(raised.value)) <= 390 + len(str(folder))
     assert steps(folder) == [1] and steps(tmp_path / "elsewhere") == [0]

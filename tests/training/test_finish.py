@@ -45,7 +45,8 @@ def test_a_picture_that_cannot_be_drawn_costs_only_the_picture(tmp_path, monkeyp
 
     monkeypatch.setattr("dllm_rl.monitoring.plots.plot", fail)
     last = AtEnd()
-    summary = train(tiny_recipe(tmp_path, num_steps=1, callbacks=[last]))
+    small = {"num_steps": 1, "train_batch_size": 1, "num_generations": 2, "rollout_quantization": None}
+    summary = train(tiny_recipe(tmp_path, callbacks=[last], **small))
     out = capsys.readouterr().out
     assert summary.policy.weights_version == 1 and last.ended == [summary["checkpoint"]]
     assert "training.png could not be drawn: " in out and "Picture:" not in out and "Numbers:" in out

@@ -68,7 +68,7 @@ class Simulated(InProcessPool):
 def simulate(duration, *, workers, late, steps, saved=None):
     """Train on `steps` batches; returns (number, version, learner's version) of each. At the steps `saved` the run
     stops, and is resumed from what it saves with that number of workers."""
-    policy = SimpleNamespace(weights_version=0, module=torch.nn.Linear(1, 1))
+    policy = SimpleNamespace(weights_version=0, module=torch.nn.Identity())
     recipe = SimpleNamespace(
         max_staleness=late,
         num_steps=steps,
@@ -222,11 +222,11 @@ def slow_first(number):
 def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trained_on(changes, tmp_path):
     """The run is the loop written by hand: batch b of the weights that the metrics name, trained on in the step that
     they name."""
-    recipe = first_ready_recipe(tmp_path / "run", late=3, num_steps=6, log_completions_steps=1, **changes)
+    recipe = first_ready_recipe(tmp_path / "run", late=3, num_steps=4, log_completions_steps=1, **changes)
     trained = train(recipe, InProcessPool(slow_first))
     rows = metrics_of(tmp_path / "run")
     numbers, versions = ([int(row[name]) for row in rows] for name in ("rollout_batch", "rollout_version"))
-    assert numbers != sorted(numbers) and sorted(numbers) == list(range(6))
+    assert numbers != sorted(numbers) and sorted(numbers) == list(range(4))
     assert [row["staleness"] for row in rows] == [step - version for step, version in enumerate(versions)]
     assert max(row["staleness"] for row in rows) <= 3
     written = current_rows(tmp_path / "run" / "completions.jsonl")

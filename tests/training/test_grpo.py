@@ -59,13 +59,14 @@ async def short(completions, **_):
 
 
 def options(directory, **more):
-    small = {"num_steps": 2, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": Float8WeightOnly()}
-    return {"max_new_tokens": 4, "output_dir": str(directory), **small, **more}
+    small = {"num_steps": 1, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": Float8WeightOnly()}
+    return {"max_new_tokens": 4, "output_dir": str(directory), "log_completions_steps": 0, **small, **more}
 
 
 def test_a_policy_a_data_set_and_functions_are_enough(tmp_path):
     policy = tiny_masked_lm(**SMALL)
-    summary = grpo(policy, Dataset.from_list(ROWS), [right, short], reward_weights=[1.0, 0.1], **options(tmp_path))
+    given = options(tmp_path, log_completions_steps=1)
+    summary = grpo(policy, Dataset.from_list(ROWS), [right, short], reward_weights=[1.0, 0.1], **given)
     assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
     for row in read_metrics(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/right/mean"] + 0.1 * row["rewards/short/mean"])
@@ -98,7 +99,7 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, rehearsal, monkeypatch):
 
     def rows_with(advantages):
         folder = tmp_path / describe(advantages).partition("(")[0].rpartition(":")[2]
-        given = {"reward_weights": [1.0, 0.1], "advantages": advantages, "num_steps": 1}
+        given = {"reward_weights": [1.0, 0.1], "advantages": advantages}
         grpo(tiny_masked_lm(**SMALL), ROWS, [right, short], **options(folder, **given))
         return read_metrics(folder)
 
@@ -107,6 +108,7 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, rehearsal, monkeypatch):
     together, parts, weights = seen[2]
     torch.testing.assert_close((weights[:, None] * parts).sum(0), together)
     assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
+    monkeypatch.setattr("dllm_rl.training.start.rehearse", lambda *_: None)
     (plain,) = rows_with(Decoupled())
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
 
@@ -123,7 +125,7 @@ def test_ones_own_advantages_may_read_any_component_and_expect_shares(tmp_path):
     advantages = OfTheSecond()
     grpo(
         tiny_masked_lm(**SMALL), ROWS, [right, ends_in_1], reward_weights=[1.0, 0.5], advantages=advantages,
-        **options(tmp_path, num_steps=1),
+        **options(tmp_path),
     )  # fmt: skip
 
 
@@ -131,7 +133,7 @@ def ends_in_1(completions, **_):
     return [float(text.endswith("1")) for text in completions]
 
 
-@pytest.mark.parametrize(("weight", "draws"), [(0.0, 3), (1.0, 1)])
+@pytest.mark.parametrize(("weight", "draws"), [(0.0, 2), (1.0, 1)])
 def test_a_reward_without_weight_makes_no_group_worth_keeping(weight, draws, tmp_path):
     """Of two rewards only the second differs, and it counts by its weight."""
 
@@ -143,7 +145,7 @@ def test_a_reward_without_weight_makes_no_group_worth_keeping(weight, draws, tmp
 
     grpo(
         tiny_masked_lm(**SMALL), ROWS, [never, numbers], reward_weights=[1.0, weight], advantages=Decoupled(),
-        max_num_gen_batches=3, **options(tmp_path, num_steps=1),
+        max_num_gen_batches=2, **options(tmp_path),
     )  # fmt: skip
     (row,) = read_metrics(tmp_path)
     assert row["dynamic_sampling/draws"] == draws
@@ -305,7 +307,7 @@ def test_a_streamed_data_set_needs_a_bound():
 def test_a_path_may_be_a_path_object(tmp_path):
     folder = tmp_path / "My Model"
     tiny_masked_lm(**SMALL).save_pretrained(folder)
-    recipe = grpo_recipe(folder, ROWS, right, teacher=folder, **options(tmp_path / "run") | {"num_steps": 1})
+    recipe = grpo_recipe(folder, ROWS, right, teacher=folder, **options(tmp_path / "run"))
     assert (recipe.name, recipe.model, recipe.teacher) == ("my model", str(folder), str(folder))
     train(replace(recipe, output_dir=tmp_path / "run"))
     again = replace(
@@ -715,7 +717,7 @@ def test_an_own_model_of_few_positions_trains_and_is_evaluated_with_an_own_sampl
     ],
 )
 def test_a_sampler_that_the_default_cannot_score_is_refused_before_anything_is_written(tmp_path, rehearsal, kind, said):
-    given = options(tmp_path / "run", sampler=kind(max_new_tokens=4), rollout_quantization=None, num_steps=1)
+    given = options(tmp_path / "run", sampler=kind(max_new_tokens=4), rollout_quantization=None)
     with pytest.raises(ValueError, match=said):
         grpo(own_policy, ROWS, right, **given)
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -1023,6 +1025,7 @@ def test_blanks_are_filled_in_and_graded(tmp_path, rows, settings, length):
 
     policy = tiny_masked_lm(characters="1234=", hidden_size=16, num_layers=1)
     changes = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": "none"}
+    changes |= {"log_completions_steps": 0}
     recipe = grpo_recipe(policy, rows, filled, output_dir=str(tmp_path), **settings, **changes)
     assert recipe.sampler.max_new_tokens == length
     assert recipe.task[0].blank == "_" and isinstance(recipe.likelihood, Trajectory)
