@@ -5,7 +5,9 @@ import json
 import logging
 import math
 import os
+from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,26 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_masked_lm
+
+
+@pytest.fixture(scope="module")
+def model():
+    """What refused adapters and weights are not loaded into."""
+    return tiny_masked_lm(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def saved_adapters(tmp_path_factory):
+    policy, directory = tiny_masked_lm(**SIZES), tmp_path_factory.mktemp("adapters")
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, directory)
+    return directory
+
+
+@pytest.fixture
+def adapters(saved_adapters, tmp_path):
+    return copytree(saved_adapters, tmp_path / "adapters")
+
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
@@ -40,10 +62,10 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
 @pytest.mark.repeated(every=4)
 @pytest.mark.parametrize("name", [*NAMES, "extra.json"])
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, make):
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, make, model):
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    for read in (load_policy, checkpoint_folder, lambda path: load_weights(tiny_masked_lm(**SIZES), path)):
+    for read in (load_policy, checkpoint_folder, partial(load_weights, model)):
         with pytest.raises(ValueError, match=f"{name} is not a regular file; fetch the checkpoint again"):
             read(folder)
 
@@ -64,8 +86,8 @@ def test_weights_that_another_tool_quantized_are_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_a_config_does_not_choose_the_code_that_computes(folder, name):
-    usual = load_policy(folder).module.config._attn_implementation
+def test_a_config_does_not_choose_the_code_that_computes(folder, name, model):
+    usual = model.module.config._attn_implementation
     raw = edit(folder, **{name: "owner/kernel"})
     for module in (load_policy(folder).module, build_empty(raw)):
         assert module.config._attn_implementation == usual
@@ -105,14 +127,11 @@ def test_a_template_that_fails_is_refused_where_it_is_used(folder, template):
         prompt_ids(policy, [{"role": "user", "content": "1+1="}])
 
 
-def test_adapters_of_integers_are_refused(tmp_path):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+def test_adapters_of_integers_are_refused(adapters, model):
+    file = adapters / "adapter_model.safetensors"
     save_file({name: tensor.long() for name, tensor in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"has dtype torch\.int64, which is not an adapter.s; save the adapters again"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+        load_adapter(model, adapters)
 
 
 @pytest.mark.parametrize(
@@ -122,52 +141,40 @@ def test_adapters_of_integers_are_refused(tmp_path):
         *(("lora_alpha", 10**400), ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_dropout", math.nan)),
     ],
 )
-def test_adapters_of_other_types_are_refused(tmp_path, name, value):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+def test_adapters_of_other_types_are_refused(adapters, model, name, value):
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    (adapters / "adapter_config.json").write_text(json.dumps(config | {name: value}))
     problem = "no adapter tensor has a dimension of size " if value == 10**9 else ""
     with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {problem}{name}="):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+        load_adapter(model, adapters)
 
 
-def test_adapters_that_are_not_there_are_missed(tmp_path):
+def test_adapters_that_are_not_there_are_missed(tmp_path, model):
     with pytest.raises(ValueError, match=r"gone: the adapters are missing; give the folder of saved ones"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path / "gone")
+        load_adapter(model, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("value", [5, -0.5])
-def test_a_share_of_dropout_that_is_none_names_its_file(tmp_path, value):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": value}))
+def test_a_share_of_dropout_that_is_none_names_its_file(adapters, model, value):
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    (adapters / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": value}))
     with pytest.raises(ValueError, match=rf"lora_dropout={value} is not in \[0, 1\); correct adapter_config\.json"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+        load_adapter(model, adapters)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+def test_adapters_that_are_not_finite_are_refused(adapters, model, value):
+    file = adapters / "adapter_model.safetensors"
     state = load_file(file)
     name = sorted(state)[-1]
     state[name].view(-1)[0] = value
     save_file(state, file)
     with pytest.raises(ValueError, match=rf"{name} has NaN or infinite numbers; use earlier adapters"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+        load_adapter(model, adapters)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters_that_are_something_else_are_refused(tmp_path, name):
-    policy = tiny_masked_lm(**SIZES)
-    add_lora(policy, Lora(r=2))
-    save_adapter(policy, tmp_path)
-    (tmp_path / name).write_bytes(b"[1, 2")
+def test_adapters_that_are_something_else_are_refused(adapters, model, name):
+    (adapters / name).write_bytes(b"[1, 2")
     with pytest.raises(ValueError, match="the adapters are damaged"):
-        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+        load_adapter(model, adapters)
