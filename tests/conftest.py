@@ -80,10 +80,14 @@ def pictures(no_pictures, monkeypatch):
     monkeypatch.setattr("dllm_rl.monitoring.plots.plot", no_pictures)
 
 
+OF_CHECKS = ("tests/models/test_policy.py", "tests/models/test_outside.py", "tests/models/test_bad_policies.py")
+OF_CHECKS += ("tests/models/checkpoint/test_families_errors.py", "tests/testing/")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def checks_of_models():
     """Whether attention and logits are those of a stock class is checked once for each architecture: the check takes
-    half of the time that it takes to make a tiny model. Tests about models check every one."""
+    half of the time that it takes to make a tiny model. Files that hold the checks check every one."""
     from dllm_rl.models import policy as policies
 
     passed = set()
@@ -92,7 +96,7 @@ def checks_of_models():
         def checked(policy):
             module, test = policy.module, os.environ.get("PYTEST_CURRENT_TEST", "")
             is_stock = type(module).__module__.startswith("transformers.")
-            if not is_stock or test.startswith(("tests/models/", "tests/testing/")):
+            if not is_stock or test.startswith(OF_CHECKS):
                 return check(policy)
             key = (check, policy.spec, policy.pad_id, str(module.config.to_dict()), *map(type, module.modules()))
             if key not in passed:

@@ -18,7 +18,7 @@ from dllm_rl.samplers import Renoise
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
 )
-SHORT = {"max_new_tokens": 8, "diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
+SHORT = {"max_new_tokens": 8, "diffusion_steps": 2, "stability_threshold": None, "confidence_threshold": None}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 
+SMALL = {"characters": "ab", "hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
+
 
 @pytest.mark.parametrize("family", [slow("llama"), "qwen3", slow("smollm2")])
 def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
@@ -57,7 +59,7 @@ def _second(policy) -> torch.Tensor:
 
 
 def test_a_vocabulary_without_room_grows(tmp_path):
-    causal = tiny_llama(characters="ab", causal=True)
+    causal = tiny_llama(causal=True, **SMALL)
     causal.tokenizer.mask_token = None
     causal.save_pretrained(tmp_path)
     policy = diffusion_from_causal(tmp_path)
@@ -70,7 +72,7 @@ def test_a_vocabulary_without_room_grows(tmp_path):
 
 def test_a_mask_token_in_the_middle_of_the_vocabulary_leaves_the_others_their_rows(tmp_path):
     """The tokenizer declares one, as BERT's does: <pad> 0, <mask> 1, <eos> 2, two letters."""
-    causal = tiny_llama(characters="ab", causal=True)
+    causal = tiny_llama(causal=True, **SMALL)
     causal.save_pretrained(tmp_path)
     policy = diffusion_from_causal(tmp_path)
     assert policy.spec.mask_id == 1 and policy.vocab_size == causal.vocab_size == 5
@@ -82,7 +84,7 @@ def test_a_mask_token_in_the_middle_of_the_vocabulary_leaves_the_others_their_ro
 
 
 def test_a_diffusion_model_is_refused(tmp_path):
-    tiny_llama(characters="ab", causal=False).save_pretrained(tmp_path)
+    tiny_llama(causal=False, **SMALL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a diffusion model already"):
         diffusion_from_causal(tmp_path)
 
@@ -119,9 +121,9 @@ def test_a_model_trained_both_ways_decodes_as_its_autoregressive_checkpoint(tmp_
 @pytest.mark.parametrize("options", [{}, {"suppress": (3,)}, {"top_k": 5}, {"temperature": 0.0}])
 def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path, options):
     """Also of an untrained model, whose mask is as likely as any token."""
-    tiny_llama(characters="123", causal=True).save_pretrained(tmp_path)
+    tiny_llama(causal=True, **SMALL | {"characters": "123"}).save_pretrained(tmp_path)
     policy = as_causal(diffusion_from_causal(tmp_path))
-    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, num_generations=64)
+    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, num_generations=16)
     rollout = Autoregress(**{"max_new_tokens": 8, "temperature": 2.0} | options)(policy, prompts, generator_for(0))
     assert not (rollout.tokens == policy.spec.mask_id).any()
     assert set(rollout.sampling_params.suppress) == {*options.get("suppress", ()), policy.spec.mask_id}
@@ -132,11 +134,11 @@ def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path
 
 def test_a_model_that_was_never_causal_is_refused():
     with pytest.raises(ValueError, match="'diffusion_lm' models do not decode from left to right"):
-        as_causal(tiny_llama(characters="ab", causal=False))
+        as_causal(tiny_llama(causal=False, **SMALL))
 
 
 def test_a_quantized_copy_stays_one(tmp_path):
-    tiny_llama(characters="ab", causal=True).save_pretrained(tmp_path)
+    tiny_llama(causal=True, **SMALL).save_pretrained(tmp_path)
     quantized = as_causal(quantized_copy(diffusion_from_causal(tmp_path), Float8WeightOnly()))
     assert quantized.quantization is not None and quantized.quantization_report is not None
     with pytest.raises(ValueError, match="a quantized copy's weights are rounded"):

@@ -24,6 +24,8 @@ from dllm_rl.training.dry_run.plan import plan
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
+FEW = {"train_batch_size": 1, "num_generations": 2, "rollout_quantization": None}
+
 
 def held_apart(noise=0.0):
     """An engine that computes logits with weights of its own, which a sync copies."""
@@ -67,7 +69,7 @@ def test_an_engine_of_the_same_arithmetic_trains_as_the_learner_alone(tmp_path, 
 def test_what_an_engine_computes_otherwise_is_measured(tmp_path, likelihood):
     more = {} if likelihood is None else {"likelihood": likelihood}
     engine = held_apart(noise=0.5)
-    train(tiny_recipe(tmp_path, rollout_quantization=None, rollout_engine=engine, num_steps=1, **more))
+    train(tiny_recipe(tmp_path, rollout_engine=engine, num_steps=1, **FEW, **more))
     line = (tmp_path / "metrics.jsonl").read_text().split('"rollout_corr/abs_log_ratio_mean": ')[1]
     assert float(line.split(",")[0]) > 0.01
 
@@ -80,7 +82,7 @@ def test_mixtures_that_an_engine_hides_are_not_compared(tmp_path):
         "moe_intermediate_size": 16,
         "num_experts": 4,
     }
-    recipe = tiny_recipe(tmp_path, rollout_quantization=None, rollout_engine=held_apart(), num_steps=1)
+    recipe = tiny_recipe(tmp_path, rollout_engine=held_apart(), num_steps=1, **FEW)
     train(replace(recipe, model=partial(tiny_moe, characters="1234.=", **sizes)))
     assert "routing/" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -143,11 +145,8 @@ def test_a_resumed_run_sets_the_version_of_an_engine_that_counts_for_itself(tmp_
         rollout_policy.weights_version = 0
         return rollout_policy
 
-    options = {
-        "rollout_quantization": None,
-        "rollout_engine": FunctionEngine(load_fn=load, sync_fn=apart.sync),
-        "lr_schedule_steps": 2,
-    }
+    engine = FunctionEngine(load_fn=load, sync_fn=apart.sync)
+    options = FEW | {"rollout_engine": engine, "lr_schedule_steps": 2, "eval_steps": 0}
     train(tiny_recipe(tmp_path, num_steps=1, **options))
     train(tiny_recipe(tmp_path, num_steps=2, resume_from_checkpoint="latest", **options))
     assert (tmp_path / "checkpoints/step-000002").exists()
@@ -196,7 +195,7 @@ def decoding():
 
 
 def test_an_engine_that_decodes_by_itself_is_evaluated_by_its_own_sampler(tmp_path):
-    given = {"rollout_quantization": None, "rollout_engine": decoding(), "sampler": Elsewhere(max_new_tokens=16)}
+    given = FEW | {"rollout_engine": decoding(), "sampler": Elsewhere(max_new_tokens=16)}
     given |= {"eval_sampler": Unmask(max_new_tokens=16, diffusion_steps=3), "corrector": NoCorrection()}
     summary = train(tiny_recipe(tmp_path, **given, likelihood=Trajectory(), num_steps=1))
     assert summary["eval_after_quantized"] == summary["eval_after"]  # greedy, of the weights that it was last sent

@@ -20,7 +20,7 @@ from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.policy import shift_states
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Unmask
 from dllm_rl.types import Prompts, Rollout
@@ -35,7 +35,7 @@ MAKERS = {
 @pytest.mark.repeated
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_save_and_load_is_bitwise_and_silent(tmp_path, make, capfd):
-    policy = make(characters="0123 =\n", seed=3)
+    policy = make(characters="0123 =\n", seed=3, hidden_size=32, num_layers=2)
     policy.save_pretrained(tmp_path)
     again = load_policy(tmp_path)
     assert capfd.readouterr() == ("", "")
@@ -144,7 +144,7 @@ def policy_with(tokenizer):
 def test_a_custom_tokenizer_needs_three_methods(tmp_path):
     policy = policy_with(Letters())
     check_policy(policy)
-    summary = train(tiny_recipe(tmp_path, model=policy, num_steps=1))
+    summary = train(tiny_recipe(tmp_path, model=policy, num_steps=1, train_batch_size=1, num_generations=2))
     assert (Path(summary["checkpoint"]) / "characters.txt").read_text() == "1234.="
 
 
@@ -187,8 +187,8 @@ CAUSAL = {
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_causal_class_that_changes_its_logits_after_the_head_is_refused(name):
     """A run would sample and train at another temperature."""
-    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = char_tokenizer("1234.=")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
     kind = getattr(transformers, f"{name}ForCausalLM")
     with torch.random.fork_rng():
@@ -222,7 +222,7 @@ class Bare(transformers.PreTrainedModel):
 
 
 def test_the_forward_of_ones_own_causal_class_is_not_called():
-    tokenizer = tiny_masked_lm(characters="1234.=").tokenizer
+    tokenizer = char_tokenizer("1234.=")
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     module = Bare(transformers.LlamaConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).eval()
 

@@ -1,6 +1,7 @@
 """Tiny random checkpoints in the layouts that the families were published in, names written by hand."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -361,7 +362,8 @@ def published(directory: Path, family: str, **options) -> Path:
     return write(directory, *ORIGINAL[family](), **options)
 
 
-def stock(directory: Path, family: str) -> Path:
+@cache
+def made(family: str) -> tuple[dict, dict]:
     """A tiny checkpoint of a class that transformers has, with the extra tensors that published ones carry."""
     same = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     same |= {
@@ -402,7 +404,13 @@ def stock(directory: Path, family: str) -> Path:
     if family == "smollm2":
         del state["lm_head.weight"]
     config = json.loads(module.config.to_json_string(use_diff=False)) | {"architectures": [cls.__name__]}
-    return write(directory, config, {k: v.clone() for k, v in state.items()}, mask=cls.__name__.endswith("MaskedLM"))
+    return config, {k: v.clone() for k, v in state.items()}
+
+
+def stock(directory: Path, family: str) -> Path:
+    """The checkpoint of `made`, written to a folder."""
+    config, state = made(family)
+    return write(directory, config, state, mask=config["architectures"][0].endswith("MaskedLM"))
 
 
 STOCK = ("bert", "roberta", "esm2", "esm1b", "esm_plain", "modernbert", "llama", "qwen3", "smollm2")

@@ -45,6 +45,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+SMALL = {"characters": "abc", "hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(3, 38, (2, 9), generator=torch.Generator().manual_seed(seed))
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
@@ -147,7 +150,7 @@ def test_a_starts_uniform_between_the_bounds_of_its_inputs():
 
 def test_the_reference_leaves_out_adapters_of_the_head_too():
     """A masked model's head has a layer before its projection, which its full path names."""
-    policy, (tokens, mask) = tiny_masked_lm(characters="ab", num_layers=1), (torch.tensor([[3, 4]]), torch.ones(1, 2))
+    policy, (tokens, mask) = tiny_masked_lm(**SMALL), (torch.tensor([[3, 4]]), torch.ones(1, 2))
     before = policy.logits(tokens, mask.bool())
     add_lora(policy, Lora(r=2, targets=("lm_head.dense",)))
     stir(policy)
@@ -157,7 +160,7 @@ def test_the_reference_leaves_out_adapters_of_the_head_too():
 
 
 def test_adapters_left_out_twice_come_back_after_both():
-    policy = tiny_llama(characters="ab", causal=False)
+    policy = tiny_llama(causal=False, **SMALL)
     add_lora(policy, Lora(r=2))
     active = lambda: {layer.active for layer in adapted_layers(policy.module).values()}  # noqa: E731
     tokens = torch.tensor([[3, 4]])
@@ -198,7 +201,8 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
 def test_transformers_opens_what_was_trained(tmp_path, family, lora):
     """The policy that `grpo` returned and the run's checkpoint are written as the same stock folder."""
     base = checkpoint(tmp_path / "base", family)
-    settings = {"max_new_tokens": 4, "num_steps": 2, "warmup_steps": 0, "learning_rate": 0.1, "report_to": "none"}
+    settings = {"max_new_tokens": 4, "num_steps": 1, "warmup_steps": 0, "learning_rate": 0.1, "report_to": "none"}
+    settings |= {"train_batch_size": 1, "num_generations": 4}
     rows = [{"prompt": text} for text in ("ab", "cd", "ef")]
 
     def reward(completions):
@@ -258,8 +262,7 @@ def test_adapters_of_llada_bear_the_authors_names(tmp_path):
 
 
 def test_dropout_repeats_and_spares_what_is_not_differentiated():
-    make = lambda: tiny_masked_lm(characters="ab")  # noqa: E731
-    policy, again = make(), make()
+    policy, again = (tiny_masked_lm(**SMALL) for _ in range(2))
     tokens, mask = torch.tensor([[3, 4, 3]]), torch.ones(1, 3, dtype=torch.bool)
     for p in (policy, again):
         add_lora(p, Lora(r=4, alpha=64.0, dropout=0.5))
@@ -447,7 +450,7 @@ def test_a_merged_base_in_eight_bits_has_the_dtype_of_its_module(tmp_path, dtype
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
 def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
-    policy = tiny_llama(characters="abc", causal=False)
+    policy = tiny_llama(causal=False, **SMALL)
     if lora:
         add_lora(policy, lora)
         stir(policy)
@@ -468,7 +471,7 @@ def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
 
 
 def test_adapters_that_do_not_fit(tmp_path):
-    policy = tiny_llama(characters="ab", causal=False)
+    policy = tiny_llama(causal=False, **SMALL | {"num_layers": 2})
     with pytest.raises(ValueError, match="no adapters to leave out"):
         policy.reference()
     with pytest.raises(ValueError, match=r"lora.targets=\('query',\) names no linear layer"):
@@ -487,11 +490,11 @@ def test_adapters_that_do_not_fit(tmp_path):
         add_lora(policy, Lora(r=2))
     save_adapter(policy, tmp_path)
     with pytest.raises(ValueError, match="do not fit"):
-        load_adapter(tiny_llama(characters="ab", causal=False, num_layers=2), tmp_path)
+        load_adapter(tiny_llama(causal=False, **SMALL), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora=True is not supported"):
-        load_adapter(tiny_llama(characters="ab", causal=False), tmp_path)
+        load_adapter(tiny_llama(causal=False, **SMALL), tmp_path)
 
 
 @pytest.mark.repeated(every=4)
@@ -553,7 +556,7 @@ def test_adapters_of_other_methods_are_refused_by_name(tmp_path, method):
     config = getattr(peft, method)(task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)
     name = config.peft_type.value
-    for check in (load_policy, partial(load_adapter, tiny_llama(characters="ab", causal=False, num_layers=1))):
+    for check in (load_policy, partial(load_adapter, tiny_llama(causal=False, **SMALL))):
         with pytest.raises(ValueError, match=rf"^{tmp_path}: peft_type='{name}' is not supported; only LoRA is"):
             check(tmp_path)
     with pytest.raises(ValueError, match=rf"^peft_config: peft_type='{name}' is not supported"):

@@ -176,7 +176,7 @@ def test_of_two_names_for_the_mask_neither_is_taken():
 
 
 def test_a_masked_model_whose_tokenizer_has_no_mask():
-    policy = tiny_masked_lm(characters="ab")
+    policy = tiny_masked_lm(characters="ab", hidden_size=32, num_layers=1)
     policy.tokenizer.mask_token = policy.module.config.mask_token_id = None
     refused("mask_token_id is neither in the config nor in the tokenizer", make_policy, policy.module, policy.tokenizer)
 
@@ -237,7 +237,7 @@ def test_every_field_that_the_stock_class_computes_otherwise_is_refused(layout):
 
 def test_a_device_that_rounds_the_rows_of_a_batch_differently(monkeypatch):
     """A pretrained model was refused on a machine of 16 cores. In fp32 its states are off by 1e-5 from row to row."""
-    policy = tiny_llama(characters="abcdefghij", causal=True)
+    policy = tiny_llama(characters="abcdefghij", causal=True, hidden_size=32, num_layers=1)
     exact = policy.module.get_input_embeddings().forward
 
     def rounded(tokens):
@@ -251,7 +251,7 @@ def test_a_device_that_rounds_the_rows_of_a_batch_differently(monkeypatch):
 
 def test_a_model_that_hardly_sees_a_token_still_counts_as_seeing_it(monkeypatch):
     """The first position of SmolLM2-135M, with full attention, changes by 3e-5 of its norm."""
-    policy = tiny_llama(characters="abcdefghij", causal=True)
+    policy = tiny_llama(characters="abcdefghij", causal=True, hidden_size=32, num_layers=1)
     weak = policy.module.model.norm.forward
 
     def leaks(hidden):
@@ -263,7 +263,7 @@ def test_a_model_that_hardly_sees_a_token_still_counts_as_seeing_it(monkeypatch)
 
 def test_attention_that_is_not_what_the_family_needs():
     """As with a transformers too old for is_causal=False, which would stay causal."""
-    policy = tiny_llama(characters="ab", causal=False)
+    policy = tiny_llama(characters="ab", causal=False, hidden_size=32, num_layers=1)
     spec = policy.spec
     policy.module.config.is_causal = True
     refused(
@@ -273,7 +273,7 @@ def test_attention_that_is_not_what_the_family_needs():
         policy.tokenizer,
         spec,
     )
-    causal = tiny_llama(characters="ab", causal=True)
+    causal = tiny_llama(characters="ab", causal=True, hidden_size=32, num_layers=1)
     spec = causal.spec
     causal.module.config.is_causal = False
     refused(
@@ -287,7 +287,7 @@ def test_attention_that_is_not_what_the_family_needs():
 
 def test_a_sampler_for_the_other_kind_of_policy():
     prompts, generator = Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator()
-    causal, diffusion = (tiny_llama(characters="ab", causal=c) for c in (True, False))
+    causal, diffusion = (tiny_llama(characters="ab", causal=c, hidden_size=32, num_layers=1) for c in (True, False))
     masked = Unmask(max_new_tokens=2, diffusion_steps=2)
     refused("Unmask needs a diffusion model: use Autoregress", masked, causal, prompts, generator)
     refused("Autoregress needs a causal one: use Unmask", Autoregress(max_new_tokens=2), diffusion, prompts, generator)
