@@ -35,10 +35,24 @@ from recipes.smollm2_diffusion import PlainSums, recipe
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.mismatch_report import line, rates
-from recipes.studies.paired import Contrast, Results, Study, by_arm, keep, main, result_path, tables, train_one
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    by_arm,
+    contrast_values,
+    counted,
+    interval,
+    keep,
+    main,
+    markdown,
+    paired,
+    result_path,
+    train_one,
+    verdict_rows,
+)
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
-COLUMNS = ("quantized", "ess", "reward")
 INT4 = {"rollout_quantization": Int4WeightOnly()}
 STORED_METRICS = (
     "reward",
@@ -94,6 +108,36 @@ def steps_of(root: Path, name: str, seed: int) -> dict[str, list[float]]:
     return {metric: values for metric, values in steps.items() if values}
 
 
+WORDS = {  # by arm, in tables and pictures
+    "learner's own completions": "own rollouts",
+    "unquantized": "own rollouts",
+    "FP8": "FP8, no correction",
+    "int4": "INT4, no correction",
+    "int4, tis": "INT4, TIS",
+    "int4, ais": "INT4, AIS",
+    "int4, aligned": "INT4, aligned forward",
+    "int4, permuted tis": "INT4, shuffled TIS",
+    "int4, permuted ais": "INT4, shuffled AIS",
+    "int4 at half the rate": "INT4, half the learning rate",
+}
+
+
+def said(claim: str) -> str:
+    """A claim in the words of the page."""
+    changes = {
+        "the aligned forward's INT4 weights are above those of no corrector": (
+            "The INT4 copy is better with the aligned forward than with no correction"
+        ),
+        "above half the rate": "above no correction at half the learning rate",
+        "no corrector": "no correction",
+        "its permuted weights": "shuffled TIS",
+        "is above": "is better than",
+    }
+    for old, new in changes.items():
+        claim = claim.replace(old, new)
+    return claim
+
+
 def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its INT4 copy") -> None:
     """By arm the accuracy of the learner and of the copy that sampled: a dot a seed, the mean and its interval."""
     import matplotlib
@@ -108,18 +152,34 @@ def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for place, arm in enumerate(arms):
             line(axis, -place, rates(results, arm, column), "#1f77b4")
-        axis.set_yticks([-place for place in range(len(arms))], arms)
+        axis.set_yticks([-place for place in range(len(arms))], [WORDS[arm] for arm in arms])
         axis.set_ylim(0.6 - len(arms), 0.6)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel(f"accuracy after {study.num_steps} steps")
+        axis.set_xlabel(f"sums solved greedily after {study.num_steps} steps, share")
         axis.grid(axis="x", alpha=0.3)
     axes[0].axvline(mean(rates(results, "int4", "before")), color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def solved_rows(results: Results) -> list[dict[str, str]]:
+    """By arm what the learner and its copy solve, and what they gain over no correction."""
+    rows = []
+    for arm in ARMS:
+        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        row = {"trained on": WORDS[arm]}
+        for head, column in {"learner": "after", "INT4 copy": "quantized"}.items():
+            row[head] = interval([run[column] for run in runs])
+            row[f"gain of the {head}"] = counted(paired(results, arm, "int4", column)) if arm != "int4" else "-"
+        rows.append(row | {"reward": interval([run["reward"] for run in runs])})
+        rows[-1]["ESS"] = f"{mean(run['ess'] for run in runs):.3f}"
+    return rows
+
+
 def page_tables() -> dict[str, str]:
-    return {"arms and claims": tables(STUDY, by_arm(read_json(STORED)), *COLUMNS)}
+    results = by_arm(read_json(STORED))
+    claims = verdict_rows(contrast_values(STUDY, results), said)
+    return {"arms": markdown(solved_rows(results)), "claims": markdown(claims)}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
 from recipes.studies.controls import Permuted
-from recipes.studies.low_bits import STUDY
+from recipes.studies.low_bits import STUDY, WORDS
 from recipes.studies.low_bits_tuned import STORED as TUNED
 from recipes.studies.low_bits_tuned import here
 from recipes.studies.paired import interval, markdown, student_t, which
@@ -226,9 +226,15 @@ def matrices(stored: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tenso
     return products, cross
 
 
+HEADS = {"cosine": "cosine", "gain": "gain of cosine", "bias": "squared error", "noise": "noise"}
+
+
 def table(stored: dict[str, Any]) -> str:
     """Return the table of a stored run."""
-    return markdown([{key: shown(value) for key, value in row.items()} for row in rows_of(*matrices(stored))])
+    rows = rows_of(*matrices(stored))
+    return markdown(
+        [{"gradient": WORDS[row["arm"]]} | {head: shown(row[key]) for key, head in HEADS.items()} for row in rows]
+    )
 
 
 def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
@@ -244,10 +250,33 @@ def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
     found["int4, tis: again above max_prob"] = jackknife(lower, len(BATCHES))
     return [
-        {"stated before the runs": claim, "difference, corrected": shown((value, CLAIMED * half))}
-        | {"holds": "yes" if value > CLAIMED * half else "no"}
+        {"claim": said_of_case(claim), "difference": shown((value, CLAIMED * half))}
+        | {"by itself": shown((value, half))}
+        | {"verdict": "shown" if value > CLAIMED * half else "not shown"}
         for claim, (value, half) in found.items()
     ]
+
+
+def said_of_case(claim: str) -> str:
+    """A claim in the words of the page."""
+    changes = {
+        "int4, tis: again above max_prob": "TIS: the cosine is higher in random order than under `MaxProb`",
+        "int4, tis above": "TIS is better than",
+        "int4, ais above": "AIS is better than",
+        "corrector": "correction",
+    }
+    for old, new in changes.items():
+        claim = claim.replace(old, new)
+    case, colon, rest = claim.partition(": ")
+    return NAMES.get(case, case) + colon + rest
+
+
+NAMES = {  # of the cases, on the page
+    "again": "the start, again",
+    "after_rl": "after RL, seed 100",
+    "after_rl_101": "after RL, seed 101",
+    "max_prob": "the start, `MaxProb`",
+}
 
 
 def case_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
@@ -257,9 +286,9 @@ def case_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         cosines = {row["arm"]: shown(row["cosine"]) for row in rows_of(*matrices(stored[case]))}
         agreement = stored[case]["agreement"]
         rows.append(
-            {"case": case}
-            | {arm: cosines[arm] for arm in CORRECTORS}
-            | {"reward": lost_reward(stored[case]), "order agreement": interval(agreement) if agreement else "-"}
+            {"case": NAMES[case]}
+            | {WORDS[arm].removeprefix("INT4, "): cosines[arm] for arm in CORRECTORS}
+            | {"reward": lost_reward(stored[case]), "same first positions": interval(agreement) if agreement else "-"}
         )
     return rows
 

@@ -55,8 +55,8 @@ from recipes.smollm2_diffusion import recipe
 from recipes.smollm2_diffusion_sft import PlainSums
 from recipes.studies import low_bits
 from recipes.studies.controls import Permuted
-from recipes.studies.late_rollouts import at_rates, tune
-from recipes.studies.low_bits import INT4, steps_of
+from recipes.studies.late_rollouts import at_rates, measured, rates_tried, tune
+from recipes.studies.low_bits import INT4, WORDS, said, steps_of
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -65,12 +65,16 @@ from recipes.studies.paired import (
     by_arm,
     capability,
     contrast_rows,
+    contrast_values,
+    counted,
     keep,
     load,
     markdown,
+    paired,
     result_path,
     run_missing,
     train_one,
+    verdict_rows,
 )
 
 STORED = Path(__file__).with_suffix(".json")  # {"rates", "tuning", "runs"}: every finished run
@@ -211,11 +215,63 @@ def tables(stored: Mapping[str, Any]) -> str:
 
 
 def picture(stored: Mapping[str, Any], path: Path) -> None:
-    low_bits.picture(whole(by_arm(stored["runs"])), path, STUDY, "the weights of its rollouts")
+    low_bits.picture(whole(by_arm(stored["runs"])), path, STUDY, "the copy that wrote its rollouts")
+
+
+COMPARED = {  # in words: an arm less another one
+    "own rollouts minus FP8": ("unquantized", "FP8"),
+    "own rollouts minus INT4": ("unquantized", "int4"),
+    "FP8 minus INT4": ("FP8", "int4"),
+    "INT4: TIS minus no correction": ("int4, tis", "int4"),
+    "INT4: AIS minus no correction": ("int4, ais", "int4"),
+    "INT4: aligned forward minus no correction": ("int4, aligned", "int4"),
+    "INT4: TIS minus shuffled TIS": ("int4, tis", "int4, permuted tis"),
+    "INT4: TIS minus half the learning rate": ("int4, tis", HALF),
+    "own rollouts minus INT4 with TIS": ("unquantized", "int4, tis"),
+}
+
+
+def solved_rows(results: Results, rates: Mapping[str, str]) -> list[dict[str, str]]:
+    """By arm what the learner solves, and the ESS and the reward of its rollouts."""
+    rows = []
+    for arm in STUDY.arms:
+        solved, sampled, ess, reward = measured(results, arm, "after", "sampled", "ess", "reward")
+        row = {"trained on": WORDS[arm], "learning rate": rates[arm], "greedy": solved, "temperature 1": sampled}
+        rows.append(row | {"ESS": ess.partition("±")[0], "reward of its rollouts": reward})
+    return rows
+
+
+def difference_rows(results: Results) -> list[dict[str, str]]:
+    heads = {"greedy": "after", "temperature 1": "sampled"}
+    return [
+        {"difference": words} | {head: counted(paired(results, *arms, column)) for head, column in heads.items()}
+        for words, arms in COMPARED.items()
+    ]
+
+
+def copy_rows(results: Results) -> list[dict[str, str]]:
+    """By arm what an INT4 copy of the trained learner solves, and what that is above no correction."""
+    rows = []
+    for arm in STUDY.arms:
+        (solved,) = measured(results, arm, "int4 weights")
+        row = {"trained on": WORDS[arm], "INT4 copy, greedy": solved}
+        row["minus no correction"] = counted(paired(results, arm, "int4", "int4 weights")) if arm != "int4" else "-"
+        is_int4 = arm.startswith("int4")
+        row["INT4 copy, temperature 1"] = measured(results, arm, "quantized, sampled")[0] if is_int4 else "-"
+        rows.append(row)
+    return rows
 
 
 def page_tables() -> dict[str, str]:
-    return {"arms and claims": tables(read_json(STORED))}
+    stored = read_json(STORED)
+    results, rates = whole(by_arm(stored["runs"])), rates_tried(stored)
+    rates[HALF] = f"{stored['rates']['int4'] / 2:g} (not tuned)"
+    return {
+        "learners": markdown(solved_rows(results, rates)),
+        "differences": markdown(difference_rows(results)),
+        "copies": markdown(copy_rows(results)),
+        "claims": markdown(verdict_rows(contrast_values(STUDY, results), said)),
+    }
 
 
 def main() -> None:

@@ -264,7 +264,10 @@ def families() -> dict[str, tuple[str, Mapping[str, Sequence[float]]]]:
             LONGER,
             int4_orders_controls.claims(long),
         ),
-        "[sums](low_bits.md#at-rates-tuned-for-each-arm)": (SUMS, of(low_bits_tuned.STUDY.contrasts, studies[SUMS])),
+        "[sums](low_bits.md#what-was-claimed-and-what-is-shown)": (
+            SUMS,
+            of(low_bits_tuned.STUDY.contrasts, studies[SUMS]),
+        ),
         "[Sudoku, late](late_rollouts.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from dllm_rl.files import read_json
 from recipes.studies import paired
-from recipes.studies.late_rollouts import at_rates
+from recipes.studies.late_rollouts import at_rates, run_late
 from recipes.studies.paired import Results, Study, by_arm, markdown, result_path, run_missing, run_one
 
 
@@ -86,9 +86,13 @@ STUDIES: dict[str, Callable[[Any, Any], Runs]] = {
     "orders_trained": lambda module, stored: of_study(module.STUDY, stored, module.run_evaluated),
     "int4_orders": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"]),
     "int4_orders_controls": lambda module, stored: of_study(module.rated(), stored),
-    "late_rollouts": lambda module, stored: of_study(
-        at_rates(module.STUDY, stored["rates"]), stored["runs"], module.run_late
+    "late_rollouts": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"], run_late),
+    "lag_two": lambda module, stored: of_study(module.STUDY, stored, run_late),
+    "late_pretrained": lambda module, stored: of_study(module.STUDY, stored, run_late),
+    "several_updates": lambda module, stored: of_study(
+        at_rates(module.STUDY, stored["rates"]), stored["runs"], run_late
     ),
+    "low_bits": lambda module, stored: of_study(module.STUDY, stored, module.run_with_steps),
     "low_bits_tuned": lambda module, stored: of_study(
         module.rated(stored["rates"]), stored["runs"], module.run_evaluated
     ),
