@@ -23,7 +23,8 @@ def recipe(directory: Path, base: Path, **fields):
     few = {"train_batch_size": 2, "num_generations": 4, "sft_warmup_steps": 0, "eval_steps": 0, "num_steps": 2}
     few |= {"sampler": replace(base_recipe.sampler, diffusion_steps=4), "eval_sampler": Unmask(max_new_tokens=16)}
     few |= {"save_steps": 1, "save_total_limit": 9, "output_dir": str(directory), "report_to": None}
-    few |= {"eval_task": replace(base_recipe.validation_task, size=8), "lora": Lora(r=2)}
+    few |= {"lora": Lora(r=2), "eval_task": replace(base_recipe.validation_task, size=4)}
+    few |= {"validation_task": few["eval_task"]}
     return replace(base_recipe, model=str(base), **few | fields)
 
 

@@ -80,7 +80,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, num_generations=2)
         generator = torch.Generator().manual_seed(0)
         rank = NOISY if name == "noisy order" else rules.Confidence()
-        options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "top_k": 3}
+        options = {"max_new_tokens": 4, "diffusion_steps": 2, "temperature": 1.0, "top_k": 3}
         rollout = Unmask(rank=rank, **options)(policy, prompts, generator)
         rollout = with_support(rollout, "rollout" if "support" in name else "per_policy")
         noise = likelihood.draw_views(rollout, generator)

@@ -1,6 +1,7 @@
 """Graders that raise, return what is no reward, or never return: each is named with its problem and completion."""
 
 import faulthandler
+import signal
 import subprocess
 import sys
 import threading
@@ -180,9 +181,11 @@ def test_c_code_that_cannot_be_interrupted_ends_with_its_stack():
     assert done.returncode == 1 and "in reward" in done.stderr
 
 
-def test_graders_in_time_are_left_alone():
-    done = run_stuck("return Reward(0.0, True)", timeout=600)
-    assert done.returncode == 0 and done.stderr == ""
+def test_graders_in_time_are_left_alone(capfd):
+    handler = signal.getsignal(signal.SIGVTALRM)
+    assert len(grade(Returning(Reward(0.0, True)), [Problem("p0"), Problem("p1")], ["a", "b"], timeout=600)) == 2
+    assert capfd.readouterr().err == ""
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0) and signal.getsignal(signal.SIGVTALRM) == handler
 
 
 def test_what_a_completion_adds_to_a_mean() -> None:

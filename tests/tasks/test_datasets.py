@@ -166,14 +166,14 @@ def test_a_task_says_which_rows_it_has() -> None:
 
 
 def test_every_row_and_every_number_of_an_array_counts() -> None:
-    rows = [{"prompt": f"{i}=", "by": np.zeros(2000), "at": datetime.date(2020, 1, 1)} for i in range(100)]
+    rows = [{"prompt": f"{i}=", "by": np.zeros(2000), "at": datetime.date(2020, 1, 1)} for i in range(40)]
     middle = np.zeros(2000)
     middle[1000] = 1.0
     changes: list[dict] = [
         *({"by": by} for by in (middle, np.zeros(2000, "f4"), np.zeros((40, 50)), torch.zeros(2000), [middle])),
         *({"at": at} for at in (datetime.date(2021, 1, 1), b"\0", b"\1", {1, 2}, {1, 3}, Decimal(1), {(0, 1): "a"})),
     ]
-    for index in (0, 1, 50, 99):
+    for index in (0, 1, 20, 39):
         digests = {digest_of(rows)}
         for change in changes:
             edited = list(rows)

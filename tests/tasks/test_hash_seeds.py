@@ -26,9 +26,9 @@ PARTS = ["countdown", "sudoku", "rows", "code and values"]
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, set[str]]:
-    """What each part prints under three values of PYTHONHASHSEED."""
+    """What each part prints under two values of PYTHONHASHSEED, which order each of these sets otherwise."""
     lines = []
-    for seed in ("0", "1", "4242"):
+    for seed in ("0", "4242"):
         command = [sys.executable, "-c", PROGRAM]
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
