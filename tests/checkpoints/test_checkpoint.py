@@ -64,7 +64,9 @@ EVERY = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "train_batch_si
 def three_steps(tmp_path_factory):
     """A run of three steps with a checkpoint of each."""
     folder = tmp_path_factory.mktemp("three_steps")
-    train(tiny_recipe(folder, **EVERY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm_rl.training.start.rehearse", lambda *_: None)
+        train(tiny_recipe(folder, **EVERY))
     return folder
 
 

@@ -32,7 +32,9 @@ STATE = TrainingState(step=7, version=0, dtype="float32", recipe={})
 def finished(tmp_path_factory) -> Path:
     """A run of three steps with a checkpoint of each."""
     folder = tmp_path_factory.mktemp("finished")
-    train(recipe(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm_rl.training.start.rehearse", lambda *_: None)
+        train(recipe(folder))
     return folder
 
 
