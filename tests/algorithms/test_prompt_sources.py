@@ -77,19 +77,18 @@ def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight
 
 
 def test_a_resume_draws_the_same_prompts(tmp_path):
-    options = {"task": OddPuzzles(), "num_steps": 3, "save_steps": 2, "save_total_limit": 9, "max_num_gen_batches": 2}
+    options = {"task": OddPuzzles(), "num_steps": 2, "save_steps": 1, "save_total_limit": 9, "max_num_gen_batches": 2}
     options |= {"prompt_source": MixedRewardPrompts(equal_weight=0.01), "log_completions_steps": 1, "seed": 3}
     options |= {"num_generations": 2, "eval_task": Sudoku(split="test", size=1)}
     recipe = tiny_recipe(tmp_path / "run", validation_task=Sudoku(split="validation", size=1), **options)
     whole = train(recipe)
     rows, texts = metrics_of(tmp_path / "run"), current_rows(tmp_path / "run" / "completions.jsonl")
-    stored = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "reward_history.safetensors")
-    # Four groups of each step, and those that were drawn again.
-    again = [row["dynamic_sampling/draws"] > 1 for row in rows[:2]]
-    assert stored["step"].unique().tolist() == [0, 1] and len(stored["step"]) > 8 and any(again)
+    stored = load_file(tmp_path / "run" / "checkpoints" / "step-000001" / "reward_history.safetensors")
+    # Four groups, and those that were drawn again.
+    assert set(stored["step"].tolist()) == {0} and len(stored["step"]) > 4 and rows[0]["dynamic_sampling/draws"] > 1
     assert any(not mixed for mixed in stored["mixed"].tolist())
 
-    copied = replace(recipe, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step-000002"))
+    copied = replace(recipe, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step-000001"))
     assert_same_weights(whole, train(copied))
     assert metrics_of(tmp_path / "run") == rows
     assert current_rows(tmp_path / "run" / "completions.jsonl") == texts

@@ -1,6 +1,6 @@
 """Stacked experts: each is quantized, synced in place, aligned, and seen by the doctor, like any other layer."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from dllm_rl import load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
+from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora, is_stacked
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization import schemes as quantize
@@ -40,19 +41,28 @@ FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    found = {family: published(tmp_path_factory.mktemp(family), family) for family in FAMILIES[:-1]}
-    causal = tmp_path_factory.mktemp("qwen3_moe")
-    moe(causal=True, characters="abcdefghijklmnopqrstuvwxyz").save_pretrained(causal)
-    return found | {"qwen3_moe": causal}
+    def checkpoint(family):
+        folder = tmp_path_factory.mktemp(family)
+        if family != "qwen3_moe":
+            return published(folder, family)
+        moe(causal=True, characters="abcdefghijklmnopqrstuvwxyz").save_pretrained(folder)
+        return folder
+
+    return cache(checkpoint)
 
 
-@pytest.fixture(params=few(FAMILIES, ["llada2"]))
-def policy(request, checkpoints):
-    made = load_policy(checkpoints[request.param])
+@pytest.fixture(scope="module", params=few(FAMILIES, ["llada2"]))
+def loaded(request, checkpoints):
+    made = load_policy(checkpoints(request.param))
     for name, parameter in made.module.named_parameters():
         if ".experts." in name or ".mlp.gate." in name:  # large enough that which expert is taken matters
             parameter.data.mul_(8)
     return made
+
+
+@pytest.fixture
+def policy(loaded):
+    return copied(loaded)
 
 
 def batch(policy):

@@ -30,13 +30,13 @@ COMMITS = {"schedule": rules.Schedule(), "threshold": rules.Threshold(tau=0.1)}
 def policies(tmp_path_factory):
     opened = {}
 
-    def get(family: str):
-        if family not in opened:
-            policy = load_policy(checkpoint(tmp_path_factory.mktemp(family), family))
+    def get(family: str, dtype: str | None = None):
+        if (family, dtype) not in opened:
+            policy = load_policy(checkpoint(tmp_path_factory.mktemp(family), family), dtype=dtype)
             if policy.spec.attention == "block_causal":
                 policy.spec = replace(policy.spec, eos_ids=())  # a test that wants an early end says so
-            opened[family] = policy
-        return opened[family]
+            opened[family, dtype] = policy
+        return opened[family, dtype]
 
     return get
 
@@ -219,18 +219,18 @@ def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, fa
         kept=[(PrefixCache, "bfloat16"), (DualCache, "bfloat16")],
     ),
 )
-def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
+def test_keys_are_kept_in_the_dtype_of_the_values(policies, kind, dtype):
     """LLaDA rotates in fp32, so that in bf16 its keys come in fp32. Rounded as attention rounds them, every step
     refreshed, not a bit differs from a run without a cache."""
-    policy, options = load_policy(checkpoint(tmp_path, "llada"), dtype=dtype), {"length": 8, "block_size": 4}
+    policy, options = policies("llada", dtype), {"length": 8, "block_size": 4}
     plain, cached = (run(policy, diffusion_steps=4, cache=c, **options) for c in (None, kind(refresh=1)))
     assert torch.equal(plain.tokens, cached.tokens) and torch.equal(plain.logprobs, cached.logprobs)
     run(policy, diffusion_steps=4, cache=kind(), **options)
 
 
 @pytest.mark.parametrize("family", ["llada", "llama"])
-def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
-    policy, held, update = load_policy(checkpoint(tmp_path, family)), set(), KVCache.update
+def test_under_autocast_a_cache_is_of_16_bits(policies, family, monkeypatch):
+    policy, held, update = policies(family), set(), KVCache.update
 
     def spy(self, *args, **kwargs):
         out = update(self, *args, **kwargs)
