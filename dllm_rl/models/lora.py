@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -203,19 +204,23 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)  # old gradients would use memory and affect the gradient norm
+    paths_of = all_paths(module)
     generator = Generator().manual_seed(lora.seed)
     for paths, adapted_class in ((targets, LoraLinear), (stacks, LoraExperts)):
         for path in paths:
             layer = module.get_submodule(path)
-            replace_layer(module, layer, adapted_class(layer, lora, generator))
+            adapted = adapted_class(layer, lora, generator)
+            for each in paths_of[layer]:
+                module.set_submodule(each, adapted)
     policy.lora = lora
 
 
-def replace_layer(module: nn.Module, layer: nn.Module, new_layer: nn.Module) -> None:
-    """Replace a layer wherever it occurs: an encoder and a decoder may share it."""
-    paths = [path for path, submodule in module.named_modules(remove_duplicate=False) if submodule is layer]
-    for path in paths:
-        module.set_submodule(path, new_layer)
+def all_paths(module: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return the paths of each layer: an encoder and a decoder may share it."""
+    found = defaultdict(list)
+    for path, layer in module.named_modules(remove_duplicate=False):
+        found[layer].append(path)
+    return found
 
 
 def is_target(path: str, names: Sequence[str]) -> bool:
@@ -441,9 +446,12 @@ def merge_lora(policy: Policy) -> None:
     """
     module = policy.module
     memo = {id(tensor): tensor for tensor in module.parameters()}  # so that `_plain` does not copy biases
+    paths_of = all_paths(module)
     for _, layer in list(plain_layers(module)):
         if is_adapted_or_low_bit(layer):
-            replace_layer(module, layer, _plain(layer, memo))
+            merged_layer = _plain(layer, memo)
+            for path in paths_of[layer]:
+                module.set_submodule(path, merged_layer)
     forget_quantizer(module)
     module.requires_grad_(True)
     policy.lora = None

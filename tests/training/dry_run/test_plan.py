@@ -98,25 +98,28 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
 
 
-def test_llada_8b_to_the_parameter():
+def rollout_bytes(recipe, policy):
+    return copy_bytes(PlannedStep(recipe, policy, 256))
+
+
+def test_llada_8b_to_the_parameter(monkeypatch):
     recipe = job_8b()
     full = meta_policy(replace(recipe, lora=None))
     assert num_weights(full.module) == 8_015_581_184
     assert all(p.is_meta for p in full.module.parameters())
-    adapted = meta_policy(recipe)
-    trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
-    attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
-    assert trainable == 32 * (attention + ahead)
-    layers, weights, kept = count_quantized(PlannedStep(recipe, adapted, 256))
+    layers, weights, kept = count_quantized(PlannedStep(recipe, full, 256))
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
-    others = 8_015_581_184 - weights
-
-    def rollout_bytes(changed, policy):
-        return copy_bytes(PlannedStep(changed, policy, 256))
-
+    assert sorted(kept) == ["lm_head", "model.embed_tokens"]
+    assert rollout_bytes(replace(recipe, lora=None), full) == weights + 2 * (8_015_581_184 - weights)
+    # Adapters, and a quantized copy of two of the 32 layers.
+    adapted, parameters, trainable = shallow(recipe, monkeypatch)
+    attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
+    assert trainable == 2 * (attention + ahead)
+    layers, weights, kept = count_quantized(PlannedStep(recipe, adapted, 256))
+    assert (layers, weights) == (14, 2 * (4 * 4096**2 + 3 * 4096 * 12288))
+    others = parameters - weights
     assert rollout_bytes(recipe, adapted) == weights  # the other layers are frozen, and shared with the learner
     assert rollout_bytes(replace(recipe, bf16=True, dtype="float32"), adapted) == weights + 2 * others
-    assert rollout_bytes(replace(recipe, lora=None), full) == weights + 2 * others
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
     held = replace(recipe, rollout_quantization=Float8WeightOnly(dequantized=True))
     assert rollout_bytes(held, adapted) == 2 * weights
