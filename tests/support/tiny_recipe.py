@@ -16,6 +16,9 @@ SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 1, "num_attent
 MOE_SIZES = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
 MOE_SIZES |= {"num_layers": 2, "moe_intermediate_size": 32}
 
+# For a test that does not look at evaluations, which take a seventh of a run of two steps.
+ONE_PUZZLE = {"validation_task": Sudoku(split="validation", size=1), "eval_task": Sudoku(split="test", size=1)}
+
 
 def tiny_recipe(directory, **changes):
     """Two steps of four prompts with four completions each, on an untrained model: rewards are dense and varied. No

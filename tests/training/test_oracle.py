@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 SPECIAL = ["<eos>", "<pad>", "<mask>"]
 OPTIONS = {"num_steps": 6, "train_batch_size": 2, "num_generations": 8, "report_to": "none", "max_new_tokens": 3}
+OPTIONS |= {"sampler_options": {"diffusion_steps": 1}}
 ROWS = [{"prompt": ""}]
 
 
@@ -31,7 +32,8 @@ def model():
 
 
 def design(folder, reward, rows=ROWS, **settings):
-    settings = OPTIONS | {"output_dir": str(folder), "sampler_options": {"suppress": SPECIAL}} | settings
+    options = OPTIONS["sampler_options"] | {"suppress": SPECIAL}
+    settings = OPTIONS | {"output_dir": str(folder), "sampler_options": options} | settings
     return grpo(model(), rows, reward, **settings)
 
 
@@ -62,16 +64,16 @@ def started(folder, function, **settings):
 def test_only_training_steps_call_and_each_text_once(tmp_path, rehearsal):
     """Not the rehearsal, the evaluations before, during and after the run; unwrapped, each of them calls."""
     plain, wrapped = Counted(), Counted()
-    design(tmp_path / "plain", plain, eval_steps=2, num_steps=4)
-    assert len(plain.texts) == 8 + 1 + 4 * 16 + 2 + 1
+    design(tmp_path / "plain", plain, eval_steps=1, num_steps=2)
+    assert len(plain.texts) == 8 + 1 + 2 * 16 + 2 + 1
     oracle = Oracle(wrapped)
-    summary = design(tmp_path / "run", oracle, eval_steps=2, num_steps=4)
+    summary = design(tmp_path / "run", oracle, eval_steps=1, num_steps=2)
     rows = metrics_of(tmp_path / "run")
     assert Counter(wrapped.texts).most_common(1)[0][1] == 1 and {*wrapped.texts} <= {*plain.texts}
     assert rows[-1]["oracle/calls"] == len(wrapped.texts) == oracle.calls and set(wrapped.sizes) == {1}
     assert [row["reward"] for row in rows] == [row["reward"] for row in metrics_of(tmp_path / "plain")]
     known = len(wrapped.texts)
-    assert rows[0]["oracle/frac_repeated"] == 1 - rows[0]["oracle/calls"] / 16 and known < 4 * 16
+    assert rows[0]["oracle/frac_repeated"] == 1 - rows[0]["oracle/calls"] / 16 and known < 2 * 16
     assert summary["eval_before"] == {}  # nothing is known yet
     texts = lines(tmp_path / "run" / "oracle.jsonl")
     assert [row["arguments"]["completions"] for row in texts] == wrapped.texts
@@ -80,7 +82,7 @@ def test_only_training_steps_call_and_each_text_once(tmp_path, rehearsal):
 
 def test_the_best_texts_are_kept_and_their_mean_is_logged(tmp_path):
     counted = Counted()
-    design(tmp_path, Oracle(counted, top_k=4))
+    design(tmp_path, Oracle(counted, top_k=4), num_steps=2)
     best = lines(tmp_path / "best.jsonl")
     rewards = sorted((text.count("A") / 3 for text in counted.texts), reverse=True)[:4]
     assert [row["reward"] for row in best] == rewards
@@ -311,14 +313,14 @@ def test_an_exception_ends_the_run_without_another_call(tmp_path, size, cache, e
     breaks = Breaks(at, error)
     oracle = Oracle(breaks, batch_size=size, cache=cache)
     with pytest.raises(RuntimeError, match=f"in one call: .*{type(error).__name__}") as caught:
-        design(tmp_path, oracle)
+        design(tmp_path, oracle, num_steps=2)
     assert len(breaks.sizes) == at
     last = breaks.texts[-1]
     assert isinstance(error, SystemExit) or f'{{"completions": "{last}"}}' in str(caught.value)
     paid = sum(breaks.sizes[:-1])
     assert len(lines(tmp_path / "oracle.jsonl")) == oracle.calls == paid
-    design(tmp_path, Oracle(breaks, batch_size=size, cache=cache), resume_from_checkpoint="latest")
-    assert len(metrics_of(tmp_path)) == 6
+    design(tmp_path, Oracle(breaks, batch_size=size, cache=cache), num_steps=2, resume_from_checkpoint="latest")
+    assert len(metrics_of(tmp_path)) == 2
 
 
 @pytest.mark.slow
@@ -547,7 +549,7 @@ def test_after_an_error_the_next_run_pays_for_its_own_steps_alone(tmp_path):
     with pytest.raises(RuntimeError, match="results are missing"):
         design(tmp_path / "a", oracle, num_steps=3)
     before = (tmp_path / "a" / "oracle.jsonl").read_text()
-    design(tmp_path / "b", oracle, num_steps=2, seed=1)
+    design(tmp_path / "b", oracle, num_steps=1, seed=1)
     assert (tmp_path / "a" / "oracle.jsonl").read_text() == before
     calls = [row for row in lines(tmp_path / "b" / "oracle.jsonl") if "arguments" in row]
     assert len(calls) == sum(paid[2:])
