@@ -10,7 +10,8 @@ import rows
 import torch
 from accelerate import Accelerator
 from ranks import run_ranks
-from rows import SIZES, gradients_of_shared_rows, unequal
+from repetitions import slow
+from rows import MODEL, SIZES, gradients_of_shared_rows, unequal
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
@@ -33,10 +34,10 @@ LOGITS = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.1, -0.4]], dtype=torch.float64)
 GROUP = torch.tensor([0, 0, 1, 1, 1])
 
 
-def update_gradient(tokens, *, weights):
+def update_gradient(start, tokens, *, weights):
     """The gradient that a step takes from these tokens (B,), one per row: advantages, weights and loss are the
     library's."""
-    logits = LOGITS.clone().requires_grad_()
+    logits = start.clone().requires_grad_()
     logps = logits.log_softmax(-1)[GROUP, tokens][:, None]
     rewards = REWARDS[GROUP, tokens]
     mask = torch.ones(5, 1, dtype=torch.bool)
@@ -56,16 +57,17 @@ def update_gradient(tokens, *, weights):
     return logits.grad
 
 
-@pytest.mark.parametrize("weights", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_mean_gradient_is_that_of_the_mean_over_prompts(weights):
-    """All 3^5 outcomes of two groups of 2 and 3. Without the weights, the larger group counts more."""
-    probabilities = LOGITS.softmax(-1)
-    mean = torch.zeros_like(LOGITS)
-    for outcome in itertools.product(range(3), repeat=5):
+@pytest.mark.parametrize(("weights", "count"), [(True, 2), slow(True, 3), slow(False, 3)])
+def test_the_mean_gradient_is_that_of_the_mean_over_prompts(weights, count):
+    """All 2^5 or 3^5 outcomes of two groups of 2 and 3. Without the weights, the larger group counts more."""
+    start = LOGITS[:, :count]
+    probabilities = start.softmax(-1)
+    mean = torch.zeros_like(start)
+    for outcome in itertools.product(range(count), repeat=5):
         tokens = torch.tensor(outcome)
-        mean += probabilities[GROUP, tokens].prod() * update_gradient(tokens, weights=weights)
-    logits = LOGITS.clone().requires_grad_()
-    (-(logits.softmax(-1) * REWARDS).sum(-1).mean()).backward()
+        mean += probabilities[GROUP, tokens].prod() * update_gradient(start, tokens, weights=weights)
+    logits = start.clone().requires_grad_()
+    (-(logits.softmax(-1) * REWARDS[:, :count]).sum(-1).mean()).backward()
     assert torch.allclose(mean, logits.grad, atol=1e-7) == weights
     if not weights:  # rows count alike: 2 and 3 of 5 in place of a half each
         torch.testing.assert_close(mean, logits.grad * torch.tensor([[4 / 5], [6 / 5]]), atol=1e-7, rtol=0)
@@ -92,11 +94,8 @@ def test_rows_are_packed_in_whole_groups():
 @pytest.mark.parametrize("model", ["full", "cached", "causal"])
 def test_a_row_does_not_depend_on_the_size_of_its_group(model):
     """Groups of 3, 1 and 2 beside the same rows as groups of one: the shared first forward changes nothing."""
-    policy = (
-        tiny_llama(causal=True, characters="123456")
-        if model == "causal"
-        else tiny_masked_lm(characters="123456", head_std=0.3)
-    )
+    sizes = MODEL | {"characters": "123456", "num_layers": 2}
+    policy = tiny_llama(causal=True, **sizes) if model == "causal" else tiny_masked_lm(**sizes, head_std=0.3)
     ids, counts, seeds = [[3, 4, 5], [6], [7, 8]], [3, 1, 2], list(range(6))
     sampler = Autoregress(max_new_tokens=6) if model == "causal" else Unmask(max_new_tokens=6, temperature=1.0)
     if model == "cached":
@@ -133,7 +132,8 @@ def test_a_run_has_the_groups_of_its_prompt_source(tmp_path):
     seen = {}
     for name, size in (("whole", None), ("parts", 3)):
         seen[name] = Seen()
-        train(unequal(tmp_path / name, micro_batch_size=size, rollout_batch_size=size), features=(seen[name],))
+        changes = {"micro_batch_size": size, "rollout_batch_size": size, "num_steps": 2, "save_steps": 2}
+        train(unequal(tmp_path / name, **changes), features=(seen[name],))
     for whole, parts in zip(seen["whole"].samples, seen["parts"].samples, strict=True):
         assert sorted(group_sizes(whole.group)) == sorted(SIZES) and whole.counts == (sum(SIZES),)
         assert torch.equal(whole.rollout.group, whole.group) and torch.equal(whole.group, parts.rollout.group)
@@ -286,7 +286,7 @@ def test_equal_groups_are_what_encode_makes():
 
 def test_groups_cost_what_their_rows_cost():
     """Of groups of 1, 5, 2 and 6, the first forward runs 4 rows, and every other one all 14."""
-    policy, run = tiny_masked_lm(characters="123456"), []
+    policy, run = tiny_masked_lm(**MODEL | {"characters": "123456"}), []
     policy.module.get_input_embeddings().register_forward_hook(lambda *call: run.append(len(call[-1])))
     prompts = Prompts.from_ids([[3, 4]] * 4, pad_id=policy.pad_id, num_generations=SIZES)
     rollout = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0)(policy, prompts, generator_for(0))
