@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from repetitions import few
-from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from tiny_recipe import tiny_recipe as larger_recipe
+from tiny_recipe import tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
@@ -29,6 +30,12 @@ from recipes.studies.surrogates import StableDRL
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 MANY = 99
+
+
+def tiny_recipe(directory, **changes):
+    """Of two completions of each prompt in two denoising steps."""
+    larger = larger_recipe(directory, num_generations=2)
+    return replace(larger, **{"sampler": larger.sampler.replace(diffusion_steps=2)} | changes)
 
 
 class Step:
@@ -99,7 +106,7 @@ CASES = {
     "trajectory": {},
     "one_step": {"likelihood": OneStep()},
     "shared prompts": {"likelihood": OneStep(prompt_mask=0.0)},
-    "elbo, micro-batches": {"likelihood": ELBO(num_samples=2), "micro_batch_size": 8},
+    "elbo, micro-batches": {"likelihood": ELBO(num_samples=2), "micro_batch_size": 4},
     "sandwich, KL": {"likelihood": Sandwich(), "beta": 0.1},
     "recomputed": {"likelihood": Coupled(), "gradient_checkpointing": True},
     "aligned": {"corrector": QaRL()},
@@ -177,7 +184,7 @@ def test_a_process_without_trained_rows_has_no_graph_to_go_back_through(tmp_path
         ({"max_retained_graphs": 0}, 0),
         ({"max_retained_graphs": 3}, 3),
         ({"max_retained_graphs": 5}, 4),
-        ({"max_retained_graphs": 5, "micro_batch_size": 4}, 5),
+        ({"max_retained_graphs": 5, "micro_batch_size": 2}, 5),
         ({"lora": Lora(r=4)}, 4),
         ({"lora": Lora(r=4, dropout=0.1)}, 0),  # scores have no dropout, the update's forwards have
         ({"lora": Lora(r=4, dropout=0.1), "max_retained_graphs": 4}, 0),

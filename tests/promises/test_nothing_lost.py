@@ -23,6 +23,7 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 def small(directory, **changes):
     sizes = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
     settings = {"model": partial(tiny_masked_lm, **sizes), "save_steps": 1, "learning_rate": 5e-3}
+    settings |= {"eval_task": Sudoku(split="test", size=1)}
     return tiny_recipe(directory, **settings | changes)
 
 
@@ -53,19 +55,6 @@ class TestLoraAfterAWarmUp:
         assert_same_weights(whole, again)
         # What the warm-up left would be as large as its clip, 1.
         assert all(0 < row["grad_norm"] < 0.5 for row in metrics_of(tmp_path / "a"))
-
-
-def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatch):
-    saved, seen = checkpoint.save, []
-
-    def killed(directory, content, **options):
-        if directory.name != REHEARSAL:
-            seen.append((content.state.step, manifest.verify(tmp_path / "reference")["step"]))
-        return saved(directory, content, **options)
-
-    monkeypatch.setattr(checkpoint, "save", killed)
-    train(small(tmp_path, beta=0.1, num_steps=1))
-    assert seen == [(0, None), (1, None)]
 
 
 class TestSchedule:
@@ -114,13 +103,20 @@ class TestMetrics:
         assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
         assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
-    def test_rows_are_on_disk_before_the_checkpoint(self, tmp_path, rehearsal, monkeypatch):
-        order = []
+    def test_rows_and_a_whole_reference_are_on_disk_before_the_checkpoint(self, tmp_path, rehearsal, monkeypatch):
+        order, seen, saved = [], [], checkpoint.save
         monkeypatch.setattr(RunLog, "flush", lambda self: order.append("rows"))
-        saved = checkpoint.save
-        monkeypatch.setattr(checkpoint, "save", lambda *a, **k: [order.append(a[0].name), saved(*a, **k)][1])
-        train(small(tmp_path, num_steps=1))
+
+        def watched(directory, content, **options):
+            order.append(directory.name)
+            if directory.name != REHEARSAL:
+                seen.append((content.state.step, manifest.verify(tmp_path / "reference")["step"]))
+            return saved(directory, content, **options)
+
+        monkeypatch.setattr(checkpoint, "save", watched)
+        train(small(tmp_path, beta=0.1, num_steps=1))
         assert order == [REHEARSAL, *["rows", "checkpoints"] * 2]
+        assert seen == [(0, None), (1, None)]
 
 
 class TestFullDisk:
@@ -198,7 +194,8 @@ sys.stdin.read()
                     train(small(tmp_path, num_steps=1, **changes))
             assert (tmp_path / "summary.json").exists()
             other.send_signal(signal.SIGKILL)
-        train(small(tmp_path, num_steps=1, overwrite_output_dir=True))
+        assert files.lock(tmp_path / ".lock")
+        files.unlock(tmp_path / ".lock")
 
     @pytest.mark.repeated(every=3)
     @pytest.mark.parametrize(
@@ -236,20 +233,17 @@ sys.stdin.read()
             node.kill()
 
 
-def test_after_a_run_the_signals_are_as_before(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
-    train(small(tmp_path, num_steps=1))
-    with pytest.raises(ValueError, match="already contains a run"):
-        train(small(tmp_path, num_steps=1))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
-
-
-def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_after_a_run_the_signals_are_as_before_and_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        before = [signal.getsignal(number) for number in numbers]
         train(small(tmp_path, num_steps=1, advantages=hang_up))
+        with pytest.raises(ValueError, match="already contains a run"):
+            train(small(tmp_path, num_steps=1))
+        assert [signal.getsignal(number) for number in numbers] == before
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, hangup)
     assert json.loads((tmp_path / "summary.json").read_text())["checkpoint"].endswith("step-000001")
 
 

@@ -3,11 +3,15 @@
 import pytest
 from emulated import five_level_emulated
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, RandomOrder
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
+from dllm_rl.types import Prompts
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -24,10 +28,13 @@ def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path)
     row = one_step(tmp_path / "a", MaxProb(), rollout_quantization=five_level_emulated, num_steps=2)
     assert NAMES.isdisjoint(metrics_of(tmp_path / "a")[1]), "it takes a forward: every fifth step, from the first"
     assert 0 < row["rollout_corr/order_agreement"] < 1 and row["rollout_corr/order_agreement_rows"] < 1
-    for i, (rank, scheme) in enumerate(
-        ((RandomOrder(), five_level_emulated), (Confidence(), five_level_emulated), (MaxProb(), None))
-    ):
-        assert not NAMES & set(one_step(tmp_path / str(i), rank, rollout_quantization=scheme))
+    assert not NAMES & set(one_step(tmp_path / "b", MaxProb(), rollout_quantization=None))
+    policy = tiny_masked_lm(**SIZES)
+    prompts = Prompts.from_ids([[3, 4, 5, 6]] * 4, pad_id=policy.pad_id)
+    for rank, is_compared in ((RandomOrder(), False), (Confidence(), False), (MaxProb(), True)):
+        sampler = Unmask(max_new_tokens=16, diffusion_steps=2, temperature=1.0, rank=rank)
+        found = order_agreement(policy, sampler(policy, prompts, generator_for(0)))
+        assert bool(found) == is_compared
 
 
 @pytest.mark.slow

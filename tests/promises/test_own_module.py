@@ -63,23 +63,17 @@ def test_a_resumed_run_is_the_same(tmp_path, changes):
     assert whole["eval_after"] == parts["eval_after"]
 
 
-def test_the_weights_that_it_leaves_are_the_modules_own(tmp_path):
-    summary = train(recipe_of(tmp_path, seed=5, num_steps=1))
-    policy = own_policy(seed=5)
-    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
-    load_weights(policy, summary["checkpoint"])
-    after = policy.module.state_dict()
-    assert same(weights_of(summary), after) and not same(before, after)
-
-
-def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
+def test_the_weights_that_it_leaves_are_the_modules_own_and_a_policy_that_is_given_stays_as_it_is(tmp_path):
     """The same weights as a function's: the same run; and a second run starts where the first one did."""
-    policy = own_policy(seed=0)
+    policy, changes = own_policy(seed=5), {"seed": 5, "num_steps": 1}
     before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
-    first, second = (train(recipe_of(tmp_path / name, model=policy, num_steps=1)) for name in ("first", "second"))
-    made = train(recipe_of(tmp_path / "function", model=own_policy, seed=0, num_steps=1))
+    made = train(recipe_of(tmp_path / "function", **changes))
+    first, second = (train(recipe_of(tmp_path / name, model=policy, **changes)) for name in ("first", "second"))
     assert same(before, policy.module.state_dict())
     assert same(weights_of(first), weights_of(second)) and same(weights_of(first), weights_of(made))
+    load_weights(policy, made["checkpoint"])
+    after = policy.module.state_dict()
+    assert same(weights_of(made), after) and not same(before, after)
 
 
 @pytest.mark.slow

@@ -21,12 +21,14 @@ def test_the_loop_trains_it(tmp_path):
         model=partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=16, hidden_size=32),
         sampler=Renoise(max_new_tokens=16, diffusion_steps=2, answer="drawn"),
         eval_sampler=Renoise(max_new_tokens=16, diffusion_steps=2),
-        eval_task=replace(base.eval_task, size=4),
-        validation_task=replace(base.validation_task, size=4),
+        eval_task=replace(base.eval_task, size=1),
+        validation_task=replace(base.validation_task, size=1),
         sft_warmup_steps=0,
         num_steps=1,
-        eval_steps=1,
-        train_batch_size=4,
+        train_batch_size=2,
+        num_generations=4,
+        log_completions_steps=0,
+        report_to=None,
         output_dir=str(tmp_path),
     )
     summary = train(recipe)

@@ -12,6 +12,7 @@ from tiny_recipe import MOE_SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.recipe import Recipe
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.trainer import train
 
@@ -21,7 +22,8 @@ MOE = partial(sharp_moe, num_experts=4, head_std=0.3, **MOE_SIZES)
 
 
 def moe_recipe(directory, **changes):
-    return tiny_recipe(directory, **({"model": MOE, "rollout_quantization": int3_emulated} | changes))
+    settings = {"model": MOE, "rollout_quantization": int3_emulated, "eval_task": Sudoku(split="test", size=1)}
+    return tiny_recipe(directory, **settings | changes)
 
 
 def run(directory, make=moe_recipe, **changes):
@@ -37,8 +39,9 @@ ONE = {"model": partial(MOE, num_layers=1)}  # whose states depend on no other p
 )
 def test_replay_lowers_the_mismatch_of_the_first_step(tmp_path, changes):
     """Three bits send some tokens elsewhere. The rollout is the same, and so are the learner's weights."""
-    plain = run(tmp_path / "plain", num_steps=1, **changes)[0]
-    replayed = run(tmp_path / "R3", num_steps=1, router_replay="R3", **changes)[0]
+    changes = {"num_steps": 1, "train_batch_size": 2} | changes
+    plain = run(tmp_path / "plain", **changes)[0]
+    replayed = run(tmp_path / "R3", router_replay="R3", **changes)[0]
     key = "rollout_corr/abs_log_ratio_mean"
     assert plain["reward"] == replayed["reward"] and plain["routing/agreement"] == replayed["routing/agreement"] < 1
     assert replayed[key] < plain[key] and replayed["grad_norm"] != plain["grad_norm"]
@@ -56,13 +59,13 @@ def test_autoregressive_runs_replay_what_the_rollouts_scoring_took(tmp_path):
 
 
 def test_every_run_of_a_mixture_says_how_it_routes(tmp_path):
-    row = run(tmp_path / "moe", num_steps=1)[0]
+    row = run(tmp_path / "moe", num_steps=1, train_batch_size=1)[0]
     assert 0 < row["routing/agreement"] < 1
     assert row["routing/agreement"] == pytest.approx(
         sum(row[f"routing/agreement/layer_{i}"] for i in (0, 1)) / 2
     )  # as many tokens in each
     assert {"routing/max_violation/learner/layer_1", "routing/idle", "routing/idle/learner"} <= row.keys()
-    unquantized = run(tmp_path / "plain", num_steps=1, rollout_quantization=None)[0]
+    unquantized = run(tmp_path / "plain", num_steps=1, train_batch_size=1, rollout_quantization=None, **ONE)[0]
     assert not any(name.startswith("routing/") for name in unquantized)
 
 

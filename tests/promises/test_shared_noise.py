@@ -2,6 +2,7 @@
 
 import random
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -35,13 +36,13 @@ SMALL = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermed
 
 def recipe(tmp_path, likelihood, **changes) -> Recipe:
     sampler = Unmask(max_new_tokens=16, diffusion_steps=4, rank=MaxProb())
-    problems = partial(Sudoku, clues=(10, 12), size=8)
+    problems = partial(Sudoku, clues=(10, 12), size=4)
     base = Recipe(
         name="shared-noise",
         model=partial(tiny_masked_lm, characters="1234.=", **SMALL),
         task=problems(split="train"),
-        validation_task=problems(split="validation"),
-        eval_task=problems(split="test"),
+        validation_task=problems(split="validation", size=1),
+        eval_task=problems(split="test", size=1),
         sampler=sampler.replace(temperature=1.0),
         eval_sampler=sampler.replace(temperature=0.0),
         likelihood=likelihood,
@@ -52,7 +53,9 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
         num_iterations=2,
         num_steps=1,
         beta=0.05,
-        sft_warmup_steps=2,
+        sft_warmup_steps=0,
+        log_completions_steps=0,
+        report_to=None,
         output_dir=str(tmp_path / "run"),
     )
     return replace(base, **changes)
@@ -61,10 +64,23 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
 MASKED = [lik.Coupled(num_samples=2), lik.Sandwich()]
 
 
+@contextmanager
+def global_generators_unmoved():
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    if "beartype" not in sys.modules:  # whose checks draw from it themselves
+        assert random.getstate() == before[2]
+
+
 @pytest.mark.parametrize("estimator", few(MASKED, MASKED[1:]), ids=["coupled", "sandwich"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fresh, tmp_path, monkeypatch):
-    seen = []
+    seen, advantages = [], []
     scores, accumulate = LikelihoodEstimator.view_logprobs, update.forward_backward
 
     def spied_scores(self, policy, rollout, noise, **options):
@@ -73,11 +89,13 @@ def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fre
 
     def spied_accumulate(policy, batch, *rest, **settings):
         seen.append((policy, batch.views))
+        advantages.append(batch.advantages)
         return accumulate(policy, batch, *rest, **settings)
 
     monkeypatch.setattr(LikelihoodEstimator, "view_logprobs", spied_scores)
     monkeypatch.setattr(update, "forward_backward", spied_accumulate)
-    train(recipe(tmp_path, estimator, resample_masks=fresh))
+    with global_generators_unmoved():
+        train(recipe(tmp_path, estimator, resample_masks=fresh, sft_warmup_steps=1))
     # Each set of masks is scored by reference, rollout policy and learner, the last set first; then come the updates: a
     # gradient, and for the second one scores and a gradient.
     second, first = (seen[:3], seen[3:]) if fresh else ([], seen)
@@ -88,7 +106,8 @@ def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fre
     assert not (fresh and torch.equal(order[4].masked, order[0].masked))
     assert len({id(policy) for policy, _ in seen}) == 3
     if isinstance(estimator, lik.Sandwich):
-        assert set(order[4].upper_bound_weight.tolist()) == {0.0, 0.5}
+        assert (advantages[-1] < 0).any() and (advantages[-1] > 0).any() and len(order[4].upper_bound_weight) == 16
+        assert torch.equal(order[4].upper_bound_weight, torch.where(advantages[-1] < 0, 0.5, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -112,11 +131,14 @@ class ReadsRatio(Reinforce):
     reads_ratio = True
 
 
-@pytest.mark.parametrize("late", [{}, {"rollout_workers": 1, "max_staleness": 1}], ids=["same_step", "late"])
+LATE = {"rollout_workers": 1, "max_staleness": 1, "num_steps": 2}
+
+
+@pytest.mark.parametrize("late", [{}, LATE], ids=["same_step", "late"])
 @pytest.mark.repeated(first_only=True)
 def test_a_loss_without_a_ratio_scores_no_masks_of_later_updates(late, tmp_path, monkeypatch):
     """It learns the same, to the bit, from fewer forwards, and logs no ratio that it did not measure."""
-    settings = {"corrector": NoCorrection(), "beta": 0.0, "num_iterations": 3, "num_steps": 2, **late}
+    settings = {"corrector": NoCorrection(), "beta": 0.0, "num_iterations": 3, **late}
     made, scored = [], []
     scores = LikelihoodEstimator.logprobs
     monkeypatch.setattr(LikelihoodEstimator, "logprobs", lambda *a, **k: (scored.append(0), scores(*a, **k))[1])
@@ -128,7 +150,7 @@ def test_a_loss_without_a_ratio_scores_no_masks_of_later_updates(late, tmp_path,
         made.append(metrics_of(tmp_path / name / "run")[-1])
     (first, sets, row), (second, one_set, less) = made[:3], made[3:]
     assert_same_weights(first, second)
-    assert sets - one_set == 4, "two sets of the rollout policy, in two steps"
+    assert sets - one_set == (4 if late else 2), "two sets of the rollout policy, in every step"
     lacking = row.keys() - less.keys()
     assert {name.split("/")[0] for name in lacking} == {"off_policy", "ratio"} and "ratio/mean" in lacking
     assert not any(name.endswith(("iteration_1", "iteration_2")) for name in less if "off_policy" in name)
@@ -161,17 +183,8 @@ def test_random_says_whether_two_draws_differ(estimator):
     assert differ == estimator.is_random
 
 
-@pytest.mark.parametrize(
-    "kind",
-    few([lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.Sandwich, lik.Trajectory], [lik.Sandwich]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.Trajectory])
 def test_training_leaves_the_global_generators_alone(kind, tmp_path):
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    train(recipe(tmp_path, kind()))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    if "beartype" not in sys.modules:  # whose checks draw from it themselves
-        assert random.getstate() == before[2]
+    with global_generators_unmoved():
+        train(recipe(tmp_path, kind(), sft_warmup_steps=2))

@@ -106,6 +106,7 @@ def test_without_its_promise_an_older_rollout_is_refused(tmp_path):
 @pytest.mark.repeated(first_only=True)
 def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
     changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": likelihood}
+    changes["sampler"] = larger_recipe(tmp_path).sampler  # of three steps, so that sizes differ
     feature = DropSmallViews(least=0)
     train(tiny_recipe(tmp_path / "all", **changes), features=(feature,))
     feature = DropSmallViews(least=max(feature.sizes[-1]))  # the largest one stays

@@ -31,9 +31,9 @@ CONFIGURATIONS = {
 }
 
 
-def run(name: str, directory: Path) -> list[dict[str, float]]:
+def run(name: str, directory: Path, **changes) -> list[dict[str, float]]:
     """Every number of metrics.jsonl but the times."""
     settings = {"model": MODEL, "num_steps": 3, "learning_rate": 5e-3, "likelihood": Trajectory(include_order=False)}
     settings["eval_sampler"] = Unmask(max_new_tokens=16, diffusion_steps=3, rank=Confidence())  # of the stored curves
-    train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name]}))
+    train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name], **changes}))
     return metrics_of(directory)
