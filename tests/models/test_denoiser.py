@@ -93,7 +93,7 @@ def test_zero_mismatch_unquantized(policy, answer):
 
 def test_rows_of_two_batches_are_scored_together(policy):
     """`Rollout.concatenate` pads narrower parts on the right, so that completions begin at different columns."""
-    parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
+    parts = [sampled(policy, seed=1)]
     short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, num_generations=2)
     parts.append(Renoise(**SHORT | {"answer": "drawn"})(policy, short, torch.Generator().manual_seed(3)))
     whole = type(parts[0]).concatenate(parts, pad_id=policy.pad_id)
@@ -103,7 +103,7 @@ def test_rows_of_two_batches_are_scored_together(policy):
 
 
 def test_a_row_depends_on_its_prompt_and_seed_alone(policy):
-    ids, seeds = [[3, 4, 5, 6], [8], [7, 7]], [11, 12, 13]
+    ids, seeds = [[3, 4, 5, 6], [8]], [11, 12]
     together = Renoise(**SHORT)(policy, Prompts.from_ids(ids, pad_id=0, seeds=seeds), torch.Generator())
     for row, (one, seed) in enumerate(zip(ids, seeds, strict=True)):
         alone = Renoise(**SHORT)(policy, Prompts.from_ids([one], pad_id=0, seeds=[seed]), torch.Generator())
@@ -130,8 +130,7 @@ def test_a_quantized_copy_has_both_sides_and_the_experts(scheme):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     sync_weights(policy, copied)
     fresh = quantized_copy(policy, scheme())
-    again = sampled(copied, seed=5)
-    assert torch.equal(scored(copied, again), scored(fresh, again))
+    assert torch.equal(scored(copied, rollout), scored(fresh, rollout))
 
 
 @pytest.mark.slow

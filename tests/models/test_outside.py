@@ -91,7 +91,7 @@ def test_a_class_in_the_auto_registry_whose_name_a_family_knows(tmp_path, own_fa
 
 
 TINY = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-TINY |= {"pad_token_id": 0, "max_position_embeddings": 64, "embedding_size": 16}
+TINY |= {"pad_token_id": 0, "max_position_embeddings": 64, "embedding_size": 16, "shape_vocab_size": 9}
 
 
 def masked_lm(name, **fields):

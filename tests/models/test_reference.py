@@ -73,7 +73,7 @@ PATHS = {
     "block cache": ("sdar", recorded(cache=BlockCache())),
     "prefix cache": ("llada", recorded(cache=PrefixCache(), block_size=4)),
     "dual cache": ("dream", recorded(cache=DualCache(), block_size=4)),
-    "autoregress": ("qwen3", recorded()),
+    "autoregress": ("qwen3", recorded(max_new_tokens=3)),
 }
 
 

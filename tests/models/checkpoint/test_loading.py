@@ -229,7 +229,7 @@ def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
     with pytest.raises(ValueError, match=r"has a model's weights \(model.safetensors\) and adapters \(adapter_config"):
         load_policy(single)
     (single / "model.safetensors").unlink()  # as some tools write adapters, with the base's config beside them
-    assert torch.equal(embedding(load_policy(single)), embedding(load_policy(folder)))
+    assert torch.equal(embedding(load_policy(single)), embedding(policy))
 
     fields = json.loads((config / "config.json").read_text())
     (config / "config.json").write_text(json.dumps(fields | {"transformers_weights": "other.safetensors"}))

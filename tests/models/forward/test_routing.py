@@ -8,21 +8,27 @@ from mixtures import by_hand, chosen_by_hand, moe
 from repetitions import slow
 
 from dllm_rl import load_policy
+from dllm_rl.models.base import copied
 from dllm_rl.models.forward.routing import Routing, agreement, to_state_columns, to_token_columns, tokens_per_expert
 from dllm_rl.models.lora import moe_layers
 
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
 
-@pytest.fixture(params=FAMILIES)
-def policy(request, tmp_path):
+@pytest.fixture(scope="module", params=FAMILIES)
+def opened(request, tmp_path_factory):
     if request.param == "qwen3_moe":
         return moe(causal=True)
-    made = load_policy(published(tmp_path, request.param))
+    made = load_policy(published(tmp_path_factory.mktemp("opened"), request.param))
     for name, parameter in made.module.named_parameters():
         if ".experts." in name or ".mlp.gate." in name:  # large enough that which expert is taken matters
             parameter.data.mul_(8)
     return made
+
+
+@pytest.fixture
+def policy(opened):
+    return copied(opened)
 
 
 def batch():
