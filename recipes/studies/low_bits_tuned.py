@@ -219,15 +219,15 @@ def picture(stored: Mapping[str, Any], path: Path) -> None:
 
 
 COMPARED = {  # in words: an arm less another one
-    "own rollouts minus FP8": ("unquantized", "FP8"),
-    "own rollouts minus INT4": ("unquantized", "int4"),
-    "FP8 minus INT4": ("FP8", "int4"),
+    "cost of FP8: own rollouts minus FP8": ("unquantized", "FP8"),
+    "cost of INT4: own rollouts minus no correction": ("unquantized", "int4"),
+    "FP8 minus INT4, both without a correction": ("FP8", "int4"),
     "INT4: TIS minus no correction": ("int4, tis", "int4"),
     "INT4: AIS minus no correction": ("int4, ais", "int4"),
     "INT4: aligned forward minus no correction": ("int4, aligned", "int4"),
     "INT4: TIS minus shuffled TIS": ("int4, tis", "int4, permuted tis"),
     "INT4: TIS minus half the learning rate": ("int4, tis", HALF),
-    "own rollouts minus INT4 with TIS": ("unquantized", "int4, tis"),
+    "INT4: the cost that TIS leaves, own rollouts minus TIS": ("unquantized", "int4, tis"),
 }
 
 
