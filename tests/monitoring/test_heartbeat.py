@@ -42,18 +42,9 @@ def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(tmp_
     assert capsys.readouterr().err.startswith("process 0: scoring, after 0 steps, has taken 0.01 s so far\n")
 
 
-@pytest.mark.usefixtures("no_rehearsal")
-def test_every_stage_of_a_run_is_watched(tmp_path, monkeypatch):
-    stages = []
+def test_every_stage_of_a_run_is_watched_and_a_recipes_limit_holds_for_every_grader(tmp_path, monkeypatch):
+    stages, limits = [], []
     monkeypatch.setattr(RunLog, "_print_heartbeats", lambda log, done: stages.append(log.place))
-    train(tiny_recipe(tmp_path, num_steps=1))
-    watched = {stage.split(",")[0] for stage in stages}
-    assert watched == {"warm-up", "evaluation", "rollout", "reward", "waiting", "scoring", "update", "sync"}
-    assert {"rollout, after 0 steps", "evaluation, after 1 steps"} <= set(stages)
-
-
-def test_a_recipes_limit_holds_for_every_grader_of_a_run(tmp_path, monkeypatch):
-    limits = []
     for place in ("step.collect", "evaluation.evaluate"):
         grade = __import__(f"dllm_rl.{place}", fromlist=["grade"]).grade
 
@@ -65,6 +56,9 @@ def test_a_recipes_limit_holds_for_every_grader_of_a_run(tmp_path, monkeypatch):
     train(tiny_recipe(tmp_path, num_steps=1, reward_timeout=77.0))
     assert set(limits) == {(p, 77.0) for p in ("step.collect", "evaluation.evaluate")}
     assert [place for place, _ in limits].count("step.collect") == 2  # the rehearsal's and the step's
+    watched = {stage.split(",")[0] for stage in stages}
+    assert watched == {"warm-up", "evaluation", "rollout", "reward", "waiting", "scoring", "update", "sync"}
+    assert {"rollout, after 0 steps", "evaluation, after 1 steps"} <= set(stages)
 
 
 def test_a_stop_saves_before_the_launcher_loses_patience():

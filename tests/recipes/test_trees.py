@@ -178,6 +178,7 @@ def test_other_advantages_and_weights_shrink_the_gradient_of_the_first_level(fea
     assert (mean - toy.gradient).norm() > 0.15 * toy.gradient.norm()
 
 
+@pytest.mark.repeated(first_only=True)
 @pytest.mark.parametrize(
     ("seed", "of_trees", "of_flat"), [(0, 2.5162, 1.3658), (1, 1.0999, 0.3882), (2, 0.8114, 0.5955)]
 )
