@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from own_module import own_policy
+from repetitions import crossed, few
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
 from transformers import DynamicCache
@@ -184,7 +185,7 @@ CAUSAL = {
 }
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", few(CAUSAL, ["Granite", "Gemma2", "Llama"]))
 def test_a_causal_class_that_changes_its_logits_after_the_head_is_refused(name):
     """A run would sample and train at another temperature."""
     tokenizer = char_tokenizer("1234.=")
@@ -242,8 +243,10 @@ def dropping(kind):
     return tiny_masked_lm(characters="0123=", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, **sizes)
 
 
-@pytest.mark.parametrize("part", ["", "base_model", "blocks"])
-@pytest.mark.parametrize("kind", ["causal_llama", "masked_lm"])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    crossed(["masked_lm", "causal_llama"], ["", "base_model", "blocks"], row="masked_lm", column="blocks"),
+)
 def test_forwards_without_gradients_drop_nothing_and_leave_the_modes(kind, part):
     """Rollouts, scores and evaluations of a module that a loop of one's own trains; its own forwards drop."""
     policy = dropping(kind)

@@ -29,6 +29,7 @@ from dllm_rl.decoding.tokens import (
 )
 from dllm_rl.integrations.serving.openai_api import read_request
 from dllm_rl.integrations.serving.settings import ServerSettings
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.examples import example
@@ -375,7 +376,7 @@ class Letters:
 
     def __init__(self, tokenizer, mask_id=None) -> None:
         self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
-        self.spec = replace(tiny_masked_lm(characters="a", num_layers=1).spec, mask_id=mask_id)
+        self.spec = FamilySpec("letters", "full", mask_id=mask_id, eos_ids=(EOS,))
 
 
 @pytest.fixture

@@ -114,17 +114,16 @@ def test_messages_of_transformers_cannot_steer_the_terminal(folder, monkeypatch)
     assert len(last) <= 400 and "pad_token_id is 999" in last and last.endswith("999, which is wrong")
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c", "{{ ''.__class__.__mro__ }}"],
-)
-def test_a_template_that_fails_is_refused_where_it_is_used(folder, template):
+def test_a_template_that_fails_is_refused_where_it_is_used(folder):
     """It may be made for other messages, and plain text needs none."""
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text("{{ a.b.c")
     policy = load_policy(folder)
-    assert prompt_ids(policy, "1+1=")
-    with pytest.raises(ValueError, match=r"^chat_template does not write these messages: [^\n]*$"):
-        prompt_ids(policy, [{"role": "user", "content": "1+1="}])
+    others = ("{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ ''.__class__.__mro__ }}")
+    for template in (policy.tokenizer.chat_template, *others):
+        policy.tokenizer.chat_template = template
+        assert prompt_ids(policy, "1+1=")
+        with pytest.raises(ValueError, match=r"^chat_template does not write these messages: [^\n]*$"):
+            prompt_ids(policy, [{"role": "user", "content": "1+1="}])
 
 
 def test_adapters_of_integers_are_refused(adapters, model):

@@ -105,13 +105,6 @@ def test_what_other_tools_save_is_reopened_with_the_familys_attention_and_shift(
         assert torch.equal(other.logits(tokens, ones(tokens)), expected)
 
 
-def test_a_chosen_block_size_stays_in_the_stock_layout(tmp_path):
-    policy = load_policy(published(tmp_path / "source", "sdar"), block_size=8)
-    policy.save_pretrained(tmp_path / "stock", stock=True)
-    assert load_policy(tmp_path / "stock").spec.block_size == 8
-    assert load_policy(tmp_path / "stock", block_size=2).spec.block_size == 2
-
-
 def test_a_model_made_causal_or_diffusion_is_reopened_as_what_it_became(tmp_path):
     autoregressive = load_policy(published(tmp_path / "ar", "nemotron_ar"))
     autoregressive.tokenizer.add_special_tokens({"mask_token": "<mask>"})
@@ -332,6 +325,9 @@ def test_block_size_can_be_chosen(tmp_path):
     assert chosen.spec.block_size == 8
     chosen.save_pretrained(tmp_path / "saved")
     assert load_policy(tmp_path / "saved").spec.block_size == 8
+    chosen.save_pretrained(tmp_path / "stock", stock=True)
+    assert load_policy(tmp_path / "stock").spec.block_size == 8
+    assert load_policy(tmp_path / "stock", block_size=2).spec.block_size == 2
     published_alike = published(tmp_path / "a2d", "a2d_qwen3")  # bd3lm and mdlm have the same config
     assert load_policy(published_alike, block_size=32).spec.attention == "block_causal"
     with pytest.raises(ValueError, match=r"block_size=8 is for block-causal models, but llada has full attention"):

@@ -83,7 +83,8 @@ def test_tokenizer_whose_ids_do_not_come_out_as_it_says(tmp_path):
     refused("token '<eos>' is 2, not 7", load_tokenizer, folder, stock=False)
 
 
-@pytest.mark.parametrize("family", ["llada", "llada2", "bert", "llama"])
+@pytest.mark.repeated
+@pytest.mark.parametrize("family", ["llada", "llada2", "llama", "bert"])
 def test_missing_and_extra_tensors(tmp_path, family):
     file = checkpoint(tmp_path, family) / "model.safetensors"
     state = load_file(file)
