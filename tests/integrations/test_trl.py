@@ -81,6 +81,7 @@ LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
 CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]
 SCHEMES = [None, Int8WeightOnly(), Float8WeightOnly()]
 TWO_PARTS = {"gradient_accumulation_steps": 2}  # of each update's rows
+FEW_ROWS = {"gradient_accumulation_steps": 1, "max_steps": 1}  # eight
 # Every pair of an estimator, a corrector and a scheme occurs; the other combinations run in the nightly part.
 CASES = [(a, b, c) for a in LIKELIHOODS for b in CORRECTORS for c in SCHEMES]
 FAST = [
@@ -308,13 +309,8 @@ def test_each_loss_type_has_trls_value_and_gradient(tmp_path, monkeypatch, setti
 
 def test_truncated_completions_are_in_no_mean_over_tokens(tmp_path):
     """As in TRL, whose mask of them is 0: they count as sequences, and in the groups' mean rewards."""
-    run = run_of(
-        tmp_path,
-        Trajectory(),
-        NoCorrection(),
-        None,
-        settings={"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1},
-    )
+    settings = {"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1}
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings | TWO_PARTS)
     (batch, *_), advantages = run.first
     truncated = ~batch.rollout.completion_mask.any(-1)
     has_end = (batch.rollout.tokens[:, -4:] == run._policy.spec.eos_ids[0]).any(-1)
@@ -373,13 +369,7 @@ def test_the_router_loss_trains_a_mixture_whose_answers_are_equally_good(tmp_pat
     monkeypatch.setattr("trl_runs.reward", lambda completions, **_: [1.0] * len(completions))
     model = tiny_moe(characters="12345678=", hidden_size=32, num_layers=2)
     model.module.config.router_aux_loss_coef = 0.5
-    settings = {
-        "max_steps": 1,
-        "num_iterations": 1,
-        "gradient_accumulation_steps": 1,
-        "per_device_train_batch_size": 32,
-    }
-    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, model=model, settings=settings)
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, model=model, settings=FEW_ROWS | {"num_iterations": 1})
     (batch, *_), _ = run.first
     tokens = torch.where(batch.views.masked[0], model.spec.mask_id, batch.rollout.tokens)
     model.module.load_state_dict(run.weights[0])
@@ -411,10 +401,10 @@ def test_the_rollouts_of_a_step_have_their_own_random_numbers(tmp_path, monkeypa
 
     row_seeds = ours.row_seeds
     monkeypatch.setattr(ours, "row_seeds", watched)
-    settings = {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "max_steps": 2}
-    run = trainer(tmp_path, settings=settings, eval_rows=ROWS[:4])
+    settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 2}
+    run = trainer(tmp_path, settings=settings, eval_rows=ROWS[:2])
     run.train()
-    assert len(drawn) == 4 and len(torch.cat(drawn).unique()) == 4 * 16
+    assert len(drawn) == 4 and len(torch.cat(drawn).unique()) == 4 * 8
     evaluated = []
     for _ in range(2):
         drawn.clear()
@@ -452,7 +442,7 @@ def test_variables_of_the_chat_template_are_in_the_prompts(tmp_path, monkeypatch
     policy = tiny()
     policy.tokenizer.chat_template = "{{ more }}{{ messages[0]['content'] }}"
     rows = [{"prompt": [{"role": "user", "content": "1="}]}] * 8
-    run = trainer(tmp_path, model=policy, rows=rows, settings={"chat_template_kwargs": given, "max_steps": 1})
+    run = trainer(tmp_path, model=policy, rows=rows, settings=FEW_ROWS | {"chat_template_kwargs": given})
     run.train()
     rollout = run._generated[0]
     rows_and_masks = zip(rollout.tokens[:, :-4], rollout.attention_mask[:, :-4], strict=True)
@@ -508,8 +498,7 @@ def test_diffusion_gemma_by_default(tmp_path):
 
 def test_an_evaluation_samples_from_a_copy_of_the_weights_that_are_there(tmp_path):
     """The trainer may load the best weights at the end, at the same step."""
-    settings = {"max_steps": 1}
-    run = trainer(tmp_path, settings=settings, rollout_quantization=Int8WeightOnly(), eval_rows=ROWS[:2])
+    run = trainer(tmp_path, settings=FEW_ROWS, rollout_quantization=Int8WeightOnly(), eval_rows=ROWS[:2])
     run.train()
     with torch.no_grad():
         for weight in run._policy.module.parameters():
@@ -526,7 +515,8 @@ def test_an_evaluation_samples_from_a_copy_of_the_weights_that_are_there(tmp_pat
 def test_several_updates_take_parts_of_a_generation_batch(tmp_path):
     """At equal weights, the mean of the gradients of the two halves is the gradient of all rows."""
     settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 0.0, "num_iterations": 1}
-    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings | {"loss_type": "grpo"})
+    settings |= {"per_device_train_batch_size": 4, "loss_type": "grpo"}
+    run = run_of(tmp_path, Trajectory(), NoCorrection(), None, settings=settings)
     _, gradients = learner(run, likelihood=Trajectory(), loss_reduction=SequenceMean())
     halves = {name: (x + run.gradients[1][name]) / 2 for name, x in run.gradients[0].items()}
     assert difference(halves, gradients[0]) < 1e-6
@@ -920,7 +910,7 @@ def test_a_trl_without_a_method_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch):
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, settings=FEW_ROWS)
     monkeypatch.setattr(
         ours.GRPOTrainer, "compute_loss", lambda self, model, inputs, **_: torch.zeros(()).requires_grad_()
     )
@@ -1103,7 +1093,7 @@ def test_a_completion_without_a_reward_is_in_no_mean_of_the_loss(tmp_path, monke
         return [None if text[:1] in "1234" else float(len(set(text))) for text in completions]
 
     monkeypatch.setattr("trl_runs.reward", judge)
-    run = trainer(tmp_path, settings={"beta": 0.1, "max_steps": 2})
+    run = trainer(tmp_path, settings=TWO_PARTS | {"beta": 0.1, "max_steps": 1})
     seen, rewards = [], []
     made, graded = run._generate_and_score_completions, run._calculate_rewards
 
@@ -1149,7 +1139,7 @@ def test_residues_are_graded_and_logged_without_spaces(tmp_path, monkeypatch, is
 
     monkeypatch.setattr("trl_runs.reward", score)
     rows = [{"prompt": [{"role": "user", "content": "MKV"}] if is_chat else "MKV"}] * 8
-    run = trainer(tmp_path, model=policy, rows=rows, settings={"max_steps": 1})
+    run = trainer(tmp_path, model=policy, rows=rows, settings=FEW_ROWS)
     run.train()
     texts = [each[0]["content"] for each in graded] if is_chat else graded
     assert max(map(len, texts)) > 2 and all(set(text) <= {*"ACDEFGHIKLMNPQRSTVWY"} for text in texts)

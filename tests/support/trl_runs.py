@@ -49,7 +49,7 @@ def config(directory, **changes):
 
 
 def tiny(**changes):
-    return tiny_masked_lm(**{"characters": CHARACTERS, "hidden_size": 32, "num_layers": 2, "head_std": 0.1} | changes)
+    return tiny_masked_lm(**{"characters": CHARACTERS, "hidden_size": 32, "num_layers": 1, "head_std": 0.1} | changes)
 
 
 def trainer(
