@@ -146,7 +146,10 @@ def difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None, **more):
+TWO_STEPS = Unmask(max_new_tokens=4, diffusion_steps=2)
+
+
+def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None, sampler=TWO_STEPS, **more):
     run = trainer(
         tmp_path,
         kind=Watched,
@@ -154,6 +157,7 @@ def run_of(tmp_path, likelihood, corrector, scheme, *, lora=False, settings=None
         likelihood=likelihood,
         corrector=corrector,
         rollout_quantization=scheme,
+        sampler=sampler,
         settings={"num_iterations": 2} | (settings or {}),
         **more,
     )
@@ -489,7 +493,8 @@ def test_losses_of_the_library(tmp_path, loss):
 def test_diffusion_gemma_by_default(tmp_path):
     """Its noise is random tokens: sampler and likelihood are those of `grpo`."""
     model = tiny_diffusion_gemma(characters="12345678=", canvas_length=4, hidden_size=32)
-    run = run_of(tmp_path, None, None, None, model=model, settings={"num_iterations": 1, "max_steps": 1})
+    settings = {"num_iterations": 1, "max_steps": 1}
+    run = run_of(tmp_path, None, None, None, model=model, sampler=None, settings=settings)
     assert isinstance(run._recipe.sampler, Renoise) and run.state.log_history[0]["rollout_corr/ess"] == 1
     _, gradients = learner(run)
     assert max(x.abs().max() for x in gradients[0].values()) > 1e-3
