@@ -16,10 +16,11 @@ class Causal(Own):
     causal = True
 
 
+SMALL = {"characters": "01234", "hidden_size": 32, "num_layers": 2}
 POLICIES = {
-    "masked_lm": lambda: tiny_masked_lm(characters="01234"),
-    "diffusion_llama": lambda: tiny_llama(characters="01234", causal=False),
-    "causal_llama": lambda: tiny_llama(characters="01234", causal=True),
+    "masked_lm": lambda: tiny_masked_lm(**SMALL),
+    "diffusion_llama": lambda: tiny_llama(causal=False, **SMALL),
+    "causal_llama": lambda: tiny_llama(causal=True, **SMALL),
     "own": own_policy,
     "own causal": lambda: own_policy(kind=Causal),
 }

@@ -23,8 +23,8 @@ from dllm_rl.training.policies import RolloutCopy
 from dllm_rl.types import Prompts
 
 SAMPLERS = {
-    "full": Unmask(max_new_tokens=6, diffusion_steps=3, temperature=0.7, rank=Confidence()),  # some rows end
-    "causal": Autoregress(max_new_tokens=6, temperature=0.7),
+    "full": Unmask(max_new_tokens=6, diffusion_steps=2, temperature=0.7, rank=Confidence()),  # some rows end
+    "causal": Autoregress(max_new_tokens=4, temperature=0.7),
 }
 
 
@@ -167,7 +167,7 @@ def test_the_cache_of_a_block_causal_module_is_an_engines_matter():
     """A row may go on to the end of the block of its end token; a cache that forgets is far off the learner."""
     policy = block_causal()
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, num_generations=4)
-    in_blocks = Unmask(max_new_tokens=6, diffusion_steps=6, block_size=2, rank=MaxProb(), temperature=0.7)
+    in_blocks = Unmask(max_new_tokens=4, diffusion_steps=4, block_size=2, rank=MaxProb(), temperature=0.7)
 
     def sync(learner, rollout_policy):
         rollout_policy.module.load_state_dict(learner.module.state_dict())
