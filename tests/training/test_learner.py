@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from emulated import int3_emulated
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import ONE_PUZZLE, SIZES, tiny_recipe
 
 from dllm_rl import Confidence, MaxProb, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import Aligned, NoCorrection
@@ -37,14 +37,14 @@ def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_
 
 def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_such(tmp_path):
     changes = {"old_logprobs": "rollout", "corrector": NoCorrection(), "rollout_quantization": int3_emulated}
-    train(tiny_recipe(tmp_path, num_steps=1, **changes))
+    train(tiny_recipe(tmp_path, num_steps=1, **ONE_PUZZLE, **changes))
     row = metrics_of(tmp_path)[0]
     assert row["off_policy/old/m2"] < 1e-8 < 1e-6 < row["off_policy/rollout/m2"]
 
 
 def test_an_update_makes_weights_of_the_next_version(tmp_path):
     """One more a step, however many inner updates it has: what late and aligned rollouts are told apart by."""
-    summary = train(tiny_recipe(tmp_path, num_iterations=2, save_steps=1, save_total_limit=9))
+    summary = train(tiny_recipe(tmp_path, num_iterations=2, save_steps=1, save_total_limit=9, **ONE_PUZZLE))
     assert summary.policy.weights_version == 2
     states = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
     assert [json.loads(path.read_text())["version"] for path in states] == [0, 1, 2]
@@ -67,6 +67,7 @@ def test_an_aligned_forward_sees_every_update_also_of_an_optimizer_that_autograd
             return optimizer(parameters, lr=lr)
 
         changes = {"optim": optim, "corrector": Aligned(), "rollout_quantization": int3_emulated, "num_iterations": 3}
+        changes |= {"train_batch_size": 2, **ONE_PUZZLE}
         train(tiny_recipe(tmp_path / optimizer.__name__, learning_rate=0.5, num_steps=1, **changes))
         rows += metrics_of(tmp_path / optimizer.__name__)
     counted, uncounted = rows
@@ -80,7 +81,9 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
         with pytest.raises(FloatingPointError, match="logits are not finite"):
             train(
                 tiny_recipe(
-                    tmp_path / name, rollout_quantization=None, **{"learning_rate": 1e9, "num_steps": 3} | changes
+                    tmp_path / name,
+                    rollout_quantization=None,
+                    **{"learning_rate": 1e9, "num_steps": 3, **ONE_PUZZLE} | changes,
                 )
             )
 
@@ -102,7 +105,7 @@ def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch,
     monkeypatch.setattr("dllm_rl.step.settings.MEASURE_STEPS", 1)
     sampler = Suppressed(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=Confidence(), suppress=(0, 2))
     changes = {"sampler": sampler, "corrector": NoCorrection(), "rollout_quantization": None}
-    train(tiny_recipe(tmp_path, likelihood=likelihood, num_steps=2, **changes))
+    train(tiny_recipe(tmp_path, likelihood=likelihood, num_steps=2, **ONE_PUZZLE, **changes))
     rows = metrics_of(tmp_path)
     assert all(math.isfinite(row["update/direction"]) and row["grad_norm"] > 0 for row in rows)
     assert any(row["rollout_corr/nonfinite_fraction"] > 0 for row in rows)
@@ -110,7 +113,7 @@ def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch,
 
 def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
     """The cosine over tokens, after a step along the gradient of the log-probs weighted by each token's advantage."""
-    estimator, policy = Trajectory(), tiny_masked_lm(characters="1234.=", head_std=0.3)
+    estimator, policy = Trajectory(), tiny_masked_lm(**SIZES, head_std=0.3)
     prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id)
     rollout = Unmask(max_new_tokens=3, rank=MaxProb())(policy, prompts, torch.Generator().manual_seed(0))
     views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
@@ -134,7 +137,7 @@ def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
 def test_the_direction_of_an_update_by_hand(monkeypatch, estimator):
     """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the
     log-probs weighted by advantages, and negative after one against it."""
-    policy = tiny_masked_lm(characters="1234.=", head_std=0.3)
+    policy = tiny_masked_lm(**SIZES, head_std=0.3)
     prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id, num_generations=2)
     rollout = Unmask(max_new_tokens=6, temperature=1.0, rank=MaxProb())(
         policy, prompts, torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from repetitions import few
 from rows import NO_ROWS
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import ONE_PUZZLE, OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
@@ -19,7 +19,7 @@ from dllm_rl.algorithms.optimizers import LinearWithWarmup
 from dllm_rl.decoding.tokens import decode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.monitoring.plots import plot, read_metrics
+from dllm_rl.monitoring.plots import draw_run, read_metrics
 from dllm_rl.step.collect import collect
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import metric_weights
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     summary = train(
-        make(tmp_path / "run", sft_warmup_steps=3, sft_warmup_eval_steps=2, eval_steps=1, report_to="tensorboard")
+        make(tmp_path / "run", sft_warmup_steps=2, sft_warmup_eval_steps=1, eval_steps=1, report_to="tensorboard")
     )
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text()) == summary
@@ -61,7 +61,8 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     assert wanted <= set(rows[0])
     assert rows[0]["reward_std"] > 0, "equal rewards would prove nothing"
     assert rows[0]["rollout_corr/k3_kl"] > 0, "FP8 weights must differ from the learner's"
-    assert (run / "training.png").is_file() and plot(run).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (run / "training.png").is_file()
+    assert {"Reward", "Problems solved", "Mismatch"} <= {axis.get_title() for axis in draw_run(run).axes}
     assert list((run / "tensorboard").glob("*/events*"))
     out = capsys.readouterr().out
     assert "->" in out and "dllm-rl sample" in out
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_unquantized_rollouts_have_exactly_no_mismatch(make, tmp_path):
-    train(make(tmp_path, rollout_quantization=None, micro_batch_size=8))
+    train(make(tmp_path, rollout_quantization=None, train_batch_size=2, micro_batch_size=4, **ONE_PUZZLE))
     for row in metrics_of(tmp_path):
         exact = {"kl": 0, "k3_kl": 0, "abs_log_ratio_max": 0, "chi2_token": 0, "chi2_seq": 0, "log_ppl_diff": 0}
         exact |= {"rollout_is_mean": 1, "rollout_is_min": 1, "rollout_is_max": 1, "rollout_is_eff_sample_size": 1}
@@ -143,16 +144,17 @@ def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
     changes = {"task": OddPuzzles(), "train_batch_size": 8, "num_steps": 1, "rollout_quantization": None}
-    train(make(tmp_path / "one", **changes))
-    train(make(tmp_path / "some", max_num_gen_batches=2, **changes))
-    train(make(tmp_path / "many", max_num_gen_batches=40, **changes))
-    one, some, many = (metrics_of(tmp_path / name)[0] for name in ("one", "some", "many"))
+    train(make(tmp_path / "many", max_num_gen_batches=40, **ONE_PUZZLE, **changes))
+    (many,) = metrics_of(tmp_path / "many")
+    recipe, accelerator = make(tmp_path, **changes), make_accelerator()
+    policy = recipe.model(seed=0)
+    run = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
+    one, some = (collect(replace(run, settings=recipe.replace(max_num_gen_batches=n)), 0)[2] for n in (1, 2))
     before = one["frac_reward_zero_std"]
     assert before > 0 and {some["frac_reward_zero_std"], many["frac_reward_zero_std"]} == {before}  # of the first draw
     assert many["dynamic_sampling/frac_reward_zero_std"] == 0 < many["dynamic_sampling/draws"] < 40
     assert some["dynamic_sampling/draws"] == 2 and some["dynamic_sampling/frac_reward_zero_std"] <= before
-    for row in metrics_of(tmp_path / "many"):  # what was sampled at another width is scored the same
-        assert row["rollout_corr/abs_log_ratio_max"] < 1e-5
+    assert many["rollout_corr/abs_log_ratio_max"] < 1e-5, "what was sampled at another width is scored the same"
 
 
 def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
@@ -229,7 +231,7 @@ def no_live_group(rewards, group):
 
 
 def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
-    before = tiny_recipe(tmp_path, advantages=no_live_group, num_steps=1)
+    before = tiny_recipe(tmp_path, advantages=no_live_group, num_steps=1, **ONE_PUZZLE)
     summary = train(before)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/k3_kl"] > 0 and row["grad_norm"] == 0
@@ -282,7 +284,7 @@ def test_a_corrector_gets_the_groups_that_the_update_trains_on_and_no_other(tmp_
         numbers = {"mine/rows": float(stats.mask.any(-1).sum()), "mine/sum": stats.log_mismatch.abs().sum().item()}
         return NoCorrection().weights(stats)._replace(metrics=numbers)
 
-    fixed = {"num_steps": 1, "num_mismatch_groups": 9, "rollout_quantization": int3_emulated}
+    fixed = {"num_steps": 1, "num_mismatch_groups": 9, "rollout_quantization": int3_emulated, **ONE_PUZZLE}
     train(tiny_recipe(tmp_path, corrector=FunctionCorrector(function=watch), **fixed | changes))
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/rows"] == 16 and row["mine/rows"] == 4 * len(trained)
@@ -316,7 +318,7 @@ def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
 
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_aligned_forward_leaves_no_mismatch(tmp_path):
-    train(tiny_recipe(tmp_path, corrector=correctors.Aligned(), num_iterations=2))
+    train(tiny_recipe(tmp_path, corrector=correctors.Aligned(), num_iterations=2, train_batch_size=2, **ONE_PUZZLE))
     assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import huggingface_hub
 import pytest
 import yaml
-from tiny_recipe import tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe
 
 from dllm_rl.cli import main as cli
 from dllm_rl.likelihoods.estimators import Trajectory
@@ -59,7 +59,7 @@ def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path, hub)
 
 
 def test_a_card_may_be_edited_and_deleted(tmp_path):
-    train(recipe := tiny_recipe(tmp_path, num_steps=1))
+    train(recipe := tiny_recipe(tmp_path, num_steps=1, **ONE_PUZZLE))
     (tmp_path / "checkpoints/step-000001/README.md").write_text("mine")
     (tmp_path / "checkpoints/step-000000/README.md").unlink()
     assert cli.main(["verify", str(tmp_path)]) == 0
@@ -90,15 +90,15 @@ def test_the_base_model_is_named_where_it_is_the_hubs(tmp_path):
 
 
 def test_a_run_is_uploaded_where_that_is_asked_for(tmp_path, hub, capsys):
-    summary = train(tiny_recipe(tmp_path, num_steps=1, push_to_hub="me/model"))
+    summary = train(tiny_recipe(tmp_path, num_steps=0, push_to_hub="me/model", **ONE_PUZZLE))
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
     assert str(hub[1]["folder_path"]) == summary["checkpoint"] and hub[1]["ignore_patterns"] == list(NOT_UPLOADED)
     assert "Uploaded:   https://huggingface.co/me/model" in capsys.readouterr().out
 
 
 def test_a_run_ends_well_where_the_upload_fails(tmp_path, hub, capsys):
-    assert train(tiny_recipe(tmp_path, num_steps=1, push_to_hub="broken/model"))["eval_problems"] == 8
-    assert "step-000001 could not be uploaded to broken/model: no way" in capsys.readouterr().out
+    assert train(tiny_recipe(tmp_path, num_steps=0, push_to_hub="broken/model", **ONE_PUZZLE))["eval_problems"] == 1
+    assert "step-000000 could not be uploaded to broken/model: no way" in capsys.readouterr().out
 
 
 def test_without_a_login_nothing_is_begun(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from run_outputs import assert_same_weights, metrics_of
-from tiny_recipe import SIZES, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, SIZES, tiny_recipe
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
@@ -187,7 +187,7 @@ def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monk
 
 
 def test_long_prompts_are_replaced_and_counted(tmp_path):
-    recipe = tiny_recipe(tmp_path / "a", task=SomeLong(), max_prompt_length=48, num_steps=3, sft_warmup_steps=2)
+    recipe = tiny_recipe(tmp_path / "a", task=SomeLong(), max_prompt_length=48, sft_warmup_steps=1, **ONE_PUZZLE)
     train(recipe)
     shares = [row["frac_prompts_too_long"] for row in metrics_of(tmp_path / "a")]
     assert any(shares) and all(share in (0, 0.25, 0.5, 0.75, 1) for share in shares)

@@ -1,6 +1,7 @@
 """Replay: right answers are kept, and trained on again under fresh masks. Rewards here are a function of the text."""
 
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -9,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from repetitions import slow
-from run_outputs import assert_same_weights, metrics_of
-from tiny_recipe import SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
+from run_outputs import assert_same_weights, metrics_of, weights_of
+from tiny_recipe import ONE_PUZZLE, SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import Float8WeightOnly, Lora, Replay, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
@@ -43,7 +44,7 @@ class NeverRight(Wrapped):
 
 
 def recipe_of(directory, *, recipe=tiny_recipe, task=EvenLength, replay=None, **changes):
-    changes = {"rollout_quantization": None, "corrector": NoCorrection(), "report_to": None} | changes
+    changes = {"rollout_quantization": None, "corrector": NoCorrection(), **ONE_PUZZLE} | changes
     replay = replay or Replay(**SMALL)
     return recipe(directory, task=task(Sudoku(split="train", size=40)), replay=replay, **changes)
 
@@ -103,26 +104,40 @@ def test_an_answer_comes_again_after_all_others_and_at_most_max_replays_times(si
         assert store.draw(seed=0) != visits, "another step has another order"
 
 
-def test_right_answers_alone_are_kept_with_their_steps(tmp_path, monkeypatch):
+def halving(step, num_steps):
+    return 0.5 ** (step + 1)
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory):
+    """Three steps of four updates on six answers: what was seen, the run's folder and policy, and its store."""
+    stores, folder = [], tmp_path_factory.mktemp("replayed")
+    replay = Replay(min_reward=1.0, num_updates=4, batch_size=6, learning_rate=3e-3)
+    changes = {"num_steps": 3, "log_completions_steps": 1, "learning_rate": 1e-3, "lr_schedule": halving}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dllm_rl.training.start.rehearse", lambda *_: None)
+        patch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
+        spy = Spy(patch)
+        policy = train(recipe_of(folder, replay=replay, **changes)).policy
+    return spy, folder, policy, stores[-1]
+
+
+def test_right_answers_alone_are_kept_with_their_steps(replayed):
     """What is replayed is what the log's completions say is right, and ages are steps since then, by hand."""
-    spy = Spy(monkeypatch)
-    recipe = recipe_of(tmp_path, num_steps=4, log_completions_steps=1, learning_rate=1e-9)
-    stores = []
-    monkeypatch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
-    policy = train(recipe).policy
-    rows, store = metrics_of(tmp_path), stores[-1]
+    spy, folder, policy, store = replayed
+    rows = metrics_of(folder)
     per_step = Counter(answer.step for answer in store.answers)
-    assert [per_step[step] for step in range(4)] == [round(16 * row["reward"]) for row in rows]
-    assert [row["replay/size"] for row in rows] == [sum(per_step[s] for s in range(step + 1)) for step in range(4)]
+    assert [per_step[step] for step in range(3)] == [round(16 * row["reward"]) for row in rows]
+    assert [row["replay/size"] for row in rows] == [sum(per_step[s] for s in range(step + 1)) for step in range(3)]
     for answer in store.answers:
         written = answer.example.tokens[answer.example.learned].tolist()
         text = policy.tokenizer.decode(written, skip_special_tokens=False).split("<eos>")[0]
         assert sum(character.isdigit() for character in text) % 2 == 0
     step_of = {id(answer.example): answer.step for answer in store.answers}
     for step, row in enumerate(rows):
-        drawn = [example for batch in spy.examples[3 * step : 3 * step + 3] for example in batch]
-        assert row["replay/updates"] == 3 and row["replay/visits"] == 12 / row["replay/size"]
-        assert row["replay/age"] == pytest.approx(sum(step - step_of[id(e)] for e in drawn) / 12)
+        drawn = [example for batch in spy.examples[4 * step : 4 * step + 4] for example in batch]
+        assert row["replay/updates"] == 4 and row["replay/visits"] == 24 / row["replay/size"]
+        assert row["replay/age"] == pytest.approx(sum(step - step_of[id(e)] for e in drawn) / 24)
     assert rows[-1]["replay/age"] > 0
 
 
@@ -134,9 +149,8 @@ def keep(made, function):
     return kept
 
 
-def test_masks_are_drawn_anew_and_prompts_are_never_masked(tmp_path, monkeypatch):
-    spy = Spy(monkeypatch)
-    train(recipe_of(tmp_path, num_steps=3, replay=Replay(min_reward=1.0, num_updates=4, batch_size=64)))
+def test_masks_are_drawn_anew_and_prompts_are_never_masked(replayed):
+    spy, *_ = replayed
     masks = [
         {tuple(row.tolist()): (a != b).tolist() for row, a, b in zip(tokens, tokens, visible, strict=True)}
         for tokens, visible, _ in spy.seen
@@ -177,14 +191,14 @@ def test_rewards_that_are_lacking_or_too_low_are_not_right():
 
 
 def test_the_oldest_answers_leave_first(tmp_path):
-    recipe = recipe_of(tmp_path, num_steps=4, replay=Replay(capacity=6, **SMALL))
+    recipe = recipe_of(tmp_path, num_steps=2, replay=Replay(capacity=6, **SMALL))
     stores = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay_store.ReplayStore, "__init__", keep(stores, ReplayStore.__init__))
         train(recipe)
     assert metrics_of(tmp_path)[-1]["replay/size"] == 6
     steps = [answer.step for answer in stores[-1].answers]
-    assert steps == sorted(steps) and steps[-1] == 3
+    assert steps == sorted(steps) and steps[-1] == 1
 
 
 FP8 = {"rollout_quantization": Float8WeightOnly(), "corrector": TIS(), "likelihood": Trajectory()}
@@ -195,11 +209,12 @@ FP8 = {"rollout_quantization": Float8WeightOnly(), "corrector": TIS(), "likeliho
 )
 @pytest.mark.repeated(first_only=True)
 def test_a_resume_continues_bit_for_bit(tmp_path, changes):
-    changes = {"save_steps": 1, "num_steps": 2, "lr_schedule_steps": 2, **changes}
-    whole = train(recipe_of(tmp_path / "whole", **changes))
-    parts = recipe_of(tmp_path / "parts", **changes)
-    train(replace(parts, num_steps=1))
-    resumed = train(replace(parts, resume_from_checkpoint="latest"))
+    changes = {"save_steps": 1, "save_total_limit": 9, "num_steps": 2, **changes}
+    recipe = recipe_of(tmp_path / "whole", **changes)
+    whole = train(recipe)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000002")
+    resumed = train(replace(recipe, output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest"))
     assert_same_weights(whole, resumed)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     states = [next((tmp_path / name / "checkpoints").glob("*02/ReplayStore.state")) for name in ("whole", "parts")]
@@ -262,12 +277,12 @@ def test_a_state_is_read_back():
 
 def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):
     """An untrained store changes nothing; otherwise the weights move by replay alone, and the mismatch is measured."""
-    none = train(recipe_of(tmp_path / "none", task=NeverRight, num_iterations=0))
-    first = train(recipe_of(tmp_path / "start", task=NeverRight, num_steps=0))
-    assert_same_weights(none, first)
+    recipe = recipe_of(tmp_path / "none", task=NeverRight, num_iterations=0, num_steps=1)
+    weights, first = weights_of(train(recipe)), recipe.model(seed=0).module.state_dict()
+    assert weights and all(torch.equal(weight, first[name]) for name, weight in weights.items())
     rows = metrics_of(tmp_path / "none")
     assert all(row["replay/size"] == row["replay/updates"] == 0 and "grad_norm" not in row for row in rows)
-    changes = {"num_iterations": 0, "rollout_quantization": Float8WeightOnly()}
+    changes = {"num_iterations": 0, "num_steps": 1, "rollout_quantization": Float8WeightOnly()}
     train(recipe_of(tmp_path / "some", **changes))
     for row in metrics_of(tmp_path / "some"):
         assert row["replay/updates"] == 3 and row["rollout_corr/abs_log_ratio_mean"] > 0
@@ -305,7 +320,7 @@ def test_right_answers_become_likelier(tmp_path):
     assert losses[1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("num_steps", "told"), [slow(20, 20), slow(22, 20), (3, 3)])
+@pytest.mark.parametrize(("num_steps", "told"), [slow(20, 20), slow(22, 20), slow(3, 3), (2, 2)])
 def test_a_run_without_right_answers_says_so(tmp_path, capsys, num_steps, told):
     train(recipe_of(tmp_path, task=NeverRight, num_steps=num_steps, num_iterations=0, train_batch_size=1))
     said = capsys.readouterr().out
@@ -330,20 +345,23 @@ def test_a_schedule_that_fails_is_called_before_the_update(tmp_path):
 
 
 def test_a_collapse_is_said_once(tmp_path, capsys):
-    changes = {"num_steps": 4, "num_generations": 8, "train_batch_size": 1}
+    changes = {"num_steps": 2, "num_generations": 8, "train_batch_size": 1}
     recipe = recipe_of(tmp_path, **changes)
     train(replace(recipe, sampler=recipe.sampler.replace(temperature=1e-3)))
     said = capsys.readouterr().out
     assert said.count("replay: completions/distinct_ratio=0.12") == 1 and "StopBelow" in said
 
 
-@pytest.mark.repeated(first_only=True)
-@pytest.mark.parametrize("rate", [3e-3, None])
-def test_the_rate_follows_the_schedule(tmp_path, monkeypatch, rate):
+def test_the_rate_follows_the_schedule(replayed):
+    spy, *_ = replayed
+    assert spy.rates == pytest.approx([3e-3 / 2] * 4 + [3e-3 / 4] * 4 + [3e-3 / 8] * 4)
+
+
+@pytest.mark.slow
+def test_the_recipes_rate_is_that_of_replay_which_has_none(tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
-    half = lambda step, num_steps: 0.5 ** (step + 1)  # noqa: E731
-    train(recipe_of(tmp_path, learning_rate=1e-3, lr_schedule=half, replay=Replay(learning_rate=rate, **SMALL)))
-    assert spy.rates == pytest.approx([(rate or 1e-3) / 2] * 3 + [(rate or 1e-3) / 4] * 3)
+    train(recipe_of(tmp_path, learning_rate=1e-3, lr_schedule=halving))
+    assert spy.rates == pytest.approx([1e-3 / 2] * 3 + [1e-3 / 4] * 3)
 
 
 def test_bf16_updates_use_the_weights_of_the_update_before(tmp_path):
@@ -367,7 +385,7 @@ def autocast(cache):
 
 
 def test_without_a_policy_gradient_a_likelihood_that_draws_masks_works_too(tmp_path):
-    train(recipe_of(tmp_path, num_iterations=0, num_steps=2, likelihood=Coupled()))
+    train(recipe_of(tmp_path, num_iterations=0, num_steps=1, likelihood=Coupled()))
     assert all(row["replay/updates"] == 3 and "grad_norm" not in row for row in metrics_of(tmp_path))
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from layouts import checkpoint
 from repetitions import slow
 from rollouts import fields_of
-from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import ONE_PUZZLE, SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
 from dllm_rl import Replay, load_policy
@@ -76,7 +76,7 @@ def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
     attention rows leave a batch at different times, and sums may round in the last bit."""
     family, exact = how.split(",")[0], how == "dream"
     policy = load_policy(checkpoint(tmp_path, family))
-    options = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.8, "suppress": (0, 1)}
+    options = {"max_new_tokens": 8, "temperature": 1.2, "top_p": 0.8, "suppress": (0, 1)}
     sampler = Autoregress(**options) if family == "llama" else Unmask(**options)
     if how == "sdar, cached":
         sampler = sampler.replace(cache=BlockCache())
@@ -119,13 +119,13 @@ def test_shorter_batches_are_filled_up_on_the_right():
 )
 def test_a_step_of_a_run(tmp_path, make):
     """With dynamic sampling, whose second draw has other prompts and fewer."""
-    rows, seen = [], []
+    rows, seen, policy = [], [], None
     for size in (None, 8, 3):  # groups have four rows, and 3 splits them
         recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
         sampler = recipe.sampler
         spied = FunctionSampler(function=partial(spy, sampler, rows), max_new_tokens=16)
         recipe = dataclasses.replace(recipe, sampler=spied)
-        policy = build_policy(recipe, torch.device("cpu"))
+        policy = policy or build_policy(recipe, torch.device("cpu"))
         run = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
         samples, answers, _ = collect(run, 0)
         assert [answer.reward.value for answer in answers] == samples.rewards.tolist()
@@ -158,8 +158,10 @@ def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
         return plain(policy, prompts, generator)
 
     sampler = FunctionSampler(function=spied, max_new_tokens=16)
-    train(tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2, num_steps=1))
-    first, again = seen[-2:]
+    recipe = tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2)
+    policy = build_policy(recipe, torch.device("cpu"))
+    collect(make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy), 0)
+    first, again = seen
     assert first and again and not first & again
 
 
@@ -287,10 +289,10 @@ def judge(completions, **_):
 def judged_recipe(directory, function=judge, **settings):
     task = task_from_dataset([{"prompt": f"{a}{b}="} for a in "1234" for b in "1234"], reward_funcs=[function])
     small = {"num_steps": 3, "log_completions_steps": 1, "num_generations": 4, "train_batch_size": 4}
-    return tiny_recipe(directory, task=task, **small, **settings)
+    return tiny_recipe(directory, task=task, **small | ONE_PUZZLE | settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"advantages": LeaveOneOut()}, {"max_num_gen_batches": 3}])
+@pytest.mark.parametrize("settings", [{"num_steps": 1}, {}, {"advantages": LeaveOneOut()}, {"max_num_gen_batches": 3}])
 @pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_path, settings, monkeypatch):
     recipe = judged_recipe(tmp_path, **settings)
@@ -305,7 +307,7 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
     monkeypatch.setattr(rollouts_module, "compute_advantages", record)
     train(recipe)
     rows = read_metrics(tmp_path)
-    assert len(rows) == len(seen) == 3
+    assert len(rows) == len(seen) == recipe.num_steps
     assert any(rewards.isnan().any() and not rewards.isnan().all() for rewards, _ in seen)
     for row, (rewards, advantages) in zip(rows, seen, strict=True):
         graded = rewards[~rewards.isnan()]
@@ -317,7 +319,10 @@ def test_a_completion_without_a_reward_has_no_advantage_and_is_not_counted(tmp_p
     assert all((row["reward"] is None) == (row["parts"] == {}) for row in logged)
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 0.5}, {"entropy_coeff": 0.1}, {"corrector": Reject(threshold=1e-9)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_steps": 1}, {}, {"beta": 0.5}, {"entropy_coeff": 0.1}, {"corrector": Reject(threshold=1e-9)}],
+)
 @pytest.mark.repeated(first_only=True)
 def test_a_completion_without_a_reward_is_in_no_term_and_no_mean_of_the_loss(tmp_path, settings, monkeypatch):
     """Tokens that the corrector rejects are in no mean either; the rows of a group without an advantage are."""
@@ -366,7 +371,7 @@ def test_completions_that_the_corrector_drops_are_in_no_mean_over_sequences(tmp_
         return seen[-1]
 
     monkeypatch.setattr(update_module, "make_batches", watched)
-    train(tiny_recipe(tmp_path, corrector=corrector, beta=0.1, num_steps=1))  # beta trains all rows
+    train(tiny_recipe(tmp_path, corrector=corrector, beta=0.1, num_steps=1, **ONE_PUZZLE))  # beta trains all rows
     ((batch, *_), _) = seen[-1]
     counts = {"num_tokens": batch.num_tokens, "num_sequences": batch.num_sequences}
     kept = batch.loss_mask.any(-1).sum()
@@ -383,7 +388,7 @@ def test_no_token_is_rejected_where_none_is_trained(tmp_path, changes):
     def same(completions, **_):
         return [1.0] * len(completions)
 
-    train(judged_recipe(tmp_path, same, **changes))
+    train(judged_recipe(tmp_path, same, num_steps=1, **changes))
     assert all(row["trained/rollout_rs_masked_fraction"] == 0 for row in read_metrics(tmp_path))
 
 
@@ -392,7 +397,7 @@ def test_a_step_without_any_reward_ends_the_run_with_an_error(tmp_path):
 
     def outage(completions, **_):
         calls.append(len(completions))
-        return [1.0 if len(calls) < 3 else None for _ in completions]
+        return [1.0 if len(calls) < 2 else None for _ in completions]
 
     told = r"no completion of step \d has a reward: every reward function returned None"
     with pytest.raises(RuntimeError, match=told):
@@ -414,7 +419,7 @@ def test_an_advantage_function_that_counts_missing_rewards_is_named(tmp_path):
 def test_a_completion_without_a_reward_has_the_mismatch_that_it_has(tmp_path, settings):
     """Here none: learner and rollout are one model."""
     given = {"likelihood": Trajectory(), "rollout_quantization": None, "corrector": NoCorrection()}
-    train(judged_recipe(tmp_path, **given, **settings))
+    train(judged_recipe(tmp_path, num_steps=3, **given, **settings))
     rows = read_metrics(tmp_path)
     assert all(row["rollout_corr/ess"] == pytest.approx(1, abs=1e-5) for row in rows)
     assert all(row["rollout_corr/abs_log_ratio_mean"] < 1e-5 for row in rows)

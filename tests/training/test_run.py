@@ -13,7 +13,7 @@ from made_run import make_run
 from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from safetensors.torch import load_file
-from tiny_recipe import SIZES, Wrapped, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
@@ -34,7 +34,7 @@ PATIENCE = 600.0  # seconds after which what never comes is given up, the suite'
 def small(directory, **changes):
     sizes = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
     settings = {"model": partial(tiny_masked_lm, **sizes), "save_steps": 1, "learning_rate": 5e-3, "num_steps": 3}
-    return tiny_recipe(directory, **settings | {"save_total_limit": 9, "report_to": None, **changes})
+    return tiny_recipe(directory, **settings | {"save_total_limit": 9, **ONE_PUZZLE, **changes})
 
 
 def writing(monkeypatch, before):
@@ -73,7 +73,7 @@ UNREACHED = pytest.mark.skipif("config.getoption('other_cpu')", reason="the writ
 )
 def test_what_is_written_during_the_next_step_is_the_state_before_it(tmp_path, monkeypatch, changes):
     """Each is written when the step after it has changed the weights; a run goes on from it bit for bit."""
-    changes = {"num_steps": 2, **changes}
+    changes = {"num_steps": 2, "train_batch_size": 2, **changes}
     train(small(tmp_path / "at once", **changes))
     written, turns, write = threading.Condition(), [0], RunLog.write
 

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from tiny_recipe import tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe
 from tokenizers import processors
 
 from dllm_rl.checkpoints.state import TrainingState
@@ -36,10 +38,17 @@ def test_an_engine_of_the_launch_is_refused_before_accelerate_asks_for_its_packa
         start.launch(tiny_recipe(tmp_path))
 
 
-def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
-    recipe = tiny_recipe(tmp_path, num_steps=1, num_iterations=2)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The recipe of a run of one step, which is in its folder."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("start") / "run", num_steps=1, num_iterations=2, **ONE_PUZZLE)
     train(recipe)
-    folder = tmp_path / "checkpoints" / "step-000001"
+    return recipe
+
+
+def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(trained, tmp_path):
+    recipe = trained
+    folder = Path(recipe.directory) / "checkpoints" / "step-000001"
     written = TrainingState.read(folder)
     longer = replace(recipe, logging_steps=7)
     policy = resumed_policy(longer, folder, written, Accelerator(cpu=True))
@@ -66,10 +75,10 @@ def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
         assert said.pop() == f"note: prompts of plain text began with {text} up to step 1; they begin with <eos> now"
 
 
-def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(trained, tmp_path, monkeypatch, capsys):
     """Loading may take minutes, and the watch over other processes has begun by then."""
-    recipe = tiny_recipe(tmp_path, num_steps=1)
-    train(recipe)
+    shutil.copytree(trained.directory, tmp_path / "run")
+    recipe = replace(trained, output_dir=str(tmp_path / "run"))
     monkeypatch.setattr(start, "resumed_policy", lambda *_: pytest.fail("\n".join(capsys.readouterr().out.split())))
     with pytest.raises(pytest.fail.Exception, match=r"resuming\nfrom\n.*step-000001"):
         train(replace(recipe, resume_from_checkpoint="latest"))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from run_outputs import metrics_of
-from tiny_recipe import Wrapped, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, Wrapped, tiny_recipe
 
 from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
 from dllm_rl.callbacks import StopBelow
@@ -21,10 +21,11 @@ def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
     means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
     wanted = {f"eval/{name}": value for name, value in means.items()}  # greedy: the same each time
     assert "eval/solve_rate" in wanted
-    for every, steps in ((0, []), (2, [1, 3]), (3, [2])):
+    assert validation_interval(replace(recipe, eval_steps=None)) == 10
+    for every, steps in ((0, []), (2, [1, 3]), (3, [2]), (None, [9])):
         often = replace(run, recipe=replace(recipe, eval_steps=every))
-        found = [validate(often, step) for step in range(4)]
-        assert found == [wanted if step in steps else {} for step in range(4)]
+        found = [validate(often, step) for step in range(10 if every is None else 4)]
+        assert found == [wanted if step in steps else {} for step in range(len(found))]
     run.log.close()
 
 
@@ -58,22 +59,22 @@ def test_without_eval_steps_evaluations_take_two_percent(eval_rows, eval_steps_e
 FILLED = FunctionSampler(function=lambda policy, prompts, generator: None, max_new_tokens=0)  # fills in blanks
 
 
-def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_path):
+def test_evaluations_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_path):
     rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
 
     def right(completions, answer, **columns):
         return [sum(map(str.__eq__, *pair)) / 2 for pair in zip(completions, answer, strict=True)]
 
     sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    options = {"train_batch_size": 2, "num_generations": 4, "max_new_tokens": 2, "num_steps": 10, "report_to": None}
+    options = {"train_batch_size": 2, "num_generations": 4, "max_new_tokens": 2, "num_steps": 2, "report_to": None}
     curves = {}
-    for steps in (None, 0):
+    for steps in (1, 0):
         model, folder = tiny_masked_lm(characters="1234=", **sizes), tmp_path / str(steps)
         grpo(model, rows, right, eval_split=1, eval_steps=steps, output_dir=str(folder), **options)
         curves[steps] = metrics_of(folder)
-    names = {name for row in curves[None] for name in row if name.startswith("eval/")}
-    assert [row["step"] for row in curves[None] if names <= row.keys()] == [9], "1 row beside 8 of a step"
-    assert [{name: value for name, value in row.items() if name not in names} for row in curves[None]] == curves[0]
+    names = {name for row in curves[1] for name in row if name.startswith("eval/")}
+    assert names and all(names <= row.keys() for row in curves[1])
+    assert [{name: value for name, value in row.items() if name not in names} for row in curves[1]] == curves[0]
     with pytest.raises(ValueError, match=r"metric_for_best_model.*every 30 steps.*eval_steps"):
         grpo(
             model, rows, right, eval_split=4, metric_for_best_model="reward", output_dir=str(tmp_path / "x"), **options
@@ -104,7 +105,8 @@ def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path, rehearsal)
     """On validation_task: its metrics are enough, and those of eval_task or task do not count."""
 
     def of(folder, name, **tasks):
-        return tiny_recipe(tmp_path / folder, num_steps=1, eval_steps=1, **named(name), **tasks)
+        small = {"num_steps": 1, "eval_steps": 1, "train_batch_size": 2, **ONE_PUZZLE}
+        return tiny_recipe(tmp_path / folder, **small | named(name) | tasks)
 
     few, some = Mine(Sudoku(split="test", size=4)), Mine(Sudoku(split="train", size=8))
     train(of("a", "solve_rate", task=some, eval_task=few))

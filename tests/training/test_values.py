@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from run_outputs import metrics_of
-from tiny_recipe import SIZES, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, SIZES, tiny_recipe
 
 from dllm_rl import Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import TBPO
@@ -56,7 +56,7 @@ def advantages_of(head, policy, rollout, views, target, micro_batch_size=None):
 
 def test_a_run_begins_as_grpo(tmp_path):
     """Values are 0 before the first update, so that with lambda 1 its loss and gradient are those without values."""
-    changes = {"num_steps": 1, "likelihood": Trajectory(include_order=False)}
+    changes = {"num_steps": 1, "likelihood": Trajectory(include_order=False), **ONE_PUZZLE}
     train(tiny_recipe(tmp_path / "plain", **changes))
     train(tiny_recipe(tmp_path / "values", value_model=ValueModel(gae_lambda=1.0), **changes))
     (plain,), (row,) = (metrics_of(tmp_path / name) for name in ("plain", "values"))
@@ -211,7 +211,7 @@ def test_one_rate_fits_every_width():
         layers = head.build(width, torch.device("cpu"))
         states = torch.randn(64, width, generator=generator_for(width))
         target = states[:, 0].sign()
-        for _ in range(200):
+        for _ in range(40):
             head.optimizer.zero_grad()
             loss = (layers(states)[:, 0] - target).square().mean()
             loss.backward()
@@ -220,12 +220,12 @@ def test_one_rate_fits_every_width():
 
 
 def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
-    changes = {"likelihood": Trajectory(num_segments=2), "value_model": ValueModel(), "save_steps": 2}
-    train(tiny_recipe(tmp_path / "whole", num_steps=4, **changes))
-    train(tiny_recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4, **changes))
-    resumed = {"resume_from_checkpoint": "latest", "lr_schedule_steps": 4}
-    train(tiny_recipe(tmp_path / "parts", num_steps=4, **resumed, **changes))
-    whole, parts = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+    """Two steps after the first: the last value shows the moments that the head's update before it began with."""
+    changes = {"likelihood": Trajectory(num_segments=2), "value_model": ValueModel(), "num_steps": 3, **ONE_PUZZLE}
+    train(recipe := tiny_recipe(tmp_path, save_steps=1, save_total_limit=9, **changes))
+    whole = metrics_of(tmp_path)
+    train(replace(recipe, resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000001")))
+    parts = metrics_of(tmp_path)
     for name in ("value/loss", "value/explained_variance", "loss", "grad_norm"):
         assert [row[name] for row in whole] == [row[name] for row in parts]
 
