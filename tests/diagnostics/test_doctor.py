@@ -150,12 +150,12 @@ def test_a_quantized_rollout_in_bf16_is_precision_and_quantization_and_nothing_e
 def test_worst_layers_are_the_ones_that_differ_most():
     policy = make()
     other = quantized_copy(policy, None)
-    other.module.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    other.module.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
     report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=other)
     worst = dict(report.layers)
     # ||1.5 y - y|| / ||y||, also of down_proj, which is linear in y: rounding decides which of the two comes first.
-    assert {name for name, _ in report.layers[:2]} == {f"model.layers.0.mlp.{part}_proj" for part in ("up", "down")}
-    assert worst["model.layers.0.mlp.up_proj"] == pytest.approx(0.5, rel=1e-5) == report.layers[0][1]
+    assert {name for name, _ in report.layers[:2]} == {f"model.layers.1.mlp.{part}_proj" for part in ("up", "down")}
+    assert worst["model.layers.1.mlp.up_proj"] == pytest.approx(0.5, rel=1e-5) == report.layers[0][1]
     assert len(report.layers) == 5 and report.num_tokens == 12 * 8
 
 

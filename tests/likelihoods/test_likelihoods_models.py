@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from repetitions import few
+from repetitions import few, slow
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.views import View, row_chunks
@@ -200,7 +200,7 @@ def counting(policy, monkeypatch) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("num_generations", [4, [5, 1, 6]])
+@pytest.mark.parametrize("num_generations", [slow(4), [5, 1, 6]])
 def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(num_generations, monkeypatch):
     policy = DIFFUSION["roberta"]
     rollout = sampled(policy, num_generations=num_generations)

@@ -223,7 +223,7 @@ def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit(rule):
 
 def assert_replayed(rule, options, *, atol):
     for policy in (tiny_masked_lm(**SIZES), tiny_llama(causal=False, **SIZES)):
-        settings = {"group": 1, "length": 6, "diffusion_steps": 4} | rule | options
+        settings = {"group": 1} | rule | options
         rollout, estimator = rolled(policy, **settings), lik.Trajectory()
         noise = estimator.draw_views(rollout, torch.Generator())
         contributions = estimator.logprobs(policy, rollout, noise)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from repetitions import slow
 from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.decoding.tokens import encode
@@ -194,7 +195,7 @@ def test_packed_mask_by_hand():
     ]
 
 
-@pytest.mark.parametrize(("diffusion_steps", "causal_context"), [(4, False), (9, True), (12, False)])
+@pytest.mark.parametrize(("diffusion_steps", "causal_context"), [(4, False), (9, True), slow(12, False)])
 def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
     policy = block_causal_policy(causal_context=causal_context)
     rollout = block_sampled(policy, diffusion_steps=diffusion_steps)

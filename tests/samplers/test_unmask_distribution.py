@@ -15,7 +15,7 @@ from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
-MASK, LENGTH, DRAWS = 3, 3, 30_000
+MASK, LENGTH, DRAWS = 3, 3, 50_000
 STATES = 4**LENGTH
 
 

@@ -11,7 +11,7 @@ sampler = Unmask(max_new_tokens=8, diffusion_steps=2, temperature=1.0, rank=MaxP
 
 
 def make(causal=False):
-    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     return tiny_llama(characters="123456789", causal=causal, head_std=0.5, **sizes)
 
 
