@@ -76,6 +76,11 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     result = train_step(step, samples, step_index, run.optimizer)
     metrics |= result.metrics
     record_update(run, step_index, metrics)  # first: an error in a feature then leaves a checkpoint of this update
+    # Before the sync, an error in which would lose them. `samples` is in the order of `completions`, and
+    # `result.samples` in the order after load balancing between processes.
+    interval = run.recipe.log_completions_steps
+    if interval and (step_index % interval == 0 or step_index + 1 == run.recipe.num_steps):
+        log_completions(run, step_index, completions, samples, result.samples, result.logps)
     for feature in step.features:
         metrics = metrics | feature.after_update(step)
     with run.log.stage("sync"):
@@ -83,11 +88,6 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
         mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
         syncs = all(feature.syncs(step, step_index) for feature in step.features)
         sync_metrics = mismatch_metrics | (run.engine.sync(run.policy, run.rollout_policy) if syncs else {})
-    # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
-    # processes.
-    interval = run.recipe.log_completions_steps
-    if interval and (step_index % interval == 0 or step_index + 1 == run.recipe.num_steps):
-        log_completions(run, step_index, completions, samples, result.samples, result.logps)
     return metrics | sync_metrics
 
 
