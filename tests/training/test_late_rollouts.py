@@ -730,13 +730,13 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
 
 SHARDED = """
 import sys
-from tiny_recipe import tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe
 from dllm_rl import Lora
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.training.trainer import train
 changes = {"lora": Lora()} if sys.argv[2] == "lora" else {}
 recipe = tiny_recipe(sys.argv[1], rollout_workers=2, max_staleness=1, num_steps=4, save_steps=2, save_total_limit=9,
-                     shard_size=0, report_to=None, log_completions_steps=0, **changes)
+                     shard_size=0, report_to=None, log_completions_steps=0, **ONE_PUZZLE, **changes)
 assert sharding_of(train(recipe).policy.module) is not None
 """
 
