@@ -1,7 +1,7 @@
 # What one runs by hand; the virtual environment is made as README says.
 PYTHON = .venv/bin/python
 
-# 6 processor minutes, without a network.
+# 4 processor minutes, without a network.
 test:
 	$(PYTHON) -m pytest
 
