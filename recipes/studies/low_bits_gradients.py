@@ -214,7 +214,7 @@ def rounded(products: Tensor) -> list[list[float]]:
 
 
 def shown(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value[0]:.2f}±{value[1]:.2f}"
+    return value if isinstance(value, str) else f"{value[0]:z.2f}±{value[1]:.2f}"
 
 
 def matrices(stored: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -260,7 +260,7 @@ def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def said_of_case(claim: str) -> str:
     """A claim in the words of the page."""
     changes = {
-        "int4, tis: again above max_prob": "TIS: the cosine is higher in random order than under `MaxProb`",
+        "int4, tis: again above max_prob": "TIS: the cosine is higher in random order (the start, again) than under `MaxProb`",
         "int4, tis above": "TIS is better than",
         "int4, ais above": "AIS is better than",
         "corrector": "correction",

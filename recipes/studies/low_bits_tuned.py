@@ -222,6 +222,7 @@ COMPARED = {  # in words: an arm less another one
     "cost of FP8: own rollouts minus FP8": ("unquantized", "FP8"),
     "cost of INT4: own rollouts minus no correction": ("unquantized", "int4"),
     "FP8 minus INT4, both without a correction": ("FP8", "int4"),
+    "FP8 without a correction minus INT4 with TIS": ("FP8", "int4, tis"),
     "INT4: TIS minus no correction": ("int4, tis", "int4"),
     "INT4: AIS minus no correction": ("int4, ais", "int4"),
     "INT4: aligned forward minus no correction": ("int4, aligned", "int4"),

@@ -209,8 +209,8 @@ def half_width(values: Sequence[float]) -> float:
 def interval(values: Sequence[float], digits: int = 3) -> str:
     """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
     if len(values) < 2:
-        return f"{mean(values):.{digits}f}"
-    return f"{mean(values):.{digits}f}±{half_width(values):.{digits}f}"
+        return f"{mean(values):z.{digits}f}"
+    return f"{mean(values):z.{digits}f}±{half_width(values):.{digits}f}"
 
 
 def counted(differences: Sequence[float]) -> str:
