@@ -260,7 +260,9 @@ def claim_rows(stored: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def said_of_case(claim: str) -> str:
     """A claim in the words of the page."""
     changes = {
-        "int4, tis: again above max_prob": "TIS: the cosine is higher in random order (the start, again) than under `MaxProb`",
+        "int4, tis: again above max_prob": (
+            "TIS: the cosine is higher in random order (the start, again) than under `MaxProb`"
+        ),
         "int4, tis above": "TIS is better than",
         "int4, ais above": "AIS is better than",
         "corrector": "correction",
