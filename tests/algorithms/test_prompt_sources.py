@@ -92,6 +92,8 @@ def test_a_resume_draws_the_same_prompts(tmp_path):
     assert_same_weights(whole, train(copied))
     assert metrics_of(tmp_path / "run") == rows
     assert current_rows(tmp_path / "run" / "completions.jsonl") == texts
+    resumed = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "reward_history.safetensors")
+    assert set(resumed["step"].tolist()) == {0, 1}
 
     settings = json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"]
     assert settings["prompt_source"] == to_json(MixedRewardPrompts(equal_weight=0.01))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from own_module import own_policy
 from repetitions import few
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
@@ -195,7 +196,8 @@ def decoding():
 
 
 def test_an_engine_that_decodes_by_itself_is_evaluated_by_its_own_sampler(tmp_path):
-    given = FEW | {"rollout_engine": decoding(), "sampler": Elsewhere(max_new_tokens=16)}
+    given = {"rollout_quantization": None, "rollout_engine": decoding(), "sampler": Elsewhere(max_new_tokens=16)}
     given |= {"eval_sampler": Unmask(max_new_tokens=16, diffusion_steps=3), "corrector": NoCorrection()}
     summary = train(tiny_recipe(tmp_path, **given, likelihood=Trajectory(), num_steps=1))
+    assert metrics_of(tmp_path)[0]["grad_norm"] > 0
     assert summary["eval_after_quantized"] == summary["eval_after"]  # greedy, of the weights that it was last sent
