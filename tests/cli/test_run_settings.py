@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     sampler = Unmask(max_new_tokens=16, diffusion_steps=None, commit=Threshold(tau=0.75))
     rollout = {"sampler": sampler.replace(temperature=0.8), "rollout_quantization": Int8WeightOnly()}
     rollout |= {"train_batch_size": 1, "num_generations": 2, "likelihood": OneStep()}
-    evaluations = {"eval_sampler": sampler.replace(suppress=(0, 2)), "eval_task": Sudoku(split="test", size=4)}
+    evaluations = {"eval_sampler": sampler.replace(suppress=(0, 2)), "eval_task": Sudoku(split="test", size=5)}
     train(tiny_recipe(folder, num_steps=1, **rollout, **evaluations))
     return folder
 

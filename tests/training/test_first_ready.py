@@ -228,7 +228,6 @@ def test_a_batch_keeps_its_prompts_numbers_and_masks_in_whatever_step_it_is_trai
     numbers, versions = ([int(row[name]) for row in rows] for name in ("rollout_batch", "rollout_version"))
     assert numbers != sorted(numbers) and sorted(numbers) == list(range(4))
     assert [row["staleness"] for row in rows] == [step - version for step, version in enumerate(versions)]
-    assert max(row["staleness"] for row in rows) <= 3
     written = current_rows(tmp_path / "run" / "completions.jsonl")
     assert {(row["step"], row["weights_version"]) for row in written} == set(enumerate(versions))
 

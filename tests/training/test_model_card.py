@@ -90,7 +90,7 @@ def test_the_base_model_is_named_where_it_is_the_hubs(tmp_path):
 
 
 def test_a_run_is_uploaded_where_that_is_asked_for(tmp_path, hub, capsys):
-    summary = train(tiny_recipe(tmp_path, num_steps=0, push_to_hub="me/model", **ONE_PUZZLE))
+    summary = train(tiny_recipe(tmp_path, num_steps=1, push_to_hub="me/model", **ONE_PUZZLE))
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
     assert str(hub[1]["folder_path"]) == summary["checkpoint"] and hub[1]["ignore_patterns"] == list(NOT_UPLOADED)
     assert "Uploaded:   https://huggingface.co/me/model" in capsys.readouterr().out

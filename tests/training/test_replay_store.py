@@ -345,7 +345,7 @@ def test_a_schedule_that_fails_is_called_before_the_update(tmp_path):
 
 
 def test_a_collapse_is_said_once(tmp_path, capsys):
-    changes = {"num_steps": 2, "num_generations": 8, "train_batch_size": 1}
+    changes = {"num_steps": 3, "num_generations": 8, "train_batch_size": 1}
     recipe = recipe_of(tmp_path, **changes)
     train(replace(recipe, sampler=recipe.sampler.replace(temperature=1e-3)))
     said = capsys.readouterr().out
