@@ -138,7 +138,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(run, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        again = {"num_steps": 4, "lr_schedule_steps": 3, "resume_from_checkpoint": "latest"}
+        again = {"num_steps": 4, "lr_schedule_steps": 3, "save_total_limit": 1, "resume_from_checkpoint": "latest"}
         train(tiny_recipe(run, **EVERY | again))
     assert [step for step, _ in checkpoint.list_checkpoints(run / "checkpoints")] == [0, 1, 2, 3]
 

@@ -25,7 +25,7 @@ MISMATCH = re.compile(
 # The largest deviation and a run's mean one, as shares of a metric's largest value in its curve. Measured: 1.4e-3 and
 # 1.8e-4, 7.8e-6 and 2.1e-7. Each is the worst of three instruction sets of torch, five of MKL and two of oneDNN, and of
 # eight runs whose first weights are one rounding off. The smallest slip tried, half a percent of a KL term, moves the
-# second mean to 3.8e-5.
+# second mean to 3.8e-5. All this is of whole curves, which are slow: the deviations grow from step to step.
 BOUNDS = {"mismatch": (4e-3, 6e-4), "other": (3e-5, 2e-6)}
 
 Rows = list[dict[str, float]]

@@ -27,7 +27,6 @@ def test_the_loop_trains_it(tmp_path):
         num_steps=1,
         train_batch_size=2,
         num_generations=4,
-        log_completions_steps=0,
         report_to=None,
         output_dir=str(tmp_path),
     )

@@ -187,4 +187,4 @@ def test_random_says_whether_two_draws_differ(estimator):
 @pytest.mark.parametrize("kind", [lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.Trajectory])
 def test_training_leaves_the_global_generators_alone(kind, tmp_path):
     with global_generators_unmoved():
-        train(recipe(tmp_path, kind(), sft_warmup_steps=2))
+        train(recipe(tmp_path, kind(), sft_warmup_steps=2, log_completions_steps=1, report_to="tensorboard"))

@@ -191,7 +191,7 @@ def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch, capfd):
         assert status == 504 and answer["error"]["message"].startswith("not finished within 0.5 s")
         assert answer["error"]["type"] == "server_error"
         release.set()
-    gc.collect(1)  # asyncio reports an error that nobody has read when its future is deleted
+    gc.collect()  # asyncio reports an error that nobody has read when its future is deleted
     assert capfd.readouterr().err == ""
 
 
