@@ -21,6 +21,7 @@ from dllm_rl.algorithms.losses import (
     VESPO,
     FixedLengthMean,
     FunctionLoss,
+    OffPolicyMask,
     PPOClip,
     Reinforce,
     SequenceMean,
@@ -568,3 +569,14 @@ def test_a_loss_that_writes_into_what_it_gets_changes_nothing(given):
         assert metrics.keys() == expected[1].keys()
         assert all(torch.equal(a, b) for name in metrics for a, b in zip(metrics[name], expected[1][name], strict=True))
     assert torch.equal(batch.loss_mask, mask) and torch.equal(batch.advantages, given)
+
+
+def test_bad_completions_that_have_drifted_from_the_sampler_are_left_out():
+    """The mean of log p_rollout - log p_current: 0.6 nats with the mismatch in rows 0 and 2, -0.6 in row 1."""
+    log_ratio, mask = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    log_mismatch = tensor([[-1.0, -0.2], [1.0, 0.2], [-1.0, -0.2]])
+    advantages = tensor([-1.0, -1.0, 1.0])
+    objective = OffPolicyMask(threshold=0.5)(log_ratio, advantages, mask, log_mismatch=log_mismatch)
+    assert objective.tolist() == [[0.0, 0.0], [-1.0, -1.0], [1.0, 1.0]]
+    since_old = OffPolicyMask(threshold=0.5, since="old")(log_mismatch, advantages, mask)
+    assert (since_old == 0).all(-1).tolist() == [True, False, False]

@@ -503,9 +503,9 @@ def test_adapters_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 64}},
         {"rank_pattern": {"q_proj": 4}},
-        {"use_rslora": True},
         {"use_dora": True},
         {"use_dora": 1},
         {"modules_to_save": ["lm_head"]},
