@@ -108,6 +108,17 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
         check_recipe(replace(changed, seed=1), state)
 
 
+def test_a_schedule_that_differs_in_later_steps_is_refused():
+    """Of 4 steps two are done, whose rates are the same in a schedule of 5. Those of the next two are not."""
+    recipe = tiny_recipe("x", num_steps=4)
+    state = TrainingState(step=2, version=2, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
+    rates = [[recipe.lr_schedule(i, steps) for i in range(4)] for steps in (4, 5)]
+    assert rates[0][:2] == rates[1][:2] and rates[0][2:] != rates[1][2:]
+    check_recipe(recipe, state)
+    with pytest.raises(ValueError, match="num_steps=5 would change the learning rates of a schedule that"):
+        check_recipe(replace(recipe, num_steps=5), state)
+
+
 @pytest.mark.parametrize("schedule", [LinearWithWarmup(), CosineWithWarmup(warmup_steps=2)])
 def test_added_steps_have_a_learning_rate(schedule):
     """A schedule that ends at 0 would leave it there: stretched, it goes on."""
