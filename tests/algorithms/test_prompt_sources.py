@@ -87,6 +87,8 @@ def test_a_resume_draws_the_same_prompts(tmp_path):
     # Four groups, and those that were drawn again.
     assert set(stored["step"].tolist()) == {0} and len(stored["step"]) > 4 and rows[0]["dynamic_sampling/draws"] > 1
     assert any(not mixed for mixed in stored["mixed"].tolist())
+    # Those drawn again stand beside their own prompts, too: completions of even ones are all worth 1.
+    assert torch.equal(stored["mean"] == 1, stored["prompt"] % 2 == 0)
 
     copied = replace(recipe, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step-000001"))
     assert_same_weights(whole, train(copied))
