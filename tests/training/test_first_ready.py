@@ -92,12 +92,18 @@ def simulate(duration, *, workers, late, steps, saved=None):
             assert made.keys() <= rollouts.pending.keys(), "nothing finished is lost"
         assert_in_time(rollouts, late)
         number, batch = rollouts._next(step)
+        assert number in numbers_of(rollouts.files(step)), "taken, and not yet trained on"
+        assert number not in numbers_of(rollouts.files(step + 1)), "trained on, and not yet published"
         trained.append((number, int(batch), step))
         policy.weights_version += 1
         rollouts._submit_next(step, trained_weights(policy), rollouts.pool)
         assert_in_time(rollouts, late)
     assert not rollouts.pending and not rollouts.numbers
     return trained
+
+
+def numbers_of(files):
+    return {int(name[9:15]) for name in files if name != first_ready.ORDER_FILE}
 
 
 def begun(context, duration, steps_done, made, unfinished, next_number):
