@@ -13,7 +13,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.optimizer_shards import Part, file_name, part_of, run_in_lockstep, write_part
+from dllm_rl.checkpoints.optimizer_shards import Part, file_name, first_row, part_of, run_in_lockstep, write_part
 from dllm_rl.distributed.sharding import shard
 from dllm_rl.models.forward.blocks import blocks_of
 
@@ -156,6 +156,14 @@ def test_a_part_that_cannot_be_written_says_which(tmp_path):
     with pytest.raises(OSError, match=r"optimizer-00002-of-00003\.safetensors was not saved: ") as caught:
         write_part(tmp_path / "gone", Part(1, 3))
     assert caught.value.strerror
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_are_divided_as_torch_divides_them(length, count):
+    chunks = [chunk.tolist() for chunk in torch.arange(length).chunk(count)]
+    parts = [list(range(first_row(length, n, count), first_row(length, n + 1, count))) for n in range(count)]
+    assert parts == chunks + [[]] * (count - len(chunks))
 
 
 class TestInStep:
