@@ -36,7 +36,7 @@ from dllm_rl import TIS, Int4WeightOnly, NoCorrection, PPOClip
 from dllm_rl.files import read_json
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
-from recipes.studies.paired import Results, Study, by_arm, interval, main, markdown, paired
+from recipes.studies.paired import Results, Study, by_arm, interval, main, markdown, paired, runs_of
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
@@ -105,7 +105,7 @@ def solved_rows(results: Results) -> list[dict[str, str]]:
     """By arm what each seed solves, and the mean difference over the seeds that both arms have."""
     rows = []
     for arm in STUDY.arms:
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        runs = runs_of(results, arm)
         row = named(arm) | {"each seed": ", ".join(f"{run['after']:.2f}" for run in runs)}
         row["mean"] = interval([run["after"] for run in runs])
         row["compared with"] = row["difference"] = "-"
@@ -121,7 +121,7 @@ def ess_rows(results: Results) -> list[dict[str, str]]:
     """By arm the ESS in four parts of the run, over all of it, and of its lowest step."""
     rows = []
     for arm, parts in zip(STUDY.arms, quarters(results), strict=True):
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        runs = runs_of(results, arm)
         row = named(arm) | {head: cell for head, cell in parts.items() if head != "arm"}
         rows.append(row | {"lowest step": interval([run["least ess"] for run in runs])})
     return rows

@@ -48,6 +48,7 @@ from recipes.studies.paired import (
     contrast_rows,
     contrast_values,
     counted,
+    in_words,
     interval,
     load,
     markdown,
@@ -55,6 +56,7 @@ from recipes.studies.paired import (
     result_path,
     run_missing,
     run_one,
+    runs_of,
     verdict_rows,
 )
 from recipes.sudoku_unique import recipe
@@ -245,15 +247,13 @@ def lag_and_correction(arm: str) -> tuple[str, str]:
 
 def better(claim: str) -> str:
     """A claim in the words of the pages."""
-    changes = {"no corrector": "no correction", "its placebo": "shuffled TIS", "is above": "is better than"}
-    for old, new in changes.items():
-        claim = claim.replace(old, new)
+    claim = in_words(claim, {"its placebo": "shuffled TIS"})
     return claim[0].upper() + claim[1:]
 
 
 def measured(results: Results, arm: str, *columns: str) -> list[str]:
     """Of each column the mean over the arm's runs, with its interval."""
-    runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+    runs = runs_of(results, arm)
     return [interval([run[column] for run in runs]) for column in columns]
 
 

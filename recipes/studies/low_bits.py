@@ -42,12 +42,14 @@ from recipes.studies.paired import (
     by_arm,
     contrast_values,
     counted,
+    in_words,
     interval,
     keep,
     main,
     markdown,
     paired,
     result_path,
+    runs_of,
     train_one,
     verdict_rows,
 )
@@ -129,13 +131,9 @@ def said(claim: str) -> str:
             "The INT4 copy is better with the aligned forward than with no correction"
         ),
         "above half the rate": "above no correction at half the learning rate",
-        "no corrector": "no correction",
         "its permuted weights": "shuffled TIS",
-        "is above": "is better than",
     }
-    for old, new in changes.items():
-        claim = claim.replace(old, new)
-    return claim
+    return in_words(claim, changes)
 
 
 def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its INT4 copy") -> None:
@@ -166,7 +164,7 @@ def solved_rows(results: Results) -> list[dict[str, str]]:
     """By arm what the learner and its copy solve, and what they gain over no correction."""
     rows = []
     for arm in ARMS:
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        runs = runs_of(results, arm)
         row = {"trained on": WORDS[arm]}
         for head, column in {"learner": "after", "INT4 copy": "quantized"}.items():
             row[head] = interval([run[column] for run in runs])

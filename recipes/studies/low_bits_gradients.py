@@ -68,7 +68,7 @@ from recipes.studies.controls import Permuted
 from recipes.studies.low_bits import STUDY, WORDS
 from recipes.studies.low_bits_tuned import STORED as TUNED
 from recipes.studies.low_bits_tuned import here
-from recipes.studies.paired import interval, markdown, student_t, which
+from recipes.studies.paired import in_words, interval, markdown, student_t, which
 
 CASES = ("start", "again", "after_rl", "after_rl_101", "max_prob")
 CLAIMED = 2.981 / 2.040  # half-widths of Bonferroni's 1 - 0.05 / 9 over those of 95 %: Student's t with 31 degrees
@@ -265,11 +265,8 @@ def said_of_case(claim: str) -> str:
         ),
         "int4, tis above": "TIS is better than",
         "int4, ais above": "AIS is better than",
-        "corrector": "correction",
     }
-    for old, new in changes.items():
-        claim = claim.replace(old, new)
-    case, colon, rest = claim.partition(": ")
+    case, colon, rest = in_words(claim, changes).partition(": ")
     return NAMES.get(case, case) + colon + rest
 
 

@@ -257,11 +257,16 @@ def paired(results: Results, arm: str, against: str, column: str = "after") -> l
     return [results[arm, seed][column] - results[against, seed][column] for seed in seeds]
 
 
+def runs_of(results: Results, arm: str) -> list[dict[str, Any]]:
+    """The runs of an arm, in the order of the seeds."""
+    return [results[key] for key in sorted(results) if key[0] == arm]
+
+
 def arm_rows(study: Study, results: Results, columns: Sequence[str] = ("after",)) -> list[dict[str, str]]:
     """By arm: seeds, solve rates with intervals, each seed's, the paired difference, and the metrics' means."""
     rows = []
     for arm in study.arms:
-        runs = [results[key] for key in sorted(results) if key[0] == arm]
+        runs = runs_of(results, arm)
         if not runs:
             continue
         other = study.against.get(arm)
@@ -322,6 +327,13 @@ def shown_side(row: Mapping[str, str]) -> int:
 def verdict(row: Mapping[str, str]) -> str:
     """What a row of `claimed_rows` says of its claim."""
     return {1: "shown", -1: "the opposite is shown", 0: "not shown"}[shown_side(row)]
+
+
+def in_words(claim: str, changes: Mapping[str, str]) -> str:
+    """A claim as a page says it: with the study's `changes`, in their order, and then those of all studies."""
+    for old, new in [*changes.items(), ("no corrector", "no correction"), ("is above", "is better than")]:
+        claim = claim.replace(old, new)
+    return claim
 
 
 def verdict_rows(

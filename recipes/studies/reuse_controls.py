@@ -53,7 +53,7 @@ from dllm_rl.tasks.sudoku.graders import first_cells
 from dllm_rl.versions import versions
 from recipes.studies import paired
 from recipes.studies.latin_limit import LATIN, SUDOKU
-from recipes.studies.paired import by_arm, capability, claimed_rows, interval, markdown, result_path
+from recipes.studies.paired import by_arm, capability, claimed_rows, interval, markdown, result_path, runs_of
 from recipes.studies.reuse import (
     BOTH,
     BUDGET,
@@ -187,7 +187,7 @@ def claims(results: Results) -> dict[str, list[float]]:
 def arm_rows(results: Results) -> list[dict[str, str]]:
     rows = []
     for arm in ARMS:
-        if runs := [run for (name, _), run in sorted(results.items()) if name == arm]:
+        if runs := runs_of(results, arm):
             row = {"arm": arm, "seeds": str(len(runs))}
             row |= {column: interval([run[column] for run in runs]) for column in COLUMNS}
             row["range of full@1"] = " to ".join(f"{f([run['full@1'] for run in runs]):.3f}" for f in (min, max))
