@@ -21,8 +21,8 @@ other_cpu:
 	$(PYTHON) -m pytest --other-cpu $(CHECKED) $(BITS:%=tests/%.py)
 
 # Hours: campaigns, the code of studies and benchmarks in a few steps each (their stored numbers are not repeated), and
-# more on the other CPU. The first command prints what it skipped: install the extras harness and llamacpp, and holo
-# (in another environment: it needs an older numpy), and run `python -m recipes.weights antiberty rxnfp smollm2` first.
+# more on the other CPU. The first command prints what it skipped: install the extras harness and llamacpp,
+# and run `python -m recipes.weights antiberty rxnfp smollm2` first.
 # With TRL_TESTS=PATH, the path of TRL's tests/test_grpo_trainer.py, these tests run with this library's trainer.
 nightly:
 	$(if $(TRL_TESTS),$(PYTHON) -m benchmarks.trl_suite $(TRL_TESTS))

@@ -4,7 +4,7 @@ Rollouts are in FP8, TIS corrects their mismatch, and right answers are trained 
 
 Supervised training shows 4x4 squares whose rows and columns hold each digit once, all 576 equally often. Only the
 reward knows that the boxes count, too. A model that knows the labels' exact probabilities solves 0.548 of the test
-puzzles, one cell a step (`recipes.studies.latin_limit`, the dashed line of the picture).
+puzzles, one cell a step (`recipes.latin_limit`, the dashed line of the picture).
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch import Generator
 
 from dllm_rl import TIS, Float8WeightOnly, MaxProb, Policy, Replay, Trajectory, Unmask, main
 from dllm_rl.models.tiny import tiny_masked_lm
-from recipes.studies.latin_limit import LATIN, limit
+from recipes.latin_limit import LATIN, limit
 from recipes.sudoku_tiny import NO_DIGITS, draw, learn
 from recipes.sudoku_tiny import recipe as few_clues
 

@@ -68,8 +68,8 @@ def overview(found: Mapping[str, Any]) -> str:
     core, threads, unknown, never = "one core", "two threads", "not timed", "never run"
     extra = '`pip install -e ".[{}]"`'.format
 
-    def row(recipe: str, what: str, time: str, ends: str, *needs: str, gpu: str = "") -> None:
-        needed = ", ".join((gpu or "a CPU", *needs))
+    def row(recipe: str, what: str, time: str, ends: str, *needs: str) -> None:
+        needed = ", ".join(("a CPU", *needs))
         row = {"recipe": f"`{recipe}.py`", "what it is": what, "needs": needed, "minutes": time}
         rows.append(row | {"solved at the end": ends})
 
@@ -95,8 +95,8 @@ def overview(found: Mapping[str, Any]) -> str:
         mean(numbers_of("orders_trained", f"random: {arm}", "after")) for arm in ("unquantized", "nvfp4", "nvfp4, tis")
     ]
     row("quantized_sudoku", what, "3 to 4.5, two cores", "{:.3f}, {:.3f} and {:.3f}, by arm".format(*arms))
-    time = minutes(numbers_of("few_clues", "RL in two", "seconds"), core)
-    ends = interval(numbers_of("few_clues", "RL in two", "after"))
+    time = minutes(found["sudoku_tiny"]["seconds"], core)
+    ends = interval(found["sudoku_tiny"]["after"])
     row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, ends)
     sudoku_like("sudoku_unique", "puzzles with one right answer")
     sudoku_like("sudoku_tiny_ar", "`sudoku_unique` with an autoregressive model")
@@ -116,24 +116,6 @@ def overview(found: Mapping[str, Any]) -> str:
     row("engines/vllm_sudoku", "`sudoku_tiny_ar` with rollouts by vLLM", unknown, measured, extra("vllm"))
     what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
     row("async_sudoku", what, unknown, "not stored; [study](studies/late_rollouts.md)", extra("ray"))
-    what = "`sudoku_tiny` without a reward: the model learns to write in two steps from itself, writing in eight"
-    ends = interval(numbers_of("distillation", "teacher alone", "after"))
-    row("sudoku_distil", what, unknown, f"{ends} after 44 of its 50 steps ([study](studies/distillation.md))")
-    ends = interval(numbers_of("fast", "speed", "after"))
-    what = f"{ends} in 1.5 forwards, unquantized ([study](studies/fast.md))"
-    row("sudoku_fast", "a reward for few forwards", unknown, what)
-    ends = "0.785 to 0.843 ([log](studies/LOG.md))"
-    row("sudoku_revise", "`sudoku_unique` with a sampler that edits", "1.1, one core", ends)
-    proteins = {
-        "scaffolds": (
-            "policy",
-            "[protein design](#protein-design-when-every-score-costs-money): one policy for many scaffolds",
-        ),
-        "elites": ("infilling", "protein design: search for the best sequence of one function"),
-    }
-    for recipe, (arm, what) in proteins.items():
-        time = minutes(numbers_of("scaffolds", arm, "cpu_s"), f"{core}, after the warm-up")
-        row(recipe, what, time, "a score: [study](studies/scaffolds.md)", extra("holo"))
     antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
     pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
     gguf = ("`pip install gguf`", "a download of 93 MB")
@@ -141,8 +123,6 @@ def overview(found: Mapping[str, Any]) -> str:
     what = "pretrained: SmolLM2-135M, made a diffusion model by `smollm2_diffusion_sft.py` first"
     pretrained_like("smollm2_diffusion", what, *gguf)
     row("sudoku_9x9", "`sudoku_unique` on 9x9 Sudoku", never, never)
-    gpu = "a GPU of compute capability 8.9"
-    row("sudoku_9x9_gpu", "`sudoku_9x9` with 85 million weights", never, never, gpu=gpu)
     return markdown(rows)
 
 
@@ -173,11 +153,10 @@ def pretrained(found: Mapping[str, Any]) -> str:
 
 def page_tables() -> dict[str, str]:
     found = read_json(STORED)
-    recipe, *five_levels = found["latin_sudoku"]["rows"]
+    recipe = found["latin_sudoku"]["rows"][0]
     return {
         "all recipes": overview(found),
         "Latin squares": latin_squares([recipe]),
-        "Latin squares at five levels": latin_squares([recipe, *five_levels]),
         "Sudoku": sudoku(found),
         "pretrained models": pretrained(found),
     }

@@ -145,7 +145,7 @@ def exact_arithmetic():
 # the library.
 DOCUMENTS = ("tests/test_doc", "tests/test_page_tables.py")
 STUDIES = ("tests/recipes/", "tests/benchmarks/")
-OF_LIBRARY = ("defaults", "elites", "enumeration", "exactness", "launches", "one_file", "quantized_sudoku")
+OF_LIBRARY = ("defaults", "enumeration", "exactness", "launches", "one_file", "quantized_sudoku")
 OF_LIBRARY += ("surrogates", "trees", "turns")
 
 

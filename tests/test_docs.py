@@ -412,16 +412,6 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():
     assert row.bias == pytest.approx(1)
 
 
-def test_the_study_of_a_corrector_has_arms_that_are_recipes():
-    made = runpy.run_path(str(EXAMPLES / "corrector_study.py"))
-    for study in (made["study"], made["trials"]):
-        for changes in study.arms.values():
-            dataclasses.replace(study.base, **changes)
-    assert {name for each in made["study"].contrasts for name in (each.arm, each.against)} <= made["ARMS"].keys()
-    assert made["trials"].base.eval_task != made["study"].base.eval_task
-    dllm_rl.check_corrector(made["mine"])
-
-
 def test_what_the_librarys_losses_do_in_these_checks():
     """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/extend.md)."""
     from dllm_rl.algorithms import losses

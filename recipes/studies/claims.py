@@ -12,37 +12,17 @@ from typing import Any
 
 from dllm_rl.files import read_json
 from recipes.studies import (
-    distillation,
-    engines,
-    engines_ar,
-    ess_by_length,
-    ess_early,
-    fast,
-    few_clues,
-    fp8_sums,
     int4_orders,
     int4_orders_controls,
-    lag_two,
-    late_pretrained,
     late_rollouts,
     league,
-    lengths,
     low_bits,
     low_bits_tuned,
-    mismatch,
-    mismatch_ar,
-    order,
     order_flips_controls,
     orders,
     orders_trained,
-    rates,
-    renoising,
-    reuse,
-    reuse_controls,
-    revise,
     several_updates,
     training_order,
-    values,
 )
 from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
 
@@ -106,8 +86,6 @@ def by_study() -> dict[Asked, Rows]:
 
     long = read_json(int4_orders.STORED)["runs"]
     sums = low_bits_tuned.whole(by_arm(read_json(low_bits_tuned.STORED)["runs"]))
-    taught = read_json(few_clues.STORED)
-    ceilings = {int(steps): rate for steps, rate in taught["ceiling"].items()}
     parts = orders_trained.families(by_arm(read_json(orders_trained.STORED))).values()
     studies: dict[Asked, Sequence[Rows]] = {
         ("the exact gradient, by order and format", "orders", SUDOKU): [
@@ -125,56 +103,16 @@ def by_study() -> dict[Asked, Rows]:
             contrast_rows(low_bits_tuned.STUDY, sums)
         ],
         ("INT4 rollouts, at one learning rate", "low_bits", SUMS): [contrasts(low_bits.STUDY, low_bits.STORED)],
-        ("coarse formats, at one learning rate", "mismatch", SUDOKU): [read_json(mismatch.STORED)["contrasts"]],
-        ("FP8 to five levels, each arm at its own learning rate", "mismatch", SUDOKU): [
-            contrasts(rates.study, rates.STORED, "runs")
-        ],
-        ("five levels", "mismatch", f"{SUDOKU}, autoregressive"): [read_json(mismatch_ar.STORED)["contrasts"]],
-        ("five levels, by the number of denoising steps", "mismatch", SUDOKU): [
-            contrasts(lengths.study, lengths.STORED)
-        ],
-        ("FP8 rollouts, at two learning rates", "mismatch", f"{SUMS}, autoregressive"): [
-            contrasts(fp8_sums.STUDIES[rate], path) for rate, path in fp8_sums.STORED.items()
-        ],
-        ("rollouts by llama.cpp", "mismatch", f"{SUDOKU}; {SUMS}, autoregressive"): [
-            contrasts(each.study, each.STORED) for each in (engines, engines_ar)
-        ],
         ("late rollouts", "late_rollouts", SUDOKU): [
             contrasts(late_rollouts.STUDY, late_rollouts.STORED, "runs"),
-            contrasts(lag_two.STUDY, lag_two.STORED),
         ],
         ("several updates of a late rollout", "several_updates", SUDOKU): [
             contrasts(several_updates.STUDY, several_updates.STORED, "runs")
         ],
-        ("the ESS of the first steps as a warning", "ess", f"{SUDOKU}; Countdown"): [
-            ess_early.claim_rows(ess_early.trials(read_json(ess_early.STORED)))
-        ],
-        ("the ESS by the length of the answer", "ess_by_length", "texts, SmolLM2-135M"): [
-            [row | {"seeds": "1"} for row in ess_by_length.claim_rows(ess_by_length.cells_of(ess_by_length.load()))]
-        ],
         ("published methods in equal time", "league", f"{SUDOKU}; {FEW_CLUES}; Countdown"): [of_league()],
-        ("noisy orders", "order", f"{SUDOKU}; Countdown"): [
-            contrasts(study, order.STORED[task]) for task, study in order.STUDIES.items()
-        ],
         ("training orders", "training_order", f"{LATIN}; Countdown"): [
             claimed_rows(training_order.claims(training_order.by_key(read_json(training_order.STORED))))
         ],
-        ("right answers again", "reuse", f"{LATIN}; Countdown"): [
-            reuse.claim_rows(reuse.by_key(read_json(reuse.STORED)))
-        ],
-        ("right answers again: controls", "reuse", LATIN): [
-            claimed(reuse_controls.claims, read_json(reuse_controls.STORED))
-        ],
-        ("what RL reaches that supervision cannot", "few_clues", FEW_CLUES): [
-            few_clues.claim_rows(by_arm(taught["runs"]), ceilings)
-        ],
-        ("a model as its own teacher", "distillation", FEW_CLUES): [
-            contrasts(distillation.study, distillation.STORED, "runs")
-        ],
-        ("a reward for few forwards", "fast", "4x4 Sudoku, six to eight clues"): [contrasts(fast.study, fast.STORED)],
-        ("a sampler that edits", "revise", SUDOKU): [contrasts(revise.study, revise.STORED)],
-        ("a value model", "values", LATIN): [contrasts(values.STUDY, values.STORED)],
-        ("DiffusionGemma's noise", "renoising", SUDOKU): [contrasts(renoising.study, renoising.STORED, "runs")],
     }
     return {study: [row for rows in families for row in rows] for study, families in studies.items()}
 
@@ -204,13 +142,7 @@ STORED: dict[Asked, Sequence[Path]] = {
     ("longer training on INT4 rollouts", "order_flips", SUDOKU): [int4_orders.STORED, int4_orders_controls.STORED],
     ("INT4 rollouts, each arm at its own learning rate", "low_bits", SUMS): [low_bits_tuned.STORED],
     ("INT4 rollouts, at one learning rate", "low_bits", SUMS): [low_bits.STORED],
-    ("FP8 to five levels, each arm at its own learning rate", "mismatch", SUDOKU): [rates.STORED],
-    ("five levels, by the number of denoising steps", "mismatch", SUDOKU): [lengths.STORED],
-    ("FP8 rollouts, at two learning rates", "mismatch", f"{SUMS}, autoregressive"): [*fp8_sums.STORED.values()],
-    ("rollouts by llama.cpp", "mismatch", SUDOKU): [engines.STORED],
-    ("rollouts by llama.cpp", "mismatch", f"{SUMS}, autoregressive"): [engines_ar.STORED],
-    ("late rollouts", "late_rollouts", SUDOKU): [late_rollouts.STORED, lag_two.STORED],
-    ("late rollouts", "late_pretrained", SUMS): [late_pretrained.STORED],
+    ("late rollouts", "late_rollouts", SUDOKU): [late_rollouts.STORED],
     ("several updates of a late rollout", "several_updates", SUDOKU): [several_updates.STORED],
     ("published methods in equal time", "league", SUDOKU): [
         path for name, path in league.STORED.items() if name.startswith("sudoku")
@@ -219,11 +151,6 @@ STORED: dict[Asked, Sequence[Path]] = {
         path for name, path in league.STORED.items() if name.startswith("few_clues")
     ],
     ("published methods in equal time", "league", "Countdown"): [league.STORED["countdown"]],
-    ("noisy orders", "order", SUDOKU): [order.STORED["sudoku"]],
-    ("noisy orders", "order", "Countdown"): [order.STORED["countdown"]],
-    ("a model as its own teacher", "distillation", FEW_CLUES): [distillation.STORED],
-    ("a sampler that edits", "revise", SUDOKU): [revise.STORED],
-    ("DiffusionGemma's noise", "renoising", SUDOKU): [renoising.STORED],
 }
 
 

@@ -65,6 +65,7 @@ from recipes.studies.paired import (
     by_arm,
     contrast_rows,
     interval,
+    line,
     load,
     markdown,
     restore_runs,
@@ -398,8 +399,6 @@ def draw(name: str, results: Results, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    from recipes.studies.mismatch_report import line
 
     by_method: dict[str, list[float]] = {}
     for (arm, _), run in results.items():

@@ -34,7 +34,6 @@ from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
 from recipes.studies.controls import Permuted
 from recipes.studies.late_rollouts import QUIET
-from recipes.studies.mismatch_report import line, rates
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -45,6 +44,7 @@ from recipes.studies.paired import (
     in_words,
     interval,
     keep,
+    line,
     main,
     markdown,
     paired,
@@ -149,13 +149,13 @@ def picture(results: Results, path: Path, study: Study = STUDY, copy: str = "its
     titles = {"after": "learner (dotted: where RL began)", "quantized": copy}
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for place, arm in enumerate(arms):
-            line(axis, -place, rates(results, arm, column), "#1f77b4")
+            line(axis, -place, [run[column] for run in runs_of(results, arm)], "#1f77b4")
         axis.set_yticks([-place for place in range(len(arms))], [WORDS[arm] for arm in arms])
         axis.set_ylim(0.6 - len(arms), 0.6)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel(f"sums solved greedily after {study.num_steps} steps, share")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].axvline(mean(rates(results, "int4", "before")), color="grey", linewidth=0.8, linestyle=":")
+    axes[0].axvline(mean(run["before"] for run in runs_of(results, "int4")), color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

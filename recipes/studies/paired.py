@@ -262,6 +262,13 @@ def runs_of(results: Results, arm: str) -> list[dict[str, Any]]:
     return [results[key] for key in sorted(results) if key[0] == arm]
 
 
+def line(axis: Any, place: float, values: Sequence[float], color: str) -> None:
+    """Draw dots, and the mean with its interval above them."""
+    axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+    center, _, half = interval(values).partition("±")
+    axis.errorbar(float(center), place, xerr=float(half or 0), fmt="|", color="black", markersize=11, capsize=3)
+
+
 def arm_rows(study: Study, results: Results, columns: Sequence[str] = ("after",)) -> list[dict[str, str]]:
     """By arm: seeds, solve rates with intervals, each seed's, the paired difference, and the metrics' means."""
     rows = []

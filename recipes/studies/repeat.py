@@ -87,8 +87,6 @@ STUDIES: dict[str, Callable[[Any, Any], Runs]] = {
     "int4_orders": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"]),
     "int4_orders_controls": lambda module, stored: of_study(module.rated(), stored),
     "late_rollouts": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"], run_late),
-    "lag_two": lambda module, stored: of_study(module.STUDY, stored, run_late),
-    "late_pretrained": lambda module, stored: of_study(module.STUDY, stored, run_late),
     "several_updates": lambda module, stored: of_study(
         at_rates(module.STUDY, stored["rates"]), stored["runs"], run_late
     ),

@@ -1,7 +1,5 @@
 """The few-clues task and what exact probabilities reach on it, worked by hand."""
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +8,10 @@ from small_sudoku import GRID
 
 from dllm_rl.config import override
 from dllm_rl.rng import generator_for
-from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.sudoku.solver import SPLITS, completions
 from dllm_rl.training.summary import Summary
 from recipes import latin_sudoku, sudoku_tiny
 from recipes.perfect import ceiling
-from recipes.studies import few_clues
 from recipes.sudoku_tiny import any_grids, taught
 
 # Two digits swap in two rows and two columns: two completions, which differ in all of the four blank cells.
@@ -50,27 +46,6 @@ def test_the_seed_makes_the_model_and_its_lessons():
     assert any(not torch.equal(first[name], other[name]) for name in first)
     puzzles, grids = any_grids(generator_for(0, "lesson", 0))
     assert set(puzzles) == {"0" * 16} and set(grids) <= set(SPLITS["train"])
-
-
-def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
-    """The labels of a solver: the same answer whenever a puzzle comes."""
-    batches = []
-
-    def watched(trainer, optimizer, examples, *given, **options):
-        batches.append(examples)
-        return step(trainer, optimizer, examples, *given, **options)
-
-    step = SupervisedTrainer.step
-    monkeypatch.setattr(SupervisedTrainer, "step", watched)
-    policy = taught(seed=0, steps=0)
-    few = replace(sudoku_tiny.recipe.task, size=30)
-    sudoku_tiny.learn(policy, 1, 0, partial(few_clues.by_a_solver, few))
-    puzzles, answers = few_clues.by_a_solver(few, generator_for(0, "lesson", 0))
-    assert answers == [completions(puzzle)[0] for puzzle in puzzles]
-    texts = [policy.tokenizer.decode(item.tokens) for item in batches[0]]
-    assert texts == answers
-    hidden = ["".join("0" if blank else "1" for blank in item.learned) for item in batches[0]]
-    assert hidden == ["".join("0" if digit == "0" else "1" for digit in puzzle) for puzzle in puzzles]
 
 
 @pytest.mark.parametrize("module", [sudoku_tiny, latin_sudoku])

@@ -7,8 +7,8 @@ import torch
 from small_sudoku import GRID
 
 from dllm_rl.tasks.sudoku.solver import SOLVED, completions
+from recipes.latin_limit import LATIN, SUDOKU, fitting, greedy_limit, limit
 from recipes.latin_sudoku import recipe, taught_latin
-from recipes.studies.latin_limit import LATIN, SUDOKU, fitting, greedy_limit, limit
 
 CYCLIC = "1234234134124123"  # rows and columns hold every digit; the first box holds 2 twice
 

@@ -24,7 +24,6 @@ from dllm_rl.types import Prompts
 from recipes.engines import llama_cpp as engine
 from recipes.engines.gguf_file import as_rotated, write_gguf
 from recipes.engines.llama_cpp import LlamaCpp
-from recipes.studies import engines, engines_ar, paired
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the package gguf is not installed")
 needs_wheel = pytest.mark.skipif(
@@ -221,24 +220,3 @@ def test_the_recipe_runs_in_another_format(
     line = (tmp_path / "metrics.jsonl").read_text()
     mismatch = float(line.split('"rollout_corr/abs_log_ratio_mean": ')[1].split(",")[0])
     assert 0 < mismatch < 0.01 and "format='F16'" in str(recipe)
-
-
-@pytest.mark.parametrize("study", [engines.study, engines_ar.study], ids=lambda study: study.name)
-def test_every_claim_is_between_arms_of_the_study(study):
-    for name, changes in study.arms.items():
-        made = replace(study.base, **changes)
-        assert (made.rollout_engine is None) == (not made.has_separate_rollout_policy) == (name == "unquantized")
-    names = {name for each in study.contrasts for name in (each.arm, each.against)}
-    assert names <= set(study.arms) and set(study.against.values()) == {"unquantized"}
-
-
-@needs_wheel
-@pytest.mark.nightly
-def test_the_study_runs(tmp_path):
-    few = replace(engines.base, sft_warmup_steps=2, train_batch_size=4, report_to=None, log_completions_steps=0)
-    few = replace(few, **{name: replace(getattr(few, name), size=8) for name in ("validation_task", "eval_task")})
-    study = replace(engines.study, base=few)
-    for arm in ("unquantized", "Q4_0 TIS"):
-        paired.run_one(study, tmp_path, 1, arm, seed=0)
-    found = paired.load(tmp_path)
-    assert found["Q4_0 TIS", 0]["mean abs log-ratio"] > 0.01 > found["unquantized", 0]["mean abs log-ratio"]

@@ -60,8 +60,8 @@ def test_an_arm_runs(name, tmp_path):
     assert 0 <= found["after"] <= 1
 
 
-# No command makes these any more; only pages tell of them.
-OF_PAGES = {"gradients_removed", "league_countdown_first", "low_bits_first", "mismatch_first", "values_toy"}
+# Trials of another study, which one of these reads.
+OF_PAGES = {"reuse"}
 # Of a picture, and no study's results.
 OF_PICTURES = {"orders_trained_curves"}
 
@@ -77,7 +77,7 @@ def reports():
     for stem in sorted({path.stem for path in FOLDER.glob("*.json")} - OF_PAGES - OF_PICTURES):
         parents = ("_".join(stem.split("_")[:end]) for end in range(stem.count("_") + 1, 0, -1))
         study = next((name for name in parents if (FOLDER / f"{name}.py").exists()), stem)
-        word = "tune" if stem == "scaffolds_tuned" else stem[len(study) + 1 :]
+        word = stem[len(study) + 1 :]
         yield pytest.param(study, [word] if word else [], id=stem)
 
 
@@ -96,7 +96,7 @@ def test_a_report_needs_the_study_and_its_json_alone(study, words, tmp_path, mon
 
 def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
     """Only a run draws them: the one of a study of two parts, and that which several studies share."""
-    made = [import_module(f"recipes.studies.{name}") for name in ("scaffolds", "low_bits")]
+    made = [import_module(f"recipes.studies.{name}") for name in ("low_bits",)]
     for module in made:
         kept = paired.by_arm(read_json(FOLDER / f"{module.__name__.rpartition('.')[2]}.json"))
         module.picture(kept, tmp_path / "picture.png")
@@ -163,5 +163,5 @@ def test_the_claims_of_each_study_are_counted():
         path.stem for path in FOLDER.glob("*.py") if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())
     }
     others = {"paired", "readme", "claims"}  # of no study
-    others |= {"order_flips", "kernel_noise"}  # another test, and none
+    others |= {"order_flips", "reuse"}  # another test, and none
     assert with_claims - others <= set(vars(claims))

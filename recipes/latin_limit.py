@@ -1,6 +1,6 @@
 """What exact probabilities reach where labels show Latin squares and only the reward knows the boxes: 0.548.
 
-    python -m recipes.studies.latin_limit
+    python -m recipes.latin_limit
 
 Labels are all 576 squares whose rows and columns hold 1, 2, 3 and 4 once, equally often. A model that knows their exact
 probabilities, and writes one cell a step at temperature 1, draws each square that fits the clues equally often: in
