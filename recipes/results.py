@@ -92,7 +92,8 @@ def overview(found: Mapping[str, Any]) -> str:
     job = "#the-main-job-rollouts-in-four-bits-with-and-without-a-correction"
     what = f"[what four-bit rollouts cost, and what a correction brings back]({job})"
     arms = [
-        mean(numbers_of("orders_trained", f"random: {arm}", "after")) for arm in ("unquantized", "nvfp4", "nvfp4, tis")
+        mean(numbers_of("quantized/orders_trained", f"random: {arm}", "after"))
+        for arm in ("unquantized", "nvfp4", "nvfp4, tis")
     ]
     row("quantized_sudoku", what, "3 to 4.5, two cores", "{:.3f}, {:.3f} and {:.3f}, by arm".format(*arms))
     time = minutes(found["sudoku_tiny"]["seconds"], core)
@@ -115,7 +116,7 @@ def overview(found: Mapping[str, Any]) -> str:
     measured = "not stored; [60 steps](../docs/vllm.md#what-was-measured)"
     row("engines/vllm_sudoku", "`sudoku_tiny_ar` with rollouts by vLLM", unknown, measured, extra("vllm"))
     what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
-    row("async_sudoku", what, unknown, "not stored; [study](studies/late_rollouts.md)", extra("ray"))
+    row("async_sudoku", what, unknown, "not stored; [study](studies/late/late_rollouts.md)", extra("ray"))
     antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
     pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
     gguf = ("`pip install gguf`", "a download of 93 MB")

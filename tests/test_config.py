@@ -26,7 +26,7 @@ from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
 from recipes import renoise_sudoku
 from recipes.examples import turns
-from recipes.studies.surrogates import __name__ as surrogates
+from recipes.studies.likelihoods.surrogates import __name__ as surrogates
 from recipes.sudoku_unique import __file__ as main_job_file
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

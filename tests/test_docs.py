@@ -416,8 +416,8 @@ def test_what_the_librarys_losses_do_in_these_checks():
     """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/extend.md)."""
     from dllm_rl.algorithms import losses
     from dllm_rl.algorithms.correctors import FunctionCorrector
-    from recipes.studies import surrogates
-    from recipes.studies.enumeration import gradient_table
+    from dllm_rl.testing.enumeration import gradient_table
+    from recipes.studies.likelihoods import surrogates
 
     log_ratio = torch.linspace(-0.15, 0.15, 8, dtype=torch.float64).view(2, 4).requires_grad_()  # no clip's corner
     signs, everywhere = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
@@ -650,7 +650,7 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
         (dllm_rl.Trajectory(), in_order | {"exact"}),
     ):
         rows = made["estimator_table"](estimator)
-        known = importlib.import_module("recipes.studies.enumeration").CLAIMS
+        known = importlib.import_module("dllm_rl.testing.enumeration").CLAIMS
         assert {claim for claim in known if not made["speaks_against"](rows, claim)} == claims, estimator
 
 
@@ -722,8 +722,8 @@ def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outs
 def test_one_number_per_completion_has_the_gradient_of_its_row():
     """docs/extend.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens that a view scores, under
     `GSPO` (exp of S over all tokens) and `EBPO` (exp of S), against the objective written once per row."""
-    from recipes.studies.enumeration import ToyPolicy, contributions
-    from recipes.studies.surrogates import EBPO
+    from dllm_rl.testing.enumeration import ToyPolicy, contributions
+    from recipes.studies.likelihoods.surrogates import EBPO
 
     class LogMeanExp(dllm_rl.ELBO):
         def combine(self, scores, views):

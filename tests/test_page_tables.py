@@ -25,8 +25,12 @@ def test_what_a_page_leaves_out_is_no_table_of_a_study():
     }
     made = {(module, name) for module, _ in shown for name in pages.tables_of(module)}
     assert made == shown
-    studies = pages.ROOT.glob("recipes/studies/*.py")
-    with_tables = {f"recipes.studies.{path.stem}" for path in studies if "def page_tables" in path.read_text()}
+    studies = pages.ROOT.glob("recipes/studies/**/*.py")
+    with_tables = {
+        ".".join(path.relative_to(pages.ROOT).with_suffix("").parts)
+        for path in studies
+        if "def page_tables" in path.read_text()
+    }
     assert with_tables <= {module for module, _ in shown}
 
 

@@ -39,7 +39,7 @@ from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.testing import check_corrector
 from dllm_rl.types import Prompts, SamplingParams, equal_groups
-from recipes.studies import surrogates as published
+from recipes.studies.likelihoods import surrogates as published
 
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
 NUMBERS = {int, float}

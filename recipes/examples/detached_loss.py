@@ -4,7 +4,7 @@ import torch
 
 from dllm_rl import FunctionCorrector, check_corrector
 from dllm_rl.algorithms.losses import exp_ratio
-from recipes.studies.enumeration import gradient_table
+from dllm_rl.testing.enumeration import gradient_table
 
 
 def capped(log_ratio, advantages, mask, *, max_ratio=5.0):

@@ -6,7 +6,7 @@ python -m recipes.examples.estimator_right      prints what speaks against each 
 from dataclasses import replace
 
 from dllm_rl import Coupled, Trajectory
-from recipes.studies.enumeration import CLAIMS, estimator_table, speaks_against
+from dllm_rl.testing.enumeration import CLAIMS, estimator_table, speaks_against
 
 
 class Wrong(Coupled):

@@ -6,7 +6,7 @@ python -m recipes.examples.own_corrector
 
 from dllm_rl import TIS, Corrector, TokenWeights, check_corrector, option
 from dllm_rl.algorithms.correctors import drop_nonfinite
-from recipes.studies.enumeration import corrects
+from dllm_rl.testing.enumeration import corrects
 
 
 class Doubt(Corrector):

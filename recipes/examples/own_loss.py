@@ -7,7 +7,7 @@ import torch
 
 from dllm_rl import FunctionCorrector, Loss, PPOClip, check_corrector, option
 from dllm_rl.algorithms.losses import exp_ratio
-from recipes.studies.enumeration import gradient_table
+from dllm_rl.testing.enumeration import gradient_table
 
 
 class SoftClip(Loss):

@@ -2,10 +2,10 @@
 
 A page names a table between two comments, and what is between them is written:
 
-    <!-- table: recipes.studies.order, sudoku -->
+    <!-- table: recipes.studies.quantized.orders, errors -->
     <!-- end of table -->
 
-This is `page_tables()["sudoku"]` of that module, which computes it from the JSON beside it. Without --write nothing is
+This is `page_tables()["errors"]` of that module, which computes it from the JSON beside it. Without --write nothing is
 written: the pages that would change are named, and the exit status is 1 if there are any.
 """
 
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/*.md", "recipes/*.md", "recipes/studies/*.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/*.md", "recipes/*.md", "recipes/studies/**/*.md", "benchmarks/README.md")
 TABLE = re.compile(
     r"^(<!-- table: (?P<module>[\w.]+), (?P<name>.+?) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE
 )

@@ -11,21 +11,21 @@ from statistics import mean
 from typing import Any
 
 from dllm_rl.files import read_json
-from recipes.studies import (
+from recipes.studies.late import late_rollouts, several_updates
+from recipes.studies.likelihoods import league, training_order
+from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
+from recipes.studies.quantized import (
     int4_orders,
     int4_orders_controls,
-    late_rollouts,
-    league,
     low_bits,
     low_bits_tuned,
     order_flips_controls,
     orders,
     orders_trained,
-    several_updates,
-    training_order,
 )
-from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
 
+ROOT = Path(__file__).parents[2]
+FOLDERS = {path.stem: path.parent.name for path in sorted(Path(__file__).parent.glob("*/*.md"))}  # by page
 Rows = Sequence[Mapping[str, str]]
 Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the model if that was not made for the task
 SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", " after Latin squares"))
@@ -176,14 +176,14 @@ def solved_rows() -> list[dict[str, str]]:
         unknown = "not recorded" if len(set(cpus)) == 1 else "not recorded for some runs"
         names = dict.fromkeys(unknown if cpu == "not recorded" else cpu for cpu in sorted(cpus))
         row["processor"] = ", ".join(names)
-        row["each seed"] = ", ".join(f"[{path.name}](../recipes/studies/{path.name})" for path in paths)
+        row["each seed"] = ", ".join(f"[{path.name}](../{path.relative_to(ROOT).as_posix()})" for path in paths)
         table.append(row)
     return table
 
 
 def named(study: Asked) -> dict[str, str]:
     what, page, task = study
-    return {"study": f"[{what}](../recipes/studies/{page}.md)", "task": task}
+    return {"study": f"[{what}](../recipes/studies/{FOLDERS[page]}/{page}.md)", "task": task}
 
 
 def page_tables() -> dict[str, str]:

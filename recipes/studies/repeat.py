@@ -19,8 +19,10 @@ from typing import Any
 
 from dllm_rl.files import read_json
 from recipes.studies import paired
-from recipes.studies.late_rollouts import at_rates, run_late
+from recipes.studies.late.late_rollouts import at_rates, run_late
 from recipes.studies.paired import Results, Study, by_arm, markdown, result_path, run_missing, run_one
+
+FOLDERS = {path.stem: path.parent.name for path in Path(__file__).parent.glob("*/*.py")}  # by study
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def of_training_order(module: Any, stored: Sequence[dict[str, Any]]) -> Runs:
 
 def runs_of(name: str) -> Runs:
     """The runs of a study, each arm at the rate that the study chose."""
-    module = import_module(f"recipes.studies.{name}")
+    module = import_module(f"recipes.studies.{FOLDERS[name]}.{name}")
     stored = read_json(module.STORED)
     return STUDIES[name](module, stored)
 

@@ -37,7 +37,7 @@ from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.testing import make_stats
 from dllm_rl.training.trainer import train
 from dllm_rl.types import BatchRecord, Prompts
-from recipes.studies import surrogates as published
+from recipes.studies.likelihoods import surrogates as published
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # slow on a simulated device; `-m gpu` runs all on a real one
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -25,7 +25,7 @@ from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import RetainedGraphs, any_in_group
-from recipes.studies.surrogates import StableDRL
+from recipes.studies.likelihoods.surrogates import StableDRL
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

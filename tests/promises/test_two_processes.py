@@ -19,7 +19,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "sft_warmup_steps": 8, "sft_warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
-STABLE = ["--loss", "recipes.studies.surrogates.StableDRL"]
+STABLE = ["--loss", "recipes.studies.likelihoods.surrogates.StableDRL"]
 STABLE += ["--beta", "0.1", "--kl", "K3", "--kl.bias_correction", "true"]
 REDRAWN = ["--max_num_gen_batches", "3", "--prompt_source", "MixedRewardPrompts"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]

@@ -8,8 +8,8 @@ import torch
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, EUBO, FunctionLikelihood, Sandwich, Trajectory
-from recipes.studies import enumeration
-from recipes.studies.enumeration import (
+from dllm_rl.testing import enumeration
+from dllm_rl.testing.enumeration import (
     CLAIMS,
     GradientRow,
     ToyPolicy,

@@ -9,13 +9,13 @@ import torch
 
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, Prompts, Schedule, Threshold, Trajectory, Unmask
 from dllm_rl.files import read_json
+from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
 from recipes.examples.fork_grpo import Fork, ForkSteps
 from recipes.examples.informed_masking import change_of_confidence, informed_masks
 from recipes.examples.just_grpo_fast import LeastCertain
 from recipes.examples.sglang_confidence import DrawnAndLikeliest
-from recipes.studies import exactness
-from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
-from recipes.studies.exactness import ROWS, Renoised, Table, law_of, outcomes, truth, unmask
+from recipes.studies.exactness import exactness
+from recipes.studies.exactness.exactness import ROWS, Renoised, Table, law_of, outcomes, truth, unmask
 
 
 def toy_of(length=3, sharpness=3.0, seed=0):

@@ -12,8 +12,8 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
-from recipes.studies import order_flips_controls as controls
-from recipes.studies.order_flips import (
+from recipes.studies.quantized import order_flips_controls as controls
+from recipes.studies.quantized.order_flips import (
     ORDERS,
     Law,
     Puzzle,

@@ -15,7 +15,7 @@ from forked import SERVER
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints.run_folder import default_folder
 from recipes import quantized_sudoku as job
-from recipes.studies.orders_trained import STUDY
+from recipes.studies.quantized.orders_trained import STUDY
 
 STUDIED = {
     "unquantized": "random: unquantized",

@@ -6,7 +6,6 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from runpy import run_path
 
 import pytest
@@ -18,13 +17,19 @@ from recipes.studies import paired
 from recipes.studies.paired import Study
 
 FOLDER = Path(recipes.studies.__path__[0])
+SCRIPTS = [path for path in sorted(FOLDER.rglob("*.py")) if not path.stem.startswith("__")]
+
+
+def module_of(path):
+    return import_module(".".join(("recipes.studies", *path.relative_to(FOLDER).with_suffix("").parts)))
 
 
 def studies():
     """Every study of a module of recipes/studies, or of a dict there; what a module has from another is that one's."""
     found = {}
-    for name in sorted(module.name for module in iter_modules(recipes.studies.__path__) if module.name != "__main__"):
-        for key, value in vars(import_module(f"recipes.studies.{name}")).items():
+    for path in SCRIPTS:
+        name = path.stem
+        for key, value in vars(module_of(path)).items():
             each = value if isinstance(value, dict) else {"": value}
             found |= {f"{name}.{key} {k}".strip(): study for k, study in each.items() if isinstance(study, Study)}
     return {study.name: study for study in found.values()}
@@ -74,38 +79,37 @@ def files_below(folder):
 
 def reports():
     """By stored JSON: its study, and the word that chooses it there, if it is not named as the study."""
-    for stem in sorted({path.stem for path in FOLDER.glob("*.json")} - OF_PAGES - OF_PICTURES):
+    for stem in sorted({path.stem for path in FOLDER.rglob("*.json")} - OF_PAGES - OF_PICTURES):
         parents = ("_".join(stem.split("_")[:end]) for end in range(stem.count("_") + 1, 0, -1))
-        study = next((name for name in parents if (FOLDER / f"{name}.py").exists()), stem)
-        word = stem[len(study) + 1 :]
-        yield pytest.param(study, [word] if word else [], id=stem)
+        script = next(path for name in parents for path in SCRIPTS if path.stem == name)
+        word = stem[len(script.stem) + 1 :]
+        yield pytest.param(script, [word] if word else [], id=stem)
 
 
-@pytest.mark.parametrize(("study", "words"), list(reports()))
-def test_a_report_needs_the_study_and_its_json_alone(study, words, tmp_path, monkeypatch, capsys):
-    for path in (FOLDER / f"{study}.py", *FOLDER.glob(f"{study}*.json")):
+@pytest.mark.parametrize(("script", "words"), list(reports()))
+def test_a_report_needs_the_study_and_its_json_alone(script, words, tmp_path, monkeypatch, capsys):
+    for path in (script, *script.parent.glob(f"{script.stem}*.json")):
         shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     before = files_below(tmp_path) | files_below(FOLDER)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
-    monkeypatch.setattr(sys, "argv", [study, *words, "--report"])
-    run_path(str(tmp_path / f"{study}.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [script.stem, *words, "--report"])
+    run_path(str(tmp_path / script.name), run_name="__main__")
     assert re.search(r"\d\.\d|[1-9]\d* (of|trials)", capsys.readouterr().out)
     assert files_below(tmp_path) | files_below(FOLDER) == before
 
 
 def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
-    """Only a run draws them: the one of a study of two parts, and that which several studies share."""
-    made = [import_module(f"recipes.studies.{name}") for name in ("low_bits",)]
-    for module in made:
-        kept = paired.by_arm(read_json(FOLDER / f"{module.__name__.rpartition('.')[2]}.json"))
-        module.picture(kept, tmp_path / "picture.png")
-        assert (tmp_path / "picture.png").stat().st_size > 10_000
+    """Only a run draws them."""
+    from recipes.studies.quantized import low_bits
+
+    low_bits.picture(paired.by_arm(read_json(low_bits.STORED)), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_every_claim_of_the_studies_of_training_stands_in_a_table():
     """The tables name claims in their own words: one that they do not know would be left out, or found nowhere."""
-    from recipes.studies import readme
+    from recipes.studies.quantized import readme
 
     made = {(task, claim) for task, claims in readme.families().values() for claim in claims}
     named = {(case.task, claim) for case in readme.cases() for claim in case.claimed.values()}
@@ -159,9 +163,7 @@ def test_the_claims_of_each_study_are_counted():
     """Whoever tests claims by Holm's correction adds the study to `claims.by_study`."""
     from recipes.studies import claims
 
-    with_claims = {
-        path.stem for path in FOLDER.glob("*.py") if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())
-    }
+    with_claims = {path.stem for path in SCRIPTS if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())}
     others = {"paired", "readme", "claims"}  # of no study
     others |= {"order_flips", "reuse"}  # another test, and none
     assert with_claims - others <= set(vars(claims))

@@ -12,8 +12,8 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.config import override
 from dllm_rl.testing import check_corrector
-from recipes.studies.league import WD1
-from recipes.studies.surrogates import BGPO, DPPOTV, EBPO, GDSD, SequenceMasked, StableDRL
+from recipes.studies.likelihoods.league import WD1
+from recipes.studies.likelihoods.surrogates import BGPO, DPPOTV, EBPO, GDSD, SequenceMasked, StableDRL
 from recipes.sudoku_unique import recipe
 
 
@@ -159,7 +159,7 @@ def test_sequence_masked_drops_what_the_policy_has_left_behind():
 @pytest.mark.parametrize("reduction", [SequenceMean, TokenMean, FixedLengthMean])
 def test_the_command_line_names_a_class_and_its_settings(reduction):
     """Beside a surrogate, a reduction, which may have no settings."""
-    text = f"--loss recipes.studies.surrogates.GDSD --loss.psi 0.5 --loss_reduction {reduction.__name__}"
+    text = f"--loss recipes.studies.likelihoods.surrogates.GDSD --loss.psi 0.5 --loss_reduction {reduction.__name__}"
     more = ["--loss_reduction.length", "16"] if reduction is FixedLengthMean else []
     made = override(recipe, [*text.split(), *more])
     assert made.loss == GDSD(psi=0.5) and type(made.loss_reduction) is reduction

@@ -32,9 +32,9 @@ from dllm_rl import (
 )
 from dllm_rl.algorithms.losses import K3, policy_loss
 from dllm_rl.step.samples import Samples
+from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
 from dllm_rl.types import Batch, equal_groups
 from recipes.examples.trees import NodeAdvantages, Tree, recipe, tree
-from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
