@@ -68,7 +68,7 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from recipes.quantized_sudoku import sampled_solve_rate
 from recipes.studies.controls import Permuted
-from recipes.studies.late_rollouts import QUIET
+from recipes.studies.late.late_rollouts import QUIET
 from recipes.studies.paired import (
     Results,
     Study,

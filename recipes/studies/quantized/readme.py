@@ -269,7 +269,7 @@ def families() -> dict[str, tuple[str, Mapping[str, Sequence[float]]]]:
             SUMS,
             of(low_bits_tuned.STUDY.contrasts, studies[SUMS]),
         ),
-        "[Sudoku, late](late_rollouts.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
+        "[Sudoku, late](../late/late_rollouts.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
     }
 
 
@@ -385,8 +385,8 @@ def stored_runs() -> str:
         rows.append(
             {
                 "task": task,
-                "command": f"`python -m recipes.studies.{name}`",
-                "data": f"[{name}.json]({name}.json)",
+                "command": f"`python -m {study.__name__}`",
+                "data": f"[{name}.json]({'../late/' if study is late_rollouts else ''}{name}.json)",
                 "runs": str(len(runs)),
                 "hours": f"{sum(run['s'] for run in runs) / 3600:.1f}",
                 "minutes of one run": f"{median(run['s'] for run in runs) / 60:.1f}",
