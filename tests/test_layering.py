@@ -52,7 +52,7 @@ MAY_IMPORT = {
     # floor 5
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "files identity rng screen records types tasks distributed models decoding quantization "
-    "samplers monitoring",
+    "samplers monitoring checkpoints",
     "step": "device rng records types tasks algorithms distributed models decoding settings likelihoods samplers "
     "monitoring",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",

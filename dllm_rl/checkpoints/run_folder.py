@@ -21,7 +21,15 @@ Train = TypeVar("Train", bound=Callable[..., Any])
 # through a step without an update, before the first step.
 REHEARSAL = ".rehearsal"
 RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
-OF_A_RUN = (*RUN_MARKERS, "completions.jsonl", "best.jsonl", "tensorboard", "training.png", "reference")
+OF_A_RUN = (
+    *RUN_MARKERS,
+    "completions.jsonl",
+    "held_out.jsonl",
+    "best.jsonl",
+    "tensorboard",
+    "training.png",
+    "reference",
+)
 
 
 def in_own_folder(train: Train) -> Train:

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_serve, add_evaluate, add_grade, add_lm_eval):
+    for add in (add_sample, add_serve, add_evaluate, add_compare, add_grade, add_lm_eval):
         add(commands)
     for add in (add_doctor, add_check_trace, add_verify, add_status, add_stop):
         add(commands)
@@ -192,6 +192,19 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--json", action="store_true", help="print one JSON object per setting instead of a table")
     add("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
     sub.set_defaults(run="dllm_rl.cli.evaluate_run:evaluate_command")
+
+
+def add_compare(commands: argparse._SubParsersAction) -> None:
+    about = "say which of several runs is better on their held-out problems, and how sure that is"
+    more = "Each run counts with its last held-out evaluation. Runs that differ in the seed alone are one arm"
+    sub = commands.add_parser("compare", help=about, description=f"{about}. {more}")
+    add = sub.add_argument
+    runs_help = "the runs' folders; the first is what the others are compared with. NAME=RUN,RUN names an arm's runs"
+    add("runs", nargs="+", metavar="RUN", help=runs_help)
+    add("--metric", help="the metric that decides (default: accuracy, solve_rate or the reward)")
+    add("--plot", metavar="FILE", default="compare.png", help="the picture (default compare.png)")
+    add("--json", action="store_true", help="one JSON object instead of a table")
+    sub.set_defaults(run="dllm_rl.cli.compare_runs:compare_command")
 
 
 def _join_names(names: Iterable[str], default: str | None = None) -> str:

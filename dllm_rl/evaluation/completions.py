@@ -8,6 +8,7 @@ the end of an evaluation, the parts are merged into NAME.jsonl.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,6 +99,12 @@ def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -
         if name in row_fields:
             raise ValueError(f"field {name!r} of the problem has a name that stored completions need; rename it")
     return as_json(problem.fields) | row_fields
+
+
+def digest_of_problem(problem: Problem) -> str:
+    """Return sixteen hex digits that identify a problem by its prompt, its blanks and its fields."""
+    content = as_json({"fields": problem.fields, "prompt": problem.prompt, "blank": problem.blank})
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
-from dllm_rl.evaluation.completions import COSTS, Completions, Rows, fingerprint, make_row
+from dllm_rl.evaluation.completions import COSTS, Completions, Rows, digest_of_problem, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import describe
@@ -157,10 +157,11 @@ def grade_rows(task: Task, problems: dict[int, Problem], rows: Rows, timeout: fl
     texts = [row["completion"] for row in rows.values()]
     sampling_costs = [Cost(row["evaluation"]["steps"], row["evaluation"]["tokens"]) for row in rows.values()]
     rewards = grade(task, [problems[problem] for problem, _ in rows], texts, sampling_costs, timeout=timeout)
+    digests = {number: digest_of_problem(problem) for number, problem in problems.items()}
     answers = []
     for (key, row), reward in zip(rows.items(), rewards, strict=True):
         costs = {name: row["evaluation"][name] for name in COSTS}
-        answers.append(GradedAnswer(*key, reward, **costs))
+        answers.append(GradedAnswer(*key, reward, **costs, content=digests[key[0]]))
     return answers
 
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from math import comb, sqrt
-from statistics import NormalDist
+from math import comb, cos, pi, sin, sqrt, tan
+from statistics import NormalDist, mean, variance
 
 import numpy as np
 
@@ -70,6 +70,42 @@ def bootstrap_interval(
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     scale = max(abs(numbers / divisors).max(), abs(before_values / divisors_before).max())
     return (float(low), float(high)) if high - low > ROUNDING * scale else None
+
+
+def student_t(n: int) -> float:
+    """Return the half-width of n values' 95 % interval in standard errors, to three digits: Student's t, n - 1 degrees
+    of freedom.
+
+    P(|t| < x) is a finite sum of powers of the cosine of arctan(x / sqrt(n - 1)) (Abramowitz & Stegun 26.7.3, 26.7.4).
+    """
+    degrees, low, high = n - 1, 0.0, pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        term, total = cos(angle) ** (degrees % 2), 0.0
+        for power in range(degrees % 2, degrees - 1, 2):
+            total += term
+            term *= cos(angle) ** 2 * (power + 1) / (power + 2)
+        inside = (angle + total * sin(angle)) * 2 / pi if degrees % 2 else total * sin(angle)
+        low, high = (angle, high) if inside < LEVEL else (low, angle)
+    return round(degrees**0.5 * tan(low), 3)
+
+
+def t_interval(values: Sequence[float], before: Sequence[float] | None = None) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of the mean of `values`, or of it minus that of `before`, of other runs.
+
+    For two samples it takes n - 1 degrees of freedom of the smaller one, and never less width than Welch's interval.
+
+    Returns:
+        The interval; None for fewer than two values, or if all values are equal, because they then show no spread.
+    """
+    samples = [values] if before is None else [values, before]
+    n = min(map(len, samples))
+    if n < 2:
+        return None
+    center = mean(values) - (0.0 if before is None else mean(before))
+    half = student_t(n) * sqrt(sum(variance(each) / len(each) for each in samples))
+    scale = max(abs(value) for each in samples for value in each)
+    return (center - half, center + half) if 2 * half > ROUNDING * scale else None
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

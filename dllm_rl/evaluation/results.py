@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from operator import itemgetter
@@ -29,6 +29,9 @@ class GradedAnswer:
     forwards: float = 0.0  # share of the batch's forwards
     seconds: float = 0.0  # share of the batch's time
     steps: int = 0  # forwards that this completion needed, whatever its batch
+    content: str = field(
+        default="", compare=False
+    )  # digest of the problem, which tells whether two evaluations have the same problems
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class RunLog:
         main: bool,
         sampled: int | None = None,  # steps of a resumed run that are not sampled again; None: `start`
         completions: bool = False,  # whether to write completions.jsonl
+        held_out: bool = False,  # whether to write held_out.jsonl, whose steps count the updates before an evaluation
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
         self.main = main
@@ -53,9 +54,10 @@ class RunLog:
         self._steps_done = start
         self.files: dict[str, JsonLines] = {}
         completions = completions or (directory / "completions.jsonl").exists()
-        names = ("metrics", "completions") if completions else ("metrics",)
-        for name in names if main else ():
-            begin = sampled if name == "completions" and sampled is not None else start
+        begins = {"metrics": start}
+        begins |= {"completions": start if sampled is None else sampled} if completions else {}
+        begins |= {"held_out": start + 1} if held_out else {}
+        for name, begin in begins.items() if main else ():
             self.files[name] = JsonLines(directory / f"{name}.jsonl", start=begin)
         self.trackers = list(trackers)
         self._started = list(trackers)  # also those that accept no more numbers
@@ -135,10 +137,10 @@ class RunLog:
             row = {"changed": change["field"], "after_step": change["step"]}
             self.files["metrics"].append(row | {"before": change["before"], "after": change["after"]})
 
-    def keep(self, completions: Sequence[dict[str, Any]]) -> None:
-        """Write rows to completions.jsonl."""
-        for row in completions if self.main else ():
-            self.files["completions"].append(row)
+    def keep(self, rows: Sequence[dict[str, Any]], file: str = "completions") -> None:
+        """Write rows to completions.jsonl, or to held_out.jsonl."""
+        for row in rows if self.main else ():
+            self.files[file].append(row)
 
     def flush(self) -> None:
         """Force the rows to disk. Call it before a checkpoint, since a resume continues from them."""

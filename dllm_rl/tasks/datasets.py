@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.identity import digest_of_rows, rows_in_order
+from dllm_rl.identity import digest_of_code, digest_of_rows, full_name, rows_in_order
 from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
 from dllm_rl.tasks.user_code import own_copy
 
@@ -47,6 +47,15 @@ class DatasetTask:
     def reward_weights(self) -> dict[str, float]:
         """Weight of each reward function, by its name."""
         return dict(zip(self._labels, self.weights, strict=True))
+
+    @property
+    def graders(self) -> dict[str, str]:
+        """What tells whether two tasks grade alike: the code of each reward function, or of a library's its name."""
+        functions = zip(self._labels, self.reward_funcs, strict=True)
+        return {
+            label: digest_of_code(function) or full_name(getattr(function, "func", function))
+            for label, function in functions
+        }
 
     @property
     def graded_once(self) -> bool:

@@ -21,7 +21,7 @@ from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.results import as_returned, best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import evaluate_with, format_metrics
+from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics
 
 
 def finish(run: Run[Recipe]) -> Summary:
@@ -31,7 +31,7 @@ def finish(run: Run[Recipe]) -> Summary:
     eval_before = run.state.eval_before
     load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
     with log.stage("evaluation"):
-        eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
+        eval_after = evaluate_held_out(recipe, run.policy, recipe.eval_task, run.accelerator, log, step_of_weights(run))
         eval_after_quantized = eval_after
         if not run.learner_samples:
             if run.engine is not None and run.rollout_policy.weights_version != run.policy.weights_version:
@@ -63,6 +63,12 @@ def finish(run: Run[Recipe]) -> Summary:
         f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
         advice=_next_command(run),
     )
+
+
+def step_of_weights(run: Run[Recipe]) -> int:
+    """Return the number of updates of the weights that a run ends with, which may be those of its best checkpoint."""
+    is_best = run.state.best_step is not None and run.checkpoint == str(best_folder(run))
+    return run.state.best_step if is_best else run.state.step  # type: ignore[return-value]
 
 
 def _sampler_of_rollouts(recipe: Recipe) -> Sampler:

@@ -35,7 +35,7 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
-from dllm_rl.training.validation import evaluate_with, format_metrics
+from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics
 from dllm_rl.training.warmup import warm_up
 from dllm_rl.versions import versions
 
@@ -60,7 +60,7 @@ def initialize_run(
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora)
     with log.stage("evaluation"):
-        eval_before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+        eval_before = evaluate_held_out(recipe, policy, recipe.eval_task, accelerator, log, 0)
     log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
     return TrainingState.first(
         recipe.settings(),

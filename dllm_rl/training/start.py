@@ -317,6 +317,7 @@ def open_log(
         main=accelerator.is_main_process,
         sampled=saved_state.step if saved_state else 0,
         completions=recipe.log_completions_steps > 0,
+        held_out=isinstance(recipe, Recipe),
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )
     run_exit_stack().callback(log.close)  # also after an error or a stop

@@ -24,7 +24,7 @@ from dllm_rl.training.late_rollouts.schedule import WorkerPool
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import evaluate_with, validation_interval
+from dllm_rl.training.validation import evaluate_held_out, validation_interval
 from dllm_rl.types import Rollout
 
 
@@ -114,5 +114,5 @@ def validate(run: Run[Recipe], step: int) -> dict[str, float]:
     if not eval_interval or (step + 1) % eval_interval:  # step counts from 0
         return {}
     with run.log.stage("evaluation"):
-        means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
+        means = evaluate_held_out(recipe, run.policy, recipe.validation_task, run.accelerator, run.log, step + 1)
     return {f"eval/{name}": value for name, value in means.items()}

@@ -5,8 +5,12 @@ from collections.abc import Iterable
 
 from accelerate import Accelerator
 
+from dllm_rl.distributed.collectives import collective
 from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.evaluation.held_out import held_out_row
+from dllm_rl.evaluation.results import Evaluation
 from dllm_rl.models.base import Policy
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler
 from dllm_rl.tasks.base import Task
@@ -18,9 +22,26 @@ MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a mul
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
     """Evaluate a policy on a task with the recipe's eval sampler; return the mean metrics."""
+    return evaluation_of(recipe, policy, task, accelerator).means
+
+
+def evaluation_of(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> Evaluation:
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
     with process_restored():  # after the methods of a sampler of the user's
-        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
+        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options)
+
+
+@collective
+def evaluate_held_out(
+    recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator, log: RunLog, step: int
+) -> dict[str, float]:
+    """Evaluate a policy after `step` updates as `evaluate_with` does, and store the result of every problem in
+    held_out.jsonl.
+    """
+    evaluation = evaluation_of(recipe, policy, task, accelerator)
+    is_test = task is recipe.eval_task
+    log.keep([held_out_row(step, evaluation, task, recipe.settings(), is_test=is_test)] * log.main, "held_out")
+    return evaluation.means
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from itertools import product
-from math import cos, pi, sin, tan
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import rmtree
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dllm_rl import Callback, Policy, Recipe
+from dllm_rl.evaluation.intervals import student_t
 from dllm_rl.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -182,23 +182,6 @@ def keep(root: Path, kept: Mapping[str, Any]) -> None:
     for part in ("checkpoints", "reference"):  # no study reads them, and a hundred runs' fill a disk
         if (folder / part).exists():
             rmtree(folder / part)
-
-
-def student_t(n: int) -> float:
-    """The half-width of n values' 95 % interval in standard errors, to three digits: Student's t, n - 1 degrees.
-
-    P(|t| < x) is a finite sum of powers of the cosine of arctan(x / sqrt(n - 1)) (Abramowitz & Stegun 26.7.3, 26.7.4).
-    """
-    degrees, low, high = n - 1, 0.0, pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        term, total = cos(angle) ** (degrees % 2), 0.0
-        for power in range(degrees % 2, degrees - 1, 2):
-            total += term
-            term *= cos(angle) ** 2 * (power + 1) / (power + 2)
-        inside = (angle + total * sin(angle)) * 2 / pi if degrees % 2 else total * sin(angle)
-        low, high = (angle, high) if inside < 0.95 else (low, angle)
-    return round(degrees**0.5 * tan(low), 3)
 
 
 def half_width(values: Sequence[float]) -> float:

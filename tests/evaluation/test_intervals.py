@@ -8,7 +8,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from dllm_rl.evaluation.intervals import bootstrap_interval, majority_at_k, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_interval, majority_at_k, pass_at_k, student_t, t_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])
@@ -208,3 +208,23 @@ def test_bootstrap_of_a_difference_refuses() -> None:
     for values, before in [([], []), ([1.0], [1.0, 2.0])]:
         with pytest.raises(ValueError, match="as many before"):
             bootstrap_interval(values, np.random.default_rng(0), before=before)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        *zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), strict=True),
+        *((11, 2.228), (12, 2.201), (20, 2.093), (31, 2.042), (32, 2.040), (121, 1.980), (1001, 1.962)),
+    ],
+)
+def test_students_t_is_that_of_printed_tables(values: int, expected: float) -> None:
+    assert student_t(values) == expected
+
+
+def test_students_interval_by_hand() -> None:
+    """Of 1, 2, 3 the standard error is sqrt(1/3); with 4, 6 it is sqrt(1/3 + 2/2), with the smaller one's 1 degree."""
+    half = 4.303 * sqrt(1 / 3)
+    assert t_interval([1, 2, 3]) == pytest.approx((2 - half, 2 + half))
+    half = 12.706 * sqrt(1 / 3 + 2 / 2)
+    assert t_interval([1, 2, 3], [4, 6]) == pytest.approx((-3 - half, -3 + half))
+    assert t_interval([1]) is None and t_interval([0.1, 0.1, 0.1]) is None and t_interval([1, 2], [3]) is None

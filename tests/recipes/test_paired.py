@@ -98,17 +98,6 @@ def test_a_share_of_the_harm_by_hand():
     assert paired.share(results | whole, "TIS", "none", "whole") == expected == "0.01 [-0.03, 0.04]"
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        *zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), strict=True),
-        *((11, 2.228), (12, 2.201), (20, 2.093), (31, 2.042), (32, 2.040), (121, 1.980), (1001, 1.962)),
-    ],
-)
-def test_students_t_is_that_of_printed_tables(values, expected):
-    assert paired.student_t(values) == expected
-
-
 def test_an_interval_of_twelve_values():
     """Six times 0 and 1: the standard deviation is sqrt(3/11), and 2.201 * sqrt(3/11/12) is 0.332."""
     assert paired.interval([0, 1] * 6) == "0.500±0.332"
