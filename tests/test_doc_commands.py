@@ -99,6 +99,7 @@ def test_modules_that_are_run_are_there():
 def test_options_of_dllm_rl_are_known(monkeypatch):
     read = []
     modules = {"main": "doctor", "evaluate_run": "evaluate_command", "stop_run": "stop_command"}
+    modules |= {"compare_runs": "compare_command"}
     modules |= {name: f"{name}_command" for name in ("sample", "serve", "grade", "check_trace", "status")}
     for module, name in [*modules.items(), ("main", "verify")]:
         monkeypatch.setattr(f"dllm_rl.cli.{module}.{name}", read.append)
