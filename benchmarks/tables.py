@@ -149,7 +149,6 @@ def likelihoods() -> str:
     estimators: dict[str, LikelihoodEstimator] = {
         "Trajectory()": Trajectory(),
         "Trajectory(num_segments=8)": Trajectory(num_segments=8),
-        "Trajectory(num_sampled_steps=8)": Trajectory(num_sampled_steps=8),
         "ELBO(num_samples=4)": ELBO(num_samples=4),
         "Coupled(num_samples=2)": Coupled(num_samples=2),
         "OneStep()": OneStep(),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dllm_rl.algorithms.losses import is_per_token
+from dllm_rl.algorithms.losses import is_per_token, takes_drawn_steps
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
@@ -171,6 +171,25 @@ class Recipe(StepSettings):
                 "rounded sums of two recorded numbers, not bit for bit the learner's; use 'per_policy' or 'rollout'",
             ),
         ]
+        growth = self.likelihood.variance_growth
+        if growth is not None:
+            every_step = f"likelihood.variance_growth={growth:g} scores some of a row's steps, and"
+            conflicts += [
+                (
+                    self.value_model is not None,
+                    f"{every_step} value_model needs the states of all: set either to None",
+                ),
+                (
+                    not takes_drawn_steps(self.resolved_loss),
+                    f"{every_step} loss={describe(self.resolved_loss)} needs all tokens of a row: use PPOClip, CISPO "
+                    "or GSPO, or likelihood.variance_growth=None",
+                ),
+                (
+                    not self.corrector.takes_drawn_steps,
+                    f"{every_step} corrector={describe(self.corrector)} needs all tokens of a row: use TIS, MIS or "
+                    "IcePop with their defaults or AIS(pool='geometric'), or likelihood.variance_growth=None",
+                ),
+            ]
         if self.base_quantization is not None:
             conflicts += self.low_bit_conflicts(f"base_quantization={self.base_quantization!r}")
         if self.value_model is not None:

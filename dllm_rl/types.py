@@ -632,6 +632,7 @@ class Batch:
     sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
     graphs: RetainedGraphs | None = None  # of the forwards that scored it, and of those of later updates
     is_scored: bool = True  # False: the log-probs before the update are 0, which the loss does not read
+    inverse_chances: Float[Tensor, "B T"] | None = None  # see `Views`; None: every token of the loss counts once
 
 
 @dataclass(frozen=True)
@@ -669,6 +670,9 @@ class Views(_Movable):
             only.
         features: Tensors of optional features, in the order in which they change a view, and an estimator's additional
             tensors.
+        inverse_chances: 1 / the chance with which the token's denoising step was drawn (`draw_steps`), by which the
+            loss multiplies the token's gradient; 0 where the step was not drawn, and the token is not scored. None
+            (default): nothing was drawn.
     """
 
     ROW_AXIS: ClassVar[int] = 1
@@ -677,11 +681,13 @@ class Views(_Movable):
     coefficients: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
     features: tuple[ViewTensors, ...] = ()
+    inverse_chances: Float[Tensor, "1 B T"] | None = None
 
     def restrict_to_rows(self, live: Bool[Tensor, " B"]) -> "Views":
         """Return views with the same masks that score only the rows in `live`."""
         return dataclasses.replace(self, coefficients=self.coefficients * live[:, None])
 
     def scored(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Return `mask` restricted to the rows that any view scores."""
-        return mask & (self.coefficients != 0).any(0).any(-1, keepdim=True)
+        """Return `mask` restricted to the rows that any view scores, and to the tokens of the steps that were drawn."""
+        scored = mask & (self.coefficients != 0).any(0).any(-1, keepdim=True)
+        return scored if self.inverse_chances is None else scored & (self.inverse_chances[0] > 0)

@@ -30,6 +30,7 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import USABLE_SHARE, plan
 from recipes.llada_8b_sudoku import recipe as llada_8b
 from recipes.quantized_sudoku import recipe as main_job
+from recipes.studies.surrogates import UniformSteps
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS.parent / "recipes" / "examples"
@@ -309,7 +310,7 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
     rule = made["sampler"].replace(rank=made["RandomOrder"](), commit=partial(made["beside"], rate=0.5))
-    sampled = dllm_rl.Trajectory(num_sampled_steps=2)
+    sampled = UniformSteps(k=2)
     some = made["weighted_shares"](made["policy"], rule, [made["equals"]], likelihood=sampled)
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
 
@@ -646,7 +647,7 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
         (dllm_rl.Coupled(num_samples=2), of_the_elbo),
         (examples.Controlled(), of_the_elbo),
         (examples.cross_fitted, of_the_elbo),
-        (dllm_rl.Trajectory(num_sampled_steps=1), in_order),
+        (UniformSteps(k=1), in_order),
         (dllm_rl.Trajectory(), in_order | {"exact"}),
     ):
         rows = made["estimator_table"](estimator)

@@ -19,7 +19,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import MAX_LOG, WIDTH, Loss, LossReduction, SequenceMean, TrustBand, exp_ratio
+from dllm_rl.algorithms.losses import (
+    MAX_LOG,
+    WIDTH,
+    Loss,
+    LossReduction,
+    SequenceMean,
+    TrustBand,
+    exp_ratio,
+    mean_over_tokens,
+)
 from dllm_rl.records import Record, describe, option
 
 Level = Literal["token", "sequence"]
@@ -42,6 +51,8 @@ class TokenStats:
         unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 outside the completion.
         entropy: Entropy of the learner's distribution at the token, in nats. None (default) unless the
             corrector sets `needs_entropy`, which costs one more forward per view.
+        inverse_chances: 1 / the chance with which the token's denoising step was drawn. `mask` then has the drawn
+            tokens alone, each of which stands for so many. None (default): nothing was drawn.
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -51,6 +62,7 @@ class TokenStats:
     rollout_logprobs: Float[Tensor, "B T"]
     unmask_step: Int[Tensor, "B T"]
     entropy: Float[Tensor, "B T"] | None = None
+    inverse_chances: Float[Tensor, "B T"] | None = None
 
     def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
         """Return the statistics restricted to `mask`; log_mismatch is 0 outside it."""
@@ -93,28 +105,40 @@ def drop_nonfinite(
 
 
 def pooled_log_ratio(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
+    log_mismatch: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    level: str,
+    pool: str,
+    inverse_chances: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """Return log-ratios of tokens or sequences, in nats, at every token of the mask; 0 outside the mask.
 
-    With level="sequence", every token gets the sum (pool="product") or the mean ("geometric") over its row.
+    With level="sequence", every token gets the sum (pool="product") or the mean ("geometric") over its row. With
+    `inverse_chances`, the mean is weighted by them; a sum over all tokens cannot be told from those of some steps.
     """
     log_w = torch.where(mask, log_mismatch, 0)
     if level == "token":
         return log_w
     if level != "sequence":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows are rounded in fp32
+    # fp64: sums over long rows are rounded in fp32
     if pool == "geometric":
-        total = total / mask.sum(-1, keepdim=True).clamp(min=1)
-    elif pool != "product":
+        total = mean_over_tokens(log_w.double(), mask, inverse_chances)
+    elif pool == "product":
+        assert inverse_chances is None, "`Corrector.takes_drawn_steps` excludes products"
+        total = log_w.double().sum(-1, keepdim=True)
+    else:
         raise ValueError(f"pool={pool!r} must be 'product' or 'geometric'")
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
 
 
-def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """Return the share of the mask's tokens at which `event` is true; 0 if the mask is empty."""
-    return (event & mask).sum().item() / max(mask.sum().item(), 1)
+def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], chances: Tensor | None = None) -> float:
+    """Return the share of the mask's tokens at which `event` is true; 0 if the mask is empty. `chances`: the tokens'
+    inverse chances.
+    """
+    weights = mask if chances is None else torch.where(mask, chances, 0)
+    return torch.where(event, weights, 0).sum().item() / max(weights.sum().item(), 1)
 
 
 class Corrector(Record):
@@ -161,6 +185,16 @@ class Corrector(Record):
         return type(self).weights is not Corrector.weights
 
     @property
+    def takes_drawn_steps(self) -> bool:
+        """Whether `weights` is right where only some of a row's tokens are scored (`Trajectory.variance_growth`).
+
+        Default: whether it treats each token by itself, which is tested on numbers, and drops none, because nobody
+        knows which of the other tokens it would drop. A corrector that weights its means by
+        `TokenStats.inverse_chances` overrides it.
+        """
+        return _is_per_token(self)
+
+    @property
     def only_masks(self) -> bool:
         """Whether every weight is 1, so that only the loss mask may change."""
         return not self.has_weights
@@ -168,6 +202,26 @@ class Corrector(Record):
     @classmethod
     def convert(cls, value: Any) -> "Corrector | None":
         return FunctionCorrector(function=value) if callable(value) and not isinstance(value, Record) else None
+
+
+def _is_per_token(corrector: Corrector) -> bool:
+    """Return whether rows of three tokens get the weights of rows of one token, and none is dropped."""
+    log_mismatch = torch.linspace(-2.5, 2.0, 12, dtype=torch.float64).view(4, 3)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    steps, old, entropy = torch.arange(3).expand(4, 3), log_mismatch - 3, log_mismatch + 3
+
+    def weights(rows: int) -> TokenWeights:
+        def cut(x: Tensor) -> Tensor:
+            return x.reshape(rows, -1)
+
+        mask = torch.ones_like(cut(old), dtype=torch.bool)
+        given = advantages.repeat_interleave(rows // 4)
+        stats = [cut(log_mismatch), given, mask, cut(old), cut(old - log_mismatch), cut(steps), cut(entropy)]
+        return corrector.weights(TokenStats(*stats))
+
+    together, apart = weights(4), weights(12)
+    is_equal = torch.allclose(together.importance_weights.flatten(), apart.importance_weights.flatten())
+    return is_equal and bool(together.loss_mask.all() and apart.loss_mask.all())
 
 
 def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T"]) -> None:
@@ -237,6 +291,11 @@ class FunctionCorrector(Corrector):
         return super().weights(stats) if self.function is None else self.function(stats)
 
 
+def _pools_means(corrector: "TIS | MIS") -> bool:
+    """Return whether the weights are of tokens, or of means over a row's tokens and not of sums."""
+    return corrector.level == "token" or corrector.pool == "geometric"
+
+
 class TIS(Corrector):
     """Truncated importance sampling: w = min(rho, cap).
 
@@ -256,11 +315,18 @@ class TIS(Corrector):
     level: Level = "token"
     pool: Pool = "product"
 
+    @property
+    def takes_drawn_steps(self) -> bool:
+        return _pools_means(self)
+
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        weights = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool))
+        chances = stats.inverse_chances
+        weights = exp_ratio(
+            pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool, inverse_chances=chances)
+        )
         # Compared before the clamp: a weight equal to cap is not capped.
-        metrics["tis/capped_fraction"] = _fraction(weights > self.cap, finite_mask)
+        metrics["tis/capped_fraction"] = _fraction(weights > self.cap, finite_mask, chances)
         return TokenWeights(torch.where(finite_mask, weights.clamp(max=self.cap), 1), finite_mask, metrics)
 
 
@@ -287,12 +353,19 @@ class MIS(Corrector):
     pool: Pool = "product"
     outside: Outside = "zero"
 
+    @property
+    def takes_drawn_steps(self) -> bool:
+        return _pools_means(self) and self.outside == "zero"
+
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        weights = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool))
+        chances = stats.inverse_chances
+        weights = exp_ratio(
+            pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool, inverse_chances=chances)
+        )
         out_of_range = (weights < self.min_ratio) | (weights > self.max_ratio)
         # verl's name: is = importance sampling, oob = out of bounds.
-        metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(out_of_range, finite_mask)
+        metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(out_of_range, finite_mask, chances)
         weights = torch.where(finite_mask, weights.masked_fill(out_of_range, 0), 1)
         loss_mask = finite_mask & ~out_of_range if self.outside == "drop" else finite_mask
         return TokenWeights(weights, loss_mask, metrics)
@@ -340,6 +413,8 @@ class Reject(Corrector):
     statistic: Literal["k1", "k2", "k3"] = "k3"
     threshold: float = option(default=0.001, at_least=0)
     pool: Literal["mean", "sum", "max"] = "mean"
+
+    takes_drawn_steps = False  # what it drops, the loss's denominator does not count
 
     @property
     def only_masks(self) -> bool:
@@ -416,24 +491,33 @@ class AIS(Corrector):
     pool: Pool = "product"
     level: Level = "token"
 
+    @property
+    def takes_drawn_steps(self) -> bool:
+        return self.pool == "geometric"  # the ESS is of sequences at every level
+
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+        chances = stats.inverse_chances
         log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
         reliability = 1.0  # without tokens, lambda has its on-policy value
         divergence = 0.0
         variation = 0.0
         if finite_mask.any():
             w = log_w[finite_mask].double().exp()
-            row_log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool=self.pool).double()
+            counts = torch.ones_like(w) if chances is None else chances[finite_mask].double()
+            row_log_w = pooled_log_ratio(
+                log_mismatch, finite_mask, level="sequence", pool=self.pool, inverse_chances=chances
+            ).double()
             # One number per row that has a token.
             row_log_w = torch.where(finite_mask, row_log_w, -torch.inf).amax(-1)[finite_mask.any(-1)]
             row_w = (row_log_w - row_log_w.max()).exp()  # this scaling does not change ESS, and prevents overflow
             reliability = min(1.0, (row_w.sum().square() / (len(row_w) * row_w.square().sum())).item())
-            divergence = log_mismatch[finite_mask].double().abs().mean().item()
-            variation = (w.std(correction=0) / w.mean()).item()
-        capped = exp_ratio(pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool)).clamp(
-            max=self.cap
-        )
+            divergence = ((counts * log_mismatch[finite_mask].double().abs()).sum() / counts.sum()).item()
+            mean = (counts * w).sum() / counts.sum()
+            variation = (((counts * (w - mean).square()).sum() / counts.sum()).sqrt() / mean).item()
+        capped = exp_ratio(
+            pooled_log_ratio(log_mismatch, finite_mask, level=self.level, pool=self.pool, inverse_chances=chances)
+        ).clamp(max=self.cap)
         lam = min(1.0, max(0.0, self.lambda_fn(reliability, divergence, variation, tau=self.tau)))
         weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact if lambda is 0 or 1
         metrics |= {"ais/ess": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
@@ -466,12 +550,14 @@ class TBPO(Corrector):
         return TrustBand(eps_high=self.eps_high, neg_low=self.neg_low, neg_high=self.neg_high)
 
     loss_reduction = SequenceMean()
+    takes_drawn_steps = True
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-        log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool="geometric")
+        chances = stats.inverse_chances
+        log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool="geometric", inverse_chances=chances)
         max_log_w = math.log(self.max_weight)
-        metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > max_log_w, finite_mask)
+        metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > max_log_w, finite_mask, chances)
         return TokenWeights(log_w.clamp(-max_log_w, max_log_w).exp(), finite_mask, metrics)
 
 
@@ -546,6 +632,10 @@ class Compose(Corrector):
     @property
     def only_masks(self) -> bool:
         return all(part.only_masks for part in self.parts)
+
+    @property
+    def takes_drawn_steps(self) -> bool:
+        return all(part.takes_drawn_steps for part in self.parts)
 
     def weights(self, stats: TokenStats) -> TokenWeights:
         with_weights = [(k, part) for k, part in enumerate(self.parts, start=1) if part.has_weights]

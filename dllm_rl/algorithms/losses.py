@@ -6,6 +6,9 @@ outside the mask. A surrogate sees all rows of its process, regardless of micro-
 
 - old_logprobs: (B, T) log-probs in the denominator of the ratios, in nats; 0 outside the mask.
 - log_mismatch: (B, T) logp_old - logp_rollout, in nats; 0 outside the mask.
+- inverse_chances: (B, T) 1 / the chance with which the token's denoising step was drawn, 0 for tokens that were not
+  scored; None if all were. Weight sums over a row's tokens by it (`row_mean` does). `policy_loss` multiplies the
+  objective of each token by it, so that a loss that treats each token by itself need not read it.
 - sum_over_processes: Function that sums a tensor over all processes; every process calls it once, with equal shapes.
 
 A reduction returns the coefficient of each token (B, T) in the loss; the counts in its arguments cover the GLOBAL
@@ -27,7 +30,7 @@ from dllm_rl.types import Batch, group_numbers
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
 # The width of a band around the ratio 1. A narrower one would be closed in float32, and the gradient lost at ratio 1.
 WIDTH = 1e-6
-SURROGATE_INPUTS = ("old_logprobs", "log_mismatch", "sum_over_processes")
+SURROGATE_INPUTS = ("old_logprobs", "log_mismatch", "inverse_chances", "sum_over_processes")
 
 
 class Loss(Record):
@@ -140,8 +143,12 @@ class GSPO(Loss):
     epsilon: float = option(default=3e-4, at_least=WIDTH)
     epsilon_high: float | None = option(default=4e-4, at_least=WIDTH)
 
-    def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
-        ratio = exp_ratio(row_mean(log_ratio, mask))
+    inputs = frozenset({"inverse_chances"})
+
+    def __call__(
+        self, log_ratio: Tensor, advantages: Tensor, mask: Tensor, inverse_chances: Tensor | None = None
+    ) -> Float[Tensor, "B T"]:
+        ratio = exp_ratio(row_mean(log_ratio, mask, inverse_chances))
         return clipped_objective(ratio, advantages, self.epsilon, self.epsilon_high)
 
 
@@ -166,8 +173,12 @@ class TrustBand(Loss):
     neg_low: float = option(default=3e-4, at_least=WIDTH)
     neg_high: float = option(default=7e-4, at_least=WIDTH)
 
-    def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Float[Tensor, "B T"]:
-        ratio = exp_ratio(row_mean(log_ratio, mask))
+    inputs = frozenset({"inverse_chances"})
+
+    def __call__(
+        self, log_ratio: Tensor, advantages: Tensor, mask: Tensor, inverse_chances: Tensor | None = None
+    ) -> Float[Tensor, "B T"]:
+        ratio = exp_ratio(row_mean(log_ratio, mask, inverse_chances))
         for_nonnegative = ratio.clamp(0, 1 + self.eps_high)
         for_negative = ratio.clamp(1 - self.neg_low, 1 + self.neg_high)
         advantages = advantages[:, None]
@@ -276,13 +287,14 @@ class OffPolicyMask(Loss):
 
     @property
     def inputs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.loss.inputs | ({"log_mismatch"} if self.since == "rollout" else set())
+        own = {"log_mismatch"} if self.since == "rollout" else set()
+        return self.loss.inputs | own | ({"inverse_chances"} if takes_drawn_steps(self.loss) else set())
 
     def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor, **inputs: Any) -> Float[Tensor, "B T"]:
         drift = -log_ratio.detach()
         if self.since == "rollout":
             drift = drift - inputs["log_mismatch"]
-        mean_drift = torch.where(mask, drift, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+        mean_drift = mean_over_tokens(drift, mask, inputs.get("inverse_chances"))[:, 0]
         is_left_out = (advantages < 0) & (mean_drift > self.threshold)
         read = {name: value for name, value in inputs.items() if name in self.loss.inputs}
         return torch.where(is_left_out[:, None], 0, self.loss(log_ratio, advantages, mask, **read))
@@ -301,13 +313,26 @@ class Reinforce(Loss):
         return advantages[:, None] * log_ratio
 
 
-def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Return the row's mean of log_ratio over the mask, at every position of the mask; 0 outside the mask.
+def mean_over_tokens(
+    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], inverse_chances: Float[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B 1"]:
+    """Return each row's mean over the mask, 0 without tokens. With `inverse_chances` it is weighted by them, and
+    estimates the mean over all tokens from those whose step was drawn.
+    """
+    weights = mask if inverse_chances is None else torch.where(mask, inverse_chances, 0).to(values)
+    total = torch.where(mask, values if inverse_chances is None else values * weights, 0).sum(-1, keepdim=True)
+    return total / weights.sum(-1, keepdim=True).clamp(min=1)
+
+
+def row_mean(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], inverse_chances: Float[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B T"]:
+    """Return the row's mean of log_ratio (`mean_over_tokens`) at every position of the mask; 0 outside the mask.
 
     The gradient is not that of a mean: each position of the result passes its gradient to its own log_ratio only.
     """
     masked_ratio = torch.where(mask, log_ratio, 0)
-    mean = masked_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = mean_over_tokens(masked_ratio.detach(), mask, inverse_chances)
     # If the loss's coefficients are constant in a row, these gradients add up to the gradient of the mean, without the
     # rounding of a sum over T and its division [ours].
     return torch.where(mask, mean + (masked_ratio - masked_ratio.detach()), 0)
@@ -403,7 +428,11 @@ def bias_corrected_kl(
 
 
 def entropy_bonus(
-    logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group: Int[Tensor, " B"]
+    logps: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    group: Int[Tensor, " B"],
+    inverse_chances: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """Compute (-sg(log p) - b) log p: an objective that raises the entropy H, in nats, from the sampled tokens only.
 
@@ -413,12 +442,13 @@ def entropy_bonus(
     of later tokens is left out. Without b, the noise of the gradient lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
+    counted = mask if inverse_chances is None else torch.where(mask, inverse_chances, 0).to(logps)
     number = group_numbers(group)
 
     def of_others(values: Tensor) -> Tensor:  # including the row would make the baseline depend on it
         return torch.zeros_like(values).index_add(0, number, values)[number] - values
 
-    baseline = of_others(surprise.sum(-1)) / of_others(mask.sum(-1)).clamp(min=1)
+    baseline = of_others((surprise * counted).sum(-1)) / of_others(counted.sum(-1)).clamp(min=1)
     return (surprise - baseline[:, None]) * torch.where(mask, logps, 0)
 
 
@@ -483,14 +513,16 @@ class FixedLengthMean(LossReduction):
         return mask / (max(num_sequences, 1) * self.length)
 
 
-def loss_inputs(names: frozenset[str], batch: Batch) -> dict[str, Tensor | Callable]:
+def loss_inputs(names: frozenset[str], batch: Batch) -> dict[str, Tensor | Callable | None]:
     """Return the values of these SURROGATE_INPUTS, by name."""
-    keywords: dict[str, Tensor | Callable] = {}
+    keywords: dict[str, Tensor | Callable | None] = {}
     if "old_logprobs" in names:
         keywords["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
     if "log_mismatch" in names:
         log_mismatch = batch.old_logprobs - _rollout_logprobs(batch, "the loss")
         keywords["log_mismatch"] = torch.where(batch.loss_mask, log_mismatch, 0)
+    if "inverse_chances" in names:
+        keywords["inverse_chances"] = batch.inverse_chances
     if "sum_over_processes" in names:
         keywords["sum_over_processes"] = batch.sum_over_processes
     return keywords
@@ -537,10 +569,19 @@ def is_per_token(surrogate: Loss | Callable[..., Tensor]) -> bool:
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
     mask = torch.ones(4, 3, dtype=torch.bool)
     inputs = {"old_logprobs": log_ratio - 1, "log_mismatch": log_ratio / 3, "sum_over_processes": lambda total: total}
+    inputs["inverse_chances"] = torch.ones_like(log_ratio)
     keywords = {name: inputs[name] for name in loss.inputs}
     row_objective = loss(log_ratio, advantages, mask, **keywords)
     token_objective = apply_per_token(loss, log_ratio, advantages[:, None].expand(4, 3), mask, **keywords)
     return bool(torch.allclose(row_objective.expand(4, 3), token_objective))
+
+
+def takes_drawn_steps(surrogate: Loss | Callable[..., Tensor]) -> bool:
+    """Return whether a loss is right where only some of a row's tokens are scored (`Trajectory.variance_growth`): it
+    treats each token by itself, or weights what it adds up over a row by `inverse_chances`.
+    """
+    loss: Loss = fit("loss", Loss, surrogate)
+    return "inverse_chances" in loss.inputs or is_per_token(loss)
 
 
 def _rollout_logprobs(batch: Batch, consumer: str) -> Float[Tensor, "B T"]:
@@ -592,11 +633,15 @@ def policy_loss(
     objective_fn: Loss = surrogate if isinstance(surrogate, Loss) else fit("loss", Loss, surrogate)
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
-    coefficient = loss_reduction(loss_mask.clone(), num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    chances = batch.inverse_chances
+    in_mean = loss_mask.clone()
+    if chances is not None:  # tokens whose step was not drawn are in the loss: the drawn ones stand for them
+        in_mean |= batch.rollout.completion_mask & (chances == 0)
+    coefficient = loss_reduction(in_mean, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     check_shape("loss_reduction", loss_reduction, coefficient, logps.shape)
-    loss_weights = batch.rollout.loss_weights
-    if loss_weights is not None:
-        coefficient = coefficient * loss_weights
+    for weights in (batch.rollout.loss_weights, chances):
+        if weights is not None:
+            coefficient = coefficient * weights
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
     keywords = loss_inputs(objective_fn.inputs, batch) if objective_fn.inputs else {}
@@ -613,6 +658,12 @@ def policy_loss(
     def at_tokens(values: Tensor) -> Tensor:
         return values.flatten()[flat_index]
 
+    def number_of(tokens: Tensor) -> Tensor:  # of all tokens, of which the drawn ones are a sample
+        return tokens.sum() if chances is None else (tokens * chances).sum()
+
+    def total_of(values: Tensor) -> Tensor:
+        return values.sum() if chances is None else (values * at_tokens(chances)).sum()
+
     loss = -at_tokens(coefficient * batch.importance_weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
@@ -620,17 +671,17 @@ def policy_loss(
     # Tokens with a zero advantage or a zero weight never have a gradient, clipped or not.
     counted = loss_mask & (advantages != 0) & (batch.importance_weights != 0) & (coefficient != 0)
     clipped = counted & (gradient == 0)  # holds for every surrogate, however it clips
-    count = counted.sum()
-    num_positive = (counted & positive).sum()
+    count = number_of(counted)
+    num_positive = number_of(counted & positive)
     metrics = {
-        "clip_ratio/region_mean": (clipped.sum(), count),
-        "clip_ratio/low_mean": ((clipped & ~positive).sum(), count),
-        "clip_ratio/high_mean": ((clipped & positive).sum(), count),
-        "band/positive": ((counted & ~clipped & positive).sum(), num_positive),
-        "band/negative": ((counted & ~clipped & ~positive).sum(), count - num_positive),
+        "clip_ratio/region_mean": (number_of(clipped), count),
+        "clip_ratio/low_mean": (number_of(clipped & ~positive), count),
+        "clip_ratio/high_mean": (number_of(clipped & positive), count),
+        "band/positive": (number_of(counted & ~clipped & positive), num_positive),
+        "band/negative": (number_of(counted & ~clipped & ~positive), count - num_positive),
     }
     if batch.is_scored:
-        metrics["ratio/mean"] = (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum())
+        metrics["ratio/mean"] = (total_of(at_tokens(log_ratio.detach()).exp()), number_of(loss_mask))
     if batch.reference_logprobs is not None:
         reference_log_ratio = torch.where(loss_mask, batch.reference_logprobs - logps, 0)
         if isinstance(kl, KL) and kl.bias_correction:
@@ -647,11 +698,12 @@ def policy_loss(
         kl_term = beta * (at_tokens(coefficient) * penalty).sum()
         loss = loss + kl_term
         gradient = gradient + torch.autograd.grad(kl_term, logps)[0]
-        metrics["kl"] = (penalty.detach().sum(), loss_mask.sum())
+        metrics["kl"] = (total_of(penalty.detach()), number_of(loss_mask))
     if entropy:
-        bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group=batch.rollout.group)).sum()
+        per_token = entropy_bonus(logps, loss_mask, group=batch.rollout.group, inverse_chances=chances)
+        bonus = entropy * (coefficient * per_token).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
-        metrics["entropy"] = (-at_tokens(logps.detach()).sum(), loss_mask.sum())
+        metrics["entropy"] = (-total_of(at_tokens(logps.detach())), number_of(loss_mask))
     # This process's share of the loss: `step.update` adds up the shares.
     metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))
     return loss.detach(), metrics, gradient

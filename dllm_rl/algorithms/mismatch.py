@@ -6,7 +6,8 @@ counted.
 
 To save forwards, a training step scores only the rows that it trains on, and a random sample of the other groups. Each
 row is weighted by its inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all
-rows. docs/papers.md explains the tag [digest].
+rows. If the likelihood draws denoising steps, a token is also weighted by the inverse chance of its step.
+docs/papers.md explains the tag [digest].
 """
 
 import math
@@ -30,6 +31,7 @@ class _ScoredTokens:
     log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
     finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
     rows: Bool[Tensor, " B"]  # rows with a finite token
+    inverse_chances: Float[Tensor, "B T"] | None  # of the tokens' steps; None: all steps are scored
     token_weights: Float[Tensor, " K"]  # one weight per finite token
     row_weights: Float[Tensor, " R"]  # one weight per row with a finite token
     num_tokens: Float[Tensor, ""]  # tokens of ALL rows, minus the estimated non-finite tokens
@@ -57,23 +59,30 @@ class _ScoredTokens:
 
 
 def _select_scored(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], row_weights: Float[Tensor, " B"] | None
+    log_mismatch: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    row_weights: Float[Tensor, " B"] | None,
+    inverse_chances: Float[Tensor, "B T"] | None,
 ) -> _ScoredTokens:
     """Select the scored tokens with a finite ratio. Raise ValueError if there are none."""
     weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
     weights = weights.double()
-    scored = mask & (weights > 0)[:, None]
+    token_weights = weights[:, None].expand(mask.shape)
+    if inverse_chances is not None:
+        token_weights = token_weights * inverse_chances
+    scored = mask & (token_weights > 0)
     finite = scored & log_mismatch.isfinite()
     if not finite.any():
         raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
     has_finite = finite.any(-1)
-    num_nonfinite = (weights[:, None] * (scored & ~finite)).sum()
+    num_nonfinite = (token_weights * (scored & ~finite)).sum()
     num_rows_left_out = (weights * (scored.any(-1) & ~has_finite)).sum()
     return _ScoredTokens(
         log_mismatch=torch.where(finite, log_mismatch, 0).double(),
         finite=finite,
         rows=has_finite,
-        token_weights=weights[:, None].expand(mask.shape)[finite],
+        inverse_chances=inverse_chances,
+        token_weights=token_weights[finite],
         row_weights=weights[has_finite],
         num_tokens=mask.sum() - num_nonfinite,
         num_rows=mask.any(-1).sum() - num_rows_left_out,
@@ -89,6 +98,7 @@ def mismatch_metrics(
     old: Float[Tensor, "B T"] | None = None,
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"] | None = None,
     row_weights: Float[Tensor, " B"] | None = None,
+    inverse_chances: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """Compute the `rollout_corr/` metrics over the tokens of the mask.
 
@@ -122,6 +132,9 @@ def mismatch_metrics(
         row_weights: Inverse sampling fraction per row, 0 if not scored (`inverse_sampling_weights`). Means are then
             unbiased for all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are only consistent;
             extremes cover scored rows only. None (default): all rows are scored.
+        inverse_chances: 1 / the chance that the token's step was drawn, 0 if it was not (B, T). Metrics of sequences
+            other than `rows` are then left out, because the drawn steps do not tell them. None (default): all tokens
+            of the scored rows are scored.
 
     Returns:
         Metrics by name.
@@ -129,12 +142,10 @@ def mismatch_metrics(
     Raises:
         ValueError: No token of the mask has a finite ratio.
     """
-    scored = _select_scored(log_mismatch, mask, row_weights)
+    scored = _select_scored(log_mismatch, mask, row_weights, inverse_chances)
     log_rho = scored.log_mismatch[scored.finite]
     excess = torch.expm1(log_rho.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means around 1 are exact if the policies agree
     rho = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
-    row_log_rho = scored.log_mismatch.sum(-1)[scored.rows]
-    log_ppl_diff = -scored.row_means(scored.log_mismatch)
     mean, _ = scored.weighted_moments(rho)
     _, mean_square = scored.weighted_moments(rho / mean)  # divided first: exactly 1 if the policies agree
     values = {
@@ -144,21 +155,12 @@ def mismatch_metrics(
         "k3_kl": scored.per_token(excess - log_rho),
         "abs_log_ratio_mean": scored.per_token(log_rho.abs()),
         "abs_log_ratio_max": log_rho.abs().max(),
-        "log_ppl_diff": scored.per_row(log_ppl_diff),
-        "log_ppl_abs_diff": scored.per_row(log_ppl_diff.abs()),
-        "log_ppl_diff_max": log_ppl_diff.max(),
-        "log_ppl_diff_min": log_ppl_diff.min(),
-        "ppl_ratio": 1 + scored.per_row(log_ppl_diff.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
         "chi2_token": scored.per_token(rho.square() - 1),
-        "chi2_seq": scored.per_row((2 * row_log_rho.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
         "nonfinite_fraction": scored.nonfinite_fraction,
         "rows": scored.rows.sum(),
     }
-    if old is not None:
-        training = scored.row_means(old.double())
-        for name, mean_logprob in (("training", training), ("rollout", training + log_ppl_diff)):
-            values[f"{name}_ppl"] = scored.per_row((-mean_logprob).exp())
-            values[f"{name}_log_ppl"] = -scored.per_row(mean_logprob)
+    if inverse_chances is None:
+        values |= _sequence_metrics(scored, old)
     if advantages is not None:
         token_advantages = advantage_of_tokens(advantages, mask)[scored.finite]
         contribution = -excess * token_advantages.double()
@@ -168,18 +170,34 @@ def mismatch_metrics(
     return _weight_metrics(scored, high) | metrics
 
 
+def _sequence_metrics(scored: _ScoredTokens, old: Float[Tensor, "B T"] | None) -> dict[str, Tensor]:
+    """Compute the metrics of `mismatch_metrics` that need all tokens of a row, but those of the weights."""
+    row_log_rho = scored.log_mismatch.sum(-1)[scored.rows]
+    log_ppl_diff = -scored.row_means(scored.log_mismatch)
+    values = {
+        "log_ppl_diff": scored.per_row(log_ppl_diff),
+        "log_ppl_abs_diff": scored.per_row(log_ppl_diff.abs()),
+        "log_ppl_diff_max": log_ppl_diff.max(),
+        "log_ppl_diff_min": log_ppl_diff.min(),
+        "ppl_ratio": 1 + scored.per_row(log_ppl_diff.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
+        "chi2_seq": scored.per_row((2 * row_log_rho.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
+    }
+    if old is not None:
+        training = scored.row_means(old.double())
+        for name, mean_logprob in (("training", training), ("rollout", training + log_ppl_diff)):
+            values[f"{name}_ppl"] = scored.per_row((-mean_logprob).exp())
+            values[f"{name}_log_ppl"] = -scored.per_row(mean_logprob)
+    return values
+
+
 def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
     """Compute the rollout_is_* metrics of `mismatch_metrics`."""
     rho = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
     weights = rho.clamp(max=high)
-    row_mean_weight = scored.row_means(weights)
-    row_mean_rho = scored.row_means(rho)
     token_weight = weights[scored.finite]
     token_rho = rho[scored.finite]
     mean, _ = scored.weighted_moments(token_weight)
     _, variance = scored.weighted_moments(token_weight - mean)
-    mean_of_rows = 1 + scored.per_row(row_mean_weight - 1)  # a mean around 1 is exact if the policies agree
-    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the std of a single row is 0
     values = {
         "mean": 1 + scored.per_token(token_weight - 1),
         "std": variance.sqrt(),
@@ -188,27 +206,40 @@ def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
         "eff_sample_size": 1 / scored.weighted_moments(token_weight / mean)[1],
         "ratio_fraction_high": scored.per_token((token_rho > high).double()),
         "ratio_fraction_low": scored.per_token((token_rho < 1 / high).double()),
-        "seq_mean": mean_of_rows,
-        "seq_std": (scored.per_row((row_mean_weight - mean_of_rows).square()) * bessel).sqrt(),
-        "seq_min": row_mean_weight.min(),
-        "seq_max": row_mean_weight.max(),
-        "seq_max_deviation": (row_mean_weight - 1).abs().max(),
-        "seq_fraction_high": scored.per_row((row_mean_rho > high).double()),
-        "seq_fraction_low": scored.per_row((row_mean_rho < 1 / high).double()),
     }
+    if scored.inverse_chances is None:
+        row_mean_weight = scored.row_means(weights)
+        row_mean_rho = scored.row_means(rho)
+        mean_of_rows = 1 + scored.per_row(row_mean_weight - 1)  # a mean around 1 is exact if the policies agree
+        bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the std of a single row is 0
+        values |= {
+            "seq_mean": mean_of_rows,
+            "seq_std": (scored.per_row((row_mean_weight - mean_of_rows).square()) * bessel).sqrt(),
+            "seq_min": row_mean_weight.min(),
+            "seq_max": row_mean_weight.max(),
+            "seq_max_deviation": (row_mean_weight - 1).abs().max(),
+            "seq_fraction_high": scored.per_row((row_mean_rho > high).double()),
+            "seq_fraction_low": scored.per_row((row_mean_rho < 1 / high).double()),
+        }
     return {f"{PREFIX}rollout_is_{name}": value.item() + 0.0 for name, value in values.items()}
 
 
 def step_metrics(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], unmask_step: Int[Tensor, "B T"]
+    log_mismatch: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    unmask_step: Int[Tensor, "B T"],
+    inverse_chances: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """Compute the maximum and the 99th percentile of |log rho|, in nats, by the denoising step that wrote the token.
 
     With more than STEP_GROUPS steps, the steps of the longest completion are divided into STEP_GROUPS equal groups, and
     step_K is group K. The percentile is the smallest value with at least 99 % of the values at or below it. Tokens
-    whose ratio is not finite are left out; a group without a token has no metric.
+    whose ratio is not finite are left out; a group without a token has no metric. A token of a step that was drawn
+    counts `inverse_chances` times.
     """
     measured = mask & log_mismatch.isfinite() & (unmask_step >= 0)
+    counts = torch.ones_like(log_mismatch) if inverse_chances is None else inverse_chances
+    counts = counts[measured].double()
     abs_log_rho = log_mismatch[measured].abs().double()
     steps = unmask_step[measured]
     if not len(steps):
@@ -217,10 +248,10 @@ def step_metrics(
     groups = steps * min(STEP_GROUPS, num_steps) // num_steps
     metrics = {}
     for group in groups.unique().tolist():
-        values = abs_log_rho[groups == group]
-        metrics[f"{PREFIX}abs_log_ratio_max/step_{group}"] = values.max().item()
-        percentile = values.kthvalue(math.ceil(0.99 * len(values))).values
-        metrics[f"{PREFIX}abs_log_ratio_p99/step_{group}"] = percentile.item()
+        values, order = abs_log_rho[groups == group].sort()
+        metrics[f"{PREFIX}abs_log_ratio_max/step_{group}"] = values[-1].item()
+        below = counts[groups == group][order].cumsum(0)
+        metrics[f"{PREFIX}abs_log_ratio_p99/step_{group}"] = values[int((below < 0.99 * below[-1]).sum())].item()
     return metrics
 
 
@@ -242,9 +273,10 @@ def off_policy_metrics(
     - contribution_{positive,negative}: Sum over tokens of -(r - 1) A by sign of A, divided by ALL completion tokens
       (VeXact, eq. 5 [digest]); negative if the update follows the advantages.
     - m2: Mean of (log r)^2 over tokens in the loss, nats^2 (M2PO bounds m2 by 0.04 [digest]).
-    - max: Mean over sequences of the largest |log r|, in nats.
+    - max: Mean over sequences of the largest |log r|, in nats; not if denoising steps were drawn.
     """
     loss_mask = batch.loss_mask
+    counts = loss_mask.double() if batch.inverse_chances is None else loss_mask * batch.inverse_chances.double()
     advantages = advantage_of_tokens(batch.advantages, loss_mask)
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
@@ -253,13 +285,14 @@ def off_policy_metrics(
         if base_logprobs is None:  # the rollout's log-probs are unknown
             continue
         log_ratio = torch.where(loss_mask, logps - base_logprobs, 0).double()
-        contribution = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
+        contribution = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages * counts
         metrics |= {
             f"off_policy/{name}/contribution_positive": (torch.where(advantages > 0, contribution, 0).sum(), tokens),
             f"off_policy/{name}/contribution_negative": (torch.where(advantages < 0, contribution, 0).sum(), tokens),
-            f"off_policy/{name}/m2": (log_ratio.square().sum(), loss_mask.sum()),
-            f"off_policy/{name}/max": (log_ratio.abs().amax(-1).sum(), rows),
+            f"off_policy/{name}/m2": ((log_ratio.square() * counts).sum(), counts.sum()),
         }
+        if batch.inverse_chances is None:
+            metrics[f"off_policy/{name}/max"] = (log_ratio.abs().amax(-1).sum(), rows)
     return metrics
 
 
@@ -269,14 +302,16 @@ def symptom_metrics(
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"],
     *,
     old: Float[Tensor, "B T"] | None = None,
+    inverse_chances: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """Compute QaRL's early-warning metrics [digest], separately over the tokens with A > 0 and with A < 0.
 
     - symptoms/error_tokens_*: Share of tokens with p_learner < 1e-4; `old` must hold log-probs of single tokens
-      (trajectory, causal), not of an ELBO.
+      (trajectory, causal), not of an ELBO. Of steps that were drawn, each token counts `inverse_chances` times.
     - symptoms/repetition_*: Share of tokens in a trigram that occurred earlier in the completion; trigrams may overlap.
     """
-    error = None if old is None else mask & (old < math.log(1e-4))
+    counts = mask.double() if inverse_chances is None else mask * inverse_chances.double()
+    error = None if old is None else counts * (old < math.log(1e-4))
     repeated = repeated_trigrams(tokens, mask)
     metrics = {}
     advantages = advantage_of_tokens(advantages, mask)
@@ -284,7 +319,8 @@ def symptom_metrics(
         counted = mask & sign
         total = max(counted.sum().item(), 1)
         if error is not None:
-            metrics[f"symptoms/error_tokens_{name}"] = (error & counted).sum().item() / total
+            num_scored = max((counts * counted).sum().item(), 1)
+            metrics[f"symptoms/error_tokens_{name}"] = (error * counted).sum().item() / num_scored
         metrics[f"symptoms/repetition_{name}"] = (repeated & counted).sum().item() / total
     return metrics
 

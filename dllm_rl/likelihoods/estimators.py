@@ -99,6 +99,13 @@ class LikelihoodEstimator(Record):
         return True
 
     @property
+    def variance_growth(self) -> float | None:
+        """By how much the gradient's variance may grow for scoring only some steps, which `draw_steps` draws once the
+        advantages are known. `draw_views` must return a view for each step. None: all views are scored.
+        """
+        return None
+
+    @property
     def reads_order(self) -> bool:
         """Whether `draw_views` reads `Order.logprobs`. If not, the rollouts of a run do not record it."""
         return True
@@ -139,16 +146,16 @@ class LikelihoodEstimator(Record):
             is_scored = torch.zeros(views.coefficients.shape[:2], dtype=torch.bool, device=out.device)
             num_forwards = math.prod(feature.num_forwards for feature in views.features)
             # No backward would free the graphs of the other rows.
-            for key, chunk, view in each_forward(rollout, views.restrict_to_rows(graphs.rows), micro_batch_size):
+            for key, n, chunk, view in each_forward(rollout, views.restrict_to_rows(graphs.rows), micro_batch_size):
                 if not graphs.has_room(num_forwards):
                     break
-                score, n = partial(view.logprobs, policy, chunk.rollout), key[1]
+                score = partial(view.logprobs, policy, chunk.rollout)
                 out[n, chunk.rows, chunk.columns] = graphs.add(key, score, policy.module)
                 is_scored[n, chunk.rows] = graphs.rows[chunk.rows]  # a forward has whole groups
             views = replace(views, coefficients=views.coefficients * ~is_scored[..., None])
         # Processes may have different numbers of rows: see `join_uneven_forwards`.
         with torch.set_grad_enabled(retain_graphs), join_uneven_forwards(policy):
-            for (_, n), chunk, view in each_forward(rollout, views, micro_batch_size):
+            for _, n, chunk, view in each_forward(rollout, views, micro_batch_size):
                 out[n, chunk.rows, chunk.columns] += view.logprobs(policy, chunk.rollout)
         return out
 
@@ -171,8 +178,8 @@ class LikelihoodEstimator(Record):
         """
         retained = {} if graphs is None else graphs.logprobs
         with join_uneven_forwards(policy, backward=True):
-            for key, chunk, view in each_forward(rollout, views, micro_batch_size):
-                grad_output = vectors[key[1], chunk.rows][:, chunk.columns]
+            for key, n, chunk, view in each_forward(rollout, views, micro_batch_size):
+                grad_output = vectors[n, chunk.rows][:, chunk.columns]
                 if key in retained:
                     retained.pop(key).backward(grad_output)
                 else:
@@ -225,7 +232,7 @@ def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
     logprobs = rollout.logprobs
     for feature in views.features:
         logprobs = feature.sampler_logprobs(rollout, logprobs)
-    return logprobs
+    return logprobs if views.inverse_chances is None else torch.where(views.inverse_chances[0] > 0, logprobs, 0)
 
 
 class Causal(LikelihoodEstimator):
@@ -524,7 +531,7 @@ class Trajectory(LikelihoodEstimator):
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
     segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
     one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
-    order. With `num_sampled_steps=n`, n random steps of a row's N steps are scored, with coefficient N / min(n, N).
+    order. With `variance_growth` a training step scores only some steps, and the ratios of their tokens stay exact.
     `self_conditioning` applies to rollouts of `Renoise` only.
 
     If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
@@ -546,13 +553,16 @@ class Trajectory(LikelihoodEstimator):
         block_size: Block size of a block-causal model, to replay several blocks per forward: forward j replays step j
             of every block. The likelihood is the same, and num_segments is the number of segments of a block. None: a
             forward replays one step (or segment) of each row.
-        include_order: Add the order's log-probability if the rollout recorded one, and num_segments and
-            num_sampled_steps are None. A rollout records it with (a) rank=Confidence() or PlackettLuce() and a
+        include_order: Add the order's log-probability if the rollout recorded one, and num_segments is None. A
+            rollout records it with (a) rank=Confidence() or PlackettLuce() and a
             commit rule that writes a number of tokens known before the step, as Schedule() does, or (b)
             rank=MaxProb() and commit=SoftThreshold().
-        num_sampled_steps: Number of steps (or segments) of each row that are scored. They are drawn without
-            replacement, and weighted so that the estimate of the row's sum and, on-policy, of its gradient is unbiased
-            [ours]. None: all steps.
+        variance_growth: Score only some pairs of a completion and a denoising step, drawn so that the variance of the
+            gradient grows by about this share of the batch's own, such as 0.1 (`likelihoods.drawn_steps`). A step is
+            likely to be drawn if the advantage is large and the sampler was unsure of the tokens that it wrote: the
+            more certain the policy, the fewer forwards. A drawn token has its exact ratio, and its gradient is
+            multiplied by the inverse chance of its step, so that the mean over draws is the gradient of all steps.
+            None: all steps.
         self_conditioning: Gradient of a rollout of `Renoise`, in which each step reads the logits of the previous step.
             "detached" stops the gradient at these logits and needs the memory of one step; "full" differentiates
             through all steps and needs the memory of all steps. The log-probs are the same.
@@ -564,14 +574,14 @@ class Trajectory(LikelihoodEstimator):
     num_segments: int | None = option(default=None, at_least=1)
     block_size: int | None = option(default=None, at_least=1)
     include_order: bool = True
-    num_sampled_steps: int | None = option(default=None, at_least=1)
+    variance_growth: float | None = option(default=None, above=0)  # type: ignore[assignment]
     self_conditioning: Literal["detached", "full"] = "detached"
 
     def check(self) -> None:
-        if self.num_sampled_steps is not None and self.block_size is not None:
+        if self.variance_growth is not None and self.num_segments is not None:
             raise ValueError(
-                f"num_sampled_steps={self.num_sampled_steps} cannot be combined with block_size={self.block_size}: "
-                "leave one at None"
+                f"variance_growth={self.variance_growth:g} draws denoising steps, which num_segments="
+                f"{self.num_segments} merges: leave one at None"
             )
 
     @property
@@ -582,15 +592,13 @@ class Trajectory(LikelihoodEstimator):
 
     @property
     def exact_for_sampler(self) -> bool:  # type: ignore[override]
-        return self.num_segments is None and self.num_sampled_steps is None  # one view for each step
+        return self.num_segments is None  # one view for each step
 
     @property
     def replays_steps(self) -> bool:
         return self.block_size is None  # else a view holds a step of every block
 
-    @property
-    def is_random(self) -> bool:  # type: ignore[override]
-        return self.num_sampled_steps is not None
+    is_random = False  # drawing steps comes later
 
     @property
     def reads_order(self) -> bool:  # type: ignore[override]
@@ -621,17 +629,12 @@ class Trajectory(LikelihoodEstimator):
         else:
             num_steps = last_step.amax(-1, keepdim=True) + 1  # per row: rows may end early
             segment = torch.where(last_step < 0, -1, last_step * self.num_segments // num_steps.clamp(min=1))
-        if self.num_sampled_steps is None:
-            index, weight = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None], None
-        else:
-            index, weight = masks.sampled_segments(segment, rollout, generator, self.num_sampled_steps)
+        index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
         completion = rollout.completion_mask
-        if rollout.events is None:  # view s hides the segments from index[s] on; a negative index hides and scores none
-            views = Views(completion & (segment >= index) & (index >= 0), (completion & (segment == index)).float())
+        if rollout.events is None:  # view s hides the segments from index s on
+            views = Views(completion & (segment >= index), (completion & (segment == index)).float())
         else:
             views = event_views(rollout, (index + start).expand(-1, *segment.shape))
-        if weight is not None:
-            views = replace(views, coefficients=views.coefficients * weight)
         if self.block_size is not None:
             views = replace(views, features=(*views.features, Packed()))
         elif rollout.first_step is not None and self.num_segments is None:  # a merged segment has several steps

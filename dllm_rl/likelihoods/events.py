@@ -59,8 +59,7 @@ def last_and_first_step(rollout: Rollout, num_segments: int | None) -> tuple[Int
     if num_segments is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout rewrites tokens: a position may be written in "
-            "several of them; use likelihood=Trajectory(num_segments=None), which scores every step "
-            "(with num_sampled_steps some)"
+            "several of them; use likelihood=Trajectory(num_segments=None), which scores every step"
         )
     events = recorded_events(rollout)
     return events.step.amax(-1).to(rollout.unmask_step), events.step[..., 0].to(rollout.unmask_step)

@@ -118,21 +118,3 @@ def stack_views(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Views:
     masked = torch.stack([view[0] for view in views])
     weight = torch.stack([view[1] for view in views])
     return Views(masked, (weight / samples).float())
-
-
-def sampled_segments(
-    segment: Int[Tensor, "B T"], rollout: Rollout, generator: Generator, num_sampled_steps: int
-) -> tuple[Int[Tensor, "S B 1"], Float[Tensor, "B 1"]]:
-    """Draw num_sampled_steps segments of each row without replacement.
-
-    Returns:
-        Indices of the segments, filled up with -2 in rows with fewer segments; the weight of each row that makes the
-        sum over its segments unbiased.
-    """
-    counts = segment.amax(-1, keepdim=True).cpu() + 1
-    columns = torch.arange(max(int(counts.max()), num_sampled_steps))
-    keys = uniforms_at(columns < counts, row_generators(rollout, generator))
-    index = keys.argsort(dim=-1, stable=True)[:, :num_sampled_steps].sort(dim=-1).values
-    index = index.masked_fill(index >= counts, -2)  # -1 is outside completions
-    weight = counts / counts.clamp(1, num_sampled_steps)
-    return index.T[..., None].to(segment.device), weight.to(segment.device)

@@ -63,18 +63,18 @@ class ExpertRecorder(ViewFeature):
 
     Args:
         store: Expert ids of all rows, also in the views of a chunk of rows.
-        flat_index: Index of each token in the flattened B and T axes of the store.
+        flat_index: Index of each token of each view in the flattened N, B and T axes of the store.
     """
 
     store: Integer[Tensor, "N B T M E"]
-    flat_index: Int[Tensor, "1 R W"]
+    flat_index: Int[Tensor, "n R W"]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "ExpertRecorder":
         return replace(self, flat_index=f(self.flat_index))  # all chunks of rows write into the same store
 
     def apply_to(self, view: View, number: int) -> View:
-        store, flat_index = self.store[number], self.flat_index[0]
-        forward = partial(_forward_recording, forward=view.forward, store=store, flat_index=flat_index)
+        flat_index = self.flat_index[number]
+        forward = partial(_forward_recording, forward=view.forward, store=self.store, flat_index=flat_index)
         return replace(view, forward=forward)
 
 
@@ -91,7 +91,7 @@ def _forward_recording(
     experts = to_token_columns(policy, routing.experts(len(plan.rows), flat_index.shape[1]))
     if plan.copies is not None:
         experts = experts[plan.copies[plan.scored_rows]]
-    store.flatten(0, 1)[flat_index[plan.scored_rows]] = experts
+    store.flatten(0, 2)[flat_index[plan.scored_rows]] = experts
     return states
 
 
@@ -105,7 +105,7 @@ def record_experts(policy: Policy, rollout: Rollout, views: Views) -> Views:
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
     store = experts.new_zeros(*views.coefficients.shape, *experts.shape[2:])
-    flat_index = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
+    flat_index = torch.arange(views.masked.numel(), device=rollout.tokens.device).view_as(views.masked)
     return replace(views, features=(*views.features, ExpertRecorder(store, flat_index)))
 
 

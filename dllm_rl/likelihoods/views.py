@@ -9,7 +9,7 @@ K is the number of scored positions of a view.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -31,26 +31,33 @@ class Chunk(NamedTuple):
         columns: Columns in the batch.
         rollout: The rollout's part.
         views: The views' part.
+        view_of_row: Number of the one view in which each row is scored, if denoising steps were drawn; `views` then
+            has one view, and `rows` may name a row several times. None (default): all rows are scored in all views.
     """
 
     rows: Int[Tensor, " R"]
     columns: slice
     rollout: Rollout
     views: Views
+    view_of_row: Int[Tensor, " R"] | None = None
 
 
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Chunk]:
     """Split the groups that any view scores into chunks of rows of similar length.
 
     The forwards of a chunk have at most micro_batch_size rows. A group whose rows the model reads alike in every view
-    is one row of a forward (`plan_view`), and counts as one. Another group is split only if it has more rows.
+    is one row of a forward (`plan_view`), and counts as one. Another group is split only if it has more rows. If
+    denoising steps were drawn, a chunk is filled with the drawn steps of any rows.
     """
+    if views.inverse_chances is not None:
+        yield from _chunks_of_drawn_steps(rollout, views, micro_batch_size)
+        return
     is_scored = any_in_group((views.coefficients != 0).any(0).any(-1), rollout.group)
     first_column = rollout.attention_mask.long().argmax(-1)
     number = group_numbers(rollout.group)
     # The columns of a group are those of its longest row.
     first_of_group = torch.full_like(number, rollout.tokens.shape[1]).scatter_reduce(0, number, first_column, "amin")
-    per_row = [is_scored, first_of_group[number], number, differs_in_group(rollout, views)]
+    per_row = [is_scored, first_of_group[number], number, differs_in_group(rollout, views).any(0)]
     # The host waits for the device once.
     is_scored, first_column, number, differs = torch.stack(per_row).cpu()
     width = rollout.tokens.shape[1]
@@ -66,13 +73,58 @@ def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> 
             yield Chunk(device_rows, columns, rollout.rows(device_rows, columns), views.rows(device_rows, columns))
 
 
-def differs_in_group(rollout: Rollout, views: Views) -> Bool[Tensor, " B"]:
-    """Return the rows that some view shows to the model otherwise than the row before, of the same group."""
+def differs_in_group(rollout: Rollout, views: Views) -> Bool[Tensor, "N B"]:
+    """Return the rows that view n shows to the model otherwise than the row before, of the same group."""
     tokens, mask, masked = rollout.tokens, rollout.attention_mask, views.masked
-    is_shown = ~masked.all(0)[1:]
-    differs = ((tokens[1:] != tokens[:-1]) & is_shown) | (mask[1:] != mask[:-1])
-    differs |= (masked[:, 1:] != masked[:, :-1]).any(0)
-    return F.pad(differs.any(-1), (1, 0)) & ~starts_group(rollout.group)
+    differs = ((tokens[1:] != tokens[:-1]) & ~masked[:, 1:]) | (masked[:, 1:] != masked[:, :-1])
+    differs = differs.any(-1) | (mask[1:] != mask[:-1]).any(-1)
+    return F.pad(differs, (1, 0)) & ~starts_group(rollout.group)
+
+
+def alike_rows(rollout: Rollout, views: Views) -> Int[Tensor, "N B"]:
+    """Return a number for each row of each view. Neighbors with one number are one row of the model's input: rows of a
+    group that the view shows alike. Numbers of different views differ.
+    """
+    shape, device = views.masked.shape[:2], views.masked.device
+    if all(view.share and view.canvas is None for view in each_view(views)):
+        starts = differs_in_group(rollout, views) | starts_group(rollout.group)
+    else:
+        starts = torch.ones(shape, dtype=torch.bool, device=device)
+    return starts.long().flatten().cumsum(0).view(shape)
+
+
+def _chunks_of_drawn_steps(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Chunk]:
+    """Split the pairs of a view and a row that are scored into chunks of pairs of similar length."""
+    number, row = (views.coefficients != 0).any(-1).nonzero(as_tuple=True)
+    group = alike_rows(rollout, views)[number, row]  # in ascending order, as the pairs are
+    group_of_row = group_numbers(rollout.group)
+    first_column = rollout.attention_mask.long().argmax(-1)
+    first_of_group = torch.full_like(group_of_row, rollout.tokens.shape[1])
+    first_of_group = first_of_group.scatter_reduce(0, group_of_row, first_column, "amin")
+    number, row, group, first_column = torch.stack([number, row, group, first_of_group[group_of_row[row]]]).cpu()
+    width = rollout.tokens.shape[1]
+    for bucket in length_buckets(first_column, width, rollout.tokens.device):
+        columns, pairs = slice(bucket.start, width), bucket.rows
+        for chunk in pack_groups(pairs, group[pairs], micro_batch_size, one_row_each=True):
+            n, rows, groups = copy_to_device(rollout.tokens.device, number[chunk], row[chunk], group[chunk])
+            part = replace(rollout.rows(rows, columns), group=groups)
+            yield Chunk(rows, columns, part, _views_of_pairs(views, n, rows, columns), n)
+
+
+def _views_of_pairs(views: Views, number: Int[Tensor, " R"], row: Int[Tensor, " R"], columns: slice) -> Views:
+    """Return one view, whose row r is the row `row[r]` of the view `number[r]`, cut to `columns`."""
+
+    def pick(x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return x[row]
+        return x[number if len(x) > 1 else torch.zeros_like(number), row][None, :, columns]
+
+    return views.map(pick)
+
+
+def num_row_forwards(rollout: Rollout, views: Views) -> int:
+    """Return the number of rows that go through the model to score the drawn steps once."""
+    return len(alike_rows(rollout, views)[(views.coefficients != 0).any(-1)].unique())
 
 
 class ForwardPlan(NamedTuple):
@@ -233,13 +285,27 @@ def each_view(views: Views) -> Iterator[View]:
         yield view
 
 
-def each_forward(
-    rollout: Rollout, views: Views, micro_batch_size: int | None
-) -> Iterator[tuple[tuple[int, int], Chunk, View]]:
-    """Yield the views of each chunk, with the numbers of chunk and view."""
+class Forward(NamedTuple):
+    """One forward of scoring.
+
+    Attributes:
+        key: Number of the chunk, and of the view in it.
+        number: Number of the view among all views; one per row if denoising steps were drawn.
+        chunk: The rows.
+        view: The view of these rows.
+    """
+
+    key: tuple[int, int]
+    number: int | Int[Tensor, " R"]
+    chunk: Chunk
+    view: View
+
+
+def each_forward(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Forward]:
+    """Yield the views of each chunk."""
     for number, chunk in enumerate(row_chunks(rollout, views, micro_batch_size)):
         for n, view in enumerate(each_view(chunk.views)):
-            yield (number, n), chunk, view
+            yield Forward((number, n), n if chunk.view_of_row is None else chunk.view_of_row, chunk, view)
 
 
 def plan_view(

@@ -4,14 +4,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_weights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
-from dllm_rl.distributed.collectives import collective, gather_on_host, reduce_metrics, sum_over, wait_metrics_of
+from dllm_rl.distributed.collectives import (
+    SumsAndCounts,
+    collective,
+    gather_on_host,
+    reduce_metrics,
+    sum_over,
+    wait_metrics_of,
+)
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.routing_agreement import routing_metrics
+from dllm_rl.likelihoods.views import num_row_forwards
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import ScoredSamples, active_rows
@@ -31,6 +40,7 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
         weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
         if not batches:
             metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
+            metrics |= reduce_metrics(drawn_step_metrics(samples, logps, accelerator), accelerator)
         batch = make_batch(context, samples, logps, rows, weights)
         batches.append(replace(batch, graphs=scored.graphs))
     # After scoring: a collective before it would make the processes wait for each other.
@@ -54,6 +64,11 @@ class Rows:
     metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`inverse_sampling_weights`), 0 where not scored
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token if a feature gives them
 
+    @property
+    def trained_tokens(self) -> Bool[Tensor, "B T"]:
+        """Tokens of the rows that the update trains on, scored or not."""
+        return self.completion & self.is_trained[:, None]
+
 
 @collective
 def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows:
@@ -75,6 +90,8 @@ def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows
     }
     if logps.entropy is not None:
         local_tensors["entropy"] = logps.entropy
+    if logps.views.inverse_chances is not None:
+        local_tensors["inverse_chances"] = logps.views.inverse_chances[0]
     if logps.token_advantages is not None:
         local_tensors["advantages"] = logps.token_advantages
     values = gather_on_host(list(local_tensors.values()), context.accelerator, samples.counts)
@@ -88,6 +105,7 @@ def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows
         rollout_logprobs=gathered["rollout"],
         unmask_step=gathered["unmask_step"],
         entropy=gathered.get("entropy"),
+        inverse_chances=gathered.get("inverse_chances"),
     )
     advantages = gathered.get("advantages", stats.advantages)
     return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, samples.metric_weights, advantages)
@@ -104,7 +122,11 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(
-            stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=rows.advantages
+            stats.log_mismatch,
+            stats.mask if stats.inverse_chances is None else rows.trained_tokens,
+            old=stats.old_logprobs,
+            advantages=rows.advantages,
+            inverse_chances=stats.inverse_chances,
         )
     trained_metrics = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
     masked = (stats.mask & ~weights.loss_mask).sum() / stats.mask.sum().clamp(min=1)
@@ -116,8 +138,12 @@ def measure_rows(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> d
     """Return the mismatch metrics of all rows, estimated from the scored rows, and signs of a collapse in the rows that
     the update trains on.
     """
-    stats = rows.stats
-    if not rows.completion.any():  # a trainer that leaves out truncated completions may leave out all
+    stats, chances = rows.stats, rows.stats.inverse_chances
+    scored = rows.completion & (rows.metric_weights > 0)[:, None]
+    if chances is not None:
+        scored &= chances > 0
+    # A trainer that leaves out truncated completions may leave out all; of a few steps, none may be drawn.
+    if not (rows.completion if chances is None else scored).any():
         return {}
     metrics = mismatch_metrics(
         stats.log_mismatch,
@@ -125,14 +151,23 @@ def measure_rows(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> d
         old=stats.old_logprobs,
         advantages=rows.advantages,
         row_weights=rows.metric_weights,
+        inverse_chances=chances,
     )
     if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
-        scored = rows.completion & (rows.metric_weights > 0)[:, None]
-        metrics |= step_metrics(stats.log_mismatch, scored, stats.unmask_step)
+        metrics |= step_metrics(stats.log_mismatch, scored, stats.unmask_step, chances)
     # The share of error tokens (p_learner < 1e-4) is measured only if each log-prob belongs to one token.
     is_per_token = likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     old = stats.old_logprobs if is_per_token else None
-    return metrics | symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=old)
+    mask = stats.mask if chances is None else rows.trained_tokens  # trigrams are of all tokens
+    return metrics | symptom_metrics(rows.tokens, mask, rows.advantages, old=old, inverse_chances=chances)
+
+
+def drawn_step_metrics(samples: Samples, logps: Logprobs, accelerator: Accelerator) -> SumsAndCounts:
+    """Return the mean number of rows that went through the model to score a completion; {} if no steps are drawn."""
+    if logps.views.inverse_chances is None:
+        return {}
+    num_rows = samples.local(samples.metric_weights > 0, accelerator).sum()
+    return {"drawn_steps/row_forwards": (num_rows.new_tensor(num_row_forwards(samples.rollout, logps.views)), num_rows)}
 
 
 def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
@@ -165,4 +200,5 @@ def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Ro
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
         is_scored=logps.is_scored,
+        inverse_chances=None if views.inverse_chances is None else views.inverse_chances[0],
     )

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed.collectives import SumsAndCounts
+from dllm_rl.distributed.collectives import SumsAndCounts, gather_on_host
+from dllm_rl.likelihoods.drawn_steps import draw_steps
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.routing_agreement import routing_counts
-from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.likelihoods.views import each_forward
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
@@ -210,20 +211,19 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
         logps = process(policy.head(hidden), rollout.sampling_params).log_softmax(-1)
         return (-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1),)
 
-    total = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
-    count = torch.zeros_like(total)
+    found = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
+    count = torch.zeros_like(found)
     with join_uneven_forwards(policy):
-        for chunk in row_chunks(rollout, views, micro_batch_size):
-            for view in each_view(chunk.views):
-                at = view.scored if view.stay_masked is None else view.scored & ~view.stay_masked
-                forward = view.run(policy, chunk.rollout, at)
-                if forward is not None:
-                    token_values = torch.zeros(at.numel(), device=total.device)
-                    (values,) = chunked(entropy, forward.states, policy=policy)
-                    token_values = token_values.index_copy(0, forward.plan.flat_index, values.float())
-                    total[chunk.rows, chunk.columns] += token_values.view(at.shape)
-                    count[chunk.rows, chunk.columns] += at
-    return total / count.clamp(min=1)
+        for _, n, chunk, view in each_forward(rollout, views, micro_batch_size):
+            at = view.scored if view.stay_masked is None else view.scored & ~view.stay_masked
+            forward = view.run(policy, chunk.rollout, at)
+            if forward is not None:
+                token_values = torch.zeros(at.numel(), device=found.device)
+                (values,) = chunked(entropy, forward.states, policy=policy)
+                token_values = token_values.index_copy(0, forward.plan.flat_index, values.float())
+                found[n, chunk.rows, chunk.columns] = token_values.view(at.shape)
+                count[n, chunk.rows, chunk.columns] = at.float()
+    return found.sum(0) / count.sum(0).clamp(min=1)
 
 
 def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, " B"]) -> RetainedGraphs | None:
@@ -285,15 +285,25 @@ def draw_view_sets(
     settings: StepSettings, samples: Samples, step: int, accelerator: Accelerator, *, all_groups: bool = False
 ) -> list[Views]:
     """Draw the sets of views that score a step's rollout: one for the metrics and the first update, and, if
-    `resample_masks` is set and the estimator is random, one per later update. Later sets score only the groups that the
-    update trains on.
+    `resample_masks` is set and masks or steps are drawn, one per later update. Later sets score only the groups that
+    the update trains on.
     """
+    likelihood, rollout = settings.likelihood, samples.rollout
     advantages = samples.local(samples.advantages, accelerator)
     view_sets = []
     for iteration in range(settings.num_mask_sets):
         key = (step, iteration) if iteration else (step,)
-        views = settings.likelihood.draw_views(samples.rollout, generator_for(settings.seed, "noise", *key))
-        views = settings.likelihood.with_advantages(views, advantages)
+        views = likelihood.draw_views(rollout, generator_for(settings.seed, "noise", *key))
+        views = likelihood.with_advantages(views, advantages)
+        if likelihood.variance_growth is not None:
+            views = draw_steps(
+                views,
+                rollout,
+                advantages,
+                generator_for(settings.seed, "drawn steps", *key),
+                variance_growth=likelihood.variance_growth,
+                gather=lambda local: gather_on_host([local], accelerator, samples.counts)[0],
+            )
         is_scored = active_rows(settings, samples, all_groups=all_groups) if iteration else samples.metric_weights > 0
         if not is_scored.all():  # otherwise the same object, which all policies share
             views = views.restrict_to_rows(samples.local(is_scored, accelerator))

@@ -116,7 +116,7 @@ class StepSettings(Settings):
         default=1, help="policy-gradient updates per rollout; 0: none, only those of `replay`", at_least=0
     )
     resample_masks: bool = option(
-        default=True, help="draw new masks for each update of num_iterations; False: one set for all"
+        default=True, help="draw new masks, or steps, for each update of num_iterations; False: one set for all"
     )
     beta: float = option(
         default=0.0, help="weight of the KL term to the policy that RL started from; 0: no term", at_least=0
@@ -166,7 +166,8 @@ class StepSettings(Settings):
 
         The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the first set.
         """
-        return max(1, self.num_iterations) if self.resample_masks and self.likelihood.is_random else 1
+        is_drawn = self.likelihood.is_random or self.likelihood.variance_growth is not None
+        return max(1, self.num_iterations) if self.resample_masks and is_drawn else 1
 
     @property
     def num_scored_mask_sets(self) -> int:

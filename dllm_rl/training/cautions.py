@@ -184,8 +184,8 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             )
         elif probability in SCORED_ORDERS and not likelihood.exact_for_sampler:
             warnings.append(
-                f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
-                "of the ratios; leave both at None, or use rank=MaxProb() or RandomOrder()"
+                f"{pair} and num_segments: the order has a probability, which segments leave out of the ratios; leave "
+                "num_segments at None, or use rank=MaxProb() or RandomOrder()"
             )
         elif probability == "deterministic" and commit.adaptive:
             warnings.append(

@@ -20,7 +20,7 @@ right, wrong = Coupled(num_samples=2), Wrong(num_samples=2)
 estimators = {
     "Coupled(num_samples=2)": right,
     "the same with L / k": wrong,
-    "Trajectory(num_sampled_steps=1)": Trajectory(num_sampled_steps=1),
+    "Trajectory()": Trajectory(),
 }
 
 

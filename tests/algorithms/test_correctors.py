@@ -393,9 +393,26 @@ def test_a_corrector_that_writes_into_what_it_gets_changes_nothing():
     mask = tensor([[True, True, False]])
     stats = make_stats(tensor([[0.5, -0.5, 0.0]]), torch.ones(1), mask)
     rows = Rows(stats, mask, torch.ones(1, 3, dtype=torch.long), tensor([True]), torch.ones(1), stats.advantages)
-    before = {name: values.clone() for name, values in vars(stats).items()}
+    before = {name: values.clone() for name, values in vars(stats).items() if values is not None}
     found, metrics = apply_corrector(Careless(), rows)
     assert torch.equal(found.loss_mask, mask) and metrics == apply_corrector(c.NoCorrection(), rows)[1]
-    assert all(torch.equal(before[name], values) for name, values in vars(stats).items())
+    assert all(torch.equal(vars(stats)[name], values) for name, values in before.items())
     both = apply_corrector(c.Compose(parts=(Careless(), c.TIS(cap=1.5))), rows)[0]
     assert torch.equal(both.importance_weights, apply_corrector(c.TIS(cap=1.5), rows)[0].importance_weights)
+
+
+def test_drawn_tokens_count_by_their_weight():
+    """d = ln 2 and ln 8, of which the first stands for three tokens: mean d 1.5 ln 2, a quarter of them capped."""
+    x, mask, weights = tensor([[2.0, 8.0, 1.0]]).log(), tensor([[True, True, False]]), tensor([[3.0, 1.0, 0.0]])
+    stats = replace(make_stats(x, torch.ones(1), mask), inverse_chances=weights)
+    found = c.TIS(cap=4.0).weights(stats)
+    torch.testing.assert_close(found.importance_weights, tensor([[2.0, 4.0, 1.0]]))
+    assert found.metrics["tis/capped_fraction"] == pytest.approx(1 / 4)
+    pooled = c.TIS(cap=9.0, level="sequence", pool="geometric").weights(stats).importance_weights
+    torch.testing.assert_close(pooled[:, :2], tensor([[2**1.5] * 2]))
+    torch.testing.assert_close(c.TBPO(max_weight=9.0).weights(stats).importance_weights[:, :2], tensor([[2**1.5] * 2]))
+    assert c.MIS(max_ratio=4.0).weights(stats).metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(1 / 4)
+    told = c.AIS(pool="geometric").weights(stats).metrics
+    mean, second = (3 * 2 + 8) / 4, (3 * 4 + 64) / 4
+    assert told["ais/D"] == pytest.approx(1.5 * math.log(2))
+    assert told["ais/CV"] == pytest.approx(math.sqrt(second - mean**2) / mean)

@@ -99,6 +99,22 @@ def test_gspo_clips_the_rows_geometric_ratio():
     close(gradient, [[0.0, 0.0]])
 
 
+@pytest.mark.parametrize("make", [GSPO, TrustBand, OffPolicyMask])
+def test_means_over_a_row_weight_drawn_tokens(make):
+    """log r 0.3 and 0.1, of which the second stands for four tokens and the first for one: the mean is 0.7 / 5."""
+    log_ratio = tensor([[0.3, 0.1, 9.0]], dtype=torch.float64)
+    mask, weights = tensor([[True, True, False]]), tensor([[1.0, 4.0, 0.0]], dtype=torch.float64)
+    if make is OffPolicyMask:
+        for threshold, kept in ((0.13, False), (0.15, True)):  # without weights 0.2
+            loss = OffPolicyMask(loss=Reinforce(), threshold=threshold, since="old")
+            value = loss(-log_ratio, -torch.ones(1), mask, inverse_chances=weights)
+            assert bool((value[:, :2] != 0).any()) == kept
+        return
+    wide = {"epsilon": 0.9, "epsilon_high": 0.9} if make is GSPO else {"eps_high": 0.9}
+    value = make(**wide)(log_ratio, torch.ones(1), mask, inverse_chances=weights)
+    close(value[:, :2], [[math.exp(0.14)] * 2])
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "clamped", "inside"),
     [
@@ -414,7 +430,7 @@ def test_a_surrogate_is_given_what_its_parameters_name():
     close(seen["log_mismatch"], torch.where(MASK, 0.5, 0).double())
     assert seen["sum"] == 2
     with pytest.raises(
-        ValueError, match="takes 'rewards', which is not one of old_logprobs, log_mismatch, sum_over_processes"
+        ValueError, match=r"takes .rewards., which is not one of old_logprobs, log_mismatch, inverse_chances"
     ):
         FunctionLoss(function=lambda log_ratio, advantages, mask, rewards: log_ratio)
     assert FunctionLoss(function=partial(curious, old_logprobs=1)).inputs == {"sum_over_processes", "log_mismatch"}

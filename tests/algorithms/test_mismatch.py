@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -220,6 +220,41 @@ def test_every_mean_is_unbiased_for_all_rows_over_all_samples_of_the_groups_with
         if live:  # advantage 0 contributes nothing: these have no sampling error at all
             assert sample["contribution_positive"] == pytest.approx(every["contribution_positive"])
     assert max(sample["rho_max"] for sample in samples) == every["rho_max"]
+
+
+def test_metrics_of_tokens_are_unbiased_over_all_draws_of_steps():
+    """Four steps of two tokens in two rows, each drawn with its own chance: the sum over all 16 draws."""
+    generator = torch.Generator().manual_seed(3)
+    x = 0.7 * torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    mask, advantages = torch.ones(2, 4, dtype=torch.bool), tensor([1.0, -0.5], dtype=torch.float64)
+    chances = tensor([[0.3, 0.3, 0.5, 0.5], [1.0, 1.0, 0.8, 0.8]], dtype=torch.float64)
+    every = mismatch_metrics(x, mask, advantages=advantages)
+    mean = dict.fromkeys(every, 0.0)
+    for drawn in product((True, False), repeat=3):
+        flags = tensor([drawn[0], drawn[0], drawn[1], drawn[1], True, True, drawn[2], drawn[2]]).view(2, 4)
+        likely = torch.where(flags, chances, 1 - chances)[:, ::2].prod()
+        hidden = torch.where(flags, x, math.nan)  # what is not scored is not read
+        found = mismatch_metrics(hidden, mask, advantages=advantages, inverse_chances=flags / chances)
+        for name, value in found.items():
+            mean[name] += float(likely * value)
+    names = ("kl", "k3_kl", "abs_log_ratio_mean", "chi2_token", "rollout_is_mean", "contribution_positive")
+    for name in (f"rollout_corr/{name}" for name in (*names, "contribution_negative", "rollout_is_ratio_fraction_low")):
+        assert mean[name] == pytest.approx(every[name], rel=1e-9), name
+    left_out = {name.removeprefix("rollout_corr/") for name in every.keys() - found.keys()}
+    assert left_out == {name for name in metrics() if "seq" in name or "ppl" in name}
+
+
+def test_drawn_tokens_count_by_their_weight_in_percentiles_and_shares():
+    """One step: |ln rho| 0.1 and 3, of which the second stands for 20 tokens, and the first for 2,000 or 1,000."""
+    x, mask, steps = tensor([[0.1, -3.0]]), tensor([[True, True]]), tensor([[0, 0]])
+    for weight, percentile in ((2000.0, 0.1), (1000.0, 3.0)):
+        found = step_metrics(x, mask, steps, tensor([[weight, 20.0]]))
+        assert found["rollout_corr/abs_log_ratio_p99/step_0"] == pytest.approx(percentile)
+    old = tensor([[-1.0, -20.0, -30.0]])
+    found = symptom_metrics(
+        tensor([[5, 6, 7]]), tensor([[True] * 3]), torch.ones(1), old=old, inverse_chances=tensor([[2.0, 6.0, 0.0]])
+    )
+    assert found["symptoms/error_tokens_positive"] == pytest.approx(6 / 8)
 
 
 def test_a_sample_of_rows_that_agree_is_exactly_neutral():

@@ -36,7 +36,7 @@ ESTIMATORS = {
     "eubo-block": lik.EUBO(beta=1.0, base=lik.BlockELBO(block_size=3, num_samples=4)),
     "sandwich": lik.Sandwich(),
     "trajectory": lik.Trajectory(),
-    "trajectory-drawn": lik.Trajectory(num_sampled_steps=2),
+    "trajectory-drawn": lik.Trajectory(variance_growth=0.5),
     "trajectory-2": lik.Trajectory(num_segments=2),
     "causal": lik.Causal(),
 }
@@ -145,7 +145,6 @@ UNTRUE = {
     "an upper bound": ("exact_for_sampler=True", overriding(lik.EUBO(), exact_for_sampler=True)),
     "random masks": ("is_random=False", overriding(lik.ELBO(), is_random=False)),
     "random prompts": ("is_random=False", overriding(lik.OneStep(), is_random=False)),
-    "random steps": ("is_random=False", overriding(lik.Trajectory(num_sampled_steps=1), is_random=False)),
     "no replay": ("no state of the sampler", overriding(lik.OneStep(prompt_mask=0.5), replays_steps=True)),
     "pairs of masks": ("no state of the sampler", overriding(lik.Coupled(), replays_steps=True)),
     "backwards": ("not in the sampler's order", of_steps(backwards)),

@@ -15,7 +15,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import block_view, coupled_views, k_masked_view
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.types import Events, Views
+from dllm_rl.types import Views
 
 LENGTH, WORDS = 3, 3
 COMPLETION = [2, 0, 1]
@@ -305,49 +305,9 @@ def test_segments_split_each_rows_own_steps_evenly():
     assert weight[1].tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 1, 0]]
 
 
-def test_steps_that_are_drawn_stand_for_all():
-    """Four tokens from left to right, one a step (JustGRPO's order), two steps drawn: each of the six pairs as often,
-    each token with twice its log-prob given those before it, so that the mean over draws is the whole row's."""
-    toy, tokens, rows = TablePolicy(length=4, words=2, seed=0), [0, 1, 1, 0], 1200
-    rollout = toy.rollout([tokens] * rows, unmask_step=torch.tensor([[-1, 0, 1, 2, 3]] * rows))
-    estimator = lik.Trajectory(num_sampled_steps=2)
-    noise = estimator.draw_views(rollout, seeded(0))
-    assert noise.coefficients.shape == (2, rows, 5) and not estimator.exact_for_sampler
-    drawn = noise.coefficients.sum(0)[:, 1:]
-    assert set(drawn.flatten().tolist()) == {0.0, 2.0} and (drawn.sum(-1) == 4).all()
-    pairs = torch.unique(drawn, dim=0, return_counts=True)[1]
-    assert len(pairs) == 6 and (pairs / rows - 1 / 6).abs().max() < 4 * math.sqrt(1 / 6 * 5 / 6 / rows)
-    alone = [toy.logp(tokens, set(range(i, 4)), i) for i in range(4)]
-    logps = estimator.logprobs(toy, rollout, noise)[:, 1:]
-    torch.testing.assert_close(logps, drawn * torch.tensor(alone), rtol=0, atol=1e-5)
-    spread = logps.sum(-1).std() / math.sqrt(rows)
-    assert abs(logps.sum(-1).mean() - sum(alone)) < 4 * spread
-
-
-def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
-    toy = TablePolicy(length=4, words=2, seed=0)
-    rollout = toy.rollout([[0] * 4, [1] * 4], unmask_step=torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 0, 1, 0]]))
-    for merged in ({}, {"num_segments": 2}):
-        whole, drawn = lik.Trajectory(**merged), lik.Trajectory(num_sampled_steps=6, **merged)
-        noise = drawn.draw_views(rollout, seeded(0))
-        assert len(noise.coefficients) == 6 and set(noise.coefficients.flatten().tolist()) == {0.0, 1.0}
-        expected = whole.logprobs(toy, rollout, whole.draw_views(rollout, seeded(0)))
-        assert torch.equal(drawn.logprobs(toy, rollout, noise), expected)
-    never = torch.full((*rollout.tokens.shape, 1), -1)
-    events = Events(never, never, never.float(), depends_on_tokens=True)
-    with pytest.raises(ValueError, match="replays events"):
-        lik.Trajectory(num_sampled_steps=2).draw_views(replace(rollout, events=events), seeded(0))
-
-
 @pytest.mark.parametrize(
     ("estimator", "settings", "message"),
     [
-        (lik.Trajectory, {"num_sampled_steps": 0}, r"num_sampled_steps=0 must be at least 1"),
-        (
-            lik.Trajectory,
-            {"num_sampled_steps": 2, "block_size": 4},
-            r"num_sampled_steps=2 cannot be combined with block_size=4",
-        ),
         (lik.ELBO, {"num_samples": 0}, r"num_samples=0 must be at least 1"),
         (lik.ELBO, {"num_samples": 3, "antithetic": True}, r"num_samples=3 must be even .* use 4"),
         (lik.Coupled, {"num_samples": 0}, r"num_samples=0"),

@@ -246,7 +246,6 @@ def test_the_global_generators_are_untouched_and_draws_repeat(name):
 
 OTHERS = {
     "one_step, prompts whole": lik.OneStep(prompt_mask=0.0),
-    "trajectory, sampled": lik.Trajectory(num_sampled_steps=2),
 }
 
 

@@ -237,7 +237,7 @@ def test_the_view_counts_its_forwards():
 def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="self_conditioning='some' must be"):
         Trajectory(self_conditioning="some")
-    for estimator in (Trajectory(num_segments=2), Trajectory(num_sampled_steps=1), ELBO()):
+    for estimator in (Trajectory(num_segments=2), ELBO()):
         with pytest.raises(
             ValueError, match=r"the policy's is 'encoder_decoder'; use Trajectory\(num_segments=None, block_size=None\)"
         ):

@@ -24,6 +24,7 @@ from dllm_rl.testing.enumeration import (
     speaks_against,
     value_table,
 )
+from recipes.studies.surrogates import UniformSteps
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +202,7 @@ def too_short(rollout, generator):
 HOLD = {
     "every step": (Trajectory(), {"exact", "unbiased for the order taken"}),
     "a segment": (Trajectory(num_segments=1), set()),
-    "some steps": (Trajectory(num_sampled_steps=1), {"unbiased for the order taken"}),
+    "some steps": (UniformSteps(k=1), {"unbiased for the order taken"}),
     "elbo": (ELBO(num_samples=4), {"unbiased for the ELBO", "lower bound"}),
     "eubo": (EUBO(base=ELBO(num_samples=16), beta=3.0), {"upper bound"}),
     "too short": (FunctionLikelihood(function=too_short), {"upper bound"}),

@@ -233,6 +233,20 @@ def test_two_processes_train_as_one(tmp_path):
         assert math.isfinite(other["loss"])
 
 
+@pytest.mark.slow
+def test_two_processes_draw_the_denoising_steps_of_one(tmp_path):
+    """Of completions in groups of unequal size, some of which move between the processes, in two updates a step."""
+    rows.drawn(tmp_path / "one")
+    run_ranks("import sys, rows; rows.drawn(sys.argv[1])", 2, tmp_path / "two")
+    (one, _), (two, swaps) = (torch.load(tmp_path / name / "gradients.pt") for name in ("one", "two"))
+    assert swaps > 0 and len(one) == 6 and one.abs().amax() > 1e-4
+    torch.testing.assert_close(one, two, atol=1e-4 * one.abs().max().item(), rtol=0)
+    for mine, other in zip(*(metrics_of(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert 0 < mine["drawn_steps/row_forwards"] < 3
+        for name in ("drawn_steps/row_forwards", "loss", "rollout_corr/kl", "trained/rollout_is_mean"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6)
+
+
 def test_samples_of_several_processes_are_joined_by_rank(tmp_path):
     def samples(first, counts):
         total = sum(counts)

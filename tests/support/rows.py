@@ -47,6 +47,17 @@ def replay():
 
 def run(directory, **changes):
     """A run with both, whose main process leaves the gradients of every update; every swap that helps is made."""
+    gradients_of_run(directory, (replay(), EqualPrompts()), **changes)
+
+
+def drawn(directory):
+    """A run that draws denoising steps."""
+    steps = {"likelihood": Trajectory(variance_growth=1.0, include_order=False), "num_iterations": 2}
+    gradients_of_run(directory, (EqualPrompts(),), **steps)
+
+
+def gradients_of_run(directory, features, **changes):
+    """A run whose main process leaves the gradients of every update; every swap that helps is made."""
     gradients, swaps, plan_swaps = [], [], balance.plan_swaps
 
     def keep(optimizer, *_):
@@ -58,7 +69,7 @@ def run(directory, **changes):
 
     hook = register_optimizer_step_pre_hook(keep)
     with mock.patch.object(balance, "plan_swaps", counted), mock.patch.object(balance, "MIN_SAVING", 0):
-        train(replace(unequal(directory, model=EVEN), **changes), features=(replay(), EqualPrompts()))
+        train(replace(unequal(directory, model=EVEN), **changes), features=features)
     hook.remove()
     if os.environ.get("RANK", "0") == "0":
         torch.save((torch.stack(gradients), len(swaps)), Path(directory) / "gradients.pt")

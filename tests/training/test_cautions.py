@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from dllm_rl.algorithms.advantages import Advantages, LeaveOneOut
 from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
 from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
-from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
@@ -308,7 +308,7 @@ def test_orders_whose_law_is_not_known():
         ({"rank": first}, Trajectory(), "rank=first with commit=Schedule"),
         (own_rule, Trajectory(), "rank=MaxProb with commit=<lambda>"),
         ({"rank": noisy.replace(base_rank=score)}, Trajectory(), "rank=PlackettLuce with commit=Schedule"),
-        ({"rank": noisy}, Trajectory(num_sampled_steps=2), "rank=PlackettLuce with commit=Schedule and num_segments"),
+        ({"rank": noisy}, Trajectory(num_segments=2), "rank=PlackettLuce with commit=Schedule and num_segments"),
         (coins, Trajectory(num_segments=2), "rank=MaxProb with commit=SoftThreshold and num_segments"),
     ):
         recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=NoCorrection())
@@ -362,7 +362,7 @@ def test_weights_of_what_is_no_likelihood_ratio():
         assert cautions(replace(recipe, rollout_quantization=None)) == []
 
 
-@pytest.mark.parametrize("likelihood", [ELBO(), Trajectory(num_sampled_steps=1)], ids=str)
+@pytest.mark.parametrize("likelihood", [ELBO(), Coupled()], ids=str)
 def test_a_bonus_of_squared_weights(likelihood):
     recipe = tiny_recipe("x", likelihood=likelihood, corrector=NoCorrection(), entropy_coeff=0.05)
     (said,) = (line for line in cautions(recipe) if line.startswith("entropy_coeff=0.05"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.decoding.tokens import ids_and_blanks
 from dllm_rl.distributed.collectives import num_launched
+from dllm_rl.likelihoods.drawn_steps import UNIFORM_SHARE
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config, num_positions
@@ -146,6 +147,12 @@ def batch_lines(step: PlannedStep) -> list[str]:
             f"{step.num_graphs} of scoring's {step.num_forwards} forwards, which the first update does not run again "
             "(max_retained_graphs)"
         )
+    growth, drawn = recipe.likelihood.variance_growth, []
+    if growth is not None:
+        drawn = [
+            f"steps drawn           with variance_growth={growth:g}; planned are all {step.num_views} of a completion, "
+            f"for a policy that is unsure of every token, and at the least {UNIFORM_SHARE:.0%} of them are scored"
+        ]
     prompt = "assumed prompt" if step.policy.tokenizer is None else "longest prompt"
     return [
         f"processes             {step.processes} assumed; put WORLD_SIZE=N in front of the command to plan for N",
@@ -154,6 +161,7 @@ def batch_lines(step: PlannedStep) -> list[str]:
         f"update batch          {step.forward_rows} rows per forward of a process, {recipe.num_iterations} updates per "
         "step",
         f"autograd graphs kept  {graphs_text}",
+        *drawn,
         f"tokens per step       {rows * (step.blanks + recipe.max_new_tokens):,} sampled, "
         f"{rows * step.row_tokens:,} with the prompts",
     ]

@@ -59,7 +59,7 @@ from dllm_rl.records import Record
 from dllm_rl.samplers.rules import RandomOrder
 from dllm_rl.types import group_sizes
 from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
-from recipes.studies.likelihoods.surrogates import GDSD, StableDRL
+from recipes.studies.likelihoods.surrogates import GDSD, StableDRL, UniformSteps
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -144,7 +144,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # Rollouts a token a step from left to right, each token's own conditional. Two positions a row are scored, ours:
     # with all 16 there is time for three steps.
     "JustGRPO": {
-        "likelihood": lik.Trajectory(num_sampled_steps=2),
+        "likelihood": UniformSteps(k=2),
         "sampler": {"diffusion_steps": None, "block_size": 1},
         "loss": dual_clip,
         "num_iterations": 2,
@@ -169,7 +169,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two segments": {"likelihood": lik.Trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
     "four segments": {"likelihood": lik.Trajectory(num_segments=4), "loss": dual_clip, "num_iterations": 2},
     # As many forwards as two segments have, without their bias: random steps of each row, weighted.
-    "two sampled": {"likelihood": lik.Trajectory(num_sampled_steps=2), "loss": dual_clip, "num_iterations": 2},
+    "two sampled": {"likelihood": UniformSteps(k=2), "loss": dual_clip, "num_iterations": 2},
 }
 
 BETWEEN = ("two segments", "four segments", "two sampled")  # one step and all steps: for four and more

@@ -5,7 +5,7 @@ sum over rows and steps, sum_rs A_r grad log p(step s of row r). Each summand is
 of two of them; what a way of drawing steps gives is then known from 2,000 draws without another forward. A way scores k
 of the N steps of each row:
 
-    uniform        k steps without replacement, weight N / k: `Trajectory(num_sampled_steps=k)`
+    uniform        k steps without replacement, weight N / k
     by surprise    k draws with replacement, a step's chance in proportion to -log p of the tokens that it wrote (plus a
                    hundredth of the row's mean), weight 1 / (k chance): the least certain steps, without a bias
     by size        the same with the chance in proportion to the norm of the step's own gradient, which nobody knows

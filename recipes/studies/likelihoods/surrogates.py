@@ -1,4 +1,4 @@
-"""Published surrogates that are not part of the package, as classes of `Loss`.
+"""Published surrogates that are not part of the package, as classes of `Loss`; and an estimator of the league.
 
 `dllm_rl.algorithms.losses` explains the arguments. On the command line, name a surrogate by its module and class:
 
@@ -7,13 +7,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dllm_rl.algorithms.losses import WIDTH, Loss, PPOClip, clipped_objective, exp_ratio, row_mean
+from dllm_rl.likelihoods import masks
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.records import option
+from dllm_rl.types import Rollout, Views
 
 
 class DPPOTV(Loss):
@@ -193,3 +197,26 @@ def _mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "
 def _carried(weight: Tensor, advantages: Tensor, log_ratio: Tensor) -> Tensor:
     """The value w A, with the gradient w A grad log p; w is detached."""
     return weight * advantages[:, None] * (1 + log_ratio - log_ratio.detach())
+
+
+class UniformSteps(LikelihoodEstimator):
+    """k of the N denoising steps of each completion, drawn uniformly; a token's log-prob is multiplied by N / k.
+
+    The sum over a row is unbiased. A ratio is that of the token to the power N / k, on which clips and weights act:
+    not so with `Trajectory.variance_growth`.
+
+    Args:
+        k: Steps of a completion that are scored.
+    """
+
+    k: int = option(at_least=1)
+
+    reads_order = False
+
+    def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
+        views = Trajectory(include_order=False).draw_views(rollout, generator)
+        exists = (views.coefficients != 0).any(-1).T  # (B, N)
+        keys = masks.uniforms_at(exists, masks.row_generators(rollout, generator))
+        chosen = exists & (masks.ranks(keys) < self.k)
+        weight = chosen * exists.sum(-1, keepdim=True) / chosen.sum(-1, keepdim=True).clamp(min=1)
+        return replace(views, coefficients=views.coefficients * weight.T[..., None])
