@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from likelihood_toys import TablePolicy
+from repetitions import slow
 from tiny_recipe import tiny_recipe
 from torch.nn.functional import one_hot
 
@@ -130,9 +131,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("update", [0, 1])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.repeated(every=4)
+BY_DEFAULT = (("tis", 0), ("means of rows", 1), ("dual clip", 1))
+BOTH = [(name, update) for name in CASES for update in (0, 1)]
+
+
+@pytest.mark.parametrize(("name", "update"), [*BY_DEFAULT, *(slow(*each) for each in BOTH if each not in BY_DEFAULT)])
 def test_the_mean_over_all_draws_is_every_steps_gradient(name, update, learner, monkeypatch):
     changes = {"corrector": NoCorrection(), "loss_reduction": TokenMean()} | CASES[name]
     every, metrics = Step(learner, update, likelihood=Trajectory(), **changes).gradient()
