@@ -30,7 +30,7 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import USABLE_SHARE, plan
 from recipes.llada_8b_sudoku import recipe as llada_8b
 from recipes.quantized_sudoku import recipe as main_job
-from recipes.studies.surrogates import UniformSteps
+from recipes.studies.likelihoods.surrogates import UniformSteps
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS.parent / "recipes" / "examples"

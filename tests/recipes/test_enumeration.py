@@ -24,7 +24,7 @@ from dllm_rl.testing.enumeration import (
     speaks_against,
     value_table,
 )
-from recipes.studies.surrogates import UniformSteps
+from recipes.studies.likelihoods.surrogates import UniformSteps
 
 pytestmark = pytest.mark.slow
 
