@@ -47,6 +47,7 @@ from dllm_rl.models.checkpoint.loading import (
     family_spec,
     load_module,
     name_in_errors,
+    newest_checkpoint,
     prepare_in_place,
     save_module,
 )
@@ -320,7 +321,7 @@ def load_policy(
     only adapters (written by a run or by peft), it opens their base model and merges the adapters into it.
 
     Args:
-        path_or_id: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        path_or_id: Folder of a checkpoint, a run's folder for its newest checkpoint, or an id on the Hugging Face Hub.
         dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's dtype.
         device: Device of the weights.
         block_size: Block size of a block-causal model. None: the checkpoint's block size.
@@ -395,7 +396,7 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
 
     Args:
         policy: Policy whose module receives the tensors. It must have no adapters.
-        directory: Folder that `save_pretrained` wrote.
+        directory: Folder that `save_pretrained` wrote, or a run's folder, for its newest checkpoint.
         verify_checkpoint: "full" or "quick" check of the manifest, as in `load_policy`.
 
     Returns:
@@ -407,7 +408,7 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
     """
     if has_adapted_or_low_bit(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
-    directory = Path(directory).expanduser()
+    directory = newest_checkpoint(Path(directory).expanduser())
     verify_if_present(directory, verify_checkpoint)
     check_regular(directory)
     module_tensors = merged_state_dict(policy.module)

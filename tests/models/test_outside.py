@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"empty has no config.json: it is not a checkpoint"):
         load_policy(tmp_path / "empty")
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run is the folder of a run; give one of its checkpoints, as .*step-000002"):
+    with pytest.raises(ValueError, match=r"run is a run's folder without a checkpoint yet; give a checkpoint"):
         load_policy(tmp_path / "run")
     broken = checkpoint(tmp_path / "broken", "llama")
     (broken / "config.json").write_text('{"architectures": [')

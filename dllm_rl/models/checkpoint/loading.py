@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -195,9 +195,6 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
-        runs = sorted(folder.glob("checkpoints/step-*[0-9]"))
-        if runs:
-            raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
         if weight_files(folder):
             raise ValueError(
                 f"{folder} has weights without a config.json, as saved from a custom module: {CUSTOM_HINT}"
@@ -507,14 +504,29 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """Return the folder itself, or download a hub id (owner/name) and return its folder."""
+    """Return the folder itself, for a run's folder that of its newest checkpoint; or download a hub id (owner/name) and
+    return its folder.
+    """
     path = Path(path_or_id).expanduser()
     if str(path_or_id) and path.is_dir():
+        path = newest_checkpoint(path)
         check_regular(path)
         return path
     check_hub_id(path_or_id)
     # Pickled weights are not downloaded: they run code when they are opened.
     return _download(str(path_or_id), [f"*{suffix}" for suffix in SUFFIXES])
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the newest checkpoint of a run's folder, which `checkpoints/latest` names, and any other folder itself."""
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir() or (folder / "config.json").exists():
+        return folder
+    latest = checkpoints / "latest"
+    name = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    if not name.startswith("step-") or name != Path(name).name or not (checkpoints / name).is_dir():
+        raise ValueError(f"{folder} is a run's folder without a checkpoint yet; give a checkpoint")
+    return checkpoints / name
 
 
 def load_config(path_or_id: str | Path) -> dict[str, Any]:
@@ -555,20 +567,39 @@ def _download(hub_id: str, names: Sequence[str]) -> Path:
         # Not `hf_hub_download`, which tries for 23 s to reach a hub that is not there.
         return Path(snapshot_download(hub_id, allow_patterns=[*names]))
     except LocalEntryNotFoundError:
+        is_cached = Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir()
+        missing = "is not complete in this machine's cache" if is_cached else "is no folder, and not in the cache"
         raise ValueError(
-            f"model={hub_id!r} is not complete in this machine's cache, and the hub cannot be reached; download it "
-            "elsewhere and give its folder (for a recipe: --model FOLDER)"
+            f"model={hub_id!r} {missing}, and the hub cannot be reached; give an existing folder (for a recipe: "
+            f"--model FOLDER), or download the model elsewhere{folders_beside(hub_id)}"
         ) from None
     except HfHubHTTPError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model={hub_id!r}: the hub refuses ({reason}); give a folder that has it") from None
+        raise ValueError(
+            f"model={hub_id!r} is no folder, and the hub refuses it as an id ({reason}); give an existing folder"
+            f"{folders_beside(hub_id)}"
+        ) from None
 
 
 def check_hub_id(path_or_id: str | Path) -> None:
     """Raise ValueError for a text that is neither a folder nor a hub id (owner/name)."""
     text = str(path_or_id)
     if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
-        raise ValueError(f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them")
+        raise ValueError(
+            f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them{folders_beside(text)}"
+        )
+
+
+def folders_beside(path: str) -> str:
+    """Return "; PARENT has a, b" for the error message about a path that is missing, or "" without such a parent. A
+    run deletes its old checkpoints, so those that it still has are the last ones.
+    """
+    parent = Path(path).parent
+    try:
+        names = sorted(each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith("."))
+    except OSError:  # there is no such folder, or it cannot be read
+        return ""
+    return f"; {parent} has {', '.join(['...'] * (len(names) > 5) + names[-5:])}" if names else ""
 
 
 def save_module(

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import StringIO
 from logging import Logger, getLogger
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from dllm_rl.models.checkpoint.adapters import save_adapter
 from dllm_rl.models.checkpoint.tensors import INDEX, read_tensors, write_tensors
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import as_causal
+from dllm_rl.models.policy import as_causal, load_weights
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
@@ -135,10 +136,53 @@ def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"model='owner/name' is not complete in this machine's cache.* --model FOLDER"
-    ):
+    with pytest.raises(ValueError, match=r"model='owner/name' is no folder, and not in the cache.* --model FOLDER"):
         load_policy("owner/name")
+    (tmp_path / "models--owner--name").mkdir()  # as an interrupted download leaves it
+    with pytest.raises(ValueError, match=r"model='owner/name' is not complete in this machine's cache"):
+        load_policy("owner/name")
+
+
+@pytest.mark.parametrize("load", [loading.load_config, loading.checkpoint_folder, load_policy])
+def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path, monkeypatch, load):
+    """Of the checkpoints that save_total_limit deleted, and of a run whose name has a slip."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for step in range(1, 8):
+        (tmp_path / f"out/night/checkpoints/step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "out/night/checkpoints/latest").write_text("step-000007\n")
+    (tmp_path / "out/.hidden").mkdir()
+    with pytest.raises(ValueError, match=r"'out/nihgt' is no folder, and not in the cache.*; out has night$"):
+        load("out/nihgt")
+    kept = r"checkpoints has \.\.\., step-000003, step-000004, step-000005, step-000006, step-000007$"
+    with pytest.raises(ValueError, match=rf"step-000000' is neither a folder nor a hub id.*{kept}"):
+        load(tmp_path / "out/night/checkpoints/step-000000")
+    with pytest.raises(ValueError, match=r"'nights' is neither a folder nor a hub id .*; \. has out$"):
+        load("nights")
+    with pytest.raises(ValueError, match=r"'gone/night' is no folder, .*, or download the model elsewhere$"):
+        load("gone/night")
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
+    checkpoints = tmp_path / "run/checkpoints"
+    for step in (3, 12):
+        checkpoint(checkpoints / f"step-{step:06d}", "llama")
+    (checkpoints / "latest").write_text("step-000012\n")
+    newest = load_policy(checkpoints / "step-000012")
+    for policy in (
+        load_policy(tmp_path / "run"),
+        load_weights(load_policy(checkpoints / "step-000003"), tmp_path / "run"),
+    ):
+        for ours, theirs in zip(policy.module.parameters(), newest.module.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert loading.load_config(tmp_path / "run") == loading.load_config(checkpoints / "step-000012")
+    assert loading.checkpoint_folder(tmp_path / "run") == checkpoints / "step-000012"
+    for damaged in ("", "step-000004\n", "../checkpoints/step-000003\n", "..\n", ".\n"):
+        (checkpoints / "latest").write_text(damaged)
+        for load in (loading.load_config, load_policy, partial(load_weights, newest)):
+            with pytest.raises(ValueError, match="run is a run's folder without a checkpoint yet; give a checkpoint"):
+                load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("load", [loading.load_config, loading.checkpoint_folder, load_policy])
@@ -152,7 +196,7 @@ def test_without_a_network_a_hub_id_is_refused_at_the_first_try(tmp_path, monkey
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with pytest.raises(ValueError, match="model='owner/name' is not complete in this machine's cache"):
+    with pytest.raises(ValueError, match="model='owner/name' is no folder, and not in the cache, and the hub cannot"):
         load("owner/name")
     assert len(tries) == 1 and not capsys.readouterr().err and not logged
 
@@ -200,7 +244,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     with pytest.raises(ValueError, match="model='owner/bare': its repository has no config"):
         loading.load_config("owner/bare")
     for load in (loading.load_config, loading.checkpoint_folder):
-        with pytest.raises(ValueError, match=r"model='owner/none': the hub refuses \(404 Client Error\)"):
+        with pytest.raises(ValueError, match=r"'owner/none' is no folder, and the hub refuses it as an id \(404 C"):
             load("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="model="):
