@@ -11,13 +11,20 @@ MAX_BOXES = 10_000  # boxes searched for a number
 SPECIAL_TOKENS = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
+# A box as TeX reads it: white space may stand before the brace. Without a brace, the content is a number, or what
+# stands before the end of the formula or of the text; other mentions of the command are no box. The possessive
+# quantifiers (*+) keep the search linear.
+_BOX = re.compile(
+    r"\\(?P<command>boxed|fbox)(?![a-zA-Z])\s*+(?:(?P<brace>\{)|(?P<bare>[+-]?(?:[0-9]++(?:[.,/][0-9]+)*+|\.[0-9]++)"
+    r"(?![\w\\^{/])|(?:[0-9A-Za-z(\[|.+-]|\\[A-Za-z{])[^\s$]{0,200}?(?=\s*+\.?\s*+(?:\$|\\[)\]]|\Z))))"
+)
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 # ASCII characters for typographic minus signs, spaces of other widths and full-width digits.
 ASCII_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
 ASCII_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
 ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
 ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
-_LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
+_LATEX_SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|\Z)|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
 _THIN_SPACE = re.compile(r"\\!\s*")  # negative; TeX ignores blanks after the command
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
 # Delimiters of mathematics around a whole text, with an optional final point: $...$, $$...$$, \\(...\\), \\[...\\].
@@ -56,12 +63,15 @@ def last_closed_answer(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`, else of the last `\fbox{...}`, with balanced braces."""
-    for opening in ("\\boxed{", "\\fbox{"):
-        start = text.rfind(opening)
-        if start >= 0:
-            return _balanced(text, start + len(opening))
-    return None
+    r"""Return the content of the last `\boxed{...}`, else of the last `\fbox{...}`, with balanced braces.
+
+    As in TeX, white space may stand before the brace, and there may be no brace: `$\boxed 7$` and `$\boxed\frac12$`.
+    """
+    last: dict[str, re.Match[str]] = {box["command"]: box for box in _BOX.finditer(text)}
+    box = last.get("boxed") or last.get("fbox")
+    if box is None:
+        return None
+    return _balanced(text, box.end()) if box["brace"] else box["bare"]
 
 
 def final_answer(text: str) -> str | None:

@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import pytest
+from linear import linear_time
 
 from dllm_rl.tasks.answers import (
     MAX_ANSWER_LENGTH,
@@ -96,3 +97,30 @@ def test_boxes_are_balanced() -> None:
     assert last_box("\\boxed{1} \\boxed{2") is None
     assert last_box("\\fbox{1}") == "1"
     assert last_box("\\boxed{" + "x" * MAX_ANSWER_LENGTH + "}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\\boxed{12}, no: \\boxed {11}", "11"),
+        ("\\boxed{12}, no: \\boxed\n  {1{1}}", "1{1}"),
+        ("\\fbox{12}, no: \\fbox\t{11}", "11"),
+        ("\\boxed {12} \\fbox{11}", "12"),
+        ("\\boxed{12}, no: $\\boxed 11$.", "11"),
+        ("\\boxed{12}, no: \\boxed -1,100. That is it.", "-1,100"),
+        ("\\boxed{12}, no: \\(\\boxed\\frac12\\)", "\\frac12"),
+        ("\\boxed{12}, no: \\boxed x", "x"),
+        ("\\boxed{12}, no: \\boxed {11", None),
+        ("\\boxed{12} (I used \\boxed as asked.)", "12"),  # a mention of the command is no box
+        ("\\boxed{12} in `\\boxed`.", "12"),
+        ("\\boxed{12} \\boxedtext {11}", "12"),  # another command
+    ],
+)
+def test_a_box_is_read_as_tex_reads_it(text: str, content: str | None) -> None:
+    assert last_box(text) == content
+
+
+@pytest.mark.parametrize("piece", ["\\boxed", "\\boxed" + " " * 300, "\\boxed 1.", "\\boxed x" + " " * 300 + "."])
+def test_boxes_are_found_in_linear_time(piece: str) -> None:
+    with linear_time():
+        last_box(piece * (10**5 // len(piece)))

@@ -169,7 +169,7 @@ class Code(Questions):
     """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "7"
+    version: ClassVar[str] = "8"
     text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)

@@ -71,7 +71,7 @@ class Countdown(Prompted):
     """
 
     name: ClassVar[str] = "countdown"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     text: ClassVar[str] = TEXT
     placeholders: ClassVar[tuple[str, ...]] = ("numbers", "target")
     has_compact: ClassVar[bool] = True

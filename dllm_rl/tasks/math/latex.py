@@ -7,6 +7,7 @@ from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, exact_number, to_plain_char
 
 _REMOVED_FIRST = ("\n", "\\!")  # removed first, because they may be inside the marks below
 _REMOVED_MARKS = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
+_DEGREES = re.compile(r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ)")  # with or without white space
 _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
@@ -48,6 +49,7 @@ def normalize(answer: str) -> str:
         return answer
     answer = as_list(to_plain_characters(answer))
     answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    answer = _DEGREES.sub(" ", answer)
     for mark in (*_REMOVED_MARKS, "\\%", "%"):
         answer = answer.replace(mark, " ")  # two digits around a mark stay separate
     answer = without_unit(answer)
@@ -82,7 +84,7 @@ def as_list(answer: str) -> str:
 
 def without_unit(answer: str) -> str:
     r"""Remove a unit such as "\text{ cm}" that ends the answer, after a number. A unit has no _NON_UNIT_WORDS."""
-    start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("box{") - 2)
+    start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("\\mbox"), answer.rfind("\\hbox"))
     unit = _UNIT.match(answer, start) if start > 0 else None
     number = answer[:start]
     if unit is None or TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _is_unit(unit[1]):

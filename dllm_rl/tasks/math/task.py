@@ -103,7 +103,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     text: ClassVar[str] = TEXT.replace("{answer}", "number") + "{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")
@@ -153,7 +153,7 @@ class MATH500(Questions):
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "8"
+    version: ClassVar[str] = "9"
     text: ClassVar[str] = TEXT.replace("{answer}", "answer as \\boxed{...}") + "{problem}"
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)

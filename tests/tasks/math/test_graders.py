@@ -1,9 +1,11 @@
 """Mathematics: rational answers without a tolerance, references, and d1's training reward."""
 
+import json
 from fractions import Fraction
 
 import pytest
 
+from dllm_rl.tasks import MATH500
 from dllm_rl.tasks.answers import without_delimiters
 from dllm_rl.tasks.math.graders import (
     GSM8K_GRADERS,
@@ -29,6 +31,32 @@ def test_strict_compares_rational_numbers_exactly(reference, answer, value) -> N
     """A third is no decimal, however many threes: a tolerance would let 0.3333333 through."""
     graded = math500_strict({"answer": reference}, rf"so \boxed{{{answer}}}")
     assert (graded.parsed, graded.value) == (True, value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("11", "\n11 \\ "),
+        (r"90^\circ", r"90 ^{ \circ }"),
+        ("30", r"30^ \circ"),
+        ("5", r"5 \mbox {cm}"),
+        ("5", r"5\hbox {cm}"),
+        (r"\frac{10}{11}", r"\frac {10} {11}"),
+        (r"\sqrt{3}", r"\sqrt { 3 }"),
+    ],
+)
+def test_white_space_that_tex_skips_does_not_count(reference: str, answer: str) -> None:
+    """It stands between a command and its argument, and at the ends of a formula."""
+    text = rf"That would be \boxed{{4}}, but it is \boxed {{{answer}}}."
+    assert math500_strict({"answer": reference}, text).value == 1.0
+    assert math500_strict({"answer": "4"}, text).value == 0.0
+
+
+def test_a_reference_is_in_the_last_box_of_its_row(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    solution = r"First $\boxed{12}$, then $\boxed 7$."
+    path.write_text(json.dumps({"problem": "How many?", "solution": solution}) + "\n")
+    assert MATH500(path=path)[0].fields == {"answer": "7"}
 
 
 def test_reference_numbers() -> None:
