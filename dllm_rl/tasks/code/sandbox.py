@@ -2,10 +2,11 @@
 
 In the sandbox, this file runs as process 1, which runs the tests. Its child, forked before the tests are read, runs the
 program. The tests call the program's function through pipes and receive plain data (`Shared`), or an exception of the
-built-in class that the function's exception has or is derived from. What the function changes in its arguments is
-changed in the tests' objects, too. So the program sees neither the tests nor the token that proves that they passed,
-and no object of the program is compared. Two attacks remain possible: recognizing calls and
-replying without computing, and a bug of the kernel. Each of the two processes may use the full memory limit.
+built-in class that the function's exception has or is derived from, with the attributes of this class. What the
+function changes in its arguments is changed in the tests' objects, too. So the program sees neither the tests nor the
+token that proves that they passed, and no object of the program is compared. Two attacks remain possible: recognizing
+calls and replying without computing, and a bug of the kernel. Each of the two processes may use the full memory
+limit.
 """
 
 import builtins
@@ -13,12 +14,14 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
+import types
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import suppress
 from typing import Any
 
@@ -74,6 +77,15 @@ def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SE
             return False, f"stopped after {seconds} s"
         output_text = os.pread(output.fileno(), OUTPUT, 0).decode(errors="replace")
     return (process.returncode, process.stdout) == (0, token.encode()), output_text
+
+
+def before_function(prelude: str, entry_point: str) -> str:
+    """Return a prelude, up to the function `entry_point` if it ends within it, as a prompt may that a body follows."""
+    try:
+        compile(prelude, "prelude", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return re.split(rf"^(?:@.*\n)*def {re.escape(entry_point)}\b", prelude, maxsplit=1, flags=re.MULTILINE)[0]
+    return prelude
 
 
 def require() -> None:
@@ -132,7 +144,9 @@ def confine() -> None:
 
 _KINDS = (Counter, OrderedDict, defaultdict, dict, list, set, bytearray, deque)  # a derived class before its base
 MUTABLE: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
+MAX_CHAIN = 10  # exceptions that are attributes of one another, such as the cause of a cause
 CLASSES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+_DESCRIPTORS = types.MemberDescriptorType, types.GetSetDescriptorType
 # Immutable classes, by module and name. `__reduce__` gives the arguments that make an equal object.
 VALUES = (
     ("builtins", "range"),
@@ -153,9 +167,9 @@ class Shared:
     """Plain data of one call as JSON, for both processes.
 
     Plain data are None, numbers, texts, bytes, the containers of MUTABLE, tuples (named ones, too), frozensets,
-    Python's built-in classes and VALUES. An object of a derived class becomes one of its plain base class. A mutable
-    object is written once and then referred to by its index, so that the reply can change the caller's objects and
-    return them.
+    Python's built-in classes, exceptions and VALUES. An object of a derived class becomes one of its plain base class.
+    A mutable object is written once and then referred to by its index, so that the reply can change the caller's
+    objects and return them.
 
     Args:
         namespace: Names of the process, among which named tuples have their class.
@@ -165,6 +179,7 @@ class Shared:
         self.namespace = namespace
         self.objects: list[Any] = []
         self.indices: dict[int, int] = {}  # of an object's id
+        self.chain = 0  # exceptions that are being packed
 
     def pack(self, value: Any) -> Any:
         """Return a value as JSON. Raises TypeError if it is not plain data."""
@@ -188,6 +203,8 @@ class Shared:
                 return [name, self._extra(value), *self._contents(value)]
         if type(value) is type and CLASSES.get(value.__name__) is value:
             return ["class", value.__name__]
+        if isinstance(value, BaseException):
+            return self._pack_error(value)
         key = type(value).__module__, type(value).__name__
         if key in VALUES:
             return ["value", *key, *map(self.pack, value.__reduce__()[1])]
@@ -226,6 +243,8 @@ class Shared:
                 return self._tuple_class(name, fields)._make(map(self.unpack, items))
             case "class":
                 return CLASSES[parts[0]]
+            case "error":
+                return self._unpack_error(*parts)
             case "value":
                 module, name, *items = parts
                 if (module, name) not in VALUES:
@@ -253,6 +272,50 @@ class Shared:
         """Change the contents of the shared objects to those of the other process."""
         for value, contents in zip(self.objects[: len(packed)], packed, strict=True):
             self._fill(value, contents)
+
+    def _pack_error(self, error: BaseException) -> Any:
+        """Return an exception as JSON: the name of its built-in class, its arguments and its attributes."""
+        kind = next(kind for kind in type(error).__mro__ if CLASSES.get(kind.__name__) is kind)
+        values = {name: getattr(error, name, None) for name in _attributes(kind)}
+        self.chain += 1
+        try:
+            arguments = [self._pack_or(part, lambda part: str(part)) for part in error.args]
+            if issubclass(kind, BaseExceptionGroup):  # it cannot be made without the exceptions that it contains
+                arguments = [*map(self.pack, (values.pop("message"), list(values.pop("exceptions"))))]
+            attributes = {name: self._pack_or(value, lambda _: None) for name, value in values.items()}
+        finally:
+            self.chain -= 1
+        return [
+            "error",
+            kind.__name__,
+            arguments,
+            {name: each for name, each in attributes.items() if each is not None},
+        ]
+
+    def _pack_or(self, value: Any, otherwise: Callable[[Any], Any]) -> Any:
+        """Return a part of an exception as JSON; that of another value where it is not plain data."""
+        num_objects = len(self.objects)
+        try:
+            if self.chain > MAX_CHAIN:
+                raise TypeError("a chain of exceptions without an end")
+            return self.pack(value)
+        except (TypeError, ValueError, RecursionError):
+            for lost in self.objects[num_objects:]:
+                del self.indices[id(lost)]
+            del self.objects[num_objects:]
+            return otherwise(value)
+
+    def _unpack_error(self, name: str, arguments: list[Any], attributes: dict[str, Any]) -> BaseException:
+        kind: Any = CLASSES[name]
+        if not issubclass(kind, BaseException):
+            raise ValueError(f"{name} is no exception")
+        parts = tuple(map(self.unpack, arguments))
+        # Not `__init__`, which of some classes needs other arguments; and `OSError` would choose a derived class.
+        error: BaseException = kind.__new__(kind, *parts if issubclass(kind, BaseExceptionGroup) else ())
+        error.args = parts
+        for attribute in filter(attributes.__contains__, _attributes(kind)):
+            setattr(error, attribute, self.unpack(attributes[attribute]))
+        return error
 
     def _tuple_class(self, name: str, fields: list[str]) -> Any:
         """Return the class of a named tuple: the one of this process, if its fields are equal."""
@@ -289,12 +352,18 @@ class Shared:
             kind.extend(value, items)
 
 
+def _attributes(kind: type[BaseException]) -> list[str]:
+    """Return the names of what the exceptions of a built-in class have beside their arguments."""
+    described = (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, _DESCRIPTORS))
+    own = ("__notes__", "__context__", "__cause__", "__suppress_context__")  # a cause is set before it is suppressed
+    return [*(name for name in described if not name.startswith("__")), *own]
+
+
 # `exec` below runs an untrusted program. It must run only after `enter`, where nothing of the machine is reachable.
 def serve(requests: Any, replies: Any) -> None:
-    """In the child, run the program, then reply to calls of its function with [objects, name of an exception or "",
-    data].
+    """In the child, run the program, then reply to calls of its function with [objects, whether it raised, data].
 
-    The data is what the function returned, or the exception's arguments. `objects` are the contents of the mutable
+    The data is what the function returned, or the exception. `objects` are the contents of the mutable
     objects among the call's arguments.
     """
     code, entry_point = json.loads(requests.readline())
@@ -304,12 +373,11 @@ def serve(requests: Any, replies: Any) -> None:
         shared = Shared(namespace)
         arguments, keywords = shared.unpack(json.loads(line))
         try:
-            name, value = "", namespace[entry_point](*arguments, **keywords)
+            raised, value = False, namespace[entry_point](*arguments, **keywords)
         except BaseException as error:
-            name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
-            value = [part if isinstance(part, int | float | str) else str(part) for part in error.args]
+            raised, value = True, error
         try:
-            reply = json.dumps([shared.pack_objects(), name, shared.pack_result(value)])
+            reply = json.dumps([shared.pack_objects(), raised, shared.pack_result(value)])
         except (TypeError, ValueError, RecursionError) as error:
             reply = str(error)
         print(reply, file=replies, flush=True)
@@ -330,21 +398,18 @@ def judge(requests: Any, replies: Any) -> str:
                 print(call_text, file=requests, flush=True)
             line = replies.readline(1 << 24)
             reason = f"a reply is not plain data: {line[:200]!r}" if line else "the program ended without a reply"
-            objects, name, packed = json.loads(line)
+            objects, raised, packed = json.loads(line)
             shared.unpack_objects(objects)
             value = shared.unpack(packed)
-            kind = vars(builtins)[name] if name else None
-            # Not `__init__`, which of some classes needs other arguments.
-            error = kind.__new__(kind, *value) if kind else None
+            assert not raised or isinstance(value, BaseException)
         except Exception as problem:  # of any kind: a program may write any reply
             print(f"{reason} ({problem!r})", file=sys.stderr, flush=True)
             os._exit(1)  # an exception could be one that the tests expect
-        if error is not None:
-            raise error
+        if raised:
+            raise value
         return value
 
-    # Run only the part of the prelude before the function, whose body may be missing.
-    exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], namespace)
+    exec(before_function(prelude, entry_point), namespace)
     namespace[entry_point] = function
     exec(tests, namespace)
     return token

@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -19,10 +20,13 @@ from dllm_rl.tasks.rows import Row, Split, require_field, text_of
 
 NUM_PARALLEL = 4  # programs that run at the same time
 MAX_PROGRAM_LENGTH = 20_000  # characters of a program; a longer one is not parsed
+MAX_FENCES = 20  # fences in the strings and comments of a program
+_FENCE = re.compile("(`{3,})")
+_INFO = re.compile(r"^(?:[\w+.{}-]*|(?i:python|py)[\d.]*[ \t][^\n]*|\{[^\n}]*\})[ \t\r]*\n")  # after an opening fence
 # Texts that end a function which the prompt begins (arXiv 2107.03374).
 ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
-MODULES = """abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
-hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
+MODULES = """__future__ abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions
+functools hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
 FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input locals open quit vars"
 
 
@@ -30,14 +34,72 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
     """Return the program of a completion: the prelude and the last code block that defines the function.
 
     Without such a block, the first block that begins with white space, else the first nonblank block, is appended to
-    the prelude as the function's body.
+    the prelude as the function's body. A fence in a string or in a comment of a program is a part of the program. If
+    the block begins with future imports, they stand before the prelude.
     """
-    blocks = [re.sub(r"^[\w+.{}-]*[ \t\r]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
-    for block in map(textwrap.dedent, reversed(blocks)):  # indented in an item of a list
-        if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
-            return f"{fields['prelude']}\n{block}"
-    indented = (block for block in blocks if block[:1].isspace() and block.strip())
-    return fields["prelude"] + cut(next(indented, next(filter(str.strip, blocks), "")), 0, ENDS)
+    prelude = fields["prelude"]
+    text = cut(completion, 0, SPECIAL_TOKENS)
+    if "```" not in text:  # Markdown's other fence, which is an operator elsewhere
+        text = re.sub("^[ \t]*~{3,}", "```", text, flags=re.MULTILINE)
+    pieces = _FENCE.split(text)  # the odd ones are the fences between the others
+    block = _definition(pieces, fields["entry_point"])
+    if block is not None:
+        return _with_prelude(sandbox.before_function(prelude, fields["entry_point"]), block)
+    texts = {place: _code(pieces, place, place) for place in range(0, len(pieces), 2)}
+    nonblank = [place for place, text in texts.items() if text.strip()]
+    start = next((place for place in nonblank if texts[place][0].isspace()), (nonblank or [0])[0])
+    ends = range(start, min(len(pieces), start + 2 * MAX_FENCES), 2)
+    bodies = (prelude + cut(_code(pieces, start, end), 0, ENDS) for end in ends)
+    return next(filter(_tree, bodies), prelude + cut(texts[start], 0, ENDS))
+
+
+def _code(pieces: Sequence[str], start: int, end: int) -> str:
+    """Return the code of the pieces from `start` to `end`, which is one of them, without the name of a language."""
+    return _INFO.sub("", "".join(pieces[start : end + 1]))
+
+
+def _definition(pieces: Sequence[str], name: str) -> str | None:
+    """Return the last block that defines the function, or None.
+
+    Pieces with a fence between them are one block if they parse together: then the fence is in a string or a comment.
+    """
+    definition = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
+    blocks = {place: textwrap.dedent(_code(pieces, place, place)) for place in range(0, len(pieces), 2)}
+    last = next((place for place in reversed(blocks) if definition.search(blocks[place])), None)
+    if last is None:
+        return None
+    for start in range(max(0, last - 2 * MAX_FENCES), last + 1, 2):
+        for end in range(min(len(pieces) - 1, start + 2 * MAX_FENCES), max(start, last - 2), -2):
+            if sum(map(len, pieces[start : end + 1])) <= MAX_PROGRAM_LENGTH:
+                block = textwrap.dedent(_code(pieces, start, end))
+                if definition.search(block) and _tree(block):
+                    return block
+    return blocks[last]
+
+
+def _with_prelude(prelude: str, block: str) -> str:
+    """Return the prelude and a block, after the future imports with which they begin: Python wants these first."""
+    trees = [_tree(prelude), _tree(block)] if "__future__" in block else []
+    futures: list[ast.stmt] = []
+    for tree in filter(None, trees):
+        head = 0 if ast.get_docstring(tree) is None else 1
+        while tree.body[head:] and isinstance(node := tree.body[head], ast.ImportFrom) and node.module == "__future__":
+            futures.append(tree.body.pop(head))
+    with suppress(RecursionError):
+        if futures and None not in trees:
+            return "\n".join(map(ast.unparse, [*futures, *filter(None, trees)]))
+    return f"{prelude}\n{block}"
+
+
+def _tree(code: str) -> ast.Module | None:
+    """Return the syntax tree of a program; None if it does not parse or is longer than MAX_PROGRAM_LENGTH."""
+    if len(code) > MAX_PROGRAM_LENGTH:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(code)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
 
 
 def static(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -48,11 +110,10 @@ def static(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     code = program(fields, completion)
     checks = dict.fromkeys(("parses", "signature", "names", "allowed"), 0.0)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            nodes = list(ast.walk(ast.parse(code if len(code) <= MAX_PROGRAM_LENGTH else "(")))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    tree = _tree(code)
+    if tree is None:
         return Reward(0.0, False, checks)
+    nodes = list(ast.walk(tree))
     defined = set(dir(builtins))
     used = set()
     foreign = set()  # imported modules, and attributes such as __globals__
@@ -124,12 +185,10 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def _tests_anything(tests: str) -> bool:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            body = ast.parse(tests).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    tree = _tree(tests)
+    if tree is None:
         return True  # the sandbox grades it wrong
-    run = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign)]
+    run = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign)]
     return any(isinstance(part, ast.Assert | ast.Call | ast.Raise) for node in run for part in ast.walk(node))
 
 

@@ -419,6 +419,84 @@ assert found == [
     assert passed, said
 
 
+RAISED = {
+    "open('/nothing')": "(e.errno, e.filename, e.filename2)",
+    "raise OSError(1, 'no', 'a', None, 'b')": "(str(e), e.args, e.filename, e.filename2)",
+    "raise OSError(5, 'no')": "(type(e), str(e), e.filename)",
+    "raise BlockingIOError(1, 'no', 5)": "e.characters_written",
+    "b'\\xff'.decode()": "(str(e), e.encoding, e.object, e.start, e.end, e.reason)",
+    "compile('a b', 'n', 'exec')": "(str(e), e.msg, e.filename, e.lineno, e.offset, e.text)",
+    "import nothing_here": "(str(e), e.name, e.path)",
+    "undefined": "(str(e), e.name)",
+    "''.other": "(str(e), e.name, e.obj)",
+    "raise KeyError((1, None), [2], {3: b'x'})": "e.args",
+    "raise SystemExit": "e.code",
+    "raise ValueError('a') from KeyError('b')": "(type(e.__cause__), e.__cause__.args, e.__suppress_context__)",
+    "try: {}[1]\n    except KeyError: raise ValueError from None": "(type(e.__context__), e.__suppress_context__)",
+    "e = ValueError()\n    e.add_note('n')\n    raise e": "e.__notes__",
+    "raise ExceptionGroup('g', [ValueError(1), KeyError(x)])": "(e.message, [(type(x), x.args) for x in e.exceptions])",
+    "x = [x]\n    raise ValueError([object()], x, x)": "(e.args[1:], e.args[1] is e.args[2])",
+}  # fmt: skip
+
+
+@needs_sandbox
+def test_built_in_exceptions_keep_their_attributes() -> None:
+    """The expected values are those of the same program in this process."""
+    code = "def f(number, x=1):\n" + "".join(
+        f"  if number == {number}:\n    {raised}\n" for number, raised in enumerate(RAISED)
+    )
+    namespace: dict = {}
+    exec(code, namespace)
+    tests = ""
+    for number, seen in enumerate(RAISED.values()):
+        try:
+            namespace["f"](number)
+        except BaseException as e:
+            expected = eval(seen, {"e": e})
+        tests += f"try:\n    f({number})\nexcept BaseException as e:\n    found = {seen}\n"
+        tests += f"assert repr(found) == {repr(expected)!r}, found\n"
+    passed, said = sandbox.run("", code, tests, "f", 60)
+    assert passed, said
+
+
+@needs_sandbox
+def test_exceptions_are_plain_data() -> None:
+    """They are results and arguments; one that is its own cause, or has a long chain of them, ends."""
+    code = """
+def f(x):
+    if x == "new":
+        return ValueError([1]), StopIteration(x)
+    if isinstance(x, ValueError):
+        return type(x), x.args
+    if x == 1 or x == 0:
+        error = TypeError("t")
+        error.__cause__ = error
+        raise error
+    if x < 0:
+        try: f(x + 1)
+        except Exception as error: raise IndexError(x) from error
+    try:
+        raise KeyError(x)
+    except KeyError:
+        if x < 300: f(x + 1)
+        raise
+"""
+    tests = """
+error, stop = f("new")
+assert type(error) is ValueError and error.args == ([1],) and stop.value == "new"
+assert f(ValueError('x', (1,))) == (ValueError, ('x', (1,)))
+for number, kind in ((1, TypeError), (2, KeyError), (-60, IndexError)):
+    try:
+        f(number)
+    except kind as raised:
+        assert raised.args == {1: ('t',), 2: (300,), -60: (-60,)}[number]
+    else:
+        assert False
+"""
+    passed, said = sandbox.run("", code, tests, "f", 60)
+    assert passed, said
+
+
 @needs_sandbox
 @pytest.mark.parametrize(
     "code",

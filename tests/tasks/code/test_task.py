@@ -12,7 +12,7 @@ from linear import linear_time
 
 from dllm_rl.tasks import Code, Task
 from dllm_rl.tasks.code import sandbox
-from dllm_rl.tasks.code.task import NUM_PARALLEL, program, static
+from dllm_rl.tasks.code.task import NUM_PARALLEL, program, sandboxed, static
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
@@ -96,12 +96,40 @@ def test_a_row_of_another_form_is_refused_by_its_line(tmp_path, drop) -> None:
         ("```python3.11\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
         ("```{python}\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
         ("1. So:\n   ```python\n   def f(a):\n       return 1\n   ```", "\ndef f(a):\n    return 1\n"),
+        ("~~~python\ndef f(a): return 1\n~~~\nok", "\ndef f(a): return 1\n"),
+        ("````md\n```\n````\n```python copy=1\ndef f(a): return 1\n```", "\ndef f(a): return 1\n"),
+        ("````python\ndef f(a): return '```'\n````", "\ndef f(a): return '```'\n"),
+        ("```python\nK = 1\n# ```\n# f\n# ```\ndef f(a): pass\n```", "\nK = 1\n# ```\n# f\n# ```\ndef f(a): pass\n"),
         ("", ""),
         ("``````", ""),
     ],
 )  # fmt: skip
 def test_the_code_of_a_completion(completion, code) -> None:
     assert program(FIELDS | {"prelude": "P"}, completion) == "P" + code
+
+
+TRIPLE = "def triple(number):\n    return 3 * number\n"
+FUTURE = "from __future__ import annotations"
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.parametrize(
+    ("prelude", "completion", "value"),
+    [
+        ("import re\n", f'"""\n{FUTURE}\n"""\n# so\nfrom __future__ import (annotations,\n division)\n{TRIPLE}', 1.0),
+        (f'"""Text."""\n{FUTURE}\nimport math\n', f"from __future__ import division; import re\n{TRIPLE}", 1.0),
+        ("import math\n", f"```python\nimport re\n{FUTURE}\n{TRIPLE}```", 0.0),  # no Python either: too late
+        ("@str\ndef triple(number):\n    # three times\n", f"```python\nimport re\n{TRIPLE}```", 1.0),
+        ("def triple(number):\n    return (\n", f"```python\n{TRIPLE}```", 1.0),
+        ("def triple(number): pass\n\ndef by(n):\n    return 3 * n\n", "```\ndef triple(n): return by(n)\n```", 1.0),
+        ("", '```\ndef triple(n):\n    """\n   ```\n    def triple(n): 1\n   ```\n    """\n    return n * 3\n```', 1.0),
+        ("def triple(n):\n", '    """It is\n    ```\n    3 * n\n    ```\n    """\n    return 3 * n\n```\nDone.', 1.0),
+    ],
+)  # fmt: skip
+def test_right_programs_of_any_form_pass(prelude, completion, value) -> None:
+    tests = "assert triple(2) == 6 and triple(-1) == -3"
+    fields = {"prelude": prelude, "entry_point": "triple", "arguments": 1, "tests": tests}
+    assert sandboxed(fields, completion).value == value, program(fields, completion)
 
 
 GOOD = "import math\ndef f(a, b=1):\n    return [math.sqrt(x) for x in a] + [b]"
