@@ -62,7 +62,9 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     Completions that dynamic sampling replaces count too.
     """
     settings, accelerator, log, history = context.settings, context.accelerator, context.log, context.history
-    indices = prompt_indices(settings, history, step)
+    drawn = prompt_indices(settings, history, step)
+    # In every process those of all: the history has the prompts that are graded.
+    indices = fitting_indices(settings, context.rollout_policy, drawn)
     sizes = draw_group_sizes(settings, history, indices, step)
     group = torch.arange(len(sizes)).repeat_interleave(sizes)
     counts = rows_of_processes(sizes, accelerator.num_processes)
@@ -71,7 +73,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     reward_weights = component_reward_weights(settings)
     # The reward, and the components that have a weight: the others give no group an advantage.
     counted = torch.tensor([True, *map(bool, reward_weights.values())])
-    rollout, graded, local_rewards, num_too_long = draw(0, indices, local_group.unique())
+    rollout, graded, local_rewards = draw(0, indices, local_group.unique())
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = wait_metrics_of("rollout", accelerator)
         # (B, K): the reward of each completion, then its components.
@@ -83,21 +85,19 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     metrics = reward_metrics(component_rewards[:, 0], group, graded, local_group, accelerator)
     metrics |= reduce_metrics(wait_metrics, accelerator)
     if settings.max_prompt_length is not None:
-        num_local = torch.tensor(float(len(sizes) // accelerator.num_processes))
-        metrics |= reduce_metrics(
-            {"frac_prompts_too_long": (torch.tensor(float(num_too_long)), num_local)}, accelerator
-        )
+        metrics["frac_prompts_too_long"] = (indices != drawn).double().mean().item()
     num_draws = 1
     num_tokens = sum(item.num_tokens for item in graded)
     while (
         num_draws < settings.max_num_gen_batches
         and not (is_mixed := has_unequal_rewards(component_rewards[:, counted], group)).all()
     ):
-        indices = prompt_indices(settings, history, step, num_draws)
         redrawn = (~is_mixed).nonzero()[:, 0]
+        drawn = prompt_indices(settings, history, step, num_draws)[redrawn]
+        indices = indices.index_copy(0, redrawn, fitting_indices(settings, context.rollout_policy, drawn))
         local_redrawn = redrawn[torch.isin(redrawn, local_group)]
         if len(local_redrawn):  # another process may have groups to redraw even if this process has none
-            redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw(num_draws, indices, local_redrawn)
+            redrawn_rollout, redrawn_graded, redrawn_rewards = draw(num_draws, indices, local_redrawn)
             rows = torch.isin(local_group, local_redrawn).nonzero()[:, 0]
             local_rewards[rows] = redrawn_rewards
             num_tokens += sum(item.num_tokens for item in redrawn_graded)
@@ -139,18 +139,15 @@ def draw_and_grade(
     groups: Int[Tensor, " p"],  # the groups of this process to draw
     *,
     sizes: Int[Tensor, " P"],
-) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "b K"], int]:
-    """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts were
-    replaced because they were too long.
-    """
+) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "b K"]]:
+    """Call `sample_and_grade` for the prompts of some of this process's groups."""
     settings = context.settings
-    problems, num_too_long = fit_prompts(settings, context.rollout_policy, indices[groups].tolist())
+    problems = [settings.task[index] for index in indices[groups].tolist()]
     key = (settings.seed, "rollout", step, *([draw] if draw else []))
     # A row's seed depends on its number among the rows of all processes, not on how many groups are redrawn.
     seeds = row_seeds(generator_for(*key), int(sizes.sum())).split(sizes.tolist())
     row_seeds_of_groups = torch.cat([seeds[number] for number in groups.tolist()])
-    rollout, graded, rewards = sample_and_grade(context, problems, sizes[groups].tolist(), row_seeds_of_groups, key)
-    return rollout, graded, rewards, num_too_long
+    return sample_and_grade(context, problems, sizes[groups].tolist(), row_seeds_of_groups, key)
 
 
 def sample_and_grade(
@@ -377,28 +374,28 @@ def draw_group_sizes(
     return sizes
 
 
-def fit_prompts(settings: StepSettings, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
-    by the task's next prompt that fits.
+def fitting_indices(settings: StepSettings, policy: Policy, indices: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
+    """Return the indices, with that of the task's next prompt that fits in place of each prompt that is longer than
+    max_prompt_length.
 
     Raises:
         ValueError: No prompt fits.
     """
-    task = settings.task
-    max_prompt_length = settings.max_prompt_length
+    task, max_prompt_length = settings.task, settings.max_prompt_length
     if max_prompt_length is None:
-        return [task[i] for i in indices], 0
-    problems = []
-    num_replaced = 0
-    for index in indices:
-        for k in range(len(task)):
-            problem = task[(index + k) % len(task)]
-            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= max_prompt_length:
-                problems.append(problem)
-                num_replaced += k > 0
-                break
-        else:
+        return indices
+
+    def fits(index: int) -> bool:
+        problem = task[index]
+        return len(prompt_ids(policy, problem.prompt, problem.blank)) <= max_prompt_length
+
+    fitting = []
+    for start in indices.tolist():
+        following = ((start + k) % len(task) for k in range(len(task)))
+        index = next(filter(fits, following), None)
+        if index is None:
             raise ValueError(
                 f"max_prompt_length={max_prompt_length}: every prompt of task {task.name!r} is longer; raise it"
             )
-    return problems, num_replaced
+        fitting.append(index)
+    return torch.tensor(fitting, dtype=torch.long)

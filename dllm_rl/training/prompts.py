@@ -73,7 +73,7 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         problems = ((index, task[index]) for index in range(min(len(task), MAX_CHECKED_PROMPTS)))
         _longest_prompt(policy, field, problems, recipe.eval_sampler, max_positions)
     if max_prompt_length is not None:
-        max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
+        max_positions = math.inf  # `fitting_indices` replaces prompts that are too long as they are drawn
     indices = _training_indices(recipe, recipe.num_steps)
     problems = ((index, recipe.task[index]) for index in indices)
     index = _longest_prompt(policy, "task", problems, recipe.sampler, max_positions)

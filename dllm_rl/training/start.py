@@ -26,7 +26,7 @@ from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
-from dllm_rl.step.collect import component_reward_weights, fit_prompts
+from dllm_rl.step.collect import component_reward_weights, fitting_indices
 from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
@@ -341,7 +341,7 @@ def load_and_rehearse(
     check_value_model(recipe.value_model, policy)
     component_reward_weights(recipe)  # raises ValueError if the advantages take them and there are none
     longest_index = check_prompts(recipe, policy)
-    (problem,), _ = fit_prompts(recipe, policy, [longest_index])
+    problem = recipe.task[int(fitting_indices(recipe, policy, torch.tensor([longest_index])))]
     policy = shard_policy(
         policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
     )

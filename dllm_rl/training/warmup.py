@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.step.collect import draw_indices, fit_prompts
+from dllm_rl.step.collect import draw_indices, fitting_indices
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.base import Problem
@@ -47,7 +49,8 @@ def warm_up(
     steps_done = 0
     is_reached = False
     while steps_done < recipe.sft_warmup_steps and not is_reached:
-        problems, _ = fit_prompts(recipe, policy, _indices(recipe, steps_done))
+        indices = fitting_indices(recipe, policy, _indices(recipe, steps_done))
+        problems = [recipe.task[index] for index in indices.tolist()]
         step_metrics = trainer.step(
             optimizer,
             solution_examples(policy, problems, max_new_tokens=recipe.max_new_tokens),
@@ -71,15 +74,15 @@ def drawn_problems(recipe: Recipe, policy: Policy) -> Iterator[Problem]:
     start_time = time.monotonic()
     drawn: set[int] = set()
     for step in range(recipe.sft_warmup_steps):
-        for index in {*_indices(recipe, step)} - drawn:
+        for index in {*_indices(recipe, step).tolist()} - drawn:
             if time.monotonic() - start_time > MAX_SECONDS:
                 return
             drawn.add(index)
-            yield from fit_prompts(recipe, policy, [index])[0]
+            yield recipe.task[int(fitting_indices(recipe, policy, torch.tensor([index])))]
         if len(drawn) >= min(len(recipe.task), MAX_CHECKED_PROMPTS):
             return
 
 
-def _indices(recipe: Recipe, step: int) -> list[int]:
+def _indices(recipe: Recipe, step: int) -> Int[Tensor, " B"]:
     """Return the indices of the problems of a step of the warm-up, over all processes."""
-    return draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", step).tolist()
+    return draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", step)

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
 from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import ONE_PUZZLE, SIZES, tiny_recipe
 
+from dllm_rl import grpo
+from dllm_rl.algorithms.prompt_sources import UniformPrompts
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.step.collect import fit_prompts
+from dllm_rl.step.collect import fitting_indices
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
@@ -132,7 +136,7 @@ def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")
     recipe = tiny_recipe(tmp_path, task=Listed(problem), max_prompt_length=2)
-    assert fit_prompts(recipe, tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
+    assert fitting_indices(recipe, tiny_masked_lm(**SIZES), torch.tensor([0])).tolist() == [0]
 
 
 @pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
@@ -195,10 +199,43 @@ def test_long_prompts_are_replaced_and_counted(tmp_path):
 
 def test_the_next_prompt_that_fits_takes_the_place():
     recipe = tiny_recipe("x", task=SomeLong(), max_prompt_length=48)
-    chosen, replaced = fit_prompts(recipe, recipe.model(), [0, 1, 3, 8])
-    assert chosen == [recipe.task[i] for i in (1, 1, 4, 8)] and replaced == 2
+    assert fitting_indices(recipe, recipe.model(), torch.tensor([0, 1, 3, 8])).tolist() == [1, 1, 4, 8]
     with pytest.raises(ValueError, match="max_prompt_length=3: every prompt of task 'some long' is longer; raise it"):
-        fit_prompts(replace(recipe, max_prompt_length=3), recipe.model(), [0])
+        fitting_indices(replace(recipe, max_prompt_length=3), recipe.model(), torch.tensor([0]))
+
+
+ROWS = [{"prompt": text, "worth": worth} for worth, text in enumerate(("11111111=", "2=", "33333333=", "4=", "5="))]
+
+
+class Recorded(UniformPrompts):
+    """Draws these prompts, and looks at what it is given."""
+
+    drawn: tuple[int, ...]
+    histories: Any = None
+    sized: Any = None
+    uses_history = True
+
+    def draw(self, history, count, generator):
+        self.histories.append(dict(zip(history.prompt.tolist(), history.mean.tolist(), strict=True)))
+        return torch.tensor(self.drawn)
+
+    def group_sizes(self, history, prompts, num_generations, generator):
+        self.sized.append(prompts.tolist())
+        return torch.full_like(prompts, num_generations)
+
+
+@pytest.mark.parametrize(("drawn", "graded"), [((0, 2), {1, 3}), ((2, 0), {3, 1}), ((4, 2), {4, 3})])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_curriculum_is_told_of_the_prompts_that_were_graded(tmp_path, drawn, graded, draws):
+    """In place of a prompt that is too long the next one is graded; with dynamic sampling, also of a later draw."""
+    source = Recorded(drawn=drawn, histories=[], sized=[])
+    grpo(
+        tiny_masked_lm(characters="12345=", hidden_size=16, num_layers=1), ROWS, lambda worth, **_: worth,
+        eval_dataset=ROWS[1:2], max_new_tokens=1, train_batch_size=2, num_generations=2, eval_steps=0, num_steps=2,
+        max_prompt_length=4, max_num_gen_batches=draws, prompt_source=source, output_dir=str(tmp_path),
+    )  # fmt: skip
+    assert source.histories[-1] == {index: float(index) for index in graded}
+    assert {*map(frozenset, source.sized)} == {frozenset(graded)}
 
 
 @pytest.mark.slow
