@@ -35,7 +35,7 @@ from dllm_rl.samplers import Renoise, Sampler, Unmask, sampler_for
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.rules import Commit, Rank, Schedule, check_scores
 from dllm_rl.samplers.unmask import check_number_of_steps
-from dllm_rl.samplers.with_settings import sampler_with
+from dllm_rl.samplers.with_settings import check_number_of_samples, sampler_with
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
@@ -260,10 +260,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         check_number_of_steps(sampler, policy.spec)
         if isinstance(sampler, Unmask):
             check_scores(sampler.rank, sampler.commit)
-        if arguments.samples > 1 and draws_nothing(sampler):
-            raise ValueError(
-                f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
-            )
+        check_number_of_samples(sampler, arguments.samples)
         names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature")
         settings = {name: getattr(sampler, name) for name in names if hasattr(sampler, name)}
         settings |= {name: value for name, value in filters.items() if value is not None}
@@ -274,15 +271,6 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         if (settings, sampler) not in plans:  # an adaptive rule is the same plan for every number of steps
             plans.append((settings, sampler))
     return plans
-
-
-def draws_nothing(sampler: Sampler) -> bool:
-    """Return whether the sampler completes a prompt in one way alone: greedily, in an order without chance."""
-    if getattr(sampler, "temperature", 1.0) != 0:
-        return False
-    if not isinstance(sampler, Unmask):
-        return True
-    return not (sampler.rank.adds_gumbel or "uniforms" in sampler.rank.reads | sampler.commit.reads)
 
 
 def default_length(policy: Policy, task: Task, run_sampler: Sampler | None) -> int:

@@ -133,7 +133,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add = sub.add_argument
     add("model", help="a checkpoint's or a run's folder, or a hub's id")
     add("--host", default="127.0.0.1", help="another address needs a token (default 127.0.0.1)")
-    add("--port", type=int, default=8000, help="0: any free port (default 8000)")
+    add("--port", type=_port, default=8000, help="0: any free port (default 8000)")
     add("--name", help="the model's name in requests (default: MODEL)")
     add("--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)")
     updates_help = "let requests that send the token replace the weights, as HTTPEngine does"
@@ -223,6 +223,12 @@ def _positive_ints(text: str) -> list[int]:
 def _positive_int(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a port from 1 to 65535, or 0 for any free one")
     return int(text)
 
 

@@ -30,8 +30,11 @@ def task_of(model: str) -> tuple[str, dict[str, Any]]:
 
     recipe = recipe_of(model) if model else None
     if recipe is None:
+        from dllm_rl.models.checkpoint.loading import folders_beside  # local: imports torch, which would slow --help
+
+        beside = "" if not model or Path(model).exists() else f" ({model} does not exist{folders_beside(model)})"
         raise ValueError(
-            f"task is not given, and {model!r} is not the folder of a run with a task; use {', '.join(TASKS)}"
+            f"task is not given, and {model!r} is not the folder of a run with a task{beside}; use {', '.join(TASKS)}"
         )
     stored = recipe.get("eval_task")
     if isinstance(stored, dict):

@@ -9,7 +9,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.sampler import check_rollout
-from dllm_rl.samplers.with_settings import sampler_with
+from dllm_rl.samplers.with_settings import check_number_of_samples, sampler_with
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
@@ -87,10 +87,12 @@ def complete_problems(
             not call it. None (default): no function.
 
     Raises:
-        ValueError: There are no problems, or the sampler is not for the policy or leaves blanks unfilled.
+        ValueError: There are no problems, the completions of a problem would all be equal, or the sampler is not for
+            the policy or leaves blanks unfilled.
     """
     if not problems:
         raise ValueError("no prompts: give at least one")
+    check_number_of_samples(sampler, num_generations, "num_generations")
     prompts = encode(policy, problems, num_generations=num_generations, reads_order=False)
     has_steps = on_step is not None and isinstance(sampler, Unmask | Renoise)
     start_time = time.perf_counter()  # the encoding of the prompts is not timed

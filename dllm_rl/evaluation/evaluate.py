@@ -15,6 +15,7 @@ from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import describe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.sampler import check_rollout
+from dllm_rl.samplers.with_settings import check_number_of_samples
 from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
 
@@ -68,14 +69,15 @@ def evaluate(  # noqa: PLR0913
         The graded completions of all processes, with means and summary.
 
     Raises:
-        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; the sampler lacks rows or
-            does not fill the blanks; or the file has completions that were made with other weights, quantization, seed,
-            sampler or problems.
+        ValueError: samples, batch_size or limit is below 1; the samples of a problem would all be equal; the log-probs
+            are not finite; the sampler lacks rows or does not fill the blanks; or the file has completions that were
+            made with other weights, quantization, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    check_number_of_samples(sampler, samples)
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions).expanduser()
     # The fingerprint shows whether this policy made the stored completions. Without a file it is not needed.

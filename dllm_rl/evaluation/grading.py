@@ -18,7 +18,7 @@ from dllm_rl.evaluation.results import (
 )
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
-from dllm_rl.tasks.rows import load_rows, parse_rows, require_field
+from dllm_rl.tasks.rows import MissingField, load_rows, parse_rows, require_field
 
 PROBLEM_TEXTS = ("prompt", "question", "problem")  # fields with the text of a problem
 PROBLEM_IDS = ("problem_id", "question_id", "task_id", "id")
@@ -31,6 +31,14 @@ class StoredCompletion:
     location: str  # file and line, for error messages
     row: dict[str, Any]
     completion: str
+    given: tuple[str, ...]  # names of the fields in the file, for error messages
+
+    def read_fields(self, task: str, protocol: str) -> dict[str, Any]:
+        """Return the fields that the task's graders read. Raise ValueError if one is missing or malformed."""
+        try:
+            return TABLE[task].read_fields(self.row, protocol)
+        except MissingField as error:
+            raise MissingField(error.name, self.given) from None
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,8 @@ def _read_and_grade(path: str | Path, task: str, protocol: str) -> GradedFile:
     find_grader(task, protocol)
     stored = read_completions(path, task)
     # All rows before grading, so that a malformed row is reported without delay.
-    rows = ((completion.location, completion.row) for completion in stored)
-    fields = parse_rows(rows, lambda row: TABLE[task].read_fields(row, protocol))
+    rows = ((completion.location, completion) for completion in stored)
+    fields = parse_rows(rows, lambda completion: completion.read_fields(task, protocol))
     prompts = [completion.row.get("prompt") for completion in stored]
     rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored], prompts)
     return GradedFile(stored, fields, rewards)
@@ -217,9 +225,11 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         try:
             fields = _with_our_names(row, task)
             texts = _texts(fields)
+        except MissingField as error:
+            raise ValueError(f"{location}: {MissingField(error.name, _names(row))}") from None
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
-        steps_and_rows += [(step, StoredCompletion(location, fields, text)) for text in texts]
+        steps_and_rows += [(step, StoredCompletion(location, fields, text, _names(row))) for text in texts]
     if not steps_and_rows:
         raise ValueError(f"{path} has no rows")
     return [stored for _, stored in steps_and_rows]
@@ -249,6 +259,15 @@ def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
         digits = re.search(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)", str(fields.get("question", "")))
         return {"solution": reference} | ({"puzzle": digits[0]} if digits else {}) | fields
     return {"answer": reference} | fields
+
+
+def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a row's fields in its file; those inside of `doc` or of a reference as "doc.question"."""
+    is_lm_eval = isinstance(row.get("doc"), dict) and "resps" in row
+    outer = ["resps"] if is_lm_eval else [name for name in row if name != "doc"]
+    inner = ["doc"] if is_lm_eval else ["reference", "ground_truth"]
+    inside = [f"{name}.{field}" for name in inner if isinstance(row.get(name), dict) for field in row[name]]
+    return (*outer, *inside)
 
 
 def _texts(fields: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """A policy's sampler with settings by name, as a request, a command or `complete` gives them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -100,3 +100,17 @@ def sampler_with(policy: Policy, run_sampler: Sampler | None, passed: Mapping[st
         is_compiled = run_sampler.compile_step and changes.keys().isdisjoint(("rank", "commit", "cache"))
         run_sampler = run_sampler.replace(compile_step=is_compiled)
     return with_settings(policy, changes, run_sampler)
+
+
+def check_number_of_samples(sampler: Callable[..., Any], samples: int, name: str = "samples") -> None:
+    """Raise ValueError for several completions of a prompt by a sampler that has only one: a greedy one, in an order
+    without chance. `name` is what the caller's setting is called.
+    """
+    if samples <= 1 or not isinstance(sampler, Unmask | Autoregress) or sampler.temperature:
+        return
+    if isinstance(sampler, Unmask):
+        if type(sampler).__call__ is not Unmask.__call__:  # a subclass may draw in its own way
+            return
+        if sampler.rank.adds_gumbel or "uniforms" in sampler.rank.reads | sampler.commit.reads:
+            return
+    raise ValueError(f"{name}={samples} at temperature=0 would all be equal; give a temperature above 0, or {name}=1")

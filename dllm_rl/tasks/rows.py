@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, Literal, TypeVar
 
 Row = dict[str, Any]
+Given = TypeVar("Given")
 Parsed = TypeVar("Parsed")
 Split = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[Split, ...] = ("train", "validation", "test")
@@ -140,10 +141,20 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, line {number}", row
 
 
+class MissingField(ValueError):
+    """A row has no field `name`, but the fields `given`."""
+
+    def __init__(self, name: str, given: Iterable[str]) -> None:
+        super().__init__(
+            f"no field {name!r}, only {', '.join(map(repr, given))}; rename the one that has it, or add it"
+        )
+        self.name = name
+
+
 def require_field(row: Mapping[str, Any], name: str) -> Any:
-    """Return a field of the row. Raises ValueError if it is missing."""
+    """Return a field of the row. Raises MissingField, a ValueError, if it is missing."""
     if name not in row:
-        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row))}; rename the one that has it, or add it")
+        raise MissingField(name, row)
     return row[name]
 
 
@@ -155,7 +166,7 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def parse_rows(rows: Iterable[tuple[str, Row]], parse: Callable[[Row], Parsed]) -> tuple[Parsed, ...]:
+def parse_rows(rows: Iterable[tuple[str, Given]], parse: Callable[[Given], Parsed]) -> tuple[Parsed, ...]:
     """Return `parse(row)` for each (location, row), and put the location before the message of its ValueError."""
     parsed = []
     for location, row in rows:

@@ -383,7 +383,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         ("--task sudoku --samples 4 --majority 2,8", "--majority 8 needs --samples 8"),
         ("--task sudoku --samples 4 --majority 4", "a grader that says which answers are equal"),
         ("--task sudoku --diffusion_steps 4,3 --block_size 5", "diffusion_steps=3"),
-        ("--task sudoku --samples 4", "--samples 4"),
+        ("--task sudoku --samples 4", "samples=4"),
         ("--task sudoku --diffusion_steps 4,2 --block_size 4", "diffusion_steps=2"),
         ("--task sudoku --quantization none,fp8", "quantization='fp8'"),
         ("--task sudoku --rank MaxProb,best", "rank='best'"),
@@ -556,7 +556,7 @@ def text():
 def test_greedy_samples_differ_in_random_order_alone(model, capsys):
     options = ["--task", "sudoku", "--limit", "2", "--samples", "3", "--diffusion_steps", "16", "--json"]
     assert main(["evaluate", model, *options]) == 2
-    assert "--samples 3 at --temperature 0 would all be equal" in capsys.readouterr().err
+    assert "samples=3 at temperature=0 would all be equal" in capsys.readouterr().err
     for order in (["--rank", "RandomOrder"], ["--rank", "PlackettLuce", "--rank.temperature", "0.3"]):
         assert main(["evaluate", model, *options, *order]) == 0
         row = json.loads(capsys.readouterr().out)

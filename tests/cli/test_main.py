@@ -138,3 +138,18 @@ def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["lm-eval", "--model", "dllm_rl", "--tasks", "gsm8k"]) == 2
     assert "pip install -e '.[harness]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "99999999999999999999", "80.5", "http"])
+def test_a_port_that_cannot_be_is_refused_in_one_line(port, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "no-model", f"--port={port}"])
+    assert ended.value.code == 2
+    assert f"argument --port: {port!r} must be a port from 1 to 65535, or 0 for any free one" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_exist_is_named_with_those_beside_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/first").mkdir(parents=True)
+    assert main(["evaluate", "out/frist"]) == 2
+    assert "(out/frist does not exist; out has first)" in capsys.readouterr().err

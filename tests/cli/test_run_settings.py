@@ -243,7 +243,7 @@ class TestEvaluatePlans:
         assert row["commit"] == "Threshold(tau=0.75)" and sampler.max_new_tokens == 4
         for option, message in (
             ("--diffusion_steps 4", r"commit=Threshold\(tau=0.75\) chooses its number of steps; add --commit Schedule"),
-            ("--samples 2", "--samples 2 at --temperature 0 would all be equal"),
+            ("--samples 2", "samples=2 at temperature=0 would all be equal"),
         ):
             with pytest.raises(ValueError, match=message):
                 self.plans(monkeypatch, self.THRESHOLD, option)

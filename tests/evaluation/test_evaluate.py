@@ -17,13 +17,15 @@ from sorting import Mini
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode, prompt_ids
 from dllm_rl.distributed.collectives import OneProcess
+from dllm_rl.evaluation.complete import complete_problems
 from dllm_rl.evaluation.completions import fingerprint, merge_parts, read
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import Float8WeightOnly
-from dllm_rl.samplers.rules import MaxProb, SoftThreshold
+from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.samplers.rules import Entropy, MaxProb, RandomOrder, SoftThreshold, Threshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
@@ -412,6 +414,26 @@ def test_counts_below_one_are_refused(policy):
     for name in ("samples", "batch_size", "limit"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             evaluate(policy, sudoku(), SAMPLER, **{name: 0})
+
+
+def test_samples_that_would_all_be_equal_are_refused(policy):
+    for sampler in (
+        Unmask(max_new_tokens=16, diffusion_steps=4),
+        Unmask(max_new_tokens=16, rank=Entropy(), commit=Threshold(tau=0.9)),
+        Autoregress(max_new_tokens=3, temperature=0),
+    ):
+        with pytest.raises(ValueError, match="samples=3 at temperature=0 would all be equal; give a temperature"):
+            evaluate(policy, sudoku(2), sampler, samples=3)
+        with pytest.raises(ValueError, match="num_generations=2 at temperature=0 would all be equal"):
+            complete_problems(policy, [Problem("1=")], sampler, num_generations=2)
+    in_random_order = Unmask(max_new_tokens=16, diffusion_steps=16, rank=RandomOrder())
+    assert len(evaluate(policy, sudoku(1), in_random_order, samples=2).answers) == 2
+
+    class OfItsOwn(Unmask):  # may draw in a way of its own
+        def __call__(self, *arguments, **keywords):
+            return SAMPLER(*arguments, **keywords)
+
+    assert len(evaluate(policy, sudoku(1), OfItsOwn(max_new_tokens=16), samples=2).answers) == 2
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,26 @@ def test_a_missing_field_s_message_names_those_that_the_row_has(tmp_path, capsys
     assert "line 1: no field 'answer', only 'completion', 'gold'; rename the one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("countdown", {"out": "3", "ground_truth": "7"}, "'completion', only 'out', 'ground_truth';"),
+        ("countdown", {"text": "3=", "completion": "3", "reference": "7"}, "'numbers', only 'text', 'completion',"),
+        ("countdown", {"completion": "3", "reference": {"goal": 7}}, "'numbers', only 'completion', 'reference', 'r"),
+        ("sudoku", {"question": "Fill it.", "generations": "1", "ground_truth": "1234"}, "'puzzle', only 'question',"),
+        ("gsm8k", {"doc": {"query": "1+1"}, "doc_id": 4, "resps": [["2"]]}, "'answer', only 'resps', 'doc.query';"),
+        ("code", {"completion": "def f(): ...", "reference": "assert f"}, "'arguments', only 'completion', 'ref"),
+    ],
+)
+def test_a_missing_field_s_message_has_the_names_of_the_file_alone(tmp_path, capsys, task, row, message):
+    """A grader's own name, such as the `answer` that a reference becomes, is not in the file of the user."""
+    assert main(["grade", "--task", task, write(tmp_path / "a.jsonl", [row])]) == 2
+    said = capsys.readouterr().err
+    assert f"line 1: no field {message}" in said
+    ours = said[said.index("only") : said.index("; rename")]
+    assert all(f"'{name}'" not in ours for name in {"answer", "completion", "solution", "doc_id"} - row.keys())
+
+
 def as_evaluation(values) -> Evaluation:
     return Evaluation(
         tuple(GradedAnswer(i, 0, Reward(value, True, {"accuracy": float(value)})) for i, value in enumerate(values)), {}
