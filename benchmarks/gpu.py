@@ -9,7 +9,7 @@ minutes that it took: on an H100 or H200, or in brackets at toy size on two core
 
     whole step N  (0.8)  steps as one graph (`compile_step`) of bf16 and FP8 weights; 1, 8, 64 rows, as `sampler N` has
     sync           0.3   a fresh copy's weights, quantized in place
-    step           3     steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
+    step           3     steps of recipes/llada_8b.py by `train`, a quarter of its sampler's, on random weights
     plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
     sampler N      2.5   plain, exact, cached, FP8, eager and then all of it compiled; 64, 8, 1 rows; LLaDA-8B's shapes
     learner        0.6   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
@@ -63,7 +63,7 @@ from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.dry_run.plan import meta_policy
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
-from recipes.llada_8b_sudoku import recipe as job_8b
+from recipes.llada_8b import recipe_of
 from recipes.sudoku_unique import recipe as main_job
 
 E4M3 = schemes.FakeQuantize(weight="e4m3", activation="e4m3")
@@ -233,17 +233,17 @@ def step(rehearse: bool, device: str) -> list[Row]:
     )
     made = samplers.random_policy(_shape(rehearse, 1), torch.device(device), characters="1234.=x\n")
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
-    few = replace(main_job.eval_task, size=2)
+    few, job = replace(main_job.eval_task, size=2), recipe_of()
     rows = []
     for scheme in ("Float8Dynamic",) if device.startswith("cuda") else ("bf16",):
         torch.compiler.reset()
         fields = {"torch_compile": False} if scheme == "bf16" else {"rollout_quantization": schemes.Float8Dynamic()}
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(
-                job_8b, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
+                job, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
                 eval_steps=0,
                 task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
-                eval_task=few, sampler=job_8b.sampler.replace(**given), eval_sampler=job_8b.sampler.replace(**given),
+                eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given),
                 **small, **fields,
             )  # fmt: skip
             found = seconds_and_peak(partial(train, recipe), device, repeats=1)

@@ -13,7 +13,7 @@ from dllm_rl.quantization.schemes import Float8Dynamic
 from dllm_rl.training.dry_run.duration import stage_seconds
 from dllm_rl.training.dry_run.memory import PlannedStep
 from dllm_rl.training.dry_run.plan import meta_policy
-from recipes.llada_8b_sudoku import recipe as llada_8b
+from recipes.llada_8b import recipe_of
 from recipes.studies.paired import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -143,9 +143,10 @@ def limit() -> str:
 
 
 def likelihoods() -> str:
-    """Forwards and planned seconds of a step of `llada_8b_sudoku`, with FP8 rollouts."""
-    policy, rows = meta_policy(llada_8b), []
-    recipe = replace(llada_8b, rollout_quantization=Float8Dynamic(), max_retained_graphs=0)
+    """Forwards and planned seconds of a step of `llada_8b`, with FP8 rollouts."""
+    recipe = recipe_of()
+    policy, rows = meta_policy(recipe), []
+    recipe = replace(recipe, rollout_quantization=Float8Dynamic(), max_retained_graphs=0)
     estimators: dict[str, LikelihoodEstimator] = {
         "Trajectory()": Trajectory(),
         "Trajectory(num_segments=8)": Trajectory(num_segments=8),

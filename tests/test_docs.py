@@ -28,7 +28,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.samplers.rules import FunctionRank
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import USABLE_SHARE, plan
-from recipes.llada_8b_sudoku import recipe as llada_8b
+from recipes.llada_8b import recipe_of
 from recipes.quantized_sudoku import recipe as main_job
 from recipes.studies.likelihoods.surrogates import UniformSteps
 
@@ -172,15 +172,6 @@ def test_a_script_of_ones_own_reads_the_options_of_its_launches(tmp_path, monkey
     assert [task.reward(task[3], text).value for text in ("It is 3", "33", "")] == [1.0, 0.0, 0.0]
     given = from_command_line(recipe, all_weights())
     assert given.lora is None and given.shard_size == 0 and cautions(given) == []
-
-
-def test_own_rows_in_an_8b_recipe_change_the_tasks_alone():
-    recipe = runpy.run_path(str(EXAMPLES / "own_rows.py"))["recipe"]
-    base = importlib.import_module("recipes.llada_8b_countdown").recipe
-    changed = {f.name for f in dataclasses.fields(recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
-    assert changed == {"name", "task", "validation_task", "eval_task"} and cautions(recipe) == cautions(base)
-    assert [len(task) for task in (recipe.task, recipe.validation_task, recipe.eval_task)] == [2200, 150, 150]
-    assert recipe.task.reward(recipe.task[51], "It is 2.").value == 1.0
 
 
 def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
@@ -586,7 +577,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_readme_shows():
         r"^\| (\d+) GB.*? \| (the same and )?(none|`[^`]*`).* \| (\d+) GB \| (\d+) \|$", text, re.MULTILINE
     ):
         words = [*(words if same else ()), *options.strip("`").removeprefix("none").split()]
-        peak, *_, hours = estimated(plan(from_command_line(llada_8b, words)))
+        peak, *_, hours = estimated(plan(from_command_line(recipe_of(), words)))
         assert [round(peak), round(hours)] == [*map(int, numbers)], options
         assert peak <= USABLE_SHARE * int(size), options
         rows.append((size, f"{peak:.0f} GB", round(hours)))

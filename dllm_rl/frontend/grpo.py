@@ -1,7 +1,7 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config, num_parameters
 from dllm_rl.models.policy import make_policy
-from dllm_rl.presets import find_preset, preset_by_size, print_preset
+from dllm_rl.presets import LARGE_MODEL, find_preset, preset_by_size, print_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import fit
 from dllm_rl.samplers import Sampler, decodes_in_engine, settings_for
@@ -25,7 +25,7 @@ from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import printing_anything
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.datasets import DatasetTask, RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.policies import call_model_function
@@ -41,7 +41,7 @@ TOKENS_PER_STEP = 2  # default for a model with a preset, as in LLaDA's papers
 def grpo(
     model: str | nn.Module | Policy | Callable[..., Policy],
     train_dataset: Any,
-    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
     **settings: Any,
 ) -> Summary:
     """Train a model with TRL-style reward functions and return the run's summary.
@@ -50,14 +50,16 @@ def grpo(
     recipe of `grpo_recipe`, which has the same arguments, to see every setting.
 
         grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1])
+        grpo("GSAI-ML/LLaDA-8B-Instruct", Sudoku(split="train"), eval_dataset=Sudoku(split="test", size=256))
 
     A model of a billion parameters or more uses a preset (`dllm_rl.presets`), whose name and settings are printed; the
     defaults suit small models.
 
     Args:
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
-        train_dataset: Rows with a `prompt`; the other columns are passed to the reward functions.
-        reward_funcs: One reward function or several.
+        train_dataset: Rows with a `prompt`; the other columns are passed to the reward functions. Or a task, which has
+            its own grader.
+        reward_funcs: One reward function or several; None (default) for a task.
         settings: The other arguments of `grpo_recipe`.
 
     Returns:
@@ -84,11 +86,44 @@ def name_field_in_error(field: str) -> Iterator[None]:
         raise ValueError(f"{field}: {error}") from None
 
 
+def tasks_with_graders(task: Task, eval_task: Any, given: Mapping[str, Any]) -> tuple[Task, Task]:
+    """Return a task and its held-out one.
+
+    Raises:
+        ValueError: There is no held-out task, or one of the arguments `given` is for rows.
+    """
+    if for_rows := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"{for_rows[0]} is for rows, and train_dataset={task.name!r} is a task with its own grader; leave it out"
+        )
+    if not isinstance(eval_task, Task):
+        raise ValueError(
+            f"eval_dataset={'None' if eval_task is None else type(eval_task).__name__}: the task {task.name!r} needs a "
+            "held-out task, such as Sudoku(split='test', size=256)"
+        )
+    return task, eval_task
+
+
+def with_oracles(reward_funcs: Any, settings: dict[str, Any]) -> Any:
+    """Return the reward functions for held-out rows, and add to the settings what an `Oracle` among them needs."""
+    functions: Any = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    oracles = [each for each in functions if isinstance(each, Oracle)]
+    if not oracles:
+        return reward_funcs
+    if len(oracles) > 1:
+        raise ValueError("reward_funcs: a run takes one Oracle; wrap one function")
+    given_callbacks = settings.get("callbacks", ())
+    settings["callbacks"] = [*given_callbacks, *(each for each in oracles if each not in given_callbacks)]
+    settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
+    settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
+    return [each.without_calls() if each in oracles else each for each in functions]
+
+
 @with_trl_names
 def grpo_recipe(  # noqa: PLR0913
     model: str | nn.Module | Policy | Callable[..., Policy],
     train_dataset: Any,
-    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
     *,
     processing_class: Tokenizer = None,
     eval_dataset: Any = None,
@@ -113,11 +148,11 @@ def grpo_recipe(  # noqa: PLR0913
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and may
             take the seed.
         train_dataset: Rows with a `prompt` (text or chat messages); the other columns are passed to the reward
-            functions.
+            functions. Or a task (`dllm_rl.tasks`, or one of your own), which has its own grader.
         reward_funcs: One function or several, f(prompts=, completions=, **columns) -> numbers or None, sync or async.
-            Each is logged as rewards/NAME/mean.
+            Each is logged as rewards/NAME/mean. None (default) for a task.
         processing_class: Tokenizer of a transformers model. Training copies the model.
-        eval_dataset: Held-out rows. None (default): the last rows of `train_dataset`.
+        eval_dataset: Held-out rows, or a task for a task. None (default): the last rows of `train_dataset`.
         eval_split: Held-out part of `train_dataset`: a share below 1, or a number of rows. None (default): a tenth, at
             most 256 rows.
         reward_weights: One weight per reward function, each 1 by default. With advantages=Decoupled(), each reward is
@@ -131,8 +166,9 @@ def grpo_recipe(  # noqa: PLR0913
             A `sampler` among the settings has its own fields instead. `eval_sampler` is by default the sampler at
             temperature 0.
         max_rows: Number of rows to read of a data set without a length, such as a streamed one.
-        preset: Name of the preset (`dllm_rl.presets`) whose settings replace the defaults: "d1", "large" ... None
-            (default): chosen by the model's size, from a billion parameters on. "none": no preset.
+        preset: Name of the preset (`dllm_rl.presets`) whose settings replace the defaults. "large": that of large
+            models with this model's attention; "d1": that of d1's paper; "none": no preset. None (default): "large"
+            from a billion parameters on, and otherwise "none".
         settings: Fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
     Returns:
@@ -144,25 +180,26 @@ def grpo_recipe(  # noqa: PLR0913
     model = wrap_model(model, processing_class)
     if callable(train_dataset):
         raise ValueError("train_dataset is a function; the argument order is grpo(model, train_dataset, reward_funcs)")
-    rows = in_memory(train_dataset, max_rows)
-    with name_field_in_error("eval_dataset"):
-        eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
-    training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
-    make_task = partial(task_from_dataset, weights=reward_weights, blank=blank)
-    functions: Any = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    eval_functions: Any = reward_funcs
-    if oracles := [each for each in functions if isinstance(each, Oracle)]:
-        if len(oracles) > 1:
-            raise ValueError("reward_funcs: a run takes one Oracle; wrap one function")
-        given_callbacks = settings.get("callbacks", ())
-        settings["callbacks"] = [*given_callbacks, *(each for each in oracles if each not in given_callbacks)]
-        settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
-        settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
-        eval_functions = [each.without_calls() if each in oracles else each for each in functions]
-    name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
-    task = make_task(training_rows, reward_funcs=reward_funcs, name=name)
-    with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
-        eval_task = make_task(held_out_rows, reward_funcs=eval_functions, name=f"{name}-held-out")
+    name = settings.pop("name", None)
+    if isinstance(train_dataset, Task):
+        given = {"reward_funcs": reward_funcs, "eval_split": eval_split, "reward_weights": reward_weights}
+        task, eval_task = tasks_with_graders(
+            train_dataset, eval_dataset, given | {"blank": blank, "max_rows": max_rows}
+        )
+        name = name or (f"{Path(model).name.lower()}-{task.name}" if isinstance(model, str) else task.name)
+    else:
+        if reward_funcs is None:
+            raise ValueError("reward_funcs=None: rows need a reward function; give one, or a task as train_dataset")
+        rows = in_memory(train_dataset, max_rows)
+        with name_field_in_error("eval_dataset"):
+            eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
+        training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
+        make_task = partial(task_from_dataset, weights=reward_weights, blank=blank)
+        eval_functions = with_oracles(reward_funcs, settings)
+        name = name or (Path(model).name.lower() if isinstance(model, str) else "grpo")
+        task = make_task(training_rows, reward_funcs=reward_funcs, name=name)
+        with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
+            eval_task = make_task(held_out_rows, reward_funcs=eval_functions, name=f"{name}-held-out")
     if isinstance(model, str):
         config = load_config(model)  # only the config, not the weights
         spec: FamilySpec = find_family(config)
@@ -190,17 +227,18 @@ def grpo_recipe(  # noqa: PLR0913
             "blank: a causal model appends tokens and cannot fill in blanks; leave blank out, or give a diffusion model"
         )
     options.setdefault("max_new_tokens", 0 if blanks else 256)
-    preset = preset_by_size(attention, num_parameters(path_or_policy)) if preset is None else preset
+    if preset in (None, "large"):  # the latter is the preset of large models for a small one, too
+        preset = preset_by_size(attention, LARGE_MODEL if preset else num_parameters(path_or_policy))
     if preset not in (None, "none"):
-        options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
+        options, settings = apply_preset(preset, task.name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
     sampler_class: type[Sampler]
     if attention == "causal":  # an autoregressive model
         sampler_class = Autoregress
     elif attention == "encoder_decoder":  # a model whose noise is random tokens
-        if options.pop("temperature") != 1.0:
+        if (given_temperature := options.pop("temperature")) != 1.0:
             raise ValueError(
-                f"temperature={temperature}: Renoise has t_max and t_min instead; set them in sampler_options"
+                f"temperature={given_temperature}: Renoise has t_max and t_min instead; set them in sampler_options"
             )
         sampler_class = Renoise
         options = {"answer": "drawn", **options}
@@ -297,13 +335,16 @@ def segments_of(sampler: Unmask, length: int) -> int | None:
     return segments_for(sampler.diffusion_steps)
 
 
-def most_blanks(task: DatasetTask, *, is_given: bool) -> int:
+def most_blanks(task: Task, *, is_given: bool) -> int:
     """Return the largest number of blanks in a row's prompt; 0 for a task without infilling.
 
     Raises ValueError for a row without a blank beside a blank's setting, unless max_new_tokens `is_given`: it says how
     many tokens are appended to every row.
     """
-    if task.blank is None and "blank" not in getattr(task.dataset, "column_names", ("blank",)):
+    if not isinstance(task, DatasetTask):
+        if not getattr(task, "infill", False):
+            return 0
+    elif task.blank is None and "blank" not in getattr(task.dataset, "column_names", ("blank",)):
         return 0
     problems = [task[index] for index in range(len(task))]
     counts = list(map(num_blanks, problems))

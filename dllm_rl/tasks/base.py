@@ -106,7 +106,8 @@ class Task(Protocol):
     `version` whenever a grade may change.
 
     Optional members: rewards(problems, completions) grades many completions together; if it raises, they are graded
-    again one by one, unless graded_once is true. reward_weights maps names in the breakdown to weights. A grader may
+    again one by one, unless graded_once is true. infill is true if the problems have blanks, so that `grpo` appends
+    no tokens by default. reward_weights maps names in the breakdown to weights. A grader may
     request COST_ARGUMENTS, as in reward(problem, completion, forwards), or rewards(problems, completions, forwards)
     with a list.
     """

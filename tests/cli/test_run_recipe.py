@@ -139,7 +139,7 @@ def test_a_ctrl_c_after_the_imports_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["recipes/sudoku_unique.py", "recipes/qwen3_8b_gsm8k.py"])
+@pytest.mark.parametrize("script", ["recipes/sudoku_unique.py", "recipes/llada_8b.py"])
 def test_a_recipes_script_says_one_line(script, tmp_path):
     command = [sys.executable, script, "--model", str(tmp_path / "nothing")]
     command += ["--output_dir", str(tmp_path / "run")]

@@ -28,17 +28,6 @@ APART = {
     },  # its SFT masked at random; the corrector is the recipe's before it
     "renoise_sudoku": {"likelihood"},  # its gradient goes back through the self-conditioning
 }
-IN_SEGMENTS = (  # of 128 denoising steps, as `grpo` scores them
-    "dream_7b_countdown",
-    "llada2_mini_gsm8k",
-    "llada_8b_countdown",
-    "llada_8b_gsm8k",
-    "llada_8b_sudoku",
-    "llada_8b_sudoku_full",
-    "llada_moe_gsm8k",
-    "tiny_a2d_gsm8k",
-)
-APART |= {name: {"likelihood"} for name in IN_SEGMENTS}
 
 
 def parts_apart(recipe):

@@ -58,9 +58,9 @@ def test_d1s_countdown_problems() -> None:
 
 def test_what_the_8b_recipes_training_problems_share_with_them() -> None:
     """docs/evaluate.md has the first number: a grid learned by heart solves some of d1's puzzles."""
-    from recipes import llada_8b_countdown, llada_8b_sudoku
+    from recipes.llada_8b import recipe_of
 
-    published, ours = Sudoku(path=stored(SUDOKU), prompt_format="text"), llada_8b_sudoku.recipe.task
+    published, ours = Sudoku(path=stored(SUDOKU), prompt_format="text"), recipe_of().task
     grids = set(SPLITS["train"])
     puzzles = {problem.fields["puzzle"] for problem in ours}
     assert len(grids) == 176 and sum(map(len, SPLITS.values())) == 288 and len(ours) == 10_000
@@ -71,6 +71,6 @@ def test_what_the_8b_recipes_training_problems_share_with_them() -> None:
         return [(tuple(sorted(each.fields["numbers"])), each.fields["target"]) for each in task]
 
     theirs = asked(Countdown(path=stored(COUNTDOWN), prompt_format="text"))
-    trained = asked(llada_8b_countdown.recipe.task)
+    trained = asked(recipe_of("countdown").task)
     problems, numbers = set(trained), {each for each, _ in trained}
     assert sum(each in problems for each in theirs) == 7 and sum(each in numbers for each, _ in theirs) == 17

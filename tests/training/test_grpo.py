@@ -38,6 +38,7 @@ from dllm_rl.samplers.revise import Remask, SoftEdit
 from dllm_rl.samplers.rules import MaxProb, RandomOrder, SoftThreshold, Threshold
 from dllm_rl.samplers.sampler import FunctionSampler, Sampler
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.datasets import digest_of, task_from_dataset
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
@@ -70,6 +71,33 @@ def test_a_policy_a_data_set_and_functions_are_enough(tmp_path):
     assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
     for row in read_metrics(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/right/mean"] + 0.1 * row["rewards/short/mean"])
+
+
+def test_a_task_brings_its_own_grader(tmp_path):
+    """Appended cells of Sudoku, and cells that are filled in: nothing is appended then."""
+    for infill, characters in ((False, "1234.="), (True, "1234")):
+        train, test = (Sudoku(split=split, clues=(12, 14), size=40, infill=infill) for split in ("train", "test"))
+        model = tiny_masked_lm(characters=characters)
+        recipe = grpo_recipe(model, train, eval_dataset=test, **({} if infill else {"max_new_tokens": 16}))
+        assert (recipe.task, recipe.eval_task, recipe.validation_task) == (train, test, test)
+        assert recipe.name == "sudoku" and recipe.sampler.max_new_tokens == (0 if infill else 16)
+    summary = grpo(model, train, eval_dataset=test, num_steps=1, output_dir=tmp_path / "run")
+    assert set(summary["eval_after"]) >= {"reward", "solve_rate"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reward_funcs": len}, "reward_funcs is for rows, and train_dataset='sudoku' is a task with its own grader"),
+        ({"eval_split": 0.2, "eval_dataset": Sudoku()}, "eval_split is for rows, and train_dataset='sudoku' is a task"),
+        ({}, "eval_dataset=None: the task 'sudoku' needs a held-out task, such as Sudoku"),
+        ({"eval_dataset": [{"prompt": "1"}]}, "eval_dataset=list: the task 'sudoku' needs a held-out task"),
+        ({"train_dataset": [{"prompt": "1"}]}, "reward_funcs=None: rows need a reward function; give one, or a task"),
+    ],
+)
+def test_rows_and_tasks_are_not_mixed(given, said):
+    with pytest.raises(ValueError, match=said):
+        grpo_recipe(tiny_masked_lm(characters="1234.="), **{"train_dataset": Sudoku(), "max_new_tokens": 16} | given)
 
 
 def test_a_reward_may_ask_for_speed(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,9 @@ from dllm_rl.training.dry_run.duration import (
 )
 from dllm_rl.training.dry_run.memory import PlannedStep, token_layers
 from dllm_rl.training.dry_run.plan import meta_policy
-from recipes.llada_8b_sudoku import recipe as recommended
+from recipes.llada_8b import recipe_of
 
-sudoku = as_timed(recommended)
+sudoku = as_timed(recipe_of())
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 PARTS = json.loads((RESULTS / "gpu.json").read_text())["parts"]
 # The measurements had a row per completion, as a mask of its own gives it; one-step rows of a group are one row since.
@@ -182,14 +181,14 @@ def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
     monkeypatch.setattr(
         plan, "load_config", lambda name: load_config(name) | {"num_hidden_layers": 8}
     )  # for time's sake
-    qwen = import_module("recipes.qwen3_8b_gsm8k").recipe
+    qwen = recipe_of("gsm8k", "Qwen/Qwen3-8B")
     found = seconds_of(qwen, meta_policy(qwen), 256)
     turns = qwen.train_batch_size * qwen.num_generations / (qwen.rollout_batch_size or 1e9)
     assert found["rollout"] == pytest.approx(max(1, turns) * qwen.max_new_tokens * (8 * 7 + 1) * HOST_SECONDS)
 
 
 def test_a_token_passes_the_experts_that_it_takes():
-    moe = meta_policy(import_module("recipes.llada_moe_gsm8k").recipe)
+    moe = meta_policy(recipe_of(model="inclusionAI/LLaDA-MoE-7B-A1B-Instruct"))
     weights, _ = count_weights(moe)
     assert weights == pytest.approx(157184 * 2048 + 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024), rel=0.005)
 

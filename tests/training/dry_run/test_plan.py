@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from importlib import import_module
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from layouts import stock
 from repetitions import few
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import TIS, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import TIS, Countdown, Lora, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import ELBO, OneStep
+from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
 from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
 from dllm_rl.quantization.schemes import FakeQuantize, Float8Dynamic, Float8WeightOnly
 from dllm_rl.samplers import Unmask
@@ -34,7 +34,7 @@ from dllm_rl.training.dry_run.memory import (
 )
 from dllm_rl.training.dry_run.plan import meta_policy, plan
 from dllm_rl.training.policies import call_model_function
-from recipes import sudoku_tiny
+from recipes import llada_8b, sudoku_tiny
 
 # (recipe, parameters, quantized layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
@@ -47,27 +47,37 @@ LLADA2 = (
 QWEN = 2 * 151936 * 4096 + 4096 + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
 DREAM = 2 * 152064 * 3584 + 3584 + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
 A2D = 151936 * 1024 + 1024 + 28 * (3 * 2 * 1024**2 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128)  # tied; 16 and 2 * 8 heads
+LLADA, GEMMA = "GSAI-ML/LLaDA-8B-Instruct", "google/diffusiongemma-26B-A4B-it"
 REAL = {
-    "llada_8b_sudoku": (8_015_581_184, 32 * 7),
-    "llada_8b_sudoku_full": (8_015_581_184, 32 * 7),
-    "llada_8b_countdown": (8_015_581_184, 32 * 7),
-    "llada_8b_gsm8k": (8_015_581_184, 32 * 7),
-    "dream_7b_countdown": (DREAM, 28 * 7),
-    "llada_moe_gsm8k": (MOE, 16 * (4 + 2 * 64)),
-    "llada2_mini_gsm8k": (LLADA2, 20 * 4 + 3 + 19 * (3 + 2 * 256)),
-    "qwen3_8b_gsm8k": (QWEN, 36 * 7),
-    "tiny_a2d_gsm8k": (A2D, 28 * 7),
+    LLADA: (8_015_581_184, 32 * 7),
+    "Dream-org/Dream-v0-Instruct-7B": (DREAM, 28 * 7),
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": (MOE, 16 * (4 + 2 * 64)),
+    "inclusionAI/LLaDA2.0-mini": (LLADA2, 20 * 4 + 3 + 19 * (3 + 2 * 256)),
+    "Qwen/Qwen3-8B": (QWEN, 36 * 7),
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": (A2D, 28 * 7),
     # Its hub page says 25.8 billion. Layers: text (values of the five full ones are keys), routers, experts, images.
-    "diffusion_gemma_countdown": (25_823_778_864, 30 * (4 + 3 + 1 + 2 * 128) - 5 + 27 * 7),
+    GEMMA: (25_823_778_864, 30 * (4 + 3 + 1 + 2 * 128) - 5 + 27 * 7),
+}
+ALL_WEIGHTS = {
+    "lora": None,
+    "dtype": "float32",
+    "bf16": True,
+    "optim": AdamW8bit(),
+    "gradient_checkpointing": True,
+    "learning_rate": 1e-6,
 }
 
 
-def recipe_of(name: str):
-    return import_module(f"recipes.{name}").recipe
+def recipe_of(model: str = LLADA):
+    if model != GEMMA:
+        return llada_8b.recipe_of("countdown", model)
+    puzzles = partial(Countdown, count=3, prompt_format="text")
+    given = {"sampler_options": {"diffusion_steps": 16}, "num_generations": 4, "rollout_batch_size": 8}
+    return grpo_recipe(model, puzzles(), eval_dataset=puzzles(split="test"), **given, lora=Lora())
 
 
 def job_8b():
-    return as_timed(recipe_of("llada_8b_sudoku"))
+    return as_timed(recipe_of())
 
 
 def memory(recipe, policy):
@@ -84,8 +94,8 @@ def test_a_dry_run_gives_no_lessons(monkeypatch):
     assert lessons == [400] and num_weights(policy.module) == sum(map(torch.numel, trained.module.parameters()))
 
 
-@pytest.mark.parametrize("name", few(REAL, ["smollm2_arithmetic"], ["llada_8b_gsm8k", "dream_7b_countdown"]))
-def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", few(REAL, ["Dream-org/Dream-v0-Instruct-7B"], [LLADA]))
+def test_every_model_runs_dry(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = from_command_line(recipe_of(name), ["--dry_run", "--rollout_quantization", "Float8WeightOnly"])
     train(recipe)
@@ -189,19 +199,32 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
 
 # The peaks that the allocator counted in a step of the same shapes on tensors without data, and the GPU that fits.
 COUNTED = {
-    "llada_8b_sudoku": (54.4, 80),
-    "llada_8b_sudoku_full": (108.6, 141),
-    "dream_7b_countdown": (53.5, 80),
-    "llada_moe_gsm8k": (30.3, 80),
-    "llada2_mini_gsm8k": (55.3, 80),
-    "qwen3_8b_gsm8k": (36.4, 80),
+    LLADA: (54.4, 80),
+    "all weights": (108.6, 141),
+    "Dream-org/Dream-v0-Instruct-7B": (53.5, 80),
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": (30.3, 80),
+    "inclusionAI/LLaDA2.0-mini": (55.3, 80),
+    "Qwen/Qwen3-8B": (36.4, 80),
 }
+
+
+def counted(name: str):
+    """The recipe whose peak was counted."""
+    if name == "all weights":
+        return replace(recipe_of(), **ALL_WEIGHTS)
+    recipe = recipe_of(name)
+    if name == "inclusionAI/LLaDA2.0-mini":
+        return replace(recipe, likelihood=Trajectory(num_segments=8), gradient_checkpointing=True)
+    if name == "Qwen/Qwen3-8B":
+        longer = {"sampler": recipe.sampler.replace(max_new_tokens=512), "num_generations": 8, "micro_batch_size": 8}
+        return replace(recipe, **longer, gradient_checkpointing=True)
+    return recipe
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_estimate_is_near_a_count_of_live_tensors(name):
-    recipe = recipe_of(name)
+    recipe = counted(name)
     lora = recipe.lora and replace(recipe.lora, dropout=0.05)
     recipe = replace(recipe, rollout_quantization=Float8Dynamic(), lora=lora)  # as counted
     gigabytes, size = COUNTED[name]
@@ -233,7 +256,7 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
         return plan(recipe).split("to reduce memory      ")[1].split("\n")[0]
 
     smaller = "a smaller --micro_batch_size or --rollout_batch_size"
-    full = recipe_of("llada_8b_sudoku_full")
+    full = replace(recipe_of(), **ALL_WEIGHTS)
     assert full.gradient_checkpointing and full.optim == AdamW8bit()
     assert remedies(full) == f"{smaller}, or --lora Lora --lora.r 16, or on several GPUs --shard_size 0 --optim AdamW"
     adapters = job_8b()
@@ -243,7 +266,7 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     assert remedies(adapters).count("or --") == 5  # --rollout_batch_size, checkpointing, rank, base, optimizer
     assert "or --lora.r 16 --lora.alpha 8, or" in remedies(adapters)  # alpha / rank stays
     assert (adapters.lora.r, adapters.lora.alpha) == (128, 64)
-    shared = remedies(recipe_of("diffusion_gemma_countdown"))  # refuses both: its encoder and decoder share weights
+    shared = remedies(recipe_of(GEMMA))  # refuses both: its encoder and decoder share weights
     assert "--gradient_checkpointing" not in shared and "--base_quantization" not in shared
     assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
     workers = {"rollout_workers": 1, "torch_compile": False}
@@ -300,7 +323,7 @@ def test_recipes_that_cannot_run(changes, words):
 @pytest.mark.nightly
 def test_diffusion_gemma_without_its_weights():
     """3.8 billion weights of a token; a step reads the text, and then denoises the canvas 16 times."""
-    recipe = recipe_of("diffusion_gemma_countdown")
+    recipe = recipe_of(GEMMA)
     text = plan(recipe)
     assert "DiffusionGemmaForBlockDiffusion, encoder_decoder attention" in text
     expert = 3 * 704 * 2816
