@@ -54,6 +54,13 @@ class SFT(Settings):
     teacher = cast(Any, None)
     push_to_hub = cast("str | None", None)
 
+    def conflicts(self) -> list[tuple[bool, str]]:
+        unknown = [setting for setting, name in self.evaluated_metrics.items() if name != "loss"]
+        return [
+            *super().conflicts(),
+            (bool(unknown), f"{', '.join(unknown)} is not the metric of the held-out rows, which is loss"),
+        ]
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON, with an id in place of the rows."""
         return Settings.settings(self._without_rows())

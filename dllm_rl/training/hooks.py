@@ -20,6 +20,7 @@ from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.results import best_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, wait_for_checkpoint
+from dllm_rl.training.validation import check_measured, is_own_task
 
 
 @collective
@@ -30,13 +31,9 @@ def before_first_step(run: Run[AnyRecipe]) -> None:
     Raises:
         ValueError: The evaluations do not measure one of these metrics.
     """
-    recipe, metrics = run.recipe, run.state.eval_before
-    # Metrics of another validation_task are checked in the rehearsal.
-    is_measured = not isinstance(recipe, Recipe) or recipe.validation_task is recipe.eval_task
-    for setting, name in recipe.evaluated_metrics.items() if is_measured else ():
-        if name not in metrics:
-            hint = nearest_hint(name, metrics, "{!r}")
-            raise ValueError(f"{setting} is not one of {', '.join(sorted(metrics))}{hint}")
+    recipe = run.recipe
+    if isinstance(recipe, Recipe) and recipe.validation_task is recipe.eval_task and is_own_task(recipe.eval_task):
+        check_measured(recipe.evaluated_metrics, run.state.eval_before)
     if recipe.callbacks:
         states, run.control.stop_reason = from_main(partial(start_callbacks, run), run.accelerator)
         run.state = replace(run.state, callbacks=states)

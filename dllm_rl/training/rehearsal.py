@@ -37,6 +37,7 @@ from dllm_rl.training.make_step import make_step, run_features
 from dllm_rl.training.policies import RolloutCopy, make_optimizer
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.training.validation import check_measured, is_own_task, needed_metrics
 from dllm_rl.training.warmup import drawn_problems
 from dllm_rl.types import Rollout, any_in_group, equal_groups
 
@@ -135,24 +136,16 @@ def check_warmup(policy: Policy, problem: Problem, max_new_tokens: int, *, corru
 
 
 def check_validation_metrics(recipe: Recipe, answer: GradedCompletion) -> None:
-    """Raise ValueError if evaluations on `validation_task` lack a metric that the recipe names: it grades a completion.
-    If that has no reward, nothing is known.
+    """Raise ValueError if evaluations on a `validation_task` of the user's own lack a metric that the recipe names: it
+    grades a completion. If that has no reward, nothing is known. `check_metric_names` has checked all other tasks.
     """
-    names = {f"sft_warmup_metric={recipe.sft_warmup_metric!r}": recipe.sft_warmup_metric}
-    if not recipe.sft_warmup_steps:
-        names = {}
-    task = recipe.validation_task
-    if task is not recipe.eval_task:  # otherwise the evaluation before training tells
-        names |= recipe.evaluated_metrics
-    if not names:
+    task, needed = recipe.validation_task, needed_metrics(recipe)
+    if not needed or not is_own_task(task):
         return
     cost = Cost(answer.forwards, answer.length)
     (reward,) = grade(task, [task[0]], [answer.completion], [cost], timeout=recipe.reward_timeout)
-    measured = metric_fractions(reward)
-    for setting, name in names.items() if reward.value is not None else ():
-        if name not in measured:
-            known = ", ".join(sorted(measured))
-            raise ValueError(f"{setting} is not one of the metrics of validation_task: {known}; use one of these")
+    if reward.value is not None:
+        check_measured(needed, metric_fractions(reward))
 
 
 def try_save(recipe: Recipe, policy: Policy) -> None:

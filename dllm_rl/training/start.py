@@ -62,7 +62,7 @@ from dllm_rl.training.sharded_learner import (
     loading_device,
     shard_policy,
 )
-from dllm_rl.training.validation import validation_interval
+from dllm_rl.training.validation import check_metric_names, validation_interval
 
 # Settings that may differ between the processes: what the main process alone uses, and what may name the process's own
 # device, folder or server. Weights and rows are compared.
@@ -86,6 +86,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     check_hub(recipe.push_to_hub)
     for field in ("task", "validation_task", "eval_task"):
         check_not_empty(field, getattr(recipe, field))
+    check_metric_names(recipe)
     if recipe.sft_warmup_steps and not recipe.resume_from_checkpoint:
         check_no_blanks([recipe.task[0]])  # the model may be a function that trains for minutes
     validation_interval(recipe)  # raises ValueError if a metric that is needed would never be measured

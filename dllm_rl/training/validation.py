@@ -1,7 +1,7 @@
 """Evaluations during a run, and how often they happen."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from accelerate import Accelerator
 
@@ -12,8 +12,10 @@ from dllm_rl.evaluation.results import Evaluation
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
+from dllm_rl.records import nearest_hint
 from dllm_rl.samplers import Sampler
-from dllm_rl.tasks.base import Task
+from dllm_rl.tasks.base import Reward, Task, check_not_empty, grade, metric_fractions
+from dllm_rl.tasks.datasets import DatasetTask
 from dllm_rl.tasks.user_code import process_restored
 
 MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
@@ -48,6 +50,40 @@ def format_metrics(metrics: dict[str, float]) -> str:
     """Format the main metrics of an evaluation for one line of the screen."""
     names = ("solve_rate", "cell_accuracy", "accuracy", "reward")
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names) or "no reward"
+
+
+def needed_metrics(recipe: Recipe) -> dict[str, str]:
+    """Return the metrics of `validation_task` that the recipe needs, by the setting that names them in messages."""
+    warmup = {f"sft_warmup_metric={recipe.sft_warmup_metric!r}": recipe.sft_warmup_metric}
+    return recipe.evaluated_metrics | (warmup if recipe.sft_warmup_steps else {})
+
+
+def check_metric_names(recipe: Recipe) -> None:
+    """Raise ValueError if the recipe needs a metric that `validation_task` does not have. Call it before a model is
+    loaded. The metrics of a task of the user's own are not known before the rehearsal grades a completion.
+    """
+    task, needed = recipe.validation_task, needed_metrics(recipe)
+    if not needed or is_own_task(task):
+        return
+    check_not_empty("validation_task", task)
+    if isinstance(task, DatasetTask):  # whose functions may return None for some completions
+        reward = Reward(0.0, True, dict.fromkeys(task.reward_weights, 0.0))
+    else:
+        (reward,) = grade(task, [task[0]], [""])
+    check_measured(needed, metric_fractions(reward))
+
+
+def is_own_task(task: Task) -> bool:
+    """Return whether a task is of the user's own class. The library's have the same metrics for every completion."""
+    return not type(task).__module__.startswith("dllm_rl.")
+
+
+def check_measured(needed: Mapping[str, str], measured: Collection[str]) -> None:
+    """Raise ValueError if a metric that a setting needs is not measured."""
+    for setting, name in needed.items():
+        if name not in measured:
+            known, hint = ", ".join(sorted(measured)), nearest_hint(name, measured, "{!r}")
+            raise ValueError(f"{setting} is not one of the metrics of validation_task: {known}{hint}; use one of these")
 
 
 def evaluation_interval(

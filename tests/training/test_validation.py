@@ -9,6 +9,9 @@ from tiny_recipe import ONE_PUZZLE, Wrapped, tiny_recipe
 from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
 from dllm_rl.callbacks import StopBelow
 from dllm_rl.samplers.sampler import FunctionSampler
+from dllm_rl.supervised.sft import SFT
+from dllm_rl.tasks import task_from_dataset
+from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train, validate
 from dllm_rl.training.validation import evaluate_with, format_metrics, validation_interval
@@ -114,3 +117,56 @@ def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path, rehearsal)
     with pytest.raises(ValueError, match=r"solve_rate.* is not one of the metrics of validation_task: mine, parsed"):
         train(of("c", "solve_rate", validation_task=few))
     assert not (tmp_path / "c").exists()
+
+
+def never(*_, **__):
+    raise AssertionError("a model was made before the names of the metrics were checked")
+
+
+def half(completions, answer=None, **columns):
+    return [None if answer is None else 0.5 for _ in completions]
+
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+ROWS = task_from_dataset([{"prompt": "1="}, {"prompt": "2=", "answer": "2"}], reward_funcs=[length, half])
+PLACES = {
+    "rows of a data set": ({"validation_task": ROWS, "eval_task": ROWS}, "lenght", "half, length, parsed, reward;"),
+    "a part of the reward": ({"validation_task": ROWS}, "length/mean", "half, length, parsed, reward"),
+    "a task of the library": ({}, "cell_accurcy", "cell_accuracy, parsed, .*; the nearest is 'cell_accuracy'"),
+    "a protocol": ({"validation_task": under_protocol(Sudoku(split="test", size=2), "d1")}, "accuracy", "parsed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.repeated(first_only=True)
+def test_a_metric_that_does_not_exist_is_refused_before_a_model_is_made(named, dry_run, place, tmp_path):
+    tasks, name, known = PLACES[place]
+    recipe = tiny_recipe(tmp_path, num_steps=2, eval_steps=1, dry_run=dry_run, **ONE_PUZZLE | tasks)
+    recipe = recipe if dry_run else recipe.replace(model=never)
+    with pytest.raises(ValueError, match=f"{name}.*is not one of the metrics of validation_task: .*{known}"):
+        train(recipe.replace(**named(name)))
+
+
+def test_a_function_that_returns_none_for_some_rows_is_a_metric_by_name(tmp_path, rehearsal):
+    """Its number for the first row, which the rehearsal grades, says nothing about the others."""
+    settings = {"num_steps": 1, "eval_steps": 1, "train_batch_size": 2, "eval_task": ROWS, "validation_task": ROWS}
+    train(tiny_recipe(tmp_path, metric_for_best_model="half", callbacks=[StopBelow("eval/half", 0.0)], **settings))
+
+
+@pytest.mark.parametrize("changes", [{"metric_for_best_model": "los"}, {"callbacks": [StopBelow("eval/accuracy")]}])
+def test_sft_names_its_only_metric(changes):
+    SFT(
+        name="x",
+        model=never,
+        dataset=[],
+        eval_steps=1,
+        metric_for_best_model="eval_loss",
+        callbacks=[StopBelow("eval/loss")],
+    )
+    with pytest.raises(ValueError, match=r"(los'|accuracy.*) is not the metric of the held-out rows, which is loss"):
+        SFT(name="x", model=never, dataset=[], eval_steps=1, **changes)

@@ -24,6 +24,7 @@ from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_sha
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.policies import apply_compute_settings, call_model_function, check_value_model
 from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
+from dllm_rl.training.validation import check_metric_names
 
 GB = 1e9
 GPU_SIZES = (24, 48, 80, 96, 141, 192)  # GB of memory
@@ -47,6 +48,7 @@ def plan(recipe: Recipe) -> str:
     prompt_tokens, blanks = recipe.max_prompt_length or assumed_tokens, 0
     if policy.tokenizer is not None:
         check_not_empty("task", recipe.task)
+        check_metric_names(recipe)
         problems = [recipe.task[index] for index in range(min(READ_PROMPTS, len(recipe.task)))]
         is_blank = [ids_and_blanks(policy, problem.prompt, problem.blank)[1] for problem in problems]
         prompt_tokens, blanks = max(map(len, is_blank)), max(map(sum, is_blank))
