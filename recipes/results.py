@@ -11,11 +11,12 @@ from recipes.studies.paired import interval, markdown
 STORED = Path(__file__).with_suffix(".json")
 STUDIES = STORED.with_name("studies")
 RATES = "solve rate before -> after (quantized net)"
+EXPERTS = "sudoku_unique --layout llada_moe"
 SUDOKU = {  # recipe -> the corrector of its stored runs
     "sudoku_unique": "none",
-    "sudoku_tiny_ar": "AIS",
-    "sudoku_tiny_llada": "AIS",
-    "renoise_sudoku": "none",
+    "sudoku_unique --layout autoregressive": "AIS",
+    "sudoku_unique --layout llada": "AIS",
+    "sudoku_unique --layout diffusion_gemma": "none",
 }
 
 
@@ -65,12 +66,18 @@ def numbers_of(study: str, arm: str, column: str) -> list[float]:
 def overview(found: Mapping[str, Any]) -> str:
     """What each recipe needs, how long it takes, and where it ends."""
     rows = []
-    core, threads, unknown, never = "one core", "two threads", "not timed", "never run"
+    core, threads, unknown = "one core", "two threads", "not timed"
     extra = '`pip install -e ".[{}]"`'.format
 
     def row(recipe: str, what: str, time: str, ends: str, *needs: str) -> None:
         needed = ", ".join(("a CPU", *needs))
-        row = {"recipe": f"`{recipe}.py`", "what it is": what, "needs": needed, "minutes": time}
+        script, _, options = recipe.partition(" ")
+        row = {
+            "recipe": f"`{script}.py{' ' * bool(options)}{options}`",
+            "what it is": what,
+            "needs": needed,
+            "minutes": time,
+        }
         rows.append(row | {"solved at the end": ends})
 
     def sudoku_like(recipe: str, what: str) -> None:
@@ -100,21 +107,21 @@ def overview(found: Mapping[str, Any]) -> str:
     ends = interval(found["sudoku_tiny"]["after"])
     row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, ends)
     sudoku_like("sudoku_unique", "puzzles with one right answer")
-    sudoku_like("sudoku_tiny_ar", "`sudoku_unique` with an autoregressive model")
-    sudoku_like("sudoku_tiny_llada", "`sudoku_unique` in LLaDA's layout")
-    sudoku_like("renoise_sudoku", "`sudoku_unique` in DiffusionGemma's layout")
-    ends = span(found["sudoku_tiny_moe"]["after"])
-    row("sudoku_tiny_moe", "`sudoku_unique` with 8 experts, 2 per token", unknown, ends)
+    sudoku_like("sudoku_unique --layout autoregressive", "the same with an autoregressive model")
+    sudoku_like("sudoku_unique --layout llada", "the same in LLaDA's layout")
+    sudoku_like("sudoku_unique --layout diffusion_gemma", "the same in DiffusionGemma's layout")
+    ends = span(found[EXPERTS]["after"])
+    row(EXPERTS, "the same with 8 experts, 2 per token, in LLaDA-MoE's layout", unknown, ends)
     time = minutes(
         [float(run["seconds, two threads, idle machine"].split(",")[0]) for run in found["countdown"]], threads
     )
     ends = span([end(run["accuracy before -> after"]) for run in found["countdown"]])
     row("countdown_tiny", "Countdown: numbers make a target", time, ends)
-    what = "`sudoku_tiny_llada` with rollouts by llama.cpp in `Q8_0`"
+    what = "LLaDA's layout with rollouts by llama.cpp in `Q8_0`"
     ends = span(found["llama_cpp_sudoku"]["Q8_0, 1800 steps: after"])
     row("engines/llama_cpp_sudoku", what, "7.7 to 9.0, one core", ends, extra("llamacpp"))
     measured = "not stored; [60 steps](../docs/vllm.md#what-was-measured)"
-    row("engines/vllm_sudoku", "`sudoku_tiny_ar` with rollouts by vLLM", unknown, measured, extra("vllm"))
+    row("engines/vllm_sudoku", "the autoregressive model with rollouts by vLLM", unknown, measured, extra("vllm"))
     what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
     row("async_sudoku", what, unknown, "not stored; [study](studies/late/late_rollouts.md)", extra("ray"))
     antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
@@ -123,7 +130,6 @@ def overview(found: Mapping[str, Any]) -> str:
     pretrained_like("smollm2_arithmetic", "pretrained: SmolLM2-135M, autoregressive, adds numbers", *gguf)
     what = "pretrained: SmolLM2-135M, made a diffusion model by `smollm2_diffusion_sft.py` first"
     pretrained_like("smollm2_diffusion", what, *gguf)
-    row("sudoku_9x9", "`sudoku_unique` on 9x9 Sudoku", never, never)
     return markdown(rows)
 
 
@@ -135,8 +141,8 @@ def sudoku(found: Mapping[str, Any]) -> str:
 
     for name, corrector in SUDOKU.items():
         row(name, corrector, by_seed([rates_of(run) for run in found["sudoku"] if run["recipe"] == name]))
-    experts, cpp = found["sudoku_tiny_moe"], found["llama_cpp_sudoku"]
-    row("sudoku_tiny_moe", "AIS", arrows(experts["before"], experts["after"]))
+    experts, cpp = found[EXPERTS], found["llama_cpp_sudoku"]
+    row(EXPERTS, "AIS", arrows(experts["before"], experts["after"]))
     row("engines/llama_cpp_sudoku", "AIS", arrows(cpp["before"], cpp["Q8_0, 1800 steps: after"]))
     row("countdown_tiny", "none", by_seed([rates_of(run, "accuracy before -> after") for run in found["countdown"]]))
     return markdown(rows)

@@ -24,7 +24,7 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
-from recipes import renoise_sudoku
+from recipes import sudoku_unique
 from recipes.examples import turns
 from recipes.studies.likelihoods.surrogates import __name__ as surrogates
 from recipes.sudoku_unique import __file__ as main_job_file
@@ -357,7 +357,9 @@ def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
 
 
 @pytest.mark.repeated(first_only=True)
-@pytest.mark.parametrize("made", [renoise_sudoku.recipe, turns.recipe], ids=["infinity", "a sampler in a sampler"])
+@pytest.mark.parametrize(
+    "made", [sudoku_unique.recipe_of("diffusion_gemma"), turns.recipe], ids=["infinity", "a sampler in a sampler"]
+)
 def test_a_printed_config_of_a_recipe_is_read_back(made, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(printed(made, ["--print_config"], capsys))
@@ -499,8 +501,10 @@ NAMES = [name for name in NAMES if name not in NO_RECIPES]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_recipe_is_what_the_cautions_warn_of(name):
-    recipe = import_module(f"recipes.{name}").recipe
-    assert isinstance(recipe, SFT) or cautions(recipe) == []
+    module = import_module(f"recipes.{name}")
+    kinds = {"sudoku_unique": "LAYOUTS", "llada_8b": "TASKS"}
+    made = [module.recipe_of(kind) for kind in getattr(module, kinds[name])] if name in kinds else [module.recipe]
+    assert [isinstance(recipe, SFT) or cautions(recipe) for recipe in made] in ([[]] * len(made), [True])
 
 
 def test_what_a_named_class_keeps_of_the_recipe_is_said(recipe, capsys):

@@ -1,5 +1,6 @@
 """held_out.jsonl: a run's held-out evaluations problem by problem, which `compare` reads."""
 
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -39,7 +40,7 @@ def held_out_row(
         "metrics": metrics,
         "problems": sha256(contents.encode()).hexdigest()[:16],
         "grading": grading_of(task),
-        "recipe": dict(settings),
+        "recipe": json.loads(json.dumps(dict(settings)), parse_constant=str),  # an infinite setting is a text here
     }
 
 

@@ -1,7 +1,7 @@
-"""sudoku_tiny_ar with rollouts by vLLM in bf16, and a learner in fp32: `pip install -e ".[vllm]"` first.
+"""sudoku_unique's autoregressive model with rollouts by vLLM in bf16: `pip install -e ".[vllm]"` first.
 
-On a CPU vLLM takes heads of 32 numbers, so the model is wider than sudoku_tiny_ar's. `--rollout_engine.dtype float32`
-lets vLLM compute in the learner's format.
+The learner is in fp32; `--rollout_engine.dtype float32` lets vLLM compute in it, too. On a CPU vLLM takes heads of 32
+numbers, so the model is wider than that of sudoku_unique.
 """
 
 from dataclasses import replace
@@ -9,10 +9,10 @@ from functools import partial
 
 from dllm_rl import TIS, main, tiny_llama
 from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler
-from recipes.sudoku_tiny_ar import recipe as base
+from recipes.sudoku_unique import recipe_of
 
 recipe = replace(
-    base,
+    recipe_of("autoregressive"),
     name="vllm-sudoku",
     model=partial(tiny_llama, characters="1234.=", causal=True, hidden_size=128),
     sampler=VLLMSampler(max_new_tokens=16, temperature=1.0),

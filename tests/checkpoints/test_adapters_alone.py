@@ -14,7 +14,9 @@ from dllm_rl.cli.main import main
 from dllm_rl.models.checkpoint.loading import read_config
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.training.trainer import train
-from recipes.sudoku_tiny_llada import recipe as base_recipe
+from recipes.sudoku_unique import recipe_of
+
+base_recipe = recipe_of("llada")
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

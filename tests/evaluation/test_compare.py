@@ -234,6 +234,8 @@ def test_a_row_of_the_file_by_hand():
     assert row["metrics"] == expected
     other = answers_of(None, *(answer.reward for answer in evaluation.answers[::-1]))
     assert held_out_row(7, other, Sudoku(), {}, is_test=True)["problems"] == row["problems"]
+    unbounded = held_out_row(7, other, Sudoku(), {"bound": [float("inf")]}, is_test=True)
+    assert json.loads(json.dumps(unbounded, allow_nan=False))["recipe"] == {"bound": ["Infinity"]}
     longer = answers_of(None, *[Reward(1.0, True)] * 3)
     assert held_out_row(7, longer, Sudoku(), {}, is_test=True)["problems"] != row["problems"]
 

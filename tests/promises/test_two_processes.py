@@ -52,7 +52,7 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
     ("recipe", "more"),
     [
         pytest.param("sudoku_unique", [], marks=pytest.mark.nightly),
-        pytest.param("sudoku_tiny_ar", [], marks=pytest.mark.nightly),
+        pytest.param("sudoku_unique", ["--layout", "autoregressive"], marks=pytest.mark.nightly),
         pytest.param("sudoku_unique", FEW_ROWS, marks=pytest.mark.nightly),
         pytest.param(
             "sudoku_unique", ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE], marks=pytest.mark.nightly

@@ -26,7 +26,6 @@ APART = {
         "corrector",
         "rank",
     },  # its SFT masked at random; the corrector is the recipe's before it
-    "renoise_sudoku": {"likelihood"},  # its gradient goes back through the self-conditioning
 }
 
 

@@ -590,7 +590,9 @@ def test_a_base_above_the_working_directory_is_found_from_there_or_from_the_adap
 
 
 def recipe(tmp_path, name: str, **fields):
-    from recipes.sudoku_tiny_llada import recipe as base
+    from recipes.sudoku_unique import recipe_of
+
+    base = recipe_of("llada")
 
     small = partial(
         tiny_llama,
