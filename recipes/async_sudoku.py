@@ -5,7 +5,7 @@ worker makes the next one, with the weights before the update. `pip install -e "
 
 One thread each, for two cores: the worker takes as many threads as the learner. Ratios are against the weights that
 sampled, and PPO's clip bounds them from both sides: of what was tried against a lag, that did best
-(recipes/studies/late/late_rollouts.md).
+(recipes/studies/late/README.md).
 """
 
 from dataclasses import replace

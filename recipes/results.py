@@ -123,7 +123,7 @@ def overview(found: Mapping[str, Any]) -> str:
     measured = "not stored; [60 steps](../docs/vllm.md#what-was-measured)"
     row("engines/vllm_sudoku", "the autoregressive model with rollouts by vLLM", unknown, measured, extra("vllm"))
     what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
-    row("async_sudoku", what, unknown, "not stored; [study](studies/late/late_rollouts.md)", extra("ray"))
+    row("async_sudoku", what, unknown, "not stored; [study](studies/late/README.md)", extra("ray"))
     antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
     pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
     gguf = ("`pip install gguf`", "a download of 93 MB")

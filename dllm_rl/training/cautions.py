@@ -128,7 +128,7 @@ def bf16_warnings(dtype: str | None, bf16: bool, device: str) -> list[str]:
 
 def ratio_warnings(recipe: Recipe) -> list[str]:
     """Warn if the loss does not bound the ratio where the advantage is negative (see recipes/studies/mismatch.md), and
-    about stale rollouts without a bound or a corrector (see recipes/studies/late/late_rollouts.md).
+    about stale rollouts without a bound or a corrector (see recipes/studies/late/README.md).
     """
     loss = recipe.resolved_loss
     bound = ""  # the setting that also bounds PPO's ratio where the advantage is negative (dual clip)

@@ -2,7 +2,7 @@
 # Late rollouts on several nodes of SLURM, one learner and Ray workers. Not tried on a cluster.
 #   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 2 --max_staleness 1 $CLIP $PLAIN
 # A node of eight GPUs has seven for workers. N workers need a lag of at least N - 1, and of N to be busy while the learner
-# learns. A lag costs something from 2 on (recipes/studies/late_rollouts.md); lags above 8 were not studied. Against it:
+# learns. A lag costs something from 2 on (recipes/studies/late/README.md); lags above 8 were not studied. Against it:
 #   CLIP='--old_logprobs rollout --loss PPOClip --loss.delta 1.2'
 # For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
 #   PLAIN='--torch_compile false --rollout_quantization none'

@@ -25,7 +25,6 @@ from recipes.studies.quantized import (
 )
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {path.stem: path.parent.name for path in sorted(Path(__file__).parent.glob("*/*.md"))}  # by page
 Rows = Sequence[Mapping[str, str]]
 Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the model if that was not made for the task
 SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", " after Latin squares"))
@@ -88,29 +87,33 @@ def by_study() -> dict[Asked, Rows]:
     sums = low_bits_tuned.whole(by_arm(read_json(low_bits_tuned.STORED)["runs"]))
     parts = orders_trained.families(by_arm(read_json(orders_trained.STORED))).values()
     studies: dict[Asked, Sequence[Rows]] = {
-        ("the exact gradient, by order and format", "orders", SUDOKU): [
+        ("the exact gradient, by order and format", "quantized/orders.md", SUDOKU): [
             claimed_rows(orders.claims(read_json(orders.STORED)))
         ],
-        ("the exact gradient, other models", "order_flips", f"{SUDOKU}; Countdown"): [
+        ("the exact gradient, other models", "quantized/order_flips.md", f"{SUDOKU}; Countdown"): [
             order_flips_controls.claim_rows(read_json(order_flips_controls.STORED))
         ],
-        ("training by order and format", "orders_trained", SUDOKU): [claimed_rows(part) for part in parts],
-        ("longer training on INT4 rollouts", "order_flips", SUDOKU): [
+        ("training by order and format", "quantized/orders_trained.md", SUDOKU): [claimed_rows(part) for part in parts],
+        ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
             claimed(int4_orders.claims, long),
             claimed(int4_orders_controls.claims, [*long, *read_json(int4_orders_controls.STORED)]),
         ],
-        ("INT4 rollouts, each arm at its own learning rate", "low_bits", SUMS): [
+        ("INT4 rollouts, each arm at its own learning rate", "quantized/low_bits.md", SUMS): [
             contrast_rows(low_bits_tuned.STUDY, sums)
         ],
-        ("INT4 rollouts, at one learning rate", "low_bits", SUMS): [contrasts(low_bits.STUDY, low_bits.STORED)],
-        ("late rollouts", "late_rollouts", SUDOKU): [
+        ("INT4 rollouts, at one learning rate", "quantized/low_bits.md", SUMS): [
+            contrasts(low_bits.STUDY, low_bits.STORED)
+        ],
+        ("late rollouts", "late/README.md", SUDOKU): [
             contrasts(late_rollouts.STUDY, late_rollouts.STORED, "runs"),
         ],
-        ("several updates of a late rollout", "several_updates", SUDOKU): [
+        ("several updates of a late rollout", "late/README.md#several-updates-per-rollout", SUDOKU): [
             contrasts(several_updates.STUDY, several_updates.STORED, "runs")
         ],
-        ("published methods in equal time", "league", f"{SUDOKU}; {FEW_CLUES}; Countdown"): [of_league()],
-        ("training orders", "training_order", f"{LATIN}; Countdown"): [
+        ("published methods in equal time", "likelihoods/league.md", f"{SUDOKU}; {FEW_CLUES}; Countdown"): [
+            of_league()
+        ],
+        ("training orders", "likelihoods/training_order.md", f"{LATIN}; Countdown"): [
             claimed_rows(training_order.claims(training_order.by_key(read_json(training_order.STORED))))
         ],
     }
@@ -138,19 +141,24 @@ def claim_rows() -> list[dict[str, str]]:
 
 
 STORED: dict[Asked, Sequence[Path]] = {
-    ("training by order and format", "orders_trained", SUDOKU): [orders_trained.STORED],
-    ("longer training on INT4 rollouts", "order_flips", SUDOKU): [int4_orders.STORED, int4_orders_controls.STORED],
-    ("INT4 rollouts, each arm at its own learning rate", "low_bits", SUMS): [low_bits_tuned.STORED],
-    ("INT4 rollouts, at one learning rate", "low_bits", SUMS): [low_bits.STORED],
-    ("late rollouts", "late_rollouts", SUDOKU): [late_rollouts.STORED],
-    ("several updates of a late rollout", "several_updates", SUDOKU): [several_updates.STORED],
-    ("published methods in equal time", "league", SUDOKU): [
+    ("training by order and format", "quantized/orders_trained.md", SUDOKU): [orders_trained.STORED],
+    ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
+        int4_orders.STORED,
+        int4_orders_controls.STORED,
+    ],
+    ("INT4 rollouts, each arm at its own learning rate", "quantized/low_bits.md", SUMS): [low_bits_tuned.STORED],
+    ("INT4 rollouts, at one learning rate", "quantized/low_bits.md", SUMS): [low_bits.STORED],
+    ("late rollouts", "late/README.md", SUDOKU): [late_rollouts.STORED],
+    ("several updates of a late rollout", "late/README.md#several-updates-per-rollout", SUDOKU): [
+        several_updates.STORED
+    ],
+    ("published methods in equal time", "likelihoods/league.md", SUDOKU): [
         path for name, path in league.STORED.items() if name.startswith("sudoku")
     ],
-    ("published methods in equal time", "league", FEW_CLUES): [
+    ("published methods in equal time", "likelihoods/league.md", FEW_CLUES): [
         path for name, path in league.STORED.items() if name.startswith("few_clues")
     ],
-    ("published methods in equal time", "league", "Countdown"): [league.STORED["countdown"]],
+    ("published methods in equal time", "likelihoods/league.md", "Countdown"): [league.STORED["countdown"]],
 }
 
 
@@ -183,7 +191,7 @@ def solved_rows() -> list[dict[str, str]]:
 
 def named(study: Asked) -> dict[str, str]:
     what, page, task = study
-    return {"study": f"[{what}](../recipes/studies/{FOLDERS[page]}/{page}.md)", "task": task}
+    return {"study": f"[{what}](../recipes/studies/{page})", "task": task}
 
 
 def page_tables() -> dict[str, str]:

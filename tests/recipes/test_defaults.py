@@ -17,7 +17,7 @@ APART = {
     "sudoku_tiny": {"entropy_coeff"},  # equal answers of a group teach nothing, and it keeps them apart for longer
     "latin_sudoku": {"entropy_coeff", "corrector"},  # the same; it shows a corrector at work
     "quantized_sudoku": {"corrector", "rank"},  # it shows what a corrector does in an order that it can correct
-    # The entropy of the recipe that it varies; the others are what held against a lag (studies/late/late_rollouts.md).
+    # The entropy of the recipe that it varies; the others are what held against a lag (studies/late/README.md).
     "async_sudoku": {"entropy_coeff", "old_logprobs", "loss"},
     "antibody_cdr3": {"beta"},  # a KL term to the pretrained model
     "smollm2_arithmetic": {"beta", "corrector"},  # its mean ESS is 0.92

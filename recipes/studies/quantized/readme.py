@@ -269,7 +269,7 @@ def families() -> dict[str, tuple[str, Mapping[str, Sequence[float]]]]:
             SUMS,
             of(low_bits_tuned.STUDY.contrasts, studies[SUMS]),
         ),
-        "[Sudoku, late](../late/late_rollouts.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
+        "[Sudoku, late](../late/README.md)": (LATE, of(late_rollouts.CLAIMS, studies[LATE])),
     }
 
 
