@@ -205,23 +205,21 @@ class Corrector(Record):
 
 
 def _is_per_token(corrector: Corrector) -> bool:
-    """Return whether rows of three tokens get the weights of rows of one token, and none is dropped."""
+    """Return whether a token alone gets the weight that it gets among others, and none is dropped."""
     log_mismatch = torch.linspace(-2.5, 2.0, 12, dtype=torch.float64).view(4, 3)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
     steps, old, entropy = torch.arange(3).expand(4, 3), log_mismatch - 3, log_mismatch + 3
+    stats = [torch.ones_like(steps, dtype=torch.bool), old, old - log_mismatch, steps, entropy]
+    together = corrector.weights(TokenStats(log_mismatch, advantages, *stats))
 
-    def weights(rows: int) -> TokenWeights:
-        def cut(x: Tensor) -> Tensor:
-            return x.reshape(rows, -1)
+    def alone(row: int, token: int) -> TokenWeights:
+        at, here = slice(token, token + 1), slice(row, row + 1)
+        return corrector.weights(TokenStats(log_mismatch[here, at], advantages[here], *(x[here, at] for x in stats)))
 
-        mask = torch.ones_like(cut(old), dtype=torch.bool)
-        given = advantages.repeat_interleave(rows // 4)
-        stats = [cut(log_mismatch), given, mask, cut(old), cut(old - log_mismatch), cut(steps), cut(entropy)]
-        return corrector.weights(TokenStats(*stats))
-
-    together, apart = weights(4), weights(12)
-    is_equal = torch.allclose(together.importance_weights.flatten(), apart.importance_weights.flatten())
-    return is_equal and bool(together.loss_mask.all() and apart.loss_mask.all())
+    apart = [alone(row, token) for row in range(4) for token in range(3)]
+    weights = torch.cat([each.importance_weights.flatten() for each in apart])
+    is_equal = torch.allclose(together.importance_weights.flatten(), weights)
+    return is_equal and all(bool(each.loss_mask.all()) for each in (together, *apart))
 
 
 def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T"]) -> None:

@@ -565,23 +565,41 @@ def is_per_token(surrogate: Loss | Callable[..., Tensor]) -> bool:
     This is tested on numbers: rows of three tokens and rows of one token must give the same objective.
     """
     loss: Loss = fit("loss", Loss, surrogate)
-    log_ratio = torch.linspace(-0.9, 0.7, 12, dtype=torch.float64).view(4, 3)
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
-    mask = torch.ones(4, 3, dtype=torch.bool)
-    inputs = {"old_logprobs": log_ratio - 1, "log_mismatch": log_ratio / 3, "sum_over_processes": lambda total: total}
-    inputs["inverse_chances"] = torch.ones_like(log_ratio)
-    keywords = {name: inputs[name] for name in loss.inputs}
-    row_objective = loss(log_ratio, advantages, mask, **keywords)
-    token_objective = apply_per_token(loss, log_ratio, advantages[:, None].expand(4, 3), mask, **keywords)
+    log_ratio, advantages, inputs = _tokens_of_a_test(loss)
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    row_objective = loss(log_ratio, advantages[:, 0], mask, **inputs)
+    token_objective = apply_per_token(loss, log_ratio, advantages, mask, **inputs)
     return bool(torch.allclose(row_objective.expand(4, 3), token_objective))
 
 
+def _tokens_of_a_test(loss: Loss) -> tuple[Float[Tensor, "4 3"], Float[Tensor, "4 3"], dict[str, Any]]:
+    """Return log-ratios, advantages and the declared inputs of four rows, on which a loss is tested."""
+    log_ratio = torch.linspace(-0.9, 0.7, 12, dtype=torch.float64).view(4, 3)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)[:, None].expand(4, 3)
+    inputs = {"old_logprobs": log_ratio - 1, "log_mismatch": log_ratio / 3, "sum_over_processes": lambda total: total}
+    inputs["inverse_chances"] = torch.ones_like(log_ratio)
+    return log_ratio, advantages, {name: inputs[name] for name in loss.inputs}
+
+
 def takes_drawn_steps(surrogate: Loss | Callable[..., Tensor]) -> bool:
-    """Return whether a loss is right where only some of a row's tokens are scored (`Trajectory.variance_growth`): it
-    treats each token by itself, or weights what it adds up over a row by `inverse_chances`.
+    """Return whether a loss is right where only some tokens of the batch are scored (`Trajectory.variance_growth`): it
+    treats each token by itself, or weights what it adds up by `inverse_chances`.
+
+    The former is tested on numbers: a token alone must have the objective that it has among others.
     """
     loss: Loss = fit("loss", Loss, surrogate)
-    return "inverse_chances" in loss.inputs or is_per_token(loss)
+    if "inverse_chances" in loss.inputs:
+        return True
+    log_ratio, advantages, inputs = _tokens_of_a_test(loss)
+    together = apply_per_token(loss, log_ratio, advantages, torch.ones_like(log_ratio, dtype=torch.bool), **inputs)
+
+    def alone(token: int) -> Tensor:
+        cut = {name: x.flatten()[token].view(1, 1) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        return loss(log_ratio.flatten()[token].view(1, 1), advantages.flatten()[token].view(1), mask, **cut).flatten()
+
+    apart = torch.cat([alone(token) for token in range(log_ratio.numel())])
+    return is_per_token(loss) and bool(torch.allclose(together.flatten(), apart))
 
 
 def _rollout_logprobs(batch: Batch, consumer: str) -> Float[Tensor, "B T"]:

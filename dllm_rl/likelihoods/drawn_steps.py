@@ -78,7 +78,7 @@ def draw_steps(
     is_first = F.pad(unit.diff(dim=0) != 0, (0, 0, 1, 0), value=True)
     threshold = growth_threshold(gather(squares.sqrt()[unit] * is_first), variance_growth)
     chance = (squares.sqrt() / threshold).clamp(UNIFORM_SHARE, 1)[unit]
-    exists = F.one_hot(step.cpu() + 1, chance.shape[1] + 1).any(1)[:, 1:]
+    exists = torch.zeros(len(step), chance.shape[1] + 1, dtype=torch.bool).scatter(1, step.cpu() + 1, True)[:, 1:]
     u = uniforms_at(exists, row_generators(rollout, generator))
     # The number of a unit is that of its first row that has the step.
     row = torch.where(exists, torch.arange(len(u))[:, None], len(u) - 1)

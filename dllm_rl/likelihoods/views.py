@@ -94,7 +94,10 @@ def alike_rows(rollout: Rollout, views: Views) -> Int[Tensor, "N B"]:
 
 
 def _chunks_of_drawn_steps(rollout: Rollout, views: Views, micro_batch_size: int | None) -> Iterator[Chunk]:
-    """Split the pairs of a view and a row that are scored into chunks of pairs of similar length."""
+    """Split the pairs of a view and a row that are scored into chunks of pairs of similar length. Without a
+    `micro_batch_size` a forward has at most as many rows as one view of the batch.
+    """
+    most = len(rollout.tokens) if micro_batch_size is None else micro_batch_size
     number, row = (views.coefficients != 0).any(-1).nonzero(as_tuple=True)
     group = alike_rows(rollout, views)[number, row]  # in ascending order, as the pairs are
     group_of_row = group_numbers(rollout.group)
@@ -105,7 +108,7 @@ def _chunks_of_drawn_steps(rollout: Rollout, views: Views, micro_batch_size: int
     width = rollout.tokens.shape[1]
     for bucket in length_buckets(first_column, width, rollout.tokens.device):
         columns, pairs = slice(bucket.start, width), bucket.rows
-        for chunk in pack_groups(pairs, group[pairs], micro_batch_size, one_row_each=True):
+        for chunk in pack_groups(pairs, group[pairs], most, one_row_each=True):
             n, rows, groups = copy_to_device(rollout.tokens.device, number[chunk], row[chunk], group[chunk])
             part = replace(rollout.rows(rows, columns), group=groups)
             yield Chunk(rows, columns, part, _views_of_pairs(views, n, rows, columns), n)

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from likelihood_toys import TablePolicy
+from mixtures import moe
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -20,6 +22,7 @@ from dllm_rl import (
     Confidence,
     GroupRelative,
     IcePop,
+    MaxProb,
     NoCorrection,
     PPOClip,
     Prompts,
@@ -34,10 +37,15 @@ from dllm_rl.algorithms.losses import CISPO, OffPolicyMask, TrustBand
 from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.likelihoods.drawn_steps import UNIFORM_SHARE, draw_steps, growth_threshold
 from dllm_rl.likelihoods.estimators import recorded
+from dllm_rl.likelihoods.router_replay import with_sampled_experts
 from dllm_rl.likelihoods.views import num_row_forwards
-from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.models.base import encode_block_causal
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
+from dllm_rl.samplers.rules import PlackettLuce, SoftThreshold
+from dllm_rl.step.collect import with_support
+from recipes.examples.turns import TwoTurns
 
 EXACT = Trajectory()
 
@@ -109,20 +117,75 @@ def test_drawn_tokens_have_their_exact_log_probs_and_others_none():
         assert ((counts == 0) | (counts == of_step.sum(-1))).all()
 
 
-def test_gradients_of_drawn_steps_are_those_of_their_views():
-    policy, rollout = rolled()
-    views = drawn(rollout)
-    vectors = torch.randn(views.coefficients.shape, generator=torch.Generator().manual_seed(0)) * (
-        views.coefficients != 0
-    )
+def block_causal():
+    """Blocks of four, scored a step of every block at once."""
+    policy = tiny_llama(causal=False, characters="1234.=", hidden_size=32, num_layers=2)
+    spec = replace(policy.spec, attention="block_causal", block_size=4)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
+    prompts = Prompts.from_ids([[3, 4, 5, 6]] * 2, pad_id=policy.pad_id, num_generations=3)
+    settings = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "rank": RandomOrder()}
+    return policy, Unmask(temperature=1.0, **settings)(policy, prompts, torch.Generator().manual_seed(0))
+
+
+def two_turns():
+    policy, _ = rolled()
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, num_generations=3)
+    turn = Unmask(max_new_tokens=4, diffusion_steps=2, temperature=1.0, rank=RandomOrder())
+    sampler = TwoTurns(max_new_tokens=10, turn=turn, tool=lambda text: "12", tool_length=2)
+    return policy, sampler(policy, prompts, torch.Generator().manual_seed(0))
+
+
+def filtered():
+    policy, rollout = rolled(top_p=0.6)
+    return policy, with_support(rollout, "rollout")
+
+
+def experts_replayed():
+    policy = moe()
+    policy.records_experts = True
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 7, 8, 3, 4]], pad_id=policy.pad_id, num_generations=3)
+    sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=RandomOrder())
+    return policy, sampler(policy, prompts, torch.Generator().manual_seed(0))
+
+
+ROLLOUTS = {
+    "random order": (rolled, EXACT, None),
+    "blocks": (partial(rolled, block_size=4), EXACT, None),
+    "top_p": (filtered, EXACT, None),
+    "plackett_luce": (partial(rolled, rank=PlackettLuce(temperature=0.3)), EXACT, None),
+    "soft_threshold": (partial(rolled, rank=MaxProb(), commit=SoftThreshold(tau=0.3)), EXACT, None),
+    "block_causal": (block_causal, Trajectory(block_size=4), None),
+    "turns": (two_turns, EXACT, None),
+    "router replay": (experts_replayed, EXACT, with_sampled_experts),
+}
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_drawn_steps_have_the_log_probs_and_gradients_of_their_views(name):
+    """Whatever the sampler, in forwards of any size: those of a replay of every step, restricted to the drawn ones."""
+    made, likelihood, feature = ROLLOUTS[name]
+    policy, rollout = made()
+    every, views = likelihood.draw_views(rollout, torch.Generator()), drawn(rollout, likelihood=likelihood, growth=2.0)
+    if feature is not None:
+        every, views = feature(every, rollout), feature(views, rollout)
+    scores = likelihood.view_logprobs(policy, rollout, every)
+    is_drawn = views.inverse_chances[0] > 0
+    assert is_drawn.any() and (~is_drawn & rollout.completion_mask).any()
+    exact = likelihood.combine(scores, every)
+    torch.testing.assert_close(recorded(rollout, views), exact * is_drawn, rtol=0, atol=1e-4)
+    vectors = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)) * is_drawn
+    given = [(every, None, vectors), *((views, size, vectors * (views.coefficients != 0)) for size in (None, 1, 3))]
     found = []
-    for given in (views, replace(views, inverse_chances=None)):  # without them, view by view
-        for size in (None, 2):
-            policy.module.zero_grad()
-            EXACT.backward(policy, rollout, given, vectors, micro_batch_size=size)
-            found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None]))
+    for each, size, vector in given:
+        if each is views:
+            logprobs = likelihood.logprobs(policy, rollout, views, micro_batch_size=size)
+            torch.testing.assert_close(logprobs, exact * is_drawn, rtol=0, atol=1e-5)
+        policy.module.zero_grad()
+        likelihood.backward(policy, rollout, each, vector * (each.coefficients != 0), micro_batch_size=size)
+        found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+    assert found[0].abs().max() > 1e-3
 
 
 class Counted:
@@ -153,6 +216,15 @@ def test_forwards_are_filled_with_the_drawn_steps_of_any_rows(monkeypatch):
     assert counted.rows == [4] * (expected // 4) + [expected % 4] * (expected % 4 > 0)
 
 
+def test_a_forward_has_no_more_rows_than_the_batch(monkeypatch):
+    """Without a micro-batch size, which the memory of a replay of all steps allows, too."""
+    policy, rollout = rolled(group=2)
+    counted = Counted(policy, monkeypatch)
+    views = drawn(rollout, growth=1e-6)  # nearly every step
+    EXACT.logprobs(policy, rollout, views)
+    assert max(counted.rows) <= len(rollout.tokens) < sum(counted.rows)
+
+
 def test_the_completions_of_a_prompt_are_drawn_together_where_the_model_reads_them_alike():
     _, rollout = rolled(group=8)
     for seed in range(20):
@@ -180,11 +252,7 @@ def test_a_draw_is_the_same_for_every_number_of_processes():
 
 def test_a_block_causal_models_steps_are_drawn_for_all_blocks_at_once():
     """One forward scores step j of every block (`block_size`)."""
-    policy = tiny_masked_lm(**SIZES)
-    policy.spec = replace(policy.spec, attention="block_causal", block_size=4)
-    prompts = Prompts.from_ids([[3, 4, 5, 6]] * 2, pad_id=policy.pad_id, num_generations=3)
-    settings = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "rank": RandomOrder()}
-    rollout = Unmask(temperature=1.0, **settings)(policy, prompts, torch.Generator().manual_seed(0))
+    _, rollout = block_causal()
     packed = Trajectory(block_size=4)
     every = packed.draw_views(rollout, torch.Generator())
     views = drawn(rollout, likelihood=packed, growth=1.0)
@@ -213,6 +281,11 @@ def test_what_cannot_be_drawn_step_by_step_is_refused():
 DRAWN = Trajectory(variance_growth=0.1)
 
 
+def divided(weights):
+    """A corrector's weights with mean 1 over the batch, of which nobody knows the tokens that are not drawn."""
+    return weights._replace(importance_weights=weights.importance_weights / weights.importance_weights.mean())
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -224,6 +297,8 @@ DRAWN = Trajectory(variance_growth=0.1)
         ({"loss": VESPO()}, r"loss=VESPO.* needs all tokens of a row"),
         ({"loss": OffPolicyMask(loss=VESPO())}, r"loss=OffPolicyMask"),
         ({"loss": lambda log_ratio, advantages, mask: log_ratio.sum(-1, keepdim=True) + log_ratio}, r"loss="),
+        ({"corrector": lambda stats: divided(TIS().weights(stats))}, r"corrector="),
+        ({"loss": lambda log_ratio, advantages, mask: (log_ratio - log_ratio.mean()) * advantages[:, None]}, r"loss="),
         ({"value_model": ValueModel()}, "value_model needs the states of all: set either to None"),
     ],
 )
