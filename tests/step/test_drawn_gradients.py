@@ -13,6 +13,7 @@ from tiny_recipe import tiny_recipe
 from torch.nn.functional import one_hot
 
 from dllm_rl import AIS, MIS, TIS, IcePop, NoCorrection, PPOClip, SequenceMean, TokenMean, Trajectory
+from dllm_rl.algorithms.losses import CISPO, K2, K3
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.likelihoods import drawn_steps
 from dllm_rl.step.context import StepContext
@@ -77,8 +78,15 @@ class Draws:
         monkeypatch.setattr(drawn_steps, "with_drawn_steps", given)
 
 
+# Metrics of the mismatch that are means over tokens: those of drawn steps estimate those of all.
+MEANS = [f"{prefix}/{name}" for prefix in ("rollout_corr", "trained") for name in (
+    "kl", "k3_kl", "abs_log_ratio_mean", "chi2_token", "rollout_is_mean", "rollout_is_ratio_fraction_high",
+    "contribution_positive", "contribution_negative", "nonfinite_fraction",
+)]  # fmt: skip
+
+
 class Step:
-    """An update of a step of one process: `gradient()` is the table's, with the metrics of the mismatch."""
+    """An update of a step of one process: `gradient()` is the table's, with the metrics."""
 
     def __init__(self, learner, update, **changes):
         self.learner, self.update = learner, update
@@ -89,34 +97,41 @@ class Step:
         self.samples = Samples(rollout, rollout.group, ADVANTAGES.clone(), ADVANTAGES, torch.ones(4), (4,))
         self.context = StepContext(
             settings=self.recipe, accelerator=Accelerator(cpu=True), policy=learner, rollout_policy=sampler,
-            history=RewardHistory(1),
+            history=RewardHistory(1), reference=moved(learner, 0.5, seed=3),
         )  # fmt: skip
 
     def gradient(self):
+        """The gradient; the means over tokens that a step logs; the sums and the numbers of tokens of an update."""
         batches, metrics = make_batches(self.context, score_samples(self.context, self.samples, 1))
         batch, table, likelihood = batches[self.update % len(batches)], self.current.table, self.recipe.likelihood
         scores = batch.old_view_logprobs
         if self.update:
             scores = likelihood.view_logprobs(self.current, batch.rollout, batch.views)
         table.grad = torch.zeros_like(table)
-        forward_backward(self.current, batch, scores, loss=self.recipe.policy_loss, likelihood=likelihood)
-        return table.grad.clone(), metrics
+        pairs = forward_backward(self.current, batch, scores, loss=self.recipe.policy_loss, likelihood=likelihood)
+        # Without a drawn step nothing is logged, which stands for ratios of 1.
+        numbers = {name: metrics.get(name, float(name.endswith("is_mean"))) for name in MEANS}
+        for name, (total, count) in pairs.items():
+            if not name.endswith("/max"):  # of whole rows
+                numbers |= {f"{name}, sum": float(total), f"{name}, tokens": float(count)}
+        return table.grad.clone(), numbers
 
     def mean(self, draws):
-        """The sum over all draws of this update's views of their chance times the gradient, and times the KL; and the
-        chances of the rows of a forward."""
+        """The mean over all draws of this update's views of the gradient, and of the numbers; and the chances of the
+        rows of a forward."""
         draws.rollout, draws.chances = self.rollout, []
         self.gradient()
         chances = draws.chances[self.update]
-        gradient, kl = torch.zeros_like(self.current.table), 0.0
+        gradient, means = torch.zeros_like(self.current.table), {}
         for flags in itertools.product((True, False), repeat=len(chances)):
             likely = math.prod(chance if flag else 1 - chance for flag, chance in zip(flags, chances, strict=True))
             if likely:
                 draws.flags, draws.chances = {self.update: flags}, []
-                found, metrics = self.gradient()
+                found, numbers = self.gradient()
                 gradient += likely * found
-                kl += likely * metrics.get("rollout_corr/kl", 0)  # no step may be drawn
-        return gradient, kl, chances
+                for name, number in numbers.items():
+                    means[name] = means.get(name, 0.0) + likely * number
+        return gradient, means, chances
 
 
 CASES = {
@@ -126,6 +141,9 @@ CASES = {
     "icepop": {"corrector": IcePop(min_ratio=0.8, max_ratio=1.2)},
     "ais": {"corrector": AIS(lambda_fn=half, pool="geometric", cap=1.1)},
     "means of rows": {"corrector": TIS(cap=1.1), "loss_reduction": SequenceMean()},
+    "kl": {"beta": 0.3, "kl": K2()},
+    "corrected kl": {"beta": 0.3, "kl": K3(bias_correction=True)},
+    "cispo": {"loss": CISPO(max_ratio=1.1)},
     "rollout": {"old_logprobs": "rollout", "loss": PPOClip(epsilon=0.1)},
     "dual clip": {"old_logprobs": "rollout", "loss": PPOClip(epsilon=0.1, delta=1.15)},
 }
@@ -138,11 +156,12 @@ BOTH = [(name, update) for name in CASES for update in (0, 1)]
 @pytest.mark.parametrize(("name", "update"), [*BY_DEFAULT, *(slow(*each) for each in BOTH if each not in BY_DEFAULT)])
 def test_the_mean_over_all_draws_is_every_steps_gradient(name, update, learner, monkeypatch):
     changes = {"corrector": NoCorrection(), "loss_reduction": TokenMean()} | CASES[name]
-    every, metrics = Step(learner, update, likelihood=Trajectory(), **changes).gradient()
+    every, numbers = Step(learner, update, likelihood=Trajectory(), **changes).gradient()
     drawn = Step(learner, update, likelihood=Trajectory(variance_growth=3.0), **changes)
-    mean, kl, chances = drawn.mean(Draws(monkeypatch))
+    mean, means, chances = drawn.mean(Draws(monkeypatch))
     # A and B: one first step of both, two second ones; C: two; D: one.
     assert len(chances) == 6 and sum(chance < 0.9 for chance in chances) >= 4
     assert (mean - every).norm() <= 1e-6 * every.norm() > 0
-    if not update:
-        assert abs(kl - metrics["rollout_corr/kl"]) < 1e-6
+    for name in numbers:
+        if name not in MEANS or not update:  # a step logs the metrics of its first views
+            assert means[name] == pytest.approx(numbers[name], rel=1e-6, abs=1e-6), name

@@ -151,9 +151,13 @@ def batch_lines(step: PlannedStep) -> list[str]:
         )
     growth, drawn = recipe.likelihood.variance_growth, []
     if growth is not None:
+        seconds = stage_seconds(step)
+        least = UNIFORM_SHARE * (seconds["scoring"] + seconds["update"])
         drawn = [
-            f"steps drawn           with variance_growth={growth:g}; planned are all {step.num_views} of a completion, "
-            f"for a policy that is unsure of every token, and at the least {UNIFORM_SHARE:.0%} of them are scored"
+            f"steps drawn           with variance_growth={growth:g} from {UNIFORM_SHARE * step.num_views:.2g} to "
+            f"{step.num_views} row-forwards score a completion (drawn_steps/row_forwards). Planned are all "
+            f"{step.num_views}, for a policy that is unsure of every token; of the time below scoring and update take "
+            f"from {least:.1f} s to {least / UNIFORM_SHARE:.1f} s, in proportion"
         ]
     prompt = "assumed prompt" if step.policy.tokenizer is None else "longest prompt"
     return [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from layouts import stock
 from repetitions import few
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import TIS, Countdown, Lora, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import TIS, Countdown, Lora, NoCorrection, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
@@ -21,6 +22,7 @@ from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
 from dllm_rl.quantization.schemes import FakeQuantize, Float8Dynamic, Float8WeightOnly
 from dllm_rl.samplers import Unmask
 from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.training.dry_run import duration
 from dllm_rl.training.dry_run import plan as dry_run
 from dllm_rl.training.dry_run.duration import PEAK_FLOPS
 from dllm_rl.training.dry_run.memory import (
@@ -293,6 +295,22 @@ def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
     assert "autograd graphs kept  2 of scoring's 3 forwards" in capsys.readouterr().out
     train(replace(recipe, max_retained_graphs=0))
     assert "autograd graphs kept  none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
+
+
+def test_the_plan_of_drawn_steps_says_between_which_costs_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(duration, "PEAK_FLOPS", 1e6)  # of seconds, and not of microseconds
+    every = tiny_recipe(tmp_path, dry_run=True, corrector=NoCorrection(), likelihood=Trajectory(include_order=False))
+    drawn = replace(every, likelihood=every.likelihood.replace(variance_growth=0.1))
+    train(every)
+    plain = capsys.readouterr().out.splitlines()
+    train(drawn)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("steps drawn"))
+    assert "with variance_growth=0.1 from 0.15 to 3 row-forwards score a completion" in line
+    assert [each for each in lines if each != line] == plain  # planned are all steps
+    whole = sum(float(x.split()[1]) for x in plain if x.startswith(("  scoring ", "  update ")) and " s at " in x)
+    low, high = (float(found) for found in re.search(r"from (\S+) s to (\S+) s, in proportion", line).groups())
+    assert low == pytest.approx(0.05 * whole, abs=0.1) and high == pytest.approx(whole, abs=0.2) and low > 1
 
 
 @pytest.fixture
