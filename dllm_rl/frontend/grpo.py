@@ -369,7 +369,7 @@ def segments_for(steps: int) -> int | None:
     """Return the number of segments that score a sampler of so many steps; None if every step is scored."""
     # A segment's forward and backward cost as much as three steps of the rollout. With samplers of four and of eight
     # steps, on two tasks and in equal time, a run that scored two segments learned more than a run that scored every
-    # step (recipes/studies/likelihoods/league.md).
+    # step (recipes/studies/likelihoods/README.md).
     return None if steps <= MAX_EXACT_STEPS else max(2, min(MAX_SEGMENTS, steps // 4))
 
 

@@ -29,6 +29,8 @@ Rows = Sequence[Mapping[str, str]]
 Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the model if that was not made for the task
 SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", " after Latin squares"))
 SUMS = "sums, SmolLM2-135M"
+LEAGUES, ORDERS = (f"likelihoods/README.md#{at}" for at in ("methods-in-equal-time", "in-which-order-to-train"))
+SEVERAL = "late/README.md#several-updates-per-rollout"
 SHOWN, OPPOSITE, UNDECIDED = "shown", "opposite shown", "undecided"
 OPPOSITES = {
     "does better than": "does worse than",
@@ -107,13 +109,15 @@ def by_study() -> dict[Asked, Rows]:
         ("late rollouts", "late/README.md", SUDOKU): [
             contrasts(late_rollouts.STUDY, late_rollouts.STORED, "runs"),
         ],
-        ("several updates of a late rollout", "late/README.md#several-updates-per-rollout", SUDOKU): [
+        ("several updates of a late rollout", SEVERAL, SUDOKU): [
             contrasts(several_updates.STUDY, several_updates.STORED, "runs")
         ],
-        ("published methods in equal time", "likelihoods/league.md", f"{SUDOKU}; {FEW_CLUES}; Countdown"): [
-            of_league()
-        ],
-        ("training orders", "likelihoods/training_order.md", f"{LATIN}; Countdown"): [
+        (
+            "published methods in equal time",
+            LEAGUES,
+            f"{SUDOKU}; {FEW_CLUES}; Countdown",
+        ): [of_league()],
+        ("training orders", ORDERS, f"{LATIN}; Countdown"): [
             claimed_rows(training_order.claims(training_order.by_key(read_json(training_order.STORED))))
         ],
     }
@@ -149,16 +153,14 @@ STORED: dict[Asked, Sequence[Path]] = {
     ("INT4 rollouts, each arm at its own learning rate", "quantized/low_bits.md", SUMS): [low_bits_tuned.STORED],
     ("INT4 rollouts, at one learning rate", "quantized/low_bits.md", SUMS): [low_bits.STORED],
     ("late rollouts", "late/README.md", SUDOKU): [late_rollouts.STORED],
-    ("several updates of a late rollout", "late/README.md#several-updates-per-rollout", SUDOKU): [
-        several_updates.STORED
-    ],
-    ("published methods in equal time", "likelihoods/league.md", SUDOKU): [
+    ("several updates of a late rollout", SEVERAL, SUDOKU): [several_updates.STORED],
+    ("published methods in equal time", LEAGUES, SUDOKU): [
         path for name, path in league.STORED.items() if name.startswith("sudoku")
     ],
-    ("published methods in equal time", "likelihoods/league.md", FEW_CLUES): [
+    ("published methods in equal time", LEAGUES, FEW_CLUES): [
         path for name, path in league.STORED.items() if name.startswith("few_clues")
     ],
-    ("published methods in equal time", "likelihoods/league.md", "Countdown"): [league.STORED["countdown"]],
+    ("published methods in equal time", LEAGUES, "Countdown"): [league.STORED["countdown"]],
 }
 
 

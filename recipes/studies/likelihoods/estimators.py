@@ -150,29 +150,6 @@ def told(measured: Sequence[Mapping[str, str]]) -> str:
     return markdown(kept, ("estimator", "forwards", "bias, log p", "std", "cosine"))
 
 
-def draw(measured: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Noise and gradients against the forwards of a completion."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    markers, colors = "osD^vP*X", plt.get_cmap("tab20").colors
-    for i, row in enumerate(measured):
-        look = {"marker": markers[i % len(markers)], "color": colors[i % 20], "linestyle": "", "markersize": 8}
-        for axis, column in zip(axes, ("std", "cosine"), strict=True):
-            axis.plot(float(row["forwards"]), float(row[column]), alpha=0.8, label=row["estimator"].strip("`"), **look)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    axes[0].set(title="noise from the masks", ylabel="std, nats per completion")
-    axes[1].set(title="one draw's GRPO gradient", ylabel="cosine with the exact one")
-    for axis in axes:
-        axis.set(xscale="log", xlabel="forwards a completion")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def page_tables() -> dict[str, str]:
     return {"estimators": told(read_json(STORED)["measured"])}
 
@@ -195,7 +172,6 @@ def main() -> None:
             for row in facts.pop("rows")
         ]
         write_json(STORED, facts | {"measured": rows})
-        draw(rows, STORED.with_suffix(".png"))
     print(told(read_json(STORED)["measured"]))
 
 

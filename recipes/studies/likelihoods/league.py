@@ -67,7 +67,6 @@ from recipes.studies.paired import (
     by_arm,
     contrast_rows,
     interval,
-    line,
     load,
     markdown,
     restore_runs,
@@ -374,7 +373,7 @@ def stored_rows(name: str) -> list[dict[str, str]]:
 
 
 def above_the_default() -> str:
-    """A table of league.md: by league, which rows are shown to be above the default of its time."""
+    """A table of the page: by league, which rows are shown to be above the default of its time."""
     rows = []
     for name, league in LEAGUES.items():
         others = [row for row in stored_rows(name) if row["method"] != league.default]
@@ -392,29 +391,6 @@ def restore(name: str, root: Path) -> None:
     restore_runs(parts["tuning"], root / "tuning")
     restore_runs(parts["runs"], root)
     write_json(root / "costs.json", parts["costs"])
-
-
-def draw(name: str, results: Results, path: Path) -> None:
-    """A line a method, the best mean on top: a dot a seed, the mean and its interval, and where RL began."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    by_method: dict[str, list[float]] = {}
-    for (arm, _), run in results.items():
-        by_method.setdefault(method_of(arm), []).append(run["after"])
-    order = sorted(by_method, key=lambda method: -mean(by_method[method]))
-    figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")
-    for place, method in enumerate(order):
-        line(axis, -place, by_method[method], "#1f77b4")
-    began = [run["before"] for run in results.values() if "before" in run]
-    axis.axvline(mean(began), color="grey", linewidth=0.8, linestyle=":")
-    axis.set_yticks([-place for place in range(len(order))], order)
-    axis.set_xlabel(f"held-out {LEAGUES[name].metric.replace('_', ' ')} in equal time (dotted: where RL began)")
-    axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def page_tables() -> dict[str, str]:
@@ -450,7 +426,6 @@ def main() -> None:
     results = load(root)
     parts = {"costs": costs, "tuning": list(tuning.values()), "runs": list(results.values())}
     write_json(STORED[options.league], parts)
-    draw(options.league, results, STORED[options.league].with_suffix(".png"))
     print(markdown(rows_of(options.league, results)))
 
 

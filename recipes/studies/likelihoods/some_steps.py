@@ -17,7 +17,7 @@ of the N steps of each row:
 `cosine` is that of one draw's gradient with the exact one, mean over the draws. `mean` is the mean gradient's share of
 the exact one along it: 1, to the noise of the draws, where there is no bias.
 
-    python -m recipes.studies.likelihoods.some_steps [--report]     some_steps.json and the table of estimators.md
+    python -m recipes.studies.likelihoods.some_steps [--report]     some_steps.json and the table
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""In which order should training sample, if evaluation keeps `MaxProb`? Claims before the runs; see training_order.md.
+"""In which order should training sample, if evaluation keeps `MaxProb`? Claims before the runs; see README.md.
 
 GRPO without quantization and without a corrector, on the five tasks of reuse.py, from their starts, with their budget
 of row-forwards (equal computation). Four arms, which differ in the order of the training rollouts:
@@ -206,7 +206,7 @@ def rate_rows(results: Results) -> list[dict[str, str]]:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of training_order.md."""
+    """The tables of README.md and appendix.md."""
     results = by_key(read_json(STORED))
     tables = {"claims": claim_rows(results), "rates": rate_rows(results)}
     tables |= {"one token a step": arm_rows(results, "full"), "few steps": arm_rows(results, "few")}
