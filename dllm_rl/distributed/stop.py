@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -19,7 +20,8 @@ from dllm_rl.distributed.collectives import collective
 from dllm_rl.files import remove, unlock
 from dllm_rl.screen import interactive, printing_anything
 
-ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of NAMES
+ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, some of NAMES, and the next
+pthread_sigmask: Any = getattr(signal, "pthread_sigmask", lambda how, numbers: numbers)
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS sends the last before the time limit
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 LOCK = ".lock"
@@ -41,7 +43,8 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Installs signal handlers, after which a signal ends the run after the current step.
+    """Installs signal handlers, after which a signal ends the run after the current step. A process that is forked
+    during the run has the handlers that were there before it.
 
     Args:
         seconds: The run's `stop_seconds`. If a step takes longer than this after the signal, `overdue` is called.
@@ -55,14 +58,44 @@ class Stop:
         self.last_words: str | None = None  # if set, a signal ends the process at once, and prints this
         self.overdue: Callable[[], None] = lambda: None  # called by a timer, once a second from then on
         self.is_leaving = False  # the run does not wait for the step any more; another Ctrl-C does not wait for a save
-        if threading.current_thread() is not threading.main_thread():
+        self.deadline: float | None = None  # time.monotonic() at which `overdue` is called; None: no signal yet
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}  # the handlers that this object replaces
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.getsignal(number) for number in SIGNALS}
+            self.blocked = pthread_sigmask(signal.SIG_BLOCK, ())
+            self.arm()
+
+    def arm(self) -> None:
+        """Set the handlers, and after a signal the timer that calls `overdue`. Call it after user code, too, which may
+        have replaced them or blocked the signals: a grader with a time limit of its own uses the same timer. Does
+        nothing in another thread.
+        """
+        if not self.before or threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
-            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # SIGHUP under nohup
-                continue
-            signal.signal(number, self._hear)
+        for number, handler in self.before.items():
+            is_ignored = number != signal.SIGINT and handler == signal.SIG_IGN  # SIGHUP under nohup
+            signal.signal(number, signal.SIG_IGN if is_ignored else self._hear)
+        pthread_sigmask(signal.SIG_SETMASK, self.blocked)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self.deadline is not None and ALARM is not None:
+            signal.signal(ALARM, lambda number, frame: self.overdue())
+            signal.setitimer(signal.ITIMER_REAL, max(self.deadline - time.monotonic(), 1e-3), 1.0)
+
+    def handler_before(self, number: int) -> Any:
+        """Return the handler of a signal from before the run, also if this run was started within another one."""
+        handler = self.before[number]
+        outer = getattr(handler, "__self__", None)
+        handler = outer.handler_before(number) if isinstance(outer, Stop) else handler
+        return signal.SIG_DFL if handler is None else handler  # None: not Python's, and it cannot be set again
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked process: of before `_as_before_runs`, or by a handler around this
+            signal.signal(number, self.handler_before(number))
+            os.kill(os.getpid(), number)
+            return
         is_second_ctrl_c = self.received == number == signal.SIGINT
         if self.last_words is not None or is_second_ctrl_c:
             self.received = number
@@ -74,9 +107,8 @@ class Stop:
         if not self.received:
             self.received = number
             self._say(f"{signal.Signals(number).name}: stopping after the current step")
-            if ALARM is not None:  # replaces the timer of a grader's time limit
-                signal.signal(ALARM, lambda number, frame: self.overdue())
-                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
+            self.deadline = time.monotonic() + self.seconds
+            self._set_timer()  # replaces the timer of a grader's time limit
 
     def hear_from_another(self, number: int) -> None:
         """Raise a signal that ends another process in this one too, unless this process has received a signal."""
@@ -109,14 +141,27 @@ class Stop:
 
     def disarm(self) -> None:
         """Stop the timer that calls `overdue`."""
-        if self.received and ALARM is not None:
+        if self.deadline is not None and ALARM is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        self.deadline = None
 
     def _say(self, text: str) -> None:
         # Not sys.stdout, because the signal handler may have interrupted a write to it. The escape code shows the
         # cursor, which progress bars hide.
         if self.main:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
+
+
+def _as_before_runs() -> None:
+    """Give a forked process the signal handlers that its parent had before its runs: it is none of the run."""
+    for number in SIGNALS:
+        stop = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(stop, Stop):
+            signal.signal(number, stop.handler_before(number))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_as_before_runs)
 
 
 def how_to_continue(directory: str) -> str:
@@ -185,9 +230,9 @@ def leave_folder(directory: Path) -> None:
             remove(directory)
 
 
-def _destroy_process_group() -> None:
+def _destroy_process_group(process: int) -> None:
     """Destroy the process group, if there is one. Its threads could otherwise crash a process that exits."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if os.getpid() == process and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -206,7 +251,7 @@ def leaving_nothing_behind(train: Train) -> Train:
                 returned = train(recipe, *others, **options)
             # Only after a run without an error: with a process lost, this could wait for it.
             atexit.unregister(_destroy_process_group)
-            atexit.register(_destroy_process_group)
+            atexit.register(_destroy_process_group, os.getpid())  # not in a forked process, which has no threads of it
             return returned
         except Stopped as stopped:
             if interactive():  # a notebook would not show the status of a SystemExit

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from dllm_rl.tasks.user_code import own_copy, process_restored
+from dllm_rl.tasks.user_code import children_end, own_copy, process_restored
 
 FLOAT32_MAX = 3.4028234663852886e38
 TIMEOUT_STATUS = 124  # exit status of a process whose grader did not return in time, like that of timeout(1)
@@ -229,7 +229,8 @@ def grade(
         if batch_grader is not None:
             try:
                 given = list(map(_own_problem, problems)), list(completions)
-                rewards = list(batch_grader(*given, **requested_costs(batch_grader, costs or ())))
+                with children_end():
+                    rewards = list(batch_grader(*given, **requested_costs(batch_grader, costs or ())))
             except (Exception, SystemExit) as error:
                 error_together = error
         if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails
@@ -270,7 +271,8 @@ def _grade_one_by_one(
         begin(index)
         try:
             arguments = {name: values[index] for name, values in requested.items()}
-            rewards.append(task.reward(_own_problem(problem), completion, **arguments))
+            with children_end():
+                rewards.append(task.reward(_own_problem(problem), completion, **arguments))
         except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
             message = f"the grader of task {task.name!r} raised on {_shown(problem, completion)}: {error!r}"
             if error_together is not None and repr(error_together) != repr(error):
@@ -304,6 +306,19 @@ def invalid_reason(reward: Any) -> str | None:
         if not abs(number) <= FLOAT32_MAX:
             return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
     return None
+
+
+_BEFORE_DEADLINES: list[Any] = []  # the handlers of SIGVTALRM that deadlines have replaced
+
+
+def _without_deadlines() -> None:
+    """Give a forked process the handler from before all deadlines; it has none of their timers and threads."""
+    if _BEFORE_DEADLINES:
+        signal.signal(signal.SIGVTALRM, _BEFORE_DEADLINES[0] or signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_without_deadlines)
 
 
 @contextmanager
@@ -341,13 +356,13 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
     # A timer of processor time interrupts C code that holds the interpreter's lock, such as regular expressions.
     has_timer = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     if has_timer:
-        previous_handler = signal.signal(signal.SIGVTALRM, stop_if_late)
+        _BEFORE_DEADLINES.append(signal.signal(signal.SIGVTALRM, stop_if_late))
         signal.setitimer(signal.ITIMER_VIRTUAL, *[min(1.0, seconds)] * 2)
     try:
         yield restart
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, previous_handler)
+            signal.signal(signal.SIGVTALRM, _BEFORE_DEADLINES.pop())
         done.set()
         faulthandler.cancel_dump_traceback_later()

@@ -15,7 +15,7 @@ from typing import Any
 
 from dllm_rl.identity import digest_of_code, digest_of_rows, full_name, rows_in_order
 from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
-from dllm_rl.tasks.user_code import own_copy
+from dllm_rl.tasks.user_code import children_end, own_copy
 
 MAX_HELD_OUT = 256  # largest number of rows that are held out by default
 ALWAYS_PASSED = ("prompts", "completions")  # arguments of every reward function, besides the columns
@@ -404,7 +404,12 @@ def _call_functions(
 
 async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     """Await all concurrently. After an error the others are canceled."""
-    tasks = list(map(asyncio.ensure_future, awaitables))
+
+    async def awaited(awaitable: Awaitable[Any]) -> Any:
+        with children_end():
+            return await awaitable
+
+    tasks = list(map(asyncio.ensure_future, map(awaited, awaitables)))
     try:
         return await asyncio.gather(*tasks)
     finally:

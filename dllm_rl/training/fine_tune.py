@@ -24,6 +24,7 @@ from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
+from dllm_rl.tasks.user_code import children_end
 from dllm_rl.training.finish import has_custom_module, write_summary
 from dllm_rl.training.hooks import before_first_step, load_best, take_steps
 from dllm_rl.training.policies import (
@@ -55,6 +56,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 
 @in_own_folder
 @leaving_nothing_behind
+@children_end()
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
     accelerator, stop, peers = launch(recipe)

@@ -30,7 +30,7 @@ from dllm_rl.step.collect import component_reward_weights, fitting_indices
 from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
-from dllm_rl.tasks.user_code import process_restored
+from dllm_rl.tasks.user_code import AFTER_USER_CODE, process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
@@ -272,6 +272,8 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    AFTER_USER_CODE.append(stop.arm)
+    run_exit_stack().callback(AFTER_USER_CODE.remove, stop.arm)
     peers = None
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(

@@ -16,6 +16,7 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepFeature
 from dllm_rl.step.update import train_step
+from dllm_rl.tasks.user_code import children_end
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
@@ -30,6 +31,7 @@ from dllm_rl.types import Rollout
 
 @in_own_folder
 @leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
+@children_end()
 def train(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[StepFeature] = ()) -> Summary:
     """Train with a recipe and return the run's summary.
 

@@ -1,17 +1,21 @@
 """Signals to one of several processes, in one process: the exchange is played."""
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import Child
 
 from dllm_rl.distributed import stop as stopping
 from dllm_rl.distributed.stop import SIGNALS, Stop, Stopped
+from dllm_rl.tasks import user_code
 
 OVER = "the end"
 
@@ -157,6 +161,123 @@ def test_a_ctrl_c_is_heard_where_it_was_ignored_and_a_hangup_is_not(stop):
     os.kill(os.getpid(), signal.SIGINT)
     assert made.received == signal.SIGINT
     made.disarm()
+
+
+HANDLERS = """
+import multiprocessing, os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from dllm_rl.distributed.stop import SIGNALS, Stop
+
+def own(number, frame):
+    os._exit(7)
+
+def handlers(*_):
+    return [str(signal.getsignal(number)) for number in SIGNALS]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGUSR1, own)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+before = handlers()
+stops = [Stop(seconds=99.0, main=True) for _ in range(2)]  # a reward that trains a model has two
+assert handlers() != before
+hears = signal.getsignal(signal.SIGTERM)
+"""
+IN_POOLS = f"""{HANDLERS}
+context = multiprocessing.get_context("fork")
+with context.Pool(1) as pool:
+    print(pool.map(handlers, [0])[0] == before)
+with ProcessPoolExecutor(1, mp_context=context) as pool:
+    print([*pool.map(handlers, [0])][0] == before)
+"""
+ENDED = f"""{HANDLERS}
+import sys
+if sys.argv[1] == "around":  # a handler of the user's calls the run's
+    for number in SIGNALS:
+        signal.signal(number, lambda *given: hears(*given))
+for number in SIGNALS:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if sys.argv[1] == "around":  # as if the signal came before the fork's clean-up
+                signal.signal(number, lambda *given: hears(*given))
+            os.write(writing, b".")
+            time.sleep(20)
+        except KeyboardInterrupt:
+            os._exit(5)
+        os._exit(6)
+    os.read(reading, 1)
+    os.kill(child, number)
+    if number == signal.SIGHUP:
+        os.kill(child, signal.SIGKILL)
+    print(signal.Signals(number).name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_pools_processes_have_the_handlers_from_before_the_runs():
+    assert outcome(IN_POOLS) == "True\nTrue\n"
+
+
+@pytest.mark.parametrize("way", ["fork", "around"])
+def test_a_signal_ends_a_forked_process_as_without_a_run(way):
+    """SIGHUP was ignored, as under nohup, and SIGUSR1 had a handler."""
+    assert outcome(ENDED, way) == "SIGINT 5\nSIGTERM -15\nSIGHUP -9\nSIGUSR1 7\n"
+
+
+def outcome(program: str, *arguments: object) -> str:
+    child = Child(program, *arguments)
+    out, error = child.communicate()
+    assert child.returncode == 0 and not error, error
+    return out
+
+
+def ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+
+
+def handled(number):
+    signal.signal(number, lambda *_: None)
+
+
+def ignored_in_c(number):
+    """Python's table of handlers does not see it."""
+    ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(1))
+
+
+def blocked(number):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+
+@pytest.mark.parametrize("disarm", [ignored, handled, ignored_in_c, blocked])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_grader_cannot_disarm_the_stop(stop, monkeypatch, disarm, number, raises):
+    monkeypatch.setattr(user_code, "AFTER_USER_CODE", [stop.arm])
+    with suppress(ValueError), user_code.process_restored():
+        disarm(number)
+        if raises:
+            raise ValueError
+    os.kill(os.getpid(), number)
+    assert stop.received == number
+
+
+def test_a_graders_time_limit_leaves_the_stops_timer(stop, monkeypatch):
+    """It asks for the alarm, and turns it off, after the signal has come."""
+    monkeypatch.setattr(user_code, "AFTER_USER_CODE", [stop.arm])
+    overdue = []
+    stop.seconds, stop.overdue = 0.2, lambda: overdue.append(True)
+    with user_code.process_restored():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the grader's limit"))
+        signal.alarm(5)
+        signal.alarm(0)
+    assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.2
+    signal.raise_signal(signal.SIGALRM)
+    assert overdue
+    stop.disarm()
+    with user_code.process_restored():
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 LAUNCHER = (

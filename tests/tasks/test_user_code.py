@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from forked import Child
 
 from dllm_rl.tasks import Problem, task_from_dataset
 from dllm_rl.tasks.base import Reward, grade
@@ -159,3 +160,94 @@ def test_inference_mode_that_a_grader_turns_on_does_not_last():
         assert len(kept) and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         weight.sum().backward()
         assert weight.grad.tolist() == [1, 1] and not torch.ones(2).is_inference()
+
+
+FORKS = """
+import os, sys
+from dllm_rl.tasks import task_from_dataset
+from dllm_rl.tasks.base import Problem, Reward, grade
+
+way, kind = sys.argv[1:]
+
+def worker():
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if way == "exits":
+        sys.exit(3)
+    if way == "raises":
+        raise KeyError("answer")
+    return 0
+
+def together(completions, **columns):
+    return [float(worker()) for _ in completions]
+
+async def awaited(completions, **columns):
+    return together(completions)
+
+class Task:
+    name, version = "own", "1"
+    def reward(self, problem, completion):
+        return Reward(float(worker()), True)
+
+if kind == "task":
+    task, problem = Task(), Problem("2+2=")
+else:
+    task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=awaited if kind == "awaited" else together)
+    problem = task[0]
+rewards = grade(task, [problem] * 2, ["4", "5"], timeout=60.0)
+print([reward.value for reward in rewards], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["together", "task", "awaited"])
+@pytest.mark.parametrize(
+    ("way", "status", "said"), [("exits", 3, ""), ("raises", 1, "KeyError"), ("returns", 1, "ends")]
+)
+def test_a_process_that_a_grader_forks_ends_in_the_grader(kind, way, status, said):
+    """It would otherwise grade on, and be a second process of the run."""
+    child = Child(FORKS, way, kind)
+    out, error = child.communicate()
+    assert (child.returncode, out) == (0, f"[{status}.0, {status}.0]\n")
+    assert (error.count(said) >= 2) if said else not error
+
+
+IN_A_RUN = """
+import atexit, os, sys
+from dllm_rl import Callback, grpo, tiny_masked_lm
+
+class Worker(Callback):
+    def on_step(self, run, metrics):
+        if not os.fork():
+            raise SystemExit("a worker of a callback")
+        os.wait()
+
+class Rows(list):  # read outside of graders
+    forked = False
+    def __getitem__(self, index):
+        if not Rows.forked and isinstance(index, int):
+            Rows.forked = True
+            if not os.fork():
+                raise KeyError("a worker of a data set")
+            os.wait()
+        return super().__getitem__(index)
+
+def unlocked(path):
+    return not path.exists()
+
+rows = Rows({"prompt": f"{a}=", "answer": a} for a in "1234")
+model = tiny_masked_lm(characters="1234=", hidden_size=16, num_layers=1)
+sizes = {"max_new_tokens": 1, "train_batch_size": 2, "num_generations": 2, "eval_steps": 0, "num_steps": 2}
+grpo(model, rows, lambda completions, **_: [float(len(text)) for text in completions], **sizes,
+     eval_dataset=[{"prompt": "1=", "answer": "1"}], output_dir=sys.argv[1], save_steps=100, callbacks=[Worker()])
+print("ENDED", Rows.forked)
+"""
+
+
+def test_what_user_code_forks_anywhere_in_a_run_is_none_of_the_run(tmp_path):
+    child = Child(IN_A_RUN, tmp_path / "run")
+    out, error = child.communicate()
+    assert child.returncode == 0 and out.count("ENDED True") == 1, error
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-000000", "step-000002"]
+    assert error.count("a worker of a callback") == 2 and "KeyError" in error and "failed after step" not in error
