@@ -231,7 +231,8 @@ class _Chat:
         check_chat(messages)
         if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
-                "prompt is a chat, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
+                "prompt is a chat, but the tokenizer has no chat template; give plain text (of a task: chat=False), "
+                "or a tokenizer with a chat_template"
             )
         self.policy = policy
         self.blank = blank

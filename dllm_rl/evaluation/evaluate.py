@@ -175,6 +175,8 @@ def task_facts(task: Task) -> dict[str, Any]:
     inner_task = getattr(task, "task", task)
     settings = {}
     for field in dataclasses.fields(inner_task) if dataclasses.is_dataclass(inner_task) else ():
+        if not field.repr:
+            continue
         value = getattr(inner_task, field.name)
         if _plain(value):  # a data set or a function cannot be stored in a JSON file
             settings[field.name] = str(value) if isinstance(value, Path) else value

@@ -26,7 +26,7 @@ from dllm_rl.samplers.rules import SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import printing_anything
 from dllm_rl.tasks.base import Problem, Task
-from dllm_rl.tasks.datasets import DatasetTask, RewardFunction, in_memory, task_from_dataset, training_and_held_out
+from dllm_rl.tasks.datasets import DatasetTask, RewardFunction, Source, dataset_task, in_memory, training_and_held_out
 from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.summary import Summary
@@ -190,16 +190,17 @@ def grpo_recipe(  # noqa: PLR0913
     else:
         if reward_funcs is None:
             raise ValueError("reward_funcs=None: rows need a reward function; give one, or a task as train_dataset")
-        rows = in_memory(train_dataset, max_rows)
-        with name_field_in_error("eval_dataset"):
-            eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
-        training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
-        make_task = partial(task_from_dataset, weights=reward_weights, blank=blank)
+        rows = in_memory(train_dataset, max_rows, name="train_dataset")
+        eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows, name="eval_dataset")
+        training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split, name="train_dataset")
+        held_out = (
+            Source("train_dataset", len(rows) - len(held_out_rows)) if eval_rows is None else Source("eval_dataset")
+        )
+        make_task = partial(dataset_task, weights=reward_weights, blank=blank)
         eval_functions = with_oracles(reward_funcs, settings)
         name = name or (Path(model).name.lower() if isinstance(model, str) else "grpo")
-        task = make_task(training_rows, reward_funcs=reward_funcs, name=name)
-        with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
-            eval_task = make_task(held_out_rows, reward_funcs=eval_functions, name=f"{name}-held-out")
+        task = make_task(training_rows, reward_funcs, name=name, source=Source("train_dataset"))
+        eval_task = make_task(held_out_rows, eval_functions, name=f"{name}-held-out", source=held_out)
     if isinstance(model, str):
         config = load_config(model)  # only the config, not the weights
         spec: FamilySpec = find_family(config)

@@ -63,8 +63,10 @@ def headline(summary: dict[str, Any]) -> str:
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
     name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
     if name in before and name in after:
-        problems = f" on {summary['eval_problems']} held-out problems" if "eval_problems" in summary else ""
-        text += f": {name.replace('_', ' ')} {before[name]:.3f} → {after[name]:.3f}{problems}"
+        text += f": {name.replace('_', ' ')} {before[name]:.3f} → {after[name]:.3f}"
+        if (number := summary.get("eval_problems")) is not None:
+            is_held_out = summary.get("eval_problems_in_training", 0) < number
+            text += f" on {number} {'held-out' if is_held_out else 'training'} problems"
     return escape_controls(text)
 
 

@@ -14,6 +14,7 @@ from dllm_rl.decoding.tokens import begin_ids, check_chat, conversation_ids, pro
 from dllm_rl.models.base import Policy
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.datasets import DATASET, Source
 
 DEFAULT_MAX_LENGTH = 1024  # of a model of more positions
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
@@ -57,7 +58,12 @@ class Example:
 
 
 def read_examples(
-    recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
+    recipe: SFT,
+    policy: Policy,
+    dataset: Any,
+    source: Source = DATASET,
+    *,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Example]:
     """Convert the rows of a data set to examples. Leave out rows longer than max_length, or whose completion is longer
     than completion_length, and report their number.
@@ -66,7 +72,7 @@ def read_examples(
         recipe: Recipe with the options for rows.
         policy: Policy with the tokenizer.
         dataset: Rows to convert.
-        field: Name of the recipe's field with the rows, for messages.
+        source: The recipe's field with the rows, for messages.
         say: Function that reports the number of rows that are left out.
 
     Raises:
@@ -84,16 +90,16 @@ def read_examples(
             continue
         # A missing role, a number in place of text, no messages.
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{field}: row {index}: {error}") from None
+            raise ValueError(f"{source.row(index)}: {error}") from None
         if len(read.tokens) <= longest:  # not truncated, since the model would learn to stop in the middle
             examples.append(read)
     limits = f"max_length={longest}"
     if recipe.completion_length is not None:
         limits += f", or their completion than completion_length={recipe.completion_length},"
     if not examples:
-        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than {limits.rstrip(',')}; raise it")
+        raise ValueError(f"{source.name}: all of {len(dataset)} rows are longer than {limits.rstrip(',')}; raise it")
     if num_longer := len(dataset) - len(examples):
-        say(f"{field}: {num_longer} of {len(dataset)} rows are longer than {limits} and left out")
+        say(f"{source.name}: {num_longer} of {len(dataset)} rows are longer than {limits} and left out")
     return examples
 
 

@@ -11,10 +11,10 @@ from functools import cached_property
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dllm_rl.identity import digest_of_code, digest_of_rows, full_name, rows_in_order
-from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward
+from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward, Task
 from dllm_rl.tasks.user_code import children_end, own_copy
 
 MAX_HELD_OUT = 256  # largest number of rows that are held out by default
@@ -25,6 +25,19 @@ TEXT_TYPES = (str, bytes, bytearray, memoryview)
 _LOOPS: dict[int, asyncio.AbstractEventLoop] = {}  # by process id
 # f(prompts=[...], completions=[...], **columns) -> per completion a number, or None if it does not apply. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+
+
+class Source(NamedTuple):
+    """Where the user gave the rows of a data set, for error messages: an argument, and which of its rows is first."""
+
+    name: str = "dataset"
+    first: int = 0
+
+    def row(self, index: int) -> str:
+        return f"{self.name}: row {self.first + index}"
+
+
+DATASET = Source()
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class DatasetTask:
     version: str
     columns: tuple[str, ...] = field(default=(), repr=False)  # names in any row, except prompt, completion and blank
     blank: str | None = None  # of rows without a blank of their own
+    source: Source = field(default=DATASET, repr=False, compare=False)
     rows: str | None = field(init=False)  # which rows the data set has: a resume compares it
 
     def __post_init__(self) -> None:
@@ -81,7 +95,7 @@ class DatasetTask:
         blank = self.blank if blank is None else blank
         if not isinstance(blank, str | None):
             raise ValueError(
-                f"dataset: row {index} has blank={blank!r}, which is not text: give text, or rename the column"
+                f"{self.source.row(index)} has blank={blank!r}, which is not text: give text, or rename the column"
             )
         return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution, blank)
 
@@ -169,21 +183,37 @@ def task_from_dataset(
         ValueError: The rows lack a prompt or a length, a function is not callable, the number of weights differs, a
             function needs an argument that no column provides, or a column's name is reserved.
     """
+    return dataset_task(dataset, reward_funcs, weights=weights, name=name, version=version, blank=blank)
+
+
+def dataset_task(
+    dataset: Any,
+    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    *,
+    name: str,
+    weights: Sequence[float] | None = None,
+    version: str = "1",
+    blank: str | None = None,
+    source: Source = DATASET,
+) -> DatasetTask:
+    """Make the task of `task_from_dataset`; error messages name the rows as `source` does."""
     functions = _as_functions(reward_funcs)
     if weights is not None and (not isinstance(weights, list | tuple) or not all(isinstance(w, Real) for w in weights)):
         raise ValueError(f"weights={weights!r} of reward_funcs is not a list of numbers; give one number per function")
     all_weights = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
     if len(all_weights) != len(functions):
         raise ValueError(f"{len(functions)} reward_funcs have {len(all_weights)} weights; give one per function")
-    column_names = _column_names(dataset)
+    column_names = _column_names(dataset, source)
     passed_columns = tuple(column for column in column_names if column not in ("prompt", "completion", "blank"))
-    task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns, blank)
+    task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns, blank, source)
     for label, function in zip(task._labels, functions, strict=True):
-        _check_parameters(label, function, dataset, column_names)
+        _check_parameters(label, function, dataset, column_names, source)
     return task
 
 
-def _check_parameters(label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str]) -> None:
+def _check_parameters(
+    label: str, function: RewardFunction, dataset: Any, column_names: Sequence[str], source: Source
+) -> None:
     """Raise ValueError if the function needs an argument that no column provides, or a column has a reserved name."""
     columns = [column for column in column_names if column not in ("prompt", "completion", "blank")]
     check_argument: Any = getattr(function, "check_argument", None)  # of an `Oracle`
@@ -194,8 +224,8 @@ def _check_parameters(label: str, function: RewardFunction, dataset: Any, column
     for name, parameter in inspect.signature(function).parameters.items():
         if name in column_names and name in (*COST_ARGUMENTS, *TRL_ARGUMENTS):
             raise ValueError(
-                f"dataset has a column {name!r}, and {label} requests what the run or TRL passes by that name: rename "
-                "the column"
+                f"{source.name} has a column {name!r}, and {label} requests what the run or TRL passes by that name: "
+                "rename the column"
             )
         if parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_POSITIONAL,
@@ -205,13 +235,13 @@ def _check_parameters(label: str, function: RewardFunction, dataset: Any, column
         is_passed = name in (*ALWAYS_PASSED, *COST_ARGUMENTS, *columns)
         if parameter.kind is parameter.POSITIONAL_ONLY or not is_passed:
             raise ValueError(
-                f"reward function {label} needs {name!r}, which is not one of "
+                f"{source.name}: reward function {label} needs {name!r}, which is not one of "
                 f"{', '.join((*ALWAYS_PASSED, *columns))}: name a column, or give the parameter a default"
             )
         for index in range(len(dataset) if name in columns and not hasattr(dataset, "column_names") else 0):
             if name not in dataset[index]:
                 raise ValueError(
-                    f"dataset: row {index} has no {name!r}, which reward function {label} needs: add "
+                    f"{source.row(index)} has no {name!r}, which reward function {label} needs: add "
                     "it, as None where it does not apply, or give the parameter a default"
                 )
 
@@ -234,80 +264,84 @@ def _as_functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
     return functions
 
 
-def _column_names(dataset: Any) -> list[str]:
+def _column_names(dataset: Any, source: Source) -> list[str]:
     """Return the column names of all rows, in order.
 
     Raises ValueError unless `dataset` is a sequence of rows with a prompt.
     """
-    if not len(in_memory(dataset)):
-        raise ValueError("dataset is empty: give at least one row")
+    if not len(in_memory(dataset, name=source.name)):
+        raise ValueError(f"{source.name} is empty: give at least one row")
     names = getattr(dataset, "column_names", None)
     if names is None:
-        rows = [_row(dataset, index) for index in range(len(dataset))]
+        rows = [_row(dataset, index, source) for index in range(len(dataset))]
         names = list(dict.fromkeys(name for row in rows for name in row))
         if "prompt" in names:
             for index, row in enumerate(rows):
                 if "prompt" not in row:
-                    raise ValueError(f"dataset: row {index} has no 'prompt', only {sorted(map(str, row))}; add one")
+                    raise ValueError(f"{source.row(index)} has no 'prompt', only {sorted(map(str, row))}; add one")
     if "prompt" not in names:
-        raise ValueError(f"dataset has no column 'prompt', only {sorted(map(str, names))}: rename one")
+        raise ValueError(f"{source.name} has no column 'prompt', only {sorted(map(str, names))}: rename one")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"dataset has a column {name!r}, whose name is not text: rename it")
+            raise ValueError(f"{source.name} has a column {name!r}, whose name is not text: rename it")
         if name in ALWAYS_PASSED:
             raise ValueError(
-                f"dataset has a column {name!r}, a name of what the run passes to reward functions: rename the column"
+                f"{source.name} has a column {name!r}, a name of what the run passes to reward functions: rename "
+                "the column"
             )
     return list(names)
 
 
-def check_is_rows(dataset: Any) -> None:
+def check_is_rows(dataset: Any, name: str = "dataset") -> None:
     """Raise ValueError with advice if the data set is text, a path, a dict of columns or splits, or a pandas table."""
     if isinstance(dataset, (*TEXT_TYPES, Path)):
         kind = "a path" if isinstance(dataset, Path) else "text"
         raise ValueError(
-            f"dataset={dataset!r} is {kind}; give rows, for example a list of dicts or datasets.load_dataset(...)"
+            f"{name}={dataset!r} is {kind}; give rows, for example a list of dicts or datasets.load_dataset(...)"
         )
     if isinstance(dataset, Mapping):
         if all(hasattr(split, "column_names") for split in dataset.values()):  # a DatasetDict
             splits = list(dataset)
             raise ValueError(
-                f"dataset has the splits {splits}; give one of them, for example dataset[{(splits or ['train'])[0]!r}]"
+                f"{name} has the splits {splits}; give one of them, for example dataset[{(splits or ['train'])[0]!r}]"
             )
         raise ValueError(
-            f"dataset is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
+            f"{name} is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
             "or a list of dicts"
         )
     if hasattr(dataset, "to_pylist"):
-        raise ValueError("dataset is a table of pyarrow; give table.to_pylist(), or datasets.Dataset(table)")
+        raise ValueError(f"{name} is a table of pyarrow; give table.to_pylist(), or datasets.Dataset(table)")
     if hasattr(dataset, "iterrows"):
-        raise ValueError("dataset is a pandas table; give datasets.Dataset.from_pandas(...)")
+        raise ValueError(f"{name} is a pandas table; give datasets.Dataset.from_pandas(...)")
 
 
-def _row(dataset: Any, index: int) -> Mapping[str, Any]:
+def _row(dataset: Any, index: int, source: Source) -> Mapping[str, Any]:
     try:
         row = dataset[index]
     except (KeyError, TypeError) as error:
         kind = type(dataset).__name__
-        raise ValueError(f"dataset of type {kind} has no row [{index}] ({error!r}); give a list of dicts") from None
+        raise ValueError(
+            f"{source.name} of type {kind} has no row [{index}] ({error!r}); give a list of dicts"
+        ) from None
     if not isinstance(row, Mapping):
         remedy = "give {'prompt': ...} for each row, with the columns that the reward needs"
-        raise ValueError(f"dataset: row {index} is {str(row)[:60]!r} of type {type(row).__name__}; {remedy}")
+        raise ValueError(f"{source.row(index)} is {str(row)[:60]!r} of type {type(row).__name__}; {remedy}")
     return row
 
 
-def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
-    """Return a data set with a length unchanged; of a streamed one, return a list of its first `max_rows` rows.
+def in_memory(dataset: Any, max_rows: int | None = None, *, name: str = "dataset") -> Any:
+    """Return a data set with a length unchanged; of a streamed one, return a list of its first `max_rows` rows. Error
+    messages call it `name`.
 
     Raises:
         ValueError: The data set has no length, and max_rows is None.
     """
-    check_is_rows(dataset)
+    check_is_rows(dataset, name)
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:
         raise ValueError(
-            "dataset has no length (it is streamed): give its first rows, list(itertools.islice(dataset, N)); grpo "
+            f"{name} has no length (it is streamed): give its first rows, list(itertools.islice(dataset, N)); grpo "
             "also takes max_rows=N"
         )
     return list(islice(iter(dataset), max_rows))
@@ -320,10 +354,12 @@ def digest_of(dataset: Any) -> str | None:
     return f"{len(dataset)} rows, {digest_of_rows(rows_in_order(dataset))[:16]}"
 
 
-def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float | None = None) -> tuple[Any, Any]:
+def training_and_held_out(
+    rows: Any, eval_dataset: Any = None, eval_split: float | None = None, *, name: str = "dataset"
+) -> tuple[Any, Any]:
     """Return the rows to train on, and the held-out rows: `eval_dataset`, or without it the last of `rows`.
 
-    A single row is returned as both.
+    A single row is returned as both. Error messages call the rows `name`.
 
     Args:
         rows: Data set with a length.
@@ -335,7 +371,7 @@ def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float
         ValueError: Both eval_dataset and eval_split are passed, there are no rows, or one part would be empty.
     """
     if not len(rows):
-        raise ValueError("dataset is empty: give at least one row")
+        raise ValueError(f"{name} is empty: give at least one row")
     if eval_dataset is not None:
         if eval_split is not None:
             raise ValueError(
@@ -358,6 +394,19 @@ def training_and_held_out(rows: Any, eval_dataset: Any = None, eval_split: float
     if hasattr(rows, "select"):  # a `datasets.Dataset` returns views
         return rows.select(ranges[0]), rows.select(ranges[1])
     return list(map(rows.__getitem__, ranges[0])), list(map(rows.__getitem__, ranges[1]))
+
+
+def num_in_training(training: Iterable[Any], held_out: Iterable[Any]) -> int:
+    """Return how many of the held-out rows or prompts, as JSON values, are in training too."""
+    trained = set(map(repr, training))
+    return sum(repr(each) in trained for each in held_out)
+
+
+def num_problems_in_training(task: Task, eval_task: Task) -> int:
+    """Return how many held-out prompts a data set's training has too; 0 for tasks that split problems themselves."""
+    if not isinstance(task, DatasetTask) or not isinstance(eval_task, DatasetTask):
+        return 0
+    return num_in_training(*([row["prompt"] for row in rows_in_order(each.dataset)] for each in (task, eval_task)))
 
 
 def _call_functions(

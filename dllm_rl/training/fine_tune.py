@@ -15,6 +15,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
+from dllm_rl.identity import rows_in_order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.lora import add_lora
@@ -22,7 +23,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import Example, read_examples
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.supervised.trainer import SupervisedTrainer
-from dllm_rl.tasks.datasets import in_memory, training_and_held_out
+from dllm_rl.tasks.datasets import Source, in_memory, num_in_training, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.user_code import children_end
 from dllm_rl.training.finish import has_custom_module, write_summary
@@ -61,14 +62,18 @@ def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
     accelerator, stop, peers = launch(recipe)
     # Before the folder is created, so that a malformed file leaves no folder.
+    is_split = recipe.eval_dataset is None
     rows, held_out_rows = read_datasets(recipe.dataset, recipe.eval_dataset, recipe.eval_split)
     recipe = replace(recipe, dataset=rows, eval_dataset=held_out_rows)
     check_same_recipe(recipe, accelerator)
     folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     policy, base = _load_policy(recipe, accelerator, folder, saved_state)
     contents = contents_of(recipe)
-    training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
-    held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
+    training = read_examples(recipe, policy, rows, Source("dataset"), say=notes.append)
+    source = Source("dataset", len(rows) * (held_out_rows is not rows)) if is_split else Source("eval_dataset")
+    held_out = read_examples(recipe, policy, held_out_rows, source, say=notes.append)
+    is_held_out = num_in_training(*map(rows_in_order, (rows, held_out_rows))) < len(held_out_rows)
+    loss_name = "held-out loss" if is_held_out else "loss of training rows"
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
     eval_interval = evaluation_interval(
         recipe.eval_steps,
@@ -114,7 +119,7 @@ def fine_tune(recipe: SFT) -> Summary:
         run.state = replace(run.state, eval_before=evaluate())
         save(run)
     eval_before = run.state.eval_before
-    log.say(f"before SFT: held-out loss {eval_before['loss']:.4f} nats on {len(held_out)} rows")
+    log.say(f"before SFT: {loss_name} {eval_before['loss']:.4f} nats on {len(held_out)} rows")
     install_emergency_saves(run, peers)
     before_first_step(run)
 
@@ -131,7 +136,7 @@ def fine_tune(recipe: SFT) -> Summary:
     return write_summary(
         run,
         {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},
-        result=f"held-out loss {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
+        result=f"{loss_name} {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
         f"after {run.state.step} steps",
         advice=f"RL from it: {start} of a recipe or of grpo",
     )

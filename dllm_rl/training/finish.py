@@ -13,6 +13,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.tasks.base import shown_prompt
+from dllm_rl.tasks.datasets import num_problems_in_training
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.hooks import load_best
@@ -21,7 +22,7 @@ from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.results import as_returned, best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics
+from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics, problems_evaluated
 
 
 def finish(run: Run[Recipe]) -> Summary:
@@ -50,6 +51,8 @@ def finish(run: Run[Recipe]) -> Summary:
             rows = current_rows(Path(recipe.directory) / "metrics.jsonl")
             metrics = next((row for row in rows if row["step"] == step - 1), {})
         write_text(card_path, card(recipe, step=step, evaluations=evaluations, metrics=metrics))
+    num_in_training = num_problems_in_training(recipe.task, recipe.eval_task)
+    problems = problems_evaluated(len(recipe.eval_task), num_in_training)
     return write_summary(
         run,
         {
@@ -57,10 +60,11 @@ def finish(run: Run[Recipe]) -> Summary:
             "eval_after": eval_after,
             "eval_after_quantized": eval_after_quantized,
             "eval_problems": len(recipe.eval_task),
+            "eval_problems_in_training": num_in_training,
             "warmup_steps": run.state.warmup_steps,
         },
-        result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
-        f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
+        result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {problems}, "
+        f"after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
         advice=_next_command(run),
     )
 

@@ -32,10 +32,11 @@ from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.tasks.datasets import num_problems_in_training
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.sharded_learner import gather_on_main, loading_device, shard_policy
-from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics
+from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics, problems_evaluated
 from dllm_rl.training.warmup import warm_up
 from dllm_rl.versions import versions
 
@@ -61,7 +62,9 @@ def initialize_run(
         add_lora(policy, recipe.lora)
     with log.stage("evaluation"):
         eval_before = evaluate_held_out(recipe, policy, recipe.eval_task, accelerator, log, 0)
-    log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
+    num_in_training = num_problems_in_training(recipe.task, recipe.eval_task)
+    problems = problems_evaluated(len(recipe.eval_task), num_in_training)
+    log.say(f"before RL: {format_metrics(eval_before)} on {problems}")
     return TrainingState.first(
         recipe.settings(),
         policy,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.unmask import check_number_of_steps
 from dllm_rl.step.collect import prompt_indices
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Problem, Task
+from dllm_rl.tasks.datasets import DatasetTask, Source
 
 MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
@@ -71,12 +72,15 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     for field in ("validation_task", "eval_task"):
         task = getattr(recipe, field)
         problems = ((index, task[index]) for index in range(min(len(task), MAX_CHECKED_PROMPTS)))
-        _longest_prompt(policy, field, problems, recipe.eval_sampler, max_positions)
+        _longest_prompt(policy, places(field, task), problems, recipe.eval_sampler, max_positions)
     if max_prompt_length is not None:
         max_positions = math.inf  # `fitting_indices` replaces prompts that are too long as they are drawn
     indices = _training_indices(recipe, recipe.num_steps)
     problems = ((index, recipe.task[index]) for index in indices)
-    index = _longest_prompt(policy, "task", problems, recipe.sampler, max_positions)
+    remedy = "lower max_new_tokens"
+    if training_length < max_positions:
+        remedy += f"; or {as_written(max_prompt_length=max_positions - training_length)} replaces it by another prompt"
+    index = _longest_prompt(policy, places("task", recipe.task), problems, recipe.sampler, max_positions, remedy)
     return index if max_prompt_length is None else 0
 
 
@@ -92,19 +96,28 @@ def check_rows(
         raise ValueError(f"{field} has no column 'prompt', only {sorted(rows.column_names)}: rename one")
     max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
     problems = ((index, Problem(rows[index]["prompt"])) for index in range(min(len(rows), MAX_CHECKED_PROMPTS)))
-    _longest_prompt(policy, field, problems, sampler, max_positions, "max_completion_length", template_arguments)
+    remedy = f"lower max_completion_length={sampler.max_new_tokens}, or shorten it"
+    _longest_prompt(policy, Source(field).row, problems, sampler, max_positions, remedy, template_arguments)
+
+
+def places(field: str, task: Task) -> Callable[[int], str]:
+    """Return a function that names a problem of a recipe's field by its index, and a row as the user gave it."""
+    if isinstance(task, DatasetTask) and task.source.name != "dataset":
+        return task.source.row
+    return lambda index: f"{field}: problem {index}"
 
 
 def _longest_prompt(
     policy: Policy,
-    field: str,
+    place: Callable[[int], str],
     problems: Iterable[tuple[int, Problem]],
     sampler: Sampler,
     max_positions: int | float,
-    length_name: str = "max_new_tokens",
+    remedy: str = "lower max_new_tokens, or shorten it",
     template_arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> int:
-    """Return the index of the problem with the longest prompt. Each has its index in the data of `field`.
+    """Return the index of the problem with the longest prompt. Each has its index, which `place` names in messages;
+    `remedy` is what helps against a long prompt.
 
     Raises:
         ValueError: The sampler cannot complete a prompt in `max_positions`.
@@ -123,16 +136,12 @@ def _longest_prompt(
                 if not completion_length:
                     raise ValueError("max_new_tokens=0, and the prompt has no blank: there is nothing to fill in")
         except ValueError as error:
-            raise ValueError(f"{field}: problem {index}: {error}") from None
+            raise ValueError(f"{place(index)}: {error}") from None
         length = len(ids)
         if length + completion_length > max_positions:
-            remedy = f"lower {length_name}"
-            if completion_length < max_positions:
-                setting = as_written(max_prompt_length=max_positions - completion_length)
-                remedy = f"{setting} replaces it by another prompt" if field == "task" else "shorten it"
             raise ValueError(
-                f"{field}: the prompt of problem {index} has {length} tokens and its completion {completion_length}, "
-                f"more than the model's {max_positions} positions; {remedy}"
+                f"{place(index)}: the prompt has {length} tokens and its completion {completion_length}, more than the "
+                f"model's {max_positions} positions; {remedy}"
             )
         if length > longest:
             longest = length

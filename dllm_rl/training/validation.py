@@ -86,6 +86,13 @@ def check_measured(needed: Mapping[str, str], measured: Collection[str]) -> None
             raise ValueError(f"{setting} is not one of the metrics of validation_task: {known}{hint}; use one of these")
 
 
+def problems_evaluated(number: int, num_in_training: int) -> str:
+    """Return what a run calls the problems that it is evaluated on before and after training."""
+    if num_in_training == number:
+        return f"{number} problems, all of them of training: none is held out"
+    return f"{number} held-out problems" + f", {num_in_training} of them of training too" * bool(num_in_training)
+
+
 def evaluation_interval(
     eval_steps: int | None, num_steps: int, evaluated_metrics: Iterable[str], *, eval_forwards: int, step_forwards: int
 ) -> int:

@@ -460,7 +460,7 @@ def test_variables_that_the_chat_template_does_not_read_are_refused(tmp_path):
     policy.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     rows = [{"prompt": [{"role": "user", "content": "1="}]}] * 8
     with pytest.raises(
-        ValueError, match=r"train_dataset: problem 0: .*thinking=True is not read by the model's chat template"
+        ValueError, match=r"train_dataset: row 0: .*thinking=True is not read by the model's chat template"
     ):
         trainer(tmp_path, model=policy, rows=rows, settings={"chat_template_kwargs": {"thinking": True}})
 
@@ -1184,8 +1184,8 @@ def test_completions_may_end_without_an_eos_token_of_the_tokenizer(tmp_path, mon
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("1é", "problem 8: text '1é' cannot be tokenized by this model"),
-        ("1" * 61, "the prompt of problem 8 has 61 tokens and its completion 4, more than the model's 64 positions"),
+        ("1é", "row 8: text '1é' cannot be tokenized by this model"),
+        ("1" * 61, "row 8: the prompt has 61 tokens and its completion 4, more than the model's 64 positions"),
     ],
 )
 def test_a_prompt_that_cannot_be_completed_is_named_before_training(tmp_path, field, prompt, message):
@@ -1200,7 +1200,9 @@ def test_a_prompt_that_cannot_be_completed_is_named_before_training(tmp_path, fi
 
 def test_the_remedy_for_a_long_completion_is_the_field_of_grpo_config(tmp_path):
     short = Dataset.from_list([{"prompt": "1"}] * 8)
-    with pytest.raises(ValueError, match=r"its completion 64, more than .* 64 positions; lower max_completion_length$"):
+    with pytest.raises(
+        ValueError, match=r"its completion 64, more than .* 64 positions; lower max_completion_length=64, or"
+    ):
         ours.DiffusionGRPOTrainer(tiny(), reward, config(tmp_path, max_completion_length=64), train_dataset=short)
 
 

@@ -53,7 +53,7 @@ def test_an_answer_ends_the_row():
 )
 def test_what_is_for_masks_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        read_examples(tiny_sft(**settings), gemma(), ROWS, "dataset")
+        read_examples(tiny_sft(**settings), gemma(), ROWS)
 
 
 def test_several_answers_are_refused():
@@ -64,14 +64,14 @@ def test_several_answers_are_refused():
     )
     turns = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2")) * 2]
     with pytest.raises(ValueError, match="dataset: row 0: has several answers, and 'diffusion_gemma' learns one"):
-        read_examples(tiny_sft(), policy, [{"messages": turns}], "dataset")
-    (found,) = read_examples(tiny_sft(), policy, [{"messages": turns[:2]}], "dataset")
+        read_examples(tiny_sft(), policy, [{"messages": turns}])
+    (found,) = read_examples(tiny_sft(), policy, [{"messages": turns[:2]}])
     assert prompt_and_answer(policy, found)[1] == [4, 2]
 
 
 def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
     policy = gemma()
-    examples = read_examples(tiny_sft(), policy, ROWS[:7], "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS[:7])
     found = []
     for size in (None, 3):
         policy.module.zero_grad()

@@ -89,7 +89,7 @@ def test_a_replaced_token_is_predicted_where_it_stands(kind):
 @pytest.mark.parametrize("kind", [*MODELS, "block"])
 def test_padding_on_the_left_and_rows_left_out_change_no_loss(kind):
     policy = {**MODELS, "block": block_causal}[kind]()
-    examples = read_examples(tiny_sft(), policy, ROWS[:5], "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS[:5])
     uniforms = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     uniforms[3] = 0.9  # of the fourth row nothing is hidden
     shown, _ = add_noise(policy, examples, (torch.full((5,), 0.6), uniforms, uniforms))
@@ -102,7 +102,7 @@ def test_padding_on_the_left_and_rows_left_out_change_no_loss(kind):
 
 def test_the_causal_loss_is_that_of_transformers():
     policy = tiny_llama(causal=True, **SIZES)
-    examples = read_examples(tiny_sft(), policy, ROWS[:5], "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS[:5])
     shown, total = add_noise(policy, examples, (torch.ones(5), torch.zeros(5, 9), torch.zeros(5, 9)))
     layout = laid(policy, shown)
     labels = layout.tokens.masked_fill(layout.weight == 0, -100)
@@ -181,10 +181,10 @@ def test_a_block_sees_the_blocks_before_it_without_masks():
 def test_longer_rows_are_left_out_and_counted():
     said = []
     policy = tiny_masked_lm(**SIZES)
-    kept = read_examples(tiny_sft(max_length=5), policy, ROWS, "dataset", say=said.append)
+    kept = read_examples(tiny_sft(max_length=5), policy, ROWS, say=said.append)
     assert len(kept) == 10 and said == ["dataset: 6 of 16 rows are longer than max_length=5 and left out"]
     rows, said = [{"prompt": "1", "completion": text} for text in ("2", "22", "2222")], []
-    kept = read_examples(tiny_sft(max_length=9, completion_length=2), policy, rows, "dataset", say=said.append)
+    kept = read_examples(tiny_sft(max_length=9, completion_length=2), policy, rows, say=said.append)
     limits = "max_length=9, or their completion than completion_length=2,"
     assert len(kept) == 2 and said == [f"dataset: 1 of 3 rows are longer than {limits} and left out"]
 
@@ -197,11 +197,11 @@ def test_rows_are_by_default_as_long_as_the_model_at_most_1024(positions, most):
     policy.spec = replace(policy.spec, max_length=positions)
     rows = [{"text": "1" * (most - 1)}, {"text": "1" * most}]  # each with its end token
     recipe = tiny_sft(max_length=None)
-    assert [len(read.tokens) for read in read_examples(recipe, policy, rows, "dataset")] == [most]
+    assert [len(read.tokens) for read in read_examples(recipe, policy, rows)] == [most]
     if positions:
         above = recipe.replace(max_length=positions + 1)
         with pytest.raises(ValueError, match=f"max_length={positions + 1} is more than the model's {positions} pos"):
-            read_examples(above, policy, rows, "dataset")
+            read_examples(above, policy, rows)
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused():

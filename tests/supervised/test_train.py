@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_layout_does_not_change_the_gradient(kind):
     policy = MODELS[kind]()
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS)
     gradients, losses, paddings = [], [], []
     for changes in ({}, {"micro_batch_size": 3}):
         policy.module.zero_grad()
@@ -122,7 +122,7 @@ def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
 
 def test_the_held_out_loss_does_not_depend_on_its_batches():
     policy = tiny_masked_lm(**SIZES)
-    examples = 4 * read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = 4 * read_examples(tiny_sft(), policy, ROWS)
     found = [trainer_of(policy).loss(examples, masks(), micro_batch_size=size) for size in (3, 64)]
     assert found[1] == pytest.approx(found[0], rel=1e-5) and found[0] > 1
 
@@ -130,7 +130,7 @@ def test_the_held_out_loss_does_not_depend_on_its_batches():
 @pytest.mark.parametrize("kind", MODELS)
 def test_autocast_rounds_and_no_more(kind):
     policy = MODELS[kind]()
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS)
     exact, rounded = (trainer_of(policy, bf16=b).add_gradients(examples, masks())[0].item() for b in (False, True))
     assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
 
@@ -188,6 +188,8 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"dataset": [{"a": "1"}] * 3}, "dataset: row 0: has no columns messages, prompt and completion, or text"),
+        ({"dataset": [{"text": "1"}] * 9 + [{"text": ""}]}, "dataset: row 9: has nothing to learn"),
+        ({"eval_dataset": [{"text": "1"}, {"text": ""}]}, "eval_dataset: row 1: has nothing to learn"),
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
         (
             {"dataset": [{"prompt": "1", "completion": []}] * 3},
@@ -217,7 +219,7 @@ def test_another_kind_of_run_is_not_resumed(tmp_path):
 
 def test_each_step_hides_other_tokens():
     policy = tiny_masked_lm(**SIZES)
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS)
     losses = [trainer_of(policy).add_gradients(examples, masks(step))[0].item() for step in (0, 1, 1)]
     assert losses[0] != losses[1] == losses[2]
 
@@ -231,7 +233,7 @@ def test_each_step_of_a_run_hides_other_tokens(tmp_path):
 
 def test_replaced_tokens_are_those_of_the_recipes_share():
     policy = tiny_masked_lm(**SIZES)
-    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    examples = read_examples(tiny_sft(), policy, ROWS)
     plain, replaced = (
         trainer_of(policy, corruption=share).add_gradients(examples, masks())[0].item() for share in (0.0, 0.5)
     )

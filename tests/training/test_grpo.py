@@ -1089,6 +1089,60 @@ def test_held_out_rows_that_cannot_be_read_are_named_as_such(rows):
         grpo_recipe(tiny_masked_lm(characters="123="), training, lambda completions, **_: [0.0], eval_dataset=rows)
 
 
+def even(prompts, completions, answer, **_):
+    return [0.0 for _ in completions]
+
+
+GOOD = {"prompt": "12=", "answer": "3"}
+
+
+@pytest.mark.parametrize("given", ["the last of train_dataset", "eval_dataset", "eval_dataset of two"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "9=", "answer": "3"}, "text '9=' cannot be tokenized"),
+        ({"prompt": [{"role": "user", "content": "1"}], "answer": "3"}, r"give plain text .* with a chat_template"),
+        ({"prompt": 7, "answer": "3"}, "prompt=7 is neither text nor chat"),
+        ({"prompt": "1" * 63, "answer": "3"}, "the prompt has 63 tokens and its completion 2, more than"),
+        ({"prompt": "1="}, "'answer'"),
+        ({"question": "1="}, "no (column )?'prompt', only"),
+        ({"prompt": "1=", "answer": "3", "blank": 4}, "blank=4, which is not text"),
+        (None, "'None' of type NoneType"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_as_the_caller_gave_it(given, bad, message, tmp_path):
+    """Also of the held-out rows, which are numbered from the end of the training rows for the caller alone."""
+    rows = {
+        "the last of train_dataset": ([GOOD] * 30 + [bad], {}, "train_dataset: row 30"),
+        "eval_dataset": ([GOOD] * 3, {"eval_dataset": [bad]}, "eval_dataset(: row 0)?"),
+        "eval_dataset of two": ([GOOD] * 3, {"eval_dataset": [GOOD, bad]}, "eval_dataset: row 1"),
+    }
+    train_rows, more, place = rows[given]
+    model = tiny_masked_lm(characters="123=")
+    with pytest.raises(ValueError, match=f"^{place}.*{message}"):
+        grpo(model, train_rows, even, num_steps=1, max_new_tokens=2, output_dir=tmp_path / "run", **more)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "said"),
+    [
+        ([GOOD], None, "1 problems, all of them of training: none is held out"),
+        ([GOOD] * 40, None, "4 problems, all of them of training: none is held out"),
+        ([GOOD, {"prompt": "1=", "answer": "1"}], [GOOD, {"prompt": "2="}], "2 held-out problems, 1 of them of tr"),
+        (Dataset.from_list([{"prompt": "1="}]), Dataset.from_list([{"prompt": "2="}]), "1 held-out problems"),
+    ],
+)
+def test_a_problem_that_is_trained_on_is_not_called_held_out(rows, held_out, said, tmp_path, capsys):
+    model = tiny_masked_lm(characters="123=")
+    settings = {"num_steps": 0, "max_new_tokens": 2, "output_dir": tmp_path, "eval_dataset": held_out}
+    summary = grpo(model, rows, short, **settings)
+    printed = capsys.readouterr().out
+    assert len(re.findall(rf" on {said}[^,\n]*(?:, after|\n)", printed)) == 2
+    num_in_training = {"a": 4, "n": 1, "h": 0}["a" if "all" in said else "n" if "of tr" in said else "h"]
+    assert summary["eval_problems_in_training"] == min(num_in_training, summary["eval_problems"])
+
+
 def test_a_run_without_output_dir_takes_a_new_folder_and_a_resume_the_newest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
