@@ -88,7 +88,7 @@ def test_the_log_shows_lines_and_bars_as_they_are(terminal, tmp_path):
     log = RunLog(tmp_path, start=0, main=True)
     progress = log.view(HOSTILE, 2)
     log.say(f"{HOSTILE}\nsecond line")
-    progress({"reward": 1.0}, show=True, close=True)
+    progress("reward 1", show=True, close=True)
     log.close()
     assert f"{SHOWN}\nsecond line" in terminal() and f"{SHOWN} 0/2  reward 1" in terminal()
     assert "title\x07" not in terminal()

@@ -14,7 +14,7 @@ from dllm_rl.distributed.stop import how_to_continue, started_by_command
 from dllm_rl.files import read_json
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.monitoring.json_lines import current_rows, finite_numbers, warmup_rows
-from dllm_rl.monitoring.progress import last_line
+from dllm_rl.monitoring.record import RunRecord
 from dllm_rl.records import from_json
 from dllm_rl.screen import escape_controls
 
@@ -49,15 +49,17 @@ def status_of(directory: Path) -> str:
     heading = f"{directory}: " + (f"going on, {process}" if process else how_it_ended(directory, num_done, is_complete))
     texts = [f"step {num_done}" + ("" if num_steps is None else f"/{num_steps}")]
     numbers = [finite_numbers(row) for row in rows]
+    record = RunRecord(numbers, exact=has_exact_ratios(recipe))
     if rows:
-        texts.append(last_line(numbers, exact=has_exact_ratios(recipe)))
+        texts.append(record.line())
         times = [row["step_time"] for row in numbers[-RECENT:] if "step_time" in row]
         if process and times and num_steps and not is_complete:
             seconds = (num_steps - num_done) * math.fsum(times) / len(times)
             texts.append(f"ETA {timedelta(seconds=math.ceil(seconds))}")
     elif log.is_file() and (warmup := warmup_rows(log)):
         texts.append(f"warm-up step {warmup[-1]['warmup_step'] + 1}")
-    return f"{heading}\n{'  '.join(filter(None, texts))}"
+    problems = [f"{problem.name}: {problem.text}" for problem in record.problems]
+    return "\n".join([heading, "  ".join(filter(None, texts)), *problems])
 
 
 def how_it_ended(directory: Path, num_done: int, is_complete: bool) -> str:

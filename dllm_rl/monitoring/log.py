@@ -16,9 +16,9 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from rich.console import Console
 
 from dllm_rl.device import peak_memory
-from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, finite_numbers
-from dllm_rl.monitoring.progress import ESS, ProgressDisplay
+from dllm_rl.monitoring.progress import ProgressDisplay
+from dllm_rl.monitoring.record import RunRecord
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
 
@@ -49,8 +49,7 @@ class RunLog:
         self.entered = ""  # the stage that began last
         self.entering: Callable[[], None] | None = None  # called when a stage begins
         self.step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
-        self._equal_reward_steps = 0  # consecutive steps in which each group's rewards were equal
-        self._warned = False
+        self._warned: set[str] = set()  # names of the problems that the screen has said
         self._steps_done = start
         self.files: dict[str, JsonLines] = {}
         completions = completions or (directory / "completions.jsonl").exists()
@@ -63,6 +62,7 @@ class RunLog:
         self._started = list(trackers)  # also those that accept no more numbers
         self._refused: dict[str, set[str]] = {}  # tracker -> names of metrics that it does not accept
         rows_before = current_rows(directory / "metrics.jsonl") if main and start else []
+        self.record = RunRecord(map(finite_numbers, rows_before))
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step
 
     @property
@@ -101,24 +101,18 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics and the seconds of its stages to metrics.jsonl (NaN and infinity as null) and to
-        trackers.
+        trackers. Warn of each problem that keeps the run from learning, once.
         """
         times = {f"time/{name}": seconds for name, seconds in self.step_seconds.items()}
         self.step_seconds = {}
         self._steps_done = step + 1
-        shares = {
-            value for name, value in metrics.items() if name.endswith("frac_reward_zero_std")
-        }  # also when redrawn
-        learns_otherwise = metrics.get("replay/updates") or "value/loss" in metrics
-        self._equal_reward_steps = 0 if shares != {1} or learns_otherwise else self._equal_reward_steps + 1
-        if self._equal_reward_steps == EQUAL_REWARD_STEPS and not self._warned:
-            self._warned = True
-            self.say(
-                f"warning: in the last {EQUAL_REWARD_STEPS} steps all rewards of each group were equal, which teaches "
-                "nothing: check that the grader distinguishes completions, or use easier problems or more generations"
-            )
         row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
         self.last = row
+        self.record.add(finite_numbers({"step": step, **row}))
+        for problem in self.record.problems:
+            if problem.name not in self._warned:
+                self._warned.add(problem.name)
+                self.say(f"warning: {problem.name}: {problem.text}")
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
             self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused)
@@ -151,11 +145,9 @@ class RunLog:
         """Print lines safely: markup and control characters have no effect."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def view(self, description: str, total: int, *, completed: int = 0, exact: bool = True) -> ProgressDisplay:
+    def view(self, description: str, total: int, *, completed: int = 0) -> ProgressDisplay:
         """Return the display of a part of the run, to be called once per step."""
-        rows = current_rows(self.files["metrics"].path) if self.main and completed and not exact else []
-        first_ess = next((row[ESS] for row in map(finite_numbers, rows) if ESS in row), None)
-        return ProgressDisplay(self.console, description, total, completed=completed, exact=exact, first_ess=first_ess)
+        return ProgressDisplay(self.console, description, total, completed=completed)
 
     def close(self) -> None:
         """Close the files and end the trackers, also those that accept no more numbers: mlflow would otherwise refuse

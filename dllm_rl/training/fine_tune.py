@@ -136,7 +136,7 @@ def fine_tune(recipe: SFT) -> Summary:
     return write_summary(
         run,
         {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},
-        result=f"{loss_name} {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
+        result=f"{loss_name} {eval_before['loss']:.4f} -> {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
         f"after {run.state.step} steps",
         advice=f"RL from it: {start} of a recipe or of grpo",
     )

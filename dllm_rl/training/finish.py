@@ -22,7 +22,13 @@ from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.results import as_returned, best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
 from dllm_rl.training.summary import Summary
-from dllm_rl.training.validation import evaluate_held_out, evaluate_with, format_metrics, problems_evaluated
+from dllm_rl.training.validation import (
+    evaluate_held_out,
+    evaluate_with,
+    format_change,
+    format_metrics,
+    problems_evaluated,
+)
 
 
 def finish(run: Run[Recipe]) -> Summary:
@@ -63,10 +69,19 @@ def finish(run: Run[Recipe]) -> Summary:
             "eval_problems_in_training": num_in_training,
             "warmup_steps": run.state.warmup_steps,
         },
-        result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {problems}, "
-        f"after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
+        result=result_text(run, eval_before, eval_after, problems),
         advice=_next_command(run),
     )
+
+
+def result_text(run: Run[Recipe], before: dict[str, float], after: dict[str, float], problems: str) -> str:
+    """Return what a run has reached on `problems`; of one without RL steps, that it was the warm-up."""
+    warmup_steps = run.state.warmup_steps
+    if run.state.step:
+        steps = f"after {warmup_steps} warm-up and {run.state.step} RL steps"
+        return f"{format_change(before, after)} on {problems}, {steps}"
+    did = f"the warm-up alone, {warmup_steps} supervised steps and no RL" if warmup_steps else "no training"
+    return f"{did}: {format_metrics(after)} on {problems}"
 
 
 def step_of_weights(run: Run[Recipe]) -> int:
@@ -95,11 +110,14 @@ def write_summary(run: Run[AnyRecipe], results: dict[str, Any], *, result: str, 
     summary = summary_of(run, results, checkpoint=run.checkpoint, stop_reason=run.control.stop_reason)
     if run.accelerator.is_main_process:
         numbers_path, plot_path = write_files(run, summary)
-        stopped_line = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
+        notes = [
+            f"Problem:    {problem.state}, {problem.name}: {problem.text}\n" for problem in run.log.record.problems
+        ]
+        notes += [f"Stopped:    {run.control.stop_reason}\n"] if run.control.stop_reason else []
         plot_line = f"Picture:    {plot_path}\n" if plot_path else ""
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            f"{stopped_line}Checkpoint: {summary['checkpoint']}\n{plot_line}Numbers:    {numbers_path}\n{advice}"
+            f"{''.join(notes)}Checkpoint: {summary['checkpoint']}\n{plot_line}Numbers:    {numbers_path}\n{advice}"
         )
         if recipe.push_to_hub is not None:
             folder = Path(run.checkpoint)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def summary_of(
         "seed": recipe.seed,
         "num_processes": run.accelerator.num_processes,
         "checkpoint": checkpoint,
+        "problems": [asdict(problem) for problem in run.log.record.problems],  # of the last steps
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
     }

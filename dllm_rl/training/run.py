@@ -93,7 +93,7 @@ class Run(Generic[AnySettings]):
     state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps
     stop: Stop
     writer: CheckpointWriter
-    progress: Callable[..., None]  # shows a step's metrics on the screen
+    progress: Callable[..., None]  # shows a step's line on the screen
     async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
     without_state: list[StepFeature] = field(default_factory=list)  # features whose `state` raised
     first_step: int = field(init=False)  # index of the first step that this process logs

@@ -166,12 +166,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         state=state,
         stop=stop,
         writer=make_writer(policy, in_thread=recipe.async_save, timeout=recipe.collective_timeout),
-        progress=log.view(
-            "training",
-            recipe.num_steps,
-            completed=state.logged_steps,
-            exact=recipe.likelihood.exact_ratios,
-        ),
+        progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(resume_folder or ""),
     )
     if recipe.rollout_workers:
@@ -323,6 +318,7 @@ def open_log(
         held_out=isinstance(recipe, Recipe),
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )
+    log.record.exact = not isinstance(recipe, Recipe) or recipe.likelihood.exact_ratios
     run_exit_stack().callback(log.close)  # also after an error or a stop
     for note in notes:
         log.say(note)

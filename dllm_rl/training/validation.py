@@ -11,6 +11,7 @@ from dllm_rl.evaluation.held_out import held_out_row
 from dllm_rl.evaluation.results import Evaluation
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.record import rewards_text
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import nearest_hint
 from dllm_rl.samplers import Sampler
@@ -47,9 +48,14 @@ def evaluate_held_out(
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Format the main metrics of an evaluation for one line of the screen."""
-    names = ("solve_rate", "cell_accuracy", "accuracy", "reward")
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names) or "no reward"
+    """Format an evaluation for one line of the screen: the reward, and every reward function by name."""
+    return rewards_text({name: f"{value:.3f}" for name, value in metrics.items()}) or "no reward"
+
+
+def format_change(before: dict[str, float], after: dict[str, float]) -> str:
+    """Format what an evaluation measured before and after a run, as "reward 0.250 -> 0.500 (share 0.200 -> 0.400)"."""
+    texts = {name: f"{value:.3f} -> {after[name]:.3f}" for name, value in before.items() if name in after}
+    return rewards_text(texts) or "no reward"
 
 
 def needed_metrics(recipe: Recipe) -> dict[str, str]:

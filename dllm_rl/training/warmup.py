@@ -64,9 +64,14 @@ def warm_up(
             metrics[name] = measure()[recipe.sft_warmup_metric]
             is_reached = metrics[name] >= recipe.sft_warmup_target
         log.write_warmup(steps_done - 1, metrics)
-        progress(metrics, show=is_reached or steps_done % recipe.logging_steps == 0)
-    progress({}, show=False, close=True)
+        progress(warmup_text(metrics), show=is_reached or steps_done % recipe.logging_steps == 0)
+    progress("", show=False, close=True)
     return steps_done
+
+
+def warmup_text(metrics: dict[str, float]) -> str:
+    """Return the metrics of a warm-up step for a line of the screen."""
+    return "  ".join(f"{name.removeprefix('warmup/')} {value:.3g}" for name, value in metrics.items())
 
 
 def drawn_problems(recipe: Recipe, policy: Policy) -> Iterator[Problem]:

@@ -61,7 +61,8 @@ def test_the_status_of_a_run_that_goes_on_was_killed_was_stopped_or_has_ended(tm
     rows = [{"warmup_step": 6}, *({"step": step, "reward": step / 4, "step_time": 90.0} for step in range(3))]
     rows[1] |= {"eval/accuracy": 0.75, "rollout_corr/ess": 0.5}
     rows[-1]["rollout_corr/ess"] = 0.4
-    for count, line in [(1, "step 0/5  warm-up step 7"), (4, "step 3/5  reward 0.5  held-out 0.75  ESS 0.4, 0.5 in")]:
+    last = "step 3/5  reward 0.5  held-out at 1: accuracy 0.75  90 s a step  ESS 0.4, 0.5 in the first step\n"
+    for count, line in [(1, "step 0/5  warm-up step 7"), (4, last)]:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
         assert line in seen(tmp_path, capsys)
     process = holder(tmp_path)

@@ -12,7 +12,7 @@ from dllm_rl import grpo, tiny_masked_lm
 from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.monitoring.health import health
-from dllm_rl.monitoring.progress import one_line
+from dllm_rl.monitoring.record import RunRecord
 from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
@@ -23,6 +23,10 @@ GOOD = {
     "off_policy/rollout/contribution_negative/iteration_0": 0.005,
     "off_policy/rollout/m2": 2.0,
 }
+
+
+def line_of(*rows, exact=True):
+    return RunRecord(rows, exact=exact).line()
 
 
 @pytest.mark.parametrize(
@@ -54,13 +58,17 @@ def test_health(changes, word, reason):
     said = health(GOOD | changes)
     assert said[0] == word and said[1].startswith(reason)
     shown = "healthy" if word == "healthy" else f"mismatch {word} ({said[1]})"
-    assert one_line(GOOD | changes | {"reward": 0.5}) == f"reward 0.5  {shown}"
+    before, row = [GOOD] * 19, {"reward": 0.5} | GOOD | changes
+    assert line_of(*before, row) == f"reward 0.5  {shown}"
+    assert line_of(*before[1:], row) == f"reward 0.5  {shown}".removesuffix("  healthy"), (
+        "whether it learns is not known yet"
+    )
 
 
 def test_updates_that_go_backwards_come_before_any_mismatch():
     for metrics in (GOOD, {"loss": 1.0}):
         assert health(metrics, direction=-0.26)[0] == "backwards" != (health(metrics, direction=-0.25) or "none")[0]
-    assert one_line(GOOD, direction=-0.5).startswith("loss" if "loss" in GOOD else "updates backwards (worse answers")
+    assert line_of(*[GOOD | {"update/direction": -0.5}] * 3).startswith("updates backwards (worse answers")
 
 
 def test_estimated_ratios_have_no_bounds():
@@ -71,16 +79,21 @@ def test_estimated_ratios_have_no_bounds():
     assert health(GOOD | {"off_policy/old/contribution_positive": 1.0}, first_ess=0.7)[0] == "backfiring"
 
 
-def test_the_size_of_the_mismatch_stands_in_the_line():
-    line = one_line({"reward": 1.0, "rollout_corr/ess": 0.99853, "rollout_corr/abs_log_ratio_mean": 0.01234})
-    assert line == "reward 1  mismatch 0.012 nats, ESS 0.9985  healthy"
-    assert one_line({"reward": 1.0, "rollout_corr/ess": 1.0, "rollout_corr/abs_log_ratio_mean": 0.0}).endswith(
-        "1  healthy"
-    )
+def test_the_mismatch_stands_in_the_line_and_the_ess_once():
+    row = {"reward": 1.0, "rollout_corr/ess": 0.99853, "rollout_corr/abs_log_ratio_mean": 0.01234}
+    assert line_of(row) == "reward 1  mismatch 0.012 nats, ESS 0.9985"
+    for ess, shown in [(0.94, "mild (ESS 0.94 below 0.95)"), (0.5, "strong (ESS 0.5 below 0.7)")]:
+        assert line_of(row | {"rollout_corr/ess": ess}) == f"reward 1  mismatch 0.012 nats, {shown}"
+    assert line_of(row, exact=False) == "reward 1  mismatch 0.012 nats, ESS 0.999, 0.999 in the first step"
+    backwards = line_of(*[row | {"update/direction": -0.5}] * 3)
+    assert backwards.startswith("reward 1  mismatch 0.012 nats, ESS 0.9985  updates backwards (")
+    for none in (0.0, 6e-8):  # the rounding of two forwards
+        row |= {"rollout_corr/ess": 1.0, "rollout_corr/abs_log_ratio_mean": none}
+        assert line_of(*[row] * 20) == "reward 1  healthy"
 
 
 def test_without_mismatch_metrics_nothing_is_said():
-    assert health({"loss": 1.0}) is None and one_line({"reward": 1.0}) == "reward 1"
+    assert health({"loss": 1.0}) is None and line_of(*[{"reward": 1.0}] * 30) == "reward 1"
     assert health({"rollout_corr/ess": 1.0}) == ("healthy", "ESS 1")
 
 
@@ -90,7 +103,7 @@ def test_a_resumed_run_compares_with_its_first_step(tmp_path, capsys):
     resumed = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
     train(replace(recipe, **resumed))
     first = f"{metrics_of(tmp_path)[0]['rollout_corr/ess']:.3g}"
-    assert re.findall(r"  ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 2
+    assert re.findall(r" ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 2
 
 
 def of_the_wrong_sign(log_ratio, advantages, mask):
@@ -118,4 +131,4 @@ def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_pa
     assert (sum(measured[:3]) / 3 < -0.25) == wrong == (sum(measured[1:]) / 3 < -0.25), measured
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training ")]
     assert ["  updates backwards (worse answers" in line for line in lines] == [False, False, wrong, wrong]
-    assert "  healthy" in lines[0], "ratios are 1 where they are measured before the update"
+    assert "mismatch" not in lines[0], "ratios are 1 where they are measured before the update"

@@ -13,8 +13,6 @@ from dllm_rl.algorithms.losses import CISPO, K1, K2, PPOClip, Reinforce
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.rules import (
@@ -160,43 +158,6 @@ def test_a_run_says_it_once(tmp_path, capsys, monkeypatch):
     train(tiny_recipe(tmp_path, num_generations=1))
     printed = capsys.readouterr().out
     assert printed.count("warning: num_generations=1") == printed.count("warning: mixed_precision=bf16 of") == 1
-
-
-def test_equal_rewards_for_many_steps(tmp_path, capsys):
-    log = RunLog(tmp_path, start=0, main=True)
-    for step in range(EQUAL_REWARD_STEPS - 1):
-        log.write(step, {"frac_reward_zero_std": 1.0})
-    log.write(0, {"frac_reward_zero_std": 0.75})  # one group differs: the count starts again
-    for step in range(EQUAL_REWARD_STEPS - 1):
-        log.write(step, {"frac_reward_zero_std": 1.0})
-    assert "warning" not in capsys.readouterr().out
-    for step in range(3 * EQUAL_REWARD_STEPS):
-        log.write(
-            step,
-            {"frac_reward_zero_std": 1.0 if step % EQUAL_REWARD_STEPS else 0.5 * (step > EQUAL_REWARD_STEPS) + 0.5},
-        )
-    log.close()
-    said = capsys.readouterr().out
-    assert said.count(f"warning: in the last {EQUAL_REWARD_STEPS} steps all rewards of each group were equal") == 1
-
-
-@pytest.mark.parametrize(
-    ("metrics", "warns"),
-    [
-        ({"dynamic_sampling/frac_reward_zero_std": 0.0}, False),  # of the prompts drawn instead
-        ({"dynamic_sampling/frac_reward_zero_std": 1.0}, True),
-        ({"replay/updates": 2.0}, False),
-        ({"replay/updates": 0.0}, True),  # nothing is stored yet
-        ({"value/loss": 0.5}, False),  # an advantage is a reward less a value
-        ({"frac_reward_zero_std": 0.0, "dynamic_sampling/frac_reward_zero_std": 1.0}, False),  # a teacher's differ
-    ],
-)
-def test_equal_rewards_of_a_run_that_learns(tmp_path, capsys, metrics, warns):
-    log = RunLog(tmp_path, start=0, main=True)
-    for step in range(EQUAL_REWARD_STEPS):
-        log.write(step, {"frac_reward_zero_std": 1.0, **metrics})
-    log.close()
-    assert ("all rewards of each group were equal" in capsys.readouterr().out) == warns
 
 
 def sampler(**options):

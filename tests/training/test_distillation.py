@@ -16,7 +16,7 @@ from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_mas
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.monitoring import log
+from dllm_rl.monitoring import health
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
@@ -194,13 +194,13 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_equal_rewards_of_the_task_teach_with_a_teacher(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(log, "EQUAL_REWARD_STEPS", 2)
+    monkeypatch.setattr(health, "WINDOW", 2)
     task = task_from_dataset([{"prompt": "1="}] * 4, reward_funcs=[lambda completions, **_: [0.0] * len(completions)])
     for teacher in (other_model, None):
         train(taught_recipe(tmp_path / str(teacher), task=task, teacher=teacher, num_steps=2))
         rows = metrics_of(tmp_path / str(teacher))
         assert [row["frac_reward_zero_std"] for row in rows] == [float(teacher is None)] * 2
-        assert ("all rewards of each group were equal" in capsys.readouterr().out) == (teacher is None)
+        assert ("warning: constant reward" in capsys.readouterr().out) == (teacher is None)
 
 
 @pytest.mark.parametrize("kind", ["function", "policy", "path"])

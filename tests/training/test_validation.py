@@ -1,6 +1,7 @@
 """Evaluation during a run: when, and under which names."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from run_outputs import metrics_of
@@ -12,9 +13,10 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks import task_from_dataset
 from dllm_rl.tasks.protocols import under_protocol
+from dllm_rl.training.finish import result_text
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train, validate
-from dllm_rl.training.validation import evaluate_with, format_metrics, validation_interval
+from dllm_rl.training.validation import evaluate_with, format_change, format_metrics, validation_interval
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -84,8 +86,27 @@ def test_evaluations_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_
         )
 
 
-def test_a_line_shows_what_a_task_is_judged_by():
-    assert format_metrics({"solve_rate": 0.25, "seconds": 3.0, "reward": 1.5}) == "solve_rate 0.250, reward 1.500"
+def test_a_line_shows_all_that_a_task_is_judged_by():
+    before = {"parsed": 1.0, "mine": 0.25, "reward": 1.5}
+    assert format_metrics(before) == "reward 1.500 (mine 0.250)"
+    assert format_metrics({"mine": 0.25, "reward": 0.25}) == "reward 0.250", "a single function is the reward"
+    assert format_metrics({"a": 0.25, "b": 0.25, "reward": 0.25}) == "reward 0.250 (a 0.250, b 0.250)"
+    assert format_metrics({"mine": 0.25}) == "mine 0.250" and format_metrics({"parsed": 1.0}) == "no reward"
+    after = {"mine": 0.5, "reward": 2.0, "new": 1.0}
+    assert format_change(before, after) == "reward 1.500 -> 2.000 (mine 0.250 -> 0.500)"
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "steps", "said"),
+    [
+        (7, 0, "the warm-up alone, 7 supervised steps and no RL: reward 0.500 on 3 held-out problems"),
+        (0, 0, "no training: reward 0.500 on 3 held-out problems"),
+        (7, 2, "reward 0.250 -> 0.500 on 3 held-out problems, after 7 warm-up and 2 RL steps"),
+    ],
+)
+def test_a_run_without_rl_says_that_it_was_the_warm_up(warmup_steps, steps, said):
+    run = SimpleNamespace(state=SimpleNamespace(step=steps, warmup_steps=warmup_steps))
+    assert result_text(run, {"reward": 0.25}, {"reward": 0.5}, "3 held-out problems") == said
 
 
 class Mine(Wrapped):
