@@ -61,24 +61,33 @@ LOSS_TYPES = {
 # TRL's completions per forward, and forwards per update, of one process. `batch_sizes` converts them.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # From a setting, or another remedy, to the names without an equivalent for which it is the nearest: of TRL, of
-# diffu-GRPO (d1), and of the sampler's keywords.
+# diffu-GRPO (d1), of verl, and of the sampler's keywords.
 NEAREST = {
     "advantages": "multi_objective_aggregation",
     "base_quantization": "quantization_config",
-    "beta": "sync_ref_model ref_model_sync_steps",
+    "beta": "sync_ref_model ref_model_sync_steps kl_loss_coef use_kl_loss",
+    "beta, the coefficient of a KL term in the loss": "use_kl_in_reward kl_ctrl",
     "collective_timeout": "ddp_timeout",
     "corrector": "vllm_importance_sampling_mode vllm_importance_sampling_correction vllm_importance_sampling_cap "
-    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min rollout_correction",
     "dry_run": "auto_find_batch_size",
     "dtype": "fp16 model_init_kwargs",
     "eval_batch_size": "per_device_eval_batch_size",
-    "eval_steps": "eval_strategy",
+    "eval_steps": "eval_strategy test_freq",
     "float32_head": "cast_lm_head_to_fp32",
     "likelihood": "p_mask_prompt",
     "log_completions_steps": "log_completions",
+    "loss=PPOClip(epsilon=...)": "clip_ratio clip_ratio_low",
+    "loss=PPOClip(epsilon_high=...)": "clip_ratio_high",
+    "loss=PPOClip(delta=...)": "clip_ratio_c",
+    "loss_reduction": "loss_agg_mode",
     "lr_scheduler_type": "lr_scheduler_kwargs",
-    "num_iterations": "steps_per_generation",
-    "num_steps": "num_train_epochs",
+    "max_new_tokens": "max_response_length",
+    "max_num_gen_batches": "filter_groups",
+    "micro_batch_size": "ppo_micro_batch_size_per_gpu ppo_micro_batch_size",
+    "num_generations": "n",
+    "num_iterations": "steps_per_generation ppo_epochs",
+    "num_steps": "num_train_epochs total_training_steps total_epochs",
     "optim": "adam_epsilon optim_args",
     "processing_class": "chat_template_kwargs",
     "resample_masks": "random_masking",
@@ -86,17 +95,19 @@ NEAREST = {
     "reward_funcs that return None for cut answers": "mask_truncated_completions",
     "rollout_quantization": "use_vllm",
     "rollout_workers": "vllm_mode",
+    "rollout_workers and max_staleness": "async_training",
     "sampler_options": "generation_kwargs",
     "sampler_options.block_size": "block_length block_size",
     "sampler_options.cache": "cache_implementation",
     "sampler_options.diffusion_steps": "diffusion_steps",
     "sampler_options.rank": "remasking",
-    "save_steps": "save_strategy",
+    "save_steps": "save_strategy save_freq",
     "seed": "data_seed",
-    "shard_size": "deepspeed fsdp",
+    "shard_size": "deepspeed fsdp fsdp_config",
     "top_p": "min_p",
     "warmup_steps": "warmup_ratio",
     "train_batch_size": "generation_batch_size",
+    "train_batch_size, all of whose prompts are in each update": "ppo_mini_batch_size",
     "accelerate launch --cpu": "use_cpu",
     "dllm-rl evaluate --samples": "num_generations_eval",
     "the environment's HF_TOKEN": "hub_token",
@@ -150,6 +161,8 @@ SAME: dict[str, object] = {
     "trust_remote_code": False,
     "use_cpu": False,
 }
+# Groups of verl's configuration, as in actor_rollout_ref.actor.ppo_epochs.
+VERL = ("actor_rollout_ref", "actor", "algorithm", "data", "rollout", "trainer")
 REMEDIES = {name: remedy for remedy, names in NEAREST.items() for name in names.split()}
 Arguments = ParamSpec("Arguments")
 
@@ -222,15 +235,25 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
             if name == "loss_type" and value in [*LOSS_TYPES]:
                 remedy = f"give {LOSS_TYPES[value]}"
             refused.append(f"{name}={value!r} ({remedy})")
+        elif name.partition(".")[0] in VERL:
+            field = name.rpartition(".")[2]
+            is_same = field in known_names and field not in REMEDIES
+            refused.append(f"{name} (give {field})" if is_same else unknown(field, known_names | targets.keys(), name))
         elif "." in name:
             head, _, field = name.partition(".")
             given = f"sampler_options={{{field!r}: ...}}" if head == "sampler" else f"{head}=...({field}=...)"
             refused.append(f"{name} (an option of the command line: in a call give {given})")
         elif name not in BATCH_SIZES and targets.get(name, name).partition(".")[0] not in known_names:
-            remedy = f"{name} (the nearest is {REMEDIES[name]})" if name in REMEDIES else ""
-            refused.append(remedy or with_nearest(name, known_names | targets.keys()))
+            refused.append(unknown(name, known_names | targets.keys()))
     if refused:
         raise ValueError(f"not settings of grpo: {', '.join(refused)}; help(dllm_rl.Recipe) lists all")
+
+
+def unknown(name: str, known: Set[str], given: str | None = None) -> str:
+    """Return a name that is no setting, or as it was `given`, with what is nearest to it."""
+    if name in REMEDIES:
+        return f"{given or name} (the nearest is {REMEDIES[name]})"
+    return (given or name) + with_nearest(name, known).removeprefix(name)
 
 
 def preset_fields(keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from itertools import permutations
 
@@ -532,6 +532,43 @@ def test_a_name_that_is_not_known_names_the_nearest(settings, message):
         recipe_of(**settings)
 
 
+def verls_rows():
+    """The names of verl in docs/trl.md, each with the text of what stands for it here."""
+    table = README.parent.joinpath("docs", "trl.md").read_text().partition("## From verl")[2]
+    for line in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, re.M):
+        yield from ((name, line[1]) for name in re.findall(r"`(.+?)`", line[0]))
+
+
+@pytest.mark.parametrize(("name", "ours"), verls_rows())
+@pytest.mark.parametrize("written", ["short", "as on the page", "whole"])
+def test_verls_names_get_the_translation_of_the_page(name, ours, written):
+    given = {"short": name.rpartition(".")[2], "as on the page": name, "whole": f"actor_rollout_ref.{name}"}[written]
+    if given == "train_batch_size":  # the same name
+        return
+    with pytest.raises(
+        ValueError, match=rf"^not settings of grpo: {re.escape(given)} \((the nearest is|give) "
+    ) as said:
+        grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **{given: 2})
+    found = re.search(r"\((?:the nearest is|give) (.*?)\);", str(said.value))[1]
+    settings = re.findall(r"\b(?:[a-z]+_[a-z_]+\b|beta|loss(?==)|corrector)", ours.replace("PPOClip", ""))
+    ours = [setting for setting in settings if setting in {field.name for field in fields(Recipe)}]
+    assert any(setting in found for setting in ours or ["all of whose prompts are in each update"]), (found, ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("data.train_batch_sizes", r"data.train_batch_sizes \(the nearest is train_batch_size\)"),
+        ("trainer.save_freq", r"trainer.save_freq \(the nearest is save_steps\)"),
+        ("rollout.temperature", r"rollout.temperature \(give temperature\)"),
+        ("trainer.qqq", "trainer.qqq;"),
+    ],
+)
+def test_a_name_in_a_group_of_verl_is_looked_up_without_it(name, said):
+    with pytest.raises(ValueError, match=f"^not settings of grpo: {said}"):
+        grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **{name: 2})
+
+
 def test_the_docs_have_the_names():
     page = README.parent.joinpath("docs", "trl.md").read_text()
     table = page.partition("| TRL | here |\n")[2].partition("\n\n")[0]
@@ -981,6 +1018,12 @@ def test_each_remedy_is_a_setting_or_says_what_else():
     others = {remedy for remedy in REMEDIES.values() if remedy.partition(".")[0] not in known}
     assert others == {
         "accelerate launch --cpu",
+        "beta, the coefficient of a KL term in the loss",
+        "loss=PPOClip(delta=...)",
+        "loss=PPOClip(epsilon=...)",
+        "loss=PPOClip(epsilon_high=...)",
+        "rollout_workers and max_staleness",
+        "train_batch_size, all of whose prompts are in each update",
         "dllm-rl evaluate --samples",
         "each of its fields as an argument",
         "reward_funcs that return None for cut answers",
