@@ -238,7 +238,7 @@ class Recipe(StepSettings):
             ),
             (
                 compiles and self.router_replay is not None,
-                f"{setting}=True cannot be combined with router_replay='R3', as compiled blocks record no experts: "
+                f"{setting}=True cannot be combined with router_replay='R3', as compiled forwards record no experts: "
                 f"leave out router_replay{remedy}",
             ),
             (
@@ -248,7 +248,7 @@ class Recipe(StepSettings):
             ),
             (
                 self.torch_compile and bool(self._compiled_samplers),
-                "torch_compile=True compiles blocks, and the sampler's compile_step=True compiles full steps: leave "
+                "torch_compile=True compiles forwards, and the sampler's compile_step=True compiles full steps: leave "
                 f"one of them out{remedy}",
             ),
         ]

@@ -330,7 +330,10 @@ def frozen_names(module: Module) -> list[str]:
 @contextmanager
 def in_eval_mode(module: Module) -> Iterator[None]:
     """In this context, let no layer of the module drop anything. Afterwards each layer has the mode that it had."""
-    training = [layer for layer in module.modules() if layer.training]
+    layers: list[Any] = [module]
+    for layer in layers:  # faster than `modules()`, which takes as long as the launches of a compiled forward
+        layers += layer._modules.values() if layer is not None else ()
+    training = [layer for layer in layers if layer is not None and layer.training]
     for layer in training:
         layer.training = False
     try:

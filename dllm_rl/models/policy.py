@@ -52,7 +52,7 @@ from dllm_rl.models.checkpoint.loading import (
     save_module,
 )
 from dllm_rl.models.checkpoint.tensors import check_regular, mismatched_tensors, read_tensors
-from dllm_rl.models.forward.blocks import recomputed_blocks
+from dllm_rl.models.forward.blocks import compiled_encode, recomputed_blocks
 from dllm_rl.models.forward.float32_head import HALF, projected_in_float32
 from dllm_rl.models.lora import (
     Lora,
@@ -78,6 +78,7 @@ class ModulePolicy:
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
+    compiled: Any = None  # the compiled function of `compile_blocks`, which runs forwards without gradients
     lora: Lora | None = None
     quantization: Any = None
     quantization_report: Any = None
@@ -139,6 +140,8 @@ class ModulePolicy:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else self._without_dropout():
             # The family makes its attention mask from a padding mask (B, T). A mask with four axes is passed unchanged.
+            if self.compiled and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                return compiled_encode(self, tokens, attention_mask, positions, **cache_kwargs)
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:

@@ -5,7 +5,7 @@ Also mixture-of-experts modules, split into one linear layer per expert.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,67 @@ def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple
     if isinstance(layer, EmulatedLinear):
         return layer.quantized_forward(x, bias)
     return F.linear(x, layer.weight, bias), (x,)
+
+
+class PlainLinear(nn.Linear):
+    """A linear layer with a quantized weight of torchao, which enters a compiled graph as plain tensors.
+
+    Before each run of a graph, the host would check each quantized tensor and take it apart, which takes longer than to
+    start the graph's kernels. The product is torchao's: the graph puts the quantized tensor together again. The plain
+    tensors are those of the weight, so that a sync writes them too.
+    """
+
+    plain: tuple[Tensor, ...]
+    product: Callable[..., Tensor]
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> None:
+        """Let a layer whose forward is that of nn.Linear become one of this class."""
+        layer.__class__ = cls
+        layer.take_apart()  # type: ignore[operator]
+
+    def take_apart(self) -> None:
+        weight: Any = self.weight
+        names, attributes = weight.__tensor_flatten__()
+        self.plain = tuple(getattr(weight, name) for name in names)
+        self.product = graph_product(type(weight), names, attributes)
+
+    @no_type_check  # torch.compile cannot trace the tests' type checks
+    def forward(self, x):
+        if torch.compiler.is_compiling():
+            return self.product(x, self.bias, *self.plain)
+        return F.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "PlainLinear":
+        super()._apply(fn, recurse)  # such as a move to another device, after which the weight has other tensors
+        self.take_apart()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("plain", "product")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.take_apart()
+
+
+_graph_products: dict[tuple[type, str], Callable[..., Tensor]] = {}
+
+
+def graph_product(cls: type, names: list[str], attributes: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return the function (x, bias, plain tensors of a weight) -> product, as one operation of a graph.
+
+    Layers of the same kind get the same function, so that they can share a graph.
+    """
+
+    def product(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        weight = cls.__tensor_unflatten__(dict(zip(names, tensors, strict=True)), attributes, None, None)  # type: ignore[attr-defined]
+        return F.linear(x, weight, bias)
+
+    kind = (cls, repr((names, attributes)))
+    if kind not in _graph_products:
+        _graph_products[kind] = torch.compiler.allow_in_graph(product)
+    return _graph_products[kind]
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:

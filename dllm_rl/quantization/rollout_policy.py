@@ -41,6 +41,7 @@ from dllm_rl.models.lora import (
     merged_tensor,
 )
 from dllm_rl.quantization.linear import (
+    PlainLinear,
     UnstackedExperts,
     is_torchao_tensor,
     quantizable_layers,
@@ -140,7 +141,10 @@ def quantized_copy(
     rollout_policy = copy.copy(policy)
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in quantized_names:
-        rollout_policy.module.get_submodule(name).quantization = config  # `load_weight_` reads it
+        quantized: Any = rollout_policy.module.get_submodule(name)
+        quantized.quantization = config  # `load_weight_` reads it
+        if is_torchao_tensor(quantized.weight) and type(quantized).forward is nn.Linear.forward:
+            PlainLinear.of(quantized)
     forget_quantizer(rollout_policy.module)  # the copy has no bitsandbytes weights
     rollout_policy.quantization = config
     rollout_policy.lora = None

@@ -124,7 +124,7 @@ class StepSettings(Settings):
     kl: KL = option(default=K3(), help="per-token estimator of the KL term: K1, K2 or K3")
     entropy_coeff: float = option(default=0.0, help="weight of the entropy bonus; 0: no bonus", at_least=0)
     torch_compile: bool = option(
-        default=False, help="compile the blocks of the policy that samples; speeds up bf16 and FP8 on a GPU"
+        default=False, help="compile the forwards of the policy that samples; speeds up bf16 and FP8 on a GPU"
     )
     shard_size: int = option(
         default=1, help="processes that share the learner's weights (FSDP2); 0: all; 1: no sharding", at_least=0

@@ -1,4 +1,4 @@
-"""A module's blocks, one by one: recomputed in the backward, or compiled."""
+"""A module's blocks: recomputed in the backward, or compiled."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm_rl.models.base import CACHE, Module, Policy
 from dllm_rl.models.lora import LoraLinear
+
+MAX_BLOCKS = 64  # of a forward that is one graph: compiling one takes some seconds for each block
 
 
 def backbone_of(module: Module) -> Any:
@@ -89,17 +91,55 @@ def has_uncompiled(module: Module) -> bool:
 
 
 def compile_blocks(policy: Policy) -> None:
-    """Compile every block of the policy's module in place, at its first forward. Raise ValueError without blocks.
+    """Compile the policy's forwards in place, at the first one. Raise ValueError for a module without blocks.
 
-    A few graphs are shared by all blocks and shapes, with a cache or without. The first forward, and a batch or a width
-    of 1, have separate graphs. A block that cannot be compiled to one graph raises torch's error, except that quantized
-    experts run eagerly between two graphs. Results differ from those of eager blocks by rounding. Forwards with
+    A forward of a family that the library knows, through at most MAX_BLOCKS blocks, is one graph, so that the host
+    checks and starts one graph and not one for each block. Other forwards have a graph for each block: those of deeper
+    modules, of custom policies and encodes, and of quantized experts, which run eagerly between two graphs. A graph
+    serves all shapes, except that the first forward of a cache, and a batch or a width of 1, have separate ones. What
+    cannot be compiled to one graph raises torch's error. Results differ from eager ones by rounding. Forwards with
     gradients are not compiled.
     """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # at most 12 were observed
-    run = torch.compile(_forward_block, dynamic=True, fullgraph=not has_uncompiled(policy.module))
-    for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
+    blocks, splits = blocks_of(policy.module, "torch_compile"), has_uncompiled(policy.module)
+    if getattr(policy, "library_spec", None) is policy.spec and len(blocks) <= MAX_BLOCKS and not splits:
+        policy.compiled = torch.compile(_encode, dynamic=True, fullgraph=True)  # type: ignore[attr-defined]
+        return
+    run = torch.compile(_forward_block, dynamic=True, fullgraph=not splits)
+    for index, block in enumerate(blocks):
         block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
+
+
+def compiled_encode(policy: Any, *inputs: Tensor, cache: Any = None, **options: Any) -> Tensor:
+    """Return what `policy.spec.encode` does, by a compiled graph, whose inputs and outputs are the cache's tensors."""
+    past = None
+    if cache is not None:
+        for index, layer in enumerate(getattr(cache, "layers", ())):
+            _check_cache_layer(layer, index)
+        past = cache.tensors()
+    states, past = policy.compiled(policy.spec, policy.module, inputs, past, options)
+    if cache is not None:
+        cache.set_tensors(past)
+    return states
+
+
+@no_type_check  # torch.compile cannot trace the tests' type checks
+def _encode(spec, module, inputs, past, options):
+    if past is None:
+        return spec.encode(module, *inputs, **options), None
+    cache = spec.new_cache(module)
+    if past:
+        cache.set_tensors(past)
+    states = spec.encode(module, *inputs, cache=cache, **options)
+    return states, cache.tensors()
+
+
+def _check_cache_layer(layer: Any, index: int) -> None:
+    """Raise ValueError for a layer of a cache that stores more than its keys and values, such as a sliding window."""
+    from transformers.cache_utils import DynamicLayer  # not at the top: --help needs no transformers
+
+    if type(layer) is not DynamicLayer:
+        raise ValueError(f"torch_compile=True: block {index} stores its keys in a {type(layer).__name__}; leave it off")
 
 
 def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any) -> Any:
@@ -109,11 +149,8 @@ def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any
     past = kw.get(CACHE)
     if past is None:
         return run(block, args, kw)
-    from transformers.cache_utils import DynamicLayer  # not at the top: --help needs no transformers
-
     layer = past.layers[index] if hasattr(past, "layers") else past
-    if type(layer) is not DynamicLayer:
-        raise ValueError(f"torch_compile=True: block {index} stores its keys in a {type(layer).__name__}; leave it off")
+    _check_cache_layer(layer, index)
     block_cache = _BlockCache(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
     states = run(block, args, kw | {CACHE: block_cache})
     if not layer.is_initialized:
