@@ -38,6 +38,8 @@ from dllm_rl.screen import escape_controls, interactive
 
 Settings = TypeVar("Settings", bound=Any)  # a frozen dataclass, such as Recipe or a task
 SCALARS = frozenset((bool, int, float, str))
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML's words for None
+ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # octal, or minutes and seconds
 
 jsonargparse.set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
 
@@ -269,35 +271,119 @@ def _with_files(options: list[tuple[str, str | None]]) -> list[tuple[str, str | 
     for read in [*(_file_options(str(text)) for path, text in options if path == "config"), own]:
         before = {path: str(text).rpartition(".")[2] for path, text in merged}
         # Drop the settings of a class instead of which this file, or the command line, chooses another one.
-        other = tuple(f"{path}." for path, text in read if str(text).rpartition(".")[2] != before.get(path))
+        other = tuple(f"{path}." for path, text in read if before.get(path) not in (None, str(text).rpartition(".")[2]))
         merged = [(path, text) for path, text in merged if not path.startswith(other)] + read
     return sorted(merged, key=lambda pair: pair[0].count("."))
 
 
 def _file_options(file: str) -> list[tuple[str, str | None]]:
-    """Read a YAML file as options."""
+    """Read a YAML file as options, with each value as it is written there."""
     try:
-        settings = jsonargparse.get_loader("yaml")(Path(file).read_text())
+        node = _composed(Path(file).read_text(encoding="utf-8"))
+        settings = [*_flattened(node, "")] if isinstance(node, yaml.MappingNode) else None
     except OSError as error:
         raise ValueError(f"config={file!r}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config={file!r} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
+    if settings is None:
         raise ValueError(f"config={file!r} has no lines NAME: VALUE")
-    return list(_flattened(settings, ""))
+    options: dict[str, str | None] = {}
+    lines: dict[str, int] = {}
+    for path, line, value in settings:
+        if path in lines:
+            raise ValueError(f"config={file!r} sets {path} in lines {lines[path]} and {line}; leave one of them out")
+        options[path], lines[path] = _text_of(value), line
+    return list(options.items())
 
 
-def _flattened(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str | None]]:
-    for name, value in settings.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict) and "class_path" in value:
-            yield path, str(value["class_path"])
-            yield from _flattened(value.get("init_args") or {}, f"{path}.")
-        elif isinstance(value, dict):
-            yield from _flattened(value, f"{path}.")
+def _composed(text: str) -> Any:
+    """Return YAML as nodes, in which each value is as it is written. Raises YAMLError."""
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem="tags are not read", problem_mark=event.start_mark)
+    return yaml.compose(text, Loader=yaml.BaseLoader)
+
+
+def _flattened(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield each setting's path, line and value. `class_path` is the value of the path of its mapping."""
+    for key, value in node.value:
+        name = str(key.value)
+        if prefix and name == "init_args" and (isinstance(value, yaml.MappingNode) or value.value in NULLS):
+            yield from _flattened(value, prefix) if isinstance(value, yaml.MappingNode) else ()
+        elif isinstance(value, yaml.MappingNode):
+            yield from _flattened(value, f"{prefix}{name}.")
         else:
-            text = json.dumps(value).replace("Infinity", ".inf")  # as YAML writes it
-            yield path, "none" if value is None else value if isinstance(value, str) else text
+            path = prefix[:-1] if prefix and name == "class_path" else f"{prefix}{name}"
+            yield path, key.start_mark.line + 1, value
+
+
+def _text_of(node: yaml.Node) -> str:
+    """Return a value as one writes it on the command line."""
+    if isinstance(node, yaml.ScalarNode):
+        return "none" if node.style is None and node.value in NULLS else str(node.value)
+    _write_in_one_line(node)
+    return str(yaml.serialize(node, Dumper=yaml.BaseDumper, width=sys.maxsize)).rstrip("\n")
+
+
+def _write_in_one_line(node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        node.style = node.style and '"'
+    else:
+        node.flow_style = True
+        for part in node.value:
+            for each in part if isinstance(part, tuple) else (part,):
+                _write_in_one_line(each)
+
+
+def read_value(text: str, annotation: Any, path: str) -> Any:
+    """Return the value of this type that text on the command line stands for: None, a scalar, a list or a dictionary.
+
+    A text, also one in a list, stays as it is written. So does a number that YAML 1.1 reads as a time or as octal: no
+    number is meant. `path` is the name of the setting, for errors.
+
+    Raises:
+        ValueError: The text is no YAML.
+    """
+    kinds = union_members(annotation)
+    if text == "none" and types.NoneType in kinds:
+        return None
+    if str in kinds or text in _words(kinds):
+        return text
+    try:
+        node = _composed(text)
+        return None if node is None else _value_of(node, annotation, path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}={text!r} is no YAML: {' '.join(str(error).split())}") from None
+
+
+def _words(kinds: Sequence[Any]) -> list[Any]:
+    return [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+
+
+def _value_of(node: yaml.Node, annotation: Any, path: str) -> Any:
+    """Return the value of a node. Dictionaries have the form class_path and init_args."""
+    kinds = union_members(annotation)
+    if isinstance(node, yaml.ScalarNode):
+        text = str(node.value)
+        if node.style is not None or ODD_NUMBER.fullmatch(text):
+            return text
+        is_text = str in kinds or text in _words(kinds)
+        is_kept = is_text and not (int in kinds and text.lstrip("-").isdecimal())
+        return text if is_kept else jsonargparse.get_loader("yaml")(text)
+    if isinstance(node, yaml.SequenceNode):
+        items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), (Any, ...))
+        items = items[:1] * len(node.value) if items[-1] is ... else (*items, *[Any] * len(node.value))
+        return [
+            _value_of(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(node.value, items, strict=False))
+        ]
+    parts = {str(key.value): value for key, value in node.value}
+    if len(parts) < len(node.value):
+        raise ValueError(f"{path} has a setting twice: {', '.join(str(key.value) for key, _ in node.value)}")
+    base, known = record_type(annotation), annotation if isinstance(annotation, Mapping) else {}
+    if base is not None and "class_path" in parts:
+        own = annotations_of(class_named(base, str(parts["class_path"].value), path))
+        known = {"class_path": str, "init_args": own}
+    return {name: _value_of(part, known.get(name, Any), f"{path}.{name}") for name, part in parts.items()}
 
 
 def _check_option(
@@ -352,22 +438,25 @@ def _check_option(
             raise ValueError(f"{path}={text} needs {', '.join(f'--{path}.{name}' for name in missing)}")
         return _class_path(record)
     if base is not None or any(record_type(item) is not None for kind in kinds for item in typing.get_args(kind)):
-        return text  # YAML of records
+        read = read_value(text, annotation, path)
+        return text if isinstance(read, str) else _json(read)
     origins = [typing.get_origin(kind) for kind in kinds]
     if tuple in origins and not text.startswith("[") and ("," in text or int not in kinds):
         text = f"[{text}]"
-    is_text = str in kinds or text in [word for kind in kinds for word in typing.get_args(kind)]
     if Callable in origins and str not in kinds:
         fit(path, annotation, import_named(text, path))
         return text
-    try:
-        read = text if is_text else jsonargparse.get_loader("yaml")(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}={text!r} is no YAML: {' '.join(str(error).split())}") from None
+    read = read_value(text, annotation, path)
     if text or types.NoneType in kinds or issubclass(owner, Record):  # a text of a task may be empty
         setting = next(field for field in dataclasses.fields(owner) if field.name == last)
         fit(path, annotation, read, setting.metadata.get("bound"))
-    return text
+    if read and isinstance(read, str) and types.NoneType in kinds and re.match(r"\s*(#|---\s*$)", read):
+        raise ValueError(f"{path}={text!r} would be read as none, like a comment of YAML; a path may be ./{text}")
+    return _json(read) if isinstance(read, list) else text
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value).replace("Infinity", ".inf")  # as YAML writes it
 
 
 def _dataclass_of(annotation: Any) -> Any:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors, losses
+from dllm_rl.cli.options import read_methods
 from dllm_rl.config import from_command_line, override
 from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Sandwich, Trajectory
 from dllm_rl.models.lora_settings import Lora
@@ -41,10 +42,12 @@ class Mine(Corrector):
     Args:
         strength: Power of the ratio, above 0.
         halved: Whether weights are halved. Default: no.
+        note: A text that changes nothing.
     \"\"\"
 
     strength: float = option(above=0)
     halved: bool = False
+    note: str = "-"
 
     def weights(self, stats):
         return stats.log_mismatch.exp() ** self.strength, stats.mask, {}
@@ -466,6 +469,69 @@ def test_a_wrong_config_is_refused_by_the_same_lines(recipe, text, wanted, tmp_p
     (tmp_path / "run.yaml").write_text(text)
     lines = errors(recipe, ["--config", str(tmp_path / "run.yaml")], capsys)
     assert len(lines) == len(wanted) and all(part in line for part, line in zip(wanted, lines, strict=True))
+
+
+TEXTS = ["3.10", "0123", "12:30", "12:30:00", "2024-01-01", "yes", "on", "1e3", "0x1F", "1_000", "True", ".5", "="]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_of_a_file_stays_as_it_is_written(recipe, text, tmp_path):
+    """So it does on the command line, and in lists, whose words may be numbers of tokens, too."""
+    words = ["--config", str(tmp_path / "run.yaml")]
+    for name in ("name", "output_dir"):
+        (tmp_path / "run.yaml").write_text(f"{name}: {text}\n")
+        assert getattr(override(recipe, words), name) == text == getattr(override(recipe, [f"--{name}", text]), name)
+    lists = f"lora:\n  targets:\n  - {text}\n  - 'no'\nsampler: {{suppress: [{text}, 7, '7']}}\n"
+    (tmp_path / "run.yaml").write_text(lists)
+    from_file = override(recipe, ["--lora", "Lora", *words])
+    on_line = override(
+        recipe, ["--lora", "Lora", "--lora.targets", f"{text},no", "--sampler.suppress", f"{text},7,'7'"]
+    )
+    assert from_file.lora.targets == on_line.lora.targets == (text, "no")
+    assert from_file.sampler.suppress == on_line.sampler.suppress == (text, 7, "7")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{class_path: own_method.Mine, strength: 1, note: 3.10}",
+        "{class_path: own_method.Mine, init_args: {strength: 1, note: 3.10}}",
+        "{class_path: Compose, init_args: {parts: [TIS, "
+        "{class_path: own_method.Mine, init_args: {strength: 1, note: 3.10}}]}}",
+    ],
+)
+def test_a_text_of_a_class_stays_as_it_is_written(recipe, own_module, text, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"corrector: {text}\n")
+    corrector = override(recipe, ["--config", str(tmp_path / "run.yaml")]).corrector
+    assert getattr(corrector, "parts", [corrector])[-1].note == "3.10"
+    (method,) = read_methods(correctors.Corrector, "rank", [own_module], {"rank": {"strength": "1", "note": "3.10"}})
+    assert method.note == "3.10" and method.strength == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("num_steps: 3\nname: a\nnum_steps: 5\n", "sets num_steps in lines 1 and 3"),
+        (
+            "corrector: {class_path: TIS, init_args: {cap: 3}}\ncorrector.cap: 5\n",
+            "sets corrector.cap in lines 1 and 2",
+        ),
+        ("corrector:\n  class_path: TIS\n  cap: 3\n  init_args:\n    cap: 5\n", "sets corrector.cap in lines 3 and 5"),
+        ("corrector: TIS\ncorrector: {class_path: MIS}\n", "sets corrector in lines 1 and 2"),
+        ("corrector: {class_path: Compose, init_args: {parts: [{class_path: TIS, class_path: MIS}]}}", "twice"),
+        ("corrector: {class_path: TIS, cab: 3}\n", "--corrector.cab is not a setting of TIS"),
+        ("output_dir: '#4'\n", "output_dir='#4' would be read as none"),
+        ("corrector: &this {cap: *this}\n", "is no YAML: maximum recursion"),
+        ("name: !env HOME\n", "tags are not read"),
+        ("num_steps: 1:30\n", "num_steps='1:30' is of type str; give int"),
+        ("num_steps: 010\n", "num_steps='010' is of type str; give int"),
+        ("task: {clues: [1:30, 5]}\n", "task.clues[0]='1:30' is of type str; give int"),
+    ],
+)
+def test_a_file_that_could_be_read_in_two_ways_is_refused(recipe, text, wanted, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    (line,) = errors(recipe, ["--config", str(tmp_path / "run.yaml")], capsys)
+    assert wanted in line
 
 
 def test_help_explains_each_setting_with_its_bound_and_choices(recipe, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dllm_rl.cli.options import Method, open_policy, read_methods, read_value
+from dllm_rl.cli.options import Method, open_policy, read_methods
 from dllm_rl.cli.run_settings import sampler_of, task_named
 from dllm_rl.config import import_named, override
 from dllm_rl.decoding.tokens import default_max_new_tokens
@@ -291,8 +291,8 @@ def swept_methods(base: type[Method], option: str, arguments: argparse.Namespace
     `--commit Threshold,Schedule --commit.tau 0.7,0.9` are Threshold(tau=0.7), Threshold(tau=0.9) and Schedule().
     """
     values_of = {
-        field: [read_value(each) for each in value.split(",")] if isinstance(value, str) else [value]
-        for field, value in arguments.fields.get(option, {}).items()
+        field: [text] if text.startswith("[") else text.split(",")
+        for field, text in arguments.fields.get(option, {}).items()
     }
     methods: list[Method | None] = []
     for values in product(*values_of.values()):

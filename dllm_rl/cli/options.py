@@ -18,10 +18,10 @@ Method = TypeVar("Method", bound="Record")
 METHODS = ("rank", "commit", "cache", "quantization")
 
 
-def split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Split the arguments of a command into those for argparse, and the fields of METHODS: {"commit": {"tau": 0.9}}."""
+def split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Split the arguments of a command into argparse's and the texts of METHODS' fields: {"commit": {"tau": "0.9"}}."""
     rest: list[str] = []
-    fields: dict[str, dict[str, Any]] = {}
+    fields: dict[str, dict[str, str]] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -34,19 +34,8 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, An
             if not words:
                 raise ValueError(f"{word} needs a value")
             text = words.pop(0)
-        fields.setdefault(method, {})[field] = read_value(text)
+        fields.setdefault(method, {})[field] = text
     return rest, fields
-
-
-def read_value(text: str) -> Any:
-    """Return the value that text stands for in YAML; None for "none"."""
-    import jsonargparse  # local: not needed for --help
-    import yaml
-
-    try:
-        return None if text == "none" else jsonargparse.get_loader("yaml")(text)
-    except yaml.YAMLError:
-        return text  # the class refuses it, if its field is no text
 
 
 def read_methods(
@@ -65,13 +54,13 @@ def read_methods(
         base: Base class of the methods.
         option: Name of the option.
         names: Names of the classes, the option's value: classes of the library, or MODULE.NAME, which is imported.
-        fields: Values of the fields, as `split_fields` returns them.
+        fields: Values of the fields, or their text, as `split_fields` returns it.
         prefix: Text before an option's name where the user writes it, for error messages.
 
     Raises:
         ValueError: A class or a field is unknown, or a value is missing or wrong.
     """
-    from dllm_rl.config import class_named  # local: imports torch, which would slow --help
+    from dllm_rl.config import class_named, read_value  # local: imports torch, which would slow --help
     from dllm_rl.records import annotations_of, make_record, required_settings
 
     settings = fields.get(option, {})
@@ -86,10 +75,14 @@ def read_methods(
         if record is None:
             methods.append(None)
             continue
-        own = {field: value for field, value in settings.items() if field in annotations_of(record)}
+        kinds = annotations_of(record)
+        own = {field: value for field, value in settings.items() if field in kinds}
         if missing := sorted(required_settings(record).keys() - own.keys()):
             raise ValueError(f"{prefix}{option} {record.__name__} needs {prefix}{option}.{missing[0]}")
         try:
+            for field, text in own.items():
+                if isinstance(text, str):
+                    own[field] = read_value(text, kinds[field], field)
             methods.append(make_record(record, own))
         except ValueError as error:
             raise ValueError(f"{prefix}{option} {record.__name__}: {error}") from None

@@ -38,7 +38,7 @@ class Autoregress(Sampler):
     temperature: float = option(default=1.0, at_least=0)
     top_k: int | None = option(default=None, at_least=1)
     top_p: float | None = option(default=None, above=0, at_most=1)
-    suppress: tuple[int | str, ...] = ()
+    suppress: tuple[str | int, ...] = ()
 
     def check(self) -> None:
         SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them

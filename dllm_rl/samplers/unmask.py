@@ -79,7 +79,7 @@ class Unmask(Sampler):
     temperature: float = option(default=0.0, at_least=0)
     top_k: int | None = option(default=None, at_least=1)
     top_p: float | None = option(default=None, above=0, at_most=1)
-    suppress: tuple[int | str, ...] = ()
+    suppress: tuple[str | int, ...] = ()
     rank: Rank = MaxProb()
     commit: Commit = Schedule()
     cache: Cache | None = None
@@ -319,7 +319,7 @@ def _check_infilling(
 
 
 def check_fits(
-    policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: tuple[int | str, ...] = ()
+    policy: Policy, prompts: Prompts, max_new_tokens: int, suppress: tuple[str | int, ...] = ()
 ) -> tuple[int, ...]:
     """Return the ids of `suppress`, whose tokens are ids or texts of the vocabulary.
 

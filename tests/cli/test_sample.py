@@ -148,8 +148,11 @@ def test_command_draws_every_step(checkpoint, capsys):
         (["--commit", "Threshold"], "--commit Threshold needs --commit.tau"),
         (["--commit", "Schedule", "--commit.tau", "3"], "--commit.tau is no setting of Schedule; leave it out"),
         (["--commit", "Threshold", "--commit.tau", "x"], "--commit Threshold: tau='x' is of type str; give float"),
-        (["--commit", "Threshold", "--commit.tau=[1"], "--commit Threshold: tau='[1' is of type str; give float"),
-        (["--commit", "Threshold", "--commit.tau", "none"], "--commit Threshold: tau=None is of type NoneType"),
+        (["--commit", "Threshold", "--commit.tau=[1"], "--commit Threshold: tau='[1' is no YAML"),
+        (
+            ["--commit", "Threshold", "--commit.tau", "none"],
+            "--commit Threshold: tau='none' is of type str",
+        ),
         (["--commit", "Threshold", "--commit.tau", "2e0"], "--commit Threshold: tau=2.0 must lie in (0, 1]"),
         (["--commit.tau", "0.5"], "--commit.tau needs --commit, the class with this setting"),
         (["--rank", "PlackettLuce", "--rank.temperature", "1", "--rank.base_rank", "Best"], "base_rank='Best' is not"),

@@ -276,7 +276,7 @@ class Shared:
     def _pack_error(self, error: BaseException) -> Any:
         """Return an exception as JSON: the name of its built-in class, its arguments and its attributes."""
         kind = next(kind for kind in type(error).__mro__ if CLASSES.get(kind.__name__) is kind)
-        values = {name: getattr(error, name, None) for name in _attributes(kind)}
+        values: dict[str, Any] = {name: getattr(error, name, None) for name in _attributes(kind)}
         self.chain += 1
         try:
             arguments = [self._pack_or(part, lambda part: str(part)) for part in error.args]
