@@ -40,7 +40,6 @@ from .algorithms.prompt_sources import MixedRewardPrompts as MixedRewardPrompts
 from .algorithms.prompt_sources import PromptSource as PromptSource
 from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
 from .algorithms.replay import Replay as Replay
-from .algorithms.values import ValueModel as ValueModel
 from .callbacks import Callback as Callback
 from .callbacks import StopBelow as StopBelow
 from .cli.run_recipe import main as main

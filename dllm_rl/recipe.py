@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dllm_rl.algorithms.losses import is_per_token, takes_drawn_steps
+from dllm_rl.algorithms.losses import takes_drawn_steps
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
@@ -142,8 +142,8 @@ class Recipe(StepSettings):
                 "num_iterations=1",
             ),
             (
-                not self.num_iterations and bool(self.beta or self.entropy_coeff or self.value_model),
-                "num_iterations=0 has no policy gradient, to which beta, entropy_coeff and value_model belong: leave "
+                not self.num_iterations and bool(self.beta or self.entropy_coeff),
+                "num_iterations=0 has no policy gradient, to which beta and entropy_coeff belong: leave "
                 "them out, or use num_iterations=1",
             ),
             (
@@ -176,10 +176,6 @@ class Recipe(StepSettings):
             every_step = f"likelihood.variance_growth={growth:g} scores some of a row's steps, and"
             conflicts += [
                 (
-                    self.value_model is not None,
-                    f"{every_step} value_model needs the states of all: set either to None",
-                ),
-                (
                     not takes_drawn_steps(self.resolved_loss),
                     f"{every_step} loss={describe(self.resolved_loss)} needs all tokens of a row: use PPOClip, CISPO "
                     "or GSPO, or likelihood.variance_growth=None",
@@ -192,19 +188,6 @@ class Recipe(StepSettings):
             ]
         if self.base_quantization is not None:
             conflicts += self.low_bit_conflicts(f"base_quantization={self.base_quantization!r}")
-        if self.value_model is not None:
-            conflicts += [
-                (
-                    not self.likelihood.replays_steps,
-                    f"value_model needs a likelihood whose views are the sampler's steps, and {self.likelihood.name!r} "
-                    f"has others: use {EXACT} (diffusion models only), or value_model=None",
-                ),
-                (
-                    not is_per_token(self.resolved_loss),
-                    f"value_model gives each token its advantage, and loss={describe(self.resolved_loss)} treats a "
-                    "row's tokens together: use PPOClip, CISPO or Reinforce, or value_model=None",
-                ),
-            ]
         return conflicts + self._compile_conflicts() + self._async_conflicts() + self._teacher_conflicts()
 
     def low_bit_conflicts(self, base: str) -> list[tuple[bool, str]]:

@@ -554,7 +554,7 @@ class Logprobs:
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner replays, if any
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
-    token_advantages: Float[Tensor, "B T"] | None = None  # of a feature, such as a value model; None: those of rows
+    token_advantages: Float[Tensor, "B T"] | None = None  # of a feature; None: those of rows
     is_scored: bool = True  # False: no policy scored these views, since no update reads the log-probs, which are 0
 
 

@@ -17,7 +17,7 @@ from dllm_rl import (
     AIS, CISPO, ELBO, EUBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, BlockELBO, Compose, Corrector, Coupled,
     Float8WeightOnly, GroupRelative, IcePop, Int4WeightOnly, Lora, Loss, MaxProb, Policy, PPOClip, PrefixCache, Prompts,
     Recipe, Reject, Rollout, Sampler, SoftThreshold, Sudoku, Task, TokenMean, TokenStats, TokenWeights, Trajectory,
-    Unmask, ValueModel, evaluate, grpo, grpo_recipe, load_policy, option, quantized_copy, sft, tiny_masked_lm, train,
+    Unmask, evaluate, grpo, grpo_recipe, load_policy, option, quantized_copy, sft, tiny_masked_lm, train,
 )
 
 
@@ -58,7 +58,6 @@ recipe = Recipe(
     likelihood=Trajectory(),
     corrector=Compose(parts=parts),
     advantages=GroupRelative(scale_rewards="none"),
-    value_model=ValueModel(gae_lambda=1),
     loss=PPOClip(epsilon=0.1, epsilon_high=None),
     loss_reduction=TokenMean(),
     kl=K1(),

@@ -89,7 +89,7 @@ class LikelihoodEstimator(Record):
     def replays_steps(self) -> bool:
         """Whether view n shows what the sampler saw before it wrote the tokens that the view scores.
 
-        The views must be in the sampler's order. A `ValueModel` requires it.
+        The views must be in the sampler's order.
         """
         return False
 

@@ -87,8 +87,8 @@ class RenoiseView(View):
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         """Raise ValueError: a replay has no single forward whose states could be returned."""
         raise ValueError(
-            "needs_entropy of a corrector and value_model read the states of one forward, and renoise's view takes "
-            "several: leave them out"
+            "needs_entropy of a corrector reads the states of one forward, and renoise's view takes several: leave it "
+            "out"
         )
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:

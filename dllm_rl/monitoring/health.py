@@ -130,13 +130,11 @@ def equal_rewards(rows: Sequence[Mapping[str, float]]) -> Problem | None:
 
 
 def teaches_equal_groups(rows: Sequence[Mapping[str, float]]) -> bool:
-    """Return whether a run also learns without mixed groups: from stored answers, with a value model, or because its
-    advantages compare more than a group, so that there are some in a step without a mixed group.
+    """Return whether a run also learns without mixed groups: from stored answers, or because its advantages
+    compare more than a group, so that there are some in a step without a mixed group.
     """
     return any(
-        row.get("replay/updates")
-        or "value/loss" in row
-        or (mixed_share(row) == 0 and ("band/positive" in row or "band/negative" in row))
+        row.get("replay/updates") or (mixed_share(row) == 0 and ("band/positive" in row or "band/negative" in row))
         for row in rows
     )
 

@@ -9,7 +9,6 @@ from dllm_rl.algorithms.advantages import Advantages, GroupRelative
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, policy_loss
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
-from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.records import option
@@ -64,10 +63,6 @@ class StepSettings(Settings):
     )
     advantages: Advantages = option(
         default=GroupRelative(), help="advantages (B,) of rewards (B,) in groups: GroupRelative, LeaveOneOut, Decoupled"
-    )
-    value_model: ValueModel | None = option(
-        default=None,
-        help="subtract a learned value from the advantage at each denoising step; None: one advantage per row",
     )
     loss: Loss | None = option(
         default=None, help="policy-gradient objective; None: the corrector's, if it has one, else PPOClip"
@@ -141,7 +136,7 @@ class StepSettings(Settings):
     @property
     def trains_all_groups(self) -> bool:
         """Whether a group of equal rewards is trained too. `StepContext.trains_all_groups` also asks the features."""
-        return bool(self.beta or self.entropy_coeff or self.value_model)
+        return bool(self.beta or self.entropy_coeff)
 
     @property
     def samples_in_process(self) -> bool:

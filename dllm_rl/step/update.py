@@ -150,7 +150,7 @@ def update_direction(
 
     Returns:
         update/direction: cosine similarity of the rows' advantages and the changes of their log-probs, in [-1, 1]; with
-        a value model, of the tokens'. Below 0, worse answers became more likely. {} if nothing changed.
+        a feature's token advantages, of the tokens'. Below 0, worse answers became more likely. {} if nothing changed.
     """
     is_per_row = batch.advantages.dim() == 1
     row_advantages = batch.advantages if is_per_row else batch.advantages.sum(-1)

@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection, TokenStats
 from dllm_rl.algorithms.losses import K2, FixedLengthMean, PPOClip, policy_loss
-from dllm_rl.algorithms.values import generalized_advantages
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
@@ -341,74 +340,6 @@ def _case(length: int, words: int, diffusion_steps: int, sharpness: float, seed:
         weight.requires_grad_()
     logps = contributions(toy, rollout, noise, Trajectory())
     return _Case(toy, rollout, noise, rewards, logps.detach(), per_outcome(toy, logps), seed)
-
-
-@dataclass(frozen=True)
-class ValueRow:
-    """A value model in one setting, on-policy: medians over networks. `bias`, `rmse` and `efficiency` are those of
-    `GradientRow`.
-
-    values      what predicts the advantage before each step: none (0), exact (its mean given the state), or noisy (the
-                exact one, with Gaussian noise that is a function of the state and as large as the rewards)
-    """
-
-    policy: str
-    values: str
-    gae_lambda: float
-    batch: int
-    bias: float
-    rmse: float
-    efficiency: float
-
-
-def value_table(  # noqa: PLR0913
-    *,
-    lambdas: Sequence[float] = (0.0, 0.5, 0.95, 1.0),
-    policies: Sequence[str] = ("early", "late"),
-    batch: int = 128,
-    length: int = 4,
-    words: int = 3,
-    diffusion_steps: int = 2,
-    networks: int = 8,
-    seed: int = 0,
-) -> list[ValueRow]:
-    """Bias and noise of the gradient with a value model, by enumeration: a row for each policy, values and lambda.
-
-    The mean reward of the policy is subtracted from the rewards, as a group's mean does in a group without end. With
-    lambda 1 every baseline that is a function of the state is unbiased; values of 0 with a lower lambda are not.
-
-    lambdas    of `generalized_advantages`
-    policies   early: soft distributions; late: concentrated ones
-    batch      rows of the batch whose noise is given
-    length, words, diffusion_steps  of the toy: words ** length outcomes
-    networks   random networks and rewards; medians over them are given
-    """
-    table = []
-    for kind, values, gae_lambda in product(policies, ("none", "exact", "noisy"), lambdas):
-        cases = _cases(length, words, diffusion_steps, kind, networks, seed)
-        found = [_with_values(case, values, gae_lambda, batch) for case in cases]
-        table.append(ValueRow(kind, values, gae_lambda, batch, *map(median, zip(*found, strict=True))))
-    return table
-
-
-def _with_values(case: _Case, values: str, gae_lambda: float, batch: int) -> tuple[float, float, float]:
-    p = case.logps.sum(-1).exp()
-    advantages = case.rewards - p @ case.rewards
-    truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)
-    steps, generator = case.rollout.unmask_step, _stream(case.seed + 3)
-    predicted = []
-    for step in range(int(steps.max()) + 1):
-        seen = case.rollout.tokens.masked_fill(steps >= step, -1)
-        states, state = seen.unique(dim=0, return_inverse=True)
-        mass, total = (torch.zeros(len(states), dtype=p.dtype).index_add(0, state, x) for x in (p, p * advantages))
-        value = {"none": torch.zeros_like(mass)}.get(values, total / mass)
-        if values == "noisy":
-            value = value + case.rewards.std() * torch.randn(len(states), generator=generator, dtype=p.dtype)
-        predicted.append(value[state])
-    everywhere = torch.ones(len(predicted), len(p), dtype=torch.bool)
-    by_step = generalized_advantages(advantages, torch.stack(predicted), everywhere, gae_lambda=gae_lambda)
-    each = torch.einsum("bt,btw->bw", by_step.T.gather(1, steps), case.jacobian)
-    return against(truth, each, p, batch)
 
 
 def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str, draws: int) -> tuple[float, ...]:

@@ -15,7 +15,6 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
 from dllm_rl.step.context import StepContext, StepFeature
-from dllm_rl.step.value_head import ValueHead
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.types import Logprobs, Rollout, Views
@@ -59,8 +58,6 @@ def run_features(recipe: Recipe, teacher: Policy | None = None) -> tuple[StepFea
     features: list[StepFeature] = []
     if teacher is not None:
         features.append(Teacher(recipe, teacher))
-    if recipe.value_model is not None:
-        features.append(ValueHead(recipe.value_model, recipe.seed))
     if recipe.replay is not None:
         features.append(ReplayStore(recipe.replay, recipe.num_steps))
     return tuple(features)

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from dllm_rl import manifest
 from dllm_rl.algorithms.optimizers import keep_rate_ratios
-from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.checkpoints.resume import allowed_changes
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
@@ -404,13 +403,4 @@ def check_teacher(policy: Policy, teacher: Policy) -> None:
             f"vocabulary than the student ({student_spec.name}, {policy.vocab_size} tokens, "
             f"mask {student_spec.mask_id}), and the same ids would be other words; give a teacher with the "
             "student's tokenizer"
-        )
-
-
-def check_value_model(value_model: ValueModel | None, policy: Policy) -> None:
-    """Raise ValueError if a recipe has a value model, and its model rewrites tokens at every step."""
-    if value_model is not None and policy.spec.attention == "encoder_decoder":
-        raise ValueError(
-            f"value_model gives each token the advantage of the step that wrote it, and {policy.spec.name!r} writes "
-            "every token at every step; use value_model=None"
         )

@@ -43,7 +43,6 @@ from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,
     check_low_bit,
-    check_value_model,
     digest_of_base,
     digest_of_teacher,
     initialize_run,
@@ -337,7 +336,6 @@ def load_and_rehearse(
     base = digest_of_base(recipe, policy, accelerator)
     check_low_bit(recipe, policy)
     recipe.likelihood.check_policy(policy)
-    check_value_model(recipe.value_model, policy)
     component_reward_weights(recipe)  # raises ValueError if the advantages take them and there are none
     longest_index = check_prompts(recipe, policy)
     problem = recipe.task[int(fitting_indices(recipe, policy, torch.tensor([longest_index])))]

@@ -34,7 +34,6 @@ from dllm_rl import (
     train,
 )
 from dllm_rl.algorithms.losses import CISPO, OffPolicyMask, TrustBand
-from dllm_rl.algorithms.values import ValueModel
 from dllm_rl.likelihoods.drawn_steps import UNIFORM_SHARE, draw_steps, growth_threshold
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.router_replay import with_sampled_experts
@@ -299,7 +298,6 @@ def divided(weights):
         ({"loss": lambda log_ratio, advantages, mask: log_ratio.sum(-1, keepdim=True) + log_ratio}, r"loss="),
         ({"corrector": lambda stats: divided(TIS().weights(stats))}, r"corrector="),
         ({"loss": lambda log_ratio, advantages, mask: (log_ratio - log_ratio.mean()) * advantages[:, None]}, r"loss="),
-        ({"value_model": ValueModel()}, "value_model needs the states of all: set either to None"),
     ],
 )
 def test_what_needs_all_tokens_of_a_row_is_refused(changes, told, tmp_path):

@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,8 +168,7 @@ def test_the_detached_gradient_stops_at_the_step_before(answer):
     if answer == "argmax":  # of two steps the second draws nothing that counts, and the first has no step before
         assert left_out < 1e-12
     else:
-        page = " ".join((Path(__file__).parents[2] / "recipes" / "studies" / "renoising.md").read_text().split())
-        assert f"left out is {left_out:.2f} of the full gradient's length." in page
+        assert left_out == pytest.approx(0.22, abs=0.005)
 
 
 def test_kept_graphs_carry_the_same_gradient():
@@ -213,15 +211,9 @@ def test_what_the_argmax_leaves_out_of_the_gradient():
     expected reward moves by jumps, too. With drawn answers, all accepted, there are none."""
     smooth, integral = line(toy(), "drawn", float("inf"), points=60)
     assert abs(smooth - integral) < 1e-4 < abs(smooth)
-    page = " ".join((Path(__file__).parents[2] / "recipes" / "studies" / "renoising.md").read_text().split())
-    for answer, bound, sentence in (
-        ("argmax", float("inf"), "by {} with `argmax` and every draw accepted, of which the gradient explains {};"),
-        ("argmax", BOUND, f"with the entropy bound {BOUND} by {{}}, of which {{}}."),
-        ("drawn", BOUND, "With drawn answers and that bound by {}, of which {}."),
-    ):
+    for answer, bound in (("argmax", float("inf")), ("argmax", BOUND), ("drawn", BOUND)):
         whole, integral = line(toy(), answer, bound, points=60)
         assert abs(whole - integral) > 0.01
-        assert sentence.format(f"{whole:.3f}", f"{integral:.3f}") in page
 
 
 def test_the_view_counts_its_forwards():

@@ -91,7 +91,6 @@ FINE = {
     ),
     "rewards that are ranks in the group": series(reward=0.5),
     "replayed answers": series(**NO_MIX, **{"replay/updates": 2.0}),
-    "a value model": series(**NO_MIX, **{"value/loss": 0.5}),
     "advantages that compare groups": series(frac_reward_zero_std=1.0, **WITH_ADVANTAGES),
     "prompts drawn again": series(**NO_MIX | {"grad_norm": 1.0}, **{"dynamic_sampling/frac_reward_zero_std": 0.0}),
     "a teacher's rewards": series(**{"dynamic_sampling/frac_reward_zero_std": 1.0}),

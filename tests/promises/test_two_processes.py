@@ -61,7 +61,6 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
         ("sudoku_unique", LATE),
         ("sudoku_unique", REPLAY),
-        ("sudoku_unique", ["--value_model", "ValueModel", "--value_model.gae_lambda", "0.5"]),
         pytest.param("sudoku_unique", [*LATE, "--likelihood", "Coupled"], marks=pytest.mark.nightly),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_token_that_training_drops_does_not_end_the_run(tmp_path, monkeypatch,
     assert any(row["rollout_corr/nonfinite_fraction"] > 0 for row in rows)
 
 
-def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
+def test_with_advantages_of_tokens_the_direction_is_that_of_the_tokens_advantages():
     """The cosine over tokens, after a step along the gradient of the log-probs weighted by each token's advantage."""
     estimator, policy = Trajectory(), tiny_masked_lm(**SIZES, head_std=0.3)
     prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id)

@@ -281,7 +281,7 @@ class Shared:
         try:
             arguments = [self._pack_or(part, lambda part: str(part)) for part in error.args]
             if issubclass(kind, BaseExceptionGroup):  # it cannot be made without the exceptions that it contains
-                arguments = [*map(self.pack, (values.pop("message"), list(values.pop("exceptions"))))]
+                arguments = [*map(self.pack, (values.pop("message"), list(values.pop("exceptions") or ())))]
             attributes = {name: self._pack_or(value, lambda _: None) for name, value in values.items()}
         finally:
             self.chain -= 1

@@ -52,8 +52,7 @@ def stage_seconds(step: PlannedStep) -> dict[str, float]:
 
     share = peak_shares(recipe.rollout_quantization, recipe.torch_compile)["rollout"]
     rollout_batches = math.ceil(step.rows / (recipe.rollout_batch_size or step.rows))
-    # Forwards of the learner, of the reference, and for the value model.
-    passes = 1 + bool(recipe.beta) + bool(recipe.value_model)
+    passes = 1 + bool(recipe.beta)  # forwards of the learner, and of the reference
     scoring = duration(view_tokens, FORWARD_SHARE, step.num_forwards, passes)
     if recipe.has_separate_rollout_policy and not recipe.likelihood.exact_for_sampler:
         scoring += duration(view_tokens, share, step.num_forwards)

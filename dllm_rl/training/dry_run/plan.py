@@ -22,7 +22,7 @@ from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import cautions, learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
-from dllm_rl.training.policies import apply_compute_settings, call_model_function, check_value_model
+from dllm_rl.training.policies import apply_compute_settings, call_model_function
 from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
 from dllm_rl.training.validation import check_metric_names
 
@@ -95,7 +95,6 @@ def check_step(step: PlannedStep) -> None:
     """
     recipe, policy = step.recipe, step.policy
     recipe.likelihood.check_policy(policy)
-    check_value_model(recipe.value_model, policy)
     check_processes(recipe, step.processes)
     if step.shard_size > 1:
         check_module(policy.module, step.shard_size)
