@@ -73,8 +73,7 @@ def bootstrap_interval(
 
 
 def student_t(n: int) -> float:
-    """Return the half-width of n values' 95 % interval in standard errors, to three digits: Student's t, n - 1 degrees
-    of freedom.
+    """Return the half-width of n values' 95 % interval in standard errors: Student's t, n - 1 degrees of freedom.
 
     P(|t| < x) is a finite sum of powers of the cosine of arctan(x / sqrt(n - 1)) (Abramowitz & Stegun 26.7.3, 26.7.4).
     """
@@ -87,7 +86,7 @@ def student_t(n: int) -> float:
             term *= cos(angle) ** 2 * (power + 1) / (power + 2)
         inside = (angle + total * sin(angle)) * 2 / pi if degrees % 2 else total * sin(angle)
         low, high = (angle, high) if inside < LEVEL else (low, angle)
-    return round(degrees**0.5 * tan(low), 3)
+    return degrees**0.5 * tan(low)
 
 
 def t_interval(values: Sequence[float], before: Sequence[float] | None = None) -> tuple[float, float] | None:

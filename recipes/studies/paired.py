@@ -201,18 +201,17 @@ def counted(differences: Sequence[float]) -> str:
     return f"{interval(differences)} ({sum(each > 0 for each in differences)} of {len(differences)})"
 
 
-def share(results: Results, arm: str, against: str, whole: str) -> str:
-    """(arm less against) / (whole less against), paired by seed, and Fieller's 95 % interval.
-
-    "not shown" where the interval of the whole loss includes 0: then no share is bounded."""
-    part, loss = paired(results, arm, against), paired(results, whole, against)
+def share(results: Results, arm: str, against: str, whole: str, column: str = "after") -> str:
+    """(arm less against) / (whole less against), paired by seed, and Fieller's 95 % interval, which has no bounds where
+    the interval of the whole loss includes 0."""
+    part, loss = paired(results, arm, against, column), paired(results, whole, against, column)
     n = len(loss)
     t = student_t(n) ** 2 / n
     a = mean(loss) ** 2 - t * variance(loss)
     b = mean(part) * mean(loss) - t * covariance(part, loss)
     c = mean(part) ** 2 - t * variance(part)
     if a <= 0:
-        return "not shown"
+        return f"{mean(part) / mean(loss):.2f}, without bounds"
     half = (b * b - a * c) ** 0.5
     return f"{mean(part) / mean(loss):.2f} [{(b - half) / a:.2f}, {(b + half) / a:.2f}]"
 
@@ -232,6 +231,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, p_values[i] * (len(p_values) - rank)))
         adjusted[i] = least
     return adjusted
+
+
+def benjamini_hochberg(p_values: Sequence[float], rate: float = 0.05) -> list[bool]:
+    """Which are kept if the expected share of false ones among the kept is to be at most `rate`: all up to the largest
+    p that is at most `rate` times its rank over their number."""
+    ranked = sorted(p_values)
+    limit = max((p for rank, p in enumerate(ranked, 1) if p <= rate * rank / len(ranked)), default=-1.0)
+    return [p <= limit for p in p_values]
 
 
 def paired(results: Results, arm: str, against: str, column: str = "after") -> list[float]:

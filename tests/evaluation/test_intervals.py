@@ -3,7 +3,7 @@
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
-from math import comb, sqrt
+from math import comb, pi, sqrt, tan
 
 import numpy as np
 import pytest
@@ -218,13 +218,19 @@ def test_bootstrap_of_a_difference_refuses() -> None:
     ],
 )
 def test_students_t_is_that_of_printed_tables(values: int, expected: float) -> None:
-    assert student_t(values) == expected
+    assert student_t(values) == pytest.approx(expected, abs=5e-4)
+
+
+def test_students_t_is_not_rounded() -> None:
+    """With one degree P(|t| < x) is arctan(x) 2 / pi, with two x / sqrt(2 + x^2)."""
+    assert student_t(2) == pytest.approx(tan(0.475 * pi), rel=1e-12)
+    assert student_t(3) == pytest.approx(sqrt(2 * 0.95**2 / (1 - 0.95**2)), rel=1e-12)
 
 
 def test_students_interval_by_hand() -> None:
     """Of 1, 2, 3 the standard error is sqrt(1/3); with 4, 6 it is sqrt(1/3 + 2/2), with the smaller one's 1 degree."""
-    half = 4.303 * sqrt(1 / 3)
+    half = student_t(3) * sqrt(1 / 3)
     assert t_interval([1, 2, 3]) == pytest.approx((2 - half, 2 + half))
-    half = 12.706 * sqrt(1 / 3 + 2 / 2)
+    half = student_t(2) * sqrt(1 / 3 + 2 / 2)
     assert t_interval([1, 2, 3], [4, 6]) == pytest.approx((-3 - half, -3 + half))
     assert t_interval([1]) is None and t_interval([0.1, 0.1, 0.1]) is None and t_interval([1, 2], [3]) is None

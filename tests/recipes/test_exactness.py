@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, Prompts, Schedule, Threshold, Trajectory, Unmask
 from dllm_rl.files import read_json
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
+from dllm_rl.types import Rollout
 from recipes.examples.fork_grpo import Fork, ForkSteps
 from recipes.examples.informed_masking import change_of_confidence, informed_masks
 from recipes.examples.just_grpo_fast import LeastCertain
@@ -179,6 +181,28 @@ def test_the_order_of_confident_draws_is_scored_by_hand():
                     chance *= sum(below)
             canvas[now] = tokens[now]
         assert p == pytest.approx(chance, abs=1e-12)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_enumerated_masks_of_coupled_are_the_librarys(num_samples):
+    """Of 40,000 rows the masks and coefficients, as often as they are enumerated."""
+    rows = 40_000
+    tokens, everywhere = torch.arange(4).expand(rows, 4), torch.ones(rows, 4, dtype=torch.bool)
+    rollout = Rollout(tokens, everywhere, everywhere, tokens, torch.zeros(rows, 4), torch.arange(rows))
+
+    def keys(views, row):
+        each = zip(views.masked[:, row].tolist(), views.coefficients[:, row].mul(1000).round().tolist(), strict=True)
+        return tuple(sorted((tuple(mask), tuple(weights)) for mask, weights in each if any(weights)))
+
+    views = Coupled(num_samples=num_samples).draw_views(rollout, torch.Generator().manual_seed(0))
+    seen = Counter(keys(views, row) for row in range(rows))
+    chances = Counter()
+    for chance, estimator in exactness.coupled_draws(num_samples):
+        chances[keys(estimator.draw_views(rollout.rows(torch.tensor([0])), torch.Generator()), 0)] += chance
+    assert sum(chances.values()) == pytest.approx(1) and seen.keys() <= chances.keys()
+    for draw, chance in chances.items():
+        assert seen[draw] / rows == pytest.approx(chance, abs=5 * (chance / rows) ** 0.5), draw
 
 
 @pytest.mark.nightly

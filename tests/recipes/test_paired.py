@@ -45,6 +45,13 @@ def test_holm_by_hand():
     assert paired.holm([0.9, 0.6]) == [1.0, 1.0]
 
 
+def test_benjamini_hochberg_by_hand():
+    """Of four at 5 % the limits are 0.0125, 0.025, 0.0375, 0.05: 0.036 passes as the third, and takes 0.03 along, which
+    is above its own."""
+    assert paired.benjamini_hochberg([0.036, 0.9, 0.03, 0.01]) == [True, False, True, True]
+    assert paired.benjamini_hochberg([0.06, 0.2]) == [False, False]
+
+
 def keyed(*results):
     return {(arm, seed): {"after": after, "quantized": 0.5} for arm, seed, after in results}
 
@@ -89,9 +96,9 @@ def test_a_share_of_the_harm_by_hand():
     results = {("none", seed): {"after": 0.0} for seed in (0, 1)}
     results |= {("TIS", 0): {"after": 1.0}, ("TIS", 1): {"after": 3.0}}
     whole = {("whole", 0): {"after": 2.0}, ("whole", 1): {"after": 4.0}}
-    assert paired.share(results | whole, "TIS", "none", "whole") == "not shown"
+    assert paired.share(results | whole, "TIS", "none", "whole") == "0.67, without bounds"
     whole = {("whole", 0): {"after": 399.0}, ("whole", 1): {"after": 401.0}}
-    t = 12.706**2 / 2
+    t = 12.7062**2 / 2
     a, b, c = 160_000 - 2 * t, 800 - 2 * t, 4 - 2 * t
     root = (b * b - a * c) ** 0.5
     expected = f"0.01 [{(b - root) / a:.2f}, {(b + root) / a:.2f}]"

@@ -20,9 +20,9 @@ rmse        root mean square error of the gradient of a batch that BUDGET forwar
 INT4, TIS   bias with rollouts of the network whose weights are rounded to 15 levels, without a weight, and with TIS
             (cap 2) from the estimate
 
-Masks are drawn DRAWS times for each rollout, and their noise is taken out of the biases. Scored tokens are summed: how
-a method's loss divides by lengths is left out. Numbers are medians over four random networks whose distributions are
-sharp, and, where it says so, over four soft ones, with random rewards.
+Masks are drawn DRAWS times for each rollout, and their noise is taken out of the biases; those of Coupled and ESPO are
+enumerated. Scored tokens are summed: how a method's loss divides by lengths is left out. Numbers are medians over four
+random networks whose distributions are sharp, and, where it says so, over four soft ones, with random rewards.
 
     python -m recipes.studies.exactness.exactness
         run all rows, exactness.json, the figure, the tables
@@ -33,9 +33,10 @@ sharp, and, where it says so, over four soft ones, with random rewards.
 import argparse
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
+from itertools import combinations, product
+from math import comb
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -348,11 +349,20 @@ class Row:
 
     estimator  of the policy that sampled, the estimator; or whether `Renoised` is scored by its last step alone
     power      of the estimate in the ratio: 1 / length where a method takes the mean over tokens
+    draws      every draw of the estimator's masks, as an estimator without draws, with its chance; (): it draws
     """
 
     sampler: Unmask | Renoised
     estimator: Callable[[Table], LikelihoodEstimator] | bool
     power: float = 1.0
+    draws: tuple[tuple[float, LikelihoodEstimator], ...] = ()
+
+    def versions(self, table: Table, number: int) -> list[tuple[float, "Row"]]:
+        """The rows whose mean this is, with their chances: one of each draw, or `number` equal ones that draw."""
+        if self.draws:
+            return [(chance, replace(self, estimator=fixed(each), draws=())) for chance, each in self.draws]
+        is_random = callable(self.estimator) and self.estimator(table).is_random
+        return [(1 / number, self)] * number if is_random else [(1.0, self)]
 
     def draw(self, found: Outcomes, table: Table, advantages: Float[Tensor, " B"], seed: int) -> Scored:
         if isinstance(self.sampler, Renoised):
@@ -437,11 +447,11 @@ def jacobian(sharpness: float, seed: int, length: int) -> Tensor:
     return networks(sharpness, seed, length).before.jacobian
 
 
-def off(means: list[Tensor], target: Tensor) -> float:
-    """The distance of the mean of these gradients from the target, in its lengths, freed of their noise."""
+def off(means: list[Tensor], chances: Float[Tensor, " N"], target: Tensor, drawn: bool) -> float:
+    """The distance of the mean of these gradients from the target, in its lengths, freed of their noise if `drawn`."""
     each = torch.stack(means)
-    noise = each.var(0).sum() / len(each) if len(each) > 1 else 0.0
-    squared = (each.mean(0) - target).square().sum() - noise
+    noise = each.var(0).sum() / len(each) if drawn and len(each) > 1 else 0.0
+    squared = (chances @ each - target).square().sum() - noise
     return float(squared.clamp(min=0).sqrt() / target.norm())
 
 
@@ -464,10 +474,9 @@ def measure(row: Row, sharpness: float, seed: int, number: int = DRAWS) -> dict[
     means: dict[str, list[Tensor]] = {name: [] for name in ("bias", "reused", "INT4", "TIS")}
     largest, square, level, second, forwards, of, never = 0.0, [], [], [], [], "", 0.0
     one = torch.ones(1, table.length, dtype=torch.float64)
-    draw = partial(row.draw, table=table)
-    is_random = callable(row.estimator) and row.estimator(table).is_random
-    for sample in range(number if is_random else 1):
-        drawn = draw(found, advantages=gained, seed=sample)
+    versions = row.versions(table, number)
+    for sample, (_, version) in enumerate(versions):
+        drawn = version.draw(found, table, gained, sample)
         estimate, each = gradients(table, drawn, gained[:, None] * one)
         by_row = torch.sparse.mm(each.coalesce(), jacobian(sharpness, seed, length))
         means["bias"].append(found.chances @ by_row)
@@ -487,7 +496,7 @@ def measure(row: Row, sharpness: float, seed: int, number: int = DRAWS) -> dict[
         square.append(float(found.chances @ error.square()))
         _, each = gradients(after, drawn, (moved.exp() * gained)[:, None] * one)
         means["reused"].append(mean_gradient(after, each, found.chances))
-        drawn = row.draw(rolled, copy, gained_copy, sample)
+        drawn = version.draw(rolled, copy, gained_copy, sample)
         with torch.no_grad():
             ours, theirs = drawn.score(table), drawn.score(copy)
         weights, _, _ = TIS().weights(
@@ -496,24 +505,30 @@ def measure(row: Row, sharpness: float, seed: int, number: int = DRAWS) -> dict[
         for name, weight in (("INT4", torch.ones_like(ours)), ("TIS", weights)):
             _, each = gradients(table, drawn, gained_copy[:, None] * weight)
             means[name].append(mean_gradient(table, each, rolled.chances))
-    mean = torch.stack(means["bias"]).mean(0)
-    bias, cost = off(means["bias"], target), sum(forwards) / len(forwards)
-    variance = (sum(second) / len(second) - float(mean.square().sum())) / float(target.square().sum())
+    chances = torch.tensor([chance for chance, _ in versions], dtype=torch.float64)
+
+    def over(values: list[float]) -> float:
+        return float(chances @ torch.tensor(values, dtype=torch.float64))
+
+    mean = chances @ torch.stack(means["bias"])
+    apart = partial(off, chances=chances, drawn=not row.draws)
+    bias, cost = apart(means["bias"], target=target), over(forwards)
+    variance = (over(second) - float(mean.square().sum())) / float(target.square().sum())
     return {
         "sharpness": sharpness,
         "seed": seed,
         "of": of,
         "largest": largest,
-        "rms": (sum(square) / len(square)) ** 0.5,
-        "level": (sum(level) / len(level)) ** 0.5,
+        "rms": over(square) ** 0.5,
+        "level": over(level) ** 0.5,
         "never": never,
         "bias": bias,
         "cosine": float(torch.cosine_similarity(mean, target, dim=0)),
-        "reused": off(means["reused"], target_after),
+        "reused": apart(means["reused"], target=target_after),
         "forwards": cost,
         "rmse": (bias**2 + max(variance, 0.0) * cost / BUDGET) ** 0.5,
-        "INT4": off(means["INT4"], target),
-        "TIS": off(means["TIS"], target),
+        "INT4": apart(means["INT4"], target=target),
+        "TIS": apart(means["TIS"], target=target),
     }
 
 
@@ -529,6 +544,43 @@ def fixed(estimator: LikelihoodEstimator) -> Callable[[Table], LikelihoodEstimat
     return lambda policy: estimator
 
 
+def pairs_of(chances: Mapping[int, float]) -> Iterator[tuple[float, list[tuple[Tensor, float]]]]:
+    """The draws of a pair of `Coupled`, a mask of k tokens and its complement, from the chances of k: (mask, (T + 1) /
+    2k) of each view that masks a token."""
+    for size, chance in chances.items():
+        for chosen in combinations(range(LENGTH), size):
+            mask = torch.zeros(LENGTH, dtype=torch.bool)
+            mask[list(chosen)] = True
+            sides = [(mask, size), (~mask, LENGTH - size)]
+            yield chance / comb(LENGTH, size), [(side, (LENGTH + 1) / (2 * k)) for side, k in sides if k]
+
+
+def fixed_views(views: Sequence[tuple[Tensor, float]]) -> LikelihoodEstimator:
+    """These views of every row: (mask, coefficient of its tokens)."""
+
+    def draw(rollout: Rollout, generator: torch.Generator) -> Views:
+        shape = rollout.tokens.shape
+        masked = torch.stack([mask.expand(shape) for mask, _ in views])
+        weights = torch.tensor([weight for _, weight in views], dtype=torch.float64)
+        return Views(masked, masked * weights[:, None, None])
+
+    return FunctionLikelihood(function=draw)
+
+
+def coupled_draws(num_samples: int) -> tuple[tuple[float, LikelihoodEstimator], ...]:
+    """Every draw of `Coupled` for four tokens, of one pair or of two stratified ones: k of the first of two is 0, 1, 2
+    with probability 0.4, 0.4, 0.2, and of the second 2, 3, 4 with 0.2, 0.4, 0.4."""
+    strata = {1: [dict.fromkeys(range(5), 0.2)], 2: [{0: 0.4, 1: 0.4, 2: 0.2}, {2: 0.2, 3: 0.4, 4: 0.4}]}
+    found = []
+    for pairs in product(*map(pairs_of, strata[num_samples])):
+        chance, views = 1.0, []
+        for each, sides in pairs:
+            chance *= each
+            views += [(mask, weight / num_samples) for mask, weight in sides]
+        found.append((chance, fixed_views(views)))
+    return tuple(found)
+
+
 ROWS = {
     "JustGRPO": Row(LEFT_TO_RIGHT, fixed(Trajectory())),
     "MaxProb, tokens": Row(SAMPLERS["max_prob"], fixed(Trajectory())),
@@ -541,8 +593,8 @@ ROWS = {
     "ELBO, 1 sample": Row(LLADA, fixed(ELBO(num_samples=1))),
     "ELBO, 2 samples": Row(LLADA, fixed(ELBO(num_samples=2))),
     "ELBO, 4 samples": Row(LLADA, fixed(ELBO(num_samples=4))),
-    "Coupled": Row(LLADA, fixed(Coupled())),
-    "ESPO": Row(LLADA, fixed(Coupled(num_samples=2)), power=1 / LENGTH),
+    "Coupled": Row(LLADA, fixed(Coupled()), draws=coupled_draws(1)),
+    "ESPO": Row(LLADA, fixed(Coupled(num_samples=2)), 1 / LENGTH, coupled_draws(2)),
     "SPG": Row(LLADA, fixed(Sandwich())),
     "Informed Masking": Row(LLADA, lambda policy: FunctionLikelihood(function=partial(informed_masks, policy=policy))),
     "ForkGRPO": Row(unmask(rank=Confidence(), commit=Fork()), fixed(ForkSteps())),

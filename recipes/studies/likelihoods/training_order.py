@@ -63,7 +63,16 @@ from recipes.studies.likelihoods.reuse import (
     trial,
 )
 from recipes.studies.likelihoods.reuse import STORED as TUNED
-from recipes.studies.paired import TUNED_ON, capability, claimed_rows, interval, markdown, result_path, shown_side
+from recipes.studies.paired import (
+    TUNED_ON,
+    capability,
+    claimed_rows,
+    counted,
+    interval,
+    markdown,
+    result_path,
+    shown_side,
+)
 
 STORED = Path(__file__).with_suffix(".json")
 SEEDS = range(30, 40)
@@ -205,11 +214,22 @@ def rate_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def decoding_rows(results: Results) -> list[dict[str, str]]:
+    """By task random order less `MaxProb`, greedily, in few steps and one token a step."""
+    rows = []
+    for name in TASKS:
+        rows.append({"task": name})
+        for head, of in (("in few steps", "few@0"), ("one token per step", "full@0")):
+            rows[-1][head] = counted(differences(results, name, "random", of))
+    return rows
+
+
 def page_tables() -> dict[str, str]:
     """The tables of README.md and appendix.md."""
     results = by_key(read_json(STORED))
     tables = {"claims": claim_rows(results), "rates": rate_rows(results)}
     tables |= {"one token a step": arm_rows(results, "full"), "few steps": arm_rows(results, "few")}
+    tables["random order, greedy"] = decoding_rows(results)
     return {name: markdown(rows) for name, rows in tables.items()}
 
 

@@ -647,8 +647,8 @@ def length_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     return rows
 
 
-def page_tables() -> dict[str, str]:
-    """The tables of estimates.md, by name."""
+def tables() -> dict[str, str]:
+    """All tables, by name."""
     models = read_json(STORED)
     rows = {
         "own": own_rows(models),
@@ -681,7 +681,7 @@ def main() -> None:
     if len(models) < len(SEEDS):
         print(f"{len(models)} of {len(SEEDS)} models: no claim is read before the last")
         return
-    for name, table in page_tables().items():
+    for name, table in tables().items():
         print(f"{name}:\n\n{table}")
 
 

@@ -17,6 +17,7 @@ from recipes.studies.late import late_rollouts
 from recipes.studies.paired import (
     Contrast,
     Results,
+    benjamini_hochberg,
     by_arm,
     claimed_rows,
     counted,
@@ -24,7 +25,9 @@ from recipes.studies.paired import (
     interval,
     markdown,
     paired,
+    share,
     shown_side,
+    sign_flip,
     verdict,
 )
 from recipes.studies.quantized import int4_orders, int4_orders_controls, low_bits_tuned, orders, orders_trained
@@ -356,18 +359,33 @@ def other_claims() -> str:
 
 
 def counts() -> str:
-    """By group of claims how many there are, and how many are shown."""
-    found = verdicts()
-    return markdown(
-        [
-            {
-                "group": name,
-                "claims": str(len(claims)),
-                "shown": str(sum(found[task, claim].startswith("shown") for claim in claims)),
-            }
-            for name, (task, claims) in families().items()
-        ]
-    )
+    """By group of claims how many there are, how many are shown, and how many of these and of all are kept if all
+    groups are one, by Benjamini and Hochberg at 5 %."""
+    found, groups = verdicts(), families()
+    p_values = [sign_flip(values) for _, claims in groups.values() for values in claims.values()]
+    kept = iter(benjamini_hochberg(p_values))
+    rows = []
+    for name, (task, claims) in groups.items():
+        shown = [found[task, claim].startswith("shown") for claim in claims]
+        stays = [next(kept) for _ in claims]
+        both = [a and b for a, b in zip(shown, stays, strict=True)]
+        rows.append([name, *map(str, (len(claims), sum(shown), sum(both), sum(stays)))])
+    rows.append(["all", *(str(sum(int(row[column]) for row in rows)) for column in range(1, 5))])
+    heads = ("group", "claims", "shown", "of these kept", "kept in all")
+    return markdown([dict(zip(heads, row, strict=True)) for row in rows])
+
+
+def won_back() -> str:
+    """Of INT4 in random order what TIS gains of the cost, and what it leaves."""
+    rows = []
+    for column, how in {"after": "greedy", "sampled": "temperature 1"}.items():
+        for case in measured(column):
+            if (case.copy, case.order) == ("INT4", "random"):
+                tis = case.corrected["TIS"]
+                part = share(case.results, tis, case.plain, case.best, column)
+                rows.append({"task": case.task, "decoding": how, "TIS wins back of the cost": part})
+                rows[-1]["own rollouts minus TIS"] = counted(paired(case.results, case.best, tis, column))
+    return markdown(rows)
 
 
 def stored_runs() -> str:
@@ -452,6 +470,7 @@ def page_tables() -> dict[str, str]:
         "differences": differences("after"),
         "solved at temperature 1": solved("sampled"),
         "differences at temperature 1": differences("sampled"),
+        "won back": won_back(),
         "other arms": other_arms(),
         "copies": copies(),
         "claims": claims_of_cases(),
