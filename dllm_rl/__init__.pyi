@@ -118,6 +118,7 @@ from .testing import check_corrector as check_corrector
 from .testing import check_estimator as check_estimator
 from .testing import check_order as check_order
 from .testing import check_policy as check_policy
+from .testing import tiny_checkpoint as tiny_checkpoint
 from .training.fine_tune import sft as sft
 from .training.oracle import Oracle as Oracle
 from .training.trainer import train as train

@@ -308,6 +308,7 @@ def trainable_parameters(module: Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+@torch.compiler.assume_constant_result  # torch.compile does not trace the operator
 def has_bf16_products() -> bool:
     """Return whether this machine's CPU multiplies in bf16.
 

@@ -236,7 +236,6 @@ def _make_config(class_name: str, fields: dict[str, Any], overrides: dict[str, A
     return config_class(**fields | overrides)
 
 
-@torch.no_grad()
 def _make_policy(
     model_class: str,
     config: Any,
@@ -245,15 +244,23 @@ def _make_policy(
     head_std: float,
     embedding_std: float = 0.3,
 ) -> Any:
-    """Make the module, and initialize it: matrices in blocks have std GAIN / sqrt(fan_in). Return its policy."""
+    """Return the policy of a new module."""
     import transformers  # not at the top: both imports take seconds
-    from transformers.initialization import no_init_weights
 
     from dllm_rl.models.policy import make_policy
 
+    module = random_module(getattr(transformers, model_class), config, seed, head_std, embedding_std)
+    return make_policy(module, tokenizer)
+
+
+@torch.no_grad()
+def random_module(cls: Any, config: Any, seed: int, head_std: float = 0.02, embedding_std: float = 0.3) -> Any:
+    """Make a module of a class of transformers, and initialize it: matrices in blocks have std GAIN / sqrt(fan_in)."""
+    from transformers.initialization import no_init_weights  # not at the top: the import takes seconds
+
     # transformers would draw all weights, with the global RNG. It replaces functions of torch to leave that out.
     with _REPLACING, no_init_weights():
-        module = getattr(transformers, model_class)(config)
+        module = cls(config)
     module.tie_weights()
     generator = Generator().manual_seed(seed)
     # With transformers' default, a std of 0.02 everywhere, a model of this size would not learn Sudoku in minutes.
@@ -272,4 +279,4 @@ def _make_policy(
             for weight in layer.parameters(recurse=False):
                 if weight.dim() > 1:
                     weight.normal_(0, GAIN / math.sqrt(weight.shape[-1]), generator=generator)
-    return make_policy(module, tokenizer)
+    return module

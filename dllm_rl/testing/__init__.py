@@ -4,6 +4,7 @@ from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch, make_stats
 from dllm_rl.testing.policy_contract import check_policy
 from dllm_rl.testing.sampling_contracts import Shares, check_order, weighted_shares
+from dllm_rl.testing.tiny_checkpoint import tiny_checkpoint
 
 __all__ = [
     "Shares",
@@ -15,5 +16,6 @@ __all__ = [
     "loss_of",
     "make_batch",
     "make_stats",
+    "tiny_checkpoint",
     "weighted_shares",
 ]

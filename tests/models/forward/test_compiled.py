@@ -71,8 +71,9 @@ CALL = (TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
 EMULATED = schemes.Float8DynamicEmulated()
 
 
-def adapted():
+def adapted(dtype=torch.float32):
     policy = tiny_llama(**SIZES, causal=False, head_std=0.3)
+    policy.module.to(dtype)
     add_lora(policy, Lora(r=2))
     changed(policy)  # B begins with zeros
     return policy
@@ -127,10 +128,11 @@ def test_an_encode_of_ones_own_need_not_be_captured(monkeypatch):
     assert graphs() == before + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bf16 a layer asks what the processor can do
 @torch.no_grad()
-def test_a_compiled_learner_and_its_reference(monkeypatch):
+def test_a_compiled_learner_and_its_reference(monkeypatch, dtype):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    policy = adapted()
+    policy = adapted(dtype)
     eager = copied(policy)
     compile_blocks(policy)
     for _ in range(2):  # adapters on and off in turns: neither may take the other's graph
