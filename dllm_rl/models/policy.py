@@ -516,6 +516,9 @@ def check_weights(module: Module) -> None:
         )
 
 
+DROPOUT = "needs training=module.training, and in a module's forward training=self.training"
+
+
 def check_spec(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a spec without a needed field, or ids that do not fit the vocabulary or each other."""
     name = f"the spec {spec.name!r}"
@@ -578,6 +581,13 @@ def check_attention(policy: ModulePolicy) -> None:
         # A forward for each row, because the rows of one batch may round differently. SmolLM2-135M, whose first
         # position is an attention sink, changes by only 3e-5 of its norm where its attention is made full.
         first, other = (policy.hidden(row[None], mask)[0, 0].float() for row in tokens)
+        if not policy.spec.encode.__module__.startswith("dllm_rl."):
+            again = policy.hidden(tokens[:1], mask)[0, 0].float()
+            if not (first - again).norm() <= 1e-3 * first.norm():  # kernels may add in another order
+                raise ValueError(
+                    f"encode of the spec {policy.spec.name!r} returns other states when it is called again: is there "
+                    f"dropout in it? F.dropout {DROPOUT}"
+                )
         # A few numbers that are far above the others would hide a change of these: a log-prob of -1e6, or -inf.
         usual = first.abs() <= 1000 * first.abs()[first != 0].nanmedian()
         is_equal = bool((first - other)[usual].norm() <= 3e-6 * first[usual].norm())

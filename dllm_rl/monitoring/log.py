@@ -22,6 +22,7 @@ from dllm_rl.monitoring.record import RunRecord
 from dllm_rl.screen import escape_controls
 from dllm_rl.settings import Settings
 
+MAX_FAILED = 3  # steps in a row that a tracker may fail
 FIRST_HEARTBEAT = 60.0  # seconds of a stage until its first line; each further line comes after twice the time
 
 
@@ -61,6 +62,7 @@ class RunLog:
         self.trackers = list(trackers)
         self._started = list(trackers)  # also those that accept no more numbers
         self._refused: dict[str, set[str]] = {}  # tracker -> names of metrics that it does not accept
+        self._failed: dict[str, int] = {}  # tracker -> number of the last steps that it did not accept
         rows_before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.record = RunRecord(map(finite_numbers, rows_before))
         self.last = finite_numbers(rows_before[-1]) if rows_before else {}  # metrics of the last step
@@ -115,7 +117,7 @@ class RunLog:
                 self.say(f"warning: {problem.name}: {problem.text}")
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
-            self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused)
+            self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused, self._failed)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line `{"warmup_step": 0, "warmup/loss": ...}` to metrics.jsonl."""
@@ -213,9 +215,11 @@ def track(
     step: int,
     say: Callable[[str], None],
     refused: dict[str, set[str]] | None = None,
+    failed: dict[str, int] | None = None,
 ) -> list[GeneralTracker]:
-    """Send the numbers of a step to the trackers; return the trackers that accepted them. The run continues without the
-    others. A tracker that refuses single numbers, for their names, gets the others.
+    """Send the numbers of a step to the trackers; return the trackers that get the next ones, too. A tracker that
+    accepts none in MAX_FAILED steps in a row, for example because its server does not answer, is left out. One that
+    refuses single numbers, for their names, gets the others.
 
     Args:
         trackers: Trackers that have accepted the numbers of the steps before.
@@ -224,8 +228,11 @@ def track(
         say: Function that prints a warning.
         refused: Names that each tracker, by its name, has refused so far; they are not sent again, and new ones are
             added. None (default): none so far.
+        failed: Number of steps in a row that each tracker, by its name, has not accepted, which is updated. None
+            (default): none so far.
     """
     refused = {} if refused is None else refused
+    failed = {} if failed is None else failed
     working = []
     for tracker in trackers:
         unwanted = refused.setdefault(tracker.name, set())
@@ -238,9 +245,15 @@ def track(
                 unwanted.update(reasons)
                 for name, reason in reasons.items():
                     say(f"warning: {tracker.name} does not accept the metric {name!r} ({reason}): it gets the others")
-            working.append(tracker)
+            failed[tracker.name] = 0
         except Exception as error:  # any exception of a tracker
-            say(f"warning: {tracker.name} accepts no more numbers ({error}): the run continues without it")
+            failed[tracker.name] = count = failed.get(tracker.name, 0) + 1
+            rest = "it gets those of the next step"
+            if count == MAX_FAILED:
+                rest = f"the run continues without it, after {count} such steps in a row"
+            say(f"warning: {tracker.name} did not accept the numbers of step {step} ({error}): {rest}")
+        if failed[tracker.name] < MAX_FAILED:
+            working.append(tracker)
     return working
 
 

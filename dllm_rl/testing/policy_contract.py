@@ -12,11 +12,12 @@ from dllm_rl.models.base import Policy, copied, trainable_parameters
 from dllm_rl.models.checkpoint.loading import has_known_family
 from dllm_rl.models.lora import add_lora, has_adapted_or_low_bit, merge_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
+from dllm_rl.models.policy import DROPOUT, check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 
+MOST_TRIED = 4096  # longest row that is tried, in tokens
 MEMBERS = (
     "module spec tokenizer weights_version float32_head lora quantization quantization_report device vocab_size pad_id"
 )
@@ -28,7 +29,8 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
 
     Call it in a test of a custom policy or module.
 
-    The policy must have every member of `Policy`. Logits (B, T, V) are finite and repeatable, and do not depend on
+    The policy must have every member of `Policy`, each token of its vocabulary and each position of `spec.max_length`
+    (tried up to 4096). Logits (B, T, V) are finite and repeatable, and do not depend on
     padding or other rows. Each position attends as `spec.attention` says. Weights get finite gradients, and saving and
     loading restores them bit for bit. The blocks have linear layers that can be quantized, and `sync_weights` updates
     the quantized copy. `aligned_forward` gives the logits of the quantized copy. New adapters do not change the logits,
@@ -71,6 +73,7 @@ def check_forward(policy: Policy, *, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     Raises:
         AssertionError: A requirement is violated. The message says which.
     """
+    _check_sizes(policy)
     tokens, mask = _rows(policy, torch.Generator().manual_seed(seed))
     logits = policy.logits(tokens, mask)
     _check_logits(policy, tokens, mask, logits)
@@ -108,11 +111,34 @@ def _gap(policy: Policy, a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / (b.float().abs().max() + 1e-6)) / (0.05 if is_half else 1e-4)
 
 
+def _check_sizes(policy: Policy) -> None:
+    """Check that the module has the last token of the vocabulary, and the last position."""
+    spec, token = policy.spec, policy.vocab_size - 1
+    _try_row(policy, [token], f"vocab_size={policy.vocab_size}, but token {token}", "as many tokens as the module has")
+    if spec.max_length is not None:
+        length = min(spec.max_length, MOST_TRIED)
+        known = spec.eos_ids[0]
+        _try_row(
+            policy, [known] * length, f"max_length={spec.max_length}, but a row of {length} tokens", "its positions"
+        )
+
+
+def _try_row(policy: Policy, ids: list[int], what: str, remedy: str) -> None:
+    tokens = torch.tensor([ids], device=policy.device)
+    is_last = torch.arange(len(ids), device=policy.device)[None] == len(ids) - 1
+    try:
+        policy.logits(tokens, torch.ones_like(is_last), is_last)
+    except (IndexError, RuntimeError) as error:
+        raise AssertionError(f"{what} raises {type(error).__name__} ({error}): give the spec {remedy}") from error
+
+
 def _check_logits(policy: Policy, tokens: Tensor, mask: Tensor, logits: Float[Tensor, "B T V"]) -> None:
     shape = (*tokens.shape, policy.vocab_size)
     assert logits.shape == shape, f"logits must be (B, T, V) = {shape}, got {tuple(logits.shape)}"
     assert logits[mask].isfinite().all(), "logits must be finite wherever there is a token"
-    assert torch.equal(policy.logits(tokens, mask), logits), "the same call must give the same logits: is dropout on?"
+    assert torch.equal(policy.logits(tokens, mask), logits), (
+        f"the same call must give the same logits: is dropout on? F.dropout {DROPOUT}"
+    )
     marked = mask & (torch.arange(tokens.shape[1], device=mask.device) % 2 == 0)
     marked_logits = policy.logits(tokens, mask, marked)
     assert marked_logits.shape == (int(marked.sum()), policy.vocab_size), "logits at marked positions must be (K, V)"

@@ -43,11 +43,11 @@ def test_a_run_goes_on_without_a_tensorboard_folder(tmp_path, capsys):
     log = RunLog(tmp_path, start=0, main=True, trackers=[board(tmp_path)])
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").write_text("in its place")
-    for step in range(3):
+    for step in range(4):
         log.write(step, {"reward": 0.5})
     log.close()
-    assert capsys.readouterr().out.count("warning: tensorboard accepts no more numbers") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capsys.readouterr().out.count("warning: tensorboard did not accept the numbers") == 3
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_numbers_that_are_not_finite_are_null_and_gaps(tmp_path):
@@ -160,12 +160,16 @@ def test_others_get_every_step_and_the_recipe(tmp_path, wandb, monkeypatch):
     assert made.sent[1][1]["reward"] == found.Scalars("reward")[1].value
 
 
-def test_a_run_goes_on_without_one_that_fails(tmp_path, wandb, capsys):
+def test_a_tracker_that_fails_once_gets_the_next_step(tmp_path, wandb, capsys):
     wandb.fails_at = 0
     train(tiny_recipe(tmp_path, report_to="wandb"))
     out = capsys.readouterr().out
-    assert out.count("warning: wandb accepts no more numbers (the line is dead): the run continues without it") == 1
-    assert wandb.made[0].sent == [] and wandb.made[0].finished, "else it would block the next run of the process"
+    assert (
+        out.count("warning: wandb did not accept the numbers of step 0 (the line is dead): it gets those of the") == 1
+    )
+    assert [step for step, _ in wandb.made[0].sent] == [1] and wandb.made[0].finished, (
+        "else it would block the next run of the process"
+    )
 
 
 class Picky(Recorder):
@@ -214,7 +218,43 @@ def test_a_refused_name_costs_a_tracker_that_number_alone(tmp_path, capsys):
     log.trackers[0].log = lambda values, step: [tries.append(values), 1 / 0]
     log.write(2, {"reward": 1.0, "loss": 1.0})
     assert len(tries) == 2, "a server that does not answer is asked for one number alone"
-    assert log.trackers == [] and "accepts no more numbers" in capsys.readouterr().out
+    assert log.trackers == [tracker] and "of step 2 (division by zero): it gets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fails", "sent"),
+    [
+        ([0], [1, 2, 3, 4, 5, 6, 7]),
+        ([2], [0, 1, 3, 4, 5, 6, 7]),
+        ([1, 2, 4, 5], [0, 3, 6, 7]),
+        ([0, 1, 2], []),
+        ([1, 3, 4, 5, 6], [0, 2]),
+    ],
+)
+def test_a_tracker_that_times_out_is_asked_again_until_it_has_failed_three_steps_in_a_row(
+    tmp_path, capsys, fails, sent
+):
+    """And one that fails costs the other nothing."""
+    tracker, other = Picky("run"), Picky("run 2")
+    other.name, tracker.pattern, other.pattern = "other", ".*", ".*"
+    write = tracker.log
+    log = RunLog(tmp_path, start=0, main=True, trackers=[tracker, other])
+    tries = []
+
+    def slow(values, step=None, **_):
+        tries.append(step)
+        if step in fails:
+            raise TimeoutError("no answer")
+        write(values, step)
+
+    tracker.log = slow
+    for step in range(8):
+        log.write(step, {"reward": 1.0})
+    assert [step for step, _ in tracker.sent] == sent and len(other.sent) == 8
+    out = capsys.readouterr().out
+    is_ended = "the run continues without it, after 3 such steps in a row" in out
+    assert is_ended == (sent in ([], [0, 2])) == (tracker not in log.trackers)
+    assert out.count("did not accept") == len([step for step in fails if step in tries]) and other in log.trackers
 
 
 @pytest.mark.slow

@@ -91,6 +91,38 @@ def test_a_broken_promise_is_named(kind, monkeypatch):
         check_policy(policy)
 
 
+@pytest.mark.parametrize("attention", ["full", "causal", "block_causal"])
+@pytest.mark.parametrize("rate", [0.02, 0.9])
+def test_dropout_in_ones_own_encode_is_not_called_wrong_attention(attention, rate):
+    """Whether the spec's attention is right or not, as the states would change anyway."""
+
+    def encode(module, tokens, attention_mask, positions):
+        return nn.functional.dropout(module.states(tokens, attention_mask, positions), rate)
+
+    for kind in (Own, Causal):
+        spec = {"attention": attention, "block_size": 4 if attention == "block_causal" else None, "encode": encode}
+        with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=r"called again: is there dropout"):
+            own_policy(kind=kind, **spec | {"mask_id": None if attention == "causal" else 1, "shift": False})
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"max_length": 41}, "max_length=41, but a row of 41 tokens raises IndexError"),
+        ({"max_length": 5000}, "max_length=5000, but a row of 4096 tokens raises IndexError"),
+        (
+            {"vocab_size": 10},
+            "vocab_size=10, but token 9 raises IndexError .*: give the spec as many tokens as the mod",
+        ),
+        ({"vocab_size": 900}, "vocab_size=900, but token 899 raises IndexError"),
+    ],
+)
+def test_sizes_that_the_module_does_not_have_are_named(spec, said):
+    assert own_policy().module.place.num_embeddings == 40 and own_policy().vocab_size == 9
+    with pytest.raises(AssertionError, match=said):
+        check_policy(own_policy(**spec))
+
+
 def test_a_spec_that_says_another_thing_than_the_module_does(monkeypatch):
     monkeypatch.setattr("dllm_rl.models.policy.check_attention", lambda policy: None)
     for changes, said in (
