@@ -580,10 +580,11 @@ def check_attention(policy: ModulePolicy) -> None:
         mask = torch.ones_like(tokens[:1], dtype=torch.bool)
         # A forward for each row, because the rows of one batch may round differently. SmolLM2-135M, whose first
         # position is an attention sink, changes by only 3e-5 of its norm where its attention is made full.
-        first, other = (policy.hidden(row[None], mask)[0, 0].float() for row in tokens)
+        states, other_states = (policy.hidden(row[None], mask)[0].float() for row in tokens)
+        first, other = states[0], other_states[0]
         if not policy.spec.encode.__module__.startswith("dllm_rl."):
-            again = policy.hidden(tokens[:1], mask)[0, 0].float()
-            if not (first - again).norm() <= 1e-3 * first.norm():  # kernels may add in another order
+            again = policy.hidden(tokens[:1], mask)[0].float()
+            if not (states - again).norm() <= 1e-3 * states.norm():  # kernels may add in another order
                 raise ValueError(
                     f"encode of the spec {policy.spec.name!r} returns other states when it is called again: is there "
                     f"dropout in it? F.dropout {DROPOUT}"
