@@ -34,12 +34,8 @@ _DATA_MODULES = {
     *("builtins", "collections", "datetime", "decimal", "enum", "fractions", "functools", "numpy", "pathlib", "re"),
     *("torch", "types", "uuid"),
 }
-_LIBRARY_FOLDERS = tuple(
-    {
-        *(f"{sysconfig.get_paths()[kind]}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-        f"{Path(__file__).parent}/",
-    }
-)
+_LIBRARY_FOLDERS = (*(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib")), f"{Path(__file__).parent}/")
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")  # of whatever environment
 
 
 def digest_of_value(value: Any) -> str:
@@ -280,7 +276,11 @@ def is_of_user(value: Any) -> bool:
         file = getattr(module, "__file__", None) or ""
         if not file:  # a built-in module, or a notebook
             return value.__module__ not in sys.builtin_module_names
-    return not file.startswith((*_LIBRARY_FOLDERS, "<frozen"))
+    return not _is_of_library(file)
+
+
+def _is_of_library(file: str) -> bool:
+    return file.startswith((*_LIBRARY_FOLDERS, "<frozen")) or _INSTALLED.search(file) is not None
 
 
 def full_name(value: Any) -> str:
@@ -382,7 +382,7 @@ def _is_module_of_user(value: Any) -> bool:
     if not isinstance(value, ModuleType):
         return False
     places = [getattr(value, "__file__", None), *getattr(value, "__path__", ())]  # of a package the folders
-    return any(place and not place.startswith((*_LIBRARY_FOLDERS, "<frozen")) for place in places)
+    return any(place and not _is_of_library(place) for place in places)
 
 
 def _content(cell: Any) -> Any:
@@ -396,7 +396,8 @@ def _functions_of(member: Any) -> list[FunctionType]:
     """Return the functions in a member of a class, such as those of a property."""
     parts = [member, *(getattr(member, name, None) for name in ("__func__", "fget", "fset", "func"))]
     parts += member if isinstance(member, list) else []
-    return [inspect.unwrap(part) for part in parts if isinstance(part, FunctionType)]
+    functions = (inspect.unwrap(part) for part in parts if isinstance(part, FunctionType))
+    return [function for function in functions if isinstance(function, FunctionType)]  # torch wraps some of C
 
 
 def _codes_of(member: Any) -> list[CodeType]:

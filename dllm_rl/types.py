@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -17,13 +18,52 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 MovableT = TypeVar("MovableT", bound="_Movable")
+CopiedT = TypeVar("CopiedT", bound="Copied")
 RecordT = TypeVar("RecordT", bound="BatchRecord")
 Support = Literal["per_policy", "unfiltered", "rollout"]
 SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 
 
+class Copied:
+    """Base of the dataclasses of tensors that user code gets as copies (`given_copies`), because it may write into
+    them.
+    """
+
+    def copied(self: CopiedT) -> CopiedT:
+        """Return a copy with tensors of its own."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        copies = {field.name: copy_of(getattr(self, field.name)) for field in fields if field.init}
+        return dataclasses.replace(self, **copies)  # type: ignore[type-var]
+
+
+def copy_of(value: Any) -> Any:
+    """Return a copy of a tensor, of a `Copied`, or of a tuple of them; any other value as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Copied):
+        return value.copied()
+    return tuple(map(copy_of, value)) if type(value) is tuple else value
+
+
+def given_copies(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method of a user's class to get copies (`copy_of`) of its arguments."""
+
+    @wraps(method)
+    def wrapped(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        return method(self, *map(copy_of, arguments), **{name: copy_of(value) for name, value in keywords.items()})
+
+    return wrapped
+
+
+def decorate_own(kind: type, decorator: Callable[..., Any], *methods: str) -> None:
+    """Decorate those of these methods that a class outside of the library defines. Call it in `__init_subclass__`."""
+    for name in methods if not kind.__module__.startswith("dllm_rl.") else ():
+        if callable(method := vars(kind).get(name)):
+            setattr(kind, name, decorator(method))
+
+
 @dataclass(frozen=True)
-class _Movable:
+class _Movable(Copied):
     """Base of the records whose tensors move to a device together, and which are cut to some rows together.
 
     Attributes:
@@ -545,7 +585,7 @@ class Rollout(BatchRecord):
 
 
 @dataclass(frozen=True)
-class Logprobs:
+class Logprobs(Copied):
     """Each position's contribution to the log-probs of one rollout, in nats; 0 where a position is not scored."""
 
     old_logprobs: Float[Tensor, "B T"]  # under the learner at the start of the update

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.records import FunctionRecord, Record, describe, fit, option
-from dllm_rl.types import Batch, group_numbers
+from dllm_rl.types import Batch, copy_of, group_numbers
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
 # The width of a band around the ratio 1. A narrower one would be closed in float32, and the gradient lost at ratio 1.
@@ -522,7 +522,7 @@ def loss_inputs(names: frozenset[str], batch: Batch) -> dict[str, Tensor | Calla
         log_mismatch = batch.old_logprobs - _rollout_logprobs(batch, "the loss")
         keywords["log_mismatch"] = torch.where(batch.loss_mask, log_mismatch, 0)
     if "inverse_chances" in names:
-        keywords["inverse_chances"] = batch.inverse_chances
+        keywords["inverse_chances"] = copy_of(batch.inverse_chances)  # the others are new tensors
     if "sum_over_processes" in names:
         keywords["sum_over_processes"] = batch.sum_over_processes
     return keywords

@@ -4,6 +4,7 @@ docs/papers.md explains the tag [ours].
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,10 +12,11 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards, to_groups
 from dllm_rl.records import FunctionRecord, Record, option
+from dllm_rl.types import Copied, decorate_own, given_copies
 
 
 @dataclass(eq=False)
-class RewardHistory:
+class RewardHistory(Copied):
     """The N groups of completions that a run has graded so far, in order of time.
 
     All processes have the same history. A prompt source reads it.
@@ -68,6 +70,10 @@ class PromptSource(Record):
     one too.
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        decorate_own(cls, given_copies, "draw", "group_sizes")
+
     @property
     def uses_history(self) -> bool:
         """Whether `draw` reads the groups of `history`. If False, a run records none."""
@@ -99,7 +105,7 @@ class FunctionPromptSource(FunctionRecord, PromptSource):
     uses_history: bool = True
 
     def draw(self, history: RewardHistory, count: int, generator: Generator) -> Tensor:
-        return self.function(history, count, generator)
+        return self.function(history.copied(), count, generator)
 
 
 class UniformPrompts(PromptSource):

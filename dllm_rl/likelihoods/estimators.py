@@ -17,7 +17,7 @@ docs/papers.md explains the tags [paper] and [ours].
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from dllm_rl.likelihoods.turns import check_turns, hide_later_columns
 from dllm_rl.likelihoods.views import each_forward
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import RetainedGraphs, Rollout, Views
+from dllm_rl.types import RetainedGraphs, Rollout, Views, decorate_own, given_copies
 
 EXACT = "Trajectory(num_segments=None, block_size=None)"  # in full: an option keeps the recipe's other fields
 
@@ -50,6 +50,11 @@ class LikelihoodEstimator(Record):
             views = Coupled().draw_views(rollout, generator)
             log_ratio = Coupled().logprobs(policy, rollout, views) - Coupled().logprobs(other, rollout, views)
     """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        methods = ("draw_views", "combine", "with_advantages", "view_logprobs", "backward", "logprobs")
+        decorate_own(cls, given_copies, *methods)
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
         """Return the masks and coefficients of every view of the rollout."""
@@ -221,7 +226,7 @@ class FunctionLikelihood(FunctionRecord, LikelihoodEstimator):
     """
 
     def draw_views(self, rollout: Rollout, generator: Generator) -> Views:
-        return self.function(rollout, generator)
+        return self.function(rollout.copied(), generator)
 
 
 def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
@@ -231,7 +236,7 @@ def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
     """
     logprobs = rollout.logprobs
     for feature in views.features:
-        logprobs = feature.sampler_logprobs(rollout, logprobs)
+        logprobs = feature.sampler_logprobs(rollout, logprobs.clone())
     return logprobs if views.inverse_chances is None else torch.where(views.inverse_chances[0] > 0, logprobs, 0)
 
 

@@ -364,7 +364,10 @@ class Commit(_Rule, Record):
         """
 
         def call() -> PositionMask:
-            chosen: Any = self(scores, masked, steps_left, **inputs)
+            given = {"scores": scores, "masked": masked, "steps_left": steps_left, **inputs}
+            if self.is_custom:  # it may write into them
+                given = {name: x.clone() for name, x in given.items()}
+            chosen: Any = self(given.pop("scores"), given.pop("masked"), given.pop("steps_left"), **given)
             if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != masked.shape:
                 is_tensor = isinstance(chosen, Tensor)
                 kind = f"{chosen.dtype} of the shape {tuple(chosen.shape)}" if is_tensor else type(chosen).__name__

@@ -7,7 +7,7 @@ from torch import Generator
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import Record, annotations_of, describe, option
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, decorate_own, given_copies
 
 
 class Sampler(Record):
@@ -21,6 +21,10 @@ class Sampler(Record):
     """
 
     max_new_tokens: int = option(at_least=0)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        decorate_own(cls, given_copies, "__call__")
 
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
         """Complete every row of the prompts; `generator` draws one seed per row."""
@@ -46,7 +50,7 @@ class FunctionSampler(Sampler):
     function: Callable[..., Any]
 
     def __call__(self, policy: Policy, prompts: Prompts, generator: Generator, **keywords: Any) -> Rollout:
-        return self.function(policy, prompts, generator, **keywords)
+        return self.function(policy, prompts.copied(), generator, **keywords)
 
 
 def check_rollout(sampler: Callable[..., Rollout], policy: Policy, prompts: Prompts, rollout: Rollout) -> None:

@@ -1,12 +1,12 @@
 """What every part of a step reads: settings, processes, policies, and the features, which are its optional parts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Logprobs, Rollout, Views
+from dllm_rl.types import Copied, Logprobs, Rollout, Views, decorate_own, given_copies
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -32,7 +32,8 @@ class StepFeature:
     Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
     `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
     the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
-    step to step goes through `state` and `load_state`, or is gone after a resume.
+    step to step goes through `state` and `load_state`, or is gone after a resume. The samples, rollouts, views and
+    log-probs that it gets are copies; it returns changed ones, such as `replace(samples, advantages=...)`.
 
     A step calls `after_rollout` and `before_scoring` once, before the completions are scored. For each set of masks it
     calls `token_advantages`, `views_to_score`, `views_to_learn` (if the rollout policy is scored) and `check_scores`.
@@ -41,6 +42,12 @@ class StepFeature:
 
     max_staleness: int = 0  # steps by which weights of rows may be older: `syncs` returns False, or rows are added
     changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        methods = ("token_advantages", "views_to_score", "views_to_learn", "check_scores")
+        decorate_own(cls, given_copies, *methods)
+        decorate_own(cls, _refusing_writes, "after_rollout", "before_scoring")
 
     def around_forward(self, context: "StepContext") -> AbstractContextManager:
         """Return a context for all forwards of the step: rollouts, a teacher's, the learner's."""
@@ -109,6 +116,40 @@ class StepFeature:
 
     def load_state(self, state: bytes) -> None:
         """Continue from the state of a checkpoint. Called before the first step of a resumed run."""
+
+
+def _refusing_writes(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method (context, samples, ...) that returns samples, to get copies.
+
+    Raises:
+        ValueError: The method has written into them: nobody knows whether the change is meant for the run.
+    """
+
+    @wraps(method)
+    def wrapped(self: StepFeature, context: StepContext, samples: Samples, *others: Any) -> Any:
+        given = samples.copied()
+        returned = method(self, context, given, *others)
+        if name := _first_difference(samples, given):
+            raise ValueError(
+                f"features: {method.__name__} of {type(self).__name__} wrote into samples.{name}; write into "
+                f"samples.{name}.clone(), and return replace(samples, ...) if the run is to have the change"
+            )
+        return returned
+
+    return wrapped
+
+
+def _first_difference(first: Any, second: Any) -> str | None:
+    """Return the name of the first tensor that differs between two records of one kind."""
+    for field_ in fields(first):
+        one, other = getattr(first, field_.name), getattr(second, field_.name)
+        pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+        for left, right in pairs:
+            if isinstance(left, Copied) and (name := _first_difference(left, right)):
+                return f"{field_.name}.{name}"
+            if isinstance(left, Tensor) and not torch.allclose(left, right, rtol=0, atol=0, equal_nan=True):
+                return field_.name
+    return None
 
 
 def overrides(feature: StepFeature, *methods: str) -> bool:

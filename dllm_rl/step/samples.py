@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.types import Logprobs, Rollout, starts_group
+from dllm_rl.types import Copied, Logprobs, Rollout, starts_group
 
 
 def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int, ...]:
@@ -21,7 +21,7 @@ def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Copied):
     """Data of one training step. `rollout` has this process's rows. `group`, `rewards`, `advantages` and
     `metric_weights` are on the host and have the B rows of all processes, in rank order.
 
