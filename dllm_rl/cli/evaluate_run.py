@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dllm_rl.cli.options import Method, open_policy, read_methods
 from dllm_rl.cli.run_settings import sampler_of, task_named
@@ -68,13 +69,15 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         facts["dtype"] = dtype_of(policy)
         plans = make_plans(policy, task, arguments)
         for scheme in schemes:
-            quantization = "none" if scheme is None else describe(scheme)
+            quantization = describe_scheme(scheme)
             quantized = policy if scheme is None else quantized_copy(policy, scheme)
             weights = fingerprint(quantized) if arguments.output_dir else None
             for plan_settings, sampler in plans:
                 settings = {"quantization": quantization, **plan_settings}
-                file = completions_file(arguments, weights, task, settings)
-                title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
+                file = completions_file(arguments, weights, task, settings, model=model)
+                differing = [{"quantization": describe_scheme(each), **plan} for each in schemes for plan, _ in plans]
+                shown = [f"{name} {settings[name]}" for name in varying(differing) if name in settings]
+                title = ", ".join([task.name, str(model), *shown])
                 with progress_bar(title, limit * arguments.samples, main=processes.is_main_process) as progress:
                     result = evaluate(
                         quantized,
@@ -103,6 +106,11 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 rows.append(row)
     if processes.is_main_process:
         show_results(rows, arguments)
+
+
+def describe_scheme(scheme: Scheme | None) -> str:
+    """Return a quantization scheme as the results name it."""
+    return "none" if scheme is None else describe(scheme)
 
 
 def check_arguments(task: Task, arguments: argparse.Namespace) -> None:
@@ -157,11 +165,12 @@ def dtype_of(policy: Policy) -> str:
 
 
 def completions_file(
-    arguments: argparse.Namespace, weights: str | None, task: Task, settings: dict[str, Any]
+    arguments: argparse.Namespace, weights: str | None, task: Task, settings: dict[str, Any], *, model: object
 ) -> Path | None:
     """Return the file of the completions of the policy with the fingerprint `weights`; None without --output_dir.
 
-    Its name contains a hash of everything that the completions depend on. The grading is not part of it.
+    Its name has the last part of the model's name, the size, and a hash of everything that the completions depend on.
+    The grading and the model's name are not part of the hash: completions of the same weights are found again.
     """
     if weights is None:
         return None
@@ -170,7 +179,12 @@ def completions_file(
     provenance |= {"seed": arguments.seed, "weights": weights}
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8]
     steps = f"-{settings['diffusion_steps']}-steps" if settings.get("diffusion_steps") else ""
-    return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
+    folder, size = Path(arguments.output_dir), f"{settings['max_new_tokens']}-tokens{steps}"
+    earlier = min(folder.glob(f"completions-*-{size}-{key}.*"), default=None)
+    if earlier is not None:
+        return folder / f"{earlier.name.partition(f'-{key}.')[0]}-{key}.jsonl"
+    name = re.sub(r"[^\w.-]", "_", Path(str(model)).resolve().name)
+    return folder / f"completions-{name}-{size}-{key}.jsonl"
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
@@ -303,10 +317,11 @@ def swept_methods(base: type[Method], option: str, arguments: argparse.Namespace
 
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
-    """Yield progress(done), which draws a bar on standard error from its first call on."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    text_column = TextColumn("{task.description}", markup=False)
-    bar = Progress(text_column, *columns, console=Console(file=sys.stderr), disable=not main)
+    """Yield progress(done), which draws a bar on standard error from its first call on, until the block ends."""
+    columns = (BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text_column = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+    console = Console(file=sys.stderr)
+    bar = Progress(text_column, *columns, console=console, disable=not main, expand=True, transient=True)
     bar_task = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:

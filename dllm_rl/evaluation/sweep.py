@@ -11,6 +11,7 @@ from dllm_rl.monitoring.plots import default_style, import_matplotlib
 from dllm_rl.screen import escape_controls
 
 SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
+WIDE = 8  # ratio of the largest to the smallest cost from which an axis is logarithmic
 SETTINGS = ("model", "quantization", *SAMPLER)
 
 
@@ -61,13 +62,15 @@ def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
             text = escape_controls(label).replace("$", r"\$")
             (line,) = axis.plot(costs, [row[metric] for row in rows], marker="o", label=text)
             axis.fill_between(costs, low, high, color=line.get_color(), alpha=0.15)
-        axis.set_xscale("log", base=2)
+        costs = list(map(cost, results))
+        if max(costs) >= WIDE * min(costs):  # of a narrower range, an axis of powers of 2 may have a single tick
+            axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     ticks = sorted({2 ** round(log2(_forwards(row))) for row in results})
     axes[0].set_xticks(ticks, list(map("{:g}".format, ticks)))
     axes[0].set(xlabel="forwards per answer", ylabel=metric)
     axes[1].set(xlabel="seconds per answer")
-    axes[1].xaxis.set_major_formatter("{x:.2g}")
+    axes[1].xaxis.set_major_formatter("{x:.3g}")
     figure.suptitle(f"{results[0]['task']}, {results[0]['n']} problems")
     if len(lines) > 1:
         axes[0].legend(fontsize="small")

@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from tiny_recipe import tiny_recipe
 
 import dllm_rl
 from dllm_rl import train
+from dllm_rl.cli import evaluate_run
 from dllm_rl.cli.evaluate_run import make_task, num_problems, results_table, sweep_table
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.results import WHY_NULL
@@ -100,12 +102,40 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     assert "accuracy" in text and "[0.000, 0.490]" in text  # Wilson's interval of none in four
     assert "[no interval]" in text and WHY_NULL in " ".join(text.split())  # of the reward, a number of any size
     assert sorted(path.name.rpartition("-")[0] or path.name for path in tmp_path.iterdir()) == [
-        "completions-12-tokens-2-steps",
-        "completions-8-tokens-2-steps",
+        f"completions-{Path(model).name}-12-tokens-2-steps",
+        f"completions-{Path(model).name}-8-tokens-2-steps",
         "results.json",
     ]
     lines = output(capsys, "evaluate", model, *options, "--json").splitlines()
     assert [json.loads(line)["max_new_tokens"] for line in lines] == [8, 12]
+
+
+def test_a_file_of_completions_is_named_by_its_model_and_found_again_under_another_name(tmp_path):
+    arguments = Namespace(output_dir=str(tmp_path), seed=0)
+    settings = {"max_new_tokens": 8, "diffusion_steps": 2}
+
+    def named(model, weights="0123", **changes):
+        return evaluate_run.completions_file(arguments, weights, Countdown(), settings | changes, model=model)
+
+    first = named("hub/qwen2.5 base")
+    assert re.fullmatch(r"completions-qwen2.5_base-8-tokens-2-steps-[0-9a-f]{8}.jsonl", first.name)
+    first.with_name(f"{first.stem}.part0.jsonl").touch()  # of an evaluation that was interrupted
+    assert named("copy") == first
+    assert named("copy", weights="4567").name.startswith("completions-copy-8-tokens")
+    assert named("copy", temperature=0.5) != first and named("copy", weights=None) is None
+
+
+def test_a_bar_says_what_it_is_and_goes(monkeypatch):
+    written = io.StringIO()
+    written.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with evaluate_run.progress_bar("countdown, runs/a, diffusion_steps 2", 4, main=True) as progress:
+        progress(3)
+    shown = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", written.getvalue())
+    assert re.search(r"countdown, runs/a, diffusion_steps 2 +.* 3/4 +\d:\d\d:\d\d", shown), shown
+    assert written.getvalue().endswith("\x1b[1A\x1b[2K"), "the line is erased"
 
 
 @pytest.mark.slow

@@ -70,3 +70,14 @@ def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path):
     plot_curve(tmp_path / "a.png", found)
     assert matplotlib.get_backend() == "svg" and plt.get_fignums() == []
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_axis_of_seconds_has_several_ticks():
+    """One of powers of 2 has a single tick, or none, where all costs lie between two of them."""
+    for seconds in ([0.30, 0.33, 0.36], [0.30, 0.30, 0.31], [0.1, 0.5, 3.0], [0.2]):
+        found = [result(step + 1, 0.5) | {"seconds": 8 * cost} for step, cost in enumerate(seconds)]
+        axis = draw_sweep(found).axes[1]
+        low, high = axis.get_xlim()
+        assert sum(low <= tick <= high for tick in axis.get_xticks()) >= 2
+        labels = [label.get_text() for label in axis.get_xticklabels()]
+        assert len({*labels}) == len(labels), labels

@@ -59,6 +59,52 @@ def test_which_panels_a_picture_has(tmp_path):
         assert [axis.get_title() for axis in draw_run(tmp_path).axes] == titles
 
 
+def drawn(folder, rows, **summary):
+    """The axes of a run by title."""
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows))
+    )
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    figure = draw_run(folder)
+    figure.draw_without_rendering()
+    return {axis.get_title(): axis for axis in figure.axes}, figure.get_suptitle()
+
+
+def test_mismatch_is_drawn_where_there_is_some(tmp_path):
+    for mismatch, are_drawn in [(0.0, False), (6e-8, False), (1e-4, True)]:
+        row = {"reward": 0.5, "rollout_corr/ess": 1 - mismatch, "rollout_corr/abs_log_ratio_mean": mismatch}
+        axes, _ = drawn(tmp_path, [row, row | {"rollout_corr/ess": 1 - mismatch / 2}])
+        assert list(axes) == ["Reward"] + ["Mismatch", "Effective sample size"] * are_drawn
+    offset = axes["Effective sample size"].yaxis.get_major_formatter().get_offset()
+    assert offset == "", "ticks are what they say"
+
+
+def test_every_reward_function_is_drawn_with_its_held_out_values(tmp_path):
+    row = {"reward": 1.5, "rewards/a/mean": 0.5, "rewards/$b/mean": 1.0, "frac_reward_zero_std": 0.25}
+    rows = [row, row | {"eval/reward": 2.0, "eval/a": 0.75, "eval/parsed": 1.0}]
+    before, after = {"a": 0.25, "reward": 1.0, "parsed": 1.0}, {"a": 0.875, "reward": 2.5, "parsed": 1.0}
+    axes, title = drawn(tmp_path, rows, eval_before=before, eval_after=after)
+    assert list(axes) == ["Reward", "Reward functions", "Mixed groups"] and "\n" not in title
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes["Reward functions"].lines}
+    assert lines[r"\$b"] == [[1, 1.0], [2, 1.0]] and lines["a"] == [[1, 0.5], [2, 0.5]]
+    assert sorted(lines["a, held out: 0.250 → 0.875"]) == [[0, 0.25], [2, 0.875]], "the last evaluation, at step 2"
+    (line, _) = axes["Mixed groups"].lines
+    assert line.get_ydata().tolist() == [0.75, 0.75] and axes["Mixed groups"].get_ylim() == (-0.02, 1.02)
+
+
+def test_one_reward_function_that_is_the_reward_has_no_panel(tmp_path):
+    for value, titles in [(0.1 + 0.2, ["Reward"]), (0.6, ["Reward", "Reward functions"])]:
+        axes, _ = drawn(tmp_path, [{"reward": 0.3, "rewards/own/mean": value}] * 2)
+        assert list(axes) == titles
+
+
+def test_the_title_says_that_a_run_does_not_learn(tmp_path):
+    row = {"reward": 0.0, "frac_reward_zero_std": 1.0, "grad_norm": 0.0}
+    assert drawn(tmp_path, [row] * 20)[1].endswith("\nnot learning: constant reward")
+    assert "\n" not in drawn(tmp_path, [row | {"frac_reward_zero_std": 0.5, "grad_norm": 1.0}] * 20)[1]
+
+
 def test_levels_are_lines_of_the_solved_problems_alone(tmp_path):
     row = {"step": 0, "reward": 0.5, "rewards/solve_rate/mean": 0.25, "eval/solve_rate": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
