@@ -317,11 +317,14 @@ def swept_methods(base: type[Method], option: str, arguments: argparse.Namespace
 
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
-    """Yield progress(done), which draws a bar on standard error from its first call on, until the block ends."""
+    """Yield progress(done), which draws a bar on a terminal's standard error from its first call on, until the block
+    ends.
+    """
     columns = (BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     text_column = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
     console = Console(file=sys.stderr)
-    bar = Progress(text_column, *columns, console=console, disable=not main, expand=True, transient=True)
+    is_shown = main and console.is_terminal
+    bar = Progress(text_column, *columns, console=console, disable=not is_shown, expand=True, transient=True)
     bar_task = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:

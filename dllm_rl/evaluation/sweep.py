@@ -41,6 +41,7 @@ def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
     """
     import_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     metric = metric_of(results)
     results = [row for row in results if metric in row]
@@ -65,6 +66,8 @@ def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
         costs = list(map(cost, results))
         if max(costs) >= WIDE * min(costs):  # of a narrower range, an axis of powers of 2 may have a single tick
             axis.set_xscale("log", base=2)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(alpha=0.3)
     ticks = sorted({2 ** round(log2(_forwards(row))) for row in results})
     axes[0].set_xticks(ticks, list(map("{:g}".format, ticks)))

@@ -124,7 +124,7 @@ def draw_metrics(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summar
         points = {row["step"] + 1: row[name] for row in rows if name in row}
         ends = [summary.get(key, {}).get(name.removeprefix("eval/")) for key in ("eval_before", "eval_after")]
         squares = dict(zip((0, rows[-1]["step"] + 1), ends, strict=True)) if rows and None not in ends else {}
-        change = ": {:.3f} → {:.3f}".format(*ends) if squares else ""
+        change = ": {:.3f} → {:.3f}".format(*squares.values()) if squares else ""
         color, label, style = COLORS[1], "held out, during the run", {"markeredgewidth": 0, "clip_on": False}
         if panel.pairs:
             points, squares = points | squares, {}
