@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ class JsonLines:
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._size, self._digest = 0, sha256()  # of all complete lines
         if size := os.fstat(self._file).st_size:
             if os.pread(self._file, 1, size - 1) != b"\n":  # an interrupted process may leave an incomplete line
                 os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
+            with path.open("rb") as file:
+                self._digest = file_digest(file, "sha256")
+            self._size = os.fstat(self._file).st_size
             self._write(json.dumps({"resume_from": start}) + "\n")  # makes older rows of these steps invalid
 
     def append(self, row: dict[str, Any]) -> None:
@@ -34,12 +39,28 @@ class JsonLines:
                 waiting = waiting[os.write(self._file, waiting) :]
         except OSError as error:
             raise OSError(error.errno, f"{self.path}: {error.strerror}; free disk space and resume") from error
+        self._size += len(text.encode())
+        self._digest.update(text.encode())
 
-    def flush(self) -> None:
+    def flush(self) -> tuple[int, str]:
+        """Force the lines to disk. Return their number of bytes and their digest, for `is_continued`."""
         os.fsync(self._file)
+        return self._size, self._digest.hexdigest()
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def is_continued(path: Path, size: int, digest: str) -> bool:
+    """Return whether a file still begins with the bytes that `JsonLines.flush` has forced to disk."""
+    if not path.exists():
+        return size == 0
+    found = sha256()
+    with path.open("rb") as file:
+        while size > 0 and (part := file.read(min(size, 2**20))):
+            found.update(part)
+            size -= len(part)
+    return found.hexdigest() == digest
 
 
 def current_rows(path: Path) -> list[dict[str, Any]]:

@@ -138,10 +138,11 @@ class RunLog:
         for row in rows if self.main else ():
             self.files[file].append(row)
 
-    def flush(self) -> None:
-        """Force the rows to disk. Call it before a checkpoint, since a resume continues from them."""
-        for file in self.files.values():
-            file.flush()
+    def flush(self) -> dict[str, tuple[int, str]]:
+        """Force the rows to disk. Call it before a checkpoint, since a resume continues from them, and store what it
+        returns: the size and the digest of each file's rows.
+        """
+        return {name: file.flush() for name, file in self.files.items()}
 
     def say(self, text: str) -> None:
         """Print lines safely: markup and control characters have no effect."""

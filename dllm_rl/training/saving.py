@@ -227,8 +227,8 @@ def _bind_save(
 ) -> Write:
     """Return `checkpoint.save` with its arguments bound to a state of the run. Call it now or in the writer thread."""
     recipe = run.recipe
-    state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
-    run.log.flush()  # its rows must be on disk before the checkpoint
+    logs = run.log.flush()  # its rows must be on disk before the checkpoint
+    state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds), logs=logs)
     files = {} if run.step is None else history_files(run.step.history, state.step)
     files |= feature_states(run)
     if run.async_rollouts is not None:

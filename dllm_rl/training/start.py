@@ -23,6 +23,7 @@ from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.loading import num_parameters
 from dllm_rl.models.forward.blocks import compile_blocks
+from dllm_rl.monitoring.json_lines import is_continued
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
@@ -308,6 +309,7 @@ def open_log(
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         from_main(partial(clear_folder, directory), accelerator)
     first_step = saved_state.logged_steps if saved_state else 0
+    changed = from_main(partial(changed_logs, directory, saved_state), accelerator)
     log = RunLog(
         directory,
         start=first_step,
@@ -319,11 +321,23 @@ def open_log(
     )
     log.record.exact = not isinstance(recipe, Recipe) or recipe.likelihood.exact_ratios
     run_exit_stack().callback(log.close)  # also after an error or a stop
-    for note in notes:
+    for note in [*notes, *changed]:
         log.say(note)
     if peers is not None:
         peers.stage, log.entering = lambda: log.place, peers.tell_stage
     return log
+
+
+def changed_logs(directory: Path, state: TrainingState | None) -> list[str]:
+    """Return a warning for each log of the run in `directory` that no longer has the rows of its checkpoint `state`."""
+    if state is None or not checkpoint.folder_of(directory / "checkpoints", state.step).exists():
+        return []  # a new run, or one that continues another folder's
+    return [
+        f"warning: {directory / name}.jsonl was cut or changed after the checkpoint of step {state.step}, from which "
+        "the run goes on: rows of earlier steps may be missing there, and in pictures and tables of them"
+        for name, (size, digest) in state.logs.items()
+        if not is_continued(directory / f"{name}.jsonl", size, digest)
+    ]
 
 
 def load_and_rehearse(

@@ -19,6 +19,7 @@ FULL = {
     "teacher": "fe",
     "unlogged": {"loss": 0.5},
     "unlogged_seconds": {"update": 0.5},
+    "logs": {"metrics": [120, "ab"]},
     "callbacks": [["Counting", {"steps": 3}]],
     "frozen": ["head.weight"],
     "begin_ids": [1],

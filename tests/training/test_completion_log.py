@@ -3,12 +3,13 @@
 import dataclasses
 import io
 import math
+from dataclasses import replace
 from datetime import date
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_recipe import tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe
 
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.json_lines import current_rows
@@ -153,3 +154,39 @@ def test_a_field_that_json_has_no_form_for_is_text():
 def test_a_long_text_is_shown_by_its_ends():
     assert shorten("a" * 160) == "a" * 160
     assert shorten("a" * 100 + "b" * 100) == "a" * 80 + " ... " + "b" * 80
+
+
+def cut_in_half(text):
+    return text[: len(text) // 2]
+
+
+def without_a_row(text):
+    first, _, *others = text.splitlines(keepends=True)
+    return "".join([first, *others, *others])  # longer than it was
+
+
+@pytest.mark.parametrize("change", [cut_in_half, without_a_row, lambda text: "", lambda text: None, lambda text: text])
+def test_a_log_that_was_cut_is_said_when_the_run_is_resumed(tmp_path, capsys, change):
+    recipe = tiny_recipe(tmp_path, num_steps=2, log_completions_steps=1, lr_schedule_steps=9, **ONE_PUZZLE)
+    train(recipe)
+    for name in ("completions", "held_out", "metrics"):
+        path = tmp_path / f"{name}.jsonl"
+        before = path.read_text()
+        capsys.readouterr()
+        changed = change(before)
+        path.unlink() if changed is None else path.write_text(changed)
+        recipe = replace(recipe, num_steps=recipe.num_steps + 1, resume_from_checkpoint="latest")
+        train(recipe)
+        said = [line for line in capsys.readouterr().out.splitlines() if "was cut or changed" in line]
+        step = recipe.num_steps - 1
+        expected = f"warning: {path} was cut or changed after the checkpoint of step {step}, from which the run "
+        assert len(said) == (changed != before) and all(line.startswith(expected) for line in said)
+
+
+def test_a_log_that_another_folder_has_is_not_missed(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path / "a", num_steps=1, lr_schedule_steps=9, **ONE_PUZZLE)
+    train(recipe)
+    folder = str(tmp_path / "a" / "checkpoints" / "step-000001")
+    train(replace(recipe, num_steps=2, resume_from_checkpoint=folder, output_dir=str(tmp_path / "b")))
+    train(replace(recipe, num_steps=3, resume_from_checkpoint="latest", output_dir=str(tmp_path / "b")))
+    assert "was cut" not in capsys.readouterr().out
