@@ -42,6 +42,7 @@ from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
 from .algorithms.replay import Replay as Replay
 from .callbacks import Callback as Callback
 from .callbacks import StopBelow as StopBelow
+from .cli.arms import train_arms as train_arms
 from .cli.run_recipe import main as main
 from .evaluation.complete import complete as complete
 from .evaluation.evaluate import evaluate as evaluate

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "integrations": "rng screen records types tasks algorithms distributed models decoding quantization likelihoods "
     "samplers diagnostics evaluation step recipe training frontend",
     # floor 10
-    "cli": "device files manifest screen records versions types tasks distributed models decoding "
+    "cli": "device files manifest screen records versions types tasks callbacks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation integrations "
     "config step training supervised testing",
 }

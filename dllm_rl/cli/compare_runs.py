@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dllm_rl.evaluation.compare import compare
+from dllm_rl.evaluation.compare import Comparison, compare
 from dllm_rl.screen import escape_controls
 
 
@@ -22,8 +22,14 @@ def compare_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(comparison.as_json() | {"picture": str(plot)}))
         return
+    show(comparison)
+    print(f"\nPicture: {escape_controls(str(plot))}")
+
+
+def show(comparison: Comparison) -> None:
+    """Print the table and the sentences of a comparison."""
     Console().print(comparison.table())
-    print(escape_controls("\n\n".join([f"\nPicture: {plot}", *comparison.sentences()]), keep="\n"))
+    print(escape_controls("\n" + "\n\n".join(comparison.sentences()), keep="\n"))
 
 
 def read_arms(words: list[str]) -> list[str] | dict[str, list[str]]:

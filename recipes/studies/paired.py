@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dllm_rl import Callback, Policy, Recipe
+from dllm_rl import Callback, Policy, Recipe, Sampler
 from dllm_rl.evaluation.intervals import student_t
 from dllm_rl.files import read_json, write_json
 
@@ -102,6 +102,15 @@ def has_steps(study: Study, run: Mapping[str, Any], num_steps: int) -> bool:
     """Whether a finished run is of as many steps; always, if no number is stored."""
     asked = steps_of(study, run["arm"], num_steps)
     return run.get("num_steps", asked) == asked
+
+
+def sampled_solve_rate(policy: Policy, recipe: Recipe, sampler: Sampler) -> float:
+    """The share of two completions per test puzzle that solve it, at the sampler's temperature."""
+    from dllm_rl.evaluation.evaluate import evaluate
+
+    policy.module.eval()
+    options = {"seed": recipe.seed, "samples": 2, "batch_size": 400}
+    return evaluate(policy, recipe.eval_task, sampler, **options).means["solve_rate"]
 
 
 class Clock(Callback):

@@ -14,6 +14,7 @@ from forked import SERVER
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints.run_folder import default_folder
+from dllm_rl.cli import arms
 from recipes import quantized_sudoku as job
 from recipes.studies.quantized.orders_trained import STUDY
 
@@ -30,9 +31,9 @@ TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(valu
 
 
 def test_the_arms_are_those_of_the_study():
-    arms = job.arms_of(job.recipe)
-    assert arms.keys() == STUDIED.keys() == job.STYLES.keys() and job.recipe.num_steps == STUDY.num_steps
-    for name, arm in arms.items():
+    made = job.arms_of(job.recipe)
+    assert made.keys() == STUDIED.keys() and job.recipe.num_steps == STUDY.num_steps
+    for name, arm in made.items():
         ours = arm.settings()
         theirs = replace(STUDY.base, **STUDY.arms[STUDIED[name]], num_steps=STUDY.num_steps).settings()
         assert {field for field in ours if ours[field] != theirs[field]} <= NO_MATTER
@@ -41,7 +42,7 @@ def test_the_arms_are_those_of_the_study():
 @pytest.fixture
 def forked(monkeypatch):
     """Arms are forked from a server that has imported the library."""
-    monkeypatch.setattr(job, "ARMS", SERVER)
+    monkeypatch.setattr(arms, "PROCESSES", SERVER)
 
 
 def run_job(monkeypatch, *options):
@@ -54,15 +55,15 @@ def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     run_job(monkeypatch)
     printed = capsys.readouterr().out
-    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
-    assert [row[0] for row in rows] == ["none: before RL", "unquantized", "NVFP4, no correction", "NVFP4, TIS"]
     folder = tmp_path / "runs" / "quantized-sudoku-seed0"
     picture = Path(printed.partition("Picture: ")[2].splitlines()[0])
     assert picture == folder / "arms.png" and picture.stat().st_size > 10_000
     numbers = json.loads((folder / "arms.json").read_text())
-    assert list(numbers) == [row[0] for row in rows]
-    assert numbers["NVFP4, TIS"]["ess"] < numbers["unquantized"]["ess"] == 1
-    assert numbers["unquantized"]["mismatch"] < 1e-5 < numbers["NVFP4, TIS"]["mismatch"]
+    assert list(numbers["arms"]) == list(STUDIED) and all(
+        sentence in printed for sentence in numbers["sentences"][0].split()
+    )
+    found = [(each["rollout_corr/ess"], each["rollout_corr/abs_log_ratio_mean"]) for each in numbers["arms"].values()]
+    assert found[2][0] < found[0][0] == 1 and found[0][1] < 1e-5 < found[2][1]
     starts = {json.loads((folder / arm / "summary.json").read_text())["recipe"]["model"] for arm in STUDIED}
     assert starts == {str(folder / "checkpoints" / "step-000000")}
     assert default_folder(job.recipe) == Path("runs/quantized-sudoku-seed0-2"), "where the same command writes next"
@@ -71,18 +72,18 @@ def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, c
     run_job(monkeypatch, "--resume_from_checkpoint", "latest")
     again = json.loads((folder / "arms.json").read_text())
     assert (folder / "arms.png").exists()
-    for row in (*numbers.values(), *again.values()):
-        row.pop("seconds", None)
+    for row in (*numbers["arms"].values(), *again["arms"].values()):
+        row.pop("step_time", None)
     assert again == numbers
 
 
 def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
-    arms = {
+    failing = {
         name: replace(arm, model=str(tmp_path / "none"), sft_warmup_steps=0, output_dir=str(tmp_path / name))
         for name, arm in job.arms_of(job.recipe).items()
     }
     with pytest.raises(ChildProcessError, match=r"the arm \w+ ended with status [12]: error: .*/none.*log.txt"):
-        job.train_side_by_side(arms)
+        arms.train_side_by_side(failing)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
     [
         (["--rollout_quantization", "none"], "rollout_quantization=None leaves nothing to compare"),
         (["--corrector", "NoCorrection"], "corrector=NoCorrection leaves nothing to compare"),
-        (["--resume_from_checkpoint", "some/where"], "resume_from_checkpoint='some/where' is of one run"),
+        (["--resume_from_checkpoint", "some/where"], "resume_from_checkpoint='some/where' is of one run, and these"),
         (["--sed", "1"], "--sed is not a setting of Recipe"),
     ],
 )
@@ -122,7 +123,7 @@ def test_the_arms_of_a_job_that_was_ended_save_and_it_goes_on(number, tmp_path):
     with subprocess.Popen([*words, "100000"], **options) as process:
         lines = iter(process.stdout.readline, "")
         begun = {next(line.partition(":")[0] for line in lines if " 1 of 100000 steps" in line) for _ in range(3)}
-        assert begun == {"unquantized", "NVFP4, no correction", "NVFP4, TIS"}
+        assert begun == set(STUDIED)
         process.send_signal(number)
         rest = process.stdout.read()  # until all processes that print have ended
     if number == signal.SIGINT:
@@ -135,4 +136,4 @@ def test_the_arms_of_a_job_that_was_ended_save_and_it_goes_on(number, tmp_path):
         steps.append(stopped["step"])
     asked = [*words, str(max(steps) + 1), "--resume_from_checkpoint", "latest", "--allow_changed", "num_steps"]
     subprocess.run(asked, check=True, env=environment)
-    assert len(json.loads((tmp_path / "arms.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "arms.json").read_text())["arms"]) == 3

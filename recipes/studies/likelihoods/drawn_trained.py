@@ -51,7 +51,6 @@ import torch
 
 from dllm_rl import TIS, Callback, Int4WeightOnly, NoCorrection, RandomOrder, Trajectory
 from dllm_rl.files import read_json, write_json
-from recipes.quantized_sudoku import sampled_solve_rate
 from recipes.studies.late.late_rollouts import QUIET
 from recipes.studies.paired import (
     Results,
@@ -66,6 +65,7 @@ from recipes.studies.paired import (
     restore_runs,
     run_missing,
     runs_of,
+    sampled_solve_rate,
     train_one,
     verdict_rows,
     warm_up,

@@ -66,7 +66,6 @@ from dllm_rl import (
 )
 from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.quantized_sudoku import sampled_solve_rate
 from recipes.studies.controls import Permuted
 from recipes.studies.late.late_rollouts import QUIET
 from recipes.studies.paired import (
@@ -83,6 +82,7 @@ from recipes.studies.paired import (
     restore_runs,
     run_missing,
     runs_of,
+    sampled_solve_rate,
     train_one,
     verdict_rows,
 )

@@ -68,10 +68,10 @@ from dllm_rl import (
     Rank,
     Scheme,
 )
+from dllm_rl.evaluation.compare import ESS, MISMATCH
 from dllm_rl.files import read_json, replacing, write_json
 from dllm_rl.monitoring.plots import default_style, read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.quantized_sudoku import ESS, MISMATCH, STYLES, sampled_solve_rate
 from recipes.studies.controls import Permuted
 from recipes.studies.late.late_rollouts import QUIET
 from recipes.studies.paired import (
@@ -89,6 +89,7 @@ from recipes.studies.paired import (
     restore_runs,
     result_path,
     run_missing,
+    sampled_solve_rate,
     train_one,
     verdict,
 )
@@ -96,6 +97,11 @@ from recipes.studies.quantized.orders import NAMES
 from recipes.sudoku_unique import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # every run
+STYLES = {  # of the pictures
+    "unquantized": {"color": "#2f9e6e", "linestyle": ":", "marker": "^"},
+    "uncorrected": {"color": "#d9772b", "linestyle": "--", "marker": "s"},
+    "corrected": {"color": "#3b7dd8", "linestyle": "-", "marker": "o"},
+}
 CURVES = STORED.with_name("orders_trained_curves.json")  # by arm and metric: a list of steps for each seed
 PICTURE = Path(__file__).parents[1] / "quantized_sudoku.png"
 RANKS: dict[str, Rank] = {"random": RandomOrder(), "left_to_right": LeftToRight(), "max_prob": MaxProb()}
