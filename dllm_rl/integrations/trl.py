@@ -145,7 +145,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         args.gradient_checkpointing = False  # the policy has its own, which also works in eval mode
         trainer_arguments["rollout_func"] = lambda prompts, trainer: trainer._sample(prompts)
         trained = model if is_adapted else policy.module
-        super().__init__(trained, reward_funcs, args, processing_class=policy.tokenizer, **trainer_arguments)
+        with warnings.catch_warnings():  # about an argument that the user did not give
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+            super().__init__(trained, reward_funcs, args, processing_class=policy.tokenizer, **trainer_arguments)
         args.beta, args.gradient_checkpointing = recipe.beta, recipe.gradient_checkpointing
         args.sync_ref_model = synced
         if self.aux_loss_enabled:

@@ -30,8 +30,8 @@ def loading_device(shard_size: int, accelerator: Accelerator) -> torch.device:
 
 
 def check_launch_config() -> None:
-    """Raise ValueError if the launch requests DeepSpeed or FSDP. On a CPU, Accelerate would silently
-    ignore the request.
+    """Raise ValueError if the launch requests DeepSpeed, FSDP or Megatron. On a CPU, Accelerate would silently ignore
+    FSDP.
     """
     if name := launch_engine():
         raise ValueError(
@@ -42,8 +42,10 @@ def check_launch_config() -> None:
 
 
 def launch_engine() -> str | None:
-    """Return the engine that the launch requests, DEEPSPEED or FSDP; None: neither."""
-    return next((name for name in ("DEEPSPEED", "FSDP") if parse_flag_from_env(f"ACCELERATE_USE_{name}")), None)
+    """Return the engine that the launch requests, DEEPSPEED, FSDP or MEGATRON_LM; None: none of them."""
+    return next(
+        (name for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")), None
+    )
 
 
 def check_processes(recipe: AnyRecipe, processes: int) -> None:

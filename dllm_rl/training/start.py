@@ -1,7 +1,9 @@
 """Start a new run, or resume one from a checkpoint."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from dllm_rl.monitoring.json_lines import is_continued
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
+from dllm_rl.screen import line_of
 from dllm_rl.step.collect import component_reward_weights, fitting_indices
 from dllm_rl.step.context import StepFeature, overrides
 from dllm_rl.supervised.examples import check_no_blanks
@@ -263,9 +266,10 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
         ValueError: The launch or its number of processes does not fit the recipe.
     """
     check_trackers(recipe.trackers)
-    check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
     directory = str(Path(recipe.directory) / "tensorboard")
-    accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
+    with launch_errors_in_one_line():
+        check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
+        accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     AFTER_USER_CODE.append(stop.arm)
     run_exit_stack().callback(AFTER_USER_CODE.remove, stop.arm)
@@ -279,6 +283,22 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator.num_processes)
     return accelerator, stop, peers
+
+
+@contextmanager
+def launch_errors_in_one_line() -> Iterator[None]:
+    """In the block, end a process that a launcher started with status 2, and print a ValueError in one line of one
+    process: the launcher prints a traceback of its own, and those of all processes would bury the message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        is_launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+        if not is_launched or os.environ.get("DLLM_RL_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> None:

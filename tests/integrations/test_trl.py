@@ -781,6 +781,15 @@ def test_an_oracle_is_refused(tmp_path, given):
         ours.DiffusionGRPOTrainer(tiny(), given, config(tmp_path), train_dataset=Dataset.from_list(ROWS))
 
 
+def test_a_user_is_not_warned_of_an_argument_that_he_did_not_give(tmp_path, recwarn, monkeypatch):
+    monkeypatch.delenv("TRL_EXPERIMENTAL_SILENCE", raising=False)
+    trainer(tmp_path)
+    assert not [str(warning.message) for warning in recwarn if "rollout_func" in str(warning.message)]
+    before = list(warnings.filters)
+    trainer(tmp_path)
+    assert warnings.filters == before, "the user's own filters are as before"
+
+
 @pytest.mark.parametrize("callback", [StopBelow(), StopBelow, TrainerState(), object()])
 def test_what_is_no_callback_of_transformers_is_refused(tmp_path, callback):
     kind = getattr(callback, "__name__", type(callback).__name__)

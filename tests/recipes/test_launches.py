@@ -14,6 +14,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import main
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.training.sharded_learner import check_launch_config
+from dllm_rl.training.trainer import train
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu_2": 2, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}
@@ -66,6 +67,30 @@ def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
             else:
                 with pytest.raises(ValueError, match=r"asked for several CPU processes and started one.*cpu_2.yaml"):
                     make_accelerator()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("kind", ["FSDP", "MEGATRON_LM", "MULTI_CPU"])
+def test_a_script_that_calls_grpo_says_one_line_under_a_launch_that_cannot_work(
+    tmp_path, monkeypatch, capsys, kind, rank
+):
+    """In one process, and no traceback: the launcher's own is long enough."""
+    config = {"use_cpu": True, "num_machines": 1, "num_processes": 2, "mixed_precision": "no"}
+    config |= {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind}
+    more = {"FSDP": {"fsdp_config": {}}, "MEGATRON_LM": {"megatron_lm_config": {"megatron_lm_tp_degree": 1}}}
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(config | more.get(kind, {})))
+    _, environment = launched("--config_file", str(tmp_path / "launch.yaml"))
+    for key, value in environment.items() | {("RANK", rank)}:
+        monkeypatch.setenv(key, value)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(tiny_recipe(tmp_path / "run"))
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (rank == "0") and all(line.startswith("error: ") for line in lines)
+    monkeypatch.setenv("DLLM_RL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"distributed_type=|Accelerate was asked for several"):
+        train(tiny_recipe(tmp_path / "run"))
 
 
 def test_a_recipe_so_launched_says_one_line_and_ends_with_status_2(tmp_path, monkeypatch, capsys):

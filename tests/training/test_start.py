@@ -30,7 +30,7 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, changes
     check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_an_engine_of_the_launch_is_refused_before_accelerate_asks_for_its_package(tmp_path, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     monkeypatch.setattr(start, "make_accelerator", lambda **_: pytest.fail("accelerate opens the engine"))
