@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cache, lru_cache, partial
 from itertools import compress, zip_longest
 from typing import Any
@@ -22,6 +23,7 @@ from dllm_rl.types import Prompts, Rollout
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or let the tokenizer add BOS"
 BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_Chat.pieces`
+_GAP = re.compile(r"(?<=[0-9A-Za-z])\s+(?=[0-9A-Za-z])")  # without it, two numbers or words are one
 NO_ARGUMENTS: Mapping[str, Any] = {}
 # Arguments of `apply_chat_template` that a row may not set, because this module sets them, or they change its return.
 _FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt continue_final_message tokenize
@@ -29,6 +31,14 @@ padding truncation max_length return_tensors return_dict return_assistant_tokens
 sanitize_control_tokens"""
 # What a message may say beside its content.
 MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio")
+# Unicode's decompositions that change a character's print alone. Others, such as "<super>", change numbers.
+FORMS = ("<wide>", "<narrow>", "<noBreak>", "<vertical>", "<initial>", "<medial>", "<final>", "<isolated>")
+# The time that a chat template may read: one that never passes, so that a row is always the same prompt. Templates of
+# Llama write this day where they have no clock.
+TEMPLATE_TIME = datetime(2024, 7, 26)
+_CLOCK = re.compile(
+    r"""\bstrftime_now\s*\(\s*(?:(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\))?"""
+)  # quote, format
 # Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -192,6 +202,31 @@ def check_chat(messages: Any, name: str = "prompt") -> None:
                 raise ValueError(f"{error}: {_quote(part)} of message {number} is not text, and only text is read")
 
 
+def fixed_template(tokenizer: Tokenizer, tools: Any = None) -> dict[str, Any]:
+    """Return arguments of `apply_chat_template` with which a row is the same prompt at each call: none, or a template
+    that writes TEMPLATE_TIME where the tokenizer's own reads the clock.
+
+    Raises:
+        ValueError: The template draws at random, or computes the format of the time that it writes.
+    """
+    template = str(tokenizer.chat_template)
+    if drawn := re.search(r"\|\s*random\b|\blipsum\b", template):
+        raise ValueError(
+            f"chat_template draws at random ({drawn[0]}), so that a row is another prompt at each call; correct it"
+        )
+    if not _CLOCK.search(template):
+        return {}
+    if isinstance(tokenizer.chat_template, Mapping):
+        template = str(tokenizer.get_chat_template(tools=tools))
+    fixed = _CLOCK.sub(lambda call: json.dumps(TEMPLATE_TIME.strftime(call[2])) if call[1] else call[0], template)
+    if computed := _CLOCK.search(fixed):
+        raise ValueError(
+            f"chat_template reads the clock, {template[computed.start() :][:40]!r}, so that a row is another prompt at "
+            "another time; write the time as text there"
+        )
+    return {"chat_template": fixed}
+
+
 def _with_text(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """Return a message with `change` applied to its text, or to the text of each of its parts."""
     content = message["content"]
@@ -280,10 +315,11 @@ class _Chat:
 
         tokenizer = self.policy.tokenizer
         arguments = self.template_arguments if template_arguments is None else template_arguments
+        fixed = fixed_template(tokenizer, arguments.get("tools"))
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=add_generation_prompt, tokenize=False, **arguments
+                    messages, add_generation_prompt=add_generation_prompt, tokenize=False, **arguments, **fixed
                 )
             )
         except (TemplateError, *TEMPLATE_ERRORS) as error:
@@ -418,16 +454,38 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             "give it as blank"
         )
     tokenized_text = tokenizer.decode(ids, skip_special_tokens=False)
-    # Tokenizers may change whitespace, case, and equivalent forms of a character.
-    compared = ["".join(each.split()).casefold() for each in (text, tokenized_text)]
-    pairs = zip_longest(*(unicodedata.normalize("NFKC", each) for each in compared))
+    pairs = zip_longest(_comparable(text), _comparable(tokenized_text))
     lost = next((character for character, tokenized in pairs if character != tokenized), None)
     if lost is not None:
         raise ValueError(
             f"text {_quote(text)} cannot be tokenized by this model: {lost!r} is lost, and the tokens "
             f"read {_quote(tokenized_text)}; write the text with characters that the tokenizer has"
         )
+    joined = _GAP.sub("", text)
+    may_be_joined = symbols is None and joined != text and not _GAP.search(tokenized_text)
+    if may_be_joined and ids == tokenizer.encode(joined, add_special_tokens=False, split_special_tokens=not special):
+        raise ValueError(
+            f"text {_quote(text)} cannot be tokenized by this model: the tokenizer drops its spaces, and reads "
+            f"{_quote(joined)}; write the text without them, or with another separator"
+        )
     return ids
+
+
+def _comparable(text: str) -> str:
+    """Return a text without what tokenizers may change: whitespace, case, and the form of a character.
+
+    A character of another meaning, such as an exponent or a letter of another alphabet, is no form.
+    """
+    if not text.isascii():
+        characters = unicodedata.normalize("NFC", text)
+        text = "".join(unicodedata.normalize("NFKC", each) if _is_form(each) else each for each in characters)
+    return unicodedata.normalize("NFC", "".join(text.split()).casefold())
+
+
+def _is_form(character: str) -> bool:
+    """Return whether a character, such as a wide digit, a ligature or an ellipsis, is one or more others in print."""
+    kind = unicodedata.decomposition(character).partition(" ")[0]
+    return kind in FORMS or (kind == "<compat>" and not character.isnumeric())
 
 
 def begin_ids(policy: Policy) -> list[int]:

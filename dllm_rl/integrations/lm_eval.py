@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install -e '.[harness]'") from error
 
-from dllm_rl.decoding.tokens import as_rollout, begin_ids, decode, prompt_ids, text_ids
+from dllm_rl.decoding.tokens import as_rollout, begin_ids, decode, fixed_template, prompt_ids, text_ids
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import Policy
@@ -113,6 +113,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         prompt_ids(self.policy, chat_history)  # refuses a template that leaves out a message
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options |= fixed_template(self.tokenizer)
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -38,7 +38,7 @@ def test_countdown(tmp_path) -> None:
     graded = grade_file(path, task="countdown", protocol="d1")
     assert graded == {
         "task": "countdown",
-        "version": "3",
+        "version": "4",
         "protocol": "d1",
         "n": 4,
         "problems": 4,

@@ -371,6 +371,58 @@ def test_a_line_at_the_top_of_a_template_sets_what_trl_passes_as_a_keyword(polic
     assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])) == f"<user>hi<eos><assistant>{written}"
 
 
+CLOCKS = {
+    "{{ strftime_now('%Y%m%d %H%M%S') }}": "20240726 000000",
+    "{% set now = strftime_now( format='%d' ) if strftime_now is defined else 'none' %}{{ now }}": "26",
+    "{% if not date is defined %}{% set date = strftime_now('%S') %}{% endif %}{{ date }}": "00",
+    "{% set date = 'may' %}{% if not date is defined %}{% set date = strftime_now('%S') %}{% endif %}{{ date }}": "may",
+}
+
+
+@pytest.mark.parametrize("template", CLOCKS)
+def test_a_template_that_reads_the_clock_gets_one_time(monkeypatch, template):
+    """In prompts, conversations and rows with arguments: the same text on another day."""
+    policy = tiny_masked_lm(characters="<>abcdefghijklmnopqrstuvwxyz 0123456789", num_layers=1)
+    policy.tokenizer.chat_template = template + TEMPLATE
+    turns = [user("hi"), {"role": "assistant", "content": "so"}]
+    read = [policy.tokenizer.decode(ids) for ids in (prompt_ids(policy, turns[:1]), prompt_ids(policy, turns))]
+    start = f"{CLOCKS[template]}<user>hi<eos><assistant>"
+    assert read == [start, start + "so"]
+    (before, _), (answer, _), _ = conversation_ids(policy, turns, [1])
+    assert policy.tokenizer.decode([*before, *answer]) == f"{start}so<eos>"
+
+
+def test_a_row_may_give_a_template_its_date(monkeypatch, policy):
+    template = "{% if not date is defined %}{% set date = strftime_now('%d') %}{% endif %}{{ date }}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template + TEMPLATE)
+    ids = prompt_ids(policy, [user("hi")], template_arguments={"date": "may"})
+    assert policy.tokenizer.decode(ids) == "may<user>hi<eos><assistant>"
+
+
+def test_of_several_templates_the_one_of_the_row_writes_its_time(monkeypatch, policy):
+    both = {
+        "default": "a{{ strftime_now('%H') }}" + TEMPLATE,
+        "tool_use": "b{{ strftime_now('%S') }}{{ tools }}" + TEMPLATE,
+    }
+    monkeypatch.setattr(policy.tokenizer, "chat_template", both)
+    assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])).startswith("a00<user>")
+
+
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [
+        ("{{ ['a', 'b'] | random }}", r"draws at random \(\| random\)"),
+        ("{{ lipsum(1) }}", r"draws at random \(lipsum\)"),
+        ("{% set form = '%S' %}{{ strftime_now(form) }}", "reads the clock, .strftime_now"),
+        ("{{ strftime_now('%S' + '%M') }}", "reads the clock, .strftime_now"),
+    ],
+)
+def test_a_template_that_writes_something_else_at_each_call_is_refused(policy, monkeypatch, written, what):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", written + TEMPLATE)
+    with pytest.raises(ValueError, match=f"^chat_template {what}"):
+        prompt_ids(policy, [user("hi")])
+
+
 class Letters:
     """Policy-like: the vocabulary is all that `text_ids` reads of a model."""
 
@@ -419,9 +471,32 @@ NAMED = {
 }
 
 
+LATIN = {c: i for i, c in enumerate(["<unk>", "<mask>", *"0123456789=abcdefghilmnoprtuxABCDE.,° \u2044"])}
+NAMED |= {
+    normalizer: partial(
+        fast,
+        models.WordLevel(LATIN, unk_token="<unk>"),
+        normalizer=getattr(normalizers, normalizer)(),
+        pre_tokenizer=pre_tokenizers.Split("", behavior="isolated"),
+        decoder=decoders.Fuse(),
+    )
+    for normalizer in ("NFKC", "NFKD", "Lowercase")
+}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "lost"),
     [
+        ("NFKC", "5²=", "²"),
+        ("NFKD", "x⁵", "⁵"),
+        ("NFKC", "a₁", "₁"),
+        ("NFKD", "3½", "½"),
+        ("NFKC", "5①", "①"),
+        ("NFKC", "1⒈", "⒈"),
+        ("NFKD", "\u2102", "\u2102"),
+        ("NFKC", "\U0001d431=x", "\U0001d431"),
+        ("NFKC", "\uff11\uff12\uff0c\uff21 ﬁ… 3℃\xa0", None),
+        ("Lowercase", "ABc", None),
         ("drops what it does not know", "abz", "z"),
         ("drops what it does not know", "zab ", "z"),
         ("words", "hello there", "t"),
@@ -442,6 +517,18 @@ def test_a_character_that_the_tokens_lose_is_named(name, text, lost):
     for special in (False, True):
         with pytest.raises(ValueError, match=f"^text {text!r} cannot be tokenized by this model: '{lost}' is lost"):
             text_ids(policy, text, special=special)
+
+
+def test_spaces_that_hold_two_numbers_apart_are_no_white_space_that_may_be_lost():
+    dropping, splitting = NAMED["NFKC"](), NAMED["NFKC"]()
+    dropping.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
+    splitting.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", behavior="isolated")]
+    )
+    for policy, text in ((dropping, "5 2="), (splitting, "5=a\n\nb"), (splitting, "5 A ")):
+        with pytest.raises(ValueError, match=r"^text .* the tokenizer drops its spaces, and reads '5"):
+            text_ids(policy, text)
+        assert text_ids(policy, "5 = 2 ") == text_ids(policy, "5=2")
 
 
 def test_a_vocabulary_of_unsplittable_tokens_is_read_token_by_token(esm):
