@@ -15,6 +15,8 @@ from recipes.studies.late import late_rollouts, several_updates
 from recipes.studies.likelihoods import league, training_order
 from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
 from recipes.studies.quantized import (
+    estimates,
+    estimates_trained,
     int4_orders,
     int4_orders_controls,
     low_bits,
@@ -31,12 +33,17 @@ SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", 
 SUMS = "sums, SmolLM2-135M"
 LEAGUES, ORDERS = (f"likelihoods/README.md#{at}" for at in ("methods-in-equal-time", "in-which-order-to-train"))
 SEVERAL = "late/README.md#several-updates-per-rollout"
+ESTIMATES = "quantized/estimates.md"
 SHOWN, OPPOSITE, UNDECIDED = "shown", "opposite shown", "undecided"
 OPPOSITES = {
     "does better than": "does worse than",
     "weights help": "weights do harm",
     "are above": "together are below",
     "is at most 0.05 lower": "is more than 0.05 lower",
+    "is above": "is below",
+    "leaves less": "leaves more",
+    "leave less": "leave more",
+    "leaves a larger": "leaves a smaller",
 }
 
 
@@ -88,6 +95,8 @@ def by_study() -> dict[Asked, Rows]:
     long = read_json(int4_orders.STORED)["runs"]
     sums = low_bits_tuned.whole(by_arm(read_json(low_bits_tuned.STORED)["runs"]))
     parts = orders_trained.families(by_arm(read_json(orders_trained.STORED))).values()
+    estimated = estimates_trained.whole_families(by_arm(read_json(estimates_trained.STORED)))
+    exact = estimates.whole_families(read_json(estimates.STORED))
     studies: dict[Asked, Sequence[Rows]] = {
         ("the exact gradient, by order and format", "quantized/orders.md", SUDOKU): [
             claimed_rows(orders.claims(read_json(orders.STORED)))
@@ -96,6 +105,8 @@ def by_study() -> dict[Asked, Rows]:
             order_flips_controls.claim_rows(read_json(order_flips_controls.STORED))
         ],
         ("training by order and format", "quantized/orders_trained.md", SUDOKU): [claimed_rows(part) for part in parts],
+        ("training with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in estimated],
+        ("the exact gradient with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in exact],
         ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
             claimed(int4_orders.claims, long),
             claimed(int4_orders_controls.claims, [*long, *read_json(int4_orders_controls.STORED)]),
@@ -121,7 +132,8 @@ def by_study() -> dict[Asked, Rows]:
             claimed_rows(training_order.claims(training_order.by_key(read_json(training_order.STORED))))
         ],
     }
-    return {study: [row for rows in families for row in rows] for study, families in studies.items()}
+    found = {study: [row for rows in families for row in rows] for study, families in studies.items()}
+    return {study: rows for study, rows in found.items() if rows}
 
 
 def grouped(claims: Iterable[str]) -> str:
@@ -146,6 +158,7 @@ def claim_rows() -> list[dict[str, str]]:
 
 STORED: dict[Asked, Sequence[Path]] = {
     ("training by order and format", "quantized/orders_trained.md", SUDOKU): [orders_trained.STORED],
+    ("training with an estimated likelihood", ESTIMATES, SUDOKU): [estimates_trained.STORED],
     ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
         int4_orders.STORED,
         int4_orders_controls.STORED,

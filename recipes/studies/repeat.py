@@ -86,6 +86,7 @@ def runs_of(name: str) -> Runs:
 
 STUDIES: dict[str, Callable[[Any, Any], Runs]] = {
     "orders_trained": lambda module, stored: of_study(module.STUDY, stored, module.run_evaluated),
+    "estimates_trained": lambda module, stored: of_study(module.begun(stored), stored, module.run_evaluated),
     "int4_orders": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"]),
     "int4_orders_controls": lambda module, stored: of_study(module.rated(), stored),
     "late_rollouts": lambda module, stored: of_study(at_rates(module.STUDY, stored["rates"]), stored["runs"], run_late),

@@ -74,7 +74,7 @@ from dllm_rl.algorithms.correctors import Corrector, TokenStats, ais_lambda
 from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.studies.paired import in_words, interval, markdown, verdict_rows
+from recipes.studies.paired import claimed_rows, interval, markdown, verdict, verdict_rows
 from recipes.studies.quantized.order_flips import Canvases, canvases, law_of, token_logits, trained
 from recipes.sudoku_tiny import few_clues
 
@@ -509,6 +509,7 @@ CORRECTIONS = {  # in tables
     "shuffled": "shuffled TIS",
 }
 Claims = Mapping[str, Sequence[float]]
+HOLM = "Holm's p"
 
 
 def found(model: Model, what: str, *setting: str) -> float:
@@ -569,6 +570,11 @@ def families(models: Sequence[Model]) -> dict[str, Claims]:
     }
 
 
+def whole_families(models: Sequence[Model]) -> list[Claims]:
+    """The claims, once there are all models: none is read before."""
+    return list(families(models).values()) if len(models) == len(SEEDS) else []
+
+
 def over(models: Sequence[Model], what: str, *setting: str) -> str:
     return interval([found(model, what, *setting) for model in models])
 
@@ -579,24 +585,17 @@ def pair_rows() -> Iterator[tuple[str, str, dict[str, str]]]:
         yield order, copied, {"order": ORDERS[order], "copy": copied}
 
 
-def error_rows(models: Sequence[Model]) -> list[dict[str, str]]:
-    """By order, copy and estimator the error without a correction and with TIS, and in how many models TIS has less."""
+def part_rows(models: Sequence[Model], what: str) -> list[dict[str, str]]:
+    """By order and copy, for each estimator: the whole "error" or what the copy has "added", without a correction and
+    with TIS, and in how many models it is less with TIS."""
     rows = []
     for order, copied, row in pair_rows():
         for each, name in NAMES.items():
-            setting = (order, copied, each)
-            better = sum(found(m, "error", *setting, "tis") < found(m, "error", *setting, "none") for m in models)
-            rows.append(
-                row
-                | {
-                    "likelihood": name,
-                    "error, no correction": over(models, "error", *setting, "none"),
-                    "error, TIS": over(models, "error", *setting, "tis"),
-                    "less with TIS": f"{better} of {len(models)}",
-                    "the copy adds, no correction": over(models, "added", *setting, "none"),
-                    "the copy adds, TIS": over(models, "added", *setting, "tis"),
-                }
-            )
+            settings = [(order, copied, each, correction) for correction in ("none", "tis")]
+            none, tis = ([found(model, what, *setting) for model in models] for setting in settings)
+            less = sum(a > b for a, b in zip(none, tis, strict=True))
+            row[name] = f"{interval(none)} → {interval(tis)} ({less})"
+        rows.append(row)
     return rows
 
 
@@ -606,17 +605,19 @@ def own_rows(models: Sequence[Model]) -> list[dict[str, str]]:
         {"likelihood": name}
         | {ORDERS[order]: interval([model["own"][f"{order}, {each}"] for model in models]) for order in ORDERS}
         for each, name in NAMES.items()
+        if each != "exact"
     ]
 
 
 def correction_rows(models: Sequence[Model], estimator: str) -> list[dict[str, str]]:
-    """By order and copy the error under each correction, with one estimator."""
-    heads = {name: head for name, head in CORRECTIONS.items() if f"random, INT4, {estimator}, {name}" in
-             models[0]["settings"]}  # fmt: skip
-    return [
-        row | {head: over(models, "error", order, copied, estimator, name) for name, head in heads.items()}
-        for order, copied, row in pair_rows()
-    ]
+    """By correction the error with one estimator, in random order and under `MaxProb`, by copy."""
+    rows = []
+    for name, head in CORRECTIONS.items():
+        if f"random, INT4, {estimator}, {name}" in models[0]["settings"]:
+            rows.append({"correction": head})
+            for order, copied in product(("random", "max_prob"), COPIES):
+                rows[-1][f"{ORDERS[order]}, {copied}"] = over(models, "error", order, copied, estimator, name)
+    return rows
 
 
 def ratio_rows(models: Sequence[Model]) -> list[dict[str, str]]:
@@ -624,7 +625,7 @@ def ratio_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     return [
         row
         | {
-            name: interval([model["ess"][f"{order}, {copied}, {each}"] for model in models])
+            name: f"{mean(model['ess'][f'{order}, {copied}, {each}'] for model in models):.3f}"
             for each, name in NAMES.items()
         }
         for order, copied, row in pair_rows()
@@ -647,23 +648,45 @@ def length_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     return rows
 
 
-def tables() -> dict[str, str]:
-    """All tables, by name."""
-    models = read_json(STORED)
-    rows = {
+def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    """By order and copy the verdicts of the first three families: difference, and p of Holm's correction over each."""
+    of = families(models)
+    verdicts = {
+        row["stated before the runs"]: f"{verdict(row)}, p {row[HOLM]}".replace("p 0.000", "p < 0.001")
+        for name in ("errors", "added", "control")
+        for row in claimed_rows(of[name])
+    }
+    begins = {f"less error, {NAMES[each]}": f"{NAMES[each]}, " for each in CLAIMED}
+    rows = []
+    for order, copied, row in pair_rows():
+        for head, begin in begins.items():
+            row[head] = verdicts[f"{begin}{ORDERS[order]}, {copied}: TIS leaves less error than no correction"]
+        two = f"2 segments, {ORDERS[order]}, {copied}: TIS leaves less "
+        row["less of what the copy adds, 2 segments"] = verdicts[f"{two}of what the copy adds than no correction"]
+        row["less error than shuffled TIS, 2 segments"] = verdicts[f"{two}error than shuffled TIS"]
+        rows.append(row)
+    return rows
+
+
+def length_claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
+    return verdict_rows(families(models)["lengths"], str, "models")
+
+
+def page_tables() -> dict[str, str]:
+    """The tables of estimates.md, by name. No claim is read before the last model."""
+    models = read_json(STORED) if STORED.exists() else []
+    rows: dict[str, list[dict[str, str]]] = {
         "own": own_rows(models),
-        "errors": error_rows(models),
+        "errors": part_rows(models, "error"),
+        "added": part_rows(models, "added"),
         "corrections, 2 segments": correction_rows(models, "segments 2"),
-        "corrections, exact": correction_rows(models, "exact"),
         "corrections, ELBO": correction_rows(models, "elbo"),
         "ratios": ratio_rows(models),
         "lengths": length_rows(models),
     }
-    claims = {
-        f"claims, {name}": verdict_rows(each, lambda claim: in_words(claim, {}), "models")
-        for name, each in families(models).items()
-    }
-    return {name: markdown(each) for name, each in (rows | claims).items()}
+    for name, of in {"claims": claim_rows, "claims, lengths": length_claim_rows}.items():
+        rows[name] = of(models) if len(models) == len(SEEDS) else [{"models": f"{len(models)} of {len(SEEDS)}"}]
+    return {name: markdown(each) for name, each in rows.items()}
 
 
 def main() -> None:
@@ -678,10 +701,8 @@ def main() -> None:
             models.append(run_model(seed))
             write_json(STORED, models)
             print(f"{len(models)} of {len(SEEDS)} models", flush=True)
-    if len(models) < len(SEEDS):
-        print(f"{len(models)} of {len(SEEDS)} models: no claim is read before the last")
-        return
-    for name, table in tables().items():
+    print(f"{len(models)} of {len(SEEDS)} models\n")
+    for name, table in page_tables().items():
         print(f"{name}:\n\n{table}")
 
 

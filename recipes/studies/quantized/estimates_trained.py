@@ -155,6 +155,7 @@ STUDY = Study(
     seeds=len(SEEDS),
     num_steps=60,
 )
+ON_PAGE = ("decides", "controls", "exact")  # parts with tables on the page
 Claims = Mapping[str, Sequence[float]]
 BOTH = {"greedy": "after", "temperature 1": "sampled"}  # how the learner is evaluated
 
@@ -312,6 +313,17 @@ def equal_time_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def whole_families(results: Results) -> list[Claims]:
+    """The claims of the parts that have all of their seeds: no other claim is read."""
+    return [claims for part, claims in families(results).items() if whole_seeds(results, part) == len(SEEDS)]
+
+
+def begun(runs: Sequence[Mapping[str, Any]]) -> Study:
+    """The study with the arms of which there are runs."""
+    names = {run["arm"] for run in runs}
+    return replace(STUDY, arms={name: changes for name, changes in STUDY.arms.items() if name in names})
+
+
 def report(results: Results) -> str:
     """How much is there, and what the arms of each part solve; the claims of whole parts, as no claim is read before
     its last seed."""
@@ -323,6 +335,18 @@ def report(results: Results) -> str:
         f"{part}:\n\n{claims_of(claims)}" for part, claims in families(results).items() if seeds[part] == len(SEEDS)
     ]
     return "\n".join(lines)
+
+
+def page_tables() -> dict[str, str]:
+    """The tables of estimates.md about training: of each part the arms and the claims, or how much is there."""
+    results = by_arm(read_json(STORED))
+    tables = {"equal time": markdown(equal_time_rows(results))}
+    for part in ON_PAGE:
+        seeds = whole_seeds(results, part)
+        there = markdown([{"seeds with all runs": f"{seeds} of {len(SEEDS)}"}])
+        tables[part] = arms_of_part(results, part) if seeds else there
+        tables[f"claims, {part}"] = claims_of(families(results)[part]) if seeds == len(SEEDS) else there
+    return tables
 
 
 def main() -> None:
