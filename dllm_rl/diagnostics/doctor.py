@@ -45,8 +45,8 @@ ADVICE = {
     "batch shape": "kernels depend on the batch's shape: set zero_mismatch=True, or accept it as noise",
 }
 ORDER_ADVICE = (
-    "no weight corrects it (recipes/studies/quantized/order_flips.md): roll out in an order that does not depend on "
-    "the weights (rank=RandomOrder()), or keep more bits"
+    "no weight corrects it (recipes/studies/quantized/README.md): roll out in an order that does not depend on the "
+    "weights (rank=RandomOrder()), or keep more bits"
 )
 NUM_LAYERS = 5  # in a report
 PADDING = 3  # columns that are added on the left to measure the effect of padding

@@ -32,8 +32,10 @@ Asked = tuple[str, str, str]  # what was asked, its page, and the task, with the
 SUDOKU, FEW_CLUES, LATIN = (f"4x4 Sudoku{of}" for of in ("", " with few clues", " after Latin squares"))
 SUMS = "sums, SmolLM2-135M"
 LEAGUES, ORDERS = (f"likelihoods/README.md#{at}" for at in ("methods-in-equal-time", "in-which-order-to-train"))
+TRAINED = "quantized/README.md#training-with-the-exact-likelihood"
+GRADIENT = "quantized/README.md#the-gradient-exactly"
 SEVERAL = "late/README.md#several-updates-per-rollout"
-ESTIMATES = "quantized/estimates.md"
+ESTIMATES = "quantized/README.md#training-where-the-likelihood-is-an-estimate"
 SHOWN, OPPOSITE, UNDECIDED = "shown", "opposite shown", "undecided"
 OPPOSITES = {
     "does better than": "does worse than",
@@ -98,25 +100,25 @@ def by_study() -> dict[Asked, Rows]:
     estimated = estimates_trained.whole_families(by_arm(read_json(estimates_trained.STORED)))
     exact = estimates.whole_families(read_json(estimates.STORED))
     studies: dict[Asked, Sequence[Rows]] = {
-        ("the exact gradient, by order and format", "quantized/orders.md", SUDOKU): [
+        ("the exact gradient, by order and format", GRADIENT, SUDOKU): [
             claimed_rows(orders.claims(read_json(orders.STORED)))
         ],
-        ("the exact gradient, other models", "quantized/order_flips.md", f"{SUDOKU}; Countdown"): [
+        ("the exact gradient, other models", GRADIENT, f"{SUDOKU}; Countdown"): [
             order_flips_controls.claim_rows(read_json(order_flips_controls.STORED))
         ],
-        ("training by order and format", "quantized/orders_trained.md", SUDOKU): [claimed_rows(part) for part in parts],
+        ("training by order and format", TRAINED, SUDOKU): [claimed_rows(part) for part in parts],
         ("training with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in estimated],
         ("the exact gradient with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in exact],
-        ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
+        ("longer training on INT4 rollouts", TRAINED, SUDOKU): [
             claimed(int4_orders.claims, long),
             claimed(int4_orders_controls.claims, [*long, *read_json(int4_orders_controls.STORED)]),
         ],
-        ("INT4 rollouts, each arm at its own learning rate", "quantized/low_bits.md", SUMS): [
-            contrast_rows(low_bits_tuned.STUDY, sums)
-        ],
-        ("INT4 rollouts, at one learning rate", "quantized/low_bits.md", SUMS): [
-            contrasts(low_bits.STUDY, low_bits.STORED)
-        ],
+        (
+            "INT4 rollouts, each arm at its own learning rate",
+            TRAINED,
+            SUMS,
+        ): [contrast_rows(low_bits_tuned.STUDY, sums)],
+        ("INT4 rollouts, at one learning rate", TRAINED, SUMS): [contrasts(low_bits.STUDY, low_bits.STORED)],
         ("late rollouts", "late/README.md", SUDOKU): [
             contrasts(late_rollouts.STUDY, late_rollouts.STORED, "runs"),
         ],
@@ -157,14 +159,18 @@ def claim_rows() -> list[dict[str, str]]:
 
 
 STORED: dict[Asked, Sequence[Path]] = {
-    ("training by order and format", "quantized/orders_trained.md", SUDOKU): [orders_trained.STORED],
+    ("training by order and format", TRAINED, SUDOKU): [orders_trained.STORED],
     ("training with an estimated likelihood", ESTIMATES, SUDOKU): [estimates_trained.STORED],
-    ("longer training on INT4 rollouts", "quantized/order_flips.md", SUDOKU): [
+    ("longer training on INT4 rollouts", TRAINED, SUDOKU): [
         int4_orders.STORED,
         int4_orders_controls.STORED,
     ],
-    ("INT4 rollouts, each arm at its own learning rate", "quantized/low_bits.md", SUMS): [low_bits_tuned.STORED],
-    ("INT4 rollouts, at one learning rate", "quantized/low_bits.md", SUMS): [low_bits.STORED],
+    (
+        "INT4 rollouts, each arm at its own learning rate",
+        TRAINED,
+        SUMS,
+    ): [low_bits_tuned.STORED],
+    ("INT4 rollouts, at one learning rate", TRAINED, SUMS): [low_bits.STORED],
     ("late rollouts", "late/README.md", SUDOKU): [late_rollouts.STORED],
     ("several updates of a late rollout", SEVERAL, SUDOKU): [several_updates.STORED],
     ("published methods in equal time", LEAGUES, SUDOKU): [

@@ -1,4 +1,4 @@
-"""The main job: its arms are those of the study whose picture is on orders_trained.md, and they train side by side."""
+"""The main job: its arms are those of the study of quantized rollouts, and they train side by side."""
 
 import json
 import os

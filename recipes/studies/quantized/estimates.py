@@ -673,7 +673,7 @@ def length_claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of estimates.md, by name. No claim is read before the last model."""
+    """The tables of README.md and appendix.md, by name. No claim is read before the last model."""
     models = read_json(STORED) if STORED.exists() else []
     rows: dict[str, list[dict[str, str]]] = {
         "own": own_rows(models),

@@ -338,7 +338,7 @@ def report(results: Results) -> str:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of estimates.md about training: of each part the arms and the claims, or how much is there."""
+    """The tables about training: of each part the arms and the claims, or how much is there."""
     results = by_arm(read_json(STORED))
     tables = {"equal time": markdown(equal_time_rows(results))}
     for part in ON_PAGE:

@@ -159,7 +159,7 @@ def claim_rows(models: Sequence[Model]) -> list[dict[str, str]]:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of orders.md, by name."""
+    """The tables of README.md and appendix.md, by name."""
     models = read_json(STORED)
     rows = {"errors": error_rows, "claims": claim_rows, "corrections": correction_rows}
     return {name: markdown(rows_of(models)) for name, rows_of in rows.items()}

@@ -37,7 +37,7 @@ and nearly the same differences at temperature 1; under `MaxProb` 0.338 and 0.51
         run what is missing, orders_trained.json, the tables
     python -m recipes.studies.quantized.orders_trained --report         run nothing
     python -m recipes.studies.quantized.orders_trained --draw
-        the mean curves of the part nvfp4 (orders_trained.md)
+        the mean curves of the part nvfp4
 
 The runs of the part formats are of a later commit than those of nvfp4, in which nothing of them changed.
 
@@ -315,7 +315,7 @@ def costs(results: Results) -> str:
 
 
 def page_tables() -> dict[str, str]:
-    """The tables of orders_trained.md, by name: the arms and the claims of the parts."""
+    """The tables of the study, by name: the arms and the claims of the parts."""
     results = by_arm(read_json(STORED))
     claims = families(results)
     return {

@@ -1,4 +1,4 @@
-"""The picture of the README, and the tables of quantized_rollouts.md, which has the picture, too.
+"""The picture of the README, and the tables of README.md beside this file, which has the picture, too.
 
 python -m recipes.studies --write        the tables, from the stored results of the studies
 python -m recipes.studies.quantized.readme         the picture
@@ -252,23 +252,23 @@ def families() -> dict[str, tuple[str, Mapping[str, Sequence[float]]]]:
     studies = runs_of_studies()
     short, long = orders_trained.families(studies[SHORT]), studies[LONGER]
     return {
-        "[Sudoku, short: NVFP4, random order](orders_trained.md#nvfp4)": (SHORT, short["nvfp4, the learner"]),
-        "[Sudoku, short: the NVFP4 copy](orders_trained.md#nvfp4)": (SHORT, short["nvfp4, the copy"]),
-        "[Sudoku, short: FP8 and INT4](orders_trained.md#fp8-and-int4)": (SHORT, short["formats"]),
-        "[Sudoku, short: NVFP4, other orders](orders_trained.md#left-to-right-and-under-maxprob)": (
+        "Sudoku, short: NVFP4, random order": (SHORT, short["nvfp4, the learner"]),
+        "Sudoku, short: the NVFP4 copy": (SHORT, short["nvfp4, the copy"]),
+        "Sudoku, short: FP8 and INT4": (SHORT, short["formats"]),
+        "Sudoku, short: NVFP4, other orders": (
             SHORT,
             short["orders"],
         ),
-        "[Sudoku, short: the order, own rollouts](orders_trained.md#the-order-by-itself)": (
+        "Sudoku, short: the order, own rollouts": (
             SHORT,
             short["the order by itself"],
         ),
-        "[Sudoku, longer: INT4](order_flips.md#training-in-both-orders)": (LONGER, int4_orders.claims(long)),
-        "[Sudoku, longer: controls](order_flips.md#training-in-both-orders)": (
+        "Sudoku, longer: INT4": (LONGER, int4_orders.claims(long)),
+        "Sudoku, longer: controls": (
             LONGER,
             int4_orders_controls.claims(long),
         ),
-        "[sums](low_bits.md#what-was-claimed-and-what-is-shown)": (
+        "sums": (
             SUMS,
             of(low_bits_tuned.STUDY.contrasts, studies[SUMS]),
         ),
