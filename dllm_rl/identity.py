@@ -23,17 +23,21 @@ from typing import Any
 
 MAX_BITS = 2**13  # of an integer that is written as text: Python writes no more than 4300 decimal digits
 THREADS = 4  # hashlib releases the interpreter's lock
-# Methods of containers that change them: what a function changes is its state, and no setting.
+# Methods of containers that change them; and those that only read them, which may hand out their items or not.
 _CHANGING_METHODS = {
     *("append", "extend", "insert", "remove", "pop", "popitem", "clear", "update", "setdefault", "add", "discard"),
     *("appendleft", "popleft", "sort", "reverse", "difference_update", "intersection_update"),
 }
-_STORING = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF", "STORE_ATTR", "DELETE_ATTR"}
-# Modules whose objects are data. An object of another library, such as a client or a model, counts by its class.
-_DATA_MODULES = {
-    *("builtins", "collections", "datetime", "decimal", "enum", "fractions", "functools", "numpy", "pathlib", "re"),
-    *("torch", "types", "uuid"),
-}
+_HANDING_OUT = {"get", "items", "values", "copy", "union", "intersection", "difference"}
+_READING = {"keys", "index", "count", "issubset", "issuperset", "isdisjoint"}
+_HANDING_OUT |= {"dict", "enumerate", "frozenset", "iter", "list", "map", "max", "min", "reversed", "set", "sorted"}
+_HANDING_OUT |= {"tuple", "zip", "join", "choice"}
+_READING |= {"all", "any", "bool", "len", "repr", "str", "sum"}
+_ALL = 99  # levels of nested containers
+# Modules whose objects cannot change. Of another library's object the class counts: its state, such as that of a
+# generator of random numbers, of a counter or of a client, is none of the code's.
+_CONSTANT_MODULES = {"datetime", "decimal", "enum", "fractions", "pathlib", "re", "uuid"}
+_MAKING = ("__init__", "__new__", "__post_init__")  # methods that set what an object begins with
 _LIBRARY_FOLDERS = (*(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib")), f"{Path(__file__).parent}/")
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")  # of whatever environment
 
@@ -67,16 +71,23 @@ def digest_of_code(value: Any) -> str | None:
     """Return a text that identifies the user's code in a value: its functions, classes, and what they refer to.
 
     Code is a function's bytecode, with its constants, defaults, closure, and the functions, classes and constants of
-    its module that it uses. Names of local variables, comments and positions in the file do not count, nor does what
-    the code itself changes, such as a counter. Code of the standard library and of installed packages counts by its
-    name.
+    its module that it uses. Names of local variables, comments and positions in the file do not count.
+
+    State is not code. A number or a text counts unless a function of the user's assigns to its name, and a list, dict
+    or set only if all of them do nothing but read it. "All" are the functions of the modules and notebooks that the
+    value reaches, also those that it does not call. Other objects that can change, such as arrays, tensors and
+    generators of random numbers, count by their class, and so does code of the standard library and of installed
+    packages.
 
     Returns:
         The Python version, whose bytecode it is, and sixteen hex digits. None: the value has no code of the user's.
     """
-    digest = _Digest(data=False)
-    result = digest.of(value).hex()[:16]
-    return f"{sys.implementation.cache_tag} {result}" if digest.has_code else None
+    finding = _Digest(data=False)
+    finding.of(value)
+    if not finding.reached:
+        return None
+    digest = _Digest(data=False, functions=_functions_beside(finding.reached))
+    return f"{sys.implementation.cache_tag} {digest.of(value).hex()[:16]}"
 
 
 def digest_of_files(folder: Path, names: Iterable[str]) -> str:
@@ -116,11 +127,17 @@ def _hashed(kind: str, *parts: Any) -> bytes:
 # `datasets.fingerprint.Hasher`, which pickles with dill, does not serve here: an object of a script's class that held a
 # set had another digest under another PYTHONHASHSEED, and so had a function after a global that it counts in changed.
 class _Digest:
-    """Digests of one value's parts. `data`: whether objects of every library count by their content."""
+    """Digests of one value's parts.
 
-    def __init__(self, *, data: bool) -> None:
+    Args:
+        data: Whether objects of every library count by their content.
+        functions: The user's functions, whose state does not count. None: no state is known yet.
+    """
+
+    def __init__(self, *, data: bool, functions: "list[_Function] | None" = None) -> None:
         self.data = data
-        self.has_code = False
+        self.functions = functions
+        self.reached: list[_Function] = []  # the user's functions in the value
         self.active: list[int] = []  # ids of the values around the current one
         self.known: dict[int, tuple[Any, bytes]] = {}  # of functions and classes; with them, so that no id is reused
 
@@ -151,16 +168,19 @@ class _Digest:
         return _hashed(type(value).__qualname__, (hex(value) if is_long else repr(value)).encode())
 
     def of_compound(self, value: Any) -> bytes:
-        if isinstance(value, list | tuple):
-            return _hashed("list", *map(self.of, value))
-        if isinstance(value, set | frozenset):
-            return _hashed("set", *sorted(map(self.of, value)))
+        if type(value) in (list, set) or isinstance(value, tuple | frozenset) or self.data:
+            if isinstance(value, list | tuple):
+                return _hashed("list", *map(self.of, value))
+            if isinstance(value, set | frozenset):
+                return _hashed("set", *sorted(map(self.of, value)))
         if type(value) is dict:
             return self.of_mapping(value)
         if isinstance(value, FunctionType | MethodType | CodeType | type | functools.partial):
             return self.of_code(value)
         if isinstance(value, ModuleType | BuiltinFunctionType):
             return _hashed("name", full_name(value).encode())
+        if not self.data:
+            return self.of_object(value)
         if hasattr(value, "detach") and hasattr(value, "layout"):
             return self.of_tensor(value)
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
@@ -185,7 +205,7 @@ class _Digest:
         wrapped = getattr(value, "__wrapped__", None)  # the function around which a library's object is
         if callable(wrapped) and not is_of_user(kind):
             return _hashed("object", full_name(kind).encode(), self.of(wrapped))
-        if not self.data and not is_of_user(kind) and kind.__module__.partition(".")[0] not in _DATA_MODULES:
+        if not self.data and not is_of_user(kind) and kind.__module__.partition(".")[0] not in _CONSTANT_MODULES:
             fields = getattr(kind, "__dataclass_fields__", {}).values()  # settings, as of a loss or a task
             parts = {each.name: getattr(value, each.name, None) for each in fields if each.repr}
             return _hashed("object", full_name(kind).encode(), self.of_mapping(parts))
@@ -206,26 +226,52 @@ class _Digest:
         return self.of(lists)
 
     def settings_of(self, value: Any) -> dict[str, Any]:
-        """Return the attributes of a user's object, without those that its methods change."""
+        """Return the attributes of a user's object, without its state."""
         attributes = _attributes(value)
+        if not self.data:
+            kind = type(value)
+            cached = {name for base in kind.__mro__ for name, member in vars(base).items() if _is_cached(member)}
+            return self.without_state({name: part for name, part in attributes.items() if name not in cached}, kind)
         items: dict[str, Any] = {"items of the container": [*value]} if isinstance(value, list | tuple) else {}
         items |= {"items of the container": dict(value)} if isinstance(value, dict) else {}
-        if self.data:
-            return attributes | items
-        methods = [
-            code
-            for base in type(value).__mro__
-            for name, member in vars(base).items()
-            if name not in ("__init__", "__new__", "__post_init__") and is_of_user(base)
-            for code in _codes_of(member)
-        ]
-        computed = {name for base in type(value).__mro__ for name, member in vars(base).items() if _is_cached(member)}
-        settings = {name: part for name, part in attributes.items() if name not in computed}
-        return {name: part for name, part in settings.items() if _is_setting(name, part, methods)} | items
+        return attributes | items
+
+    def without_state(self, parts: dict[str, Any], of: Any) -> dict[str, Any]:
+        """Return those of the named parts that no function changes. Of a container that some function may change, only
+        the functions and classes in it remain.
+
+        Args:
+            parts: Values by name.
+            of: Where the names are: "global" (of modules), a class (attributes of its objects), or the code of a
+                function (its closure and defaults).
+        """
+        if self.data or self.functions is None:
+            return parts
+        remaining = {}
+        for name, part in parts.items():
+            short, depth = name.rpartition(".")[2], _depth(part)
+            if not any(each.stores(short, of) for each in self.functions) and (
+                not depth or depth <= min((each.levels(short, of) for each in self.functions), default=_ALL)
+            ):
+                remaining[name] = part
+            elif depth and (codes := self.code_in(part)):
+                remaining[name] = codes
+        return remaining
+
+    def code_in(self, container: Any) -> set[bytes]:
+        """Return the digests of the functions and classes in a container that may change."""
+        items = container.values() if isinstance(container, dict) else container
+        return {self.of(item) for item in items if isinstance(item, FunctionType | MethodType | type)}
 
     def of_code(self, value: Any) -> bytes:
         if isinstance(value, functools.partial):
-            return _hashed("partial", self.of(value.func), self.of(value.args), self.of(value.keywords))
+            args, given = value.args, value.keywords
+            if isinstance(value.func, FunctionType) and is_of_user(value.func):
+                code = value.func.__code__
+                names = code.co_varnames[: code.co_argcount]
+                given = self.without_state(dict(zip(names, args, strict=False)) | given, code)
+                args = args[len(names) :]
+            return _hashed("partial", self.of(value.func), self.of(args), self.of_mapping(given))
         if isinstance(value, MethodType):
             return _hashed("method", self.of(value.__self__), self.of(value.__func__))
         if isinstance(value, CodeType):
@@ -233,25 +279,24 @@ class _Digest:
             return _hashed("code", *parts, repr(_parameters_of(value)).encode())
         if not is_of_user(value):
             return _hashed("name", full_name(value).encode(), self.of(getattr(value, "__wrapped__", None)))
-        self.has_code = True
         return self.of_function(value) if isinstance(value, FunctionType) else self.of_class(value)
 
     def of_function(self, function: FunctionType) -> bytes:
-        codes = [*_codes_in(function.__code__)]
-        free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        used = {name: _content(cell) for name, cell in free.items()}
-        for code in codes:
-            for step in dis.get_instructions(code):
+        self.reached.append(_Function(function))
+        code = function.__code__
+        closure = dict(zip(code.co_freevars, map(_content, function.__closure__ or ()), strict=True))
+        used = {}
+        for part in _codes_in(code):
+            for step in dis.get_instructions(part):
                 if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                     used[step.argval] = function.__globals__[step.argval]
-        used = {name: part for name, part in used.items() if _is_setting(name, part, codes)}
-        used |= _attributes_of_modules(used.values(), codes)
-        defaults = _defaults_of(function)
-        defaults = {name: part for name, part in defaults.items() if _is_setting(name, part, codes)}
-        return _hashed("function", self.of(function.__code__), self.of_mapping(defaults), self.of_mapping(used))
+        names = {name for part in _codes_in(code) for name in part.co_names}
+        used |= _attributes_of_modules([*used.values(), *closure.values()], names)
+        parts = (self.without_state(_defaults_of(function) | closure, code), self.without_state(used, "global"))
+        return _hashed("function", self.of(code), *map(self.of_mapping, parts))
 
     def of_class(self, kind: type) -> bytes:
-        members = {}
+        members: dict[str, Any] = {}
         for name, member in vars(kind).items():
             if name.startswith("_abc_") or name in ("__doc__", "__module__", "__dict__", "__weakref__", "__slots__"):
                 continue
@@ -260,11 +305,63 @@ class _Digest:
             if functions:
                 members[name] = functions
             elif is_plain and not name.startswith("__"):
-                members[name] = member
-        codes = [code for functions in members.values() for code in _codes_of(functions)]
-        members = {name: part for name, part in members.items() if _is_setting(name, part, codes)}
+                members |= self.without_state({name: member}, kind)
         bases = [base for base in kind.__bases__ if base is not object]
         return _hashed("class", full_name(kind).encode(), self.of(bases), self.of_mapping(members))
+
+
+class _Function:
+    """What a function of the user's, and those in it, may change by name.
+
+    Args:
+        function: The function.
+        owner: The class whose method it is. None (default): none.
+    """
+
+    def __init__(self, function: FunctionType, owner: type | None = None) -> None:
+        self.function, self.owner = function, owner
+        self.codes = [*_codes_in(function.__code__)]
+
+    def stores(self, name: str, of: Any) -> bool:
+        """Return whether it assigns to the name (`_Digest.without_state`)."""
+        kinds = self.kinds(of)
+        if "own attribute" in kinds and not {"setattr", "vars", "__dict__"}.isdisjoint(self.function.__code__.co_names):
+            return True
+        return any((kind, name) in _uses(code)[0] for code in self.codes for kind in kinds)
+
+    def levels(self, name: str, of: Any) -> int:
+        """Return how many levels of a container of this name stay as they are: 0 or less: it may be changed itself."""
+        kinds = self.kinds(of)
+        return min((_uses(code)[1].get((kind, name), _ALL) for code in self.codes for kind in kinds), default=_ALL)
+
+    def kinds(self, of: Any) -> tuple[str, ...]:
+        """Return which of the function's names may be those of `of`."""
+        if of == "global":
+            return ("global", "attribute")
+        if isinstance(of, CodeType):
+            return ("local",) if of in self.codes or self.function.__code__.co_freevars else ()
+        related = self.owner is not None and (issubclass(of, self.owner) or issubclass(self.owner, of))
+        is_making = self.function.__name__ in _MAKING
+        return ("attribute", "own attribute") if related and not is_making else ("attribute",)
+
+
+def _functions_beside(reached: "list[_Function]") -> "list[_Function]":
+    """Return these functions, and all of the user's in their modules."""
+    namespaces = {id(each.function.__globals__): each.function.__globals__ for each in reached}
+    values = [value for namespace in namespaces.values() for value in list(namespace.values())]
+    kinds = {value for value in values if isinstance(value, type) and is_of_user(value)}
+    kinds |= {base for kind in kinds for base in kind.__mro__ if is_of_user(base)}
+    methods = [
+        _Function(function, kind)
+        for kind in sorted(kinds, key=full_name)
+        for member in list(vars(kind).values())
+        for function in _functions_of(member)
+    ]
+    owned = {each.function.__code__ for each in methods}
+    functions = [*(each.function for each in reached), *(value for value in values if isinstance(value, FunctionType))]
+    functions = [inspect.unwrap(function) for function in functions]
+    plain = {function.__code__: function for function in functions if isinstance(function, FunctionType)}
+    return [*methods, *(_Function(each) for code, each in plain.items() if code not in owned and is_of_user(each))]
 
 
 def is_of_user(value: Any) -> bool:
@@ -302,37 +399,73 @@ def _names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _is_setting(name: str, value: Any, codes: Iterable[CodeType]) -> bool:
-    """Return whether none of the code assigns to the name, or, of a container or an object, may change its items."""
-    is_fixed = isinstance(value, str | bytes | Number | tuple | frozenset | FunctionType | type | ModuleType)
-    for code in codes:
-        steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-        if any(opname in _STORING and argval == name and argval not in code.co_cellvars for opname, argval in steps):
-            return False
-        if not is_fixed and name in _changed_in(code):
-            return False
-    return True
+def _depth(value: Any) -> int:
+    """Return how many levels of lists, dicts and sets a value has."""
+    if type(value) not in (list, dict, set, bytearray) and not isinstance(value, tuple):
+        return 0
+    items = value.values() if isinstance(value, dict) else value
+    return (not isinstance(value, tuple)) + max(map(_depth, items), default=0)
 
 
-@functools.lru_cache(maxsize=1024)
-def _changed_in(code: CodeType) -> frozenset[str]:
-    """Return the names in what the code changes in place: X of X[key] = value, del X[key] and X.append(value)."""
-    steps = [part for step in dis.get_instructions(code) for part in _parts_of(step)]
-    found: set[str] = set()
-    for index, (kind, name, _) in enumerate(steps):
-        end = index
-        if kind in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            if steps[index - 1][0] == "SWAP":  # X[key] += value copies X and the key before it reads the item
-                copies = [i for i in range(1, index) if steps[i][0] == steps[i - 1][0] == "COPY"]
-                end = copies[-1] - 1 if copies else index
-            end = _start_of_expression(steps, end)  # of the key
-        elif not (kind in ("LOAD_METHOD", "LOAD_ATTR") and name in _CHANGING_METHODS):
+@functools.lru_cache(maxsize=4096)
+def _uses(code: CodeType) -> tuple[frozenset[tuple[str, str]], dict[tuple[str, str], int]]:
+    """Return the names that code assigns to, and for each name that it loads how many levels of a container of this
+    name stay as they are. Each name has its kind: "global", "local", "attribute", or "own attribute", of `self`.
+    """
+    steps = [part for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG" for part in _parts_of(step)]
+    is_changing = any(
+        kind in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+        or (kind in ("LOAD_METHOD", "LOAD_ATTR") and name in _CHANGING_METHODS)
+        for kind, name, _ in steps
+    )
+    own = code.co_varnames[:1]
+    stored: set[tuple[str, str]] = set()
+    levels: dict[tuple[str, str], int] = {}
+    for index, (opname, name, _) in enumerate(steps):
+        action, _, rest = opname.partition("_")
+        is_own = "ATTR" in rest and index > 0 and steps[index - 1][1:2] == own and "FAST" in steps[index - 1][0]
+        kinds = {"GLOBAL": "global", "NAME": "global", "ATTR": "attribute", "METHOD": "attribute"}
+        kind = "own attribute" if is_own else kinds.get(rest, "local" if re.search("FAST|DEREF", rest) else "")
+        makes_closure = "FAST" in rest and name in code.co_cellvars + code.co_freevars  # from Python 3.13 on
+        if not kind or not isinstance(name, str) or makes_closure:
             continue
-        start = _start_of_expression(steps, end)
-        if any("JUMP" in kind for kind, _, _ in steps[start:index]):  # an expression such as `a if b else c`
-            start, end = 0, len(steps)
-        found |= {name for kind, name, _ in steps[start:end] if isinstance(name, str) and kind != "LOAD_CONST"}
-    return frozenset(found)
+        if action in ("STORE", "DELETE") and "FAST" not in rest and not (kind == "local" and name in code.co_cellvars):
+            stored.add((kind, name))
+        elif action == "LOAD" and rest != "METHOD":
+            found = _levels_after(steps, index)
+            found = _ALL if found > 0 and not is_changing else found
+            levels[kind, name] = min(found, levels.get((kind, name), _ALL))
+    return frozenset(stored), levels
+
+
+def _levels_after(steps: list[tuple[str, Any, int]], index: int) -> int:
+    """Return how many levels of the value that the step `index` loads stay as they are in the step that takes it: 0 or
+    less if it may be changed itself.
+    """
+    opname, name, _ = steps[index + 1] if index + 1 < len(steps) else ("", None, 0)
+    if opname in ("CONTAINS_OP", "UNARY_NOT", "TO_BOOL", "IS_OP", "FORMAT_VALUE", "FORMAT_SIMPLE") or "JUMP" in opname:
+        return _ALL
+    if opname in ("GET_ITER", "UNPACK_SEQUENCE", "LIST_EXTEND", "DICT_MERGE", "CALL_FUNCTION_EX"):
+        return 1
+    if opname in ("LOAD_METHOD", "LOAD_ATTR"):
+        return -_ALL if name in _CHANGING_METHODS else _ALL if name in _READING else int(name in _HANDING_OUT)
+    if (
+        opname in ("PRECALL", "CALL")
+        and name == 1
+        and steps[index - 1][0] in ("LOAD_GLOBAL", "LOAD_METHOD", "LOAD_ATTR")
+    ):
+        return _ALL if steps[index - 1][1] in _READING else int(steps[index - 1][1] in _HANDING_OUT)
+    height = 0  # of the stack above the value
+    for following in range(index + 1, len(steps)):
+        opname, name, effect = steps[following]
+        if height == 1 and opname in ("BINARY_SUBSCR", "BINARY_OP [", "BINARY_SLICE"):
+            return 1 + _levels_after(steps, following)
+        if height == 1 and opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            return -_ALL
+        height += effect
+        if height <= 0:
+            break
+    return 0
 
 
 def _parts_of(step: dis.Instruction) -> list[tuple[str, Any, int]]:
@@ -342,17 +475,11 @@ def _parts_of(step: dis.Instruction) -> list[tuple[str, Any, int]]:
     """
     if isinstance(step.argval, tuple) and "_FAST" in step.opname:
         kinds = re.findall("LOAD|STORE", step.opname)
-        return [(kind, name, 1 if kind == "LOAD" else -1) for kind, name in zip(kinds, step.argval, strict=True)]
-    return [(step.opname, step.argval, dis.stack_effect(step.opcode, step.arg, jump=False))]
-
-
-def _start_of_expression(steps: list[tuple[str, Any, int]], end: int) -> int:
-    """Return the index at which the expression begins whose value is on top of the stack before the step `end`."""
-    missing = 1
-    while missing > 0 and end > 0:
-        end -= 1
-        missing -= steps[end][2]
-    return end
+        return [
+            (f"{kind}_FAST", name, 1 if kind == "LOAD" else -1) for kind, name in zip(kinds, step.argval, strict=True)
+        ]
+    opname = "BINARY_OP [" if step.opname == "BINARY_OP" and step.argrepr.startswith("[") else step.opname
+    return [(opname, step.argval, dis.stack_effect(step.opcode, step.arg, jump=False))]
 
 
 def _defaults_of(function: FunctionType) -> dict[str, Any]:
@@ -364,15 +491,14 @@ def _defaults_of(function: FunctionType) -> dict[str, Any]:
     )
 
 
-def _attributes_of_modules(values: Iterable[Any], codes: list[CodeType]) -> dict[str, Any]:
-    """Return what the code may read of the user's modules among the values, as MODULE.NAME."""
+def _attributes_of_modules(values: Iterable[Any], names: set[str]) -> dict[str, Any]:
+    """Return what code with these names may read of the user's modules among the values, as MODULE.NAME."""
     found: dict[str, Any] = {}
-    names = {name for code in codes for name in code.co_names}
     modules = [value for value in values if _is_module_of_user(value)]
     for module in modules:  # which grows by the modules of packages
         for name in sorted(names & vars(module).keys()):
             part = vars(module)[name]
-            if f"{module.__name__}.{name}" not in found and _is_setting(name, part, codes):
+            if f"{module.__name__}.{name}" not in found:
                 found[f"{module.__name__}.{name}"] = part
                 modules += [part] if _is_module_of_user(part) else []
     return found
@@ -398,10 +524,6 @@ def _functions_of(member: Any) -> list[FunctionType]:
     parts += member if isinstance(member, list) else []
     functions = (inspect.unwrap(part) for part in parts if isinstance(part, FunctionType))
     return [function for function in functions if isinstance(function, FunctionType)]  # torch wraps some of C
-
-
-def _codes_of(member: Any) -> list[CodeType]:
-    return [code for function in _functions_of(member) for code in _codes_in(function.__code__)]
 
 
 def _codes_in(code: CodeType) -> Iterator[CodeType]:

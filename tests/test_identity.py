@@ -121,6 +121,465 @@ def test_what_changes_no_number_is_not_told_apart(name):
     assert first == second is not None
 
 
+def cases(text: str) -> dict[str, str]:
+    """The programs of a text, each below its name."""
+    parts = [part.partition("\n") for part in text.strip().removeprefix("# ").split("\n# ")]
+    return {name: program for name, _, program in parts}
+
+
+# Functions `f` with a state that they, or `other` beside them, change.
+STATES = cases("""
+# namespace
+from types import SimpleNamespace
+U = SimpleNamespace(calls=0)
+def f(c):
+    U.calls += 1
+    return c
+# namespace read
+from types import SimpleNamespace
+U = SimpleNamespace(calls=0)
+def f(c):
+    return U.calls
+def other(c):
+    U.calls += 1
+def f2(c):
+    other(c)
+    return f(c)
+# helper fills
+L = []
+def rec(log, x):
+    log.append(x)
+def f(c):
+    rec(L, c)
+    return len(L)
+# callback fills
+L = []
+def other(x):
+    L.append(x)
+def f(c):
+    return len(L)
+# alias
+L = []
+add = L.append
+def f(c):
+    L.append(c)
+    return c in L
+# alias local
+L = []
+def f(c):
+    out = L
+    out.append(c)
+    return c
+# heap
+import heapq
+H = []
+def f(c):
+    heapq.heappush(H, c)
+# nested
+S = {"n": {"k": 0}}
+def f(c):
+    S["n"]["k"] += 1
+    return c
+# nested alias
+S = {"n": []}
+def f(c):
+    seen = S["n"]
+    seen.append(c)
+    return c
+# nested loop
+S = [{"n": 0}, {"n": 0}]
+def f(c):
+    for s in S:
+        s["n"] += 1
+    return c
+# counter
+from collections import Counter
+C = Counter()
+def f(c):
+    C.update([c])
+    return C[c]
+# defaultdict
+from collections import defaultdict
+C = defaultdict(list)
+def f(c):
+    C[c].append(1)
+    return c
+# iter
+import itertools
+I = itertools.count()
+def f(c):
+    return next(I)
+# random
+import random
+R = random.Random(0)
+def f(c):
+    return R.random()
+# closure nonlocal
+def make():
+    n = 0
+    def f(c):
+        nonlocal n
+        n += 1
+        return c
+    return f
+f = make()
+# closure helper
+def make():
+    seen = []
+    def rec(x):
+        seen.append(x)
+    def f(c):
+        rec(c)
+        return len(seen)
+    return f
+f = make()
+# judge
+class J:
+    def __init__(self):
+        self.used = []
+        self.n = 0
+        self.cost = {}
+    def ask(self, x):
+        self.used.append(x)
+        self.n += 1
+        self.cost[x] = 1
+        return len(self.used)
+j = J()
+def f(c):
+    return j.ask(c)
+# judge outside
+class J:
+    calls = 0
+    def ask(self, x):
+        return x
+j = J()
+def f(c):
+    j.calls += 1
+    return j.ask(c)
+# judge dataclass
+from dataclasses import dataclass, field
+@dataclass
+class J:
+    used: list = field(default_factory=list)
+    n: int = 0
+    def __call__(self, c):
+        self.used.append(c)
+        self.n += 1
+        return c
+f = J()
+# judge setattr
+class J:
+    def __init__(self):
+        self.n = 0
+    def __call__(self, c):
+        setattr(self, "n", self.n + 1)
+        return c
+f = J()
+# judge dict
+class J:
+    def __init__(self):
+        self.n = 0
+    def __call__(self, c):
+        self.__dict__["n"] = self.n + 1
+        return c
+f = J()
+# judge reset
+class J:
+    def __init__(self):
+        self.reset()
+    def reset(self):
+        self.n = 0
+    def __call__(self, c):
+        self.n += 1
+        return c
+f = J()
+# judge lru
+import functools
+@functools.lru_cache
+def g(x):
+    return x
+def f(c):
+    return g(c)
+# class counter
+class J:
+    n = 0
+    seen = []
+    def __call__(self, c):
+        J.n += 1
+        J.seen.append(c)
+        return c
+f = J()
+# partial
+from functools import partial
+def g(c, log):
+    log.append(c)
+f = partial(g, log=[])
+# partial pos
+from functools import partial
+def g(log, c):
+    log.append(c)
+f = partial(g, [])
+# function attribute
+def f(c):
+    f.calls = getattr(f, "calls", 0) + 1
+    return c
+# global object
+class S:
+    pass
+s = S()
+s.n = 0
+def f(c):
+    s.n += 1
+    return c
+# augmented
+L = []
+def f(c):
+    global L
+    L += [c]
+    return c
+# attribute augmented
+class J:
+    def __init__(self):
+        self.l = []
+    def __call__(self, c):
+        self.l += [c]
+        return c
+f = J()
+# user list
+class L(list):
+    pass
+l = L()
+def f(c):
+    l.append(c)
+    return c
+# user dict
+class L(dict):
+    def note(self, c):
+        self[c] = 1
+l = L()
+def f(c):
+    l.note(c)
+    return c
+# thread local
+import threading
+l = threading.local()
+def f(c):
+    l.x = 1
+    return c
+# queue
+import queue
+q = queue.Queue()
+def f(c):
+    q.put(c)
+    return c
+# bytearray
+b = bytearray()
+def f(c):
+    b.extend(b"x")
+    return c
+# warm reassign
+K = None
+def f(c):
+    global K
+    if K is None:
+        K = {"a": 1}
+    return K
+# tuple of list
+T = ([],)
+def f(c):
+    T[0].append(c)
+    return c
+# list in slots
+class J:
+    __slots__ = ("l",)
+    def __init__(self):
+        self.l = []
+    def __call__(self, c):
+        self.l.append(c)
+        return c
+f = J()
+# wrapped decorator
+import functools
+def counted(g):
+    @functools.wraps(g)
+    def w(c):
+        w.calls += 1
+        return g(c)
+    w.calls = 0
+    return w
+@counted
+def f(c):
+    return c
+# rng
+import numpy as np
+R = np.random.default_rng(0)
+def f(c):
+    return R.random()
+# np array
+import numpy as np
+A = np.zeros(3)
+def f(c):
+    A[0] += 1
+    return c
+# torch
+import torch
+A = torch.zeros(3)
+G = torch.Generator()
+def f(c):
+    A.add_(1)
+    torch.rand(1, generator=G)
+    return c
+# deque
+from collections import deque
+D = deque(maxlen=3)
+def f(c):
+    D.append(c)
+    return c
+""")
+# Functions `f` that read an "x" which nothing changes.
+READ = cases("""
+# nested items
+T = {"a": ["x"]}
+def f(c):
+    return [k for k, v in T.items() if any(w in c for w in v)]
+# nested in
+T = {"a": ["x"]}
+def f(c):
+    return c in T["a"]
+# list loop
+T = ["x"]
+def f(c):
+    out = []
+    for t in T:
+        out.append(t)
+    return out
+# get
+T = {"a": "x"}
+def f(c):
+    out = {}
+    out[c] = T.get(c)
+    return out
+# object
+class C:
+    def __init__(self, k):
+        self.k = k
+    def __call__(self, c):
+        return self.k
+f = C("x")
+# other class stores
+class D:
+    def up(self):
+        self.k = 1
+class C:
+    def __init__(self, k):
+        self.k = k
+    def __call__(self, c):
+        return self.k
+f = C("x")
+# local of that name
+T = ["x"]
+def g(a):
+    T = []
+    T.append(a)
+    return T
+def f(c):
+    return c in T
+# registry
+R = {}
+def reg(g):
+    R[g.__name__] = g
+    return g
+@reg
+def a(c):
+    return "x"
+def f(c):
+    return R["a"](c)
+# sorted
+T = ["x"]
+def f(c):
+    return sorted(T)
+# star
+T = ["x"]
+def f(c):
+    return max(*T)
+# module loop
+T = {}
+for i in "ab":
+    T[i] = "x"
+def f(c):
+    return T[c]
+# frozen
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class S:
+    k: str = "x"
+s = S()
+def f(c):
+    return s.k
+# frozenset
+T = frozenset(["x"])
+def f(c):
+    return c in T
+# partial
+from functools import partial
+def g(c, t):
+    return t[0]
+f = partial(g, t=["x"])
+# closure table
+def make(t):
+    def f(c):
+        return t[0]
+    return f
+f = make(["x"])
+# default table
+def f(c, t=["x"]):
+    return t[0]
+# enum
+import enum
+class E(enum.Enum):
+    A = "x"
+def f(c):
+    return E.A
+# enum value
+import enum
+class E(enum.Enum):
+    A = "x"
+e = E.A
+def f(c):
+    return e
+# f string
+T = ["x"]
+def f(c):
+    return f"{T}"
+# unpack
+T = ["x", "y"]
+def f(c):
+    a, b = T
+    return a
+# join
+T = ["x"]
+def f(c):
+    return " ".join(T)
+""")
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_is_not_code(name):
+    module: dict = {"__name__": "mine"}
+    exec(compile(STATES[name], "mine.py", "exec"), module)
+    before = digest_of_code(module["f"])
+    for _ in range(2):
+        module.get("other", str)("x")
+        module["f"]("x")
+    assert before and digest_of_code(module["f"]) == before
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_function_reads_is_told_apart(name):
+    digests = [code_of(source) for source in (READ[name], READ[name].replace('"x"', '"y"'))]
+    assert digests[0] and digests[0] != digests[1]
+
+
 def test_code_of_libraries_has_no_digest_and_an_endless_reference_ends():
     assert [*map(digest_of_code, (max, json.dumps, functools.partial(len), Sudoku(), 1, "a", None, [dict]))] == [
         None

@@ -6,7 +6,9 @@ import re
 from dataclasses import fields, replace
 from functools import cache, partial
 from itertools import permutations
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -421,6 +423,25 @@ def test_a_resume_with_another_reward_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^the code of task, .*eval_task has changed .*allow_changed='task,valid"):
             run(other, resume_from_checkpoint="latest")
     run(signed(-1.0), resume_from_checkpoint="latest", allow_changed="task,validation_task,eval_task")
+
+
+def test_a_reward_that_keeps_state_resumes_in_the_process_in_which_it_began(tmp_path):
+    usage, seen, noise = SimpleNamespace(calls=0), [], np.random.default_rng(0)
+
+    def note(log, text):
+        log.append(text)
+
+    def noisy(completions, answer, **_):
+        usage.calls += 1
+        note(seen, completions)
+        return [number + 0.1 * noise.random() for number in right(completions, answer)]
+
+    def run(**more):
+        return grpo(tiny_masked_lm(**SMALL), ROWS, noisy, **options(tmp_path, **more), lr_schedule_steps=4)
+
+    run(num_steps=1)
+    assert usage.calls and seen
+    run(num_steps=2, resume_from_checkpoint="latest")
 
 
 @pytest.mark.slow
