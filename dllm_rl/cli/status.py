@@ -58,7 +58,7 @@ def status_of(directory: Path) -> str:
             texts.append(f"ETA {timedelta(seconds=math.ceil(seconds))}")
     elif log.is_file() and (warmup := warmup_rows(log)):
         texts.append(f"warm-up step {warmup[-1]['warmup_step'] + 1}")
-    problems = [f"{problem.name}: {problem.text}" for problem in record.problems]
+    problems = [f"{problem.state}, {problem.name}: {problem.text}" for problem in record.problems]
     return "\n".join([heading, "  ".join(filter(None, texts)), *problems])
 
 

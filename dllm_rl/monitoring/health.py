@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
+from itertools import pairwise
+from statistics import fmean
 
 # Bounds of the effective sample size. AIS reports 0.95 early in training, and 0.70 late without correction [digest].
 MILD = 0.95
@@ -73,7 +74,7 @@ def health(
 class Problem:
     """Something that keeps a run from learning.
 
-    name   what it is, in a few words; a run warns of each name once.
+    name   what it is, in a few words; a run warns of each name and state once.
     state  what it means for the run: "not learning", "learning slowly", or "solved or stuck".
     text   what was seen, and what to do.
     """
@@ -119,14 +120,15 @@ def equal_rewards(rows: Sequence[Mapping[str, float]]) -> Problem | None:
         name, seen = "constant reward", f"{seen}; the mean reward was always {rewards[0]:.4g}"
         remedy = "see whether the reward function looks at the completions, or take other prompts"
     else:
-        is_dead = mixed < FEW_MIXED or 2 * num_idle >= WINDOW
-        name = "hardly any mixed groups" if is_dead else "few mixed groups"
+        name = "few mixed groups"
         remedy = "raise the temperature, take prompts of middle difficulty (prompt_source=MixedRewardPrompts()), or "
         remedy += "grade in parts"
-    state = "learning slowly" if name == "few mixed groups" else "not learning"
     if risen := has_risen(rows):
-        seen, state = f"{seen}; {risen}", "solved or stuck"
-    return Problem(name, state, f"{seen}: {remedy}; if the task is solved, stop the run")
+        text = f"{seen}; {risen}: stop the run if the task is solved; otherwise {remedy}"
+        return Problem(name, "solved or stuck", text)
+    is_dead = mixed < FEW_MIXED or 2 * num_idle >= WINDOW
+    text = f"{seen}: {remedy}; if the task was solved from the start, take another one"
+    return Problem(name, "not learning" if is_dead else "learning slowly", text)
 
 
 def teaches_equal_groups(rows: Sequence[Mapping[str, float]]) -> bool:
@@ -178,6 +180,11 @@ def has_risen(rows: Sequence[Mapping[str, float]]) -> str:
     first, last = ([row["reward"] for row in part if "reward" in row] for part in (rows[:count], rows[-count:]))
     if len(first) < 2 or len(last) < 2:
         return ""
-    error = math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+    error = math.sqrt(noise(first) / len(first) + noise(last) / len(last))
     rise = fmean(last) - fmean(first)
     return f"the reward rose from {fmean(first):.3g} to {fmean(last):.3g}" if rise > CLEAR * error else ""
+
+
+def noise(values: Sequence[float]) -> float:
+    """Return the variance of two or more values around their trend, from the differences of neighbors."""
+    return fmean((after - before) ** 2 for before, after in pairwise(values)) / 2

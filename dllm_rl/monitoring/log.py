@@ -50,7 +50,7 @@ class RunLog:
         self.entered = ""  # the stage that began last
         self.entering: Callable[[], None] | None = None  # called when a stage begins
         self.step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
-        self._warned: set[str] = set()  # names of the problems that the screen has said
+        self._warned: set[tuple[str, str]] = set()  # states and names of the problems that the screen has said
         self._steps_done = start
         self.files: dict[str, JsonLines] = {}
         completions = completions or (directory / "completions.jsonl").exists()
@@ -112,9 +112,9 @@ class RunLog:
         self.last = row
         self.record.add(finite_numbers({"step": step, **row}))
         for problem in self.record.problems:
-            if problem.name not in self._warned:
-                self._warned.add(problem.name)
-                self.say(f"warning: {problem.name}: {problem.text}")
+            if (problem.state, problem.name) not in self._warned:
+                self._warned.add((problem.state, problem.name))
+                self.say(f"warning: {problem.state}, {problem.name}: {problem.text}")
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
             self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused, self._failed)

@@ -200,7 +200,7 @@ def test_equal_rewards_of_the_task_teach_with_a_teacher(tmp_path, capsys, monkey
         train(taught_recipe(tmp_path / str(teacher), task=task, teacher=teacher, num_steps=2))
         rows = metrics_of(tmp_path / str(teacher))
         assert [row["frac_reward_zero_std"] for row in rows] == [float(teacher is None)] * 2
-        assert ("warning: constant reward" in capsys.readouterr().out) == (teacher is None)
+        assert ("warning: not learning, constant reward" in capsys.readouterr().out) == (teacher is None)
 
 
 @pytest.mark.parametrize("kind", ["function", "policy", "path"])
