@@ -554,7 +554,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
         assert [*map(float, numbers)] == rounded, (gpus, options)
     assert len(made) == 12
     sharded, *_ = estimated(made["4", "`$ALL`"])
-    assert f"Training all weights takes {sharded:.0f} GB on each of four GPUs" in README.read_text()
+    assert f"Training all weights is estimated at {sharded:.0f} GB on each of four GPUs" in README.read_text()
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
     printed = made["1", "none"] + capsys.readouterr().out

@@ -68,7 +68,6 @@ from dllm_rl import (
     Rank,
     Scheme,
 )
-from dllm_rl.evaluation.compare import ESS, MISMATCH
 from dllm_rl.files import read_json, replacing, write_json
 from dllm_rl.monitoring.plots import default_style, read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -343,11 +342,7 @@ COMPARED = {  # arm: label, color
     "random: nvfp4, permuted": ("shuffled\nTIS", "#888888"),
     HALF: ("half\nthe rate", "#888888"),
 }
-PANELS = {  # metric: title, unit
-    "rewards/solve_rate/mean": ("Rollouts that solve their puzzle", "share"),
-    MISMATCH: ("Mismatch", "mean |log ratio|, nats a token"),
-    ESS: ("Effective sample size", "share of the tokens"),
-}
+SOLVED = "rewards/solve_rate/mean"  # by the rollouts of a step
 
 
 def store_curves(root: Path) -> None:
@@ -356,10 +351,7 @@ def store_curves(root: Path) -> None:
     if all(folder.exists() for seeds in folders.values() for folder in seeds):
         steps = {arm: [read_metrics(folder) for folder in seeds] for arm, seeds in folders.items()}
         curves = {
-            arm: {
-                metric: [[round(row[metric], 5) for row in rows if metric in row] for rows in runs] for metric in PANELS
-            }
-            for arm, runs in steps.items()
+            arm: {SOLVED: [[round(row[SOLVED], 5) for row in rows] for rows in runs]} for arm, runs in steps.items()
         }
         write_json(CURVES, curves)
 
@@ -370,16 +362,15 @@ def draw(path: Path) -> None:
     with replacing(path) as partial, default_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 7), layout="constrained")
-        *axes, after = figure.subplots(2, 2).flat
-        for axis, (metric, (title, unit)) in zip(axes, PANELS.items(), strict=True):
-            for arm, name in DRAWN.items():
-                means = torch.tensor(curves[arm][metric], dtype=torch.float64).mean(0)
-                style = {key: STYLES[name][key] for key in ("color", "linestyle")}
-                axis.plot(range(1, len(means) + 1), means, **style, linewidth=1.6, label=LABELS[name])
-            axis.set(title=title, ylabel=unit, xlabel="RL step")
-            axis.grid(alpha=0.3)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        solved, after = figure.subplots(1, 2)
+        for arm, name in DRAWN.items():
+            means = torch.tensor(curves[arm][SOLVED], dtype=torch.float64).mean(0)
+            style = {key: STYLES[name][key] for key in ("color", "linestyle")}
+            solved.plot(range(1, len(means) + 1), means, **style, linewidth=1.6, label=LABELS[name])
+        solved.set(title="Rollouts that solve their puzzle", ylabel="share", xlabel="RL step", ylim=(0, None))
+        solved.grid(alpha=0.3)
+        figure.legend(*solved.get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
         for offset, marker, (how, (column, _)) in zip((-0.12, 0.12), "os", BOTH.items(), strict=True):
             for place, (arm, (_, color)) in enumerate(COMPARED.items()):
                 apart = paired(results, arm, "random: unquantized", column)
@@ -397,7 +388,7 @@ def draw(path: Path) -> None:
             )
         after.axhline(0, color=STYLES["unquantized"]["color"], linestyle=":")
         after.set_xticks(range(len(COMPARED)), [label for label, _ in COMPARED.values()], fontsize=8)
-        after.set(title="Held-out puzzles solved after training", ylabel="share, minus that of own rollouts")
+        after.set(title="Held-out puzzles solved after training", ylabel="share, minus that of own samples")
         after.grid(alpha=0.3, axis="y")
         after.legend(loc="lower left")
         figure.savefig(partial, dpi=110, format="png")
