@@ -71,22 +71,37 @@ def draw_steps(
     """
     check_can_be_drawn(rollout, views, variance_growth)
     step = step_of_tokens(views)
-    doubt = step_doubt(rollout, views, step)
-    size = advantages.to(doubt).abs()[:, None] * doubt
-    unit = alike_rows(rollout, views).cpu().T - 1  # (B, N): pairs with one number are one row of a forward
-    squares = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).scatter_add(0, unit.flatten(), size.flatten() ** 2)
-    is_first = F.pad(unit.diff(dim=0) != 0, (0, 0, 1, 0), value=True)
-    threshold = growth_threshold(gather(squares.sqrt()[unit] * is_first), variance_growth)
-    chance = (squares.sqrt() / threshold).clamp(UNIFORM_SHARE, 1)[unit]
+    chance, unit = step_chances(views, rollout, advantages, step, variance_growth=variance_growth, gather=gather)
     exists = torch.zeros(len(step), chance.shape[1] + 1, dtype=torch.bool).scatter(1, step.cpu() + 1, True)[:, 1:]
     u = uniforms_at(exists, row_generators(rollout, generator))
     # The number of a unit is that of its first row that has the step.
-    row = torch.where(exists, torch.arange(len(u))[:, None], len(u) - 1)
-    first = torch.full_like(squares, len(u) - 1, dtype=torch.long).scatter_reduce(
-        0, unit.flatten(), row.flatten(), "amin"
-    )
+    last = len(u) - 1
+    row = torch.where(exists, torch.arange(len(u))[:, None], last)
+    first = torch.full((int(unit.max()) + 1,), last).scatter_reduce(0, unit.flatten(), row.flatten(), "amin")
     drawn = exists & (u.gather(0, first[unit]) < chance)
     return with_drawn_steps(views, step, drawn.to(step.device), chance.to(step.device))
+
+
+def step_chances(
+    views: Views,
+    rollout: Rollout,
+    advantages: Float[Tensor, " B"],
+    step: Int[Tensor, "B T"],
+    *,
+    variance_growth: float,
+    gather: Callable[[Tensor], Tensor] = same_rows,
+) -> tuple[Float[Tensor, "B N"], Int[Tensor, "B N"]]:
+    """Return the chance of each step of each row, and the number of the unit that it is drawn with, on the host. The
+    pairs of a unit are one row of a forward.
+
+    `draw_steps` explains the arguments; `step` is `step_of_tokens(views)`.
+    """
+    size = advantages.to("cpu", torch.float64).abs()[:, None] * step_doubt(rollout, views, step)
+    unit = alike_rows(rollout, views).cpu().T - 1
+    squares = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).scatter_add(0, unit.flatten(), size.flatten() ** 2)
+    is_first = F.pad(unit.diff(dim=0) != 0, (0, 0, 1, 0), value=True)
+    threshold = growth_threshold(gather(squares.sqrt()[unit] * is_first), variance_growth)
+    return (squares.sqrt() / threshold).clamp(UNIFORM_SHARE, 1)[unit], unit
 
 
 def check_can_be_drawn(rollout: Rollout, views: Views, variance_growth: float) -> None:
