@@ -4,13 +4,15 @@ A pair of a completion b and a denoising step n is drawn with chance c_bn. Its t
 sampler's record as the other side of their ratios, and their gradient is multiplied by 1 / c_bn; so the mean over draws
 is the gradient of all steps, whatever the chances are. They decide the variance:
 
-    q_bn = |A_b| (sum over the tokens that step n wrote of (1 - p)^2)^(1/2),    c_bn = min(1, q_bn / threshold)
+    q_bn = |A_b| (sum over the tokens that step n wrote of (1 - p)^2 + e^2)^(1/2),    c_bn = min(1, q_bn / threshold)
 
 A is the advantage and p the probability with which the sampler drew the token, which it has recorded. 1 - p is the
-derivative of log p with respect to the token's logit, so that q stands for the size of the pair's gradient. The
-gradients of different pairs are nearly orthogonal. The sum of q^2 then stands for the variance of the batch, and the
-sum of (1 / c - 1) q^2 for the variance that the draw adds; the threshold is the one at which it is `variance_growth` of
-the batch's own.
+derivative of log p with respect to the token's logit, so that q stands for the size of the pair's gradient. e, which is
+RECORD_ERROR, stands for what the record does not tell: a copy may be certain where the learner is not, and in a policy
+that is certain of most tokens these few tokens have much of the gradient (recipes/studies/likelihoods/estimators.md
+measures it). The gradients of different pairs are nearly orthogonal. The sum of q^2 then stands for the variance of the
+batch, and the sum of (1 / c - 1) q^2 for the variance that the draw adds; the threshold is the one at which it is
+`variance_growth` of the batch's own.
 
 No chance is below UNIFORM_SHARE, which bounds the weights, and gives the groups without advantage an estimate in the
 metrics. Pairs that the model reads alike, as the first step of all completions of a prompt, take one row of a forward:
@@ -36,6 +38,7 @@ from dllm_rl.likelihoods.views import alike_rows
 from dllm_rl.types import Rollout, Views
 
 UNIFORM_SHARE = 0.05  # the smallest chance of a step
+RECORD_ERROR = 0.03  # of a token's 1 - p
 
 
 def same_rows(values: Tensor) -> Tensor:
@@ -128,9 +131,10 @@ def step_of_tokens(views: Views) -> Int[Tensor, "B T"]:
 
 
 def step_doubt(rollout: Rollout, views: Views, step: Int[Tensor, "B T"]) -> Float[Tensor, "B N"]:
-    """Return the root of the sum of (1 - p)^2 over the tokens that each step wrote, on the host."""
+    """Return the root of the sum of (1 - p)^2 + RECORD_ERROR^2 over the tokens that each step wrote, on the host."""
     miss = -torch.expm1(recorded(rollout, views).double().clamp(max=0))
-    squares = miss.new_zeros(len(step), len(views.masked) + 1).scatter_add(1, step + 1, miss.square())
+    squares = miss.square() + RECORD_ERROR**2
+    squares = squares.new_zeros(len(step), len(views.masked) + 1).scatter_add(1, step + 1, squares)
     return squares[:, 1:].sqrt().cpu()
 
 

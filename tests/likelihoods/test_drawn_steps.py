@@ -76,21 +76,21 @@ def test_the_threshold_adds_the_variance_that_is_allowed():
 
 
 def test_the_chance_is_of_the_recorded_doubt_and_the_advantage():
-    """A row alone, two tokens in the first step and one in each other: q = |A| (sum of (1 - p)^2)^(1/2)."""
+    """A row alone, two tokens in the first step and one in each other: q = |A| (sum of (1 - p)^2 + 0.03^2)^(1/2)."""
     toy = TablePolicy(length=4, words=2, seed=0)
     steps = torch.tensor([[-1, 0, 0, 1, 2]])
     p = torch.tensor([[1.0, 0.5, 0.2, 0.8, 0.999]])
     rollout = toy.rollout([[0, 1, 1, 0]], unmask_step=steps, logprobs=p.log())
-    q = [2 * math.hypot(0.5, 0.8), 2 * 0.2, 2 * 0.001]
+    q = [2 * math.hypot(0.5, 0.8, 0.03, 0.03), 2 * math.hypot(0.2, 0.03), 2 * math.hypot(0.001, 0.03)]
     total = sum(x * x for x in q)
-    threshold = growth_threshold(torch.tensor([q], dtype=torch.float64), 0.1)
+    threshold = growth_threshold(torch.tensor([q], dtype=torch.float64), 0.12)
     chances = [min(1.0, max(UNIFORM_SHARE, x / threshold)) for x in q]
     assert chances[0] == 1 > chances[1] > chances[2] == UNIFORM_SHARE
-    assert sum((1 / c - 1) * x * x for c, x in zip(chances, q, strict=True)) == pytest.approx(0.1 * total, rel=1e-6)
+    assert sum((1 / c - 1) * x * x for c, x in zip(chances, q, strict=True)) == pytest.approx(0.12 * total, rel=1e-6)
     expected = [0, *(1 / chances[step] for step in (0, 0, 1, 2))]
     found = torch.zeros(5)
     for seed in range(200):
-        weights = drawn(rollout, torch.tensor([-2.0]), growth=0.1, seed=seed).inverse_chances[0, 0]
+        weights = drawn(rollout, torch.tensor([-2.0]), growth=0.12, seed=seed).inverse_chances[0, 0]
         for weight, whole in zip(weights.tolist(), expected, strict=True):
             assert weight == 0 or weight == pytest.approx(whole, rel=1e-4)
         found += weights > 0
