@@ -9,7 +9,7 @@ is the gradient of all steps, whatever the chances are. They decide the variance
 A is the advantage and p the probability with which the sampler drew the token, which it has recorded. 1 - p is the
 derivative of log p with respect to the token's logit, so that q stands for the size of the pair's gradient. e, which is
 RECORD_ERROR, stands for what the record does not tell: a copy may be certain where the learner is not, and in a policy
-that is certain of most tokens these few tokens have much of the gradient (recipes/studies/likelihoods/estimators.md
+that is certain of most tokens these few tokens have much of the gradient (recipes/studies/likelihoods/drawn_noise.py
 measures it). The gradients of different pairs are nearly orthogonal. The sum of q^2 then stands for the variance of the
 batch, and the sum of (1 / c - 1) q^2 for the variance that the draw adds; the threshold is the one at which it is
 `variance_growth` of the batch's own.
