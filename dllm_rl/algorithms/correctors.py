@@ -10,9 +10,10 @@ Weights are detached, and 1 outside the mask. They multiply the surrogate, but n
 non-finite log_mismatch is removed from the loss mask. docs/papers.md explains the tags [paper], [digest] and [ours].
 """
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ class TokenStats:
             corrector sets `needs_entropy`, which costs one more forward per view.
         inverse_chances: 1 / the chance with which the token's denoising step was drawn. `mask` then has the drawn
             tokens alone, each of which stands for so many. None (default): nothing was drawn.
+        state: What the corrector keeps from one call to the next: it may write JSON values into this dict, which is
+            empty at first. A run's checkpoints store it, and a resume continues with it.
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -63,14 +66,16 @@ class TokenStats:
     unmask_step: Int[Tensor, "B T"]
     entropy: Float[Tensor, "B T"] | None = None
     inverse_chances: Float[Tensor, "B T"] | None = None
+    state: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
         """Return the statistics restricted to `mask`; log_mismatch is 0 outside it."""
         return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
 
     def copied(self) -> "TokenStats":
-        """Return a copy, for a corrector that may write into it."""
-        return replace(self, **{name: x.clone() for name, x in vars(self).items() if x is not None})
+        """Return a copy, for a corrector that may write into its tensors. `state` is the same dict."""
+        copies: dict[str, Any] = {name: x.clone() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **copies)
 
 
 class TokenWeights(NamedTuple):
@@ -146,7 +151,8 @@ class Corrector(Record):
 
     Subclass it for a custom corrector: write its settings as fields and override `weights`; `check_corrector` tests it.
     The subclass is then an option of the command line, as `--corrector my_module.MyCorrector`. Where a corrector is
-    expected, a plain function from `TokenStats` to `TokenWeights` is one too.
+    expected, a plain function from `TokenStats` to `TokenWeights` is one too. What it keeps from step to step is in
+    `TokenStats.state`.
 
     The properties may be overridden, by a class attribute or a field, as in `TBPO` and `FunctionCorrector`.
     """
@@ -236,6 +242,19 @@ def check_weights(corrector: Corrector, weights: object, mask: Bool[Tensor, "B T
         f"corrector={describe(corrector)} returned {found}; return TokenWeights(importance_weights, loss_mask, "
         f"metrics), both of shape (B, T) = {tuple(mask.shape)}, the mask of booleans"
     )
+
+
+def check_state(corrector: Corrector, state: dict[str, Any]) -> None:
+    """Raise ValueError unless a resume would read the same state from a checkpoint."""
+    try:
+        is_kept = json.loads(json.dumps(state, allow_nan=False)) == state
+    except (TypeError, ValueError):  # a tensor; NaN
+        is_kept = False
+    if not is_kept:
+        raise ValueError(
+            f"corrector={describe(corrector)} wrote {state!r} into stats.state, which a checkpoint does not keep: "
+            "write finite numbers, texts, lists, and dicts whose keys are texts (of a tensor, x.item() or x.tolist())"
+        )
 
 
 def _check_values(corrector: Corrector, weights: Tensor, loss_mask: Tensor, mask: Bool[Tensor, "B T"]) -> None:
@@ -644,7 +663,12 @@ class Compose(Corrector):
         loss_mask = stats.mask
         metrics: dict[str, float] = {}
         for position, part in with_weights:
-            result = part.weights(stats.copied())  # each sees the full mask, so that their order does not matter
+            key = f"{position} {type(part).__name__}"
+            state = stats.state.get(key, {})
+            # Each sees the full mask, so that their order does not matter.
+            result = part.weights(replace(stats.copied(), state=state))
+            if state:
+                stats.state[key] = state
             check_weights(part, result, stats.mask)
             weights = weights * result.importance_weights
             loss_mask = loss_mask & result.loss_mask

@@ -308,13 +308,16 @@ def trainable_parameters(module: Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace the operator
+# Asked here, because torch.compile does not trace the operator.
+_HAS_BF16_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def has_bf16_products() -> bool:
     """Return whether this machine's CPU multiplies in bf16.
 
     Otherwise torch emulates bf16, and some products take 60 times as long as in fp32.
     """
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _HAS_BF16_PRODUCTS
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,14 +1,17 @@
 """Correct for the mismatch between rollout and learner: the batches of a step, with the corrector's weights."""
 
+import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_weights
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_state, check_weights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
 from dllm_rl.distributed.collectives import (
     SumsAndCounts,
@@ -21,10 +24,33 @@ from dllm_rl.distributed.collectives import (
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.likelihoods.views import num_row_forwards
-from dllm_rl.step.context import StepContext
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import ScoredSamples, active_rows
 from dllm_rl.types import Batch, Logprobs, Views
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class CorrectorState(StepFeature):
+    """What the corrector has written into `TokenStats.state`, from update to update and in checkpoints."""
+
+    def __init__(self, corrector: Corrector) -> None:
+        self.corrector = type(corrector).__name__
+        self.kept: dict[str, Any] = {}  # of the last complete update
+        self.newest: dict[str, Any] = {}
+
+    def learn(self, context: StepContext, optimizer: "Optimizer") -> None:
+        self.kept = self.newest
+
+    def state(self) -> bytes | None:
+        return json.dumps({"corrector": self.corrector, "state": self.kept}).encode() if self.kept else None
+
+    def load_state(self, state: bytes) -> None:
+        stored = json.loads(state)
+        if stored["corrector"] == self.corrector:  # else the resume has changed the corrector
+            self.kept = stored["state"]
 
 
 def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
@@ -35,14 +61,23 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
     # Measured before `gather_rows`, which makes every process wait for the slowest.
     metrics = reduce_metrics(wait_metrics_of("scoring", accelerator), accelerator)
     batches: list[Batch] = []
+    keeper = next((feature for feature in context.features if isinstance(feature, CorrectorState)), None)
+    state = {} if keeper is None else deepcopy(keeper.kept)
     for logps in scored.logps:
         rows = gather_rows(context, samples, logps)
-        weights, trained_metrics = apply_corrector(context.settings.corrector, rows)
+        weights, trained_metrics = apply_corrector(context.settings.corrector, rows, state)
         if not batches:
             metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
             metrics |= reduce_metrics(drawn_step_metrics(samples, logps, accelerator), accelerator)
         batch = make_batch(context, samples, logps, rows, weights)
         batches.append(replace(batch, graphs=scored.graphs))
+    if keeper is not None:
+        keeper.newest = state
+    elif state:
+        raise ValueError(
+            f"corrector={type(context.settings.corrector).__name__} keeps a state (stats.state), which TRL's trainer "
+            "does not save: train with grpo or a recipe"
+        )
     # After scoring: a collective before it would make the processes wait for each other.
     order = reduce_metrics(scored.order_agreement, accelerator)
     metrics |= {PREFIX + name: value for name, value in order.items()}
@@ -111,14 +146,19 @@ def gather_rows(context: StepContext, samples: Samples, logps: Logprobs) -> Rows
     return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, samples.metric_weights, advantages)
 
 
-def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
+def apply_corrector(
+    corrector: Corrector, rows: Rows, state: dict[str, Any] | None = None
+) -> tuple[TokenWeights, dict[str, float]]:
     """Compute the corrector's weights and loss mask for the rows that the update trains on, and metrics of these rows.
 
-    The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`.
+    The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`. `state` is what the corrector
+    has kept, into which it writes.
     """
     stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
-    weights = corrector.weights(stats.copied())
+    state = {} if state is None else state
+    weights = corrector.weights(replace(stats.copied(), state=state))
     check_weights(corrector, weights, stats.mask)
+    check_state(corrector, state)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(

@@ -15,6 +15,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.balance import Balance
 from dllm_rl.step.context import StepContext, StepFeature
+from dllm_rl.step.correct import CorrectorState
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.types import Logprobs, Rollout, Views
@@ -85,7 +86,7 @@ def make_step(
         more: Further fields of StepContext: history (default: empty), log.
     """
     learner_samples = rollout_policy is policy
-    used: list[StepFeature] = []
+    used: list[StepFeature] = [CorrectorState(recipe.corrector)]
     if recipe.zero_mismatch:
         used.append(ZeroMismatch())
     if recipe.corrector.align_forward and not learner_samples:

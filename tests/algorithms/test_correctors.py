@@ -384,7 +384,7 @@ class Careless(c.Corrector):
     def weights(self, stats):
         result = super().weights(stats)
         for values in vars(stats).values():
-            if values is not None:
+            if isinstance(values, torch.Tensor):
                 values.zero_()
         return result
 
@@ -393,7 +393,7 @@ def test_a_corrector_that_writes_into_what_it_gets_changes_nothing():
     mask = tensor([[True, True, False]])
     stats = make_stats(tensor([[0.5, -0.5, 0.0]]), torch.ones(1), mask)
     rows = Rows(stats, mask, torch.ones(1, 3, dtype=torch.long), tensor([True]), torch.ones(1), stats.advantages)
-    before = {name: values.clone() for name, values in vars(stats).items() if values is not None}
+    before = {name: values.clone() for name, values in vars(stats).items() if isinstance(values, torch.Tensor)}
     found, metrics = apply_corrector(Careless(), rows)
     assert torch.equal(found.loss_mask, mask) and metrics == apply_corrector(c.NoCorrection(), rows)[1]
     assert all(torch.equal(vars(stats)[name], values) for name, values in before.items())
