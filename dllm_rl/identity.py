@@ -37,6 +37,7 @@ _ALL = 99  # levels of nested containers
 # Modules whose objects cannot change. Of another library's object the class counts: its state, such as that of a
 # generator of random numbers, of a counter or of a client, is none of the code's.
 _CONSTANT_MODULES = {"datetime", "decimal", "enum", "fractions", "pathlib", "re", "uuid"}
+_PLAIN_BASES = ("builtins", "abc", "typing", "enum")  # modules of bases that keep no state
 _MAKING = ("__init__", "__new__", "__post_init__")  # methods that set what an object begins with
 _LIBRARY_FOLDERS = (*(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib")), f"{Path(__file__).parent}/")
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")  # of whatever environment
@@ -231,6 +232,10 @@ class _Digest:
         if not self.data:
             kind = type(value)
             cached = {name for base in kind.__mro__ for name, member in vars(base).items() if _is_cached(member)}
+            if not all(is_of_user(base) or base.__module__ in _PLAIN_BASES for base in kind.__mro__):
+                # What only a library's base reads and changes, such as whether a module is training, is not known.
+                functions = self.functions or []
+                cached |= {name for name in attributes if not any(each.mentions(name) for each in functions)}
             return self.without_state({name: part for name, part in attributes.items() if name not in cached}, kind)
         items: dict[str, Any] = {"items of the container": [*value]} if isinstance(value, list | tuple) else {}
         items |= {"items of the container": dict(value)} if isinstance(value, dict) else {}
@@ -249,18 +254,22 @@ class _Digest:
             return parts
         remaining = {}
         for name, part in parts.items():
-            short, depth = name.rpartition(".")[2], _depth(part)
-            if not any(each.stores(short, of) for each in self.functions) and (
-                not depth or depth <= min((each.levels(short, of) for each in self.functions), default=_ALL)
-            ):
+            if not self.is_state(name.rpartition(".")[2], part, of):
                 remaining[name] = part
-            elif depth and (codes := self.code_in(part)):
+            elif codes := self.code_in(part):
                 remaining[name] = codes
         return remaining
 
+    def is_state(self, name: str, part: Any, of: Any) -> bool:
+        functions, depth = self.functions or [], _depth(part)
+        is_data = depth > 0 or isinstance(part, str | bytes | Number | None)
+        if any(each.stores(name, of) or (is_data and each.stores_unnamed(of)) for each in functions):
+            return True
+        return depth > min((each.levels(name, of) for each in functions), default=_ALL) if depth else False
+
     def code_in(self, container: Any) -> set[bytes]:
-        """Return the digests of the functions and classes in a container that may change."""
-        items = container.values() if isinstance(container, dict) else container
+        """Return the digests of the functions and classes in a container that may change; of no other value."""
+        items = container.values() if isinstance(container, dict) else container if _depth(container) else ()
         return {self.of(item) for item in items if isinstance(item, FunctionType | MethodType | type)}
 
     def of_code(self, value: Any) -> bytes:
@@ -325,9 +334,20 @@ class _Function:
     def stores(self, name: str, of: Any) -> bool:
         """Return whether it assigns to the name (`_Digest.without_state`)."""
         kinds = self.kinds(of)
-        if "own attribute" in kinds and not {"setattr", "vars", "__dict__"}.isdisjoint(self.function.__code__.co_names):
-            return True
         return any((kind, name) in _uses(code)[0] for code in self.codes for kind in kinds)
+
+    def stores_unnamed(self, of: Any) -> bool:
+        """Return whether it may assign to any name, as by setattr."""
+        if isinstance(of, type) and (self.owner is None or "own attribute" in self.kinds(of)):
+            storing = {"setattr", "__setattr__", "vars", "__dict__"}
+        else:
+            storing = {"globals"} if of == "global" else set()
+        return any(not storing.isdisjoint(code.co_names) for code in self.codes)
+
+    def mentions(self, name: str) -> bool:
+        """Return whether it loads or assigns to an attribute of this name."""
+        keys = [(kind, name) for kind in ("attribute", "own attribute")]
+        return any(key in uses for code in self.codes for uses in _uses(code) for key in keys)
 
     def levels(self, name: str, of: Any) -> int:
         """Return how many levels of a container of this name stay as they are: 0 or less: it may be changed itself."""
@@ -356,6 +376,7 @@ def _functions_beside(reached: "list[_Function]") -> "list[_Function]":
         for kind in sorted(kinds, key=full_name)
         for member in list(vars(kind).values())
         for function in _functions_of(member)
+        if not (function.__code__.co_filename == "<string>" and function.__name__.startswith("__"))  # of dataclasses
     ]
     owned = {each.function.__code__ for each in methods}
     functions = [*(each.function for each in reached), *(value for value in values if isinstance(value, FunctionType))]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from types import FunctionType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -56,10 +57,16 @@ def given_copies(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decorate_own(kind: type, decorator: Callable[..., Any], *methods: str) -> None:
-    """Decorate those of these methods that a class outside of the library defines. Call it in `__init_subclass__`."""
-    for name in methods if not kind.__module__.startswith("dllm_rl.") else ():
-        if callable(method := vars(kind).get(name)):
-            setattr(kind, name, decorator(method))
+    """Decorate those of these methods that a class outside of the library defines, or a mixin of it. Call it in
+    `__init_subclass__`.
+    """
+    for name in methods:
+        method = getattr(kind, name, None)
+        is_own = not getattr(method, "__module__", "dllm_rl.").startswith("dllm_rl.")
+        if isinstance(method, FunctionType) and is_own and not hasattr(method, "is_decorated"):
+            decorated = decorator(method)
+            decorated.is_decorated = True
+            setattr(kind, name, decorated)
 
 
 @dataclass(frozen=True)

@@ -435,6 +435,141 @@ D = deque(maxlen=3)
 def f(c):
     D.append(c)
     return c
+# globals()
+N = 0
+def f(c):
+    globals()["N"] += 1
+    return N
+# object setattr
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class J:
+    n: int = 0
+    def __call__(self, c):
+        object.__setattr__(self, "n", self.n + 1)
+        return c
+f = J()
+# setattr outside
+class J:
+    n = 0
+j = J()
+def f(c):
+    setattr(j, "n", j.n + 1)
+    return j.n
+# type self
+class J:
+    n = 0
+    def __call__(self, c):
+        type(self).n += 1
+        return self.n
+f = J()
+# lazy
+class J:
+    def __init__(self):
+        self._model = None
+    def __call__(self, c):
+        if self._model is None:
+            self._model = {"a": len}
+        return c
+f = J()
+# dict counts
+U = {"calls": 0, "by": {}}
+def f(c):
+    U["calls"] += 1
+    U["by"][c] = U["by"].get(c, 0) + 1
+    return c
+# list of objects
+class J:
+    def __init__(self):
+        self.n = 0
+    def go(self):
+        self.n += 1
+L = [J(), J()]
+def f(c):
+    for j in L:
+        j.go()
+    return c
+# for target
+class J:
+    def __init__(self):
+        self.i = 0
+    def __call__(self, c):
+        for self.i in range(3):
+            pass
+        return c
+f = J()
+# slice
+L = [1, 2, 3]
+def f(c):
+    L[:] = L[1:]
+    return c
+# shuffle
+import random
+L = [1, 2, 3, 4]
+def f(c):
+    random.shuffle(L)
+    return c
+# return it
+L = []
+def get():
+    return L
+def f(c):
+    get().append(c)
+    return c
+# decorated class
+import functools
+class Count:
+    def __init__(self, g):
+        functools.update_wrapper(self, g)
+        self.g = g
+        self.calls = 0
+    def __call__(self, c):
+        self.calls += 1
+        return self.g(c)
+@Count
+def f(c):
+    return c
+# async
+SEEN = {}
+async def f(c):
+    SEEN[c] = 1
+    return c
+def other(c):
+    try:
+        f(c).send(None)
+    except StopIteration:
+        pass
+# static
+class J:
+    log = []
+    @staticmethod
+    def note(x):
+        J.log.append(x)
+    @classmethod
+    def score(cls, c):
+        cls.note(c)
+        return c
+f = J.score
+# module
+import torch
+class M(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Linear(2, 2)
+        self.k = 1
+    def forward(self, c):
+        self.eval()
+        return self.k
+f = M()
+# tensor attribute
+import torch
+class J:
+    def __init__(self):
+        self.total = torch.zeros(())
+    def __call__(self, c):
+        self.total += 1
+        return c
+f = J()
 """)
 # Functions `f` that read an "x" which nothing changes.
 READ = cases("""

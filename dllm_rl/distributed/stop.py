@@ -69,9 +69,10 @@ class Stop:
     def arm(self) -> None:
         """Set the handlers, and after a signal the timer that calls `overdue`. Call it after user code, too, which may
         have replaced them or blocked the signals: a grader with a time limit of its own uses the same timer. Does
-        nothing in another thread.
+        nothing in another thread, and in a forked process, which may call graders too.
         """
-        if not self.before or threading.current_thread() is not threading.main_thread():
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if not self.before or not is_main_thread or os.getpid() != self.process:
             return
         for number, handler in self.before.items():
             is_ignored = number != signal.SIGINT and handler == signal.SIG_IGN  # SIGHUP under nohup

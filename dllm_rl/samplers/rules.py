@@ -402,7 +402,7 @@ class Commit(_Rule, Record):
         return a whole number for each row.
         """
         assert self.count is not None, "the caller has asked"
-        number = self.count(num_masked, steps_left)
+        number = self.count(num_masked.clone(), steps_left.clone())  # a custom one may write into them
         if not isinstance(number, Tensor) or number.shape != num_masked.shape or number.is_floating_point():
             raise ValueError(
                 f"count of commit={self.name} must return a whole number for each of its {len(num_masked)} rows, as a "

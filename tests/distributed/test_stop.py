@@ -191,6 +191,8 @@ with ProcessPoolExecutor(1, mp_context=context) as pool:
 """
 ENDED = f"""{HANDLERS}
 import sys
+from dllm_rl.tasks import user_code
+user_code.AFTER_USER_CODE += [stop.arm for stop in stops]
 if sys.argv[1] == "around":  # a handler of the user's calls the run's
     for number in SIGNALS:
         signal.signal(number, lambda *given: hears(*given))
@@ -199,6 +201,9 @@ for number in SIGNALS:
     child = os.fork()
     if not child:
         try:
+            if sys.argv[1] == "grades":  # a worker that calls the library
+                with user_code.process_restored():
+                    pass
             if sys.argv[1] == "around":  # as if the signal came before the fork's clean-up
                 signal.signal(number, lambda *given: hears(*given))
             os.write(writing, b".")
@@ -218,7 +223,7 @@ def test_a_pools_processes_have_the_handlers_from_before_the_runs():
     assert outcome(IN_POOLS) == "True\nTrue\n"
 
 
-@pytest.mark.parametrize("way", ["fork", "around"])
+@pytest.mark.parametrize("way", ["fork", "around", "grades"])
 def test_a_signal_ends_a_forked_process_as_without_a_run(way):
     """SIGHUP was ignored, as under nohup, and SIGUSR1 had a handler."""
     assert outcome(ENDED, way) == "SIGINT 5\nSIGTERM -15\nSIGHUP -9\nSIGUSR1 7\n"

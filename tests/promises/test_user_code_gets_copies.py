@@ -58,8 +58,17 @@ def writing(kind, *methods):
 ESTIMATOR = ("draw_views", "combine", "with_advantages")
 
 
+def evenly(num_masked, steps_left):
+    count = (num_masked + steps_left - 1) // steps_left
+    if WRITES:
+        spoil((num_masked, steps_left))
+    return count
+
+
 class HighestHalf(Commit):
     """As many positions as are left for the steps."""
+
+    count = staticmethod(evenly)
 
     def __call__(self, scores, masked, steps_left):
         chosen = highest(scores, masked, count=(masked.sum(-1) + steps_left - 1) // steps_left)
@@ -106,6 +115,21 @@ def source(history, count, generator):
     return drawn
 
 
+class Clamps:
+    """A mixin, which is no estimator itself."""
+
+    def draw_views(self, rollout, generator):
+        views = super().draw_views(rollout, generator)
+        if WRITES:
+            views = views.copied()
+            spoil(rollout)
+        return views
+
+
+class Mixed(Clamps, Trajectory):
+    pass
+
+
 def views_of(rollout, generator):
     views = Coupled().draw_views(rollout, generator).copied()
     if WRITES:
@@ -120,6 +144,7 @@ def short(**changes):
 CASES = {
     "Trajectory": {"likelihood": writing(Trajectory, *ESTIMATOR)()},
     "drawn steps": {"likelihood": writing(Trajectory, *ESTIMATOR)(variance_growth=0.5), "loss": loss} | short(),
+    "a mixin": {"likelihood": Mixed()},
     "a function for views": {"likelihood": views_of},
     "a commit rule": short(commit=HighestHalf()),
     "a rank": short(rank=Middle()),
