@@ -16,6 +16,7 @@ from dllm_rl.checkpoints.run_folder import default_folder
 from dllm_rl.cli.run_recipe import as_program
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.evaluation.compare import Comparison, compare
+from dllm_rl.files import read_json
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.trainer import train
@@ -76,6 +77,9 @@ def train_arms(arms: Mapping[str, Recipe], *, output_dir: str | None = None) -> 
     except KeyboardInterrupt:
         print(f"stopped: {how_to_continue(str(folder))}")
         raise
+    for name, arm in placed.items():
+        for problem in read_json(Path(arm.directory) / "summary.json")["problems"]:
+            print(escape_controls(f"{name}: {problem['state']}, {problem['name']}: {problem['text']}"))
     return compare({name: [arm.directory] for name, arm in placed.items()})
 
 
