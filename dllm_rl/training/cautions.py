@@ -195,8 +195,8 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             )
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(
-            f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
-            f"and they need not bring the gradient nearer to the learner's own; use {EXACT}, or no corrector"
+            f"likelihood={likelihood.name!r} gives no likelihood ratios: with two segments such weights gained nothing "
+            f"in training (recipes/studies/quantized/README.md); use {EXACT}, or no corrector"
         )
     if not has_exact_ratios and cache is not None and cache.kind != "block" and cache.refresh != 1:
         warnings.append(
