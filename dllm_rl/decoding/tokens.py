@@ -5,10 +5,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, lru_cache, partial
-from itertools import compress, zip_longest
+from itertools import compress, islice, zip_longest
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from dllm_rl.types import Prompts, Rollout
 
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or let the tokenizer add BOS"
-BLANK = (None, False)  # a piece of a prompt that becomes a mask token, see `_Chat.pieces`
+# A piece of a prompt: its text, and how `text_ids` reads it. BLANK becomes a mask token.
+Piece = tuple[str | None, Mapping[str, bool]]
+BLANK: Piece = (None, {})
 _GAP = re.compile(r"(?<=[0-9A-Za-z])\s+(?=[0-9A-Za-z])")  # without it, two numbers or words are one
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 NO_ARGUMENTS: Mapping[str, Any] = {}
 # Arguments of `apply_chat_template` that a row may not set, because this module sets them, or they change its return.
 _FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt continue_final_message tokenize
@@ -100,9 +104,9 @@ def ids_and_blanks(
             "diffusion model"
         )
     if isinstance(prompt, str):
-        pieces: list[tuple[str | None, bool]] = []
+        pieces: list[Piece] = []
         for text in [prompt] if blank is None else prompt.split(blank):
-            pieces += [BLANK, (text, False)]
+            pieces += [BLANK, (text, {})]
         del pieces[0]  # the blank before the first text
     else:
         chat = _Chat(policy, prompt, blank=blank, template_arguments=template_arguments)
@@ -114,14 +118,15 @@ def ids_and_blanks(
                 "content as text, or leave the turn out"
             )
         messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        text = chat.render(messages, add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
+        text = chat.render(messages, add_generation_prompt=True) + chat.mark_special_tokens(answer_start, answer=True)
         pieces = chat.pieces(text)
     ids = begin_ids(policy) if isinstance(prompt, str) else []
     blanks = [False] * len(ids)
     read = cache(partial(text_ids, policy))  # a prompt with many blanks has equal pieces, such as empty ones
-    for piece, special in pieces:
+    num_begin = len(ids)
+    for piece, reading in pieces:
         if piece is not None:
-            piece_ids = read(piece, special=special)
+            piece_ids = read(piece, **reading, continues=len(ids) > num_begin)
         else:
             assert policy.spec.mask_id is not None, "a blank was refused"
             piece_ids = [policy.spec.mask_id]
@@ -156,8 +161,11 @@ def conversation_ids(
     pieces: list[tuple[list[int], bool]] = []
 
     def ids(text: str) -> list[int]:
-        pieces = [text_ids(policy, piece, special=special) for piece, special in chat.pieces(text) if piece is not None]
-        return [token for piece in pieces for token in piece]
+        found: list[int] = []
+        for piece, reading in chat.pieces(text):
+            assert piece is not None, "a conversation has no blanks"
+            found += text_ids(policy, piece, **reading, continues=bool(pieces or found))
+        return found
 
     num_done = 0  # number of characters of `full_text` that `pieces` already covers
     for i in sorted(answers):
@@ -252,7 +260,8 @@ class _Chat:
     """Renders and tokenizes chats.
 
     If a message contains the text of a special token, such as "<eos>", that text is tokenized as ordinary text. Only
-    the template can write special tokens. To keep the two apart, `render` replaces the texts in messages by markers.
+    the template can write special tokens, and the assistant `text_tokens`. To keep the two apart, `render` replaces the
+    texts in messages by markers.
     """
 
     def __init__(
@@ -272,7 +281,9 @@ class _Chat:
         self.policy = policy
         self.blank = blank
         self.marked_texts = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
+        kept = text_tokens(policy).values()
         self.marked_pattern = _any_of(self.marked_texts)
+        self.answer_pattern = _any_of([text for text in self.marked_texts if text == blank or text not in kept])
         tools = template_arguments.get("tools")
         all_content = json.dumps(
             [tools, *(message["content"] for message in messages)], ensure_ascii=False, default=str
@@ -284,9 +295,11 @@ class _Chat:
             self.template_arguments["tools"] = _map_texts(tools, self.mark_special_tokens)
         self._check_template_arguments(messages)
 
-    def mark_special_tokens(self, text: str) -> str:
-        """Replace each blank, and each text of a special token, by a marker."""
-        return self.marked_pattern.sub(
+    def mark_special_tokens(self, text: str, *, answer: bool = False) -> str:
+        """Replace each blank, and each text of a special token, by a marker; of an assistant's answer, `text_tokens`
+        are kept.
+        """
+        return (self.answer_pattern if answer else self.marked_pattern).sub(
             lambda match: f"{self.delimiter}{self.marked_texts.index(match[0])}{self.delimiter}", text
         )
 
@@ -298,7 +311,10 @@ class _Chat:
         Raises:
             ValueError: The template fails, omits a message, or does not begin the assistant's turn.
         """
-        marked = [_with_text(message, self.mark_special_tokens) for message in messages]
+        marked = [
+            _with_text(message, partial(self.mark_special_tokens, answer=message["role"] == "assistant"))
+            for message in messages
+        ]
         text = self._apply_template(marked, add_generation_prompt)
         self._check_messages(marked, text)
         if add_generation_prompt:
@@ -404,25 +420,30 @@ class _Chat:
                 f"after {start[-30:]!r}; write what is missing if add_generation_prompt is true"
             )
 
-    def pieces(self, text: str) -> list[tuple[str | None, bool]]:
-        """Split a text with markers into pieces.
-
-        A piece is a text, and whether the text of a special token in it becomes that token; or BLANK.
-        """
-        pieces: list[tuple[str | None, bool]] = []
+    def pieces(self, text: str) -> list[Piece]:
+        """Split a text with markers into pieces."""
+        pieces: list[Piece] = []
         for i, part in enumerate(re.split(rf"{self.delimiter}(\d+){self.delimiter}", text)):
             if i % 2 == 0:  # text between markers: the template wrote its special tokens
-                pieces.append((part, True))
+                pieces.append((part, {"special": True}))
             else:
                 marked_text = self.marked_texts[int(part)]
-                pieces.append(BLANK if marked_text == self.blank else (marked_text, False))
+                pieces.append(BLANK if marked_text == self.blank else (marked_text, {"spelled": True}))
         return pieces
 
 
-def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
+def text_ids(
+    policy: Policy, text: str, *, special: bool = False, spelled: bool = False, continues: bool = False
+) -> list[int]:
     """Return the token ids of a text.
 
-    With `special`, the text of a special token becomes that token. Otherwise it is tokenized as ordinary text.
+    Args:
+        policy: Policy with the tokenizer.
+        text: Text, or a piece of one.
+        special: Whether the text of every special token becomes that token. Otherwise only `text_tokens` do.
+        spelled: Whether all texts of special tokens are ordinary text.
+        continues: Whether the text stands behind other tokens, as a completion does. Then nothing is added before it,
+            such as the mark with which many tokenizers begin a text.
 
     Raises:
         ValueError: The tokens do not hold every character of the text (except whitespace and case) or hold the mask, or
@@ -434,10 +455,23 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             "texts between whole characters"
         )
     tokenizer = policy.tokenizer
+    tokens = _any_of([*text_tokens(policy).values()])
+    if not special and not spelled and tokens.search(text):
+        others = _any_of(special_texts(tokenizer))
+        if not any(map(others.search, tokens.split(text))):
+            return text_ids(policy, text, special=True, continues=continues)
+        ids: list[int] = []
+        for part in re.split(f"({tokens.pattern})", text):
+            is_token = tokens.fullmatch(part) is not None
+            ids += text_ids(policy, part, special=is_token, spelled=not is_token, continues=continues or bool(ids))
+        return ids
     symbols = symbol_pattern(tokenizer)
     written = text if symbols is None else " ".join(filter(str.strip, symbols.split(text)))
+    read = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=not special)
+    if continues and (beginnings := _beginnings(tokenizer)):
+        read = partial(_read_behind, beginnings, read)
     try:
-        ids: list[int] = tokenizer.encode(written, add_special_tokens=False, split_special_tokens=not special)
+        ids = read(written)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -453,6 +487,11 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {_quote(text)}: the tokenizer reads the mask token in it, which samplers fill in; leave it out, or "
             "give it as blank"
         )
+    if not special and (found := sorted(_never_text(policy).intersection(ids))):
+        raise ValueError(
+            f"text {_quote(text)}: the tokenizer reads the special token {tokenizer.decode(found[:1])} in it, and not "
+            "its letters; leave it out"
+        )
     tokenized_text = tokenizer.decode(ids, skip_special_tokens=False)
     pairs = zip_longest(_comparable(text), _comparable(tokenized_text))
     lost = next((character for character, tokenized in pairs if character != tokenized), None)
@@ -463,7 +502,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
         )
     joined = _GAP.sub("", text)
     may_be_joined = symbols is None and joined != text and not _GAP.search(tokenized_text)
-    if may_be_joined and ids == tokenizer.encode(joined, add_special_tokens=False, split_special_tokens=not special):
+    if may_be_joined and ids == read(joined):
         raise ValueError(
             f"text {_quote(text)} cannot be tokenized by this model: the tokenizer drops its spaces, and reads "
             f"{_quote(joined)}; write the text without them, or with another separator"
@@ -554,10 +593,117 @@ def _symbols_of(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile(f"({_any_of([*special_texts(tokenizer), *by_length]).pattern})")
 
 
-def text_of(policy: Policy, ids: Sequence[int]) -> str:
-    """Return the text of token ids, without special tokens and the spaces between symbols (`symbol_pattern`)."""
-    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    return text if symbol_pattern(policy.tokenizer) is None else "".join(text.split())
+def text_of(policy: Policy, ids: Sequence[int], *, continues: bool = True) -> str:
+    """Return the text of token ids, without special tokens but `text_tokens`, and without the spaces between symbols
+    (`symbol_pattern`).
+
+    With `continues`, the ids stand behind other tokens, as a completion's do; then a space before them is a part of the
+    text. Otherwise they begin a text.
+    """
+    tokenizer = policy.tokenizer
+    if kept := text_tokens(policy):
+        hidden = {*_never_text(policy), tokenizer.unk_token_id}
+        ids = [token for token in ids if token not in hidden]
+    beginnings = _beginnings(tokenizer) if continues else []
+    beginning = beginnings[0][1] if beginnings else []
+    text = tokenizer.decode([*beginning, *ids], skip_special_tokens=not kept)
+    if symbol_pattern(tokenizer) is not None:
+        return "".join(text.split())
+    return text[len(tokenizer.decode(beginning)) :] if beginning else text
+
+
+def reads_otherwise(policy: Policy) -> bool:
+    """Return whether `text_of` returns another text than the tokenizer's `decode` without special tokens."""
+    tokenizer = policy.tokenizer
+    return bool(symbol_pattern(tokenizer) or text_tokens(policy) or _beginnings(tokenizer))
+
+
+def text_tokens(policy: Policy) -> Mapping[int, str]:
+    """Return the special tokens that a model writes as a part of its answers, such as <answer>, by id.
+
+    These are all but the tokenizer's and the model's own (pad, mask, end ...), those that the tokenizer adds around a
+    text, and those with which the chat template begins and ends a turn.
+    """
+    tokenizer = policy.tokenizer
+    if not hasattr(type(tokenizer), "all_special_ids"):
+        return {}
+    own = frozenset({policy.spec.mask_id, *policy.spec.eos_ids})
+    return _text_tokens(tokenizer, len(tokenizer), str(getattr(tokenizer, "chat_template", None)), own)
+
+
+@lru_cache(maxsize=16)
+def _text_tokens(tokenizer: Any, size: int, template: str, own: frozenset[int]) -> Mapping[int, str]:
+    roles = {getattr(tokenizer, f"{name}_token_id", None) for name in ROLES}
+    found = {token: text for token, text in _added_special(tokenizer).items() if token not in own | roles}
+    if not found:
+        return {}
+    text = _ordinary_text(tokenizer)
+    around = {*tokenizer.encode(text)} if text is not None else set()
+    turn = _user_turn(tokenizer) if tokenizer.chat_template else ""
+    return {
+        token: text for token, text in found.items() if token not in around and turn is not None and text not in turn
+    }
+
+
+def _user_turn(tokenizer: Any) -> str | None:
+    """Return what the chat template writes around a user's turn; None if it does not write one."""
+    from jinja2 import TemplateError  # local: not needed for --help
+
+    turns = [{"role": role, "content": "a"} for role in ("system", "user")]
+    for messages in (turns, turns[1:]):
+        fixed = fixed_template(tokenizer)
+        with suppress(TemplateError, *TEMPLATE_ERRORS):
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **fixed))
+    return None
+
+
+def _never_text(policy: Policy) -> frozenset[int]:
+    """Return the special tokens that no text has: all but `text_tokens` and the unknown."""
+    if not hasattr(type(policy.tokenizer), "all_special_ids"):
+        return frozenset()
+    return _special_ids(policy.tokenizer, len(policy.tokenizer)).difference(text_tokens(policy))
+
+
+@lru_cache(maxsize=16)
+def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    return frozenset({*tokenizer.all_special_ids, *_added_special(tokenizer)} - {tokenizer.unk_token_id})
+
+
+def _added_special(tokenizer: Any) -> dict[int, str]:
+    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
+@lru_cache(maxsize=16)
+def _beginnings(tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Return short texts, each with its ids, behind which a tokenizer reads a text as it stands; [] if it reads every
+    text so.
+
+    Many tokenizers begin a text with the mark of a word, which is a space in what they decode.
+    """
+    if not hasattr(type(tokenizer), "all_special_ids") or symbol_pattern(tokenizer) is not None:
+        return []
+    read = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+    special = {*tokenizer.all_special_ids}
+    ordinary = (token for token in range(len(tokenizer)) if token not in special)
+    texts = (tokenizer.decode([token]).strip() for token in islice(ordinary, 400))
+    found = []
+    for text in dict.fromkeys(text for text in texts if text and text.isprintable() and "\ufffd" not in text):
+        ids, twice = read(text), read(text * 2)
+        rest = twice[len(ids) :]
+        if ids and special.isdisjoint(ids) and twice[: len(ids)] == ids and tokenizer.decode(rest).strip() == text:
+            if rest == ids:  # no mark
+                return []
+            found.append((text, ids))
+    return found
+
+
+def _read_behind(beginnings: Sequence[tuple[str, list[int]]], read: Callable[[str], list[int]], text: str) -> list[int]:
+    """Return the ids of a text behind the first of `beginnings` with which it does not make up a token."""
+    for beginning, ids in beginnings:
+        both = read(beginning + text)
+        if both[: len(ids)] == ids:
+            return both[len(ids) :]
+    raise ValueError("behind every other text it makes up tokens with it; begin it with another character")
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
@@ -596,7 +742,7 @@ def texts_to_grade(
     texts = full_texts(policy, rollout) if has_blanks else [""] * len(problems)
     for row, problem in enumerate(problems):
         if problem.blank is None:
-            texts[row] = text_of(policy, before_end(policy, completion_ids[row]))
+            texts[row] = text_of(policy, before_end(policy, completion_ids[row]), continues=problem.prompt != "")
     return texts
 
 
@@ -612,7 +758,7 @@ def full_texts(policy: Policy, rollout: Rollout) -> list[str]:
         # An end token in a blank does not end the text, which continues at least to the prompt's last token.
         after_prompt = len(ids) - in_completion[::-1].index(False) if False in in_completion else 0
         full_ids = [*ids[:after_prompt], *before_end(policy, ids[after_prompt:])]
-        texts.append(text_of(policy, full_ids))
+        texts.append(text_of(policy, full_ids, continues=False))
     return texts
 
 
@@ -684,7 +830,8 @@ def default_max_new_tokens(policy: Policy, problems: Task | Sequence[Problem]) -
     if not isinstance(problem.prompt, str):
         return 256
     solutions = [problems[index].solution for index in range(min(100, len(problems)))]
-    return max((len(text_ids(policy, solution)) for solution in solutions if solution is not None), default=256)
+    lengths = (len(text_ids(policy, text, continues=problem.prompt != "")) for text in solutions if text is not None)
+    return max(lengths, default=256)
 
 
 def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rollout:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Print
 
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import Loss
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, symbol_pattern, text_of
+from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, reads_otherwise, text_of
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import wrap_model
 from dllm_rl.integrations.trl_settings import (
@@ -258,9 +258,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return {"prompt_ids": prompt_of_row, "completion_ids": completions, "logprobs": None}
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, ids: list[list[int]]) -> Tensor:
-        if symbol_pattern(self._policy.tokenizer) is not None:  # TRL decodes residues with spaces between them
+        if reads_otherwise(self._policy):  # than TRL, which leaves out special tokens
             is_text = isinstance(completions[0], str)
-            texts = [text_of(self._policy, row) for row in ids]
+            texts = [text_of(self._policy, before_end(self._policy, row)) for row in ids]
             # In place, because TRL also logs this list.
             completions[:] = texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)  # of all processes, by function

@@ -283,10 +283,10 @@ def _pair(
                 "text; or give the prompt as messages"
             )
         begin = [*begin_ids(policy), *text_ids(policy, prompt)]  # as `prompt_ids`, which refuses an empty prompt
-        return [(begin, False), (text_ids(policy, last["content"]), bool(answers))]
+        return [(begin, False), (text_ids(policy, last["content"], continues=prompt != ""), bool(answers))]
     if before and before[-1]["role"] == "assistant" and is_answer:  # the completion continues the turn
         start = prompt_ids(policy, messages[:-1], template_arguments=arguments)
-        return [(start, False), (text_ids(policy, last["content"]), bool(answers))]
+        return [(start, False), (text_ids(policy, last["content"], continues=True), bool(answers))]
     return conversation_ids(policy, messages, answers, template_arguments=arguments)
 
 
@@ -341,7 +341,7 @@ def solution_examples(policy: Policy, problems: Sequence[Problem], *, max_new_to
             raise ValueError(
                 f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion"
             )
-        solution = text_ids(policy, problem.solution)
+        solution = text_ids(policy, problem.solution, continues=problem.prompt != "")
         num_end_tokens = max_new_tokens - len(solution)
         if num_end_tokens < 0:
             raise ValueError(

@@ -25,6 +25,8 @@ from dllm_rl.decoding.tokens import (
     prompt_ids,
     special_texts,
     text_ids,
+    text_of,
+    text_tokens,
     texts_to_grade,
 )
 from dllm_rl.integrations.serving.openai_api import read_request
@@ -32,7 +34,7 @@ from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.supervised.examples import example
+from dllm_rl.supervised.examples import example, solution_examples
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
@@ -611,3 +613,138 @@ def test_a_tokenizer_that_begins_a_text_with_an_id_that_the_model_cannot_read_is
         vars(policy).update(change)
         with pytest.raises(ValueError, match=message):
             prompt_ids(policy, "")
+
+
+LETTERS = "abcdefghijklmnopqrstuvw0123456789_=<>/\n"
+
+
+def with_word_mark(kind, text_tokens=("<answer>", "</answer>")):
+    """A tokenizer that begins a text with the mark of a word, which is a space in what it decodes."""
+    special = ["<pad>", "<mask>", "<eos>", "<unk>", "<user>", *text_tokens]
+    mark = "Ġ" if kind == "bytes" else "▁"
+    symbols = [{" ": mark, "\n": "Ċ"}.get(c, c) for c in LETTERS] if kind == "bytes" else [*LETTERS]
+    tokens = [*special, mark, *symbols, *(mark + letter for letter in "abcdefghij0123456789")]
+    if kind == "unigram":
+        model = models.Unigram([(token, -len(token) / 10 - 1) for token in tokens], unk_id=3)
+    else:
+        ids = {token: i for i, token in enumerate(tokens)}
+        merges = [(mark, letter) for letter in "abcdefghij0123456789"]
+        model = models.BPE(ids, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "legacy":  # as Llama's
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+    else:
+        scheme = {"first": "first", "always": "always", "unigram": "first"}[kind]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme)
+        tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme=scheme)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "mask", "eos", "unk")},
+        extra_special_tokens=special[4:],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<user>{{ m.content.split('</answer>')[-1] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<user>{% endif %}"
+    )
+    return Letters(fast, mask_id=MASK)
+
+
+MARKED = ["first", "always", "legacy", "unigram", "bytes"]
+
+
+@pytest.mark.parametrize("kind", MARKED)
+@pytest.mark.parametrize("text", ["a_c_e", "_c", "a_", "a _ c_", "a_ c", "__b", "a=_=c\n_"])
+def test_the_pieces_between_blanks_are_parts_of_one_text(kind, text):
+    policy = with_word_mark(kind)
+    ids = prompt_ids(policy, text, "_")
+    nine = policy.tokenizer.convert_tokens_to_ids("9")
+    filled = policy.tokenizer.decode([nine if token == MASK else token for token in ids])
+    assert filled.removeprefix(" ") == text.replace("_", "9")
+    without = prompt_ids(policy, text.replace("_", "9"))
+    assert policy.tokenizer.decode(without) == filled or text.startswith("_")
+
+
+@pytest.mark.parametrize("kind", MARKED)
+@pytest.mark.parametrize("completion", ["2", " 2", "  return 2", "b 3\n=", "="])
+def test_a_completion_continues_its_prompt(kind, completion):
+    """In SFT, a warm-up and a suffix; and its text is what it adds to the prompt's."""
+    completion = completion.replace("return", "de")
+    policy = with_word_mark(kind)
+    policy.pad_id = PAD
+    asked = prompt_ids(policy, "1=")
+    row = {"prompt": "1=", "completion": completion}
+    pair = example(SFT(name="sft", model="none", dataset=[]), policy, row)
+    assert policy.tokenizer.decode(pair.tokens[:-1]).removeprefix(" ") == "1=" + completion
+    (solved,) = solution_examples(policy, [Problem("1=", solution=completion)], max_new_tokens=12)
+    assert solved.tokens[: len(pair.tokens) - 1].tolist() == pair.tokens[:-1].tolist()
+    rollout = as_rollout_of(policy, asked, pair.tokens[len(asked) :].tolist())
+    assert decode(policy, rollout) == [completion]
+    assert texts_to_grade(policy, rollout, [Problem("1=")], completion_token_ids(rollout)) == [completion]
+    body = json.dumps({"prompt": "1=", "suffix": completion, "max_tokens": 1}).encode()
+    request = read_request(body, policy, Unmask(max_new_tokens=1), ServerSettings("m"), is_chat=False)
+    assert request.suffix == pair.tokens[len(asked) : -1].tolist()
+
+
+def as_rollout_of(policy, prompt, completion):
+    own = torch.tensor([[False] * len(prompt) + [True] * len(completion)])
+    tokens = torch.tensor([[*prompt, *completion]])
+    shape = tokens.shape
+    return Rollout(tokens, torch.ones(shape).bool(), own, torch.where(own, 0, -1), torch.zeros(shape), torch.arange(1))
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_special_texts_in_a_message_add_no_spaces(kind):
+    policy = with_word_mark(kind, ())
+    if kind == "unigram":  # its vocabulary has the names of special tokens, which it would read
+        with pytest.raises(ValueError, match=r"^text '<eos>': the tokenizer reads the special token <eos> in it"):
+            prompt_ids(policy, [user("a<eos>")])
+        return
+    for text in ("a<eos>c", "a <eos> c", "<eos>", "<mask>9", "0<eos><pad>"):
+        for messages in ([user(text)], [user("a"), {"role": "assistant", "content": text}, user("b")]):
+            ids = prompt_ids(policy, messages)
+            written = policy.tokenizer.decode(ids, skip_special_tokens=False).replace("<user> ", "<user>")
+            assert written == "".join(f"<user>{m['content']}<eos>" for m in messages) + "<user>"
+
+
+def test_the_text_of_a_completion_has_the_special_tokens_that_a_model_answers_with(policy):
+    """Not the tokenizer's own, nor those that begin and end a turn."""
+    own = with_word_mark("first", ("<answer>", "</answer>", "<end>"))
+    assert [*text_tokens(own).values()] == ["<answer>", "</answer>", "<end>"]
+    own.tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}<end>{% endfor %}"
+    assert [*text_tokens(own).values()] == ["<answer>", "</answer>"]
+    written = ["<pad>", "<answer>", "4", "2", "</answer>", "<end>", "<user>", "a"]
+    ids = own.tokenizer.convert_tokens_to_ids(written)
+    assert text_of(own, ids) == "<answer>42</answer>a"
+    own.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert not text_tokens(own) and text_of(own, ids) == "42a"
+    assert not text_tokens(policy) and not text_tokens(with_added("<en> <s> $A <eos>"))
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_special_tokens_of_answers_are_read_as_they_are_written(kind):
+    """In plain texts and the assistant's turns; a user's message has none."""
+    policy = with_word_mark(kind)
+    opening, closing = (policy.tokenizer.convert_tokens_to_ids(text) for text in ("<answer>", "</answer>"))
+    texts = ["a=<answer>4</answer>", "<answer>4</answer>", "<eos>a<answer>4</answer>b<mask>"]
+    for text in texts[: 2 if kind == "unigram" else 3]:
+        ids = prompt_ids(policy, text)
+        assert (ids.count(opening), ids.count(closing), EOS in ids, MASK in ids) == (1, 1, False, False)
+        assert text_of(policy, ids, continues=False).replace("> ", ">").removeprefix(" ") == text
+    row = {"prompt": "1=", "completion": "<answer>4</answer>"}
+    pair = example(SFT(name="sft", model="none", dataset=[]), policy, row)
+    assert pair.tokens[-4:].tolist()[::2] == [opening, closing] and pair.tokens[-1] == EOS
+    answer = {"role": "assistant", "content": "<answer>4"}
+    assert prompt_ids(policy, [user("a"), answer]).count(opening) == 1
+    assert (opening in prompt_ids(policy, [user("a<answer>b")])) == (kind == "unigram")  # which has no other way
+
+
+def test_a_template_that_cuts_thoughts_between_special_tokens_sees_them():
+    policy = with_word_mark("first")
+    turns = [user("a"), {"role": "assistant", "content": "<answer>b</answer>c"}, user("d")]
+    assert policy.tokenizer.decode(prompt_ids(policy, turns)) == "<user>a<eos><user>c<eos><user>d<eos><user>"

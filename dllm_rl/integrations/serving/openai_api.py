@@ -282,7 +282,7 @@ def _suffix_ids(fields: CompletionFields, policy: Policy) -> list[int]:
         )
     if fields.cache not in (None, "none"):
         raise Refused(400, f"cache={_quoted(fields.cache)} does not work with a suffix; leave it out", "cache")
-    return _tokenized(policy, fields.suffix, "suffix", read=text_ids)
+    return _tokenized(policy, fields.suffix, "suffix", read=partial(text_ids, continues=True))
 
 
 def _tokenized(
