@@ -75,25 +75,25 @@ class Cost:
     Args:
         forwards: Model calls for this completion up to its last written token. Steps that only other rows of the batch
             took, and extra calls of a cache, are not counted.
-        tokens: Tokens written, up to the end token.
+        tokens: Tokens before the first end token; all that the sampler wrote if there is none.
     """
 
     forwards: int
     tokens: int
 
 
-COST_ARGUMENTS = ("forwards", "tokens_per_forward")  # parameters with which a grader requests sampling costs
+COST_ARGUMENTS = ("forwards", "num_tokens")  # parameters with which a grader requests sampling costs
 
 
-def requested_costs(grader: Callable, costs: Sequence[Cost]) -> dict[str, list[int | float]]:
+def requested_costs(grader: Callable, costs: Sequence[Cost]) -> dict[str, list[int]]:
     """Return those of COST_ARGUMENTS that a grader has as parameters, a number per completion; {} without costs.
 
-    `**kwargs` does not request any. tokens_per_forward is 0 without forwards.
+    `**kwargs` does not request any.
     """
     parameters = inspect.signature(grader).parameters if costs else {}
-    per_completion: dict[str, list[int | float]] = {
+    per_completion = {
         "forwards": [cost.forwards for cost in costs],
-        "tokens_per_forward": [cost.tokens / cost.forwards if cost.forwards else 0.0 for cost in costs],
+        "num_tokens": [cost.tokens for cost in costs],
     }
     return {name: per_completion[name] for name in COST_ARGUMENTS if name in parameters}
 

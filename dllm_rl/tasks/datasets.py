@@ -104,16 +104,16 @@ class DatasetTask:
         problem: Problem,
         completion: str,
         forwards: int | None = None,
-        tokens_per_forward: float | None = None,
+        num_tokens: int | None = None,
     ) -> Reward:
-        return self.rewards([problem], [completion], [forwards], [tokens_per_forward])[0]
+        return self.rewards([problem], [completion], [forwards], [num_tokens])[0]
 
     def rewards(
         self,
         problems: Sequence[Problem],
         completions: Sequence[str],
         forwards: Sequence[int | None] = (),
-        tokens_per_forward: Sequence[float | None] = (),
+        num_tokens: Sequence[int | None] = (),
     ) -> list[Reward]:
         """Grade completions, with one call per reward function. The value of a completion is the weighted sum of the
         numbers that the functions return for it; a completion for which all, or an `Oracle`, return None has no reward
@@ -136,7 +136,7 @@ class DatasetTask:
             columns[name] = [problem.fields.get(name) for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
-        costs = dict(zip(COST_ARGUMENTS, (forwards, tokens_per_forward), strict=True))
+        costs = dict(zip(COST_ARGUMENTS, (forwards, num_tokens), strict=True))
         results = _call_functions(zip(self._labels, self.reward_funcs, strict=True), columns, costs)
         for label, numbers, weight in zip(self._labels, results, self.weights, strict=True):
             for index, number in numbers_by_completion(label, numbers, shown_completions).items():
@@ -169,8 +169,8 @@ def task_from_dataset(
     Args:
         dataset: Rows with a length: a `datasets.Dataset` or a list of dicts.
         reward_funcs: One or several TRL-style functions; the other columns are passed as keyword lists. With chat
-            prompts a completion is a chat of one message, as in TRL. A function with a parameter `forwards` or
-            `tokens_per_forward` also receives a list of these (`tasks.base.Cost`).
+            prompts a completion is a chat of one message, as in TRL. A function with a parameter `num_tokens` or
+            `forwards` also receives a list of these, as `tasks.base.Cost` counts them.
         weights: One number per function. None (default): 1 each.
         name: Name of the task. Default: "dataset".
         version: Version of the grading; change it when a function changes, so that stored results are not mixed up.
@@ -234,9 +234,10 @@ def _check_parameters(
             continue
         is_passed = name in (*ALWAYS_PASSED, *COST_ARGUMENTS, *columns)
         if parameter.kind is parameter.POSITIONAL_ONLY or not is_passed:
+            hint = " (for the length of a completion, take num_tokens)" if name == "completion_ids" else ""
             raise ValueError(
                 f"{source.name}: reward function {label} needs {name!r}, which is not one of "
-                f"{', '.join((*ALWAYS_PASSED, *columns))}: name a column, or give the parameter a default"
+                f"{', '.join((*ALWAYS_PASSED, *columns))}: name a column, or give the parameter a default{hint}"
             )
         for index in range(len(dataset) if name in columns and not hasattr(dataset, "column_names") else 0):
             if name not in dataset[index]:

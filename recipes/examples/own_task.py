@@ -16,7 +16,7 @@ class Sorting:
     """ "4213=" is answered by "1234".
 
     An optional method `rewards(problems, completions)` grades many completions together. Both may also take `forwards`
-    and `tokens_per_forward`. An optional `reward_weights` maps names of the breakdown to weights.
+    and `num_tokens`. An optional `reward_weights` maps names of the breakdown to weights.
     """
 
     numbers: range

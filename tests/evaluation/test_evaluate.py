@@ -68,15 +68,15 @@ def answers(values, *, name="accuracy", per_problem=1):
 def test_a_reward_may_ask_for_speed(policy, tmp_path):
     """A row's forwards are its own: those of the row alone, whatever else its batch holds; and those of the file."""
 
-    def asks(completions, forwards, tokens_per_forward, **_):
-        return [100 * each + dense for each, dense in zip(forwards, tokens_per_forward, strict=True)]
+    def asks(completions, forwards, num_tokens, **_):
+        return [100 * each + count for each, count in zip(forwards, num_tokens, strict=True)]
 
     rows = [{"prompt": "1" * n} for n in range(1, 5)]
     task = task_from_dataset(rows, reward_funcs=asks)
     sampler = SAMPLER.replace(rank=MaxProb(), commit=SoftThreshold(tau=0.2))
     found = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")
     values = [answer.reward.value for answer in found.answers]
-    assert values == [100 * answer.steps + answer.tokens / answer.steps for answer in found.answers]
+    assert values == [100 * answer.steps + answer.tokens for answer in found.answers]
     assert len({answer.steps for answer in found.answers}) > 1, "rows that took different numbers of steps"
     alone = evaluate(policy, task, sampler, batch_size=1)
     assert [answer.reward.value for answer in alone.answers] == values

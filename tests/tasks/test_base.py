@@ -99,35 +99,33 @@ class Quick(Returning):
 class Together(Returning):
     """Asks for both numbers, and grades many at once, unless one of them is worth nothing."""
 
-    def reward(self, problem, completion, *, tokens_per_forward, **others):
+    def reward(self, problem, completion, *, num_tokens, **others):
         assert not others
-        return Reward(tokens_per_forward, True)
+        return Reward(num_tokens, True)
 
-    def rewards(self, problems, completions, tokens_per_forward, forwards):
+    def rewards(self, problems, completions, num_tokens, forwards):
         assert list(forwards) == [2, 4]
         if "bad" in completions:
             raise KeyError("no")
-        return [Reward(each, True) for each in tokens_per_forward]
+        return [Reward(each, True) for each in num_tokens]
 
 
-def dense(completions, tokens_per_forward):
-    return tokens_per_forward
+def long(completions, num_tokens):
+    return num_tokens
 
 
 def test_a_grader_is_given_what_it_asks_for():
-    costs = [Cost(2, 6), Cost(4, 6)]
+    costs = [Cost(2, 6), Cost(4, 5)]
     given = (Problem("2+2="),) * 2, ("a", "b"), costs
     assert [reward.value for reward in grade(Quick(None), *given)] == [0.5, 0.25]
-    assert [reward.value for reward in grade(Together(None), *given)] == [3.0, 1.5]
+    assert [reward.value for reward in grade(Together(None), *given)] == [6, 5]
     assert [reward.value for reward in grade(Returning(Reward(1.0, True)), *given)] == [1.0, 1.0]  # asks for nothing
     with pytest.raises(RuntimeError, match="raised on 2 completions in one call"):  # one by one no text fails
         grade(Together(None), (Problem("2+2="),) * 2, ("a", "bad"), costs)
     with pytest.raises(RuntimeError, match="missing 1 required positional argument: 'forwards'"):
         grade(Quick(None), (Problem("2+2="),), ("a",))
-    unforwarded = grade(
-        task_from_dataset([{"prompt": "2="}], reward_funcs=dense), (Problem("2="),), ("",), [Cost(0, 0)]
-    )
-    assert unforwarded[0].value == 0.0
+    empty = grade(task_from_dataset([{"prompt": "2="}], reward_funcs=long), (Problem("2="),), ("",), [Cost(0, 0)])
+    assert empty[0].value == 0
 
 
 def test_an_interrupt_passes_through():

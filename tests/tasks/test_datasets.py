@@ -15,6 +15,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from readme import example
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
@@ -124,21 +125,21 @@ def test_functions_get_columns_and_chats_as_in_trl() -> None:
     }
 
 
-def test_functions_get_the_speed_that_they_name() -> None:
+def test_functions_get_the_costs_that_they_name() -> None:
     def quick(completions, forwards, **columns) -> list[float]:
         assert set(columns) == {"prompts", "answer"}
         return [1 / each for each in forwards]
 
-    async def dense(completions, *, tokens_per_forward, **columns) -> list[float]:
-        return list(tokens_per_forward)
+    async def long(completions, *, num_tokens, **columns) -> list[float]:
+        return list(num_tokens)
 
-    task = task_from_dataset(ROWS, reward_funcs=[right, quick, dense], weights=[1.0, 0.5, 0.1])
+    task = task_from_dataset(ROWS, reward_funcs=[right, quick, long], weights=[1.0, 0.5, 0.1])
     graded = grade(task, [task[0]] * 2, ["4", "44"], [Cost(2, 1), Cost(1, 2)])
     assert [reward.breakdown for reward in graded] == [
-        {"right": 1.0, "quick": 0.5, "dense": 0.5},
-        {"right": 0.0, "quick": 1.0, "dense": 2.0},
+        {"right": 1.0, "quick": 0.5, "long": 1.0},
+        {"right": 0.0, "quick": 1.0, "long": 2.0},
     ]
-    assert task.reward(task[0], "4", forwards=4, tokens_per_forward=0.25).value == 1 + 0.5 / 4 + 0.025
+    assert task.reward(task[0], "4", forwards=4, num_tokens=3).value == 1 + 0.5 / 4 + 0.3
     said = r"quick requests forwards, which only a sampler provides; pass it: task.reward\(problem, text"
     for alone in (lambda: task.reward(task[0], "4"), lambda: task.rewards([task[0]], ["4"])):
         with pytest.raises(ValueError, match=said):
@@ -150,6 +151,26 @@ def test_functions_get_the_speed_that_they_name() -> None:
         task_from_dataset(counted, reward_funcs=[right, quick])
     column = task_from_dataset(counted, reward_funcs=lambda completions, **columns: columns["forwards"])
     assert grade(column, [column[0]], ["4"], [Cost(2, 1)])[0].value == 3  # of who does not name it, a column as before
+
+
+def test_the_soft_punishment_of_the_page_is_dapos() -> None:
+    """Equation 13 of the paper: 0 up to L_max - L_cache, then ((L_max - L_cache) - |y|) / L_cache, at last -1."""
+    made: dict = {}
+    exec(example("Length, speed and cut answers"), made)
+    longest, cache = made["LONGEST"], made["SOFT"]
+    for count in (1, longest - cache, longest - cache + 1, longest - 1, longest):
+        expected = 0.0 if count <= longest - cache else ((longest - cache) - count) / cache
+        task = task_from_dataset(ROWS, reward_funcs=made["overlong"])
+        assert grade(task, [task[0]], ["4"], [Cost(9, count)])[0].value == pytest.approx(expected)
+    assert expected == -1
+
+
+def test_a_function_of_trl_that_counts_ids_is_told_of_the_number_of_tokens() -> None:
+    def length(completion_ids, **columns) -> list[float]:
+        return [-float(len(ids)) for ids in completion_ids]
+
+    with pytest.raises(ValueError, match=r"needs 'completion_ids', .*for the length of a completion, take num_tokens"):
+        task_from_dataset(ROWS, reward_funcs=length)
 
 
 def test_a_datasets_dataset() -> None:
