@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+# Calls of CUDA in which the host waits for the device. A copy to the host waits in the last.
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync")
 LEAST = 1e-9  # seconds of work that takes none on a clock of coarse ticks: speeds divide by it
 
 
@@ -99,6 +101,29 @@ def speed_up(slow: dict[str, Any], fast: dict[str, Any], device: str) -> float:
     """How many times faster the second is: by the clock on CUDA, by the work done on the CPU."""
     key = "seconds" if torch.device(device).type == "cuda" else "cpu_seconds"
     return round(slow[key] / fast[key], 2)
+
+
+def operations_of_a_token(weights: int, columns: int, width: int, blocks: int) -> int:
+    """Two operations of a forward for each weight of the blocks, and those of attention to all columns."""
+    return 2 * weights + 4 * columns * width * blocks
+
+
+def host_and_kernels(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Seconds of the host without its waiting for the device, and of the device's kernels, from torch's profiler.
+
+    The profiler takes time on the host, too. On a CPU all is the host's.
+    """
+    cuda = torch.device(device).type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * cuda]) as profile:
+        begin = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    events = profile.key_averages()
+    waiting = sum(event.self_cpu_time_total for event in events if event.key in WAITS) / 1e6
+    return {"host": seconds - waiting, "kernels": sum(event.self_device_time_total for event in events) / 1e6}
 
 
 def _reset_high_water_mark() -> None:

@@ -22,7 +22,7 @@ from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.types import Prompts
 
-ELSEWHERE = ("FunctionScheme", "FakeQuantize", "Float8Dynamic", "Int4Packed")
+ELSEWHERE = ("FunctionScheme", "FakeQuantize", "Float8ByGPU", "Float8Dynamic", "Int4Packed")
 ANYWHERE = [name for name in subclasses(quantize.Scheme) if name not in ELSEWHERE]
 
 SYNCS = 5  # in a row, as one takes little more than the clock's resolution

@@ -552,7 +552,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
         peak, *seconds, hours = estimated(text)
         rounded = [round(peak), round(sum(seconds)), pytest.approx(hours, rel=0.02)]
         assert [*map(float, numbers)] == rounded, (gpus, options)
-    assert len(made) == 12
+    assert len(made) == 13
     sharded, *_ = estimated(made["4", "`$ALL`"])
     assert f"Training all weights is estimated at {sharded:.0f} GB on each of four GPUs" in README.read_text()
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
@@ -581,8 +581,8 @@ def test_the_plans_of_llada_8b_are_those_that_the_readme_shows():
         assert [round(peak), round(hours)] == [*map(int, numbers)], options
         assert peak <= USABLE_SHARE * int(size), options
         rows.append((size, f"{peak:.0f} GB", round(hours)))
-    assert [size for size, *_ in rows] == ["48", "32", "24", "12", "48"]
-    slower = f"an RTX 4090 about six times, for example {6 * rows[2][-1]} hours in the row of 24 GB"
+    assert [size for size, *_ in rows] == ["80", "48", "32", "24", "12", "48"]
+    slower = f"an RTX 4090 about six times, for example {6 * rows[3][-1]} hours in the row of 24 GB"
     assert slower in text
     ours, d1 = (f"{peak}, {hours} h for 1,000 steps" for _, peak, hours in (rows[0], rows[-1]))
     assert f"| {ours} | {d1};" in (DOCS / "train.md").read_text()

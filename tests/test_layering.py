@@ -65,7 +65,8 @@ MAY_IMPORT = {
     "diagnostics evaluation step supervised",
     # floor 8
     "config": "screen records recipe presets ",
-    "frontend": "screen records tasks algorithms distributed models likelihoods samplers recipe presets training",
+    "frontend": "screen records tasks algorithms distributed models quantization likelihoods samplers recipe presets "
+    "training",
     # floor 9
     "testing": "device files rng screen records types versions tasks algorithms distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints diagnostics step recipe presets training frontend",

@@ -15,8 +15,10 @@ from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajecto
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config, num_parameters
+from dllm_rl.models.lora import is_stacked
 from dllm_rl.models.policy import make_policy
 from dllm_rl.presets import LARGE_MODEL, find_preset, preset_by_size, print_preset
+from dllm_rl.quantization.schemes import Float8ByGPU
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import fit
 from dllm_rl.samplers import Sampler, decodes_in_engine, settings_for
@@ -34,6 +36,8 @@ from dllm_rl.training.trainer import train
 
 MAX_EXACT_STEPS = 3  # samplers of at most this many denoising steps are scored exactly
 MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps
+# Settings with which no quantized copy samples, or which cannot be compiled.
+NO_FAST_COPY = {"rollout_engine", "rollout_workers", "router_replay", "zero_mismatch"}
 TOKENS_PER_STEP = 2  # default for a model with a preset, as in LLaDA's papers
 
 
@@ -206,11 +210,13 @@ def grpo_recipe(  # noqa: PLR0913
         spec: FamilySpec = find_family(config)
         block_size = config.get("block_size") or spec.block_size
         path_or_policy: str | Policy = model
+        has_experts = any("experts" in name for name in config)
     else:
         seed = settings.get("seed", Recipe.seed)
         path_or_policy = model if isinstance(model, Policy) else call_model_function(model, seed)
         spec = path_or_policy.spec
         block_size = spec.block_size
+        has_experts = any(map(is_stacked, path_or_policy.module.modules()))
     attention = spec.attention
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options = {field: value for field, value in options.items() if value is not None} | (sampler_options or {})
@@ -230,6 +236,8 @@ def grpo_recipe(  # noqa: PLR0913
     options.setdefault("max_new_tokens", 0 if blanks else 256)
     if preset in (None, "large"):  # the latter is the preset of large models for a small one, too
         preset = preset_by_size(attention, LARGE_MODEL if preset else num_parameters(path_or_policy))
+    if preset == "large" and not has_experts:
+        settings = fast_rollouts(options, settings) | settings
     if preset not in (None, "none"):
         options, settings = apply_preset(preset, task.name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
@@ -303,6 +311,17 @@ def apply_preset(
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
     print_preset(preset, fields | keywords)
     return keywords | options, fields | settings
+
+
+def fast_rollouts(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe's fields for compiled rollouts in the format that suits the GPU, for a model without experts.
+
+    Without a field that conflicts with the caller's sampler options and settings.
+    """
+    if any(settings.get(name) for name in NO_FAST_COPY):
+        return {}
+    compiles_steps = options.get("compile_step") or getattr(settings.get("sampler"), "compile_step", False)
+    return {"rollout_quantization": Float8ByGPU(), "torch_compile": not compiles_steps}
 
 
 def default_likelihood(

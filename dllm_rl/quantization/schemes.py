@@ -120,6 +120,21 @@ class Float8Dynamic(Scheme):
         )
 
 
+class Float8ByGPU(Scheme):
+    """`Float8Dynamic` on an H100, an H200 or a newer GPU where a step samples many rows, and else no quantization.
+
+    Use it in a recipe for a large model; a run says at its start what it takes.
+
+    Args:
+        min_rows: Completions of a step of one process from which on FP8 is taken. Default: 24.
+    """
+
+    min_rows: int = option(default=24, at_least=1)
+
+    def config(self) -> Any:
+        raise ValueError("Float8ByGPU is for a run, which knows its rows; use Float8Dynamic, or no quantization")
+
+
 class Int8WeightOnly(Scheme):
     """Quantize weights to int8 per row, with products in the learner's dtype.
 

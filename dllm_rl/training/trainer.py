@@ -22,6 +22,7 @@ from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import finish
 from dllm_rl.training.hooks import record_update, take_steps
 from dllm_rl.training.late_rollouts.schedule import WorkerPool
+from dllm_rl.training.rollouts_by_gpu import with_rollouts_by_gpu
 from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
@@ -55,6 +56,9 @@ def train(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
+    recipe, chosen = with_rollouts_by_gpu(recipe)
+    if chosen and os.environ.get("RANK", "0") == "0":
+        print(f"rollouts: {chosen}", flush=True)
     run = start(recipe, pool, features)  # starts a new run, or resumes one from a checkpoint
     take_steps(run, partial(take_step, run), partial(validate, run))
     return finish(run)

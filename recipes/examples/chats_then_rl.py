@@ -48,7 +48,6 @@ else:  # 2. RL. A row of problems.jsonl: {"prompt": [{"role": "user", "content":
         right,
         name="mine-rl",
         max_new_tokens=LENGTH,
-        torch_compile=True,  # compiled bf16 rollouts
         num_steps=1000,
         save_steps=10,
         eval_steps=100,

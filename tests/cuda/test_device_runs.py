@@ -171,6 +171,7 @@ def test_estimators(name, tmp_path):
 
 
 ELSEWHERE = (
+    "Float8ByGPU",
     "Float8Dynamic",
     "Int4Packed",
     "Float8DynamicEmulated",

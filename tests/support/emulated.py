@@ -1,9 +1,10 @@
 """The library's schemes with their defaults, and emulated ones: weights rounded per row, inputs per token."""
 
-from dllm_rl.quantization.schemes import FakeQuantize, FunctionScheme, Scheme
+from dllm_rl.quantization.schemes import FakeQuantize, Float8ByGPU, FunctionScheme, Scheme
 from dllm_rl.records import subclasses
 
-NAMED = {name: scheme() for name, scheme in subclasses(Scheme).items() if scheme is not FunctionScheme}
+OTHERS = (FunctionScheme, Float8ByGPU)  # of a given function; chosen by a run
+NAMED = {name: scheme() for name, scheme in subclasses(Scheme).items() if scheme not in OTHERS}
 CUDA_ONLY = ("Float8Dynamic", "Int4Packed")
 
 e4m3_emulated = FakeQuantize(weight="e4m3", activation="e4m3")

@@ -20,9 +20,10 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import cautions, learning_rate_warnings
-from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
+from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, host_bound_stages, peak_shares, stage_seconds
 from dllm_rl.training.dry_run.memory import Memory, PlannedStep, count_quantized, num_weights, step_memory
 from dllm_rl.training.policies import apply_compute_settings, call_model_function
+from dllm_rl.training.rollouts_by_gpu import with_rollouts_by_gpu
 from dllm_rl.training.sharded_learner import check_module, check_processes, processes_per_shard
 from dllm_rl.training.validation import check_metric_names
 
@@ -40,6 +41,9 @@ def plan(recipe: Recipe) -> str:
     Raises:
         ValueError: The recipe cannot run.
     """
+    # More processes than were launched, if `shard_size` needs more.
+    processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
+    recipe, chosen = with_rollouts_by_gpu(recipe, processes)
     policy = meta_policy(recipe)
     # Without a tokenizer, the tokens of a prompt cannot be counted. The task is then not opened, because its data may
     # not be on this machine.
@@ -53,12 +57,16 @@ def plan(recipe: Recipe) -> str:
         is_blank = [ids_and_blanks(policy, problem.prompt, problem.blank)[1] for problem in problems]
         prompt_tokens, blanks = max(map(len, is_blank)), max(map(sum, is_blank))
         prompt_tokens = min(prompt_tokens, recipe.max_prompt_length or prompt_tokens)  # longer ones are skipped
-    # More processes than were launched, if `shard_size` needs more.
-    processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
     step = PlannedStep(recipe, policy, prompt_tokens, processes, blanks)
     check_step(step)
     memory = step_memory(step)
-    lines = [*model_lines(step), *batch_lines(step), *memory_lines(step, memory), *save_lines(step, memory)]
+    lines = [
+        *model_lines(step),
+        *([f"rollouts              {chosen}"] if chosen else []),
+        *batch_lines(step),
+        *memory_lines(step, memory),
+        *save_lines(step, memory),
+    ]
     return "\n".join([*lines, *time_lines(step)])
 
 
@@ -239,7 +247,7 @@ def save_lines(step: PlannedStep, memory: Memory) -> list[str]:
 
 def time_lines(step: PlannedStep) -> list[str]:
     """Return the lines about the time of a step, by stage, and of the run."""
-    seconds, shares = stage_seconds(step), peak_shares(step.recipe.rollout_quantization, step.recipe.torch_compile)
+    seconds, shares, of_host = stage_seconds(step), peak_shares(step), host_bound_stages(step)
     num_steps = step.recipe.num_steps
     hours = num_steps * sum(seconds.values()) / 3600
     return [
@@ -248,6 +256,7 @@ def time_lines(step: PlannedStep) -> list[str]:
         *(
             f"  {name:15}  {seconds[name]:8.1f} s at {share:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s"
             f"{': the log-probabilities of the completions before the update' * (name == 'scoring')}"
+            f"{', but the host is the limit' * (name in of_host)}"
             for name, share in shares.items()
         ),
         f"  {'run':15}  {hours:8.1f} h for num_steps={num_steps}, without rewards, evaluations, saves and waiting "

@@ -168,7 +168,7 @@ def test_a_graph_takes_plain_tensors(monkeypatch, whole):
 def test_calls_of_a_compiled_block():
     """Before forwards were one graph, a block took 475 calls in bf16, 679 and 691 in FP8; the results are the same bits
     as with quantized tensors as inputs."""
-    num_blocks, calls, functions = 8, {}, {}
+    num_blocks, calls = 4, {}
     policy = tiny_masked_lm(characters="12345678=", num_layers=num_blocks)
     policy.module.to(torch.bfloat16)
     for scheme in (None, schemes.Float8WeightOnly(), EMULATED):
@@ -176,17 +176,15 @@ def test_calls_of_a_compiled_block():
         compile_blocks(compiled)
         for _ in range(3):
             states = compiled.hidden(*CALL)
-        for counts, builtins in ((calls, True), (functions, False)):
-            with cProfile.Profile(builtins=builtins) as profile:
-                compiled.hidden(*CALL)
-            counts[scheme] = pstats.Stats(profile).total_calls / num_blocks
-        if scheme is not None:
+        with cProfile.Profile() as profile:
+            compiled.hidden(*CALL)
+        calls[scheme] = pstats.Stats(profile).total_calls / num_blocks
+        if scheme is EMULATED:
             for layer in compiled.module.modules():
-                vars(layer).pop("forward", None)
+                if isinstance(layer, PlainLinear):
+                    layer.__class__ = torch.nn.Linear
             assert torch.equal(compiled.hidden(*CALL), states)
-    assert max(calls.values()) < 475 / 3
-    assert max(functions.values()) < 1.1 * functions[None]
-    assert calls[EMULATED] < 1.2 * calls[None]  # it also rounds the inputs: kernels, and their results' memory
+    assert max(calls.values()) < 1.1 * calls[None] < 475 / 3
 
 
 def sampled(policy, cache, prompts, width=24):

@@ -446,11 +446,11 @@ def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch,
     train(recipe)
     eight = capsys.readouterr().out
     assert "processes             8 assumed" in eight and rows == [48, 6]
-    for text, rollout, scoring, update in ((alone, 56.8, 3.1, 5.8), (eight, 7.1, 0.5, 0.7)):
-        assert f"  rollout          {rollout:8} s at 84% of 989 TFLOP/s\n" in text
+    for text, rollout, share, scoring, update in ((alone, 41.1, 116, 3.1, 5.8), (eight, 7.1, 84, 0.5, 0.7)):
+        assert f"  rollout          {rollout:8} s at {share}% of 989 TFLOP/s\n" in text
         assert f"  scoring          {scoring:8} s at 49% of 989 TFLOP/s: the log-probabilities" in text
         assert f"  update           {update:8} s at 20% of 989 TFLOP/s\n" in text
-    assert "18.2 h for num_steps=1000" in alone and "2.3 h for num_steps=1000" in eight
+    assert "13.9 h for num_steps=1000" in alone and "2.3 h for num_steps=1000" in eight
     monkeypatch.setenv("RANK", "1")
     train(recipe)
     assert capsys.readouterr().out == ""
