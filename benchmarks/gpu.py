@@ -7,9 +7,13 @@ A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed say
 file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order, with the
 minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
+    fp8 or bf16   (0.6)  both compiled, in turns: a denoising step of 48, 8, 24, 96, 1 rows of LLaDA-8B's shapes
+    products      (0.3)  FP8 products of these shapes: torchao's kernels, a scale a row or a matrix; and bf16's
+    step FP8       3     steps of recipes/llada_8b.py by `train`, a quarter of its sampler's, on random weights
+    step bf16     (0.3)  the same with bf16 rollouts, compiled, too
+    run sums       3.7   benchmarks/gpu_run.py, which takes the pretrained weights: FP8 and bf16, and the sync's time
     whole step N  (0.8)  steps as one graph (`compile_step`) of bf16 and FP8 weights; 1, 8, 64 rows, as `sampler N` has
     sync           0.3   a fresh copy's weights, quantized in place
-    step           3     steps of recipes/llada_8b.py by `train`, a quarter of its sampler's, on random weights
     plan           3     what the dry run says that a step takes at most, and what the allocator says that it took
     sampler N      2.5   plain, exact, cached, FP8, eager and then all of it compiled; 64, 8, 1 rows; LLaDA-8B's shapes
     learner        0.6   a step with adapters, gradient checkpointing off and on; all weights, if bitsandbytes is there
@@ -18,7 +22,6 @@ minutes that it took: on an H100 or H200, or in brackets at toy size on two core
     experts       (0.2)  a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
     roofline       0.3   products in bf16 and FP8, and copying: what the other parts are held against
     tests          1.5   pytest -m gpu
-    run sums       3.7   benchmarks/gpu_run.py, which takes the pretrained weights
     run countdown  4.1   benchmarks/gpu_run.py
 """
 
@@ -34,15 +37,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import PerRow, PerTensor
+from torchao.quantization.quantize_.common import KernelPreference
+from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from benchmarks import gpu_run
 from benchmarks import sampler as samplers
-from benchmarks.measure import Varied, machine, seconds_and_peak, table, trained
+from benchmarks.measure import (
+    Varied,
+    host_and_kernels,
+    machine,
+    operations_of_a_token,
+    seconds_and_peak,
+    table,
+    trained,
+)
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.decoding.tokens import encode, prompt_ids
@@ -59,6 +75,7 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
+from dllm_rl.training.dry_run.duration import PEAK_FLOPS
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.dry_run.plan import meta_policy
 from dllm_rl.training.trainer import train
@@ -145,6 +162,70 @@ def sampler(rehearse: bool, device: str, batch: int = 8, length: int | None = No
         yield from all_ways(", compiled")
 
 
+def fp8_or_bf16(rehearse: bool, device: str) -> Iterable[Row]:
+    """Rollouts of both, compiled, in turns: eight denoising steps of 512 columns, the least of three times."""
+    shape = _shape(rehearse, 1)
+    if not rehearse:
+        shape = replace(shape, prompt=256, new=256, steps=8)
+    policy = samplers.random_policy(shape, torch.device(device))
+    dynamic = schemes.Float8DynamicEmulated if device == "cpu" else schemes.Float8Dynamic
+    policy.module.to(torch.bfloat16)
+    arms = {"FP8": quantized_copy(policy, dynamic()), "bf16": policy}
+    weights = sum(p.numel() for p in policy.module.base_model.layers.parameters() if p.dim() == 2)
+    columns = shape.prompt + shape.new
+    of_token = operations_of_a_token(weights, columns, shape.hidden, shape.layers)
+    for each in arms.values():
+        compile_blocks(each)
+    for rows in (4, 1) if rehearse else (48, 8, 24, 96, 1):
+        runs = {name: _sampled(each, replace(shape, batch=rows)) for name, each in arms.items()}
+        for run in runs.values():
+            run()
+        seconds = dict.fromkeys(runs, float("inf"))
+        for _ in range(3):
+            for name, run in runs.items():
+                seconds[name] = min(seconds[name], seconds_and_peak(run, device, repeats=1)["seconds"])
+        for name, run in runs.items():
+            speed = of_token * rows * columns * shape.steps / seconds[name]
+            ms = {"ms a step": 1000 * seconds[name] / shape.steps}
+            ms |= {f"{k}, ms a step": 1000 * v / shape.steps for k, v in host_and_kernels(run, device).items()}
+            row = {"what": f"{name}, compiled", "rows": rows, "columns": columns, **ms, "TFLOP/s": speed / 1e12}
+            yield row | {"of bf16's peak": speed / PEAK_FLOPS, "bf16 / this": seconds["bf16"] / seconds[name]}
+
+
+def products(rehearse: bool, device: str) -> Iterable[Row]:
+    """A linear layer of the blocks, compiled, with the rounding of its inputs."""
+    granularities = {"row": PerRow(), "matrix": PerTensor()}
+    kernels = [KernelPreference.TORCH, *([KernelPreference.MSLK] if find_spec("mslk") else [])]
+    shapes = [(64, 32), (64, 128)] if rehearse else [(4096, 4096), (4096, 12288), (12288, 4096)]
+    count = 2 if rehearse else 20  # products for a time, whose resolution is a tenth of a millisecond
+    for (inputs, outputs), tokens in product(shapes, (64,) if rehearse else (48 * 512, 8 * 512, 512)):
+        x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+        arms: dict[str, torch.Tensor] = {"bf16": weight}
+        for (name, granularity), kernel in product(granularities.items(), kernels):
+            of_inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, granularity, kernel_preference=kernel)
+            arms[f"FP8, a scale a {name}, {kernel.name}"] = Float8Tensor.from_hp(
+                weight, torch.float8_e4m3fn, granularity, act_quant_kwargs=of_inputs, kernel_preference=kernel,
+                mm_config=Float8MMConfig(use_fast_accum=device != "cpu"),
+            )  # fmt: skip
+        for name, matrix in arms.items():
+            row: Row = {"what": name, "tokens": tokens, "inputs": inputs, "outputs": outputs}
+            run = torch.compile(torch.nn.functional.linear, dynamic=False)
+
+            def several(run=run, x=x, matrix=matrix) -> None:
+                for _ in range(count):
+                    run(x, matrix)
+
+            try:
+                with torch.no_grad():
+                    several()
+                    seconds = _best(several, device) / count
+            except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:  # the other arms may run
+                yield row | {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+                continue
+            yield row | {"TFLOP/s": 2 * tokens * inputs * outputs / seconds / 1e12, "us": 1e6 * seconds}
+
+
 def whole_steps(rehearse: bool, device: str, batch: int) -> Iterable[Row]:
     """Steps as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
@@ -226,33 +307,29 @@ def learner(rehearse: bool, device: str) -> list[Row]:
     return rows
 
 
-def step(rehearse: bool, device: str) -> list[Row]:
-    """Of three steps the last: what is compiled, and what is made once, comes in the first."""
+def step(rehearse: bool, device: str, rollouts: str) -> list[Row]:
+    """Of three steps the last: what is compiled, and what is made once, comes in the first. Rollouts: FP8 or bf16."""
     given: dict[str, Any] = (
         {"max_new_tokens": 8, "diffusion_steps": 2, "block_size": 8} if rehearse else {"diffusion_steps": 32}
     )
     made = samplers.random_policy(_shape(rehearse, 1), torch.device(device), characters="1234.=x\n")
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
     few, job = replace(main_job.eval_task, size=2), recipe_of()
-    rows = []
-    for scheme in ("Float8Dynamic",) if device.startswith("cuda") else ("bf16",):
-        torch.compiler.reset()
-        fields = {"torch_compile": False} if scheme == "bf16" else {"rollout_quantization": schemes.Float8Dynamic()}
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = replace(
-                job, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
-                eval_steps=0,
-                task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
-                eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given),
-                **small, **fields,
-            )  # fmt: skip
-            found = seconds_and_peak(partial(train, recipe), device, repeats=1)
-            steps = read_metrics(Path(folder))
-        last, gradients = steps[-1], trained(steps, recipe.train_batch_size * recipe.num_generations)
-        times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
-        rows.append({"what": f"rollouts in {scheme}", "step, s": last["step_time"], **times})
-        rows[-1] |= {"peak GiB, all": found["peak_mib"] / 1024, "ESS": last.get("rollout_corr/ess", 0.0), **gradients}
-    return rows
+    scheme = schemes.Float8WeightOnly() if rehearse else schemes.Float8Dynamic()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = replace(
+            job, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
+            eval_steps=0, rollout_quantization=scheme if rollouts == "FP8" else None, torch_compile=not rehearse,
+            task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
+            eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given),
+            **small,
+        )  # fmt: skip
+        found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+        steps = read_metrics(Path(folder))
+    last, gradients = steps[-1], trained(steps, recipe.train_batch_size * recipe.num_generations)
+    times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
+    row = {"what": f"rollouts in {rollouts}", "step, s": last["step_time"], **times}
+    return [row | {"peak GiB, all": found["peak_mib"] / 1024, "ESS": last.get("rollout_corr/ess", 0.0), **gradients}]
 
 
 def planned(rehearse: bool, device: str) -> Iterable[Row]:
@@ -320,9 +397,11 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
+    "fp8 or bf16": fp8_or_bf16,
+    "products": products,
+    **{f"step {rollouts}": partial(step, rollouts=rollouts) for rollouts in ("FP8", "bf16")},
     **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 8, 64)},
     "sync": sync,
-    "step": step,
     "plan": planned,
     **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (64, 8, 1)},
     "learner": learner,
@@ -331,7 +410,8 @@ PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
     "experts": experts,
     "roofline": roofline,
 }
-QUEUE = (*PARTS, "tests", "run sums", "run countdown")  # what was measured last comes last
+FIRST = ("fp8 or bf16", "products", "step FP8", "step bf16", "run sums")  # what decides the format of rollouts
+QUEUE = (*FIRST, *(part for part in PARTS if part not in FIRST), "tests", "run countdown")
 
 
 def tests(rehearse: bool) -> list[Row]:

@@ -7,9 +7,10 @@
 --model  a checkpoint's folder or a hub id; LLaDA-8B-Instruct by default
 
 The settings are those that `grpo` takes for a large model of this kind; for LLaDA-8B one update per rollout at a
-learning rate of 1e-5, and the likelihood of the trajectory in eight segments. `--preset d1` takes those of d1's paper
-instead, and every other setting is an option, as in all recipes. `--dry_run` prints the estimated memory and time.
-Never run with published weights: no results. For rows and a reward of your own, call `grpo`.
+learning rate of 1e-5, the likelihood of the trajectory in eight segments, and compiled rollouts, in FP8 on an H100, an
+H200 or newer, and else in bf16. `--preset d1` takes those of d1's paper instead, and every other setting is an option,
+as in all recipes. `--dry_run` prints the estimated memory and time. Never run with published weights: no results. For
+rows and a reward of your own, call `grpo`.
 """
 
 import argparse
