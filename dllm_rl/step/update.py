@@ -26,7 +26,7 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
-from dllm_rl.step.context import StepContext
+from dllm_rl.step.context import StepContext, overrides
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples, StepResult
 from dllm_rl.step.score import score_samples
@@ -37,8 +37,18 @@ MEASURED_ROWS = 16  # rows of each process that `update_direction` measures
 MEASURED_VIEWS = 4
 
 
-def train_step(context: StepContext, samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
-    """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
+def train_step(
+    context: StepContext,
+    samples: Samples,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    done: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> StepResult:
+    """Train on a step's samples: score them, correct for the mismatch, and update the weights.
+
+    `done` is called with the metrics so far as soon as the weights are those of the completed update, before what
+    another process that ends could still interrupt.
+    """
     with context.log.stage("scoring"), context.arithmetic(learner=True):
         scored = score_samples(context, samples, samples.batch_number)
     with context.log.stage("update"), context.arithmetic(learner=True):
@@ -53,6 +63,14 @@ def train_step(context: StepContext, samples: Samples, step: int, optimizer: tor
         else:  # only features train
             context.policy.weights_version += 1
             update_metrics = {"learning_rate": settings.learning_rate}
+        if not any(overrides(feature, "learn") for feature in context.features):
+            done(mismatch | update_metrics)
+        if batches and settings.measure:
+            torch.clear_autocast_cache()
+            direction = update_direction(
+                context.policy, batches[0], context.accelerator, settings.likelihood, settings.micro_batch_size
+            )
+            update_metrics |= direction
         for feature in context.features:
             feature.learn(context, optimizer)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
@@ -85,8 +103,7 @@ def update(
     `micro_batch_size` rows.
 
     Returns:
-        The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and, if
-        `settings.measure` is set, the metric of `update_direction`.
+        The last iteration's metrics; and grad_norm and off_policy/* of every iteration as NAME/iteration_I.
 
     Raises:
         RuntimeError: The rollout's weights are too old or too new (`check_staleness`).
@@ -130,11 +147,7 @@ def update(
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
                 numbered[f"{name}/iteration_{iteration}"] = value
-    update_metrics = {"learning_rate": learning_rate} | reduced | numbered
-    if settings.measure:
-        torch.clear_autocast_cache()
-        update_metrics |= update_direction(policy, batches[0], accelerator, likelihood, micro_batch_size)
-    return update_metrics
+    return {"learning_rate": learning_rate} | reduced | numbered
 
 
 def update_direction(

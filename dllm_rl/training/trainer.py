@@ -79,7 +79,13 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
         samples, feature_metrics = feature.after_rollout(step, samples, step_index)
         check_rows(run.recipe, feature, before, samples.rollout)
         metrics |= feature_metrics
-    result = train_step(step, samples, step_index, run.optimizer)
+    state, before_update = run.state, metrics
+    record = lambda update_metrics: record_update(run, step_index, before_update | update_metrics)  # noqa: E731
+    try:
+        result = train_step(step, samples, step_index, run.optimizer, record)
+    except FloatingPointError:
+        run.state = state  # weights whose logits are not finite are not saved, also if they are finite
+        raise
     metrics |= result.metrics
     record_update(run, step_index, metrics)  # first: an error in a feature then leaves a checkpoint of this update
     # Before the sync, an error in which would lose them. `samples` is in the order of `completions`, and

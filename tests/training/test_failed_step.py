@@ -9,6 +9,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import Callback
 from dllm_rl.algorithms.correctors import FunctionCorrector
+from dllm_rl.algorithms.replay import Replay
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -127,6 +128,29 @@ def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
     note = failed(tmp_path, RuntimeError, **changes, **late)
     assert "failed after step 1 was complete and is not saved; the newest checkpoint is step-000000; fix" in note
     assert steps(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, FloatingPointError])
+@pytest.mark.parametrize("learns", [False, True], ids=["", "replay"])
+def test_an_update_that_is_done_is_saved_whatever_ends_its_measurement(tmp_path, monkeypatch, kind, learns):
+    """As the loss of another process does. Weights whose logits are not finite are not saved, and neither are those
+    that a feature has still to train."""
+    monkeypatch.setattr("dllm_rl.step.settings.MEASURE_STEPS", 2)
+    changes = {"replay": Replay(min_reward=0.0), "beta": 0.0} if learns else {}
+    with monkeypatch.context() as patched, pytest.raises(kind) as raised:
+        patched.setattr("dllm_rl.step.update.update_direction", partial(raises, kind))
+        train(small(tmp_path / "run", num_steps=3, save_steps=100, **changes))
+    is_saved = kind is not FloatingPointError and not learns
+    assert steps(tmp_path / "run") == ([0, 2] if is_saved else [0])
+    assert f"failed after step {2 if is_saved else 1} was {'updated' if is_saved else 'complete'}" in str(
+        raised.value.__notes__
+    )
+    parts = train(small(tmp_path / "run", num_steps=3, resume_from_checkpoint="latest", **changes))
+    assert_same_weights(parts, train(small(tmp_path / "whole", num_steps=3, **changes)))
+
+
+def raises(kind, *_):
+    raise kind("of the measurement")
 
 
 def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monkeypatch):
