@@ -26,7 +26,7 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
-from dllm_rl.step.context import StepContext, overrides
+from dllm_rl.step.context import StepContext
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples, StepResult
 from dllm_rl.step.score import score_samples
@@ -63,16 +63,15 @@ def train_step(
         else:  # only features train
             context.policy.weights_version += 1
             update_metrics = {"learning_rate": settings.learning_rate}
-        if not any(overrides(feature, "learn") for feature in context.features):
-            done(mismatch | update_metrics)
+        for feature in context.features:
+            feature.learn(context, optimizer)
+        done(mismatch | update_metrics)
         if batches and settings.measure:
             torch.clear_autocast_cache()
             direction = update_direction(
                 context.policy, batches[0], context.accelerator, settings.likelihood, settings.micro_batch_size
             )
             update_metrics |= direction
-        for feature in context.features:
-            feature.learn(context, optimizer)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 

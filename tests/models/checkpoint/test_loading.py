@@ -153,11 +153,17 @@ def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path,
         (tmp_path / f"out/night/checkpoints/step-{step:06d}").mkdir(parents=True)
     (tmp_path / "out/night/checkpoints/latest").write_text("step-000007\n")
     (tmp_path / "out/.hidden").mkdir()
-    with pytest.raises(ValueError, match=r"'out/nihgt' is no folder, and not in the cache.*; out has night$"):
+    with pytest.raises(
+        ValueError, match=r"'out/nihgt' is no folder, and not in the cache.*; out has night; the nearest is night$"
+    ):
         load("out/nihgt")
-    kept = r"checkpoints has \.\.\., step-000003, step-000004, step-000005, step-000006, step-000007$"
+    kept = r"checkpoints has \.\.\., step-000003, step-000004, step-000005, step-000006, step-000007; the nearest is step-00000\d$"
     with pytest.raises(ValueError, match=rf"step-000000' is neither a folder nor a hub id.*{kept}"):
         load(tmp_path / "out/night/checkpoints/step-000000")
+    for name in "abcdefg":
+        (tmp_path / f"out/z{name}").mkdir()
+    with pytest.raises(ValueError, match=r"; out has \.\.\., zc, zd, ze, zf, zg; the nearest is night$"):
+        load("out/nights")
     with pytest.raises(ValueError, match=r"'nights' is neither a folder nor a hub id .*; \. has out$"):
         load("nights")
     with pytest.raises(ValueError, match=r"'gone/night' is no folder, .*, or download the model elsewhere$"):
