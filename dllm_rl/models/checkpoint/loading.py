@@ -592,8 +592,8 @@ def check_hub_id(path_or_id: str | Path) -> None:
 
 
 def folders_beside(path: str) -> str:
-    """Return "; PARENT has a, b; the nearest is a" for the error message about a path that is missing, or "" without such a parent. A
-    run deletes its old checkpoints, so those that it still has are the last ones.
+    """Return "; PARENT has a, b; the nearest is a" for the error message about a path that is missing, or "" without
+    such a parent. A run deletes its old checkpoints, so those that it still has are the last ones.
     """
     parent = Path(path).parent
     try:

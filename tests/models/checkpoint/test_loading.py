@@ -157,7 +157,7 @@ def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path,
         ValueError, match=r"'out/nihgt' is no folder, and not in the cache.*; out has night; the nearest is night$"
     ):
         load("out/nihgt")
-    kept = r"checkpoints has \.\.\., step-000003, step-000004, step-000005, step-000006, step-000007; the nearest is step-00000\d$"
+    kept = r"checkpoints has \.\.\., step-000003, .*, step-000007; the nearest is step-00000\d$"
     with pytest.raises(ValueError, match=rf"step-000000' is neither a folder nor a hub id.*{kept}"):
         load(tmp_path / "out/night/checkpoints/step-000000")
     for name in "abcdefg":
