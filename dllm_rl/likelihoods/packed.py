@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods.views import View, ViewFeature
-from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
+from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids, shift_states
 from dllm_rl.types import Rollout
 
 
@@ -84,7 +84,8 @@ def packed_hidden(
 
     A clean and a noisy copy of each row go through one forward. Clean tokens see the clean tokens of their block and of
     earlier blocks. Noisy tokens see the clean tokens of earlier blocks and the noisy tokens of their block. The result
-    is exact: each token sees what it would see in a separate forward of its block.
+    is exact: each token sees what it would see in a separate forward of its block. With `spec.shift`, the state at a
+    token is that of the token before it, which is a clean one if it belongs to an earlier block.
 
     Args:
         policy: Block-causal policy.
@@ -94,11 +95,11 @@ def packed_hidden(
         read: Positions whose states are needed. States before the block of the first such position are zeros.
 
     Raises:
-        ValueError: The policy is not block-causal, or its states are shifted.
+        ValueError: The policy is not block-causal.
     """
     spec = policy.spec
-    if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
-        raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
+    if spec.attention != "block_causal" or spec.block_size is None or spec.mask_id is None:
+        raise ValueError(f"packed scoring is for block-causal models; the policy is {spec.name!r}")
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
     first_block = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
@@ -108,5 +109,9 @@ def packed_hidden(
     clean_ranks = block_ranks(spec, tokens, positions)
     noisy_ranks = block_ranks(spec, noisy, positions)
     mask = packed_mask(attention_mask, block, start, clean_ranks, noisy_ranks)
-    states = policy.encode(packed_tokens, mask, packed_positions)[:, tokens.shape[1] :]
-    return torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)
+    clean, states = policy.encode(packed_tokens, mask, packed_positions).tensor_split([tokens.shape[1]], dim=1)
+    states = torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)
+    if not spec.shift:
+        return states
+    begins_block = block.diff(dim=1, prepend=block[:, :1]) != 0
+    return torch.where(begins_block[..., None], clean.roll(1, dims=1), shift_states(states, attention_mask))

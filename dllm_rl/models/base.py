@@ -47,6 +47,15 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def shift_states(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
+    """Return at each t the state at t-1, for families whose state at t-1 predicts the token at t.
+
+    A row's first token keeps its state: it is never sampled, so nothing needs to predict it.
+    """
+    has_predecessor = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    return torch.where(has_predecessor[..., None], states.roll(1, dims=1), states)
+
+
 def encode_base(
     module: Module,
     tokens: Tokens,

@@ -32,6 +32,7 @@ from dllm_rl.models.base import (
     linear_head,
     mlm_head,
     position_ids,
+    shift_states,
     with_new_layers,
 )
 from dllm_rl.models.cache import TokenCache
@@ -243,15 +244,6 @@ class ModulePolicy:
         """Move the module to a device and return the policy."""
         self.module.to(device)
         return self
-
-
-def shift_states(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
-    """Return at each t the state at t-1, for families whose state at t-1 predicts the token at t.
-
-    A row's first token keeps its state: it is never sampled, so nothing needs to predict it.
-    """
-    has_predecessor = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
-    return torch.where(has_predecessor[..., None], states.roll(1, dims=1), states)
 
 
 def make_policy(module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None) -> ModulePolicy:

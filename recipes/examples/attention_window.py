@@ -10,8 +10,7 @@ import torch
 
 from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, option, tiny_masked_lm
 from dllm_rl.likelihoods.views import ViewFeature
-from dllm_rl.models.base import position_ids
-from dllm_rl.models.policy import shift_states
+from dllm_rl.models.base import position_ids, shift_states
 
 
 @dataclass(frozen=True)

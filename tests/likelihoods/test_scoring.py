@@ -154,10 +154,11 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
 SIZE = 4
 
 
-def block_causal_policy(*, causal_context: bool = False):
+def block_causal_policy(*, causal_context: bool = False, shift: bool = False):
     shape = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "head_std": 0.3}
     policy = tiny_llama(characters="abcdefgh", causal=False, **shape)
     toy = {"name": "toy", "attention": "block_causal", "block_size": SIZE, "causal_context": causal_context}
+    toy |= {"shift": shift}
     spec = replace(policy.spec, **toy)
     policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
@@ -195,9 +196,12 @@ def test_packed_mask_by_hand():
     ]
 
 
-@pytest.mark.parametrize(("diffusion_steps", "causal_context"), [(4, False), (9, True), slow(12, False)])
-def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
-    policy = block_causal_policy(causal_context=causal_context)
+@pytest.mark.parametrize(
+    ("diffusion_steps", "causal_context", "shift"),
+    [(4, False, False), (9, True, False), (9, False, True), slow(12, False, False), slow(9, True, True)],
+)
+def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context, shift):
+    policy = block_causal_policy(causal_context=causal_context, shift=shift)
     rollout = block_sampled(policy, diffusion_steps=diffusion_steps)
     one_by_one, packed = lik.Trajectory(), lik.Trajectory(block_size=SIZE)
     plain, together = (e.draw_views(rollout, torch.Generator()) for e in (one_by_one, packed))
@@ -208,8 +212,9 @@ def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
     assert torch.equal(together.coefficients.sum(0), rollout.completion_mask.float())  # every token once
 
 
-def test_packed_gradient_is_that_of_the_steps_one_by_one():
-    policy = block_causal_policy()
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_gradient_is_that_of_the_steps_one_by_one(shift):
+    policy = block_causal_policy(shift=shift)
     rollout = block_sampled(policy)
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     parameters, gradients = list(policy.module.parameters()), []

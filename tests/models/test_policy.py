@@ -18,9 +18,8 @@ from transformers.utils import logging
 from dllm_rl import check_policy, load_policy, make_policy, train
 from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
-from dllm_rl.models.base import FamilySpec
+from dllm_rl.models.base import FamilySpec, shift_states
 from dllm_rl.models.forward.blocks import blocks_of
-from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Unmask

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from sft_toys import CHAT, MODELS, ROWS, block_causal, tiny_sft
+from sft_toys import BLOCKS, CHAT, MODELS, ROWS, block_causal, tiny_sft
 from tiny_recipe import SIZES
 
 from dllm_rl.decoding.tokens import prompt_ids, text_ids
@@ -63,10 +63,10 @@ def test_each_row_counts_alike_and_hides_what_lies_below_its_level():
     assert [((one.seen == MASK) == (one.weight > 0)).all() for one in shown] == [True, True]
 
 
-@pytest.mark.parametrize("kind", ["masked", "llada", "block"])
+@pytest.mark.parametrize("kind", ["masked", "llada", "dream", *BLOCKS])
 def test_a_replaced_token_is_predicted_where_it_stands(kind):
     """Of 1, 2, 3 and three <eos> the model sees 1, 2, another 3, a mask and two <eos>: the loss by hand."""
-    policy = {**MODELS, "block": block_causal}[kind]()
+    policy = {**MODELS, **BLOCKS}[kind]()
     one = example(tiny_sft(completion_length=6), policy, {"prompt": "3=", "completion": "123"})
     drawn = torch.tensor([[0.9, 0.6, 0.7, 0.1, 0.8, 0.9]]), torch.tensor([[0.5, 0.4, 0.1, 0.0, 0.7, 0.6]])
     (shown,), total = add_noise(policy, [one], (torch.tensor([0.5]), *drawn), corruption=0.4)
@@ -76,7 +76,7 @@ def test_a_replaced_token_is_predicted_where_it_stands(kind):
     seen = shown.seen[None]
     real = torch.ones_like(seen, dtype=torch.bool)
     logits = policy.logits(seen, real)[0]
-    if kind == "block":  # blocks of two, each of which sees the earlier ones as they are
+    if kind in BLOCKS:  # blocks of two, each of which sees the earlier ones as they are
         clean = torch.cat([one.tokens[:6], shown.seen[6:]])[None]
         logits = torch.cat([logits[:6], policy.logits(clean, real)[0, 6:]])
     logps = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).log_softmax(-1)
@@ -86,9 +86,9 @@ def test_a_replaced_token_is_predicted_where_it_stands(kind):
     assert alone.seen.tolist() == [THREE, EQUALS, ONE, TWO, THREE, MASK, EOS, EOS] and alone.weight.count_nonzero() == 1
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "block"])
+@pytest.mark.parametrize("kind", [*MODELS, *BLOCKS])
 def test_padding_on_the_left_and_rows_left_out_change_no_loss(kind):
-    policy = {**MODELS, "block": block_causal}[kind]()
+    policy = {**MODELS, **BLOCKS}[kind]()
     examples = read_examples(tiny_sft(), policy, ROWS[:5])
     uniforms = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     uniforms[3] = 0.9  # of the fourth row nothing is hidden

@@ -48,13 +48,14 @@ def dream_like():
     return policy
 
 
-def block_causal(block_size=2):
+def block_causal(block_size=2, *, shift=False):
     policy = tiny_llama(causal=False, **SIZES)
-    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=block_size)
+    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=block_size, shift=shift)
     policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
 
 
+BLOCKS = {"block": block_causal, "shifted block": partial(block_causal, shift=True)}
 MODELS = {
     "masked": lambda: tiny_masked_lm(**SIZES),
     "llada": lambda: tiny_llama(causal=False, **SIZES),
