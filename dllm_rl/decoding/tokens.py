@@ -455,20 +455,23 @@ def text_ids(
             "texts between whole characters"
         )
     tokenizer = policy.tokenizer
+    beginnings = _beginnings(tokenizer)
     tokens = _any_of([*text_tokens(policy).values()])
-    if not special and not spelled and tokens.search(text):
+    if not spelled and tokens.search(text) and tokens.fullmatch(text) is None:
         others = _any_of(special_texts(tokenizer))
-        if not any(map(others.search, tokens.split(text))):
-            return text_ids(policy, text, special=True, continues=continues)
-        ids: list[int] = []
-        for part in re.split(f"({tokens.pattern})", text):
-            is_token = tokens.fullmatch(part) is not None
-            ids += text_ids(policy, part, special=is_token, spelled=not is_token, continues=continues or bool(ids))
-        return ids
+        has_others = not special and any(map(others.search, tokens.split(text)))
+        if beginnings or has_others:  # a mark may follow each special token
+            ids: list[int] = []
+            for part in re.split(f"({tokens.pattern})", text):
+                is_token = tokens.fullmatch(part) is not None
+                reading = {"special": is_token or special, "spelled": not is_token and not special}
+                ids += text_ids(policy, part, **reading, continues=continues or bool(ids))
+            return ids
+    special = special or (not spelled and tokens.search(text) is not None)
     symbols = symbol_pattern(tokenizer)
     written = text if symbols is None else " ".join(filter(str.strip, symbols.split(text)))
     read = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=not special)
-    if continues and (beginnings := _beginnings(tokenizer)):
+    if continues and beginnings:
         read = partial(_read_behind, beginnings, read)
     try:
         ids = read(written)

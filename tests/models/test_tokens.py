@@ -623,12 +623,12 @@ def with_word_mark(kind, text_tokens=("<answer>", "</answer>")):
     special = ["<pad>", "<mask>", "<eos>", "<unk>", "<user>", *text_tokens]
     mark = "Ġ" if kind == "bytes" else "▁"
     symbols = [{" ": mark, "\n": "Ċ"}.get(c, c) for c in LETTERS] if kind == "bytes" else [*LETTERS]
-    tokens = [*special, mark, *symbols, *(mark + letter for letter in "abcdefghij0123456789")]
+    tokens = [*special, mark, *symbols, "ab", *(mark + letter for letter in "abcdefghij0123456789")]
     if kind == "unigram":
         model = models.Unigram([(token, -len(token) / 10 - 1) for token in tokens], unk_id=3)
     else:
         ids = {token: i for i, token in enumerate(tokens)}
-        merges = [(mark, letter) for letter in "abcdefghij0123456789"]
+        merges = [("a", "b"), *((mark, letter) for letter in "abcdefghij0123456789")]
         model = models.BPE(ids, merges, unk_token="<unk>")
     tokenizer = Tokenizer(model)
     if kind == "bytes":
@@ -689,6 +689,15 @@ def test_a_completion_continues_its_prompt(kind, completion):
     body = json.dumps({"prompt": "1=", "suffix": completion, "max_tokens": 1}).encode()
     request = read_request(body, policy, Unmask(max_new_tokens=1), ServerSettings("m"), is_chat=False)
     assert request.suffix == pair.tokens[len(asked) : -1].tolist()
+    turns = [user("c"), {"role": "assistant", "content": completion}]
+    started = [user("c"), {"role": "assistant", "content": "1="}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": completion}):
+        read = example(SFT(name="sft", model="none", dataset=[]), policy, row)
+        assert policy.tokenizer.decode(read.tokens).replace("> c", ">c") == f"<user>c<eos><user>{completion}<eos>"
+    row = {"prompt": started, "completion": completion}
+    read = example(SFT(name="sft", model="none", dataset=[]), policy, row)
+    assert policy.tokenizer.decode(read.tokens[read.learned][:-1]).strip() == completion.strip()
+    assert read.tokens[read.learned].tolist() == pair.tokens[pair.learned].tolist()
 
 
 def as_rollout_of(policy, prompt, completion):
@@ -735,12 +744,13 @@ def test_special_tokens_of_answers_are_read_as_they_are_written(kind):
     for text in texts[: 2 if kind == "unigram" else 3]:
         ids = prompt_ids(policy, text)
         assert (ids.count(opening), ids.count(closing), EOS in ids, MASK in ids) == (1, 1, False, False)
-        assert text_of(policy, ids, continues=False).replace("> ", ">").removeprefix(" ") == text
+        assert text_of(policy, ids, continues=False).removeprefix(" ") == text
     row = {"prompt": "1=", "completion": "<answer>4</answer>"}
     pair = example(SFT(name="sft", model="none", dataset=[]), policy, row)
     assert pair.tokens[-4:].tolist()[::2] == [opening, closing] and pair.tokens[-1] == EOS
     answer = {"role": "assistant", "content": "<answer>4"}
-    assert prompt_ids(policy, [user("a"), answer]).count(opening) == 1
+    ids = prompt_ids(policy, [user("a"), answer])
+    assert ids.count(opening) == 1 and policy.tokenizer.decode(ids).endswith("<user><answer>4")
     assert (opening in prompt_ids(policy, [user("a<answer>b")])) == (kind == "unigram")  # which has no other way
 
 
