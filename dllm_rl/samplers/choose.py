@@ -160,10 +160,11 @@ class StepSampler:
         draws_first = self.draws_first or host_rows is None
         first_uniforms = (rank_uniforms, uniforms(*key, stream=TOKEN_STREAM) if draws_first else None)
         kept: list[Tensor] | None = [] if self.keeps_logits and not draws_first else None
-        scores, drawn = rank_and_draw(policy, hidden, params, (self.rank, self.rank_reads), first_uniforms, kept)
+        ranked = (self.rank, self.rank_reads)
+        scores, drawn = rank_and_draw(policy, hidden, params, ranked, first_uniforms, kept, at.offset)
         assert scores is not None, "there is a rank"
         if host_rows is not None and self.canvas.forwards == 1:
-            self.check_rank(hidden, scores)
+            self.check_rank(hidden, at.offset, scores)
         noisy_scores = scores
         if self.rank.adds_gumbel:  # Gumbel noise, from uniform numbers in [0, 1)
             assert rank_uniforms is not None, "a rank with noise reads uniform numbers"
@@ -209,12 +210,15 @@ class StepSampler:
             put(self.canvas.experts, rows, offsets, experts[places])
         return decision
 
-    def check_rank(self, hidden: Float[Tensor, "K D"], scores: Float[Tensor, " K"]) -> None:
+    def check_rank(
+        self, hidden: Float[Tensor, "K D"], positions: Int[Tensor, " K"], scores: Float[Tensor, " K"]
+    ) -> None:
         """Raise ValueError if a custom rank that is declared deterministic gives other scores when called again."""
         base = getattr(self.rank, "base_rank", self.rank)
         if not base.is_custom or base.order != "deterministic":
             return
-        again, _ = rank_and_draw(self.policy, hidden, self.sampling_params, (self.rank, self.rank_reads))
+        ranked = (self.rank, self.rank_reads)
+        again, _ = rank_and_draw(self.policy, hidden, self.sampling_params, ranked, positions=positions)
         assert again is not None, "there is a rank"
         if not again.isclose(scores, rtol=1e-3, atol=1e-3, equal_nan=True).all():
             raise ValueError(
@@ -324,6 +328,7 @@ def rank_and_draw(
     rank_and_reads: tuple[Rank | None, frozenset[str]] = (None, frozenset()),
     uniforms: tuple[Tensor | None, Tensor | None] = (None, None),
     kept: list[Tensor] | None = None,
+    positions: Int[Tensor, " K"] | None = None,
 ) -> tuple[Float[Tensor, " K"] | None, Drawn | None]:
     """Score K positions, draw a token at each of them, or both.
 
@@ -337,12 +342,13 @@ def rank_and_draw(
         uniforms: Random numbers (K,) of the rank, and of the draw. None: no draw; the rank must not read tokens then.
         kept: Empty list, which receives the logits if they fit in one chunk; or a list with these logits, in place of
             the head. None (default): logits are not kept.
+        positions: Places of the positions in their completions. None: the rank must not read them.
 
     Returns:
         The scores, at least LOWEST_SCORE, and the draws.
     """
     (rank, reads), (rank_uniforms, token_uniforms) = rank_and_reads, uniforms
-    available = {"uniforms": rank_uniforms, "hidden": hidden}
+    available = {"uniforms": rank_uniforms, "hidden": hidden, "positions": positions}
     inputs = {name: x for name, x in available.items() if name in reads and x is not None}
     if rank is not None and token_uniforms is None and not reads & {"logits", "normalizer"}:  # needs no head
         return scores_of(rank, inputs), None

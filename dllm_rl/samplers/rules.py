@@ -20,7 +20,7 @@ PerPosition = Float[Tensor, " K"]
 Scores = Float[Tensor, "B L"]
 PositionMask = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
-RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
+RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden", "positions")
 COMMIT_INPUTS = ("remaskable", "redrawable", "replaceable", "steps", "uniforms")
 REWRITES = COMMIT_INPUTS[:3]
 SCORED_ORDERS = ("confidence", "plackett_luce", "soft_threshold")  # samplers record their log-probability
@@ -93,6 +93,7 @@ class Rank(_Rule, Record):
         tokens (K,): the tokens sampled at the positions
         uniforms (K,): fresh random numbers in [0, 1)
         hidden (K, D): the last hidden states, which the model's head turns into logits; in the model's dtype
+        positions (K,): the places of the positions in their completions, from 0
 
     If a rank does not take `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed
     tokens are exact: the sampler draws the tokens with these probabilities.
@@ -121,7 +122,10 @@ class Rank(_Rule, Record):
 
     def check(self) -> None:
         self.check_order("rank", self.order, ("deterministic", "independent"))
-        allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
+        allowed = {
+            "deterministic": {"logits", "normalizer", "hidden", "positions"},
+            "independent": {"uniforms", "positions"},
+        }
         contradicting = self.reads - allowed.get(self.order, self.reads)
         if contradicting:
             names = ", ".join(sorted(contradicting))
@@ -223,9 +227,8 @@ class LeftToRight(Rank):
 
     order = "independent"
 
-    def __call__(self, uniforms: PerPosition) -> PerPosition:
-        # Positions come row by row, from left to right. fp32 is exact up to 2^24 of them.
-        return -torch.arange(len(uniforms), dtype=torch.float32, device=uniforms.device)
+    def __call__(self, positions: Int[Tensor, " K"]) -> PerPosition:
+        return -positions.float()
 
 
 class PlackettLuce(Rank):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllm_rl import ELBO, Confidence, Coupled, MaxProb, Prompts, Schedule, Threshold, Trajectory, Unmask
+from dllm_rl import ELBO, Confidence, Coupled, MaxProb, Prompts, Rank, Schedule, Threshold, Trajectory, Unmask
 from dllm_rl.files import read_json
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
 from dllm_rl.types import Rollout
@@ -93,6 +93,33 @@ def test_an_estimator_of_ones_own_has_its_row_beside_the_stored_ones(monkeypatch
     monkeypatch.setattr(sys, "argv", ["exactness", "recipes.examples.own_estimator.Nothing"])
     with pytest.raises(SystemExit, match=r"Nothing.* is not found .*give MODULE\.NAME"):
         exactness.main()
+
+
+@pytest.mark.slow
+def test_a_rank_and_a_rule_of_ones_own_have_their_row(monkeypatch, capsys):
+    monkeypatch.setattr(exactness, "NETWORKS", exactness.NETWORKS[:1])
+    monkeypatch.setattr(exactness, "DRAWS", 2)
+    rules = ["recipes.examples.own_order.LogOdds", "recipes.examples.own_order.Halves"]
+    monkeypatch.setattr(sys, "argv", ["exactness", "--rank", rules[0], "--commit", rules[1]])
+    exactness.main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if rules[0] in line and "| steps |" in line]
+    assert row.startswith(f"| Trajectory, {', '.join(rules)} | steps | 0.00 (0.00 to 0.00)"), (
+        "its order is declared right"
+    )
+    name, measured = exactness.own_row(None, "max_prob", f"{__name__}.EvenFirst", None)
+    assert name == f"Trajectory, {__name__}.EvenFirst" and measured.sampler.rank == EvenFirst()
+    sharpness, seed = exactness.NETWORKS[0]
+    assert exactness.measure(measured, sharpness, seed, 1)["largest"] < 1e-9
+    _, drawn = exactness.own_row(None, "max_prob", "dllm_rl.RandomOrder", None)
+    with pytest.raises(ValueError, match="rank=RandomOrder and commit=Schedule read uniforms, and only logits, norm"):
+        exactness.measure(drawn, sharpness, seed, 1)
+
+
+class EvenFirst(Rank):
+    order = "deterministic"
+
+    def __call__(self, logits, normalizer, positions):
+        return logits.amax(-1) - normalizer + 1000 * (positions % 2 == 0)
 
 
 SAMPLERS = {

@@ -99,6 +99,30 @@ def test_left_to_right_writes_the_leftmost_masks_of_every_block(policy):
     assert rollout.unmask_step[:, -20:].tolist() == 3 * [[0] * 3 + [1] * 3 + [2] * 2 + [3] * 4 + [4] * 4 + [5, 5, 6, 6]]
 
 
+class EvenFirst(rules.Rank):
+    """The likeliest positions, but every even one before the odd ones."""
+
+    order = "deterministic"
+
+    def __call__(self, logits, normalizer, positions):
+        return logits.amax(-1) - normalizer + 1000.0 * (positions % 2 == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile_step": True}, {"cache": DualCache(refresh=2)}, {"temperature": 0.0}])
+def test_a_rank_reads_the_places_of_the_positions(policy, monkeypatch, options):
+    """In blocks of 8, 8 and 4, of rows of different lengths."""
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    rollout = sample(policy, IDS[:3], [1, 2, 3], diffusion_steps=20, rank=EvenFirst(), **options)
+    steps = rollout.unmask_step[:, -20:]
+    for start, end in ((0, 8), (8, 16), (16, 20)):
+        assert (steps[:, start:end:2].amax(-1) < steps[:, start + 1 : end : 2].amin(-1)).all()
+    assert len({tuple(row) for row in steps.tolist()}) == 3, "the weights order the even ones"
+    backwards = sample(policy, IDS[:3], [1, 2, 3], diffusion_steps=20, rank=lambda positions: positions, **options)
+    for start, end in ((0, 8), (8, 16), (16, 20)):
+        block = backwards.unmask_step[:, -20:][:, start:end]
+        assert (block.diff(dim=-1) <= 0).all() and (block[:, 0] > block[:, -1]).all()
+
+
 RULES = {
     "confidence": {"rank": rules.Confidence()},
     "max_prob": {"rank": rules.MaxProb(), "temperature": 0.7},

@@ -1,4 +1,4 @@
-"""The study of exact ratios; with MODULE.ESTIMATOR, a row of one's own.
+"""The study of exact ratios; with MODULE.ESTIMATOR, --rank MODULE.RANK or --commit MODULE.RULE, a row of one's own.
 
 python -m recipes.studies.exactness [--report]
 """

@@ -24,10 +24,12 @@ Masks are drawn DRAWS times for each rollout, and their noise is taken out of th
 enumerated. Scored tokens are summed: how a method's loss divides by lengths is left out. Numbers are medians over four
 random networks whose distributions are sharp, and, where it says so, over four soft ones, with random rewards.
 
-    python -m recipes.studies.exactness.exactness
+    python -m recipes.studies.exactness
         run all rows, exactness.json, the figure, the tables
-    python -m recipes.studies.exactness.exactness my_module.MyEstimator  that estimator's row beside the stored ones
-    python -m recipes.studies.exactness.exactness --report               run nothing
+    python -m recipes.studies.exactness my_module.MyEstimator  that estimator's row beside the stored ones
+    python -m recipes.studies.exactness --rank my_module.MyRank --commit my_module.MyRule
+        the row of `Trajectory()`, or of an estimator that is also named, on the rollouts of these rules
+    python -m recipes.studies.exactness --report               run nothing
 """
 
 import argparse
@@ -66,6 +68,7 @@ SOFT, SHARP = 1.0, 3.0
 NETWORKS = tuple((sharpness, seed) for seed in range(4) for sharpness in (SHARP, SOFT))
 DRAWS, BUDGET, UPDATE = 16, 2048, 0.3
 MASK_LOGIT = -1e4  # no draw and no confidence counts the mask token
+ENUMERATED = {"logits", "normalizer", "tokens", "positions", "steps"}  # what a rank or a commit rule may read
 Law = Callable[[Float[Tensor, "S T V"]], list[Float[Tensor, "S S"]]]  # of the logits: each step's probabilities
 
 
@@ -126,7 +129,11 @@ def transitions(sampler: Unmask, table: Table) -> Law:
     A full canvas stays as it is.
     """
     length, words = table.length, table.words
-    assert "uniforms" not in sampler.rank.reads | sampler.commit.reads, "random numbers are not enumerated"
+    if unknown := (sampler.rank.reads | sampler.commit.reads) - ENUMERATED:
+        raise ValueError(
+            f"rank={sampler.rank.name} and commit={sampler.commit.name} read {', '.join(sorted(unknown))}, and only "
+            f"{', '.join(sorted(ENUMERATED))} are enumerated"
+        )
     size = length if sampler.commit.adaptive else sampler.block_size or length
     blocks = [range(begin, min(begin + size, length)) for begin in range(0, length, size)]
     counts = [length] if sampler.commit.adaptive else steps_per_block(sampler.diffusion_steps, [*map(len, blocks)])
@@ -135,20 +142,24 @@ def transitions(sampler: Unmask, table: Table) -> Law:
         rows = [row for canvas in table.canvases for row in draws(canvas, block, words)]
         before, drawn = (torch.stack([row[i] for row in rows]) for i in range(2))
         masked = (before == words) & torch.isin(torch.arange(length), torch.tensor([*block]))
-        steps += [(before, drawn, masked, left) for left in range(count, 0, -1)]
+        steps += [(before, drawn, masked, left, count) for left in range(count, 0, -1)]
 
     def law(logits: Float[Tensor, "S T V"]) -> list[Float[Tensor, "S S"]]:
         return [step(logits, *inputs) for inputs in steps]
 
-    def step(logits: Tensor, before: Tensor, drawn: Tensor, masked: Tensor, left: int) -> Float[Tensor, "S S"]:
+    def step(
+        logits: Tensor, before: Tensor, drawn: Tensor, masked: Tensor, left: int, count: int
+    ) -> Float[Tensor, "S S"]:
         at = table.index(before)
         chances = logits[at, :, :words].log_softmax(-1).gather(-1, drawn.clamp(max=words - 1)[..., None])[..., 0]
         with torch.no_grad():
             seen = logits[at][masked]
             given = {"logits": seen, "normalizer": seen.logsumexp(-1), "tokens": drawn[masked]}
+            given["positions"] = masked.nonzero()[:, 1]
             scores = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
             scores[masked] = sampler.rank(**{name: given[name] for name in sampler.rank.reads}).double()
-            chosen = sampler.commit(scores, masked, torch.full_like(at, left)) & masked
+            share = {"steps": torch.full_like(at, count)} if "steps" in sampler.commit.reads else {}
+            chosen = sampler.commit(scores, masked, torch.full_like(at, left), **share) & masked
         to = table.index(torch.where(chosen, drawn, before))
         probabilities = torch.where(masked, chances, 0).sum(-1).exp()
         return torch.zeros(len(logits), len(logits), dtype=torch.float64).index_put((at, to), probabilities, True)
@@ -663,35 +674,46 @@ def draw_figure(stored: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     plt.close(figure)
 
 
-def loaded(name: str) -> LikelihoodEstimator:
-    """The estimator of MODULE.NAME: an object, a class whose settings have defaults, or a function that draws views."""
+def named(name: str) -> Any:
+    """What MODULE.NAME names: a function, an object, or one of a class whose settings have defaults."""
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ValueError, ImportError, AttributeError) as error:
         raise SystemExit(
-            f"{name!r} is not found ({error}); give MODULE.NAME of an estimator, MODULE importable from this folder"
+            f"{name!r} is not found ({error}); give MODULE.NAME, MODULE importable from this folder"
         ) from error
-    found = found() if isinstance(found, type) else found
-    return found if isinstance(found, LikelihoodEstimator) else FunctionLikelihood(function=found)
+    return found() if isinstance(found, type) else found
+
+
+def own_row(estimator: str | None, sampler: str, rank: str | None, commit: str | None) -> tuple[str, Row]:
+    """The name and the row of an estimator, a rank or a commit rule of one's own; `Trajectory()` if none is named."""
+    likelihood = Trajectory() if estimator is None else named(estimator)
+    if not isinstance(likelihood, LikelihoodEstimator):
+        likelihood = FunctionLikelihood(function=likelihood)
+    rules = {kind: name for kind, name in (("rank", rank), ("commit", commit)) if name is not None}
+    used = SAMPLERS[sampler].replace(**{kind: named(name) for kind, name in rules.items()})
+    return ", ".join([estimator or "Trajectory", *rules.values()]), Row(used, fixed(likelihood))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("estimator", nargs="?", help="MODULE.NAME of an estimator of your own")
     parser.add_argument("--sampler", choices=SAMPLERS, default="llada", help="whose rollouts your estimator scores")
+    parser.add_argument("--rank", help="MODULE.NAME of a rank of your own, in place of the sampler's")
+    parser.add_argument("--commit", help="MODULE.NAME of a commit rule of your own, in place of the sampler's")
     parser.add_argument("--report", action="store_true", help="run nothing: the tables of exactness.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = ROWS
-    if options.estimator:
-        rows = {options.estimator: Row(SAMPLERS[options.sampler], fixed(loaded(options.estimator)))}
+    rows, is_own = ROWS, any((options.estimator, options.rank, options.commit))
+    if is_own:
+        rows = dict([own_row(options.estimator, options.sampler, options.rank, options.commit)])
     measured: dict[str, list[dict[str, Any]]] = {}
     if not options.report:
         for name, row in rows.items():
             measured[name] = [measure(row, *network, DRAWS) for network in NETWORKS]
             print(name, flush=True)
-    if measured and not options.estimator:
+    if measured and not is_own:
         write_json(STORED, measured)
         draw_figure(measured, STORED.with_suffix(".png"))
     for table in both_tables(read_json(STORED) | measured).values():
