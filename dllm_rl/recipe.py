@@ -92,7 +92,7 @@ class Recipe(StepSettings):
         default=False,
         help="write checkpoints while training continues, from a host copy of weights and optimizer state",
     )
-    dry_run: bool | Literal["A100", "H100", "H200"] = option(
+    dry_run: Literal[False, True, "A100", "H100", "H200"] = option(
         default=False,
         help="print the settings and the estimated memory and time without loading weights, and exit; with the name of "
         "a GPU for that one",

@@ -59,4 +59,4 @@ def gpu_of(recipe: Recipe) -> tuple[str, tuple[int, int] | None]:
         return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if recipe.dry_run:
         return f"an {ASSUMED}", CAPABILITIES[ASSUMED]
-    return "another device", None
+    return "a device without CUDA", None

@@ -70,6 +70,11 @@ def test_what_is_given_is_taken(given):
     assert with_rollouts_by_gpu(recipe) == (recipe, "")
 
 
+def test_a_plan_is_for_a_gpu_that_is_known():
+    with pytest.raises(ValueError, match=r"^dry_run='B7' must be one of False, True, 'A100', 'H100', 'H200'$"):
+        grpo_recipe(LLADA, ROWS, nothing, dry_run="B7")
+
+
 def test_compiled_steps_and_experts():
     steps = grpo_recipe(LLADA, ROWS, nothing, sampler=Unmask(max_new_tokens=4, compile_step=True))
     assert not steps.torch_compile
@@ -81,6 +86,6 @@ def test_compiled_steps_and_experts():
 
 def test_a_run_says_what_it_takes(tmp_path, capsys):
     train(tiny_recipe(tmp_path, rollout_quantization=Float8ByGPU(), num_steps=1))
-    said = "rollouts: not quantized: FP8 is for an H100, an H200 or newer, and this is another device\n"
+    said = "rollouts: not quantized: FP8 is for an H100, an H200 or newer, and this is a device without CUDA\n"
     assert said in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["recipe"]["rollout_quantization"] is None
