@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, check_state, check_weights
-from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, step_metrics, symptom_metrics
+from dllm_rl.algorithms.mismatch import PREFIX, advantage_of_tokens, mismatch_metrics, step_metrics, symptom_metrics
 from dllm_rl.distributed.collectives import (
     SumsAndCounts,
     collective,
@@ -68,8 +68,9 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
         weights, trained_metrics = apply_corrector(context.settings.corrector, rows, state)
         if not batches:
             metrics |= measure_rows(context.settings.likelihood, rows, logps.views) | trained_metrics
-            metrics |= reduce_metrics(drawn_step_metrics(samples, logps, accelerator), accelerator)
         batch = make_batch(context, samples, logps, rows, weights)
+        if not batches and logps.views.inverse_chances is not None:
+            metrics |= reduce_metrics(drawn_step_metrics(samples, logps, batch, accelerator), accelerator)
         batches.append(replace(batch, graphs=scored.graphs))
     if keeper is not None:
         keeper.newest = state
@@ -202,12 +203,23 @@ def measure_rows(likelihood: LikelihoodEstimator, rows: Rows, views: Views) -> d
     return metrics | symptom_metrics(rows.tokens, mask, rows.advantages, old=old, inverse_chances=chances)
 
 
-def drawn_step_metrics(samples: Samples, logps: Logprobs, accelerator: Accelerator) -> SumsAndCounts:
-    """Return the mean number of rows that went through the model to score a completion; {} if no steps are drawn."""
-    if logps.views.inverse_chances is None:
-        return {}
+def drawn_step_metrics(samples: Samples, logps: Logprobs, batch: Batch, accelerator: Accelerator) -> SumsAndCounts:
+    """Return metrics of drawn steps: the mean number of rows that went through the model to score a completion, and the
+    growth of the gradient's variance.
+
+    The latter is what `drawn_steps.draw_steps` expects from the sampler's record, with the learner's probabilities and
+    the corrector's weights in its place; estimated from the tokens that were drawn.
+    """
+    assert batch.inverse_chances is not None, "steps are drawn"
     num_rows = samples.local(samples.metric_weights > 0, accelerator).sum()
-    return {"drawn_steps/row_forwards": (num_rows.new_tensor(num_row_forwards(samples.rollout, logps.views)), num_rows)}
+    chances = torch.where(batch.loss_mask, batch.inverse_chances, 0).double()
+    miss = -torch.expm1(logps.old_logprobs.double().clamp(max=0))
+    advantages = advantage_of_tokens(batch.advantages, batch.loss_mask)
+    squares = chances * (advantages * batch.importance_weights * miss).square()
+    return {
+        "drawn_steps/row_forwards": (num_rows.new_tensor(num_row_forwards(samples.rollout, logps.views)), num_rows),
+        "drawn_steps/variance_growth": (((chances - 1) * squares).sum(), squares.sum()),
+    }
 
 
 def make_batch(context: StepContext, samples: Samples, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:

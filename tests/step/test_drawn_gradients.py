@@ -16,8 +16,9 @@ from dllm_rl import AIS, MIS, TIS, IcePop, NoCorrection, PPOClip, SequenceMean, 
 from dllm_rl.algorithms.losses import CISPO, K2, K3
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.likelihoods import drawn_steps
+from dllm_rl.step import correct
 from dllm_rl.step.context import StepContext
-from dllm_rl.step.correct import make_batches
+from dllm_rl.step.correct import drawn_step_metrics, make_batches
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import forward_backward
@@ -165,3 +166,36 @@ def test_the_mean_over_all_draws_is_every_steps_gradient(name, update, learner, 
     for name in numbers:
         if name not in MEANS or not update:  # a step logs the metrics of its first views
             assert means[name] == pytest.approx(numbers[name], rel=1e-6, abs=1e-6), name
+
+
+def test_the_growth_of_the_variance_is_estimated_from_the_learners_probabilities(learner, monkeypatch):
+    """The sums over all tokens of (1 / c - 1) (A w (1 - p))^2, and of (A w (1 - p))^2, are those of drawn tokens in the
+    mean over draws."""
+    given = {"corrector": TIS(cap=1.1), "loss_reduction": TokenMean()}
+    sums = []
+
+    def kept(*arguments):
+        found = drawn_step_metrics(*arguments)
+        sums.append(found["drawn_steps/variance_growth"])
+        return found
+
+    step = Step(learner, 0, likelihood=Trajectory(variance_growth=3.0), **given)
+    monkeypatch.setattr(correct, "drawn_step_metrics", kept)
+    draws = Draws(monkeypatch)
+    draws.rollout = step.rollout
+    step.gradient()
+    chances, means = draws.chances[0], torch.zeros(2)
+    for flags in itertools.product((True, False), repeat=len(chances)):
+        draws.flags, draws.chances, sums[:] = {0: flags}, [], []
+        step.gradient()
+        likely = math.prod(chance if flag else 1 - chance for flag, chance in zip(flags, chances, strict=True))
+        means += likely * torch.stack(sums[0])
+    every = Step(learner, 0, likelihood=Trajectory(), **given)
+    (batch, *_), _ = make_batches(every.context, score_samples(every.context, every.samples, 1))
+    draws.flags, draws.chances = {}, []  # all are drawn, each with its chance
+    (drawn, *_), _ = make_batches(step.context, score_samples(step.context, step.samples, 1))
+    squares = (ADVANTAGES[:, None] * batch.importance_weights * (1 - batch.old_logprobs.exp())).square()
+    squares = torch.where(batch.loss_mask, squares, 0)
+    growth = (torch.where(batch.loss_mask, drawn.inverse_chances - 1, 0) * squares).sum()
+    torch.testing.assert_close(means, torch.stack([growth, squares.sum()]), rtol=1e-6, atol=1e-9)
+    assert growth > 0.1 * squares.sum()

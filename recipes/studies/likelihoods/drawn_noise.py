@@ -89,7 +89,7 @@ def smollm2(temperature: float) -> Callable[[Path, int], Made]:
     """A batch of SmolLM2 as a diffusion model."""
 
     def made(root: Path, steps: int) -> Made:
-        policy = diffusion_from_causal(load_policy(weights.smollm2()))
+        policy = diffusion_from_causal(weights.smollm2())
         add_lora(policy, Lora())
         copy = quantized_copy(policy, Float8WeightOnly(dequantized=True))
         number, group = (2, 2) if steps == 128 else (4, 4)
