@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from dllm_rl.checkpoints.run_folder import in_own_folder
+from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe
@@ -56,7 +57,7 @@ def train(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
-    recipe, chosen = with_rollouts_by_gpu(recipe)
+    recipe, chosen = with_rollouts_by_gpu(recipe, num_launched())
     if chosen and os.environ.get("RANK", "0") == "0":
         print(f"rollouts: {chosen}", flush=True)
     run = start(recipe, pool, features)  # starts a new run, or resumes one from a checkpoint

@@ -37,8 +37,8 @@ def nothing(completions, **_):
     ],
 )
 def test_large_models_take_fp8_where_it_was_fast(given, processes, said):
-    recipe = grpo_recipe(LLADA, ROWS, nothing, **{"dry_run": True} | given)
-    resolved, line = with_rollouts_by_gpu(recipe, processes)
+    recipe = grpo_recipe(LLADA, ROWS, nothing, **given)
+    resolved, line = with_rollouts_by_gpu(recipe, processes, is_plan=True)
     assert line.startswith(said)
     assert resolved.rollout_quantization == (Float8Dynamic() if said.startswith("Float8") else None)
     assert resolved.replace(rollout_quantization=recipe.rollout_quantization) == recipe
@@ -49,7 +49,7 @@ def test_a_run_takes_what_its_gpu_can_do(monkeypatch, capability, takes):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    resolved, line = with_rollouts_by_gpu(grpo_recipe(LLADA, ROWS, nothing))
+    resolved, line = with_rollouts_by_gpu(grpo_recipe(LLADA, ROWS, nothing), 1)
     assert resolved.rollout_quantization == (Float8Dynamic() if takes else None)
     assert "a GPU" in line
 
@@ -67,7 +67,7 @@ def test_a_run_takes_what_its_gpu_can_do(monkeypatch, capability, takes):
 def test_what_is_given_is_taken(given):
     recipe = grpo_recipe(LLADA, ROWS, nothing, **given)
     assert recipe.rollout_quantization == given.get("rollout_quantization")
-    assert with_rollouts_by_gpu(recipe) == (recipe, "")
+    assert with_rollouts_by_gpu(recipe, 1) == (recipe, "")
 
 
 def test_a_plan_is_for_a_gpu_that_is_known():
@@ -78,7 +78,7 @@ def test_a_plan_is_for_a_gpu_that_is_known():
 def test_compiled_steps_and_experts():
     steps = grpo_recipe(LLADA, ROWS, nothing, sampler=Unmask(max_new_tokens=4, compile_step=True))
     assert not steps.torch_compile
-    resolved, _ = with_rollouts_by_gpu(steps.replace(dry_run=True))
+    resolved, _ = with_rollouts_by_gpu(steps, 1, is_plan=True)
     assert resolved.rollout_quantization == Float8Dynamic()
     experts = grpo_recipe("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", ROWS, nothing)
     assert experts.rollout_quantization is None and not experts.torch_compile

@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> str:
     """
     # More processes than were launched, if `shard_size` needs more.
     processes = max(processes_per_shard(recipe.shard_size, num_launched()), num_launched())
-    recipe, chosen = with_rollouts_by_gpu(recipe, processes)
+    recipe, chosen = with_rollouts_by_gpu(recipe, processes, is_plan=True)
     policy = meta_policy(recipe)
     # Without a tokenizer, the tokens of a prompt cannot be counted. The task is then not opened, because its data may
     # not be on this machine.
