@@ -287,9 +287,8 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert torch.equal(torch.get_rng_state(), rng_state), "the global generator must not be used"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
     assert _same_noise(views, same_views), "the same seed must give the same masks"
-    assert used_views.masked is views.masked and used_views.coefficients is views.coefficients, (
-        "with_advantages() must keep the masks"
-    )
+    kept = zip((used_views.masked, used_views.coefficients), (views.masked, views.coefficients), strict=True)
+    assert all(torch.equal(used, drawn) for used, drawn in kept), "with_advantages() must keep the masks"
 
     assert not (views.masked & ~rollout.attention_mask).any(), "padding must not be masked"
     assert not views.coefficients.masked_fill(completion, 0).any(), "weights must be zero off the completion"
