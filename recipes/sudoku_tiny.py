@@ -4,7 +4,7 @@ once. Results: recipes/README.md.
 Puzzles have one to three clues, and 34 right answers on average. Supervised training learns how likely each digit is in
 each cell. Cells that are written in the same step do not see each other, so that likely digits of different answers
 come together and contradict each other. A reward chooses one answer, and the cells learn to agree on it. Labels that
-choose do as well (`own answers` of studies/few_clues.md); latin_sudoku.py asks what no label says.
+choose do as well (docs/results-and-limits.md); latin_sudoku.py asks what no label says.
 """
 
 import os

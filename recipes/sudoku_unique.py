@@ -12,8 +12,8 @@ autoregressive   a causal model, which writes cell by cell
 diffusion_gemma  DiffusionGemma's layout: the noise is random tokens, which it rewrites in each of four steps
 
 The likelihood of diffusion_gemma replays every step, and its gradient goes back through what a step sees of the step
-before. That learned 0.051±0.045 more than to stop there, in ten pairs (docs/results-and-limits.md), and needs the
-memory of all steps. Its rollouts accept every draw of a step: which draws a bound accepts is nothing that a gradient
+before. That learned 0.051±0.045 more than to stop there, in ten pairs (an archived study), and needs the memory of all
+steps. Its rollouts accept every draw of a step: which draws a bound accepts is nothing that a gradient
 sees.
 
 This task has solutions to learn from, and supervised training alone is faster. It is not enough for latin_sudoku.py. In

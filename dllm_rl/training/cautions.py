@@ -127,7 +127,7 @@ def bf16_warnings(dtype: str | None, bf16: bool, device: str) -> list[str]:
 
 
 def ratio_warnings(recipe: Recipe) -> list[str]:
-    """Warn if the loss does not bound the ratio where the advantage is negative (see recipes/studies/mismatch.md), and
+    """Warn if the loss does not bound the ratio where the advantage is negative (see docs/losses.md), and
     about stale rollouts without a bound or a corrector (see recipes/studies/late/README.md).
     """
     loss = recipe.resolved_loss
