@@ -69,8 +69,8 @@ def main(recipe: Recipe) -> None:
         folder = Path(comparison.arms[0].runs[0].folder).parent
         write_json(folder / "arms.json", comparison.as_json())
         comparison.plot(folder / "arms.png")
-        show(comparison)
-        print(f"\nNumbers: {folder / 'arms.json'}\nPicture: {folder / 'arms.png'}")
+        show(comparison, folder / "arms.png")
+        print(f"\nNumbers: {folder / 'arms.json'}")
         print(f"Doctor:  dllm-rl doctor {folder / 'corrected'}")
 
 

@@ -22,14 +22,13 @@ def compare_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(comparison.as_json() | {"picture": str(plot)}))
         return
-    show(comparison)
-    print(f"\nPicture: {escape_controls(str(plot))}")
+    show(comparison, plot)
 
 
-def show(comparison: Comparison) -> None:
-    """Print the table and the sentences of a comparison."""
+def show(comparison: Comparison, plot: Path) -> None:
+    """Print the table of a comparison, where its picture is, and its sentences."""
     Console().print(comparison.table())
-    print(escape_controls("\n" + "\n\n".join(comparison.sentences()), keep="\n"))
+    print(escape_controls("\n\n".join([f"\nPicture: {plot}", *comparison.sentences()]), keep="\n"))
 
 
 def read_arms(words: list[str]) -> list[str] | dict[str, list[str]]:

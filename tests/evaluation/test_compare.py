@@ -72,7 +72,7 @@ def test_seeds_are_paired_and_have_students_interval(tmp_path):
     comparison = compare(runs)
     assert [(arm.label, arm.seeds) for arm in comparison.arms] == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
     found = comparison.difference(comparison.arms[1])
-    half = 4.303 * 0.1 / 3**0.5
+    half = 4.302653 * 0.1 / 3**0.5
     assert found.value == pytest.approx(0.2) and found.over_seeds == pytest.approx((0.2 - half, 0.2 + half))
     assert found.over_problems == pytest.approx(
         bootstrap_interval(0.2 + (ZERO_TO_NINE - 0.45) / 10, np.random.default_rng(0))
@@ -91,7 +91,7 @@ def test_other_seeds_are_not_paired(tmp_path):
     }
     comparison = compare(folders)
     found = comparison.difference(comparison.arms[1])
-    half = 12.706 * (0.005 / 2 + 0.02 / 2) ** 0.5
+    half = 12.706205 * (0.005 / 2 + 0.02 / 2) ** 0.5
     assert found.value == pytest.approx(0.25) and found.over_seeds == pytest.approx((0.25 - half, 0.25 + half))
     assert found.seeds == () and found.over_problems is None  # every problem has the same difference
 
