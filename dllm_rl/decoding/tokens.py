@@ -676,15 +676,19 @@ def _added_special(tokenizer: Any) -> dict[int, str]:
     return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
-@lru_cache(maxsize=16)
 def _beginnings(tokenizer: Any) -> list[tuple[str, list[int]]]:
     """Return short texts, each with its ids, behind which a tokenizer reads a text as it stands; [] if it reads every
     text so.
 
     Many tokenizers begin a text with the mark of a word, which is a space in what they decode.
     """
-    if not hasattr(type(tokenizer), "all_special_ids") or symbol_pattern(tokenizer) is not None:
-        return []
+    # As in `symbol_pattern`, another tokenizer may have no hash.
+    is_of_transformers = hasattr(type(tokenizer), "all_special_ids")
+    return _beginnings_of(tokenizer) if is_of_transformers and symbol_pattern(tokenizer) is None else []
+
+
+@lru_cache(maxsize=16)
+def _beginnings_of(tokenizer: Any) -> list[tuple[str, list[int]]]:
     read = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
     special = {*tokenizer.all_special_ids}
     ordinary = (token for token in range(len(tokenizer)) if token not in special)

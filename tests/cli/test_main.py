@@ -152,4 +152,4 @@ def test_a_run_that_does_not_exist_is_named_with_those_beside_it(tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/first").mkdir(parents=True)
     assert main(["evaluate", "out/frist"]) == 2
-    assert "(out/frist does not exist; out has first)" in capsys.readouterr().err
+    assert "(out/frist does not exist; out has first; the nearest is first)" in capsys.readouterr().err
