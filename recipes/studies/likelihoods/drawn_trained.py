@@ -252,7 +252,7 @@ def arms_of_part(results: Results, part: str) -> str:
     return markdown(rows)
 
 
-def page_tables() -> dict[str, str]:
+def tables_of_parts() -> dict[str, str]:
     results = by_arm(read_json(STORED))
     tables = {part: arms_of_part(results, part) for part in PARTS if whole_seeds(results, part)}
     found = families(results)
