@@ -7,7 +7,7 @@ import torch
 from repetitions import few, slow
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import evaluate, train
+from dllm_rl import NoCorrection, evaluate, train
 from dllm_rl.integrations.serving.batching import CompletionJob, sample_rows
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Sandwich, Trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -75,7 +75,7 @@ def test_without_the_record_a_rollout_is_the_same(name, computed):
 )
 @pytest.mark.repeated(first_only=True)
 def test_a_run_computes_the_order_if_its_likelihood_reads_it(likelihood, reads, computed, tmp_path):
-    few = {"num_steps": 1, "train_batch_size": 1, "num_generations": 2, "eval_steps": 0}
+    few = {"num_steps": 1, "train_batch_size": 1, "num_generations": 2, "eval_steps": 0, "corrector": NoCorrection()}
     train(tiny_recipe(tmp_path, likelihood=likelihood, **few))
     assert bool(computed) == reads
 
