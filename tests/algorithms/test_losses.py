@@ -18,6 +18,7 @@ from dllm_rl.algorithms.losses import (
     K1,
     K2,
     K3,
+    SAPO,
     VESPO,
     FixedLengthMean,
     FunctionLoss,
@@ -55,6 +56,15 @@ def test_ppo_clip_in_and_out_of_the_range_for_both_signs():
     close(value, [[1.0, 1.8, 2.2, 2.4], [-1.6, -1.8, -2.2, -3.0]])
     # d(r A)/d log r = r A where r counts, 0 where it is clipped.
     close(gradient, [[1.0, 1.8, 2.2, 0.0], [0.0, -1.8, -2.2, -3.0]])
+
+
+def test_sapo_worked_by_hand():
+    """4 / tau sigmoid(tau (r - 1)) A: at r = 1 it is 2 A / tau with the slope A; tau is that of A's sign."""
+    value, gradient = value_and_gradient(SAPO(temperature_pos=2.0, temperature_neg=4.0), [[1.0, 1.5]] * 2, [3.0, -3.0])
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    close(value, [[3.0, 6.0 * sigmoid(1.0)], [-1.5, -3.0 * sigmoid(2.0)]])
+    close(gradient[:, 0], [3.0, -3.0])
+    close(gradient[:, 1], [sign * 18 * sigmoid(x) * sigmoid(-x) for sign, x in ((1, 1.0), (-1, 2.0))])
 
 
 def test_ppo_clip_with_its_own_upper_bound_and_with_delta():

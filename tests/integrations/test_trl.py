@@ -312,6 +312,30 @@ def test_each_loss_type_has_trls_value_and_gradient(tmp_path, monkeypatch, setti
         assert gradient.abs().max() > 1e-3
 
 
+def test_each_update_of_a_generation_takes_its_own_masks(tmp_path, monkeypatch):
+    """A generation of two steps, trained on twice: TRL's steps 0 to 5 are the updates 0, 0, 1, 1, and again 0, 0."""
+    args = config(tmp_path, num_iterations=2, per_device_train_batch_size=2, max_completion_length=5)
+    args.steps_per_generation = 2
+    batch, _ = random_batch()
+    batches = [dataclasses.replace(batch, num_sequences=number) for number in range(2)]
+    found = []
+    monkeypatch.setattr(ours, "reduce_metrics", lambda *_: {})
+    monkeypatch.setattr(
+        ours, "forward_backward", lambda _, batch, *rest, **more: found.append(batch) or {"loss": (torch.zeros(()), 1)}
+    )
+    monkeypatch.setattr(ours, "rows_of", lambda batch, rows, share: batch)
+    recipe = trl_settings.make_recipe(tiny(), args)
+    for step in range(6):
+        run = SimpleNamespace(
+            accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=1), args=args, num_iterations=2,
+            model=SimpleNamespace(training=True), state=SimpleNamespace(global_step=3), loss_type=args.loss_type,
+            current_gradient_accumulation_steps=1, _step=step, _recipe=recipe, _policy=None, _log=lambda *_: None,
+            _arithmetic=nullcontext, _router_loss=lambda *_: torch.zeros(()),
+        )  # fmt: skip
+        ours.DiffusionGRPOTrainer._compute_loss(run, None, {"dllm_rl": [(batches, 0)]})
+    assert [batch.num_sequences for batch in found] == [0, 0, 1, 1, 0, 0]
+
+
 def test_truncated_completions_are_in_no_mean_over_tokens(tmp_path):
     """As in TRL, whose mask of them is 0: they count as sequences, and in the groups' mean rewards."""
     settings = {"mask_truncated_completions": True, "max_steps": 1, "num_iterations": 1}

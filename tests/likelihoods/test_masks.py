@@ -1,10 +1,20 @@
 """Ranks, strata and choices that masks are made of."""
 
+from dataclasses import replace
+
 import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.masks import block_view, coupled_views, ranks, uniform_index, uniforms_per_row
+from dllm_rl.likelihoods.masks import (
+    block_view,
+    coupled_views,
+    ranks,
+    row_generators,
+    uniform_index,
+    uniforms_per_row,
+)
+from dllm_rl.types import Rollout
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -55,3 +65,19 @@ def test_block_view_worked_by_hand():
     masked, weight = block_view(torch.ones(1, 6, dtype=torch.bool), keys, half, low, block_size=2)
     assert masked.tolist() == [[False, False, False, True, True, True]]
     assert weight.tolist() == [[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]]
+
+
+def test_the_draws_of_a_group_stay_those_of_its_first_row_in_whatever_order_its_rows_are():
+    tokens = torch.zeros(5, 2, dtype=torch.long)
+    group = torch.tensor([0, 0, 0, 1, 1])
+    rollout = Rollout(tokens, tokens == 0, tokens == 0, tokens, tokens.float(), group)
+
+    def drawn(order):
+        moved = replace(rollout.rows(torch.tensor(order)), batch_row=torch.tensor(order))
+        generators = row_generators(moved, seeded(0), per_group=True)
+        return [int(torch.randint(1 << 30, (), generator=generator)) for generator in generators]
+
+    first, second = (drawn([0, 1, 2, 3, 4])[place] for place in (0, 3))
+    assert first != second and drawn([0, 1, 2, 3, 4]) == [first] * 3 + [second] * 2
+    assert drawn([2, 1, 0, 4, 3]) == [first] * 3 + [second] * 2
+    assert drawn([4, 3, 1, 0, 2]) == [second] * 2 + [first] * 3

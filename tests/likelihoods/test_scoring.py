@@ -14,7 +14,7 @@ from dllm_rl.decoding.tokens import encode
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep, recorded
 from dllm_rl.likelihoods.packed import Packed, packed_mask
-from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.likelihoods.views import differs_in_group, each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
@@ -26,7 +26,7 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
 from dllm_rl.training.make_step import make_step
-from dllm_rl.types import Batch, Prompts, RetainedGraphs
+from dllm_rl.types import Batch, Prompts, RetainedGraphs, Rollout, Views
 
 SMALL = {
     "characters": "abcdefgh",
@@ -341,3 +341,13 @@ def test_packed_padding_rows_stay_finite():
     found = estimator.logprobs(policy, wide, estimator.draw_views(wide, torch.Generator()))
     assert found.isfinite().all()
     torch.testing.assert_close(found[:, 5:], rollout.logprobs, atol=3e-6, rtol=1e-5)
+
+
+def test_rows_that_differ_at_a_position_are_one_only_in_the_views_that_hide_it():
+    """Two rows of a group with another second token, which the first view hides, and the second view shows."""
+    tokens = torch.tensor([[3, 4, 5], [3, 6, 5]])
+    own = torch.tensor([[False, True, True]] * 2)
+    rollout = Rollout(tokens, torch.ones_like(own), own, tokens, tokens.float(), torch.zeros(2, dtype=torch.long))
+    masked = torch.tensor([[[False, True, False]] * 2, [[False, False, True]] * 2, [[False, True, True]] * 2])
+    found = differs_in_group(rollout, Views(masked, masked.float()))
+    assert found.tolist() == [[False, False], [False, True], [False, False]]

@@ -548,3 +548,19 @@ def test_a_copy_shares_what_is_frozen_and_keeps_its_precision():
     sync_weights(policy, shared)
     assert all(torch.equal(p, before[name]) for name, p in policy.module.named_parameters())
     assert policy.module.model.embed_tokens.weight is not shared.module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("v_proj", "up_proj")])
+def test_layers_of_one_shape_with_and_without_adapters_are_synced_apart(targets):
+    policy = llada()
+    add_lora(policy, Lora(r=4, targets=targets))
+    rollout = quantized_copy(policy, quantize.Int8WeightOnly())
+    before = contents(rollout.module)
+    with torch.no_grad():
+        for name, parameter in policy.module.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    policy.weights_version += 1
+    sync_weights(policy, rollout)
+    assert not equal(contents(rollout.module), before)
+    assert equal(contents(rollout.module), contents(quantized_copy(policy, quantize.Int8WeightOnly()).module))

@@ -174,6 +174,8 @@ def test_accept_by_hand():
     entropies = torch.tensor([[0.5, 0.1, 0.3]])
     for bound, wanted in ((0.05, [0, 1, 0]), (0.2, [0, 1, 1]), (0.45, [1, 1, 1])):
         assert accept(entropies, bound).int().tolist() == [wanted]
+    assert accept(torch.ones(1, 4), 1.0).int().sum() == 2  # the bound itself is allowed
+    assert accept(torch.zeros(1, 4), 0.0).all()
 
 
 def test_watched_it_shows_the_canvas_in_motion():

@@ -121,6 +121,13 @@ def test_a_tied_head_that_is_lost(causal_folder):
     assert found["load"][0] == "ok" and verdict == "wrong" and "set tie_word_embeddings to true" in shown
 
 
+def test_an_update_that_reaches_no_weight_of_the_copy(trained, monkeypatch):
+    """Then the copy is that of the learner, and says nothing about the sync."""
+    monkeypatch.setattr(learning, "made_up_update", lambda learner, *_: None)
+    verdict, shown = checked(trained, "sync")["sync"]
+    assert verdict == "wrong" and "the update did not reach the copy" in shown
+
+
 def test_a_quantized_copy_that_is_not_synced(trained, monkeypatch):
     monkeypatch.setattr(learning, "sync_weights", lambda learner, copy: {})
     verdict, shown = checked(trained, "sync")["sync"]

@@ -113,3 +113,15 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     saving.checkpoint_if_due(run, {})
     assert log.entered == ""
+
+
+def test_of_a_run_that_saves_adapters_alone_the_last_and_the_best_checkpoint_have_full_weights():
+    """The best one only if the run loads it at its end."""
+
+    def merged(step, best_step, loads_best, stop_reason=None):
+        recipe = SimpleNamespace(saves_only_adapters=True, num_steps=9, load_best_model_at_end=loads_best)
+        run = SimpleNamespace(recipe=recipe, control=SimpleNamespace(stop_reason=stop_reason))
+        return saving.is_merged(run, SimpleNamespace(step=step, best_step=best_step))
+
+    assert merged(4, 4, True) and not merged(4, 4, False) and not merged(4, 2, True)
+    assert merged(9, 2, True) and merged(9, 2, False) and merged(4, 2, False, "enough")

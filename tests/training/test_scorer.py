@@ -18,6 +18,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import (
     active_rows,
+    draw_view_sets,
     inverse_sampling_weights,
     metric_weights,
     rollout_logprob_source,
@@ -123,3 +124,26 @@ def test_each_step_measures_other_groups(tmp_path):
     assert drawn == [metric_weights(recipe, still, step)[3::4].tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
     assert all(any(weights[group] for weights in drawn) for group in range(8))
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.1}, {}])
+def test_a_row_without_a_reward_is_never_trained(tmp_path, changes):
+    rewards = torch.tensor([1.0, torch.nan, 0.0, torch.nan, torch.nan])
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0])
+    samples = Samples(NO_ROWS, torch.tensor([0, 0, 0, 1, 1]), rewards, advantages, advantages, (5,))
+    recipe = tiny_recipe(tmp_path, **changes)
+    for all_groups in (False, True):
+        found = active_rows(recipe, samples, all_groups=all_groups)
+        assert found.tolist() == [True, False, True, False, False]
+
+
+def test_later_sets_of_masks_score_all_groups_if_a_feature_trains_them(tmp_path):
+    recipe = tiny_recipe(tmp_path, num_iterations=2, likelihood=Coupled())
+    policy = recipe.model()
+    rollout = recipe.sampler(policy, encode(policy, [recipe.task[i] for i in range(2)]), generator_for(0))
+    advantages = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    samples = Samples(rollout, torch.arange(2), advantages, advantages, torch.ones(2), (2,))
+    for all_groups in (False, True):
+        sets = draw_view_sets(recipe, samples, 0, Accelerator(cpu=True), all_groups=all_groups)
+        scored = [(views.coefficients != 0).any(-1).any(0).tolist() for views in sets]
+        assert scored == [[True, True], [True, all_groups]]
