@@ -96,7 +96,6 @@ def shuffled(noise, rollout):
 TIMES = count(1)
 BROKEN = {
     "global generator": drawing(global_noise),
-    "written to": drawing(lambda n, r: (r.tokens.fill_(4), n)[1]),
     "same seed": drawing(lambda n, r: replace(n, coefficients=n.coefficients * next(TIMES))),
     "keep the masks": overriding(lik.ELBO(), with_advantages=lambda self, n, a: Views(~n.masked, n.coefficients)),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),

@@ -156,7 +156,7 @@ ROWS = task_from_dataset([{"prompt": "1="}, {"prompt": "2=", "answer": "2"}], re
 PLACES = {
     "rows of a data set": ({"validation_task": ROWS, "eval_task": ROWS}, "lenght", "half, length, parsed, reward;"),
     "a part of the reward": ({"validation_task": ROWS}, "length/mean", "half, length, parsed, reward"),
-    "a task of the library": ({}, "cell_accurcy", "cell_accuracy, parsed, .*; the nearest is 'cell_accuracy'"),
+    "a task of the library": ({}, "cell_accurcy", "cell_accuracy, .*parsed, .*; the nearest is 'cell_accuracy'"),
     "a protocol": ({"validation_task": under_protocol(Sudoku(split="test", size=2), "d1")}, "accuracy", "parsed"),
 }  # fmt: skip
 
