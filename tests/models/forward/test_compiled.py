@@ -186,7 +186,8 @@ def test_calls_of_a_compiled_block():
             for layer in compiled.module.modules():
                 if isinstance(layer, PlainLinear):
                     layer.__class__ = torch.nn.Linear
-            torch.testing.assert_close(compiled.hidden(*CALL), states, rtol=0.05, atol=0.05)  # another graph
+            apart = (compiled.hidden(*CALL) - states).float()  # another graph, which rounds otherwise
+            assert apart.norm() < 0.05 * states.float().norm()
     assert max(calls.values()) < 1.1 * calls[None] < 475 / 3
 
 
