@@ -61,8 +61,17 @@ def deterministic() -> Iterator[None]:
 GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
 
 
+# Functions of single elements that a CPU computes in vectors, and the last elements of a tensor in another way.
+ELEMENTWISE = {
+    *(F.silu, F.gelu, F.mish, F.softplus, F.elu),
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("exp", "log", "sigmoid", "tanh")),
+}
+
+
 class BatchInvariantOps(TorchFunctionMode):
-    """Runs linear layers in tiles of TILE rows, the last tile filled with zeros, and attention row by row."""
+    """Runs linear layers in tiles of TILE rows, the last tile filled with zeros, attention row by row, and functions of
+    single elements on a number of elements that fills all vectors.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -83,6 +92,8 @@ class BatchInvariantOps(TorchFunctionMode):
             return torch.cat([torch.matmul(left, right) for left, right in pairs])
         if func is torch.matmul and args[1].dim() == 2:  # self-conditioning: probabilities times embeddings
             return self.linear(args[0], args[1].T)
+        if func in ELEMENTWISE and not kwargs.get("inplace") and "out" not in kwargs:
+            return self.elementwise(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,6 +101,11 @@ class BatchInvariantOps(TorchFunctionMode):
         filled = F.pad(rows, (0, 0, 0, -len(rows) % TILE))  # fill up the last tile
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(TILE)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
+
+    def elementwise(self, func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        elements = input.reshape(-1)
+        filled = F.pad(elements, (0, -len(elements) % TILE))
+        return func(filled, *args, **kwargs)[: len(elements)].view(input.shape)
 
     def grouped(
         self, input: Tensor, weight: Tensor, *, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None

@@ -285,3 +285,14 @@ def test_a_kernel_that_looks_at_the_batch_is_given_one_row_at_a_time(monkeypatch
     torch.testing.assert_close(call(shaky, q, k, v, mask[:1]), attention(q, k, v, mask[:1]))  # one mask for all rows
     torch.testing.assert_close(call(shaky_product, q, k.mT), scores)
     assert sizes == [1] * 12
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu, F.mish, torch.exp, torch.Tensor.exp, torch.log, torch.sigmoid])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_element_does_not_depend_on_its_place(function, dtype):
+    """A CPU computes the last elements of a tensor, which fill no vector, in another way."""
+    values = torch.rand(200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with batch_invariant():
+        whole = function(values)
+        assert all(torch.equal(function(values[:length]), whole[:length]) for length in range(1, 200))
+    torch.testing.assert_close(whole, function(values))

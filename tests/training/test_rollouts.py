@@ -50,11 +50,11 @@ PROMPTS = Prompts.from_ids(
 )
 
 
-def assert_same(one: Rollout, other: Rollout) -> None:
+def assert_same(one: Rollout, other: Rollout, *, exact: bool = True) -> None:
     for (name, a), (same, b) in zip(fields_of(one), fields_of(other), strict=True):
         assert name == same
         if isinstance(a, Tensor):
-            close = a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=1e-5)
+            close = not exact and a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=1e-5)
             assert torch.equal(a, b) or close, name
         elif name != "forwards":
             assert a == b, name
@@ -72,16 +72,16 @@ def sampled(sampler, policy, rows: int) -> Rollout:
 )
 @pytest.mark.repeated(first_only=True)
 def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
-    """Rows end early, at different times; the filters keep different numbers of tokens. Sums of other numbers of rows
-    may round in the last bit."""
-    family = how.split(",")[0]
+    """Rows end early, at different times; the filters keep different numbers of tokens. Elsewhere than with full
+    attention rows leave a batch at different times, and sums may round in the last bit."""
+    family, exact = how.split(",")[0], how == "dream"
     policy = load_policy(checkpoint(tmp_path, family))
     options = {"max_new_tokens": 8, "temperature": 1.2, "top_p": 0.8, "suppress": (0, 1)}
     sampler = Autoregress(**options) if family == "llama" else Unmask(**options)
     if how == "sdar, cached":
         sampler = sampler.replace(cache=BlockCache())
     whole = sampled(sampler, policy, 8)
-    assert_same(whole, sampled(sampler, policy, rows))
+    assert_same(whole, sampled(sampler, policy, rows), exact=exact)
     lengths = whole.completion_mask.sum(-1)
     assert len(lengths.unique()) > 1 or family == "dream"
 
@@ -133,7 +133,7 @@ def test_a_step_of_a_run(tmp_path, make):
         assert max(rows) <= (size or 12)
         rows.clear()
     for rollout, rewards in seen[1:]:
-        assert_same(seen[0][0], rollout)
+        assert_same(seen[0][0], rollout, exact=False)
         assert torch.equal(seen[0][1], rewards)
 
 
