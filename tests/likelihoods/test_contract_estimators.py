@@ -83,6 +83,12 @@ def drawing(change):
     return overriding(base, draw_views=lambda self, r, generator: change(base.draw_views(r, generator), r))
 
 
+def of_the_library(draw_views):
+    """Views of a class that gets the rollout itself, as the library's own classes do, and not a copy."""
+    draw_views.__module__ = "dllm_rl.likelihoods"
+    return overriding(lik.ELBO(num_samples=3), draw_views=draw_views)
+
+
 def global_noise(noise, rollout):
     torch.rand(1)
     return noise
@@ -96,6 +102,7 @@ def shuffled(noise, rollout):
 TIMES = count(1)
 BROKEN = {
     "global generator": drawing(global_noise),
+    "written to": of_the_library(lambda self, r, g: (lik.ELBO.draw_views(self, r, g), r.tokens.fill_(4))[0]),
     "same seed": drawing(lambda n, r: replace(n, coefficients=n.coefficients * next(TIMES))),
     "keep the masks": overriding(lik.ELBO(), with_advantages=lambda self, n, a: Views(~n.masked, n.coefficients)),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),

@@ -26,7 +26,7 @@ from dllm_rl import (
 )
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
 from dllm_rl.models.tiny import tiny_moe
-from dllm_rl.training import finish, hooks, trainer
+from dllm_rl.training import hooks, trainer, validation
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -624,12 +624,12 @@ def test_a_policy_in_memory_is_loaded_from_the_checkpoints_of_its_run(tmp_path, 
 @pytest.mark.slow
 def test_a_quantized_copy_in_bf16_is_evaluated_in_the_arithmetic_of_rollouts(tmp_path, monkeypatch):
     """Its weights are in bf16; a module that adds a buffer in fp32 computes with them under autocast alone."""
-    seen, evaluate_with = [], finish.evaluate_with
+    seen, evaluation_of = [], validation.evaluation_of
 
     def evaluated(recipe, policy, task, accelerator):
         seen.append((next(policy.module.parameters()).dtype, torch.is_autocast_enabled("cpu")))
-        return evaluate_with(recipe, policy, task, accelerator)
+        return evaluation_of(recipe, policy, task, accelerator)
 
-    monkeypatch.setattr(finish, "evaluate_with", evaluated)
+    monkeypatch.setattr(validation, "evaluation_of", evaluated)
     run(tmp_path, num_steps=1, bf16=True, rollout_quantization=FakeQuantize())
-    assert seen == [(torch.bfloat16, True)]  # the learner's evaluation goes another way, as it is stored
+    assert seen == [(torch.float32, False), (torch.float32, False), (torch.bfloat16, True)]  # before RL, and after

@@ -252,13 +252,6 @@ def arms_of_part(results: Results, part: str) -> str:
     return markdown(rows)
 
 
-def tables_of_parts() -> dict[str, str]:
-    results = by_arm(read_json(STORED))
-    tables = {part: arms_of_part(results, part) for part in PARTS if whole_seeds(results, part)}
-    found = families(results)
-    return tables | {f"{part}: claims": markdown(verdict_rows(found[part], said)) for part in tables}
-
-
 def report(results: Results) -> str:
     """How much is there; what the arms of each part solve; the claims of parts that have all seeds, and else what is
     known of them."""

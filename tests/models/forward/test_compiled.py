@@ -166,11 +166,25 @@ def test_a_graph_takes_plain_tensors(monkeypatch, whole):
     assert all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, torch.Tensor))
 
 
+@pytest.mark.parametrize("scheme", [schemes.Float8WeightOnly(), EMULATED], ids=str)
+@torch.no_grad()
+def test_a_compiled_forward_has_the_bits_of_quantized_tensors(monkeypatch, scheme):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    policy = tiny_llama(**SIZES, causal=False, head_std=0.3)
+    policy.module.to(torch.bfloat16)
+    compiled = quantized_copy(policy, scheme)
+    compile_blocks(compiled)
+    states = compiled.hidden(*CALL)
+    layers = [layer for layer in compiled.module.modules() if isinstance(layer, PlainLinear)]
+    for layer in layers:
+        layer.__class__ = torch.nn.Linear
+    assert layers and torch.equal(compiled.hidden(*CALL), states)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_calls_of_a_compiled_block():
-    """Before forwards were one graph, a block took 475 calls in bf16, 679 and 691 in FP8; the results are those with
-    quantized tensors as inputs, to rounding."""
+    """Before forwards were one graph, a block took 475 calls in bf16, 679 and 691 in FP8."""
     num_blocks, calls = 4, {}
     policy = tiny_masked_lm(characters="12345678=", num_layers=num_blocks)
     policy.module.to(torch.bfloat16)
@@ -178,17 +192,11 @@ def test_calls_of_a_compiled_block():
         compiled = quantized_copy(policy, scheme)
         compile_blocks(compiled)
         for _ in range(3):
-            states = compiled.hidden(*CALL)
+            compiled.hidden(*CALL)
         with cProfile.Profile() as profile:
             compiled.hidden(*CALL)
         calls[scheme] = pstats.Stats(profile).total_calls / num_blocks
-        if scheme is EMULATED:
-            for layer in compiled.module.modules():
-                if isinstance(layer, PlainLinear):
-                    layer.__class__ = torch.nn.Linear
-            apart = (compiled.hidden(*CALL) - states).float()  # another graph, which rounds otherwise
-            assert apart.norm() < 0.05 * states.float().norm()
-    assert max(calls.values()) < 1.1 * calls[None] < 475 / 3
+    assert max(calls.values()) < min(1.1 * calls[None], 475 / 3)  # the counts differ a little between versions of torch
 
 
 def sampled(policy, cache, prompts, width=24):
