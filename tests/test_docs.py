@@ -144,12 +144,12 @@ def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
 
 
 def all_weights():
-    """The options of `$ALL` of docs/train.md, in words."""
-    return re.search(r'^    ALL="(.*)"$', (DOCS / "train.md").read_text(), re.MULTILINE)[1].split()
+    """The options of `$ALL` of docs/large-models.md, in words."""
+    return re.search(r'^    ALL="(.*)"$', (DOCS / "large-models.md").read_text(), re.MULTILINE)[1].split()
 
 
 def mine(folder, monkeypatch):
-    """What mine.py of docs/train.md leaves, with 400 problems."""
+    """What mine.py of docs/large-models.md leaves, with 400 problems."""
     rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(400)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -272,8 +272,8 @@ def run_example(heading, folder, monkeypatch, name="example"):
 
 
 def in_the_guide(printed):
-    """Whether docs/extend.md shows these lines as what an example prints."""
-    return "".join(f"    {line}\n" for line in printed.splitlines()) in (DOCS / "extend.md").read_text()
+    """Whether docs/extend-objective.md shows these lines as what an example prints."""
+    return "".join(f"    {line}\n" for line in printed.splitlines()) in (DOCS / "extend-objective.md").read_text()
 
 
 @pytest.mark.nightly
@@ -405,7 +405,7 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():
 
 
 def test_what_the_librarys_losses_do_in_these_checks():
-    """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/extend.md)."""
+    """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/extend-objective.md)."""
     from dllm_rl.algorithms import losses
     from dllm_rl.algorithms.correctors import FunctionCorrector
     from dllm_rl.testing.enumeration import gradient_table
@@ -541,7 +541,7 @@ def test_engines_of_ones_own_keep_the_contract():
 
 @pytest.mark.nightly  # the shapes of 8 billion weights: 10 s for each plan
 def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypatch, capsys):
-    recipe, page = mine(tmp_path, monkeypatch)["recipe"], (DOCS / "train.md").read_text()
+    recipe, page = mine(tmp_path, monkeypatch)["recipe"], (DOCS / "large-models.md").read_text()
     made = {}
     for gpus, options, *numbers in re.findall(
         r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE
@@ -585,7 +585,7 @@ def test_the_plans_of_llada_8b_are_those_that_the_readme_shows():
     slower = f"an RTX 4090 about six times, for example {6 * rows[3][-1]} hours in the row of 24 GB"
     assert slower in text
     ours, d1 = (f"{peak}, {hours} h for 1,000 steps" for _, peak, hours in (rows[0], rows[-1]))
-    assert f"| {ours} | {d1};" in (DOCS / "train.md").read_text()
+    assert f"| {ours} | {d1};" in (DOCS / "large-models.md").read_text()
 
 
 @pytest.mark.nightly  # as above
@@ -628,7 +628,7 @@ def test_the_memory_of_a_large_esm_is_that_of_the_page(tmp_path, capsys):
 
 @pytest.mark.nightly
 def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch, capsys):
-    """What docs/extend.md says that its example prints, and which claims of its table hold for whom."""
+    """What docs/extend-objective.md says that its example prints, and which claims of its table hold for whom."""
     made = run_example("Is my estimator right?", tmp_path, monkeypatch)
     assert in_the_guide(capsys.readouterr().out)
     examples = importlib.import_module("recipes.examples.control_variates")
@@ -712,7 +712,7 @@ def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outs
 
 
 def test_one_number_per_completion_has_the_gradient_of_its_row():
-    """docs/extend.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens that a view scores, under
+    """docs/extend-objective.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens that a view scores, under
     `GSPO` (exp of S over all tokens) and `EBPO` (exp of S), against the objective written once per row."""
     from dllm_rl.testing.enumeration import ToyPolicy, contributions
     from recipes.studies.likelihoods.surrogates import EBPO

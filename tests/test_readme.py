@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dllm_rl
 
-FILES = README.parent / "docs" / "train.md"
+FILES = README.parent / "docs" / "runs.md"
 
 
 def test_ci_runs_the_readmes_test_command():

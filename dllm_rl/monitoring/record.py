@@ -64,7 +64,7 @@ class RunRecord:
         return learning_problems(self.rows)
 
     def line(self) -> str:
-        """Return the last step in a line, which docs/train.md explains; "" before the first step."""
+        """Return the last step in a line, which docs/runs.md explains; "" before the first step."""
         if not self.rows:
             return ""
         row = self.rows[-1]

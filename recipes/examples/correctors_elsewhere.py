@@ -1,4 +1,4 @@
-"""The correctors and mismatch metrics alone, in a training loop that is not this library's (docs/extend.md).
+"""The correctors and mismatch metrics alone, in a training loop that is not this library's (docs/extend-objective.md).
 
 `dllm_rl.algorithms` needs torch and nothing of transformers, accelerate, torchao or peft. Whatever samples and trains,
 give it three tensors of a batch: the log-probs of the learner, those of the policy that sampled, and a mask.

@@ -1,4 +1,4 @@
-"""An order of your own with a probability: a score with Gumbel noise (docs/extend.md).
+"""An order of your own with a probability: a score with Gumbel noise (docs/extend-sampler.md).
 
 python -m recipes.examples.noisy_order
 """

@@ -1,4 +1,4 @@
-"""A corrector of your own, and its checks (docs/extend.md); on a recipe's command line
+"""A corrector of your own, and its checks (docs/extend-objective.md); on a recipe's command line
 `--corrector recipes.examples.own_corrector.Doubt --corrector.width 0.3`.
 
 python -m recipes.examples.own_corrector

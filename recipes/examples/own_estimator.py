@@ -1,4 +1,4 @@
-"""A likelihood estimator of your own, and its check (docs/extend.md).
+"""A likelihood estimator of your own, and its check (docs/extend-objective.md).
 
 python -m recipes.examples.own_estimator
 """

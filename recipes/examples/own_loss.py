@@ -1,4 +1,4 @@
-"""A loss of your own, and its three checks (docs/extend.md).
+"""A loss of your own, and its three checks (docs/extend-objective.md).
 
 python -m recipes.examples.own_loss
 """

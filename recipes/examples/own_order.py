@@ -1,4 +1,4 @@
-"""An order of your own: a rank and a commit rule, and the check of their likelihood (docs/extend.md).
+"""An order of your own: a rank and a commit rule, and the check of their likelihood (docs/extend-sampler.md).
 
 python -m recipes.examples.own_order
 """

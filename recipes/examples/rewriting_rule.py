@@ -1,4 +1,4 @@
-"""A commit rule that draws written tokens beside new ones again (docs/extend.md).
+"""A commit rule that draws written tokens beside new ones again (docs/extend-sampler.md).
 
 python -m recipes.examples.rewriting_rule
 """

@@ -402,7 +402,7 @@ def test_dense_and_expert_layers_of_llada_moe_have_their_own_width():
 
 
 def test_another_class_name_in_a_known_layout_is_three_lines(tmp_path, monkeypatch):
-    """docs/extend.md: a LLaDA of one's own, with another mask token."""
+    """docs/extend-model.md: a LLaDA of one's own, with another mask token."""
     config, state = ORIGINAL["llada"]()
     folder = write(tmp_path, config | {"architectures": ["MyDiffusionLM"], "mask_token_id": 7}, state)
     with pytest.raises(ValueError, match="MyDiffusionLM"):
