@@ -1,4 +1,4 @@
-"""A loss with a detached part, sg(min(r, max_ratio)) A log r, and its checks, which docs/extend-objective.md explains."""
+"""A loss with a detached part, sg(min(r, max_ratio)) A log r, and its checks (docs/extend-objective.md)."""
 
 import torch
 
