@@ -712,8 +712,8 @@ def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outs
 
 
 def test_one_number_per_completion_has_the_gradient_of_its_row():
-    """docs/extend-objective.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens of a view, under `GSPO`
-    (exp of S over all tokens) and `EBPO` (exp of S), against the objective written once per row."""
+    """docs/extend-objective.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens of a view, under
+    `GSPO` (exp of S over all tokens) and `EBPO` (exp of S), against the objective written once per row."""
     from dllm_rl.testing.enumeration import ToyPolicy, contributions
     from recipes.studies.likelihoods.surrogates import EBPO
 
