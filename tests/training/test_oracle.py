@@ -510,7 +510,7 @@ def test_a_killed_run_pays_for_no_text_twice_and_gives_the_same_result(tmp_path)
 @pytest.mark.slow
 def test_the_page_trains_esm_on_a_score(tmp_path, monkeypatch, capsys):
     """Its code as it is printed, with a small ESM-2 and two steps: sequences keep scaffold and length, 4 x 8 a step."""
-    page = (Path(__file__).parents[2] / "docs" / "protein-dna.md").read_text()
+    page = (Path(__file__).parents[2] / "recipes" / "protein-dna.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0]
     words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
     (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
