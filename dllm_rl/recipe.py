@@ -68,9 +68,6 @@ class Recipe(StepSettings):
     )
     sft_warmup_batch_size: int = option(default=64, help="prompts per warm-up step, over all processes", at_least=1)
     sft_warmup_learning_rate: float = option(default=2e-3, help="learning rate of the warm-up", above=0)
-    sft_warmup_corruption: float = option(
-        default=0.0, help="share of the visible tokens that the warm-up replaces by random ones", at_least=0, below=1
-    )
     sft_warmup_target: float = option(
         default=1.0, help="end the warm-up when sft_warmup_metric on validation_task reaches this value"
     )

@@ -25,10 +25,9 @@ def documented(record: type) -> str:
     return "\n".join(lines)
 
 
-def best_rule(metric: str | None, greater_is_better: bool | None) -> tuple[str | None, bool]:
-    """Return the name of `metric_for_best_model` in the evaluations, and whether a larger value is better."""
-    name = metric and metric.removeprefix("eval/").removeprefix("eval_")
-    return name, not str(name).endswith("loss") if greater_is_better is None else greater_is_better
+def best_metric(metric: str | None) -> str | None:
+    """Return the name of `metric_for_best_model` in the evaluations: without `eval/` or transformers' `eval_`."""
+    return metric and metric.removeprefix("eval/").removeprefix("eval_")
 
 
 def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
@@ -47,7 +46,6 @@ class Settings(Record):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         default="float32", help="dtype of weights loaded from a path; auto: the stored dtype"
     )
-    float32_head: bool = option(default=True, help="compute logits in fp32 if the model computes in 16 bits")
     base_quantization: Literal["nf4", "int8"] | None = option(
         default=None, help="load the checkpoint's weights in this bitsandbytes format and freeze them; needs lora"
     )
@@ -89,23 +87,15 @@ class Settings(Record):
     )
     save_steps: int = option(default=50, help="steps between checkpoints", at_least=1)
     save_total_limit: int = option(default=2, help="newest checkpoints to keep, beside the best one", at_least=1)
-    save_merged: bool = option(
-        default=False, help="with lora on a path: store merged weights in every checkpoint; False: only in the last"
-    )
     metric_for_best_model: str | None = option(
-        default=None, help="metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss"
-    )
-    greater_is_better: bool | None = option(
-        default=None, help="whether metric_for_best_model should be high; None: yes, unless its name ends in loss"
+        default=None,
+        help="metric of the evaluations that selects the best checkpoint, the highest, or the lowest if the name ends "
+        "in loss",
     )
     load_best_model_at_end: bool = option(
         default=False, help="evaluate and return the best checkpoint instead of the last weights"
     )
     callbacks: Any = option(default=(), help="dllm_rl.Callback objects")
-    verify_checkpoint: Literal["full", "quick"] = option(
-        default="full",
-        help="what to verify of a checkpoint: full: every byte; quick: size and start of files over 1 MiB",
-    )
     stop_seconds: float = option(
         default=20.0,
         help="seconds after a stop signal in which the step may begin its updates; else the last update is saved",
@@ -135,12 +125,12 @@ class Settings(Record):
     @property
     def best_metric(self) -> str | None:
         """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
-        return best_rule(self.metric_for_best_model, self.greater_is_better)[0]
+        return best_metric(self.metric_for_best_model)
 
     @property
     def saves_only_adapters(self) -> bool:
         """Whether checkpoints before the last one have only adapters. Their base must be in a folder or on the hub."""
-        return self.lora is not None and isinstance(self.model, str) and not self.save_merged
+        return self.lora is not None and isinstance(self.model, str)
 
     @property
     def evaluated_metrics(self) -> dict[str, str]:
@@ -156,8 +146,8 @@ class Settings(Record):
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
-        _, greater_is_better = best_rule(self.metric_for_best_model, self.greater_is_better)
-        return math.isfinite(value) and (best is None or (value > best if greater_is_better else value < best))
+        is_loss = str(self.best_metric).endswith("loss")
+        return math.isfinite(value) and (best is None or (value < best if is_loss else value > best))
 
     @property
     def trackers(self) -> list[str]:

@@ -13,7 +13,7 @@ from dllm_rl.checkpoints.resume import check_names, check_recipe, default_settin
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import flush, lock, recover, remove
-from dllm_rl.settings import Settings, best_rule
+from dllm_rl.settings import Settings, best_metric
 
 Train = TypeVar("Train", bound=Callable[..., Any])
 
@@ -129,11 +129,9 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             )
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
-    is_quick = recipe.verify_checkpoint == "quick"
     folder = checkpoint.locate(
         recipe.resume_from_checkpoint,
         directory / "checkpoints",
-        quick=is_quick,
         unread=None if recipe.lora is None else "model*.safetensors",  # with adapters, full weights are not read
         compare=partial(check_recipe, recipe),
         say=notes.append,
@@ -143,7 +141,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     state = TrainingState.read(folder)
     # The checkpoint has the digest of the reference policy's manifest.
     reference = directory / "reference"
-    if state.reference is not None and manifest.verify(reference, quick=is_quick)["sha256"] != state.reference:
+    if state.reference is not None and manifest.verify(reference)["sha256"] != state.reference:
         raise ValueError(f"{reference} belongs to another run than the checkpoint; restore the folder of this run")
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, since the resumed run will not use it: {path}")
@@ -160,9 +158,8 @@ def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str
     if state.best_step is None:
         return None
     before = default_settings(type(recipe)) | state.recipe
-    rule_before = best_rule(before["metric_for_best_model"], before["greater_is_better"])
-    if best_rule(recipe.metric_for_best_model, recipe.greater_is_better) != rule_before:
-        return "metric_for_best_model or greater_is_better has changed"
+    if recipe.best_metric != best_metric(before["metric_for_best_model"]):
+        return "metric_for_best_model has changed"
     for name in ("validation_task", "eval_sampler", "eval_dataset", "eval_split"):
         if name in before and recipe.settings()[name] != before[name]:
             return f"{name} has changed"

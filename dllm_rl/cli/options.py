@@ -152,8 +152,8 @@ def open_policy(
 ) -> "Policy":
     """Load the policy of `model` (default: arguments.model) in --dtype, on `device` (default: --device).
 
-    `arguments.checkpoint` is set to the folder of the loaded checkpoint. Logits are computed as in the run of `model`
-    or as the custom policy says, or with `half_head` in 16 bits.
+    `arguments.checkpoint` is set to the folder of the loaded checkpoint. Logits are computed in fp32 or
+    as the custom policy says, or with `half_head` in 16 bits.
     """
     import torch
 
@@ -181,7 +181,6 @@ def open_policy(
         if arguments.dtype != "auto":
             policy.module.to(getattr(torch, arguments.dtype))
         policy = policy.to(device)
-    recipe = recipe_of(model)
-    if half_head or (recipe is not None and recipe.get("float32_head") is False):
+    if half_head:
         policy.float32_head = False
     return policy

@@ -29,7 +29,7 @@ PER_STEP = {MISMATCH: "mismatch, nats a token", ESS: "effective sample size", "s
 VISIBLE_MISMATCH = 1e-3  # nats a token; a picture of runs below it needs no panels of mismatch and ESS
 # Settings in which the seeds of one arm may differ. The others of MAY_CHANGE change what is trained, or what is kept.
 OF_ONE_RUN = MAY_CHANGE - {"num_steps", "lr_schedule_steps", "max_prompt_length", "callbacks", "num_mismatch_groups"}
-OF_ONE_RUN -= {"metric_for_best_model", "greater_is_better", "load_best_model_at_end"}
+OF_ONE_RUN -= {"metric_for_best_model", "load_best_model_at_end"}
 OF_ONE_RUN |= {"seed", "name"}
 MAX_SETTINGS = 8  # that differ between arms and are shown
 STYLES = (  # of the arms in the picture

@@ -175,7 +175,7 @@ class ModulePolicy:
         if output is None and next(self.module.parameters()).dtype in HALF:
             raise ValueError(
                 f"float32_head=True needs to know the output layer of {kind}, which is in 16 bits; give it a method "
-                "get_output_embeddings(), or set float32_head=False"
+                "get_output_embeddings(), or set policy.float32_head = False"
             )
         if output is not None and output.weight.dtype in HALF:
             with projected_in_float32(output):  # layers of the head before the projection stay in 16 bits
@@ -183,7 +183,7 @@ class ModulePolicy:
             if logits.dtype in HALF:
                 raise ValueError(
                     f"the output layer of {kind} does not compute torch.nn.functional.linear(x, weight), which "
-                    "float32_head=True replaces; set float32_head=False"
+                    "float32_head=True replaces; set policy.float32_head = False"
                 )
             return logits
         if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):

@@ -140,7 +140,6 @@ def build_policy(recipe: AnyRecipe, device: torch.device) -> Policy:
     """Load or build the recipe's `model`: load a checkpoint, copy a policy, or call a function."""
     if isinstance(recipe.model, str):
         load_options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
-        load_options["verify_checkpoint"] = recipe.verify_checkpoint
         policy: Policy = load_policy(recipe.model, device=device, **load_options)
     elif isinstance(recipe.model, Policy):
         policy = copied(recipe.model).to(device)  # the caller's policy stays unchanged
@@ -185,14 +184,13 @@ def call_model_function(model: Callable[..., Policy], seed: int, *, dry_run: boo
 
 
 def apply_compute_settings(recipe: AnyRecipe, policy: Policy) -> Policy:
-    """Set the recipe's compute settings (fp32 logits, checkpointing) on the policy and return it.
+    """Set the recipe's compute settings (checkpointing, compiled blocks) on the policy and return it.
 
     Raises:
         ValueError: The policy does not support a setting, or the setting is only for a checkpoint that is loaded.
     """
     if not isinstance(recipe.model, str):
         check_given_weights(recipe, policy)
-    policy.float32_head = recipe.float32_head
     policy.gradient_checkpointing = recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):

@@ -71,7 +71,8 @@ def rehearse(
         seeds = row_seeds(generator_for(*key), recipe.num_generations)
         rollout, answers, _ = sample_and_grade(context, [problem], [recipe.num_generations], seeds, key)
         for drawn in drawn_problems(recipe, learner):
-            check_warmup(learner, drawn, recipe.max_new_tokens, corruption=recipe.sft_warmup_corruption)
+            # Raises ValueError if the problem has no solution to learn from.
+            solution_examples(learner, [drawn], max_new_tokens=recipe.max_new_tokens)
         check_validation_metrics(recipe, answers[0])
         if recipe.teacher is not None:
             # The student also plays the teacher, which is not loaded yet.
@@ -121,18 +122,6 @@ def made_up_samples(context: StepContext, rollout: Rollout) -> Samples:
     advantages = torch.where(any_in_group(advantages != 0, all_groups), advantages, both_signs)[: len(group)]
     weights = torch.ones(len(group), dtype=torch.double)
     return Samples(rollout, group, advantages, advantages, weights, (generations,) * processes)
-
-
-def check_warmup(policy: Policy, problem: Problem, max_new_tokens: int, *, corruption: float) -> None:
-    """Raise ValueError if the problem has no solution to learn from, or the policy cannot be trained with
-    `corruption`.
-    """
-    solution_examples(policy, [problem], max_new_tokens=max_new_tokens)
-    if corruption and policy.spec.attention == "encoder_decoder":
-        raise ValueError(
-            f"sft_warmup_corruption={corruption} replaces tokens beside masks, and the noise of "
-            f"{policy.spec.name!r} is replaced tokens already; use 0"
-        )
 
 
 def check_validation_metrics(recipe: Recipe, answer: GradedCompletion) -> None:

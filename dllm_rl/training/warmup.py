@@ -41,7 +41,6 @@ def warm_up(
         policy=policy,
         processes=accelerator,
         micro_batch_size=recipe.micro_batch_size,
-        corruption=recipe.sft_warmup_corruption,
         bf16=recipe.bf16,
         like_rollouts=True,
         max_grad_norm=recipe.max_grad_norm,

@@ -79,7 +79,7 @@ def test_the_commands_take_a_checkpoint_of_adapters(run, capsys):
 def test_a_resume_goes_on_from_adapters_and_leaves_merged_weights_unread(run, tmp_path, monkeypatch):
     copy = shutil.copytree(run / "run", tmp_path / "run")
     shutil.rmtree(copy / "checkpoints/step-000002")
-    resumed = recipe(copy, run / "base", dtype="bfloat16", resume_from_checkpoint="latest", save_merged=True)
+    resumed = recipe(copy, run / "base", dtype="bfloat16", resume_from_checkpoint="latest")
     train(resumed)
     again, before = (weights_of(r / "checkpoints/step-000002", dtype="auto") for r in (copy, run / "run"))
     assert all(torch.equal(again[name], before[name]) for name in before)
@@ -123,7 +123,7 @@ def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
 
 
 def test_after_a_warm_up_the_base_is_the_runs_own(run, tmp_path):
-    train(recipe(tmp_path / "run", run / "base", sft_warmup_steps=1, num_steps=1, save_merged=True))
+    train(recipe(tmp_path / "run", run / "base", sft_warmup_steps=1, num_steps=1))
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
     last = moved / "checkpoints/step-000001"
     merged, alone = weights_of(last), weights_of(last / "adapter")

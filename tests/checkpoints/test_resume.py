@@ -87,7 +87,7 @@ def test_only_the_folders_of_the_script_are_left_out_of_a_name(tmp_path, monkeyp
 MAY_CHANGE = {
     **{"output_dir": "elsewhere", "resume_from_checkpoint": "latest", "overwrite_output_dir": True, "dry_run": True},
     **{"eval_steps": 1, "eval_batch_size": 2, "num_mismatch_groups": 3},
-    **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick"},
+    **{"save_steps": 7, "save_total_limit": 3},
     **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": "wandb"},
     **{"push_to_hub": "me/it", "stop_seconds": 1.0, "reward_timeout": None},
     **{"collective_timeout": 60.0, "peer_timeout": 60.0},

@@ -20,7 +20,6 @@ from dllm_rl.supervised.examples import example, prompt_and_answer, read_example
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.fine_tune import fine_tune
-from dllm_rl.training.rehearsal import check_warmup
 from dllm_rl.training.warmup import warm_up
 
 pytestmark = pytest.mark.skipif(
@@ -117,9 +116,3 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
     log.close()
     losses = [row["warmup/loss"] for row in warmup_rows(tmp_path / "metrics.jsonl")]
     assert min(losses[-5:]) < 0.3 * losses[0]
-
-
-def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
-    recipe = renoising_recipe(tmp_path)
-    with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
-        check_warmup(recipe.model(), recipe.task[0], recipe.max_new_tokens, corruption=0.1)

@@ -1040,6 +1040,7 @@ def test_each_remedy_is_a_setting_or_says_what_else():
     assert others == {
         "accelerate launch --cpu",
         "beta, the coefficient of a KL term in the loss",
+        "nothing: logits are computed in fp32",
         "loss=PPOClip(delta=...)",
         "loss=PPOClip(epsilon=...)",
         "loss=PPOClip(epsilon_high=...)",

@@ -160,13 +160,13 @@ def test_warm_up_learns_what_it_is_shown(tmp_path):
     assert min(losses) < 0.05 < losses[0]
 
 
-def test_each_step_hides_other_tokens_and_replaces_its_share(tmp_path):
-    """One problem, and a rate that moves no weight: masks and replaced tokens alone can change the loss."""
+def test_each_step_hides_other_tokens(tmp_path):
+    """One problem, and a rate that moves no weight: masks alone can change the loss."""
     still = {"steps": 3, "sft_warmup_learning_rate": 1e-30, "task": Sudoku(split="train", size=1)}
     policy = tiny_recipe(tmp_path).model()
-    losses = [stepped(policy, tmp_path, **still, sft_warmup_corruption=share) for share in (0.0, 0.5, 0.0)]
-    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
-    every = sorted(losses[0] + losses[1])
+    losses = [stepped(policy, tmp_path, **still) for _ in range(2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    every = sorted(losses[0])
     assert all(after - before > 1e-3 for before, after in pairwise(every))
 
 

@@ -78,7 +78,6 @@ STUDY = Study(
     base=replace(
         recipe,
         **QUIET,
-        save_merged=False,
         eval_task=PlainSums(held_out=True, size=289),
         eval_batch_size=145,
         beta=0.0,

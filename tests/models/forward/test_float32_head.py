@@ -1,7 +1,6 @@
 """Logits in fp32 from a model in 16 bits: exact products, gradients, no fp32 copy of the head, alike everywhere."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from layouts import checkpoint
 from repetitions import crossed
 from run_outputs import metrics_of
 from simulated_cuda import SimulatedCuda
-from tiny_recipe import tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +18,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
 from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.training.policies import build_policy
 
@@ -168,7 +167,7 @@ def test_an_output_layer_with_a_product_of_its_own_is_refused():
     hidden = drawn(2, head.in_features)
     assert policy.head(hidden).dtype == torch.float32
     policy.module.bfloat16()
-    with pytest.raises(ValueError, match="float32_head=False"):
+    with pytest.raises(ValueError, match="float32_head = False"):
         policy.head(hidden.bfloat16())
 
 
@@ -179,9 +178,10 @@ def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     policy.float32_head = False
     for other in (policy.reference(), quantized_copy(policy, Int8WeightOnly()), copy.copy(policy)):
         assert other.float32_head is False
-    recipe = tiny_recipe(tmp_path / "run", float32_head=False)
-    assert build_policy(recipe, torch.device("cpu")).float32_head is False
-    assert build_policy(replace(recipe, float32_head=True), torch.device("cpu")).float32_head is True
+    for kept in (False, True):
+        given = tiny_masked_lm(**SIZES)
+        given.float32_head = kept
+        assert build_policy(tiny_recipe(tmp_path / "run", model=given), torch.device("cpu")).float32_head is kept
 
 
 @pytest.mark.slow
