@@ -126,11 +126,6 @@ class Recipe(StepSettings):
                 f"and likelihood={self.likelihood.name!r} scores others: use Causal() for an autoregressive model",
             ),
             (
-                self.router_replay is not None and not is_quantized,
-                "router_replay='R3' reuses the experts of a quantized copy, and without rollout_quantization there is "
-                "no copy: set a scheme, or router_replay=None",
-            ),
-            (
                 self.loss is not None and self.corrector.loss is not None,
                 f"loss={describe(self.loss)} and the corrector's loss {describe(self.corrector.loss)} are two "
                 "objectives: use loss=None (--loss none), or a corrector without a loss",
@@ -219,11 +214,6 @@ class Recipe(StepSettings):
                 f"rollout_engine out{remedy}",
             ),
             (
-                compiles and self.router_replay is not None,
-                f"{setting}=True cannot be combined with router_replay='R3', as compiled forwards record no experts: "
-                f"leave out router_replay{remedy}",
-            ),
-            (
                 compiles and self.zero_mismatch,
                 f"{setting}=True rounds differently from the eager learner, which zero_mismatch forbids: leave one of "
                 f"them out{remedy}",
@@ -281,10 +271,6 @@ class Recipe(StepSettings):
                 bool(workers) and "hidden" in getattr(getattr(self.sampler, "rank", None), "reads", ()),
                 f"rollout_workers={workers} sample with copies of the sampler's rank, which reads hidden: weights of "
                 "its own that training changes do not reach them; use rollout_workers=0",
-            ),
-            (
-                bool(workers) and self.router_replay is not None,
-                f"rollout_workers={workers} with router_replay='R3' was not tried: leave one out",
             ),
             (
                 bool(workers) and self.torch_compile,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MovableT = TypeVar("MovableT", bound="_Movable")
@@ -532,8 +532,6 @@ class Rollout(BatchRecord):
             nothing for them.
         order: Order of a sampler that unmasks.
         events: Events of a rule that rewrites; unmask_step and logprobs then describe a position's last write only.
-        experts: Ids of the E experts per token in each of the M mixture-of-experts layers, from the forward that the
-            token was drawn from; undefined where there is no token.
         renoised: Steps of a sampler that replaces tokens by random ones; logprobs are then sums over a position's
             draws.
         batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
@@ -558,7 +556,6 @@ class Rollout(BatchRecord):
     filter_support: FilterSupport | None = None
     order: Order | None = None
     events: Events | None = None
-    experts: Integer[Tensor, "B T M E"] | None = None
     renoised: Renoised | None = None
     batch_row: Int[Tensor, " B"] | None = None
     loss_weights: Float[Tensor, "B T"] | None = None
@@ -599,7 +596,7 @@ class Logprobs(Copied):
     old_view_logprobs: Float[Tensor, "N B T"]  # the same per view
     rollout_logprobs: Float[Tensor, "B T"]  # under the policy that sampled
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
-    views: "Views"  # with the experts that the learner replays, if any
+    views: "Views"
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
     token_advantages: Float[Tensor, "B T"] | None = None  # of a feature; None: those of rows
     is_scored: bool = True  # False: no policy scored these views, since no update reads the log-probs, which are 0

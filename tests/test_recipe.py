@@ -138,7 +138,6 @@ def test_masks_are_drawn_anew_where_another_draw_gives_others(recipe, likelihood
         ({"loss": CISPO()}, 3),
         ({"corrector": TIS()}, 3),
         ({"beta": 0.1}, 3),
-        ({"router_replay": "R3"}, 3),
         ({"likelihood": Trajectory()}, 1),
     ],
 )

@@ -22,11 +22,8 @@ from torch import Generator, Tensor
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
-from dllm_rl.likelihoods.router_replay import record_experts, with_recorded_experts
-from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.choose import order_agreement
@@ -36,7 +33,6 @@ from dllm_rl.types import Prompts, Rollout, Views, group_sizes
 ADVICE = {
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
-    "routing": "take the rollout's experts again (router_replay='R3'), correct for it (TIS, AIS), or keep more bits",
     "quantized weights": "if unquantized rollouts learn more, keep more bits, or correct (TIS, exact likelihood)",
     "quantized activations": "if unquantized rollouts learn more, quantize weights alone, or correct (TIS)",
     "stale weights": "call sync_weights after every update",
@@ -81,7 +77,6 @@ class Report:
     layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
     # Shares of first-step positions, and of prompts, whose order is the learner's; log-probs do not show the order.
     order: tuple[float, float] | None = None
-    routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner uses too, by layer
 
     @property
     def worst(self) -> float:
@@ -121,9 +116,9 @@ class Comparison:
     views: Views
     score: Callable[..., Tensor]
 
-    def logprobs(self, policy: Policy, views: Views | None = None) -> Float[Tensor, "B T"]:
-        """Return the rollout's log-probs under a policy, and under other views if they are passed."""
-        return self.score(policy, self.rollout, self.views if views is None else views)
+    def logprobs(self, policy: Policy) -> Float[Tensor, "B T"]:
+        """Return the rollout's log-probs under a policy."""
+        return self.score(policy, self.rollout, self.views)
 
 
 def diagnose(
@@ -167,12 +162,10 @@ def diagnose(
     both = Comparison(policy, rollout_policy, config, rollout, views, score)
 
     learner = both.logprobs(policy)
-    # With a mixture of experts, scoring with these views also records the rollout's experts.
-    recording = record_experts(policy, rollout, views) if moe_layers(policy.module) else views
-    replay = both.logprobs(rollout_policy, recording)
+    replay = both.logprobs(rollout_policy)
     sampled = recorded(rollout, views) if exact.exact_for_sampler else replay
 
-    steps = forward_steps(both, learner, replay, with_recorded_experts(recording, rollout))
+    steps = forward_steps(both, learner, replay)
     # The replay runs without a cache: its difference from the sampler's record is due to the cache.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, views), 0)
     # Padding and batch shape are measured only on the learner.
@@ -181,7 +174,6 @@ def diagnose(
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
-    experts = routing_counts(policy, rollout_policy, rollout, views)
     return Report(
         scheme="none" if config is None else repr(config),
         num_tokens=int(mask.sum()),
@@ -189,34 +181,27 @@ def diagnose(
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         layers=worst_layers(both),
         order=(shares[0], shares[1]) if shares else None,
-        routing=None if experts is None else tuple((experts[:, 0] / experts[:, 1]).tolist()),
     )
 
 
-def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: Views) -> dict[str, Tensor]:
+def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor) -> dict[str, Tensor]:
     """Return how much each cause in the forward changes the log-probs, from the learner's forward to the rollout's.
 
     Args:
         both: Both policies and the rollout.
         learner: Log-probs under the learner's forward.
         rollout: Log-probs under the rollout's forward.
-        replayed: Views with which the learner uses the rollout's experts, so that only the first change is due to
-            routing; `both.views` if there are no experts.
     """
     policy, rollout_policy = both.policy, both.rollout_policy
     # All forwards between the two sides have a head in fp32, so that rounding in a head is one separate cause.
-    learner_fp32 = with_head(policy, float32=True)
     plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
-    first = learner if policy.float32_head else both.logprobs(learner_fp32)
+    first = learner if policy.float32_head else both.logprobs(with_head(policy, float32=True))
     last = rollout if rollout_policy.float32_head else both.logprobs(with_head(rollout_policy, float32=True))
-    states = {}
-    if replayed is not both.views:
-        states["routing"] = both.logprobs(learner_fp32, replayed)
-    states["precision"] = both.logprobs(plain, replayed)
+    states = {"precision": both.logprobs(plain)}
     if both.config is not None:
         rounded_weights, quantized = operands(plain, both.config)
-        states["quantized weights"] = both.logprobs(rounded_weights, replayed)
-        states["quantized activations"] = both.logprobs(quantized, replayed)
+        states["quantized weights"] = both.logprobs(rounded_weights)
+        states["quantized activations"] = both.logprobs(quantized)
     states["stale weights"] = last
 
     steps = {}
@@ -324,9 +309,6 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
         title = "order of the first step, shares that are the learner's own"
         advice = ORDER_ADVICE if prompts < 1 else ""
         all_tables.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
-    if report.routing:
-        lines = [(f"layer {layer}", f"{share:.3f}") for layer, share in enumerate(report.routing)]
-        all_tables.append(("experts, shares that both sides take", ("mixture", "same experts"), lines))
     lines = [(name, f"{error:.2e}") for name, error in report.layers]
     all_tables.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
     return all_tables

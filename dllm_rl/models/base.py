@@ -297,7 +297,6 @@ class Policy(Head, Protocol):
     weights_version: int  # number of weight updates so far
     float32_head: bool  # compute logits of a model in 16 bits (or under autocast) in fp32
     gradient_checkpointing: bool  # run blocks twice: less memory
-    records_experts: bool  # let samplers record the experts of each token (`Rollout.experts`)
     lora: Lora | None  # the adapters that are trained instead of the weights
     quantization: Any  # scheme of a quantized copy, or None
     quantization_report: Any  # of a quantized copy

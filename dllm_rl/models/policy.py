@@ -78,7 +78,6 @@ class ModulePolicy:
     """
 
     gradient_checkpointing: bool = False
-    records_experts: bool = False
     compiled: Any = None  # the compiled function of `compile_blocks`, which runs forwards without gradients
     lora: Lora | None = None
     quantization: Any = None

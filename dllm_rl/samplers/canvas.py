@@ -73,7 +73,6 @@ class Canvas:
             fewer than L positions: the remaining offsets are never masked, and their `columns` have no meaning. None:
             no infilling.
         forwards: Number of model calls.
-        experts: Experts of each written token. None: the policy does not record them.
         events: Every write and remasking, if the commit rule rewrites tokens; `revise.packed_events` explains the
             entries. None: the rule does not rewrite.
     """
@@ -92,7 +91,6 @@ class Canvas:
     pad_finished: bool
     infill_mask: Bool[Tensor, "B T"] | None = None
     forwards: int = 0
-    experts: Shaped[Tensor, "B L M E"] | None = None
     events: list[tuple[Tensor, ...]] | None = None
 
     def remask(self, rows: Int[Tensor, " C"], offsets: Int[Tensor, " C"], steps: Int[Tensor, " C"]) -> None:
@@ -104,7 +102,7 @@ class Canvas:
         put(written.tokens, rows, self.columns[rows, offsets], torch.full_like(rows, self.mask_id))
         put(written.masked, rows, offsets, torch.ones_like(rows))
         no_record = ((written.unmask_step, -1), (written.logprobs, 0), (written.log_mass, 0), (written.support_ids, -1))
-        for record, fill in (*no_record, (self.experts, 0)):
+        for record, fill in no_record:
             if record is not None:
                 put(record, rows, offsets, record.new_full((), fill))
 
@@ -135,7 +133,6 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
-            experts=self.experts,
             **fields,
         )
         if self.infill_mask is None:

@@ -138,7 +138,6 @@ class StepSampler:
         hidden: Float[Tensor, "K D"],
         written: Written,
         host_rows: StepRows | None = None,
-        experts: Tensor | None = None,
     ) -> Decision:
         """Run one step: change `written`, and return what the commit rule decided.
 
@@ -150,7 +149,6 @@ class StepSampler:
             hidden: Their hidden states.
             written: Tensors of the canvas.
             host_rows: What the host knows of the step's rows. None (default): nothing, as in a compiled step.
-            experts: Experts (K, M, E) of the positions, if the policy records them.
         """
         policy, params = self.policy, self.sampling_params
         key = (at.seed, at.row_steps, at.offset)
@@ -204,10 +202,6 @@ class StepSampler:
             put(written.support_ids, rows, offsets, drawn.support, keep)
         if self.canvas.events is not None:
             self.canvas.events.append((rows, offsets, steps, drawn.tokens, drawn.logprobs))
-        if experts is not None:
-            if self.canvas.experts is None:
-                self.canvas.experts = experts.new_zeros(*written.masked.shape, *experts.shape[1:])
-            put(self.canvas.experts, rows, offsets, experts[places])
         return decision
 
     def check_rank(

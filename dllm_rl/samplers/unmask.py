@@ -4,16 +4,14 @@ docs/papers.md explains the tag [paper].
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import FamilySpec, Policy, length_buckets
-from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import Cache, CachedForward
@@ -212,16 +210,15 @@ class RaggedSteps:
         canvas = self.step_sampler.canvas
         at = positions_of(canvas, step)
         if len(self.buckets) == 1:
-            outputs = self._forward(0, step, step.rows, at.row_index, at.column)
+            hidden = self._forward(0, step, step.rows, at.row_index, at.column)
         else:
-            outputs = self._forward_buckets(step, at)
+            hidden = self._forward_buckets(step, at)
         canvas.forwards += 1
-        hidden, experts = outputs if len(outputs) > 1 else (outputs[0], None)
-        decision = self.step_sampler(at, hidden, canvas.written, step, experts)
+        decision = self.step_sampler(at, hidden, canvas.written, step)
         return decision.net_unmasked, decision.stays_open
 
-    def _forward_buckets(self, step: StepRows, at: StepPositions) -> list[Tensor]:
-        """Run each bucket separately, and return results in the order of the step's positions."""
+    def _forward_buckets(self, step: StepRows, at: StepPositions) -> Float[Tensor, "K D"]:
+        """Run each bucket separately, and return the states in the order of the step's positions."""
         row_buckets = self.bucket_of_row[step.rows]  # on the host
         numbers = row_buckets.unique().tolist()
         bucket_rows = [(row_buckets == number).nonzero()[:, 0] for number in numbers]
@@ -231,23 +228,20 @@ class RaggedSteps:
         position_buckets = row_buckets.repeat_interleave(step.num_positions)
         bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in numbers]
         row_in_bucket, *bucket_positions = copy_to_device(at.row_index.device, row_in_bucket, *bucket_positions)
-        joined: list[Tensor] = []
+        joined: Tensor | None = None
         for number, rows, positions in zip(numbers, bucket_rows, bucket_positions, strict=True):
             row, column = row_in_bucket[at.row_index[positions]], at.column[positions]
-            outputs = self._forward(number, step, step.rows[rows], row, column)
-            if not joined:
-                joined = [output.new_empty(len(at.row_index), *output.shape[1:]) for output in outputs]
-            for joined_output, output in zip(joined, outputs, strict=True):
-                joined_output[positions] = output
+            hidden = self._forward(number, step, step.rows[rows], row, column)
+            if joined is None:
+                joined = hidden.new_empty(len(at.row_index), hidden.shape[1])
+            joined[positions] = hidden
+        assert joined is not None, "a step has rows"
         return joined
 
     def _forward(
         self, number: int, step: StepRows, rows: Int[Tensor, " r"], row: Int[Tensor, " K"], column: Int[Tensor, " K"]
-    ) -> list[Tensor]:
-        """Run the rows of bucket `number`. Return the states (K, D) and, if recorded, the experts (K, M, E).
-
-        `row` has each position's index in `rows`.
-        """
+    ) -> Float[Tensor, "K D"]:
+        """Run the rows of bucket `number`, and return the states. `row` has each position's index in `rows`."""
         policy, canvas = self.step_sampler.policy, self.step_sampler.canvas
         run, copies = rows, None
         if canvas.forwards == 0:  # all completions of a prompt are still the same: one row is run for each group
@@ -256,22 +250,16 @@ class RaggedSteps:
                 copies = None
         cached, first_column = self.caches[number], self.buckets[number].start
         tokens = canvas.written.tokens[:, first_column:]
-        with Routing(policy.module) if policy.records_experts else nullcontext() as routing:
-            if cached is None:
-                (index,) = copy_to_device(tokens.device, run)
-                hidden = policy.hidden(tokens[index], canvas.attention_mask[index, first_column:])
-            else:  # all rows are in the same block
-                begin, end = (bound - first_column for bound in canvas.bounds[int(step.blocks[0])])
-                hidden, first_state = cached.advance(tokens, rows, (begin, end), run=run, copies=copies)
-                first_column += first_state
-        outputs = [hidden]
-        if routing is not None:
-            experts = routing.experts(len(hidden))
-            # With a cache the states are not shifted; without one a state is at the token that it predicts.
-            outputs.append(to_token_columns(policy, experts) if cached is None else experts)
+        if cached is None:
+            (index,) = copy_to_device(tokens.device, run)
+            hidden = policy.hidden(tokens[index], canvas.attention_mask[index, first_column:])
+        else:  # all rows are in the same block
+            begin, end = (bound - first_column for bound in canvas.bounds[int(step.blocks[0])])
+            hidden, first_state = cached.advance(tokens, rows, (begin, end), run=run, copies=copies)
+            first_column += first_state
         if copies is not None:
             row = copies.to(row.device)[row]
-        return [output[row, (column - first_column).clamp(min=0)] for output in outputs]
+        return hidden[row, (column - first_column).clamp(min=0)]
 
 
 def _checked_block_size(

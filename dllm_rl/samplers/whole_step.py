@@ -113,9 +113,7 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:
 def check_supported(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
     """Raise ValueError for a policy or prompts that a graph does not support."""
     reason = None
-    if policy.records_experts:
-        reason = "records no experts: leave out router_replay"
-    elif canvas.infill_mask is not None:
+    if canvas.infill_mask is not None:
         reason = "cannot be combined with open positions, whose number differs from batch to batch: leave it out"
     elif has_uncompiled(policy.module):
         reason = "cannot capture quantized experts, which run one by one: sample with unquantized weights"

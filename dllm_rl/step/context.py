@@ -167,7 +167,6 @@ class StepContext:
     rollout_policy: Policy
     history: RewardHistory  # empty if the prompt source does not read it
     reference: Policy | None = None
-    compares_experts: bool = False  # whether rollout_policy is another policy, and both show the experts of each token
     features: tuple[StepFeature, ...] = ()
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 

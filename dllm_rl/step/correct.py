@@ -18,11 +18,9 @@ from dllm_rl.distributed.collectives import (
     collective,
     gather_on_host,
     reduce_metrics,
-    sum_over,
     wait_metrics_of,
 )
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
-from dllm_rl.likelihoods.routing_agreement import routing_metrics
 from dllm_rl.likelihoods.views import num_row_forwards
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
@@ -82,8 +80,6 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
     # After scoring: a collective before it would make the processes wait for each other.
     order = reduce_metrics(scored.order_agreement, accelerator)
     metrics |= {PREFIX + name: value for name, value in order.items()}
-    if scored.routing_counts is not None:
-        metrics |= routing_metrics(sum_over(scored.routing_counts, accelerator))
     for feature in context.features:
         metrics |= feature.metrics(context)
     return batches, metrics

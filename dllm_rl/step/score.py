@@ -13,7 +13,6 @@ from torch import Generator, Tensor
 from dllm_rl.distributed.collectives import SumsAndCounts, gather_on_host
 from dllm_rl.likelihoods.drawn_steps import draw_steps
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.routing_agreement import routing_counts
 from dllm_rl.likelihoods.views import each_forward
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
@@ -34,14 +33,12 @@ class ScoredSamples:
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
         order_agreement: (sum, count) pairs of this process: how often the learner commits the rollout's positions.
             Empty in a step that does not measure it.
-        routing_counts: Choices of experts in this process (`routing_counts`). None: no experts are compared.
         graphs: Graphs of the first set's forwards, for the first update. None (default): the update runs them again.
     """
 
     samples: Samples
     logps: list[Logprobs]
     order_agreement: SumsAndCounts
-    routing_counts: Tensor | None
     graphs: RetainedGraphs | None = None
 
 
@@ -78,14 +75,11 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
     order: SumsAndCounts = {}
-    routing = None
     if not context.learner_samples and step % MEASURE_STEPS == 0:  # from the first batch, whose scoring is rehearsed
-        # Importance weights do not correct a different order of positions, or different experts. Compare before
-        # `score`, which may retain graphs: their memory and this comparison's would add up.
-        with join_uneven_forwards(context.policy):  # both run the learner, which may be sharded
+        # Importance weights do not correct a different order of positions. Compare before `score`, which
+        # may retain graphs: their memory and this comparison's would add up.
+        with join_uneven_forwards(context.policy):  # it runs the learner, which may be sharded
             order = order_agreement(context.policy, rollout)
-            if context.compares_experts:
-                routing = routing_counts(context.policy, context.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     is_trained_row = samples.local(active_rows(settings, samples, all_groups=all_groups), context.accelerator)
     graphs = retained_graphs(settings, context.policy, is_trained_row)
@@ -104,7 +98,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             view_zeros = torch.zeros(views[k].coefficients.shape, device=rollout.tokens.device)
             scores = Logprobs(view_zeros[0], view_zeros, view_zeros[0], None, views[k], is_scored=False)
         logps.append(replace(scores, token_advantages=token_advantages))
-    return ScoredSamples(samples, logps[::-1], order, routing, graphs)
+    return ScoredSamples(samples, logps[::-1], order, graphs)
 
 
 def check_rollout_logprobs(samples: Samples, source: str, feature: StepFeature) -> None:

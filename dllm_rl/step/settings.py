@@ -129,9 +129,6 @@ class StepSettings(Settings):
         help="seconds of one call of the rewards, or of grading a completion; then exit with 124; None: no limit",
         above=0,
     )
-    router_replay: Literal["R3"] | None = option(
-        default=None, help="R3: the learner uses the experts that the rollout chose"
-    )
 
     @property
     def trains_all_groups(self) -> bool:
@@ -169,7 +166,7 @@ class StepSettings(Settings):
         """Number of sets of masks whose log-probs are computed before the first update: not those of the later updates
         if nothing reads them.
         """
-        is_read = self.resolved_loss.reads_ratio or self.corrector != NoCorrection() or self.beta or self.router_replay
+        is_read = self.resolved_loss.reads_ratio or self.corrector != NoCorrection() or self.beta
         return self.num_mask_sets if is_read else 1
 
     @property

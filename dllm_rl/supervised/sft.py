@@ -50,7 +50,6 @@ class SFT(Settings):
     beta = 0.0
     log_completions_steps = 0
     torch_compile = False
-    router_replay = cast(Any, None)
     teacher = cast(Any, None)
     push_to_hub = cast("str | None", None)
 

@@ -45,7 +45,7 @@ class ToyPolicy:
         self.spec, self.device = replace(DIFFUSION_LM, mask_id=words), torch.device("cpu")
         # What else a policy has; scoring asks for none of it.
         self.module, self.tokenizer, self.pad_id, self.weights_version = None, None, 0, 0
-        self.float32_head, self.gradient_checkpointing, self.records_experts = True, False, False
+        self.float32_head, self.gradient_checkpointing = True, False
         self.lora = self.quantization = self.quantization_report = None
 
     def moved(self, sigma: float, generator: Generator) -> "ToyPolicy":

@@ -8,8 +8,6 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.likelihoods.router_replay import record_experts, with_recorded_experts, with_sampled_experts
-from dllm_rl.likelihoods.routing_agreement import routes_comparably
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
@@ -18,7 +16,7 @@ from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.correct import CorrectorState
 from dllm_rl.training.distillation import Teacher
 from dllm_rl.training.replay_store import ReplayStore
-from dllm_rl.types import Logprobs, Rollout, Views
+from dllm_rl.types import Logprobs, Rollout
 
 
 class ZeroMismatch(StepFeature):
@@ -37,16 +35,6 @@ class AlignedForward(StepFeature):
 
     def around_learner(self, context: StepContext) -> AbstractContextManager:
         return aligned_forward(context.policy, context.rollout_policy)
-
-
-class RouterReplay(StepFeature):
-    """The learner routes each token to the experts of the rollout."""
-
-    def views_to_score(self, context: StepContext, rollout: Rollout, views: Views, *, recorded: bool) -> Views:
-        return with_sampled_experts(views, rollout) if recorded else record_experts(context.policy, rollout, views)
-
-    def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
-        return with_recorded_experts(views, rollout)
 
 
 def run_features(recipe: Recipe, teacher: Policy | None = None) -> tuple[StepFeature, ...]:
@@ -91,8 +79,6 @@ def make_step(
         used.append(ZeroMismatch())
     if recipe.corrector.align_forward and not learner_samples:
         used.append(AlignedForward())
-    if recipe.router_replay is not None:
-        used.append(RouterReplay())
     if accelerator.num_processes > 1:
         used.append(Balance(swaps=not recipe.zero_mismatch))
     return StepContext(
@@ -101,7 +87,6 @@ def make_step(
         policy=policy,
         rollout_policy=rollout_policy,
         reference=reference,
-        compares_experts=not learner_samples and routes_comparably(policy, rollout_policy),
         features=(*used, *features),
         **{"history": RewardHistory(len(recipe.task)), **more},
     )

@@ -20,7 +20,6 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.files import replacing
-from dllm_rl.likelihoods.router_replay import check_replay
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.checkpoint.loading import checkpoint_folder, digest_of_checkpoint, has_known_family
@@ -199,7 +198,6 @@ def apply_compute_settings(recipe: AnyRecipe, policy: Policy) -> Policy:
                 raise ValueError(
                     f"{setting}=True cannot be combined with the cache of {policy.spec.name!r}; leave it off"
                 )
-    check_replay(policy, recipe.router_replay)
     return policy
 
 
@@ -338,9 +336,7 @@ class RolloutCopy(RolloutEngine):
         scheme = recipe.rollout_quantization
         if scheme is None:
             return learner if sharding_of(learner.module) is None else quantized_copy(learner, None)
-        rollout_policy = quantized_copy(learner, scheme, dtype=torch.bfloat16 if recipe.bf16 else None)
-        rollout_policy.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
-        return rollout_policy
+        return quantized_copy(learner, scheme, dtype=torch.bfloat16 if recipe.bf16 else None)
 
     sync = staticmethod(sync_weights)  # type: ignore[assignment]  # it names its parameters differently
 

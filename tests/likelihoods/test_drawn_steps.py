@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from likelihood_toys import TablePolicy
-from mixtures import moe
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -36,7 +35,6 @@ from dllm_rl import (
 from dllm_rl.algorithms.losses import CISPO, OffPolicyMask, TrustBand
 from dllm_rl.likelihoods.drawn_steps import UNIFORM_SHARE, draw_steps, growth_threshold
 from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.likelihoods.router_replay import with_sampled_experts
 from dllm_rl.likelihoods.views import num_row_forwards
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -139,34 +137,23 @@ def filtered():
     return policy, with_support(rollout, "rollout")
 
 
-def experts_replayed():
-    policy = moe()
-    policy.records_experts = True
-    prompts = Prompts.from_ids([[3, 4, 5], [6, 7, 8, 3, 4]], pad_id=policy.pad_id, num_generations=3)
-    sampler = Unmask(max_new_tokens=6, diffusion_steps=3, temperature=1.0, rank=RandomOrder())
-    return policy, sampler(policy, prompts, torch.Generator().manual_seed(0))
-
-
 ROLLOUTS = {
-    "random order": (rolled, EXACT, None),
-    "blocks": (partial(rolled, block_size=4), EXACT, None),
-    "top_p": (filtered, EXACT, None),
-    "plackett_luce": (partial(rolled, rank=PlackettLuce(temperature=0.3)), EXACT, None),
-    "soft_threshold": (partial(rolled, rank=MaxProb(), commit=SoftThreshold(tau=0.3)), EXACT, None),
-    "block_causal": (block_causal, Trajectory(block_size=4), None),
-    "turns": (two_turns, EXACT, None),
-    "router replay": (experts_replayed, EXACT, with_sampled_experts),
+    "random order": (rolled, EXACT),
+    "blocks": (partial(rolled, block_size=4), EXACT),
+    "top_p": (filtered, EXACT),
+    "plackett_luce": (partial(rolled, rank=PlackettLuce(temperature=0.3)), EXACT),
+    "soft_threshold": (partial(rolled, rank=MaxProb(), commit=SoftThreshold(tau=0.3)), EXACT),
+    "block_causal": (block_causal, Trajectory(block_size=4)),
+    "turns": (two_turns, EXACT),
 }
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_drawn_steps_have_the_log_probs_and_gradients_of_their_views(name):
     """Whatever the sampler, in forwards of any size: those of a replay of every step, restricted to the drawn ones."""
-    made, likelihood, feature = ROLLOUTS[name]
+    made, likelihood = ROLLOUTS[name]
     policy, rollout = made()
     every, views = likelihood.draw_views(rollout, torch.Generator()), drawn(rollout, likelihood=likelihood, growth=2.0)
-    if feature is not None:
-        every, views = feature(every, rollout), feature(views, rollout)
     scores = likelihood.view_logprobs(policy, rollout, every)
     is_drawn = views.inverse_chances[0] > 0
     assert is_drawn.any() and (~is_drawn & rollout.completion_mask).any()

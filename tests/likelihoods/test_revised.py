@@ -21,7 +21,6 @@ from dllm_rl.config import from_command_line
 from dllm_rl.decoding.support import with_support
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.likelihoods.router_replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -312,10 +311,6 @@ def test_what_has_no_law_is_refused_before_any_forward():
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*position's last write"):
         filtered = with_support(rolled(policy, top_k=3, **few, **RULES[0]), "rollout")
         lik.Trajectory().draw_views(filtered, torch.Generator())
-    rollout = rolled(policy, **few, **RULES[0])
-    with pytest.raises(ValueError, match=r"router_replay='R3'.*position's last write"):
-        noted = replace(rollout, experts=rollout.tokens[..., None, None])
-        with_sampled_experts(lik.Trajectory().draw_views(noted, torch.Generator()), noted)
 
 
 def run(directory, words, **changes):

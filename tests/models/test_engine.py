@@ -1,8 +1,5 @@
 """An engine in a run: its rollouts and syncs are the loop's, and settings that it cannot have are refused."""
 
-from dataclasses import replace
-from functools import partial
-
 import pytest
 import torch
 from own_module import own_policy
@@ -17,7 +14,7 @@ from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.rollout_engine import FunctionEngine, with_forward
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import Sampler, Unmask
 from dllm_rl.training.cautions import cautions
@@ -75,19 +72,6 @@ def test_what_an_engine_computes_otherwise_is_measured(tmp_path, likelihood):
     assert float(line.split(",")[0]) > 0.01
 
 
-def test_mixtures_that_an_engine_hides_are_not_compared(tmp_path):
-    sizes = {
-        "hidden_size": 32,
-        "num_layers": 1,
-        "num_attention_heads": 2,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-    }
-    recipe = tiny_recipe(tmp_path, rollout_engine=held_apart(), num_steps=1, **FEW)
-    train(replace(recipe, model=partial(tiny_moe, characters="1234.=", **sizes)))
-    assert "routing/" not in (tmp_path / "metrics.jsonl").read_text()
-
-
 @pytest.mark.parametrize("make", [tiny_masked_lm, tiny_llama, own_policy], ids=["roberta", "shifted", "own"])
 def test_logits_and_scores_are_the_forwards(make):
     options = {} if make is own_policy else {"characters": "01234"}
@@ -115,7 +99,6 @@ def test_an_engines_policy_has_no_adapters_of_its_own():
     [
         ({"rollout_quantization": Float8WeightOnly()}, "makes no quantized copy: use rollout_quantization=None"),
         ({"corrector": Aligned()}, "and a corrector that does not align"),
-        ({"router_replay": "R3"}, "without rollout_quantization there is no copy"),
         ({"zero_mismatch": True}, "and no engine"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

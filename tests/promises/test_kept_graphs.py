@@ -88,7 +88,7 @@ class Step:
             keep = any_in_group(self.advantages != 0, self.rollout.group) | bool(recipe.beta or recipe.entropy_coeff)
             self.graphs = retained_graphs(recipe, self.policy, keep)
             self.logps = score(self.run, self.rollout, noise, graphs=self.graphs)
-        scored = ScoredSamples(samples, [self.logps], {}, routing_counts=None, graphs=self.graphs)
+        scored = ScoredSamples(samples, [self.logps], {}, graphs=self.graphs)
         return make_batches(self.run, scored)[0][0]
 
     def gradient(self):

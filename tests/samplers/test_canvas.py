@@ -42,13 +42,11 @@ def test_a_position_that_is_masked_again_has_no_record():
     canvas.events = []
     kept = torch.tensor([[[-1, -1], [0, 1]]])
     canvas.written = canvas.written._replace(log_mass=torch.tensor([[0.0, -0.1]]), support_ids=kept)
-    canvas.experts = torch.tensor([[[[0]], [[5]]]])
     write(canvas, [0], [1], step=3)
     assert canvas.rollout(SamplingParams(), 0).logprobs.tolist() == [[0.0, 0.0, -0.5]]
     canvas.remask(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))
     seen, written = canvas.rollout(SamplingParams(), 0), canvas.written
     assert not seen.logprobs.any() and not written.log_mass.any() and (written.support_ids == -1).all()
-    assert not canvas.experts.any()
     assert (seen.unmask_step == -1).all() and not seen.completion_mask.any() and seen.tokens[0, 2] == MASK
 
 

@@ -92,7 +92,7 @@ class HeadAlone:
     """A policy of which only the head is asked, whose hidden states are the logits; the last token is the mask."""
 
     module = tokenizer = weights_version = lora = quantization = quantization_report = None
-    float32_head, gradient_checkpointing, records_experts = True, False, False
+    float32_head, gradient_checkpointing = True, False
     device, pad_id = torch.device("cpu"), 0
 
     def __init__(self, vocabulary: int) -> None:

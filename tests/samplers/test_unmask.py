@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from likelihood_toys import TablePolicy
-from mixtures import moe
 from order_toys import stayed_of
 from repetitions import few, pairwise, slow
 
@@ -571,20 +570,6 @@ def test_causal_policy_is_refused():
         Unmask(max_new_tokens=2)(
             tiny_llama(characters="ab", causal=True), Prompts.from_ids([[3]], pad_id=0), torch.Generator()
         )
-
-
-def test_a_cache_notes_the_experts_of_the_same_states():
-    """A shifted family's token is predicted one column before it. A cache that is refreshed in every step is exact."""
-    policy, rollouts = moe(), []
-    policy.spec, policy.records_experts = replace(policy.spec, shift=True), True
-    prompts = Prompts.from_ids([[4, 5, 6], [7, 8]], pad_id=0, seeds=[1, 2])
-    settings = {"max_new_tokens": 6, "block_size": 3, "diffusion_steps": 4, "temperature": 1.0, "rank": rules.MaxProb()}
-    for cache in (None, DualCache(refresh=1)):
-        rollouts.append(Unmask(cache=cache, **settings)(policy, prompts, torch.Generator()))
-    plain, cached = rollouts
-    assert torch.equal(plain.tokens, cached.tokens)
-    assert torch.equal(plain.experts.sort(-1).values, cached.experts.sort(-1).values)
-    assert len(plain.experts[plain.completion_mask].unique()) > 2
 
 
 def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):

@@ -26,7 +26,7 @@ class TablePolicy:
         self.table = torch.randn(STATES, LENGTH, 4, generator=torch.Generator().manual_seed(seed)) * 1.5
         self.spec = FamilySpec("table", "full", mask_id=MASK)
         self.tokenizer, self.module, self.weights_version = SimpleNamespace(pad_token_id=0), None, 7
-        self.float32_head, self.gradient_checkpointing, self.records_experts = True, False, False
+        self.float32_head, self.gradient_checkpointing = True, False
         self.device, self.vocab_size, self.pad_id = torch.device("cpu"), 4, 0
         self.lora = self.quantization = self.quantization_report = None
 

@@ -127,9 +127,6 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     gaps = Prompts.from_ids([[3, policy.spec.mask_id]], pad_id=policy.pad_id, mask_id=policy.spec.mask_id)
     with pytest.raises(ValueError, match="open positions"):
         Unmask(max_new_tokens=4, compile_step=True)(policy, gaps, torch.Generator())
-    policy.records_experts = True
-    with pytest.raises(ValueError, match="records no experts"):
-        run()
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
     with pytest.raises(ValueError, match="needs keys and values, which ModernBertForMaskedLM does not keep"):
         whole_steps.sampled(bert, DualCache(), compile_step=True)

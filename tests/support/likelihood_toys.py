@@ -22,7 +22,7 @@ class TablePolicy:
         self.device, self.weights_version, self.forwards = torch.device("cpu"), 0, []
         self.module, self.tokenizer, self.pad_id = None, None, words + 2
         self.lora = self.quantization = self.quantization_report = None
-        self.float32_head, self.gradient_checkpointing, self.records_experts = True, False, False
+        self.float32_head, self.gradient_checkpointing = True, False
 
     def encode(self, tokens, attention_mask, positions, **cache):
         return self.hidden(tokens, attention_mask)

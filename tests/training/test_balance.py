@@ -104,7 +104,6 @@ def made(rows, columns, ids, *, seed, padding, events=0):
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
         logprobs=real(*two), group=torch.arange(rows) // 2, sampling_params=SamplingParams(support="rollout"),
         filter_support=FilterSupport(real(*two), whole(*two, ids)), order=order, events=record,
-        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
     )  # fmt: skip
 
 

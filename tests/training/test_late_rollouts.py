@@ -501,7 +501,6 @@ def test_damaged_bytes_are_refused(tmp_path):
             {"rollout_workers": 1, "max_staleness": 1, "likelihood": Coupled(), "teacher": "reference"},
             "teacher with max_staleness=1 and likelihood='Coupled'",
         ),
-        ({"rollout_workers": 1, "router_replay": "R3"}, "router_replay='R3' was not tried"),
         ({"rollout_workers": 1, "rollout_engine": HTTPEngine(), "rollout_quantization": None}, "serves one process"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
         ({"rollout_workers": -1}, "rollout_workers=-1"),

@@ -7,7 +7,7 @@ import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import Unmask, grpo_recipe, train
-from dllm_rl.quantization.schemes import Float8ByGPU, Float8Dynamic, Float8WeightOnly
+from dllm_rl.quantization.schemes import Float8ByGPU, Float8Dynamic
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.training.rollouts_by_gpu import with_rollouts_by_gpu
 
@@ -59,7 +59,6 @@ def test_a_run_takes_what_its_gpu_can_do(monkeypatch, capability, takes):
     [
         {"rollout_workers": 1},
         {"rollout_quantization": None},
-        {"rollout_quantization": Float8WeightOnly(), "router_replay": "R3"},
         {"preset": "d1"},
         {"preset": "none"},
     ],

@@ -1,1 +1,1 @@
-"""How a forward runs: length buckets, compiled and recomputed blocks, the fp32 head, uneven processes, routing."""
+"""How a forward runs: length buckets, compiled and recomputed blocks, the fp32 head, uneven processes, experts."""

@@ -133,8 +133,7 @@ class PlannedStep:
     def shares_rows(self) -> bool:
         """Whether one row is scored for all completions of a prompt: if every view masks the whole completion."""
         recipe = self.recipe
-        has_own_rows = isinstance(recipe.sampler, Renoise) or recipe.router_replay is not None
-        return not has_own_rows and bool(self.views.masked.all())
+        return not isinstance(recipe.sampler, Renoise) and bool(self.views.masked.all())
 
     @property
     def scored_rows(self) -> int:

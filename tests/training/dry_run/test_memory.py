@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from live_bytes import LiveBytes
+from mixtures import sharp_moe
 from repetitions import few
-from tiny_recipe import tiny_recipe
+from tiny_recipe import MOE_SIZES, tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.lora import add_lora, merged_copy
@@ -218,3 +219,13 @@ def test_the_plan_knows_what_a_sync_of_all_layers_of_a_shape_takes(tmp_path, lor
     expected = planned.peaks["sync"] - sum(planned.persistent.values())
     peak, _ = profiled(lambda: rollout_policy.sync_weights(policy, copied))
     assert 0.5 * expected < peak < 1.25 * expected
+
+
+def test_a_mixture_is_counted_in_fp32(tmp_path):
+    make = partial(sharp_moe, num_experts=4, head_std=0.3, **MOE_SIZES)
+    recipe = tiny_recipe(tmp_path, model=make, rollout_quantization=None)
+    weights = sum(p.numel() for p in make().module.parameters())
+    held = step_memory(PlannedStep(recipe, make(), prompt_tokens=20)).persistent
+    assert held["gradients"] == 4 * weights and held.keys() == {"weights", "gradients", "optimizer"}
+    assert held["weights"] == pytest.approx(4 * weights, rel=0.01)
+    assert held["optimizer"] == pytest.approx(8 * weights, rel=0.01)
