@@ -2,7 +2,7 @@
 
 Infilling: germline framework, gap, germline framework; the loop between Cys 104 and Trp 118 (IMGT) is written in two
 parallel unmasking steps. The reward is a property of the loop's sequence; a KL term and LoRA keep the loops near those
-of the pretrained model. Weights: recipes/weights.py (MIT). Results: recipes/README.md; naturalness and diversity of a
+of the pretrained model. Weights: recipes/weights.py (MIT). Results: recipes/results.md; naturalness and diversity of a
 run's loops: recipes/antibody_loops.py.
 """
 

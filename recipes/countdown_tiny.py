@@ -1,4 +1,4 @@
-"""A small masked-diffusion model, made here, learns Countdown by GRPO with FP8 rollouts. Results: recipes/README.md.
+"""A small masked-diffusion model, made here, learns Countdown by GRPO with FP8 rollouts. Results: recipes/results.md.
 
 Three numbers up to 10, added and subtracted, make a target up to 20. An undertrained model fills the ten characters of
 an expression in three parallel steps; RL does the rest from rewards alone: 1 for the target, and half the share of the

@@ -1,4 +1,4 @@
-"""A small masked-diffusion model, made here, knows Latin squares; a reward teaches it Sudoku. Results: README.md.
+"""A small masked-diffusion model, made here, knows Latin squares; a reward teaches it Sudoku. Results: results.md.
 
 Rollouts are in FP8, TIS corrects their mismatch, and right answers are trained on again.
 

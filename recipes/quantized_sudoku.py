@@ -1,4 +1,4 @@
-"""GRPO with four-bit rollouts, with and without their correction, beside full precision. Results: README.md.
+"""GRPO with four-bit rollouts, with and without their correction, beside full precision. Results: results.md.
 
 A small masked-diffusion model, made here, is warmed up on 4x4 Sudoku (sudoku_unique.py). From this one start, three
 arms train side by side, each in a process of its own:

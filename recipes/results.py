@@ -1,4 +1,4 @@
-"""The tables of README.md beside this file, from results.json: `python -m recipes.studies --write` writes them."""
+"""The tables of README.md and results.md, from results.json: `python -m recipes.studies --write` writes them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,11 +92,12 @@ def overview(found: Mapping[str, Any]) -> str:
 
     rates = found["one_file"]["solve rate before -> after, seeds 0, 1, 2"]
     ends = span([*map(end, rates)])
-    row("one_file", "[a whole training step in one file](#read-first-one-file)", "0.8, one core", ends)
+    what = "[a whole training step in one file](one_file.py), with only the model and the puzzles from the library"
+    row("one_file", what, "0.8, one core", ends)
     ends = span(found["latin_sudoku"]["rows"][0]["after"])
-    what = "[RL teaches what no label says](#latin-squares-and-a-reward-that-knows-the-boxes)"
+    what = "[RL teaches what no label says](results.md#latin-squares-and-a-reward-that-knows-the-boxes)"
     row("latin_sudoku", what, "about 1, one core", ends)
-    job = "#the-main-job-rollouts-in-four-bits-with-and-without-a-correction"
+    job = "results.md#the-main-job-rollouts-in-four-bits-with-and-without-a-correction"
     what = f"[what four-bit rollouts cost, and what a correction brings back]({job})"
     arms = [
         mean(numbers_of("quantized/orders_trained", f"random: {arm}", "after"))
@@ -105,7 +106,7 @@ def overview(found: Mapping[str, Any]) -> str:
     row("quantized_sudoku", what, "3 to 4.5, two cores", "{:.3f}, {:.3f} and {:.3f}, by arm".format(*arms))
     time = minutes(found["sudoku_tiny"]["seconds"], core)
     ends = interval(found["sudoku_tiny"]["after"])
-    row("sudoku_tiny", "[puzzles with many right answers](#sudoku-and-countdown)", time, ends)
+    row("sudoku_tiny", "[puzzles with many right answers](results.md#sudoku-and-countdown)", time, ends)
     sudoku_like("sudoku_unique", "puzzles with one right answer")
     sudoku_like("sudoku_unique --layout autoregressive", "the same with an autoregressive model")
     sudoku_like("sudoku_unique --layout llada", "the same in LLaDA's layout")
@@ -124,7 +125,7 @@ def overview(found: Mapping[str, Any]) -> str:
     row("engines/vllm_sudoku", "the autoregressive model with rollouts by vLLM", unknown, measured, extra("vllm"))
     what = "`sudoku_tiny` with async RL: rollouts are made while the learner trains"
     row("async_sudoku", what, unknown, "not stored; [study](studies/late/README.md)", extra("ray"))
-    antibodies = "[pretrained](#pretrained-models): AntiBERTy fills in antibody loops"
+    antibodies = "[pretrained](results.md#pretrained-models): AntiBERTy fills in antibody loops"
     pretrained_like("antibody_cdr3", antibodies, "a download of 97 MB")
     gguf = ("`pip install gguf`", "a download of 93 MB")
     pretrained_like("smollm2_arithmetic", "pretrained: SmolLM2-135M, autoregressive, adds numbers", *gguf)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, an autoregressive model, learns to add numbers of two digits by GRPO with FP8 rollouts.
 
 Chat template, LoRA, and a KL term to the model as it was published. Weights: recipes/weights.py (Apache-2.0; needs
-`pip install gguf`). Results: recipes/README.md.
+`pip install gguf`). Results: recipes/results.md.
 """
 
 import re

@@ -4,7 +4,7 @@
     python recipes/smollm2_diffusion.py
 
 Four tokens are written in two parallel steps, at random positions in training: no gradient then misses the order's part
-(docs/mismatch.md). Results: recipes/README.md.
+(docs/mismatch.md). Results: recipes/results.md.
 """
 
 from dataclasses import replace

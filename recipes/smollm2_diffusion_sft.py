@@ -4,7 +4,7 @@
     python recipes/smollm2_diffusion.py
 
 The pretrained model gets full attention, a mask token and its head shifted, as Dream has it; adapters of rank 16 learn
-the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/README.md.
+the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/results.md.
 """
 
 from dataclasses import replace

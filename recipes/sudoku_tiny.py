@@ -1,5 +1,5 @@
 """A small masked-diffusion model, made here, learns by GRPO with FP8 rollouts to write many cells of a 4x4 Sudoku at
-once. Results: recipes/README.md.
+once. Results: recipes/results.md.
 
 Puzzles have one to three clues, and 34 right answers on average. Supervised training learns how likely each digit is in
 each cell. Cells that are written in the same step do not see each other, so that likely digits of different answers

@@ -1,4 +1,4 @@
-"""A small model, made here, learns 4x4 Sudoku by GRPO with FP8 rollouts. Results: recipes/README.md.
+"""A small model, made here, learns 4x4 Sudoku by GRPO with FP8 rollouts. Results: recipes/results.md.
 
     python recipes/sudoku_unique.py
     python recipes/sudoku_unique.py --layout llada --corrector AIS
