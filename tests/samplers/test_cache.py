@@ -1,5 +1,6 @@
 """Key-value caches and block-causal models: exact where they are exact, and only there."""
 
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise as neighbors
@@ -78,6 +79,15 @@ def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     (plain, work), (cached, less) = (counted(policy, monkeypatch, cache=c, **options) for c in (None, BlockCache()))
     assert_same(plain, cached)
     assert cached.completion_mask[:, -length:].all() and less < work
+
+
+@pytest.mark.parametrize("commit", COMMITS)
+def test_block_cache_of_a_shifted_model_is_exact(policies, commit):
+    """The state before a block predicts the block's first token, and that column is not stored before it has run."""
+    policy = copy(policies("sdar"))
+    policy.spec = replace(policy.spec, shift=1)
+    options = {"commit": COMMITS[commit], "diffusion_steps": 5}
+    assert_same(*(run(policy, cache=cache, **options) for cache in (None, BlockCache())))
 
 
 @pytest.mark.parametrize("family", few(["sdar", "llada2", "nemotron"], ["llada2", "nemotron"]))

@@ -25,7 +25,8 @@ from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import ONE_PUZZLE, SIZES, OddPuzzles, Wrapped, tiny_recipe
 
-from dllm_rl.algorithms.correctors import AIS, TIS, Aligned
+from dllm_rl.algorithms.correctors import AIS, TIS, Aligned, NoCorrection
+from dllm_rl.algorithms.losses import Reinforce
 from dllm_rl.callbacks import Callback
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
@@ -925,3 +926,25 @@ def test_the_parts_of_the_mismatch_have_the_signs_of_the_whole():
     )
     found = split_mismatch(context, result)
     assert found["mismatch_split/quantization_kl"] == -1 and found["mismatch_split/staleness_kl"] == -2
+
+
+class Shows(StepFeature):
+    """Changes views, and nothing of them."""
+
+    changes_views = True
+
+    def views_to_score(self, context, rollout, views, *, recorded):
+        return views
+
+
+def test_late_rollouts_have_logprobs_of_the_first_masks_alone_where_nothing_reads_the_later_ones(tmp_path):
+    """A feature that changes views lets fresh rollouts be scored in each set; of late ones, today's weights would."""
+    changes = {"num_iterations": 2, "likelihood": Coupled(), "loss": Reinforce(), "corrector": NoCorrection()}
+    recipe = late_recipe(tmp_path, late=1, **changes)
+    accelerator, policy = make_accelerator(), build_policy(recipe, torch.device("cpu"))
+    context = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
+    context.features = (Shows(),)
+    late = add_rollout_logprobs(context, collect(context, 0)[0], 0)
+    assert len(late.rollout_logprobs) == 1
+    for samples, is_scored in ((late, [True, False]), (replace(late, rollout_logprobs=()), [True, True])):
+        assert [logps.is_scored for logps in score_samples(context, samples, 0).logps] == is_scored

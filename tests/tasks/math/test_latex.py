@@ -7,7 +7,7 @@ import pytest
 from dllm_rl.tasks.answers import (
     MAX_ANSWER_LENGTH,
 )
-from dllm_rl.tasks.math.latex import normalize, rational, same_in_d1
+from dllm_rl.tasks.math.latex import as_list, normalize, rational, same_in_d1
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,9 @@ def test_rationals() -> None:
     assert rational("1/3") == Fraction(1, 3)
     assert rational("11,\\! 111,\\!111") == 11111111 == rational("11,111,111")
     assert rational("11, 111") is None, "a list"
+
+
+def test_a_joint_before_the_end_of_a_sentence_joins_nothing() -> None:
+    assert as_list("5\\text{ or }6.") == "5, 6."
+    for answer in ("5 \\text{ or } .", "5 \\text{ and } ", "\\text{ or } 5"):
+        assert as_list(answer) == answer
