@@ -88,8 +88,9 @@ def test_an_estimator_of_ones_own_has_its_row_beside_the_stored_ones(monkeypatch
     monkeypatch.setattr(exactness, "DRAWS", 2)
     exactness.main()
     printed = capsys.readouterr().out
-    assert printed.count(f"| {words[1]} | completion |") == 1 and printed.count(f"| {words[1]} |") == 2
-    assert all(printed.count(f"| {name} |") == 2 for name in ROWS)
+    assert printed.count(f"| {words[1]} | completion |") == 1 and printed.count(f"| {words[1]} |") == 3
+    assert all(printed.count(f"| {name} |") == 3 for name in ROWS)
+    assert set(exactness.IN_WORDS) == set(ROWS)
     monkeypatch.setattr(sys, "argv", ["exactness", "recipes.examples.own_estimator.Nothing"])
     with pytest.raises(SystemExit, match=r"Nothing.* is not found .*give MODULE\.NAME"):
         exactness.main()

@@ -614,6 +614,30 @@ ROWS = {
     "DiffusionGemma, accepted draws": Row(Renoised(), False),
     "DiffusionGemma, last step": Row(Renoised(), True),
 }
+DRAWN = "the surest drawn token first"  # LLaDA's sampler
+IN_WORDS = {  # in which order a row's sampler writes, and what its likelihood scores
+    "JustGRPO": ("left to right", "every step"),
+    "MaxProb, tokens": ("the position of the likeliest token first", "every step"),
+    "JustGRPO-Fast (NeMo-RL)": ("left to right", "the least certain quarter of the tokens"),
+    "LLaDA, tokens and order": (DRAWN, "every step: the token, and that its position came first"),
+    "LLaDA, tokens alone": (DRAWN, "every step: the token alone"),
+    "TraceRL, shrinkage 2": (DRAWN, "two steps in one view"),
+    "TraceRL, shrinkage 4": (DRAWN, "all four steps in one view"),
+    "d1": (DRAWN, "all tokens, with the whole completion masked"),
+    "ELBO, 1 sample": (DRAWN, "the tokens of one random mask"),
+    "ELBO, 2 samples": (DRAWN, "the tokens of two random masks"),
+    "ELBO, 4 samples": (DRAWN, "the tokens of four random masks"),
+    "Coupled": (DRAWN, "a random mask and its complement"),
+    "ESPO": (DRAWN, "two random masks and their complements; the mean over tokens"),
+    "SPG": (DRAWN, "random masks; an upper bound for negative advantages"),
+    "Informed Masking": (DRAWN, "two masks, more often where a token changed little"),
+    "ForkGRPO": ("drawn tokens above 0.8 at once, else the leftmost", "the steps that write the leftmost"),
+    "threshold on the likeliest": ("all positions whose likeliest token has 0.8 or more", "every step"),
+    "SGLang's sampling": ("drawn tokens that its confidence rule accepts", "every step"),
+    "DiffusionGemma, accepted draws": ("draws at the positions of lowest entropy", "all draws that were accepted"),
+    "DiffusionGemma, last step": ("draws at the positions of lowest entropy", "the answer in the last step"),
+}
+SUMMARY = {"rms": "ratio off by, nats", "never": "became impossible", "bias": "gradient's bias", "forwards": "forwards"}
 RATIO = {"rms": "rms error, nats", "largest": "largest", "level": "log-prob, rms error", "never": "never"}
 GRADIENT = {
     "forwards": "forwards", "bias": "bias", "cosine": "cosine", "reused": "reused", "rmse": "rmse",
@@ -642,12 +666,26 @@ def table_of(stored: Mapping[str, Sequence[Mapping[str, Any]]], columns: Mapping
     return markdown(rows)
 
 
-def both_tables(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    return {"ratio": table_of(stored, RATIO, True), "gradient": table_of(stored, GRADIENT, False)}
+def summary_of(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A row per method: what it scores, and the medians over the sharp networks; exact ratios first."""
+    sharp = {name: [each for each in found if each["sharpness"] == SHARP] for name, found in stored.items()}
+    rows = []
+    for name, found in sharp.items():
+        writes, scores = IN_WORDS.get(name, ("-", "-"))
+        values = {key: [each[key] for each in found] for key in SUMMARY}
+        shown = {head: cell(values[key], key) for key, head in SUMMARY.items()}
+        row = {"method": name, "the sampler writes": writes, "the likelihood scores": scores} | shown
+        rows.append((median(values["rms"]) > 0.005, median(values["bias"]), row))
+    return markdown([row for *_, row in sorted(rows, key=lambda each: each[:2])])
+
+
+def tables(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    detailed = {"ratio": table_of(stored, RATIO, True), "gradient": table_of(stored, GRADIENT, False)}
+    return {"summary": summary_of(stored)} | detailed
 
 
 def page_tables() -> dict[str, str]:
-    return both_tables(read_json(STORED))
+    return tables(read_json(STORED))
 
 
 def draw_figure(stored: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -716,7 +754,7 @@ def main() -> None:
     if measured and not is_own:
         write_json(STORED, measured)
         draw_figure(measured, STORED.with_suffix(".png"))
-    for table in both_tables(read_json(STORED) | measured).values():
+    for table in tables(read_json(STORED) | measured).values():
         print(table)
 
 
