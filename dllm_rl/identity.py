@@ -4,41 +4,33 @@ A digest is the same in every process. Equal content has equal digests: a list a
 in any order. Nothing is sampled, and nothing is compared by its printed form.
 """
 
+import ast
 import copyreg
-import dis
 import functools
 import inspect
 import json
+import linecache
 import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date, time, timedelta
+from enum import Enum
 from hashlib import file_digest, sha256
 from numbers import Number
-from pathlib import Path
+from pathlib import Path, PurePath
 from pickle import PicklingError
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from symtable import SymbolTable, symtable
+from textwrap import indent
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 MAX_BITS = 2**13  # of an integer that is written as text: Python writes no more than 4300 decimal digits
 THREADS = 4  # hashlib releases the interpreter's lock
-# Methods of containers that change them; and those that only read them, which may hand out their items or not.
-_CHANGING_METHODS = {
-    *("append", "extend", "insert", "remove", "pop", "popitem", "clear", "update", "setdefault", "add", "discard"),
-    *("appendleft", "popleft", "sort", "reverse", "difference_update", "intersection_update"),
-}
-_HANDING_OUT = {"get", "items", "values", "copy", "union", "intersection", "difference"}
-_READING = {"keys", "index", "count", "issubset", "issuperset", "isdisjoint"}
-_HANDING_OUT |= {"dict", "enumerate", "frozenset", "iter", "list", "map", "max", "min", "reversed", "set", "sorted"}
-_HANDING_OUT |= {"tuple", "zip", "join", "choice"}
-_READING |= {"all", "any", "bool", "len", "repr", "str", "sum"}
-_ALL = 99  # levels of nested containers
-# Modules whose objects cannot change. Of another library's object the class counts: its state, such as that of a
-# generator of random numbers, of a counter or of a client, is none of the code's.
-_CONSTANT_MODULES = {"datetime", "decimal", "enum", "fractions", "pathlib", "re", "uuid"}
-_PLAIN_BASES = ("builtins", "abc", "typing", "enum")  # modules of bases that keep no state
-_MAKING = ("__init__", "__new__", "__post_init__")  # methods that set what an object begins with
+# Values whose content counts as a setting of code. Others, such as arrays and generators of random numbers, are state.
+_SETTINGS = (str, bytes, Number, NoneType, Enum, PurePath, date, time, timedelta, re.Pattern)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LIBRARY_FOLDERS = (*(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib")), f"{Path(__file__).parent}/")
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")  # of whatever environment
 
@@ -49,7 +41,7 @@ def digest_of_value(value: Any) -> str:
     Functions and classes of the user's count by their code, as in `digest_of_code`. An object that cannot be pickled
     counts by its class and its attributes.
     """
-    return _Digest(data=True).of(value).hex()
+    return _Digest().of(value).hex()
 
 
 def digest_of_rows(rows: Iterable[Mapping[Any, Any]]) -> str:
@@ -69,26 +61,27 @@ def _as_json(value: Any) -> dict[str, str]:
 
 
 def digest_of_code(value: Any) -> str | None:
-    """Return a text that identifies the user's code in a value: its functions, classes, and what they refer to.
+    """Return sixteen hex digits that identify the user's code in a value, and its settings. None: there is no code.
 
-    Code is a function's bytecode, with its constants, defaults, closure, and the functions, classes and constants of
-    its module that it uses. Names of local variables, comments and positions in the file do not count.
+    Code is the source text of the value's functions and classes, and of the definitions in the user's files that they
+    name, directly or through others. Comments, docstrings and places do not count, nor do calls that a file makes on
+    its own lines. Code without a file, such as that of `python -c`, counts by its name alone.
 
-    State is not code. A number or a text counts unless a function of the user's assigns to its name, and a list, dict
-    or set only if all of them do nothing but read it. "All" are the functions of the modules and notebooks that the
-    value reaches, also those that it does not call. Other objects that can change, such as arrays, tensors and
-    generators of random numbers, count by their class, and so does code of the standard library and of installed
-    packages.
-
-    Returns:
-        The Python version, whose bytecode it is, and sixteen hex digits. None: the value has no code of the user's.
+    Settings are the arguments of partials, the variables of closures, and the arguments of a constructor that its
+    object keeps under their names: numbers, text, dates, paths, patterns, and containers of these. State does not
+    count: other values, and all that the code assigns to outside of a constructor, stores items in, or passes to a call
+    whose result it drops, as in `seen.append(text)`.
     """
-    finding = _Digest(data=False)
-    finding.of(value)
-    if not finding.reached:
+    code = _Code()
+    code.read(value)
+    if not code.found:
         return None
-    digest = _Digest(data=False, functions=_functions_beside(finding.reached))
-    return f"{sys.implementation.cache_tag} {digest.of(value).hex()[:16]}"
+    settings = [
+        (name, value)
+        for name, value in code.settings
+        if name not in code.changed and (isinstance(value, _SETTINGS) or f"in {name}" not in code.changed)
+    ]
+    return digest_of_value([code.found, sorted(code.named), settings])[:16]
 
 
 def digest_of_files(folder: Path, names: Iterable[str]) -> str:
@@ -109,7 +102,7 @@ def digest_of_tensors(tensors: Mapping[str, Any], read: Callable[[Any], Any] = l
     Each tensor is passed through `read` when its turn comes, so that few copies exist at a time.
     """
     ordered = sorted(tensors)
-    return _of_parts(ordered, (_Digest(data=True).of(read(tensors[name])) for name in ordered))
+    return _of_parts(ordered, (_Digest().of(read(tensors[name])) for name in ordered))
 
 
 def _of_parts(names: Iterable[str], digests: Iterable[bytes]) -> str:
@@ -126,37 +119,23 @@ def _hashed(kind: str, *parts: Any) -> bytes:
 
 
 # `datasets.fingerprint.Hasher`, which pickles with dill, does not serve here: an object of a script's class that held a
-# set had another digest under another PYTHONHASHSEED, and so had a function after a global that it counts in changed.
+# set had another digest under another PYTHONHASHSEED.
 class _Digest:
-    """Digests of one value's parts.
+    """Digests of one value's parts."""
 
-    Args:
-        data: Whether objects of every library count by their content.
-        functions: The user's functions, whose state does not count. None: no state is known yet.
-    """
-
-    def __init__(self, *, data: bool, functions: "list[_Function] | None" = None) -> None:
-        self.data = data
-        self.functions = functions
-        self.reached: list[_Function] = []  # the user's functions in the value
+    def __init__(self) -> None:
         self.active: list[int] = []  # ids of the values around the current one
-        self.known: dict[int, tuple[Any, bytes]] = {}  # of functions and classes; with them, so that no id is reused
 
     def of(self, value: Any) -> bytes:
         if value is None or isinstance(value, str | bytes | bytearray | Number):
             return self.of_scalar(value)
         if id(value) in self.active:
             return _hashed("the value", str(len(self.active) - self.active.index(id(value))).encode())
-        if id(value) in self.known:
-            return self.known[id(value)][1]
         self.active.append(id(value))
         try:
-            result = self.of_compound(value)
+            return self.of_compound(value)
         finally:
             self.active.pop()
-        if isinstance(value, FunctionType | type):
-            self.known[id(value)] = value, result
-        return result
 
     def of_scalar(self, value: Any) -> bytes:
         if isinstance(value, bytes | bytearray):
@@ -169,25 +148,25 @@ class _Digest:
         return _hashed(type(value).__qualname__, (hex(value) if is_long else repr(value)).encode())
 
     def of_compound(self, value: Any) -> bytes:
-        if type(value) in (list, set) or isinstance(value, tuple | frozenset) or self.data:
-            if isinstance(value, list | tuple):
-                return _hashed("list", *map(self.of, value))
-            if isinstance(value, set | frozenset):
-                return _hashed("set", *sorted(map(self.of, value)))
+        if isinstance(value, list | tuple):
+            return _hashed("list", *map(self.of, value))
+        if isinstance(value, set | frozenset):
+            return _hashed("set", *sorted(map(self.of, value)))
         if type(value) is dict:
             return self.of_mapping(value)
-        if isinstance(value, FunctionType | MethodType | CodeType | type | functools.partial):
-            return self.of_code(value)
+        if isinstance(value, FunctionType | MethodType | type | functools.partial):
+            return _hashed("code", (digest_of_code(value) or full_name(value)).encode())
         if isinstance(value, ModuleType | BuiltinFunctionType):
             return _hashed("name", full_name(value).encode())
-        if not self.data:
-            return self.of_object(value)
         if hasattr(value, "detach") and hasattr(value, "layout"):
             return self.of_tensor(value)
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             kind = f"array of {value.dtype.str if value.dtype.names is None else value.dtype.descr}, {value.shape}"
             return _hashed(kind, value.tobytes())
-        return self.of_object(value)
+        if not is_of_user(type(value)):
+            return _hashed("object", self.of(type(value)), self.of_reduced(value))
+        items: dict[str, Any] = {"items of the container": dict(value)} if isinstance(value, dict) else {}
+        return _hashed("object", self.of(type(value)), self.of_mapping(_attributes(value) | items))
 
     def of_mapping(self, value: Mapping[Any, Any]) -> bytes:
         return _hashed("dict", *sorted(self.of(name) + self.of(part) for name, part in value.items()))
@@ -199,19 +178,6 @@ class _Digest:
         except TypeError:  # NumPy has no bfloat16 and no float8; float32 holds their numbers exactly
             numbers = plain.float().numpy(force=True)
         return _hashed(f"tensor of {value.dtype}, {tuple(value.shape)}", memoryview(numbers.ravel()).cast("B"))
-
-    def of_object(self, value: Any) -> bytes:
-        """Return the digest of an object: of its class, and of what a pickle of it would have."""
-        kind = type(value)
-        wrapped = getattr(value, "__wrapped__", None)  # the function around which a library's object is
-        if callable(wrapped) and not is_of_user(kind):
-            return _hashed("object", full_name(kind).encode(), self.of(wrapped))
-        if not self.data and not is_of_user(kind) and kind.__module__.partition(".")[0] not in _CONSTANT_MODULES:
-            fields = getattr(kind, "__dataclass_fields__", {}).values()  # settings, as of a loss or a task
-            parts = {each.name: getattr(value, each.name, None) for each in fields if each.repr}
-            return _hashed("object", full_name(kind).encode(), self.of_mapping(parts))
-        state = self.of_mapping(self.settings_of(value)) if is_of_user(kind) else self.of_reduced(value)
-        return _hashed("object", self.of(kind), state)
 
     def of_reduced(self, value: Any) -> bytes:
         try:
@@ -226,163 +192,173 @@ class _Digest:
             lists[4] = dict(lists[4])  # items of a dict, in any order
         return self.of(lists)
 
-    def settings_of(self, value: Any) -> dict[str, Any]:
-        """Return the attributes of a user's object, without its state."""
-        attributes = _attributes(value)
-        if not self.data:
-            kind = type(value)
-            cached = {name for base in kind.__mro__ for name, member in vars(base).items() if _is_cached(member)}
-            if not all(is_of_user(base) or base.__module__ in _PLAIN_BASES for base in kind.__mro__):
-                # What only a library's base reads and changes, such as whether a module is training, is not known.
-                functions = self.functions or []
-                cached |= {name for name in attributes if not any(each.mentions(name) for each in functions)}
-            return self.without_state({name: part for name, part in attributes.items() if name not in cached}, kind)
-        items: dict[str, Any] = {"items of the container": [*value]} if isinstance(value, list | tuple) else {}
-        items |= {"items of the container": dict(value)} if isinstance(value, dict) else {}
-        return attributes | items
 
-    def without_state(self, parts: dict[str, Any], of: Any) -> dict[str, Any]:
-        """Return those of the named parts that no function changes. Of a container that some function may change, only
-        the functions and classes in it remain.
+class _Code:
+    """The user's code that values reach, and its settings."""
 
-        Args:
-            parts: Values by name.
-            of: Where the names are: "global" (of modules), a class (attributes of its objects), or the code of a
-                function (its closure and defaults).
-        """
-        if self.data or self.functions is None:
-            return parts
-        remaining = {}
-        for name, part in parts.items():
-            if not self.is_state(name.rpartition(".")[2], part, of):
-                remaining[name] = part
-            elif codes := self.code_in(part):
-                remaining[name] = codes
-        return remaining
+    def __init__(self) -> None:
+        self.found: list[str] = []  # source text of each function and class, in the order of the values
+        self.named: set[str] = set()  # source text of the definitions that these name
+        self.changed: set[str] = set()  # names of state
+        self.settings: list[tuple[str, Any]] = []  # name, value
+        self.seen: dict[Any, Any] = {}  # values by their ids, kept so that no id is used again; and names
 
-    def is_state(self, name: str, part: Any, of: Any) -> bool:
-        functions, depth = self.functions or [], _depth(part)
-        is_data = depth > 0 or isinstance(part, str | bytes | Number | None)
-        if any(each.stores(name, of) or (is_data and each.stores_unnamed(of)) for each in functions):
-            return True
-        return depth > min((each.levels(name, of) for each in functions), default=_ALL) if depth else False
+    def read(self, value: Any) -> None:
+        """Read the code in a value."""
+        if isinstance(value, _SETTINGS) or id(value) in self.seen:
+            return
+        self.seen[id(value)] = value
+        if isinstance(value, list | tuple | set | frozenset | dict):
+            items = value.values() if isinstance(value, dict) else value
+            for item in sorted(items, key=full_name) if isinstance(value, set | frozenset) else items:
+                self.read(item)
+        elif isinstance(value, functools.partial):
+            self.read(value.func)
+            names = getattr(getattr(value.func, "__code__", None), "co_varnames", tuple(map(str, range(99))))
+            self.give(dict(zip(names, value.args, strict=False)) | value.keywords)
+        elif isinstance(value, MethodType):
+            self.read(value.__self__)
+            self.read(value.__func__)
+        elif isinstance(value, FunctionType) and is_of_user(value):
+            self.read_function(value)
+        elif isinstance(value, type):
+            if is_of_user(value):
+                self.read_class(value)
+        elif _is_module_of_user(value):
+            for name in _parsed(value.__file__)[0] if getattr(value, "__file__", None) else ():
+                self.follow(name, vars(value), value.__file__)
+            self.read([part for part in vars(value).values() if _is_module_of_user(part)])
+        elif is_of_user(type(value)):
+            self.read_class(type(value))
+            names = inspect.signature(type(value)).parameters
+            self.give({name: part for name, part in _attributes(value).items() if name.lstrip("_") in names})
+        else:  # a record of a library, such as a loss or a task, which may hold the user's code
+            self.read([getattr(value, name, None) for name in getattr(value, "__dataclass_fields__", ())])
+        self.read(getattr(value, "__wrapped__", None))  # what a decorator has wrapped
 
-    def code_in(self, container: Any) -> set[bytes]:
-        """Return the digests of the functions and classes in a container that may change; of no other value."""
-        items = container.values() if isinstance(container, dict) else container if _depth(container) else ()
-        return {self.of(item) for item in items if isinstance(item, FunctionType | MethodType | type)}
+    def give(self, values: Mapping[str, Any]) -> None:
+        """Read values by name, each of which may be a setting."""
+        for name, value in sorted(values.items()):
+            self.read(value)
+            if _is_setting(value):
+                self.settings.append((name, value))
 
-    def of_code(self, value: Any) -> bytes:
-        if isinstance(value, functools.partial):
-            args, given = value.args, value.keywords
-            if isinstance(value.func, FunctionType) and is_of_user(value.func):
-                code = value.func.__code__
-                names = code.co_varnames[: code.co_argcount]
-                given = self.without_state(dict(zip(names, args, strict=False)) | given, code)
-                args = args[len(names) :]
-            return _hashed("partial", self.of(value.func), self.of(args), self.of_mapping(given))
-        if isinstance(value, MethodType):
-            return _hashed("method", self.of(value.__self__), self.of(value.__func__))
-        if isinstance(value, CodeType):
-            parts = [self.of(_without_docstring(value)), self.of(value.co_names), value.co_code]
-            return _hashed("code", *parts, repr(_parameters_of(value)).encode())
-        if not is_of_user(value):
-            return _hashed("name", full_name(value).encode(), self.of(getattr(value, "__wrapped__", None)))
-        return self.of_function(value) if isinstance(value, FunctionType) else self.of_class(value)
+    def read_class(self, kind: type) -> None:
+        namespace = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+        # A class of a notebook has its cell's file, which its methods know.
+        files = [each.__code__.co_filename for each in vars(kind).values() if isinstance(each, FunctionType)]
+        file = namespace.get("__file__") or next((each for each in files if each != "<string>"), "")
+        nodes = [each for each in _parsed(file)[1] if isinstance(each, ast.ClassDef) and each.name == kind.__name__]
+        self.found.append(self.text_of(nodes, namespace, file) or full_name(kind))
 
-    def of_function(self, function: FunctionType) -> bytes:
-        self.reached.append(_Function(function))
-        code = function.__code__
+    def read_function(self, function: FunctionType) -> None:
+        code, defaults = function.__code__, function.__defaults__ or ()
+        nodes = [each for each in _parsed(code.co_filename)[1] if _first_line_and_name(each) == _place_of(code)]
         closure = dict(zip(code.co_freevars, map(_content, function.__closure__ or ()), strict=True))
-        used = {}
-        for part in _codes_in(code):
-            for step in dis.get_instructions(part):
-                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
-                    used[step.argval] = function.__globals__[step.argval]
-        names = {name for part in _codes_in(code) for name in part.co_names}
-        used |= _attributes_of_modules([*used.values(), *closure.values()], names)
-        parts = (self.without_state(_defaults_of(function) | closure, code), self.without_state(used, "global"))
-        return _hashed("function", self.of(code), *map(self.of_mapping, parts))
+        self.found.append(self.text_of(nodes, function.__globals__, code.co_filename, closure) or full_name(function))
+        names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+        self.give(dict(zip(names, defaults, strict=True)) | (function.__kwdefaults__ or {}) | closure)
 
-    def of_class(self, kind: type) -> bytes:
-        members: dict[str, Any] = {}
-        for name, member in vars(kind).items():
-            if name.startswith("_abc_") or name in ("__doc__", "__module__", "__dict__", "__weakref__", "__slots__"):
-                continue
-            functions = [each for each in _functions_of(member) if each.__code__.co_filename != "<string>"]
-            is_plain = isinstance(member, str | bytes | Number | tuple | frozenset | list | dict | set | type(None))
-            if functions:
-                members[name] = functions
-            elif is_plain and not name.startswith("__"):
-                members |= self.without_state({name: member}, kind)
-        bases = [base for base in kind.__bases__ if base is not object]
-        return _hashed("class", full_name(kind).encode(), self.of(bases), self.of_mapping(members))
+    def text_of(self, nodes: list[Any], namespace: dict[str, Any], file: str, known: Iterable[str] = ()) -> str:
+        """Return the text of parts of a file; follow the names in it that are not known."""
+        text = "\n".join(map(ast.unparse, nodes))
+        self.changed |= _changed_names(nodes)
+        # In a function that has the names of an enclosing one as its parameters.
+        inside = f"def _({', '.join(known)}):\n" + indent(text or "pass", " ")
+        for name in sorted(_global_names(symtable(inside, file, "exec"))):
+            self.follow(name, namespace, file)
+        return text
+
+    def follow(self, name: str, namespace: dict[str, Any], file: str) -> None:
+        """Read what a name of a module stands for: its definitions in the file, or the imported value."""
+        if (file, name) in self.seen:
+            return
+        self.seen[file, name] = None
+        nodes = _parsed(file)[0].get(name, [])
+        self.named.add(self.text_of(nodes, namespace, file))
+        if not nodes and name in namespace and not name.startswith("__"):
+            self.give({name: namespace[name]})
 
 
-class _Function:
-    """What a function of the user's, and those in it, may change by name.
+@functools.lru_cache
+def _parsed(file: str) -> tuple[dict[str, list[ast.AST]], list[Any]]:
+    """Return the statements of a file by the names that they define, without imports; and all functions and classes.
 
-    Args:
-        function: The function.
-        owner: The class whose method it is. None (default): none.
+    The file is read once: a run keeps the code that it began with if the file is edited meanwhile.
     """
-
-    def __init__(self, function: FunctionType, owner: type | None = None) -> None:
-        self.function, self.owner = function, owner
-        self.codes = [*_codes_in(function.__code__)]
-
-    def stores(self, name: str, of: Any) -> bool:
-        """Return whether it assigns to the name (`_Digest.without_state`)."""
-        kinds = self.kinds(of)
-        return any((kind, name) in _uses(code)[0] for code in self.codes for kind in kinds)
-
-    def stores_unnamed(self, of: Any) -> bool:
-        """Return whether it may assign to any name, as by setattr."""
-        if isinstance(of, type) and (self.owner is None or "own attribute" in self.kinds(of)):
-            storing = {"setattr", "__setattr__", "vars", "__dict__"}
-        else:
-            storing = {"globals"} if of == "global" else set()
-        return any(not storing.isdisjoint(code.co_names) for code in self.codes)
-
-    def mentions(self, name: str) -> bool:
-        """Return whether it loads or assigns to an attribute of this name."""
-        keys = [(kind, name) for kind in ("attribute", "own attribute")]
-        return any(key in uses for code in self.codes for uses in _uses(code) for key in keys)
-
-    def levels(self, name: str, of: Any) -> int:
-        """Return how many levels of a container of this name stay as they are: 0 or less: it may be changed itself."""
-        kinds = self.kinds(of)
-        return min((_uses(code)[1].get((kind, name), _ALL) for code in self.codes for kind in kinds), default=_ALL)
-
-    def kinds(self, of: Any) -> tuple[str, ...]:
-        """Return which of the function's names may be those of `of`."""
-        if of == "global":
-            return ("global", "attribute")
-        if isinstance(of, CodeType):
-            return ("local",) if of in self.codes or self.function.__code__.co_freevars else ()
-        related = self.owner is not None and (issubclass(of, self.owner) or issubclass(self.owner, of))
-        is_making = self.function.__name__ in _MAKING
-        return ("attribute", "own attribute") if related and not is_making else ("attribute",)
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:  # a notebook's cell with a command of the shell
+        return {}, []
+    defined = [each for each in ast.walk(tree) if isinstance(each, (*_DEFINITIONS, ast.Lambda))]
+    for each in defined:
+        if not isinstance(each, ast.Lambda) and ast.get_docstring(each, clean=False) is not None:
+            each.body = each.body[1:] or [ast.Pass()]
+    statements: dict[str, list[ast.AST]] = {}
+    for statement in tree.body:
+        is_definition = isinstance(statement, _DEFINITIONS)
+        for name in {statement.name} if is_definition else _stored_names(statement):  # type: ignore[attr-defined]
+            statements.setdefault(name, []).append(statement)
+    return statements, defined
 
 
-def _functions_beside(reached: "list[_Function]") -> "list[_Function]":
-    """Return these functions, and all of the user's in their modules."""
-    namespaces = {id(each.function.__globals__): each.function.__globals__ for each in reached}
-    values = [value for namespace in namespaces.values() for value in list(namespace.values())]
-    kinds = {value for value in values if isinstance(value, type) and is_of_user(value)}
-    kinds |= {base for kind in kinds for base in kind.__mro__ if is_of_user(base)}
-    methods = [
-        _Function(function, kind)
-        for kind in sorted(kinds, key=full_name)
-        for member in list(vars(kind).values())
-        for function in _functions_of(member)
-        if not (function.__code__.co_filename == "<string>" and function.__name__.startswith("__"))  # of dataclasses
-    ]
-    owned = {each.function.__code__ for each in methods}
-    functions = [*(each.function for each in reached), *(value for value in values if isinstance(value, FunctionType))]
-    functions = [inspect.unwrap(function) for function in functions]
-    plain = {function.__code__: function for function in functions if isinstance(function, FunctionType)}
-    return [*methods, *(_Function(each) for code, each in plain.items() if code not in owned and is_of_user(each))]
+def _first_line_and_name(node: Any) -> tuple[int, str]:
+    lines = [node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]
+    return min(lines), getattr(node, "name", "<lambda>")
+
+
+def _place_of(code: CodeType) -> tuple[int, str]:
+    return code.co_firstlineno, code.co_name
+
+
+def _global_names(table: SymbolTable) -> set[str]:
+    """Return the names of its module that code uses."""
+    names = {each.get_name() for each in table.get_symbols() if each.is_global()}
+    return names.union(*map(_global_names, table.get_children()))
+
+
+def _changed_names(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the names that code assigns to, except in constructors; as "in NAME" also those of which it sets items, or
+    which it passes to a call whose result it drops.
+    """
+    names: set[str] = set()
+    parts = [part for node in nodes for part in ast.walk(node)]
+    making = [each for each in parts if getattr(each, "name", None) in ("__init__", "__new__", "__post_init__")]
+    in_making = {id(part) for each in making for part in ast.walk(each)}
+    for part in parts:
+        if isinstance(part, ast.Global | ast.Nonlocal):
+            names.update(part.names)
+        elif isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load) and id(part) not in in_making:
+            names.add(part.attr)
+        elif isinstance(part, ast.Subscript) and not isinstance(part.ctx, ast.Load):
+            names |= {f"in {name}" for name in _names(part.value)}
+        elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
+            plain = [each for each in part.value.args if isinstance(each, ast.Name | ast.Attribute)]
+            names |= {f"in {name}" for each in [part.value.func, *plain] for name in _names(each)}
+    return names
+
+
+def _stored_names(node: ast.AST) -> set[str]:
+    """Return the names that a statement assigns to, or of which it sets items."""
+    stored = [each for each in ast.walk(node) if isinstance(getattr(each, "ctx", None), ast.Store | ast.Del)]
+    return {name for each in stored for name in _names(each)}
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {str(getattr(each, "id", getattr(each, "attr", ""))) for each in ast.walk(node)}
+
+
+def _is_setting(value: Any) -> bool:
+    if type(value) not in (list, tuple, set, frozenset, dict):
+        return isinstance(value, _SETTINGS)
+    return all(map(_is_setting, [*value, *value.values()] if isinstance(value, dict) else value))
+
+
+def _is_module_of_user(value: Any) -> bool:
+    if not isinstance(value, ModuleType):
+        return False
+    places = [getattr(value, "__file__", None), *getattr(value, "__path__", ())]  # of a package the folders
+    return any(place and not _is_of_library(place) for place in places)
 
 
 def is_of_user(value: Any) -> bool:
@@ -408,128 +384,8 @@ def full_name(value: Any) -> str:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    slots = [name for base in type(value).__mro__ for name in _names(getattr(base, "__slots__", ()))]
+    slots = [name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())]
     return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
-
-
-def _is_cached(member: Any) -> bool:
-    return isinstance(member, functools.cached_property)
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _depth(value: Any) -> int:
-    """Return how many levels of lists, dicts and sets a value has."""
-    if type(value) not in (list, dict, set, bytearray) and not isinstance(value, tuple):
-        return 0
-    items = value.values() if isinstance(value, dict) else value
-    return (not isinstance(value, tuple)) + max(map(_depth, items), default=0)
-
-
-@functools.lru_cache(maxsize=4096)
-def _uses(code: CodeType) -> tuple[frozenset[tuple[str, str]], dict[tuple[str, str], int]]:
-    """Return the names that code assigns to, and for each name that it loads how many levels of a container of this
-    name stay as they are. Each name has its kind: "global", "local", "attribute", or "own attribute", of `self`.
-    """
-    steps = [part for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG" for part in _parts_of(step)]
-    is_changing = any(
-        kind in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
-        or (kind in ("LOAD_METHOD", "LOAD_ATTR") and name in _CHANGING_METHODS)
-        for kind, name, _ in steps
-    )
-    own = code.co_varnames[:1]
-    stored: set[tuple[str, str]] = set()
-    levels: dict[tuple[str, str], int] = {}
-    for index, (opname, name, _) in enumerate(steps):
-        action, _, rest = opname.partition("_")
-        is_own = "ATTR" in rest and index > 0 and steps[index - 1][1:2] == own and "FAST" in steps[index - 1][0]
-        kinds = {"GLOBAL": "global", "NAME": "global", "ATTR": "attribute", "METHOD": "attribute"}
-        kind = "own attribute" if is_own else kinds.get(rest, "local" if re.search("FAST|DEREF", rest) else "")
-        makes_closure = "FAST" in rest and name in code.co_cellvars + code.co_freevars  # from Python 3.13 on
-        if not kind or not isinstance(name, str) or makes_closure:
-            continue
-        if action in ("STORE", "DELETE") and "FAST" not in rest and not (kind == "local" and name in code.co_cellvars):
-            stored.add((kind, name))
-        elif action == "LOAD" and rest != "METHOD":
-            found = _levels_after(steps, index)
-            found = _ALL if found > 0 and not is_changing else found
-            levels[kind, name] = min(found, levels.get((kind, name), _ALL))
-    return frozenset(stored), levels
-
-
-def _levels_after(steps: list[tuple[str, Any, int]], index: int) -> int:
-    """Return how many levels of the value that the step `index` loads stay as they are in the step that takes it: 0 or
-    less if it may be changed itself.
-    """
-    opname, name, _ = steps[index + 1] if index + 1 < len(steps) else ("", None, 0)
-    if opname in ("CONTAINS_OP", "UNARY_NOT", "TO_BOOL", "IS_OP", "FORMAT_VALUE", "FORMAT_SIMPLE") or "JUMP" in opname:
-        return _ALL
-    if opname in ("GET_ITER", "UNPACK_SEQUENCE", "LIST_EXTEND", "DICT_MERGE", "CALL_FUNCTION_EX"):
-        return 1
-    if opname in ("LOAD_METHOD", "LOAD_ATTR"):
-        return -_ALL if name in _CHANGING_METHODS else _ALL if name in _READING else int(name in _HANDING_OUT)
-    if (
-        opname in ("PRECALL", "CALL")
-        and name == 1
-        and steps[index - 1][0] in ("LOAD_GLOBAL", "LOAD_METHOD", "LOAD_ATTR")
-    ):
-        return _ALL if steps[index - 1][1] in _READING else int(steps[index - 1][1] in _HANDING_OUT)
-    height = 0  # of the stack above the value
-    for following in range(index + 1, len(steps)):
-        opname, name, effect = steps[following]
-        if height == 1 and opname in ("BINARY_SUBSCR", "BINARY_OP [", "BINARY_SLICE"):
-            return 1 + _levels_after(steps, following)
-        if height == 1 and opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            return -_ALL
-        height += effect
-        if height <= 0:
-            break
-    return 0
-
-
-def _parts_of(step: dis.Instruction) -> list[tuple[str, Any, int]]:
-    """Return (operation, name or argument, change of the stack's height) of an instruction.
-
-    Those that stand for two, such as LOAD_FAST_LOAD_FAST, become two.
-    """
-    if isinstance(step.argval, tuple) and "_FAST" in step.opname:
-        kinds = re.findall("LOAD|STORE", step.opname)
-        return [
-            (f"{kind}_FAST", name, 1 if kind == "LOAD" else -1) for kind, name in zip(kinds, step.argval, strict=True)
-        ]
-    opname = "BINARY_OP [" if step.opname == "BINARY_OP" and step.argrepr.startswith("[") else step.opname
-    return [(opname, step.argval, dis.stack_effect(step.opcode, step.arg, jump=False))]
-
-
-def _defaults_of(function: FunctionType) -> dict[str, Any]:
-    """Return the default values of a function's parameters, by name."""
-    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
-    defaults = function.__defaults__ or ()
-    return dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True)) | (
-        function.__kwdefaults__ or {}
-    )
-
-
-def _attributes_of_modules(values: Iterable[Any], names: set[str]) -> dict[str, Any]:
-    """Return what code with these names may read of the user's modules among the values, as MODULE.NAME."""
-    found: dict[str, Any] = {}
-    modules = [value for value in values if _is_module_of_user(value)]
-    for module in modules:  # which grows by the modules of packages
-        for name in sorted(names & vars(module).keys()):
-            part = vars(module)[name]
-            if f"{module.__name__}.{name}" not in found:
-                found[f"{module.__name__}.{name}"] = part
-                modules += [part] if _is_module_of_user(part) else []
-    return found
-
-
-def _is_module_of_user(value: Any) -> bool:
-    if not isinstance(value, ModuleType):
-        return False
-    places = [getattr(value, "__file__", None), *getattr(value, "__path__", ())]  # of a package the folders
-    return any(place and not _is_of_library(place) for place in places)
 
 
 def _content(cell: Any) -> Any:
@@ -537,33 +393,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # a variable without a value yet
         return None
-
-
-def _functions_of(member: Any) -> list[FunctionType]:
-    """Return the functions in a member of a class, such as those of a property."""
-    parts = [member, *(getattr(member, name, None) for name in ("__func__", "fget", "fset", "func"))]
-    parts += member if isinstance(member, list) else []
-    functions = (inspect.unwrap(part) for part in parts if isinstance(part, FunctionType))
-    return [function for function in functions if isinstance(function, FunctionType)]  # torch wraps some of C
-
-
-def _codes_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield code and the code of the functions that it defines."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes_in(constant)
-
-
-def _parameters_of(code: CodeType) -> tuple[Any, ...]:
-    count = code.co_argcount + code.co_kwonlyargcount
-    return code.co_varnames[:count], code.co_argcount, code.co_posonlyargcount, code.co_flags
-
-
-def _without_docstring(code: CodeType) -> list[Any]:
-    """Return a function's constants. The first one is its docstring, if it is text that no instruction loads."""
-    loaded = {step.arg for step in dis.get_instructions(code) if step.opcode in dis.hasconst}
-    return [constant if index in loaded else None for index, constant in enumerate(code.co_consts)]
 
 
 def rows_in_order(dataset: Any, batch_size: int = 1000) -> Iterator[dict[Any, Any]]:

@@ -2,9 +2,11 @@
 
 import functools
 import importlib
-import itertools
 import json
+import linecache
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +14,18 @@ from dllm_rl.identity import digest_of_code, digest_of_rows, digest_of_value
 from dllm_rl.tasks import Countdown, Sudoku
 
 
-def code_of(source: str, name: str = "f"):
-    """The digest of the code of `name`, which the source defines."""
-    module: dict = {"__name__": "mine"}
-    exec(compile(source, "mine.py", "exec"), module)
-    return digest_of_code(module[name])
+def module_of(source: str) -> dict:
+    """The names that a file of this text defines. Each file is another one."""
+    file = Path(tempfile.mkdtemp()) / "mine.py"
+    file.write_text(source)
+    module: dict = {"__name__": "mine", "__file__": str(file)}
+    exec(compile(source, str(file), "exec"), module)
+    return module
+
+
+def code_of(source: str):
+    """The digest of the code of `f`, which the source defines."""
+    return digest_of_code(module_of(source)["f"])
 
 
 CLASS = """
@@ -78,33 +87,16 @@ DIFFERENT = {
     "a class's number": (CLASS, CLASS.replace("1.0", "-1.0")),
 }
 SAME = {
-    "what the code remembers in a default": (
-        "def f(c, seen={}):\n  seen[c] = 1\n  return c",
-        "def f(c, seen={'a': 1}):\n  seen[c] = 1\n  return c",
-    ),
-    "what a nested function remembers in a default": (
-        "def f(c, seen=[]):\n  def g(t): seen.append(t)\n  return map(g, c)",
-        "def f(c, seen=['a']):\n  def g(t): seen.append(t)\n  return map(g, c)",
-    ),
-    "a comment, a place and names": (
-        "def f(c): return [t for t in c]",
-        "\n\ndef f(c):  # mine\n  return [u for u in c]",
-    ),
+    "a comment and a place": ("def f(c): return [t for t in c]", "\n\ndef f(c):  # mine\n  return [t for t in c]"),
     "a docstring": ("def f(c):\n  'a'\n  return 1", "def f(c):\n  'b'\n  return 1"),
     "a function that is not used": ("def f(c): return 1", "def g(): return 2\ndef f(c): return 1"),
-    "a list that the function fills": (
-        "K = []\ndef f(c):\n  K.append(c)\n  return 1",
-        "K = [1]\ndef f(c):\n  K.append(c)\n  return 1",
+    "how the file starts a run": ("def f(c): return 1\nstr(5)", "def f(c): return 1\nrun = str(6)\nstr(run)"),
+    "the number of steps beside a lambda": ("f, steps = [lambda c: 1, 50]", "f, steps = [lambda c: 1, 60]"),
+    "steps around a function": (
+        "def main(steps):\n  def f(c): return 1\n  return f\nf = main(5)",
+        "def main(steps):\n  def f(c): return 1\n  return f\nf = main(6)",
     ),
-    "a table that it fills": ("K = {}\ndef f(c):\n  K[c] = 1", "K = {1: 1}\ndef f(c):\n  K[c] = 1"),
-    "a table of counts": (
-        "K = {}\ndef f(c):\n  for t in c: K[t if t else 1] += len(t)",
-        "K = {1: 1}\ndef f(c):\n  for t in c: K[t if t else 1] += len(t)",
-    ),
-    "a table of lists": ("K = {}\ndef f(c, t): K[c][t].append(1)", "K = {1: 1}\ndef f(c, t): K[c][t].append(1)"),
-    "a table of which it deletes": ("K = {}\ndef f(c): del K[c]", "K = {1: 1}\ndef f(c): del K[c]"),
     "an object's table that it fills": (TABLES, TABLES.replace("'b': 2", "'b': 3")),
-    "a counter": ("K = 0\ndef f(c):\n  global K\n  K += 1", "K = 9\ndef f(c):\n  global K\n  K += 1"),
     "an object's counter": (CLASS, f"{CLASS}f([])"),
 }
 
@@ -440,15 +432,6 @@ N = 0
 def f(c):
     globals()["N"] += 1
     return N
-# object setattr
-from dataclasses import dataclass
-@dataclass(frozen=True)
-class J:
-    n: int = 0
-    def __call__(self, c):
-        object.__setattr__(self, "n", self.n + 1)
-        return c
-f = J()
 # setattr outside
 class J:
     n = 0
@@ -619,16 +602,6 @@ def g(a):
     return T
 def f(c):
     return c in T
-# registry
-R = {}
-def reg(g):
-    R[g.__name__] = g
-    return g
-@reg
-def a(c):
-    return "x"
-def f(c):
-    return R["a"](c)
 # sorted
 T = ["x"]
 def f(c):
@@ -700,8 +673,7 @@ def f(c):
 
 @pytest.mark.parametrize("name", STATES)
 def test_state_is_not_code(name):
-    module: dict = {"__name__": "mine"}
-    exec(compile(STATES[name], "mine.py", "exec"), module)
+    module = module_of(STATES[name])
     before = digest_of_code(module["f"])
     for _ in range(2):
         module.get("other", str)("x")
@@ -753,29 +725,45 @@ def test_an_edited_file_of_a_task_is_told_apart(tmp_path, task, before, after):
 
 RULES = """
 SIGN = {sign}
-calls = 0
-def score(text):
-    global calls
-    calls += 1
-    return SIGN * len(text)
-def unused(text): return {sign}
+def score(text): return SIGN * len(text)
 """
 
 
-@pytest.mark.parametrize("package", [False, True])
-def test_code_counts_what_it_reads_of_the_users_modules(tmp_path, monkeypatch, package):
+@pytest.mark.parametrize("name", ["rules", "mine.rules"])
+@pytest.mark.parametrize("source", ["import math, {}\ndef f(c): return {}.score(c)", "from {} import score as f"])
+def test_code_counts_what_it_reads_of_the_users_modules(tmp_path, monkeypatch, name, source):
     """Through the module's name, as in `import rules; rules.score(text)`; of a package, also without an __init__."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine").mkdir()
-    folder, name = (tmp_path / "mine", "mine.rules") if package else (tmp_path, "rules")
     digests = []
-    for sign, uses in zip((1, 1, -1, -1, 2, 2, 3), [*["score"] * 3, *["SIGN"] * 2, *["calls"] * 2], strict=True):
-        (folder / "rules.py").write_text(RULES.format(sign=sign))
-        for module in ("mine", "mine.rules", "rules"):
-            sys.modules.pop(module, None)
-        importlib.invalidate_caches()
-        source = f"import math, {name}\ndef f(c): return math.sqrt({name}.{uses}" + ("(c))" if uses == "score" else ")")
-        digests.append(code_of(source))
-        assert code_of(f"{source}  # again") == digests[-1]
-    same = [first == second for first, second in itertools.pairwise(digests)]
-    assert same == [True, False, False, False, False, True]
+    for number, sign in enumerate((1, 1, -1)):  # each in a folder of its own, since a process reads a file once
+        file = (tmp_path / str(number) / name.replace(".", "/")).with_suffix(".py")
+        file.parent.mkdir(parents=True)
+        file.write_text(RULES.format(sign=sign))
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / str(number))
+            for module in ("mine", "mine.rules", "rules"):
+                sys.modules.pop(module, None)
+            importlib.invalidate_caches()
+            digests.append(code_of(source.format(name, name)))
+    assert digests[0] and digests[0] == digests[1] != digests[2]
+
+
+def test_a_run_keeps_the_code_that_it_began_with_if_its_file_is_edited():
+    module = module_of("def f(c): return 1")
+    before = digest_of_code(module["f"])
+    Path(module["__file__"]).write_text("def f(c): return 2")
+    linecache.checkcache()  # as a traceback does
+    assert digest_of_code(module["f"]) == before
+
+
+def test_names_of_another_cell_of_a_notebook_count_by_their_values():
+    first = module_of("def f(c): return K, g(c)")
+    digests = []
+    for value, source in (
+        (1, "def g(c): return c"),
+        (1, "def g(c): return c"),
+        (2, "def g(c): return c"),
+        (1, "g = str"),
+    ):
+        first |= {"K": value, "g": module_of(source)["g"]}
+        digests.append(digest_of_code(first["f"]))
+    assert digests[0] == digests[1] and len(set(digests)) == 3

@@ -25,11 +25,13 @@ PARTS = ["countdown", "sudoku", "rows", "code and values"]
 
 
 @pytest.fixture(scope="module")
-def printed() -> dict[str, set[str]]:
+def printed(tmp_path_factory) -> dict[str, set[str]]:
     """What each part prints under two values of PYTHONHASHSEED, which order each of these sets otherwise."""
     lines = []
+    file = tmp_path_factory.mktemp("program") / "mine.py"  # code counts by the text of its file
+    file.write_text(PROGRAM)
     for seed in ("0", "4242"):
-        command = [sys.executable, "-c", PROGRAM]
+        command = [sys.executable, str(file)]
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         lines.append(done.stdout.splitlines())
