@@ -39,11 +39,6 @@ class Recipe(StepSettings):
         help="number of Ray actors that make rollouts while the learner trains; 0: the learner makes them",
         at_least=0,
     )
-    rollout_schedule: Literal["in_order", "first_ready"] = option(
-        default="in_order",
-        help="in_order: weights exactly max_staleness steps old, same bits with any workers; first_ready: a free "
-        "worker takes the newest weights, and a step any finished batch",
-    )
 
     num_steps: int = option(default=180, help="RL steps", at_least=0)
     adam_beta2: float = option(default=0.99, help="the optimizer's beta2", at_least=0, below=1)
@@ -232,11 +227,6 @@ class Recipe(StepSettings):
             (
                 bool(max_staleness) and not workers,
                 f"{staleness} needs workers that run ahead: set rollout_workers to 1 or more",
-            ),
-            (
-                self.rollout_schedule == "first_ready" and not max_staleness,
-                "rollout_schedule='first_ready' chooses among batches that workers make ahead, and max_staleness=0 "
-                "allows one at a time: set max_staleness to 1 or more, or rollout_schedule='in_order'",
             ),
             (
                 workers > max_staleness + 1,

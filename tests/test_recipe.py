@@ -64,7 +64,6 @@ def test_a_word_that_a_field_does_not_know_is_refused(recipe):
         ("learning_rate", "1e-3", "learning_rate='1e-3' is of type str; give float"),
         ("num_steps", 1.5, "num_steps=1.5 is of type float; give int"),
         ("bf16", "false", "bf16='false' is of type str; give bool"),
-        ("rollout_schedule", None, "rollout_schedule=None must be one of 'in_order', 'first_ready'"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             replace(recipe, **{name: value})

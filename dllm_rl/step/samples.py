@@ -37,7 +37,7 @@ class Samples(Copied):
             (`step.score.draw_view_sets`), for late rollouts whose estimator does not replay the sampler: these weights
             are no longer in memory. (): scoring computes them, or the sampler has recorded them.
         batch_number: Number of the batch, which gives its prompts, random numbers and masks: the step that trains on
-            it, but with rollout_schedule='first_ready'.
+            it.
     """
 
     rollout: Rollout

@@ -38,7 +38,6 @@ from dllm_rl.tasks.user_code import AFTER_USER_CODE, process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
-from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, WorkerPool
 from dllm_rl.training.make_step import make_step, run_features
@@ -98,7 +97,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
     elif not isinstance(pool, WorkerPool):
-        methods = "set_up, submit, ready, forget, when_free, num_free, wait, mend"
+        methods = "set_up, submit, ready, forget, wait, mend"
         raise ValueError(f"pool={type(pool).__name__} lacks a method of WorkerPool; it needs {methods}")
     accelerator, stop, peers = launch(recipe)
     check_same_recipe(recipe, accelerator)
@@ -173,8 +172,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         checkpoint=str(resume_folder or ""),
     )
     if recipe.rollout_workers:
-        is_in_order = recipe.rollout_schedule == "in_order"
-        run.async_rollouts = (AsyncRollouts if is_in_order else FirstReadyRollouts)(recipe, step, pool)
+        run.async_rollouts = AsyncRollouts(recipe, step, pool)
         run.async_rollouts.begin(state.step, resume_folder)
 
     # 6. Save the first checkpoint. From now on, there is always a complete step to save if the run ends early.

@@ -72,7 +72,7 @@ def test_the_products_of_a_step_are_those_of_all_its_forwards_and_backwards(tmp_
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["head_precision", "late_rollouts", "late_schedules", "linear", "scoring", "sync"])
+@pytest.mark.parametrize("name", ["head_precision", "late_rollouts", "linear", "scoring", "sync"])
 def test_every_benchmark_runs(name):
     if name.startswith("late"):
         pytest.importorskip("ray", reason="Ray is an optional extra")

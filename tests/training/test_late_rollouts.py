@@ -264,42 +264,40 @@ def test_batches_of_a_checkpoint_keep_the_groups_that_were_scored(tmp_path):
     learner and rollout agree.
     """
     changes = {"task": OddPuzzles(), "likelihood": Coupled(), "train_batch_size": 8, "num_steps": 4}
-    changes |= {"rollout_schedule": "first_ready", "rollout_quantization": None, "learning_rate": 1e-6}
+    changes |= {"rollout_quantization": None, "learning_rate": 1e-6}
     few = late_recipe(tmp_path, workers=2, late=2, num_mismatch_groups=1, callbacks=[StopAfterTwo()], **changes)
-    train(few, InProcessPool(lambda _: 0.5))
+    train(few, InProcessPool())
     (*_, last) = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert list((last / "rollouts").iterdir())
     more = replace(few, num_mismatch_groups=8, callbacks=[], resume_from_checkpoint="latest")
-    train(more, InProcessPool(lambda _: 0.5))
+    train(more, InProcessPool())
     rows = metrics_of(tmp_path)
     assert len(rows) == 4 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
 
 
-@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
 @pytest.mark.parametrize(
     "changes",
     [{"max_staleness": 1}, {"num_iterations": 2}, {"likelihood": Trajectory()}, {"resample_masks": False}],
     ids=str,
 )
 @pytest.mark.repeated(first_only=True)
-def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, schedule, tmp_path):
+def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, tmp_path):
     """They are of weights that are too old now, or have other log-probs than a step reads."""
-    asked = {"rollout_schedule": schedule, "num_steps": 4, "lr_schedule_steps": 4}
+    asked = {"num_steps": 4, "lr_schedule_steps": 4}
     recipe = late_recipe(tmp_path, late=2, workers=2, likelihood=OneStep(), callbacks=[StopAfterTwo()], **asked)
-    train(recipe, InProcessPool(lambda _: 0.5))
+    train(recipe, InProcessPool())
     resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
-    train(replace(recipe, **resumed, **changes), InProcessPool(lambda _: 0.5))
+    train(replace(recipe, **resumed, **changes), InProcessPool())
     rows = metrics_of(tmp_path)
     assert len(rows) == 4
     assert all(row["staleness"] <= changes.get("max_staleness", 2) for row in rows[2:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
 @pytest.mark.parametrize(
     "changes", [{"likelihood": ELBO(num_samples=3)}, {"likelihood": OneStep()}, {"seed": 5}], ids=str
 )
-def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedule, tmp_path):
+def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, tmp_path):
     """The sampler has the learner's weights: log-probs of the same masks agree."""
 
     class Ahead(InProcessPool):
@@ -307,13 +305,13 @@ def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, schedul
             super().submit(step, weights)
             self.make(step)
 
-    asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5, "learning_rate": 1e-9}
+    asked = {"num_steps": 5, "lr_schedule_steps": 5, "learning_rate": 1e-9}
     asked |= {"likelihood": ELBO(num_samples=1), "rollout_quantization": None, "callbacks": [StopAfterTwo()]}
     recipe = late_recipe(tmp_path, late=2, workers=2, **asked)
-    train(recipe, Ahead(lambda _: 0.5))
+    train(recipe, Ahead())
     assert list((tmp_path / "checkpoints" / "step-000002" / "rollouts").glob("0*[0-9].safetensors"))
     resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
-    train(replace(recipe, **resumed, **changes), Ahead(lambda _: 0.5))
+    train(replace(recipe, **resumed, **changes), Ahead())
     rows = metrics_of(tmp_path)
     assert len(rows) == 5 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
 
@@ -639,7 +637,7 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
     rollouts = AsyncRollouts(recipe, SimpleNamespace(accelerator=two), Slow(), pending)
     assert rollouts._next(0) is None and rollouts._next(0) is None
     finished[0] = b"a batch"
-    assert rollouts._next(0) == (0, b"a batch")
+    assert rollouts._next(0) == b"a batch"
     failure.append(ValueError("the grader failed"))
     with pytest.raises(ValueError, match="the grader failed"):
         rollouts._next(1)
@@ -858,8 +856,7 @@ def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["in_order", "first_ready"])
-def test_a_resume_with_another_batch_size_makes_the_batches_again(schedule, tmp_path, monkeypatch):
+def test_a_resume_with_another_batch_size_makes_the_batches_again(tmp_path, monkeypatch):
     """Those of the checkpoint have another number of prompts, which other processes could not divide."""
     seen = []
     plain = AsyncRollouts.collect
@@ -870,12 +867,12 @@ def test_a_resume_with_another_batch_size_makes_the_batches_again(schedule, tmp_
         return found
 
     monkeypatch.setattr(AsyncRollouts, "collect", watched)
-    asked = {"rollout_schedule": schedule, "num_steps": 5, "lr_schedule_steps": 5, "num_generations": 4}
+    asked = {"num_steps": 5, "lr_schedule_steps": 5, "num_generations": 4}
     recipe = late_recipe(tmp_path, late=2, workers=2, train_batch_size=3, callbacks=[StopAfterTwo()], **asked)
-    train(recipe, InProcessPool(lambda _: 0.5))
+    train(recipe, InProcessPool())
     assert list((tmp_path / "checkpoints").glob("*/rollouts/*"))
     changes = {"train_batch_size": 4, "allow_changed": "train_batch_size", "resume_from_checkpoint": "latest"}
-    train(replace(recipe, callbacks=[], **changes), InProcessPool(lambda _: 0.5))
+    train(replace(recipe, callbacks=[], **changes), InProcessPool())
     assert seen == [12] * 2 + [16] * 3
 
 

@@ -8,7 +8,7 @@ import torch
 from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of
 
-from dllm_rl import Callback, Lora, UniformPrompts, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import Callback, Lora, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import FunctionCorrector, NoCorrection
 from dllm_rl.algorithms.losses import PPOClip, TokenMean
@@ -328,15 +328,6 @@ def test_late_rollouts_lose_none(tmp_path, place):
         for name in ("parts", "whole")
     )
     assert parts == whole
-
-
-@pytest.mark.parametrize("place", ["the pool", slow("a reward of an evaluation")])
-def test_first_ready_trains_on_no_batch_twice_after_an_error(tmp_path, place):
-    """The batch of the step that was updated is finished, and must not be stored with those that wait."""
-    late = LATE | {"rollout_workers": 2, "max_staleness": 2, "rollout_schedule": "first_ready"}
-    late |= {"prompt_source": UniformPrompts(), "lr_schedule": beginning_rate}  # batches are drawn ahead of the steps
-    fail_and_go_on(tmp_path, place, FailingPool, **late)
-    assert sorted(row["rollout_batch"] for row in metrics_of(tmp_path)) == [0, 1, 2]
 
 
 def beginning_rate(step, num_steps):

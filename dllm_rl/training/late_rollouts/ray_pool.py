@@ -6,12 +6,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -106,7 +105,6 @@ class RayWorkerPool:
         self.jobs: dict[int, Job] = {}
         self.stored_weights = b""  # the latest weights that were put into Ray's store
         self.stored_weights_ref: Any = None  # Ray's reference to them
-        self.on_free: Callable[[], None] | None = None  # to be called when a job is finished
 
     def set_up(self, recipe: Recipe, context: StepContext) -> None:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
@@ -121,19 +119,9 @@ class RayWorkerPool:
 
     def submit(self, step: int, weights: bytes) -> None:
         """Give the job to the worker with the fewest open jobs."""
-        num_open_jobs = self._num_open_jobs()
-        worker = num_open_jobs.index(min(num_open_jobs))
+        busy = [job.worker for job in self.jobs.values() if job.batch_or_none is None]
+        worker = min(range(len(self.workers)), key=busy.count)
         self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker))
-
-    def _num_open_jobs(self) -> list[int]:
-        workers = [job.worker for job in self.jobs.values() if job.batch_or_none is None]
-        return [workers.count(worker) for worker in range(len(self.workers))]
-
-    def num_free(self) -> int:
-        return self._num_open_jobs().count(0)
-
-    def when_free(self, start: Callable[[], None]) -> None:
-        self.on_free = start
 
     def _send_job(self, step: int, weights: bytes, worker: int) -> "Future[BatchOrError]":
         if dead_daemon(self.ray):  # the learner can complete its step; `mend` raises the error later
@@ -142,12 +130,7 @@ class RayWorkerPool:
             self.stored_weights, self.stored_weights_ref = weights, self.ray.put(weights)
         # A future instead of ray.get, during which a signal handler could not end the run.
         reference = self.workers[worker].make.remote(self.setup, step, self.stored_weights_ref)
-        future: Future[BatchOrError] = reference.future()
-        if (on_free := self.on_free) is not None:
-            # In a separate thread, because the callback runs in Ray's thread, which must not make blocking calls to
-            # Ray.
-            future.add_done_callback(lambda _: Thread(target=on_free, daemon=True).start())
-        return future
+        return reference.future()
 
     def ready(self, step: int) -> bytes | None:
         """Return the batch, or None if its job is still running or has failed."""

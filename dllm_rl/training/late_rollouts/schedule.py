@@ -113,7 +113,7 @@ class WorkerPool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
-    batch, here `step`. `when_free` and `num_free` are called with rollout_schedule='first_ready' only.
+    batch, which is the step that trains on it.
     """
 
     def set_up(self, recipe: Recipe, context: StepContext) -> None:
@@ -128,12 +128,6 @@ class WorkerPool(Protocol):
     def forget(self, step: int) -> None:
         """Delete the batch of a step, which the learner has trained on. It had no job if a checkpoint had stored it."""
 
-    def when_free(self, start: Callable[[], None]) -> None:
-        """Call `start`, in any thread, whenever a worker has finished a job. Called once, after `set_up`."""
-
-    def num_free(self) -> int:
-        """Return the number of workers without a job."""
-
     def wait(self) -> None:
         """Wait until a job is finished, at most about a second. Do not raise."""
 
@@ -147,35 +141,20 @@ class InProcessPool:
     """Pool that makes each batch in this process when it is requested.
 
     Use it in tests, and to study staleness on one processor without Ray. Its batches have the same bits as those of Ray
-    workers. With rollout_schedule='first_ready' it simulates the times of `rollout_workers` workers, so that a run is
-    deterministic.
-
-    Args:
-        duration: Function from a batch's number to the time that a worker takes to make it, as a multiple of the time
-            of a learner's step. Only 'first_ready' reads it. Default: 1.
+    workers.
     """
-
-    def __init__(self, duration: Callable[[int], float] = lambda _: 1.0) -> None:
-        self.duration = duration
-        self.start: Callable[[], None] | None = None  # set with 'first_ready'
-        self.now = 0.0  # simulated time, in learner's steps
-        self.ends: dict[int, float] = {}  # simulated time at which each job is finished
 
     def set_up(self, recipe: Recipe, context: StepContext) -> None:
         if context.accelerator.num_processes > 1:
             raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
         self.sampler = RolloutProducer(recipe, host_copy(context.policy), context.accelerator)
-        self.num_workers = recipe.rollout_workers
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
     def submit(self, step: int, weights: bytes) -> None:
         self.jobs[step] = weights
-        self.ends[step] = self.now + self.duration(step)
 
     def ready(self, step: int) -> bytes | None:
-        if self.start is not None and step not in self.made and self.ends[step] <= self.now:
-            self.make(step)
         return self.made.get(step)
 
     def make(self, step: int) -> None:
@@ -183,32 +162,14 @@ class InProcessPool:
         self.made[step] = self.sampler.make(step, self.jobs[step])
 
     def forget(self, step: int) -> None:
-        self._advance(self.now + 1)  # the learner's step
-        for of_step in (self.jobs, self.made, self.ends):
+        for of_step in (self.jobs, self.made):
             of_step.pop(step, None)
 
-    def when_free(self, start: Callable[[], None]) -> None:
-        self.start = start
-
-    def num_free(self) -> int:
-        return self.num_workers - sum(end > self.now for end in self.ends.values())
-
     def wait(self) -> None:
-        if self.start is None:
-            self.make(min(self.jobs.keys() - self.made.keys()))
-        else:
-            self._advance(min(end for end in self.ends.values() if end > self.now))
+        self.make(min(self.jobs.keys() - self.made.keys()))
 
     def mend(self, steps: Iterable[int]) -> None:
         """No worker is lost here."""
-
-    def _advance(self, until: float) -> None:
-        """Let the simulated time pass; workers that finish a job meanwhile get their next one at that time."""
-        if self.start is not None:
-            while ends := [end for end in self.ends.values() if self.now < end <= until]:
-                self.now = min(ends)
-                self.start()
-            self.now = until
 
 
 @dataclass(eq=False)
@@ -216,7 +177,7 @@ class PendingBatch:
     """A batch that the learner has not trained on yet."""
 
     weights: bytes  # serialized
-    age: int  # number of steps that the weights were trained for; with 'first_ready', the version of the weights
+    age: int  # number of steps that the weights were trained for
     made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
 
 
@@ -253,11 +214,6 @@ class AsyncRollouts:
     def _begin(self, steps_done: int, folder: Path | None, context: StepContext, weights: bytes) -> None:
         """Begin in the main process; `context` has the full policy, and `weights` are its trained ones, serialized."""
         assert self.pool is not None, "only the main process has the pool"
-        if folder is not None and (folder / ORDER_FILE).exists():
-            raise ValueError(
-                "rollout_schedule='in_order' cannot continue a run of 'first_ready', which has not trained on its "
-                "batches in order: use rollout_schedule='first_ready'"
-            )
         self.pool.set_up(self.recipe, context)
         for step in range(steps_done, steps_done + self.recipe.max_staleness + 1):
             batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
@@ -295,11 +251,10 @@ class AsyncRollouts:
     def collect(self, step: int) -> Collected:
         """Return what `step.collect.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
-        found = None
+        batch = None
         with run.log.stage("waiting"):
-            while found is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
-                found = from_main(partial(self._next, step), run.accelerator)
-        number, batch = found
+            while batch is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
+                batch = from_main(partial(self._next, step), run.accelerator)
         (samples, answers, metrics), seconds = deserialize_batch(batch, self.rank, run.accelerator.device)
         counts = rows_of_processes(torch.tensor(group_sizes(samples.group)), run.accelerator.num_processes)
         samples = replace(samples, counts=counts)
@@ -310,29 +265,19 @@ class AsyncRollouts:
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
-        if self.recipe.rollout_schedule == "first_ready":
-            metrics["rollout_batch"] = float(number)
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
-    def _next(self, step: int) -> tuple[int, bytes] | None:
-        """Return the number and the bytes of the batch to train on; None if it is not ready soon and other processes
-        wait in an exchange.
-        """
+    def _next(self, step: int) -> bytes | None:
+        """Return the batch of a step; None if it is not ready soon and other processes wait in an exchange."""
         assert self.pool is not None, "only the main process has the batches"
         others_wait = self.context.accelerator.num_processes > 1
         start_time = time.monotonic()
-        while (found := self._choose(step, self.pool)) is None:
+        while (batch := self._made(step)) is None:
+            self.pool.mend([step])
             if others_wait and time.monotonic() - start_time > self.recipe.collective_timeout / 4:
                 break
             self.pool.wait()
-        return found
-
-    def _choose(self, step: int, pool: WorkerPool) -> tuple[int, bytes] | None:
-        """Return the number and the bytes of the batch to train on; None if it is not finished."""
-        if self.pending[step].made is None:
-            pool.mend([step])
-        batch = self._made(step)
-        return None if batch is None else (step, batch)
+        return batch
 
     def _made(self, number: int) -> bytes | None:
         """Return the batch of this number if it is finished, else None."""
@@ -349,14 +294,10 @@ class AsyncRollouts:
         if self.pool is not None or sharding_of(run.policy.module) is not None:
             weights = trained_weights(run.policy, keep=self.pool is not None)
         if self.pool is not None:
-            self._submit_next(step, weights, self.pool)
+            if self.pending.pop(step).made is None:
+                self.pool.forget(step)
+            self.plan(step + 1 + self.recipe.max_staleness, weights, age=step + 1)
         return split_mismatch(run, result) if self.recipe.max_staleness else {}
-
-    def _submit_next(self, step: int, weights: bytes, pool: WorkerPool) -> None:
-        """Forget the batch that the learner has trained on, and submit the next one."""
-        if self.pending.pop(step).made is None:
-            pool.forget(step)
-        self.plan(step + 1 + self.recipe.max_staleness, weights, age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
@@ -371,9 +312,6 @@ class AsyncRollouts:
                 else:
                     files[weights_name] = pending_batch.weights
         return files
-
-
-ORDER_FILE = "rollouts/order.json"  # in a checkpoint of rollout_schedule='first_ready'
 
 
 def file_names(step: int) -> tuple[str, str]:
