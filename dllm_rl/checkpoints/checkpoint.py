@@ -184,7 +184,7 @@ def weights_size(module: Module) -> int:
 
 
 def _non_tensor_size(folder: Path) -> int:
-    """Return the bytes of a checkpoint's files that are not tensors, such as the tokenizer and the model card."""
+    """Return the bytes of a checkpoint's files that are not tensors, such as the tokenizer."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 

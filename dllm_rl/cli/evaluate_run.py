@@ -25,8 +25,7 @@ from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
-from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, with_bounds
-from dllm_rl.evaluation.sweep import metric_of, plot_curve, varying
+from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, metric_of, varying, with_bounds
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -126,12 +125,11 @@ def check_arguments(task: Task, arguments: argparse.Namespace) -> None:
     if largest_k > arguments.samples or (largest_k and task.reward(task[0], "").answer is None):
         need = f"--samples {largest_k} or more, and a grader that says which answers are equal"
         raise ValueError(f"--majority {largest_k} needs {need}: gsm8k's, or math500's without math-verify")
-    for name in ("output_dir", "plot"):
-        if value := getattr(arguments, name):
-            try:
-                (Path(value) if name == "output_dir" else Path(value).parent).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(f"--{name} {value!r} cannot be written ({error.strerror}); give another") from None
+    if folder := arguments.output_dir:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--output_dir {folder!r} cannot be written ({error.strerror}); give another") from None
 
 
 def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -144,8 +142,6 @@ def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
         Console().print(results_table(rows) if is_small else sweep_table(rows))
         if arguments.output_dir:
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
-    if arguments.plot:
-        plot_curve(Path(arguments.plot), rows)
 
 
 def add_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:

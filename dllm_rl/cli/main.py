@@ -190,7 +190,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0)
     add("--output_dir", help="store completions here; the same command continues an interrupted evaluation")
     add("--json", action="store_true", help="print one JSON object per setting instead of a table")
-    add("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
     sub.set_defaults(run="dllm_rl.cli.evaluate_run:evaluate_command")
 
 

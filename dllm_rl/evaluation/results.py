@@ -15,6 +15,8 @@ from dllm_rl.tasks.base import Reward, metric_fractions
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if the grader returns them
 WHY_NULL = "no interval: one problem, or the same number on every problem, shows no spread"
+SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
+SETTINGS = ("model", "quantization", *SAMPLER)
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
@@ -239,3 +241,17 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
     if all_zero_or_one and one_mean and name not in ("reward", "cell_accuracy"):
         return wilson(int(right.sum()), len(right))
     return bootstrap_interval(values, np.random.default_rng(0), weights=weights)
+
+
+def varying(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the settings that differ between results; ["model"] if none does."""
+    return [name for name in SETTINGS if len({str(row[name]) for row in results if name in row}) > 1] or ["model"]
+
+
+def metric_of(results: Sequence[dict[str, Any]]) -> str:
+    """Return the metric that the protocol of some results reports: cell_accuracy for Sudoku under a paper's, else the
+    headline. Of a grader that may return None, some of the results may lack it.
+    """
+    names = {name for result in results for name in result}
+    is_published = results[0].get("protocol") not in (None, "own", "strict")
+    return "cell_accuracy" if is_published and "cell_accuracy" in names else headline(names)

@@ -1,15 +1,11 @@
-"""Finish a run: final evaluation, summary.json, plot and model card."""
+"""Finish a run: final evaluation, summary.json and plot."""
 
 import shlex
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.files import write_text
-from dllm_rl.manifest import CARD
 from dllm_rl.models.checkpoint.loading import has_known_family
-from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Sampler, decodes_in_engine
 from dllm_rl.tasks.base import shown_prompt
@@ -17,7 +13,7 @@ from dllm_rl.tasks.datasets import num_problems_in_training
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.hooks import load_best
-from dllm_rl.training.model_card import card, push_to_hub
+from dllm_rl.training.hub import push_to_hub
 from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.results import as_returned, best_folder, summary_of, write_files
 from dllm_rl.training.run import Run
@@ -49,14 +45,6 @@ def finish(run: Run[Recipe]) -> Summary:
                 eval_after_quantized = evaluate_with(
                     rollout_recipe, run.rollout_policy, recipe.eval_task, run.accelerator
                 )
-    evaluations = {"before RL": eval_before, "after": eval_after, "after, quantized": eval_after_quantized}
-    card_path = Path(run.checkpoint) / CARD
-    if run.accelerator.is_main_process and card_path.is_file():  # its folder may have been deleted
-        step, metrics = TrainingState.read(card_path.parent).step, log.last
-        if step != run.state.step:  # the best checkpoint is loaded
-            rows = current_rows(Path(recipe.directory) / "metrics.jsonl")
-            metrics = next((row for row in rows if row["step"] == step - 1), {})
-        write_text(card_path, card(recipe, step=step, evaluations=evaluations, metrics=metrics))
     num_in_training = num_problems_in_training(recipe.task, recipe.eval_task)
     problems = problems_evaluated(len(recipe.eval_task), num_in_training)
     return write_summary(

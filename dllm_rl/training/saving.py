@@ -22,14 +22,11 @@ from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import Stopped, how_to_continue, run_exit_stack
-from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
-from dllm_rl.recipe import Recipe
 from dllm_rl.step.context import StepFeature
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
-from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.results import summarize_stop
 from dllm_rl.training.run import CheckpointWriter, Run
@@ -233,9 +230,6 @@ def _bind_save(
     files |= feature_states(run)
     if run.async_rollouts is not None:
         files |= run.async_rollouts.files(state.step)
-    if isinstance(recipe, Recipe):
-        evaluations = {"before RL": state.eval_before}
-        files[CARD] = card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last).encode()
     content = checkpoint.Checkpoint(
         policy=policy,
         optimizer=optimizer,

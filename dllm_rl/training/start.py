@@ -38,10 +38,10 @@ from dllm_rl.tasks.user_code import AFTER_USER_CODE, process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
+from dllm_rl.training.hub import check_hub
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, WorkerPool
 from dllm_rl.training.make_step import make_step, run_features
-from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     RolloutCopy,
     build_policy,

@@ -5,11 +5,9 @@ import json
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import grpo, sft, train
@@ -593,15 +591,12 @@ def test_a_supervised_run_is_diagnosed_under_the_default_scheme(tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_the_printed_command_and_the_card_are_of_the_best_checkpoint(tmp_path, capsys):
+def test_the_printed_command_is_of_the_best_checkpoint(tmp_path, capsys):
     best = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_end": True}
     recipe = tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9, sft_warmup_steps=0, **best)
     summary = train(recipe)
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if line.startswith("Sample:")]
     step = summary["best_step"]
-    rows = metrics_of(tmp_path)
-    card = (Path(summary["checkpoint"]) / "README.md").read_text()
     is_last = step == 3
-    assert f"{step} of 3 steps" in card and f"{rows[step - 1]['reward']:.4g}" in card
     assert (summary["checkpoint"] in line) == (not is_last)

@@ -14,7 +14,9 @@ from dllm_rl.evaluation.results import (
     best_of,
     compared_with,
     interval,
+    metric_of,
     paired_differences,
+    varying,
     with_bounds,
 )
 from dllm_rl.tasks import Problem, Reward, Sudoku
@@ -382,3 +384,24 @@ def test_a_majority_is_over_the_problems_that_have_enough_samples() -> None:
     assert evaluation.majority([3])["maj@3"] == 0.5 and evaluation.majority([4])["maj@4"] == 1.0
     with pytest.raises(ValueError, match="maj@5 needs 5 samples of a problem with an accuracy; give more samples"):
         evaluation.majority([5])
+
+
+def test_settings_that_vary():
+    first = {"diffusion_steps": 2, "model": "m", "accuracy": 0.5}
+    assert varying([first, first | {"diffusion_steps": 4}]) == ["diffusion_steps"]
+    others = [first | {"rank": "a"}, first | {"diffusion_steps": 4, "rank": "b"}]
+    assert varying(others) == ["diffusion_steps", "rank"]
+    assert varying([first, first | {"accuracy": 0.75}]) == ["model"]  # accuracy is no setting
+
+
+@pytest.mark.parametrize(
+    ("facts", "metric"),
+    [
+        ({"protocol": "d1", "cell_accuracy": 0.25}, "cell_accuracy"),
+        ({"protocol": "strict", "cell_accuracy": 0.25}, "accuracy"),
+        ({"protocol": "own", "cell_accuracy": 0.25}, "accuracy"),
+        ({"protocol": "d1"}, "accuracy"),
+    ],
+)
+def test_the_metric_is_the_one_that_the_protocol_reports(facts, metric):
+    assert metric_of([{"accuracy": 0.5} | facts]) == metric

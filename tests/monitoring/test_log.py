@@ -322,7 +322,7 @@ def test_a_resumed_run_purges_what_it_runs_again(tmp_path):
 
 
 def test_a_resumed_run_knows_the_numbers_of_the_step_before(tmp_path):
-    """Of the steps that it goes on from: what a kill cut off does not count. A model card shows them."""
+    """Of the steps that it goes on from: what a kill cut off does not count."""
     log = RunLog(tmp_path, start=0, main=True)
     for step in range(4):
         log.write(step, {"reward": step / 4})
