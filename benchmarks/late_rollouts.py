@@ -23,11 +23,11 @@ import torch
 from benchmarks.measure import machine, table, write_json
 from dllm_rl.algorithms.optimizers import ConstantRate
 from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.integrations.ray_pool import ray_workers
 from dllm_rl.step.collect import collect
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, trained_weights
-from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from recipes.async_sudoku import recipe

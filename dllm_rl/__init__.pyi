@@ -48,6 +48,7 @@ from .evaluation.complete import complete as complete
 from .evaluation.evaluate import evaluate as evaluate
 from .frontend.grpo import grpo as grpo
 from .frontend.grpo import grpo_recipe as grpo_recipe
+from .integrations.oracle import Oracle as Oracle
 from .likelihoods.estimators import ELBO as ELBO
 from .likelihoods.estimators import EUBO as EUBO
 from .likelihoods.estimators import BlockELBO as BlockELBO
@@ -121,7 +122,6 @@ from .testing import check_order as check_order
 from .testing import check_policy as check_policy
 from .testing import tiny_checkpoint as tiny_checkpoint
 from .training.fine_tune import sft as sft
-from .training.oracle import Oracle as Oracle
 from .training.trainer import train as train
 from .types import Prompts as Prompts
 from .types import Rollout as Rollout

@@ -65,13 +65,13 @@ MAY_IMPORT = {
     "diagnostics evaluation step supervised",
     # floor 8
     "config": "screen records recipe presets ",
-    "frontend": "screen records tasks algorithms distributed models quantization likelihoods samplers recipe presets "
-    "training",
+    "frontend": "screen records tasks algorithms callbacks distributed models quantization likelihoods samplers recipe "
+    "presets training",
     # floor 9
     "testing": "device files rng screen records types versions tasks algorithms distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints diagnostics step recipe presets training frontend",
-    "integrations": "rng screen records types tasks algorithms distributed models decoding quantization likelihoods "
-    "samplers diagnostics evaluation step recipe training frontend",
+    "integrations": "device files identity rng screen records types tasks algorithms callbacks distributed models "
+    "decoding quantization likelihoods samplers monitoring diagnostics evaluation step recipe training frontend",
     # floor 10
     "cli": "device files manifest screen records versions types tasks callbacks distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints recipe diagnostics evaluation integrations "
@@ -80,12 +80,12 @@ MAY_IMPORT = {
 # Costly libraries, and the only packages that may import them.
 ROOMS = {
     "torchao": {"quantization"},
-    "ray": {"training"},
+    "ray": {"integrations"},
     "trl": {"integrations"},
     "fastapi": {"integrations"},
     "pydantic": {"integrations"},
     "uvicorn": {"integrations"},
-    "accelerate": {"distributed", "monitoring", "step", "training"},
+    "accelerate": {"distributed", "integrations", "monitoring", "step", "training"},
 }
 NO_TORCH = {"tasks", "identity", "files", "manifest", "screen", "records", "config", "versions"}
 
@@ -199,6 +199,14 @@ def file_imports() -> dict[str, set[str]]:
 
 def test_only_the_commands_import_the_integrations():
     assert [package for package, row in MAY_IMPORT.items() if "integrations" in row.split()] == ["cli"]
+
+
+def test_the_sandbox_and_the_command_line_have_one_room_each():
+    """A core that starts no programs and reads no command line serves as a library."""
+    importers = {path for path, files in file_imports().items() if "tasks/code/sandbox.py" in files}
+    assert importers == {"tasks/code/task.py"}
+    readers = {path for path, source in sources().items() if "sys.argv" in source and not path.startswith("cli/")}
+    assert readers == {"config.py", "tasks/code/sandbox.py", "tasks/math/math_verify_worker.py"}  # two programs
 
 
 def test_no_circle_of_files():

@@ -1,6 +1,5 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dllm_rl.algorithms.losses import FixedLengthMean
+from dllm_rl.callbacks import Callback
 from dllm_rl.frontend.trl_names import DR_GRPO, with_trl_names
 from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
@@ -29,7 +29,6 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.screen import printing_anything
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.datasets import DatasetTask, RewardFunction, Source, dataset_task, in_memory, training_and_held_out
-from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.trainer import train
@@ -57,7 +56,8 @@ def grpo(
         grpo("GSAI-ML/LLaDA-8B-Instruct", Sudoku(split="train"), eval_dataset=Sudoku(split="test", size=256))
 
     A model of a billion parameters or more uses a preset (`dllm_rl.presets`), whose name and settings are printed; the
-    defaults suit small models.
+    defaults suit small models. `grpo` reads no options of the command line, such as the `--resume_from_checkpoint` that
+    slurm.sh adds: write `main(grpo_recipe(...))`, which does, or pass resume_from_checkpoint="latest".
 
     Args:
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
@@ -70,14 +70,8 @@ def grpo(
         The content of summary.json, with the trained policy as its attribute `policy`.
 
     Raises:
-        ValueError: A setting is unknown, the recipe cannot run, or the command line has `--resume_from_checkpoint`
-            (slurm.sh adds it), which only `main(grpo_recipe(...))` reads. It is raised before any training.
+        ValueError: A setting is unknown, or the recipe cannot run. It is raised before any training.
     """
-    if "--resume_from_checkpoint" in sys.argv and settings.get("resume_from_checkpoint") is None:
-        raise ValueError(
-            "--resume_from_checkpoint: grpo(...) reads no options of the command line; write main(grpo_recipe(...)), "
-            "which does, or pass resume_from_checkpoint='latest'"
-        )
     return train(grpo_recipe(model, train_dataset, reward_funcs, **settings))
 
 
@@ -108,19 +102,21 @@ def tasks_with_graders(task: Task, eval_task: Any, given: Mapping[str, Any]) -> 
     return task, eval_task
 
 
-def with_oracles(reward_funcs: Any, settings: dict[str, Any]) -> Any:
-    """Return the reward functions for held-out rows, and add to the settings what an `Oracle` among them needs."""
+def with_paid_rewards(reward_funcs: Any, settings: dict[str, Any]) -> Any:
+    """Return the reward functions for held-out rows, and add to the settings what a paid one, an `Oracle`, needs: it is
+    a callback, too, and has a method `without_calls`.
+    """
     functions: Any = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    oracles = [each for each in functions if isinstance(each, Oracle)]
-    if not oracles:
+    paid = [each for each in functions if isinstance(each, Callback) and hasattr(each, "without_calls")]
+    if not paid:
         return reward_funcs
-    if len(oracles) > 1:
-        raise ValueError("reward_funcs: a run takes one Oracle; wrap one function")
+    if len(paid) > 1:
+        raise ValueError(f"reward_funcs: a run takes one {type(paid[0]).__name__}; wrap one function")
     given_callbacks = settings.get("callbacks", ())
-    settings["callbacks"] = [*given_callbacks, *(each for each in oracles if each not in given_callbacks)]
+    settings["callbacks"] = [*given_callbacks, *(each for each in paid if each not in given_callbacks)]
     settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
     settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
-    return [each.without_calls() if each in oracles else each for each in functions]
+    return [each.without_calls() if each in paid else each for each in functions]
 
 
 @with_trl_names
@@ -201,7 +197,7 @@ def grpo_recipe(  # noqa: PLR0913
             Source("train_dataset", len(rows) - len(held_out_rows)) if eval_rows is None else Source("eval_dataset")
         )
         make_task = partial(dataset_task, weights=reward_weights, blank=blank)
-        eval_functions = with_oracles(reward_funcs, settings)
+        eval_functions = with_paid_rewards(reward_funcs, settings)
         name = name or (Path(model).name.lower() if isinstance(model, str) else "grpo")
         task = make_task(training_rows, reward_funcs, name=name, source=Source("train_dataset"))
         eval_task = make_task(held_out_rows, eval_functions, name=f"{name}-held-out", source=held_out)

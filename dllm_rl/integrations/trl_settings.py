@@ -24,12 +24,12 @@ from dllm_rl.algorithms.losses import (
 )
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.frontend.trl_names import OFF
+from dllm_rl.integrations.oracle import Oracle
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import check_peft_config
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, fit
 from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.training.oracle import Oracle
 from dllm_rl.training.sharded_learner import launch_engine
 
 # Fields of GRPOConfig that the trainer does not read, or with which it was not tried: they stay at their defaults.

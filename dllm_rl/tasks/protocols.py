@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
-from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown import graders as countdown
@@ -38,7 +37,7 @@ TABLE = {
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields, prompts=PROMPTS),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE),
-    "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
+    "code": Entry(code.Code, code.GRADERS, code.read_fields, code.REQUIRE, code.PREPARE),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from accelerate import Accelerator
@@ -39,8 +40,7 @@ from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.cautions import bf16_warnings, cautions, launch_warnings, learning_rate_warnings
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.hub import check_hub
-from dllm_rl.training.late_rollouts.ray_pool import ray_workers
-from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, WorkerPool
+from dllm_rl.training.late_rollouts.schedule import RAY_WORKERS, AsyncRollouts, WorkerPool
 from dllm_rl.training.make_step import make_step, run_features
 from dllm_rl.training.policies import (
     RolloutCopy,
@@ -95,7 +95,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
         pool = None  # only the main process talks to the workers
     elif pool is None:
-        pool = ray_workers(recipe)  # the workers import torch while this process builds the model
+        pool = resolve_name(RAY_WORKERS)(recipe)  # the workers import torch while this process builds the model
     elif not isinstance(pool, WorkerPool):
         methods = "set_up, submit, ready, forget, wait, mend"
         raise ValueError(f"pool={type(pool).__name__} lacks a method of WorkerPool; it needs {methods}")

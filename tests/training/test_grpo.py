@@ -468,15 +468,6 @@ def test_adapters_do_not_continue_on_another_base(tmp_path, kind):
         assert load_policy(adapters).lora is None, "merged"
 
 
-def test_an_option_of_slurm_that_nothing_reads_is_refused(tmp_path, monkeypatch):
-    """slurm.sh adds it; a script that ignored it would fail at its second start, after the time limit."""
-    monkeypatch.setattr("sys.argv", ["mine.py", "--resume_from_checkpoint", "latest"])
-    arguments = tiny_masked_lm(**SMALL), ROWS, right
-    with pytest.raises(ValueError, match=r"reads no options of the command line; write main\(grpo_recipe"):
-        grpo(*arguments, **options(tmp_path))
-    assert grpo(*arguments, **options(tmp_path, num_steps=0, resume_from_checkpoint="latest"))["eval_problems"] == 1
-
-
 @cache
 def a_model():
     """For recipes that nobody runs."""

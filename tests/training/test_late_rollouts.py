@@ -30,6 +30,8 @@ from dllm_rl.algorithms.losses import Reinforce
 from dllm_rl.callbacks import Callback
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.integrations import ray_pool
+from dllm_rl.integrations.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.integrations.serving.engine import HTTPEngine
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
 from dllm_rl.models.base import copied
@@ -45,9 +47,7 @@ from dllm_rl.step.context import StepFeature
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.messages import deserialize, deserialize_batch, serialize, serialize_batch
-from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.training.late_rollouts.schedule import (
     AsyncRollouts,
     InProcessPool,

@@ -201,6 +201,8 @@ def _texts(row: Mapping[str, Any], name: str) -> list[str]:
 
 
 GRADERS: dict[str, Grader] = {"strict": static, "sandbox": sandboxed}
+REQUIRE = {"sandbox": sandbox.require}
+PREPARE = {"sandbox": run_all}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from dllm_rl.training.policies import RolloutCopy
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.types import group_numbers, group_sizes
 
+RAY_WORKERS = "dllm_rl.integrations.ray_pool:ray_workers"  # the function that starts a run's default pool
+
 
 class RolloutProducer:
     """Makes batches with copies of the learner and of the rollout policy, in a worker's process or in the learner's."""
