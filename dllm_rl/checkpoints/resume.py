@@ -124,6 +124,8 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
         if without_folders(before[name]) != without_folders(value):  # the code itself is compared below
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
             remedy = f"resume with the same recipe{allow}"
+            if name == "rollout_quantization":  # the recipe may be the same
+                remedy = f"give the checkpoint's, since Float8ByGPU chooses by the GPU and its rows{allow}"
             now, then = describe_json(value), describe_json(before[name])
             raise ValueError(f"{name}={now} differs from the checkpoint's {then}; {remedy}")
     check_contents(recipe, state, allowed)

@@ -7,7 +7,10 @@ import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import Unmask, grpo_recipe, train
+from dllm_rl.checkpoints.resume import check_recipe, contents_of
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.quantization.schemes import Float8ByGPU, Float8Dynamic
+from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.training.rollouts_by_gpu import with_rollouts_by_gpu
 
@@ -55,6 +58,33 @@ def test_a_run_takes_what_its_gpu_can_do(monkeypatch, capability, takes):
 
 
 @pytest.mark.parametrize(
+    ("began", "goes_on"),
+    [
+        (((9, 0), 1), ((8, 0), 1)),  # another GPU
+        (((8, 0), 1), ((9, 0), 1)),
+        (((9, 0), 1), ((9, 0), 4)),  # more processes, each with fewer rows
+        (((9, 0), 4), ((10, 0), 1)),
+    ],
+)
+def test_a_resume_never_changes_the_format_unasked(monkeypatch, began, goes_on):
+    """The format that was chosen is what a checkpoint stores and a resume compares."""
+    recipe = grpo_recipe(LLADA, ROWS, nothing)
+
+    def on(launch, recipe):
+        monkeypatch.setattr("dllm_rl.training.rollouts_by_gpu.gpu_of", lambda *_: ("a GPU", launch[0]))
+        return with_rollouts_by_gpu(recipe, launch[1])[0]
+
+    first, later = (on(launch, recipe) for launch in (began, goes_on))
+    state = TrainingState(step=2, version=2, dtype="bfloat16", recipe=first.settings(), contents=contents_of(first))
+    said = rf"^rollout_quantization={later.rollout_quantization}.* differs .* give the checkpoint's, since Float8ByGPU"
+    with pytest.raises(ValueError, match=said.replace("()", r"\(\)")):
+        check_recipe(later, state)
+    check_recipe(on(began, recipe), state)
+    check_recipe(on(goes_on, recipe.replace(rollout_quantization=first.rollout_quantization)), state)
+    check_recipe(on(goes_on, recipe.replace(allow_changed="rollout_quantization")), state)
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"rollout_workers": 1},
@@ -83,8 +113,14 @@ def test_compiled_steps_and_experts():
     assert experts.rollout_quantization is None and not experts.torch_compile
 
 
-def test_a_run_says_what_it_takes(tmp_path, capsys):
-    train(tiny_recipe(tmp_path, rollout_quantization=Float8ByGPU(), num_steps=1))
+def test_a_run_says_what_it_takes_and_a_resume_elsewhere_is_refused(tmp_path, capsys, monkeypatch):
+    chosen = {"rollout_quantization": Float8ByGPU(min_rows=1), "bf16": True}
+    train(tiny_recipe(tmp_path, **chosen, num_steps=1))
     said = "rollouts: not quantized: FP8 is for an H100, an H200 or newer, and this is a device without CUDA\n"
     assert said in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["recipe"]["rollout_quantization"] is None
+    monkeypatch.setattr("dllm_rl.training.rollouts_by_gpu.gpu_of", lambda *_: ("a GPU", (9, 0)))
+    monkeypatch.setattr(Recipe, "compiles_rollouts", True)
+    with pytest.raises(ValueError, match=r"^rollout_quantization=Float8Dynamic\(\) differs from the ch.* None; give"):
+        train(tiny_recipe(tmp_path, **chosen, num_steps=1, resume_from_checkpoint="latest"))
+    assert "rollouts: Float8Dynamic on a GPU" in capsys.readouterr().out
