@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --queue runs/gpu --minutes 8.5          on a GPU: what is missing, for so long
     python -m benchmarks.gpu --queue runs/rehearsal --rehearse       the same at toy size, on a CPU
 
-A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed says why there, and runs again when its
-file is deleted. A part that the minutes cut off starts again, and `run` goes on where it was. In order, with the
-minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
+A part leaves FOLDER/NAME.json, and NAME-rows.json as it goes. What has ended is skipped. A part that failed says why
+there, and runs again when its file is deleted. A part that was cut off starts again, and `run` goes on where it was. In
+order, with the minutes that it took: on an H100 or H200, or in brackets at toy size on two cores of a CPU:
 
     fp8 or bf16   (0.6)  both compiled, in turns: a denoising step of 48, 8, 24, 96, 1 rows of LLaDA-8B's shapes
     products      (0.3)  FP8 products of these shapes: torchao's kernels, a scale a row or a matrix; and bf16's
@@ -63,7 +63,7 @@ from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.decoding.tokens import encode, prompt_ids
 from dllm_rl.diagnostics.doctor import diagnose
-from dllm_rl.files import read_json, write_json
+from dllm_rl.files import read_json, remove, write_json
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.blocks import compile_blocks
@@ -87,22 +87,21 @@ E4M3 = schemes.FakeQuantize(weight="e4m3", activation="e4m3")
 
 Row = dict[str, Any]
 WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}
-SECONDS = 400  # of one of PARTS on a GPU; what takes longer is stopped and said so
+SECONDS = 400  # of a part on a GPU that does not go on where it was; what takes longer is stopped and said so
 GRACE = 20  # seconds from SIGTERM to SIGKILL
 
 
-def roofline(rehearse: bool, device: str) -> list[Row]:
+def roofline(rehearse: bool, device: str) -> Iterable[Row]:
     size, place = 256 if rehearse else 8192, torch.device(device)
-    rows = [{"what": f"{size}^3 product, bf16", "TFLOP/s": samplers.matmul_flops(place, torch.bfloat16, size) / 1e12}]
+    yield {"what": f"{size}^3 product, bf16", "TFLOP/s": samplers.matmul_flops(place, torch.bfloat16, size) / 1e12}
     if place.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         a = torch.randn(size, size, device=place).to(torch.float8_e4m3fn)
         b = torch.randn(size, size, device=place).to(torch.float8_e4m3fn).t()
         ones = torch.ones(size, 1, device=place), torch.ones(1, size, device=place)
         product = partial(torch._scaled_mm, a, b, *ones, out_dtype=torch.bfloat16)
-        rows.append({"what": f"{size}^3 product, FP8, a scale a row", "TFLOP/s": 2 * size**3 / _best(product) / 1e12})
+        yield {"what": f"{size}^3 product, FP8, a scale a row", "TFLOP/s": 2 * size**3 / _best(product) / 1e12}
     big = torch.zeros(2 ** (20 if rehearse else 31), dtype=torch.uint8, device=place)
-    rows.append({"what": "copy, read and write", "GB/s": 2 * big.numel() / _best(big.clone, device) / 1e9})
-    return rows
+    yield {"what": "copy, read and write", "GB/s": 2 * big.numel() / _best(big.clone, device) / 1e9}
 
 
 def _best(run: Callable[[], Any], device: str = "cuda") -> float:
@@ -240,7 +239,7 @@ def whole_steps(rehearse: bool, device: str, batch: int) -> Iterable[Row]:
         yield row | {"graphs": counters["stats"]["unique_graphs"] - before}
 
 
-def experts(rehearse: bool, device: str) -> list[Row]:
+def experts(rehearse: bool, device: str) -> Iterable[Row]:
     """A mixture of LLaDA2-mini's experts, two blocks, and its FP8 copy; 2,048 tokens."""
     letters = "".join(chr(0x4E00 + i) for i in range(50))
     sizes = {"hidden_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
@@ -250,38 +249,29 @@ def experts(rehearse: bool, device: str) -> list[Row]:
     policy.module.to(device, torch.bfloat16)
     size = (2, 16) if rehearse else (8, 256)
     tokens = torch.randint(3, 50, size, generator=torch.Generator().manual_seed(0)).to(device)
-    rows = []
     for name, of in {"bf16": policy, "FP8": quantized_copy(policy, schemes.Float8WeightOnly())}.items():
 
         def forward(of=of) -> None:
             with torch.no_grad():
                 of.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
-        rows.append(_timed(name, forward, device, tokens.numel()))
-    return rows
+        yield _timed(name, forward, device, tokens.numel())
 
 
-def sync(rehearse: bool, device: str) -> list[Row]:
+def sync(rehearse: bool, device: str) -> Iterable[Row]:
     policy = samplers.random_policy(_shape(rehearse, 1), torch.device(device))
-    rows = []
     for name in ("Float8WeightOnly", "Int8WeightOnly"):
         begin = time.perf_counter()
         copied = quantized_copy(policy, getattr(schemes, name)())
         made = time.perf_counter() - begin
         found = seconds_and_peak(partial(sync_weights, policy, copied), device, repeats=3)
-        rows.append(
-            {"what": name, "first copy, s": made, "sync, s": found["seconds"]}
-            | {
-                "sync peak GiB": found["peak_mib"] / 1024,
-                "copy GiB": copied.quantization_report.bytes_after / 2**30,
-            }
-        )
-    return rows
+        row = {"what": name, "first copy, s": made, "sync, s": found["seconds"]}
+        row |= {"sync peak GiB": found["peak_mib"] / 1024}
+        yield row | {"copy GiB": copied.quantization_report.bytes_after / 2**30}
 
 
-def learner(rehearse: bool, device: str) -> list[Row]:
+def learner(rehearse: bool, device: str) -> Iterable[Row]:
     """A forward and backward of one view, and the optimizer's step, on 8 completions of 256 tokens after 128."""
-    rows = []
     arms = {"adapters": (True, False), "adapters, checkpointing": (True, True)}
     if rehearse or find_spec("bitsandbytes"):  # the moments of 8B in fp32 do not fit
         arms["all weights"] = (False, True)
@@ -302,13 +292,15 @@ def learner(rehearse: bool, device: str) -> list[Row]:
             optimizer.zero_grad(set_to_none=True)
 
         blocks = len(policy.module.base_model.layers)
-        rows.append(_timed(name, step, device, int(rollout.completion_mask.sum()), blocks=blocks))
+        yield _timed(name, step, device, int(rollout.completion_mask.sum()), blocks=blocks)
         del policy, rollout, optimizer, trained, noise, step
-    return rows
 
 
-def step(rehearse: bool, device: str, rollouts: str) -> list[Row]:
-    """Of three steps the last: what is compiled, and what is made once, comes in the first. Rollouts: FP8 or bf16."""
+def step(rehearse: bool, device: str, rollouts: str, folder: Path) -> list[Row]:
+    """Of three steps the last: what is compiled, and what is made once, comes in the first. Rollouts: FP8 or bf16.
+
+    FOLDER/metrics.jsonl has each step as it ends.
+    """
     given: dict[str, Any] = (
         {"max_new_tokens": 8, "diffusion_steps": 2, "block_size": 8} if rehearse else {"diffusion_steps": 32}
     )
@@ -316,16 +308,15 @@ def step(rehearse: bool, device: str, rollouts: str) -> list[Row]:
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
     few, job = replace(main_job.eval_task, size=2), recipe_of()
     scheme = schemes.Float8WeightOnly() if rehearse else schemes.Float8Dynamic()
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(
-            job, model=made, dtype="auto", output_dir=folder, num_steps=3, save_steps=3, save_total_limit=1,
-            eval_steps=0, rollout_quantization=scheme if rollouts == "FP8" else None, torch_compile=not rehearse,
-            task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
-            eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given),
-            **small,
-        )  # fmt: skip
-        found = seconds_and_peak(partial(train, recipe), device, repeats=1)
-        steps = read_metrics(Path(folder))
+    recipe = replace(
+        job, model=made, dtype="auto", output_dir=str(folder), overwrite_output_dir=True, num_steps=3, save_steps=3,
+        save_total_limit=1, eval_steps=0, rollout_quantization=scheme if rollouts == "FP8" else None,
+        torch_compile=not rehearse, task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
+        eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given), **small,
+    )  # fmt: skip
+    found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+    remove(folder / "checkpoints")  # 20 GB
+    steps = read_metrics(folder)
     last, gradients = steps[-1], trained(steps, recipe.train_batch_size * recipe.num_generations)
     times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
     row = {"what": f"rollouts in {rollouts}", "step, s": last["step_time"], **times}
@@ -368,10 +359,9 @@ def planned(rehearse: bool, device: str) -> Iterable[Row]:
         yield row | {"stage": max(most, key=lambda stage: most[stage])}
 
 
-def mismatch(rehearse: bool, device: str) -> list[Row]:
+def mismatch(rehearse: bool, device: str) -> Iterable[Row]:
     from dllm_rl import load_policy
 
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         few = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if rehearse else {"num_steps": 60}
         recipe = replace(main_job, output_dir=folder, **few)
@@ -386,20 +376,13 @@ def mismatch(rehearse: bool, device: str) -> list[Row]:
     for name, scheme in schemes_by_name.items():
         report = diagnose(policy, scheme, prompts=prompts, sampler=main_job.sampler.replace(temperature=1.0))
         first = report.causes[0]
-        rows.append(
-            {"what": name, "mean abs d, nats": report.total.mean_abs, "max abs d": report.total.max_abs}
-            | {
-                "ESS": report.total.ess,
-                "first cause": f"{first.name} {first.mean_abs:.2g}",
-            }
-        )
-    return rows
+        row = {"what": name, "mean abs d, nats": report.total.mean_abs, "max abs d": report.total.max_abs}
+        yield row | {"ESS": report.total.ess, "first cause": f"{first.name} {first.mean_abs:.2g}"}
 
 
 PARTS: dict[str, Callable[[bool, str], Iterable[Row]]] = {
     "fp8 or bf16": fp8_or_bf16,
     "products": products,
-    **{f"step {rollouts}": partial(step, rollouts=rollouts) for rollouts in ("FP8", "bf16")},
     **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 8, 64)},
     "sync": sync,
     "plan": planned,
@@ -426,6 +409,8 @@ def tests(rehearse: bool) -> list[Row]:
 def run_part(part: str, rehearse: bool, device: str, folder: Path) -> Iterable[Row]:
     if part.startswith("run "):
         return gpu_run.run(folder / "run", rehearse, part.removeprefix("run "))
+    if part.startswith("step "):
+        return step(rehearse, device, part.removeprefix("step "), folder / part)
     return tests(rehearse) if part == "tests" else PARTS[part](rehearse, device)
 
 
@@ -434,26 +419,33 @@ def in_own_process(part: str, rehearse: bool, device: str, folder: Path, seconds
     found = folder / f"{part}-rows.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--queue", str(folder)]
     command += ["--rehearse"] * rehearse
-    limit = min(seconds, SECONDS) if part in PARTS and not rehearse else seconds
+    limit = seconds if rehearse or part.startswith("run ") or part == "tests" else min(seconds, SECONDS)
     begin = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     try:
         _, said = child.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
+        if limit == seconds:
+            return False
+        said = f"stopped after {SECONDS} s"
+    finally:  # also where the queue itself is stopped
+        end(child)
+    about = {"part": part, "rehearsal": rehearse, "machine": machine(device), "seconds": time.perf_counter() - begin}
+    rows = read_json(found) if found.exists() else []
+    why = {} if child.returncode == 0 else {"failed": (said.strip() or f"status {child.returncode}").splitlines()[-1]}
+    write_json(folder / f"{part}.json", about | {"rows": rows} | why)
+    return True
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """End a process and those that it started; one that has ended is left alone."""
+    if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)  # `run` saves its last step
         try:
             child.communicate(timeout=GRACE)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
-        if limit == seconds:
-            return False
-        said = f"stopped after {SECONDS} s"
-    about = {"part": part, "rehearsal": rehearse, "machine": machine(device), "seconds": time.perf_counter() - begin}
-    rows = read_json(found) if found.exists() else []
-    why = {} if child.returncode == 0 else {"failed": (said.strip() or f"status {child.returncode}").splitlines()[-1]}
-    write_json(folder / f"{part}.json", about | {"rows": rows} | why)
-    return True
 
 
 def main() -> int:
@@ -470,16 +462,18 @@ def main() -> int:
     folder = options.queue
     folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        rows = []
+        rows: list[Row] = []
+        (folder / f"{options.part}-rows.json").unlink(missing_ok=True)  # of an earlier try
         for row in run_part(options.part, options.rehearse, options.device, folder):
             rows.append(row)
             write_json(folder / f"{options.part}-rows.json", rows)
         return 0
-    end = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the part, too
+    until = time.monotonic() + 60 * options.minutes
     failed = 0
     for part in QUEUE:
         file = folder / f"{part}.json"
-        left = end - time.monotonic()
+        left = until - time.monotonic()
         if not file.exists() and not in_own_process(part, options.rehearse, options.device, folder, left):
             print(f"{part}: out of time; run the same command again")
             return 3

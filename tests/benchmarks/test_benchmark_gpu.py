@@ -1,5 +1,9 @@
 """The GPU suite at toy size: every part on a CPU, the parts that hold no FP8 product under the simulated device too."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from simulated_cuda import SimulatedCuda
@@ -57,6 +61,26 @@ def test_what_the_minutes_cut_off_runs_again(monkeypatch, tmp_path, capsys):
     assert queue(monkeypatch, tmp_path, "--minutes", "0.01") == 3
     assert "roofline: out of time" in capsys.readouterr().out and not list(tmp_path.iterdir())
     assert queue(monkeypatch, tmp_path, "--minutes", "5") == 0
+
+
+def test_a_stopped_queue_ends_its_part(monkeypatch, tmp_path):
+    """The part has a process group of its own, which Ctrl-C and a SIGTERM to the queue do not reach."""
+    program, children = tmp_path / "python", []
+    program.write_text("#!/bin/bash\nexec sleep 600\n")
+    program.chmod(0o755)
+
+    class Stopped(subprocess.Popen):
+        def communicate(self, *args, **options):
+            children.append(self)
+            if len(children) == 1:
+                raise KeyboardInterrupt
+            return super().communicate(*args, **options)
+
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(subprocess, "Popen", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.in_own_process("sync", True, "cpu", tmp_path, 60.0)
+    assert children[0].returncode == -signal.SIGTERM and not (tmp_path / "sync.json").exists()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

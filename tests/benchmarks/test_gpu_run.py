@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,25 @@ def test_the_driver_waits_for_the_second_part(tmp_path):
     (tmp_path / "runs" / "parcels" / "2").rename(tmp_path / "later")
     done = driver(tmp_path, PYTHON=executable)
     assert done.returncode == 3 and "part 2 of 2 is missing: send runs/parcels/2" in done.stderr
+
+
+def test_a_stopped_driver_ends_the_queue_and_keeps_what_it_has(tmp_path):
+    """A bash that ended at once would leave a part running on the GPU, and no archive of the results."""
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "out").mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\ntrap 'touch runs/rehearsal/ended; exit 143' TERM\nmkdir -p runs/rehearsal\n"
+        "echo [] > runs/rehearsal/sync-rows.json\nwhile :; do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    # Started from the place that the link names, the script goes to its own folder's parent.
+    command = ["bash", "benchmarks/gpu_minutes.sh", "--rehearse"]
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    while not (tmp_path / "runs/rehearsal/sync-rows.json").exists():
+        assert running.poll() is None
+    running.terminate()
+    assert running.wait() == 143
+    with tarfile.open(tmp_path / "out/results.tar.gz") as archive:
+        assert {"runs/rehearsal/sync-rows.json", "runs/rehearsal/ended"} <= {*archive.getnames()}
