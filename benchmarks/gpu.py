@@ -462,6 +462,8 @@ def main() -> int:
     folder = options.queue
     folder.mkdir(parents=True, exist_ok=True)
     if options.part:
+        if options.device == "cpu":  # graphs as on a GPU, and no kernels: a C++ compiler takes minutes for them
+            torch.compile = partial(torch.compile, backend="eager")
         rows: list[Row] = []
         (folder / f"{options.part}-rows.json").unlink(missing_ok=True)  # of an earlier try
         for row in run_part(options.part, options.rehearse, options.device, folder):
