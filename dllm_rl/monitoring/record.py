@@ -89,7 +89,9 @@ class RunRecord:
         row = self.rows[-1]
         is_measured = len(self.directions) == DIRECTION_WINDOW
         direction = math.fsum(self.directions) / DIRECTION_WINDOW if is_measured else 0.0
-        found = health(dict(row), direction=direction, first_ess=None if self.exact else self.first_ess)
+        # Without a copy or late rollouts, an estimate cancels in the ratio, too.
+        is_exact = self.exact or row.get(MISMATCH, math.inf) <= ROUNDING
+        found = health(dict(row), direction=direction, first_ess=None if is_exact else self.first_ess)
         word, reason = found or ("", "")
         size = f"mismatch {row[MISMATCH]:.2g} nats" if row.get(MISMATCH, 0.0) > ROUNDING else ""
         texts = [size]

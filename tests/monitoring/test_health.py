@@ -89,7 +89,8 @@ def test_the_mismatch_stands_in_the_line_and_the_ess_once():
     assert backwards.startswith("reward 1  mismatch 0.012 nats, ESS 0.9985  updates backwards (")
     for none in (0.0, 6e-8):  # the rounding of two forwards
         row |= {"rollout_corr/ess": 1.0, "rollout_corr/abs_log_ratio_mean": none}
-        assert line_of(*[row] * 20) == "reward 1  healthy"
+        for exact in (True, False):
+            assert line_of(*[row] * 20, exact=exact) == "reward 1  healthy"
 
 
 def test_without_mismatch_metrics_nothing_is_said():
