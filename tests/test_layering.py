@@ -43,7 +43,7 @@ MAY_IMPORT = {
     # floor 3
     "decoding": "types tasks models",
     "settings": "records algorithms callbacks models",
-    "quantization": "records models",
+    "quantization": "records rng models",
     # floor 4
     "likelihoods": "device rng records types models decoding",
     "samplers": "device rng records types models decoding",

@@ -48,7 +48,14 @@ from dllm_rl.quantization.linear import (
     skip_reasons,
     stored_bytes,
 )
-from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, check_scheme
+from dllm_rl.quantization.schemes import (
+    TINY,
+    EmulatedLinear,
+    FakeQuantize,
+    Float8DynamicEmulated,
+    Rounding,
+    check_scheme,
+)
 
 log = logging.getLogger(__name__)
 # (sum, count) by metric. codes_changed: (number of changed codes, number of codes). scale_change: (sum of
@@ -133,7 +140,8 @@ def quantized_copy(
     finite_flags: FiniteFlags = {}
     for name, layer_config in schemes.items():
         layer = layers.get_submodule(name)
-        memo_entry, layer_finite = quantize_layer(name, layer, module.get_submodule(name), layer_config, dtype, memo)
+        source, version = module.get_submodule(name), policy.weights_version
+        memo_entry, layer_finite = quantize_layer(name, layer, source, layer_config, dtype, memo, version)
         memo |= memo_entry
         finite_flags |= layer_finite
     check_finite(finite_flags)
@@ -199,7 +207,13 @@ def copy_memo(
 
 
 def quantize_layer(
-    name: str, layer: Any, source: Any, config: Any, dtype: torch.dtype | None, memo: dict[int, Any]
+    name: str,
+    layer: Any,
+    source: Any,
+    config: Any,
+    dtype: torch.dtype | None,
+    memo: dict[int, Any],
+    version: int,
 ) -> tuple[dict[int, Any], FiniteFlags]:
     """Quantize one layer, with or without adapters.
 
@@ -210,6 +224,7 @@ def quantize_layer(
         config: Config of the scheme. None: only merge adapters and dequantize bitsandbytes weights.
         dtype: Dtype of the weights before quantizing.
         memo: Memo for deepcopy, from earlier layers.
+        version: Version of the weights.
 
     Returns:
         The layer's entry in the memo; whether its weights are finite.
@@ -220,14 +235,14 @@ def quantize_layer(
             return {id(layer): source.plain(memo).to(dtype)}, {}
         stacks: dict[str, list[nn.Linear]] = {stack: [] for stack in STACKS}
         for weight_name, weight in gathered_weights(name, source, dtype):
-            expert, finite[weight_name] = quantized_linear(weight, None, config)
+            expert, finite[weight_name] = quantized_linear(weight, None, config, weight_name, version)
             stacks[weight_name.split(".")[-2]].append(expert)
         return {id(layer): UnstackedExperts(**stacks, act_fn=base_of(source).act_fn)}, finite
     [(_, weight)] = gathered_weights(name, source, dtype)
     bias = merged_bias(layer, memo)
     if config is None:
         return {id(layer): linear_of(weight, bias)}, {}
-    new_layer, finite[name] = quantized_linear(weight, bias, config)
+    new_layer, finite[name] = quantized_linear(weight, bias, config, name, version)
     if has_adapted_or_low_bit(layer) or isinstance(new_layer, EmulatedLinear):
         return {id(layer): new_layer}, finite
     return {id(layer.weight): new_layer.weight}, finite  # only the weight, so that the layer keeps its class
@@ -247,10 +262,12 @@ def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = No
             yield f"{name}.{stack}.{expert}", weight.to(dtype)
 
 
-def quantized_linear(weight: Tensor, bias: Tensor | None, config: Any) -> tuple[nn.Linear, Bool[Tensor, ""]]:
+def quantized_linear(
+    weight: Tensor, bias: Tensor | None, config: Any, name: str, version: int
+) -> tuple[nn.Linear, Bool[Tensor, ""]]:
     """Return a linear layer with the quantized weight, and whether the weight is finite."""
     if isinstance(config, FakeQuantize):
-        layer = EmulatedLinear(weight, bias, config)
+        layer = EmulatedLinear(weight, bias, config, name, version)
         return layer, layer.weight.isfinite().all()
     packed, finite = quantize_weight(weight, config)
     return linear_of(packed, bias), finite
@@ -335,8 +352,10 @@ def load_weights_(layers: list[Any], weight: Tensor) -> tuple[SyncStats, Bool[Te
     new_scale: Any
     if isinstance(first, EmulatedLinear):
         if first.config.weight is None:
+            before = first.weight.clone() if isinstance(first.config, Rounding) else None
             first.load_(weight)
-            return {}, first.weight.isfinite().all()[None]
+            changed = {} if before is None else {"codes_changed": ((first.weight != before).sum(), before.numel())}
+            return changed, first.weight.isfinite().all()[None]
         codes = first.codes().clone()  # copies, because load_ overwrites both tensors
         scale, new_scale = first.weight_scale.clone(), first.weight_scale
         first.load_(weight)
@@ -425,6 +444,9 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """
     if rollout_policy is policy:  # without `rollout_quantization`, a run samples from the learner itself
         return {}
+    for _, layer in quantized_layers(rollout_policy):
+        if isinstance(layer, EmulatedLinear):
+            layer.version = policy.weights_version
     sums: dict[str, Tensor] = {}
     counts = Counter[str]()
     finite: FiniteFlags = {}

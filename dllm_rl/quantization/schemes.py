@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dllm_rl.records import FunctionRecord, Record, option
+from dllm_rl.rng import generator_for
 
 # Mantissa bits, smallest normal exponent, largest value.
 FLOAT_FORMATS = {
@@ -71,6 +72,33 @@ class FakeQuantize(Scheme):
     def group_size(self) -> int:
         """The number that a layer's number of inputs must be a multiple of, so that blocks are whole."""
         return max(BLOCKS.get(name or "", 1) for name in (self.weight, self.activation))
+
+
+class Rounding(FakeQuantize):
+    """A format of your own for the weights, emulated: override `rounded`, which may draw random numbers.
+
+    Args:
+        weight: None; `rounded` takes its place.
+        activation: Format of the linear layers' inputs, as of `FakeQuantize`. None (default): they are not quantized.
+        granularity: As of `FakeQuantize`, for the inputs.
+    """
+
+    weight: None = None
+
+    def config(self) -> Any:
+        if type(self).rounded is Rounding.rounded:
+            raise ValueError(f"{type(self).__name__} has no format: write a subclass that defines rounded")
+        return self
+
+    def rounded(self, weight: Float[Tensor, "N K"], generator: torch.Generator) -> Float[Tensor, "N K"]:
+        """Return the numbers that stand for a layer's weight, in fp32; the copy stores them in the weights' dtype.
+
+        Args:
+            weight: The learner's weight, in fp32.
+            generator: On the weight's device. Its seed is a function of the version of the weights and of the layer's
+                name, so that all processes, and a resumed run, draw the same numbers.
+        """
+        raise NotImplementedError
 
 
 class Float8DynamicEmulated(Scheme):
@@ -361,8 +389,16 @@ def _block_codes_and_scale(
 class EmulatedLinear(nn.Linear):
     """A linear layer with a rounded weight. If its input is also rounded, it computes in fp32 and casts the result."""
 
-    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
+    def __init__(
+        self,
+        weight: Float[Tensor, "N K"],
+        bias: Float[Tensor, " N"] | None,
+        config: FakeQuantize,
+        name: str = "",
+        version: int = 0,
+    ) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
+        self.name, self.version = name, version  # of the layer, and of the weights: what `Rounding` draws depends on
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.source_dtype = weight.dtype  # `load_` first casts an fp32 learner's weight to it, as the first copy did
@@ -394,11 +430,24 @@ class EmulatedLinear(nn.Linear):
         """Quantize `weight` into this layer, in place. It runs once per sync, so products need not round the weight."""
         weight = weight.to(self.source_dtype)
         if self.config.weight is None:
-            self.weight.copy_(weight)
+            self.weight.copy_(self._rounded(weight) if isinstance(self.config, Rounding) else weight)
             return
         codes, scale = codes_and_scale(weight, self.config.weight, self.granularity)
         self.weight.copy_(codes if self.scales_product else codes.mul_(scale))
         self.weight_scale.copy_(scale[:, :: self.block])
+
+    def _rounded(self, weight: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """Return the weight as a `Rounding` rounds it. Raise ValueError for a result of another shape."""
+        assert isinstance(self.config, Rounding), "`load_` calls it for one"
+        seed = generator_for("rounding", self.version, self.name).initial_seed()
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        rounded = self.config.rounded(weight.detach().float().clone(), generator)
+        if getattr(rounded, "shape", None) != weight.shape:
+            raise ValueError(
+                f"{type(self.config).__name__}.rounded returned {getattr(rounded, 'shape', rounded)!r} for the weight "
+                f"of {self.name}; return a tensor of its shape, {tuple(weight.shape)}"
+            )
+        return rounded
 
     def codes(self) -> Float[Tensor, "N K"]:
         """Return the weight's codes, computed from the rounded values, which equal code * scale bit for bit."""

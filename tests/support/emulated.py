@@ -1,9 +1,9 @@
 """The library's schemes with their defaults, and emulated ones: weights rounded per row, inputs per token."""
 
-from dllm_rl.quantization.schemes import FakeQuantize, Float8ByGPU, FunctionScheme, Scheme
+from dllm_rl.quantization.schemes import FakeQuantize, Float8ByGPU, FunctionScheme, Rounding, Scheme
 from dllm_rl.records import subclasses
 
-OTHERS = (FunctionScheme, Float8ByGPU)  # of a given function; chosen by a run
+OTHERS = (FunctionScheme, Float8ByGPU, Rounding)  # of a given function; chosen by a run; to be defined
 NAMED = {name: scheme() for name, scheme in subclasses(Scheme).items() if scheme not in OTHERS}
 CUDA_ONLY = ("Float8Dynamic", "Int4Packed")
 
