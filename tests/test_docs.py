@@ -276,6 +276,15 @@ def in_the_guide(printed):
     return "".join(f"    {line}\n" for line in printed.splitlines()) in (DOCS / "extend-objective.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("extend-model", "own_module"), ("extend-sampler", "own_order"), ("extend-objective", "own_estimator")],
+)
+def test_what_a_page_shows_of_an_example_stands_in_it(page, name):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), flags=re.DOTALL)
+    assert [block for block in blocks if block in (EXAMPLES / f"{name}.py").read_text()]
+
+
 @pytest.mark.nightly
 def test_a_rank_of_ones_own_keeps_the_contract(capsys):
     made = runpy.run_path(str(EXAMPLES / "own_order.py"), run_name="__main__")
