@@ -93,7 +93,7 @@ def recipe(root: Path, **fields: Any) -> Recipe:
         "lr_schedule_steps": 2,
         "eval_batch_size": 2,
         "save_total_limit": 1,
-        "report_to": None,
+        "log": {"report_to": None},
         "output_dir": str(root / "run"),
         "sampler_options": {"diffusion_steps": 2},
     }

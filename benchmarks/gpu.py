@@ -308,8 +308,8 @@ def step(rehearse: bool, device: str, rollouts: str, folder: Path) -> list[Row]:
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if rehearse else {}
     few, job = replace(main_job.eval_task, size=2), recipe_of()
     scheme = schemes.Float8WeightOnly() if rehearse else schemes.Float8Dynamic()
-    recipe = replace(
-        job, model=made, dtype="auto", output_dir=str(folder), overwrite_output_dir=True, num_steps=3, save_steps=3,
+    recipe = job.replace(
+        model=made, dtype="auto", output_dir=str(folder), overwrite_output_dir=True, num_steps=3, save_steps=3,
         save_total_limit=1, eval_steps=0, rollout_quantization=scheme if rollouts == "FP8" else None,
         torch_compile=not rehearse, task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
         eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given), **small,
@@ -349,7 +349,7 @@ def planned(rehearse: bool, device: str) -> Iterable[Row]:
         fields |= {"task": Varied(main_job.task), "train_batch_size": 4 if rehearse else 32}
         gc.collect()
         with tempfile.TemporaryDirectory() as folder:
-            recipe = replace(main_job, output_dir=folder, **fields)
+            recipe = main_job.replace(output_dir=folder, **fields)
             policy = meta_policy(recipe)
             prompt_tokens = len(prompt_ids(policy, recipe.task[0].prompt))
             most = step_memory(PlannedStep(recipe, policy, prompt_tokens)).peaks
@@ -364,7 +364,7 @@ def mismatch(rehearse: bool, device: str) -> Iterable[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         few = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if rehearse else {"num_steps": 60}
-        recipe = replace(main_job, output_dir=folder, **few)
+        recipe = main_job.replace(output_dir=folder, **few)
         summary = train(recipe)
         trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)

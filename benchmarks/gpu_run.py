@@ -65,7 +65,7 @@ FEW: Row = {"train_batch_size": 2, "num_steps": 2, "eval_steps": 1, "save_steps"
 def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
     recipe = replace(TASKS[task][0], bf16=torch.cuda.is_available(), save_steps=60, **where(folder / f"{task}-sft"))
     if rehearse:
-        recipe = replace(recipe, dataset=recipe.dataset[:8], eval_dataset=recipe.eval_dataset[:4], **FEW)
+        recipe = recipe.replace(dataset=recipe.dataset[:8], eval_dataset=recipe.eval_dataset[:4], **FEW)
     return recipe
 
 
@@ -85,12 +85,17 @@ def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> R
     )
     if rehearse:
         few = {name: replace(getattr(recipe, name), size=4) for name in ("validation_task", "eval_task")}
-        recipe = replace(recipe, task=Varied(recipe.task), **few)
+        recipe = recipe.replace(task=Varied(recipe.task), **few)
     return recipe
 
 
 def where(folder: Path) -> Row:
-    return {"output_dir": str(folder), "resume_from_checkpoint": "latest", "save_total_limit": 1, "report_to": None}
+    return {
+        "output_dir": str(folder),
+        "resume_from_checkpoint": "latest",
+        "save_total_limit": 1,
+        "log": {"report_to": None},
+    }
 
 
 def done(folder: Path) -> Row | None:

@@ -69,8 +69,8 @@ def memory_jobs() -> dict[str, Recipe]:
 
 def taking_steps(recipe: Recipe, folder: str, *, compiled: bool = False) -> Callable[[], object]:
     """A function that takes the next step of a run, whose first step was taken; `compiled`: the first four."""
-    changes = {"task": Varied(recipe.task), "output_dir": folder, "num_steps": 10**6, "report_to": "none"}
-    run = start(replace(recipe, **changes, log_completions_steps=0), None, ())
+    changes = {"task": Varied(recipe.task), "output_dir": folder, "num_steps": 10**6}
+    run = start(recipe.replace(**changes, log={"report_to": None, "completions_steps": 0}), None, ())
     step = map(partial(take_step, run), count()).__next__
     if compiled:  # with gradients, too, which `torch_compile` leaves eager
         for module in {run.policy.module, run.rollout_policy.module}:

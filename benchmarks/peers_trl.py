@@ -35,6 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.measure import machine, peak_above, peak_in_fresh_process, peer_arguments, ratios_of, write_json
 from dllm_rl import Autoregress, Causal
 from dllm_rl.frontend.grpo import grpo_recipe
+from dllm_rl.groups import Log
 from dllm_rl.models.policy import make_policy
 from dllm_rl.training import trainer as training
 from dllm_rl.training.start import start
@@ -121,7 +122,7 @@ def our_steps(size: Size, policy: Any, sampler: Autoregress, folder: str) -> Cal
     recipe = grpo_recipe(
         policy, rows_of(size), reward, sampler=sampler, likelihood=Causal(), train_batch_size=size.prompts,
         num_generations=GROUP, num_steps=10**6, learning_rate=1e-6, weight_decay=0.0, eval_steps=0, save_steps=10**6,
-        report_to=None, log_completions_steps=0, eval_split=1, output_dir=folder,
+        report_to=None, log=Log(completions_steps=0), eval_split=1, output_dir=folder,
     )  # fmt: skip
     run = start(recipe, None, ())
     numbers = count()

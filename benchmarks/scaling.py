@@ -9,7 +9,6 @@ published algorithm, the exact sampler, and the dual cache. `--drawn FILE` measu
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def sweep(base: Shape, axes: dict[str, dict[int, dict[str, Any]]], repeats: int)
     found = []
     for axis, points in axes.items():
         for value, settings in points.items():
-            found.append({"axis": axis, "value": value, **measure(replace(base, **settings), repeats)})
+            found.append({"axis": axis, "value": value, **measure(base.replace(**settings), repeats)})
             print(found[-1], flush=True)
     return found
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,15 @@ def measure(name: str, steps: int, folder: Path) -> None:
         for module, function in places:
             setattr(module, function, timed(part, getattr(module, function)))
     recipe = importlib.import_module(f"recipes.{name}").recipe
-    few = {"num_steps": steps, "sft_warmup_steps": 0, "eval_steps": 10**6, "save_steps": 10**6, "report_to": None}
-    trainer.train(replace(recipe, **few, log_completions_steps=0, output_dir=str(folder / "run")))
+    few = {
+        "num_steps": steps,
+        "sft_warmup_steps": 0,
+        "eval_steps": 10**6,
+        "save_steps": 10**6,
+    }
+    trainer.train(
+        recipe.replace(**few, log={"report_to": None, "completions_steps": 0}, output_dir=str(folder / "run"))
+    )
     milliseconds = {part: 1000 * seconds / (steps - 2) for part, seconds in spent.items()}
     (folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(milliseconds))
 

@@ -25,6 +25,7 @@ from dllm_rl.records import (
     Record,
     annotations_of,
     describe,
+    fields_of_group,
     fit,
     nearest_hint,
     record_type,
@@ -193,6 +194,8 @@ def make_parser(recipe: Any, names: Collection[str]) -> jsonargparse.ArgumentPar
         setting = next(field for field in dataclasses.fields(recipe) if field.name == name)
         bound: Bound | None = setting.metadata.get("bound")
         help = setting.metadata.get("help", "") + (f" ({bound})" if bound else "")
+        if parts := fields_of_group(annotation):
+            help += f": {', '.join(f'--{name}.{part}' for part in parts)}"
         parser.add_argument(f"--{name}", type=annotation, default=default, help=help)
     return parser
 
@@ -503,7 +506,9 @@ def _refuse(path: str, prefix: str, settable: Mapping[str, Any], owner: type) ->
             f"--{path} is not a setting of {owner.__name__}, which has none; choose another class by --{prefix[:-1]}"
         )
     listed = f"--{prefix}help {owner.__name__}" if prefix and issubclass(owner, Record) else "--help"
-    hint = nearest_hint(path.removeprefix(prefix).partition(".")[0], settable, f"--{prefix}{{}}")
+    name = path.removeprefix(prefix).partition(".")[0]
+    grouped = getattr(owner, "GROUPED", {}).get(name)
+    hint = f"; it is --{prefix}{grouped}" if grouped else nearest_hint(name, settable, f"--{prefix}{{}}")
     raise ValueError(f"--{path} is not a setting of {owner.__name__}{hint} ({listed} lists all)")
 
 

@@ -72,11 +72,6 @@ class Recipe(StepSettings):
     )
 
     eval_batch_size: int = option(default=256, help="problems per evaluation batch, in each process", at_least=1)
-    log_completions_steps: int = option(
-        default=50,
-        help="steps between tables of completions, on the screen and in completions.jsonl; 0: never",
-        at_least=0,
-    )
     push_to_hub: str | None = option(
         default=None, help="OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload"
     )

@@ -94,6 +94,12 @@ def nearest_hint(text: str, names: Iterable[str], form: str = "{}") -> str:
     return f"; the nearest is {form.format(by_text[nearest[0]])}" if nearest else ""
 
 
+def fields_of_group(annotation: Any) -> list[str]:
+    """Return the fields of the record class of a setting, if it has no other class; [] otherwise."""
+    base = record_type(annotation)
+    return [*annotations_of(base)] if base is not None and [*subclasses(base).values()] == [base] else []
+
+
 def with_nearest(name: str, known: Iterable[str]) -> str:
     """Return an unknown name for an error message, with the nearest of the known names if one is near."""
     hint = nearest_hint(name, known).removeprefix("; ")
@@ -108,13 +114,15 @@ class Record:
     `check`. A field whose type is a record accepts the values that the record's `convert` knows, such as a function.
     """
 
+    GROUPED: typing.ClassVar[Mapping[str, str]] = {}  # flat names of settings, and their path: of the group's record
+
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
 
     def __new__(cls, *_: Any, **settings: Any) -> "Record":
         known = [setting.name for setting in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if unknown := [with_nearest(name, known) for name in settings if name not in known]:
+        if unknown := [cls._unknown(name) for name in settings if name not in known]:
             kind = cls.__name__
             raise ValueError(f"not settings of {kind}: {', '.join(unknown)}; help({kind}) lists all")
         return super().__new__(cls)
@@ -145,8 +153,23 @@ class Record:
         return wrapper(function=value) if wrapper is not None and is_function else None
 
     def replace(self: SelfRecord, **changes: Any) -> SelfRecord:
-        """Return a copy with other values of some fields."""
+        """Return a copy with other values of some fields. A dictionary changes fields of the record in a field:
+        `recipe.replace(log={"steps": 1})`.
+        """
+        annotations = annotations_of(type(self))
+        for name in annotations.keys() & changes.keys():
+            base = record_type(annotations[name])
+            if base is not None and isinstance(changes[name], dict) and "class_path" not in changes[name]:
+                before = getattr(self, name)
+                changes[name] = base(**changes[name]) if before is None else before.replace(**changes[name])
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        """Return a name that is no field for an error message, with the path of the setting, or the nearest field."""
+        if name in cls.GROUPED:
+            return f"{name} (it is {cls.GROUPED[name]})"
+        return with_nearest(name, [setting.name for setting in dataclasses.fields(cls)])  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return _format_call(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})  # type: ignore[arg-type]

@@ -1,27 +1,27 @@
 """The settings that RL and SFT share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.nn import Module
 
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.callbacks import StopBelow, check_callbacks
+from dllm_rl.groups import GROUPED, Log
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.records import Record, describe, option, to_json
-
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+from dllm_rl.records import Record, annotations_of, describe, fields_of_group, option, to_json
 
 
 def documented(record: type) -> str:
-    """Return the record's docstring with a line per field: its name, help text and bound."""
+    """Return the record's docstring with a line per field: its name, help text and bound, or the fields of a group."""
     lines = [f"{record.__doc__}\n"]
     for setting in fields(record):
         bound = setting.metadata["bound"]
         lines.append(f"{setting.name:22}  {setting.metadata['help']}" + (f" ({bound})" if bound else ""))
+        lines += [f"    .{part}" for part in fields_of_group(annotations_of(record)[setting.name])]
     return "\n".join(lines)
 
 
@@ -38,6 +38,8 @@ def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
 
 class Settings(Record):
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
+
+    GROUPED: ClassVar[Mapping[str, str]] = GROUPED
 
     name: str = option(help="name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = option(
@@ -78,13 +80,7 @@ class Settings(Record):
         at_least=0,
     )
     eval_batch_size: int = option(default=32, help="problems (SFT: rows) per evaluation batch", at_least=1)
-    logging_steps: int = option(
-        default=10, help="steps between lines on the screen (metrics.jsonl has every step)", at_least=1
-    )
-    report_to: str | None = option(
-        default="tensorboard",
-        help="trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: no tracker",
-    )
+    log: Log = option(default=Log(), help="what a run prints, and its trackers")
     save_steps: int = option(default=50, help="steps between checkpoints", at_least=1)
     save_total_limit: int = option(default=2, help="newest checkpoints to keep, beside the best one", at_least=1)
     metric_for_best_model: str | None = option(
@@ -149,11 +145,6 @@ class Settings(Record):
         is_loss = str(self.best_metric).endswith("loss")
         return math.isfinite(value) and (best is None or (value < best if is_loss else value > best))
 
-    @property
-    def trackers(self) -> list[str]:
-        names = map(str.strip, (self.report_to or "none").split(","))
-        return [name for name in names if name != "none"]
-
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON, as checkpoints and summary.json store them."""
         return {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
@@ -172,10 +163,8 @@ class Settings(Record):
 
     def conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
-        unknown = [name for name in self.trackers if name not in TRACKERS]
         return [
             is_loaded_module("model", self.model),
-            (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
             (
                 self.dtype == "float16" and self.lora is None and self.optim == AdamW(),
                 "dtype='float16' needs lora, or another optim: AdamW's second moments and its epsilon underflow to "

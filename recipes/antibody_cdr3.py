@@ -22,6 +22,7 @@ from dllm_rl import (
     load_policy,
     main,
 )
+from dllm_rl.groups import Log
 from recipes import weights
 
 # Human germline V genes up to Cys 104 and J genes from Trp 118 on, under their IMGT names (no source recorded).
@@ -146,8 +147,7 @@ recipe = Recipe(
     train_batch_size=4,
     num_steps=24,
     max_retained_graphs=2,
-    logging_steps=5,
-    log_completions_steps=10,
+    log=Log(steps=5, completions_steps=10),
 )
 
 if __name__ == "__main__":

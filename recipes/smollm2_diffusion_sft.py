@@ -10,6 +10,7 @@ the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/results.md.
 from dataclasses import replace
 
 from dllm_rl import SFT, Lora, Policy, main
+from dllm_rl.groups import Log
 from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.tasks import Problem
 from recipes import weights
@@ -43,7 +44,7 @@ recipe = SFT(
     num_steps=120,
     eval_steps=30,
     save_steps=120,
-    logging_steps=10,
+    log=Log(steps=10),
 )
 
 if __name__ == "__main__":

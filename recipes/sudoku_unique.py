@@ -23,7 +23,6 @@ quantized_sudoku.py the same puzzles compare quantized rollouts.
 import argparse
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +86,7 @@ def recipe_of(layout: str = "masked") -> Recipe:
     )
     if layout == "masked":
         return recipe
-    return replace(recipe, name=f"sudoku-{layout.replace('_', '-')}", **LAYOUTS[layout])
+    return recipe.replace(name=f"sudoku-{layout.replace('_', '-')}", **LAYOUTS[layout])
 
 
 recipe = recipe_of()

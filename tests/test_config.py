@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl.algorithms import correctors, losses
 from dllm_rl.cli.options import read_methods
@@ -183,9 +183,9 @@ def test_records_that_hold_functions_keep_them(recipe):
 
 def test_none_and_text_that_is_called_none(recipe):
     new = from_command_line(
-        recipe, ["--rollout_quantization", "none", "--micro_batch_size", "none", "--report_to", "none"]
+        recipe, ["--rollout_quantization", "none", "--micro_batch_size", "none", "--log.report_to", "none"]
     )
-    assert (new.rollout_quantization, new.micro_batch_size, new.trackers) == (None, None, [])
+    assert (new.rollout_quantization, new.micro_batch_size, new.log.trackers) == (None, None, [])
     cached = recipe.replace(sampler=recipe.sampler.replace(cache=DualCache()))
     assert from_command_line(cached, ["--sampler.cache", "none"]).sampler.cache is None
     assert from_command_line(recipe, ["--advantages.scale_rewards", "none"]).advantages.scale_rewards == "none"
@@ -332,7 +332,7 @@ def test_all_wrong_options_at_once_and_no_model_is_made(recipe, capsys):
 @pytest.mark.parametrize("name", ["name", "model", "output_dir", "resume_from_checkpoint"])
 def test_an_empty_name_is_refused(recipe, name, capsys):
     with pytest.raises(ValueError, match=f"{name}='' is empty; give a name"):
-        replace(recipe, **{name: ""})
+        with_changes(recipe, **{name: ""})
     for arguments in ([f"--{name}", ""], [f"--{name}="]):
         (line,) = errors(recipe, [*arguments, "--overwrite_output_dir"], capsys)
         assert f"{name}='' is empty" in line
@@ -352,7 +352,7 @@ WORDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["", "--num_steps 9 --report_to none", WORDS, "--sampler.cache DualCache"])
+@pytest.mark.parametrize("words", ["", "--num_steps 9 --log.report_to none", WORDS, "--sampler.cache DualCache"])
 def test_a_printed_config_is_read_back(recipe, words, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(printed(recipe, [*words.split(), "--print_config"], capsys))

@@ -38,11 +38,12 @@ MAY_IMPORT = {
     "tasks": "identity",
     "algorithms": "records types",
     "callbacks": "records",
+    "groups": "records",
     "distributed": "device files screen versions",
     "models": "files identity manifest rng screen records types",
     # floor 3
     "decoding": "types tasks models",
-    "settings": "records algorithms callbacks models",
+    "settings": "records algorithms callbacks models groups",
     "quantization": "records rng models",
     # floor 4
     "likelihoods": "device rng records types models decoding",
@@ -62,11 +63,11 @@ MAY_IMPORT = {
     "presets": "screen records algorithms models likelihoods samplers recipe",
     "training": "device files identity manifest rng screen records versions types tasks algorithms callbacks "
     "distributed models decoding quantization likelihoods samplers monitoring checkpoints recipe "
-    "diagnostics evaluation step supervised",
+    "diagnostics evaluation step supervised groups",
     # floor 8
     "config": "screen records recipe presets ",
     "frontend": "screen records tasks algorithms callbacks distributed models quantization likelihoods samplers recipe "
-    "presets training",
+    "presets training groups",
     # floor 9
     "testing": "device files rng screen records types versions tasks algorithms distributed models decoding "
     "quantization likelihoods samplers monitoring checkpoints diagnostics step recipe presets training frontend",
@@ -162,7 +163,7 @@ def test_the_table_lists_every_package_and_stands_on_ten_floors():
     }
     assert entries == set(MAY_IMPORT), "a new package or module needs a row in MAY_IMPORT and in docs/ARCHITECTURE.md"
     assert max(floors().values()) <= 10
-    assert len(entries) <= 33, "put it into a package that is there, or raise this number"
+    assert len(entries) <= 34, "put it into a package that is there, or raise this number"
 
 
 def test_each_package_is_in_a_row_above_all_that_it_imports():

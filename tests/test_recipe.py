@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from peft import IA3Config, LoraConfig
-from tiny_recipe import SIZES, tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe, with_changes
 
 from dllm_rl import sft, tiny_masked_lm
 from dllm_rl.algorithms import correctors
@@ -52,7 +52,7 @@ def test_a_field_out_of_its_bounds_is_refused_in_both_records(recipe, changes, s
     for make in made:
         with pytest.raises(ValueError, match=re.escape(said)):
             make(**changes)
-    replace(recipe, peer_timeout=None, lr_schedule_steps=None)
+    with_changes(recipe, peer_timeout=None, lr_schedule_steps=None)
 
 
 def test_a_word_that_a_field_does_not_know_is_refused(recipe):
@@ -66,7 +66,7 @@ def test_a_word_that_a_field_does_not_know_is_refused(recipe):
         ("bf16", "false", "bf16='false' is of type str; give bool"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
-            replace(recipe, **{name: value})
+            with_changes(recipe, **{name: value})
 
 
 def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):
@@ -115,7 +115,7 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     limits = {"max_grad_norm": 0.25, "micro_batch_size": 8}
     schedule = {"learning_rate": 0.5, "lr_schedule": lambda step, num_steps: step / num_steps, "lr_schedule_steps": 10}
     terms = {"beta": 0.1, "kl": K2(bias_correction=True), "entropy_coeff": 0.01}
-    given = dict(vars(replace(recipe, **limits, **schedule, **terms).update_settings(3)))
+    given = dict(vars(with_changes(recipe, **limits, **schedule, **terms).update_settings(3)))
     loss = given.pop("loss").keywords
     late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
@@ -142,7 +142,7 @@ def test_masks_are_drawn_anew_where_another_draw_gives_others(recipe, likelihood
 )
 def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(recipe, changes, scored):
     settings = {"corrector": NoCorrection(), "likelihood": OneStep(), "num_iterations": 3, "loss": Reinforce()}
-    assert replace(recipe, **(settings | changes)).num_scored_mask_sets == scored
+    assert with_changes(recipe, **(settings | changes)).num_scored_mask_sets == scored
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,14 @@ def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(re
 )
 def test_what_a_field_does_not_hold_is_refused_with_the_remedy(recipe, name, value, remedy):
     with pytest.raises(ValueError, match=f"{name}=.*{re.escape(remedy)}"):
-        replace(recipe, **{name: value})
+        with_changes(recipe, **{name: value})
 
 
 @pytest.mark.parametrize(
     ("make", "field"),
     [
         (lambda recipe, module: replace(recipe, model=module), "model"),
-        (lambda recipe, module: replace(recipe, teacher=module), "teacher"),
+        (lambda recipe, module: with_changes(recipe, teacher=module), "teacher"),
         (lambda recipe, module: SFT(name="a", model=module, dataset=[{"prompt": "1", "completion": "2"}]), "model"),
         (lambda recipe, module: sft(module, [{"prompt": "1", "completion": "2"}] * 4), "model"),
     ],
@@ -191,7 +191,7 @@ def test_a_loaded_module_needs_its_tokenizer(recipe, make, field):
 )
 def test_what_has_one_meaning_is_taken(recipe, changes, taken):
     (name,) = changes
-    assert getattr(replace(recipe, **changes), name) == taken
+    assert getattr(with_changes(recipe, **changes), name) == taken
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_what_has_one_meaning_is_taken(recipe, changes, taken):
 )
 def test_what_a_field_does_not_hold_is_refused_by_its_name(recipe, name, value):
     with pytest.raises(ValueError, match=name) as caught:
-        replace(recipe, **{name: value})
+        with_changes(recipe, **{name: value})
     assert "\n" not in str(caught.value)
 
 
@@ -234,7 +234,7 @@ def test_what_a_samplers_field_does_not_hold_is_refused_by_its_name(sampler, nam
 
 
 def test_no_tracker_is_none_or_its_name(recipe):
-    assert [replace(recipe, report_to=given).trackers for given in (None, "none")] == [[], []]
+    assert [with_changes(recipe, report_to=given).log.trackers for given in (None, "none")] == [[], []]
 
 
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):

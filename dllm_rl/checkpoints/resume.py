@@ -18,7 +18,7 @@ MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
     *("save_steps", "save_total_limit", "async_save"),
-    *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
+    *("log", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
     *("rollout_workers", "callbacks", "allow_changed"),

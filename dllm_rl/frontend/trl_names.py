@@ -9,6 +9,7 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
+from dllm_rl.groups import TRL_FLAT, with_groups
 from dllm_rl.presets import PRESETS, find_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members, with_nearest
@@ -75,7 +76,7 @@ NEAREST = {
     "eval_batch_size": "per_device_eval_batch_size",
     "eval_steps": "eval_strategy test_freq",
     "likelihood": "p_mask_prompt",
-    "log_completions_steps": "log_completions",
+    "log=Log(completions_steps=...)": "log_completions",
     "loss=PPOClip(epsilon=...)": "clip_ratio clip_ratio_low",
     "loss=PPOClip(epsilon_high=...)": "clip_ratio_high",
     "loss=PPOClip(delta=...)": "clip_ratio_c",
@@ -178,7 +179,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     # The function's types take precedence: its `model` accepts one more type than Recipe's.
     types = annotations_of(Recipe) | types
-    known_names = types.keys() - {"settings"}
+    known_names = (types.keys() | TRL_FLAT) - {"settings"}
     types |= dict.fromkeys(BATCH_SIZES, int)
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     unused = unused_defaults(keywords)
@@ -186,7 +187,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     check_names(keywords, known_names, targets)
     if keywords.get("resume_from_checkpoint") is True:
         keywords["resume_from_checkpoint"] = "latest"
-    for name in keywords.keys() & types.keys() - {"report_to"}:  # report_to is a list in TRL
+    for name in keywords.keys() & types.keys():
         check_scalar(name, union_members(types[name]), keywords[name])
     check_no_update_is_counted(keywords)
     translated = batch_sizes(keywords)
@@ -199,6 +200,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         translated[target] = STRING_VALUES[name][1][value] if name in STRING_VALUES else value
     if isinstance(translated.get("report_to"), list):
         translated["report_to"] = ",".join(translated["report_to"]) or "none"
+    translated = with_groups(Recipe, translated, preset_fields(keywords))
     fields: dict[str, dict[str, Any]] = {}
     for target in [target for target in translated if "." in target]:
         name, _, field = target.partition(".")
@@ -253,6 +255,9 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
 
 def unknown(name: str, known: Set[str], given: str | None = None) -> str:
     """Return a name that is no setting, or as it was `given`, with what is nearest to it."""
+    if name in Recipe.GROUPED:
+        group, _, field = Recipe.GROUPED[name].partition(".")
+        return f"{given or name} (give {group}={group.capitalize()}({field}=...))"
     if name in REMEDIES:
         return f"{given or name} (the nearest is {REMEDIES[name]})"
     return (given or name) + with_nearest(name, known).removeprefix(name)

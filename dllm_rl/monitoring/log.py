@@ -185,7 +185,7 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
         ValueError: A tracker did not start.
     """
     run = Path(recipe.directory).name
-    project = os.environ.get("WANDB_PROJECT", recipe.name) if "wandb" in recipe.trackers else recipe.name
+    project = os.environ.get("WANDB_PROJECT", recipe.name) if "wandb" in recipe.log.trackers else recipe.name
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": start},
         "wandb": {"name": run, "dir": recipe.directory},
@@ -199,7 +199,7 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
                 tracker.store_init_configuration(recipe.settings())
     except Exception as error:  # any exception of a tracker
         end_trackers(accelerator.trackers)  # those that did start
-        raise ValueError(f"report_to={recipe.report_to!r} did not start: {error}") from error
+        raise ValueError(f"report_to={recipe.log.report_to!r} did not start: {error}") from error
     return list(accelerator.trackers)
 
 

@@ -48,7 +48,6 @@ class SFT(Settings):
     async_save = False
     sft_warmup_steps = 0
     beta = 0.0
-    log_completions_steps = 0
     torch_compile = False
     teacher = cast(Any, None)
     push_to_hub = cast("str | None", None)

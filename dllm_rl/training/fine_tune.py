@@ -15,6 +15,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
+from dllm_rl.groups import with_groups
 from dllm_rl.identity import rows_in_order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -49,10 +50,11 @@ EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
     """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
 
-    `settings` are fields of `SFT`. Set the learning rate: the default, 5e-4, suits small models.
+    `settings` are fields of `SFT`, or TRL's flat names, such as `save_steps`. Set the learning rate: the default, 5e-4,
+    suits small models.
     """
     name = Path(model).name.lower() if isinstance(model, str | Path) else "sft"
-    return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
+    return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | with_groups(SFT, settings, {})))
 
 
 @in_own_folder

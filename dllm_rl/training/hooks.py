@@ -118,7 +118,7 @@ def end_step(
     run.log.write(step, metrics)
     run.state = replace(run.state, unlogged=None, unlogged_seconds={}, callbacks=states)
     steps_done = step + 1
-    is_due = steps_done % run.recipe.logging_steps == 0 or steps_done == run.recipe.num_steps
+    is_due = steps_done % run.recipe.log.steps == 0 or steps_done == run.recipe.num_steps
     run.progress(run.log.record.line(), show=is_due)
     checkpoint_if_due(run, metrics)
 

@@ -69,7 +69,7 @@ from dllm_rl.training.validation import check_metric_names, validation_interval
 # Settings that may differ between the processes: what the main process alone uses, and what may name the process's own
 # device, folder or server. Weights and rows are compared.
 OF_A_PROCESS = (
-    *("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "rollout_engine"),
+    *("output_dir", "resume_from_checkpoint", "log", "rollout_engine"),
     *("model", "teacher", "task", "validation_task", "eval_task"),
 )
 
@@ -263,11 +263,13 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     Raises:
         ValueError: The launch or its number of processes does not fit the recipe.
     """
-    check_trackers(recipe.trackers)
+    check_trackers(recipe.log.trackers)
     directory = str(Path(recipe.directory) / "tensorboard")
     with launch_errors_in_one_line():
         check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
-        accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
+        accelerator = make_accelerator(
+            timeout=recipe.collective_timeout, log_with=recipe.log.trackers, directory=directory
+        )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     AFTER_USER_CODE.append(stop.arm)
     run_exit_stack().callback(AFTER_USER_CODE.remove, stop.arm)
@@ -306,6 +308,8 @@ def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         return
     values = {name: describe_json(value) for name, value in recipe.settings().items() if name not in OF_A_PROCESS}
+    if isinstance(recipe, Recipe):
+        values["log.completions_steps"] = str(recipe.log.completions_steps)  # all processes gather the table
     values["callbacks"] = ", ".join(type(callback).__name__ for callback in recipe.callbacks)
     for name in ("task", "validation_task", "eval_task"):
         if (task := getattr(recipe, name, None)) is not None:
@@ -333,7 +337,7 @@ def open_log(
         start=first_step,
         main=accelerator.is_main_process,
         sampled=saved_state.step if saved_state else 0,
-        completions=recipe.log_completions_steps > 0,
+        completions=isinstance(recipe, Recipe) and recipe.log.completions_steps > 0,
         held_out=isinstance(recipe, Recipe),
         trackers=start_trackers(recipe, accelerator, start=first_step),
     )

@@ -91,7 +91,7 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     record_update(run, step_index, metrics)  # first: an error in a feature then leaves a checkpoint of this update
     # Before the sync, an error in which would lose them. `samples` is in the order of `completions`, and
     # `result.samples` in the order after load balancing between processes.
-    interval = run.recipe.log_completions_steps
+    interval = run.recipe.log.completions_steps
     if interval and (step_index % interval == 0 or step_index + 1 == run.recipe.num_steps):
         log_completions(run, step_index, completions, samples, result.samples, result.logps)
     for feature in step.features:

@@ -63,7 +63,7 @@ def warm_up(
             metrics[name] = measure()[recipe.sft_warmup_metric]
             is_reached = metrics[name] >= recipe.sft_warmup_target
         log.write_warmup(steps_done - 1, metrics)
-        progress(warmup_text(metrics), show=is_reached or steps_done % recipe.logging_steps == 0)
+        progress(warmup_text(metrics), show=is_reached or steps_done % recipe.log.steps == 0)
     progress("", show=False, close=True)
     return steps_done
 

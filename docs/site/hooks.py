@@ -69,8 +69,33 @@ def relinked(text: str, source: Path) -> str:
     return LINK.sub(rewrite, text)
 
 
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def group_fields() -> dict[str, list[tuple[str, str, str]]]:
+    """By class of a group of settings its fields: name, default, meaning."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for record in ast.parse((ROOT / "dllm_rl" / "groups.py").read_text(encoding="utf-8")).body:
+        if not isinstance(record, ast.ClassDef):
+            continue
+        text = (ast.get_docstring(record) or "").partition("Args:")[2].partition("\n\n")[0]
+        meanings = dict(re.findall(r"^    (\w+): (.*(?:\n        .*)*)", text, re.MULTILINE))
+        for node in record.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                value: ast.expr | None = node.value
+                if isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+                    value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+                shown = "required" if value is None else f"`{ast.unparse(value)}`"
+                meaning = " ".join(meanings[node.target.id].split())
+                found.setdefault(record.name, []).append((node.target.id, shown, meaning))
+    return found
+
+
 def recipe_fields() -> str:
-    """A Markdown table of Recipe's fields: name, default, meaning."""
+    """A Markdown table of Recipe's fields and those of its groups: name, default, meaning."""
+    groups = group_fields()
     files = [ROOT / "dllm_rl" / name for name in ("settings.py", "step/settings.py", "recipe.py")]
     classes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     rows = {}
@@ -81,7 +106,12 @@ def recipe_fields() -> str:
                 given = {keyword.arg: keyword.value for keyword in node.value.keywords}
                 shown = f"`{ast.unparse(given['default'])}`" if "default" in given else "required"
                 cells = (f"`{node.target.id}`", shown, ast.literal_eval(given["help"]))
-                rows[node.target.id] = f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+                rows[node.target.id] = row(*cells)
+                annotation = ast.unparse(node.annotation).partition(" ")[0]
+                rows |= {
+                    f"{node.target.id}.{name}": row(f"`{node.target.id}.{name}`", *rest)
+                    for name, *rest in groups.get(annotation, ())
+                }
     return "\n".join(["| field | default | what it is |", "| --- | --- | --- |", *rows.values()])
 
 

@@ -153,7 +153,7 @@ def train_one(
         "seed": seed,
         "num_steps": num_steps,
         "eval_steps": 0,
-        "report_to": None,
+        "log": {"report_to": None},
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",
     }
@@ -164,7 +164,7 @@ def train_one(
     settings |= study.arms[arm]
     features = settings.pop("features", ())
     try:
-        summary = train(replace(study.base, **settings), pool, features)
+        summary = train(study.base.replace(**settings), pool, features)
     except FloatingPointError as error:
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantized": 0.0}

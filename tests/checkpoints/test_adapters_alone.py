@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_recipe import with_changes
 
 from dllm_rl import Unmask, load_policy, manifest, tiny_llama
 from dllm_rl.checkpoints import checkpoint, run_folder
@@ -30,7 +31,7 @@ def recipe(directory: Path, base: Path, **fields):
     few |= {"save_steps": 1, "save_total_limit": 9, "output_dir": str(directory), "report_to": None}
     few |= {"lora": Lora(r=2), "eval_task": replace(base_recipe.validation_task, size=4)}
     few |= {"validation_task": few["eval_task"]}
-    return replace(base_recipe, model=str(base), **few | fields)
+    return with_changes(base_recipe, model=str(base), **few | fields)
 
 
 @pytest.fixture(scope="module")

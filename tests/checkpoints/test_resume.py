@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sft_toys import tiny_sft
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl import TIS, Sudoku, Unmask, manifest
 from dllm_rl.algorithms.correctors import Compose, Reject
@@ -101,8 +101,8 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
     """The rates of the first two steps are the same in a schedule of 4 steps and in one of 5."""
     recipe = tiny_recipe("x", num_steps=2, lr_schedule_steps=4)
     state = TrainingState(step=2, version=2, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
-    changed = replace(recipe, **{name: MAY_CHANGE[name]})
-    assert getattr(changed, name) != getattr(recipe, name)
+    changed = with_changes(recipe, **{name: MAY_CHANGE[name]})
+    assert changed != recipe
     check_recipe(changed, state)
     with pytest.raises(ValueError, match="seed=1 differs from the checkpoint's 0"):
         check_recipe(replace(changed, seed=1), state)
@@ -126,7 +126,7 @@ def test_added_steps_have_a_learning_rate(schedule):
     state = TrainingState(step=4, version=4, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
     for changes in ({}, {"lr_schedule_steps": 4}, {"lr_schedule_steps": 4, "allow_changed": "lr_schedule_steps"}):
         with pytest.raises(ValueError, match=r"num_steps=8: the learning rate would be 0 from step 4 on, .*of 4 st"):
-            check_recipe(replace(recipe, num_steps=8, **changes), state)
+            check_recipe(with_changes(recipe, num_steps=8, **changes), state)
     check_recipe(recipe, state)  # nothing is left to do
     check_recipe(replace(recipe, num_steps=8, allow_changed="lr_schedule_steps"), state)
     constant = replace(recipe, lr_schedule=ConstantRate(), allow_changed="lr_schedule")

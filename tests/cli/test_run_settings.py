@@ -18,6 +18,7 @@ from dllm_rl.cli.main import main
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_of, task_of
 from dllm_rl.frontend.grpo import num_blanks
+from dllm_rl.groups import Log
 from dllm_rl.integrations.serving.engine import HTTPSampler
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_masked_lm
@@ -483,7 +484,7 @@ def test_problems_of_a_scripts_task_are_the_prompts_of_its_completions(tmp_path,
 def test_problems_of_an_infilling_run_have_its_blanks(tmp_path, max_new_tokens):
     rows = [{"prompt": f"{a}_=", "answer": f"{a}1="} for a in "12345678"]
     settings = {"max_new_tokens": max_new_tokens, "num_steps": 1, "train_batch_size": 2, "num_generations": 2}
-    settings |= {"blank": "_", "report_to": None, "output_dir": str(tmp_path), "log_completions_steps": 1}
+    settings |= {"blank": "_", "report_to": None, "output_dir": str(tmp_path), "log": Log(completions_steps=1)}
 
     def reward(completions, **columns):
         return [float("3" in text) for text in completions]

@@ -14,7 +14,7 @@ from devices import REAL, Cuda
 from layouts import checkpoint
 from repetitions import few, slow
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from tiny_recipe import tiny_recipe, tiny_recipe_ar, with_changes
 from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
@@ -270,7 +270,7 @@ def small(directory, *, causal=False, **changes):
     recipe = (tiny_recipe_ar if causal else tiny_recipe)(directory)
     few = {"train_batch_size": 2, "num_generations": 2, "num_mismatch_groups": 1, "num_steps": 2, "save_steps": 1}
     few |= {"model": partial(tiny_llama, causal=causal, **SIZES), "eval_task": replace(recipe.eval_task, size=2)}
-    return replace(recipe, **few | changes)
+    return with_changes(recipe, **few | changes)
 
 
 def trains_alike(recipe, tmp_path):

@@ -1,12 +1,11 @@
 """What a step is said to be on the screen."""
 
 import re
-from dataclasses import replace
 from functools import partial
 
 import pytest
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl import grpo, tiny_masked_lm
 from dllm_rl.algorithms.losses import PPOClip
@@ -102,7 +101,7 @@ def test_a_resumed_run_compares_with_its_first_step(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path, num_steps=1, logging_steps=1, likelihood=OneStep())
     train(recipe)
     resumed = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
-    train(replace(recipe, **resumed))
+    train(with_changes(recipe, **resumed))
     first = f"{metrics_of(tmp_path)[0]['rollout_corr/ess']:.3g}"
     assert re.findall(r" ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 2
 

@@ -129,7 +129,7 @@ def wandb(monkeypatch):
 
 
 def test_tensorboard_is_the_default():
-    assert main_job.trackers == ["tensorboard"]
+    assert main_job.log.trackers == ["tensorboard"]
 
 
 def test_none_is_none(tmp_path):
@@ -307,7 +307,7 @@ def test_one_that_does_not_start_is_one_line(tmp_path, wandb, monkeypatch):
 def test_an_unknown_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="report_to='comet' is not known; use tensorboard, wandb, trackio, mlflow"):
         tiny_recipe(tmp_path, report_to="tensorboard, comet")
-    assert tiny_recipe(tmp_path, report_to="tensorboard, wandb").trackers == ["tensorboard", "wandb"]
+    assert tiny_recipe(tmp_path, report_to="tensorboard, wandb").log.trackers == ["tensorboard", "wandb"]
 
 
 def test_a_resumed_run_purges_what_it_runs_again(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from emulated import five_level_emulated
 from repetitions import few
 from run_outputs import metrics_of
-from tiny_recipe import SIZES, Wrapped, tiny_recipe
+from tiny_recipe import SIZES, Wrapped, tiny_recipe, with_changes
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import TIS, Compose, NoCorrection, Reject
@@ -65,7 +65,7 @@ class Planted:
             "eval_sampler": base.eval_sampler.replace(diffusion_steps=1),
             "sampler": FunctionSampler(function=partial(self.sample, base.sampler), max_new_tokens=16),
         }
-        self.recipe = replace(base, **settings | changes)
+        self.recipe = with_changes(base, **settings | changes)
 
     def sample(self, sampler, policy, prompts, generator):
         """A rollout whose row i has i % 3 * 5 completion tokens fewer than 16: the first ones count as the prompt."""
@@ -374,7 +374,7 @@ def test_evaluations_and_checkpoints_come_after_every_so_many_steps_and_each_pol
         return replace(rollout, tokens=torch.where(rollout.completion_mask, answer, rollout.tokens))
 
     plain = tiny_recipe(tmp_path)
-    recipe = replace(
+    recipe = with_changes(
         plain,
         sampler=plain.sampler.replace(diffusion_steps=1),
         rollout_quantization=five_level_emulated,

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import transformers
+from tiny_recipe import with_changes
 
 from dllm_rl import load_policy, train
 from dllm_rl.models.tiny import tiny_diffusion_gemma
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
 def test_the_loop_trains_it(tmp_path):
-    recipe = replace(
+    recipe = with_changes(
         base,
         model=partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=16, hidden_size=32),
         sampler=Renoise(max_new_tokens=16, diffusion_steps=2, answer="drawn"),

@@ -3,7 +3,6 @@
 import random
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
@@ -12,9 +11,11 @@ import pytest
 import torch
 from repetitions import few
 from run_outputs import assert_same_weights, metrics_of
+from tiny_recipe import with_changes
 
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import Reinforce
+from dllm_rl.groups import Log
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -54,11 +55,10 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
         num_steps=1,
         beta=0.05,
         sft_warmup_steps=0,
-        log_completions_steps=0,
-        report_to=None,
+        log=Log(completions_steps=0, report_to=None),
         output_dir=str(tmp_path / "run"),
     )
-    return replace(base, **changes)
+    return with_changes(base, **changes)
 
 
 MASKED = [lik.Coupled(num_samples=2), lik.Sandwich()]

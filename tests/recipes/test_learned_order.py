@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_recipe import with_changes
 
 from dllm_rl import Prompts, Trajectory, Unmask, train
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -77,7 +78,7 @@ def weights_after(directory, stops):
     }
     for stop in stops:
         feature = LearnOrder(learning_rate=1.0)
-        train(replace(recipe, **small, num_steps=stop, resume_from_checkpoint="latest"), features=(feature,))
+        train(with_changes(recipe, **small, num_steps=stop, resume_from_checkpoint="latest"), features=(feature,))
         final = head.weight.detach().clone()
         torch.nn.init.zeros_(head.weight)  # a new process begins with zeros
     return final

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from tiny_recipe import with_changes
 
 from dllm_rl import TIS, NoCorrection, StepFeature
 from dllm_rl.files import read_json
@@ -156,7 +157,7 @@ class Seen(StepFeature):
 def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     few = {"sft_warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
     few |= {name: dataclasses.replace(getattr(recipe, name), size=8) for name in ("validation_task", "eval_task")}
-    base, arms = dataclasses.replace(recipe, **few), study.arms | {"tis": study.arms["tis"] | {"features": (Seen(),)}}
+    base, arms = with_changes(recipe, **few), study.arms | {"tis": study.arms["tis"] | {"features": (Seen(),)}}
     short = dataclasses.replace(study, base=base, arms=arms, metrics=study.metrics | {"seen": "seen"})
     for arm in short.arms:
         paired.run_one(short, tmp_path, 1, arm, seed=0)
@@ -207,7 +208,7 @@ def left_by(study, root, num_steps, arm, seed):
 
 
 def test_what_is_missing_beside_finished_runs_is_run(tmp_path):
-    base = dataclasses.replace(recipe, model="a model", sft_warmup_steps=0)
+    base = with_changes(recipe, model="a model", sft_warmup_steps=0)
     plain = Study("plain", base, {"none": {}, "tis": {}}, {}, {}, seeds=2, num_steps=180)
     left_by(plain, tmp_path, 180, "none", 0)
     pairs = [("none", 0), ("tis", 0), ("none", 1)]

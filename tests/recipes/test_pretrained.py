@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
+from tiny_recipe import with_changes
 from transformers import AutoTokenizer
 
 from dllm_rl import Problem, grpo, load_policy, train
@@ -293,9 +293,9 @@ def weighted(name: str) -> Path:
 def test_reward_rises_on_the_training_batch(name, folder, changes, task, tmp_path, monkeypatch):
     module, place = import_module(f"recipes.{name}"), weighted(folder)
     monkeypatch.setattr(weights, "CACHE", place.parent)
-    trained = replace(module.recipe.task, **task)
+    trained = with_changes(module.recipe.task, **task)
     summary = train(
-        replace(
+        with_changes(
             module.recipe,
             task=trained,
             validation_task=trained,
@@ -315,7 +315,7 @@ def test_reward_rises_on_the_training_batch(name, folder, changes, task, tmp_pat
 def test_the_conversion_learns_in_a_few_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "CACHE", weighted("smollm2-135m-instruct").parent)
     few = {"num_steps": 12, "eval_steps": 0, "report_to": None, "output_dir": str(tmp_path)}
-    summary = fine_tune(replace(smollm2_diffusion_sft.recipe, **few))
+    summary = fine_tune(with_changes(smollm2_diffusion_sft.recipe, **few))
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"] / 2
 
 

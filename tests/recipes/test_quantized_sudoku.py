@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from forked import SERVER
+from tiny_recipe import with_changes
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints.run_folder import default_folder
@@ -23,10 +24,10 @@ STUDIED = {
     "uncorrected": "random: nvfp4",
     "corrected": "random: nvfp4, tis",
 }
-NO_MATTER = {"name", "eval_steps", "save_steps", "log_completions_steps"}  # for the numbers of a run
+NO_MATTER = {"name", "eval_steps", "save_steps", "log"}  # for the numbers of a run
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES = {"num_steps": 2, "eval_steps": 1, "train_batch_size": 4, "num_generations": 4, "sft_warmup_steps": 2}
-SIZES |= {"eval_task.size": 8, "validation_task.size": 8, "report_to": "none"}
+SIZES |= {"eval_task.size": 8, "validation_task.size": 8, "log.report_to": "none"}
 TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
@@ -35,7 +36,7 @@ def test_the_arms_are_those_of_the_study():
     assert made.keys() == STUDIED.keys() and job.recipe.num_steps == STUDY.num_steps
     for name, arm in made.items():
         ours = arm.settings()
-        theirs = replace(STUDY.base, **STUDY.arms[STUDIED[name]], num_steps=STUDY.num_steps).settings()
+        theirs = with_changes(STUDY.base, **STUDY.arms[STUDIED[name]], num_steps=STUDY.num_steps).settings()
         assert {field for field in ours if ours[field] != theirs[field]} <= NO_MATTER
 
 
@@ -79,7 +80,7 @@ def test_a_job_prints_its_arms_and_where_its_picture_is(tmp_path, monkeypatch, c
 
 def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
     failing = {
-        name: replace(arm, model=str(tmp_path / "none"), sft_warmup_steps=0, output_dir=str(tmp_path / name))
+        name: with_changes(arm, model=str(tmp_path / "none"), sft_warmup_steps=0, output_dir=str(tmp_path / name))
         for name, arm in job.arms_of(job.recipe).items()
     }
     with pytest.raises(ChildProcessError, match=r"the arm \w+ ended with status [12]: error: .*/none.*log.txt"):

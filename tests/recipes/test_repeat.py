@@ -4,12 +4,13 @@ import dataclasses
 import sys
 
 import pytest
+from tiny_recipe import with_changes
 
 from dllm_rl.files import write_json
 from recipes.studies import paired, repeat
 from recipes.studies.late import late_rollouts
 
-FAKE = dataclasses.replace(late_rollouts.STUDY, base=dataclasses.replace(late_rollouts.STUDY.base, sft_warmup_steps=0))
+FAKE = dataclasses.replace(late_rollouts.STUDY, base=with_changes(late_rollouts.STUDY.base, sft_warmup_steps=0))
 FAKE = dataclasses.replace(FAKE, base=dataclasses.replace(FAKE.base, model="none"), arms={"a": {}, "b": {}}, fewer={})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from runpy import run_path
 
 import pytest
+from tiny_recipe import with_changes
 
 import recipes.studies
 from dllm_rl.files import read_json
@@ -41,7 +42,7 @@ STUDIES = studies()
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_arm_is_a_recipe(name):
     for changes in STUDIES[name].arms.values():
-        dataclasses.replace(STUDIES[name].base, **{k: v for k, v in changes.items() if k != "features"})
+        with_changes(STUDIES[name].base, **{k: v for k, v in changes.items() if k != "features"})
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -59,7 +60,7 @@ def test_an_arm_runs(name, tmp_path):
     if study.arms[arm].get("rollout_engine", study.base.rollout_engine) is not None:
         pytest.importorskip("xllamacpp")
     arms = {arm: {key: value for key, value in study.arms[arm].items() if key not in few and key != "num_steps"}}
-    short = dataclasses.replace(study, base=dataclasses.replace(study.base, **few), arms=arms)
+    short = dataclasses.replace(study, base=with_changes(study.base, **few), arms=arms)
     paired.run_one(short, tmp_path, 1, arm, 0, InProcessPool())  # a busy machine may keep Ray from starting in time
     (found,) = paired.load(tmp_path).values()
     assert 0 <= found["after"] <= 1

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from likelihood_toys import TablePolicy
 from run_outputs import metrics_of
+from tiny_recipe import with_changes
 
 from dllm_rl import (
     BlockCache,
@@ -368,7 +369,7 @@ def test_a_model_that_does_not_see_both_sides_is_refused(policy):
 
 @pytest.mark.slow
 def test_a_run_trains_with_the_advantages_of_the_nodes(tmp_path):
-    short = replace(recipe, num_steps=1, train_batch_size=2, eval_task=recipe.task, eval_steps=0)
+    short = with_changes(recipe, num_steps=1, train_batch_size=2, eval_task=recipe.task, eval_steps=0)
     seen = {}
     for name, features in {"nodes": (NodeAdvantages(tree),), "rows": ()}.items():
         train(replace(short, output_dir=str(tmp_path / name)), features=features)

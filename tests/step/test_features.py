@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulated import int3_emulated
 from run_outputs import metrics_of
-from tiny_recipe import Wrapped
+from tiny_recipe import Wrapped, with_changes
 from tiny_recipe import tiny_recipe as larger_recipe
 
 from dllm_rl import ELBO, Coupled, Int8WeightOnly, OneStep, StepFeature, Trajectory, evaluate, quantized_copy, train
@@ -324,7 +324,7 @@ def test_advantages_of_tokens_need_what_a_worker_scores(tmp_path):
         train(recipe, InProcessPool(), features=(Halves(),))
     assert not (tmp_path / "metrics.jsonl").exists()
     check_features((Halves(),), replace(recipe, beta=0.1))  # the worker scores all groups
-    check_features((Halves(),), replace(recipe, max_staleness=0))
+    check_features((Halves(),), with_changes(recipe, max_staleness=0))
     check_features((Halves(),), replace(recipe, likelihood=Trajectory()))
 
 
@@ -432,6 +432,6 @@ def test_gradients_of_weights_that_are_not_optimized_do_not_add_up(tmp_path):
 
     again = {"sampler": FunctionSampler(function=same, max_new_tokens=16), "likelihood": OneStep(prompt_mask=0.0)}
     again |= {"advantages": lambda rewards, group: torch.linspace(-1, 1, len(rewards)), "num_iterations": 2}
-    train(replace(recipe, learning_rate=1e-9, optim=last_weights, **again))
+    train(with_changes(recipe, learning_rate=1e-9, optim=last_weights, **again))
     norms = [row[f"grad_norm/iteration_{i}"] for row in metrics_of(tmp_path) for i in range(2)]
     assert len(norms) == 4 and norms == pytest.approx(norms[:1] * 4, rel=1e-4) and norms[0] > 0

@@ -1,13 +1,12 @@
 """SFT and warm-up of a model whose noise is random tokens."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import transformers
 from sft_toys import ROWS, masks, tiny_sft, trainer_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.distributed.collectives import make_accelerator
@@ -105,7 +104,7 @@ def renoising_recipe(directory, **changes):
     sampler = Renoise(max_new_tokens=16, diffusion_steps=2)
     model = partial(gemma, canvas_length=16)
     given = {"model": model, "sampler": sampler.replace(answer="drawn"), "eval_sampler": sampler}
-    return replace(base, **given | {"task": Sudoku(split="train", size=1), "sft_warmup_batch_size": 8} | changes)
+    return with_changes(base, **given | {"task": Sudoku(split="train", size=1), "sft_warmup_batch_size": 8} | changes)
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from functools import partial
 from itertools import product
 
 from made_run import make_run
-from tiny_recipe import SIZES
+from tiny_recipe import SIZES, with_changes
 
+from dllm_rl.groups import Log
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
@@ -27,9 +28,9 @@ def tiny_sft(directory=None, **changes):
         num_steps=4,
         max_length=16,
         output_dir=None if directory is None else str(directory),
-        report_to=None,
+        log=Log(report_to=None),
     )
-    return replace(base, **changes)
+    return with_changes(base, **changes)
 
 
 def trainer_of(policy, **changes):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl.algorithms.correctors import AIS
+from dllm_rl.groups import Log, with_groups
 from dllm_rl.likelihoods.estimators import Causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
@@ -18,6 +19,12 @@ MOE_SIZES |= {"num_layers": 2, "moe_intermediate_size": 32}
 
 # For a test that does not look at evaluations, which take a seventh of a run of two steps.
 ONE_PUZZLE = {"validation_task": Sudoku(split="validation", size=1), "eval_task": Sudoku(split="test", size=1)}
+
+
+def with_changes(base, **changes):
+    """A recipe with other settings. Those of groups have flat names here, as in `grpo`, so that dictionaries of changes
+    merge: `save_steps` for `saves.steps` (`Recipe.GROUPED` has them all)."""
+    return replace(base, **with_groups(type(base), changes, vars(base), base.GROUPED))
 
 
 def tiny_recipe(directory, **changes):
@@ -36,11 +43,10 @@ def tiny_recipe(directory, **changes):
         num_generations=4,
         num_steps=2,
         sft_warmup_steps=0,
-        log_completions_steps=0,
-        report_to=None,
+        log=Log(report_to=None, completions_steps=0),
         output_dir=str(directory),
     )
-    return replace(base, **changes)
+    return with_changes(base, **changes)
 
 
 def tiny_recipe_ar(directory, **changes):

@@ -25,6 +25,7 @@ from dllm_rl import (
     tiny_masked_lm,
 )
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
+from dllm_rl.groups import Log
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.training import hooks, trainer, validation
 
@@ -45,7 +46,7 @@ def close(completions, answer, **columns):
 
 def run(folder, **settings):
     options = {"max_new_tokens": 2, "num_steps": 6, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
-    options |= {"save_steps": 100, "log_completions_steps": 0}
+    options |= {"save_steps": 100, "log": Log(completions_steps=0)}
     return grpo(small_model(), ROWS, close, output_dir=str(folder), **options | settings)
 
 

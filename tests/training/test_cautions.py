@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from tiny_recipe import tiny_recipe, tiny_recipe_ar, with_changes
 
 from dllm_rl.algorithms.advantages import Advantages, LeaveOneOut
 from dllm_rl.algorithms.correctors import AIS, MIS, TBPO, TIS, Compose, NoCorrection, Reject
@@ -221,8 +221,8 @@ def test_late_rollouts_whose_likelihood_gives_no_ratio(likelihood):
     )
     (said,) = (line for line in cautions(late) if line.startswith("max_staleness=2"))
     assert f" with likelihood={likelihood.name!r}: " in said and "use max_staleness=1, or" in said
-    assert not any("max_staleness" in line for line in cautions(replace(late, max_staleness=1)))
-    several = replace(late, rollout_workers=3)
+    assert not any("max_staleness" in line for line in cautions(with_changes(late, max_staleness=1)))
+    several = with_changes(late, rollout_workers=3)
     (said,) = (line for line in cautions(several) if line.startswith("max_staleness=2"))
     assert "use max_staleness=1, rollout_workers=2, or" in said  # three workers need a lag of two
 

@@ -9,7 +9,7 @@ from datetime import date
 import pytest
 import torch
 from rich.console import Console
-from tiny_recipe import ONE_PUZZLE, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe, with_changes
 
 from dllm_rl.files import as_json
 from dllm_rl.monitoring.json_lines import current_rows
@@ -54,7 +54,7 @@ def test_zero_means_never(tmp_path, capsys):
     train(tiny_recipe(tmp_path, log_completions_steps=0, **small))
     assert not (tmp_path / "completions.jsonl").exists()
     assert "highest and lowest" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="log_completions_steps=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="log_completions_steps: completions_steps=-1 must be at least 0"):
         tiny_recipe(tmp_path, log_completions_steps=-1)
 
 
@@ -64,12 +64,12 @@ def test_a_resumed_run_adds_to_them(tmp_path):
     train(recipe)
     before, rows = (tmp_path / "completions.jsonl").read_bytes(), current_rows(tmp_path / "completions.jsonl")
     again = {"resume_from_checkpoint": str(tmp_path / "checkpoints/step-000001"), "log_completions_steps": 0}
-    train(dataclasses.replace(recipe, **again))
+    train(with_changes(recipe, **again))
     assert (tmp_path / "completions.jsonl").read_bytes() == before + b'{"resume_from": 1}\n'
     assert current_rows(tmp_path / "completions.jsonl") == [row for row in rows if row["step"] < 1]
-    train(dataclasses.replace(recipe, **again | {"log_completions_steps": 1}))
+    train(with_changes(recipe, **again | {"log_completions_steps": 1}))
     assert current_rows(tmp_path / "completions.jsonl") == rows
-    train(dataclasses.replace(recipe, overwrite_output_dir=True, log_completions_steps=0, num_steps=1))
+    train(with_changes(recipe, overwrite_output_dir=True, log_completions_steps=0, num_steps=1))
     assert not (tmp_path / "completions.jsonl").exists()
 
 

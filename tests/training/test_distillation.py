@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from likelihood_toys import TablePolicy
 from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar, with_changes
 
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
 from dllm_rl.decoding.tokens import encode
@@ -215,7 +215,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
         torch.testing.assert_close(found.module.state_dict()[name], weight, rtol=0, atol=0)
     assert not any(p.requires_grad for p in found.module.parameters())
     assert all(p.requires_grad for p in made.module.parameters())
-    assert teacher_policy(replace(recipe, teacher=None), policy, Accelerator(cpu=True)) is None
+    assert teacher_policy(with_changes(recipe, teacher=None), policy, Accelerator(cpu=True)) is None
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
+from dllm_rl.groups import Log
 from dllm_rl.integrations.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
@@ -63,12 +64,12 @@ async def short(completions, **_):
 
 def options(directory, **more):
     small = {"num_steps": 1, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": Float8WeightOnly()}
-    return {"max_new_tokens": 4, "output_dir": str(directory), "log_completions_steps": 0, **small, **more}
+    return {"max_new_tokens": 4, "output_dir": str(directory), "log": Log(completions_steps=0), **small, **more}
 
 
 def test_a_policy_a_data_set_and_functions_are_enough(tmp_path):
     policy = tiny_masked_lm(**SMALL)
-    given = options(tmp_path, log_completions_steps=1)
+    given = options(tmp_path, log=Log(completions_steps=1))
     summary = grpo(policy, Dataset.from_list(ROWS), [right, short], reward_weights=[1.0, 0.1], **given)
     assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
     for row in read_metrics(tmp_path):
@@ -486,10 +487,10 @@ def test_trls_names_set_what_they_mean():
     )  # fmt: skip
     assert recipe.loss == PPOClip(**clip)
     assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
-    assert recipe.advantages == GroupRelative(scale_rewards="none") and recipe.trackers == []
+    assert recipe.advantages == GroupRelative(scale_rewards="none") and recipe.log.trackers == []
     assert recipe.sampler == Unmask(max_new_tokens=4, diffusion_steps=2, top_p=0.9, top_k=5, temperature=1.0)
     assert recipe_of(loss=GSPO(), epsilon=0.1).loss == GSPO(epsilon=0.1)
-    assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
+    assert recipe_of(report_to=["wandb", "mlflow"]).log.trackers == ["wandb", "mlflow"]
 
 
 def test_a_loss_reduction_of_length_one_stays():
@@ -1031,6 +1032,7 @@ def test_each_remedy_is_a_setting_or_says_what_else():
     assert others == {
         "accelerate launch --cpu",
         "beta, the coefficient of a KL term in the loss",
+        "log=Log(completions_steps=...)",
         "nothing: logits are computed in fp32",
         "loss=PPOClip(delta=...)",
         "loss=PPOClip(epsilon=...)",
@@ -1109,7 +1111,7 @@ def test_blanks_are_filled_in_and_graded(tmp_path, rows, settings, length):
 
     policy = tiny_masked_lm(characters="1234=", hidden_size=16, num_layers=1)
     changes = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": "none"}
-    changes |= {"log_completions_steps": 0}
+    changes |= {"log": Log(completions_steps=0)}
     recipe = grpo_recipe(policy, rows, filled, output_dir=str(tmp_path), **settings, **changes)
     assert recipe.sampler.max_new_tokens == length
     assert recipe.task[0].blank == "_" and isinstance(recipe.likelihood, Trajectory)

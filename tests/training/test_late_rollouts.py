@@ -23,7 +23,7 @@ from ranks import run_ranks
 from ray_processes import named, of_ray, workers
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import ONE_PUZZLE, SIZES, OddPuzzles, Wrapped, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, SIZES, OddPuzzles, Wrapped, tiny_recipe, with_changes
 
 from dllm_rl.algorithms.correctors import AIS, TIS, Aligned, NoCorrection
 from dllm_rl.algorithms.losses import Reinforce
@@ -287,7 +287,7 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, tmp_pat
     recipe = late_recipe(tmp_path, late=2, workers=2, likelihood=OneStep(), callbacks=[StopAfterTwo()], **asked)
     train(recipe, InProcessPool())
     resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
-    train(replace(recipe, **resumed, **changes), InProcessPool())
+    train(with_changes(recipe, **resumed, **changes), InProcessPool())
     rows = metrics_of(tmp_path)
     assert len(rows) == 4
     assert all(row["staleness"] <= changes.get("max_staleness", 2) for row in rows[2:])
@@ -311,7 +311,7 @@ def test_log_probs_of_another_likelihood_or_seed_are_made_again(changes, tmp_pat
     train(recipe, Ahead())
     assert list((tmp_path / "checkpoints" / "step-000002" / "rollouts").glob("0*[0-9].safetensors"))
     resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
-    train(replace(recipe, **resumed, **changes), Ahead())
+    train(with_changes(recipe, **resumed, **changes), Ahead())
     rows = metrics_of(tmp_path)
     assert len(rows) == 5 and max(row["rollout_corr/abs_log_ratio_max"] for row in rows) < 1e-2
 
@@ -513,7 +513,7 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
 
 def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
-    assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
+    assert ray_workers(with_changes(recipe, rollout_workers=0, max_staleness=0)) is None
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install -e '.\[ray\]'"):
         train(recipe)
@@ -872,7 +872,7 @@ def test_a_resume_with_another_batch_size_makes_the_batches_again(tmp_path, monk
     train(recipe, InProcessPool())
     assert list((tmp_path / "checkpoints").glob("*/rollouts/*"))
     changes = {"train_batch_size": 4, "allow_changed": "train_batch_size", "resume_from_checkpoint": "latest"}
-    train(replace(recipe, callbacks=[], **changes), InProcessPool())
+    train(with_changes(recipe, callbacks=[], **changes), InProcessPool())
     assert seen == [12] * 2 + [16] * 3
 
 

@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from repetitions import few
 from rows import NO_ROWS
 from run_outputs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import ONE_PUZZLE, OddPuzzles, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import ONE_PUZZLE, OddPuzzles, tiny_recipe, tiny_recipe_ar, with_changes
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
@@ -368,7 +368,7 @@ def test_kl_starts_at_zero_and_grows(tmp_path):
 
 class TestRefusals:
     def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path, rehearsal):
-        wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, sft_warmup_steps=10**6)
+        wrong = with_changes(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, sft_warmup_steps=10**6)
         with pytest.raises(ValueError, match="use Autoregress"):
             train(wrong)
 

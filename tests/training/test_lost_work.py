@@ -15,6 +15,7 @@ from dllm_rl.algorithms.losses import PPOClip, TokenMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.algorithms.prompt_sources import FunctionPromptSource
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.groups import Log
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.models.rollout_engine import FunctionEngine
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows
@@ -222,7 +223,7 @@ def test_an_error_anywhere_loses_no_step_and_the_run_goes_on_bit_for_bit(tmp_pat
     """The logs keep each step's completions and seconds, also of a step that was updated, and not logged: it is not
     sampled again."""
     summary, folder = whole
-    newest, resumed = fail_and_go_on(tmp_path, place, log_completions_steps=1)
+    newest, resumed = fail_and_go_on(tmp_path, place, log=Log(completions_steps=1))
     assert newest == (FAILS if place in AFTER else FAILS - 1)
     assert_same_weights(summary, resumed)
     assert metrics_of(tmp_path) == metrics_of(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from tiny_recipe import ONE_PUZZLE, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, tiny_recipe, with_changes
 from tokenizers import processors
 
 from dllm_rl.checkpoints.state import TrainingState
@@ -27,7 +27,7 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, changes
     said = {8: "train_batch_size=8 .* 3 processes; the nearest are: 6, 9", 2: "the nearest are: 3"}
     with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "sft_warmup_batch_size=64 .*: 63, 66")):
         check_processes(recipe, 3)
-    check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
+    check_processes(with_changes(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
@@ -50,12 +50,12 @@ def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
     recipe = trained
     folder = Path(recipe.directory) / "checkpoints" / "step-000001"
     written = TrainingState.read(folder)
-    longer = replace(recipe, logging_steps=7)
+    longer = with_changes(recipe, logging_steps=7)
     policy = resumed_policy(longer, folder, written, Accelerator(cpu=True))
     optimizer = make_optimizer(longer, policy)
     log = RunLog(tmp_path, start=1, main=False)
     state = restore(longer, folder, written, written.contents, policy, optimizer, log)
-    assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
+    assert state == replace(written, recipe=longer.settings()) and state.recipe["log"]["init_args"]["steps"] == 7
     assert (state.step, state.version, policy.weights_version) == (1, 1, 1)
     assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}
     assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0

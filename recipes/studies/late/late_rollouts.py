@@ -118,10 +118,10 @@ METRICS = {
     "k3 of staleness": "mismatch_split/staleness_k3_kl",
     "reward": "reward",
 }
-QUIET = {"eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0}
+QUIET = {"eval_steps": 0, "save_steps": 10**6, "log": {"completions_steps": 0}}
 STUDY = Study(
     name="late-rollouts",
-    base=replace(recipe, **QUIET),
+    base=recipe.replace(**QUIET),
     arms=TUNED | {AGAIN: TUNED["lag 4"] | {"seed": 1000}},
     against=AGAINST,
     metrics=METRICS,

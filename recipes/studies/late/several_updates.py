@@ -19,7 +19,6 @@ without a lag, TIS, and QaRL with the published band were planned, tried on seed
     python -m recipes.studies.late.several_updates --report      run nothing
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 STUDY = Study(
     name="several-updates",
-    base=replace(late_rollouts.recipe, **late_rollouts.QUIET, num_iterations=4),
+    base=late_rollouts.recipe.replace(**late_rollouts.QUIET, num_iterations=4),
     arms=ARMS,
     against={name: "none" for name in ARMS if name != "none"},
     metrics=late_rollouts.METRICS

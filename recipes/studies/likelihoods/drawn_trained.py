@@ -108,8 +108,7 @@ PARTS |= {f"{s}, {n}, rest": arms_of(s, n, REST) for s, n in STARTS}
 def study_of(steps: int) -> Study:
     """The arms with so many denoising steps."""
     arms = {name: each for arms in PARTS.values() for name, each in arms.items() if f", {steps}:" in name}
-    base = replace(
-        recipe,
+    base = recipe.replace(
         **QUIET,
         sampler=recipe.sampler.replace(diffusion_steps=steps, rank=RandomOrder()),
         eval_sampler=recipe.eval_sampler.replace(diffusion_steps=steps),
@@ -163,8 +162,8 @@ def certain_start(study: Study, root: Path, steps: int, seed: int) -> Path:
     if not (folder / "summary.json").exists():
         settings = arms_of("certain", steps, DECIDES)[f"certain, {steps}: unquantized: segments"]
         settings |= {"model": str(warm_up(study.base, seed, root / "warm" / str(seed))), "sft_warmup_steps": 0}
-        settings |= {"num_steps": CERTAIN_AFTER, "eval_steps": 0, "report_to": None, "seed": seed + 1000}
-        train(replace(study.base, **settings, output_dir=str(folder), overwrite_output_dir=True))
+        settings |= {"num_steps": CERTAIN_AFTER, "eval_steps": 0, "log": {"report_to": None}, "seed": seed + 1000}
+        train(study.base.replace(**settings, output_dir=str(folder), overwrite_output_dir=True))
     return list_checkpoints(folder / "checkpoints")[-1][1]
 
 

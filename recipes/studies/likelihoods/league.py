@@ -243,8 +243,7 @@ def study_of(name: str) -> Study:
         each: getattr(league.recipe, each).replace(diffusion_steps=league.diffusion_steps)
         for each in ("sampler", "eval_sampler")
     }
-    base = replace(
-        league.recipe,
+    base = league.recipe.replace(
         train_batch_size=16,
         max_retained_graphs=16,
         corrector=NoCorrection(),
@@ -284,12 +283,12 @@ def measure(study: Study, root: Path) -> None:
     missing = {name: changes for name, changes in arms.items() if name not in found}
     known = next((name for name in arms if name in found), None) if missing else None
     warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
-    few = {"model": str(warm), "sft_warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
+    few = {"model": str(warm), "sft_warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "log": {"report_to": None}}
     here: dict[str, float] = {}
     for _ in range(2):
         for name, changes in (missing if known is None else {known: arms[known]} | missing).items():
             settings = changes | few | {"output_dir": str(folder), "overwrite_output_dir": True}
-            train(replace(study.base, **settings))
+            train(study.base.replace(**settings))
             seconds = median(row["step_time"] for row in read_metrics(folder)[2:])
             here[name] = min(seconds, here.get(name, seconds))
     scale = 1.0 if known is None else found[known] / here[known]

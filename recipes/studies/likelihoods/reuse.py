@@ -81,9 +81,14 @@ def latin_of(steps: int, **more: Any) -> TaskOf:
 
 
 def base_of(recipe: Recipe) -> Recipe:
-    settings: dict[str, Any] = {"rollout_quantization": None, "corrector": NoCorrection(), "report_to": None}
-    settings |= {"eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0, "learning_rate": 5e-4}
-    return replace(recipe, **settings)
+    settings: dict[str, Any] = {"rollout_quantization": None, "corrector": NoCorrection()}
+    settings |= {
+        "eval_steps": 0,
+        "save_steps": 10**6,
+        "log": {"report_to": None, "completions_steps": 0},
+        "learning_rate": 5e-4,
+    }
+    return recipe.replace(**settings)
 
 
 TASKS = {
@@ -185,7 +190,7 @@ def train_phases(
             "output_dir": str(folder / str(phase)),
             "overwrite_output_dir": True,
         }
-        policy = train(replace(base, **(settings | dict(changes))), features=(clock,)).policy
+        policy = train(base.replace(**(settings | dict(changes))), features=(clock,)).policy
         kept |= {f"used, {phase}": clock.used, f"steps, {phase}": clock.steps}
     return policy, kept
 

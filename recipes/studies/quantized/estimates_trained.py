@@ -148,7 +148,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 COLUMNS = ("after", "sampled", "quantized", "quantized, sampled")
 STUDY = Study(
     name="estimates-trained",
-    base=replace(recipe, **QUIET, eval_sampler=recipe.eval_sampler.replace(diffusion_steps=STEPS)),
+    base=recipe.replace(**QUIET, eval_sampler=recipe.eval_sampler.replace(diffusion_steps=STEPS)),
     arms={name: each for arms in PARTS.values() for name, each in arms.items()},
     against={},
     metrics={"ess": "rollout_corr/ess", "mismatch": "rollout_corr/abs_log_ratio_mean", "reward": "reward"},

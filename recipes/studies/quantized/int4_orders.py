@@ -58,7 +58,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 IN_FOUR = {"diffusion_steps": 4}
 STUDY = Study(
     name="int4-orders",
-    base=replace(recipe, **QUIET, eval_sampler=recipe.eval_sampler.replace(**IN_FOUR), corrector=NoCorrection()),
+    base=recipe.replace(**QUIET, eval_sampler=recipe.eval_sampler.replace(**IN_FOUR), corrector=NoCorrection()),
     arms={
         f"{order}: {name}": {"sampler": recipe.sampler.replace(**IN_FOUR, rank=ORDERS[order])} | rollouts
         for order, (name, rollouts) in product(ORDERS, ROLLOUTS.items())

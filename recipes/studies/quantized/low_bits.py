@@ -23,7 +23,6 @@ finish: only late_pretrained.py measures what int4 costs at this rate.
     python -m recipes.studies.quantized.low_bits            run what is missing, low_bits.json, the tables, low_bits.png
 """
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -75,8 +74,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 STUDY = Study(
     name="low-bits",
-    base=replace(
-        recipe,
+    base=recipe.replace(
         **QUIET,
         eval_task=PlainSums(held_out=True, size=289),
         eval_batch_size=145,

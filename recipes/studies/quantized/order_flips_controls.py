@@ -54,6 +54,7 @@ from dllm_rl import (
     task_from_dataset,
 )
 from dllm_rl.files import read_json, write_json
+from dllm_rl.groups import Log
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
@@ -141,7 +142,7 @@ def after_rl(policy: Policy, rank: Rank, seed: int, folder: Path, num_steps: int
         seed=seed,
         output_dir=str(folder),
         overwrite_output_dir=True,
-        report_to=None,
+        log=Log(report_to=None),
     )
     learner = train(recipe).policy
     learner.module.eval()

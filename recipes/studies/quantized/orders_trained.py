@@ -138,7 +138,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 COLUMNS = ("after", "sampled", "sampled, max_prob", "quantized", "quantized, sampled")
 STUDY = Study(
     name="orders-trained",
-    base=replace(recipe, **QUIET, eval_sampler=recipe.eval_sampler.replace(**IN_FOUR)),
+    base=recipe.replace(**QUIET, eval_sampler=recipe.eval_sampler.replace(**IN_FOUR)),
     arms={name: arm for arms in PARTS.values() for name, arm in arms.items()},
     against={},
     metrics={"ess": "rollout_corr/ess", "reward": "reward"},

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_recipe import with_changes
 
 from dllm_rl import Prompts, train
 from dllm_rl.diagnostics.trace_check import check_trace
@@ -163,7 +164,7 @@ def test_a_run_whose_server_restarts_saves_its_last_step_and_goes_on(tmp_path, m
         return metrics
 
     engine = VLLMServer(url=server.url)
-    run = replace(recipe, rollout_engine=engine, num_steps=3, train_batch_size=2, sft_warmup_steps=0)
+    run = with_changes(recipe, rollout_engine=engine, num_steps=3, train_batch_size=2, sft_warmup_steps=0)
     run = replace(run, output_dir=str(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(VLLMServer, "sync", sync_before_a_restart)

@@ -15,6 +15,7 @@ from layouts import checkpoint, published
 from repetitions import few, slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
+from tiny_recipe import with_changes
 
 from dllm_rl import grpo, load_policy, quantized_copy, train
 from dllm_rl.algorithms.correctors import Aligned, QaRL
@@ -618,7 +619,7 @@ def recipe(tmp_path, name: str, **fields):
         "output_dir": str(tmp_path / name),
         "beta": 0.1,
     }
-    return replace(base, **(few | fields))
+    return with_changes(base, **(few | fields))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import transformers
 from as_timed import as_timed
 from layouts import stock
 from repetitions import few
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl import TIS, Countdown, Lora, NoCorrection, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
@@ -185,7 +185,7 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
     policy, *_ = shallow(base, monkeypatch, layers=3)
 
     def peaks(**changes):
-        changed = replace(base, **changes)
+        changed = with_changes(base, **changes)
         policy.gradient_checkpointing = changed.gradient_checkpointing
         return memory(changed, policy).peaks
 
@@ -213,13 +213,13 @@ COUNTED = {
 def counted(name: str):
     """The recipe whose peak was counted."""
     if name == "all weights":
-        return replace(recipe_of(), **ALL_WEIGHTS)
+        return with_changes(recipe_of(), **ALL_WEIGHTS)
     recipe = recipe_of(name)
     if name == "inclusionAI/LLaDA2.0-mini":
         return replace(recipe, likelihood=Trajectory(num_segments=8), gradient_checkpointing=True)
     if name == "Qwen/Qwen3-8B":
         longer = {"sampler": recipe.sampler.replace(max_new_tokens=512), "num_generations": 8, "micro_batch_size": 8}
-        return replace(recipe, **longer, gradient_checkpointing=True)
+        return with_changes(recipe, **longer, gradient_checkpointing=True)
     return recipe
 
 
@@ -258,7 +258,7 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
         return plan(recipe).split("to reduce memory      ")[1].split("\n")[0]
 
     smaller = "a smaller --micro_batch_size or --rollout_batch_size"
-    full = replace(recipe_of(), **ALL_WEIGHTS)
+    full = with_changes(recipe_of(), **ALL_WEIGHTS)
     assert full.gradient_checkpointing and full.optim == AdamW8bit()
     assert remedies(full) == f"{smaller}, or --lora Lora --lora.r 16, or on several GPUs --shard_size 0 --optim AdamW"
     adapters = job_8b()
@@ -273,9 +273,9 @@ def test_a_plan_names_only_remedies_that_the_recipe_lacks(monkeypatch):
     assert "--base_quantization" not in remedies(tiny_recipe("x", lora=small.lora))  # not loaded from a checkpoint
     workers = {"rollout_workers": 1, "torch_compile": False}
     for changes in ({"async_save": True}, workers, {"sft_warmup_steps": 1}):
-        assert "--base_quantization" not in remedies(replace(small, **changes))
+        assert "--base_quantization" not in remedies(with_changes(small, **changes))
     best = {"metric_for_best_model": "solve_rate", "load_best_model_at_end": True}
-    assert "--shard_size" not in remedies(replace(small, **best))
+    assert "--shard_size" not in remedies(with_changes(small, **best))
     # Unquantized, a sharded learner of adapters has a full copy to sample with: nothing is saved.
     assert "--shard_size" not in remedies(replace(small, rollout_quantization=None))
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -334,7 +334,7 @@ def one_layer(monkeypatch):
 )
 def test_recipes_that_cannot_run(changes, words):
     with pytest.raises(ValueError, match=words):
-        plan(replace(job_8b(), **changes))
+        plan(with_changes(job_8b(), **changes))
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
@@ -372,7 +372,7 @@ def test_diffusion_gemma_without_its_weights():
 )
 def test_fields_that_cannot_be(changes, words):
     with pytest.raises((ValueError, TypeError), match=words):  # the tests' type checker is asked first
-        replace(job_8b(), **changes)
+        with_changes(job_8b(), **changes)
 
 
 @pytest.mark.usefixtures("one_layer")
@@ -419,12 +419,12 @@ def test_a_plan_says_that_a_teacher_is_not_counted():
     recipe = job_8b()
     assert "teacher" not in plan(recipe)
     for teacher, counted in (("FOLDER", "its forwards and weights"), ("reference", "its forwards\n")):
-        assert f"\nteacher               not counted: {counted}" in plan(replace(recipe, teacher=teacher))
+        assert f"\nteacher               not counted: {counted}" in plan(with_changes(recipe, teacher=teacher))
 
 
 @pytest.mark.usefixtures("one_layer")
 def test_a_plan_says_that_workers_are_not_counted():
-    recipe = replace(job_8b(), rollout_workers=2, max_staleness=1, torch_compile=False)
+    recipe = with_changes(job_8b(), rollout_workers=2, max_staleness=1, torch_compile=False)
     text = plan(replace(recipe, rollout_quantization=None))
     assert "\nrollout workers       not counted: memory and time" in text
 
