@@ -276,7 +276,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         group = torch.arange(len(advantages)) // size
         weights = torch.ones(len(advantages), dtype=torch.double)  # scoring sets them
         rewards = advantages.masked_fill(self._lacks_reward, torch.nan)  # it reads only which are lacking
-        samples = Samples(rollout, group, rewards, advantages, weights, counts, batch_number=number)
+        samples = Samples(rollout, group, rewards, advantages, weights, counts)
         with self._arithmetic():
             scored = score_samples(self._context, samples, number)
             batches, metrics = make_batches(self._context, scored)

@@ -122,7 +122,7 @@ def collect(context: StepContext, step: int) -> tuple[Samples, list[GradedComple
     components = component_arguments(component_rewards[:, 1:].T, reward_weights)
     advantages = compute_advantages(settings.advantages, rewards, group, components)
     metric_weights = torch.ones(len(rewards), dtype=torch.double)  # scoring sets them
-    samples = Samples(rollout, group, rewards, advantages, metric_weights, counts, batch_number=step)
+    samples = Samples(rollout, group, rewards, advantages, metric_weights, counts)
     if settings.compiles_rollouts:
         from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 

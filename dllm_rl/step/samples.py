@@ -36,8 +36,6 @@ class Samples(Copied):
         rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
             (`step.score.draw_view_sets`), for late rollouts whose estimator does not replay the sampler: these weights
             are no longer in memory. (): scoring computes them, or the sampler has recorded them.
-        batch_number: Number of the batch, which gives its prompts, random numbers and masks: the step that trains on
-            it.
     """
 
     rollout: Rollout
@@ -47,7 +45,6 @@ class Samples(Copied):
     metric_weights: Float[Tensor, " B"]
     counts: tuple[int, ...]
     rollout_logprobs: tuple[Float[Tensor, "b T"], ...] = ()
-    batch_number: int = 0
 
     def __post_init__(self) -> None:
         shape = (sum(self.counts),)

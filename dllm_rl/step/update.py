@@ -50,7 +50,7 @@ def train_step(
     another process that ends could still interrupt.
     """
     with context.log.stage("scoring"), context.arithmetic(learner=True):
-        scored = score_samples(context, samples, samples.batch_number)
+        scored = score_samples(context, samples, step)
     with context.log.stage("update"), context.arithmetic(learner=True):
         batches, mismatch = make_batches(context, scored)
         batches = [batches[k % len(batches)] for k in range(context.settings.num_iterations)]

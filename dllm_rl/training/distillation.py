@@ -59,7 +59,7 @@ class Teacher(StepFeature):
         recipe, accelerator = self.recipe, context.accelerator
         with context.log.stage("teacher"), context.arithmetic():
             number = group_numbers(samples.group)
-            generator = generator_for(recipe.seed, "teacher", samples.batch_number)
+            generator = generator_for(recipe.seed, "teacher", step)
             seeds = samples.local(row_seeds(generator, int(number[-1]) + 1)[number], accelerator)
             reverse_kl = student_teacher_log_ratio(
                 self.policy,
